@@ -1,0 +1,163 @@
+// The page: which model and stream the address names, one connection for it, and who shows what arrives.
+
+import { duration, element, setText } from "./format.js";
+import { History } from "./history.js";
+import { Live, getJson, query } from "./live.js";
+import { Overview, mismatchText } from "./overview.js";
+import { StreamPage, showLog } from "./stream.js";
+import { StreamTable } from "./streams.js";
+
+const byId = (id) => document.getElementById(id);
+const REMEMBERED = 200;
+
+/** #model=NAME&stream=NAME, without the form encoding in which "+" is a space. */
+function readAddress() {
+  const parts = location.hash.slice(1).split("&").map((part) => part.split("="));
+  const decode = (text) => { try { return decodeURIComponent(text); } catch { return text; } };
+  const wanted = Object.fromEntries(parts.map(([key, value = ""]) => [key, decode(value)]));
+  return { model: wanted.model ?? "", stream: wanted.stream ?? null };
+}
+
+function address({ model, stream }) {
+  const parts = [];
+  if (model && model !== page.stats?.models[0]?.name) parts.push(`model=${encodeURIComponent(model)}`);
+  if (stream !== null && stream !== undefined) parts.push(`stream=${encodeURIComponent(stream)}`);
+  return `#${parts.join("&")}`;
+}
+
+const page = { ...readAddress(), stats: null, record: null, events: [], connection: "connecting", heard_ms: 0, ahead_s: 0 };
+const linkTo = (stream) => address({ model: page.model, stream });
+const overview = new Overview();
+const streams = new StreamTable(linkTo);
+const streamPage = new StreamPage();
+let history = new History();
+let live = null;
+
+const model = () => page.stats?.models.find((each) => each.name === page.model) ?? page.stats?.models[0];
+const serverNow = () => Date.now() / 1000 + page.ahead_s;
+
+function connect() {
+  live?.close();
+  history = new History();
+  Object.assign(page, { record: null, events: [] });
+  streams.show("");
+  live = new Live(`api/events?${query({ model: page.model, stream: page.stream })}`, onEvent, onConnection);
+}
+
+function onConnection(connection) {
+  page.connection = connection;
+  if (connection === "live") {
+    page.events = [];
+    getJson(`api/history?${query({ model: page.model })}`).then(({ columns }) => history.load(columns), () => {});
+  }
+  showConnection();
+}
+
+function onEvent(kind, data) {
+  if (kind === "stats") {
+    page.heard_ms = Date.now();
+    page.ahead_s = data.time_s - page.heard_ms / 1000;
+    page.stats = data;
+    const { numbers } = model() ?? {};
+    if (numbers) history.append(numbers.recent_time_s ?? data.time_s, numbers);
+    showStats();
+  } else if (kind === "stream" && data.name === page.stream) {
+    page.record = data;
+    showStream();
+  } else if (kind === "log") {
+    page.events = [...page.events.slice(1 - REMEMBERED), data];
+    showEvents();
+  }
+}
+
+function showStats() {
+  const { stats } = page;
+  const present = model();
+  showConnection();
+  showModels();
+  if (!present) return;
+  overview.show(present);
+  const mismatch = mismatchText(present);
+  byId("alarm").hidden = mismatch === null;
+  setText("alarm", mismatch?.text ?? "");
+  setText("about", [present.kind, `${present.features} → ${present.outputs}`, present.device].join(" · "));
+  setText("end", `instep ${stats.version} · process ${stats.pid} · serving ${stats.endpoint} for ${duration(stats.uptime_s)} · fingerprint ${present.fingerprint.slice(0, 12)}`);
+  if (page.stream === null) streams.show(present.name);
+  draw();
+}
+
+function showModels() {
+  const names = page.stats.models.map((each) => each.name);
+  const select = byId("model");
+  byId("models").hidden = names.length < 2;
+  if ([...select.options].map((option) => option.value).join("\n") !== names.join("\n")) {
+    select.replaceChildren(...names.map((name) => element("option", { text: name })));
+  }
+  const name = model()?.name ?? "";
+  if (select.value !== name) select.value = name;
+}
+
+let drawing = 0;
+function showEvents() {
+  drawing ||= requestAnimationFrame(() => { // many come at once when the page connects
+    drawing = 0;
+    showLog(byId("log"), byId("no-events"), page.events, linkTo);
+  });
+}
+
+function showStream() {
+  if (page.stream !== null) streamPage.show(page.record, page.stream, serverNow());
+}
+
+function draw() {
+  if (page.stream === null) overview.drawCharts(history, serverNow());
+}
+
+const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended: "Stopped", denied: "No access" };
+
+function showConnection() {
+  const { connection, stats } = page;
+  byId("link").dataset.state = connection;
+  setText("link-text", LINK[connection]);
+  const isStale = connection !== "live" && connection !== "connecting";
+  document.body.classList.toggle("stale", isStale);
+  let text = "";
+  if (connection === "denied") text = "The server wants its token: open this page as /?token=TOKEN.";
+  else if (isStale) {
+    const since = page.heard_ms ? ` These numbers are ${duration((Date.now() - page.heard_ms) / 1000)} old.` : "";
+    text = `${connection === "ended" ? "The server has shut down." : "The server does not answer."}${since} Trying again every second.`;
+  } else if (stats?.draining) text = "The server is draining: it finishes what it has taken and ends.";
+  else if (stats && !stats.ready) text = "The server is not ready yet.";
+  byId("banner").hidden = text === "";
+  byId("banner").dataset.level = isStale ? "bad" : "fair";
+  setText("banner", text);
+  document.title = `${isStale ? "✕ " : ""}${page.stream ?? model()?.name ?? "instep"} – instep`;
+}
+
+function route({ isFirst = false } = {}) {
+  Object.assign(page, readAddress());
+  const isStream = page.stream !== null;
+  byId("overview").hidden = isStream;
+  byId("stream").hidden = !isStream;
+  byId("back").href = address({ model: page.model });
+  connect();
+  if (isStream) {
+    streamPage.show(null, page.stream, serverNow());
+    setText("no-stream", "Asking the server about it …");
+  }
+  if (!isFirst) {
+    scrollTo(0, 0);
+    byId(isStream ? "stream-name" : "main").focus({ preventScroll: true });
+  }
+}
+
+byId("model").addEventListener("change", (event) => {
+  location.hash = address({ model: event.target.value });
+});
+addEventListener("hashchange", () => route());
+setInterval(() => {
+  if (page.connection === "live") return;
+  showConnection(); // counts how old the numbers are
+  draw();
+}, 1000);
+route({ isFirst: true });

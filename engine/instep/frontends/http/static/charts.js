@@ -1,0 +1,152 @@
+// Charts over time, drawn by uPlot (a global of static/vendor/uPlot.iife.min.js). Colours come from the style sheet.
+
+import { clock, element, setText } from "./format.js";
+
+const { uPlot } = window;
+
+/** A colour of the style sheet in the present theme: a canvas cannot resolve `var()` and `light-dark()` itself. */
+function colour(name) {
+  const probe = document.getElementById("end");
+  probe.style.color = `var(${name})`;
+  const resolved = getComputedStyle(probe).color;
+  probe.style.color = "";
+  return resolved;
+}
+
+const faded = (resolved, alpha) => resolved.replace("rgb(", "rgba(").replace(")", `, ${alpha})`);
+
+const hoursAndMinutes = (splits) => splits.map((time_s) => clock(time_s).slice(0, 5));
+const withSeconds = (splits) => splits.map((time_s) => clock(time_s));
+
+/**
+ * One chart with a heading and a legend that shows the newest values, or those under the pointer.
+ *
+ * spec: title; series: [{label, colour, column}]; value: number → text for the legend; axis: number → text for the
+ * axis; room: "wide" or "narrow", of the legend's values; stacked: draw sums; log: offer a logarithmic axis; top: what the axis reaches at least; sync: charts with the
+ * same key share their cursor; seconds: whether the time axis needs seconds.
+ */
+export class Chart {
+  #plot;
+  #rows = [[]];
+  #window = [0, 1];
+  #isLog = false;
+
+  constructor(host, spec) {
+    this.spec = spec;
+    this.values = spec.series.map(() => element("span", { className: `value ${spec.room ?? ""}`, text: "–" }));
+    const legend = element("div", { className: "legend" }, ...spec.series.map((series, index) =>
+      element("span", {}, element("i", { className: `key ${series.key}` }), element("span", { text: series.label }), this.values[index])));
+    const head = element("div", { className: "head" }, element("h2", { text: spec.title }));
+    if (spec.log) head.append(this.#logSwitch());
+    this.canvas = element("div", { className: "plot" });
+    this.canvas.setAttribute("role", "img");
+    host.append(element("section", { className: "panel chart" }, head, legend, this.canvas));
+    this.#make();
+    new ResizeObserver(() => this.#plot.setSize(this.#size())).observe(this.canvas);
+    addEventListener("themechange", () => this.#plot.redraw(false));
+  }
+
+  /** rows: [times, values of the first series, …]; from, to: the ends of the time axis in Unix seconds. */
+  draw(rows, from, to) {
+    this.#rows = rows;
+    this.#window = [from, to];
+    this.#plot.setData(this.#drawn(), false);
+    this.#plot.batch(() => {
+      this.#plot.setScale("x", { min: from, max: to });
+    });
+    this.#label(null);
+  }
+
+  #logSwitch() {
+    const button = element("button", { className: "plain small", text: "log" });
+    button.type = "button";
+    button.setAttribute("aria-pressed", "false");
+    button.title = "Logarithmic axis";
+    button.addEventListener("click", () => {
+      this.#isLog = !this.#isLog;
+      button.setAttribute("aria-pressed", String(this.#isLog));
+      this.#plot.destroy();
+      this.#make();
+      this.draw(this.#rows, ...this.#window);
+    });
+    return button;
+  }
+
+  #size() {
+    return { width: Math.max(120, this.canvas.clientWidth), height: this.canvas.clientHeight };
+  }
+
+  #make() {
+    const { spec } = this;
+    const axis = {
+      stroke: () => colour("--quiet"),
+      grid: { stroke: () => colour("--line"), width: 1 },
+      ticks: { show: false },
+      font: `12px ${getComputedStyle(document.body).fontFamily}`,
+      gap: 6,
+    };
+    const series = spec.series.map(({ label, key }) => ({
+      label,
+      stroke: () => colour(`--${key}`),
+      fill: spec.stacked ? () => colour(`--${key}`) : spec.series.length === 1 ? () => faded(colour(`--${key}`), 0.12) : undefined,
+      width: spec.stacked ? 0 : 1.75,
+      points: { show: false },
+    }));
+    if (spec.stacked) series.reverse(); // the sum of all is drawn first, beneath the others
+    this.#plot = new uPlot(
+      {
+        ...this.#size(),
+        padding: [8, 8, 0, 0],
+        legend: { show: false },
+        cursor: { y: false, drag: { setScale: false, x: false }, points: { size: 6 }, sync: { key: spec.sync } },
+        scales: {
+          x: { time: true },
+          y: this.#isLog
+            ? { distr: 3, log: 10, range: (_, low, high) => (high > 0 ? uPlot.rangeLog(low, high, 10, true) : [1, 1000]) }
+            : { range: (_, low, high) => this.#range(low, high) },
+        },
+        axes: [
+          { ...axis, size: 28, space: spec.seconds ? 90 : 70, incrs: [1, 5, 10, 15, 30, 60, 120, 300], values: (_, splits) => (spec.seconds ? withSeconds : hoursAndMinutes)(splits), grid: { show: false } },
+          { ...axis, size: 62, space: 32, values: (_, splits) => splits.map((value) => (value === null ? "" : spec.axis(value))) },
+        ],
+        series: [{}, ...series],
+        hooks: { setCursor: [(plot) => this.#label(plot.cursor.idx ?? null)] },
+      },
+      this.#drawn(),
+      this.canvas,
+    );
+  }
+
+  #range(low, high) {
+    const top = this.spec.top ?? 0;
+    if (low === null || high === null) return [0, top || 1];
+    if (low >= 0) return [0, Math.max(top, high * 1.1) || 1];
+    const room = (high - low) * 0.1 || 1;
+    return [low - room, high + room];
+  }
+
+  #drawn() {
+    const [times, ...columns] = this.#rows;
+    if (!columns.length) return [[], ...this.spec.series.map(() => [])];
+    if (this.#isLog) return [times, ...columns.map((column) => column.map((value) => (value > 0 ? value : null)))];
+    if (!this.spec.stacked) return this.#rows;
+    const sums = [];
+    for (const column of columns) {
+      const below = sums.at(-1);
+      sums.push(column.map((value, index) => (value === null ? null : value + (below?.[index] ?? 0))));
+    }
+    return [times, ...sums.reverse()];
+  }
+
+  /** Shows the values of one row, or the newest. */
+  #label(index) {
+    const [times, ...columns] = this.#rows;
+    const row = index ?? times.length - 1;
+    const texts = columns.map((column) => this.spec.value(column[row]));
+    texts.forEach((text, each) => setText(this.values[each], text));
+    if (index === null) {
+      const parts = texts.map((text, each) => `${this.spec.series[each].label} ${text}`);
+      this.canvas.setAttribute("aria-label", `${this.spec.title}: ${parts.join(", ") || "nothing yet"}`);
+    }
+  }
+}

@@ -1,0 +1,95 @@
+// Server-sent events over fetch. EventSource gives up on an HTTP error and does not notice a server that is stuck.
+
+const RETRY_MS = 1000;
+const SILENT_MS = 5000; // statistics come every second, so a server that is silent for longer is stuck
+const ALL_EVENTS = { "Last-Event-ID": "0" }; // the server repeats what it remembers; the page begins anew with it
+
+/** The JSON at a path of the server; an Error with its sentence if it refuses. */
+export async function getJson(path, signal) {
+  const response = await fetch(path, { cache: "no-store", signal });
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error?.message ?? `${response.status} ${response.statusText}`);
+  return body;
+}
+
+export const query = (parameters) =>
+  new URLSearchParams(Object.entries(parameters).filter(([, value]) => value)).toString();
+
+/** Calls `onEvent(kind, data)` for each event until it is closed, and `onState(state)` when the connection changes:
+ * "live", "lost", "ended" (the server said goodbye) or "denied" (it wants a token). */
+export class Live {
+  #stop = new AbortController();
+
+  constructor(path, onEvent, onState) {
+    this.#run(path, onEvent, onState);
+  }
+
+  close() {
+    this.#stop.abort();
+  }
+
+  async #run(path, onEvent, onState) {
+    const stopped = this.#stop.signal;
+    while (!stopped.aborted) {
+      let said = "lost";
+      const attempt = new AbortController();
+      const abort = () => attempt.abort();
+      stopped.addEventListener("abort", abort);
+      let watchdog = setTimeout(abort, SILENT_MS);
+      try {
+        const response = await fetch(path, { cache: "no-store", headers: ALL_EVENTS, signal: attempt.signal });
+        if (response.status === 401) said = "denied";
+        if (!response.ok) throw new Error(response.statusText);
+        onState("live");
+        const parser = new Parser((kind, data) => {
+          if (stopped.aborted) return;
+          if (kind === "bye") said = "ended";
+          onEvent(kind, JSON.parse(data));
+        });
+        const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+        for (let part = await reader.read(); !part.done; part = await reader.read()) {
+          clearTimeout(watchdog);
+          watchdog = setTimeout(abort, SILENT_MS);
+          parser.feed(part.value);
+        }
+      } catch (error) {
+        if (error instanceof SyntaxError) console.error("The server sent an event that is not JSON", error);
+      }
+      clearTimeout(watchdog);
+      stopped.removeEventListener("abort", abort);
+      if (stopped.aborted) return;
+      onState(said);
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
+  }
+}
+
+/** The lines of the event stream format of HTML, as far as servers use them. */
+class Parser {
+  #rest = "";
+  #kind = "message";
+  #data = [];
+
+  constructor(onEvent) {
+    this.onEvent = onEvent;
+  }
+
+  feed(text) {
+    const lines = (this.#rest + text).split(/\r?\n/);
+    this.#rest = lines.pop();
+    for (const line of lines) this.#take(line);
+  }
+
+  #take(line) {
+    if (line === "") {
+      if (this.#data.length) this.onEvent(this.#kind, this.#data.join("\n"));
+      this.#kind = "message";
+      this.#data = [];
+      return;
+    }
+    const colon = line.indexOf(":");
+    const [field, value] = colon < 0 ? [line, ""] : [line.slice(0, colon), line.slice(colon + 1).replace(/^ /, "")];
+    if (field === "event") this.#kind = value;
+    if (field === "data") this.#data.push(value);
+  }
+}

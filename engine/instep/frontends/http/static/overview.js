@@ -1,0 +1,158 @@
+// The numbers and badges of one model, and its charts.
+
+import { Chart } from "./charts.js";
+import { bytes, count, duration, float32, micros, percent, setPairs, setText, short } from "./format.js";
+
+const byId = (id) => document.getElementById(id);
+
+const CHARTS = [
+  { title: "Throughput", room: "wide", axis: short, value: count, series: [{ label: "frames/s", key: "blue", column: "frames_per_s" }] },
+  {
+    title: "Latency", room: "wide", axis: micros, value: micros, log: true,
+    series: [{ label: "median", key: "blue", column: "latency_us_p50" }, { label: "99th percentile", key: "orange", column: "latency_us_p99" }],
+  },
+  {
+    title: "Where a median frame's time goes", axis: micros, value: micros, stacked: true,
+    series: ["queue", "compute", "send"].map((part) => ({ label: part, key: part, column: `${part}_us_p50` })),
+  },
+  {
+    title: "Fill and load", room: "narrow", axis: percent, value: percent, top: 1,
+    series: [
+      { label: "batch fill", key: "blue", column: "batch_fill" },
+      { label: "executor busy", key: "orange", column: "executor_busy" },
+      { label: "loop busy", key: "violet", column: "loop_busy" },
+    ],
+  },
+  {
+    title: "Streams", axis: short, value: count, log: true, top: 4,
+    series: [
+      { label: "open", key: "blue", column: "streams_open" },
+      { label: "parked", key: "orange", column: "streams_parked" },
+      { label: "hibernated", key: "violet", column: "streams_hibernated" },
+    ],
+  },
+];
+
+export class Overview {
+  #charts = [];
+
+  constructor() {
+    for (const spec of CHARTS) this.#charts.push(new Chart(byId("charts"), { ...spec, sync: "overview" }));
+  }
+
+  drawCharts(history, now_s) {
+    for (const chart of this.#charts) {
+      chart.draw(history.rows(chart.spec.series.map((series) => series.column)), now_s - 600, now_s);
+    }
+  }
+
+  show(model) {
+    const { numbers } = model;
+    const recent = (name) => numbers[`recent_${name}`];
+    setText("streams-open", count(numbers.streams_open));
+    setText("streams-parked", count(numbers.streams_parked));
+    setText("streams-hibernated", count(numbers.streams_hibernated));
+    setText("streams-max", count(model.max_streams));
+    meter("streams-meter", numbers.streams_open / model.max_streams);
+
+    setText("frames-rate", count(recent("frames_per_s")));
+    setText("executor-busy", percent(recent("executor_busy")));
+    setText("loop-busy", percent(recent("loop_busy")));
+    setText("frames-total", count(numbers.frames_total));
+    meter("executor-meter", recent("executor_busy"));
+
+    for (const quantile of ["p50", "p99"]) {
+      setText(quantile, micros(recent(`latency_us_${quantile}`)));
+      const parts = ["queue", "compute", "send"].map((part) => recent(`${part}_us_${quantile}`) || 0);
+      const sum = parts.reduce((total, part) => total + part, 0) || 1;
+      ["queue", "compute", "send"].forEach((part, index) => {
+        setText(`${part}-${quantile}`, micros(recent(`${part}_us_${quantile}`)));
+        byId(`split-${quantile}`).children[index].style.width = `${(100 * parts[index]) / sum}%`;
+      });
+      const words = ["queue", "compute", "send"].map((part, index) => `${part} ${micros(parts[index])}`);
+      byId(`split-${quantile}`).setAttribute("aria-label", words.join(", "));
+    }
+
+    const size = recent("batch_size_mean");
+    const fill = recent("batch_fill");
+    setText("batch", fill > 0 ? `${count(Math.round(size))} / ${count(Math.round(size / fill))}` : "–");
+    setText("fill", fill > 0 ? percent(fill) : "–");
+    setText("batches-rate", count(recent("batches_per_s")));
+    setText("pending", count(numbers.frames_pending));
+    meter("fill-meter", fill);
+
+    this.#showTrust(model);
+  }
+
+  #showTrust({ exactness, exactness_detail, verification, numbers, recording, durability }) {
+    const exact = { exact: ["good", "Exact"], tolerance: ["fair", "Within tolerance"], off: ["off", "Not certified"] };
+    badge("exactness", ...(exact[exactness] ?? ["off", exactness]));
+    setText("exactness-detail", exactness_detail ?? "");
+
+    badge("verification", ...verificationBadge(verification));
+    setText("verification-detail", verificationDetail(verification));
+
+    const refused = refusals(numbers);
+    const total = refused.reduce((sum, [, number]) => sum + number, 0);
+    badge("refused", total ? "warn" : "good", total ? `${count(total)} since the start` : "None since the start");
+    setPairs(byId("refused-codes"), refused.slice(0, 3).map(([code, number]) => [code, count(number)]));
+
+    if (recording) {
+      badge("recording", "good", `${bytes(recording.bytes)}, ${DURABILITY[durability] ?? durability}`);
+      setPairs(byId("recording-facts"), [
+        ["file", recording.file],
+        ["free on the disk", bytes(recording.free_bytes)],
+        ["commit, 99th percentile", micros(numbers.commit_us_p99)],
+        ["newest checkpoint", numbers.checkpoint_age_s === undefined ? "none yet" : `${duration(numbers.checkpoint_age_s)} ago`],
+      ]);
+    } else {
+      badge("recording", "off", "Off");
+      setPairs(byId("recording-facts"), [["states", "in memory only"]]);
+    }
+  }
+}
+
+const DURABILITY = { memory: "in memory", commit: "survives a crash", fsync: "survives a power cut" };
+
+function badge(id, level, text) {
+  byId(id).dataset.level = level;
+  setText(id, text);
+}
+
+function meter(id, fraction) {
+  byId(id).firstElementChild.style.width = `${100 * Math.min(1, fraction || 0)}%`;
+}
+
+function refusals(numbers) {
+  return Object.entries(numbers)
+    .map(([name, number]) => [/^refused_(\w+)_total$/.exec(name)?.[1], number])
+    .filter(([code, number]) => code && number > 0)
+    .map(([code, number]) => [code.toUpperCase(), number])
+    .sort(([, a], [, b]) => b - a);
+}
+
+function verificationBadge(verification) {
+  switch (verification?.state) {
+    case "verified": return ["good", `${count(verification.frames)} frames match`];
+    case "checking": return ["busy", `Checking: ${count(verification.frames)} frames match`];
+    case "mismatch": return ["bad", `${count(verification.mismatches)} ${verification.mismatches === 1 ? "mismatch" : "mismatches"}`];
+    default: return ["off", "Off"];
+  }
+}
+
+function verificationDetail(verification) {
+  if (!verification || verification.state === "off") return "Replays what is served while it is served.";
+  if (verification.state === "mismatch") return `Stream ${verification.mismatch?.stream ?? "unknown"}; see above.`;
+  return `${duration(verification.lag_s)} behind what is served.`;
+}
+
+/** The sentence about a mismatch, with the values that differ; null where all is well. */
+export function mismatchText(model) {
+  const mismatch = model?.verification?.mismatch;
+  if (model?.verification?.state !== "mismatch" || !mismatch) return null;
+  const { stream, seq, expected, got } = mismatch;
+  const differing = expected.map((_, index) => index).filter((index) => expected[index] !== got[index]);
+  const shown = differing.slice(0, 3).map((index) => `[${index}] expected ${float32(expected[index])}, got ${float32(got[index])}`);
+  const more = differing.length > 3 ? `; and ${count(differing.length - 3)} more` : "";
+  return { stream, text: `Mismatch: stream ${stream}, frame ${count(seq)}: output ${shown.join("; ")}${more}` };
+}
