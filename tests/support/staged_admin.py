@@ -212,7 +212,7 @@ def stream(name: str, number: int) -> dict[str, Any]:
 
 
 def event(number: int, kind: str) -> dict[str, Any]:
-    detail = {"refused": "WINDOW_FULL, 12 times", "resumed": "by connection 7"}.get(kind, "")
+    detail = {"refused": "WINDOW_FULL × 12"}.get(kind, "")
     time_s = time.time() - 600 + 20 * number
     return {
         "number": number,

@@ -3,12 +3,12 @@
 import { duration, element, setText } from "./format.js";
 import { History } from "./history.js";
 import { Live, getJson, query } from "./live.js";
-import { Overview, mismatchText } from "./overview.js";
+import { Overview, showAlarm } from "./overview.js";
 import { StreamPage, showLog } from "./stream.js";
 import { StreamTable } from "./streams.js";
 
 const byId = (id) => document.getElementById(id);
-const REMEMBERED = 200;
+const REMEMBERED = 4096; // as many as the server
 
 /** #model=NAME&stream=NAME, without the form encoding in which "+" is a space. */
 function readAddress() {
@@ -25,12 +25,12 @@ function address({ model, stream }) {
   return `#${parts.join("&")}`;
 }
 
-const page = { ...readAddress(), stats: null, record: null, events: [], connection: "connecting", heard_ms: 0, ahead_s: 0 };
+const page = { ...readAddress(), stats: null, record: null, events: [], connection: "connecting", sentence: "", heard_ms: 0, ahead_s: 0 };
 const linkTo = (stream) => address({ model: page.model, stream });
 const overview = new Overview();
 const streams = new StreamTable(linkTo);
 const streamPage = new StreamPage();
-let history = new History();
+let history = new History(page.model);
 let live = null;
 
 const model = () => page.stats?.models.find((each) => each.name === page.model) ?? page.stats?.models[0];
@@ -38,14 +38,14 @@ const serverNow = () => Date.now() / 1000 + page.ahead_s;
 
 function connect() {
   live?.close();
-  history = new History();
+  if (history.model !== page.model) history = new History(page.model);
   Object.assign(page, { record: null, events: [] });
   streams.show("");
   live = new Live(`api/events?${query({ model: page.model, stream: page.stream })}`, onEvent, onConnection);
 }
 
-function onConnection(connection) {
-  page.connection = connection;
+function onConnection(connection, sentence = "") {
+  Object.assign(page, { connection, sentence });
   if (connection === "live") {
     page.events = [];
     getJson(`api/history?${query({ model: page.model })}`).then(({ columns }) => history.load(columns), () => {});
@@ -65,7 +65,8 @@ function onEvent(kind, data) {
     page.record = data;
     showStream();
   } else if (kind === "log") {
-    page.events = [...page.events.slice(1 - REMEMBERED), data];
+    page.events.push(data);
+    if (page.events.length > REMEMBERED) page.events.shift();
     showEvents();
   }
 }
@@ -77,10 +78,8 @@ function showStats() {
   showModels();
   if (!present) return;
   overview.show(present);
-  const mismatch = mismatchText(present);
-  byId("alarm").hidden = mismatch === null;
-  setText("alarm", mismatch?.text ?? "");
-  setText("about", [present.kind, `${present.features} → ${present.outputs}`, present.device].join(" · "));
+  showAlarm(stats.models, (name, stream) => address({ model: name, stream }));
+  setText("about", [stats.models.length > 1 ? "" : present.name, present.kind, `${present.features} → ${present.outputs}`, present.device].filter(Boolean).join(" · "));
   setText("end", `instep ${stats.version} · process ${stats.pid} · serving ${stats.endpoint} for ${duration(stats.uptime_s)} · fingerprint ${present.fingerprint.slice(0, 12)}`);
   if (page.stream === null) streams.show(present.name);
   draw();
@@ -113,19 +112,19 @@ function draw() {
   if (page.stream === null) overview.drawCharts(history, serverNow());
 }
 
-const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended: "Stopped", denied: "No access" };
+const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended: "Stopped", refused: "Refused" };
+const PROBLEM = { lost: "The server does not answer.", ended: "The server has shut down.", refused: "The server refuses: " };
 
 function showConnection() {
-  const { connection, stats } = page;
+  const { connection, sentence, stats } = page;
   byId("link").dataset.state = connection;
   setText("link-text", LINK[connection]);
   const isStale = connection !== "live" && connection !== "connecting";
   document.body.classList.toggle("stale", isStale);
   let text = "";
-  if (connection === "denied") text = "The server wants its token: open this page as /?token=TOKEN.";
-  else if (isStale) {
+  if (isStale) {
     const since = page.heard_ms ? ` These numbers are ${duration((Date.now() - page.heard_ms) / 1000)} old.` : "";
-    text = `${connection === "ended" ? "The server has shut down." : "The server does not answer."}${since} Trying again every second.`;
+    text = `${PROBLEM[connection]}${sentence}${since} Trying again every second.`;
   } else if (stats?.draining) text = "The server is draining: it finishes what it has taken and ends.";
   else if (stats && !stats.ready) text = "The server is not ready yet.";
   byId("banner").hidden = text === "";
@@ -153,6 +152,10 @@ function route({ isFirst = false } = {}) {
 
 byId("model").addEventListener("change", (event) => {
   location.hash = address({ model: event.target.value });
+});
+byId("skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which stream is shown
+  byId("main").focus();
 });
 addEventListener("hashchange", () => route());
 setInterval(() => {

@@ -22,7 +22,7 @@ const withSeconds = (splits) => splits.map((time_s) => clock(time_s));
  * One chart with a heading and a legend that shows the newest values, or those under the pointer.
  *
  * spec: title; series: [{label, colour, column}]; value: number → text for the legend; axis: number → text for the
- * axis; room: "wide" or "narrow", of the legend's values; stacked: draw sums; log: offer a logarithmic axis; top: what the axis reaches at least; sync: charts with the
+ * axis; idle: what the axis reaches while there is nothing; room: "wide" or "narrow", of the legend's values; stacked: draw sums; log: offer a logarithmic axis; top: what the axis reaches at least; sync: charts with the
  * same key share their cursor; seconds: whether the time axis needs seconds.
  */
 export class Chart {
@@ -37,6 +37,7 @@ export class Chart {
     const legend = element("div", { className: "legend" }, ...spec.series.map((series, index) =>
       element("span", {}, element("i", { className: `key ${series.key}` }), element("span", { text: series.label }), this.values[index])));
     const head = element("div", { className: "head" }, element("h2", { text: spec.title }));
+    this.when = head.appendChild(element("span", { className: "when" }));
     if (spec.log) head.append(this.#logSwitch());
     this.canvas = element("div", { className: "plot" });
     this.canvas.setAttribute("role", "img");
@@ -54,7 +55,7 @@ export class Chart {
     this.#plot.batch(() => {
       this.#plot.setScale("x", { min: from, max: to });
     });
-    this.#label(null);
+    this.#label(this.#plot.cursor.left >= 0 ? this.#plot.posToIdx(this.#plot.cursor.left) : null);
   }
 
   #logSwitch() {
@@ -118,9 +119,9 @@ export class Chart {
   }
 
   #range(low, high) {
-    const top = this.spec.top ?? 0;
-    if (low === null || high === null) return [0, top || 1];
-    if (low >= 0) return [0, Math.max(top, high * 1.1) || 1];
+    const { top = 0, idle = 1 } = this.spec;
+    if (low === null || (low === 0 && high === 0)) return [0, top || idle];
+    if (low >= 0) return [0, Math.max(top, high * 1.1)];
     const room = (high - low) * 0.1 || 1;
     return [low - room, high + room];
   }
@@ -144,6 +145,7 @@ export class Chart {
     const row = index ?? times.length - 1;
     const texts = columns.map((column) => this.spec.value(column[row]));
     texts.forEach((text, each) => setText(this.values[each], text));
+    setText(this.when, index === null || !times.length ? "" : clock(times[index]));
     if (index === null) {
       const parts = texts.map((text, each) => `${this.spec.series[each].label} ${text}`);
       this.canvas.setAttribute("aria-label", `${this.spec.title}: ${parts.join(", ") || "nothing yet"}`);

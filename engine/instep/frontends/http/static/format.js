@@ -24,10 +24,15 @@ export function short(value) {
 /** 212 µs, 1.24 ms, 3.1 s, of microseconds. */
 export function micros(value) {
   if (!isNumber(value)) return NONE;
-  if (value === 0) return "0 µs";
   if (value < 999.5) return `${value < 9.95 ? value.toFixed(1) : Math.round(value)} µs`;
   if (value < 999_500) return `${digits(value / 1e3)} ms`;
   return `${digits(value / 1e6)} s`;
+}
+
+/** 500 µs, 1.5 ms, 2 s: for axes. */
+export function microsShort(value) {
+  const [unit, size] = value < 1e3 ? ["µs", 1] : value < 1e6 ? ["ms", 1e3] : ["s", 1e6];
+  return `${+(value / size).toPrecision(3)} ${unit}`;
 }
 
 const digits = (value) => value.toFixed(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
@@ -42,6 +47,9 @@ export function duration(value) {
   if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
   return `${Math.floor(minutes / 1440)} d ${Math.floor((minutes % 1440) / 60)} h`;
 }
+
+/** An age: one that is negligible reads better as "now" than as 0.0 s ago. */
+export const ago = (value) => (!isNumber(value) ? NONE : value < 0.95 ? "now" : `${duration(value)} ago`);
 
 /** 512 B, 1.2 MB, 3.4 GB: decimal units, as disks are sold. */
 export function bytes(value) {
@@ -83,6 +91,6 @@ export function setPairs(list, pairs) {
     const pair = list.children[index] ?? list.appendChild(element("div", {}, element("dt"), element("dd")));
     setText(pair.children[0], term);
     setText(pair.children[1], text);
-    pair.children[1].title = text;
+    pair.children[0].title = term;
   });
 }

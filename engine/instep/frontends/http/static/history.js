@@ -2,10 +2,15 @@
 
 const ROWS = 600;
 const GAP_S = 3; // seconds without a row, after which a line is broken
+const OF_ANSWERS = /^(latency|queue|compute|send|batch)_(us|fill|size)/;
 
 export class History {
   times = [];
   #columns = new Map();
+
+  constructor(model) {
+    this.model = model;
+  }
 
   /** Takes the server's columns, behind what was seen here before it restarted. */
   load({ time_s: times = [], ...columns }) {
@@ -45,7 +50,11 @@ export class History {
   #row(time_s, value, names) {
     for (const name of names) if (!this.#columns.has(name)) this.#columns.set(name, this.times.map(() => null));
     this.times.push(time_s);
-    for (const [name, column] of this.#columns) column.push(names.includes(name) ? value(name) ?? null : null);
+    const isIdle = names.includes("latency_us_p50") && !value("latency_us_p50"); // nothing was answered: no latency
+    for (const [name, column] of this.#columns) {
+      const isKnown = names.includes(name) && !(isIdle && OF_ANSWERS.test(name));
+      column.push(isKnown ? value(name) ?? null : null);
+    }
     if (this.times.length > ROWS) for (const each of [this.times, ...this.#columns.values()]) each.shift();
   }
 }

@@ -7,16 +7,20 @@ const ALL_EVENTS = { "Last-Event-ID": "0" }; // the server repeats what it remem
 /** The JSON at a path of the server; an Error with its sentence if it refuses. */
 export async function getJson(path, signal) {
   const response = await fetch(path, { cache: "no-store", signal });
-  const body = await response.json();
-  if (!response.ok) throw new Error(body.error?.message ?? `${response.status} ${response.statusText}`);
-  return body;
+  if (!response.ok) throw new Error(await sentenceOf(response));
+  return response.json();
+}
+
+async function sentenceOf(response) {
+  const body = await response.json().catch(() => null);
+  return body?.error?.message ?? `${response.status} ${response.statusText}`;
 }
 
 export const query = (parameters) =>
   new URLSearchParams(Object.entries(parameters).filter(([, value]) => value)).toString();
 
-/** Calls `onEvent(kind, data)` for each event until it is closed, and `onState(state)` when the connection changes:
- * "live", "lost", "ended" (the server said goodbye) or "denied" (it wants a token). */
+/** Calls `onEvent(kind, data)` for each event until it is closed, and `onState(state, sentence)` when the connection changes:
+ * "live", "lost", "ended" (the server said goodbye) or "refused", with the sentence of the server. */
 export class Live {
   #stop = new AbortController();
 
@@ -31,19 +35,21 @@ export class Live {
   async #run(path, onEvent, onState) {
     const stopped = this.#stop.signal;
     while (!stopped.aborted) {
-      let said = "lost";
+      let said = ["lost", ""];
       const attempt = new AbortController();
       const abort = () => attempt.abort();
       stopped.addEventListener("abort", abort);
       let watchdog = setTimeout(abort, SILENT_MS);
       try {
         const response = await fetch(path, { cache: "no-store", headers: ALL_EVENTS, signal: attempt.signal });
-        if (response.status === 401) said = "denied";
-        if (!response.ok) throw new Error(response.statusText);
+        if (!response.ok) {
+          said = ["refused", await sentenceOf(response)];
+          throw new Error(said[1]);
+        }
         onState("live");
         const parser = new Parser((kind, data) => {
           if (stopped.aborted) return;
-          if (kind === "bye") said = "ended";
+          if (kind === "bye") said = ["ended", ""];
           onEvent(kind, JSON.parse(data));
         });
         const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -58,7 +64,7 @@ export class Live {
       clearTimeout(watchdog);
       stopped.removeEventListener("abort", abort);
       if (stopped.aborted) return;
-      onState(said);
+      onState(...said);
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
   }

@@ -1,26 +1,26 @@
 // The numbers and badges of one model, and its charts.
 
 import { Chart } from "./charts.js";
-import { bytes, count, duration, float32, micros, percent, setPairs, setText, short } from "./format.js";
+import { bytes, count, duration, float32, micros, microsShort, percent, setPairs, setText, short } from "./format.js";
 
 const byId = (id) => document.getElementById(id);
 
 const CHARTS = [
-  { title: "Throughput", room: "wide", axis: short, value: count, series: [{ label: "frames/s", key: "blue", column: "frames_per_s" }] },
+  { title: "Throughput", idle: 100, room: "wide", axis: short, value: count, series: [{ label: "frames/s", key: "blue", column: "frames_per_s" }] },
   {
-    title: "Latency", room: "wide", axis: micros, value: micros, log: true,
+    title: "Latency", idle: 1000, room: "wide", axis: microsShort, value: micros, log: true,
     series: [{ label: "median", key: "blue", column: "latency_us_p50" }, { label: "99th percentile", key: "orange", column: "latency_us_p99" }],
   },
   {
-    title: "Where a median frame's time goes", axis: micros, value: micros, stacked: true,
+    title: "Where a median frame's time goes", idle: 1000, axis: microsShort, value: micros, stacked: true,
     series: ["queue", "compute", "send"].map((part) => ({ label: part, key: part, column: `${part}_us_p50` })),
   },
   {
-    title: "Fill and load", room: "narrow", axis: percent, value: percent, top: 1,
+    title: "Batch fill and time busy", room: "narrow", axis: percent, value: percent, top: 1,
     series: [
       { label: "batch fill", key: "blue", column: "batch_fill" },
-      { label: "executor busy", key: "orange", column: "executor_busy" },
-      { label: "loop busy", key: "violet", column: "loop_busy" },
+      { label: "executor", key: "orange", column: "executor_busy" },
+      { label: "event loop", key: "violet", column: "loop_busy" },
     ],
   },
   {
@@ -62,11 +62,11 @@ export class Overview {
     meter("executor-meter", recent("executor_busy"));
 
     for (const quantile of ["p50", "p99"]) {
-      setText(quantile, micros(recent(`latency_us_${quantile}`)));
+      setText(quantile, micros(recent(`latency_us_${quantile}`) || null)); // 0 is none
       const parts = ["queue", "compute", "send"].map((part) => recent(`${part}_us_${quantile}`) || 0);
       const sum = parts.reduce((total, part) => total + part, 0) || 1;
       ["queue", "compute", "send"].forEach((part, index) => {
-        setText(`${part}-${quantile}`, micros(recent(`${part}_us_${quantile}`)));
+        setText(`${part}-${quantile}`, micros(recent(`latency_us_${quantile}`) ? recent(`${part}_us_${quantile}`) : null));
         byId(`split-${quantile}`).children[index].style.width = `${(100 * parts[index]) / sum}%`;
       });
       const words = ["queue", "compute", "send"].map((part, index) => `${part} ${micros(parts[index])}`);
@@ -94,14 +94,16 @@ export class Overview {
 
     const refused = refusals(numbers);
     const total = refused.reduce((sum, [, number]) => sum + number, 0);
-    badge("refused", total ? "warn" : "good", total ? `${count(total)} since the start` : "None since the start");
+    const rate = numbers.recent_refused_per_s;
+    if (rate > 0) badge("refused", "warn", `${count(rate)} per second`);
+    else if (total) badge("refused", "off", `${count(total)} since the start`);
+    else badge("refused", "good", "None since the start");
     setPairs(byId("refused-codes"), refused.slice(0, 3).map(([code, number]) => [code, count(number)]));
 
     if (recording) {
-      badge("recording", "good", `${bytes(recording.bytes)}, ${DURABILITY[durability] ?? durability}`);
+      badge("recording", ...(DURABILITY[durability] ?? ["off", durability]));
       setPairs(byId("recording-facts"), [
-        ["file", recording.file],
-        ["free on the disk", bytes(recording.free_bytes)],
+        [recording.file, `${bytes(recording.bytes)}, ${bytes(recording.free_bytes)} free`],
         ["commit, 99th percentile", micros(numbers.commit_us_p99)],
         ["newest checkpoint", numbers.checkpoint_age_s === undefined ? "none yet" : `${duration(numbers.checkpoint_age_s)} ago`],
       ]);
@@ -112,7 +114,11 @@ export class Overview {
   }
 }
 
-const DURABILITY = { memory: "in memory", commit: "survives a crash", fsync: "survives a power cut" };
+const DURABILITY = {
+  memory: ["fair", "A crash may lose frames"],
+  commit: ["good", "Survives a crash"],
+  fsync: ["good", "Survives a power cut"],
+};
 
 function badge(id, level, text) {
   byId(id).dataset.level = level;
@@ -126,7 +132,7 @@ function meter(id, fraction) {
 function refusals(numbers) {
   return Object.entries(numbers)
     .map(([name, number]) => [/^refused_(\w+)_total$/.exec(name)?.[1], number])
-    .filter(([code, number]) => code && number > 0)
+    .filter(([code, number]) => code && code !== "messages" && number > 0)
     .map(([code, number]) => [code.toUpperCase(), number])
     .sort(([, a], [, b]) => b - a);
 }
@@ -146,13 +152,17 @@ function verificationDetail(verification) {
   return `${duration(verification.lag_s)} behind what is served.`;
 }
 
-/** The sentence about a mismatch, with the values that differ; null where all is well. */
-export function mismatchText(model) {
-  const mismatch = model?.verification?.mismatch;
-  if (model?.verification?.state !== "mismatch" || !mismatch) return null;
-  const { stream, seq, expected, got } = mismatch;
-  const differing = expected.map((_, index) => index).filter((index) => expected[index] !== got[index]);
-  const shown = differing.slice(0, 3).map((index) => `[${index}] expected ${float32(expected[index])}, got ${float32(got[index])}`);
-  const more = differing.length > 3 ? `; and ${count(differing.length - 3)} more` : "";
-  return { stream, text: `Mismatch: stream ${stream}, frame ${count(seq)}: output ${shown.join("; ")}${more}` };
+/** Shows the mismatch of the first model that has one, with the values that differ. */
+export function showAlarm(models, linkTo) {
+  const found = models.find(({ verification }) => verification?.state === "mismatch" && verification.mismatch);
+  byId("alarm").hidden = !found;
+  if (!found) return setText("alarm-values", "");
+  const { stream, seq, expected, got } = found.verification.mismatch;
+  const differing = [...expected.keys()].filter((index) => expected[index] !== got[index]);
+  const shown = differing.slice(0, 3).map((index) => `output ${index}: expected ${float32(expected[index])}, got ${float32(got[index])}`);
+  if (differing.length > 3) shown.push(`and ${count(differing.length - 3)} more`);
+  setText("alarm-stream", stream);
+  byId("alarm-stream").href = linkTo(found.name, stream);
+  setText("alarm-frame", `frame ${count(seq)}${models.length > 1 ? ` of model ${found.name}` : ""}`);
+  setText("alarm-values", shown.join("; "));
 }

@@ -1,7 +1,7 @@
 // The page of one stream: what it is, what goes in and out, and what happened to it.
 
 import { Chart } from "./charts.js";
-import { clock, count, duration, element, setPairs, setText } from "./format.js";
+import { ago, clock, count, duration, element, setPairs, setText } from "./format.js";
 
 const byId = (id) => document.getElementById(id);
 const KEYS = ["blue", "orange", "violet", "green"];
@@ -34,8 +34,8 @@ export class StreamPage {
   #draw(trace, now_s) {
     const columns = (rows) => KEYS.map((_, index) => rows.map((row) => row[index] ?? null));
     this.#charts ??= [
-      ["Inputs", channels("x"), value],
-      ["Outputs", channels("y"), value],
+      ["First inputs", channels("x"), value],
+      ["First outputs", channels("y"), value],
       ["Norm of the state", [{ label: "‖h‖", key: "blue" }], value],
     ].map(([title, series, text]) => new Chart(byId("traces"), { title, series, value: text, axis, sync: "stream", seconds: true }));
     const from = now_s - 60;
@@ -51,33 +51,51 @@ function facts(record) {
     ["frames", count(record.seq)],
     ["frames per second", count(record.rate)],
     ["waiting", count(record.pending)],
-    ["last frame", record.idle_s === null ? "none yet" : `${duration(record.idle_s)} ago`],
+    ["last frame", record.idle_s === null ? "none yet" : ago(record.idle_s)],
     ["connection", record.owner === null ? "none" : `#${record.owner}`],
   ];
   if (record.parked_s !== null) pairs.push(["parked for", duration(record.parked_s)]);
-  pairs.push(["expires", record.expires_in_s === null ? "not while it is used" : `in ${duration(record.expires_in_s)}`]);
+  pairs.push(["expires unless used", record.expires_in_s === null ? "never" : `in ${duration(record.expires_in_s)}`]);
   return pairs;
 }
 
-const ALARMING = new Set(["refused", "fenced", "lost", "mismatch", "evicted"]);
+const LEVELS = { lost: "bad", mismatch: "bad", refused: "warn", fenced: "warn", evicted: "warn", withdrawn: "warn" };
+const SHOWN = 100;
+
+/** The newest first; what happened to many streams at once is one entry, of the first of them and their number. */
+function grouped(events) {
+  const groups = [];
+  for (let index = events.length - 1; index >= 0; index -= 1) {
+    const event = events[index];
+    const group = groups.at(-1);
+    if (group?.time_s === event.time_s && group.kind === event.kind && group.detail === event.detail) {
+      Object.assign(group, { stream: event.stream, seq: event.seq, others: group.others + 1 });
+    } else if (groups.length === SHOWN) break;
+    else groups.push({ ...event, others: 0 });
+  }
+  return groups;
+}
 
 /** Events, the newest first; linkTo makes the name of the stream a link. */
 export function showLog(list, empty, events, linkTo) {
-  const newest = events.slice(-100).reverse();
+  const newest = grouped(events);
+  const shown = `${events[0]?.number} ${events.at(-1)?.number}`;
   empty.hidden = newest.length > 0;
   list.hidden = newest.length === 0;
-  const shown = list.firstElementChild?.dataset.number;
-  if (newest.length && shown === String(newest[0].number) && list.children.length === newest.length) return;
+  if (list.dataset.shown === shown) return;
+  list.dataset.shown = shown;
   list.replaceChildren(...newest.map((event) => {
-    const item = element("li", { className: ALARMING.has(event.kind) ? "alarming" : "" },
+    const item = element("li", {},
       element("time", { text: clock(event.time_s) }), element("b", { text: event.kind }));
-    item.dataset.number = event.number;
+    item.dataset.level = LEVELS[event.kind] ?? "";
     if (linkTo && event.stream) {
       const link = element("a", { text: event.stream, title: event.stream });
       link.href = linkTo(event.stream);
       item.append(link);
     }
-    const detail = [event.detail, event.seq === null || event.seq === undefined ? "" : `frame ${count(event.seq)}`];
+    const isOne = event.others === 0 && event.seq !== null && event.seq !== undefined;
+    const rest = event.others ? `and ${count(event.others)} more` : isOne ? `frame ${count(event.seq)}` : "";
+    const detail = [event.detail, rest];
     item.append(element("span", { text: detail.filter(Boolean).join(", ") }));
     return item;
   }));

@@ -1,6 +1,6 @@
 // The table of streams: the server searches, sorts and cuts into pages, since there may be a hundred thousand.
 
-import { count, duration, element, setText } from "./format.js";
+import { ago, count, duration, element, setText } from "./format.js";
 import { getJson, query } from "./live.js";
 
 const PAGE = 25;
@@ -8,17 +8,15 @@ const POLL_MS = 2000;
 
 const byId = (id) => document.getElementById(id);
 
-/** An age that is negligible reads better as "now" than as 0.0 s. */
-const ago = (seconds) => (seconds === null || seconds === undefined ? "–" : seconds < 0.95 ? "now" : `${duration(seconds)} ago`);
-
 const COLUMNS = [
   { label: "name", sort: "name", text: (stream) => stream.name, className: "name" },
-  { label: "state", text: (stream) => stream.state + (stream.parked_s === null ? "" : `, ${duration(stream.parked_s)}`), className: "state-cell" },
-  { label: "frames", sort: "seq", text: (stream) => count(stream.seq), className: "number" },
+  { label: "state", text: (stream) => stream.state },
+  { label: "frames", sort: "seq", text: (stream) => count(stream.seq), className: "number minor" },
   { label: "frames/s", sort: "rate", text: (stream) => count(stream.rate), className: "number" },
   { label: "last frame", sort: "idle", text: (stream) => ago(stream.idle_s), className: "number" },
   { label: "waiting", text: (stream) => count(stream.pending), className: "number minor" },
   { label: "connection", text: (stream) => (stream.owner === null ? "–" : `#${stream.owner}`), className: "number minor" },
+  { label: "parked for", text: (stream) => duration(stream.parked_s), className: "number minor" },
 ];
 
 export class StreamTable {
@@ -129,7 +127,7 @@ export class StreamTable {
     byId("previous").disabled = this.#cursors.length === 1;
     byId("next").disabled = cursor === null;
     byId("no-streams").hidden = streams.length > 0;
-    setText("no-streams", total ? "No stream is like that." : "No streams yet. They appear here when a client opens them.");
+    setText("no-streams", total ? "No stream is like that." : "No streams yet. They appear here as soon as clients open them.");
   }
 }
 
