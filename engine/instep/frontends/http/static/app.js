@@ -25,7 +25,16 @@ function address({ model, stream }) {
   return `#${parts.join("&")}`;
 }
 
-const page = { ...readAddress(), stats: null, record: null, events: [], connection: "connecting", sentence: "", heard_ms: 0, ahead_s: 0 };
+const page = {
+  ...readAddress(),
+  stats: null,
+  record: null,
+  events: [],
+  connection: "connecting",
+  sentence: "", // what the server says to a refusal
+  heard_ms: 0, // when statistics came, by the clock of the browser
+  ahead_s: 0, // how far the clock of the server is ahead of it
+};
 const linkTo = (stream) => address({ model: page.model, stream });
 const overview = new Overview();
 const streams = new StreamTable(linkTo);
@@ -79,8 +88,12 @@ function showStats() {
   if (!present) return;
   overview.show(present);
   showAlarm(stats.models, (name, stream) => address({ model: name, stream }));
-  setText("about", [stats.models.length > 1 ? "" : present.name, present.kind, `${present.features} → ${present.outputs}`, present.device].filter(Boolean).join(" · "));
-  setText("end", `instep ${stats.version} · process ${stats.pid} · serving ${stats.endpoint} for ${duration(stats.uptime_s)} · fingerprint ${present.fingerprint.slice(0, 12)}`);
+  const about = [present.kind, `${present.features} → ${present.outputs}`, present.device];
+  if (stats.models.length === 1) about.unshift(present.name);
+  setText("about", about.join(" · "));
+  const serving = `serving ${stats.endpoint} for ${duration(stats.uptime_s)}`;
+  const fingerprint = `fingerprint ${present.fingerprint.slice(0, 12)}`;
+  setText("end", [`instep ${stats.version}`, `process ${stats.pid}`, serving, fingerprint].join(" · "));
   if (page.stream === null) streams.show(present.name);
   draw();
 }
@@ -113,7 +126,11 @@ function draw() {
 }
 
 const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended: "Stopped", refused: "Refused" };
-const PROBLEM = { lost: "The server does not answer.", ended: "The server has shut down.", refused: "The server refuses: " };
+const PROBLEM = {
+  lost: "The server does not answer.",
+  ended: "The server has shut down.",
+  refused: "The server refuses: ",
+};
 
 function showConnection() {
   const { connection, sentence, stats } = page;

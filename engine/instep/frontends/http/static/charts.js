@@ -17,13 +17,22 @@ const faded = (resolved, alpha) => resolved.replace("rgb(", "rgba(").replace(")"
 
 const hoursAndMinutes = (splits) => splits.map((time_s) => clock(time_s).slice(0, 5));
 const withSeconds = (splits) => splits.map((time_s) => clock(time_s));
+const TIME_AXIS = { size: 28, space: 80, incrs: [1, 5, 10, 15, 30, 60, 120, 300], grid: { show: false } };
 
 /**
  * One chart with a heading and a legend that shows the newest values, or those under the pointer.
  *
- * spec: title; series: [{label, colour, column}]; value: number → text for the legend; axis: number → text for the
- * axis; idle: what the axis reaches while there is nothing; room: "wide" or "narrow", of the legend's values; stacked: draw sums; log: offer a logarithmic axis; top: what the axis reaches at least; sync: charts with the
- * same key share their cursor; seconds: whether the time axis needs seconds.
+ * spec:
+ *   title
+ *   series: [{label, key: a colour of the style sheet, column: of the history}]
+ *   value, axis: number → text, for the legend and for the axis
+ *   sync: charts with the same key share their cursor
+ *   room: "wide" or "narrow", where values in the legend are long or short
+ *   top: what the axis reaches at least
+ *   idle: what the axis reaches while there is nothing
+ *   stacked: whether sums are drawn
+ *   log: whether to offer a logarithmic axis
+ *   seconds: whether the time axis needs seconds
  */
 export class Chart {
   #plot;
@@ -34,8 +43,11 @@ export class Chart {
   constructor(host, spec) {
     this.spec = spec;
     this.values = spec.series.map(() => element("span", { className: `value ${spec.room ?? ""}`, text: "–" }));
-    const legend = element("div", { className: "legend" }, ...spec.series.map((series, index) =>
-      element("span", {}, element("i", { className: `key ${series.key}` }), element("span", { text: series.label }), this.values[index])));
+    const entries = spec.series.map(({ key, label }, index) => {
+      const swatch = element("i", { className: `key ${key}` });
+      return element("span", {}, swatch, element("span", { text: label }), this.values[index]);
+    });
+    const legend = element("div", { className: "legend" }, ...entries);
     const head = element("div", { className: "head" }, element("h2", { text: spec.title }));
     this.when = head.appendChild(element("span", { className: "when" }));
     if (spec.log) head.append(this.#logSwitch());
@@ -79,6 +91,9 @@ export class Chart {
 
   #make() {
     const { spec } = this;
+    const clockTexts = spec.seconds ? withSeconds : hoursAndMinutes;
+    const valueText = (value) => (value === null ? "" : spec.axis(value));
+    const filled = spec.stacked ? 1 : spec.series.length === 1 ? 0.12 : 0;
     const axis = {
       stroke: () => colour("--quiet"),
       grid: { stroke: () => colour("--line"), width: 1 },
@@ -89,7 +104,7 @@ export class Chart {
     const series = spec.series.map(({ label, key }) => ({
       label,
       stroke: () => colour(`--${key}`),
-      fill: spec.stacked ? () => colour(`--${key}`) : spec.series.length === 1 ? () => faded(colour(`--${key}`), 0.12) : undefined,
+      fill: filled ? () => faded(colour(`--${key}`), filled) : undefined,
       width: spec.stacked ? 0 : 1.75,
       points: { show: false },
     }));
@@ -103,12 +118,12 @@ export class Chart {
         scales: {
           x: { time: true },
           y: this.#isLog
-            ? { distr: 3, log: 10, range: (_, low, high) => (high > 0 ? uPlot.rangeLog(low, high, 10, true) : [1, 1000]) }
+            ? { distr: 3, log: 10, range: (_, low, high) => (high ? uPlot.rangeLog(low, high, 10, true) : [1, 1000]) }
             : { range: (_, low, high) => this.#range(low, high) },
         },
         axes: [
-          { ...axis, size: 28, space: spec.seconds ? 90 : 70, incrs: [1, 5, 10, 15, 30, 60, 120, 300], values: (_, splits) => (spec.seconds ? withSeconds : hoursAndMinutes)(splits), grid: { show: false } },
-          { ...axis, size: 62, space: 32, values: (_, splits) => splits.map((value) => (value === null ? "" : spec.axis(value))) },
+          { ...axis, ...TIME_AXIS, values: (_, splits) => clockTexts(splits) },
+          { ...axis, size: 62, space: 32, values: (_, splits) => splits.map(valueText) },
         ],
         series: [{}, ...series],
         hooks: { setCursor: [(plot) => this.#label(plot.cursor.idx ?? null)] },

@@ -16,11 +16,14 @@ async function sentenceOf(response) {
   return body?.error?.message ?? `${response.status} ${response.statusText}`;
 }
 
+/** Parameters as text, without those that are empty. */
 export const query = (parameters) =>
   new URLSearchParams(Object.entries(parameters).filter(([, value]) => value)).toString();
 
-/** Calls `onEvent(kind, data)` for each event until it is closed, and `onState(state, sentence)` when the connection changes:
- * "live", "lost", "ended" (the server said goodbye) or "refused", with the sentence of the server. */
+/**
+ * Calls `onEvent(kind, data)` for each event until it is closed, and `onState(state, sentence)` when the connection
+ * changes: "live", "lost", "ended" (the server said goodbye) or "refused", with the sentence of the server.
+ */
 export class Live {
   #stop = new AbortController();
 

@@ -1,15 +1,22 @@
 // The numbers and badges of one model, and its charts.
 
 import { Chart } from "./charts.js";
-import { bytes, count, duration, float32, micros, microsShort, percent, setPairs, setText, short } from "./format.js";
+import { ago, bytes, count, duration, float32, micros, microsShort, percent, short } from "./format.js";
+import { setPairs, setText } from "./format.js";
 
 const byId = (id) => document.getElementById(id);
 
 const CHARTS = [
-  { title: "Throughput", idle: 100, room: "wide", axis: short, value: count, series: [{ label: "frames/s", key: "blue", column: "frames_per_s" }] },
+  {
+    title: "Throughput", axis: short, value: count, room: "wide", idle: 100,
+    series: [{ label: "frames/s", key: "blue", column: "frames_per_s" }],
+  },
   {
     title: "Latency", idle: 1000, room: "wide", axis: microsShort, value: micros, log: true,
-    series: [{ label: "median", key: "blue", column: "latency_us_p50" }, { label: "99th percentile", key: "orange", column: "latency_us_p99" }],
+    series: [
+      { label: "median", key: "blue", column: "latency_us_p50" },
+      { label: "99th percentile", key: "orange", column: "latency_us_p99" },
+    ],
   },
   {
     title: "Where a median frame's time goes", idle: 1000, axis: microsShort, value: micros, stacked: true,
@@ -61,12 +68,13 @@ export class Overview {
     setText("frames-total", count(numbers.frames_total));
     meter("executor-meter", recent("executor_busy"));
 
+    const isAnswering = recent("latency_us_p50") > 0;
     for (const quantile of ["p50", "p99"]) {
-      setText(quantile, micros(recent(`latency_us_${quantile}`) || null)); // 0 is none
+      setText(quantile, micros(isAnswering ? recent(`latency_us_${quantile}`) : null));
       const parts = ["queue", "compute", "send"].map((part) => recent(`${part}_us_${quantile}`) || 0);
       const sum = parts.reduce((total, part) => total + part, 0) || 1;
       ["queue", "compute", "send"].forEach((part, index) => {
-        setText(`${part}-${quantile}`, micros(recent(`latency_us_${quantile}`) ? recent(`${part}_us_${quantile}`) : null));
+        setText(`${part}-${quantile}`, micros(isAnswering ? recent(`${part}_us_${quantile}`) : null));
         byId(`split-${quantile}`).children[index].style.width = `${(100 * parts[index]) / sum}%`;
       });
       const words = ["queue", "compute", "send"].map((part, index) => `${part} ${micros(parts[index])}`);
@@ -105,7 +113,7 @@ export class Overview {
       setPairs(byId("recording-facts"), [
         [recording.file, `${bytes(recording.bytes)}, ${bytes(recording.free_bytes)} free`],
         ["commit, 99th percentile", micros(numbers.commit_us_p99)],
-        ["newest checkpoint", numbers.checkpoint_age_s === undefined ? "none yet" : `${duration(numbers.checkpoint_age_s)} ago`],
+        ["newest checkpoint", numbers.checkpoint_age_s === undefined ? "none yet" : ago(numbers.checkpoint_age_s)],
       ]);
     } else {
       badge("recording", "off", "Off");
@@ -138,10 +146,11 @@ function refusals(numbers) {
 }
 
 function verificationBadge(verification) {
-  switch (verification?.state) {
-    case "verified": return ["good", `${count(verification.frames)} frames match`];
-    case "checking": return ["busy", `Checking: ${count(verification.frames)} frames match`];
-    case "mismatch": return ["bad", `${count(verification.mismatches)} ${verification.mismatches === 1 ? "mismatch" : "mismatches"}`];
+  const { state, frames, mismatches } = verification ?? {};
+  switch (state) {
+    case "verified": return ["good", `${count(frames)} frames match`];
+    case "checking": return ["busy", `Checking: ${count(frames)} frames match`];
+    case "mismatch": return ["bad", mismatches === 1 ? "1 mismatch" : `${count(mismatches)} mismatches`];
     default: return ["off", "Off"];
   }
 }
@@ -159,7 +168,9 @@ export function showAlarm(models, linkTo) {
   if (!found) return setText("alarm-values", "");
   const { stream, seq, expected, got } = found.verification.mismatch;
   const differing = [...expected.keys()].filter((index) => expected[index] !== got[index]);
-  const shown = differing.slice(0, 3).map((index) => `output ${index}: expected ${float32(expected[index])}, got ${float32(got[index])}`);
+  const shown = differing
+    .slice(0, 3)
+    .map((index) => `output ${index}: expected ${float32(expected[index])}, got ${float32(got[index])}`);
   if (differing.length > 3) shown.push(`and ${count(differing.length - 3)} more`);
   setText("alarm-stream", stream);
   byId("alarm-stream").href = linkTo(found.name, stream);

@@ -11,6 +11,8 @@ const axis = (number) => `${+number.toPrecision(3)}`;
 
 const channels = (what) => KEYS.map((key, index) => ({ label: `${what}[${index}]`, key }));
 
+const GONE = "The server holds no stream of this name: it was closed, it expired, or it was never opened.";
+
 export class StreamPage {
   #charts = null;
 
@@ -22,7 +24,7 @@ export class StreamPage {
     setText("stream-state", record?.state ?? "");
     byId("stream-state").dataset.state = record?.state ?? "";
     if (record === null) {
-      setText("no-stream", "The server holds no stream of this name: it was closed, it expired, or it was never opened.");
+      setText("no-stream", GONE);
       showLog(byId("stream-log"), byId("no-stream-events"), []);
       return;
     }
@@ -34,10 +36,10 @@ export class StreamPage {
   #draw(trace, now_s) {
     const columns = (rows) => KEYS.map((_, index) => rows.map((row) => row[index] ?? null));
     this.#charts ??= [
-      ["First inputs", channels("x"), value],
-      ["First outputs", channels("y"), value],
-      ["Norm of the state", [{ label: "‖h‖", key: "blue" }], value],
-    ].map(([title, series, text]) => new Chart(byId("traces"), { title, series, value: text, axis, sync: "stream", seconds: true }));
+      { title: "First inputs", series: channels("x") },
+      { title: "First outputs", series: channels("y") },
+      { title: "Norm of the state", series: [{ label: "‖h‖", key: "blue" }] },
+    ].map((spec) => new Chart(byId("traces"), { ...spec, value, axis, sync: "stream", seconds: true }));
     const from = now_s - 60;
     const [inputs, outputs, norm] = this.#charts;
     inputs.draw([trace.time_s, ...columns(trace.inputs)], from, now_s);

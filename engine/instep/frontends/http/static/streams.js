@@ -5,6 +5,7 @@ import { getJson, query } from "./live.js";
 
 const PAGE = 25;
 const POLL_MS = 2000;
+const NONE_YET = "No streams yet. They appear here as soon as clients open them.";
 
 const byId = (id) => document.getElementById(id);
 
@@ -15,7 +16,7 @@ const COLUMNS = [
   { label: "frames/s", sort: "rate", text: (stream) => count(stream.rate), className: "number" },
   { label: "last frame", sort: "idle", text: (stream) => ago(stream.idle_s), className: "number" },
   { label: "waiting", text: (stream) => count(stream.pending), className: "number minor" },
-  { label: "connection", text: (stream) => (stream.owner === null ? "–" : `#${stream.owner}`), className: "number minor" },
+  { label: "connection", text: ({ owner }) => (owner === null ? "–" : `#${owner}`), className: "number minor" },
   { label: "parked for", text: (stream) => duration(stream.parked_s), className: "number minor" },
 ];
 
@@ -123,11 +124,12 @@ export class StreamTable {
     });
     const before = (this.#cursors.length - 1) * PAGE;
     const range = streams.length ? `${count(before + 1)} to ${count(before + streams.length)} of ` : "";
-    setText("matched", matched === total ? `${range}${count(total)} streams` : `${range}${count(matched)} found among ${count(total)}`);
+    const among = matched === total ? `${count(total)} streams` : `${count(matched)} found among ${count(total)}`;
+    setText("matched", range + among);
     byId("previous").disabled = this.#cursors.length === 1;
     byId("next").disabled = cursor === null;
     byId("no-streams").hidden = streams.length > 0;
-    setText("no-streams", total ? "No stream is like that." : "No streams yet. They appear here as soon as clients open them.");
+    setText("no-streams", total ? "No stream is like that." : NONE_YET);
   }
 }
 

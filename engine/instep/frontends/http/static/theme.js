@@ -10,7 +10,7 @@
   addEventListener("DOMContentLoaded", () => {
     document.getElementById("theme").addEventListener("click", () => {
       root.dataset.theme = isDark() ? "light" : "dark";
-      try { localStorage.setItem("instep-theme", root.dataset.theme); } catch { /* private window: for this page only */ }
+      try { localStorage.setItem("instep-theme", root.dataset.theme); } catch { /* it holds for this page only */ }
       changed();
     });
   });
