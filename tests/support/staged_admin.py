@@ -123,6 +123,9 @@ class StagedAdmin:
         return JSONResponse({"model": self.models[0]["name"], **page, "cursor": cursor})
 
     async def _events(self, request: Request) -> Response:
+        if request.query_params.get("model", self.models[0]["name"]) not in [each["name"] for each in self.models]:
+            said = f"no model is called {request.query_params['model']!r}"
+            return JSONResponse({"error": {"code": "UNKNOWN_MODEL", "message": said}}, 404)
         return StreamingResponse(self._tell(request.query_params.get("stream")), media_type="text/event-stream")
 
     async def _tell(self, name: str | None) -> AsyncIterator[str]:
@@ -131,10 +134,11 @@ class StagedAdmin:
         while not self._server.should_exit:
             if turn % 4 == 0:
                 yield f"event: stats\ndata: {json.dumps(self._now())}\n\n"
-            for each in self.streams:
-                if each["name"] == name:
-                    record = {**each, "trace": trace(time.time()), "events": self.log}
-                    yield f"event: stream\ndata: {json.dumps(record)}\n\n"
+            if name is not None:
+                looked_at = [each for each in self.streams if each["name"] == name]
+                more = {"trace": trace(time.time()), "events": self.log}
+                record = {**looked_at[0], **more} if looked_at else {"name": name, "state": "closed"}
+                yield f"event: stream\ndata: {json.dumps(record)}\n\n"
             for each in self.log[told:]:
                 yield f"event: log\nid: {each['number']}\ndata: {json.dumps(each)}\n\n"
             told, turn = len(self.log), turn + 1

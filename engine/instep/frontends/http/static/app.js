@@ -71,7 +71,7 @@ function onEvent(kind, data) {
     if (numbers) history.append(numbers.recent_time_s ?? data.time_s, numbers);
     showStats();
   } else if (kind === "stream" && data.name === page.stream) {
-    page.record = data;
+    page.record = data.state === "closed" ? null : data;
     showStream();
   } else if (kind === "log") {
     page.events.push(data);

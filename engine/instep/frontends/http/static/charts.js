@@ -15,9 +15,9 @@ function colour(name) {
 
 const faded = (resolved, alpha) => resolved.replace("rgb(", "rgba(").replace(")", `, ${alpha})`);
 
-const hoursAndMinutes = (splits) => splits.map((time_s) => clock(time_s).slice(0, 5));
-const withSeconds = (splits) => splits.map((time_s) => clock(time_s));
-const TIME_AXIS = { size: 28, space: 80, incrs: [1, 5, 10, 15, 30, 60, 120, 300], grid: { show: false } };
+const clockTexts = (_plot, splits, _axis, _space, step_s) =>
+  splits.map((time_s) => (step_s < 60 ? clock(time_s) : clock(time_s).slice(0, 5)));
+const TIME_AXIS = { size: 28, space: 80, incrs: [5, 10, 15, 30, 60, 120, 300], grid: { show: false } };
 
 /**
  * One chart with a heading and a legend that shows the newest values, or those under the pointer.
@@ -27,17 +27,17 @@ const TIME_AXIS = { size: 28, space: 80, incrs: [1, 5, 10, 15, 30, 60, 120, 300]
  *   series: [{label, key: a colour of the style sheet, column: of the history}]
  *   value, axis: number → text, for the legend and for the axis
  *   sync: charts with the same key share their cursor
+ *   window_s: the shortest and the longest time that is shown
  *   room: "wide" or "narrow", where values in the legend are long or short
  *   top: what the axis reaches at least
  *   idle: what the axis reaches while there is nothing
  *   stacked: whether sums are drawn
  *   log: whether to offer a logarithmic axis
- *   seconds: whether the time axis needs seconds
  */
 export class Chart {
   #plot;
   #rows = [[]];
-  #window = [0, 1];
+  #now_s = 0;
   #isLog = false;
 
   constructor(host, spec) {
@@ -59,14 +59,14 @@ export class Chart {
     addEventListener("themechange", () => this.#plot.redraw(false));
   }
 
-  /** rows: [times, values of the first series, …]; from, to: the ends of the time axis in Unix seconds. */
-  draw(rows, from, to) {
+  /** rows: [times, values of the first series, …]; now_s: the right end of the time axis in Unix seconds. */
+  draw(rows, now_s) {
     this.#rows = rows;
-    this.#window = [from, to];
+    this.#now_s = now_s;
+    const [shortest, longest] = this.spec.window_s;
+    const first = Math.min(rows[0][0] ?? now_s, now_s - shortest);
     this.#plot.setData(this.#drawn(), false);
-    this.#plot.batch(() => {
-      this.#plot.setScale("x", { min: from, max: to });
-    });
+    this.#plot.setScale("x", { min: Math.max(first, now_s - longest), max: now_s });
     this.#label(this.#plot.cursor.left >= 0 ? this.#plot.posToIdx(this.#plot.cursor.left) : null);
   }
 
@@ -80,7 +80,7 @@ export class Chart {
       button.setAttribute("aria-pressed", String(this.#isLog));
       this.#plot.destroy();
       this.#make();
-      this.draw(this.#rows, ...this.#window);
+      this.draw(this.#rows, this.#now_s);
     });
     return button;
   }
@@ -91,7 +91,6 @@ export class Chart {
 
   #make() {
     const { spec } = this;
-    const clockTexts = spec.seconds ? withSeconds : hoursAndMinutes;
     const valueText = (value) => (value === null ? "" : spec.axis(value));
     const filled = spec.stacked ? 1 : spec.series.length === 1 ? 0.12 : 0;
     const axis = {
@@ -112,7 +111,7 @@ export class Chart {
     this.#plot = new uPlot(
       {
         ...this.#size(),
-        padding: [8, 8, 0, 0],
+        padding: [8, 20, 0, 0],
         legend: { show: false },
         cursor: { y: false, drag: { setScale: false, x: false }, points: { size: 6 }, sync: { key: spec.sync } },
         scales: {
@@ -122,7 +121,7 @@ export class Chart {
             : { range: (_, low, high) => this.#range(low, high) },
         },
         axes: [
-          { ...axis, ...TIME_AXIS, values: (_, splits) => clockTexts(splits) },
+          { ...axis, ...TIME_AXIS, values: clockTexts },
           { ...axis, size: 62, space: 32, values: (_, splits) => splits.map(valueText) },
         ],
         series: [{}, ...series],

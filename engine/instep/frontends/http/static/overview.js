@@ -44,12 +44,12 @@ export class Overview {
   #charts = [];
 
   constructor() {
-    for (const spec of CHARTS) this.#charts.push(new Chart(byId("charts"), { ...spec, sync: "overview" }));
+    for (const spec of CHARTS) this.#charts.push(new Chart(byId("charts"), { ...spec, sync: "overview", window_s: [60, 600] }));
   }
 
   drawCharts(history, now_s) {
     for (const chart of this.#charts) {
-      chart.draw(history.rows(chart.spec.series.map((series) => series.column)), now_s - 600, now_s);
+      chart.draw(history.rows(chart.spec.series.map((series) => series.column)), now_s);
     }
   }
 
@@ -157,7 +157,7 @@ function verificationBadge(verification) {
 
 function verificationDetail(verification) {
   if (!verification || verification.state === "off") return "Replays what is served while it is served.";
-  if (verification.state === "mismatch") return `Stream ${verification.mismatch?.stream ?? "unknown"}; see above.`;
+  if (verification.state === "mismatch") return "The newest one is described above.";
   return `${duration(verification.lag_s)} behind what is served.`;
 }
 

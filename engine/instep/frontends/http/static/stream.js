@@ -39,12 +39,11 @@ export class StreamPage {
       { title: "First inputs", series: channels("x") },
       { title: "First outputs", series: channels("y") },
       { title: "Norm of the state", series: [{ label: "‖h‖", key: "blue" }] },
-    ].map((spec) => new Chart(byId("traces"), { ...spec, value, axis, sync: "stream", seconds: true }));
-    const from = now_s - 60;
+    ].map((spec) => new Chart(byId("traces"), { ...spec, value, axis, sync: "stream", window_s: [20, 60] }));
     const [inputs, outputs, norm] = this.#charts;
-    inputs.draw([trace.time_s, ...columns(trace.inputs)], from, now_s);
-    outputs.draw([trace.time_s, ...columns(trace.outputs)], from, now_s);
-    norm.draw([trace.time_s, trace.state_norm], from, now_s);
+    inputs.draw([trace.time_s, ...columns(trace.inputs)], now_s);
+    outputs.draw([trace.time_s, ...columns(trace.outputs)], now_s);
+    norm.draw([trace.time_s, trace.state_norm], now_s);
   }
 }
 

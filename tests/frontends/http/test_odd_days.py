@@ -1,0 +1,81 @@
+"""The page against answers that are written here: what a real server says only on a bad day, or after a long life."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.support.browsing import Pages, keep
+from tests.support.staged_admin import StagedAdmin, event, model
+
+pytestmark = pytest.mark.heavy
+
+HOSTILE = "<img src=x onerror=alert(1)> " + "x" * 150
+
+
+@pytest.fixture
+def admin() -> Iterator[StagedAdmin]:
+    with StagedAdmin() as staged:
+        yield staged
+
+
+def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: StagedAdmin, pages: Pages) -> None:
+    other = model("denoise")
+    got = {"stream": HOSTILE, "seq": 48_213, "expected": [0.5, 0.12345678], "got": [0.5, 0.12345679]}
+    other["verification"] |= {"state": "mismatch", "mismatches": 1, "mismatch": got}
+    other |= {"exactness": "tolerance", "exactness_detail": "up to 3 ULP"}
+    admin.models.append(other)
+    for width in (400, 1280):
+        page = pages.open(admin.url, width=width)
+        expect(page.locator("#streams-open")).to_have_text("1,024")
+        expect(page.locator("#verification")).to_have_attribute("data-level", "good")
+        expect(page.locator("#alarm")).to_contain_text(f"stream {HOSTILE}, frame 48,213 of model denoise")
+        expect(page.locator("#alarm-values")).to_have_text("output 1: expected 0.12345678, got 0.12345679")
+        page.get_by_label("Model").select_option("denoise")
+        expect(page.locator("#verification")).to_have_attribute("data-level", "bad")
+        expect(page.locator("#exactness")).to_have_text("Within tolerance")
+        assert page.url.endswith("#model=denoise")
+        keep(page, f"mismatch-{width}")
+
+
+def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages) -> None:
+    admin.models[0]["numbers"] |= {"streams_open": 12_345_678.0, "recent_refused_per_s": 0.0}
+    admin.models[0]["max_streams"] = 20_000_000
+    admin.log = [{**event(number, "opened"), "time_s": 1e9} for number in range(1, 4_000)]
+    for width in (1280, 400):
+        page = pages.open(admin.url, width=width)
+        expect(page.locator("#streams-open")).to_have_text("12,345,678")
+        expect(page.locator("#frames-total")).to_have_text("12,345,678")
+        expect(page.locator("#verification")).to_have_text("12,300,000 frames match")
+        expect(page.locator("#refused")).to_have_text("21 since the start")
+        expect(page.locator("#refused-codes dt").first).to_have_text("WINDOW_FULL")
+        expect(page.locator("#log li")).to_have_count(1)
+        expect(page.locator("#log li")).to_contain_text("and 3,998 more")
+        keep(page, f"large-{width}")
+    admin.models[0]["numbers"]["recent_refused_per_s"] = 12.0
+    expect(page.locator("#refused")).to_have_text("12 per second")
+    admin.draining = True
+    expect(page.locator("#banner")).to_contain_text("draining")
+
+
+def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -> None:
+    admin.streams, admin.log, admin.history_rows = [], [], 0
+    admin.models[0] |= {"recording": None, "verification": None, "durability": "memory", "exactness": "off"}
+    nothing = ("streams_open", "streams_parked", "frames_total", "recent_frames_per_s")
+    admin.models[0]["numbers"] = dict.fromkeys(nothing, 0.0)
+    page = pages.open(admin.url)
+    expect(page.locator("#no-streams")).to_contain_text("No streams yet")
+    expect(page.locator("#no-events")).to_be_visible()
+    expect(page.locator("#recording")).to_have_text("Off")
+    expect(page.locator("#verification")).to_have_text("Off")
+    expect(page.locator("#refused")).to_have_text("None since the start")
+    expect(page.locator("#p99")).to_have_text("–")
+    keep(page, "empty")
+
+
+def test_what_the_server_refuses_is_said_in_its_words(admin: StagedAdmin, pages: Pages) -> None:
+    pages.expected.add("404 (Not Found)")
+    page = pages.open(f"{admin.url}#model=nobody")
+    expect(page.locator("#banner")).to_contain_text("The server refuses: no model is called 'nobody'")

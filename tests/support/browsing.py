@@ -1,0 +1,53 @@
+"""Pages in a browser that must stay without errors, dialogues and sideways scrolling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from playwright.sync_api import Browser, BrowserContext, Page
+
+SHOTS = Path(__file__).parents[2] / "test-artefacts"
+
+
+class Pages:
+    """Opens pages, each with a memory of its own."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self._contexts: list[BrowserContext] = []
+        self._complaints: list[str] = []
+        self.expected: set[str] = {"ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED"}
+        """What the browser may say in its console: first of all that a server was stopped."""
+
+    def open(self, url: str, width: int = 1280, height: int = 800, scheme: Literal["light", "dark"] = "light") -> Page:
+        """A page at this address, in a window of this size."""
+        context = self._browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self._contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: self._complaints.append(str(error)))
+        page.on("dialog", lambda dialog: self._complaints.append(dialog.message))
+        page.on("console", lambda said: self._hear(said.type, said.text))
+        page.goto(url)
+        return page
+
+    def close(self) -> None:
+        """Check and close all pages."""
+        for context in self._contexts:
+            for page in context.pages:
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            context.close()
+        assert self._complaints == []
+
+    def _hear(self, kind: str, text: str) -> None:
+        if kind in ("error", "warning") and not any(each in text for each in self.expected):
+            self._complaints.append(text)
+
+
+def keep(page: Page, name: str) -> None:
+    """Leave a screenshot for people."""
+    SHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SHOTS / f"dashboard-{name}.png", full_page=True)
