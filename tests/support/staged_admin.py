@@ -112,33 +112,21 @@ class StagedAdmin:
         return JSONResponse({"model": self.models[0]["name"], "columns": columns})
 
     async def _streams(self, request: Request) -> Response:
-        asked = request.query_params
-        found = [each for each in self.streams if asked.get("contains", "") in each["name"]]
-        found = [each for each in found if asked.get("state") in (None, each["state"])]
-        key = {"idle": "idle_s"}.get(asked["sort"].lstrip("-"), asked["sort"].lstrip("-"))
-        found.sort(key=lambda each: each[key], reverse=asked["sort"].startswith("-"))
-        first, limit = int(asked.get("cursor", "0")), int(asked["limit"])
-        cursor = str(first + limit) if first + limit < len(found) else None
-        page = {"streams": found[first : first + limit], "total": len(self.streams), "matched": len(found)}
-        return JSONResponse({"model": self.models[0]["name"], **page, "cursor": cursor})
+        page = {"streams": self.streams[:25], "total": len(self.streams), "matched": len(self.streams), "cursor": None}
+        return JSONResponse({"model": self.models[0]["name"], **page})
 
     async def _events(self, request: Request) -> Response:
         if request.query_params.get("model", self.models[0]["name"]) not in [each["name"] for each in self.models]:
             said = f"no model is called {request.query_params['model']!r}"
             return JSONResponse({"error": {"code": "UNKNOWN_MODEL", "message": said}}, 404)
-        return StreamingResponse(self._tell(request.query_params.get("stream")), media_type="text/event-stream")
+        return StreamingResponse(self._tell(), media_type="text/event-stream")
 
-    async def _tell(self, name: str | None) -> AsyncIterator[str]:
+    async def _tell(self) -> AsyncIterator[str]:
         assert self._server is not None
         told = turn = 0
         while not self._server.should_exit:
             if turn % 4 == 0:
                 yield f"event: stats\ndata: {json.dumps(self._now())}\n\n"
-            if name is not None:
-                looked_at = [each for each in self.streams if each["name"] == name]
-                more = {"trace": trace(time.time()), "events": self.log}
-                record = {**looked_at[0], **more} if looked_at else {"name": name, "state": "closed"}
-                yield f"event: stream\ndata: {json.dumps(record)}\n\n"
             for each in self.log[told:]:
                 yield f"event: log\nid: {each['number']}\ndata: {json.dumps(each)}\n\n"
             told, turn = len(self.log), turn + 1
@@ -225,15 +213,4 @@ def event(number: int, kind: str) -> dict[str, Any]:
         "stream": f"mic-{number:05d}",
         "detail": detail,
         "seq": None,
-    }
-
-
-def trace(now_s: float) -> dict[str, Any]:
-    times = [now_s - 60 + each / 4 for each in range(240)]
-    return {
-        "time_s": times,
-        "seq": [int(100 * time_s) for time_s in times],
-        "inputs": [[math.sin(time_s * rate) for rate in (0.9, 0.4, 1.7, 0.2)] for time_s in times],
-        "outputs": [[math.tanh(2 * math.sin(time_s * rate)) for rate in (0.3, 0.5, 0.7, 1.1)] for time_s in times],
-        "state_norm": [4 + math.sin(time_s / 3) for time_s in times],
     }

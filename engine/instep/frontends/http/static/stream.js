@@ -6,8 +6,9 @@ import { ago, clock, count, duration, element, setPairs, setText } from "./forma
 const byId = (id) => document.getElementById(id);
 const KEYS = ["blue", "orange", "violet", "green"];
 
-const value = (number) => (number === null || number === undefined ? "–" : (+number).toFixed(3));
-const axis = (number) => `${+number.toPrecision(3)}`;
+const signed = (text) => text.replace("-", "−");
+const value = (number) => (number === null || number === undefined ? "–" : signed((+number).toFixed(3)));
+const axis = (number) => signed(`${+number.toPrecision(3)}`);
 
 const channels = (what) => KEYS.map((key, index) => ({ label: `${what}[${index}]`, key }));
 
@@ -94,7 +95,7 @@ export function showLog(list, empty, events, linkTo) {
       link.href = linkTo(event.stream);
       item.append(link);
     }
-    const isOne = event.others === 0 && event.seq !== null && event.seq !== undefined;
+    const isOne = event.others === 0 && event.seq > 0;
     const rest = event.others ? `and ${count(event.others)} more` : isOne ? `frame ${count(event.seq)}` : "";
     const detail = [event.detail, rest];
     item.append(element("span", { text: detail.filter(Boolean).join(", ") }));
