@@ -146,6 +146,7 @@ def model(name: str) -> dict[str, Any]:
         "refused_window_full_total": 17.0,
         "refused_busy_total": 4.0,
         "refused_not_finite_total": 0.0,
+        "refused_messages_total": 21.0,
         "recent_frames_per_s": 102_400.0,
         "recent_streams_open": 1_024.0,
         "recent_streams_parked": 12.0,

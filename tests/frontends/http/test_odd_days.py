@@ -50,12 +50,14 @@ def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages)
         expect(page.locator("#frames-total")).to_have_text("12,345,678")
         expect(page.locator("#verification")).to_have_text("12,300,000 frames match")
         expect(page.locator("#refused")).to_have_text("21 since the start")
-        expect(page.locator("#refused-codes dt").first).to_have_text("WINDOW_FULL")
+        expect(page.locator("#refused-codes dt")).to_have_text(["WINDOW_FULL", "BUSY"])
         expect(page.locator("#log li")).to_have_count(1)
         expect(page.locator("#log li")).to_contain_text("and 3,998 more")
         keep(page, f"large-{width}")
-    admin.models[0]["numbers"]["recent_refused_per_s"] = 12.0
+    more = {"refused_seq_gap_total": 3.0, "refused_conflict_total": 1.0}
+    admin.models[0]["numbers"] |= {"recent_refused_per_s": 12.0, **more}
     expect(page.locator("#refused")).to_have_text("12 per second")
+    expect(page.locator("#refused-codes")).to_have_text("WINDOW_FULL17BUSY4others4")
     admin.draining = True
     expect(page.locator("#banner")).to_contain_text("draining")
 

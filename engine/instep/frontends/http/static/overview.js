@@ -106,7 +106,9 @@ export class Overview {
     if (rate > 0) badge("refused", "warn", `${count(rate)} per second`);
     else if (total) badge("refused", "off", `${count(total)} since the start`);
     else badge("refused", "good", "None since the start");
-    setPairs(byId("refused-codes"), refused.slice(0, 3).map(([code, number]) => [code, count(number)]));
+    const others = refused.length > 3 ? refused.splice(2).reduce((sum, [, number]) => sum + number, 0) : 0;
+    if (others) refused.push(["others", others]);
+    setPairs(byId("refused-codes"), refused.map(([code, number]) => [code, count(number)]));
 
     if (recording) {
       badge("recording", ...(DURABILITY[durability] ?? ["off", durability]));
