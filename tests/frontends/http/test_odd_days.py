@@ -12,6 +12,7 @@ from tests.support.staged_admin import StagedAdmin, event, model
 
 pytestmark = pytest.mark.heavy
 
+DIFFERENCE = "output 1: expected 0.12345678, got 0.12345679; output 2: expected 0, got -0"
 HOSTILE = "<img src=x onerror=alert(1)> " + "x" * 150
 
 
@@ -23,7 +24,7 @@ def admin() -> Iterator[StagedAdmin]:
 
 def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: StagedAdmin, pages: Pages) -> None:
     other = model("denoise")
-    got = {"stream": HOSTILE, "seq": 48_213, "expected": [0.5, 0.12345678], "got": [0.5, 0.12345679]}
+    got = {"stream": HOSTILE, "seq": 48_213, "expected": [0.5, 0.12345678, 0.0], "got": [0.5, 0.12345679, -0.0]}
     other["verification"] |= {"state": "mismatch", "mismatches": 1, "mismatch": got}
     other |= {"exactness": "tolerance", "exactness_detail": "up to 3 ULP"}
     admin.models.append(other)
@@ -32,7 +33,7 @@ def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: St
         expect(page.locator("#streams-open")).to_have_text("1,024")
         expect(page.locator("#verification")).to_have_attribute("data-level", "good")
         expect(page.locator("#alarm")).to_contain_text(f"stream {HOSTILE}, frame 48,213 of model denoise")
-        expect(page.locator("#alarm-values")).to_have_text("output 1: expected 0.12345678, got 0.12345679")
+        expect(page.locator("#alarm-values")).to_have_text(DIFFERENCE)
         page.get_by_label("Model").select_option("denoise")
         expect(page.locator("#verification")).to_have_attribute("data-level", "bad")
         expect(page.locator("#exactness")).to_have_text("Within tolerance")
@@ -44,11 +45,14 @@ def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages)
     admin.models[0]["numbers"] |= {"streams_open": 12_345_678.0, "recent_refused_per_s": 0.0}
     admin.models[0]["max_streams"] = 20_000_000
     admin.log = [{**event(number, "opened"), "time_s": 1e9} for number in range(1, 4_000)]
+    admin.models[0]["verification"] |= {"share": 0.25, "skipped": 1_234, "notes": ["another CPU"]}
     for width in (1280, 400):
         page = pages.open(admin.url, width=width)
         expect(page.locator("#streams-open")).to_have_text("12,345,678")
         expect(page.locator("#frames-total")).to_have_text("12,345,678")
         expect(page.locator("#verification")).to_have_text("12,300,000 frames match")
+        expect(page.locator("#verification")).to_have_attribute("data-level", "fair")
+        expect(page.locator("#verification-detail")).to_contain_text("25 % of the streams; 1,234 frames not compared")
         expect(page.locator("#refused")).to_have_text("21 since the start")
         expect(page.locator("#refused-codes dt")).to_have_text(["WINDOW_FULL", "BUSY"])
         expect(page.locator("#log li")).to_have_count(1)
@@ -72,6 +76,7 @@ def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -
     expect(page.locator("#no-events")).to_be_visible()
     expect(page.locator("#recording")).to_have_text("Off")
     expect(page.locator("#verification")).to_have_text("Off")
+    expect(page.locator("#verification-detail")).to_contain_text("--verify-live")
     expect(page.locator("#refused")).to_have_text("None since the start")
     expect(page.locator("#p99")).to_have_text("–")
     keep(page, "empty")

@@ -66,7 +66,10 @@ export const percent = (value) => (isNumber(value) ? `${Math.round(value * 100)}
 export const clock = (time_s) => new Date(time_s * 1000).toLocaleTimeString("en-GB");
 
 /** Enough digits to tell any two float32 apart. */
-export const float32 = (value) => (isNumber(value) ? String(+value.toPrecision(9)) : String(value));
+export function float32(value) {
+  if (!isNumber(value)) return "a value that is not finite";
+  return Object.is(value, -0) ? "-0" : String(+value.toPrecision(9));
+}
 
 /** An element with text; never with markup, because names of streams come from strangers. */
 export function element(tag, { text, className, title } = {}, ...children) {

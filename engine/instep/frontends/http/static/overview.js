@@ -148,34 +148,46 @@ function refusals(numbers) {
 }
 
 function verificationBadge(verification) {
-  const { state, frames, mismatches } = verification ?? {};
+  const { state, frames, mismatches, notes } = verification ?? {};
   switch (state) {
-    case "verified": return ["good", `${count(frames)} frames match`];
-    case "checking": return ["busy", `Checking: ${count(frames)} frames match`];
+    case "verified": return [notes?.length ? "fair" : "good", `${count(frames)} frames match`];
+    case "checking": return ["busy", frames ? `Behind: ${count(frames)} frames match` : "Checking"];
     case "mismatch": return ["bad", mismatches === 1 ? "1 mismatch" : `${count(mismatches)} mismatches`];
     default: return ["off", "Off"];
   }
 }
 
 function verificationDetail(verification) {
-  if (!verification || verification.state === "off") return "Replays what is served while it is served.";
-  if (verification.state === "mismatch") return "The newest one is described above.";
-  return `${duration(verification.lag_s)} behind what is served.`;
+  const { state, reason, lag_s, share, skipped, notes } = verification ?? { state: "off" };
+  if (state === "off") return reason || "With --verify-live the server replays what it serves while it serves it.";
+  if (state === "mismatch") return "The newest one is described above.";
+  const parts = [`${duration(lag_s)} behind what is served`];
+  if (notes?.length) parts.unshift("within a tolerance");
+  if (share < 1) parts.push(`follows ${percent(share)} of the streams`);
+  if (skipped) parts.push(`${count(skipped)} frames not compared`);
+  return parts.join("; ");
+}
+
+/** Which values differ, in words. Zeros may differ in their signs, and JSON knows only finite numbers. */
+function differences(expected, got) {
+  if (!expected.length) return "its recorded frame is out of order";
+  const differing = [...expected.keys()].filter((index) => !Object.is(expected[index], got[index]));
+  if (!differing.length) return "values that are not finite differ in their bits";
+  const shown = differing
+    .slice(0, 3)
+    .map((index) => `output ${index}: expected ${float32(expected[index])}, got ${float32(got[index])}`);
+  if (differing.length > 3) shown.push(`and ${count(differing.length - 3)} more`);
+  return shown.join("; ");
 }
 
 /** Shows the mismatch of the first model that has one, with the values that differ. */
 export function showAlarm(models, linkTo) {
   const found = models.find(({ verification }) => verification?.state === "mismatch" && verification.mismatch);
   byId("alarm").hidden = !found;
-  if (!found) return setText("alarm-values", "");
+  if (!found) return;
   const { stream, seq, expected, got } = found.verification.mismatch;
-  const differing = [...expected.keys()].filter((index) => expected[index] !== got[index]);
-  const shown = differing
-    .slice(0, 3)
-    .map((index) => `output ${index}: expected ${float32(expected[index])}, got ${float32(got[index])}`);
-  if (differing.length > 3) shown.push(`and ${count(differing.length - 3)} more`);
   setText("alarm-stream", stream);
   byId("alarm-stream").href = linkTo(found.name, stream);
   setText("alarm-frame", `frame ${count(seq)}${models.length > 1 ? ` of model ${found.name}` : ""}`);
-  setText("alarm-values", shown.join("; "));
+  setText("alarm-values", differences(expected, got));
 }
