@@ -67,9 +67,10 @@ class TestServe:
     def test_every_flag_sets_its_key(self, server: Stub, tmp_path: Path) -> None:
         result = instep(
             *("serve", str(tmp_path), "--endpoint", "tcp://0.0.0.0:1", "--allow-plaintext", "--device", "cpu"),
-            *("--exactness", "off", "--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
+            *("--exactness", "require", "--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
             *("--http", "127.0.0.1:0"),
-            *("--max-idle-s", "8", "--record", str(tmp_path / "r"), "--log-level", "debug", "--log-format", "json"),
+            *("--max-idle-s", "8", "--record", str(tmp_path / "r"), "--verify-live", "--log-level", "debug"),
+            *("--log-format", "json"),
             *("--set", "limits.max_connections=9", "--set", "shutdown.drain_timeout_s=10"),
         )
         assert result.exit_code == 0, result.output
@@ -80,7 +81,7 @@ class TestServe:
             "engine": {
                 **default["engine"],
                 "device": "cpu",
-                "exactness": "off",
+                "exactness": "require",
                 "max_streams": 5,
                 "max_batch_size": 6,
                 "max_queue_delay_us": 7,
@@ -89,6 +90,7 @@ class TestServe:
             "http": {**default["http"], "endpoint": "127.0.0.1:0"},
             "limits": {**default["limits"], "max_idle_s": 8.0, "max_connections": 9},
             "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
+            "verify": {"live": True},
             "shutdown": {"drain_timeout_s": 10.0},
             "log": {"level": "debug", "format": "json", "summary_s": 10.0},
         }

@@ -45,6 +45,7 @@ _FLAGS: Final = (
     _Flag("limits.max_idle_s", "--max-idle-s", "N", "Seconds until a silent stream is closed."),
     _Flag("recording.file", "--record", "FILE", "Write a recording, or continue it; a folder for several models."),
     _Flag("recording.durability", "--durability", "LEVEL", "What answers wait for: memory, commit or fsync."),
+    _Flag("verify.live", "--verify-live", "", "Replay what is recorded in another process, and compare."),
     _Flag("log.level", "--log-level", "LEVEL", "debug, info, warning or error."),
     _Flag("log.format", "--log-format", "FORMAT", "console or json."),
 )

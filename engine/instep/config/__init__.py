@@ -12,6 +12,7 @@ from instep.config.sections import (
     RecordingConfig,
     ShutdownConfig,
     TransportConfig,
+    VerifyConfig,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RecordingConfig",
     "ShutdownConfig",
     "TransportConfig",
+    "VerifyConfig",
     "explain_config",
     "load_config",
     "unknown_variables",

@@ -30,6 +30,7 @@ def contradictions(config: Config) -> list[Contradiction]:
         *_http(config),
         *_limits(config),
         *_recording(config),
+        *_verify(config),
     ]
 
 
@@ -107,3 +108,27 @@ def _recording(config: Config) -> list[Contradiction]:
         for key in ("keep_bytes", "keep_s")
         if getattr(config.recording, key)
     ]
+
+
+def _verify(config: Config) -> list[Contradiction]:
+    if not config.verify.live:
+        return []
+    found = []
+    if config.recording.file is None:
+        found.append(
+            Contradiction(
+                ("verify.live", "recording.file"),
+                "live verification replays the recording, and nothing is recorded",
+                "name a recording.file (--record FILE), or set this to false",
+            )
+        )
+    if config.engine.exactness == "off":
+        found.append(
+            Contradiction(
+                ("verify.live", "engine.exactness"),
+                "live verification compares frames with what certification promises of them, and engine.exactness is "
+                "off",
+                "set engine.exactness to prefer or require, or set this to false",
+            )
+        )
+    return found

@@ -129,6 +129,12 @@ class RecordingConfig(Section):
     warn_free_bytes: Bytes = 1024 * 1024 * 1024
 
 
+class VerifyConfig(Section):
+    """Checking what is recorded while serving."""
+
+    live: bool = False
+
+
 class ShutdownConfig(Section):
     """How the server ends."""
 
@@ -152,6 +158,7 @@ class Config(Section):
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     recording: RecordingConfig = RecordingConfig()
+    verify: VerifyConfig = VerifyConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
 

@@ -16,6 +16,10 @@ class NoSuchStream(RecordingError, KeyError):
     __str__ = Exception.__str__  # a KeyError's is a repr
 
 
+class TrimmedMeanwhile(RecordingError):
+    """The history of a recording was trimmed while it was read; reading it again helps."""
+
+
 class DamagedRecording(RecordingError):
     """The content of a recording is not as it was written; the message says where.
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from instep.core.typing import I64, U8
-from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile
 from instep.recording.records import Trimmed
 from instep.recording.schema import (
     APPLICATION_ID,
@@ -168,7 +168,7 @@ class RecordingFile(Closing):
         """Raise when rows that this should show may have been deleted."""
         rows, error = self._fetch("SELECT position FROM trimmed LIMIT 2", ())
         if error is None and (rows[0][0] if rows else 0) != self.trimmed.position:
-            raise RecordingError(f"the history of {self.path} was trimmed while it was read: read it again")
+            raise TrimmedMeanwhile(f"the history of {self.path} was trimmed while it was read: read it again")
 
     def newest_row(self, table: str, condition: str, stream: int) -> tuple[Any, ...] | None:
         """A stream's newest row of a table, checked and without its CRC; None if it has no row."""
@@ -182,11 +182,12 @@ class RecordingFile(Closing):
             raise self.damaged(f"a row of stream {stream} (of {table}) does not match its CRC")
         return rows[0][:-1] if rows else None
 
-    def totals(self) -> tuple[int, int]:
-        """How many batches there are, those that failed included, and frames in them; nothing is checked."""
+    def totals(self, first: int = 1, last: int | None = None) -> tuple[int, int]:
+        """How many batches there are at these positions, those that failed included, and frames in them; unchecked."""
         with self._reading("is damaged"):
             query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position BETWEEN ? AND ?"
-            batches, frames = self._database.execute(query, (self.first_position, self.last_position)).fetchone()
+            ends = (max(first, self.first_position), self.last_position if last is None else last)
+            batches, frames = self._database.execute(query, ends).fetchone()
         return int(batches), int(frames)
 
     @cached_property

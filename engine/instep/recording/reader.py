@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from instep.recording.schema import (
     RECOVERED_EVENT,
     RESET_EVENT,
 )
+
+MARKS: Final = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
+"""The kinds of events that say how to read the other rows."""
 
 
 class RecordingReader(RecordingFile):
@@ -208,9 +211,11 @@ class RecordingReader(RecordingFile):
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
         """The events that say how to read the others."""
-        kinds = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
+        return self._read_marks()
+
+    def _read_marks(self) -> list[RecordedEvent]:
         before = self.events_that_count() if self.trimmed.position else []
-        return [event for event in (*before, *self.events()) if event.kind in kinds]
+        return [event for event in (*before, *self.events()) if event.kind in MARKS]
 
     @cached_property
     def _oldest(self) -> Checkpoint:

@@ -20,6 +20,7 @@ from instep.frontends.zmq.served import Served
 from instep.recording.recorder import Recorder
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
+from instep.server.live_verification import LiveVerification
 from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
@@ -64,6 +65,7 @@ class Server:
         self._summaries: dict[ModelService, Summary] = {}
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
+        self._verifications: dict[ModelService, LiveVerification] = {}
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -117,6 +119,8 @@ class Server:
         service = served.service
         self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
         self._turns.add(service)
+        if service.verification is not None:
+            self._verifications[service] = LiveVerification(service)
 
     def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
@@ -268,6 +272,8 @@ class Server:
             closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
         if service.scrub is not None:
             closing.callback(service.scrub.stop)
+        if service in self._verifications:
+            closing.push_async_callback(self._verifications.pop(service).stop)
         closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:

@@ -41,6 +41,7 @@ from instep.streaming.service import About, ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks, in_daemon_thread
+from instep.streaming.verification import Verification
 from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
@@ -172,6 +173,7 @@ def make_service(
         log=log,
         about=_about(config, foundation),
         file=file,
+        verification=Verification() if config.verify.live else None,
     )
 
 

@@ -24,6 +24,7 @@ from instep.streaming.reaper import Reaper
 from instep.streaming.recovery import Recovery
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
+from instep.streaming.verification import Verification
 from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.codes import Code
 
@@ -76,6 +77,8 @@ class ModelService:
     recorder: Recorder | None = None
     recovery: Recovery | None = None
     """How it continued an older recording, where there was one."""
+    verification: Verification | None = None
+    """What the process has found that checks the recording meanwhile, where there is to be one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
     history: History = field(init=False)
@@ -151,6 +154,7 @@ class ModelService:
             "streams_hibernated": float(self.listing.hibernating_count),
             "frames_pending": float(engine.pending_frames),
             **self._recorded(),
+            **({} if self.verification is None else self.verification.numbers()),
         }
 
     def _recorded(self) -> dict[str, float]:

@@ -122,6 +122,11 @@ class Bounds:
 
 def check_stepped(task: Task, bounds: Bounds | None = None) -> Comparison:
     """Replay frame by frame; by default within limits that settle a replay at any scale."""
+    return step_again(task, bounds)[0]
+
+
+def step_again(task: Task, bounds: Bounds | None = None) -> tuple[Comparison, U8]:
+    """As `check_stepped`; also the states after the last frames, [R, row_bytes]."""
     bounds = bounds or _least(task)
     found, states = Comparison("stepped", task.rows, task.checkers.conditions.step_bits), task.initial_states()
     for part in task.parts():
@@ -130,7 +135,7 @@ def check_stepped(task: Task, bounds: Bounds | None = None) -> Comparison:
     for row, check, recorded in task.final_states():
         both = (recorded, states[row])
         found.add_replayed_state(row, check.next_seq, task.state, *both, bounds.states, check.place)
-    return found
+    return found, states
 
 
 def check_whole(task: Task, bounds: Bounds | None = None) -> Comparison:

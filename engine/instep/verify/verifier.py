@@ -96,7 +96,7 @@ def verify(
             checkpoints = StoredCheckpoints(reader)
             reader.check_positions()
             headers = [engine.header for engine in reader.engines]
-            made = pool.submit(_make_checkers, model, headers, certify, stopped)  # while the recording is read
+            made = pool.submit(make_checkers, model, headers, certify, stopped)  # while the recording is read
             streams = StreamChecks(reader, wanted, checkpoints, lambda share: on_progress("reading", share))
             checkers = made.result()
             parts, elements = _check(checkers, streams, pool, lambda share: on_progress("replaying", share))
@@ -119,7 +119,8 @@ def verify(
     )
 
 
-def _make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
+def make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
+    """Build the network, and certify it for recordings of these engines; the first one names the device."""
     network = build(model, device_for(headers[0]))
     conditions = certify(headers, network)
     references = network.reference(np.float64), network.reference(np.float32)

@@ -1,0 +1,93 @@
+"""The end of a recording that is being written, read again and again as it grows."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from instep.core.typing import U8
+from instep.recording.errors import DamagedRecording
+from instep.recording.open_streams import OpenStream, read_open_streams
+from instep.recording.reader import MARKS, RecordingReader
+from instep.recording.records import RecordedBatch, RecordedEvent
+from instep.recording.schema import RECOVERED_EVENT
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stream opened."""
+
+    position: int
+    stream: int
+    name: str
+    first_seq: int
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A stream ended."""
+
+    position: int
+    stream: int
+
+
+Item: TypeAlias = Opened | Closed | RecordedBatch | RecordedEvent
+
+
+class RecordingTail(RecordingReader):
+    """A recording as of its newest commit, of which a former reader has seen the beginning.
+
+    Each is open for a moment only: a reader that stays would keep the writer from closing the file in order.
+
+    Args:
+        path: the recording.
+        former: read the same recording before, and saves this one reading all of its events; closed or not.
+    """
+
+    def __init__(self, path: Path, former: RecordingTail | None = None) -> None:
+        super().__init__(path)
+        self._former_marks = None if former is None else (former.last_position, former._marks)
+
+    def history(self, first: int) -> Iterator[Item]:
+        """What happened from a position on, in order, up to the first batch whose outcome is not known yet.
+
+        Batches that failed are left out. Those whose outputs will never come, because the engine was killed, have none.
+
+        Raises:
+            TrimmedMeanwhile: when the history was trimmed since this opened.
+            RecordingError: when a row is damaged.
+        """
+        first = max(first, self.first_position)
+        openings = (
+            Opened(position, stream, name, first_seq, self.state(state, position))
+            for position, _, stream, name, _, first_seq, state in self.rows("openings", first)
+        )
+        closings = (Closed(row[0], row[2]) for row in self.rows("closings", first))
+        killed_before = max((mark.position for mark in self._marks if mark.kind == RECOVERED_EVENT), default=0)
+        items: list[Iterator[Item]] = [openings, closings, self.events(first), self.whole_batches(first)]
+        for item in heapq.merge(*items, key=lambda item: item.position):
+            if isinstance(item, RecordedBatch) and item.y is None and item.position > killed_before:
+                return
+            yield item
+
+    def newest_state(self, stream: int) -> OpenStream | None:
+        """A stream in its newest state that the recording holds; None where it has closed."""
+        try:
+            (found,) = read_open_streams(self, [stream])
+        except DamagedRecording:
+            if self.newest_row("openings", "stream = ?", stream) is None:
+                return None  # it has closed, and was trimmed
+            raise
+        # Looked for last: the states of a stream go once it has closed.
+        return found if self.newest_row("closings", "stream = ?", stream) is None else None
+
+    def _read_marks(self) -> list[RecordedEvent]:
+        if self._former_marks is None:
+            return super()._read_marks()
+        last, before = self._former_marks
+        return [*before, *(event for event in self.events(last + 1) if event.kind in MARKS)]

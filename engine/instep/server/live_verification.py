@@ -1,0 +1,133 @@
+"""Proof while serving: a process for each recording that computes committed frames again and compares them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import time
+from asyncio.subprocess import PIPE, STDOUT, Process
+from typing import Any, Final
+
+from instep.streaming.service import ModelService
+from instep.streaming.verification import Verification, WrongFrame
+from instep.verify import live
+
+_LINE_BYTES: Final = 2**24
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 60.0
+_LOOK_S: Final = 1.0
+_MOST_WAL_BYTES: Final = 2**28
+"""A checker that stops in the middle of a read keeps the WAL from being reused, and a WAL of 1 GiB ends the server."""
+
+
+class LiveVerification:
+    """Keeps a checking process running for as long as a service records, and notes what it finds.
+
+    Args:
+        service: records; its `verification` is kept up to date.
+    """
+
+    def __init__(self, service: ModelService) -> None:
+        assert service.verification is not None
+        self._found: Verification = service.verification
+        self._service = service
+        self._before = Verification()
+        """What former processes have found."""
+        self._position = 0 if service.recovery is None else service.recovery.checkpoint_position
+        self._last_words = ""
+        self._running = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the process."""
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+
+    async def _run(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            began = time.monotonic()
+            status = await self._check()
+            if status == live.CANNOT:
+                return
+            ended = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+            reason = f"the process that checks has ended {ended}: {self._last_words or 'it said nothing'}"
+            if time.monotonic() - began > _LONGEST_PAUSE_S:
+                pause_s = _FIRST_PAUSE_S
+            self._service.log.warning("checker restarts", reason=reason, in_s=pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _check(self) -> int:
+        """Run a process until it ends; its exit status, negative for a signal."""
+        file, found = self._service.file, self._found
+        assert file is not None
+        self._last_words = ""
+        self._before = Verification(
+            frames_total=found.frames_total, mismatches_total=found.mismatches_total, skipped=found.skipped
+        )
+        command = live.command(file, self._position)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES
+        )
+        guarding = asyncio.create_task(self._guard(process, f"{file}-wal"))
+        found.pid = process.pid
+        self._service.log.info("verifying", file=str(file), pid=process.pid)
+        try:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                self._heard(line)
+            return await process.wait()
+        finally:
+            guarding.cancel()
+            found.pid, found.streams = None, 0
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _guard(self, process: Process, wal: str) -> None:
+        """Kill a process that may keep the recording from being written."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(OSError):
+                if os.stat(wal).st_size > _MOST_WAL_BYTES:
+                    self._service.log.warning("checker killed", reason=f"{wal} has grown, perhaps because it reads")
+                    process.kill()
+                    return
+
+    def _heard(self, line: bytes) -> None:
+        try:
+            said: dict[str, Any] = json.loads(line)
+        except ValueError:  # Python's own words about a bug
+            self._last_words = line.decode(errors="replace").strip() or self._last_words
+            return
+        found, before = self._found, self._before
+        if "error" in said:
+            found.is_off, found.reason = True, said["error"]
+            self._service.log.error("cannot verify", reason=found.reason)
+            return
+        if said["notes"] and tuple(said["notes"]) != found.notes:
+            self._service.log.warning("verifying within a tolerance", reason="; ".join(said["notes"]))
+        found.frames_total = before.frames_total + said["frames"]
+        found.mismatches_total = before.mismatches_total + said["mismatches_total"]
+        found.skipped = before.skipped + said["skipped"]
+        found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
+        found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
+        self._position = said["position"]
+        for each in said["mismatches"]:
+            self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
+
+    def _alarm(self, wrong: WrongFrame) -> None:
+        self._found.mismatch = wrong
+        verify = f"instep verify {shlex.quote(str(self._service.file))} --stream {shlex.quote(wrong.stream)}"
+        self._service.log.error(
+            "mismatch",
+            stream=wrong.stream,
+            seq=wrong.seq,
+            reason=wrong.sentence,
+            next=f"do not trust the stream's outputs from this frame on; {verify} says what differs. If it is not the "
+            "only one, stop the server and test the machine's memory and processor",
+        )

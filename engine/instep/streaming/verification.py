@@ -1,0 +1,83 @@
+"""What the live verification of a model has found: the record that the server's numbers and views read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+VerificationState: TypeAlias = Literal["off", "checking", "verified", "mismatch"]
+"""`off`: nothing is checked, `reason` says why. `checking`: nothing was compared yet, or the checker is behind.
+`verified`: all that was compared matched. `mismatch`: something did not, at any time since the start."""
+
+_QUIET_S: Final = 2.0
+"""A checker that says nothing for longer is behind."""
+_LATE_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WrongFrame:
+    """A frame that was served with another output than it has when it is computed again."""
+
+    stream: str
+    seq: int
+    expected: list[float]
+    """The output as computed again; empty where the recorded frame is out of order."""
+    got: list[float]
+    """The output as served."""
+    sentence: str
+    """The first difference, in words."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """Counts since the server started, over all processes that have checked."""
+
+    is_off: bool = False
+    reason: str = ""
+    """Why it is off."""
+    pid: int | None = None
+    """Of the process that checks."""
+    frames_total: int = 0
+    """Frames that were compared."""
+    mismatches_total: int = 0
+    """Streams of which a frame did not match; each is followed no further."""
+    skipped: int = 0
+    """Recorded frames that were not compared, because the checker follows fewer streams or came too late."""
+    streams: int = 0
+    """Open streams that are followed."""
+    share: float = 1.0
+    """The share of streams that are followed, by a hash of their names."""
+    notes: tuple[str, ...] = ()
+    """Why frames are compared within a tolerance; empty where bits must be equal."""
+    mismatch: WrongFrame | None = None
+    """The last one."""
+    reported_lag_s: float = 0.0
+    reported_s: float = 0.0
+    """When the lag was last reported, of the monotonic clock; 0 before the first report."""
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds since the oldest frame that is not checked yet was committed, as far as is known."""
+        silent_s = time.monotonic() - self.reported_s if self.reported_s else 0.0
+        return self.reported_lag_s + (silent_s if silent_s > _QUIET_S else 0.0)
+
+    @property
+    def state(self) -> VerificationState:
+        """See `VerificationState`."""
+        if self.mismatches_total:
+            return "mismatch"
+        if self.is_off:
+            return "off"
+        return "verified" if self.frames_total and self.lag_s < _LATE_S else "checking"
+
+    def numbers(self) -> dict[str, float]:
+        """Everything that can be counted, by name."""
+        return {
+            "verified_frames_total": float(self.frames_total),
+            "verify_mismatches_total": float(self.mismatches_total),
+            "verify_skipped_frames_total": float(self.skipped),
+            "verify_streams": float(self.streams),
+            "verify_share": self.share,
+            "verify_lag_s": self.lag_s,
+        }

@@ -1,0 +1,78 @@
+"""The process that checks what a server records, at the lowest priority: `python -m instep.verify.live`.
+
+It writes a JSON object a line to standard output: each is a status (see `pace.Status`), or says with `error` why
+nothing can be checked. It ends with its standard input, which a server that dies closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from instep.verify.pace import Status
+
+CANNOT: Final = 2
+"""The exit status where nothing can be checked, and a new process could not either."""
+_NICE: Final = 19
+
+
+def command(file: Path, start: int) -> list[str]:
+    """The command line that checks a recording from a position on."""
+    return [sys.executable, "-m", "instep.verify.live", str(file), str(start)]
+
+
+def main(arguments: list[str]) -> int:
+    """Follow a recording until standard input ends; the exit status."""
+    run_in_the_background()
+    file, start = Path(arguments[0]), int(arguments[1])
+    from instep.models.errors import ModelError
+    from instep.recording.errors import RecordingError, with_advice
+    from instep.verify.conditions import recorded_threads
+    from instep.verify.following import Follower, model_of
+    from instep.verify.pace import follow
+    from instep.verify.report import CannotVerify
+
+    stopped = Event()
+    Thread(target=_wait_for_the_end, args=(stopped,), daemon=True).start()
+    try:
+        header, model = model_of(file, None)
+        with recorded_threads(header):
+            follow(Follower(file, model, start), _tell, stopped)
+    except (RecordingError, ModelError, CannotVerify) as error:
+        _write({"error": with_advice(error)})
+        return CANNOT
+    return 0
+
+
+def run_in_the_background() -> None:
+    """Let every other process go first, where the system can."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own; torch gets the number that the recording names
+    os.nice(_NICE)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _tell(status: Status) -> None:
+    _write(status.as_json())
+
+
+def _write(fields: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(fields, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _wait_for_the_end(stopped: Event) -> None:
+    while os.read(0, 4096):
+        pass
+    stopped.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""Keeping up with a recording: the pace at which it is followed, and what is reported meanwhile."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from threading import Event
+from typing import Any, Final
+
+from instep.verify.following import Follower, WrongOutput
+
+LATE_S: Final = 2.0
+"""Behind the newest commit by more than this, fewer streams are followed."""
+LOST_S: Final = 20.0
+"""Behind by more than this, everything up to the newest checkpoint is left out."""
+LEAST_SHARE: Final = 2.0**-10
+_CHANGE_S: Final = 3.0
+"""How long a share lasts at least before it changes again."""
+_IDLE: Final = 0.4
+"""Busy for less than this share of its time, a follower can take on more streams."""
+_PAUSE_S: Final = 0.2
+"""From one look at the file to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a follower has found by now."""
+
+    frames: int
+    """Frames that were compared."""
+    skipped: int
+    """Frames committed meanwhile and not compared: of streams that are not followed, and where it was late."""
+    streams: int
+    """Open streams that are followed."""
+    share: float
+    """The share of streams that are followed, by a hash of their names."""
+    lag_s: float
+    position: int
+    """Everything in the recording up to here was read."""
+    mismatches: tuple[WrongOutput, ...]
+    """Those since the last status."""
+    mismatches_total: int
+    notes: tuple[str, ...]
+    """Why bits need not be equal; empty where they must."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; values that are not finite become strings."""
+        return asdict(self) | {
+            "share": round(self.share, 6),
+            "lag_s": round(self.lag_s, 3),
+            "mismatches": [_finite(asdict(mismatch)) for mismatch in self.mismatches],
+        }
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    values = {key: [each if math.isfinite(each) else str(each) for each in fields[key]] for key in ("expected", "got")}
+    return fields | values
+
+
+class Throttle:
+    """Lets a follower keep up: it follows fewer streams when it falls behind, and more when it has time.
+
+    Args:
+        follower: what keeps up.
+        now_s: the time.
+    """
+
+    def __init__(self, follower: Follower, now_s: float) -> None:
+        self._follower = follower
+        self._since_s = now_s
+        self._busy_s = 0.0
+
+    def advanced(self, now_s: float, took_s: float) -> None:
+        """The follower has advanced, for this many seconds."""
+        follower = self._follower
+        self._busy_s += took_s
+        seconds = now_s - self._since_s
+        if seconds < _CHANGE_S:
+            return
+        is_idle = self._busy_s < _IDLE * seconds
+        self._since_s, self._busy_s = now_s, 0.0
+        if follower.lag_s > LATE_S:
+            if follower.share > LEAST_SHARE:
+                follower.lower_share()
+            if follower.lag_s > LOST_S:
+                follower.skip()
+        elif is_idle:
+            follower.raise_share()
+
+
+def follow(
+    follower: Follower,
+    on_status: Callable[[Status], None],
+    stopped: Event,
+    *,
+    every_s: float = 1.0,
+    for_s: float = math.inf,
+) -> None:
+    """Follow until it is stopped or the time is over.
+
+    Args:
+        follower: what is at the beginning.
+        on_status: called every so often, and once more at the end.
+        stopped: ends it.
+        every_s: how often.
+        for_s: how long; everything that was committed by then is checked.
+    """
+    began = told = time.monotonic()
+    pace, count = Throttle(follower, began), 0
+
+    def tell() -> None:
+        nonlocal count
+        on_status(_status(follower, count))
+        count = len(follower.mismatches)
+
+    try:
+        while not stopped.is_set():
+            before = time.monotonic()
+            is_all = follower.advance()
+            now = time.monotonic()
+            pace.advanced(now, now - before)
+            if now - told >= every_s or len(follower.mismatches) > count:
+                told = now
+                tell()
+            if is_all:
+                if before - began >= for_s:
+                    return
+                stopped.wait(min(_PAUSE_S, max(0.0, began + for_s - now)))
+    finally:
+        tell()
+
+
+def _status(follower: Follower, known: int) -> Status:
+    return Status(
+        frames=follower.frames,
+        skipped=max(0, follower.frames_seen - follower.frames),
+        streams=follower.streams,
+        share=follower.share,
+        lag_s=follower.lag_s,
+        position=follower.position,
+        mismatches=tuple(follower.mismatches[known:]),
+        mismatches_total=len(follower.mismatches),
+        notes=follower.notes,
+    )
