@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,6 +115,7 @@ def serve(
         "instep verify today.instep",
         "instep verify today.instep --model my-model --stream mic-7 --json",
         "instep verify today.instep --report today.html",
+        "instep verify today.instep --follow --for 60",
     ]
 )
 def verify(
@@ -135,17 +138,36 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Compare what is recorded from now on, as it is written, until Ctrl-C.")
+    ] = False,
+    for_s: Annotated[
+        float | None,
+        typer.Option("--for", metavar="SECONDS", min=0, help="With --follow: end by itself.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Replay a recording and compare every output, bit for bit where the machine allows it.
 
-    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked.
+    With --follow, --json prints an object a second, and a last one with `"final": true`. Exit status 0: everything was
+    checked and matched. 1: something differs. 2: it could not be checked.
     """
-    from instep.verify.command import run
+    if for_s is not None and not follow:
+        raise typer.BadParameter("it goes with --follow", param_hint="--for")
+    if report is not None and follow:
+        raise typer.BadParameter("a page is written of a whole recording, without --follow", param_hint="--report")
 
     interrupts.raise_again()
-    status = run(recording, model_folder=model, streams=stream, json=json, console=_console(), page=report)
-    raise typer.Exit(status)
+    if follow:
+        from instep.verify.command import follow as follow_it
+
+        seconds = math.inf if for_s is None else for_s
+        how = partial(follow_it, for_s=seconds)
+    else:
+        from instep.verify.command import run
+
+        how = partial(run, page=report)
+    raise typer.Exit(how(recording, model_folder=model, streams=stream, json=json, console=_console()))
 
 
 @app.command(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from instep.cli import app
 from instep.models.folder import load_model
 from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify.following import Follower
+from instep.verify.throttle import Throttle
+from tests.support.forger import Forger
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
 from tests.support.verifying import CERTIFY
@@ -41,6 +51,8 @@ class Story:
         self.rng = np.random.default_rng(seed)
         self.corrupts = 0
         """Which of the rows of the next step get another output, counted from 1; 0 for none."""
+        self.rounds_otherwise = False
+        """Whether outputs and states are one unit in the last place off."""
         self.scribe = Scribe(writer, self._step(served_step(self.network)), bucket=bucket, seed=seed)
         self.frames = 0
         """That were applied."""
@@ -49,6 +61,8 @@ class Story:
     def _step(self, honest: Any) -> Any:
         def step(x: F32, h: F32) -> tuple[F32, F32]:
             y, after = honest(x, h)
+            if self.rounds_otherwise:
+                y, after = np.nextafter(y, np.float32(2)), np.nextafter(after, np.float32(-2))
             if self.corrupts:
                 y[self.corrupts - 1, 2] += np.float32(0.25)
                 self.corrupts = 0
@@ -99,7 +113,7 @@ class Story:
 
     def follower(self, start: int | None = None) -> Follower:
         """A follower of it."""
-        return Follower(self.path, self.model, start, CERTIFY)
+        return Follower(self.path, self.model, start, certify=CERTIFY)
 
 
 def advance(follower: Follower) -> None:
@@ -174,3 +188,183 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
     advance(follower)
     assert len(follower.mismatches) == 1, "it is told of once"
     assert follower.frames == frames + 40, "the others are still followed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: Path, seed: int) -> None:
+    story = Story(tmp_path, seed, exactness="tolerance")
+    story.rounds_otherwise = True
+    follower = story.follower()
+    for turn in range(300):
+        story.anything()
+        if turn % 7 == 0:
+            advance(follower)
+    story.checkpoint()
+    advance(follower)
+    assert follower.mismatches == []
+    assert follower.differs
+    assert "exactness tolerance" in follower.notes[0]
+    assert 0.5 * story.frames < follower.frames <= story.frames
+    streams = sorted(story.scribe.states)[:3]
+    seq = story.scribe.seqs[streams[1]]
+    story.corrupts = 2
+    story.step(*streams)
+    story.step(*streams, frames=2)
+    story.checkpoint()
+    advance(follower)
+    assert [(wrong.number, wrong.seq) for wrong in follower.mismatches] == [(streams[1], seq)]
+
+
+def test_an_engine_that_withdraws_its_promise_is_held_to_the_bound_from_there_on(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(3)]
+    follower = story.follower()
+    story.step(*streams, frames=5)
+    story.scribe.writer.event(story.scribe.now, "engine", None, '{"exactness": "tolerance"}')
+    story.rounds_otherwise = True
+    for _ in range(3):
+        story.step(*streams, frames=5)
+        story.checkpoint()
+    advance(follower)
+    assert (follower.mismatches, follower.frames, follower.differs) == ([], 60, True)
+
+
+def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(8)]
+    follower = story.follower()
+    story.step(*streams, frames=2)
+    advance(follower)
+    follower.lower_share()
+    few = follower.streams
+    assert 0 < few < 8
+    story.step(*streams, frames=10)
+    advance(follower)
+    assert follower.frames == 16 + 10 * few
+    assert follower.skipped == 10 * (8 - few)
+    story.checkpoint()
+    follower.raise_share()
+    story.step(*streams, frames=10)
+    advance(follower)
+    assert follower.frames == 16 + 10 * few + 80, "those that are new begin with their states in the checkpoint"
+    assert follower.mismatches == []
+
+
+def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(4)]
+    follower = Follower(story.path, story.model, wanted=["stream-2", "4"], certify=CERTIFY)
+    story.step(*streams, frames=5)
+    advance(follower)
+    assert (follower.streams, follower.frames) == (2, 10)
+
+
+class Slow:
+    """A follower that is as late as a test says."""
+
+    def __init__(self) -> None:
+        self.lag_s, self.share, self.skips = 0.0, 1.0, 0
+
+    def lower_share(self) -> None:
+        self.share /= 2
+
+    def raise_share(self) -> None:
+        self.share = min(1.0, 2 * self.share)
+
+    def skip(self) -> None:
+        self.skips += 1
+
+
+def test_one_that_is_late_follows_fewer_streams_and_more_when_it_has_time() -> None:
+    slow = Slow()
+    throttle = Throttle(cast(Follower, slow), 0.0)
+    for second in range(1, 13):
+        slow.lag_s = 2.5
+        throttle.advanced(float(second), 1.0)
+    assert slow.share == 1 / 16
+    assert slow.skips == 0
+    slow.lag_s = 100.0
+    throttle.advanced(16.0, 3.0)
+    assert (slow.share, slow.skips) == (1 / 32, 1)
+    slow.lag_s = 0.1
+    throttle.advanced(20.0, 3.0)
+    assert slow.share == 1 / 32, "it has no time left"
+    for second in range(24, 60, 4):
+        throttle.advanced(float(second), 0.5)
+    assert slow.share == 1
+
+
+def followed(path: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["verify", str(path), "--follow", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("retention", [KEEP_ALL, Retention(keep_bytes=100_000)], ids=["all", "trimmed"])
+def test_the_command_follows_a_file_that_grows(tmp_path: Path, retention: Retention) -> None:
+    told: list[Story] = []
+    ready, over = Event(), Event()
+
+    def grow() -> None:
+        story = Story(tmp_path, 1, retention)
+        told.append(story)
+        ready.set()
+        while not over.wait(0.002):
+            story.anything()
+        story.scribe.writer.commit()
+        story.scribe.writer.close()
+
+    writing = Thread(target=grow)
+    writing.start()
+    try:
+        assert ready.wait(60)
+        status, text = followed(tmp_path / "a.rec", "--for", "2")
+        assert status == 0, text
+        *_, line, summary = text.splitlines()
+        assert re.fullmatch(r"\d+ streams?, [\d,]+ frames?, 0 mismatches, \d+\.\d s behind", line), text
+        assert re.match(r"verified: \d+ streams?, [\d,]+ frames, exact, 0 mismatches", summary), text
+        assert max(map(len, text.splitlines())) <= 80
+        status, text = followed(tmp_path / "a.rec", "--for", "1.5", "--json")
+        assert status == 0, text
+        first, *_, last = map(json.loads, text.splitlines())
+        assert (first["final"], last["final"], last["verified"], last["mismatches"]) == (False, True, True, [])
+        assert last["frames"] > 0
+    finally:
+        over.set()
+        writing.join()
+    assert not Path(f"{tmp_path / 'a.rec'}-wal").exists(), "nobody kept it from being closed in order"
+
+
+def test_the_command_finds_what_was_changed_in_the_file(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(4)]
+    story.step(*streams, frames=5)
+    story.scribe.writer.close()
+    for fix_crc, expected in ((True, 1), (False, 2)):
+        forger = Forger(story.path, tmp_path / f"{fix_crc}.rec", fix_crc=fix_crc)
+        batch, at = forger.find_frame(3, 4)
+        y = forger.column(batch, "y")
+        y.view(np.uint8)[at, 1] ^= 1
+        forger.change_batch(batch, y=y)
+        status, text = followed(forger.path, "--for", "0")
+        assert status == expected, text
+        assert ("mismatch in stream 3 (stream-3): frame 4, element 0" if fix_crc else "damaged") in text
+    assert followed(story.path, "--for", "0")[0] == 0
+
+
+def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    command = [sys.executable, "-m", "instep", "verify", str(story.path), "--follow", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["frames"] == 5
+        process.send_signal(signal.SIGINT)
+        *_, last = process.stdout.read().splitlines()
+    assert process.returncode == 0
+    assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
+
+
+def test_for_without_follow_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "a.rec"), "--for", "3"])
+    assert result.exit_code == 2
+    assert "it goes with --follow" in result.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
@@ -21,6 +21,7 @@ from instep.recording.inspection import look_over
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.conditions import recorded_model
+from instep.verify.follow_command import Following
 from instep.verify.render import render
 from instep.verify.report import CannotVerify
 from instep_tools.page import check_report_path, write_page
@@ -54,7 +55,8 @@ def run(
         The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
         checked, or the page not be written although everything matched.
     """
-    try:
+
+    def verified() -> int:
         if page is not None:
             check_report_path(page)
         with (
@@ -63,6 +65,41 @@ def run(
         ):
             model = recorded_model(reader.header, model_folder)
             report = verifier.verify(reader, model, streams, on_progress)
+        if json:
+            _write_json(report.as_json())
+        else:
+            render(report, console)
+        status = MISMATCH if report.mismatches else VERIFIED if report.verified else NOT_CHECKED
+        if page is not None:
+            from instep.verify.page import verify_page
+
+            try:
+                write_page(page, verify_page(report, facts(look_over(file))))
+            except (BadFile, RecordingError) as error:  # the result was printed
+                Console(stderr=True).print(Text(str(error), "bold red"), soft_wrap=True)
+                return status or NOT_CHECKED
+        return status
+
+    return _status(file, json, console, verified)
+
+
+def follow(
+    file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, for_s: float, console: Console
+) -> int:
+    """Verify a recording while it is written, until Ctrl-C or for some seconds; arguments and status as of `run`."""
+
+    def followed() -> int:
+        following = Following(file, model_folder, streams)
+        verdict = following.in_json(for_s, _write_json) if json else following.in_words(for_s, console)
+        return MISMATCH if verdict == "mismatch" else NOT_CHECKED if verdict == "not checked" else VERIFIED
+
+    return _status(file, json, console, followed)
+
+
+def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) -> int:
+    """The exit status of a check, whatever it raises."""
+    try:
+        return check()
     except (RecordingError, CannotVerify, BadFile) as error:
         if json:
             _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
@@ -74,24 +111,11 @@ def run(
     except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
         return NOT_CHECKED
-    if json:
-        _write_json(report.as_json())
-    else:
-        render(report, console)
-    status = MISMATCH if report.mismatches else VERIFIED if report.verified else NOT_CHECKED
-    if page is not None:
-        from instep.verify.page import verify_page
-
-        try:
-            write_page(page, verify_page(report, facts(look_over(file))))
-        except (BadFile, RecordingError) as error:  # the result was printed
-            Console(stderr=True).print(Text(str(error), "bold red"), soft_wrap=True)
-            return status or NOT_CHECKED
-    return status
 
 
 def _write_json(fields: dict[str, object]) -> None:
     sys.stdout.write(dumps(fields, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager

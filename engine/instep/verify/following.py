@@ -4,31 +4,35 @@ A stream is followed from where its state is known: its opening, a reset, or a s
 on the follower carries the state itself. It reads in short transactions, some rows at a time, and opens the file anew
 for each portion, so that it never keeps the writer from reusing its WAL, trimming, or closing in order.
 
-Where bits must be equal (see `conditions`), a frame is wrong when any bit of its output differs. A stream that is wrong
-is told of once and followed no further, until it is opened again.
+Where bits must be equal (see `conditions`), a frame is wrong when any bit of its output differs. Elsewhere the states
+drift apart, so each part of a stream is compared from one recorded state to the next, within the bound of the verifier;
+its frames wait for the next checkpoint. A stream that is wrong is told of once and followed no further, until it is
+opened again.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from threading import Event
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U8, Bool
+from instep.core.typing import I64, U8
 from instep.models.model import Model
 from instep.recording.errors import RecordingError, TrimmedMeanwhile
-from instep.recording.frames import Sequences
 from instep.recording.records import RecordedBatch, RecordedEvent, StreamInfo
-from instep.recording.schema import ENGINE_EVENT, RESET_EVENT, RecordingHeader
+from instep.recording.schema import CHECKPOINT_EVENT, ENGINE_EVENT, RESET_EVENT, RecordingHeader
 from instep.recording.tail import Closed, Item, Opened, RecordingTail
-from instep.verify.checkers import Checkers, Task, step_again
+from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
+from instep.verify.portion import FollowedPart, Portion
 from instep.verify.replay import replay_stepped
 from instep.verify.report import Divergence
 from instep.verify.stream_checks import StreamCheck
@@ -38,7 +42,8 @@ PORTION_BYTES: Final = 4 * 2**20
 """Of frames that are read before they are checked, about."""
 _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
-_NOBODY: Final = -1
+_MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
+"""Where more frames wait for a checkpoint, fewer streams are followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +61,10 @@ class WrongOutput:
     sentence: str
     """The first difference, in words."""
 
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """A stream from where its state is known."""
-
-    number: int
-    name: str
-    state: U8 | None
-    """Before the frame `next_seq`; None for the model's initial state."""
-    next_seq: int
-    through: int = 0
-    """The position up to which its frames are checked."""
-    place: int = _NOBODY
-    """Its index among the parts of the portion that is being read; `_NOBODY` where it has no frame there."""
-
-
-@dataclass(slots=True)
-class _Portion:
-    """Frames that were read and are not checked yet, as columns of batches."""
-
-    parts: list[_Part] = field(default_factory=list)
-    places: list[I64] = field(default_factory=list)
-    """[B], of each frame, its part; `_NOBODY` for frames of streams that are not followed."""
-    batches: list[RecordedBatch] = field(default_factory=list)
-    bytes: int = 0
-
-    def add(self, batch: RecordedBatch, parts: list[_Part | None]) -> None:
-        """A batch, and the part that each of its frames belongs to."""
-        for part in parts:
-            if part is not None and part.place == _NOBODY:
-                part.place = len(self.parts)
-                self.parts.append(part)
-        places = np.array([_NOBODY if part is None else part.place for part in parts], np.int64)
-        if (places != _NOBODY).any():
-            self.places.append(places)
-            self.batches.append(batch)
-            self.bytes += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; values that are not finite become strings."""
+        finite = [[each if isfinite(each) else str(each) for each in values] for values in (self.expected, self.got)]
+        return asdict(self) | dict(zip(("expected", "got"), finite, strict=True))
 
 
 class Follower:
@@ -102,6 +74,7 @@ class Follower:
         path: the recording.
         model: the recorded one.
         start: a position of its past to begin after, as far as states are known there; None for the newest checkpoint.
+        wanted: names or numbers of the streams to follow; none for all.
         certify: finds out whether bits must be equal on this machine.
 
     Attributes:
@@ -110,24 +83,36 @@ class Follower:
         frames_seen: how many frames were committed since the start.
         streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
-        lag_s: seconds since everything that is not checked yet was committed.
+        lag_s: seconds since everything that is not read yet was committed.
         mismatches: all that were found.
+        differs: whether any bit differed.
 
     Raises:
         RecordingError: from every method, when the recording cannot be read or is damaged.
     """
 
-    def __init__(self, path: Path, model: Model, start: int | None = None, certify: Certify = find_conditions) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: Model,
+        start: int | None = None,
+        wanted: Sequence[str] = (),
+        certify: Certify = find_conditions,
+    ) -> None:
         self.path = path
         self.share = 1.0
         self.frames = self.frames_seen = self.streams_total = 0
         self.lag_s = 0.0
         self.mismatches: list[WrongOutput] = []
+        self.differs = False
+        self._wanted = frozenset(wanted)
         self._model = model
         self._certify = certify
-        self._known: dict[int, _Part | None] = {}
+        self._known: dict[int, FollowedPart | None] = {}
         """By number, open streams that were met; None for those that are not followed."""
-        self._portion = _Portion()
+        self._late = set[int]()
+        """Of these, the ones whose recorded state was too old when they were met."""
+        self._portion = Portion()
         with RecordingTail(path) as tail:
             newest = tail.checkpoint().position
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
@@ -144,6 +129,11 @@ class Follower:
     def notes(self) -> tuple[str, ...]:
         """Why bits need not be equal; empty where they must."""
         return self._checkers.conditions.step_notes
+
+    @property
+    def skipped(self) -> int:
+        """How many frames were committed and not compared."""
+        return max(0, self.frames_seen - self.frames)
 
     @property
     def streams(self) -> int:
@@ -177,6 +167,8 @@ class Follower:
             return
         self._former_share, self.share = self.share, min(1.0, 2 * self.share)
         self._known = {number: part for number, part in self._known.items() if part is not None}
+        if not self._checkers.conditions.step_bits:  # all begin again from there
+            self._known, self._portion, self._former_share = {}, Portion(), 0.0
         with RecordingTail(self.path, self._tail) as tail:
             self.position = min(self.position, max(tail.checkpoint().position, tail.trimmed.position))
 
@@ -189,7 +181,7 @@ class Follower:
                 self._skip_to(newest)
 
     def _skip_to(self, position: int) -> None:
-        self._known, self.position, self._seen = {}, position, max(self._seen, position)
+        self._known, self._portion, self.position, self._seen = {}, Portion(), position, max(self._seen, position)
 
     def _make_checkers(self, tail: RecordingTail, position: int | None = None) -> Checkers:
         """For the engine that wrote the row at a position."""
@@ -201,11 +193,12 @@ class Follower:
 
     def _read(self, tail: RecordingTail) -> bool:
         """Fill the portion; whether that was everything there is."""
+        waiting = self._portion.bytes
         try:
             for item in tail.history(self.position + 1):
                 self._take(item, tail)
                 self.position = item.position
-                if self._portion.bytes >= PORTION_BYTES:
+                if self._portion.bytes >= waiting + PORTION_BYTES:
                     return False
         except TrimmedMeanwhile:
             return False
@@ -230,98 +223,107 @@ class Follower:
                 part = None if was_checked else self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = part
         elif isinstance(item, Closed):
-            self._known.pop(item.stream, None)
+            if (part := self._known.pop(item.stream, None)) is not None:
+                part.is_over = True
         elif item.kind == RESET_EVENT:
             self._reset(item, tail)
+        elif item.kind == CHECKPOINT_EVENT:
+            self._anchor(tail)
         elif item.kind == ENGINE_EVENT:
             self._check()
+            drifted = not self._checkers.conditions.step_bits
             self._checkers = self._make_checkers(tail, item.position)
+            if drifted and self._checkers.conditions.step_bits:
+                self._known, self._portion = {}, Portion()
 
-    def _joined(self, number: int, seq: int, tail: RecordingTail) -> _Part | None:
+    def _joined(self, number: int, seq: int, tail: RecordingTail) -> FollowedPart | None:
         """A stream that is met with this frame, from its newest state; None where it is not followed."""
         found = tail.newest_state(number)
-        if found is None or found.seq < seq:
+        if found is None:
+            return None
+        if found.seq < seq:
+            self._late.add(number)
             return None
         return self._part(number, found.name, found.seq, found.state)
 
     def _reset(self, event: RecordedEvent, tail: RecordingTail) -> None:
         assert event.stream is not None
         assert event.seq is not None
-        number, name = event.stream, ""
-        if number not in self._known:
+        number, part = event.stream, self._known.get(event.stream)
+        if part is not None:
+            if event.position > part.through and event.seq >= part.next_seq:  # else the part began later
+                part.is_over = True
+                self._known[number] = FollowedPart(number, part.name, event.state, event.seq)
+        elif number not in self._known or number in self._late:
             found = tail.newest_state(number)
-            name = "" if found is None else found.name
-        elif (part := self._known[number]) is not None and event.position > part.through and event.seq >= part.next_seq:
-            name = part.name
-        if name:
-            self._known[number] = self._part(number, name, event.seq, event.state, is_new=number not in self._known)
+            self._known[number] = None if found is None else self._part(number, found.name, event.seq, event.state)
 
-    def _part(self, number: int, name: str, seq: int, state: U8 | None, *, is_new: bool = True) -> _Part | None:
-        if not _is_sampled(name, self.share):
+    def _anchor(self, tail: RecordingTail) -> None:
+        """A checkpoint is complete: its states are newer than those that were known."""
+        for number in self._late:
+            self._known.pop(number, None)
+        self._late.clear()
+        if not self._checkers.conditions.step_bits:
+            for part in self._portion.parts:
+                found = tail.newest_state(part.number) if part.anchor is None and not part.is_over else None
+                if found is not None and found.seq > part.next_seq:
+                    part.anchor = found.seq, found.state
+
+    def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | None:
+        if not _is_sampled(name, self.share) or (self._wanted and not self._wanted & {name, str(number)}):
             return None
-        self.streams_total += is_new
-        return _Part(number, name, state, seq)
+        self.streams_total += 1
+        return FollowedPart(number, name, state, seq)
 
     # ── Checking ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _check(self) -> None:
-        """Compare the frames of the portion."""
-        portion, self._portion = self._portion, _Portion()
-        for part in portion.parts:
-            part.place = _NOBODY
-        if not portion.parts:
-            return
-        sequences, first_seqs = self._in_order(portion)
-        lengths, buckets = sequences.lengths, self._checkers.conditions.buckets
-        for rows in plan_chunks(lengths, buckets[-1], buckets[0]):
-            parts = [portion.parts[row] for row in rows.tolist()]
-            places = zip(parts, sequences.starts[rows].tolist(), lengths[rows].tolist(), strict=True)
-            checks = [_stream_check(part, start, frames) for part, start, frames in places]
-            self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
+        """Compare the frames of the portion that can be compared."""
+        portion, conditions = self._portion, self._checkers.conditions
+        if portion.parts:
+            sequences, defects = portion.sequences(self._tail.header.outputs, up_to_anchors=not conditions.step_bits)
+            for part, seq, expected_seq in defects:
+                sentence = f"frame {seq} was recorded where frame {expected_seq} belongs"
+                self._tell(WrongOutput(part.name, part.number, seq, [], [], sentence), part)
+            first_seqs: I64 = np.array([part.next_seq for part in portion.parts], np.int64)
+            for rows in plan_chunks(sequences.lengths, conditions.buckets[-1], conditions.buckets[0]):
+                parts = [portion.parts[row] for row in rows.tolist()]
+                places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
+                checks = [_stream_check(part, start, frames) for part, start, frames in places]
+                self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
+        self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
+        if self._portion.bytes > _MOST_WAITING_BYTES:
+            self.lower_share()
 
-    def _in_order(self, portion: _Portion) -> tuple[Sequences, I64]:
-        """The frames that follow each other from the known state of each part, and the seqs of the first."""
-        parts, batches = portion.parts, portion.batches
-        places = np.concatenate(portion.places)
-        seqs: I64 = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)
-        sizes = [len(batch.seqs) for batch in batches]
-        positions = np.repeat(np.array([batch.position for batch in batches], np.int64), sizes)
-        answered: Bool = np.repeat(np.array([batch.y is not None for batch in batches], np.bool_), sizes)
-        next_seqs: I64 = np.array([part.next_seq for part in parts], np.int64)
-        through: I64 = np.array([part.through for part in parts], np.int64)
-        counts_here = (places != _NOBODY) & (positions > through[places]) & (seqs >= next_seqs[places])
-        order: I64 = np.flatnonzero(counts_here)
-        order = order[np.argsort(places[order], kind="stable")]
-        lengths: I64 = np.bincount(places[order], minlength=len(parts)).astype(np.int64)
-        starts: I64 = np.cumsum(lengths) - lengths
-        expected = next_seqs[places[order]] + np.arange(len(order)) - starts[places[order]]
-        defects: dict[int, tuple[int, int]] = {}
-        for at in np.flatnonzero(seqs[order] != expected).tolist()[::-1]:  # so that the first of each part is the last
-            defects[int(places[order[at]])] = int(expected[at]), int(seqs[order[at]])
-        for place, (belongs, seq) in defects.items():
-            part, lengths[place] = parts[place], 0
-            sentence = f"frame {seq} was recorded where frame {belongs} belongs"
-            self._tell(WrongOutput(part.name, part.number, seq, [], [], sentence), part)
-        x: F32 = np.concatenate([batch.x for batch in batches])
-        width = self._tail.header.outputs
-        ys = [np.zeros((len(batch.x), width), np.float32) if batch.y is None else batch.y for batch in batches]
-        return Sequences(np.arange(len(parts)), starts, lengths, order, x, np.concatenate(ys), answered), next_seqs
+    def _is_waiting(self, part: FollowedPart) -> bool:
+        """Whether frames of a part that were not compared can be later."""
+        is_followed = self._known.get(part.number) is part
+        return not self._checkers.conditions.step_bits and is_followed
 
-    def _compare(self, task: Task, parts: list[_Part]) -> None:
+    def _compare(self, task: Task, parts: list[FollowedPart]) -> None:
         found, states = step_again(task)
-        self.frames += sum(int(span.answered.sum()) for span in task.spans())
+        if not found.bits_required and (rows := np.flatnonzero(found.wrong).astype(np.int64)).size:
+            again = Task(self._checkers, task.chunk.only(rows), [task.checks[row] for row in rows.tolist()])
+            found.replace(rows, check_with_bound(again)[0])
+        self.differs |= bool(found.differs.any())
         for row, (part, check) in enumerate(zip(parts, task.checks, strict=True)):
+            part.next_seq, part.state = check.next_seq, states[row].copy()
+            if part.anchor is not None and part.anchor[0] == part.next_seq:
+                (_, part.state), part.anchor = part.anchor, None
             if found.wrong[row]:
-                self._tell(self._mismatch(task, row, found.first[row]), part)
-            part.next_seq, part.state, part.through = check.next_seq, states[row].copy(), self.position
+                self._tell(self._wrong_output(task, row, found.first[row]), part)
+        for span in task.spans():
+            counts = span.answered.sum(axis=0)
+            counts[list(found.undecided)] = 0
+            self.frames += int(counts.sum())
 
-    def _tell(self, mismatch: WrongOutput, part: _Part) -> None:
+    def _tell(self, wrong: WrongOutput, part: FollowedPart) -> None:
         """A part is wrong: follow it no more."""
-        self.mismatches.append(mismatch)
+        self.mismatches.append(wrong)
         if self._known.get(part.number) is part:
             self._known[part.number] = None
 
-    def _mismatch(self, task: Task, row: int, divergence: Divergence) -> WrongOutput:
+    def _wrong_output(self, task: Task, row: int, divergence: Divergence) -> WrongOutput:
         check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1
         span = next(task.chunk.only(np.array([row])).spans())
         network, buckets = self._checkers.network, self._checkers.conditions.buckets
@@ -347,7 +349,7 @@ def _is_sampled(name: str, share: float) -> bool:
     return zlib.crc32(name.encode()) < share * 2**32
 
 
-def _stream_check(part: _Part, start: int, frames: int) -> StreamCheck:
+def _stream_check(part: FollowedPart, start: int, frames: int) -> StreamCheck:
     nothing = (None, None, None, None, None)
     info = StreamInfo(part.number, part.name, 0, part.next_seq, 0, 0, part.state, *nothing)
     return StreamCheck(info, 0, start, part.next_seq, frames, part.state, None)

@@ -1,6 +1,6 @@
 """The process that checks what a server records, at the lowest priority: `python -m instep.verify.live`.
 
-It writes a JSON object a line to standard output: each is a status (see `pace.Status`), or says with `error` why
+It writes a JSON object a line to standard output: each is a status (see `throttle.Status`), or says with `error` why
 nothing can be checked. It ends with its standard input, which a server that dies closes.
 """
 
@@ -15,7 +15,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from instep.verify.pace import Status
+    from instep.verify.throttle import Status
 
 CANNOT: Final = 2
 """The exit status where nothing can be checked, and a new process could not either."""
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     from instep.recording.errors import RecordingError, with_advice
     from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
-    from instep.verify.pace import follow
     from instep.verify.report import CannotVerify
+    from instep.verify.throttle import follow
 
     stopped = Event()
     Thread(target=_wait_for_the_end, args=(stopped,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Keeping up with a recording: the pace at which it is followed, and what is reported meanwhile."""
+"""Keeping up with a recording: how many of its streams are followed, and what is reported meanwhile."""
 
 from __future__ import annotations
 
@@ -50,13 +50,8 @@ class Status:
         return asdict(self) | {
             "share": round(self.share, 6),
             "lag_s": round(self.lag_s, 3),
-            "mismatches": [_finite(asdict(mismatch)) for mismatch in self.mismatches],
+            "mismatches": [wrong.as_json() for wrong in self.mismatches],
         }
-
-
-def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    values = {key: [each if math.isfinite(each) else str(each) for each in fields[key]] for key in ("expected", "got")}
-    return fields | values
 
 
 class Throttle:
@@ -108,7 +103,7 @@ def follow(
         for_s: how long; everything that was committed by then is checked.
     """
     began = told = time.monotonic()
-    pace, count = Throttle(follower, began), 0
+    throttle, count = Throttle(follower, began), 0
 
     def tell() -> None:
         nonlocal count
@@ -120,7 +115,7 @@ def follow(
             before = time.monotonic()
             is_all = follower.advance()
             now = time.monotonic()
-            pace.advanced(now, now - before)
+            throttle.advanced(now, now - before)
             if now - told >= every_s or len(follower.mismatches) > count:
                 told = now
                 tell()
@@ -135,7 +130,7 @@ def follow(
 def _status(follower: Follower, known: int) -> Status:
     return Status(
         frames=follower.frames,
-        skipped=max(0, follower.frames_seen - follower.frames),
+        skipped=follower.skipped,
         streams=follower.streams,
         share=follower.share,
         lag_s=follower.lag_s,

@@ -1,0 +1,116 @@
+"""`instep verify --follow`: a recording is checked while it is written, from outside, in the foreground."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any, Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from instep.verify.conditions import recorded_threads
+from instep.verify.following import Follower, model_of
+from instep.verify.report import Verdict, counted
+from instep.verify.throttle import Status, follow
+
+_LIVE_EVERY_S: Final = 0.25
+_LINE_EVERY_S: Final = 5.0
+_JSON_EVERY_S: Final = 1.0
+
+
+class Following:
+    """Follows a recording, tells of it now and then, and sums it up.
+
+    Args:
+        file: the recording.
+        model_folder: the model; None for where the recording says.
+        streams: names or numbers of the streams to follow; none for all.
+    """
+
+    def __init__(self, file: Path, model_folder: Path | None, streams: Sequence[str]) -> None:
+        self._file = file
+        self._header, model = model_of(file, model_folder)
+        with recorded_threads(self._header):
+            self._follower = Follower(file, model, wanted=streams)
+
+    def in_words(self, for_s: float, console: Console) -> Verdict:
+        """Follow until Ctrl-C, or for some seconds: a live line on a terminal, or a line now and then, and the end."""
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+
+            def show(status: Status) -> None:
+                for wrong in status.mismatches:
+                    where = f"mismatch in stream {wrong.number} ({wrong.stream}): {wrong.sentence}"
+                    console.print(Text(where, "red"), soft_wrap=True)
+                if console.is_terminal:
+                    live.update(Text(_line(status), "red" if status.mismatches_total else ""), refresh=True)
+                else:
+                    console.print(Text(_line(status)), soft_wrap=True)
+
+            self._follow(show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
+        for note in self._follower.notes:
+            console.print(Text(f"bits were not required to be equal: {note}", "yellow"), soft_wrap=True)
+        style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
+        console.print(Text(self._summary(), style), soft_wrap=True)
+        return self._verdict
+
+    def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
+        """Likewise, as an object a second and one at the end."""
+        newest: dict[str, Any] = {}
+
+        def tell(status: Status) -> None:
+            newest.update(status.as_json())
+            write({**newest, "final": False})
+
+        self._follow(tell, _JSON_EVERY_S, for_s)
+        verified = self._verdict in ("exact", "within tolerance")
+        about = {"file": str(self._file), "verified": verified, "verdict": self._verdict, "summary": self._summary()}
+        everything = [wrong.as_json() for wrong in self._follower.mismatches]
+        write({**about, **newest, "mismatches": everything, "final": True})
+        return self._verdict
+
+    def _follow(self, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
+        with recorded_threads(self._header), _until_interrupted() as stopped:
+            follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s)
+
+    @property
+    def _verdict(self) -> Verdict:
+        """About all frames that were compared."""
+        follower = self._follower
+        if follower.mismatches:
+            return "mismatch"
+        if not follower.frames:
+            return "not checked"
+        return "within tolerance" if follower.differs else "exact"
+
+    def _summary(self) -> str:
+        follower, verdict = self._follower, self._verdict
+        checked = f"{counted(follower.streams_total, 'stream')}, {counted(follower.frames, 'frame')}"
+        mismatches = counted(len(follower.mismatches), "mismatch", "mismatches")
+        left_out = f"; {counted(follower.skipped, 'frame')} not compared" if follower.skipped else ""
+        if verdict in ("mismatch", "not checked"):
+            return f"not verified: {checked}, {mismatches}{left_out}"
+        return f"verified: {checked}, {verdict}, {mismatches}{left_out}"
+
+
+def _line(status: Status) -> str:
+    """The state of things in 80 columns."""
+    share = "" if status.share == 1 else f" (1 of {1 / status.share:,.0f})"
+    mismatches = counted(status.mismatches_total, "mismatch", "mismatches")
+    compared = f"{counted(status.streams, 'stream')}{share}, {counted(status.frames, 'frame')}"
+    return f"{compared}, {mismatches}, {status.lag_s:.1f} s behind"
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[Event]:
+    """An event that Ctrl-C sets while the block runs."""
+    stopped = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
