@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -106,6 +108,8 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
             await step_all(streams, frames(rng, 5, 4))
         assert found(server).state == "mismatch"
         assert (await numbers(server))["verify_mismatches_total"] == 1
+        (event,) = (event for event in server.default.events.since(0) if event.kind == "mismatch")
+        assert (event.stream, event.seq) == ("s2", 50)
         wrong = found(server).mismatch
         assert wrong is not None
         assert (wrong.stream, wrong.seq) == ("s2", 50)
@@ -120,3 +124,142 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
 async def numbers(server: Server) -> dict[str, float]:
     async with AsyncClient(server.endpoint) as client:
         return await client.stats()
+
+
+async def test_everything_is_verified_whatever_happens_to_the_streams(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    recording = {"file": tmp_path / "r.instep", "recovery_target_s": 0.01}
+    limits = {"hibernate_after_s": 0.1}
+    sections: dict[str, Any] = {"recording": recording, "limits": limits, **VERIFY}
+    async with running(EARS, folder=folder, **sections) as server, AsyncClient(server.endpoint) as client:
+        streams = [await client.open(f"s{number}") for number in range(6)]
+        await step_all(streams, frames(rng, 30, 6))
+        fork = await streams[0].fork("fork")
+        await streams[1].reset()
+        await streams[2].reset((await client.snapshot("s3")).state)
+        await step_all([*streams, fork], frames(rng, 30, 7))
+        await until(lambda: server.default.listing.hibernating_count == 7)
+        await step_all([*streams, fork], frames(rng, 30, 7))
+        await streams[4].close()
+        stepped = server.default.engine.stats.frames_total
+        assert stepped == 180 + 210 + 210
+        await until(lambda: found(server).frames_total == stepped)
+        assert (found(server).state, found(server).skipped, found(server).mismatches_total) == ("verified", 0, 0)
+        await client.close(park=True)
+    async with running(EARS, folder=folder, **sections) as server, AsyncClient(server.endpoint) as client:
+        await until(lambda: found(server).reported_s > 0)
+        streams = [await client.resume(f"s{number}", take_over=True) for number in range(4)]
+        await step_all(streams, frames(rng, 30, 4))
+        await until(lambda: found(server).frames_total >= 120)
+        assert (found(server).state, found(server).mismatches_total) == ("verified", 0)
+
+
+async def test_a_history_that_is_trimmed_is_verified_meanwhile(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    recording, told = {"file": tmp_path / "r.instep", "keep_bytes": 700_000}, list[dict[str, Any]]()
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            group = await client.open_group([f"s{number}" for number in range(8)])
+            await until(lambda: found(server).reported_s > 0)
+            while sum(line["event"] == "recording trimmed" for line in told) < 3:
+                await group.step(frames(rng, 16, 8))
+                await asyncio.sleep(0.01)
+            stepped = server.default.engine.stats.frames_total
+            await until(lambda: found(server).frames_total + found(server).skipped == stepped)
+            assert found(server).frames_total > stepped / 4
+            assert found(server).mismatches_total == 0
+
+
+async def test_each_model_has_its_checker_and_takes_it_along(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    (tmp_path / "recordings").mkdir()
+    write_model(tmp_path / "newer", NEWER)
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "recordings"}
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint, model="ears") as client:
+            await client.load_model("other", tmp_path / "newer")
+            first = server.default
+            pids = [service.verification.pid for service in server.services if service.verification is not None]
+            stream = await client.open("s")
+            await step_all([stream], frames(rng, 40, 1))
+            await client.swap_model("ears", tmp_path / "newer", "move")
+            await step_all([stream], frames(rng, 40, 1))
+            assert server.default is not first
+            await until(lambda: found(server).frames_total == 40)
+            assert found(server).state == "verified"
+            await client.unload_model("other")
+            await until(lambda: not any(is_alive(pid) for pid in pids))
+    assert sum(line["event"] == "verifying" for line in told) == 3
+    assert not any(line["level"] in ("error", "warning") for line in told)
+
+
+def is_alive(pid: int | None) -> bool:
+    return pid is not None and Path(f"/proc/{pid}").exists()
+
+
+async def test_a_checker_that_dies_is_followed_by_another(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("s")
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total == 20)
+            former = found(server).pid
+            assert former is not None
+            os.kill(former, signal.SIGKILL)
+            await until(lambda: found(server).pid not in (former, None))
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total >= 40)
+            assert found(server).state == "verified"
+    (line,) = (line for line in told if line["event"] == "checker restarts")
+    assert "SIGKILL" in line["reason"]
+
+
+async def test_a_checker_that_hangs_holds_nobody_up(
+    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("s")
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total == 20)
+            former = found(server).pid
+            assert former is not None
+            os.kill(former, signal.SIGSTOP)
+            await step_all([stream], frames(rng, 200, 1))
+            await until(lambda: found(server).lag_s > 2)
+            assert found(server).frames_total == 20
+            monkeypatch.setattr("instep.server.live_verification._MOST_WAL_BYTES", 0)
+            await until(lambda: found(server).pid != former)
+            monkeypatch.undo()
+            monkeypatch.setattr(live, "command", command)
+            await until(lambda: found(server).frames_total + found(server).skipped >= 220)
+    assert any(line["event"] == "checker killed" for line in told)
+
+
+async def test_what_cannot_be_verified_is_said_and_served(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    told: list[dict[str, Any]] = []
+    recording, nowhere = {"file": tmp_path / "r.instep"}, tmp_path / "nowhere"
+    async with running(EARS, folder=nowhere, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            await until(lambda: found(server).state == "off")
+            await step_all([await client.open("s")], frames(rng, 20, 1))
+    assert "no longer there" in found(server).reason
+    assert [line["event"] for line in told if line["level"] == "error"] == ["cannot verify"]
+
+
+def test_there_must_be_something_to_compare(tmp_path: Path) -> None:
+    for sections in ({}, {"recording": {"file": tmp_path / "r"}, "engine": {"exactness": "off"}}):
+        with pytest.raises(ValueError, match="live verification"):
+            Config.model_validate({"verify": {"live": True}, **sections})

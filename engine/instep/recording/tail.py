@@ -75,6 +75,15 @@ class RecordingTail(RecordingReader):
                 return
             yield item
 
+    def newest_open(self, most: int) -> list[int]:
+        """The numbers of streams that are open, those that opened last, up to `most`; nothing is checked."""
+        has_closed = "SELECT 1 FROM closings WHERE closings.stream = openings.stream"
+        query = f"SELECT stream FROM openings WHERE NOT EXISTS ({has_closed}) ORDER BY position DESC LIMIT ?"
+        rows, error = self._fetch(query, (most,))
+        if error is not None:
+            raise self.damaged(f"the table openings cannot be read: {error}")
+        return [row[0] for row in rows]
+
     def newest_state(self, stream: int) -> OpenStream | None:
         """A stream in its newest state that the recording holds; None where it has closed."""
         try:

@@ -122,6 +122,7 @@ class LiveVerification:
 
     def _alarm(self, wrong: WrongFrame) -> None:
         self._found.mismatch = wrong
+        self._service.events.add("mismatch", wrong.stream, wrong.sentence, wrong.seq)
         verify = f"instep verify {shlex.quote(str(self._service.file))} --stream {shlex.quote(wrong.stream)}"
         self._service.log.error(
             "mismatch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 VerificationState: TypeAlias = Literal["off", "checking", "verified", "mismatch"]
 """`off`: nothing is checked, `reason` says why. `checking`: nothing was compared yet, or the checker is behind.
@@ -21,9 +21,9 @@ class WrongFrame:
 
     stream: str
     seq: int
-    expected: list[float]
-    """The output as computed again; empty where the recorded frame is out of order."""
-    got: list[float]
+    expected: list[float | str]
+    """The output as computed again, values that are not finite as text; empty where the frame is out of order."""
+    got: list[float | str]
     """The output as served."""
     sentence: str
     """The first difference, in words."""
@@ -70,6 +70,23 @@ class Verification:
         if self.is_off:
             return "off"
         return "verified" if self.frames_total and self.lag_s < _LATE_S else "checking"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        wrong = self.mismatch
+        mismatch = wrong and {each: getattr(wrong, each) for each in ("stream", "seq", "expected", "got")}
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "frames": self.frames_total,
+            "skipped": self.skipped,
+            "streams": self.streams,
+            "share": self.share,
+            "notes": self.notes,
+            "lag_s": self.lag_s,
+            "mismatches": self.mismatches_total,
+            "mismatch": mismatch,
+        }
 
     def numbers(self) -> dict[str, float]:
         """Everything that can be counted, by name."""

@@ -40,6 +40,8 @@ from instep.verify.verifier import Certify, make_checkers
 
 PORTION_BYTES: Final = 4 * 2**20
 """Of frames that are read before they are checked, about."""
+_MOST_AT_FIRST: Final = 2**14
+"""Open streams whose states are read at the start; those of others are when they have a frame."""
 _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
 _MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
@@ -117,6 +119,9 @@ class Follower:
             newest = tail.checkpoint().position
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
             self._checkers = self._make_checkers(tail)
+            if self.position:  # later ones would have newer states, further behind the frames that are read
+                for number in tail.newest_open(_MOST_AT_FIRST):
+                    self._known[number] = self._joined(number, 0, tail)
         self._tail = tail
         self._seen = self.position
         """The newest position that was read; beyond `_position` where some is read again."""

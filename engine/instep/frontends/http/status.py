@@ -80,7 +80,7 @@ class ServerStatus:
             "max_streams": about.max_streams,
             "durability": about.durability,
             "recording": _recording(service),
-            "verification": None,
+            "verification": None if service.verification is None else service.verification.as_json(),
             "numbers": service.numbers(),
         }
 
