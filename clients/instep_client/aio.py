@@ -14,7 +14,7 @@ from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
 from instep_client.liveness import OPEN
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo, SwapPolicy
 from instep_client.replies import ListedStream, ServedModel
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
@@ -214,14 +214,14 @@ class AsyncClient:
             StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none.
             InvalidInput: for a bad name.
         """
-        info = self.info
         seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))
+        info = self.info
         return int(seqs[0]), as_state(states, info.state, single=True)
 
     async def snapshot(self, name: str) -> StreamSnapshot:
         """The state with its seq and model: it can be saved, and restored on any server of that model."""
-        info = self.info
         seq, state = await self.read_state(name)
+        info = self.info
         return StreamSnapshot(name, seq, state, info.fingerprint, info.model)
 
     async def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> AsyncStream:
@@ -271,24 +271,28 @@ class AsyncClient:
         """
         return await self._driver.wait(self._session.load_model(name, folder))
 
-    async def swap_model(
-        self, name: str, folder: str | Path, streams: Literal["keep", "move"] = "keep"
-    ) -> list[ServedModel]:
+    async def swap_model(self, name: str, folder: str | Path, streams: str = "keep") -> list[ServedModel]:
         """Have the server replace a model by another version of it, beside serving. Only on the server's machine.
 
         With "keep", live connections and their streams stay with the old version, which is called NAME@FINGERPRINT
         from then on and is unloaded when nobody uses it any more. With "move", all streams continue in the new version
-        from the states that they have; `moved_at` of a stream says from which seq on.
+        from the states that they have; with "replay:N", from those that the new version has after their last N recorded
+        frames. `moved_at` of a stream says from which seq on.
 
         Returns:
             All of its models.
 
         Raises:
+            InvalidInput: for another word.
             Refused: NOT_LOADED when it cannot be served, or the streams cannot be moved; UNKNOWN_MODEL when there is
                 no model of that name; NOT_ALLOWED where the server can be reached from other machines.
             ConnectionFailed: when the connection was lost meanwhile and the model may have been replaced.
         """
-        return await self._driver.wait(self._session.swap_model(name, folder, streams == "move"))
+        try:
+            policy = SwapPolicy.parse(streams)
+        except ValueError as error:
+            raise InvalidInput(str(error)) from None
+        return await self._driver.wait(self._session.swap_model(name, folder, policy))
 
     async def unload_model(self, name: str) -> list[ServedModel]:
         """Have the server unload a model: it answers what it has admitted, and ends the connections to the model.

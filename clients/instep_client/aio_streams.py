@@ -124,8 +124,8 @@ class AsyncStream:
 
         What was sent and is not applied yet is not in it.
         """
-        info = self._session.info
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
+        info = self._session.info
         return int(seqs[0]), as_state(states, info.state, single=True)
 
     async def reset(self, state: State | None = None) -> None:
@@ -150,8 +150,8 @@ class AsyncStream:
 
     async def snapshot(self) -> StreamSnapshot:
         """The state with its seq and model: it can be saved, and restored on any server of that model."""
-        info = self._session.info
         seq, state = await self.read_state()
+        info = self._session.info
         return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
 
     async def close(self) -> State:
@@ -160,8 +160,8 @@ class AsyncStream:
         Raises:
             StreamRefused: when the server refuses.
         """
-        info = self._session.info
         final = await self._driver.wait(self._session.close(self._handle))
+        info = self._session.info
         return as_state(final, info.state, single=True)
 
 
@@ -220,8 +220,8 @@ class AsyncGroup:
 
     async def read_state(self) -> tuple[U64, State]:
         """Seqs uint64 [N] and states of N streams; see `AsyncStream.read_state`."""
-        info = self._session.info
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
+        info = self._session.info
         return seqs, as_state(states, info.state, single=False)
 
     async def reset(self, states: State | None = None) -> None:
@@ -244,6 +244,6 @@ class AsyncGroup:
         Raises:
             StreamRefused: when the server refuses one that is open.
         """
-        info = self._session.info
         finals = await self._driver.wait(self._session.close(self._handle))
+        info = self._session.info
         return as_state(finals, info.state, single=False)

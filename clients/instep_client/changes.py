@@ -91,8 +91,10 @@ class CloseCall(Change[U8]):
         return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        row_bytes = self.connection.info.state.row_bytes
-        self._finals[part], failures = replies.closed(header, frames, len(part), row_bytes)
+        state = self.connection.info.state
+        if self._finals.shape[1] != state.row_bytes:  # the model was swapped for one with another state
+            self._finals = state.missing(len(self.handle.rows))
+        self._finals[part], failures = replies.closed(header, frames, len(part), state.row_bytes)
         return failures
 
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:

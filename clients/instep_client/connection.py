@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 from typing import Any, Final, TypeVar
 
@@ -192,9 +191,10 @@ class Connection:
         elif kind is Kind.EVICTED:
             self._handle_evicted(header, frames)
         elif kind is Kind.MOVED:
-            fingerprint, handles, seqs = replies.moved(header, frames)
-            self._info = replace(self.info, fingerprint=fingerprint)
+            _, handles, seqs = replies.moved(header, frames)
             self.table.moved(handles, seqs)
+        elif kind is Kind.WELCOME and number == 0:
+            self._info = replies.welcome(header, frames)
         elif kind is Kind.PING:
             self.pending.answer_ping(number)
         else:

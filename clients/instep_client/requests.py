@@ -18,7 +18,7 @@ from instep_client.calls import Request
 from instep_client.connection import Connection
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import wire
-from instep_client.protocol.codes import Code
+from instep_client.protocol.codes import Code, SwapPolicy
 from instep_client.protocol.errors import ClientClosed, InstepError, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
@@ -94,8 +94,8 @@ class SwapCall(ModelsCall):
 
     kind = Kind.SWAP
 
-    def __init__(self, connection: Connection, name: str, folder: str, moves: bool) -> None:
-        super().__init__(connection, name, folder, int(moves))
+    def __init__(self, connection: Connection, name: str, folder: str, policy: SwapPolicy) -> None:
+        super().__init__(connection, name, folder, int(policy.streams), policy.frames)
 
 
 class UnloadCall(ModelsCall):
@@ -285,8 +285,10 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        row_bytes = self.connection.info.state.row_bytes
-        self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), row_bytes)
+        state = self.connection.info.state
+        if self._states.shape[1] != state.row_bytes:  # the model was swapped for one with another state
+            self._states = state.missing(len(self.names))
+        self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), state.row_bytes)
         return failures
 
     def _ask_again(self, which: Indices) -> None:

@@ -29,7 +29,7 @@ from instep_client.farewell import Farewell
 from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.wire import Kind, SwapPolicy
 from instep_client.requests import (
     ListCall,
     LoadCall,
@@ -210,9 +210,9 @@ class Session(Connection):
         """Ask the server, which is on this machine, to load a model from a folder."""
         return self.ask(LoadCall(self, name, str(Path(folder).absolute())))
 
-    def swap_model(self, name: str, folder: str | Path, moves: bool) -> SwapCall:
+    def swap_model(self, name: str, folder: str | Path, policy: SwapPolicy) -> SwapCall:
         """Ask the server, which is on this machine, for another version of a model."""
-        return self.ask(SwapCall(self, name, str(Path(folder).absolute()), moves))
+        return self.ask(SwapCall(self, name, str(Path(folder).absolute()), policy))
 
     def unload_model(self, name: str) -> UnloadCall:
         """Ask the server to unload a model."""

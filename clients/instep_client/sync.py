@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy.typing as npt
 
@@ -138,7 +137,7 @@ class Client:
         """Have the server load another model; see `AsyncClient.load_model`."""
         return self._thread.run(self._client.load_model(name, folder))
 
-    def swap_model(self, name: str, folder: str | Path, streams: Literal["keep", "move"] = "keep") -> list[ServedModel]:
+    def swap_model(self, name: str, folder: str | Path, streams: str = "keep") -> list[ServedModel]:
         """Have the server replace a model by another version of it; see `AsyncClient.swap_model`."""
         return self._thread.run(self._client.swap_model(name, folder, streams))
 

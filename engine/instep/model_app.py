@@ -259,15 +259,21 @@ def load(
 
 
 @app.command(
-    examples=("instep model swap ears models/ears-new", "instep model swap ears models/ears-new --streams move")
+    examples=(
+        "instep model swap ears models/ears-new",
+        "instep model swap ears models/ears-new --streams move",
+        "instep model swap ears models/ears-new --streams replay:256",
+    )
 )
 def swap(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of its new version.")],
     streams: Annotated[
-        Literal["keep", "move"],
+        str,
         typer.Option(
-            help="Whether open streams keep the old version until they close, or move to the new one with their states."
+            metavar="keep|move|replay:N",
+            help="Whether open streams keep the old version until they close, move to the new one with their states, "
+            "or begin in it with the state that it has after their last N recorded frames.",
         ),
     ] = "keep",
     endpoint: Endpoint = DEFAULT_ENDPOINT,

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
-from instep_client import AsyncClient, AsyncStream, Refused
+from instep.models.model import Model
+from instep.recording.reader import RecordingReader
+from instep_client import AsyncClient, AsyncStream, InvalidInput, Refused
 from instep_client.protocol.wire import Code
 from tests.support.models import plain, whole
 from tests.support.running import running
@@ -26,6 +28,7 @@ from tests.support.served import serving
 
 A = replace(plain(5, 8), name="ears")
 B = replace(plain(5, 8, seed=9), name="ears")
+DEEPER = replace(plain(5, 8, layers=2), name="ears")
 WIDER = plain(5, 16)
 EXACT = {"max_batch_size": 16}
 KEPT = f"ears@{A.fingerprint[:8]}"
@@ -51,8 +54,22 @@ def truth(x: F32, moved_at: int) -> F32:
     return np.concatenate([before, whole(B, x[moved_at:], state, max_batch_size=16)[0]])
 
 
+def replayed_truth(x: F32, first: int, moved_at: int) -> F32:
+    """Outputs of A for the frames before `moved_at`, and of DEEPER, which began with frame `first`, for the others."""
+    after = whole(DEEPER, x[first:], max_batch_size=16)[0][moved_at - first :]
+    return np.concatenate([whole(A, x[:moved_at], max_batch_size=16)[0], after])
+
+
+def replays(recording: Path) -> dict[str, int]:
+    """By name of a stream, the first frame that its first state in a recording holds."""
+    with RecordingReader(recording) as reader:
+        names = {each.stream: each.name for each in reader.streams()}
+        events = [each for each in reader.events() if each.kind == "replayed"]
+        return {names[each.stream or 0]: each.seq or 0 for each in events}
+
+
 def assert_each_verifies_with_its_version(recordings: Path, folder: Path) -> None:
-    """A is in ears.instep, and B in the one behind it; no other is there."""
+    """A is in ears.instep, and the new version in the one behind it; no other is there."""
     write_model(folder.with_name("old"), A)
     models = {"ears.instep": folder.with_name("old"), "ears@2.instep": folder}
     assert sorted(each.name for each in recordings.glob("*.instep")) == list(models)
@@ -61,9 +78,11 @@ def assert_each_verifies_with_its_version(recordings: Path, folder: Path) -> Non
         assert result.exit_code == 0, result.output
 
 
-async def test_moved_streams_lose_no_frame_and_each_is_computed_by_the_version_of_its_seq(
-    folder: Path, recordings: Path, rng: np.random.Generator
+@pytest.mark.parametrize(("policy", "version"), [("move", B), ("replay:50", DEEPER)])
+async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_of_its_seq(
+    folder: Path, recordings: Path, rng: np.random.Generator, policy: str, version: Model
 ) -> None:
+    write_model(folder, version, overwrite=True)
     x = rng.standard_normal((12, 4000, 5)).astype(np.float32)
     outputs: dict[int, list[F32]] = {number: [] for number in range(12)}
     streams: dict[int, AsyncStream] = {}
@@ -99,37 +118,49 @@ async def test_moved_streams_lose_no_frame_and_each_is_computed_by_the_version_o
                 asyncio.create_task(in_lockstep(number) if number % 2 else pipelined(number)) for number in range(12)
             ]
             await asyncio.sleep(0.3)
-            assert [each.name for each in await clients[3].swap_model("ears", folder, "move")] == ["ears"]
+            assert [each.name for each in await clients[3].swap_model("ears", folder, policy)] == ["ears"]
             await asyncio.sleep(0.3)
             is_over.set()
             await asyncio.gather(*load)
+            firsts = replays(recordings / "ears@2.instep")
+            assert len(firsts) == (12 if version is DEEPER else 0)
+
+            def expected(number: int, frames: F32) -> F32:
+                moved_at = streams[number].moved_at or 0
+                if version is B:
+                    return truth(frames, moved_at)
+                return replayed_truth(frames, firsts[f"s{number}"], moved_at)
+
             for number, stream in streams.items():
                 assert stream.moved_at is not None
                 assert 0 < stream.moved_at < len(outputs[number]) == stream.next_seq
-                np.testing.assert_array_equal(
-                    np.array(outputs[number]), truth(x[number, : stream.next_seq], stream.moved_at)
-                )
-            assert {client.info.fingerprint for client in clients} == {B.fingerprint}
+                assert firsts.get(f"s{number}", 0) <= max(0, stream.moved_at - 50)
+                y = np.array(outputs[number])
+                np.testing.assert_array_equal(y, expected(number, x[number, : stream.next_seq]))
+            assert {client.info.fingerprint for client in clients} == {version.fingerprint}
+            assert (await streams[1].read_state())[1].shape == ((2, 8) if version is DEEPER else (1, 8))
             numbers = await clients[0].stats()
             moved = sum(stream.next_seq - (stream.moved_at or 0) for stream in streams.values())
             assert numbers["frames_total"] == moved, "what the new version has computed"
             late = await clients[3].open("late")
-            np.testing.assert_array_equal(await late.step(x[0, :9]), whole(B, x[0, :9], max_batch_size=16)[0])
+            np.testing.assert_array_equal(await late.step(x[0, :9]), whole(version, x[0, :9], max_batch_size=16)[0])
             assert late.moved_at is None
-        async with running(B, **sections):  # clients resume by themselves
+        async with running(version, **sections):  # clients resume by themselves
             for number in range(1, 12, 2):  # nothing more can be sent through the others
                 first = streams[number].next_seq
-                at = streams[number].moved_at or 0
                 y = await streams[number].step(x[number, first : first + 5])
-                np.testing.assert_array_equal(y, truth(x[number, : first + 5], at)[first:])
+                np.testing.assert_array_equal(y, expected(number, x[number, : first + 5])[first:])
     assert_each_verifies_with_its_version(recordings, folder)
 
 
+@pytest.mark.parametrize("policy", ["move", "replay:6", "replay:60"])
 @pytest.mark.parametrize(("hibernate_after_s", "place"), [(0, "parked"), (0.1, "hibernating")])
 async def test_streams_without_a_connection_move_too(
-    folder: Path, recordings: Path, rng: np.random.Generator, hibernate_after_s: float, place: str
+    folder: Path, recordings: Path, rng: np.random.Generator, hibernate_after_s: float, place: str, policy: str
 ) -> None:
     x = rng.standard_normal((30, 5)).astype(np.float32)
+    if policy != "move":
+        write_model(folder, DEEPER, overwrite=True)
     limits, transport = {"hibernate_after_s": hibernate_after_s}, {"heartbeat_s": 0.05}
     sections: dict[str, Any] = {
         "recording": {"file": recordings},
@@ -143,9 +174,38 @@ async def test_streams_without_a_connection_move_too(
             await gone.close(park=True)
         while [each.place for each in await client.list_streams()] != [place]:
             await asyncio.sleep(0.01)
-        await client.swap_model("ears", folder, "move")
+        await client.swap_model("ears", folder, policy)
         stream = await client.resume("s", have=10, take_over=True)
-        np.testing.assert_array_equal(np.concatenate([first, await stream.step(x[10:])]), truth(x, 10))
+        y = np.concatenate([first, await stream.step(x[10:])])
+        began = {"replay:6": 4, "replay:60": 0}
+        np.testing.assert_array_equal(y, replayed_truth(x, began[policy], 10) if policy in began else truth(x, 10))
+
+
+async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
+    folder: Path, recordings: Path, rng: np.random.Generator
+) -> None:
+    write_model(folder, DEEPER, overwrite=True)
+    x = rng.standard_normal((6, 300, 5)).astype(np.float32)
+    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {**EXACT, "max_streams": 4}}
+    async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
+        for number in (0, 1, 2, 3):  # their slots are taken by later ones
+            gone = await client.open(f"gone{number}")
+            await gone.step(x[number, :50])
+            await gone.close()
+        often, once, empty = [await client.open(name) for name in ("often", "once", "empty")]
+        await often.step(x[4, :100])
+        await often.reset()
+        await once.step(x[5, :20])
+        await often.step(x[4, 100:130])
+        copy = await once.fork("copy")
+        await copy.step(x[5, 20:40])
+        await client.swap_model("ears", folder, "replay:100")
+        for stream, which, first, at in ((often, 4, 100, 130), (once, 5, 0, 20), (copy, 5, 20, 40), (empty, 3, 0, 0)):
+            assert stream.moved_at == at
+            y = await stream.step(x[which, at:])
+            np.testing.assert_array_equal(y, whole(DEEPER, x[which, first:], max_batch_size=16)[0][at - first :])
+    assert replays(recordings / "ears@2.instep") == {"often": 100, "once": 0, "copy": 20, "empty": 0}
+    assert_each_verifies_with_its_version(recordings, folder)
 
 
 async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_more(
@@ -179,6 +239,7 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
     x = rng.standard_normal((20, 5)).astype(np.float32)
     write_model(tmp_path / "same", A)
     write_model(tmp_path / "wider", WIDER)
+    write_model(tmp_path / "deeper", DEEPER)
     (tmp_path / "broken").mkdir()
     async with running(A, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
         stream = await client.open("s")
@@ -192,11 +253,17 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
                 Code.NOT_LOADED,
                 "number of outputs differs from that of the version that is served (16 instead",
             ),
+            ("ears", tmp_path / "deeper", Code.NOT_LOADED, "its state differs"),
             ("eyes", folder, Code.UNKNOWN_MODEL, "it serves 'ears'"),
         ):
             with pytest.raises(Refused) as refused:
                 await client.swap_model(name, path, "move")
             assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
+        with pytest.raises(Refused, match="frames are replayed from a recording"):
+            await client.swap_model("ears", folder, "replay:9")
+        for policy in ("replay", "replay:0", "replay:x", "move:1", "kept"):
+            with pytest.raises(InvalidInput, match="expected keep, move or replay:N"):
+                await client.swap_model("ears", folder, policy)
         second = await stream.step(x[10:])
         assert client.info.fingerprint == A.fingerprint
         await client.swap_model("ears", folder)
@@ -218,8 +285,9 @@ async def test_the_command(folder: Path) -> None:
             return result.exit_code, result.output.strip()
 
         assert await said("--streams", "move") == (0, "the server has ears")
-        status, sentence = await said()
-        assert (status, "that is served already" in sentence) == (2, True), sentence
+        for arguments, words in (((), "that is served already"), (("--streams", "both"), "expected keep, move or")):
+            status, sentence = await said(*arguments)
+            assert (status, words in sentence) == (2, True), sentence
         await stream.step(np.zeros(5, np.float32))
         assert stream.moved_at == 0
 

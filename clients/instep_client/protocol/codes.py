@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 PROTOCOL_VERSION: Final = 5
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
@@ -12,6 +12,7 @@ MAX_MODEL_NAME_LENGTH: Final = 100
 """Characters."""
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
+MAX_REPLAY_FRAMES: Final = 2**31 - 1
 UNKNOWN: Final = 2**64 - 1
 """In a list of streams: the next seq of one that hibernates, and the time left of one that never expires."""
 
@@ -22,6 +23,40 @@ class Place(IntEnum):
     CONNECTED = 1
     PARKED = 2
     HIBERNATING = 3
+
+
+class Streams(IntEnum):
+    """What becomes of the streams of a model that is swapped."""
+
+    KEEP = 0
+    MOVE = 1
+    REPLAY = 2
+
+
+class SwapPolicy(NamedTuple):
+    """What becomes of the streams of a model that is swapped: `keep`, `move` or `replay:N`."""
+
+    streams: Streams
+    frames: int = 0
+    """With REPLAY, how many of its newest frames each stream is replayed from."""
+
+    @classmethod
+    def parse(cls, text: str) -> SwapPolicy:
+        """What people write.
+
+        Raises:
+            ValueError: with a sentence.
+        """
+        word, colon, number = text.partition(":")
+        if word == "replay" and number.isdecimal() and 0 < int(number) <= MAX_REPLAY_FRAMES:
+            return cls(Streams.REPLAY, int(number))
+        if word in ("keep", "move") and not colon:
+            return cls(Streams[word.upper()])
+        raise ValueError(f"{text!r:.40} is not a policy for streams: expected keep, move or replay:N, as replay:256")
+
+    def __str__(self) -> str:
+        word = self.streams.name.lower()
+        return f"{word}:{self.frames}" if self.frames else word
 
 
 class Code(IntEnum):

@@ -24,11 +24,14 @@ from instep_client.protocol.codes import DEFAULT_ENDPOINT as DEFAULT_ENDPOINT
 from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
 from instep_client.protocol.codes import MAX_MODEL_NAME_LENGTH as MAX_MODEL_NAME_LENGTH
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
+from instep_client.protocol.codes import MAX_REPLAY_FRAMES as MAX_REPLAY_FRAMES
 from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.protocol.codes import SENTENCES as SENTENCES
 from instep_client.protocol.codes import UNKNOWN as UNKNOWN
 from instep_client.protocol.codes import Code as Code
 from instep_client.protocol.codes import Place as Place
+from instep_client.protocol.codes import Streams as Streams
+from instep_client.protocol.codes import SwapPolicy as SwapPolicy
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
 
@@ -130,7 +133,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.MODELS: 2,
     Kind.LOAD: 4,  # kind, request, name, folder
     Kind.UNLOAD: 3,  # kind, request, name
-    Kind.SWAP: 5,  # kind, request, name, folder, whether streams move (0 or 1)
+    Kind.SWAP: 6,  # kind, request, name, folder, what becomes of streams (`Streams`), frames to replay
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences

@@ -59,6 +59,7 @@ consistent recording.
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for the initial one |
 | `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
+| `replayed` | stream, seq | as it came from another version, its `initial_state` held the frames from this one on |
 | `states` | NULL, position | part of the checkpoint of this position was written, the rest follows |
 | `checkpoint` | NULL, position | the checkpoint of this position is complete; 0: all states were given up |
 | `engine` | NULL | another engine wrote the rows that follow; `detail`: the header's values that changed, as JSON |
@@ -111,6 +112,7 @@ FAILED_EVENT: Final = "failed"
 RESET_EVENT: Final = "reset"
 OWNER_EVENT: Final = "owner"
 PARKED_EVENT: Final = "parked"
+REPLAYED_EVENT: Final = "replayed"
 STATES_EVENT: Final = "states"
 CHECKPOINT_EVENT: Final = "checkpoint"
 ENGINE_EVENT: Final = "engine"

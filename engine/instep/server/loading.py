@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -16,13 +17,15 @@ import structlog
 
 from instep.core.typing import I64, U8
 from instep.frontends.zmq.served import Served
-from instep.models.base import RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.folder import check_name
+from instep.models.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
+from instep.runtime.stepper import Stepper
 from instep.server.limits import LimitsError
 from instep.server.loop import Loop
+from instep.server.moving import begin_replay, check_sizes, settle
 from instep.server.preparation import CannotServe, prepare_another
 from instep.server.recordings import next_recording, open_recording, present_recording, record, recording_file
 from instep.server.server import Server
@@ -32,21 +35,33 @@ from instep.streaming.api import Refusal
 from instep.streaming.recovery import Recovery
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks, in_daemon_thread
-from instep_client.protocol.wire import Code, ServerInfo
+from instep.streaming.warm_replay import WarmReplay
+from instep_client.protocol.wire import Code, Streams, SwapPolicy
 
 R = TypeVar("R")
 
 _SEVERAL: Final = 2
 """A model that is loaded is never the only one."""
-_MOST_PAUSE_S: Final = 1.0
-"""How long nothing is received so that what was received before can end and streams can be moved."""
-_LOOK_S: Final = 0.0005
+_SHORT_S: Final = 0.1
+"""A replay has caught up when a reading of what was recorded since the last one takes less."""
+_MOST_READINGS: Final = 20
 _TURN_S: Final = 0.0002
 """Python's own is 5 ms, which every message that is served meanwhile could have to wait several times."""
+_KEEP: Final = SwapPolicy(Streams.KEEP)
 _FINGERPRINT: Final = 8
 """Digits of a fingerprint in a name."""
 
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A model that nobody uses yet."""
+
+    served: Served
+    stepper: Stepper
+    opened: _Opened
+    """What will be its recording."""
 
 
 class Loader:
@@ -78,49 +93,52 @@ class Loader:
                     f"a model of the name {name!r} is served already: unload it first, or name this one otherwise"
                 )
             file = recording_file(self._server.config, name, _SEVERAL)
-            served, opened = await self._make(name, folder, file, log, undo)
-            self._record(served.service, opened)
-            self._server.add(served)
+            made = await self._make(name, folder, file, log, undo)
+            self._record(made)
+            self._server.add(made.served)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         log.info("loaded", folder=str(folder))
 
-    async def swap(self, name: str, folder: Path, *, moves: bool) -> None:
+    async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
         """Serve another version of a model under its name.
 
         Args:
             name: of a model that is served.
             folder: of the version.
-            moves: whether the streams there are continue in it, from the states that they have. Otherwise they, and the
-                connections there are, stay with the former version, which is unloaded when it has none any more.
+            policy: what becomes of the streams there are. With KEEP they, and the connections there are, stay with the
+                former version, which is unloaded when it has none any more. With MOVE they continue in the new one from
+                the states that they have, with REPLAY from those that it has after their newest frames.
 
         Raises:
             Refusal: NOT_LOADED with the reason; nothing has changed.
         """
         log, former = self._log.bind(model=name), self._server.served(name)
-        kept_as = "" if moves else f"{name}@{former.info.fingerprint[:_FINGERPRINT]}"
+        keeps = policy.streams is Streams.KEEP
+        kept_as = f"{name}@{former.info.fingerprint[:_FINGERPRINT]}" if keeps else ""
         with self._undone(log) as undo:
             if former.service in self._kept:
                 raise CannotServe(f"{name!r} is a former version, kept for the connections that it has")
             if kept_as and any(service.name == check_name(kept_as) for service in self._server.services):
                 raise CannotServe(f"{kept_as!r} has connections left from an earlier swap: unload it first")
             file = recording_file(self._server.config, name, _SEVERAL)
-            served, opened = await self._make(
-                name, folder, None if file is None else next_recording(file), log, undo, former, moves=moves
+            made = await self._make(
+                name, folder, None if file is None else next_recording(file), log, undo, former, policy
             )
-            if moves:
-                lsn, ended = await self._move(former, served, opened)
-            else:
-                self._record(served.service, opened)
-                self._server.replace(former, served, kept_as)
+            if keeps:
+                self._record(made)
+                self._server.replace(former, made.served, kept_as)
                 self._kept.add(former.service)
+            else:
+                lsn, ended = await self._move(former, made, policy, log)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
-        served.service.events.add("swapped", detail=served.info.fingerprint)
-        if moves:  # the new recording has them before the old one says that they have left
-            await served.service.engine.journal.committed(lsn)
+        fingerprint = made.served.info.fingerprint
+        made.served.service.events.add("swapped", detail=fingerprint)
+        if not keeps:  # the new recording has them before the old one says that they have left
+            await made.served.service.engine.journal.committed(lsn)
             numbers, next_seqs, states = ended
             former.service.engine.journal.ended(numbers, "moved", next_seqs, states, np.zeros(len(numbers), np.bool_))
             await self._server.close(former.service)
-        log.info("swapped", folder=str(folder), fingerprint=served.info.fingerprint, kept_as=kept_as)
+        log.info("swapped", folder=str(folder), fingerprint=fingerprint, kept_as=kept_as, streams=str(policy))
 
     async def unload(self, name: str) -> None:
         """Serve a model no longer."""
@@ -142,18 +160,18 @@ class Loader:
         log: structlog.stdlib.BoundLogger,
         undo: ExitStack,
         former: Served | None = None,
-        *,
-        moves: bool = False,
-    ) -> tuple[Served, _Opened]:
-        """A model that nobody uses yet, and what will be its recording; `former` is the version that it replaces."""
+        policy: SwapPolicy = _KEEP,
+    ) -> _Made:
+        """A model that nobody uses yet; `former` is the version that it replaces."""
         config = self._server.config
         with _short_turns():
             prepared = await self._in_thread(partial(prepare_another, config, name, folder, log))
         if former is not None and prepared.model.fingerprint == former.info.fingerprint:
             raise CannotServe(f"{folder} holds the version of {name!r} that is served already")
-        if former is not None and moves:
-            _check_same_sizes(former.info, prepared.network)
-        moved = former.service if former is not None and moves else None
+        moved = None
+        if former is not None and policy.streams is not Streams.KEEP:
+            check_sizes(former, prepared.network, policy)
+            moved = former.service
         tables = None if moved is None else moved.engine.tables
         foundation = lay_foundation(config, prepared, forks=False, tables=tables)
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
@@ -170,7 +188,7 @@ class Loader:
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        return make_served(config, foundation, service), opened
+        return _Made(make_served(config, foundation, service), foundation.stepper, opened)
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         """Do what takes long beside the loop; the end of the server does not wait for it."""
@@ -185,36 +203,65 @@ class Loader:
             working.cancel()
             ending.cancel()
 
-    def _record(self, service: ModelService, opened: _Opened) -> None:
-        if opened is not None:
-            record(service, *opened, self._server.config, self._loop, self._shutdown)
+    def _record(self, made: _Made) -> None:
+        if made.opened is not None:
+            record(made.served.service, *made.opened, self._server.config, self._loop, self._shutdown)
         self._loop.busy_poll_ns = 0  # the thread that steps would lack the interpreter's lock
 
-    async def _move(self, former: Served, served: Served, opened: _Opened) -> tuple[int, tuple[I64, I64, U8]]:
+    async def _move(
+        self, former: Served, made: _Made, policy: SwapPolicy, log: structlog.stdlib.BoundLogger
+    ) -> tuple[int, tuple[I64, I64, U8]]:
         """Let all streams continue in another version; everything that was received before was answered by the former.
 
         Returns:
             lsn: what the new recording must have committed before the streams may end in the old one.
             ended: by stream, its number in the old recording, its next seq and its state.
         """
-        old, new = former.service, served.service
+        old, new = former.service, made.served.service
+        replay = None
+        if policy.streams is Streams.REPLAY:
+            replay = begin_replay(old, made.stepper, policy.frames)
+            await self._catch_up(replay, log)
         with self._server.paused():
-            await _settle(old)
+            await settle(old)
+            if replay is not None:
+                await old.engine.journal.committed(old.engine.journal.newest)
+                await self._in_thread(partial(self._follow, replay))
+                await settle(old)  # streams may have gone to sleep meanwhile
             # From here on nothing waits, so nothing changes.
             old.withdrawal.tick(time.monotonic())  # its recording says what its last recheck has found
             engine, table = new.engine, new.engine.table
             slots = table.open_slots()
-            states = old.states.access.read(slots)
-            new.states.access.load(slots, states)
             names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
-            self._record(new, opened)
+            last_states = states = old.states.access.read(slots)
+            if replay is not None:
+                states, first_seqs = replay.states(numbers, next_seqs)
+            new.states.access.load(slots, states)
+            self._record(made)
             lsn = engine.journal.opened(slots, names, states)
+            if replay is not None:
+                engine.journal.replayed(slots, first_seqs)
             # The next checkpoint has their frames too whose outputs the clients may lack.
             engine.journal.dirty.mark_dirty(slots)
             new.tasks.start(new.checkpoints.take())
-            self._server.replace(former, served, "")
-            engine.events.add_all("moved", names, served.info.fingerprint, next_seqs)
-        return lsn, (numbers, next_seqs, states)
+            self._server.replace(former, made.served, "")
+            engine.events.add_all("moved", names, made.served.info.fingerprint, next_seqs)
+        return lsn, (numbers, next_seqs, last_states)
+
+    async def _catch_up(self, replay: WarmReplay, log: structlog.stdlib.BoundLogger) -> None:
+        """Replay until little is left to do while nothing is received; the old version serves meanwhile."""
+        log.info("replaying")
+        for _ in range(_MOST_READINGS):
+            began = time.monotonic()
+            with _short_turns():
+                await self._in_thread(partial(self._follow, replay))
+            if time.monotonic() - began < _SHORT_S:
+                return
+        raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
+
+    def _follow(self, replay: WarmReplay) -> None:
+        prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
+        replay.follow()
 
     @contextmanager
     def _undone(self, log: structlog.stdlib.BoundLogger) -> Iterator[ExitStack]:
@@ -244,45 +291,3 @@ def _short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
-
-
-def _check_same_sizes(former: ServerInfo, network: RecurrentModel) -> None:
-    """Refuse a version in which streams of the former one cannot continue."""
-    description = network.description
-    for what, there, here in (
-        ("number of features", former.features, description.features),
-        ("number of outputs", former.outputs, description.outputs),
-        ("state", former.state, network.state),
-    ):
-        if there != here:
-            sizes = "" if what == "state" else f" ({here} instead of {there})"
-            raise CannotServe(
-                f"its {what} differs from that of the version that is served{sizes}, so no stream can be moved to it: "
-                "swap it with --streams keep"
-            )
-
-
-async def _settle(service: ModelService) -> None:
-    """Wait until all that was received for a model is answered and all of its streams are in memory.
-
-    Nothing is received meanwhile. No stream leaves memory before the caller's next wait.
-    """
-    hibernation, table = service.operations.hibernation, service.engine.table
-    asleep, free = len(hibernation), table.slots.free_count
-    if asleep > free:
-        raise CannotServe(
-            f"{asleep} streams hibernate, and there is room in memory for {free}: swap it with --streams keep"
-        )
-    until = time.monotonic() + _MOST_PAUSE_S
-    while True:
-        while not service.is_quiet or service.reaper.is_detaching:
-            if time.monotonic() > until:
-                raise CannotServe(f"what was admitted took longer than {_MOST_PAUSE_S:g} s: try again")
-            await asyncio.sleep(_LOOK_S)
-        if not len(hibernation):
-            return
-        await hibernation.wake([name for name, _, _ in hibernation.asleep(0, len(hibernation))])
-        if service.is_quiet and not service.reaper.is_detaching and not len(hibernation):
-            return
-        if time.monotonic() > until:
-            raise CannotServe("streams hibernate that cannot be read: swap it with --streams keep")

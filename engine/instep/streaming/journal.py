@@ -23,7 +23,14 @@ from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder, Write
 from instep.recording.records import StateRows
-from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT, PARKED_EVENT, RESET_EVENT, owner_detail
+from instep.recording.schema import (
+    ENGINE_EVENT,
+    OWNER_EVENT,
+    PARKED_EVENT,
+    REPLAYED_EVENT,
+    RESET_EVENT,
+    owner_detail,
+)
 from instep.streaming.tasks import Waiters
 
 NEVER: Final = 2**62
@@ -234,6 +241,10 @@ class Journal:
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
         return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
+
+    def replayed(self, slots: I64, first_seqs: I64) -> int:
+        """The initial states of streams that have come from another version hold their frames from these on."""
+        return self._events(slots, REPLAYED_EVENT, first_seqs, repeat("", len(slots)))
 
     def reset(self, slots: I64, states: U8 | None) -> int:
         """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""

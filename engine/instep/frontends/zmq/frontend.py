@@ -24,7 +24,7 @@ from instep.streaming.tasks import Tasks
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.step_messages import request_of_step
-from instep_client.protocol.wire import Code, Header, Kind
+from instep_client.protocol.wire import Code, Header, Kind, Streams, SwapPolicy
 
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
@@ -42,8 +42,8 @@ class Operator(Protocol):
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model."""
 
-    async def swap(self, name: str, folder: Path, *, moves: bool) -> None:
-        """Serve another version of a model, from now on or, where its streams move, with them."""
+    async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
+        """Serve another version of a model, with its streams or without them."""
 
     async def unload(self, name: str) -> None:
         """Serve a model no longer."""
@@ -117,6 +117,7 @@ class ZmqFrontend:
                 peer.served = served
                 own = handles.get(peer.number, np.zeros(0, np.uint64))
                 next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
+                self.outbound.send(peer, encode.welcome(0, served.info))
                 self.outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
@@ -274,9 +275,8 @@ class ZmqFrontend:
             if header.kind is Kind.LOAD:
                 await operator.load(name, Path(text(header.fields[1], "the folder")))
             elif header.kind is Kind.SWAP:
-                moves = wire.count_field(header.fields[2], "whether streams move", 1, at_least=0)
                 name, folder = self._find(name).service.name, text(header.fields[1], "the folder")
-                await operator.swap(name, Path(folder), moves=bool(moves))
+                await operator.swap(name, Path(folder), _policy(*header.fields[2:]))
             elif name == peer.served.service.name:
                 raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one; load that first")
             else:
@@ -321,3 +321,11 @@ class ZmqFrontend:
         self._requests -= 1
         peer.requests -= 1
         self._wake()
+
+
+def _policy(streams: object, frames: object) -> SwapPolicy:
+    """The last two fields of SWAP."""
+    policy = Streams(wire.count_field(streams, "what becomes of the streams", max(Streams), at_least=0))
+    replays = policy is Streams.REPLAY
+    most, least = (wire.MAX_REPLAY_FRAMES, 1) if replays else (0, 0)
+    return SwapPolicy(policy, wire.count_field(frames, "the frames to replay", most, least))
