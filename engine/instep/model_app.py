@@ -1,16 +1,15 @@
-"""The commands `instep model`, as typed: make a model folder, import, check and show one, load it into a server."""
+"""The commands `instep model` that work on model folders, as typed: make, import, check and show one."""
 
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from instep_client.protocol.codes import DEFAULT_ENDPOINT
-from instep_tools.command_line import CommandLine, Endpoint
+from instep_tools.command_line import CommandLine
 
 if TYPE_CHECKING:
     from instep.models.recurrent.description import RecurrentDescription
@@ -240,72 +239,6 @@ def info(
         typer.echo(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
-
-
-@app.command(examples=("instep model load ears-2 models/ears-new",))
-def load(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What clients will call it.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the model.")],
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-) -> None:
-    """Have the server on this machine serve another model, beside those that it has.
-
-    If it cannot be loaded, nothing changes. It is not in the server's configuration: after a restart, load it again.
-    """
-    from instep_client import Client
-
-    with Client(endpoint, model="") as client:
-        _list(model.name for model in client.load_model(name, folder))
-
-
-@app.command(
-    examples=(
-        "instep model swap ears models/ears-new",
-        "instep model swap ears models/ears-new --streams move",
-        "instep model swap ears models/ears-new --streams replay:256",
-    )
-)
-def swap(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of its new version.")],
-    streams: Annotated[
-        str,
-        typer.Option(
-            metavar="keep|move|replay:N",
-            help="Whether open streams keep the old version until they close, move to the new one with their states, "
-            "or begin in it with the state that it has after their last N recorded frames.",
-        ),
-    ] = "keep",
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-) -> None:
-    """Have the server on this machine replace a model by another version of it.
-
-    If that cannot be done, nothing changes. Put the new folder into the server's configuration before its next restart.
-    """
-    from instep_client import Client
-
-    with Client(endpoint, model="") as client:
-        _list(model.name for model in client.swap_model(name, folder, streams))
-
-
-@app.command(examples=("instep model unload ears-1",))
-def unload(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")], endpoint: Endpoint = DEFAULT_ENDPOINT
-) -> None:
-    """Have the server on this machine answer what a model has admitted, and serve it no longer.
-
-    Its connections end. A recording keeps the streams for when the model is loaded again; without one they are gone.
-    """
-    from instep_client import Client
-
-    with Client(endpoint, model="") as client:
-        other = next((model.name for model in client.list_models() if model.name != name), "")
-    with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
-        _list(model.name for model in client.unload_model(name))
-
-
-def _list(names: Iterable[str]) -> None:
-    typer.echo(f"the server has {', '.join(names)}")
 
 
 def _described(kind: str, fields: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> RecurrentDescription:

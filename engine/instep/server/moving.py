@@ -10,8 +10,8 @@ from instep.frontends.zmq.served import Served
 from instep.models.base import RecurrentModel
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import CannotServe
+from instep.streaming.replaying import Replay
 from instep.streaming.service import ModelService
-from instep.streaming.warm_replay import WarmReplay
 from instep_client.protocol.wire import Streams, SwapPolicy
 
 _MOST_PAUSE_S: Final = 1.0
@@ -47,13 +47,10 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         )
 
 
-def begin_replay(service: ModelService, stepper: Stepper, frames: int) -> WarmReplay:
+def begin_replay(service: ModelService, stepper: Stepper, frames: int) -> Replay:
     """A replay of the newest frames of each stream of a service that is recorded, in another version of its model."""
     assert service.file is not None, "`check_sizes` has refused it"
-    table = service.engine.table
-    slots = table.open_slots()
-    next_seqs = dict(zip(table.recording_ids(slots).tolist(), table.next_seq[slots].tolist(), strict=True))
-    return WarmReplay(service.file, stepper, len(table.owner) - 1, frames, next_seqs)
+    return Replay(service.file, stepper, len(service.engine.table.owner) - 1, frames)
 
 
 async def settle(service: ModelService) -> None:

@@ -1,0 +1,126 @@
+"""The commands `instep model` for a server that runs: load, swap and unload a model, shadow one with a candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from instep.model_app import Json
+from instep.model_app import app as app
+from instep_client.protocol.codes import DEFAULT_ENDPOINT
+from instep_tools.command_line import Endpoint
+
+
+@app.command(examples=("instep model load ears-2 models/ears-new",))
+def load(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What clients will call it.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the model.")],
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+) -> None:
+    """Have the server on this machine serve another model, beside those that it has.
+
+    If it cannot be loaded, nothing changes. It is not in the server's configuration: after a restart, load it again.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        _list(model.name for model in client.load_model(name, folder))
+
+
+@app.command(
+    examples=(
+        "instep model swap ears models/ears-new",
+        "instep model swap ears models/ears-new --streams move",
+        "instep model swap ears models/ears-new --streams replay:256",
+    )
+)
+def swap(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of its new version.")],
+    streams: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|move|replay:N",
+            help="Whether open streams keep the old version until they close, move to the new one with their states, "
+            "or begin in it with the state that it has after their last N recorded frames.",
+        ),
+    ] = "keep",
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+) -> None:
+    """Have the server on this machine replace a model by another version of it.
+
+    If that cannot be done, nothing changes. Put the new folder into the server's configuration before its next restart.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        _list(model.name for model in client.swap_model(name, folder, streams))
+
+
+@app.command(examples=("instep model unload ears-1",))
+def unload(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")], endpoint: Endpoint = DEFAULT_ENDPOINT
+) -> None:
+    """Have the server on this machine answer what a model has admitted, and serve it no longer.
+
+    Its connections end. A recording keeps the streams for when the model is loaded again; without one they are gone.
+    """
+    from instep_client import Client
+
+    with Client(endpoint, model="") as client:
+        other = next((model.name for model in client.list_models() if model.name != name), "")
+    with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
+        _list(model.name for model in client.unload_model(name))
+
+
+@app.command(
+    examples=(
+        "instep model shadow recordings/ears.instep models/ears-new --for 600",
+        "instep model shadow recordings/ears.instep models/ears-new --share 1 --for 60 --tolerance 0.01 --json",
+    )
+)
+def shadow(
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording that a server writes.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the candidate.")],
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the streams, by their names.")] = 0.1,
+    seconds: Annotated[
+        float | None, typer.Option("--for", min=0.0, help="Seconds. Default: until Ctrl-C.", show_default=False)
+    ] = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Begin with this many frames of each stream, uncompared, instead of its state. Default: the state, or "
+            "256 frames where the candidate's states are others.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="The largest difference that is no failure.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare a candidate's outputs with those that a server gives, on a share of its streams, while it serves.
+
+    The candidate runs in this process, at the lowest priority, on the frames in the server's recording. It never
+    answers, and the server does not know of it. Exit status 0: frames were compared. 1: a value differed by more than
+    --tolerance. 2: nothing was compared.
+    """
+    import os
+
+    from rich.console import Console
+
+    from instep import interrupts
+    from instep.shadow.command import Shadowing, run
+
+    interrupts.raise_again()
+    os.nice(19)
+    asked = Shadowing(recording, folder, share, seconds, warm_up, tolerance, json)
+    raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))
+
+
+def _list(names: Iterable[str]) -> None:
+    typer.echo(f"the server has {', '.join(names)}")

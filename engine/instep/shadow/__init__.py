@@ -1,0 +1,1 @@
+"""`instep model shadow`: a candidate for the next version of a model, beside the one that is served."""

@@ -1,0 +1,104 @@
+"""The command `instep model shadow`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+
+from instep.config import Config
+from instep.models.certify import candidate_buckets, certify
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.numerics import prepare
+from instep.models.registry import build
+from instep.recording.file import RecordingFile
+from instep.runtime.stepper import Stepper
+from instep.shadow.shadow import MOST_STREAMS, Shadow
+
+COMPARED: Final = 0
+DIFFERS: Final = 1
+NOT_COMPARED: Final = 2
+
+WARM_UP: Final = 256
+_PAUSE_S: Final = 0.25
+"""Between two readings of the recording."""
+_LATE_S: Final = 2.0
+"""What was recorded in a pause should not take longer than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowing:
+    """What was asked for; see `instep model shadow --help`."""
+
+    recording: Path
+    folder: Path
+    share: float
+    seconds: float | None
+    warm_up: int | None
+    tolerance: float | None
+    json: bool
+
+
+def run(asked: Shadowing, console: Console) -> int:
+    """Follow a recording with a candidate until the time is over, the recording ends, or Ctrl-C; print how it differs.
+
+    Returns:
+        The exit status: 0 after a comparison, 1 when a value differed by more than the tolerance, 2 when nothing was
+        compared.
+
+    Raises:
+        ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
+        RecordingError: when the recording cannot be read.
+    """
+    shadow = make_shadow(asked)
+    with suppress(KeyboardInterrupt):  # it ends then, and reports
+        _follow(shadow, asked.seconds)
+    report = shadow.report(str(asked.folder))
+    if asked.json:
+        console.file.write(dumps(report.as_json(), allow_nan=False) + "\n")
+    else:
+        report.render(console)
+    if not report.frames:
+        return NOT_COMPARED
+    return DIFFERS if asked.tolerance is not None and report.largest > asked.tolerance else COMPARED
+
+
+def _follow(shadow: Shadow, seconds: float | None) -> None:
+    shadow.follow()  # what came before does not count as being late
+    until = float("inf") if seconds is None else time.monotonic() + seconds
+    while not shadow.is_finished and (now := time.monotonic()) < until:
+        time.sleep(min(_PAUSE_S, until - now))
+        began = time.monotonic()
+        shadow.follow()
+        if time.monotonic() - began > _LATE_S:
+            shadow.drop_half()
+
+
+def make_shadow(asked: Shadowing) -> Shadow:
+    """A candidate that has not followed anything yet; raises as `run`."""
+    engine = Config().engine
+    prepare(engine.threads)
+    with RecordingFile(asked.recording) as recording:
+        header = recording.header
+    model = load_model(asked.folder)
+    description = model.description
+    for what, here, there in (
+        ("features", description.features, header.features),
+        ("outputs", description.outputs, header.outputs),
+    ):
+        if here != there:
+            raise ModelError(f"{asked.folder} has {here} {what}, and {asked.recording} is of a model with {there}")
+    network = build(model, torch.device("cpu"))
+    buckets = certify(network, candidate_buckets(network, engine.max_batch_size)).buckets
+    warm_up = asked.warm_up
+    if warm_up is None and network.state != header.state_spec:
+        warm_up = WARM_UP
+    stepper = Stepper(network, buckets, MOST_STREAMS, torch.device("cpu"))
+    return Shadow(asked.recording, stepper, warm_up, asked.share)

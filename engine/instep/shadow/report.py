@@ -1,0 +1,89 @@
+"""How the outputs of a candidate differ from those that were served: as values, as a table, as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from instep.verify.report import counted
+
+_SHOWN: Final = 10
+"""Streams in the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDifference:
+    """How a stream differs."""
+
+    name: str
+    frames: int
+    """Compared."""
+    largest: float
+    """The largest absolute difference of one value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How all frames that were compared differ. Of a frame, its value that differs most counts in the quantiles."""
+
+    recording: str
+    candidate: str
+    frames: int
+    """Compared."""
+    equal: int
+    """Frames whose outputs have the same bits."""
+    largest: float
+    """The largest absolute difference of one value; infinity where one is not finite and the other differs."""
+    mean: float
+    """The mean absolute difference of all values."""
+    quantiles: dict[float, float]
+    """By share of frames, within a tenth."""
+    streams: Sequence[StreamDifference]
+    """The one that differs most first."""
+    dropped: int
+    """Streams that were given up, because the candidate could not keep up, or left out."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for JSON, which has no infinity: it becomes null."""
+        return asdict(self) | {
+            "largest": _finite(self.largest),
+            "mean": _finite(self.mean),
+            "equal_share": self.equal / self.frames if self.frames else None,
+            "quantiles": {f"p{round(100 * share)}": _finite(value) for share, value in self.quantiles.items()},
+            "streams": [asdict(each) | {"largest": _finite(each.largest)} for each in self.streams],
+        }
+
+    def render(self, console: Console) -> None:
+        """Print it."""
+        if self.streams:
+            table = Table("stream", box=None, header_style="bold")
+            for column in ("frames", "max |difference|"):
+                table.add_column(column, justify="right")
+            for each in self.streams[:_SHOWN]:
+                table.add_row(each.name, f"{each.frames:,}", f"{each.largest:.3g}")
+            console.print(table)
+        if len(self.streams) > _SHOWN:
+            console.print(f"and {counted(len(self.streams) - _SHOWN, 'more stream')}, which differ less")
+        if self.dropped:
+            console.print(f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
+        if not self.frames:
+            console.print("nothing was compared: no frame of a chosen stream was recorded meanwhile")
+            return
+        quantiles = ", ".join(f"p{round(100 * share)} {value:.3g}" for share, value in self.quantiles.items())
+        console.print(
+            f"|difference| of a frame: {quantiles}, max {self.largest:.3g}; of all values, mean {self.mean:.3g}"
+        )
+        same = self.equal / self.frames
+        console.print(
+            f"{counted(self.frames, 'frame')} of {counted(len(self.streams), 'stream')} were compared; {same:.1%} have "
+            "equal bits"
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

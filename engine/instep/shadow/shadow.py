@@ -1,0 +1,125 @@
+"""A candidate version on a share of the streams that another version serves, and how its outputs differ."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from instep.core.typing import F32, I64
+from instep.runtime.stepper import Stepper
+from instep.shadow.report import Report, StreamDifference
+from instep.streaming.replaying import Replay
+
+MOST_STREAMS: Final = 1024
+"""Followed at the same time."""
+_NEVER: Final = 2**62
+_PARTS: Final = 8
+"""Bins of differences for each doubling."""
+_SMALLEST: Final = -64
+_BINS: Final = 128 * _PARTS
+"""From 2^-64 to 2^64; the first one counts 0 too, the last one all that is not finite."""
+
+
+class Shadow(Replay):
+    """Steps what is recorded of some streams in a candidate, and compares its outputs with the recorded ones.
+
+    Args:
+        path: the recording of the version that is served.
+        stepper: of the candidate, with `MOST_STREAMS` slots.
+        warm_up: None to begin with the states of the version that is served; N to begin with the N newest frames of
+            each stream, which are not compared.
+        share: of the streams; whether one is followed depends on its name alone.
+    """
+
+    def __init__(self, path: Path, stepper: Stepper, warm_up: int | None, share: float) -> None:
+        super().__init__(path, stepper, MOST_STREAMS, warm_up)
+        self.dropped = 0
+        """Streams that were given up because the candidate could not keep up, or left out because there were more."""
+        self._share = share
+        self._names = [""] * (MOST_STREAMS + 1)
+        self._compared_from: I64 = np.full(MOST_STREAMS + 1, _NEVER, np.int64)
+        self._frames_of: I64 = np.zeros(MOST_STREAMS + 1, np.int64)
+        self._largest_of = np.zeros(MOST_STREAMS + 1)
+        self._past: list[StreamDifference] = []
+        """Streams whose slots others have now."""
+        self._total, self._equal = 0.0, 0
+        self._bins: I64 = np.zeros(_BINS, np.int64)
+
+    @property
+    def following(self) -> int:
+        """How many streams are followed now."""
+        return MOST_STREAMS - len(self._free)
+
+    def drop_half(self) -> None:
+        """Give up half of the streams: the candidate cannot keep up."""
+        slots = np.unique(self._slots[self._slots > 0])[::2]
+        self.drop(slots)
+        self.dropped += len(slots)
+
+    def report(self, candidate: str) -> Report:
+        """What was found so far."""
+        streams = [*self._past, *self._streams(np.flatnonzero(self._frames_of))]
+        frames = sum(each.frames for each in streams)
+        largest = max((each.largest for each in streams), default=0.0)
+        edges = 2.0 ** ((np.arange(_BINS) + 1) / _PARTS + _SMALLEST)
+        counts = np.cumsum(self._bins)
+        quantiles = {}
+        for share in (0.5, 0.9, 0.99):
+            found = int(np.searchsorted(counts, share * frames)) if frames else 0
+            quantiles[share] = min(float(edges[found]), largest) if found else 0.0
+        values = frames * self._stepper.model.description.outputs
+        return Report(
+            recording=str(self._path),
+            candidate=candidate,
+            frames=frames,
+            equal=self._equal,
+            largest=largest,
+            mean=self._total / values if values else 0.0,
+            quantiles=quantiles,
+            streams=sorted(streams, key=lambda each: -each.largest),
+            dropped=self.dropped,
+        )
+
+    def _select(self, openings: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        chosen = [row for row in openings if zlib.crc32(row[3].encode()) < self._share * 2**32]
+        room = len(self._free)
+        self.dropped += max(0, len(chosen) - room)
+        return chosen[:room]
+
+    def _opened(self, slots: I64, openings: list[tuple[Any, ...]]) -> None:
+        self._past += self._streams(slots[self._frames_of[slots] > 0])
+        self._frames_of[slots] = 0
+        self._largest_of[slots] = 0
+        for slot, row in zip(slots.tolist(), openings, strict=True):
+            self._names[slot] = row[3]
+
+    def _began(self, slots: I64, seqs: I64) -> None:
+        self._compared_from[slots] = seqs
+
+    def _stepped(self, slots: I64, seqs: I64, y: F32, recorded: F32) -> None:
+        counts = seqs >= self._compared_from[slots]
+        slots, y, recorded = slots[counts], y[counts], recorded[counts]
+        if not len(slots):
+            return
+        equal = (y.view(np.uint32) == recorded.view(np.uint32)).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(y.astype(np.float64) - recorded)
+        apart[equal] = 0  # infinity minus infinity is not a number
+        apart[~np.isfinite(apart)] = np.inf
+        largest = apart.max(axis=1)
+        self._equal += int(equal.sum())
+        self._total += float(apart.sum())
+        self._frames_of[slots] += 1
+        self._largest_of[slots] = np.maximum(self._largest_of[slots], largest)
+        with np.errstate(divide="ignore"):
+            bins = np.ceil((np.log2(largest) - _SMALLEST) * _PARTS) - 1
+        np.add.at(self._bins, np.clip(bins, 0, _BINS - 1).astype(np.int64), 1)
+
+    def _streams(self, slots: I64) -> list[StreamDifference]:
+        columns = slots.tolist(), self._frames_of[slots].tolist(), self._largest_of[slots].tolist()
+        return [
+            StreamDifference(self._names[slot], frames, largest) for slot, frames, largest in zip(*columns, strict=True)
+        ]

@@ -1,0 +1,200 @@
+"""A candidate beside the version that is served: its outputs are compared, and nobody is answered with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.core.typing import F32
+from instep.models.folder import write_model
+from instep.models.model import Model
+from instep.server.server import Server
+from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
+from instep.shadow.report import Report
+from instep.shadow.shadow import Shadow
+from instep_client import AsyncClient, AsyncStream
+from tests.support.models import plain, whole
+from tests.support.running import running
+
+SERVED = plain(5, 8)
+RETRAINED = plain(5, 8, seed=9)
+DEEPER = plain(5, 8, layers=2)
+
+
+@dataclass
+class Place:
+    """Where the server records, and where candidates are."""
+
+    root: Path
+
+    def asked(self, candidate: Model, **changes: Any) -> Shadowing:
+        folder = self.root / candidate.fingerprint
+        write_model(folder, candidate, overwrite=True)
+        asked = Shadowing(self.recording, folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
+        return replace(asked, **changes)
+
+    @property
+    def recording(self) -> Path:
+        return self.root / "a.instep"
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        return {"recording": {"file": self.recording}}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+async def follow(server: Server, shadow: Shadow) -> None:
+    """Once the recording holds all outputs; nobody else waits for those."""
+    journal = server.default.engine.journal
+    await journal.committed(journal.newest)
+    shadow.follow()
+
+
+def assert_differs_as(report: Report, pairs: list[tuple[F32, F32]]) -> None:
+    """As outputs of the candidate differ from those that were served."""
+    apart = [np.abs(candidate.astype(np.float64) - served) for candidate, served in pairs]
+    frames = np.concatenate([each.max(axis=1) for each in apart])
+    assert report.frames == len(frames)
+    assert report.equal == sum(int((c.view("u4") == s.view("u4")).all(axis=1).sum()) for c, s in pairs)
+    assert report.largest == frames.max()
+    assert report.mean == pytest.approx(np.concatenate(apart).mean())
+    for share, value in report.quantiles.items():
+        assert value == pytest.approx(np.quantile(frames, share, method="inverted_cdf"), rel=0.1)
+    assert [each.largest for each in report.streams] == sorted((each.max() for each in apart), reverse=True)
+
+
+async def test_it_begins_with_the_states_of_the_served_version_and_meets_every_later_frame(
+    place: Place, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((4, 70, 5)).astype(np.float32)
+    async with running(SERVED, **place.sections) as server, AsyncClient(server.endpoint) as client:
+        streams = [await client.open(f"s{number}") for number in range(3)]
+        for number, stream in enumerate(streams):
+            await stream.step(x[number, :40])
+        await server.default.checkpoints.take()
+        shadow = make_shadow(place.asked(RETRAINED))
+        await follow(server, shadow)
+        assert (shadow.following, shadow.report("").frames) == (3, 0)
+        served = [await stream.step(x[number, 40:55]) for number, stream in enumerate(streams)]
+        await follow(server, shadow)
+        late = await client.open("late")
+        served.append(await late.step(x[3]))
+        await streams[0].close()
+        _, state = await streams[1].read_state()
+        await streams[2].reset(state)
+        served += [await stream.step(x[number, 55:]) for number, stream in enumerate(streams) if number]
+        await follow(server, shadow)
+        assert not shadow.is_finished
+    shadow.follow()
+    assert shadow.is_finished
+
+    def from_a(number: int, first: int) -> tuple[F32, F32]:
+        state = whole(SERVED, x[number, :first])[1]
+        return whole(RETRAINED, x[number, first:55], state)
+
+    expected = [from_a(number, 40) for number in range(3)]
+    after = [
+        whole(RETRAINED, x[1, 55:], expected[1][1])[0],
+        whole(RETRAINED, x[2, 55:], whole(SERVED, x[1, :55])[1])[0],
+    ]
+    new = whole(RETRAINED, x[3])[0]
+    pairs = [
+        (expected[0][0], served[0]),
+        (np.concatenate([expected[1][0], after[0]]), np.concatenate([served[1], served[4]])),
+        (np.concatenate([expected[2][0], after[1]]), np.concatenate([served[2], served[5]])),
+        (new, served[3]),
+    ]
+    assert_differs_as(shadow.report(""), pairs)
+
+
+@pytest.mark.parametrize("candidate", [DEEPER, RETRAINED], ids=["other state", "on request"])
+async def test_a_warm_up_is_not_compared(place: Place, rng: np.random.Generator, candidate: Model) -> None:
+    x = rng.standard_normal((60, 5)).astype(np.float32)
+    async with running(SERVED, **place.sections) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("s")
+        await stream.step(x[:20])
+        await server.default.checkpoints.take()
+        await stream.step(x[20:40])
+        shadow = make_shadow(place.asked(candidate, warm_up=25))
+        await follow(server, shadow)
+        assert shadow.report("").frames == 0
+        served = await stream.step(x[40:])
+        await follow(server, shadow)
+        assert_differs_as(shadow.report(""), [(whole(candidate, x[15:])[0][25:], served)])
+
+
+async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((64, 10, 5)).astype(np.float32)
+
+    async def step(streams: list[AsyncStream]) -> None:
+        for number, stream in enumerate(streams):
+            await stream.step(x[number])
+
+    async with running(SERVED, **place.sections) as server, AsyncClient(server.endpoint) as client:
+        streams = [await client.open(f"s{number}") for number in range(64)]
+        await step(streams)
+        shadow = make_shadow(place.asked(SERVED, share=0.5))
+        await follow(server, shadow)
+        first = shadow.following
+        assert 10 < first < 54
+        shadow.drop_half()
+        left = shadow.following
+        assert left == first - shadow.dropped == first // 2
+        await step(streams)
+        await follow(server, shadow)
+        report = shadow.report("")
+        assert report.frames == report.equal == 10 * (first + left)
+        assert sorted(each.frames for each in report.streams) == [10] * (first - left) + [20] * left
+        assert make_shadow(place.asked(SERVED, share=0.5)).following == 0
+
+
+async def test_what_it_says_and_its_status(
+    place: Place, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rng.standard_normal((30, 5)).astype(np.float32)
+
+    def said(candidate: Model, **changes: Any) -> tuple[int, str]:
+        out = StringIO()
+        return run(place.asked(candidate, **changes), Console(file=out, width=80)), out.getvalue()
+
+    async with running(SERVED, **place.sections) as server, AsyncClient(server.endpoint) as client:
+        served = await (await client.open("mic")).step(x)
+        journal = server.default.engine.journal
+        await journal.committed(journal.newest)
+        largest = float(np.abs(whole(RETRAINED, x)[0].astype(np.float64) - served).max())
+        status, text = said(RETRAINED)
+        found = json.loads(text)
+        assert (status, found["frames"], found["largest"]) == (COMPARED, 30, largest)
+        assert found["streams"] == [{"name": "mic", "frames": 30, "largest": largest}]
+        assert said(RETRAINED, tolerance=largest)[0] == COMPARED
+        assert said(RETRAINED, tolerance=largest * 0.99)[0] == DIFFERS
+        assert said(SERVED, tolerance=0.0)[0] == COMPARED
+        status, text = said(SERVED, json=False)
+        assert (status, "30 frames of 1 stream were" in text, "100.0% have equal bits" in text) == (
+            COMPARED,
+            True,
+            True,
+        )
+        assert all(len(line) <= 80 for line in text.splitlines())
+        assert said(RETRAINED, share=0.0)[0] == NOT_COMPARED
+    niceness: list[int] = []
+    monkeypatch.setattr(os, "nice", niceness.append)
+    for candidate, words in ((RETRAINED, "nothing was compared"), (plain(5, 9), "has 9 outputs, and")):
+        asked = place.asked(candidate)
+        result = CliRunner().invoke(app, ["model", "shadow", str(asked.recording), str(asked.folder), "--for", "60"])
+        assert (result.exit_code, words in " ".join(result.output.split())) == (NOT_COMPARED, True), result.output
+    assert niceness == [19, 19]
