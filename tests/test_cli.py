@@ -92,7 +92,7 @@ class TestServe:
             "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
             "verify": {"live": True},
             "shutdown": {"drain_timeout_s": 10.0},
-            "log": {"level": "debug", "format": "json", "summary_s": 10.0},
+            "log": {**default["log"], "level": "debug", "format": "json"},
         }
 
     def test_reads_the_file_and_the_environment(

@@ -85,7 +85,12 @@ def serve(
         loaded = read()
     except ConfigError as error:
         raise _cannot_serve(error, error.log) from error
-    log = make_log(loaded.log)
+    if check:
+        loaded = loaded.model_copy(update={"log": loaded.log.model_copy(update={"file": None})})  # it writes nothing
+    try:
+        log = make_log(loaded.log)
+    except OSError as error:
+        raise _failure(OSError(f"log.file {loaded.log.file} cannot be written: {error.strerror}")) from error
     for sentence in unknown_variables(os.environ):
         log.warning("unknown setting", reason=sentence)
     for _, folder in loaded.model.folders:
@@ -298,12 +303,13 @@ def _failure(error: Exception) -> typer.Exit:
 
 
 def _cannot_serve(error: Exception, log: LogConfig | None) -> typer.Exit:
-    """As `_failure`, and as one JSON object where that is how the log is written."""
-    if log is None or log.format != "json":
-        return _failure(error)
+    """As `_failure`, or as one JSON object where that is how the log is written; in the log's file, too."""
     from instep.server.log import make_log
 
-    make_log(log).error("cannot serve", reasons=str(error).splitlines())
+    if log is not None and (log.format == "json" or log.file is not None):
+        make_log(log).error("cannot serve", reasons=str(error).splitlines())
+    if log is None or log.format != "json" or log.file is not None:
+        return _failure(error)
     return typer.Exit(2)
 
 

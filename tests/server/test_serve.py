@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from instep.cli import app
 from instep.config import Config, LogConfig
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
@@ -188,6 +190,35 @@ def test_the_log_on_a_terminal_is_coloured_unless_no_color_is_set(
         shown = screen.read(200).decode()
     assert ("\x1b" in shown) is coloured
     assert re.sub(r"\x1b\[\d+m", "", shown).endswith(' info hello values=1,2 nothing=none text="a b"\r\n')
+
+
+def test_a_log_in_a_file_follows_its_name_when_it_is_rotated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, moved = tmp_path / "log", tmp_path / "log.1"
+    config = LogConfig(file=file, format="json")
+    log = make_log(config)
+    log.info("first")
+    file.rename(moved)
+    log.info("second")
+    log.info("third")
+    file.unlink()
+    log.warning("fourth")
+    make_log(config).info("fifth")
+    events = [[json.loads(line)["event"] for line in each.read_text().splitlines()] for each in (moved, file)]
+    assert events == [["first"], ["fourth", "fifth"]]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_file_that_cannot_be_written_and_a_check_write_nothing(model: Path, tmp_path: Path) -> None:
+    for file, arguments, status, words in (
+        (tmp_path / "no" / "log", [], 2, "cannot be written"),
+        (tmp_path / "log", ["--check"], 0, "can serve"),
+    ):
+        result = CliRunner().invoke(
+            app, ["serve", str(model), "--set", f"log.file={file}", "--endpoint", "tcp://127.0.0.1:*", *arguments]
+        )
+        assert (result.exit_code, words in result.output, file.exists()) == (status, True, False), result.output
 
 
 def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Path) -> None:

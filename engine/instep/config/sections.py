@@ -142,10 +142,11 @@ class ShutdownConfig(Section):
 
 
 class LogConfig(Section):
-    """The level and the form of the log."""
+    """The level, the form and the place of the log."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowered)] = "info"
     format: Annotated[Literal["console", "json"], BeforeValidator(_lowered)] = "console"
+    file: Path | None = None
     summary_s: Seconds = 10.0
 
 

@@ -1,11 +1,13 @@
-"""How the server logs: lines for people or for machines, on standard error."""
+"""How the server logs: lines for people or for machines, on standard error or in a file."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -39,16 +41,20 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
     """A logger of its own; nothing global is changed.
 
     Args:
-        config: the level and the form.
+        config: the level, the form and the place.
         threshold: decides on lines instead of the level in `config`.
+
+    Raises:
+        OSError: when the file cannot be written.
     """
+    colours = config.file is None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     time_format, renderer = (
         ("iso", structlog.processors.JSONRenderer())
         if config.format == "json"
-        else ("%Y-%m-%dT%H:%M:%SZ", _LinesForPeople(coloured=sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+        else ("%Y-%m-%dT%H:%M:%SZ", _LinesForPeople(coloured=colours))
     )
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        _StandardError(),
+        _StandardError() if config.file is None else _File(config.file),
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         processors=[
             threshold or Threshold(config.level),
@@ -72,6 +78,24 @@ class _StandardError:
         except OSError as error:
             if error.errno in (errno.EIO, errno.EPIPE):  # nobody will read it; the rest would fail again at the exit
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+    debug = info = warning = error = msg
+
+
+class _File:
+    """Appends lines to a file, or loses them. It opens the file for each line, so it may be moved away at any time.
+
+    Args:
+        path: the file; made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.open("a").close()  # one that cannot be written is told now
+
+    def msg(self, line: str) -> None:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
     debug = info = warning = error = msg
 
