@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from instep.config.endpoint import checked_endpoint, checked_http_endpoint
 from instep.config.rules import contradictions
+from instep_client.protocol.codes import SwapPolicy
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
@@ -51,10 +52,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _policy(text: str) -> str:
+    SwapPolicy.parse(text)
+    return text
+
+
 class ModelConfig(Section):
     """The model to serve, or several: a list of their folders, or the folders by the names that the models get."""
 
     folder: Annotated[Path | tuple[Path, ...] | dict[str, Path] | None, PlainValidator(_paths)] = None
+    on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
 
     @property
     def folders(self) -> list[tuple[str | None, Path]]:

@@ -126,8 +126,9 @@ def _make_server(
         server.admin = AdminServer(listener, token, server, log)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
-    if is_loopback(config.transport.endpoint):
-        frontend.operator = Loader(server, loop, shutdown, log)
+    configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
+    frontend.operator = Loader(server, loop, shutdown, log, configured)
+    frontend.obeys_clients = is_loopback(config.transport.endpoint)
     return server
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Final, TypeAlias, TypeVar
 import numpy as np
 import structlog
 
+from instep.config import ModelConfig
 from instep.core.typing import I64, U8
 from instep.frontends.zmq.served import Served
 from instep.models.errors import ModelError
@@ -26,7 +27,7 @@ from instep.runtime.stepper import Stepper
 from instep.server.limits import LimitsError
 from instep.server.loop import Loop
 from instep.server.moving import begin_replay, check_sizes, settle
-from instep.server.preparation import CannotServe, prepare_another
+from instep.server.preparation import CannotServe, Version, prepare_another, versions
 from instep.server.recordings import next_recording, open_recording, present_recording, record, recording_file
 from instep.server.server import Server
 from instep.server.services import lay_foundation, make_served, make_service
@@ -70,13 +71,22 @@ class Loader:
     Its steps run in a thread, because no process can be forked once ZeroMQ has threads.
     """
 
-    def __init__(self, server: Server, loop: Loop, shutdown: Shutdown, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(
+        self,
+        server: Server,
+        loop: Loop,
+        shutdown: Shutdown,
+        log: structlog.stdlib.BoundLogger,
+        configured: Mapping[str, Version],
+    ) -> None:
         self.tasks = Tasks(shutdown.bug)
         """The loading, swapping or unloading that is under way: one at most."""
         self._server = server
         self._loop = loop
         self._shutdown = shutdown
         self._log = log
+        self._configured = configured
+        """The models that the configuration named when it was last read, by name."""
         self._kept: set[ModelService] = set()
         """Versions that were replaced, and still serve the connections that they had."""
 
@@ -145,6 +155,45 @@ class Loader:
         self._kept.discard(self._server.served(name).service)
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
+
+    def reload(self, wanted: ModelConfig) -> None:
+        """Begin to load, swap and unload models until they are those of another configuration."""
+        if len(self.tasks):
+            reason = "model.folder was not looked at: another model is being loaded, swapped or unloaded; reload again"
+            self._log.error("not reloaded", reason=reason)
+        else:
+            self.tasks.start(self._reload(wanted))
+
+    async def _reload(self, wanted: ModelConfig) -> None:
+        loaded, swapped = list[str](), list[str]()
+        try:
+            found = await self._in_thread(partial(versions, wanted.folders))
+            served = {service.name for service in self._server.services}
+            changed = [name for name, version in found.items() if version != self._configured.get(name)]
+            for name in changed:
+                if name not in served:
+                    await self.load(name, found[name][0])
+                    loaded.append(name)
+            for name in changed:
+                if name in served and found[name][1] != self._server.served(name).info.fingerprint:
+                    await self.swap(name, found[name][0], SwapPolicy.parse(wanted.on_reload))
+                    swapped.append(name)
+        except (CannotServe, ModelError, Refusal) as error:
+            if not swapped:
+                for name in loaded:
+                    await self.unload(name)
+            if self._shutdown.requested.is_set():
+                return
+            self._log.error("not reloaded", reason=f"the models were not changed as model.folder has it: {error}")
+            return
+        unloaded = [name for name in self._configured if name in served and name not in found]
+        for name in unloaded:
+            await self.unload(name)
+        self._server.reorder(list(found))
+        self._configured = found
+        self._server.config = self._server.config.model_copy(update={"model": wanted})
+        if loaded or swapped or unloaded:
+            self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
     def tick(self) -> None:
         """Unload a version that was replaced and that nobody uses any more."""

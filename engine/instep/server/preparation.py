@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 import torch
@@ -18,6 +19,9 @@ from instep.models.folder import check_name, load_model
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
+
+Version: TypeAlias = tuple[Path, str]
+"""A model's folder and fingerprint."""
 
 
 class CannotServe(Exception):
@@ -43,7 +47,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
     """
     prepare_numerics(config.engine.threads)
     try:
-        loaded = _load(config)
+        loaded = _load(config.model.folders)
         return [_prepared(config, model, path, log_of(model.name, len(loaded), log)) for model, path in loaded]
     except ModelError as error:
         raise CannotServe(str(error)) from None
@@ -128,16 +132,25 @@ def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.Boun
     return certification
 
 
-def _load(config: Config) -> list[tuple[Model, Path]]:
+def versions(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Version]:
+    """The models in these folders by name, the default one first.
+
+    Raises:
+        CannotServe, ModelError: with a sentence, when one of them cannot be loaded or there is none.
+    """
+    return {model.name: (path, model.fingerprint) for model, path in _load(folders)}
+
+
+def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]]:
     """Every model and its folder, the default one first."""
-    if not config.model.folders:
+    if not folders:
         raise CannotServe(
             "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), make one "
             "to try things out (instep model make FOLDER --features 40 --hidden 128), or serve the demo's "
             "(instep serve --demo)"
         )
     loaded: dict[str, tuple[Model, Path]] = {}
-    for name, folder in config.model.folders:
+    for name, folder in folders:
         model = load_model(folder)
         if name is not None:
             model = replace(model, name=check_name(name))

@@ -14,6 +14,7 @@ from instep.server.log import Threshold
 from instep.server.server import Server
 
 CHANGEABLE: Final = (
+    "model.on_reload",
     "limits.max_idle_s",
     "limits.first_frame_s",
     "limits.park_s",
@@ -29,6 +30,8 @@ CHANGEABLE: Final = (
     "log.summary_s",
 )
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
+MODELS: Final = "model.folder"
+"""Changes, too, but it takes a while: see `Loader.reload`."""
 
 _KEPT_BYTES: Final = 2048
 
@@ -79,11 +82,12 @@ def reload(
     try:
         wanted = reread()
         server.configure(_with_values(running, _changeable(wanted)))
+        server.reload_models(wanted.model)
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
         log.info("reloaded", changed=[change for path, change in changed.items() if path in CHANGEABLE])
-        if left := [path for path in changed if path not in CHANGEABLE]:
+        if left := [path for path in changed if path not in (*CHANGEABLE, MODELS)]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         for problem in error.problems:

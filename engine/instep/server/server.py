@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from instep.config import Config
+from instep.config import Config, ModelConfig
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
@@ -165,6 +165,16 @@ class Server:
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
         for served in frontend.models.values():
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
+
+    def reload_models(self, wanted: ModelConfig) -> None:
+        """Load, swap and unload models until they are those of another configuration; it takes a while."""
+        if self._frontend.operator is not None:
+            self._frontend.operator.reload(wanted)
+
+    def reorder(self, names: Sequence[str]) -> None:
+        """List the models of these names first; the first one is for connections that name none."""
+        models = self._frontend.models
+        self._frontend.models = {name: models[name] for name in dict.fromkeys((*names, *models))}
 
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""

@@ -1,0 +1,96 @@
+"""SIGHUP with another model.folder: models are loaded, swapped and unloaded while the others are served."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instep.models.folder import write_model
+from instep.models.model import Model
+from instep.server.log import Threshold
+from instep.server.reload import Kept, reload
+from instep.server.server import Server
+from instep_client import AsyncClient
+from tests.support.models import plain, whole
+from tests.support.running import log_into, running
+
+A = replace(plain(5, 8), name="ears")
+B = replace(plain(5, 8, seed=9), name="ears")
+C = replace(plain(5, 8, seed=11), name="ears")
+OTHER = replace(plain(5, 16), name="eyes")
+
+
+class Reloads:
+    """Reloads a server that logs into `told`, with other models."""
+
+    def __init__(self, server: Server, told: list[dict[str, Any]]) -> None:
+        self._server = server
+        self._told = told
+
+    async def __call__(self, folder: Any, **model: str) -> dict[str, Any]:
+        """The line that says what came of it."""
+        config = self._server.config.model_dump() | {"model": {"folder": folder, **model}}
+        wanted, before = self._server.config.model_validate(config), len(self._told)
+        reload(self._server, lambda: wanted, Threshold("info"), log_into([]), Kept())
+        while True:
+            for line in self._told[before:]:
+                if line["event"] in ("models reloaded", "not reloaded"):
+                    return line
+            await asyncio.sleep(0.01)
+
+
+def folder_of(place: Path, model: Model) -> Path:
+    write_model(place, model, overwrite=True)
+    return place
+
+
+async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((60, 5)).astype(np.float32)
+    told: list[dict[str, Any]] = []
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "broken").mkdir()
+    new, eyes = folder_of(tmp_path / "new", B), folder_of(tmp_path / "eyes", OTHER)
+    broken, good = tmp_path / "broken", folder_of(tmp_path / "good", plain(2, 2))
+    async with (
+        running(A, told=told, recording={"file": tmp_path / "recordings"}) as server,
+        AsyncClient(server.endpoint, model="ears") as client,
+    ):
+        reloads = Reloads(server, told)
+        stream = await client.open("s")
+        y = [await stream.step(x[:20])]
+
+        async def models() -> list[str]:
+            return [each.name for each in await client.list_models()]
+
+        line = await reloads([new, eyes], on_reload="replay:8")
+        assert (line["loaded"], line["swapped"], line["unloaded"]) == (["eyes"], ["ears"], [])
+        assert (await models(), stream.moved_at) == (["ears", "eyes"], 20)
+        y.append(await stream.step(x[20:40]))
+        np.testing.assert_array_equal(y[1], whole(B, x[12:40])[0][8:])
+
+        for wrong, words in (({"good": good, "more": broken}, "cannot read"), (None, "no model to serve")):
+            line = await reloads(wrong)
+            assert (line["event"], words in line["reason"]) == ("not reloaded", True), line
+            assert await models() == ["ears", "eyes"]
+        wide = folder_of(tmp_path / "wide", plain(5, 9))
+        line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
+        assert (line["event"], "number of outputs differs" in line["reason"]) == ("not reloaded", True), line
+        assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
+
+        folder_of(new, C)  # the same path, another version
+        line = await reloads({"eyes": eyes, "ears": new}, on_reload="move")
+        assert (line["loaded"], line["swapped"]) == ([], ["ears"])
+        assert (await models(), stream.moved_at) == (["eyes", "ears"], 40)
+        state = whole(B, x[12:40])[1]
+        np.testing.assert_array_equal(await stream.step(x[40:]), whole(C, x[40:], state)[0])
+        line = await reloads({"ears": new})
+        assert (line["loaded"], line["swapped"], line["unloaded"]) == ([], [], ["eyes"])
+        assert await models() == ["ears"]
+        await client.swap_model("ears", folder_of(tmp_path / "by request", A), "move")
+        line = await reloads({"ears": new, "eyes": eyes})
+        assert (line["loaded"], line["swapped"]) == (["eyes"], []), "what was swapped by request stays"
+        assert client.info.fingerprint == A.fingerprint
