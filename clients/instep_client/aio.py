@@ -294,19 +294,21 @@ class AsyncClient:
             raise InvalidInput(str(error)) from None
         return await self._driver.wait(self._session.swap_model(name, folder, policy))
 
-    async def unload_model(self, name: str) -> list[ServedModel]:
+    async def unload_model(self, name: str, *, force: bool = False) -> list[ServedModel]:
         """Have the server unload a model: it answers what it has admitted, and ends the connections to the model.
 
-        A recording keeps the streams for when the model is loaded again; without one they are gone.
+        It refuses that while streams are in use, unless with `force`. A recording keeps the streams for when the model
+        is loaded again; without one they end, and their owners are told (UNLOADED).
 
         Returns:
             The models that it still has.
 
         Raises:
-            Refused: UNKNOWN_MODEL when there is none; NOT_ALLOWED for the model of this client, which may be the only
-                one, and where the server can be reached from other machines.
+            Refused: UNKNOWN_MODEL when there is none; NOT_ALLOWED while streams are in use, for the model of this
+                client, which may be the only one, and where the server can be reached from other machines.
+            ConnectionFailed: when the connection was lost meanwhile and the model may have been unloaded.
         """
-        return await self._driver.wait(self._session.unload_model(name))
+        return await self._driver.wait(self._session.unload_model(name, force))
 
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

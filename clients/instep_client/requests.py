@@ -19,7 +19,14 @@ from instep_client.connection import Connection
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code, SwapPolicy
-from instep_client.protocol.errors import ClientClosed, InstepError, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.errors import (
+    ClientClosed,
+    ConnectionFailed,
+    InstepError,
+    InvalidInput,
+    StreamEvicted,
+    StreamRefused,
+)
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, ServedModel, StreamPage
@@ -80,7 +87,22 @@ class ModelsCall(Question[list[ServedModel]]):
         self.finish(replies.served(header, frames))
 
 
-class LoadCall(ModelsCall):
+class ModelsChange(ModelsCall):
+    """What changes the server's models must not be asked for twice."""
+
+    def lost(self) -> bool:
+        """Nobody can tell whether it was done."""
+        self.fail(
+            ConnectionFailed(
+                f"the connection was lost before the server answered {self.kind.name}, which it may have done all the "
+                "same: `instep-client models` shows the models that it has"
+            )
+        )
+        self._connection.pending.wake(self)
+        return False
+
+
+class LoadCall(ModelsChange):
     """A model is to be loaded; the result is all of them."""
 
     kind = Kind.LOAD
@@ -89,7 +111,7 @@ class LoadCall(ModelsCall):
         super().__init__(connection, name, folder)
 
 
-class SwapCall(ModelsCall):
+class SwapCall(ModelsChange):
     """A model is to be replaced by another version of it; the result is all models."""
 
     kind = Kind.SWAP
@@ -98,13 +120,13 @@ class SwapCall(ModelsCall):
         super().__init__(connection, name, folder, int(policy.streams), policy.frames)
 
 
-class UnloadCall(ModelsCall):
+class UnloadCall(ModelsChange):
     """A model is to be unloaded; the result is the others."""
 
     kind = Kind.UNLOAD
 
-    def __init__(self, connection: Connection, name: str) -> None:
-        super().__init__(connection, name)
+    def __init__(self, connection: Connection, name: str, force: bool) -> None:
+        super().__init__(connection, name, int(force))
 
 
 class ListCall(Question[StreamPage]):

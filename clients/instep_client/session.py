@@ -214,9 +214,9 @@ class Session(Connection):
         """Ask the server, which is on this machine, for another version of a model."""
         return self.ask(SwapCall(self, name, str(Path(folder).absolute()), policy))
 
-    def unload_model(self, name: str) -> UnloadCall:
+    def unload_model(self, name: str, force: bool) -> UnloadCall:
         """Ask the server to unload a model."""
-        return self.ask(UnloadCall(self, name))
+        return self.ask(UnloadCall(self, name, force))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""

@@ -27,6 +27,7 @@ ENDING: Final = frozenset(
         Code.EXPIRED,
         Code.FENCED,
         Code.STATE_LOST,
+        Code.UNLOADED,
         Code.UNKNOWN_STREAM,
         Code.FOREIGN_STREAM,
         Code.DATA_LOSS,

@@ -141,9 +141,9 @@ class Client:
         """Have the server replace a model by another version of it; see `AsyncClient.swap_model`."""
         return self._thread.run(self._client.swap_model(name, folder, streams))
 
-    def unload_model(self, name: str) -> list[ServedModel]:
+    def unload_model(self, name: str, *, force: bool = False) -> list[ServedModel]:
         """Have the server unload a model; see `AsyncClient.unload_model`."""
-        return self._thread.run(self._client.unload_model(name))
+        return self._thread.run(self._client.unload_model(name, force=force))
 
     def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

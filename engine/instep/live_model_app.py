@@ -60,20 +60,23 @@ def swap(
         _list(model.name for model in client.swap_model(name, folder, streams))
 
 
-@app.command(examples=("instep model unload ears-1",))
+@app.command(examples=("instep model unload ears-1", "instep model unload ears-1 --force"))
 def unload(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")], endpoint: Endpoint = DEFAULT_ENDPOINT
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
+    force: Annotated[bool, typer.Option("--force", help="Also while streams are in use.")] = False,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
 ) -> None:
     """Have the server on this machine answer what a model has admitted, and serve it no longer.
 
-    Its connections end. A recording keeps the streams for when the model is loaded again; without one they are gone.
+    It refuses while streams are in use. With --force they stop: a recording keeps them for when the model is loaded
+    again; without one they end, and their owners are told. Connections to the model end in any case.
     """
     from instep_client import Client
 
     with Client(endpoint, model="") as client:
         other = next((model.name for model in client.list_models() if model.name != name), "")
     with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
-        _list(model.name for model in client.unload_model(name))
+        _list(model.name for model in client.unload_model(name, force=force))
 
 
 @app.command(

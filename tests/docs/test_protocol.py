@@ -168,7 +168,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     ),
     "MODELS": [wire.pack_header(Kind.MODELS, 19)],
     "LOAD": [wire.pack_header(Kind.LOAD, 20, "ears", "/m/ears")],
-    "UNLOAD": [wire.pack_header(Kind.UNLOAD, 21, "ears")],
+    "UNLOAD": [wire.pack_header(Kind.UNLOAD, 21, "ears", 0)],
     "SWAP": [wire.pack_header(Kind.SWAP, 22, "ears", "/m/ears-2", 1, 0)],
     "SERVED": encode.served(19, {"seed": (5, 3, 2, 3, 4), "ears": (0, 0, 0, 40, 128)}),
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),

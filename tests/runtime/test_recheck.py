@@ -192,4 +192,4 @@ def test_a_recheck_that_raises_compares_nothing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(served.stepper, "step_again", fails)
     served.step(np.array([1]), np.zeros((1, 5), np.float32))
-    assert (served.recheck.frames, served.recheck.mismatches) == (0, 0)
+    assert (served.recheck.frames, served.recheck.mismatches, served.recheck.failures) == (0, 0, 1)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgpack
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.models.folder import write_model
-from instep_client import AsyncClient, ConnectionFailed, Refused
-from instep_client.protocol.wire import Code
+from instep.models.folder import load_model, write_model
+from instep.models.model import Model
+from instep.runtime.executor import ThreadExecutor
+from instep.server.loop import Loop
+from instep_client import AsyncClient, ConnectionFailed, Refused, StreamEvicted
+from instep_client.protocol.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
+from tests.support.raw import RawClient
 from tests.support.running import running
 
 EARS = replace(plain(5, 8), name="ears")
@@ -58,7 +67,9 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             await unused.connect()
             stream = await client.open("v")
             first = await stream.step(x[:10])
-            assert [each.name for each in await operator.unload_model("vowels")] == ["ears"]
+            with pytest.raises(Refused, match="1 streams of the model 'vowels' are in use"):
+                await operator.unload_model("vowels")
+            assert [each.name for each in await operator.unload_model("vowels", force=True)] == ["ears"]
             stepping = asyncio.create_task(stream.step(x[10:]))
             with pytest.raises(ConnectionFailed, match="the model 'vowels' is unloaded"):
                 await unused.ping()
@@ -85,12 +96,22 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
 
 async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
+    pipe = tmp_path / "pipe"
+    write_model(pipe, VOWELS)
+    (pipe / "weights.safetensors").unlink()
+    os.mkfifo(pipe / "weights.safetensors")
+    async with running(EARS, engine=EXACT) as server, RawClient(server.endpoint) as raw:
+        await raw.hello()
+        refused_raw = await raw.ask(msgpack.packb([Kind.LOAD, raw.next_request(), "x", "models/vowels"]))
+        assert refused_raw.header[2] == Code.NOT_LOADED
+        assert "'models/vowels' is relative: name the folder by its absolute path" in refused_raw.header[3]
     async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
         for name, path, code, words in (
             ("ears", folder, Code.NOT_LOADED, "is served already"),
             ("x", tmp_path / "broken", Code.NOT_LOADED, "cannot read"),
             ("", folder, Code.NOT_LOADED, "a model's name must be"),
             ("x", "/a\0b", Code.NOT_LOADED, "null byte"),
+            ("x", pipe, Code.NOT_LOADED, "is not a regular file"),
         ):
             with pytest.raises(Refused) as refused:
                 await client.load_model(name, path)
@@ -120,41 +141,130 @@ async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder:
                 await client.load_model("vowels", folder)
 
 
-@pytest.fixture
-def slow_folder(folder: Path) -> Path:
-    """A model folder that is not read to its end before the test writes to model.yaml."""
-    (folder / "model.yaml").rename(folder / "written")
-    os.mkfifo(folder / "model.yaml")
-    return folder
-
-
-def _finish(slow_folder: Path) -> None:
-    (slow_folder / "model.yaml").write_bytes((slow_folder / "written").read_bytes())
-
-
-async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(slow_folder: Path) -> None:
+async def test_streams_of_an_unloaded_model_that_no_recording_keeps_end_and_their_owners_are_told(
+    folder: Path, tmp_path: Path
+) -> None:
     async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
-        loading = asyncio.create_task(operator.load_model("vowels", slow_folder))
+        await operator.load_model("vowels", folder)
+        client = AsyncClient(server.endpoint, model="vowels", reconnect_s=1)
+        await client.connect()
+        stream = await client.open("v")
+        await stream.step(np.zeros(3, np.float32))
+        async with AsyncClient(server.endpoint, model="vowels") as other:
+            await (await other.open("parked")).step(np.zeros(3, np.float32))
+            await other.close(park=True)
+        with pytest.raises(Refused, match="2 streams of the model 'vowels' are in use"):
+            await operator.unload_model("vowels")
+        await stream.step(np.zeros(3, np.float32))
+        await operator.unload_model("vowels", force=True)
+        with pytest.raises(StreamEvicted) as ended:
+            await stream.step(np.zeros(3, np.float32))
+        assert ended.value.code is Code.UNLOADED
+        await client.close()
+    (tmp_path / "recordings").mkdir()
+    async with running(EARS, engine=EXACT, recording={"file": tmp_path / "recordings"}) as server:
+        async with AsyncClient(server.endpoint) as operator:
+            await operator.load_model("vowels", folder)
+            async with AsyncClient(server.endpoint, model="vowels") as client:
+                await (await client.open("parked")).step(np.zeros(3, np.float32))
+                await client.close(park=True)
+            while (await operator.list_models())[1].connections:
+                await asyncio.sleep(0.01)
+            await operator.unload_model("vowels")  # the recording keeps a stream that nobody has
+
+
+async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, stopped_in, stop = Gate(), list[int](), ThreadExecutor.stop
+
+    def noted(executor: ThreadExecutor, timeout_s: float | None = None) -> None:
+        stopped_in.append(threading.get_ident())
+        stop(executor, timeout_s)
+
+    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
+    monkeypatch.setattr(ThreadExecutor, "stop", noted)
+    async with running(EARS, engine=EXACT, shutdown={"drain_timeout_s": 0.5}) as server:
+        async with AsyncClient(server.endpoint) as operator, AsyncClient(server.endpoint) as busy:
+            await operator.load_model("vowels", folder)
+            ears = await busy.open("s")
+            async with RawClient(server.endpoint) as raw:
+                await raw.hello("vowels")
+                handles = (await raw.open("v")).handles()
+                x = np.full((1, 1, 3), GATE_VALUE, np.float32)
+                await raw.send(*raw.step_message(handles, [0], x))
+                await operator.ping()
+                unloading = asyncio.create_task(operator.unload_model("vowels", force=True))
+                await operator.ping()
+                refused = await raw.step(handles, [1], x)
+                assert refused.header[2:4] == [
+                    Code.SHUTTING_DOWN,
+                    "the model 'vowels' is being unloaded and takes nothing new",
+                ]
+                while not unloading.done():
+                    await ears.step(np.zeros(5, np.float32))
+                await unloading
+            assert stopped_in[0] != threading.get_ident(), "the loop did not wait for it"
+            gate.open()
+
+
+async def test_the_loop_polls_while_no_model_is_stepped_in_its_process(folder: Path) -> None:
+    engine = {**EXACT, "steps_in": "process", "busy_poll_us": 7}
+    loops: list[Loop] = []
+
+    def made(*arguments: Any) -> Loop:
+        loops.append(Loop(*arguments))
+        return loops[0]
+
+    with mock.patch("instep.server.assembly.Loop", made):
+        async with running(EARS, engine=engine) as server, AsyncClient(server.endpoint) as operator:
+            (loop,) = loops
+            assert loop.busy_poll_ns == 7000
+            await operator.load_model("vowels", folder)
+            assert loop.busy_poll_ns == 0
+            await operator.unload_model("vowels")
+            assert loop.busy_poll_ns == 7000
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No model folder is read before this is set."""
+    opened = threading.Event()
+
+    def load(folder: Path) -> Model:
+        assert opened.wait(60)
+        return load_model(folder)
+
+    monkeypatch.setattr("instep.server.preparation.load_model", load)
+    yield opened
+    opened.set()
+
+
+async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(folder: Path, gates: threading.Event) -> None:
+    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
+        loading = asyncio.create_task(operator.load_model("vowels", folder))
         await operator.ping()  # the server has taken the request before this
         limits = server.config.limits.model_copy(update={"park_s": 77.0})
         server.configure(server.config.model_copy(update={"limits": limits}))
-        await asyncio.to_thread(_finish, slow_folder)
+        gates.set()
         await loading
         async with AsyncClient(server.endpoint, model="vowels") as client:
             assert client.info.park_s == 77
 
 
-async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loaded(slow_folder: Path) -> None:
+async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loaded(
+    folder: Path, gates: threading.Event
+) -> None:
     told: list[dict[str, Any]] = []
     async with running(EARS, told=told, engine=EXACT, shutdown={"drain_timeout_s": 5.0}) as server:
         async with AsyncClient(server.endpoint, reconnect_s=0) as operator:
-            loading = asyncio.create_task(operator.load_model("vowels", slow_folder))
+            loading = asyncio.create_task(operator.load_model("vowels", folder))
             await operator.ping()
             server.stop()
             with pytest.raises((Refused, ConnectionFailed), match="shutting down"):
                 await loading
     assert [line["reason"] for line in told if line["event"] == "not loaded"] == ["the server is shutting down"]
-    await asyncio.to_thread(_finish, slow_folder)  # the thread ends
+    assert not gates.is_set()
 
 
 async def test_the_commands(folder: Path) -> None:

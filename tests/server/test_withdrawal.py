@@ -64,8 +64,9 @@ async def test_exact_is_withdrawn_when_a_served_frame_has_other_bits_elsewhere(s
     async with (
         running(MODEL, engine=engine, recording=recording, told=told) as server,
         RawClient(server.endpoint) as client,
+        AsyncClient(server.endpoint) as connected,
     ):
-        assert await said(server.endpoint) == "exact"
+        assert await said(server.endpoint) == connected.info.exactness == "exact"
         await client.hello()
         handles = (await client.open("s")).handles()
         assert (await client.step(handles, [0], X[:1, None])).floats().tolist() == expected(0)
@@ -81,6 +82,8 @@ async def test_exact_is_withdrawn_when_a_served_frame_has_other_bits_elsewhere(s
         assert (line["stream"], line["seq"], line["batch_sizes"], line["value"]) == ("s", 1, (4, 8), "output[1]")
         assert line["rechecked"] - line["served"] == 8 - 4
         assert await said(server.endpoint) == "tolerance"
+        await connected.ping()
+        assert connected.info.exactness == "tolerance", "clients that are connected are told"
         for seq in (2, 3):  # it serves on, and does not fill its log
             await client.step(handles, [seq], X[1:2, None])
         async with asyncio.timeout(60):

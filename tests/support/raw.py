@@ -102,14 +102,18 @@ class RawClient:
         await self.socket.send_multipart(list(frames))
 
     async def receive(self) -> Reply:
-        """The next message, one for each request that is answered; the server's PINGs are answered on the way."""
+        """The next message, one for each request that is answered.
+
+        On the way, the server's PINGs are answered, and a WELCOME that comes unasked is passed over.
+        """
         while True:
             if not self._came:
                 self._came.extend(apart(await self.socket.recv_multipart()))
             reply = Reply(self._came.popleft())
-            if reply.kind is not Kind.PING:
+            if reply.kind is Kind.PING:
+                await self.send(msgpack.packb([Kind.PONG, reply.request]))
+            elif reply.kind is not Kind.WELCOME or reply.request:
                 return reply
-            await self.send(msgpack.packb([Kind.PONG, reply.request]))
 
     async def ask(self, *frames: bytes) -> Reply:
         """Send, and the next message."""

@@ -91,6 +91,7 @@ class Code(IntEnum):
     NEVER_USED = 116
     FRAMES_PENDING = 117
     HIBERNATED = 118
+    UNLOADED = 119
     BUSY = 200
     TOO_MANY_STREAMS = 201
     STEP_FAILED = 202
@@ -140,6 +141,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",
     Code.HIBERNATED: "the stream was idle and has left memory; resume it to continue",
+    Code.UNLOADED: "the stream was ended because its model was unloaded, and no recording keeps it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included (those of a client that died are "
     "parked after about 10 s): close some (instep-client streams close --place parked), or raise the limit",

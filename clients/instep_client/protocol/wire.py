@@ -132,7 +132,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
     Kind.MODELS: 2,
     Kind.LOAD: 4,  # kind, request, name, folder
-    Kind.UNLOAD: 3,  # kind, request, name
+    Kind.UNLOAD: 4,  # kind, request, name, whether to end streams that are in use (0 or 1)
     Kind.SWAP: 6,  # kind, request, name, folder, what becomes of streams (`Streams`), frames to replay
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences

@@ -61,6 +61,7 @@ def load_model(folder: str | Path) -> Model:
     if folder.is_file():
         raise ModelError(_no_folder(folder))
     try:
+        check_regular(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # the latter of a null byte in the path
         why = error.strerror if isinstance(error, OSError) else error
@@ -90,6 +91,7 @@ def load_model(folder: str | Path) -> Model:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     name = check_name(name)
+    check_regular(folder / WEIGHTS_FILE)
     weights = load_weights(folder / WEIGHTS_FILE, description) if description.tensor_shapes() else {}
     kind = kind_of_network(description)
     has_bytes = kind.graph_file and not kind.graph_is_field
@@ -103,6 +105,7 @@ def graph_bytes(path: Path) -> bytes:
     Raises:
         ModelError: when it cannot be read, or is larger than `MAX_GRAPH_BYTES`.
     """
+    check_regular(path)
     try:
         size, content = path.stat().st_size, b""
         if size <= MAX_GRAPH_BYTES:
@@ -112,6 +115,16 @@ def graph_bytes(path: Path) -> bytes:
     if size > MAX_GRAPH_BYTES:
         raise ModelError(f"the graph {path} has {size:,} bytes, and at most {MAX_GRAPH_BYTES:,} can be served")
     return content
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a named pipe or a device in place of a file: reading one may never end.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ModelError(f"{path} is not a regular file: put the model's file there")
 
 
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -25,6 +25,7 @@ _REPORT: Final = np.dtype(
     [
         ("rechecked", "<i8"),  # frames
         ("mismatches", "<i8"),  # of them, those with other bits
+        ("failures", "<i8"),  # rechecks that raised, so that nothing was compared
         ("is_new", "<i8"),  # the fields below hold a mismatch that nobody has taken yet
         ("slot", "<i8"),
         ("incarnation", "<i8"),
@@ -124,6 +125,7 @@ class Recheck:
         try:
             sample.y, sample.after = y[sample.rows], self._stepper.read(sample.slots)
         except Exception:  # the frames were applied all the same
+            self._report["failures"] += 1
             return
         self._sample = sample
 
@@ -155,7 +157,8 @@ class Recheck:
         self._x_beside, self._states_beside = sample.x, sample.before
         try:
             y, after = self._stepper.step_again(sample.other_bucket, x, states)
-        except Exception:  # nothing was compared; where this lasts, the next batch of that size fails and says why
+        except Exception:  # where this lasts, the next batch of that size fails and says why
+            self._report["failures"] += 1
             return
         self._compare(sample, y[places], after[places])
 
@@ -164,7 +167,7 @@ class Recheck:
         parts = [(sample.y, y), *zip(unpack(sample.after).values(), unpack(after).values(), strict=True)]
         differ = [bits_differ(served, again).reshape(count, -1) for served, again in parts]
         wrong = np.any([each.any(axis=1) for each in differ], axis=0)
-        report = self._reports[0 if os.getpid() == self._made_in else 1]
+        report = self._report
         report["rechecked"] += count
         if not wrong.any():
             return
@@ -180,6 +183,11 @@ class Recheck:
             report["is_new"] = 1  # last: the other process looks at it first
         report["mismatches"] += int(wrong.sum())
 
+    @property
+    def _report(self) -> Any:
+        """Of this process."""
+        return self._reports[0 if os.getpid() == self._made_in else 1]
+
     # ── In the loop's thread ───────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -191,6 +199,11 @@ class Recheck:
     def mismatches(self) -> int:
         """How many of them had other bits."""
         return int(self._reports["mismatches"].sum())
+
+    @property
+    def failures(self) -> int:
+        """How many rechecks raised."""
+        return int(self._reports["failures"].sum())
 
     def take_mismatch(self) -> Mismatch | None:
         """One that was found since the last call, if there was any."""

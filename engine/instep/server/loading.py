@@ -87,6 +87,10 @@ class Loader:
         self._log = log
         self._configured = configured
         """The models that the configuration named when it was last read, by name."""
+        self._stepped_here = set[ModelService]()
+        """Models that were loaded, which step in threads of this process."""
+        self._busy_poll_ns = loop.busy_poll_ns
+        """How long to poll while there are none."""
         self._kept: set[ModelService] = set()
         """Versions that were replaced, and still serve the connections that they had."""
 
@@ -148,12 +152,27 @@ class Loader:
             numbers, next_seqs, states = ended
             former.service.engine.journal.ended(numbers, "moved", next_seqs, states, np.zeros(len(numbers), np.bool_))
             await self._server.close(former.service)
+            self._stepped_here.discard(former.service)
         log.info("swapped", folder=str(folder), fingerprint=fingerprint, kept_as=kept_as, streams=str(policy))
 
-    async def unload(self, name: str) -> None:
-        """Serve a model no longer."""
-        self._kept.discard(self._server.served(name).service)
+    async def unload(self, name: str, *, force: bool = True) -> None:
+        """Serve a model no longer.
+
+        Raises:
+            Refusal: NOT_ALLOWED while streams are in use, unless with `force`.
+        """
+        service = self._server.served(name).service
+        if not force and service.in_use:
+            raise Refusal(
+                Code.NOT_ALLOWED,
+                sentence=f"{service.in_use} streams of the model {name!r} are in use: close them, or unload it with "
+                "--force. A recording keeps them until it is loaded again; without one they end",
+            )
+        self._kept.discard(service)
         await self._server.remove(name, f"the model {name!r} is unloaded")
+        self._stepped_here.discard(service)
+        if not self._stepped_here:
+            self._loop.busy_poll_ns = self._busy_poll_ns
         self._log.info("unloaded", model=name)
 
     def reload(self, wanted: ModelConfig) -> None:
@@ -255,6 +274,7 @@ class Loader:
     def _record(self, made: _Made) -> None:
         if made.opened is not None:
             record(made.served.service, *made.opened, self._server.config, self._loop, self._shutdown)
+        self._stepped_here.add(made.served.service)
         self._loop.busy_poll_ns = 0  # the thread that steps would lack the interpreter's lock
 
     async def _move(

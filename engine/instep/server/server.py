@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from instep.server.loop import Loop
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
 from instep.streaming.service import ModelService
+from instep.streaming.tasks import in_daemon_thread
 
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
@@ -76,14 +78,13 @@ class Server:
         """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
         served, timeout_s = self._frontend.models[name], self.config.shutdown.drain_timeout_s
         service = served.service
-        service.drain()
-        for _ in range(round(timeout_s / _LOOK_S)):
-            if service.is_quiet:
-                break
-            await asyncio.sleep(_LOOK_S)
+        service.drain(f"the model {name!r} is being unloaded and takes nothing new")
+        await _quiet(service, timeout_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await service.checkpoints.take()
+        service.end_streams()
+        await _quiet(service, timeout_s)
         self._frontend.remove(served, reason)
         self._leave(service)
         await self.close(service)
@@ -111,9 +112,12 @@ class Server:
 
     async def close(self, service: ModelService) -> None:
         """Stop the executor of a service that is served no more, and close its recording."""
+        timeout_s = self.config.shutdown.drain_timeout_s
         async with contextlib.AsyncExitStack() as closing:
-            self._will_close(service, closing, self.config.shutdown.drain_timeout_s)
+            self._will_close(service, closing, timeout_s)
             service.tasks.cancel()
+            # Beside the loop, which others are served by: a step may hang.
+            await in_daemon_thread(partial(service.engine.executor.stop, timeout_s), "instep-end")
 
     def _enter(self, served: Served) -> None:
         service = served.service
@@ -228,6 +232,7 @@ class Server:
 
     def _withdraw_exact(self, served: Served, reason: str) -> None:
         served.info = replace(served.info, exactness="tolerance")
+        self._frontend.inform(served)
         if self.config.engine.exactness == "require":
             self._shutdown.fail(f"engine.exactness is `require`, but {reason}", drain=True)
 
@@ -301,3 +306,11 @@ class Server:
             await asyncio.sleep(_LOOK_S)  # a second interrupt is heard meanwhile
         if recorder.failed is not None:
             self._shutdown.fail(f"the recording {file} failed: {recorder.failed}")
+
+
+async def _quiet(service: ModelService, timeout_s: float) -> None:
+    """Wait until a service has nothing to do, but not for longer."""
+    for _ in range(round(timeout_s / _LOOK_S)):
+        if service.is_quiet:
+            return
+        await asyncio.sleep(_LOOK_S)

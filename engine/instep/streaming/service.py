@@ -81,6 +81,8 @@ class ModelService:
     """What the process has found that checks the recording meanwhile, where there is to be one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
+    leaves: str = ""
+    """Why it takes nothing new, where the server goes on without it."""
     history: History = field(init=False)
     """The last ten minutes."""
     _logged: dict[Code, int] = field(default_factory=dict)
@@ -112,9 +114,23 @@ class ModelService:
         """Whether new streams and frames are taken."""
         return not (self.engine.draining or self.engine.journal.has_failed)
 
-    def drain(self) -> None:
-        """Take nothing new from now on."""
-        self.engine.draining = True
+    @property
+    def in_use(self) -> int:
+        """How many streams would miss the model: all, or those with a connection where a recording keeps the others."""
+        table = self.engine.table
+        if self.engine.journal.is_recording:
+            return int(table.open_count - table.owned[table.parked])
+        return table.open_count
+
+    def drain(self, leaves: str = "") -> None:
+        """Take nothing new from now on, because it `leaves` the server or, where that is empty, with the server."""
+        self.engine.draining, self.leaves = True, leaves
+
+    def end_streams(self) -> None:
+        """Begin to end all streams, unless a recording keeps them; their owners are told."""
+        if not self.engine.journal.is_recording:
+            slots = self.engine.table.open_slots()
+            self.operations.evict(slots[~self.engine.table.closing[slots]], Code.UNLOADED)
 
     def limit(self, idle: IdleLimits, *, parked_make_room: bool) -> None:
         """End idle streams by these limits from now on."""

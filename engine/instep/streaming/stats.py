@@ -34,6 +34,8 @@ class EngineStats:
     """Frames that were stepped again in another bucket."""
     recheck_mismatches_total: int = 0
     """Of them, those that came out with other bits."""
+    recheck_failures_total: int = 0
+    """Rechecks that raised, so that nothing was compared."""
     opened_streams_total: int = 0
     closed_streams_total: int = 0
     parked_streams_total: int = 0

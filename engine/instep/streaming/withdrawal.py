@@ -34,6 +34,7 @@ class Withdrawal:
         stats, recheck = self._engine.stats, self._recheck
         stats.rechecked_frames_total = recheck.frames
         stats.recheck_mismatches_total = recheck.mismatches
+        stats.recheck_failures_total = recheck.failures
         mismatch = recheck.take_mismatch()
         if mismatch is None:
             return None

@@ -46,8 +46,8 @@ class Operator(Protocol):
     async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
         """Serve another version of a model, with its streams or without them."""
 
-    async def unload(self, name: str) -> None:
-        """Serve a model no longer."""
+    async def unload(self, name: str, *, force: bool) -> None:
+        """Serve a model no longer, if none of its streams is in use, or although some are."""
 
     def reload(self, wanted: ModelConfig) -> None:
         """Begin to load, swap and unload models until they are those of another configuration."""
@@ -125,6 +125,12 @@ class ZmqFrontend:
                 next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
                 self.outbound.send(peer, encode.welcome(0, served.info))
                 self.outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
+
+    def inform(self, served: Served) -> None:
+        """Tell the connections of a model that its description has changed."""
+        for peer in self.outbound.peers():
+            if peer.served is served:
+                self.outbound.send(peer, encode.welcome(0, served.info))
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -279,14 +285,15 @@ class ZmqFrontend:
         try:
             name = text(header.fields[0], "the model's name")
             if header.kind is Kind.LOAD:
-                await operator.load(name, Path(text(header.fields[1], "the folder")))
+                await operator.load(name, _folder(header.fields[1]))
             elif header.kind is Kind.SWAP:
-                name, folder = self._find(name).service.name, text(header.fields[1], "the folder")
-                await operator.swap(name, Path(folder), _policy(*header.fields[2:]))
+                name = self._find(name).service.name
+                await operator.swap(name, _folder(header.fields[1]), _policy(*header.fields[2:]))
             elif name == peer.served.service.name:
                 raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one; load that first")
             else:
-                await operator.unload(self._find(name).service.name)
+                force = wire.count_field(header.fields[1], "whether to end streams", 1, at_least=0)
+                await operator.unload(self._find(name).service.name, force=bool(force))
             self._send_models(peer, header)
         except (MalformedMessage, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
@@ -327,6 +334,14 @@ class ZmqFrontend:
         self._requests -= 1
         peer.requests -= 1
         self._wake()
+
+
+def _folder(value: object) -> Path:
+    """The field of LOAD and SWAP."""
+    folder = Path(text(value, "the folder"))
+    if not folder.is_absolute():
+        raise Refusal(Code.NOT_LOADED, f"{str(folder)!r:.120} is relative: name the folder by its absolute path")
+    return folder
 
 
 def _policy(streams: object, frames: object) -> SwapPolicy:

@@ -28,8 +28,9 @@ class Served:
     def refuse_what_is_new(self) -> None:
         """Refuse new connections, streams and frames, unless the service takes them."""
         if not self.service.is_ready:
-            has_failed = self.service.engine.journal.has_failed
-            raise Refusal(Code.SHUTTING_DOWN, "its recording has failed" if has_failed else "")
+            if self.service.engine.journal.has_failed:
+                raise Refusal(Code.SHUTTING_DOWN, "its recording has failed")
+            raise Refusal(Code.SHUTTING_DOWN, sentence=self.service.leaves)
 
     def _count(self, codes: I32) -> None:
         """Streams of a request were answered with these codes, int32 [N]; 0 where they were not refused."""
