@@ -20,7 +20,7 @@ from instep.models.folder import load_model
 
 Result = tuple[Any, Any]
 CALLS = itertools.count(1)
-CONTROL = "decides by a value in a tensor .* use torch.where"
+CONTROL = r"^the step \(test_gate\.py, line \d+: .*[xh].*\) decides by a value in a tensor .* use torch.where"
 BY_VALUE = "lets values in a tensor decide how many elements there are .* use torch.where"
 ROWS = "combines the rows of a batch .* each row is another stream"
 
@@ -181,10 +181,14 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
     ],
 )
 def test_a_step_that_cannot_be_served(
-    body: Callable[[Any, torch.Tensor, torch.Tensor], Result], sentence: str, tmp_path: Path
+    body: Callable[[Any, torch.Tensor, torch.Tensor], Result],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = refusal(Step(body), tmp_path / "m")
     assert re.search(sentence, found), found
+    assert capsys.readouterr() == ("", "")
 
 
 def seldom(x: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
+import instep
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
@@ -115,7 +118,8 @@ def _exported(example: Example) -> ExportedProgram:
     arguments = (example.frames(ROWS, torch.Generator().manual_seed(0)), *example.initial(ROWS))
     shapes = {"x": {0: batch}, "leaves": tuple({0: batch} for _ in example.leaves)}
     try:
-        return export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
+        with redirect_stderr(io.StringIO()):  # where torch prints a graph of what it had done before it failed
+            return export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
     except ModelError:
         raise
     except Exception as error:
@@ -127,8 +131,8 @@ def _refusal(error: Exception) -> str:
     text = str(error)
     if "data-dependent" in text:
         return (
-            "the step decides by a value in a tensor (if, while, int(), float(), bool() or .item()), and one way "
-            "would be taken for all streams of a batch: use torch.where"
+            f"{_where(error)} decides by a value in a tensor (if, while, int(), float(), bool() or .item()), and one "
+            "way would be taken for all streams of a batch: use torch.where"
         )
     if "specialized it to be a constant" in text:
         return (
@@ -142,6 +146,15 @@ def _refusal(error: Exception) -> str:
         f"torch.export cannot follow the step ({type(error).__name__}: {first_line(error):.200}); write it with "
         "functions of torch, from x and the state to y and the new state"
     )
+
+
+def _where(error: Exception) -> str:
+    """The line of the user's code that an error comes from."""
+    packages = tuple(str(Path(module.__file__).parent) for module in (torch, instep) if module.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(packages)]
+    if not frames or not frames[-1].line:
+        return "the step"
+    return f"the step ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line.strip():.80})"
 
 
 def _copied(module: nn.Module) -> nn.Module:
