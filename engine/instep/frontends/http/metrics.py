@@ -13,18 +13,22 @@ from prometheus_client.registry import Collector
 
 from instep.frontends.http.families import FILL, SIZE, Identity, Labelled, Metric, ModelNumbers
 from instep.streaming.service import ModelService
+from instep_client.protocol.codes import Code
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_REASONS: Final = ("idle", "never_used", "client_gone", "expired", "displaced", "state_lost")
+"""Why streams are evicted."""
 
 # ── Values with labels ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _refusals(model: ModelNumbers) -> Labelled:
-    return [((code.name,), float(count)) for code, count in model.service.engine.stats.refusals().items()]
+    counts = model.service.engine.stats.refusals()
+    return [((code.name,), float(counts.get(code, 0))) for code in Code]  # 0 too: a rate begins at the first sample
 
 
 def _evictions(model: ModelNumbers) -> Labelled:
-    by_reason = model.service.engine.stats.evicted_by_reason
+    by_reason = dict.fromkeys(_REASONS, 0) | model.service.engine.stats.evicted_by_reason
     return [((reason,), float(count)) for reason, count in by_reason.items()]
 
 
