@@ -90,6 +90,8 @@ async def test_exact_is_withdrawn_when_a_served_frame_has_other_bits_elsewhere(s
             while (after := await client.statistics())["recheck_mismatches_total"] < 3:
                 await asyncio.sleep(0.01)
         assert (after["exact"], after["step_failures_total"]) == (0, 0)
+        events = [event[2:] for event in server.default.events.since(0, "s") if event.kind != "opened"]
+        assert events == [("mismatch", "s", "output[1] in batches of 4 and 8", 1), ("withdrawn", "s", DIFFER, 1)]
     assert len([line for line in told if line["event"] == "bits differ"]) == 1
     with RecordingReader(tmp_path / "r.instep") as reader:
         assert [engine.header.exactness for engine in reader.engines] == ["exact", "tolerance"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from instep.models.folder import write_model
 from instep.streaming.events import EventLog
 from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
-from tests.support.models import SMALL
+from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.streaming import random_frames
@@ -48,8 +51,7 @@ def test_the_newest_are_kept(sizes: list[int]) -> None:
 
 
 async def test_what_happens_to_streams_is_logged(rng: np.random.Generator) -> None:
-    limits = {"park_s": 0.3}
-    async with running(SMALL, limits=limits, transport={"heartbeat_s": 0.1}) as server:
+    async with running(SMALL, limits={"park_s": 0.3}, transport={"heartbeat_s": 0.5}) as server:
         log = server.default.events
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
@@ -78,6 +80,20 @@ async def test_what_happens_to_streams_is_logged(rng: np.random.Generator) -> No
     ]
     assert [(event.kind, event.seq) for event in log.since(0, "c")] == [("opened", 0), ("closed", 2)]
     assert malformed(log) == 3
+
+
+async def test_a_swap_is_logged_where_the_streams_are_then(tmp_path: Path) -> None:
+    former, latter = plain(5, 8), replace(plain(5, 8, seed=9), name=plain(5, 8).name)
+    write_model(tmp_path / "new", latter)
+    async with running(former) as server, AsyncClient(server.endpoint) as client:
+        await client.open("s", first_seq=3)
+        await client.swap_model(former.name, tmp_path / "new", "move")
+        log = server.default.events
+        assert [event[2:] for event in log.since(0, "s")] == [
+            ("opened", "s", "connection 0", 3),
+            ("moved", "s", latter.fingerprint, 3),
+        ]
+        assert [event[2:] for event in log.since(0, "")] == [("swapped", "", latter.fingerprint, None)]
 
 
 def malformed(log: EventLog) -> int:

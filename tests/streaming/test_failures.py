@@ -96,6 +96,7 @@ async def test_a_stream_whose_state_is_lost_is_closed_and_its_owner_told(rng: np
         (event,) = origin.events
         assert (event.code, event.handles.tolist()) == (Code.STATE_LOST, handles[:1].tolist())
         assert kit.stats.evicted_by_reason == {"state_lost": 1}
+        assert [event[2:] for event in kit.engine.events.since(0, "lost")[1:]] == [("lost", "lost", "state_lost", 0)]
         (kept,) = await kit.all_done(step(origin, handles[1:], [0], x[:, 1:]))
         np.testing.assert_array_equal(kept.y[:, 0], whole(SMALL, x[:, 1])[0])
         assert (await origin.open(["lost"])).codes.tolist() == [0]

@@ -79,6 +79,14 @@ async def test_a_stream_comes_back_with_the_same_bits(
         served = np.concatenate([before.y[:, 0], after.y[:, 0]])
         assert_same_bits(served, whole(SMALL, x[:, 0])[0], "the stream")
         assert (kit.stats.hibernated_streams_total, kit.stats.woken_streams_total) == (1, 1)
+        events = [(event.kind, event.seq) for event in kit.engine.events.since(0, "s")]
+        assert events == [
+            ("opened", 0),
+            *([("parked", 5)] if is_parked else []),
+            ("hibernated", 5),
+            ("woken", 5),
+            ("resumed", 5),
+        ]
 
 
 async def test_unacknowledged_frames_are_answered_again_and_an_older_owner_is_fenced(

@@ -214,16 +214,28 @@ METRICS: Final = (
     Metric(
         "instep_verified_frames_total",
         "counter",
-        "Frames that live verification has compared with the whole sequence.",
+        "Frames that live verification has computed again and compared.",
         "verified_frames_total",
     ),
     Metric(
         "instep_verify_mismatches_total",
         "counter",
-        "Verified frames that came out with other bits.",
+        "Streams of which live verification found a frame that was served with another output.",
         "verify_mismatches_total",
     ),
-    Metric("instep_verify_lag_seconds", "gauge", "How far live verification is behind the recording.", "verify_lag_s"),
+    Metric(
+        "instep_verify_skipped_frames_total",
+        "counter",
+        "Recorded frames that live verification did not compare.",
+        "verify_skipped_frames_total",
+    ),
+    Metric("instep_verify_streams", "gauge", "Streams that live verification follows.", "verify_streams"),
+    Metric(
+        "instep_verify_lag_seconds",
+        "gauge",
+        "Time since the oldest frame was committed that live verification has not compared yet.",
+        "verify_lag_s",
+    ),
 )
 
 
