@@ -145,7 +145,7 @@ METRICS: Final = (
     Metric(
         "instep_credit_stalls_total",
         "counter",
-        "STEP messages that left their connection no credit for another one of that size.",
+        "STEP messages refused for lack of credit, or leaving too little of it for another one of that size.",
         "credit_stalls_total",
     ),
     # Streams
@@ -180,7 +180,7 @@ METRICS: Final = (
         "Streams that left memory for the recording.",
         "hibernated_streams_total",
     ),
-    Metric("instep_streams_woken_total", "counter", "Streams that came back from there.", "woken_streams_total"),
+    Metric("instep_streams_woken_total", "counter", "Streams that came back into memory.", "woken_streams_total"),
     # The recording
     Metric("instep_recording_bytes", "gauge", "Size of the recording.", "recording_bytes"),
     Metric("instep_recording_free_bytes", "gauge", "Free on the disk of the recording.", "recording_free_bytes"),
