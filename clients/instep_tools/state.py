@@ -20,8 +20,10 @@ import numpy.typing as npt
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import InvalidInput, StreamRefused
+from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import Code, ServerInfo
 from instep_client.snapshots import StreamSnapshot
+from instep_client.states import State
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, CommandProblem, Exit
@@ -41,23 +43,30 @@ async def read(target: Target, name: str, terminal: Terminal, stop: Stop) -> Exi
         seq, state = await client.read_state(name)
         info = client.info
     if terminal.as_json:
-        terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": _plain(state)})
+        terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": plain(state)})
         return Exit.OK
     leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in info.state.leaves)
     terminal.out.print(
         f"{name!r} is before frame {seq}; its state is {leaves} of model {info.model}", markup=False, soft_wrap=True
     )
-    arrays = state if isinstance(state, dict) else {info.state.leaves[0].name: state}
+    for line in state_lines(state, info.state):
+        terminal.out.print(line, markup=False)
+    return Exit.OK
+
+
+def state_lines(state: State, spec: StateSpec) -> list[str]:
+    """A state as a table: for each row along the last axis of a leaf its range, mean and first values."""
+    arrays = state if isinstance(state, dict) else {spec.leaves[0].name: state}
     rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
     width = max(len(label) for label, _ in rows)
-    terminal.out.print(f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values", markup=False)
+    lines = [f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values"]
     with np.errstate(all="ignore"):  # a network may have computed NaN or infinity, which is shown as such
         for label, values in rows:
             low, mean, high = (_short(value) for value in (values.min(), values.mean(dtype=np.float64), values.max()))
             first = " ".join(_short(value) for value in values[:FIRST_VALUES])
             more = " …" if len(values) > FIRST_VALUES else ""
-            terminal.out.print(f"{label:>{width}} {low:>12} {mean:>12} {high:>12}  {first}{more}", markup=False)
-    return Exit.OK
+            lines.append(f"{label:>{width}} {low:>12} {mean:>12} {high:>12}  {first}{more}")
+    return lines
 
 
 async def snapshot(target: Target, name: str, to: Path, terminal: Terminal, stop: Stop) -> Exit:
@@ -67,15 +76,10 @@ async def snapshot(target: Target, name: str, to: Path, terminal: Terminal, stop
         InstepError: as the client does.
         BadFile: when there is such a file already, or it cannot be written.
     """
-    _check_new(to)
+    check_new(to, "--to")
     async with connected(target, "state snapshot", terminal, stop) as client:
         taken = await client.snapshot(name)
-    try:
-        taken.save(to, overwrite=False)
-    except FileExistsError:
-        raise _exists(to) from None
-    except OSError as error:
-        raise BadFile(f"{to} cannot be written: {error.strerror}") from None
+    save_new(taken, to, "--to")
     if terminal.as_json:
         terminal.result({"stream": name, "seq": taken.seq, **_of_model(client.info), "file": str(to)})
     terminal.summary(
@@ -92,15 +96,10 @@ async def restore(target: Target, file: Path, name: str | None, terminal: Termin
         CommandProblem: when the file is none, or of another model, or the name is in use.
     """
     taken = _load(file)
-    async with _leaving(target, "restore", terminal, stop) as client:
+    async with leaving(target, "restore", terminal, stop) as client:
         _check(file, taken, client.info)
-        try:
-            stream = await client.restore(taken, name)
-        except StreamRefused as refused:
-            if refused.code is not Code.NAME_IN_USE:
-                raise
-            raise CommandProblem(f"{refused}; restore it under another name with --as NAME") from None
-        _tell_parked(terminal, f"{stream.name!r} continues from {file}", stream, client.info, {"file": str(file)})
+        stream = await restored(client, taken, name)
+        tell_parked(terminal, f"{stream.name!r} continues from {file}", stream, client.info, {"file": str(file)})
     return Exit.OK
 
 
@@ -111,9 +110,9 @@ async def fork(target: Target, name: str, copy: str, terminal: Terminal, stop: S
         InstepError: as the client does.
         CommandProblem: when the server parks no streams.
     """
-    async with _leaving(target, "fork", terminal, stop) as client:
+    async with leaving(target, "fork", terminal, stop) as client:
         stream = await client.restore(await client.snapshot(name), copy)
-        _tell_parked(terminal, f"{copy!r} continues from {name!r}", stream, client.info, {"from": name})
+        tell_parked(terminal, f"{copy!r} continues from {name!r}", stream, client.info, {"from": name})
     return Exit.OK
 
 
@@ -125,7 +124,7 @@ async def reset(target: Target, name: str, file: Path | None, take_over: bool, t
         CommandProblem: when it may not be taken, or the file is none, or of another model, or its state cannot be used.
     """
     taken = None if file is None else _load(file)
-    async with _leaving(target, "reset", terminal, stop) as client:
+    async with leaving(target, "reset", terminal, stop) as client:
         if file is not None and taken is not None:
             _check(file, taken, client.info)  # while its owner still has the stream
         if not take_over:
@@ -148,7 +147,7 @@ async def reset(target: Target, name: str, file: Path | None, take_over: bool, t
             )
             raise
         state = "the initial state" if file is None else f"the state in {file}"
-        _tell_parked(
+        tell_parked(
             terminal,
             f"{name!r} continues from {state}",
             stream,
@@ -159,7 +158,7 @@ async def reset(target: Target, name: str, file: Path | None, take_over: bool, t
 
 
 @asynccontextmanager
-async def _leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
+async def leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
     """A client that leaves its streams to be parked."""
     async with connected(target, f"state {verb}", terminal, stop, park=True) as client:
         if client.info.park_s <= 0:
@@ -170,7 +169,7 @@ async def _leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) ->
         yield client
 
 
-def _tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
+def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
     """What was done with a stream, and for how long it waits for somebody to go on with it."""
     if terminal.as_json:
         terminal.result(
@@ -205,16 +204,40 @@ def _check(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
         raise CommandProblem(f"{file}: {error}") from None
 
 
-def _check_new(path: Path) -> None:
-    """Find out before the work, not after it, whether a file can be made there."""
+def check_new(path: Path, option: str) -> None:
+    """Find out before the work, not after it, whether a new file can be made there; `option` names another one."""
     if os.path.lexists(path):
-        raise _exists(path)
+        raise _exists(path, option)
     if not path.parent.is_dir():
         raise BadFile(f"{path} cannot be written: there is no folder {path.parent}")
 
 
-def _exists(path: Path) -> BadFile:
-    return BadFile(f"{path} exists already and is not written over: move it, or name another file with --to")
+def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:
+    """Write a snapshot to a new file.
+
+    Raises:
+        BadFile: when there is one of that name, or it cannot be written.
+    """
+    try:
+        taken.save(path, overwrite=False)
+    except FileExistsError:
+        raise _exists(path, option) from None
+    except OSError as error:
+        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _exists(path: Path, option: str) -> BadFile:
+    return BadFile(f"{path} exists already and is not written over: move it, or name another file with {option}")
+
+
+async def restored(client: AsyncClient, taken: StreamSnapshot, name: str | None) -> AsyncStream:
+    """A new stream that continues from a snapshot, under its name where no other is given."""
+    try:
+        return await client.restore(taken, name)
+    except StreamRefused as refused:
+        if refused.code is not Code.NAME_IN_USE:
+            raise
+        raise CommandProblem(f"{refused}; restore it under another name with --as NAME") from None
 
 
 def _of_model(info: ServerInfo) -> dict[str, str]:
@@ -232,12 +255,12 @@ def _rows(leaf: str, array: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray
         yield (f"{leaf}[{index}]" if array.ndim > 1 else leaf), values
 
 
-def _plain(state: Any) -> Any:
+def plain(state: Any) -> Any:
     """As JSON can hold it: a dict or nested lists, with `nan`, `inf` and `-inf` as text."""
     if isinstance(state, dict):
-        return {name: _plain(leaf) for name, leaf in state.items()}
+        return {name: plain(leaf) for name, leaf in state.items()}
     if isinstance(state, np.ndarray):
-        return _plain(state.tolist())
+        return plain(state.tolist())
     if isinstance(state, list):
-        return [_plain(value) for value in state]
+        return [plain(value) for value in state]
     return str(state) if isinstance(state, float) and not math.isfinite(state) else state

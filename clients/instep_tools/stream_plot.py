@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from instep_client.protocol.wire import F32
-from instep_tools.problems import BadFile, check_writable
+from instep_tools.problems import BadFile, check_writable, write_file
 from instep_tools.sequences import RecordedSequences
 from instep_tools.words import counted
 
@@ -78,35 +80,77 @@ def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: 
         ]
         column[0].set_title(f"{what} ({len(names)})", fontsize=11, loc="left")
         column[-1].set_xlabel("frame")
-        (_draw_lines if len(names) <= MOST_LINES else _draw_maps)(figure, column, parts, [*map(_plain, names)])
+        _draw(figure, column, parts, names)
     for axes, name in zip(grid[:, 0], shown.names, strict=True):
         axes.set_ylabel(_plain(name if len(name) <= 16 else f"…{name[-15:]}"), fontsize=9)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
-            figure.savefig(path, format=path.suffix[1:].lower(), dpi=110)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+    _save(figure, path)
     total = max(of, len(sequences))
     which = counted(total, "stream") if len(shown) == total else f"the first {len(shown)} of {counted(total, 'stream')}"
     cut = f" (the first {MOST_FRAMES:,} frames of each)" if shown.lengths.max() > MOST_FRAMES else ""
     return f"drew {which}{cut} in {path}"
 
 
-def _draw_lines(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Numbers of each frame of one stream."""
+
+    title: str
+    values: F32
+    """float32 [frames, numbers]."""
+    names: Sequence[str]
+    """[numbers]."""
+
+
+def plot_panels(path: Path, title: str, first: int, panels: Sequence[Panel]) -> None:
+    """Draw numbers of one stream below each other, over frames from `first` on; an older picture is replaced.
+
+    Raises:
+        BadFile: when it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 0.8 + 1.9 * len(panels)), layout="constrained")
+    figure.suptitle(_plain(title), fontsize=13)
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        axes.set_title(f"{panel.title} ({len(panel.names)})", fontsize=11, loc="left")
+        _draw(figure, [axes], [panel.values], panel.names, first)
+    axes.set_xlabel("frame")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
+        figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
+    write_file(path, picture.getvalue())
+
+
+def _draw(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int = 0) -> None:
+    """Parts of streams that begin with the frame `first`, each in a panel."""
+    (_draw_lines if len(names) <= MOST_LINES else _draw_maps)(figure, column, parts, [*map(_plain, names)], first)
+
+
+def _draw_lines(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int) -> None:
     """A line for each number, a panel for each stream."""
     for axes, part in zip(column, parts, strict=True):
         _prepare(axes)
         for line, name in zip(part.T, names, strict=True):
-            axes.plot(line, label=name, linewidth=1, marker="." if len(line) <= 60 else "")
-        axes.set_xlim(-0.5, len(part) - 0.5)
+            axes.plot(
+                np.arange(first, first + len(line)),
+                line,
+                label=name,
+                linewidth=1,
+                marker="." if len(line) <= 60 else "",
+            )
+        axes.set_xlim(first - 0.5, first + len(part) - 0.5)
         axes.grid(alpha=0.3)
     column[0].legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), fontsize=8, frameon=False, borderaxespad=0.2
     )
 
 
-def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
+def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int) -> None:
     """A heat map for each stream, all of one scale: a few outliers are beyond its ends."""
     from matplotlib.ticker import MaxNLocator
 
@@ -123,6 +167,7 @@ def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], nam
             cmap="RdBu_r" if signed else "Blues",
             vmin=-limit if signed else 0,
             vmax=limit,
+            extent=(first - 0.5, first + len(part) - 0.5, -0.5, len(names) - 0.5),
         )
         if len(names) <= MOST_NAMES and not names[0][-1].isdigit():
             axes.set_yticks(range(len(names)), [name[:16] for name in names], fontsize=6)

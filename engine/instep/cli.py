@@ -15,6 +15,7 @@ from instep import interrupts
 from instep.live_model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
+from instep.timetravel import app as timetravel
 from instep_tools.command_line import CommandLine, PlainCommands, add_version
 from instep_tools.top.app import examples as top_examples
 from instep_tools.top.app import top_command
@@ -276,6 +277,7 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
 
 
 app.command("top", examples=top_examples("instep"))(top_command)
+timetravel.add_to(app, recordings_app)
 add_version(app)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.plan import LoadPlan, Mode
-from instep_tools.load.plot import PANELS, Panel, draw_trials
+from instep_tools.load.plot import PANELS, DrawPanel, draw_trials
 from instep_tools.load.report import PERCENTILE_NAMES, TRIAL_TITLES, latency_rows, trial_rows
 from instep_tools.load.result import Measured, Verdict
 from instep_tools.machine import typed_command
@@ -107,7 +107,7 @@ def _sections(result: Measured) -> Iterator[PageSection]:
     yield PageSection("Frames and connections", [Facts(_facts(result))])
 
 
-def _panel(draw: Panel, result: Measured) -> Chart:
+def _panel(draw: DrawPanel, result: Measured) -> Chart:
     figure = Figure(figsize=PANEL_INCHES, layout="constrained")
     axes = figure.subplots()
     draw(axes, result)

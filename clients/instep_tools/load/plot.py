@@ -30,7 +30,7 @@ LEAST_MS: Final = 1e-3
 BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
 COLOURS: Final = dict(zip(PARTS, (ORANGE, GREY, "#90cdf4", BLUE, "#9ae6b4", "#d6bcfa"), strict=True))
 NINES: Final = {2: "50 %", 10: "90 %", 100: "99 %", 10**3: "99.9 %", 10**4: "99.99 %", 10**5: "99.999 %"}
-Panel: TypeAlias = Callable[[Axes, Measured], None]
+DrawPanel: TypeAlias = Callable[[Axes, Measured], None]
 VERDICTS: Final[dict[Verdict, tuple[str, str, str]]] = {
     "met": ("o", BLUE, "met"),
     "not met": ("X", ORANGE, "not met"),
@@ -233,5 +233,5 @@ def _plain_numbers(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-PANELS: Final[Sequence[Panel]] = (_latency_over_time, _latency_by_percentile, _split_over_time, _rate_over_time)
+PANELS: Final[Sequence[DrawPanel]] = (_latency_over_time, _latency_by_percentile, _split_over_time, _rate_over_time)
 """The pictures of one load."""

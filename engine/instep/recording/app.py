@@ -12,7 +12,7 @@ from instep_tools.command_line import CommandLine
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = CommandLine(help="Manage recordings: check, show, list, repair, cut.")
+app = CommandLine(help="Manage recordings: check, show, list, repair, cut, and go back to any frame.")
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

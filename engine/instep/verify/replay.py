@@ -13,7 +13,7 @@ from instep.models.stepping import keep_state, load_state, put, read_state
 
 
 def replay_stepped(
-    network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8, active: I64
+    network: RecurrentModel, buckets: tuple[int, ...], x: F32, states: U8, active: I64, after: U8 | None = None
 ) -> tuple[F32, U8]:
     """Step sequences side by side, the longest first; each step takes the smallest bucket that holds those left.
 
@@ -23,6 +23,7 @@ def replay_stepped(
         x: frames [T, R, features].
         states: before them, rows of bytes [R, row_bytes]; not changed.
         active: [T], descending: how many rows have a frame at each timestep.
+        after: uint8 [T, R, row_bytes], filled with the state after each frame; None where nobody asks.
 
     Returns:
         Outputs [T, R, outputs], meaningless where a row has no frame, and the states after each row's last frame.
@@ -44,6 +45,8 @@ def replay_stepped(
             put(step.x[:count, : x.shape[2]], x[timestep, :count])
             step.run()
             outputs[timestep, :count] = step.y[:count, : network.description.outputs].cpu().numpy()
+            if after is not None:
+                after[timestep, :count] = read_state(step, network.state, slice(count))
             left = counts[timestep + 1] if timestep + 1 < steps else 0
             if left < count:
                 finals[left:count] = read_state(step, network.state, slice(left, count))

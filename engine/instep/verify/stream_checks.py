@@ -93,7 +93,6 @@ class StreamChecks:
         sequences: the frames of `checks[i]` are its sequence `i`; None where no stream has any.
 
     Raises:
-        CannotVerify: when the streams have no frames with outputs.
         RecordingError: when the recording is damaged.
         NoSuchStream: when there is no such stream.
     """
@@ -108,9 +107,8 @@ class StreamChecks:
         index = SequenceIndex(
             reader, on_progress, lambda streams: select_streams(streams, wanted), checkpoints=checkpoints.positions
         )
-        if not index.frames_present:
-            raise CannotVerify(f"{reader.path} holds no frames: nothing was recorded, so nothing can be verified")
         checkpoints.check_complete(index)
+        self._path = reader.path
         self._index = index
         self._checkpoints = checkpoints
         self.checks: list[StreamCheck] = []
@@ -130,6 +128,11 @@ class StreamChecks:
             first: I64 = np.array([check.start for check in self.checks], np.int64)
             numbers = np.arange(len(lengths))
             self.sequences = replace(self.sequences, rows=numbers, starts=first, lengths=lengths)
+
+    def require_outputs(self, wanted: Sequence[str]) -> None:
+        """Raise CannotVerify where the streams, wanted by these words, have no frames with outputs."""
+        if not self._index.frames_present:
+            raise CannotVerify(f"{self._path} holds no frames: nothing was recorded, so nothing can be verified")
         if not any(check.frames > check.unanswered or check.problems for check in self.checks):
             whose = "the recording has no"
             if wanted:

@@ -36,7 +36,7 @@ def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 def assert_exists(words: Sequence[str]) -> None:
     """Assert that a command of `instep` or `instep-client` exists, with each of its options."""
     command_line = {"instep": app, "instep-client": client_app}[Path(words[0]).name]
-    path = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
+    path = [word for word in words[1:3] if re.fullmatch("[a-z]+(-[a-z]+)*", word)]
     help_text = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, [*path, "--help"])
     assert help_text.exit_code == 0, path
     for option in (word for word in words if word.startswith("--")):

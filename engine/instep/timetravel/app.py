@@ -1,0 +1,120 @@
+"""The commands that go back to a frame of a recording, as typed: `recordings state` and `replay-from`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from instep import interrupts
+from instep_client.protocol.codes import DEFAULT_ENDPOINT
+from instep_tools.command_line import CommandLine, Endpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STATE_EXAMPLES: Final = (
+    "instep recordings state today.instep mic-7 --seq 1200",
+    "instep recordings state today.instep mic-7 --seq 1200 --out then.safetensors",
+    "instep recordings state today.instep mic-7 --frames 1000:1200 --plot then.png",
+)
+REPLAY_EXAMPLES: Final = (
+    "instep replay-from today.instep mic-7 --seq 1200",
+    "instep replay-from today.instep mic-7 --seq 1200 --as what-if --continue",
+)
+
+Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.", show_default=False)]
+Stream = Annotated[str, typer.Argument(metavar="STREAM", help="Its name or number.", show_default=False)]
+ModelFolder = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="FOLDER", help="The model. Default: where the recording says.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def add_to(engine: CommandLine, recordings: CommandLine) -> None:
+    """Register the commands."""
+    recordings.command("state", examples=STATE_EXAMPLES)(state)
+    engine.command("replay-from", examples=REPLAY_EXAMPLES)(replay_from)
+
+
+def state(
+    recording: Recording,
+    stream: Stream,
+    seq: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Before this frame. Default: after the last one.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE.safetensors", help="Save it as a snapshot, in a new file.", show_default=False
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw inputs, outputs and states: PNG, SVG or PDF.", show_default=False),
+    ] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Draw these frames. Default: up to 200 before N.", show_default=False),
+    ] = None,
+    model: ModelFolder = None,
+    json: Json = False,
+) -> None:
+    """Show the state of a recorded stream before any of its frames, exact to the bit.
+
+    It is stepped again from the newest recorded state before that. `instep-client state restore` continues a stream
+    from the file of --out. Exit status 0: done. 2: it cannot be had exactly, and the sentence says why.
+    """
+    if frames is not None and plot is None:
+        raise typer.BadParameter("they are drawn, so name a file with --plot", param_hint="--frames")
+    wanted = None if frames is None else _range(frames)
+
+    from instep.timetravel.state import Look, run
+
+    interrupts.raise_again()
+    raise typer.Exit(run(Look(recording, stream, seq, model, out, plot, wanted, json), _console()))
+
+
+def replay_from(
+    recording: Recording,
+    stream: Stream,
+    seq: Annotated[int, typer.Option(min=0, metavar="N", help="Its next frame.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="The new stream. Default: STREAM@N.", show_default=False)
+    ] = None,
+    continues: Annotated[
+        bool, typer.Option("--continue", help="Send the recorded frames after that, and compare the outputs.")
+    ] = False,
+    endpoint: Endpoint = DEFAULT_ENDPOINT,
+    model: ModelFolder = None,
+    json: Json = False,
+) -> None:
+    """Open a stream on a running server that continues from a frame of a recorded one: what if other frames had come?
+
+    The server keeps it parked until a producer resumes it, for as long as the answer says. Exit status 0: done.
+    1: outputs differ from the recorded ones. 2: it could not be done.
+    """
+    from instep.timetravel.replay_from import WhatIf, run
+
+    interrupts.raise_again()
+    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json), _console()))
+
+
+def _range(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise typer.BadParameter(
+            f"{text!r} is no range of frames: write the first one and the one after the last, 1000:1200",
+            param_hint="--frames",
+        )
+    return int(found[1]), int(found[2])
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
