@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
+from instep_tools.machine import typed_command
 from instep_tools.page import (
     COLOURS,
     LARGEST_BYTES,
@@ -55,6 +58,13 @@ def test_all_text_is_escaped_wherever_it_is(tmp_path: Path) -> None:
     assert found.text["p"] == [SHOWN] * 5
     assert (found.text["h1"], found.text["h2"][0], found.text["figcaption"]) == ([SHOWN], SHOWN, [SHOWN])
     assert "</text><script>&" in found.pictures
+
+
+def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/instep", "verify", "to day.instep", "--stream", "a'b"])
+    typed = typed_command("instep")
+    assert shlex.split(typed) == ["instep", *sys.argv[1:]]
+    assert typed.startswith("instep verify 'to day.instep' --stream ")
 
 
 def test_machine_versions_and_command_are_on_every_page(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def _facts(result: Measured) -> dict[str, Marked | str]:
     if result.plan.mode is Mode.OPEN:
         facts["due"] = f"{result.plan.offered_frames_s:,.0f} frames/s"
         levels = zip(PERCENTILE_NAMES, asdict(late).values(), strict=True)
-        lateness = ", ".join(f"{name} {three_digits(value / 1000)} ms" for name, value in levels)
+        lateness = ", ".join(f"{name} {three_digits(value / 1000)}" for name, value in levels) + " ms"
         facts["sent late"] = Marked(lateness, "doubt") if result.measured_itself else lateness
         facts["not sent"] = none_is_good(found.unsent, "frame")
     facts["refused"] = "none"

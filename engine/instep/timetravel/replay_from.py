@@ -68,7 +68,9 @@ def run(what: WhatIf, console: Console) -> int:
             taken = as_snapshot(moment, header)
     except (RecordingError, CannotVerify) as error:
         if what.json:
-            sys.stdout.write(json.dumps({"file": str(what.file), "stream": what.stream, "error": str(error)}) + "\n")
+            sys.stdout.write(
+                json.dumps({"file": str(what.file), "stream": what.stream, "error": with_advice(error)}) + "\n"
+            )
         else:
             console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
         return NOT_DONE

@@ -79,7 +79,7 @@ def _mismatches(wrong: list[StreamReport]) -> Iterator[Part]:
             values = (f"{found.replayed:.9g}", f"{found.recorded:.9g}")
             rows.append((str(stream.stream), stream.name, where, str(found.element), *values, ulp, found.checker))
     if rows:
-        yield "The first wrong value of each stream: the check expects one, and the other was served and recorded."
+        yield "The first wrong value of each stream, as the check computes it and as it was recorded."
         yield Table(headings, rows, ("stream", "element", "expected", "recorded", "ULP"), "streams with a mismatch")
     problems = [(str(stream.stream), stream.name, _sentence(each)) for stream in wrong for each in stream.problems]
     yield Table(("stream", "name", "problem"), problems, ("stream",), "problems")
@@ -145,7 +145,7 @@ def _errors(streams: list[StreamReport]) -> Chart | None:
     axes.margins(y=0.15)
     axes.grid(alpha=0.5)
     if len({each.verdict for each in drawn}) > 1:
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(TONES), frameon=False, borderaxespad=0.2)
     which = (
         f"; {len(drawn):,} of {len(known):,} streams, those with the largest error" if len(known) > len(drawn) else ""
     )
