@@ -62,3 +62,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(20_240_229)
+
+
+@pytest.fixture(scope="session")
+def exact_machine() -> None:
+    """For tests that require equal bits: skipped where this machine does not certify that they repeat."""
+    from tests.support.exact import skip_unless_exact  # and torch, which most tests do without
+
+    skip_unless_exact()

@@ -1,3 +1,5 @@
+"""Whether this machine repeats bits, which tests that compare them need."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,8 +11,7 @@ from instep.models.recurrent.network import RecurrentNetwork
 from tests.support.recordings import certify_once
 
 
-@pytest.fixture(scope="session")
-def exact_machine() -> None:
+def skip_unless_exact() -> None:
     """Skip where this machine does not certify that bits repeat: then no test can require them to."""
     dense = (DenseLayer(size=6, activation="tanh"),)
     for before, buckets in (((), (8, 16)), (dense, (32, 64))):
