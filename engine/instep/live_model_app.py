@@ -81,8 +81,8 @@ def unload(
 
 @app.command(
     examples=(
-        "instep model shadow recordings/ears.instep models/ears-new --for 600",
-        "instep model shadow recordings/ears.instep models/ears-new --share 1 --for 60 --tolerance 0.01 --json",
+        "instep model shadow ears.instep models/ears-new --for 600",
+        "instep model shadow ears.instep models/ears-new --tolerance 0.01 --json",
     )
 )
 def shadow(

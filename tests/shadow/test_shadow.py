@@ -20,7 +20,7 @@ from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.server import Server
 from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
-from instep.shadow.report import Report
+from instep.shadow.report import Differences
 from instep.shadow.shadow import Shadow
 from instep_client import AsyncClient, AsyncStream
 from tests.support.models import plain, whole
@@ -64,7 +64,7 @@ async def follow(server: Server, shadow: Shadow) -> None:
     shadow.follow()
 
 
-def assert_differs_as(report: Report, pairs: list[tuple[F32, F32]]) -> None:
+def assert_differs_as(report: Differences, pairs: list[tuple[F32, F32]]) -> None:
     """As outputs of the candidate differ from those that were served."""
     apart = [np.abs(candidate.astype(np.float64) - served) for candidate, served in pairs]
     frames = np.concatenate([each.max(axis=1) for each in apart])

@@ -34,7 +34,7 @@ from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal
 from instep.streaming.recovery import Recovery
-from instep.streaming.replaying import Replay
+from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep_client.protocol.wire import Code, Streams, SwapPolicy
@@ -317,7 +317,7 @@ class Loader:
             engine.events.add_all("moved", names, made.served.info.fingerprint, next_seqs)
         return lsn, (numbers, next_seqs, last_states)
 
-    async def _catch_up(self, replay: Replay, log: structlog.stdlib.BoundLogger) -> None:
+    async def _catch_up(self, replay: WarmUpReplay, log: structlog.stdlib.BoundLogger) -> None:
         """Replay until little is left to do while nothing is received; the old version serves meanwhile."""
         log.info("replaying")
         for _ in range(_MOST_READINGS):
@@ -328,7 +328,7 @@ class Loader:
                 return
         raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
 
-    def _follow(self, replay: Replay) -> None:
+    def _follow(self, replay: WarmUpReplay) -> None:
         prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
         replay.follow()
 

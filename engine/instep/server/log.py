@@ -54,7 +54,7 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
         else ("%Y-%m-%dT%H:%M:%SZ", _LinesForPeople(coloured=colours))
     )
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        _StandardError() if config.file is None else _File(config.file),
+        _StandardError() if config.file is None else _LogFile(config.file),
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         processors=[
             threshold or Threshold(config.level),
@@ -82,7 +82,7 @@ class _StandardError:
     debug = info = warning = error = msg
 
 
-class _File:
+class _LogFile:
     """Appends lines to a file, or loses them. It opens the file for each line, so it may be moved away at any time.
 
     Args:

@@ -10,7 +10,7 @@ from instep.frontends.zmq.served import Served
 from instep.models.base import RecurrentModel
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import CannotServe
-from instep.streaming.replaying import Replay
+from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
 from instep_client.protocol.wire import Streams, SwapPolicy
 
@@ -47,10 +47,10 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         )
 
 
-def begin_replay(service: ModelService, stepper: Stepper, frames: int) -> Replay:
+def begin_replay(service: ModelService, stepper: Stepper, frames: int) -> WarmUpReplay:
     """A replay of the newest frames of each stream of a service that is recorded, in another version of its model."""
     assert service.file is not None, "`check_sizes` has refused it"
-    return Replay(service.file, stepper, len(service.engine.table.owner) - 1, frames)
+    return WarmUpReplay(service.file, stepper, len(service.engine.table.owner) - 1, frames)
 
 
 async def settle(service: ModelService) -> None:

@@ -28,7 +28,7 @@ class StreamDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Differences:
     """How all frames that were compared differ. Of a frame, its value that differs most counts in the quantiles."""
 
     recording: str

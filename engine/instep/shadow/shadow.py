@@ -10,8 +10,8 @@ import numpy as np
 
 from instep.core.typing import F32, I64
 from instep.runtime.stepper import Stepper
-from instep.shadow.report import Report, StreamDifference
-from instep.streaming.replaying import Replay
+from instep.shadow.report import Differences, StreamDifference
+from instep.streaming.replaying import WarmUpReplay
 
 MOST_STREAMS: Final = 1024
 """Followed at the same time."""
@@ -23,7 +23,7 @@ _BINS: Final = 128 * _PARTS
 """From 2^-64 to 2^64; the first one counts 0 too, the last one all that is not finite."""
 
 
-class Shadow(Replay):
+class Shadow(WarmUpReplay):
     """Steps what is recorded of some streams in a candidate, and compares its outputs with the recorded ones.
 
     Args:
@@ -59,7 +59,7 @@ class Shadow(Replay):
         self.drop(slots)
         self.dropped += len(slots)
 
-    def report(self, candidate: str) -> Report:
+    def report(self, candidate: str) -> Differences:
         """What was found so far."""
         streams = [*self._past, *self._streams(np.flatnonzero(self._frames_of))]
         frames = sum(each.frames for each in streams)
@@ -71,7 +71,7 @@ class Shadow(Replay):
             found = int(np.searchsorted(counts, share * frames)) if frames else 0
             quantiles[share] = min(float(edges[found]), largest) if found else 0.0
         values = frames * self._stepper.model.description.outputs
-        return Report(
+        return Differences(
             recording=str(self._path),
             candidate=candidate,
             frames=frames,

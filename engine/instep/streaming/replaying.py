@@ -37,7 +37,7 @@ class _Computed(NamedTuple):
     """float32 [B, outputs], as recorded."""
 
 
-class Replay:
+class WarmUpReplay:
     """Follows the open streams of a recording, which may be being written, in a network that nobody else uses.
 
     Args:
