@@ -26,12 +26,13 @@ from benchmarks.measurement import Bench, Row
 from benchmarks.reference import LeftOut, WrongOutput
 from benchmarks.report import line, machine, say, show
 from benchmarks.rows import MEASUREMENTS
+from benchmarks.watching import listed, watched
 from instep.demo.child_server import ChildFailed
 from instep.models.errors import ModelError
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
 
-SEPARATE: Final = {"durability": durability, "isolation": isolation}
+SEPARATE: Final = {"durability": durability, "isolation": isolation, "watched": watched, "listed": listed}
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}
 

@@ -1,0 +1,212 @@
+"""What it costs to be watched: by a scraper, a dashboard and `instep top`; and to list very many streams."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Final
+from urllib.request import urlopen
+
+from benchmarks.connection import BareConnection
+from benchmarks.load import ClosedLoopStreams, Inputs, open_loop, open_streams, round_trips
+from benchmarks.measurement import Bench, Direction, Row, Samples, interleave, ratio
+from benchmarks.reference import BenchmarkModel, check_and_close
+from benchmarks.rows import (
+    MANY,
+    PACED_HZ,
+    PACED_LONGER,
+    PACED_STREAMS,
+    STREAMS,
+    TIMESTEPS,
+    WINDOW_FRAMES,
+    block_inputs,
+    p50_us,
+    p99_ms,
+    serve_blocks,
+)
+from instep.demo.child_server import ChildServer
+
+HTTP: Final = ("--http", "127.0.0.1:0")
+TABLE: Final = "/api/streams?sort=-rate&limit=50"
+"""What an open page of the dashboard asks for every two seconds."""
+SETTLED_S: Final = 3.0
+"""Starting `instep top` costs more than it does, and is over after this time."""
+
+
+# ── Watched ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def watched(bench: Bench) -> list[Row]:
+    """Blocks, and a lone stream: watched over not watched, with one server."""
+    model = BenchmarkModel.of(bench, "watched")
+    inputs, lone = block_inputs(model), Inputs.of(model.inputs(TIMESTEPS, 1))
+    with ChildServer(model.folder, [*HTTP, "--max-streams", str(STREAMS)]) as server:
+
+        def blocks() -> float:
+            return serve_blocks(server.endpoint, model, inputs, bench.seconds)
+
+        def one_stream() -> float:
+            with BareConnection(server.endpoint) as connection:
+                connection.hello()
+                opened = open_streams(connection, [lone])
+                measured = p50_us(round_trips(connection, opened[0], bench.seconds))
+                check_and_close(connection, opened, model.truth)
+            return measured
+
+        def beside_watchers(load: Callable[[], float]) -> float:
+            with _watchers(server):
+                return load()
+
+        samples = interleave(
+            bench,
+            {
+                "blocks, frames/s": blocks,
+                "blocks watched, frames/s": lambda: beside_watchers(blocks),
+                "one stream, p50 µs": one_stream,
+                "one stream watched, p50 µs": lambda: beside_watchers(one_stream),
+            },
+        )
+    what = "under a scraper, a dashboard and instep top, over those without"
+    return [
+        _row("watched-blocks", f"frames/s of 1,024 streams in blocks {what}", model, samples, "blocks", 0.97),
+        _row("watched-one-stream", f"p50 of one stream {what}", model, samples, "one stream", 1.1, "at most"),
+    ]
+
+
+def _row(
+    name: str,
+    what: str,
+    model: BenchmarkModel,
+    samples: Samples,
+    load: str,
+    threshold: float,
+    direction: Direction = "at least",
+) -> Row:
+    alone, beside = (each for each in samples if each.startswith(load))
+    compared = {each: samples[each] for each in (beside, alone)}
+    return Row(name, what, model.description, "×", ratio(samples, beside, alone), threshold, compared, direction)
+
+
+@contextmanager
+def _watchers(server: ChildServer) -> Iterator[None]:
+    """A scrape every second, what an open page asks for, and `instep top` on a terminal, in processes of their own."""
+    screen, terminal = pty.openpty()
+    threading.Thread(target=_read_all, args=(screen,), daemon=True).start()
+    commands = [
+        [sys.executable, "-m", "benchmarks.watching", str(server.started["http"])],
+        [sys.executable, "-m", "instep_tools", "top", server.endpoint],
+    ]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    watching = [
+        subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+        for command in commands
+    ]
+    os.close(terminal)
+    try:
+        time.sleep(SETTLED_S)
+        if any(process.poll() is not None for process in watching):
+            raise RuntimeError("nobody watches: instep top or the reader of the HTTP endpoint has ended")
+        yield
+    finally:
+        for process in watching:
+            process.terminate()
+            process.wait()
+        os.close(screen)
+
+
+def _read_all(screen: int) -> None:
+    try:
+        while os.read(screen, 65_536):
+            pass
+    except OSError:  # nobody writes to the terminal any more
+        return
+
+
+def watch(url: str) -> None:
+    """Scrape, listen to the events, and ask for the table of streams, as Prometheus and a page do, until ended."""
+    threading.Thread(target=_listen, args=(url,), daemon=True).start()
+    for second in range(3600):
+        _get(url + "/metrics")
+        if second % 2:
+            _get(url + TABLE)
+        time.sleep(1)
+
+
+def _listen(url: str) -> None:
+    with urlopen(url + "/api/events") as events:
+        for _ in events:
+            pass
+
+
+def _get(url: str) -> float:
+    """The seconds that an answer took."""
+    began = time.perf_counter()
+    with urlopen(url) as answer:
+        answer.read()
+    return time.perf_counter() - began
+
+
+# ── Very many streams, listed ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def listed(bench: Bench) -> list[Row]:
+    """100,000 open streams: how long a page of them takes, and the p99 of a paced load while pages are asked for."""
+    model = BenchmarkModel.of(bench, "listed")
+    many = bench.scaled(MANY, 2 * STREAMS)
+    settings = ["--max-streams", str(many + PACED_STREAMS), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
+    x = model.inputs(TIMESTEPS, PACED_STREAMS)
+    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(PACED_STREAMS)]
+    seconds = bench.seconds * PACED_LONGER
+    took_s: list[float] = []
+    with (
+        ChildServer(model.folder, [*HTTP, *settings]) as server,
+        BareConnection(server.endpoint) as idle,
+    ):
+        url = str(server.started["http"]) + TABLE
+        idle.hello()
+        for first in range(0, many, 1000):
+            idle.open([f"idle-{number}" for number in range(first, min(first + 1000, many))])
+
+        def paced() -> float:
+            with BareConnection(server.endpoint) as connection:
+                connection.hello()
+                opened: list[ClosedLoopStreams] = open_streams(connection, inputs)
+                measured = p99_ms(open_loop(connection, opened, PACED_HZ, seconds))
+                check_and_close(connection, opened, model.truth)
+            return measured
+
+        def beside_lists() -> float:
+            is_over = threading.Event()
+
+            def ask() -> None:
+                took_s.append(_get(url))
+                while not is_over.wait(0.5):
+                    took_s.append(_get(url))
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            try:
+                return paced()
+            finally:
+                is_over.set()
+                asking.join()
+
+        samples = interleave(bench, {"paced, p99 ms": paced, "paced beside lists, p99 ms": beside_lists})
+    what = "p99 of 64 streams at 50 Hz while 100,000 streams are listed, over that without"
+    pages = {"a page, ms": [each * 1000 for each in took_s]}
+    page_ms = median(pages["a page, ms"])
+    return [
+        _row("listed-p99", what, model, samples, "paced", 1.2, "at most"),
+        Row("listed-page", "a sorted page of 100,000", model.description, "ms", page_ms, 200.0, pages, "at most"),
+    ]
+
+
+if __name__ == "__main__":
+    watch(sys.argv[1])
