@@ -17,8 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY)  ## Stream recorded speech through the engine and verify every output
-	$(BIN)/instep demo
+demo: $(READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
+	$(BIN)/instep demo $(if $(KEEP),--keep)
 
 test: $(READY)  ## Run the checks and all tests, and report their coverage
 	$(BIN)/coverage erase

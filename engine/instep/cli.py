@@ -212,7 +212,7 @@ def export(
     raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
 
 
-@app.command(examples=["instep demo", "instep demo --out pictures", "instep demo seed"])
+@app.command(examples=["instep demo", "instep demo --keep", "instep demo seed"])
 def demo(
     which: Annotated[
         Literal["speakers", "seed"],
@@ -224,11 +224,17 @@ def demo(
             metavar="FOLDER", help="Where pictures and the recording go. (default: demo-out)", show_default=False
         ),
     ] = None,
+    *,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep streaming until Ctrl-C, so that the dashboard moves.")] = (
+        False
+    ),
 ) -> None:
     """Run the end-to-end demo: stream recorded speech, draw a picture, verify every output."""
     if which == "seed":
         if out is not None:
             raise typer.BadParameter("`demo seed` writes no files: omit --out", param_hint="--out")
+        if keep:
+            raise typer.BadParameter("`demo seed` has no dashboard: omit --keep", param_hint="--keep")
         from instep.demo.seed import run as run_seed
 
         interrupts.raise_again()
@@ -236,7 +242,7 @@ def demo(
     from instep.demo.speakers import run as run_speakers
 
     interrupts.raise_again()
-    raise typer.Exit(run_speakers(out or Path("demo-out"), _console()))
+    raise typer.Exit(run_speakers(out or Path("demo-out"), _console(), keep=keep))
 
 
 @app.command("config", examples=["instep config --config instep.yaml", "instep config --max-streams 100000 --json"])

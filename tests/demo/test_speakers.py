@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +55,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
 def test_it_ends_with_the_verifiers_line(demo: Shown) -> None:
     certification = prepared(load_model(MODEL_FOLDER), 512).certification
     exact = "exact" if certification.whole_sequence else "within tolerance"
-    assert demo.lines[-1].startswith(f"verified: 370 streams, 5,687 frames, {exact}, 0 mismatches")
+    assert demo.lines[-2].startswith(f"verified: 370 streams, 5,687 frames, {exact}, 0 mismatches")
+    assert demo.lines[-1].endswith("demo --keep")
     assert demo.status == 0
 
 
@@ -61,6 +67,29 @@ def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) ->
     with RecordingReader(demo.out / "speakers.recording") as reader:
         assert len(reader.streams()) == 370
         assert {stream.reason for stream in reader.streams()} == {"closed"}
+
+
+def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "instep", "demo", "--keep", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("dashboard: "):
+                break
+        while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
+            time.sleep(0.1)
+        os.killpg(demo.pid, signal.SIGINT)  # as Ctrl-C in a terminal does it, to the server too
+        said = demo.stdout.read().splitlines()
+    assert demo.returncode == 0
+    verified = re.fullmatch(r"verified: ([\d,]+) streams, ([\d,]+) frames, .*, 0 mismatches", said[-1])
+    assert verified is not None
+    assert int(verified[2].replace(",", "")) > 5687 + 370
+
+
+def frames_of(recording: Path) -> int:
+    with RecordingReader(recording) as reader:
+        index = SequenceIndex(reader, lambda share: None, all_frames)
+    return int(index.frames.sum())
 
 
 @torch.no_grad()
@@ -143,7 +172,7 @@ def test_what_the_verifier_finds_is_shown_in_full(demo: Shown, tmp_path: Path) -
 
 
 class NoServer:
-    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, model: Path, arguments: Sequence[str] = (), *, administered: bool = False) -> None:
         pass
 
     def __enter__(self) -> NoServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 _STOP_TIMEOUT_S = 60.0
+_OWN_END_S = 3.0
+"""How long a child that may have been told to end has for that."""
 
 
 class ChildFailed(Exception):
@@ -24,15 +27,17 @@ class ChildServer:
     Args:
         model: the model folder to serve.
         arguments: further arguments of `instep serve`.
+        administered: whether it serves its dashboard at the default address, where that is free.
 
     Raises:
         ChildFailed: on entering, when the server does not come up; on leaving, when it ends with another status than 0.
     """
 
-    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, model: Path, arguments: Sequence[str] = (), *, administered: bool = False) -> None:
         self._command = [
             *(sys.executable, "-m", "instep", "serve", str(model)),
-            *("--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--set", "log.format=json"),
+            *("--endpoint", "tcp://127.0.0.1:*", "--set", "log.format=json"),
+            *(() if administered else ("--http", "off")),
             *arguments,
         ]
         self.endpoint = ""
@@ -61,6 +66,11 @@ class ChildServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if (
+            kind is KeyboardInterrupt
+        ):  # typed at a terminal it has reached the child, too, and a second one would force it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_OWN_END_S)
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:

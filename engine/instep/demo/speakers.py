@@ -13,6 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
+from instep.config.sections import HttpConfig
 from instep.core.typing import I32
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
@@ -29,7 +30,7 @@ from instep.demo.producers import (
     timetable,
 )
 from instep.demo.show import accuracy_table, progress, say, speed_table
-from instep.demo.train import SPEAKERS, accuracy, load_utterances
+from instep.demo.train import SPEAKERS, Utterances, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -39,19 +40,20 @@ from instep_client import AsyncClient, InstepError
 FAILED: Final = 1
 
 
-def run(out: Path, console: Console, *, speed: float = 1.0) -> int:
+def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) -> int:
     """Serve, stream, show, draw, verify.
 
     Args:
         out: where the recording and the picture go; those of an earlier demo are replaced.
         console: where everything is shown.
         speed: 2 to have every producer send twice as fast.
+        keep: whether to stream the same recordings again and again, until Ctrl-C, before all of it is verified.
 
     Returns:
         The verifier's exit status; `FAILED` also where it did not come so far.
     """
     try:
-        return _run(out, console, speed)
+        return _run(out, console, speed, keep)
     except (ChildFailed, InstepError) as error:
         sentence = str(error)
     except OSError as error:
@@ -60,7 +62,7 @@ def run(out: Path, console: Console, *, speed: float = 1.0) -> int:
     return FAILED
 
 
-def _run(out: Path, console: Console, speed: float) -> int:
+def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     recording, picture = out / "speakers.recording", out / "speakers.png"
     _make_room(recording)
     utterances, folder = load_utterances("test"), MODEL_FOLDER
@@ -73,29 +75,48 @@ def _run(out: Path, console: Console, speed: float) -> int:
     connections = connections_for(len(producers))  # before the engine starts, which inherits the limit of open files
 
     say(console, f"starting the engine with the model in {folder}")
-    with ChildServer(folder, ["--record", str(recording)]) as server:
-        said = server.started
-        say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
-        for line in _load(producers, connections, speed):
-            say(console, line)
-        seconds, stats = asyncio.run(
-            _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
-        )
+    is_received: bool | None = None
+    try:
+        with ChildServer(folder, ["--record", str(recording)], administered=True) as server:
+            said = server.started
+            say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
+            for line in _load(producers, connections, speed):
+                say(console, line)
+            seconds, stats = asyncio.run(
+                _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
+            )
+            is_received = received_is_recorded(recording, producers, heard)
+            _show(heard, utterances, seconds, stats, console)
+            title = f"{len(producers)} recordings of nine speakers, streamed frame by frame"
+            draw(heard, utterances.speakers, picture, title)
+            if keep:
+                say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
+                say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
+                while True:
+                    asyncio.run(stream_all(server.endpoint, producers, connections, Heard(lengths, SPEAKERS)))
+    except KeyboardInterrupt:
+        if is_received is None:
+            raise
 
-    right = right_after(heard.outputs, utterances.speakers)
-    trained = accuracy(load_model(folder), utterances).last_frame
-    console.print(accuracy_table(right))
-    say(console, f"speakers named correctly at the last frame: {right[:, -1].mean():.2%} as streamed here,")
-    say(console, f"{trained:.2%} by the trained model over whole recordings")
-    console.print(speed_table(heard, seconds, stats))
-    draw(heard, utterances.speakers, picture, f"{len(producers)} recordings of nine speakers, streamed frame by frame")
-    if not received_is_recorded(recording, producers, heard):
+    if not is_received:
         say(console, f"the producers received other outputs than {recording} holds", "bold red")
         return FAILED
     say(console, "the producers received exactly what was recorded, bit for bit")
     say(console, f"picture: {picture}")
     say(console, f"verify the recording again: {_command()} verify {shlex.quote(str(recording))}")
-    return show_verification(recording, console)
+    status = show_verification(recording, console)
+    if not keep:
+        say(console, f"to see it on the dashboard, http://{HttpConfig().endpoint}: {_command()} demo --keep")
+    return status
+
+
+def _show(heard: Heard, utterances: Utterances, seconds: float, stats: dict[str, float], console: Console) -> None:
+    right = right_after(heard.outputs, utterances.speakers)
+    trained = accuracy(load_model(MODEL_FOLDER), utterances).last_frame
+    console.print(accuracy_table(right))
+    say(console, f"speakers named correctly at the last frame: {right[:, -1].mean():.2%} as streamed here,")
+    say(console, f"{trained:.2%} by the trained model over whole recordings")
+    console.print(speed_table(heard, seconds, stats))
 
 
 def _make_room(recording: Path) -> None:
