@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from instep.models.errors import ModelError
+from instep.models.onnx.description import OnnxDescription
+from instep.models.onnx.rows import CHOOSING, RowAxes, may_combine, row_axes
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -125,13 +127,16 @@ def label(node: NodeProto) -> str:
     return f"{node.op_type} ({(node.name or ', '.join(node.output))!r:.80})"
 
 
-def check_rows(model: ModelProto, per_row: set[str], source: str) -> set[str]:
-    """Check that no operator lets one row decide something for the others.
+def check_rows(
+    model: ModelProto, per_row: set[str], source: str, description: OnnxDescription | None = None
+) -> set[str]:
+    """Check that no operator lets one row decide something for the others, or see them.
 
     Args:
         model: the graph.
         per_row: the inputs that hold values of rows.
         source: how sentences call it.
+        description: of a step; None for a graph of which it is not known where rows are.
 
     Returns:
         The names of all tensors that hold values of rows.
@@ -140,11 +145,12 @@ def check_rows(model: ModelProto, per_row: set[str], source: str) -> set[str]:
         ModelError: naming the operator.
     """
     found = set(per_row)
-    _follow(model.graph, found, source)
+    chooses = any(node.op_type in CHOOSING for node in nodes_of(model.graph))
+    _follow(model.graph, found, source, row_axes(model, description) if chooses and description else {})
     return found
 
 
-def _follow(graph: GraphProto, per_row: set[str], source: str) -> None:
+def _follow(graph: GraphProto, per_row: set[str], source: str, axes: RowAxes) -> None:
     """Add to `per_row` what holds values of rows; shapes do not."""
     for node in graph.node:
         captured = {name for sub in subgraphs_of(node) for inner in nodes_of(sub) for name in inner.input}
@@ -158,11 +164,17 @@ def _follow(graph: GraphProto, per_row: set[str], source: str) -> None:
                 f"{source}: with {label(node)}, values of one row decide what happens to the others in the batch; "
                 "write that with Where, or as arithmetic"
             )
+        if may_combine(node, per_row, axes):
+            raise ModelError(
+                f"{source}: with {label(node)}, one row may choose or weigh values of the others in the batch, each of "
+                "which is another stream; let the axis of rows be known and stay by itself, or write that with Where "
+                "or as a sum of products along the other axes"
+            )
         for subgraph in subgraphs_of(node):
             inner = set(per_row)
             if depends:
                 inner |= {each.name for each in subgraph.input[2 if node.op_type == "Loop" else 0 :]}
-            _follow(subgraph, inner, source)
+            _follow(subgraph, inner, source, axes)
             if node.op_type == "Loop" and subgraph.output[0].name in inner:
                 raise ModelError(
                     f"{source}: {label(node)} runs until values of rows end it, so one row decides for the others; "

@@ -48,7 +48,8 @@ def import_onnx(
     recurrent = any(node.op_type in RECURRENT for node in nodes_of(graph.graph))
     if pairs(inputs, given, hints):
         description = describe(session, hints, source)
-        check_rows(graph, {tensor.name for tensor in description.graph_inputs[: 1 + len(description.leaves)]}, source)
+        per_row = {tensor.name for tensor in description.graph_inputs[: 1 + len(description.leaves)]}
+        check_rows(graph, per_row, source, description)
         names = check_output_names(list(outputs), description)
         model = model_of(check_name(name), description, {}, names, content)
     elif recurrent:

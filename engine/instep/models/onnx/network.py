@@ -52,7 +52,7 @@ class OnnxNetwork:
         source = f"the graph of {model.name}"
         self._graph = parse(model.graph, source)
         per_row = {self.description.frame.tensor, *(leaf.input for leaf in self.description.leaves)}
-        check_rows(self._graph, per_row, source)
+        check_rows(self._graph, per_row, source, self.description)
         self._session = open_session(model.graph, source)
         check_tensors(self._session, self.description, source)
         try:
