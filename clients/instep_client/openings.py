@@ -29,7 +29,8 @@ from instep_client.streams import StreamHandle
 
 _FENCED: Final = (
     "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "
-    "last (epoch=…), or take it over (take_over=True)"
+    "last (epoch=…), or take it over (take_over=True); a program that was started again and has no epoch continues its "
+    'parked stream with open(name, if_exists="resume")'
 )
 _IN_USE: Final = (
     'a stream of this name is open or parked: continue it (if_exists="resume"), or close it and begin anew '

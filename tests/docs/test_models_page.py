@@ -122,7 +122,7 @@ def test_its_graph_is_imported_as_written(folder: Path) -> None:
     exported = run(["python", "lstm.py"], folder)
     assert exported.returncode == 0, exported.stderr
     imported = run(COMMANDS[-1], folder)
-    words = "lstm: 40 features → ONNX graph with 128 values of state → 3 outputs\n"
+    words = "lstm: 40 features → ONNX graph, state h [64], c [64] → 3 outputs\n"
     assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
 
 

@@ -170,6 +170,9 @@ def test_a_bad_model_yaml_is_refused(tmp_path: Path, text: str | bytes, sentence
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty is not a model folder: there is no model\.yaml in it; make one with"):
+        load_model(tmp_path / "empty")
     with pytest.raises(ModelError, match=r"cannot read .*No such file.*a model folder holds model\.yaml and weights"):
         load_model(tmp_path / "nothing")
     write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))

@@ -59,6 +59,12 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
         prepare(configured(model), QUIET)
 
 
+def test_the_place_of_a_recording_is_looked_at_before_the_model(tmp_path: Path) -> None:
+    record = {"file": tmp_path / "nowhere" / "r.instep"}
+    with pytest.raises(CannotServe, match=r"there is no folder .*nowhere for the recording r\.instep: make"):
+        prepare(configured(tmp_path / "no-model", recording=record), QUIET)
+
+
 def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
     with serving(tmp_path / "mdoel") as served:
         assert served.until("cannot serve")["reasons"][0].startswith(f"there is no model folder {tmp_path / 'mdoel'}: ")

@@ -69,9 +69,10 @@ def inlined(function: F) -> F:
     return typed
 
 
-def are_cached() -> bool:
-    """Whether the cache holds every kernel, as far as its files tell; else the first calls compile for some seconds."""
-    return all(_is_cached(kernel) for kernel in _KERNELS if hasattr(kernel, "stats"))
+def are_cached(package: str) -> bool:
+    """Whether the cache holds every kernel in a package, as far as its files tell; else first calls compile it."""
+    kernels = (kernel for kernel in _KERNELS if kernel.__module__.startswith(package) and hasattr(kernel, "stats"))
+    return all(map(_is_cached, kernels))
 
 
 def _is_cached(kernel: Any) -> bool:

@@ -61,7 +61,9 @@ class Agreement:
     """A module's outputs compared with those of the served network."""
 
     whole: Distance
-    """From the network's outputs for whole sequences."""
+    """From the network's outputs for whole sequences; where it has no call for them, as `stepped`."""
+    has_call: bool
+    """Whether the network has such a call."""
     stepped: Distance
     """From those for one frame at a time."""
     tolerance: float
@@ -133,6 +135,7 @@ def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> 
     found = [
         Agreement(
             whole=Distance.between(arrangement.apply(y, rows, outputs), whole[-arrangement.steps :]),
+            has_call=sequence is not None,
             stepped=Distance.between(arrangement.apply(y, rows, outputs), stepped[-arrangement.steps :]),
             tolerance=tolerance,
             rows_axis=order[1] - (3 - x.ndim),

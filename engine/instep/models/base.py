@@ -24,6 +24,14 @@ Floats: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
 
+def leaves_in_words(state: StateSpec) -> str:
+    """The leaves with their shapes, and the dtypes of those that are not float32: `h [64], frames [] int64`."""
+    return ", ".join(
+        f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype.name == "float32" else f" {leaf.dtype.name}")
+        for leaf in state.leaves
+    )
+
+
 class Description(Protocol):
     """A network without its weights, as `model.yaml` holds it: frozen, comparable, importable without torch."""
 

@@ -60,6 +60,11 @@ def load_model(folder: str | Path) -> Model:
     path = folder / DESCRIPTION_FILE
     if folder.is_file():
         raise ModelError(_no_folder(folder))
+    if folder.is_dir() and not path.exists():
+        raise ModelError(
+            f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
+            "instep.models.save_model or `instep model import`, or name another"
+        )
     try:
         check_regular(path)
         content = path.read_bytes()

@@ -148,7 +148,8 @@ def refuse_other_engine(
     if now.model_fingerprint != last.model_fingerprint:
         raise RecordingError(
             f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
-            f"this engine serves {now.model_name!r} ({now.model_fingerprint[:12]}…); choose another file"
+            f"this engine serves {now.model_name!r} ({now.model_fingerprint[:12]}…); move the file to another folder, "
+            "which begins a new recording, or choose another file"
         )
     if now.numerics != last.numerics and not accept_numerics_change:
         raise RecordingError(

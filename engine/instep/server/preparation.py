@@ -19,6 +19,8 @@ from instep.models.folder import check_name, load_model
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
+from instep.recording.database import check_place
+from instep.recording.errors import RecordingError, with_advice
 
 Version: TypeAlias = tuple[Path, str]
 """A model's folder and fingerprint."""
@@ -46,11 +48,16 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
         CannotServe: with a sentence.
     """
     prepare_numerics(config.engine.threads)
+    place = config.recording.file
     try:
+        if place is not None and not place.is_dir():
+            check_place(place)  # before a minute is spent on certifying
         loaded = _load(config.model.folders)
         return [_prepared(config, model, path, log_of(model.name, len(loaded), log)) for model, path in loaded]
     except ModelError as error:
         raise CannotServe(str(error)) from None
+    except RecordingError as error:
+        raise CannotServe(with_advice(error)) from None
 
 
 def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:

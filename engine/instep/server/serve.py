@@ -67,7 +67,7 @@ def run(
     prepared = prepare(config, log)
     if restart:
         check_restartable(config, prepared)
-    if not are_cached():
+    if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again

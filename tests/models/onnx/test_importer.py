@@ -122,7 +122,7 @@ def test_what_names_and_shapes_do_not_say_is_given(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["model", "import", str(path), "--answer", "y", "--state", "h=hn", *options])
     assert result.exit_code == 0, result.output
     folder = tmp_path / "net"
-    assert result.stdout == f"{folder}: 4 features → ONNX graph with 4 values of state → 4 outputs\n"
+    assert result.stdout == f"{folder}: 4 features → ONNX graph, state h [4] → 4 outputs\n"
     network = build(load_model(folder), CPU)
     step = network.bind(3)
     x = torch.arange(12.0).view(3, 4)

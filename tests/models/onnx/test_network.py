@@ -17,6 +17,7 @@ from instep.models.base import RecurrentModel
 from instep.models.certify import candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
+from instep.models.handover.check import check
 from instep.models.model import Model, model_of
 from instep.models.numerics import numerics
 from instep.models.onnx.description import Extents
@@ -59,7 +60,7 @@ def in_torch(x: F32) -> F32:
 
 def test_a_folder_of_a_graph(tmp_path: Path) -> None:
     model = imported(tmp_path, gru_step(GRU, HEAD))
-    words = "5 features → ONNX graph with 24 values of state → 3 outputs"
+    words = "5 features → ONNX graph, state h [1, 24] → 3 outputs"
     assert repr(model).startswith(f"<Model 'net': {words}; {len(model.graph):,} bytes, fingerprint ")
     with pytest.raises(ModelError, match="holds a model already"):
         write_model(tmp_path / "net", model)
@@ -82,6 +83,25 @@ def test_a_gru_gives_what_torch_gives(tmp_path: Path, rng: np.random.Generator) 
     assert network.sequence(x, network.state.initial(8)) is None
     assert numerics(network.device, network.kernel)["onnxruntime"]
     assert "onnxruntime" not in numerics(CPU)
+
+
+NET = """
+from torch import nn
+from tests.models.onnx.test_network import GRU, HEAD
+
+class Net(nn.Module):
+    def forward(self, x):
+        return HEAD(GRU(x.transpose(0, 1))[0]).transpose(0, 1)
+"""
+
+
+def test_a_check_shows_no_whole_sequences_of_a_graph(tmp_path: Path) -> None:
+    imported(tmp_path, gru_step(GRU, HEAD))
+    (tmp_path / "net.py").write_text(NET)
+    found = check(tmp_path / "net", f"{tmp_path / 'net.py'}:Net")
+    assert found.agrees
+    assert found.whole is None
+    assert "frame by frame" in "".join(found.lines())
 
 
 def test_leaves_of_every_dtype_with_rows_on_any_axis(tmp_path: Path, rng: np.random.Generator) -> None:

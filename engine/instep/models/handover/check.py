@@ -122,7 +122,8 @@ def check(folder: Path, against: str) -> Check:
             f"{against} gives the shape {list(y.shape)} for frames {list(x.shape)}, and {folder} gives "
             f"{model.description.outputs} values for each frame: name the module that {folder} was made from"
         )
-    checked = Check(str(folder), against, tuple(x.shape), found.whole, found.stepped, None, found.tolerance)
+    whole = found.whole if found.has_call else None
+    checked = Check(str(folder), against, tuple(x.shape), whole, found.stepped, None, found.tolerance)
     if not checked.agrees:
         return checked
     outputs, rows = model.description.outputs, x.shape[found.rows_axis]

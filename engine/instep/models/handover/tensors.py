@@ -102,6 +102,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     folder = path if path.is_dir() else path.parent
     if path in (folder, folder / WEIGHTS_FILE, folder / DESCRIPTION_FILE) and (folder / DESCRIPTION_FILE).exists():
         raise ModelError(f"{folder} is a model folder already: there is nothing to import; serve it as it is")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: name a file of weights in it, or an .onnx graph")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Leaf, Shape, StateSpec
+from instep.models.base import Leaf, Shape, StateSpec, leaves_in_words
 from instep.models.module.graph import Graph, PlainFields, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
@@ -68,10 +68,7 @@ class ModuleDescription(PlainFields):
 
     def in_words(self) -> str:
         """`40 features → step of 12 operators, state h [128] → 10 outputs`."""
-        leaves = ", ".join(
-            f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype == "float32" else f" {leaf.dtype}")
-            for leaf in self.leaves
-        )
+        leaves = leaves_in_words(self.state)
         count = len(self.graph.nodes)
         operators = f"{count:,} operator{'s' if count != 1 else ''}"
         return f"{self.features} features → step of {operators}, state {leaves} → {self.outputs} outputs"

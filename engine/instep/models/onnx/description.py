@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Leaf, Shape, StateSpec
+from instep.models.base import Leaf, Shape, StateSpec, leaves_in_words
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 ROWS: Final = "rows"
@@ -177,10 +177,10 @@ class OnnxDescription(_GraphPart):
         raise KeyError(tensor)
 
     def in_words(self) -> str:
-        """`512 features → ONNX graph with 256 values of state → 1 output`."""
-        values = sum(leaf.elements for leaf in self.state.leaves)
+        """`512 features → ONNX graph, state h [2, 128] → 1 output`."""
         plural = "" if self.outputs == 1 else "s"
-        return f"{self.features} features → ONNX graph with {values} values of state → {self.outputs} output{plural}"
+        state = leaves_in_words(self.state)
+        return f"{self.features} features → ONNX graph, state {state} → {self.outputs} output{plural}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """As plain JSON values, always with `kind`."""
