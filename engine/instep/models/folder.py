@@ -34,6 +34,10 @@ GRAPHS: Final = {
 """What to do with files of other kinds than weights, by their suffix."""
 
 
+_FILES: Final = (WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values() if kind.graph_file))
+"""What may be in a model folder next to `model.yaml`."""
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Safe YAML in which keys are words, without aliases: a few lines of them could fill the memory."""
 
@@ -141,7 +145,7 @@ def _no_folder(file: Path) -> str:
     """What to do with a file that is given in place of a model folder."""
     if file.suffix in GRAPHS:
         return f"{file} {GRAPHS[file.suffix]}"
-    if file.name in (DESCRIPTION_FILE, WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values())):
+    if file.name in (DESCRIPTION_FILE, *_FILES):
         return f"{file} is a file inside a model folder: name the folder, {file.parent}"
     if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
         return (
@@ -184,6 +188,8 @@ def make_model(
 def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """Write the model's files: `model.yaml`, and its weights and its graph, where it has any.
 
+    Files of a model that is replaced, and that this one does not have, are removed.
+
     Raises:
         ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
     """
@@ -200,9 +206,13 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
                 "--overwrite on the command line"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        replaces = (folder / DESCRIPTION_FILE).exists()
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
         if graph_name:
             (folder / graph_name).write_bytes(graph_text(*graphs).encode() if graphs else model.graph)
+        if replaces:
+            for file in {*_FILES} - {graph_name, WEIGHTS_FILE if model.weights else ""}:
+                (folder / file).unlink(missing_ok=True)
     except OSError as error:
         raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
     if model.weights:

@@ -40,8 +40,11 @@ class ModelKind:
     """Puts a model on a device."""
     graph_file: str = ""
     """The file beside `model.yaml` that holds the network's graph; empty where there is none."""
-    graph_is_field: bool = False
-    """Whether that file is JSON, the field `graph` of the description; otherwise its bytes are `Model.graph`."""
+
+    @property
+    def graph_is_field(self) -> bool:
+        """Whether that file is JSON, the field `graph` of the description; otherwise its bytes are `Model.graph`."""
+        return self.graph_file.endswith(".json")
 
 
 def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
@@ -70,7 +73,7 @@ def _build_onnx(model: Model, device: torch.device) -> RecurrentModel:
 
 KINDS: Final[dict[str, ModelKind]] = {
     **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
-    "module": ModelKind(ModuleDescription.model_validate, _build_module, graph_file="graph.json", graph_is_field=True),
+    "module": ModelKind(ModuleDescription.model_validate, _build_module, graph_file="graph.json"),
     "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
     "onnx": ModelKind(OnnxDescription.model_validate, _build_onnx, graph_file="graph.onnx"),
 }

@@ -18,6 +18,7 @@ from instep.models.certify import candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.handover.check import check
+from instep.models.handover.save import save_model
 from instep.models.model import Model, model_of
 from instep.models.numerics import numerics
 from instep.models.onnx.description import Extents
@@ -66,6 +67,12 @@ def test_a_folder_of_a_graph(tmp_path: Path) -> None:
         write_model(tmp_path / "net", model)
     other = gru_step(GRU, nn.Linear(24, 3))
     assert imported_again(tmp_path, other).fingerprint != model.fingerprint
+    kept = tmp_path / "net" / "notes.txt"
+    kept.touch()
+    save_model(tmp_path / "net", GRU, overwrite=True)
+    assert {path.name for path in kept.parent.iterdir()} == {"model.yaml", "weights.safetensors", "notes.txt"}
+    imported_again(tmp_path, other)
+    assert {path.name for path in kept.parent.iterdir()} == {"model.yaml", "graph.onnx", "notes.txt"}
     (tmp_path / "net" / "graph.onnx").unlink()
     with pytest.raises(ModelError, match=r"cannot read the graph .*graph\.onnx: No such file"):
         load_model(tmp_path / "net")
