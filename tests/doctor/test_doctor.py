@@ -60,6 +60,7 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     assert model["exactness"] in ("exact", "tolerance")
     assert model["buckets"] == sorted(model["buckets"])
     assert model["memory_when_full"] > 256 * 2**20
+    assert model["would_record"] == {"file": str(tmp_path / "r.instep"), "durability": "commit"}
     assert facts["endpoints"] == {
         "transport.endpoint": "tcp://127.0.0.1:*",
         "http.endpoint": "127.0.0.1:0",
@@ -168,7 +169,7 @@ def test_a_containers_memory_that_the_limits_exceed(tmp_path: Path, groups: dict
     write_model(tmp_path / "model", SMALL)
     findings.warnings.clear()
     config = Config.model_validate({"model": {"folder": tmp_path / "model"}, "engine": {"max_batch_size": 8}})
-    examine_models(findings, config, MODEL_FOLDER, memory)
+    examine_models(findings, config, MODEL_FOLDER, memory, is_served=False)
     assert any("the limits allow 263.1 MiB, and 128.0 MiB" in advice.what for advice in findings.warnings), (
         findings.warnings
     )
@@ -217,7 +218,7 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
         "instep.server.preparation.certify", lambda network, buckets: Certification("tolerance", buckets, 4, False)
     )
     findings = Findings()
-    examine_models(findings, Config(), MODEL_FOLDER, 2**40)
+    examine_models(findings, Config(), MODEL_FOLDER, 2**40, is_served=False)
     (warning,) = findings.warnings
     assert warning.what == "not exact: batches differ on this machine: up to 4 ULP were seen in one step"
     assert "docs/exactness.md" in warning.cure
@@ -240,6 +241,27 @@ def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
         assert asked("tcp://127.0.0.1:*", f"127.0.0.1:{port}") == ("nobody listens there", 1)
     assert asked(f"tcp://127.0.0.1:{port}") == ("nobody listens there", 0)
     assert asked(f"ipc://{tmp_path}/none/s")[1] == 1
+
+
+def test_a_recording_that_a_server_writes_is_in_the_way_unless_that_server_answers(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    file = str(tmp_path / "r.instep")
+
+    def examined(endpoint: str) -> tuple[int, Any]:
+        options = ["--endpoint", endpoint, "--http", "off", "--record", file, "--json"]
+        done = CliRunner().invoke(app, ["doctor", str(tmp_path / "model"), *options])
+        return done.exit_code, json.loads(done.stdout)
+
+    with ThreadedServer(tmp_path / "model", ["--record", file]) as server:
+        status, found = examined(server.endpoint)
+        assert (status, found["problems"]) == (0, [])
+        assert found["facts"]["endpoints"]["found"] == f"an instep server, ready, model {SMALL.name}"
+        status, found = examined("tcp://127.0.0.1:*")
+        assert status == 1
+        assert "is being written by another instep" in found["problems"][0]["what"]
+    status, found = examined("tcp://127.0.0.1:*")
+    assert (status, found["problems"]) == (0, [])
+    assert found["facts"][f"model {SMALL.name}"]["would_continue"]["streams"] == 0
 
 
 def test_texts_have_80_columns() -> None:

@@ -62,11 +62,11 @@ def doctor(
     with _patient(progress, "syncing the disk"):
         examine_disk(findings, config)
     show()
-    with _patient(progress, "certifying the model, and reading its recording where there is one"):
-        examine_models(findings, config, demo, memory)
-    show()
     with _patient(progress, "asking who answers at the endpoints"):
-        examine_endpoints(findings, config)
+        is_served = examine_endpoints(findings, config)
+    show()
+    with _patient(progress, "certifying the model, and reading its recording where there is one"):
+        examine_models(findings, config, demo, memory, is_served)
     show()
     if as_json:
         write(json.dumps(findings.as_json(), indent=2))

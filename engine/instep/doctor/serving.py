@@ -56,7 +56,7 @@ _CURES: Final = {
 """By the event that a start would log."""
 
 
-def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes: int) -> None:
+def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes: int, is_served: bool) -> None:
     """Load and certify the models, and look through what of their recordings a start reads.
 
     Args:
@@ -64,6 +64,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         config: names the models.
         demo: the model that is used where it names none.
         memory_bytes: what a server may use.
+        is_served: whether a server answers at the endpoint, which may be writing the recordings.
     """
     is_named = bool(config.model.folders)
     if not is_named:
@@ -88,7 +89,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
     try:
         check_models(config, prepared, log)
     except CannotServe as error:
-        if "is being written by another instep" not in str(error):  # the server that answers at the endpoint
+        if not is_served or "is being written by another instep" not in str(error):
             findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
 
 
@@ -114,11 +115,14 @@ def _bytes_of(config: Config, prepared: Prepared) -> int:
 
 
 def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
-    """A log whose warnings become findings."""
+    """A log whose warnings become findings, and what it says of recordings facts."""
 
     def note(_: object, level: str, fields: structlog.typing.EventDict) -> str:
-        if level in ("warning", "error"):
-            event = str(fields["event"])
+        event = str(fields.pop("event"))
+        if event in ("would record", "would continue"):
+            text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+            findings.sections[-1].note(event.replace(" ", "_"), dict(fields), text)
+        elif level in ("warning", "error"):
             cure = _CURES.get(event, "docs/operations.md explains each line of the log")
             findings.warn(f"{event}: {fields.get('reason', '')}", cure)
         return ""
@@ -127,8 +131,12 @@ def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
     return log
 
 
-def examine_endpoints(findings: Findings, config: Config) -> None:
-    """Ask who answers at the endpoint, and try to bind it, and that of HTTP, where nobody does."""
+def examine_endpoints(findings: Findings, config: Config) -> bool:
+    """Ask who answers at the endpoint, and try to bind it, and that of HTTP, where nobody does.
+
+    Returns:
+        Whether it is an instep server.
+    """
     endpoint = config.transport.endpoint
     section = findings.section("endpoints")
     section.note("transport.endpoint", endpoint)
@@ -142,6 +150,7 @@ def examine_endpoints(findings: Findings, config: Config) -> None:
             findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
     elif not found.startswith("an instep server"):
         findings.fail(f"another program listens at {endpoint}", "end it, or choose another port: --endpoint")
+    return found.startswith("an instep server")
 
 
 async def _who_answers(endpoint: str) -> str:
