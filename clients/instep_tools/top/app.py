@@ -10,7 +10,7 @@ import typer
 
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_client.protocol.errors import InvalidInput
-from instep_tools.command_line import AsJson, ModelName, endpoint, positive
+from instep_tools.command_line import AsJson, ModelName, endpoint
 
 
 def examples(program: str) -> list[str]:
@@ -41,7 +41,7 @@ def top_command(
     ] = DEFAULT_ENDPOINT,
     model: ModelName = "",
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", callback=positive, help="How often it looks again.")
+        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often it looks again.")
     ] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one view and end; so it does without a terminal.")

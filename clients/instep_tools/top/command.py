@@ -25,6 +25,9 @@ from instep_tools.top.zmq_source import LEAST_APART_S, ZmqSource
 HISTORY: Final = 600
 """SnapshotRates that are remembered for the bars."""
 
+MOST_STREAMS: Final = 500
+"""That are asked for at once; the admin server gives no more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Top:
@@ -44,9 +47,7 @@ async def top(what: Top, terminal: Terminal, stop: Stop) -> Exit:
     Raises:
         InstepError: when it is shown once, and there is no answer.
     """
-    stop.connected = (
-        True  # nothing is sent that would have to be drained, and Ctrl-C must not leave the screen as it is
-    )
+    stop.connected = True  # so that Ctrl-C cancels this rather than be raised somewhere in the middle of drawing
     source = source_of(what)
     try:
         watch = _Watch(source, what)
@@ -89,6 +90,8 @@ class _Watch:
         self._lost = ""
         self._lost_at = 0.0
         self._asked = asyncio.Event()
+        self._height = 0
+        """Of the screen: more streams than that are not asked for."""
 
     async def once(self, terminal: Terminal) -> Exit:
         """Look twice, so that there are rates, and print the second view."""
@@ -148,7 +151,8 @@ class _Watch:
                 pass
 
     async def _look(self) -> None:
-        now = await self._source.read(self._view.query)
+        most = min(max(self._height, StreamQuery().limit), MOST_STREAMS)
+        now = await self._source.read(self._view.query._replace(limit=most))
         self._view.models = [model.name for model in now.models]
         if self._now is None or now.model.name != self._now.model.name:
             self._base, self._rates = None, None
@@ -163,6 +167,7 @@ class _Watch:
                 self._history.append(self._rates.numbers.get("frames_total", 0.0))
 
     def _draw(self, width: int, height: int, keys: bool = True) -> list[Text]:
+        self._height = height
         lost = ""
         if self._lost:
             lost = f"no answer for {time.monotonic() - self._lost_at:.0f} s, trying again: {self._lost}"

@@ -106,17 +106,18 @@ async def test_ctrl_z_gives_the_shell_its_terminal_until_it_continues() -> None:
         assert await top.end() == 0
 
 
-async def test_a_server_that_goes_and_comes_back(tmp_path: Path) -> None:
+async def test_a_server_that_comes_and_goes_and_comes_back(tmp_path: Path) -> None:
     transport = {"endpoint": f"ipc://{tmp_path}/s"}
-    async with running(SEED_SIZED, transport=transport) as server:
-        async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2"]) as top:
+    async with on_terminal(["instep_tools", "top", transport["endpoint"], "--every", "0.2"]) as top:
+        await top.until("no answer for", "trying again", "? help")
+        async with running(SEED_SIZED, transport=transport) as server:
             await top.until("ready, 0 frames/s")
             server.stop()
             await top.until("no answer for", "trying again", "ready, 0 frames/s")
-            async with running(SEED_SIZED, transport=transport) as again, AsyncClient(again.endpoint) as client:
-                await client.open("back")
-                async with asyncio.timeout(60):
-                    while "no answer" in top.text or "back" not in top.text:
-                        await asyncio.sleep(0.01)
-                await top.type("q")
-                assert await top.end() == 0
+        async with running(SEED_SIZED, transport=transport) as again, AsyncClient(again.endpoint) as client:
+            await client.open("back")
+            async with asyncio.timeout(60):
+                while "no answer" in top.text or "back" not in top.text:
+                    await asyncio.sleep(0.01)
+            await top.type("q")
+            assert await top.end() == 0
