@@ -69,11 +69,17 @@ class ZmqSource:
         if self._selected_for != query:
             self._selected_for, self._selected = query, select(self._streams, query)
         info, (streams, matched) = client.info, self._selected
+        frames = int(numbers["frames_total"])  # the list's are a moment older
         is_withdrawn = info.exactness == "exact" and not numbers["exact"]
         return Snapshot(
             time_s=now,
             query=query,
-            models=[ModelTotals(each.name, each.streams, each.connections, each.frames) for each in models],
+            models=[
+                ModelTotals(
+                    each.name, each.streams, each.connections, frames if each.name == info.model else each.frames
+                )
+                for each in models
+            ],
             model=ObservedModel(
                 name=info.model,
                 fingerprint=info.fingerprint,
