@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from itertools import count
 from typing import Any
 
 import httpx
@@ -136,8 +137,11 @@ async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(m
     monkeypatch.setattr(connections, "UNREAD_S", 0.3)
     monkeypatch.setattr(events, "_TURNS", 1)
     monkeypatch.setattr(events, "_EVERY_S", 0.001)
-    large = b'{"x":"%s"}' % (b"x" * 100_000)
-    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", lambda status: bytes(bytearray(large)))
+    number = count()
+    large = b"x" * 100_000
+    monkeypatch.setattr(
+        "instep.frontends.http.status.ServerStatus.stats", lambda _: b'["%s",%d]' % (large, next(number))
+    )
     async with administered() as (server, _):
         assert server.admin is not None
         port = int(server.admin.url.rpartition(":")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from http.cookies import SimpleCookie
@@ -102,6 +103,14 @@ async def test_other_machines_are_only_served_with_a_token(token_file: Path) -> 
         assert (await http.get("/api/stats", headers=headers)).status_code == 200
 
 
+async def test_a_name_that_leads_elsewhere_than_it_says_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.3", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with pytest.raises(CannotServe, match=r"leads to 10\.1\.2\.3"):
+        async with running(SMALL, http={"endpoint": "localhost:80"}):
+            pass
+
+
 async def test_on_loopback_the_host_must_be_this_machine() -> None:
     async with administered() as (_, http):
         for good in ("localhost", "LOCALHOST:1", "127.0.0.1", "127.8.9.1:99", "[::1]:5780"):
@@ -150,6 +159,10 @@ async def test_only_get_and_head_without_a_body() -> None:
             answer = await raw(server.admin.url, request)
             assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
             assert b'"code":"BAD_REQUEST"' in answer
+        chunked = b"GET / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert (await raw(server.admin.url, chunked + b"nonsense\r\n")).count(b"HTTP/1.1 400") == 1
+        behind = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nnonsense\r\n\r\n"
+        assert re.findall(rb"HTTP/1.1 (\d+)", await raw(server.admin.url, behind)) == [b"200", b"400"]
         assert (await http.get("/healthz")).status_code == 200
 
 

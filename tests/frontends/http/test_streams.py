@@ -43,6 +43,7 @@ async def until(http: httpx.AsyncClient, matched: int, **asked: Any) -> None:
 async def test_each_state_has_its_record(tmp_path: Path) -> None:
     sections = {
         "recording": {"file": tmp_path / "r.instep"},
+        "transport": {"heartbeat_s": 0.1},
         "limits": {"hibernate_after_s": 0.0, "max_parked_streams": 2, "park_s": 100.0, "max_idle_s": 50.0},
     }
     async with administered(**sections) as (server, http), AsyncClient(server.endpoint) as client:

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from instep.config import HttpConfig
-from instep.config.endpoint import host_and_port
+from instep.config.endpoint import host_and_port, is_loopback_host
 from instep.frontends.http.answers import HttpError
 
 DEFAULT: Final = HttpConfig().endpoint
@@ -24,7 +24,7 @@ MOST_HEAD_BYTES: Final = 16_384
 """Of a request's line and headers."""
 REQUEST_S: Final = 10.0
 """How long a connection may take for the head of a request."""
-KEEP_ALIVE_S: Final = 30
+_KEEP_ALIVE_S: Final = 30
 UNREAD_S: Final = 10.0
 """How long a peer may leave what was sent to it, before its connection is ended."""
 _LINGER_S: Final = 0.5
@@ -52,6 +52,11 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket
     host, port = host_and_port(config.endpoint)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if config.token_file is None and not is_loopback_host(str(address[0])):
+            raise CannotListen(
+                f"http.endpoint {config.endpoint} leads to {address[0]}, which can be reached from other machines: use "
+                "127.0.0.1:PORT, or name a file that holds a token in http.token_file"
+            )
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise _cannot_listen(config.endpoint, error) from None
@@ -100,7 +105,7 @@ class Connections:
             lifespan="off",
             log_config=None,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             h11_max_incomplete_event_size=MOST_HEAD_BYTES,
         )
         self._state = ServerState()
@@ -153,16 +158,18 @@ class _Connection(H11Protocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timers()
+        self._end_head()
         if self in self.connections:
             super().connection_lost(exc)
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._cancel_timers()
+        if self._is_answering:
+            self._end_head()
         elif self._head_timer is None:  # the rest of a head is still to come
             self._expect_head()
 
@@ -175,17 +182,25 @@ class _Connection(H11Protocol):
         if self._unread_timer is not None:
             self._unread_timer.cancel()
 
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def send_400_response(self, msg: str) -> None:
+        if self._is_answering:  # it is in the body: the application's answer must not come behind this one
+            self.cycle.disconnected = True
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
         self._end(HttpError(400, "BAD_REQUEST", f"this is no request of HTTP/1.1 of at most {MOST_HEAD_BYTES} bytes"))
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(REQUEST_S, self.transport.abort)
 
-    def _cancel_timers(self) -> None:
-        for timer in (self._head_timer, self._unread_timer):
-            if timer is not None:
-                timer.cancel()
-        self._head_timer = None
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _end(self, error: HttpError) -> None:
         """Answer without the application, and close."""

@@ -83,7 +83,7 @@ class Events:
                 self._wake()
                 await asyncio.sleep(_EVERY_S)
         finally:
-            self._is_running = False
+            self._is_running, self._stats, self._turn = False, b"", 0
 
     def _wake(self) -> None:
         self._next_turn.set()
@@ -93,7 +93,7 @@ class Events:
         told = b""
         yield b": events of instep\n\n"
         while not self._is_over and (found := self._inspector.find(model)) is not None:
-            if self._stats is not told:
+            if self._stats != told:
                 told = self._stats
                 yield told
                 if stream is not None:

@@ -7,6 +7,7 @@ import hmac
 import re
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Final
@@ -77,22 +78,14 @@ class Guard:
         is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
             from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
         port: where the server listens; browsers share cookies between the ports of a host.
-        clock: seconds.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        token: str | None,
-        is_loopback: bool,
-        port: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, is_loopback: bool, port: int) -> None:
         self._app = app
         self._token = token
         self._is_loopback = is_loopback
         self._cookie = f"instep_{port}"
-        self._limits = RateLimits(clock)
+        self._limits = RateLimits(time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -102,6 +95,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers[name] = value
+                headers["date"] = formatdate(usegmt=True)
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
