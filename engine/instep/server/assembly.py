@@ -122,13 +122,13 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
     server = Server(config, shutdown, loop, frontend, log)
-    if listener is not None:
-        server.admin = AdminServer(listener, token, server, log)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
     configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
     frontend.operator = Loader(server, loop, shutdown, log, configured)
     frontend.obeys_clients = is_loopback(config.transport.endpoint)
+    if listener is not None:
+        server.admin = AdminServer(listener, token, server, log)
     return server
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 from collections.abc import AsyncIterator
 from itertools import count
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from instep.frontends.http import connections, events, records
 from instep_client import AsyncClient
 from tests.support.admin import administered, error
-from tests.support.models import SMALL
+from tests.support.models import SEED_SIZED, SMALL
 
 F = 5
 
@@ -131,6 +133,28 @@ async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
                     server.stop()
             assert kinds[-1] == "bye"
             assert time.monotonic() - began < 5
+
+
+async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "_WANTED_S", 0.5)
+    async with administered(SMALL, SEED_SIZED) as (server, http):
+        asked = {"model": SEED_SIZED.name}
+        await http.get("/api/streams", params=asked)
+        (there,) = [weakref.ref(each.engine.table) for each in server.services if each.name == SEED_SIZED.name]
+        async with http.stream("GET", "/api/events", params={**asked, "stream": "s"}) as answer:
+            kinds = []
+            async for kind, _, _ in read(answer):
+                kinds.append(kind)
+                if kinds == ["stats"]:
+                    await server.remove(SEED_SIZED.name, "it is not wanted")
+            assert kinds[-1] == "bye"
+        await error(http, "/api/streams", 404, params=asked)
+        assert [model["name"] for model in (await http.get("/api/stats")).json()["models"]] == [SMALL.name]
+        while there() is not None:
+            await asyncio.sleep(0.1)
+            gc.collect()
 
 
 async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:

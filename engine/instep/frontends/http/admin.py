@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import anyio
 import structlog
 
 from instep.config.endpoint import is_loopback_host
@@ -12,6 +13,7 @@ from instep.frontends.http.app import make_app
 from instep.frontends.http.connections import Connections, url_of
 from instep.frontends.http.events import Events
 from instep.frontends.http.inspector import Inspector
+from instep.frontends.http.metrics import exposition
 from instep.frontends.http.security import Guard
 from instep.frontends.http.status import ServerStatus
 from instep.streaming.tasks import Tasks
@@ -23,7 +25,7 @@ class AdminServer:
     Args:
         listener: bound and listening; closed with this.
         token: what requests have to show; None where they need not.
-        subject: what it shows.
+        subject: what it shows; it has its models.
         log: where it says what no request can be told.
     """
 
@@ -36,6 +38,9 @@ class AdminServer:
         status, inspector = ServerStatus(subject), Inspector(subject, self._tasks)
         self._events = Events(status, inspector, self._tasks)
         app = make_app(subject, status, inspector, self._events, log)
+        # What is slow the first time only, before anybody waits for the loop.
+        anyio.get_cancelled_exc_class()
+        exposition(subject.services, {service.name: service.about for service in subject.services})
         self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
 
     @property
