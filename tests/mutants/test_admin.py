@@ -1,0 +1,89 @@
+"""The rules of the admin server, broken one by one: its tests notice each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from instep.config import endpoint
+from instep.frontends.http import security
+from instep.frontends.http.listing import after_of
+from instep.frontends.http.status import ServerStatus
+from tests.frontends.http import test_health, test_security, test_streams
+from tests.frontends.http.test_security import token_file as token_file
+from tests.support.broken_rules import BrokenRule, check_is_found
+
+
+def the_beginning_is_enough(original: Any, shown: str, expected: str) -> bool:
+    return expected.startswith(shown)
+
+
+def any_host_is_this_machine(original: Any, host: str) -> bool:
+    return True
+
+
+def nobody_asks_too_much(original: Any, limits: Any, address: str) -> float:
+    return 0.0
+
+
+def the_cookie_is_the_token(original: Any, token: str) -> str:
+    return token
+
+
+def always_ready(original: Any, status: Any) -> list[str]:
+    return []
+
+
+def of_any_order(original: Any, cursor: str, sort: str) -> Any:
+    for each in (sort, "name", "seq"):
+        try:
+            return original(cursor, each)
+        except Exception as error:
+            problem = error
+    raise problem
+
+
+RULES = (
+    BrokenRule(
+        "the beginning of the token is taken for it",
+        replaces=security._are_equal,
+        variant=the_beginning_is_enough,
+        found_by=[test_security.test_every_path_but_health_wants_the_token],
+    ),
+    BrokenRule(
+        "requests that name any host are answered",
+        replaces=endpoint.is_loopback_host,
+        variant=any_host_is_this_machine,
+        found_by=[test_security.test_on_loopback_the_host_must_be_this_machine],
+    ),
+    BrokenRule(
+        "an address may ask as often as it likes",
+        replaces=security.RateLimits.take,
+        variant=nobody_asks_too_much,
+        found_by=[test_security.test_a_rate_is_of_one_address_and_comes_back_with_time],
+    ),
+    BrokenRule(
+        "the cookie gives the token away",
+        replaces=security._cookie_of,
+        variant=the_cookie_is_the_token,
+        found_by=[test_security.test_a_browser_shows_the_token_once_and_gets_a_cookie_that_does_not_hold_it],
+    ),
+    BrokenRule(
+        "a server that drains says that it is ready",
+        replaces=ServerStatus.problems,
+        variant=always_ready,
+        found_by=[test_health.test_is_ready_until_it_drains],
+    ),
+    BrokenRule(
+        "a cursor of one order is taken in another",
+        replaces=after_of,
+        variant=of_any_order,
+        found_by=[test_streams.test_what_there_is_not_is_answered_with_what_was_meant],
+    ),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.wrong)
+def test_a_broken_rule_is_noticed(rule: BrokenRule, request: pytest.FixtureRequest) -> None:
+    check_is_found(rule, request)
