@@ -140,7 +140,10 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
             ("/api/streams?sort=--name", 400, "sorted by"),
             ("/api/streams?state=hibernated", 400, "did you mean 'hibernating'"),
             ("/api/streams?limt=3", 400, "did you mean 'limit'"),
-            *((f"/api/streams?limit={limit}", 400, "expected 1 to 500") for limit in ("0", "501", "-1", "x", "²")),
+            *(
+                (f"/api/streams?limit={limit}", 400, "expected 1 to 500")
+                for limit in ("0", "501", "-1", "x", "²", "0000000015000")
+            ),
             *((f"/api/streams?cursor={cursor}", 400, "without one") for cursor in ("x", "W10", "ä", "WzEsMl0")),
             ("/api/strems", 404, "did you mean /api/streams"),
             ("/nothing", 404, "/api/stats"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import islice
@@ -86,7 +87,7 @@ class Inspector:
         table = service.engine.table
         slots = table.open_slots()[:_MOST_COMPARED].tolist()
         names = [table.name(slot) for slot in slots] if table.open_count <= _MOST_COMPARED else []
-        meant = f"; did you mean {close[0]!r}?" if (close := get_close_matches(name, names, n=1)) else ""
+        meant = f"; did you mean {close[0]!r}?" if (close := get_close_matches(name[:200], names, n=1)) else ""
         return HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}{meant}")
 
     def _rates_of(self, service: ModelService) -> FrameRates:
@@ -102,7 +103,7 @@ def _query(parameters: Mapping[str, str]) -> Query:
         raise _bad(f"streams cannot be sorted by {sort!r:.40}", sort, SORTS)
     if state not in ("", *STATES):
         raise _bad(f"no stream has the state {state!r:.40}", state, STATES)
-    if limit and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MOST):
+    if limit and not (re.fullmatch(r"[0-9]{1,9}", limit) and 1 <= int(limit) <= MOST):
         raise HttpError(400, "BAD_REQUEST", f"limit is {limit!r:.40}: expected 1 to {MOST}")
     return Query(
         parameters.get("prefix", ""),
