@@ -102,6 +102,7 @@ def run(
         except BadFile as error:
             console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
             return 1
+        say(console, f"report in {escape(str(report))}")
     return 1 if missed or not rows else 0
 
 

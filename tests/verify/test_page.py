@@ -68,6 +68,8 @@ def test_a_good_recording(recorded: Recorded, tmp_path: Path) -> None:
     assert page.tags["svg"] == 1
     assert "absolute error" in page.pictures
     assert "Mismatches" not in page.text["h2"]
+    said = verify(recorded.path, "--report", tmp_path / "a.html").stdout
+    assert " ".join(said.split()).endswith(f"0 mismatches report in {tmp_path / 'a.html'}")
 
 
 def test_a_mismatch_is_on_top_with_what_was_expected_and_recorded(recorded: Recorded, tmp_path: Path) -> None:

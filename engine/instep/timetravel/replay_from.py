@@ -99,7 +99,7 @@ async def _open(
             "replayed_frames": moment.replayed,
             "check": None if found is None else found.as_json(),
         }
-        terminal.note(f"the state before frame {moment.seq} is {in_words(moment)}")
+        terminal.note(f"the state before frame {moment.seq}: {in_words(moment)}")
         if found is not None:
             if found.first is not None:
                 terminal.note(found.first.sentence())

@@ -78,6 +78,8 @@ def run(
             except (BadFile, RecordingError) as error:  # the result was printed
                 Console(stderr=True).print(Text(str(error), "bold red"), soft_wrap=True)
                 return status or NOT_CHECKED
+            if not json:
+                console.print(Text(f"report in {page}"), soft_wrap=True)
         return status
 
     return _status(file, json, console, verified)
