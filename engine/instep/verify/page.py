@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.render import HEADINGS, NUMBERS, cells, remarks
@@ -16,7 +17,7 @@ from instep_tools.machine import typed_command
 from instep_tools.page import BAD, DOUBT, GOOD, SOFT, Cell, Chart, Facts, Marked, Page, PageSection, Part, Table, Tone
 
 MOST_DOTS: Final = 1000
-"""Of the chart: streams with the largest errors."""
+"""Of the chart, about."""
 UNIT_ROUNDOFF: Final = 2.0**-24
 """The largest relative error of rounding to float32."""
 TONES: Final[Mapping[Verdict, Tone]] = {
@@ -120,17 +121,18 @@ def _streams(report: Report) -> Iterator[Part]:
 
 
 def _errors(streams: list[StreamReport]) -> Chart | None:
-    """The distance from the float64 reference over the frames of each stream."""
-    known = [stream for stream in streams if stream.frames and 0 < stream.max_error < math.inf]
-    drawn = sorted(known, key=lambda each: each.max_error, reverse=True)[:MOST_DOTS]
-    if not drawn:
+    """The distances from the float64 reference, rising: of many streams the largest ones, and some of the others."""
+    known = sorted((each for each in streams if 0 < each.max_error < math.inf), key=lambda each: each.max_error)
+    if not known:
         return None
+    count, half = len(known), MOST_DOTS // 2
+    places = np.unique(np.append(np.linspace(0, count - 1, half).astype(int), np.arange(max(0, count - half), count)))
     figure = Figure(figsize=(9.6, 2.8), layout="constrained")
     axes = figure.subplots()
     for verdict, tone in TONES.items():
-        dots = np.array([(each.frames, each.max_error) for each in drawn if each.verdict == verdict])
+        dots = np.array([(place + 1, known[place].max_error) for place in places if known[place].verdict == verdict])
         if len(dots):
-            axes.scatter(dots[:, 0], dots[:, 1], s=22, color=_COLOURS[tone], linewidth=0, label=verdict)
+            axes.scatter(dots[:, 0], dots[:, 1], s=16, color=_COLOURS[tone], linewidth=0, label=verdict)
     axes.axhline(UNIT_ROUNDOFF, color=SOFT, linestyle="--", linewidth=1)
     axes.annotate(
         "rounding 1 to float32",
@@ -141,15 +143,14 @@ def _errors(streams: list[StreamReport]) -> Chart | None:
         fontsize=8,
         color=SOFT,
     )
-    axes.set(xscale="log", yscale="log", xlabel="frames of the stream", ylabel="absolute error")
-    axes.margins(y=0.15)
+    axes.set(yscale="log", xlabel="streams, by their error", ylabel="absolute error")
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.margins(x=0.02, y=0.15)
     axes.grid(alpha=0.5)
-    if len({each.verdict for each in drawn}) > 1:
+    if len({each.verdict for each in known}) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(TONES), frameon=False, borderaxespad=0.2)
-    which = (
-        f"; {len(drawn):,} of {len(known):,} streams, those with the largest error" if len(known) > len(drawn) else ""
-    )
-    return Chart(figure, f"Largest error of each stream: its recorded values against the float64 reference{which}")
+    some = f" ({len(places):,} of {count:,} streams)" if len(places) < count else ""
+    return Chart(figure, f"Largest error of each stream: its recorded values against the float64 reference{some}")
 
 
 def _certification(report: Report) -> dict[str, Cell]:
