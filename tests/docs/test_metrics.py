@@ -124,6 +124,4 @@ def test_prometheus_and_grafana_of_the_composition_find_their_files_and_each_oth
     assert config == f"--config.file={mounts['./prometheus']}/prometheus.yaml"
     assert all(":" in service["image"] for service in (prometheus, grafana)), "a version"
     assert all(port.startswith("127.0.0.1:") for port in grafana["ports"])
-    assert scrape["static_configs"][0]["targets"] == [
-        Config().model_dump().get("http", {}).get("endpoint", "127.0.0.1:5780")
-    ]
+    assert scrape["static_configs"][0]["targets"] == [Config().http.endpoint]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,9 @@ from tests.support.running import running
 from tests.support.streaming import random_frames
 
 
-@dataclass(frozen=True)
-class About:
-    fingerprint: str = "abc"
-    device: str = "cpu"
-    exactness: str = "exact"
-
-
 def scraped(server: Server) -> dict[str, Family]:
     """The families by name."""
-    text = exposition(server.services, {service.name: About() for service in server.services}).decode()
+    text = b"".join(exposition(server.services)).decode()
     assert "secret-stream" not in text
     return {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -96,8 +89,14 @@ async def test_what_was_sent_is_what_is_scraped(rng: np.random.Generator, tmp_pa
         places = {place: value(families, "instep_streams", place=place) for place in ("connected", "parked")}
         assert places == {"connected": 2, "parked": 0}
         (build,) = families["instep_build_info"].samples
-        assert build.labels["fingerprint"] == "abc"
-        assert build.labels.keys() == {"model", "fingerprint", "exactness", "device", "version", "torch"}
+        assert build.labels == {
+            "model": SMALL.name,
+            "fingerprint": SMALL.fingerprint,
+            "exactness": "exact",
+            "device": "cpu",
+            "version": version("instep"),
+            "torch": version("torch"),
+        }
         assert families["process_resident_memory_bytes"].samples[0].value > 2**20
 
 

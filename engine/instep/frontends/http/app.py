@@ -18,7 +18,7 @@ from instep.frontends.http import Subject
 from instep.frontends.http.answers import HttpError, json_answer, to_json
 from instep.frontends.http.events import Events
 from instep.frontends.http.inspector import Inspector
-from instep.frontends.http.metrics import CONTENT_TYPE, exposition_parts
+from instep.frontends.http.metrics import CONTENT_TYPE, exposition
 from instep.frontends.http.pages import Pages
 from instep.frontends.http.status import ServerStatus
 
@@ -54,8 +54,8 @@ def make_app(
         return Response(answer, media_type="application/json")
 
     async def metrics(request: Request) -> Response:
-        services, parts = subject.services, []
-        for part in exposition_parts(services, {service.name: service.about for service in services}):
+        parts = []
+        for part in exposition(subject.services):
             parts.append(part)
             await asyncio.sleep(0)
         return Response(b"".join(parts), headers={"content-type": CONTENT_TYPE})

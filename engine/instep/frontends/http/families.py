@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -15,29 +15,12 @@ from instep.core.typing import I64
 from instep.streaming.service import ModelService
 
 
-class Identity(Protocol):
-    """What is known of a model from the start."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its weights and description."""
-
-    @property
-    def device(self) -> str:
-        """As torch names it."""
-
-    @property
-    def exactness(self) -> str:
-        """As certified."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
-    """A model at the moment of one exposition."""
+    """A model and its numbers at the moment of one exposition."""
 
     service: ModelService
     numbers: Mapping[str, float]
-    about: Identity
 
 
 @dataclass(frozen=True, slots=True)

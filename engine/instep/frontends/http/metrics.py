@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Final
 
@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from instep.frontends.http.families import FILL, SIZE, Identity, Labelled, Metric, ModelNumbers
+from instep.frontends.http.families import FILL, SIZE, Labelled, Metric, ModelNumbers
+from instep.frontends.http.status import exactness
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
 
@@ -44,10 +45,9 @@ def _room(model: ModelNumbers) -> Labelled:
 
 
 def _build(model: ModelNumbers) -> Labelled:
-    about = model.about
-    is_off = about.exactness == "off"
-    exactness = "exact" if model.service.engine.stats.is_exact else "off" if is_off else "tolerance"
-    return [((about.fingerprint, exactness, about.device, _version("instep"), _version("torch")), 1.0)]
+    about = model.service.about
+    labels = about.fingerprint, exactness(model.service), about.device, _version("instep"), _version("torch")
+    return [(labels, 1.0)]
 
 
 @cache
@@ -249,22 +249,15 @@ class _Family(Collector):
         return [self._family] if self._family.samples else []
 
 
-def exposition_parts(services: Sequence[ModelService], about: Mapping[str, Identity]) -> Iterator[bytes]:
-    """As `exposition`, metric by metric: all of it takes milliseconds, in which the loop may have frames to answer."""
-    models = [ModelNumbers(service, service.numbers(), about[service.name]) for service in services]
+def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
+    """All metrics of these models now, as `CONTENT_TYPE` says, and those of the process, where /proc tells them.
+
+    One metric at a time: all of them take milliseconds, in which the loop may have frames to answer.
+    """
+    models = [ModelNumbers(service, service.numbers()) for service in services]
     for metric in METRICS:
         yield _text(_Family(metric.family(models)))
     yield _text(ProcessCollector(registry=None))
-
-
-def exposition(services: Sequence[ModelService], about: Mapping[str, Identity]) -> bytes:
-    """All metrics now, as `CONTENT_TYPE` says; those of the process too, where /proc tells them.
-
-    Args:
-        services: the models.
-        about: what is known of each from the start, by name.
-    """
-    return b"".join(exposition_parts(services, about))
 
 
 def _text(collector: Collector) -> bytes:
