@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -82,12 +83,16 @@ async def test_what_happens_to_streams_is_logged(rng: np.random.Generator) -> No
     assert malformed(log) == 3
 
 
-async def test_a_swap_is_logged_where_the_streams_are_then(tmp_path: Path) -> None:
+async def test_a_swap_keeps_the_log_and_the_history(tmp_path: Path) -> None:
     former, latter = plain(5, 8), replace(plain(5, 8, seed=9), name=plain(5, 8).name)
     write_model(tmp_path / "new", latter)
     async with running(former) as server, AsyncClient(server.endpoint) as client:
         await client.open("s", first_seq=3)
+        while not len(server.default.history):
+            await asyncio.sleep(0.05)
+        before = server.default.history.columns()["time_s"][0]
         await client.swap_model(former.name, tmp_path / "new", "move")
+        assert server.default.history.columns()["time_s"][0] == before, "the history continues"
         log = server.default.events
         assert [event[2:] for event in log.since(0, "s")] == [
             ("opened", "s", "connection 0", 3),

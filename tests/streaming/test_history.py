@@ -67,6 +67,16 @@ def test_ten_minutes_are_kept() -> None:
             assert history.columns()["frames_pending"] == list(range(max(1, total - ROWS + 1), total + 1))
 
 
+def test_it_continues_that_of_a_former_version() -> None:
+    former, latter = History(lambda: {"streams_open": 1.0}, {}), History(lambda: {"streams_open": 2.0}, {})
+    for second in range(1, 5):
+        former.sample(second * SECOND)
+    latter.follow(former)
+    for second in range(6, 9):
+        latter.sample(second * SECOND)
+    assert latter.columns()["streams_open"] == [1, 1, 1, 2, 2]
+
+
 async def test_a_server_keeps_one_and_sends_the_newest_row(rng: np.random.Generator) -> None:
     async with running(SMALL) as server, AsyncClient(server.endpoint) as client:
         history = server.default.history

@@ -97,6 +97,7 @@ class Server:
         """
         if not kept_as:
             self._leave(former.service)
+            served.service.history.follow(former.service.history)
         self._enter(served)
         self._frontend.replace(former, served, kept_as)
 

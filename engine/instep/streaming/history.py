@@ -87,6 +87,10 @@ class History:
         self._earlier.append({name: histogram.copy() for name, histogram in self._histograms.items()})
         return True
 
+    def follow(self, former: History) -> None:
+        """Begin with the rows of a former version of the model, which gets none any more."""
+        self._rows, self._count = former._rows, former._count
+
     def _row(self, now: Mapping[str, float], seconds: float) -> list[float]:
         def grown(name: str) -> float:
             return now.get(name, 0.0) - self._before.get(name, 0.0)
