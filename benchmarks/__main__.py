@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.connection import NotServed
-from benchmarks.durability import durability
+from benchmarks.durability import durability, verify_live
 from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
 from benchmarks.reference import LeftOut, WrongOutput
@@ -32,7 +32,13 @@ from instep.models.errors import ModelError
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
 
-SEPARATE: Final = {"durability": durability, "isolation": isolation, "watched": watched, "listed": listed}
+SEPARATE: Final = {
+    "durability": durability,
+    "verify-live": verify_live,
+    "isolation": isolation,
+    "watched": watched,
+    "listed": listed,
+}
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}
 

@@ -1,19 +1,32 @@
-"""The cost of recording: the load in blocks without a recording and with each durability."""
+"""The cost of recording: with each durability, and while the recording is verified."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final
 
+from benchmarks.connection import BareConnection
+from benchmarks.load import Inputs, open_loop, open_streams
 from benchmarks.measurement import Bench, Row, interleave, ratio
-from benchmarks.reference import BenchmarkModel
-from benchmarks.rows import STREAMS, block_inputs, serve_blocks
+from benchmarks.reference import BenchmarkModel, check_and_close
+from benchmarks.rows import (
+    PACED_HZ,
+    PACED_LONGER,
+    PACED_STREAMS,
+    STREAMS,
+    TIMESTEPS,
+    block_inputs,
+    p99_ms,
+    serve_blocks,
+)
+from instep_client import Client
 
 THRESHOLDS: Final = {"commit": 0.8, "fsync": 0.5}
 """The least throughput, as a share of `memory`'s."""
@@ -47,6 +60,43 @@ def durability(bench: Bench) -> list[Row]:
         )
         for level, threshold in THRESHOLDS.items()
     ]
+
+
+def verify_live(bench: Bench) -> list[Row]:
+    """The load of `paced`, recorded, while another process verifies what was recorded."""
+    model = BenchmarkModel.of(bench, "verify-live")
+    x = model.inputs(TIMESTEPS, PACED_STREAMS)
+    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(PACED_STREAMS)]
+
+    def served_ms(endpoint: str) -> float:
+        with BareConnection(endpoint) as connection:
+            connection.hello()
+            opened = open_streams(connection, inputs)
+            times = open_loop(connection, opened, PACED_HZ, bench.seconds * PACED_LONGER)
+            check_and_close(connection, opened, model.truth)
+        return p99_ms(times)
+
+    def verified_ms(endpoint: str) -> float:
+        measured = served_ms(endpoint)
+        while not _is_all_verified(endpoint):  # before the other side is measured
+            time.sleep(0.1)
+        return measured
+
+    with ExitStack() as stack:
+        sides: dict[str, Callable[[], float]] = {}
+        for name, arguments in {"verified": ["--verify-live"], "not verified": []}.items():
+            recording = ["--record", str(bench.folder / f"{name}.instep")]
+            server = stack.enter_context(bench.serve(model.folder, [*recording, *arguments]))
+            sides[f"{name}, p99 ms"] = partial(verified_ms if arguments else served_ms, server.endpoint)
+        samples = interleave(bench, sides)
+    what = "64 streams at 50 Hz, recorded, p99 while what is recorded is verified over p99 without"
+    return [Row("verify-live", what, model.description, "×", ratio(samples, *sides), 1.1, samples, "at most")]
+
+
+def _is_all_verified(endpoint: str) -> bool:
+    with Client(endpoint) as client:
+        stats = client.stats()
+    return stats["verified_frames_total"] + stats["verify_skipped_frames_total"] >= stats["frames_total"]
 
 
 def server_arguments(folder: Path, level: str | None) -> list[str]:

@@ -35,6 +35,6 @@ def test_it_explains_every_word_for_a_step() -> None:
 
 def test_the_options_that_it_names_exist() -> None:
     named = set(re.findall(r"`(?:instep serve )?(--[a-z-]+)", PAGE.prose))
-    assert named == {"--json", "--exactness", "--accept-numerics-change"}
+    assert named == {"--json", "--exactness", "--accept-numerics-change", "--verify-live"}
     assert_exists(["instep", "model", "info", "--json"])
-    assert_exists(["instep", "serve", "--exactness", "--accept-numerics-change"])
+    assert_exists(["instep", "serve", "--exactness", "--accept-numerics-change", "--verify-live"])
