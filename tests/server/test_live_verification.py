@@ -116,6 +116,9 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
         np.testing.assert_array_equal(np.array(wrong.got, np.float32), y)
         y[3] = np.float32(wrong.expected[3])
         np.testing.assert_array_equal(np.array(wrong.expected, np.float32), y)
+    shown = found(server).as_json()
+    assert shown["state"] == "mismatch"
+    assert shown["mismatch"] == {"stream": "s2", "seq": 50, "expected": wrong.expected, "got": wrong.got}
     (alarm,) = (line for line in told if line["event"] == "mismatch")
     assert (alarm["level"], alarm["stream"], alarm["seq"]) == ("error", "s2", 50)
     assert "instep verify" in alarm["next"]
