@@ -47,11 +47,21 @@ class RecordingTail(RecordingReader):
     Args:
         path: the recording.
         former: read the same recording before, and saves this one reading all of its events; closed or not.
+
+    Attributes:
+        newest_checkpoint: the position of the newest complete one; 0 for none.
     """
 
     def __init__(self, path: Path, former: RecordingTail | None = None) -> None:
         super().__init__(path)
         self._former_marks = None if former is None else (former.last_position, former._marks)
+        try:
+            with self.at_once():  # the writer may trim the history between two queries
+                self.newest_checkpoint = self.checkpoint().position
+                self._marks = self._read_marks()
+        except BaseException:
+            self.close()
+            raise
 
     def history(self, first: int) -> Iterator[Item]:
         """What happened from a position on, in order, up to the first batch whose outcome is not known yet.

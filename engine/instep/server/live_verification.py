@@ -50,11 +50,14 @@ class LiveVerification:
         pause_s = _FIRST_PAUSE_S
         while True:
             began = time.monotonic()
-            status = await self._check()
+            try:
+                status = await self._check()
+                ended = f"has ended by {signal.Signals(-status).name}" if status < 0 else f"has ended with {status}"
+            except OSError as error:
+                status, ended = 1, f"cannot be started: {error}"
             if status == live.CANNOT:
                 return
-            ended = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            reason = f"the process that checks has ended {ended}: {self._last_words or 'it said nothing'}"
+            reason = f"the process that checks {ended}{self._last_words and f': {self._last_words}'}"
             if time.monotonic() - began > _LONGEST_PAUSE_S:
                 pause_s = _FIRST_PAUSE_S
             self._service.log.warning("checker restarts", reason=reason, in_s=pause_s)
@@ -70,8 +73,9 @@ class LiveVerification:
             frames_total=found.frames_total, mismatches_total=found.mismatches_total, skipped=found.skipped
         )
         command = live.command(file, self._position)
+        # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES
+            *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
         )
         guarding = asyncio.create_task(self._guard(process, f"{file}-wal"))
         found.pid = process.pid

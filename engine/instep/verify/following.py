@@ -116,7 +116,7 @@ class Follower:
         """Of these, the ones whose recorded state was too old when they were met."""
         self._portion = Portion()
         with RecordingTail(path) as tail:
-            newest = tail.checkpoint().position
+            newest = tail.newest_checkpoint
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
             self._checkers = self._make_checkers(tail)
             if self.position:  # later ones would have newer states, further behind the frames that are read
@@ -175,12 +175,12 @@ class Follower:
         if not self._checkers.conditions.step_bits:  # all begin again from there
             self._known, self._portion, self._former_share = {}, Portion(), 0.0
         with RecordingTail(self.path, self._tail) as tail:
-            self.position = min(self.position, max(tail.checkpoint().position, tail.trimmed.position))
+            self.position = min(self.position, tail.newest_checkpoint)
 
     def skip(self) -> None:
         """Leave out everything up to the newest checkpoint, and begin there with all streams."""
         with RecordingTail(self.path, self._tail) as tail:
-            first, newest = max(self._seen, self.position) + 1, tail.checkpoint().position
+            first, newest = self._seen + 1, tail.newest_checkpoint
             if newest >= first:
                 self.frames_seen += tail.totals(first, newest)[1]
                 self._skip_to(newest)

@@ -20,6 +20,8 @@ _CHANGE_S: Final = 3.0
 """How long a share lasts at least before it changes again."""
 _IDLE: Final = 0.4
 """Busy for less than this share of its time, a follower can take on more streams."""
+_MOST_TOLD: Final = 16
+"""Mismatches that are told at once: a broken model has one for each stream."""
 _PAUSE_S: Final = 0.2
 """From one look at the file to the next."""
 
@@ -40,7 +42,7 @@ class Status:
     position: int
     """Everything in the recording up to here was read."""
     mismatches: tuple[WrongOutput, ...]
-    """Those since the last status."""
+    """Those since the last status, the first few of them."""
     mismatches_total: int
     notes: tuple[str, ...]
     """Why bits need not be equal; empty where they must."""
@@ -135,7 +137,7 @@ def _status(follower: Follower, known: int) -> Status:
         share=follower.share,
         lag_s=follower.lag_s,
         position=follower.position,
-        mismatches=tuple(follower.mismatches[known:]),
+        mismatches=tuple(follower.mismatches[known:][:_MOST_TOLD]),
         mismatches_total=len(follower.mismatches),
         notes=follower.notes,
     )
