@@ -23,6 +23,7 @@ from benchmarks.connection import NotServed
 from benchmarks.durability import durability, verify_live
 from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
+from benchmarks.models import fairness, swap
 from benchmarks.reference import LeftOut, WrongOutput
 from benchmarks.report import line, machine, say, show
 from benchmarks.rows import MEASUREMENTS
@@ -38,6 +39,8 @@ SEPARATE: Final = {
     "isolation": isolation,
     "watched": watched,
     "listed": listed,
+    "swap": swap,
+    "fairness": fairness,
 }
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}

@@ -95,7 +95,7 @@ class ModelsChange(ModelsCall):
         self.fail(
             ConnectionFailed(
                 f"the connection was lost before the server answered {self.kind.name}, which it may have done all the "
-                "same: `instep-client models` shows the models that it has"
+                f"same: `instep-client models` shows the models that it has ({self._connection.attempts.why})"
             )
         )
         self._connection.pending.wake(self)

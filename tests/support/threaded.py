@@ -25,6 +25,8 @@ class ThreadedServer:
 
     def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
         overrides = {}
+        others = [argument for argument in arguments if (Path(argument) / "model.yaml").is_file()]
+        arguments = [argument for argument in arguments if argument not in others]
         for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
             key, _, value = value.partition("=") if flag == "--set" else (FLAGS[flag], "", value)
             overrides[key] = value
@@ -32,13 +34,14 @@ class ThreadedServer:
         self._sections["transport"]["endpoint"] = "tcp://127.0.0.1:*"
         self._sections["http"]["endpoint"] = None
         self._folder = model
+        self._models = [load_model(model), *map(load_model, others)]
         self._ready: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
     async def _serve(self) -> None:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
         try:
-            async with running(load_model(self._folder), folder=self._folder, **self._sections) as server:
+            async with running(*self._models, folder=self._folder, **self._sections) as server:
                 self._ready.set_result(server.endpoint)
                 await self._stop.wait()
         except Exception as error:

@@ -1,0 +1,141 @@
+"""Several models in one server: the latency while one is swapped, and whether two get equal shares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from benchmarks.connection import NotServed
+from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
+from benchmarks.reference import LeftOut
+from instep.models.folder import make_model, write_model
+from instep.models.recurrent.description import GruDescription, GruLayers
+from instep_client import AsyncClient, AsyncStream
+
+STREAMS, CONNECTIONS, RATE_HZ, FEATURES, HIDDEN = 32, 4, 50, 40, 128
+POLICIES: Final = ("keep", "move", "replay:128")
+SWAP_AT_MOST: Final = 3.0
+FAIR_AT_LEAST: Final = 0.8
+MODEL: Final = "GRU 40→128, float32"
+LOAD_STREAMS: Final = 256
+LONGER: Final = 2.0
+"""Times the length of other rounds."""
+
+
+def swap(bench: Bench) -> list[Row]:
+    """A paced load while its model is swapped, by each policy, against the same load while nothing happens."""
+    versions = cycle([_version(bench, "swap-b", seed=2), _version(bench, "swap-a", seed=1)])
+    recordings = bench.folder / "recordings"
+    recordings.mkdir()
+    quiet = "quiet, p99 ms"
+    with bench.serve(bench.folder / "swap-a", ["--record", str(recordings)]) as server:
+
+        def latency(policy: str | None) -> float:
+            folder = None if policy is None else next(versions)
+            return asyncio.run(_latency_ms(server.endpoint, folder, policy or "", bench.seconds * LONGER))
+
+        sides = {quiet: partial(latency, None)}
+        sides |= {f"{policy}, p99 ms": partial(latency, policy) for policy in POLICIES}
+        samples = interleave(bench, sides)
+    return [
+        Row(
+            name=f"swap-{policy.partition(':')[0]}",
+            what=f"p99 of {STREAMS} streams at {RATE_HZ} Hz while their model is swapped ({policy}) over p99 before",
+            model=MODEL,
+            unit="×",
+            value=ratio(samples, side, quiet),
+            threshold=SWAP_AT_MOST,
+            samples={each: samples[each] for each in (side, quiet)},
+            direction="at most",
+        )
+        for policy in POLICIES
+        if (side := f"{policy}, p99 ms")
+    ]
+
+
+def fairness(bench: Bench) -> list[Row]:
+    """Two models of one server whose frames cost the same, each under a load of its own that never pauses."""
+    folders = [_version(bench, name, seed) for seed, name in enumerate(("fair-a", "fair-b"))]
+    samples: Samples = {f"{folder.name}, frames/s": [] for folder in folders}
+    with bench.serve(folders[0], [str(folders[1])]) as server:
+        for number in range(bench.rounds + 1):  # the first is a warm-up
+            rates = _rates(server.endpoint, [folder.name for folder in folders], bench.seconds * LONGER)
+            for side, rate in zip(samples, rates, strict=True):
+                samples[side] += [rate] if number else []
+    value = median(min(pair) / max(pair) for pair in zip(*samples.values(), strict=True))
+    what = "frames/s of the slower of two equal models in one server over those of the faster, both saturated"
+    return [Row("fairness", what, MODEL, "×", value, FAIR_AT_LEAST, samples)]
+
+
+def _version(bench: Bench, name: str, seed: int) -> Path:
+    if bench.model is not None:
+        raise LeftOut("it needs two models, and the run has one")
+    description = GruDescription(features=FEATURES, gru=GruLayers(hidden_size=HIDDEN))
+    write_model(bench.folder / name, make_model(description, init="random", seed=seed, name=name))
+    return bench.folder / name
+
+
+async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: float) -> float:
+    """The p99, in milliseconds, of a load for so many seconds or, where there is a folder, until it is swapped in."""
+    latencies_s: list[float] = []
+
+    async def paced(stream: AsyncStream) -> None:
+        x, due_s = np.ones(FEATURES, np.float32), time.perf_counter()
+        while True:
+            began_s = time.perf_counter()
+            await stream.step(x)
+            latencies_s.append(time.perf_counter() - began_s)
+            due_s += 1 / RATE_HZ
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+
+    async with AsyncExitStack() as stack:
+        operator, *clients = [AsyncClient(endpoint) for _ in range(1 + CONNECTIONS)]
+        for client in (operator, *clients):
+            await stack.enter_async_context(client)
+        while True:
+            served, *former = await operator.list_models()
+            if not former:
+                break
+            await asyncio.sleep(0.05)  # until the version has left that was kept before
+        streams = [await clients[number % CONNECTIONS].open(f"s{number}") for number in range(STREAMS)]
+        load = [asyncio.create_task(paced(stream)) for stream in streams]
+        await asyncio.sleep(seconds)
+        latencies_s.clear()
+        if folder is None:
+            await asyncio.sleep(seconds)
+        else:
+            await operator.swap_model(served.name, folder, policy)
+        found_ms = float(np.percentile(latencies_s, 99)) * 1e3
+        for each in load:
+            each.cancel()
+        await asyncio.gather(*load, return_exceptions=True)
+        for stream in streams:
+            await stream.close()
+    return found_ms
+
+
+def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
+    """Frames per second of a load for each of these models, all at the same time."""
+    load = [sys.executable, "-m", "instep_tools", "loadtest", "--endpoint", endpoint, "--json"]
+    load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2), "--warmup", "1"]
+    load += ["--duration", str(seconds)]
+    running = [
+        subprocess.Popen([*load, "--model", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for name in names
+    ]
+    results = [json.loads(each.communicate()[0] or "{}") for each in running]
+    for name, result in zip(names, results, strict=True):
+        if not result or result["refused_frames"]:
+            raise NotServed(f"the load of model {name!r} was not answered in full: {result}")
+    return [float(result["frames_per_second"]) for result in results]
