@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,9 +44,10 @@ R = TypeVar("R")
 
 _SEVERAL: Final = 2
 """A model that is loaded is never the only one."""
-_SHORT_S: Final = 0.1
-"""A replay has caught up when a reading of what was recorded since the last one takes less."""
-_MOST_READINGS: Final = 20
+_SHORT_S: Final = 0.01
+"""A replay has caught up when it takes less to read and step what was recorded since the last time."""
+_LONG_S: Final = 0.5
+"""While nothing is received, it may not take more."""
 _TURN_S: Final = 0.0002
 """Python's own is 5 ms, which every message that is served meanwhile could have to wait several times."""
 _KEEP: Final = SwapPolicy(Streams.KEEP)
@@ -291,6 +293,7 @@ class Loader:
         if policy.streams is Streams.REPLAY:
             replay = begin_replay(old, made.stepper, policy.frames)
             await self._catch_up(replay, log)
+        paused_s = time.monotonic()
         with self._server.paused():
             await settle(old)
             if replay is not None:
@@ -315,18 +318,20 @@ class Loader:
             new.tasks.start(new.checkpoints.take())
             self._server.replace(former, made.served, "")
             engine.events.add_all("moved", names, made.served.info.fingerprint, next_seqs)
+        log.info("moved", streams=len(slots), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return lsn, (numbers, next_seqs, last_states)
 
     async def _catch_up(self, replay: WarmUpReplay, log: structlog.stdlib.BoundLogger) -> None:
         """Replay until little is left to do while nothing is received; the old version serves meanwhile."""
         log.info("replaying")
-        for _ in range(_MOST_READINGS):
-            began = time.monotonic()
+        took_s, before_s = 0.0, math.inf
+        while took_s == 0 or _SHORT_S < took_s < before_s / 2:  # as long as each time leaves much less for the next
+            began_s, before_s = time.monotonic(), took_s or math.inf
             with _short_turns():
                 await self._in_thread(partial(self._follow, replay))
-            if time.monotonic() - began < _SHORT_S:
-                return
-        raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
+            took_s = time.monotonic() - began_s
+        if took_s > _LONG_S:
+            raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
 
     def _follow(self, replay: WarmUpReplay) -> None:
         prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
