@@ -40,7 +40,7 @@ class AdminServer:
         app = make_app(subject, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
-        exposition(subject.services, {service.name: service.about for service in subject.services})
+        list(exposition(subject.services))
         self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
 
     @property
