@@ -52,7 +52,7 @@ def test_the_newest_are_kept(sizes: list[int]) -> None:
 
 
 async def test_what_happens_to_streams_is_logged(rng: np.random.Generator) -> None:
-    async with running(SMALL, limits={"park_s": 0.3}, transport={"heartbeat_s": 0.5}) as server:
+    async with running(SMALL, limits={"park_s": 0.3}, transport={"heartbeat_s": 1.0}) as server:
         log = server.default.events
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()

@@ -86,6 +86,6 @@ async def test_a_server_keeps_one_and_sends_the_newest_row(rng: np.random.Genera
             await stream.close()
         columns, numbers = history.columns(), await client.stats()
     assert sum(columns["frames_per_s"]) > 0
-    assert columns["connections"] == [1, 1]
+    assert columns["connections"][-1] == 1
     assert all(share <= 1 for share in columns["loop_busy"] + columns["executor_busy"])
     assert {f"recent_{name}" for name in COLUMNS} <= numbers.keys()
