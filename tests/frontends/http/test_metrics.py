@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from instep.core.histogram import FILL_PARTS, add_steps, add_to, new_histogram
 from instep.frontends.http.metrics import METRICS, exposition
 from instep.server.server import Server
+from instep.streaming.verification import Verification
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
@@ -114,6 +115,16 @@ async def test_every_metric_has_its_type_and_unit_and_what_does_not_exist_has_no
         assert metric.name.endswith("_total") == (metric.type == "counter")
         assert metric.help.endswith(".")
         assert not metric.name.endswith(("_us", "_ms", "_ns"))
+
+
+async def test_live_verification_is_shown_where_it_is_on() -> None:
+    async with running(SMALL) as server:
+        assert not any("verif" in name for name in scraped(server))
+        server.default.verification = Verification(frames_total=70, mismatches_total=1, skipped=20, streams=3)
+        families = scraped(server)
+    names = ("verified_frames_total", "verify_mismatches_total", "verify_skipped_frames_total", "verify_streams")
+    assert [value(families, f"instep_{name}") for name in names] == [70, 1, 20, 3]
+    assert value(families, "instep_verify_lag_seconds") == 0
 
 
 @pytest.mark.parametrize("scale", [3, 50, 2_000, 900_000])
