@@ -13,6 +13,7 @@ import pytest
 
 from instep.frontends.http import connections, events, listing, security
 from instep.streaming.events import EventKind
+from instep.streaming.verification import Verification
 from instep_client import AsyncClient
 from tests.docs.support.page import Page
 from tests.docs.support.shell import assert_exists, commands
@@ -45,6 +46,11 @@ async def test_every_example_has_the_keys_of_the_answer(tmp_path: Path) -> None:
             assert answer.get("columns", {}).keys() >= example.get("columns", {}).keys()
             for model, shown in zip(answer.get("models", ()), example.get("models", ()), strict=True):
                 assert model["numbers"].keys() >= shown["numbers"].keys()
+
+
+def test_what_live_verification_says_is_explained() -> None:
+    explained = PAGE.sections["Statistics"].partition("* `verification`")[2]
+    assert Verification().as_json().keys() <= set(re.findall(r"`(\w+)`", explained))
 
 
 def test_every_kind_of_event_is_listed() -> None:
