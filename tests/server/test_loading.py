@@ -108,7 +108,7 @@ async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder:
     async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
         for name, path, code, words in (
             ("ears", folder, Code.NOT_LOADED, "is served already"),
-            ("x", tmp_path / "broken", Code.NOT_LOADED, "cannot read"),
+            ("x", tmp_path / "broken", Code.NOT_LOADED, "is not a model folder"),
             ("", folder, Code.NOT_LOADED, "a model's name must be"),
             ("x", "/a\0b", Code.NOT_LOADED, "null byte"),
             ("x", pipe, Code.NOT_LOADED, "is not a regular file"),

@@ -240,7 +240,7 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
         stream = await client.open("s")
         first = await stream.step(x[:10])
         for name, path, code, words in (
-            ("ears", tmp_path / "broken", Code.NOT_LOADED, "cannot read"),
+            ("ears", tmp_path / "broken", Code.NOT_LOADED, "is not a model folder"),
             ("ears", tmp_path / "same", Code.NOT_LOADED, "holds the version of 'ears' that is served already"),
             (
                 "ears",
