@@ -12,6 +12,16 @@ from tests.support.staged_admin import StagedAdmin, event, model
 
 pytestmark = pytest.mark.heavy
 
+WORDS: dict[str, dict[float, str]] = {
+    "count": {0: "0", 0.25: "0.3", 9.96: "10.0", 12.4: "12", 999: "999", 12_345_678: "12,345,678"},
+    "short": {0: "0", 950: "950", 2_500: "2.5k", 12_345: "12.3k", 4_000_000: "4M", 7e9: "7G"},
+    "micros": {0.5: "0.5 µs", 212.4: "212 µs", 999.6: "1.00 ms", 1_240: "1.24 ms", 16_400: "16.4 ms", 3.1e6: "3.10 s"},
+    "microsShort": {0: "0 µs", 500: "500 µs", 1_500: "1.5 ms", 2e6: "2 s"},
+    "duration": {0.04: "0.0 s", 12.4: "12 s", 99.4: "99 s", 180: "3 min", 7_500: "2 h 5 min", 273_600: "3 d 4 h"},
+    "ago": {0.5: "now", 1: "1.0 s ago", 600: "10 min ago"},
+    "bytes": {512: "512 B", 1_200: "1.20 kB", 3_456_789_012: "3.46 GB", 1e14: "100 TB"},
+    "percent": {0: "0 %", 0.756: "76 %", 1: "100 %"},
+}
 DIFFERENCE = "output 1: expected 0.12345678, got 0.12345679; output 2: expected 0, got -0"
 HOSTILE = "<img src=x onerror=alert(1)> " + "x" * 150
 
@@ -80,6 +90,13 @@ def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -
     expect(page.locator("#refused")).to_have_text("None since the start")
     expect(page.locator("#p99")).to_have_text("–")
     keep(page, "empty")
+
+
+def test_numbers_are_in_plain_words(admin: StagedAdmin, pages: Pages) -> None:
+    page = pages.open(admin.url)
+    for function, words in WORDS.items():
+        code = f"async (values) => values.map((await import('/static/format.js')).{function})"
+        assert page.evaluate(code, [None, *words]) == ["–", *words.values()], function
 
 
 def test_what_the_server_refuses_is_said_in_its_words(admin: StagedAdmin, pages: Pages) -> None:

@@ -17,7 +17,8 @@ const faded = (resolved, alpha) => resolved.replace("rgb(", "rgba(").replace(")"
 
 const clockTexts = (_plot, splits, _axis, _space, step_s) =>
   splits.map((time_s) => (step_s < 60 ? clock(time_s) : clock(time_s).slice(0, 5)));
-const TIME_AXIS = { size: 28, space: 80, incrs: [5, 10, 15, 30, 60, 120, 300], grid: { show: false } };
+const powersOfTen = (_plot, splits) => splits.map((value) => (Number.isInteger(Math.log10(value)) ? value : null));
+const TIME_AXIS = { size: 32, gap: 10, space: 80, incrs: [5, 10, 15, 30, 60, 120, 300], grid: { show: false } };
 
 /**
  * One chart with a heading and a legend that shows the newest values, or those under the pointer.
@@ -95,7 +96,7 @@ export class Chart {
     const filled = spec.stacked ? 1 : spec.series.length === 1 ? 0.12 : 0;
     const axis = {
       stroke: () => colour("--quiet"),
-      grid: { stroke: () => colour("--line"), width: 1 },
+      grid: { stroke: () => colour("--line"), width: 1, ...(this.#isLog && { filter: powersOfTen }) },
       ticks: { show: false },
       font: `12px ${getComputedStyle(document.body).fontFamily}`,
       gap: 6,
@@ -135,7 +136,7 @@ export class Chart {
   #range(low, high) {
     const { top = 0, idle = 1 } = this.spec;
     if (low === null || (low === 0 && high === 0)) return [0, top || idle];
-    if (low >= 0) return [0, Math.max(top, high * 1.1)];
+    if (low >= 0) return [0, high <= top ? top : high * 1.1];
     const room = (high - low) * 0.1 || 1;
     return [low - room, high + room];
   }

@@ -31,6 +31,7 @@ export function micros(value) {
 
 /** 500 µs, 1.5 ms, 2 s: for axes. */
 export function microsShort(value) {
+  if (!isNumber(value)) return NONE;
   const [unit, size] = value < 1e3 ? ["µs", 1] : value < 1e6 ? ["ms", 1e3] : ["s", 1e6];
   return `${+(value / size).toPrecision(3)} ${unit}`;
 }

@@ -96,8 +96,8 @@ export function showLog(list, empty, events, linkTo) {
       item.append(link);
     }
     const isOne = event.others === 0 && event.seq > 0;
-    const rest = event.others ? `and ${count(event.others)} more` : isOne ? `frame ${count(event.seq)}` : "";
-    const detail = [event.detail, rest];
+    const others = event.others ? `and ${count(event.others)} more` : "";
+    const detail = [others, event.detail, isOne ? `frame ${count(event.seq)}` : ""];
     item.append(element("span", { text: detail.filter(Boolean).join(", ") }));
     return item;
   }));
