@@ -41,10 +41,11 @@ const CHARTS = [
 ];
 
 export class Overview {
-  #charts = [];
+  #charts;
 
   constructor() {
-    for (const spec of CHARTS) this.#charts.push(new Chart(byId("charts"), { ...spec, sync: "overview", window_s: [60, 600] }));
+    const shared = { sync: "overview", window_s: [60, 600] };
+    this.#charts = CHARTS.map((spec) => new Chart(byId("charts"), { ...spec, ...shared }));
   }
 
   drawCharts(history, now_s) {
