@@ -57,9 +57,18 @@ function onConnection(connection, sentence = "") {
   Object.assign(page, { connection, sentence });
   if (connection === "live") {
     page.events = [];
-    getJson(`api/history?${query({ model: page.model })}`).then(({ columns }) => history.load(columns), () => {});
+    loadHistory(history);
   }
   showConnection();
+}
+
+async function loadHistory(target) {
+  try {
+    target.load((await getJson(`api/history?${query({ model: target.model })}`)).columns);
+    draw();
+  } catch {
+    // the connection tells what is wrong, and the charts begin now
+  }
 }
 
 function onEvent(kind, data) {
