@@ -137,7 +137,7 @@ function draw() {
 const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended: "Stopped", refused: "Refused" };
 const PROBLEM = {
   lost: "The server does not answer.",
-  ended: "The server has shut down.",
+  ended: "The server is shutting down, or has ended.",
   refused: "The server refuses: ",
 };
 
