@@ -26,6 +26,8 @@ from instep_client import AsyncClient, AsyncStream
 STREAMS, CONNECTIONS, RATE_HZ, FEATURES, HIDDEN = 32, 4, 50, 40, 128
 POLICIES: Final = ("keep", "move", "replay:128")
 SWAP_AT_MOST: Final = 3.0
+SHORTEST_S: Final = 0.5
+"""Of a load that is sure to see answers."""
 FAIR_AT_LEAST: Final = 0.8
 MODEL: Final = "GRU 40→128, float32"
 LOAD_STREAMS: Final = 256
@@ -129,7 +131,7 @@ def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
     """Frames per second of a load for each of these models, all at the same time."""
     load = [sys.executable, "-m", "instep_tools", "loadtest", "--endpoint", endpoint, "--json"]
     load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2), "--warmup", "1"]
-    load += ["--duration", str(seconds)]
+    load += ["--duration", str(max(seconds, SHORTEST_S))]
     running = [
         subprocess.Popen([*load, "--model", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for name in names
