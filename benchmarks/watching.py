@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Final
 from urllib.request import urlopen
@@ -44,7 +45,7 @@ SETTLED_S: Final = 3.0
 
 
 def watched(bench: Bench) -> list[Row]:
-    """Blocks, and a lone stream: watched over not watched, with one server."""
+    """Blocks, and a lone stream: with everything that watches, or only a scraper, over neither, with one server."""
     model = BenchmarkModel.of(bench, "watched")
     inputs, lone = block_inputs(model), Inputs.of(model.inputs(TIMESTEPS, 1))
     with ChildServer(model.folder, [*HTTP, "--max-streams", str(STREAMS)]) as server:
@@ -60,23 +61,40 @@ def watched(bench: Bench) -> list[Row]:
                 check_and_close(connection, opened, model.truth)
             return measured
 
-        def beside_watchers(load: Callable[[], float]) -> float:
-            with _watchers(server):
+        url = str(server.started["http"])
+        scraper = [[sys.executable, "-m", "benchmarks.watching", url]]
+        everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", server.endpoint]]
+
+        def beside(watchers: Sequence[Sequence[str]], load: Callable[[], float]) -> float:
+            with _running(watchers):
                 return load()
 
         samples = interleave(
             bench,
             {
                 "blocks, frames/s": blocks,
-                "blocks watched, frames/s": lambda: beside_watchers(blocks),
+                "blocks scraped, frames/s": partial(beside, scraper, blocks),
+                "blocks watched, frames/s": partial(beside, everything, blocks),
                 "one stream, p50 µs": one_stream,
-                "one stream watched, p50 µs": lambda: beside_watchers(one_stream),
+                "one stream watched, p50 µs": partial(beside, everything, one_stream),
             },
         )
-    what = "under a scraper, a dashboard and instep top, over those without"
+    loads = "blocks, frames/s", "one stream, p50 µs"
+    what = "frames/s of 1,024 streams in blocks"
+    all_of_it = "under a scraper, a dashboard and instep top, over that without"
     return [
-        _row("watched-blocks", f"frames/s of 1,024 streams in blocks {what}", model, samples, "blocks", 0.97),
-        _row("watched-one-stream", f"p50 of one stream {what}", model, samples, "one stream", 1.1, "at most"),
+        _row("scraped-blocks", f"{what} under a scraper", model, samples, "blocks scraped, frames/s", loads[0], 0.99),
+        _row("watched-blocks", f"{what} {all_of_it}", model, samples, "blocks watched, frames/s", loads[0], 0.97),
+        _row(
+            "watched-one-stream",
+            f"p50 of one stream {all_of_it}",
+            model,
+            samples,
+            "one stream watched, p50 µs",
+            loads[1],
+            1.1,
+            "at most",
+        ),
     ]
 
 
@@ -85,24 +103,20 @@ def _row(
     what: str,
     model: BenchmarkModel,
     samples: Samples,
-    load: str,
+    beside: str,
+    alone: str,
     threshold: float,
     direction: Direction = "at least",
 ) -> Row:
-    alone, beside = (each for each in samples if each.startswith(load))
     compared = {each: samples[each] for each in (beside, alone)}
     return Row(name, what, model.description, "×", ratio(samples, beside, alone), threshold, compared, direction)
 
 
 @contextmanager
-def _watchers(server: ChildServer) -> Iterator[None]:
-    """A scrape every second, what an open page asks for, and `instep top` on a terminal, in processes of their own."""
+def _running(commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Programs that watch, on a terminal of their own that somebody reads."""
     screen, terminal = pty.openpty()
     threading.Thread(target=_read_all, args=(screen,), daemon=True).start()
-    commands = [
-        [sys.executable, "-m", "benchmarks.watching", str(server.started["http"])],
-        [sys.executable, "-m", "instep_tools", "top", server.endpoint],
-    ]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     watching = [
         subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
@@ -129,12 +143,13 @@ def _read_all(screen: int) -> None:
         return
 
 
-def watch(url: str) -> None:
-    """Scrape, listen to the events, and ask for the table of streams, as Prometheus and a page do, until ended."""
-    threading.Thread(target=_listen, args=(url,), daemon=True).start()
+def watch(url: str, *, page: bool) -> None:
+    """Scrape every second, and ask for what an open page does, if it is to, until ended."""
+    if page:
+        threading.Thread(target=_listen, args=(url,), daemon=True).start()
     for second in range(3600):
         _get(url + "/metrics")
-        if second % 2:
+        if page and second % 2:
             _get(url + TABLE)
         time.sleep(1)
 
@@ -204,10 +219,10 @@ def listed(bench: Bench) -> list[Row]:
     pages = {"a page, ms": pages_ms[1:]}  # as for the loads, the first round is a warm-up
     page_ms = median(pages_ms[1:])
     return [
-        _row("listed-p99", what, model, samples, "paced", 1.2, "at most"),
+        _row("listed-p99", what, model, samples, "paced beside lists, p99 ms", "paced, p99 ms", 1.2, "at most"),
         Row("listed-page", "a sorted page of 100,000", model.description, "ms", page_ms, 200.0, pages, "at most"),
     ]
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1])
+    watch(sys.argv[1], page="page" in sys.argv[2:])

@@ -77,7 +77,8 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     say(console, f"starting the engine with the model in {folder}")
     is_received: bool | None = None
     try:
-        with ChildServer(folder, ["--record", str(recording)], administered=True) as server:
+        verified = ["--verify-live"] if keep else []  # the dashboard shows it
+        with ChildServer(folder, ["--record", str(recording), *verified], administered=True) as server:
             said = server.started
             say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
             for line in _load(producers, connections, speed):
