@@ -6,7 +6,10 @@ import sys
 
 from instep import interrupts
 
-EXTRAS = ("matplotlib", "numba", "pydantic", "rich", "safetensors", "structlog", "torch", "typer", "yaml")
+EXTRAS = (
+    *("matplotlib", "numba", "prometheus_client", "pydantic", "rich", "safetensors", "starlette", "structlog"),
+    *("torch", "typer", "uvicorn", "yaml"),
+)
 """Packages that only the extra `engine` installs."""
 
 

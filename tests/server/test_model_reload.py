@@ -72,7 +72,7 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         y.append(await stream.step(x[20:40]))
         np.testing.assert_array_equal(y[1], whole(B, x[12:40])[0][8:])
 
-        for wrong, words in (({"good": good, "more": broken}, "cannot read"), (None, "no model to serve")):
+        for wrong, words in (({"good": good, "more": broken}, "is not a model folder"), (None, "no model to serve")):
             line = await reloads(wrong)
             assert (line["event"], words in line["reason"]) == ("not reloaded", True), line
             assert await models() == ["ears", "eyes"]

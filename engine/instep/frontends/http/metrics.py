@@ -230,7 +230,6 @@ METRICS: Final = (
         "verify_skipped_frames_total",
     ),
     Metric("instep_verify_streams", "gauge", "Streams that live verification follows.", "verify_streams"),
-    Metric("instep_verify_share", "gauge", "Share of all streams that live verification follows.", "verify_share"),
     Metric(
         "instep_verify_lag_seconds",
         "gauge",
