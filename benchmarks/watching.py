@@ -37,8 +37,8 @@ from instep.demo.child_server import ChildServer
 HTTP: Final = ("--http", "127.0.0.1:0")
 TABLE: Final = "/api/streams?sort=-rate&limit=50"
 """What an open page of the dashboard asks for every two seconds."""
-SETTLED_S: Final = 3.0
-"""Starting `instep top` costs more than it does, and is over after this time."""
+SETTLING: Final = 2.0
+"""Times the length of a round: after about 3 s `instep top` has started, which costs more than what it does then."""
 
 
 # ── Watched ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -66,7 +66,7 @@ def watched(bench: Bench) -> list[Row]:
         everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", server.endpoint]]
 
         def beside(watchers: Sequence[Sequence[str]], load: Callable[[], float]) -> float:
-            with _running(watchers):
+            with _running(watchers, bench.seconds * SETTLING):
                 return load()
 
         samples = interleave(
@@ -113,7 +113,7 @@ def _row(
 
 
 @contextmanager
-def _running(commands: Sequence[Sequence[str]]) -> Iterator[None]:
+def _running(commands: Sequence[Sequence[str]], settling_s: float) -> Iterator[None]:
     """Programs that watch, on a terminal of their own that somebody reads."""
     screen, terminal = pty.openpty()
     threading.Thread(target=_read_all, args=(screen,), daemon=True).start()
@@ -124,7 +124,7 @@ def _running(commands: Sequence[Sequence[str]]) -> Iterator[None]:
     ]
     os.close(terminal)
     try:
-        time.sleep(SETTLED_S)
+        time.sleep(settling_s)
         if any(process.poll() is not None for process in watching):
             raise RuntimeError("nobody watches: instep top or the reader of the HTTP endpoint has ended")
         yield
