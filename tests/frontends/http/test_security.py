@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from http.cookies import SimpleCookie
 from pathlib import Path
@@ -64,10 +65,15 @@ async def test_a_browser_shows_the_token_once_and_gets_a_cookie_that_does_not_ho
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         (cookie,) = SimpleCookie(answer.headers["set-cookie"]).values()
         assert cookie["httponly"]
-        assert cookie["samesite"] == "Strict"
+        assert cookie["samesite"] == "Lax"
         assert TOKEN not in answer.headers["set-cookie"]
         assert (await http.get("/api/stats")).status_code == 200  # the client keeps cookies
         http.cookies.clear()
+        of_others = {"cookie": f'theme={{"a": "b"}}; {cookie.key}={cookie.value}; other="'}
+        assert (await http.get("/api/stats", headers=of_others)).status_code == 200
+        began_s, slow = time.thread_time(), f'{cookie.key}="' + "\\" * 15_000 + '"'
+        await error(http, "/api/stats", 401, headers={"cookie": slow})
+        assert time.thread_time() - began_s < 0.1
         for wrong in (f"{cookie.key}={TOKEN}", f"{cookie.key}=x", f"other={cookie.value}", f"{cookie.key}", "=;,ü"):
             await error(http, "/api/stats", 401, headers={"cookie": wrong.encode()})
 
