@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from instep.frontends.http import connections, events, records
+from instep.server.server import Server
+from instep.streaming.events import MOST
 from instep_client import AsyncClient
-from tests.support.admin import administered, error
+from tests.support.admin import administered, error, longest_turn
 from tests.support.models import SEED_SIZED, SMALL
 
 F = 5
@@ -135,6 +137,41 @@ async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
             assert time.monotonic() - began < 5
 
 
+async def test_a_listener_that_had_not_read_hears_goodbye_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", lambda _: b"x" * 20_000_000)
+    async with administered() as (server, _):
+        server.default.events.add("opened", "s")  # it comes behind the statistics, for which there is no room yet
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server), limit=4096)
+        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
+        await reader.readuntil(b"event: stats\n")
+        await asyncio.sleep(0.1)
+        server.stop()
+        told = await reader.read()
+        writer.close()
+    assert b"event: log\n" in told[-1000:]
+    assert b"event: bye\n" in told[-1000:]
+
+
+async def test_a_listener_that_wants_the_whole_log_keeps_nobody_waiting() -> None:
+    async with administered() as (server, _), longest_turn() as longest:
+        server.default.events.add_all("parked", [f"stream-{number:05d}" for number in range(MOST)])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
+        told = b""
+        longest[0] = 0.0
+        while b"id: %d\n" % MOST not in told[-200_000:]:
+            told += await reader.read(2**16)
+        writer.close()
+        assert told.count(b"event: log\n") == MOST
+        assert longest[0] < 0.02
+
+
+def port_of(server: Server) -> int:
+    """Of its admin server."""
+    assert server.admin is not None
+    return int(server.admin.url.rpartition(":")[2])
+
+
 async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,7 +205,7 @@ async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(m
     )
     async with administered() as (server, _):
         assert server.admin is not None
-        port = int(server.admin.url.rpartition(":")[2])
+        port = port_of(server)
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
         while not server.admin.is_active:

@@ -23,6 +23,8 @@ MOST_LISTENERS: Final = 32
 _EVERY_S: Final = 0.25
 _TURNS: Final = 4
 """Of the log for one of the statistics."""
+_AT_ONCE: Final = 64
+"""Events of the log that are sent before the loop gets its turn."""
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _TYPE: Final = "text/event-stream"
 
@@ -92,7 +94,10 @@ class Events:
     async def _tell(self, model: str, stream: str | None, said: int) -> AsyncIterator[bytes]:
         told = b""
         yield b": events of instep\n\n"
-        while not self._is_over and (found := self._inspector.find(model)) is not None:
+        while True:
+            next_turn = self._next_turn  # taken before the look: one that comes meanwhile is not waited for
+            if self._is_over or (found := self._inspector.find(model)) is None:
+                break
             if self._stats != told:
                 told = self._stats
                 yield told
@@ -102,10 +107,13 @@ class Events:
             log = found.events
             if said > log.newest:  # a number of a former server, or of a former version of the model
                 said = 0
-            for event in log.since(said) if said < log.newest else ():
-                said = event.number
-                yield _event("log", to_json(event._asdict()), said)
-            await self._next_turn.wait()
+            events = log.since(said) if said < log.newest else []
+            for first in range(0, len(events), _AT_ONCE):
+                part = events[first : first + _AT_ONCE]
+                said = part[-1].number
+                yield b"".join(_event("log", to_json(event._asdict()), event.number) for event in part)
+                await asyncio.sleep(0)
+            await next_turn.wait()
         yield _event("bye", b"{}")
 
 
