@@ -154,6 +154,16 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
         assert "without one" in await error(http, f"/api/streams?limit=1&sort=seq&cursor={cursor}", 400)
 
 
+async def test_a_wrong_name_is_compared_with_five_hundred_and_keeps_nobody_waiting() -> None:
+    stem = "customers/0042/2026-11-27/sessions/a-long-common-beginning-of-their-names/devices/microphone-"
+    async with administered(limits={"max_parked_streams": 500}) as (server, http):
+        fill(server, [f"{stem}{number:06d}" for number in range(500)])
+        await error(http, "/api/streams/x", 404)
+        async with longest_turn() as longest:
+            assert f"did you mean '{stem}000499'" in await error(http, f"/api/streams/{stem}00499", 404)
+        assert longest[0] < 0.015
+
+
 @pytest.mark.long
 async def test_a_page_of_a_hundred_thousand_streams_is_quick_and_keeps_nobody_waiting() -> None:
     count = 100_000

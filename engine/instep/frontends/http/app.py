@@ -67,7 +67,7 @@ def make_app(
         service, name = inspector.service(request.query_params.get("model", "")), request.path_params["name"]
         record = inspector.record(service, name)
         if record is None:
-            raise inspector.no_stream(service, name)
+            raise await inspector.no_stream(service, name)
         return json_answer(record)
 
     async def listen(request: Request) -> Response:
@@ -81,7 +81,7 @@ def make_app(
         return error.response()
 
     async def no_such_path(request: Request, error: Any) -> Response:
-        close = get_close_matches(request.url.path, _PATHS, n=1)
+        close = get_close_matches(request.url.path[:80], _PATHS, n=1)
         meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(_PATHS)}"
         return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
 

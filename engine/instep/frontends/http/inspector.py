@@ -22,6 +22,8 @@ _EVENTS: Final = 100
 """Of a stream that are shown."""
 _MOST_COMPARED: Final = 500
 """Names that a wrong one is compared with; more take too long."""
+_COMPARED: Final = 20
+"""Of them, those that are compared before the loop gets its turn."""
 
 
 class Inspector:
@@ -82,12 +84,15 @@ class Inspector:
             "events": [event._asdict() for event in service.events.since(0, name)[-_EVENTS:]],
         }
 
-    def no_stream(self, service: ModelService, name: str) -> HttpError:
+    async def no_stream(self, service: ModelService, name: str) -> HttpError:
         """That there is no stream of that name."""
         table = service.engine.table
-        slots = table.open_slots()[:_MOST_COMPARED].tolist()
-        names = [table.name(slot) for slot in slots] if table.open_count <= _MOST_COMPARED else []
-        meant = f"; did you mean {close[0]!r}?" if (close := get_close_matches(name[:200], names, n=1)) else ""
+        names = table.names(table.open_slots()) if table.open_count <= _MOST_COMPARED else []
+        close: list[str] = []
+        for first in range(0, len(names), _COMPARED):
+            close = get_close_matches(name[:200], close + names[first : first + _COMPARED], n=1)
+            await asyncio.sleep(0)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
         return HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}{meant}")
 
     def _rates_of(self, service: ModelService) -> FrameRates:
