@@ -51,6 +51,19 @@ def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: St
         keep(page, f"mismatch-{width}")
 
 
+def test_events_are_those_of_the_model_that_is_shown(admin: StagedAdmin, pages: Pages) -> None:
+    admin.models.append(model("denoise"))
+    page = pages.open(admin.url)
+    expect(page.locator("#log li").first).to_contain_text("parked")
+    admin.log = [event(number, "evicted") for number in range(1, 30)]
+    page.get_by_label("Model").select_option("denoise")
+    expect(page.locator("#log li").first).to_contain_text("evicted")
+    admin.log = []
+    page.get_by_label("Model").select_option("speech")
+    expect(page.locator("#no-events")).to_be_visible()
+    expect(page.locator("#log")).to_be_hidden()
+
+
 def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages) -> None:
     admin.models[0]["numbers"] |= {"streams_open": 12_345_678.0, "recent_refused_per_s": 0.0}
     admin.models[0]["max_streams"] = 20_000_000

@@ -49,6 +49,7 @@ function connect() {
   live?.close();
   if (history.model !== page.model) history = new History(page.model);
   Object.assign(page, { record: null, events: [] });
+  showEvents();
   streams.show("");
   live = new Live(`api/events?${query({ model: page.model, stream: page.stream })}`, onEvent, onConnection);
 }
@@ -57,6 +58,7 @@ function onConnection(connection, sentence = "") {
   Object.assign(page, { connection, sentence });
   if (connection === "live") {
     page.events = [];
+    showEvents();
     loadHistory(history);
   }
   showConnection();

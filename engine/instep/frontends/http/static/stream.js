@@ -81,7 +81,8 @@ function grouped(events) {
 /** Events, the newest first; linkTo makes the name of the stream a link. */
 export function showLog(list, empty, events, linkTo) {
   const newest = grouped(events);
-  const shown = `${events[0]?.number} ${events.at(-1)?.number}`;
+  const [first, last] = [events[0], events.at(-1)]; // another model, or a server after a restart, has their numbers too
+  const shown = [first?.number, first?.time_s, last?.number, last?.time_s].join(" ");
   empty.hidden = newest.length > 0;
   list.hidden = newest.length === 0;
   if (list.dataset.shown === shown) return;
