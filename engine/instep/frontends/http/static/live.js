@@ -53,7 +53,11 @@ export class Live {
         const parser = new Parser((kind, data) => {
           if (stopped.aborted) return;
           if (kind === "bye") said = ["ended", ""];
-          onEvent(kind, JSON.parse(data));
+          try {
+            onEvent(kind, JSON.parse(data));
+          } catch (error) {
+            reportError(error); // a fault of the page, not of the connection
+          }
         });
         const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
         for (let part = await reader.read(); !part.done; part = await reader.read()) {
@@ -61,8 +65,8 @@ export class Live {
           watchdog = setTimeout(abort, SILENT_MS);
           parser.feed(part.value);
         }
-      } catch (error) {
-        if (error instanceof SyntaxError) console.error("The server sent an event that is not JSON", error);
+      } catch {
+        // `said` tells
       }
       clearTimeout(watchdog);
       stopped.removeEventListener("abort", abort);
