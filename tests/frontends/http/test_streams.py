@@ -11,6 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
+from instep.config import Config
+from instep.core.typing import F32, I64
+from instep.runtime.stepper import Stepper
+from instep.server.preparation import Prepared
 from instep.server.server import Server
 from instep_client import AsyncClient
 from tests.support.admin import administered, error, longest_turn
@@ -126,6 +130,36 @@ async def test_a_stream_that_is_looked_at_is_traced(rng: np.random.Generator) ->
         np.testing.assert_allclose(trace["state_norm"], np.linalg.norm(y, axis=1), rtol=1e-4)
         assert trace["time_s"] == sorted(trace["time_s"])
         assert abs(trace["time_s"][-1] - time.time()) < 60
+
+
+class SlowStepper(Stepper):
+    """Each step takes a third of a second longer."""
+
+    def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
+        time.sleep(1 / 3)
+        super().step(slots, rows, inputs, outputs)
+
+
+def slow(ready: Prepared, config: Config) -> Stepper:
+    return SlowStepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+
+
+async def test_a_trace_holds_no_inputs_of_a_frame_that_waits() -> None:
+    async with (
+        administered(stepper=slow, limits={"window_frames": 1}) as (server, http),
+        AsyncClient(server.endpoint) as client,
+    ):
+        stream, other = await client.open("s"), await client.open("t")
+        await stream.step(np.full(F, 1.0))
+        under_way = [asyncio.create_task(other.step(np.zeros(F)))]
+        await asyncio.sleep(0.1)
+        under_way.append(asyncio.create_task(stream.step(np.full(F, 2.0))))  # waits, in the place of the first one
+        await asyncio.sleep(0.1)
+        await http.get("/api/streams/s")
+        await asyncio.gather(*under_way)
+        while (trace := (await http.get("/api/streams/s")).json()["trace"])["seq"][-1:] != [1]:
+            await asyncio.sleep(0.05)
+    assert trace["inputs"] == [[seq + 1.0] * 4 for seq in trace["seq"]]
 
 
 async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from instep.core.tables import SCRATCH_SLOT, rows_of
+from instep.core.tables import SCRATCH_SLOT, WINDOW, rows_of
 from instep.core.typing import U8
 from instep.models.base import StateSpec
 from instep.streaming.service import ModelService
@@ -98,6 +98,8 @@ async def _sample(service: ModelService, name: str, trace: _Trace) -> None:
         if lost[0] or table.find([name])[0] != slot:
             return
         newest, norm = int(seqs[0]) - 1, _norm(service.states.spec, states)
+    if table.next_seq[slot] - newest > tables.counts[WINDOW]:
+        return  # its place in the frame buffer holds the inputs of a frame that waits
     row = int(rows_of(tables, slots, np.array([newest]))[0])
     inputs, outputs = (
         [float(f"{value:.6g}") for value in values[row, :_VALUES].tolist()] for values in (tables.x, tables.y)
