@@ -48,6 +48,13 @@ class IdleLimits:
     max_hibernated: int = 1_000_000
     """The most that hibernate; beyond it those that have done so longest expire."""
 
+    def left_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
+        """How much longer a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
+        if not has_owner:
+            return max(0, self.park_ns - idle_ns)
+        kept_ns = self.first_frame_ns if is_unused and self.first_frame_ns else self.max_idle_ns
+        return max(0, kept_ns - idle_ns) if kept_ns else None
+
 
 class Sleeper(NamedTuple):
     """A stream that hibernates."""

@@ -77,12 +77,14 @@ class Listing:
         named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
         chosen = np.array(named[:most], np.int64)
         idle_ns: I64 = np.where(table.unanswered[chosen] > 0, 0, np.maximum(0, now_ns - table.last_active_ns[chosen]))
-        columns = (chosen.tolist(), idle_ns.tolist(), (table.owner[chosen] == table.parked).tolist())
+        parked, unused = table.owner[chosen] == table.parked, table.next_seq[chosen] == table.first_seq[chosen]
+        columns = (chosen.tolist(), idle_ns.tolist(), parked.tolist(), unused.tolist())
         records: list[_Row] = []
-        for slot, idle, parked in zip(*columns, strict=True):
-            where = Place.PARKED if parked else Place.CONNECTED
+        for slot, idle, lacks_owner, is_unused in zip(*columns, strict=True):
+            where = Place.PARKED if lacks_owner else Place.CONNECTED
             seq, pending = int(table.next_seq[slot]), int(table.unanswered[slot])
-            records.append((seq, idle // 1000, self._left_us(idle, has_owner=not parked), int(where), pending))
+            left_us = self._left_us(idle, has_owner=not lacks_owner, is_unused=is_unused)
+            records.append((seq, idle // 1000, left_us, int(where), pending))
         if len(named) > most:
             end = named[most]
         return [table.name(slot) for slot in chosen.tolist()], records, end
@@ -101,12 +103,11 @@ class Listing:
                     break
                 idle = max(0, now_ns - since_ns)
                 names.append(name)
-                records.append(
-                    (UNKNOWN, idle // 1000, self._left_us(idle, has_owner=has_owner), int(Place.HIBERNATING), 0)
-                )
+                left_us = self._left_us(idle, has_owner=has_owner, is_unused=False)
+                records.append((UNKNOWN, idle // 1000, left_us, int(Place.HIBERNATING), 0))
             at += 1
         return names, records, at if at < len(self._hibernation) else 0
 
-    def _left_us(self, idle_ns: int, *, has_owner: bool) -> int:
-        kept_ns = self.limits.max_idle_ns if has_owner else self.limits.park_ns
-        return max(0, kept_ns - idle_ns) // 1000 if kept_ns else UNKNOWN
+    def _left_us(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int:
+        left_ns = self.limits.left_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
+        return UNKNOWN if left_ns is None else left_ns // 1000

@@ -117,7 +117,7 @@ async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query
         slots: I64 = first + np.flatnonzero(is_good)
         names: list[str] = []
         if step == _NAMES:
-            names = [table.name(slot) for slot in slots.tolist()]
+            names = table.names(slots)
             if query.prefix or query.contains:
                 chosen = [at for at, name in enumerate(names) if _is_named(query, name)]
                 slots, names = slots[chosen], [names[at] for at in chosen]

@@ -100,6 +100,7 @@ def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, 
         is_parked = int(table.owner[slot]) == table.parked
         rate = rates.of(slots)
         since_ns, has_owner = int(table.last_active_ns[slot]), not is_parked
+        is_unused = bool(table.next_seq[slot] == table.first_seq[slot])
         pending = int(table.unanswered[slot])
         fields = {
             "state": "parked" if is_parked else "open",
@@ -108,19 +109,18 @@ def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, 
             "rate": None if rate is None else round(float(rate[0]), 3),
         }
     elif (asleep := hibernation.find(name)) is not None:
-        since_ns, has_owner, pending = asleep.since_ns, asleep.owner is not None, 0
+        since_ns, has_owner, is_unused, pending = asleep.since_ns, asleep.owner is not None, False, 0
         owner = asleep.owner.number if asleep.owner is not None else None
         fields = {"state": "hibernating", "owner": owner, "seq": None, "rate": 0.0}
     else:
         return None
     idle_ns = 0 if pending else max(0, now_ns - since_ns)
-    limits = service.listing.limits
-    kept_ns = limits.max_idle_ns if has_owner else limits.park_ns
+    left_ns = service.listing.limits.left_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
     return {
         "name": name,
         **fields,
         "pending": pending,
         "idle_s": round(idle_ns / 1e9, 3),
-        "expires_in_s": round(max(0, kept_ns - idle_ns) / 1e9, 3) if kept_ns else None,
+        "expires_in_s": None if left_ns is None else round(left_ns / 1e9, 3),
         "parked_s": None if has_owner else round(max(0, now_ns - since_ns) / 1e9, 3),
     }
