@@ -228,6 +228,26 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
     assert_each_verifies_with_its_version(recordings, folder)
 
 
+async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as_they_are(
+    folder: Path, recordings: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    async with running(A, recording={"file": recordings}, engine={**EXACT, "max_streams": 2}) as server:
+        async with AsyncClient(server.endpoint) as former:
+            for name in ("a", "b"):
+                await (await former.open(name)).step(x)
+            await former.close(park=True)
+        while server.default.numbers()["streams_parked"] < 2:
+            await asyncio.sleep(0.01)
+        async with AsyncClient(server.endpoint) as client:
+            for name in ("c", "d"):  # a and b hibernate
+                await (await client.open(name)).step(x)
+            with pytest.raises(Refused, match="there is room in memory for 0"):
+                await client.swap_model("ears", folder, "move")
+            numbers = await client.stats()
+    assert numbers["received_frames_total"] == numbers["frames_total"] == 12
+
+
 async def test_a_version_that_cannot_be_served_changes_nothing(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -98,6 +98,7 @@ class Server:
         if not kept_as:
             self._leave(former.service)
             served.service.history.follow(former.service.history)
+            served.service.engine.take_over()
         self._enter(served)
         self._frontend.replace(former, served, kept_as)
 

@@ -140,7 +140,6 @@ class Engine:
         """By bucket, how long each step of its newest run took."""
         self._is_holding = False
         self._arrived_ns: I64 = tables.messages["arrived_ns"]
-        tables.counts[[RECEIVED_FRAMES, REPEATED_FRAMES, CREDIT_STALLS]] = 0  # not those of another version's engine
 
     @property
     def pending_frames(self) -> int:
@@ -161,6 +160,10 @@ class Engine:
     def is_running(self) -> bool:
         """Whether runs are under way."""
         return bool(self._runs)
+
+    def take_over(self) -> None:
+        """Serve the streams of the tables from now on, which another version's engine had before: count from 0."""
+        self.tables.counts[[RECEIVED_FRAMES, REPEATED_FRAMES, CREDIT_STALLS]] = 0
 
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
 
