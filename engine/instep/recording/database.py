@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import struct
 from pathlib import Path
@@ -89,7 +90,11 @@ def remove_database(path: Path) -> None:
 
 def bytes_on_disk(path: Path) -> int:
     """The size of a database and its WAL; 0 where there is none."""
-    return sum(there.stat().st_size for there in (path, Path(f"{path}-wal")) if there.exists())
+    total = 0
+    for there in (path, Path(f"{path}-wal")):
+        with contextlib.suppress(FileNotFoundError):  # not looked for first: a recorder that ends removes the WAL
+            total += there.stat().st_size
+    return total
 
 
 _HEADER: Final = struct.Struct(">8I")
