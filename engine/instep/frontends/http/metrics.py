@@ -75,7 +75,7 @@ METRICS: Final = (
     Metric(
         "instep_received_frames_total",
         "counter",
-        "Frames of all STEP messages, refused ones included.",
+        "Frames of the STEP messages that reached admission, refused ones included.",
         "received_frames_total",
     ),
     Metric(
