@@ -172,23 +172,21 @@ async def test_what_it_says_and_its_status(
         return run(place.asked(candidate, **changes), Console(file=out, width=80)), out.getvalue()
 
     async with running(SERVED, **place.sections) as server, AsyncClient(server.endpoint) as client:
-        served = await (await client.open("mic")).step(x)
+        served = await (await client.open("[/mic]")).step(x)
         journal = server.default.engine.journal
         await journal.committed(journal.newest)
         largest = float(np.abs(whole(RETRAINED, x)[0].astype(np.float64) - served).max())
         status, text = said(RETRAINED)
         found = json.loads(text)
         assert (status, found["frames"], found["largest"]) == (COMPARED, 30, largest)
-        assert found["streams"] == [{"name": "mic", "frames": 30, "largest": largest}]
+        assert found["streams"] == [{"name": "[/mic]", "frames": 30, "largest": largest}]
         assert said(RETRAINED, tolerance=largest)[0] == COMPARED
         assert said(RETRAINED, tolerance=largest * 0.99)[0] == DIFFERS
         assert said(SERVED, tolerance=0.0)[0] == COMPARED
         status, text = said(SERVED, json=False)
-        assert (status, "30 frames of 1 stream were" in text, "100.0% have equal bits" in text) == (
-            COMPARED,
-            True,
-            True,
-        )
+        assert status == COMPARED
+        for words in ("[/mic]", "30 frames of 1 stream were", "100.0% have equal bits"):
+            assert words in text
         assert all(len(line) <= 80 for line in text.splitlines())
         assert said(RETRAINED, share=0.0)[0] == NOT_COMPARED
     niceness: list[int] = []

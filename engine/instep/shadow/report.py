@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from instep.verify.report import counted
 
@@ -65,7 +66,7 @@ class Differences:
             for column in ("frames", "max |difference|"):
                 table.add_column(column, justify="right")
             for each in self.streams[:_SHOWN]:
-                table.add_row(each.name, f"{each.frames:,}", f"{each.largest:.3g}")
+                table.add_row(Text(each.name), f"{each.frames:,}", f"{each.largest:.3g}")
             console.print(table)
         if len(self.streams) > _SHOWN:
             console.print(f"and {counted(len(self.streams) - _SHOWN, 'more stream')}, which differ less")
