@@ -18,11 +18,14 @@ from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
+from instep.recording.file import RecordingFile
+from instep.recording.trim import Retention
 from instep.server.server import Server
 from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
 from instep.shadow.report import Differences
 from instep.shadow.shadow import Shadow
 from instep_client import AsyncClient, AsyncStream
+from tests.support.growing import Story
 from tests.support.models import plain, whole
 from tests.support.running import running
 
@@ -160,6 +163,45 @@ async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.ra
         assert report.frames == report.equal == 10 * (first + left)
         assert sorted(each.frames for each in report.streams) == [10] * (first - left) + [20] * left
         assert make_shadow(place.asked(SERVED, share=0.5)).following == 0
+
+
+def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(tmp_path, retention=Retention(keep_bytes=1_000_000))
+    for _ in range(4):
+        story.open()
+    story.trim()
+    trims_left, fetch = 0, RecordingFile._fetch
+
+    def fetch_later(recording: RecordingFile, query: str, values: tuple[int, ...]) -> Any:
+        nonlocal trims_left
+        if trims_left and "FROM outputs" in query:
+            trims_left -= 1
+            story.trim()
+        return fetch(recording, query, values)
+
+    monkeypatch.setattr(RecordingFile, "_fetch", fetch_later)
+    asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
+    shadow = make_shadow(asked)
+    for begins, trims in ((True, 2), (False, 2), (False, 0)):
+        trims_left = trims
+        before, compared = story.frames, shadow.report("").frames
+        story.step(1, 2, 3, 4, frames=9)
+        shadow.follow()
+        assert (trims_left, shadow.following) == (0, 4)
+        found = shadow.report("")
+        assert begins or found.frames - compared == story.frames - before, "none is left out"
+        assert found.largest < 1e-5
+    newest = story.scribe.writer.position
+    while story.scribe.writer.trimmed.position <= newest:
+        story.trim()
+    shadow.follow()
+    assert shadow.following == 4, "it begins again with the newest states"
+    story.step(1, 2, 3, 4, frames=9)
+    compared = shadow.report("").frames
+    shadow.follow()
+    assert shadow.report("").frames == compared + 36
 
 
 async def test_what_it_says_and_its_status(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32, I64, U8
-from instep.recording.errors import RecordingError
+from instep.recording.errors import RecordingError, TrimmedMeanwhile
 from instep.recording.file import RecordingFile
 from instep.recording.schema import END_EVENT, RESET_EVENT
 from instep.runtime.stepper import Stepper
@@ -19,8 +19,10 @@ from instep.runtime.stepper import Stepper
 _NOT_FOLLOWED: Final = 0
 """The scratch slot: where frames go that belong to no stream that is followed."""
 _NOT_BEGUN: Final = -1
-_WINDOW: Final = 4096
+_WINDOW: Final = 512
 """Positions of the recording that are read together."""
+_TRIES: Final = 8
+"""How often it is read again where its history is trimmed meanwhile."""
 
 
 class _Computed(NamedTuple):
@@ -56,7 +58,9 @@ class WarmUpReplay:
         self._stepper = stepper
         self._frames = frames
         self._read_to = 0
-        """The position up to which the recording was read; 0 before the first time."""
+        """The position up to which frames were read."""
+        self._streams_to = 0
+        """Likewise for streams that open and close; 0 before the first time."""
         self._free = list(range(max_streams, 0, -1))
         self._slots: I64 = np.zeros(1, np.int64)
         """By number of a stream, its slot here."""
@@ -70,25 +74,16 @@ class WarmUpReplay:
         """Step everything that was committed by now; not in the thread of an event loop.
 
         Raises:
-            RecordingError: when the recording is damaged, is trimmed meanwhile, or has more open streams than slots.
+            RecordingError: when the recording is damaged, has more open streams than slots, or is trimmed all the time.
         """
-        with RecordingFile(self._path) as recording, torch.inference_mode():
-            first = self._read_to + 1
-            if self._read_to:
-                self._take_in_streams(recording)
-            else:
-                first = self._begin(recording)
-            events = recording.rows("events", first)
-            resets = deque(row for row in events if row[4] == RESET_EVENT and self._slot(row[2]))
-            for step in _computed(recording, first):
-                while resets and resets[0][0] < step.position:
-                    self._reset(recording, resets.popleft())
-                self._add(recording, step)
-            for row in resets:
-                self._reset(recording, row)
-            self._step()
-            self._read_to = recording.last_position
-            self.is_finished = any(row[4] == END_EVENT for row in recording.rows("events", self._read_to))
+        for left in reversed(range(_TRIES)):
+            try:
+                with RecordingFile(self._path) as recording, torch.inference_mode():
+                    self._read(recording)
+                return
+            except TrimmedMeanwhile:
+                if not left:
+                    raise
 
     def states(self, streams: I64, next_seqs: I64) -> tuple[U8, I64]:
         """The states of open streams by number, int64 [N], as the last `follow` has left them.
@@ -103,7 +98,7 @@ class WarmUpReplay:
         Raises:
             RecordingError: when frames of a stream are missing.
         """
-        slots = self._slots[streams]
+        slots = self._slots_of(streams)
         has_begun = self._nexts[slots] != _NOT_BEGUN
         if (slots == _NOT_FOLLOWED).any() or (self._nexts[slots] != next_seqs)[has_begun].any():
             raise RecordingError(f"{self._path} lacks frames of streams that are open")
@@ -132,10 +127,38 @@ class WarmUpReplay:
             self._slots[np.isin(self._slots, slots)] = _NOT_FOLLOWED
         self._free += slots.tolist()
 
+    # ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(self, recording: RecordingFile) -> None:
+        """Step all that a recording shows; where it is trimmed meanwhile, the next call continues."""
+        self._step()
+        if self._streams_to and self._read_to >= recording.trimmed.position:
+            self._take_in_streams(recording)
+        else:  # at first, and where it was trimmed before it was read
+            self._read_to = self._begin(recording) - 1
+        self._streams_to = recording.last_position
+        for first in range(self._read_to + 1, recording.last_position + 1, _WINDOW):
+            last = min(first + _WINDOW - 1, recording.last_position)
+            # All of a window is read before any of it is stepped: in between, the recording may be trimmed.
+            steps = list(_computed(recording, first, last))
+            events = recording.rows("events", first, last)
+            resets = deque(row for row in events if row[4] == RESET_EVENT and self._slot(row[2]))
+            for step in steps:
+                while resets and resets[0][0] < step.position:
+                    self._reset(recording, resets.popleft())
+                self._add(recording, step)
+            for row in resets:
+                self._reset(recording, row)
+            self._read_to = last
+        self._step()
+        self.is_finished = any(row[4] == END_EVENT for row in recording.rows("events", self._read_to))
+
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, recording: RecordingFile) -> int:
         """Follow the streams that are open; the position from which on their frames count."""
+        self.drop(np.unique(self._slots[self._slots != _NOT_FOLLOWED]))
+        self._streams_to = 0
         checkpoints = [row[0] for row in recording.rows("checkpoints")]
         first = max(recording.first_position, int(max(checkpoints, default=0)) + 1)
         slots, openings = self._take_in_streams(recording)
@@ -158,9 +181,9 @@ class WarmUpReplay:
 
     def _take_in_streams(self, recording: RecordingFile) -> tuple[I64, list[tuple[Any, ...]]]:
         """Follow streams that have opened since, and no longer those that have closed: the former, and their rows."""
-        closed = {row[2] for row in recording.rows("closings", self._read_to + 1)}
+        closed = {row[2] for row in recording.rows("closings", self._streams_to + 1)}
+        opened = [row for row in recording.rows("openings", self._streams_to + 1) if row[2] not in closed]
         self.drop(np.array([slot for number in closed if (slot := self._slot(number))], np.int64))
-        opened = [row for row in recording.rows("openings", self._read_to + 1) if row[2] not in closed]
         openings = self._select(opened)
         slots = np.array([self._free.pop() for _ in openings], np.int64)
         numbers = np.array([row[2] for row in openings], np.int64)
