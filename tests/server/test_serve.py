@@ -213,6 +213,8 @@ def test_a_log_in_a_file_follows_its_name_when_it_is_rotated(
     make_log(config).info("fifth")
     events = [[json.loads(line)["event"] for line in each.read_text().splitlines()] for each in (moved, file)]
     assert events == [["first"], ["fourth", "fifth"]]
+    make_log(LogConfig(file=file)).info("recording", file=os.fsdecode(b"\xff.instep"))
+    assert file.read_text().endswith("info recording file=\\udcff.instep\n")
     assert capsys.readouterr() == ("", "")
 
 

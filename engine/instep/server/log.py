@@ -94,7 +94,7 @@ class _LogFile:
         path.open("a").close()  # one that cannot be written is told now
 
     def msg(self, line: str) -> None:
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
 
     debug = info = warning = error = msg
