@@ -286,6 +286,7 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         super().__init__(connection, names, handle)
         self._seqs: U64 = np.zeros(len(self.names), np.uint64)
         self._states = connection.info.state.missing(len(self.names))
+        self._is_read = np.zeros(len(self.names), np.bool_)
 
     def ask(self, now: float) -> None:
         """Ask, unless the handle was closed before it was asked again: other streams may be in its rows."""
@@ -293,6 +294,10 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
             self._end(ClientClosed(f"stream {self.names[0]!r} was closed before its state was read"))
         else:
             super().ask(now)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._is_read[:] = False
 
     def _most(self) -> int:
         info = self.connection.info
@@ -310,6 +315,9 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         state = self.connection.info.state
         if self._states.shape[1] != state.row_bytes:  # the model was swapped for one with another state
             self._states = state.missing(len(self.names))
+            self._send(np.flatnonzero(self._is_read))
+            self._is_read[:] = False
+        self._is_read[part] = True
         self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), state.row_bytes)
         return failures
 

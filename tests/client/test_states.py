@@ -19,11 +19,12 @@ from instep_client.protocol.errors import (
     StreamRefused,
 )
 from instep_client.protocol.wire import CLAIM, HAVE_ALL, Kind
-from tests.support.fake_server import evicted, reference
+from instep_client.requests import ReadStateCall
+from tests.support.fake_server import evicted, reference, welcome
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.session_link import X, headers
-from tests.support.states import floats_of
+from tests.support.states import floats_of, gru_state
 
 STATE = np.array([[1, 2], [3, 4]], np.float32)
 
@@ -129,6 +130,20 @@ class TestStates:
         seqs, states = link.finish(link.session.read_state(group))
         assert seqs.tolist() == [0, 2]
         assert floats_of(states, 2, 2)[1].tolist() == reference(X[:2])[1].tolist()
+
+    def test_a_swap_between_two_answers_has_all_states_read_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ReadStateCall, "_most", lambda call: 1)
+        link = RingLink()
+        read = link.session.read_state(link.open("a", "b"))
+        link.advance()
+        link.serve()
+        link.deliver()
+        link.server.info = replace(link.server.info, state=gru_state(3, 2))
+        for number, name in enumerate("ab"):
+            link.server.streams[name].state = np.full(6, number, np.float32)
+        link.send([(link.peer, welcome(0, replace(link.server.info, boot_id="boot 0")))])
+        _, states = link.finish(read)
+        assert floats_of(states, 6).tolist() == [[0] * 6, [1] * 6]
 
     def test_a_reset_waits_for_what_was_sent_and_holds_back_what_comes(self) -> None:
         link = RingLink()
