@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any, Final
 
 from rich.console import Console
@@ -109,7 +109,8 @@ def _line(status: Status) -> str:
 def _until_interrupted() -> Iterator[Event]:
     """An event that Ctrl-C sets while the block runs."""
     stopped = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
+    before = signal.signal(signal.SIGINT, lambda *_: Thread(target=stopped.set).start())
     try:
         yield stopped
     finally:
