@@ -225,6 +225,26 @@ async def test_a_checker_that_dies_is_followed_by_another(
     assert "SIGKILL" in line["reason"]
 
 
+async def test_a_checker_that_talks_nonsense_is_replaced(
+    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def nonsense(file: Path, start: int) -> list[str]:
+        monkeypatch.setattr(live, "command", command)
+        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input()"]
+
+    monkeypatch.setattr(live, "command", nonsense)
+    monkeypatch.setattr("instep.server.live_verification._LINE_BYTES", 2**16)
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            await step_all([await client.open("s")], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total == 20)
+    (line,) = (line for line in told if line["event"] == "checker restarts")
+    assert "longer than limit" in line["reason"] or "exceed" in line["reason"], line
+
+
 async def test_a_checker_that_hangs_holds_nobody_up(
     folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
