@@ -170,7 +170,7 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
                 await group.step(frames(rng, 16, 8))
                 await asyncio.sleep(0.01)
             stepped = server.default.engine.stats.frames_total
-            await until(lambda: found(server).frames_total + found(server).skipped == stepped)
+            await until(lambda: found(server).frames_total + found(server).skipped >= stepped)
             assert found(server).frames_total > stepped / 4
             assert found(server).mismatches_total == 0
 

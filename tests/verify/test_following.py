@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -98,6 +99,42 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
     advance(follower)
     assert len(follower.mismatches) == 1, "it is told of once"
     assert follower.frames == frames + 40, "the others are still followed"
+    story.checkpoint()
+    follower.lower_share()
+    follower.raise_share()
+    story.corrupts = 4
+    story.step(*streams)
+    advance(follower)
+    assert len(follower.mismatches) == 1, "also when more streams are followed again"
+
+
+def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.verify.following.MOST_KEPT", 2)
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(5)]
+    follower = story.follower()
+    for row in (1, 2, 3):
+        story.corrupts = row
+        story.step(*streams)
+    advance(follower)
+    assert follower.mismatches_total == 3
+    assert [wrong.number for wrong in follower.mismatches] == [1, 2]
+
+
+def test_the_file_is_closed_while_the_machine_is_certified(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.scribe.writer.close()  # SQLite closes no file that the same process holds locks on
+    found: list[bool] = []
+
+    def certify(*arguments: Any) -> Any:
+        links = Path("/proc/self/fd").iterdir()
+        found.append(str(story.path) in map(os.path.realpath, links))
+        return CERTIFY(*arguments)
+
+    Follower(story.path, story.model, certify=certify)
+    assert found == [False]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -115,6 +152,10 @@ def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: 
     assert follower.differs
     assert "exactness tolerance" in follower.notes[0]
     assert 0.5 * story.frames < follower.frames <= story.frames
+    skipped = follower.skipped
+    story.step(*sorted(story.scribe.states)[:8], frames=5)
+    advance(follower)
+    assert follower.skipped == skipped, "what waits for a checkpoint is not left out"
     streams = sorted(story.scribe.states)[:3]
     seq = story.scribe.seqs[streams[1]]
     story.corrupts = 2

@@ -90,7 +90,7 @@ class Following:
     def _summary(self) -> str:
         follower, verdict = self._follower, self._verdict
         checked = f"{counted(follower.streams_total, 'stream')}, {counted(follower.frames, 'frame')}"
-        mismatches = counted(len(follower.mismatches), "mismatch", "mismatches")
+        mismatches = counted(follower.mismatches_total, "mismatch", "mismatches")
         left_out = f"; {counted(follower.skipped, 'frame')} not compared" if follower.skipped else ""
         if verdict in ("mismatch", "not checked"):
             return f"not verified: {checked}, {mismatches}{left_out}"

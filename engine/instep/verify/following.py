@@ -46,6 +46,8 @@ _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
 _MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
 """Where more frames wait for a checkpoint, fewer streams are followed."""
+MOST_KEPT: Final = 1024
+"""Mismatches whose values are kept: a broken model has one for each stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Follower:
         streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
         lag_s: seconds since everything that is not read yet was committed.
-        mismatches: all that were found.
+        mismatches: the first `MOST_KEPT` that were found.
+        mismatches_total: how many were found.
         differs: whether any bit differed.
 
     Raises:
@@ -106,6 +109,7 @@ class Follower:
         self.frames = self.frames_seen = self.streams_total = 0
         self.lag_s = 0.0
         self.mismatches: list[WrongOutput] = []
+        self.mismatches_total = 0
         self.differs = False
         self._wanted = frozenset(wanted)
         self._model = model
@@ -114,17 +118,19 @@ class Follower:
         """By number, open streams that were met; None for those that are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
+        self._wrong = set[int]()
+        """Of these, the ones that a mismatch was found in."""
         self._portion = Portion()
         with RecordingTail(path) as tail:
             newest = tail.newest_checkpoint
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
-            self._checkers = self._make_checkers(tail)
             if self.position:  # later ones would have newer states, further behind the frames that are read
                 for number in tail.newest_open(_MOST_AT_FIRST):
                     self._known[number] = self._joined(number, 0, tail)
         self._tail = tail
+        self._checkers = self._make_checkers(tail)  # which takes long: the file is closed by now
         self._seen = self.position
-        """The newest position that was read; beyond `_position` where some is read again."""
+        """The newest position that was read; beyond `position` where some is read again."""
         self._newest_ns = time.time_ns()
         """When the newest batch that was read was committed."""
         self._former_share = 0.0
@@ -137,8 +143,8 @@ class Follower:
 
     @property
     def skipped(self) -> int:
-        """How many frames were committed and not compared."""
-        return max(0, self.frames_seen - self.frames)
+        """How many frames were committed and not compared, those left out that wait for a checkpoint."""
+        return max(0, self.frames_seen - self.frames - self._portion.frames)
 
     @property
     def streams(self) -> int:
@@ -155,7 +161,7 @@ class Follower:
             if tail.trimmed.position > self.position:
                 self._skip_to(tail.trimmed.position)
             is_all = self._read(tail)
-            self._check()
+        self._check()
         self.lag_s = max(0.0, time.time() - (began if is_all else min(began, self._newest_ns / 1e9)))
         return is_all
 
@@ -174,6 +180,7 @@ class Follower:
         self._known = {number: part for number, part in self._known.items() if part is not None}
         if not self._checkers.conditions.step_bits:  # all begin again from there
             self._known, self._portion, self._former_share = {}, Portion(), 0.0
+        self._late.clear()
         with RecordingTail(self.path, self._tail) as tail:
             self.position = min(self.position, tail.newest_checkpoint)
 
@@ -187,6 +194,7 @@ class Follower:
 
     def _skip_to(self, position: int) -> None:
         self._known, self._portion, self.position, self._seen = {}, Portion(), position, max(self._seen, position)
+        self._late.clear()
 
     def _make_checkers(self, tail: RecordingTail, position: int | None = None) -> Checkers:
         """For the engine that wrote the row at a position."""
@@ -228,6 +236,7 @@ class Follower:
                 part = None if was_checked else self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = part
         elif isinstance(item, Closed):
+            self._wrong.discard(item.stream)
             if (part := self._known.pop(item.stream, None)) is not None:
                 part.is_over = True
         elif item.kind == RESET_EVENT:
@@ -260,6 +269,7 @@ class Follower:
                 part.is_over = True
                 self._known[number] = FollowedPart(number, part.name, event.state, event.seq)
         elif number not in self._known or number in self._late:
+            self._late.discard(number)
             found = tail.newest_state(number)
             self._known[number] = None if found is None else self._part(number, found.name, event.seq, event.state)
 
@@ -275,7 +285,8 @@ class Follower:
                     part.anchor = found.seq, found.state
 
     def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | None:
-        if not _is_sampled(name, self.share) or (self._wanted and not self._wanted & {name, str(number)}):
+        is_wanted = not self._wanted or not self._wanted.isdisjoint((name, str(number)))
+        if number in self._wrong or not is_wanted or not _is_sampled(name, self.share):
             return None
         self.streams_total += 1
         return FollowedPart(number, name, state, seq)
@@ -324,7 +335,10 @@ class Follower:
 
     def _tell(self, wrong: WrongOutput, part: FollowedPart) -> None:
         """A part is wrong: follow it no more."""
-        self.mismatches.append(wrong)
+        self._wrong.add(part.number)
+        self.mismatches_total += 1
+        if len(self.mismatches) < MOST_KEPT:
+            self.mismatches.append(wrong)
         if self._known.get(part.number) is part:
             self._known[part.number] = None
 

@@ -48,7 +48,7 @@ class Portion:
 
     def __init__(self) -> None:
         self.parts: list[FollowedPart] = []
-        self.bytes = 0
+        self.bytes = self.frames = 0
         self._places: list[I64] = []
         """[B], of each frame, its part."""
         self._batches: list[RecordedBatch] = []
@@ -70,6 +70,7 @@ class Portion:
             batch = replace(batch, streams=batch.streams[wanted], seqs=batch.seqs[wanted], x=x, y=y)
         self._places.append(places[wanted])
         self._batches.append(batch)
+        self.frames += len(batch.seqs)
         self.bytes += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
 
     def sequences(self, outputs: int, *, up_to_anchors: bool) -> tuple[Sequences, list[Defect]]:

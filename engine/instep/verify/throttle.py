@@ -138,6 +138,6 @@ def _status(follower: Follower, known: int) -> Status:
         lag_s=follower.lag_s,
         position=follower.position,
         mismatches=tuple(follower.mismatches[known:][:_MOST_TOLD]),
-        mismatches_total=len(follower.mismatches),
+        mismatches_total=follower.mismatches_total,
         notes=follower.notes,
     )
