@@ -337,6 +337,13 @@ def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
 
 
+def test_a_child_server_may_log_more_than_a_pipe_holds(model: Path) -> None:
+    with ChildServer(model, ["--log-level", "debug"]) as child, Client(child.endpoint) as client:
+        for number in range(600):  # each request is a line of about 150 bytes, and a pipe holds 64 KiB
+            client.open(f"s{number}").close()
+        assert client.stats()["closed_streams_total"] == 600
+
+
 def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path) -> None:
     def ready(endpoint: str) -> None:
         with Client(endpoint) as client:

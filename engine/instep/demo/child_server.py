@@ -7,14 +7,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
-_STOP_TIMEOUT_S = 60.0
-_OWN_END_S = 3.0
+_STOP_TIMEOUT_S: Final = 60.0
+_OWN_END_S: Final = 3.0
 """How long a child that may have been told to end has for that."""
+_LINES_KEPT: Final = 1000
+"""Of what the server has logged, for the sentence on why it failed."""
 
 
 class ChildFailed(Exception):
@@ -43,6 +47,7 @@ class ChildServer:
         self.endpoint = ""
         self.started: dict[str, Any] = {}
         """The values in the lines that the server logged until it was ready, by name."""
+        self._logged: deque[str] = deque(maxlen=_LINES_KEPT)
 
     @property
     def pid(self) -> int:
@@ -52,31 +57,38 @@ class ChildServer:
     def __enter__(self) -> ChildServer:
         self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         assert self._process.stderr is not None
-        said = ""
         for line in self._process.stderr:
-            said += line
+            self._logged.append(line)
             if line.startswith("{"):
                 self.started |= json.loads(line)
             if "endpoint" in self.started:
                 self.endpoint = str(self.started["endpoint"])
+                # A pipe that nobody reads fills up, and then the server's loop waits there for ever.
+                self._reader = threading.Thread(target=self._logged.extend, args=(self._process.stderr,), daemon=True)
+                self._reader.start()
                 return self
         self._process.communicate()
-        raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [said.strip()]))}")
+        raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [self._said()]))}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (
-            kind is KeyboardInterrupt
-        ):  # typed at a terminal it has reached the child, too, and a second one would force it
+        if kind is KeyboardInterrupt:
+            # Typed at a terminal, it has reached the child, too, and a second one would force it to stop.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_OWN_END_S)
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
-            said = self._process.communicate(timeout=_STOP_TIMEOUT_S)[1]
+            self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            said = self._process.communicate()[1]
+            self._process.wait()
+        self._reader.join()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
         if self._process.returncode != 0 and kind is None:
-            raise ChildFailed(f"the server ended with status {self._process.returncode}: {said.strip()}")
+            raise ChildFailed(f"the server ended with status {self._process.returncode}: {self._said()}")
+
+    def _said(self) -> str:
+        return "".join(self._logged).strip()
