@@ -75,7 +75,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     connections = connections_for(len(producers))  # before the engine starts, which inherits the limit of open files
 
     say(console, f"starting the engine with the model in {folder}")
-    is_received: bool | None = None
+    is_repeating = False
     try:
         verified = ["--verify-live"] if keep else []  # the dashboard shows it
         with ChildServer(folder, ["--record", str(recording), *verified], administered=True) as server:
@@ -93,10 +93,11 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             if keep:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
+                is_repeating = True
                 while True:
                     asyncio.run(stream_all(server.endpoint, producers, connections, Heard(lengths, SPEAKERS)))
     except KeyboardInterrupt:
-        if is_received is None:
+        if not is_repeating:
             raise
 
     if not is_received:
