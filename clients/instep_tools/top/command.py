@@ -23,10 +23,10 @@ from instep_tools.top.view import View
 from instep_tools.top.zmq_source import LEAST_APART_S, ZmqSource
 
 HISTORY: Final = 600
-"""SnapshotRates that are remembered for the bars."""
+"""Rates that are remembered for the bars."""
 
 MOST_STREAMS: Final = 500
-"""That are asked for at once; the admin server gives no more."""
+"""The largest number of streams that is asked for; the admin server gives no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class _Watch:
                 ended.set()
             screen.refresh()
 
-        screen = FullScreen(terminal.out, self._draw, press)
+        screen = FullScreen(terminal.out, self._draw, press, ended.set)
         with screen:
             looking = asyncio.create_task(self._keep_looking(screen))
             ending = asyncio.create_task(ended.wait())

@@ -25,12 +25,20 @@ class FullScreen:
         console: on the terminal.
         draw: the lines for a width and a height.
         press: is given what was typed.
+        end: called by SIGTERM, and when the terminal is gone.
     """
 
-    def __init__(self, console: Console, draw: Callable[[int, int], list[Text]], press: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        console: Console,
+        draw: Callable[[int, int], list[Text]],
+        press: Callable[[str], None],
+        end: Callable[[], None],
+    ) -> None:
         self._console = console
         self._draw = draw
         self._press = press
+        self._end = end
         self._live = Live(
             console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -56,7 +64,7 @@ class FullScreen:
         loop.add_reader(0, self._read)
         loop.add_signal_handler(signal.SIGWINCH, self.refresh)
         loop.add_signal_handler(signal.SIGTSTP, self._suspend)
-        loop.add_signal_handler(signal.SIGTERM, self._press, "q")
+        loop.add_signal_handler(signal.SIGTERM, self._end)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -82,5 +90,12 @@ class FullScreen:
         self.refresh()
 
     def _read(self) -> None:
-        typed = os.read(0, 4096)
-        self._press(self._decoder.decode(typed) if typed else "q")  # nothing: the terminal is gone
+        try:
+            typed = os.read(0, 4096)
+        except OSError:
+            typed = b""
+        if typed:
+            self._press(self._decoder.decode(typed))
+        else:  # the terminal is gone
+            asyncio.get_running_loop().remove_reader(0)
+            self._end()

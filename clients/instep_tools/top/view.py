@@ -52,7 +52,7 @@ class View:
             "M": partial(self._next_model, -1),
             "p": partial(self._toggle, "paused"),
             "?": partial(self._toggle, "helping"),
-            "q": partial(self._toggle, "done"),
+            "q": self._quit,
         }
 
     def press(self, text: str) -> bool:
@@ -83,6 +83,9 @@ class View:
 
     def _toggle(self, name: str) -> None:
         setattr(self, name, not getattr(self, name))
+
+    def _quit(self) -> None:
+        self.done = True
 
     def _sort_by(self, sort: str) -> None:
         self.query = self.query._replace(sort=sort, reverse=sort == self.query.sort and not self.query.reverse)

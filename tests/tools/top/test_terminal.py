@@ -73,15 +73,17 @@ async def test_keys(transport: str) -> None:
                         await asyncio.sleep(0.01)
                 assert max(map(len, top.screen)) <= 120
                 await top.type("\x1b[A", "3 streams")  # an arrow means nothing
-                await top.type("q")
+                await top.type("qq")  # the second one does not take the first one back
                 assert await top.end() == 0
             assert top.written.endswith(LEFT)
             assert "Traceback" not in top.written
 
 
+@pytest.mark.parametrize("typed", ["", "/mic"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-async def test_signals_leave_the_terminal_as_it_was(number: signal.Signals, status: int) -> None:
+async def test_signals_leave_the_terminal_as_it_was(number: signal.Signals, status: int, typed: str) -> None:
     async with running(SEED_SIZED) as server, watched(server) as top:
+        await top.type(typed, typed)
         top.process.send_signal(number)
         assert await top.end() == status
     assert top.written.endswith(LEFT)
