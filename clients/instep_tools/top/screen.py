@@ -52,6 +52,7 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
         lines.append(Text(plain(picture.lost), "bold red"))
     if now is not None:
         lines += _server(now, picture.rates, width) + _model(now, picture.rates, picture.history, width)
+    lines = lines[: max(0, height - keys)]
     room = height - len(lines) - keys
     if view.helping:
         lines += [Text(), *(Text.assemble("  ", (f"{key:<11}", "bold"), text) for key, text in KEYS)][:room]

@@ -51,6 +51,17 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
     assert lines[-1].startswith("100 streams  ? help  q quit")
 
 
+@pytest.mark.parametrize("height", range(1, 16))
+@pytest.mark.parametrize("helping", [False, True])
+def test_a_low_terminal_shows_what_fits_and_the_keys(height: int, helping: bool) -> None:
+    view = View(StreamQuery())
+    view.helping = helping
+    picture = Picture("tcp://h:1", view, snapshot(1.0, [stream(f"mic-{number}") for number in range(50)]))
+    lines = shown(picture, 80, height)
+    assert len(lines) == height
+    assert lines[-1].startswith("50 streams  ? help  q quit")
+
+
 def test_the_numbers_are_where_they_belong() -> None:
     streams = [
         stream("mic", state="open", rate=50.0, seq=1234, pending=3, idle_s=0.25, kept_s=3600.0),
