@@ -74,7 +74,7 @@ class HttpSource:
                 answer = await self._exchange(f"GET {self._path}{path} HTTP/1.0\r\n{self._headers}\r\n")
         except TimeoutError:
             raise ConnectionFailed(f"nobody answers at {self.endpoint} within {PATIENCE_S:g} s") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of a host whose name cannot be one
             raise ConnectionFailed(f"nobody answers at {self.endpoint}: {error}") from None
         head, _, body = answer.partition(b"\r\n\r\n")
         status = re.match(rb"HTTP/1\.\d (\d{3})", head)
@@ -82,7 +82,7 @@ class HttpSource:
             raise HttpProblem(f"{self.endpoint} does not speak HTTP: is it the ZeroMQ endpoint, tcp://HOST:PORT?")
         try:
             found = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if status[1] == b"200" and found is not None:
             return found

@@ -192,10 +192,10 @@ async def test_a_swapped_model_is_shown_in_its_new_version_and_its_old_one_is_no
 
 
 def test_nobody_answers() -> None:
-    for endpoint in ("tcp://127.0.0.1:9", "http://127.0.0.1:9"):
+    for endpoint in ("tcp://127.0.0.1:9", "http://127.0.0.1:9", "http://a..b:9"):
         result = CliRunner().invoke(app, ["top", endpoint, "--once"])
         assert result.exit_code == 2
-        assert "127.0.0.1:9" in result.stderr
+        assert endpoint in result.stderr
     for endpoint in ("http://", "http://h:0", "ftp://h", "127.0.0.1:5757"):
         result = CliRunner().invoke(app, ["top", endpoint])
         assert result.exit_code == 2
@@ -257,6 +257,7 @@ REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server 
         (b"HTTP/1.1 404 Not Found\r\n\r\n<html>", "answers 404: not an instep server"),
         (b"HTTP/1.1 200 OK\r\n\r\n<html>", "answers 200: not an instep server"),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "does not answer as an instep server"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 10**6, "answers 200: not an instep server"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\n\r\n", "answers 302"),
         (b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f", "does not speak HTTP: is it the ZeroMQ endpoint"),
         (b"", "does not speak HTTP"),
