@@ -237,6 +237,8 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg role="img" \1>', svg, count=1)
     svg = re.sub(r'<g id="[\w.]+_\d+">', "<g>", svg)  # names that several pictures have; none is referred to
     svg = svg.replace("xlink:href=", "href=")
-    for colour, name in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.strip()
+    return re.sub("<[^>]*>", _in_colours_of_the_page, svg).strip()  # in tags only: a name may look like a colour
+
+
+def _in_colours_of_the_page(tag: re.Match[str]) -> str:
+    return re.sub("|".join(COLOURS), lambda found: f"var(--{COLOURS[found[0]]})", tag[0])

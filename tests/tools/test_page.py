@@ -50,14 +50,14 @@ def page(*sections: PageSection, verdict: str = "all is well") -> Page:
 def test_all_text_is_escaped_wherever_it_is(tmp_path: Path) -> None:
     file = tmp_path / "a.html"
     parts = (HOSTILE, Marked(HOSTILE, "bad"), Facts({HOSTILE: HOSTILE}), Table([HOSTILE], [[HOSTILE]], rest=HOSTILE))
-    chart = Chart(figure("</text><script>&"), HOSTILE)
+    chart = Chart(figure("</text><script>&#c53030"), HOSTILE)
     write_page(file, Page(HOSTILE, HOSTILE, Marked(HOSTILE, ""), HOSTILE, [PageSection(HOSTILE, [*parts, chart])], {}))
     found = read_page(file)
     assert found.facts[SHOWN] == SHOWN
     assert found.table(SHOWN) == [{SHOWN: SHOWN}]
     assert found.text["p"] == [SHOWN] * 5
     assert (found.text["h1"], found.text["h2"][0], found.text["figcaption"]) == ([SHOWN], SHOWN, [SHOWN])
-    assert "</text><script>&" in found.pictures
+    assert "</text><script>&#c53030" in found.pictures
 
 
 def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
