@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from instep.config.endpoint import checked_endpoint, checked_http_endpoint
 from instep.config.rules import contradictions
@@ -46,6 +55,13 @@ def _paths(value: object) -> object:
     raise ValueError(f"{value!r:.60} is neither a folder nor several, as [A, B] or {{NAME: A, OTHER: B}}")
 
 
+def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
+    """What `_paths` takes, for JSON; pydantic's own way warns of several."""
+    if isinstance(folder, dict):
+        return {name: str(path) for name, path in folder.items()}
+    return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)
+
+
 class Section(BaseModel):
     """The base of all sections: frozen, and without keys that are not listed."""
 
@@ -60,7 +76,11 @@ def _policy(text: str) -> str:
 class ModelConfig(Section):
     """The model to serve, or several: a list of their folders, or the folders by the names that the models get."""
 
-    folder: Annotated[Path | tuple[Path, ...] | dict[str, Path] | None, PlainValidator(_paths)] = None
+    folder: Annotated[
+        Path | tuple[Path, ...] | dict[str, Path] | None,
+        PlainValidator(_paths),
+        PlainSerializer(_as_text, when_used="json"),
+    ] = None
     on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
 
     @property
