@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     assert (model["fingerprint"], model["folder"]) == (demo.fingerprint, str(MODEL_FOLDER.resolve()))
     assert model["exactness"] in ("exact", "tolerance")
     assert model["buckets"] == sorted(model["buckets"])
-    assert model["memory_when_full"] > 256 * 2**20
+    assert facts["limits"]["memory_when_full"] > 256 * 2**20
     assert model["would_record"] == {"file": str(tmp_path / "r.instep"), "durability": "commit"}
     assert facts["endpoints"] == {
         "transport.endpoint": "tcp://127.0.0.1:*",
@@ -225,10 +226,25 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
     assert findings.problems == []
 
 
+def test_each_of_several_models_has_facts_of_its_own(tmp_path: Path) -> None:
+    for name in ("ears", "eyes"):
+        write_model(tmp_path / name, replace(SMALL, name=name))
+    (tmp_path / "recordings").mkdir()
+    folders = [str(tmp_path / name) for name in ("ears", "eyes")]
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
+    done = CliRunner().invoke(app, ["doctor", *folders, *options])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)["facts"]
+    for name, folder in zip(("ears", "eyes"), folders, strict=True):
+        model = facts[f"model {name}"]
+        assert model["folder"] == folder
+        assert model["would_record"]["file"] == str(tmp_path / "recordings" / f"{name}.instep")
+
+
 def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
     def asked(endpoint: str, http: str = "off") -> tuple[str, int]:
         findings = Findings()
-        config = {"transport": {"endpoint": endpoint}, "http": {"endpoint": http}}
+        config = {"transport": {"endpoint": endpoint, "allow_plaintext": True}, "http": {"endpoint": http}}
         examine_endpoints(findings, Config.model_validate(config))
         return findings.sections[0].texts["found"], len(findings.problems)
 
@@ -240,6 +256,7 @@ def test_who_answers_at_the_endpoint(tmp_path: Path) -> None:
         assert asked(f"tcp://127.0.0.1:{port}") == ("another program", 1)
         assert asked("tcp://127.0.0.1:*", f"127.0.0.1:{port}") == ("nobody listens there", 1)
     assert asked(f"tcp://127.0.0.1:{port}") == ("nobody listens there", 0)
+    assert asked(f"tcp://lo:{port}") == ("nobody listens there", 0)  # the name of an interface
     assert asked(f"ipc://{tmp_path}/none/s")[1] == 1
 
 

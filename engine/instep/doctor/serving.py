@@ -78,19 +78,19 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         return
     for each in prepared:
         _model(findings, each, is_named)
+    try:
+        check_models(config, prepared, log)
+    except CannotServe as error:
+        if not is_served or "is being written by another instep" not in str(error):
+            findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
     needed = sum(_bytes_of(config, each) for each in prepared) + config.limits.max_buffered_bytes
-    findings.sections[-1].note("memory_when_full", needed, f"{size(needed)} for all streams, frames and answers")
+    findings.section("limits").note("memory_when_full", needed, f"{size(needed)} for all streams, frames and answers")
     if memory_bytes and needed > memory_bytes:
         findings.warn(
             f"the limits allow {size(needed)}, and {size(memory_bytes)} of memory may be used: the server is killed "
             "before it reaches them",
             "lower engine.max_streams, limits.window_frames or limits.max_buffered_bytes, or give it more memory",
         )
-    try:
-        check_models(config, prepared, log)
-    except CannotServe as error:
-        if not is_served or "is being written by another instep" not in str(error):
-            findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
 
 
 def _model(findings: Findings, prepared: Prepared, is_named: bool) -> None:
@@ -118,13 +118,15 @@ def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
     """A log whose warnings become findings, and what it says of recordings facts."""
 
     def note(_: object, level: str, fields: structlog.typing.EventDict) -> str:
-        event = str(fields.pop("event"))
+        event, model = str(fields.pop("event")), fields.pop("model", None)
         if event in ("would record", "would continue"):
             text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
-            findings.sections[-1].note(event.replace(" ", "_"), dict(fields), text)
+            of_model = [each for each in findings.sections if each.title == f"model {model}"]
+            (of_model or findings.sections)[-1].note(event.replace(" ", "_"), dict(fields), text)
         elif level in ("warning", "error"):
             cure = _CURES.get(event, "docs/operations.md explains each line of the log")
-            findings.warn(f"{event}: {fields.get('reason', '')}", cure)
+            of = f" (model {model})" if model else ""
+            findings.warn(f"{event}{of}: {fields.get('reason', '')}", cure)
         return ""
 
     log: structlog.stdlib.BoundLogger = structlog.wrap_logger(structlog.ReturnLogger(), [note])
@@ -142,15 +144,15 @@ def examine_endpoints(findings: Findings, config: Config) -> bool:
     section.note("transport.endpoint", endpoint)
     section.note("http.endpoint", config.http.endpoint, config.http.endpoint or "off")
     found = "" if endpoint.endswith(":*") else asyncio.run(_who_answers(endpoint))
-    section.note("found", found or None, found or "nobody listens there")
-    if not found:
+    is_served = found.startswith("an instep server")
+    if not is_served:
         try:
             check_endpoints(config, _collecting(findings))
+            found = ""  # also where only ZeroMQ knows the address, as of an interface
         except CannotServe as error:
             findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
-    elif not found.startswith("an instep server"):
-        findings.fail(f"another program listens at {endpoint}", "end it, or choose another port: --endpoint")
-    return found.startswith("an instep server")
+    section.note("found", found or None, found or "nobody listens there")
+    return is_served
 
 
 async def _who_answers(endpoint: str) -> str:

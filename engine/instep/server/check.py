@@ -20,7 +20,7 @@ from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
-from instep.server.preparation import CannotServe, Prepared, check_restartable, prepare
+from instep.server.preparation import CannotServe, Prepared, check_restartable, log_of, prepare
 from instep.server.recordings import present_recording, recording_file, recording_header
 
 
@@ -72,7 +72,8 @@ def check_models(
             file = recording_file(config, each.model.name, len(prepared))
             if file is not None:
                 file = present_recording(file, each.model.fingerprint)
-                _check_recording(file, config, each, log, accept_numerics_change)
+                of_model = log_of(each.model.name, len(prepared), log)
+                _check_recording(file, config, each, of_model, accept_numerics_change)
     except (LimitsError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
 
