@@ -230,3 +230,16 @@ def test_outputs_that_do_not_come_out_again_are_no_ground_for_a_state(story: Sto
         with pytest.raises(NotExact, match="stepping frame 11 of stream 'a' again gives other outputs"):
             past.before(12)
         assert past.before(17).state.tobytes() == bits(story.truth(17)), "it begins with a later state"
+
+
+def test_a_stream_with_a_defect_has_no_end_unless_one_is_asked_for(story: Story, tmp_path: Path) -> None:
+    forger = Forger(story.path, tmp_path / "forged.instep")
+    batch, at = forger.find_frame(1, 25)
+    seqs = forger.column(batch, "seqs")
+    seqs[at] = 30
+    forger.change_batch(batch, seqs=seqs)
+    with past_of(forger.path, story.recorded.folder, "a") as past:
+        for seq in (None, 26):
+            with pytest.raises(NoSuchMoment, match=r"frame 25 is missing: frame 30 .* ask for a seq from 10 to 25"):
+                past.before(seq)
+        assert past.before(25).state.tobytes() == bits(story.truth(25))

@@ -164,13 +164,19 @@ class Past:
         """
         for checks in reversed(self._openings):
             if seq is None:
-                return checks, len(checks) - 1
+                break
             if checks[0].first_seq <= seq <= checks[-1].next_seq and upto <= checks[-1].next_seq:
                 return checks, max(at for at, check in enumerate(checks) if check.first_seq <= seq)
-        assert seq is not None
         checks = self._openings[-1]
         first, end, info = checks[0].first_seq, checks[-1].next_seq, checks[0].info
         problems = [problem for check in checks for problem in check.problems]
+        if seq is None and not problems:
+            return checks, len(checks) - 1
+        if seq is None:
+            raise NoSuchMoment(
+                f"the last frame of stream {self._word!r} cannot be used: {problems[0]}; ask for a seq from {first} "
+                f"to {end}"
+            )
         missing = max(seq, upto) if seq >= first else seq
         if missing > end:
             why = f"its recorded frames end before frame {end}"
