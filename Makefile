@@ -54,7 +54,7 @@ chaos: $(READY)  ## Kill the server and break connections under load; compare ou
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 
 clean:  ## Remove .venv and everything made by the targets above
-	rm -rf $(VENV) demo-out examples-out build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find benchmarks clients engine examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
