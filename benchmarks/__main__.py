@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     known = [*MEASUREMENTS, *SEPARATE]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what serving costs.")
-    help_of_rows = f"{', '.join(known)}; default: all but {' and '.join(SEPARATE)}"
+    help_of_rows = f"{', '.join(known)}; default: all but the last {len(SEPARATE)}"
     parser.add_argument("rows", nargs="*", metavar="ROW", help=help_of_rows)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="measure your own model; gives no verdicts")
     parser.add_argument("--quick", action="store_true", help="try everything in about a minute; no verdicts")

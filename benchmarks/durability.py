@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.connection import BareConnection
+from benchmarks.connection import BareConnection, NotServed
 from benchmarks.load import Inputs, open_loop, open_streams
 from benchmarks.measurement import Bench, Row, interleave, ratio
 from benchmarks.reference import BenchmarkModel, check_and_close
@@ -28,6 +28,8 @@ from benchmarks.rows import (
 )
 from instep_client import Client
 
+VERIFIED_WITHIN_S: Final = 60.0
+"""After the load; a verifier that takes longer is stuck or has ended."""
 THRESHOLDS: Final = {"commit": 0.8, "fsync": 0.5}
 """The least throughput, as a share of `memory`'s."""
 _SYNCS: Final = 20
@@ -77,8 +79,10 @@ def verify_live(bench: Bench) -> list[Row]:
         return p99_ms(times)
 
     def verified_ms(endpoint: str) -> float:
-        measured = served_ms(endpoint)
+        measured, began = served_ms(endpoint), time.monotonic()
         while not _is_all_verified(endpoint):  # before the other side is measured
+            if time.monotonic() - began > VERIFIED_WITHIN_S:
+                raise NotServed(f"what was recorded is not verified within {VERIFIED_WITHIN_S:g} s")
             time.sleep(0.1)
         return measured
 

@@ -51,7 +51,7 @@ def benchmark_page(result: Mapping[str, Any], rows: Sequence[Row]) -> Page:
 
 
 def _verdict(result: Mapping[str, Any], judged: int) -> Marked:
-    if result["passed"] is None:
+    if result["passed"] is None or not judged:
         return Marked("no verdict" if not result["quick"] else "no verdict: --quick is too short for one", "doubt")
     if missed := result["missed"]:
         return Marked(f"{len(missed)} of {judged} thresholds missed", "bad")

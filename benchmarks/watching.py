@@ -15,7 +15,7 @@ from statistics import median
 from typing import Final
 from urllib.request import urlopen
 
-from benchmarks.connection import BareConnection
+from benchmarks.connection import BareConnection, NotServed
 from benchmarks.load import ClosedLoopStreams, Inputs, open_loop, open_streams, round_trips
 from benchmarks.measurement import Bench, Direction, Row, Samples, interleave, ratio
 from benchmarks.reference import BenchmarkModel, check_and_close
@@ -116,7 +116,8 @@ def _row(
 def _running(commands: Sequence[Sequence[str]], settling_s: float) -> Iterator[None]:
     """Programs that watch, on a terminal of their own that somebody reads."""
     screen, terminal = pty.openpty()
-    threading.Thread(target=_read_all, args=(screen,), daemon=True).start()
+    reader = threading.Thread(target=_read_all, args=(screen,), daemon=True)
+    reader.start()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     watching = [
         subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
@@ -125,13 +126,14 @@ def _running(commands: Sequence[Sequence[str]], settling_s: float) -> Iterator[N
     os.close(terminal)
     try:
         time.sleep(settling_s)
-        if any(process.poll() is not None for process in watching):
-            raise RuntimeError("nobody watches: instep top or the reader of the HTTP endpoint has ended")
         yield
+        if any(process.poll() is not None for process in watching):
+            raise NotServed("nobody watches: instep top or the reader of the HTTP endpoint has ended")
     finally:
         for process in watching:
             process.terminate()
             process.wait()
+        reader.join()
         os.close(screen)
 
 
@@ -145,9 +147,12 @@ def _read_all(screen: int) -> None:
 
 def watch(url: str, *, page: bool) -> None:
     """Scrape every second, and ask for what an open page does, if it is to, until ended."""
+    listening = threading.Thread(target=_listen, args=(url,), daemon=True)
     if page:
-        threading.Thread(target=_listen, args=(url,), daemon=True).start()
+        listening.start()
     for second in range(3600):
+        if page and not listening.is_alive():
+            raise SystemExit("the events have ended")
         _get(url + "/metrics")
         if page and second % 2:
             _get(url + TABLE)
