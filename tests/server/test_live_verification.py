@@ -245,6 +245,15 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
     assert "longer than limit" in line["reason"] or "exceed" in line["reason"], line
 
 
+async def test_a_checker_that_never_reports_is_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "command", lambda file, start: [sys.executable, "-c", "input()"])
+    async with running(EARS, folder=folder, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+        await until(lambda: found(server).lag_s > 2)
+        assert (found(server).state, found(server).frames_total) == ("checking", 0)
+
+
 async def test_a_checker_that_hangs_holds_nobody_up(
     folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

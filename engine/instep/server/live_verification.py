@@ -81,6 +81,7 @@ class LiveVerification:
         )
         guarding = asyncio.create_task(self._guard(process, f"{file}-wal"))
         found.pid = process.pid
+        found.began_s = found.began_s or time.monotonic()
         self._service.log.info("verifying", file=str(file), pid=process.pid)
         try:
             assert process.stdout is not None

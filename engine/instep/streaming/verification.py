@@ -55,11 +55,14 @@ class Verification:
     reported_lag_s: float = 0.0
     reported_s: float = 0.0
     """When the lag was last reported, of the monotonic clock; 0 before the first report."""
+    began_s: float = 0.0
+    """When the first process began, of that clock: one that never reports anything is behind, too."""
 
     @property
     def lag_s(self) -> float:
         """Seconds since the oldest frame that is not checked yet was committed, as far as is known."""
-        silent_s = time.monotonic() - self.reported_s if self.reported_s else 0.0
+        heard_s = self.reported_s or self.began_s
+        silent_s = time.monotonic() - heard_s if heard_s else 0.0
         return self.reported_lag_s + (silent_s if silent_s > _QUIET_S else 0.0)
 
     @property
