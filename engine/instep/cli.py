@@ -155,8 +155,9 @@ def verify(
 ) -> None:
     """Replay a recording and compare every output, bit for bit where the machine allows it.
 
-    With --follow, --json prints an object a second, and a last one with `"final": true`. Exit status 0: everything was
-    checked and matched. 1: something differs. 2: it could not be checked.
+    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. With --follow,
+    everything that was compared matched, and the last line counts what was not compared; --json prints an object a
+    second, and a last one with `"final": true`.
     """
     if for_s is not None and not follow:
         raise typer.BadParameter("it goes with --follow", param_hint="--for")
