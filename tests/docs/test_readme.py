@@ -51,7 +51,9 @@ def test_its_commands_and_its_code_run_as_written(tmp_path: Path) -> None:
     (tmp_path / "network.py").write_text(own_network)
     saved = run(["python", "network.py"], tmp_path)
     assert saved.returncode == 0, saved.stderr
-    serve_own[serve_own.index("--record") + 1] = str(tmp_path / "streams.instep")
+    same = run(["instep", "model", "check", "my-network", "--against", "network.py:net"], tmp_path)
+    assert same.returncode == 0, same.stdout + same.stderr
+    serve_own[serve_own.index("--record") + 1] = str(tmp_path)
     checked = run([*serve_own, "--endpoint", f"ipc://{tmp_path}/s", "--check"], tmp_path)
     assert checked.returncode == 0, checked.stderr
 

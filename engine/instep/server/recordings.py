@@ -48,8 +48,8 @@ def recording_file(config: Config, name: str, models: int) -> Path | None:
         return place
     if not place.is_dir():
         raise RecordingError(
-            f"{place} is not a folder, and {models} models are recorded, each in a file of its own: name a folder that "
-            "exists"
+            f"{place} is not a folder, and each of several models, or versions of one, is recorded in a file of its "
+            "own: start the server with --record FOLDER, a folder that exists"
         )
     if "/" in name or len(name.encode()) > _MOST_BYTES:
         raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
