@@ -88,7 +88,7 @@ class ModelsCall(Question[list[ServedModel]]):
 
 
 class ModelsChange(ModelsCall):
-    """What changes the server's models must not be asked for twice."""
+    """A request that changes the server's models must not be sent twice."""
 
     def lost(self) -> bool:
         """Nobody can tell whether it was done."""

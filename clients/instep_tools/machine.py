@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
-    """What `machine` returned, as the start of a sentence, without the versions."""
+    """The machine as the start of a sentence, without versions; takes the result of `machine`."""
     return f"{found['processor']} ({found['machine']}), {found['cores']} cores, {found['system']}"
 
 

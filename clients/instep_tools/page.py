@@ -72,7 +72,7 @@ class Table:
     numbers: Sequence[str] = ()
     """Headings of columns that are aligned at the right."""
     rest: str = ""
-    """What the rows are that are left out, in the plural, with what they have in common."""
+    """A plural noun for the rows left out, and what they have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Page:
     verdict: Marked
     """A few words, in large letters."""
     summary: str
-    """What the verdict rests on, in a sentence or two."""
+    """The grounds of the verdict, in a sentence or two."""
     sections: Sequence[PageSection]
     conditions: Mapping[str, str]
     """The exact command, and what else a reader needs to know of the run; machine and versions are added."""

@@ -26,7 +26,7 @@ class Place(IntEnum):
 
 
 class Streams(IntEnum):
-    """What becomes of the streams of a model that is swapped."""
+    """The ways to treat the open streams of a model that is swapped."""
 
     KEEP = 0
     MOVE = 1
@@ -34,7 +34,7 @@ class Streams(IntEnum):
 
 
 class SwapPolicy(NamedTuple):
-    """What becomes of the streams of a model that is swapped: `keep`, `move` or `replay:N`."""
+    """How to treat the open streams of a model that is swapped: `keep`, `move` or `replay:N`."""
 
     streams: Streams
     frames: int = 0

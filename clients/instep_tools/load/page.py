@@ -1,4 +1,4 @@
-"""What a load test found, as the content of a page."""
+"""The results of a load test as the content of a page."""
 
 from __future__ import annotations
 

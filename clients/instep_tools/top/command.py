@@ -31,7 +31,7 @@ MOST_STREAMS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Top:
-    """What is looked at, and how."""
+    """The options of the command."""
 
     endpoint: str
     """tcp:// or ipc:// for ZeroMQ, http:// or https://."""
@@ -76,7 +76,7 @@ def source_of(what: Top) -> Source:
 
 
 class _Watch:
-    """What was seen so far."""
+    """One run of the command: its newest snapshots and its view."""
 
     def __init__(self, source: Source, what: Top) -> None:
         self._source = source

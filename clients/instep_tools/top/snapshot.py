@@ -1,4 +1,4 @@
-"""What `top` shows, however it was asked for."""
+"""The data that `top` shows, from either transport."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ObservedStream(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelTotals:
-    """What is known of each model of the server."""
+    """One entry for each model of the server."""
 
     name: str
     streams: int
@@ -129,7 +129,7 @@ def select(streams: Iterable[ObservedStream], query: StreamQuery) -> tuple[list[
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRates:
-    """What happened each second between two snapshots."""
+    """Rates per second between two snapshots."""
 
     frames: Mapping[str, float]
     """Frames by model."""

@@ -1,4 +1,4 @@
-"""What the user has chosen with keys: the query, and what is shown of it."""
+"""The view that the user has chosen with keys."""
 
 from __future__ import annotations
 

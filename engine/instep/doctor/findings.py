@@ -1,4 +1,4 @@
-"""What the doctor has found: facts in sections, warnings and problems, as text or JSON."""
+"""The findings of the doctor: facts in sections, warnings and problems, as text or JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would be served: the configuration, the models with their certification, the endpoint."""
+"""Facts about the server that would start: configuration, certified models, endpoint."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ GRAPHS: Final = {
 
 
 _FILES: Final = (WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values() if kind.graph_file))
-"""What may be in a model folder next to `model.yaml`."""
+"""Files that a model folder may hold next to `model.yaml`."""
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -145,7 +145,7 @@ def _holds(found: Inspection) -> str:
 
 
 def facts(found: Overview) -> dict[str, str]:
-    """What there is to say of a recording, in words."""
+    """A summary of a recording in words."""
     return {
         "file": found.file,
         "began": found.began,

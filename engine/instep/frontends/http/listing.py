@@ -29,7 +29,7 @@ _ASLEEP: Final = 2**40
 """Added to the number of a stream that hibernates: it comes behind those in memory, whose numbers are their slots."""
 
 Key: TypeAlias = tuple[int, int] | str
-"""What a page is sorted by, ascending: value and number of a stream, or its name."""
+"""The sort key of a page, ascending: value and number of a stream, or its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query
 
 
 def _values(service: ModelService, rates: FrameRates, query: Query, slots: I64) -> I64:
-    """What streams are sorted by, rising: int64 [N]."""
+    """The sort keys of streams, rising: int64 [N]."""
     table = service.engine.table
     match query.sort:
         case "seq":

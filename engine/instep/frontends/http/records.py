@@ -1,4 +1,4 @@
-"""What there is to say of one stream: where it is, how far it is, and how fast."""
+"""The record of one stream: its state, its next seq and its rate."""
 
 from __future__ import annotations
 

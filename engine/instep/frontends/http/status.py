@@ -1,4 +1,4 @@
-"""What a server and its models do now: readiness, and the object of /api/stats."""
+"""The current status of a server and its models: readiness, and the object of /api/stats."""
 
 from __future__ import annotations
 
