@@ -28,10 +28,10 @@ from instep.runtime.stepper import Stepper
 from instep.server.limits import LimitsError
 from instep.server.loop import Loop
 from instep.server.moving import begin_replay, check_sizes, settle
-from instep.server.preparation import CannotServe, Version, prepare_another, versions
+from instep.server.preparation import CannotServe, Prepared, Version, prepare_another, versions
 from instep.server.recordings import next_recording, open_recording, present_recording, record, recording_file
 from instep.server.server import Server
-from instep.server.services import lay_foundation, make_served, make_service
+from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal
 from instep.streaming.recovery import Recovery
@@ -242,8 +242,8 @@ class Loader:
         if former is not None and policy.streams is not Streams.KEEP:
             check_sizes(former, prepared.network, policy)
             moved = former.service
-        tables = None if moved is None else moved.engine.tables
-        foundation = lay_foundation(config, prepared, forks=False, tables=tables)
+        with _short_turns():
+            foundation = await self._in_thread(partial(self._lay_foundation, prepared, moved))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
         if file is not None and former is None:
             file = present_recording(file, prepared.model.fingerprint)
@@ -259,6 +259,11 @@ class Loader:
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
         return _Made(make_served(config, foundation, service), foundation.stepper, opened)
+
+    def _lay_foundation(self, prepared: Prepared, moved: ModelService | None) -> Foundation:
+        prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
+        tables = None if moved is None else moved.engine.tables
+        return lay_foundation(self._server.config, prepared, forks=False, tables=tables)
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         """Do what takes long beside the loop; the end of the server does not wait for it."""
