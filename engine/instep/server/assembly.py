@@ -19,7 +19,7 @@ from instep.frontends.zmq.router import CannotBind, Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.server.execution import steps_in_process
+from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.limits import EffectiveLimits, LimitsError
 from instep.server.loading import Loader
 from instep.server.loop import Loop
@@ -92,7 +92,7 @@ def _make_server(
     # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
     polls = all(foundation.forks for foundation in foundations)  # a thread that steps would lack the interpreter's lock
-    loop = Loop(config.engine.busy_poll_us * 1000 if polls else 0, shutdown.bug)
+    loop = Loop(busy_poll_ns(config) if polls else 0, shutdown.bug)
     frontend = _frontend(config, router, foundations[0].limits, loop, log)
     loop.frontends = [frontend]
     services: list[ModelService] = []
