@@ -233,6 +233,8 @@ class RowWriter:
             return False  # the first rows after a restart wait for the first commit
         for _ in self._trimming:
             return True
+        if not self.retention.is_limited:
+            return False
         position = self.retention.due(self._whole_checkpoints(), self.trimmed, now_ns, self._used_bytes())
         if not position:
             return False
@@ -298,9 +300,8 @@ class RowWriter:
     def commit(self) -> None:
         """Make everything written so far durable and visible to readers."""
         if self._in_transaction:
-            self._database.execute("DELETE FROM newest")
             row = (self.position, self._state_rows)
-            self._database.execute("INSERT INTO newest VALUES (?, ?, ?)", (*row, row_crc(*row)))
+            self._database.execute("UPDATE newest SET position = ?, states = ?, crc = ?", (*row, row_crc(*row)))
             self._database.execute("COMMIT")
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES

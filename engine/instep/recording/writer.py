@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from json import dumps
 from pathlib import Path
 from typing import Final
@@ -65,6 +66,7 @@ class RecordingWriter(RowWriter):
             f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
         self._guard.execute("SELECT count(*) FROM header").fetchone()
+        self._wal_name = f"{path}-wal"
         super().__init__(path, database, header, position, retention)
 
     @classmethod
@@ -150,8 +152,10 @@ class RecordingWriter(RowWriter):
             RecordingError: when the file or its WAL was moved or removed.
         """
         super().commit()
-        wal = Path(f"{self.path}-wal")
-        there = (wal.stat().st_dev, wal.stat().st_ino) if wal.exists() else None
+        there = None
+        with suppress(FileNotFoundError):
+            found = os.stat(self._wal_name)
+            there = (found.st_dev, found.st_ino)
         self._wal = there if self._wal is None else self._wal
         if not self._lock.is_recording_in_place() or there != self._wal:
             raise RecordingError(

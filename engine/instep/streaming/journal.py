@@ -72,6 +72,8 @@ class Journal:
         """Requests that wait for the recorder."""
         self._committing = Waiters()
         """Everything else that does."""
+        self._releases = 0
+        """Releases that come behind coroutines that waited."""
 
     def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool, replayed_ns: int = 0) -> None:
         """Record from now on.
@@ -122,10 +124,18 @@ class Journal:
     def advance(self, lsn: int) -> None:
         """Everything up to this lsn is committed; called on the loop's thread."""
         self._committed = lsn
+        if not (self._committing or self._durable or self._releases):
+            self._release(lsn)
+            return
         self._committing.check()
         self._durable.check()
         # Coroutines that waited run first: what they answer precedes the outputs of later frames.
-        asyncio.get_running_loop().call_soon(self._release, lsn)
+        self._releases += 1
+        asyncio.get_running_loop().call_soon(self._release_behind, lsn)
+
+    def _release_behind(self, lsn: int) -> None:
+        self._releases -= 1
+        self._release(lsn)
 
     def _release(self, lsn: int) -> None:
         if self._waits:
