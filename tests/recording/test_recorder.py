@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.recorder import SMALL_ROWS_PER_BATCH, Recorder, Write
+from instep.recording.recorder import LATE_S, SMALL_ROWS_PER_BATCH, Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, make_gru, make_header
@@ -56,13 +57,20 @@ class Calls:
         self.failures.append(error)
         self.failed.set()
 
+    def wait_for(self, ticket: int | None) -> None:
+        deadline = time.monotonic() + 60
+        while ticket not in self.durable:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
-def start(path: Path, queue_batches: int = 2) -> tuple[HeldWriter, Recorder, Calls]:
+
+def start(path: Path, queue_batches: int = 2, late_s: float = LATE_S) -> tuple[HeldWriter, Recorder, Calls]:
     writer = HeldWriter.create(path, HEADER)
     assert isinstance(writer, HeldWriter)
     writer.gate = threading.Event()
     calls = Calls()
-    return writer, Recorder(writer, queue_batches, calls.on_room, calls.on_failure, calls.on_durable), calls
+    recorder = Recorder(writer, queue_batches, calls.on_room, calls.on_failure, calls.on_durable, late_s=late_s)
+    return writer, recorder, calls
 
 
 def add(recorder: Recorder, seq: int) -> int:
@@ -101,6 +109,45 @@ def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:
     recorder.stop()
     # The first commit took what was there when the thread woke, the second the rest, the third the end.
     assert writer.commits <= 3
+
+
+def note(recorder: Recorder) -> int:
+    return recorder.put(lambda writer: writer.event(1, "note", None, ""), is_awaited=False)
+
+
+def test_rows_that_nothing_waits_for_are_committed_with_those_that_follow(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", late_s=60)
+    writer.gate.set()
+    calls.wait_for(open_stream(recorder, 1, "a", 7, 0, 1, None))
+    notes = [note(recorder) for _ in range(10)]
+    assert calls.durable == [1]
+    calls.wait_for(stream_event(recorder, 2, "note", 1, 0))
+    assert calls.durable == [1, notes[-1] + 1]
+    hurried = note(recorder)
+    recorder.hurry()
+    calls.wait_for(hurried)
+    note(recorder)
+    recorder.stop()
+    assert calls.durable == [1, notes[-1] + 1, hurried, hurried + 1]
+
+
+def test_rows_that_nothing_waits_for_are_committed_soon_where_nothing_follows(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec")
+    writer.gate.set()
+    calls.wait_for(note(recorder))
+    time.sleep(5 * LATE_S)  # the thread sleeps for as long as nothing happens
+    calls.wait_for(note(recorder))
+    recorder.stop()
+
+
+def test_a_queue_that_is_half_full_waits_no_longer(tmp_path: Path) -> None:
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=4, late_s=60)
+    writer.gate.set()
+    calls.wait_for(open_stream(recorder, 1, "a", 7, 0, 1, None))
+    for _ in range(2):
+        ticket = recorder.put(lambda writer: writer.event(1, "note", None, ""), batches=1, is_awaited=False)
+    calls.wait_for(ticket)
+    recorder.stop()
 
 
 def test_room_is_what_is_not_yet_committed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ Write: TypeAlias = Callable[[RecordingWriter], object]
 
 TRIM_EVERY_S: Final = 1.0
 """How often the age of the history is looked at when nothing is written."""
+LATE_S: Final = 0.02
 SMALL_ROWS_PER_BATCH: Final = 256
 """How many openings, closings and events may wait for each batch that may wait."""
 
@@ -39,6 +40,7 @@ class Recorder:
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
         commit_us: a histogram (`core.histogram`) of what each transaction took, from its first row to its commit.
         on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
+        late_s: how much later than at once rows may be committed that nothing waits for.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Recorder:
         on_durable: Callable[[int], None],
         commit_us: I64 | None = None,
         on_trimmed: Callable[[int], None] = lambda position: None,
+        late_s: float = LATE_S,
     ) -> None:
         self._writer = writer
         self._queue_batches = queue_batches
@@ -58,6 +61,7 @@ class Recorder:
         self._on_durable = on_durable
         self._commit_us = new_histogram() if commit_us is None else commit_us
         self._on_trimmed = on_trimmed
+        self._late_s = late_s
         self.wants_checkpoint = False
         """Whether a checkpoint is needed, so that the history before it can be trimmed later."""
         self._is_trimming = True
@@ -68,6 +72,10 @@ class Recorder:
         self._batches = 0
         self._small_rows = 0
         self._was_full = False
+        self._is_awaited = False
+        """Whether something waits for the rows that wait."""
+        self._is_asleep = False
+        """Whether the thread has to be woken even for rows that nothing waits for."""
         self._stopping = False
         self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="instep-recorder", daemon=True)
@@ -84,7 +92,9 @@ class Recorder:
         """The error that ended the recording, if one did."""
         return self._failed
 
-    def put(self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0) -> int:
+    def put(
+        self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
+    ) -> int:
         """Have the writer append something.
 
         Args:
@@ -92,6 +102,8 @@ class Recorder:
             rows: how many positions that takes.
             batches: how many of them are inputs of a batch.
             small_rows: how many openings, closings, events and states it holds.
+            is_awaited: whether something waits until it is committed. Otherwise it may be committed together with what
+                comes next, within `late_s`, unless the queue is half full or `hurry` is called.
 
         Returns:
             The ticket of the last of these rows.
@@ -109,8 +121,17 @@ class Recorder:
             self._small_rows += small_rows
             self._was_full = self._was_full or self.room <= 0
             self._ticket += rows
-            self._changed.notify()
+            self._is_awaited |= is_awaited or 2 * self._batches >= self._queue_batches
+            if self._is_awaited or self._is_asleep:
+                self._changed.notify()
             return self._ticket
+
+    def hurry(self) -> None:
+        """Something waits for rows that nothing waited for when they were put."""
+        with self._changed:
+            if self._queue and not self._is_awaited:
+                self._is_awaited = True
+                self._changed.notify()
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Write and commit what waits, close the file and end the thread; look at `failed` afterwards.
@@ -141,9 +162,9 @@ class Recorder:
     def _write_what_waits(self) -> bool:
         """Wait for work and commit it as one transaction; False when stopped and nothing waits."""
         with self._changed:
-            if not self._queue and not self._stopping and not self._is_trimming:
-                self._changed.wait(self._trim_every_s)
-            writes, self._queue = self._queue, []
+            if not (self._is_awaited or self._stopping or self._is_trimming):
+                self._wait()
+            writes, self._queue, self._is_awaited = self._queue, [], False
             batches, small_rows = self._batches, self._small_rows
             if not writes and self._stopping:
                 return False
@@ -152,6 +173,13 @@ class Recorder:
             self._write(writes, batches, small_rows)
         self._trim(self._writer.position - before)
         return True
+
+    def _wait(self) -> None:
+        """Wait until there is something to do."""
+        if not self._changed.wait(self._late_s) and not self._queue:
+            self._is_asleep = True
+            self._changed.wait(self._trim_every_s)
+            self._is_asleep = False
 
     def _write(self, writes: list[Write], batches: int, small_rows: int) -> None:
         began_ns = time.monotonic_ns()

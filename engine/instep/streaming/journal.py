@@ -145,11 +145,17 @@ class Journal:
     async def durable(self, lsn: int) -> None:
         """Return once a reply may rest on the record of this lsn."""
         if self._waits:
+            self._hurry(lsn)
             await self._durable.until(lambda: lsn <= self._committed)
 
     async def committed(self, lsn: int) -> None:
         """Return once the recording holds the record of this lsn, whether replies wait or not."""
+        self._hurry(lsn)
         await self._committing.until(lambda: lsn <= self._committed)
+
+    def _hurry(self, lsn: int) -> None:
+        if lsn > self._committed and self._recorder is not None:
+            self._recorder.hurry()
 
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,15 +175,17 @@ class Journal:
 
     def _batch(self, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
         time_ns = time.time_ns()
-        return self._put(lambda writer: writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1)
+        return self._put(
+            lambda writer: writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1, is_awaited=self._waits
+        )
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
-        """The batch of that lsn was computed."""
+        """The batch of that lsn was computed. Replies rest on its inputs, so nothing waits for this record."""
         if self._recorder is None or lsn == NEVER:
             return
         self.computed_ns += computed_ns
         time_ns, y = time.time_ns(), self._tables.y[rows]
-        self._put(lambda writer: writer.add_outputs(time_ns, lsn, y))
+        self._put(lambda writer: writer.add_outputs(time_ns, lsn, y), is_awaited=False)
 
     def failed(self, lsn: int, detail: str) -> int:
         """The step of that lsn failed: none of its frames was applied."""
@@ -285,10 +293,14 @@ class Journal:
     def _put_rows(self, count: int, write: Write) -> int:
         return self._put(write, rows=count, small_rows=count)
 
-    def _put(self, write: Write, **counts: int) -> int:
+    def _put(
+        self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
+    ) -> int:
         assert self._recorder is not None
         try:
-            self.newest = self._recorder.put(write, **counts)
+            self.newest = self._recorder.put(
+                write, rows=rows, batches=batches, small_rows=small_rows, is_awaited=is_awaited
+            )
         except RecordingError:
             self.newest = NEVER
         return self.newest
