@@ -73,6 +73,13 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint")
+def test_the_linter_finds_nothing_in_the_dockerfile() -> None:
+    words = ["hadolint", "--no-color", str(DEPLOY / "Dockerfile")]
+    found = subprocess.run(words, text=True, capture_output=True, timeout=60, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
 def test_the_image_is_built_of_files_that_exist_and_are_sent_to_the_builder() -> None:
     patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] not in ("", "#")]
     copied = [path for line in instructions("COPY") if "--from" not in line for path in line.split()[:-1]]
