@@ -41,9 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("heavy") is None)  # so that none of the longest begins last
 
 
-def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()  # a million objects of modules and tests, which every full collection would look at again
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    gc.disable()  # a million objects of modules and tests stay: looking for garbage among them would take a while
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
