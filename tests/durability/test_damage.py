@@ -20,6 +20,8 @@ from instep.recording.writer import RecordingWriter
 from tests.support.disk import lay_out
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
+pytestmark = pytest.mark.heavy
+
 PLACES = 260
 """In each of two recordings."""
 WAL_PLACES = 100

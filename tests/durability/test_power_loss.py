@@ -19,6 +19,8 @@ from instep_client.protocol.wire import Code
 from tests.support.disk import Disk, Operation, after_power_loss, lay_out
 from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engine, story_header
 
+pytestmark = pytest.mark.heavy
+
 ROUNDS = 60
 CRASHES = 220
 WAL_BYTES = 400_000

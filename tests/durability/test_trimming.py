@@ -18,6 +18,8 @@ from tests.support.disk import Disk, Operation, after_power_loss, lay_out, writt
 from tests.support.models import SMALL, whole
 from tests.support.story import Story, assert_restored, new_engine, story_header
 
+pytestmark = pytest.mark.heavy
+
 ROUNDS = 90
 KILLS, LOSSES = 120, 60
 KEPT = Retention(keep_ns=120_000)
