@@ -89,8 +89,8 @@ def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
 
 def test_its_commands_run_as_written(folder: Path) -> None:
     importing, checking, _ = COMMANDS
-    shutil.rmtree(folder / "talk", ignore_errors=True)
-    assert run(["python", "talk.py"], folder).returncode == 0
+    if not (folder / "talk").exists():
+        assert run(["python", "talk.py"], folder).returncode == 0
     imported = run(importing, folder)
     words = "copy: 40 features → layer norm → LSTM 128 × 2 layers → dense 10\n"
     assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
