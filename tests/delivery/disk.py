@@ -154,15 +154,15 @@ class MemoryReader(RecordingReader):
         rows = [row for row in rows if table != "events" or row[4] == OWNER_EVENT]
         return rows[-1][:-1] if rows else None
 
-    def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[Row]:
+    def row_lists(self, table: str, first: int = 1, last: int | None = None) -> Iterator[list[Row]]:
         until = 2**63 - 1 if last is None else last
         if table in HISTORY:
             until = min(until, self.last_position)
-        for key, row in sorted(self._image[table].items()):
-            if first <= key <= until:
-                if not recording_file.row_is_sound(table, row):  # type: ignore[attr-defined]  # where a mutant replaces it
-                    raise self.damaged(f"the row {key} (of {table}) does not match its CRC")
-                yield row[:-1]
+        found = [(key, row) for key, row in sorted(self._image[table].items()) if first <= key <= until]
+        for key, row in found:
+            if not recording_file.sound_rows(table, [row]):  # type: ignore[attr-defined]  # where a mutant replaces it
+                raise self.damaged(f"the row {key} (of {table}) does not match its CRC")
+        yield [row[:-1] for _, row in found]
 
 
 class MemoryWriter(RecordingWriter):

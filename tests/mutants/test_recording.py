@@ -16,7 +16,7 @@ from instep.recording import commands
 from instep.recording.file import RecordingFile
 from instep.recording.lock import WriterLock
 from instep.recording.records import refuse_other_engine
-from instep.recording.schema import RecordingHeader, row_is_sound
+from instep.recording.schema import RecordingHeader, sound_rows
 from instep.recording.writer import RecordingWriter, _set_up
 from tests.recording import test_commands, test_records, test_resume, test_writer
 from tests.support.broken_rules import BrokenRule, check_is_found
@@ -69,8 +69,8 @@ def fsync_syncs_the_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 RULES = (
     BrokenRule(
         "a row that does not match its checksum is read",
-        row_is_sound,
-        lambda original, table, row: True,
+        sound_rows,
+        lambda original, table, rows: len(rows),
         [test_commands.test_check_of_damage_and_of_what_is_no_recording],
     ),
     BrokenRule(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from instep.recording.errors import RecordingError
-from instep.recording.schema import RecordingHeader, row_crc, row_is_sound
+from instep.recording.schema import RecordingHeader, row_crc, sound_rows
 from tests.support.recordings import make_header
 
 DESCRIPTION: dict[str, Any] = {
@@ -105,5 +105,7 @@ def test_header_with_a_missing_row_is_refused() -> None:
 )
 def test_rows_hold_what_their_columns_declare(row: tuple[Any, ...], sound: bool) -> None:
     crc = row_crc(*(column if not isinstance(column, float) else 3 for column in row))
-    assert row_is_sound("events", (*row, crc)) is sound
-    assert not row_is_sound("events", (*row, crc + 1))
+    good = (1, 2, None, None, "kind", "", None, row_crc(1, 2, None, None, "kind", "", None))
+    assert sound_rows("events", [(*row, crc)]) == sound
+    assert sound_rows("events", [good, good, (*row, crc), good]) == (4 if sound else 2)
+    assert sound_rows("events", [good, (*row, crc + 1), good]) == 1

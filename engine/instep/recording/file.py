@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import quote
@@ -24,15 +26,18 @@ from instep.recording.schema import (
     TABLES,
     RecordingHeader,
     create_statements,
-    row_is_sound,
+    sound_rows,
 )
 
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 """The exceptions of Python's sqlite3 on a damaged file."""
 
-_LARGE: Final = ("batches", "outputs", "states")
-_AT_ONCE: Final = {True: 64, False: 1024}
-"""Rows that are read in one transaction: of tables whose rows are large, and of the others."""
+_ROWS_AT_ONCE: Final = 1024
+"""Rows that are read in one transaction at most."""
+_BYTES_AT_ONCE: Final = 2**19
+"""A transaction ends after about as many bytes of blobs."""
+_ROWS_A_LOOK: Final = 16
+"""Rows that are read before their bytes are counted."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
@@ -125,16 +130,18 @@ class RecordingFile(Closing):
     def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[tuple[Any, ...]]:
         """Checked rows of a table without their CRC, by their key; of the history at most up to `last_position`.
 
-        They are read some at a time: a transaction that lasts would keep the WAL from being reused.
-
         Raises:
             RecordingError: also when the history was trimmed since this opened.
         """
+        return chain.from_iterable(self.row_lists(table, first, last))
+
+    def row_lists(self, table: str, first: int = 1, last: int | None = None) -> Iterator[list[tuple[Any, ...]]]:
+        """The same in lists, each read in one transaction: one that lasts would keep the WAL from being reused."""
         keys = ("stream", "position") if table == "states" else (next(iter(TABLES[table])),)
         columns = ", ".join((*TABLES[table], "crc"))
         key, order = keys[0], ", ".join(keys)
         query = f"SELECT {columns} FROM {table} WHERE ({order}) > ({', '.join('?' * len(keys))}) AND {key} <= ? "
-        query += f"ORDER BY {order} LIMIT {_AT_ONCE[table in _LARGE]}"
+        query += f"ORDER BY {order} LIMIT {_ROWS_AT_ONCE}"
         until = 2**63 - 1 if last is None else last
         if table in HISTORY:
             until = min(until, self.last_position)
@@ -143,23 +150,28 @@ class RecordingFile(Closing):
             rows, error = self._fetch(query, (*before, until))
             if table in HISTORY:
                 self._check_trimmed()
-            for row in rows:
-                at = row[: len(keys)]
-                if not row_is_sound(table, row) or at <= before:
-                    raise self.damaged(f"the row at {key} {row[0]} (of {table}) does not match its CRC")
-                before = at
-                yield row[:-1]
+            found = [row[: len(keys)] for row in rows[: sound_rows(table, rows)]]
+            sound = [*map(operator.lt, [before, *found], found), False].index(False)
+            if sound:
+                yield [row[:-1] for row in rows[:sound]]
+                before = found[sound - 1]
+            if sound < len(rows):
+                raise self.damaged(f"the row at {key} {rows[sound][0]} (of {table}) does not match its CRC")
             if error is not None:
                 raise self.damaged(f"the rows after {key} {before[0]} (of {table}) cannot be read: {error}")
             if not rows:
                 return
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end, or up to the error that ended it."""
+        """The rows of a query up to its end, to the error that ended it, or to about `_BYTES_AT_ONCE`."""
         rows: list[tuple[Any, ...]] = []
+        size = count = 0
         try:
-            for row in self._database.execute(query, values):
-                rows.append(row)  # noqa: PERF402 - the rows before an error count
+            with closing(self._database.execute(query, values)) as cursor:
+                while len(rows) == count and size < _BYTES_AT_ONCE:
+                    count += _ROWS_A_LOOK
+                    rows.extend(islice(cursor, _ROWS_A_LOOK))  # those before an error are kept
+                    size += _ROWS_A_LOOK * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
         except UNREADABLE as error:
             return rows, error
         return rows, None
@@ -178,7 +190,7 @@ class RecordingFile(Closing):
         rows, error = self._fetch(query, (stream,))
         if error is not None:
             raise self.damaged(f"the rows of stream {stream} (of {table}) cannot be read: {error}")
-        if rows and not row_is_sound(table, rows[0]):
+        if sound_rows(table, rows) < len(rows):
             raise self.damaged(f"a row of stream {stream} (of {table}) does not match its CRC")
         return rows[0][:-1] if rows else None
 

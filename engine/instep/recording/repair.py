@@ -26,7 +26,7 @@ from instep.recording.schema import (
     REPAIRED_EVENT,
     TABLES,
     RecordingHeader,
-    row_is_sound,
+    sound_rows,
 )
 
 Row: TypeAlias = tuple[Any, ...]
@@ -103,7 +103,7 @@ class _Salvage:
         before = 0
         try:
             for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}"):
-                if not row_is_sound(table, row):
+                if not sound_rows(table, [row]):
                     self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
                     return
                 before = row[0]

@@ -90,12 +90,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
-from itertools import product
+from functools import partial
+from itertools import groupby, islice, repeat
 from struct import Struct
-from typing import Any, Final, Literal, TypeAlias, get_origin, get_type_hints
+from struct import error as StructError
+from typing import Any, Final, Literal, TypeAlias, cast, get_origin, get_type_hints
 
 from instep.recording.errors import RecordingError
 from instep_client.protocol.state_spec import StateSpec
@@ -197,23 +199,37 @@ COUNTED: Final = ("openings", "closings", "events")
 """The tables whose rows a checkpoint counts."""
 
 _RENUMBERED: Final = " with other numerics"
-_PYTHON_TYPES: Final = {"INTEGER": int, "TEXT": str, "BLOB": bytes}
-
-
-def _types(declared: str) -> tuple[type, ...]:
-    """The Python types of a column that is declared so: it may be NULL where nothing follows its type."""
-    kind, *constraints = declared.split()
-    return (_PYTHON_TYPES[kind],) if constraints else (_PYTHON_TYPES[kind], type(None))
-
-
-_TYPES: Final = {table: set(product(*map(_types, columns.values()))) for table, columns in TABLES.items()}
-"""All types that the columns of a row may have together, by table."""
 _BYTES: Final[dict[type, Callable[[Any], bytes]]] = {
     int: Struct("<q").pack,
     str: str.encode,
     bytes: bytes,
     type(None): lambda _: b"",
 }
+
+
+def _encoders(columns: dict[str, str]) -> list[tuple[int, Callable[..., Any]]]:
+    """How the CRC sees a row: the number of columns that are encoded together, and the function that encodes them.
+
+    Each function raises TypeError or struct.error for values of another type than the columns declare.
+    """
+    found: list[tuple[int, Callable[..., Any]]] = []
+    one: dict[str, Callable[[Any], Any]] = {"INTEGER": _BYTES[int], "TEXT": str.encode, "BLOB": memoryview}
+    for (kind, *constraints), group in groupby(columns.values(), lambda declared: (*declared.split()[:2],)):
+        count = len(list(group))
+        if not constraints:
+            found += [(1, partial(_encode_nullable, one[kind]))] * count
+        elif kind == "INTEGER":
+            found.append((count, Struct(f"<{count}q").pack))
+        else:
+            found += [(1, one[kind])] * count
+    return found
+
+
+def _encode_nullable(encode: Callable[[Any], Any], value: Column) -> Any:
+    return b"" if value is None else encode(value)
+
+
+_ENCODERS: Final = {table: _encoders(columns) for table, columns in TABLES.items()}
 
 
 def owner_detail(former_epoch: int, seq: int, renumbered: bool = False) -> str:
@@ -335,7 +351,18 @@ def row_crc(*columns: Column) -> int:
     return zlib.crc32(b"".join([_BYTES[type(column)](column) for column in columns]))
 
 
-def row_is_sound(table: str, row: tuple[Any, ...]) -> bool:
-    """Whether a row of a table, its CRC last, holds what its columns declare and matches its CRC."""
-    columns = row[:-1]
-    return tuple(map(type, columns)) in _TYPES[table] and bool(row[-1] == row_crc(*columns))
+def sound_rows(table: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    """How many rows of a table, up to the first that is not sound.
+
+    A row, its CRC last, is sound if it holds what its columns declare and matches its CRC.
+    """
+    if not rows:
+        return 0
+    columns, found = zip(*rows, strict=True), cast(Iterable[int], repeat(0))
+    try:
+        for count, encode in _ENCODERS[table]:
+            found = map(zlib.crc32, map(encode, *islice(columns, count)), found)
+        pairs = list(zip(found, *columns, strict=False))
+    except (TypeError, StructError):  # the value of one row is of a wrong type
+        return 0 if len(rows) == 1 else next(at for at, row in enumerate(rows) if not sound_rows(table, [row]))
+    return next((at for at, (crc, recorded) in enumerate(pairs) if crc != recorded), len(rows))
