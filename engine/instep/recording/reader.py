@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from instep.core.typing import I64, U8, Bool
+from instep.recording.errors import DamagedRecording
 from instep.recording.file import RecordingFile
 from instep.recording.records import (
+    BatchGroup,
     Checkpoint,
     RecordedBatch,
     RecordedEngine,
@@ -92,30 +96,46 @@ class RecordingReader(RecordingFile):
                 )
 
     def whole_batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
-        """As `batches`, each as it was stepped.
+        """As `batches`, each as it was stepped."""
+        return chain.from_iterable(group.batches() for group in self.batch_groups(first, last))
+
+    def batch_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
+        """The same, as many at once as are read together.
 
         A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
         """
         first, failed = max(first, self.first_position), set(self._failed)
-        outputs = self.rows("outputs", first)
-        output = next(outputs, None)
-        for row in self.rows("batches", first, last):
-            if row[0] in failed:
-                continue
-            while output is not None and output[2] < first:
-                output = next(outputs, None)
-            if output is not None and output[2] < row[0]:
-                break
-            y = None
-            if output is not None and output[2] == row[0]:
-                y, output = output[3], next(outputs, None)
-            else:
-                self._check_unanswered(row[0], None if output is None else output[2])
-            yield self._batch(row, y)
-        else:
-            if output is None or last is not None or output[2] < first:
-                return
-        raise self.damaged(
+        lists = self.row_lists("outputs", first)
+        outputs: list[tuple[Any, ...]] = []
+        for rows in self.row_lists("batches", first, last):
+            waiting = [row for row in rows if row[0] not in failed]
+            while waiting:
+                outputs = outputs or self._next_outputs(lists, first)
+                pairs = zip(waiting, outputs, strict=False)
+                both = min(len(waiting), len(outputs))
+                count = next((at for at, (row, output) in enumerate(pairs) if row[0] != output[2]), both)
+                if count:
+                    yield self._group(waiting[:count], [output[3] for output in outputs[:count]])
+                    outputs = outputs[count:]
+                else:
+                    computed = outputs[0][2] if outputs else None
+                    if computed is not None and computed < waiting[0][0]:
+                        raise self._misplaced(outputs[0])
+                    until = self.last_position + 1 if computed is None else computed
+                    count = next((at for at, row in enumerate(waiting) if row[0] >= until), len(waiting))
+                    for row in waiting[:count]:
+                        self._check_unanswered(row[0], computed)
+                    yield self._group(waiting[:count], None)
+                waiting = waiting[count:]
+        if last is None and (outputs := outputs or self._next_outputs(lists, first)):
+            raise self._misplaced(outputs[0])
+
+    def _next_outputs(self, lists: Iterator[list[tuple[Any, ...]]], first: int) -> list[tuple[Any, ...]]:
+        """The next rows of `outputs` that are those of batches from position `first` on; none at the end."""
+        return next(filter(None, ([row for row in rows if row[2] >= first] for rows in lists)), [])
+
+    def _misplaced(self, output: tuple[Any, ...]) -> DamagedRecording:
+        return self.damaged(
             f"the outputs at position {output[0]} are said to be those of the batch at position {output[2]}, which "
             "there is not, or not in this order"
         )
@@ -299,25 +319,33 @@ class RecordingReader(RecordingFile):
         position, time_ns, _, frames, reason, state = closing
         return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
 
-    def _batch(self, row: tuple[Any, ...], y: bytes | None) -> RecordedBatch:
-        position, time_ns, bucket, size, streams, seqs, x = row
-        if not 0 < size <= bucket:
-            raise self.damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
-        if bucket not in self._buckets:
-            raise self.damaged(
-                f"the batch at position {position} was stepped in a bucket of {bucket}, which is none of the engine's"
-            )
-        self.check_bytes(streams, size * 4, position)
-        self.check_bytes(seqs, size * 8, position)
-        self.check_bytes(x, size * 4 * self.header.features, position)
-        if y is not None:
-            self.check_bytes(y, size * 4 * self.header.outputs, position)
-        return RecordedBatch(
-            position,
-            time_ns,
-            bucket,
-            np.frombuffer(streams, "<u4"),
-            np.frombuffer(seqs, "<u8"),
-            np.frombuffer(x, "<f4").reshape(size, -1),
-            None if y is None else np.frombuffer(y, "<f4").reshape(size, -1),
+    def _group(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> BatchGroup:
+        positions, times_ns, buckets, sizes, streams, seqs, x = zip(*rows, strict=True)
+        for position, bucket, size in zip(positions, buckets, sizes, strict=True):
+            if not 0 < size <= bucket:
+                raise self.damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
+            if bucket not in self._buckets:
+                raise self.damaged(
+                    f"the batch at position {position} was stepped in a bucket of {bucket}, which is none of the "
+                    "engine's"
+                )
+        starts: I64 = np.cumsum((0, *sizes), dtype=np.int64)
+        features, width = self.header.features, self.header.outputs
+
+        def joined(blobs: Sequence[bytes], dtype: str, values: int) -> npt.NDArray[Any]:
+            item = values * np.dtype(dtype).itemsize
+            if list(map(len, blobs)) != [size * item for size in sizes]:
+                for blob, size, position in zip(blobs, sizes, positions, strict=True):
+                    self.check_bytes(blob, size * item, position)
+            return np.frombuffer(b"".join(blobs), dtype)
+
+        return BatchGroup(
+            positions,
+            times_ns,
+            buckets,
+            starts,
+            joined(streams, "<u4", 1),
+            joined(seqs, "<u8", 1),
+            joined(x, "<f4", features).reshape(-1, features),
+            None if outputs is None else joined(outputs, "<f4", width).reshape(-1, width),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +56,48 @@ class RecordedBatch:
     """float32 [B, features]."""
     y: F32 | None
     """float32 [B, outputs]; None where the engine was killed, or is just now, between its inputs and its outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGroup:
+    """Consecutive steps, as read-only columns: all of them with outputs, or all without."""
+
+    positions: tuple[int, ...]
+    times_ns: tuple[int, ...]
+    buckets: tuple[int, ...]
+    starts: I64
+    """int64 [batches + 1]: where the frames of each batch begin, and where the last ones end."""
+    streams: U32
+    """uint32 [frames]; so are the columns below, see `RecordedBatch`."""
+    seqs: U64
+    x: F32
+    y: F32 | None
+
+    @property
+    def position(self) -> int:
+        """The newest one."""
+        return self.positions[-1]
+
+    def part(self, first: int, last: int) -> BatchGroup:
+        """The batches at indices `first` to `last - 1`."""
+        of, frames = slice(first, last), slice(*self.starts[[first, last]].tolist())
+        return BatchGroup(
+            self.positions[of],
+            self.times_ns[of],
+            self.buckets[of],
+            self.starts[first : last + 1] - self.starts[first],
+            self.streams[frames],
+            self.seqs[frames],
+            self.x[frames],
+            None if self.y is None else self.y[frames],
+        )
+
+    def batches(self) -> Iterator[RecordedBatch]:
+        """One by one."""
+        each = zip(self.positions, self.times_ns, self.buckets, strict=True)
+        for columns, (start, end) in zip(each, pairwise(self.starts.tolist()), strict=True):
+            y = None if self.y is None else self.y[start:end]
+            yield RecordedBatch(*columns, self.streams[start:end], self.seqs[start:end], self.x[start:end], y)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from instep.core.typing import U8
 from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import MARKS, RecordingReader
-from instep.recording.records import RecordedBatch, RecordedEvent
+from instep.recording.records import BatchGroup, RecordedEvent
 from instep.recording.schema import RECOVERED_EVENT
 
 
@@ -36,7 +37,7 @@ class Closed:
     stream: int
 
 
-Item: TypeAlias = Opened | Closed | RecordedBatch | RecordedEvent
+Item: TypeAlias = Opened | Closed | RecordedEvent | BatchGroup
 
 
 class RecordingTail(RecordingReader):
@@ -66,7 +67,8 @@ class RecordingTail(RecordingReader):
     def history(self, first: int) -> Iterator[Item]:
         """What happened from a position on, in order, up to the first batch whose outcome is not known yet.
 
-        Batches that failed are left out. Those whose outputs will never come, because the engine was killed, have none.
+        Batches come in groups, with nothing else between those of a group. Those that failed are left out, and those
+        whose outputs will never come, because the engine was killed, have none.
 
         Raises:
             TrimmedMeanwhile: when the history was trimmed since this opened.
@@ -79,11 +81,25 @@ class RecordingTail(RecordingReader):
         )
         closings = (Closed(row[0], row[2]) for row in self.rows("closings", first))
         killed_before = max((mark.position for mark in self._marks if mark.kind == RECOVERED_EVENT), default=0)
-        items: list[Iterator[Item]] = [openings, closings, self.events(first), self.whole_batches(first)]
-        for item in heapq.merge(*items, key=lambda item: item.position):
-            if isinstance(item, RecordedBatch) and item.y is None and item.position > killed_before:
+        others: Iterator[Opened | Closed | RecordedEvent]
+        others = heapq.merge(openings, closings, self.events(first), key=lambda item: item.position)
+        other = next(others, None)
+        for group in self.batch_groups(first):
+            begin, positions = 0, group.positions
+            end = len(positions) if group.y is not None else bisect(positions, killed_before)
+            while other is not None and other.position < positions[min(end, len(positions) - 1)]:
+                before = bisect(positions, other.position)
+                if begin < before:
+                    yield group.part(begin, before)
+                yield other
+                begin, other = before, next(others, None)
+            if begin < end:
+                yield group.part(begin, end)
+            if end < len(positions):
                 return
-            yield item
+        if other is not None:
+            yield other
+        yield from others
 
     def newest_open(self, most: int) -> list[int]:
         """The numbers of streams that are open, those that opened last, up to `most`; nothing is checked."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -26,7 +27,7 @@ import numpy as np
 from instep.core.typing import I64, U8
 from instep.models.model import Model
 from instep.recording.errors import RecordingError, TrimmedMeanwhile
-from instep.recording.records import RecordedBatch, RecordedEvent, StreamInfo
+from instep.recording.records import BatchGroup, RecordedEvent, StreamInfo
 from instep.recording.schema import CHECKPOINT_EVENT, ENGINE_EVENT, RESET_EVENT, RecordingHeader
 from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
@@ -220,14 +221,12 @@ class Follower:
         return True
 
     def _take(self, item: Item, tail: RecordingTail) -> None:
-        if isinstance(item, RecordedBatch):
-            self._newest_ns = item.time_ns
-            if item.position > self._seen:
-                self.frames_seen += len(item.streams)
+        if isinstance(item, BatchGroup):
+            self._newest_ns = item.times_ns[-1]
+            self.frames_seen += len(item.streams) - int(item.starts[bisect(item.positions, self._seen)])
             numbers, known = item.streams.tolist(), self._known
-            for number, seq in zip(numbers, item.seqs.tolist(), strict=True):
-                if number not in known:
-                    known[number] = self._joined(number, seq, tail)
+            for number in set(numbers).difference(known):
+                known[number] = self._joined(number, int(item.seqs[numbers.index(number)]), tail)
             self._portion.add(item, [known[number] for number in numbers])
         elif isinstance(item, Opened):
             if item.stream not in self._known:

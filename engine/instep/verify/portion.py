@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.frames import Sequences
-from instep.recording.records import RecordedBatch
+from instep.recording.records import BatchGroup
 
 _NOWHERE: Final = -1
 _ALL: Final = 2**62
@@ -43,6 +44,19 @@ class Defect(NamedTuple):
     expected_seq: int
 
 
+class _Frames(NamedTuple):
+    """Frames in the order in which they were stepped, all with outputs or all without."""
+
+    positions: I64
+    seqs: I64
+    x: F32
+    y: F32 | None
+
+    def only(self, wanted: Bool) -> _Frames:
+        y = None if self.y is None else self.y[wanted]
+        return _Frames(self.positions[wanted], self.seqs[wanted], self.x[wanted], y)
+
+
 class Portion:
     """Takes frames in as they were stepped, and gives them out part by part."""
 
@@ -50,28 +64,28 @@ class Portion:
         self.parts: list[FollowedPart] = []
         self.bytes = self.frames = 0
         self._places: list[I64] = []
-        """[B], of each frame, its part."""
-        self._batches: list[RecordedBatch] = []
+        """[N], of each of the frames, its part."""
+        self._frames: list[_Frames] = []
 
-    def add(self, batch: RecordedBatch, parts: list[FollowedPart | None]) -> None:
-        """A batch, and the part that each of its frames belongs to; None for frames that are left out."""
-        for part in parts:
+    def add(self, group: BatchGroup, parts: list[FollowedPart | None]) -> None:
+        """Batches, and the part that each of their frames belongs to; None for frames that are left out."""
+        positions = np.repeat(np.array(group.positions, np.int64), np.diff(group.starts))
+        self._add(_Frames(positions, group.seqs.astype(np.int64), group.x, group.y), parts)
+
+    def _add(self, frames: _Frames, parts: Sequence[FollowedPart | None]) -> None:
+        for part in dict.fromkeys(parts):
             if part is not None and part.place == _NOWHERE:
                 part.place = len(self.parts)
                 self.parts.append(part)
         places = np.array([_NOWHERE if part is None else part.place for part in parts], np.int64)
-        self._add(batch, places, places != _NOWHERE)
-
-    def _add(self, batch: RecordedBatch, places: I64, wanted: Bool) -> None:
-        if not wanted.any():
-            return
+        wanted = places != _NOWHERE
         if not wanted.all():
-            x, y = batch.x[wanted], None if batch.y is None else batch.y[wanted]
-            batch = replace(batch, streams=batch.streams[wanted], seqs=batch.seqs[wanted], x=x, y=y)
-        self._places.append(places[wanted])
-        self._batches.append(batch)
-        self.frames += len(batch.seqs)
-        self.bytes += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
+            places, frames = places[wanted], frames.only(wanted)
+        if len(places):
+            self._places.append(places)
+            self._frames.append(frames)
+            self.frames += len(places)
+            self.bytes += frames.x.nbytes + (0 if frames.y is None else frames.y.nbytes)
 
     def sequences(self, outputs: int, *, up_to_anchors: bool) -> tuple[Sequences, list[Defect]]:
         """The frames that can be compared, one sequence for each of `parts`, from its `next_seq` on.
@@ -80,12 +94,9 @@ class Portion:
             outputs: values of an output.
             up_to_anchors: give out those of a part only as far as they reach its anchor, or all if it is over.
         """
-        batches = self._batches
         places = np.concatenate(self._places)
-        seqs: I64 = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)
-        sizes = [len(batch.seqs) for batch in batches]
-        positions = np.repeat(np.array([batch.position for batch in batches], np.int64), sizes)
-        answered: Bool = np.repeat(np.array([batch.y is not None for batch in batches], np.bool_), sizes)
+        positions, seqs = (np.concatenate([frames[at] for frames in self._frames]) for at in (0, 1))
+        answered: Bool = np.concatenate([np.full(len(frames.x), frames.y is not None) for frames in self._frames])
         next_seqs: I64 = np.array([part.next_seq for part in self.parts], np.int64)
         through: I64 = np.array([part.through for part in self.parts], np.int64)
         # A part that is new may begin with a state that frames before it have led to.
@@ -102,8 +113,8 @@ class Portion:
             place = int(places[order[at]])
             lengths[place] = 0
             defects.setdefault(place, Defect(self.parts[place], int(seqs[order[at]]), int(expected[at])))
-        x: F32 = np.concatenate([batch.x for batch in batches])
-        ys = [np.zeros((len(batch.x), outputs), np.float32) if batch.y is None else batch.y for batch in batches]
+        x: F32 = np.concatenate([frames.x for frames in self._frames])
+        ys = [np.zeros((len(each.x), outputs), np.float32) if each.y is None else each.y for each in self._frames]
         for place in np.flatnonzero(lengths).tolist():
             self.parts[place].through = int(positions[order[starts[place] + lengths[place] - 1]])
         rows = np.arange(len(self.parts))
@@ -126,8 +137,7 @@ class Portion:
         next_seqs[~np.array(are_followed, np.bool_)] = _ALL
         for part in self.parts:
             part.place = _NOWHERE
-        for places, batch in zip(self._places, self._batches, strict=True) if any(are_followed) else ():
-            wanted = batch.seqs.astype(np.int64) >= next_seqs[places]
-            if wanted.any():
-                rest.add(batch, [self.parts[at] if keep else None for at, keep in zip(places, wanted, strict=True)])
+        for places, frames in zip(self._places, self._frames, strict=True) if any(are_followed) else ():
+            wanted = frames.seqs >= next_seqs[places]
+            rest._add(frames.only(wanted), [self.parts[at] for at in places[wanted].tolist()])
         return rest
