@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from cProfile import Profile
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
@@ -17,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from instep.cli import app
+from instep.recording.errors import DamagedRecording
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.verify.following import Follower
 from instep.verify.throttle import Throttle
@@ -58,7 +60,11 @@ def test_what_is_right_is_verified_whatever_happens(tmp_path: Path, seed: int, r
         assert first.frames > 0
 
 
-def test_every_frame_of_every_stream_is_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", ["many rows", "two rows"])
+def test_every_frame_of_every_stream_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: str) -> None:
+    if at_once == "two rows":
+        monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 2)
+        monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", 1)
     story = Story(tmp_path)
     follower = story.follower()
     for turn in range(300):
@@ -106,6 +112,42 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
     story.step(*streams)
     advance(follower)
     assert len(follower.mismatches) == 1, "also when more streams are followed again"
+
+
+@pytest.mark.parametrize("table", ["openings", "batches", "outputs", "closings", "events"])
+def test_damage_is_found_in_each_row_of_those_read_together(tmp_path: Path, table: str) -> None:
+    story = Story(tmp_path)
+    for _ in range(60):
+        story.anything()
+    story.scribe.writer.close()
+    forger = Forger(story.path, tmp_path / "b.rec", fix_crc=False)
+    for row in forger.rows(table):
+        forger.change(table, row["position"], time_ns=row["time_ns"] ^ 256)
+        with pytest.raises(
+            DamagedRecording, match=f"the row at position {row['position']} .of {table}. does not match"
+        ):
+            advance(Follower(forger.path, story.model, 0, certify=CERTIFY))
+        forger.change(table, row["position"], time_ns=row["time_ns"])
+    follower = Follower(forger.path, story.model, 0, certify=CERTIFY)
+    advance(follower)
+    assert (follower.frames, follower.mismatches) == (story.frames, [])
+
+
+def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(8)]
+    follower = story.follower()
+    advance(follower)
+    calls: list[int] = []
+    for size in (8, 1):
+        for _ in range(40):
+            for first in range(0, 8, size):
+                story.step(*streams[first : first + size])
+        profile = Profile()
+        profile.runcall(advance, follower)
+        calls.append(sum(entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)))
+    assert (follower.frames, follower.mismatches) == (640, [])
+    assert calls[1] - calls[0] < 8 * (320 - 40)
 
 
 def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(

@@ -32,12 +32,12 @@ from instep.recording.schema import (
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 """The exceptions of Python's sqlite3 on a damaged file."""
 
-_ROWS_AT_ONCE: Final = 1024
+ROWS_AT_ONCE: Final = 1024
 """Rows that are read in one transaction at most."""
-_BYTES_AT_ONCE: Final = 2**19
-"""A transaction ends after about as many bytes of blobs."""
-_ROWS_A_LOOK: Final = 16
-"""Rows that are read before their bytes are counted."""
+BYTES_AT_ONCE: Final = 2**19
+"""Bytes of blobs that are read in one transaction, about."""
+ROWS_A_LOOK: Final = 16
+"""Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
@@ -141,7 +141,7 @@ class RecordingFile(Closing):
         columns = ", ".join((*TABLES[table], "crc"))
         key, order = keys[0], ", ".join(keys)
         query = f"SELECT {columns} FROM {table} WHERE ({order}) > ({', '.join('?' * len(keys))}) AND {key} <= ? "
-        query += f"ORDER BY {order} LIMIT {_ROWS_AT_ONCE}"
+        query += f"ORDER BY {order} LIMIT {ROWS_AT_ONCE}"
         until = 2**63 - 1 if last is None else last
         if table in HISTORY:
             until = min(until, self.last_position)
@@ -159,19 +159,19 @@ class RecordingFile(Closing):
                 raise self.damaged(f"the row at {key} {rows[sound][0]} (of {table}) does not match its CRC")
             if error is not None:
                 raise self.damaged(f"the rows after {key} {before[0]} (of {table}) cannot be read: {error}")
-            if not rows:
-                return
+            if not rows or len(rows) % ROWS_A_LOOK:
+                return  # the query had no more
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end, to the error that ended it, or to about `_BYTES_AT_ONCE`."""
+        """The rows of a query up to its end, to the error that ended it, or to about `BYTES_AT_ONCE`."""
         rows: list[tuple[Any, ...]] = []
         size = count = 0
         try:
             with closing(self._database.execute(query, values)) as cursor:
-                while len(rows) == count and size < _BYTES_AT_ONCE:
-                    count += _ROWS_A_LOOK
-                    rows.extend(islice(cursor, _ROWS_A_LOOK))  # those before an error are kept
-                    size += _ROWS_A_LOOK * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
+                while len(rows) == count and size < BYTES_AT_ONCE:
+                    count += ROWS_A_LOOK
+                    rows.extend(islice(cursor, ROWS_A_LOOK))  # those before an error are kept
+                    size += ROWS_A_LOOK * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
         except UNREADABLE as error:
             return rows, error
         return rows, None

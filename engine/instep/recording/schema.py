@@ -92,8 +92,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from dataclasses import fields as dataclass_fields
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, islice, repeat
 from struct import Struct
 from struct import error as StructError
@@ -327,11 +326,10 @@ class RecordingHeader:
             fields = {key: json.loads(value) for key, value, _ in rows}
             fields["buckets"] = tuple(fields["buckets"])
             output_names = tuple(fields["description"].pop("output_names", ()))
-            if missing := {field.name for field in dataclass_fields(cls)} - fields.keys() - {"output_names"}:
+            if missing := _field_types().keys() - fields.keys() - {"output_names"}:
                 raise LookupError(f"{min(missing)} is missing")
             header = cls(**fields, output_names=output_names)
-            for name, declared in get_type_hints(cls).items():
-                kind = str if declared is Durability else get_origin(declared) or declared
+            for name, kind in _field_types().items():
                 if not isinstance(getattr(header, name), kind):
                     raise TypeError(f"{name} is not a {kind.__name__}")
             if min(header.features, header.outputs) < 1:
@@ -344,6 +342,13 @@ class RecordingHeader:
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecordingError(f"the header is damaged or incomplete ({error})") from None
         return header
+
+
+@cache
+def _field_types() -> dict[str, type]:
+    """Those of the header's values, by name; a recording that is followed is opened every moment."""
+    hints = get_type_hints(RecordingHeader)
+    return {name: str if hint is Durability else get_origin(hint) or hint for name, hint in hints.items()}
 
 
 def row_crc(*columns: Column) -> int:
