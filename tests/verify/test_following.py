@@ -147,7 +147,7 @@ def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
         profile.runcall(advance, follower)
         calls.append(sum(entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)))
     assert (follower.frames, follower.mismatches) == (640, [])
-    assert calls[1] - calls[0] < 8 * (320 - 40)
+    assert calls[1] - calls[0] < 320 - 40, "less than one call each"
 
 
 def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(
