@@ -136,7 +136,7 @@ class RecordingFile(Closing):
         return chain.from_iterable(self.row_lists(table, first, last))
 
     def row_lists(self, table: str, first: int = 1, last: int | None = None) -> Iterator[list[tuple[Any, ...]]]:
-        """The same in lists, each read in one transaction: one that lasts would keep the WAL from being reused."""
+        """As `rows`, in lists, each read in its own transaction: a long one would keep the WAL from being reused."""
         keys = ("stream", "position") if table == "states" else (next(iter(TABLES[table])),)
         columns = ", ".join((*TABLES[table], "crc"))
         key, order = keys[0], ", ".join(keys)

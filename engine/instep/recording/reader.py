@@ -100,7 +100,7 @@ class RecordingReader(RecordingFile):
         return chain.from_iterable(group.batches() for group in self.batch_groups(first, last))
 
     def batch_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
-        """The same, as many at once as are read together.
+        """As `whole_batches`, those together that are read together.
 
         A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
         """
