@@ -203,7 +203,10 @@ class _Replay:
         if len(slots):
             tables.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
             self._dirty.mark_dirty(slots)
-            self._stepper.step(slots, rows, tables.x, tables.y)
+            most = self._stepper.buckets[-1]
+            for first in range(0, len(slots), most):  # a recorded batch may be larger than any that is made now
+                part = slice(first, first + most)
+                self._stepper.step(slots[part], rows[part], tables.x, tables.y)
             table.step_seq[slots] += 1
             table.next_seq[slots] = table.step_seq[slots]
             self.frames += len(slots)
