@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,24 @@ async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path)
 def _checkpoint(path: Path) -> int:
     with RecordingReader(path) as reader:
         return reader.checkpoint().position
+
+
+async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promises_them(tmp_path: Path) -> None:
+    path = tmp_path / "r.instep"
+    promised = recording_header(prepared(SMALL), config(recording={"file": path}))
+    if promised.exactness != "exact":
+        pytest.skip("this machine does not certify that bits repeat")
+    writer = RecordingWriter.create(path, replace(promised, exactness="tolerance"))
+    open_stream(writer, 1, "s", 1000, 0, 1, None)
+    numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, F), np.float32)
+    position = writer.add_inputs(1, BUCKET, numbers, seqs, x)
+    writer.add_outputs(1, position, np.zeros((1, 8), np.float32))
+    writer.commit()
+    writer.abandon()
+    for _ in range(2):  # the second time after an engine that was exact, and ended before it had a checkpoint
+        async with streaming(InlineExecutor) as kit:
+            recovery = kit.record(path)
+            assert recovery is not None
+            assert recovery.frames == 1
+    with RecordingReader(path) as reader:
+        assert [engine.header.exactness for engine in reader.engines] == ["tolerance", "exact"]

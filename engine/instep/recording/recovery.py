@@ -16,7 +16,7 @@ from instep.recording.file import Closing
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset
-from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, read_owner_detail
+from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RecordingHeader, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -78,6 +78,12 @@ class Recovered(Closing):
         """The numbers of the open streams, rising, and the seqs of their newest states: int64 [N] each."""
         is_open = self._closed_at == _NEVER
         return self._numbers[is_open], self._held[is_open]
+
+    def engines(self) -> list[RecordingHeader]:
+        """Headers of the engines that wrote what is replayed."""
+        engines = self._reader.engines
+        before = [at for at, engine in enumerate(engines) if engine.position <= self.checkpoint_position]
+        return [engine.header for engine in engines[before[-1] :]]
 
     def replay(self) -> Iterator[ReplayStep | StateReset]:
         """Batches and resets since the checkpoint, in order; read once, and to the end, or not all was checked.

@@ -70,21 +70,25 @@ def resume_recording(
 
     Raises:
         RecordingError: when the recording is being written, damaged, of another model or of other numerics, more
-            streams have to be stepped again than fit, or the replay gives other outputs than were recorded.
+            streams have to be stepped again than fit, or the replay gives other outputs than were recorded although
+            both engines are exact.
     """
     began = time.perf_counter()
     writer = RecordingWriter.resume(path, header, accept_numerics_change, retention)
-    changed = writer.numerics_changed
+    changed, is_exact = writer.numerics_changed, header.exactness == "exact"
     try:
         with Recovered(path) as recovered:
+            same_bits = all(
+                (each.exactness, each.numerics) == ("exact", header.numerics) for each in recovered.engines()
+            )
             replay = _Replay(
                 recovered,
                 tables,
                 table,
                 dirty,
                 stepper,
-                check_outputs=not changed,
-                joins=header.exactness == "exact",
+                check_outputs=is_exact and same_bits,
+                joins=is_exact,
             )
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
