@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, U8
-from instep_client import AsyncClient, AsyncGroup, FramesRefused
+from instep_client import AsyncClient, AsyncGroup, ConnectionFailed, FramesRefused
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.states import as_state, state_rows
 
@@ -98,7 +98,12 @@ async def visit(
                 count = min(int(rng.integers(1, 13)), room)
                 own, waiting = waiting[:count], waiting[count:]
                 states = as_state(np.stack([each.initial for each in own]), client.info.state, single=False)
-                groups.append((await client.open_group([each.name for each in own], states), own))
+                names = [each.name for each in own]
+                try:
+                    group = await client.open_group(names, states)
+                except ConnectionFailed:  # the server was killed before it could answer, and has opened them
+                    group = await client.resume_group(names, take_over=True)
+                groups.append((group, own))
             refused += sum(await asyncio.gather(*(_step(group, own, rng) for group, own in groups)))
             for group, own in [each for each in groups if not any(visitor.remaining for visitor in each[1])]:
                 groups.remove((group, own))
