@@ -2,7 +2,8 @@
 
 Three hundred streams come and go at random, beside hostile ones, while the server is killed, continues from its
 recording, puts streams to sleep and wakes them, and opens copies from snapshots. Afterwards each stream is stepped
-again: alone in a batch size that is certified, and by torch or onnxruntime without the engine.
+again: alone in a batch size that is certified, and by torch or onnxruntime without the engine. The recording is
+verified. One of the networks rounds differently in each row of a batch, and is certified as `tolerance` everywhere.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from instep.core.typing import F32, U8
 from instep.models.base import BoundStep
 from instep.models.stepping import keep_state, load_state, put, read_state
 from instep.recording.inspection import inspect
+from instep.recording.reader import RecordingReader
 from instep.server.preparation import Prepared
+from instep.verify.verifier import verify
 from instep_client import AsyncClient, AsyncStream, StreamSnapshot
 from tests.chaos.victim import Victim
 from tests.support.crowd import Visitor, make_visitors, visit
 from tests.support.networks import NETWORKS, Run
 from tests.support.running import prepared
+from tests.support.verifying import ignore_progress
 
 CLIENTS, AT_ONCE, SLOTS, MAX_BATCH = 5, 25, 140, 64
 """Fewer slots than streams, so that slots change hands, and fewer rows than open streams, so that batches differ."""
@@ -44,11 +48,13 @@ SETTINGS = {
 @pytest.mark.parametrize("name", NETWORKS)
 async def test_each_stream_has_the_bits_that_it_has_alone(tmp_path: Path, name: str, count: int) -> None:
     case, ready = NETWORKS[name], prepared(NETWORKS[name].model(), MAX_BATCH)
+    assert case.exactness in (None, ready.certification.exactness)
     spec, description, rng = ready.network.state, ready.model.description, np.random.default_rng(count)
     visitors = make_visitors(
         rng, spec, description.features, description.outputs, count, any_state=case.steps is not None
     )
     copies = await served(tmp_path, ready, visitors, rng)
+    check_verdicts(ready, tmp_path / "recording.db", [*visitors, *copies])
     originals = {f"copy of {visitor.name}": visitor for visitor in visitors}
     for copy in copies:
         assert_equal(ready, copy.y, originals[copy.name].y[-len(copy.y) :], copy)
@@ -138,6 +144,19 @@ def alone(ready: Prepared, step: BoundStep, position: int, visitor: Visitor) -> 
         outputs.append(step.y[position, : visitor.y.shape[1]].numpy().copy())
         keep_state(step)
     return np.stack(outputs), read_state(step, spec)[position]
+
+
+def check_verdicts(ready: Prepared, recording: Path, visitors: Sequence[Visitor]) -> None:
+    """Verify the recording: bits where they are certified, and otherwise all that huge values do not overflow."""
+    with RecordingReader(recording) as reader:
+        report = verify(reader, ready.model, [], ignore_progress)
+    hostile, is_exact = {visitor.name: visitor.is_hostile for visitor in visitors}, report.verdict == "exact"
+    assert {stream.name for stream in report.streams} == {*hostile}
+    assert report.mismatches == 0, report.streams
+    assert is_exact == (ready.certification.exactness == "exact")
+    assert not is_exact or report.verified
+    found = {stream.verdict for stream in report.streams if not hostile[stream.name]}
+    assert found <= ({"exact"} if is_exact else {"exact", "within tolerance"}), found
 
 
 def check_steps(ready: Prepared, run: Run, batch: Sequence[Visitor]) -> None:

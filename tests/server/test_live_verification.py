@@ -25,6 +25,7 @@ from instep.streaming.verification import Verification
 from instep.verify import live
 from instep_client import AsyncClient, AsyncStream
 from tests.support.models import plain
+from tests.support.networks import NETWORKS
 from tests.support.running import prepared, running
 
 EARS = replace(plain(5, 8), name="ears")
@@ -122,6 +123,29 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
     (alarm,) = (line for line in told if line["event"] == "mismatch")
     assert (alarm["level"], alarm["stream"], alarm["seq"]) == ("error", "s2", 50)
     assert "instep verify" in alarm["next"]
+
+
+async def test_a_network_that_is_not_exact_is_verified_within_a_tolerance(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = NETWORKS["onnx numbered rows"].model()
+    write_model(tmp_path / "model", model)
+    recording = {"file": tmp_path / "r.instep", "recovery_target_s": 0.01}
+    sections: dict[str, Any] = {"recording": recording, **VERIFY}
+    async with (
+        running(model, stepper=wrong_stepper, folder=tmp_path / "model", **sections) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        assert client.info.exactness == "tolerance"
+        streams = [await client.open(f"s{number}") for number in range(4)]
+        while found(server).frames_total < 100:
+            await step_all(streams, frames(rng, 10, 4))
+        assert (found(server).state, found(server).mismatches_total) == ("verified", 0)
+        assert "the engine ran with exactness tolerance, which promises no bits" in found(server).notes
+        WrongStepper.is_due = True
+        while not found(server).mismatches_total:
+            await step_all(streams, frames(rng, 10, 4))
+        assert found(server).state == "mismatch"
 
 
 async def numbers(server: Server) -> dict[str, float]:

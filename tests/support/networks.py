@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32, U8
+from instep.models.certify import Exactness
 from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.onnx.importer import import_onnx
 from instep.models.registry import parse_description
 from instep.server.preparation import Prepared
-from tests.support.onnx_graphs import Shape, graph, gru_step, node
+from tests.support.onnx_graphs import FLOAT, Shape, floats, graph, gru_step, ints, node
 from tests.support.pipelines import LISTENS, listens, whole_signal
 from tests.support.steps import example, exported, leaves, step_of
 from tests.support.torch_network import TorchNetwork
@@ -46,6 +47,8 @@ class ServedNetwork:
     """Computes whole sequences, from the initial state at least."""
     sequence_has_bits: bool = False
     """Whether those are the bits of steps where that is certified; otherwise they are equal within rounding errors."""
+    exactness: Exactness | None = None
+    """What is certified on every processor; None where it depends on the processor."""
 
 
 # ── Layers of torch ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,6 +121,32 @@ def _softplus() -> onnx.ModelProto:
     return graph(nodes, {"x": ["rows", FEATURES], "h": rows}, {"y": rows, "hn": rows}, weights)
 
 
+def _numbered_rows() -> onnx.ModelProto:
+    """A step that adds the number of a row and subtracts it, which rounds each row of any batch in another way."""
+    rows: Shape = ["rows", 7]
+    nodes = [
+        node("Shape", ["x"], ["shape"], end=1),
+        node("Squeeze", ["shape"], ["count"]),
+        node("Range", ["zero", "count", "one"], ["range"]),
+        node("Unsqueeze", ["range", "last"], ["column"]),
+        node("Cast", ["column"], ["numbers"], to=FLOAT),
+        node("Gemm", ["x", "A", "h"], ["mixed"]),
+        node("Add", ["mixed", "numbers"], ["moved"]),
+        node("Sub", ["moved", "numbers"], ["back"]),
+        node("Sigmoid", ["back"], ["gate"]),
+        node("Add", ["gate", "offset"], ["hn"]),
+        node("Tanh", ["hn"], ["y"]),
+    ]
+    weights = {
+        "A": np.random.default_rng(3).standard_normal((FEATURES, 7)).astype(np.float32),
+        "zero": np.array(0),
+        "one": np.array(1),
+        "last": ints(1),
+        "offset": floats(1),
+    }
+    return graph(nodes, {"x": ["rows", FEATURES], "h": rows}, {"y": rows, "hn": rows}, weights)
+
+
 @cache
 def _imported(make: Callable[[], onnx.ModelProto]) -> Model:
     folder = Path(tempfile.mkdtemp(prefix="instep-onnx-"))
@@ -142,8 +171,8 @@ def _onnxruntime(rows_axis: int, ready: Prepared) -> Run:
     return run
 
 
-def _onnx(make: Callable[[], onnx.ModelProto], rows_axis: int) -> ServedNetwork:
-    return ServedNetwork(partial(_imported, make), partial(_onnxruntime, rows_axis))
+def _onnx(make: Callable[[], onnx.ModelProto], rows_axis: int, exactness: Exactness | None = None) -> ServedNetwork:
+    return ServedNetwork(partial(_imported, make), partial(_onnxruntime, rows_axis), exactness=exactness)
 
 
 # ── All of them ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,5 +192,6 @@ NETWORKS: Final[dict[str, ServedNetwork]] = {
     "selective_state_space": _exported("selective_state_space"),
     "onnx": _onnx(_gru, rows_axis=1),
     "onnx softplus": _onnx(_softplus, rows_axis=0),
+    "onnx numbered rows": _onnx(_numbered_rows, rows_axis=0, exactness="tolerance"),
     "pipeline": ServedNetwork(partial(listens, LISTENS), sequence=_signals),
 }
