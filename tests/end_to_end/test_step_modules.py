@@ -51,6 +51,7 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
         found = await asyncio.gather(*(stream.step(frames) for stream, frames in zip(streams, x, strict=True)))
         for at, stream in enumerate(streams):
             check(name, found[at], x[at], await stream.close())
+        await (await client.open("without frames")).close()
         parked = await client.open("parked")
         first = await parked.step(x[0, :10])
         await client.close(park=True)

@@ -101,7 +101,8 @@ class Past:
     ) -> None:
         checkpoints = StoredCheckpoints(reader)
         reader.check_positions()
-        streams = StreamChecks(reader, [word], checkpoints, on_progress)
+        initial = model.description.state.initial(1)[0]
+        streams = StreamChecks(reader, [word], checkpoints, initial, on_progress)
         self._word = word
         self._reader = reader
         self._sequences = streams.sequences
@@ -121,7 +122,7 @@ class Past:
         checks, at = self._find(seq)
         check = checks[at]
         seq = check.next_seq if seq is None else seq
-        state, compared = self._step(check, self._initial(check), check.first_seq, seq)
+        state, compared = self._step(check, check.initial_state, check.first_seq, seq)
         origin: Origin = "checkpoint"
         if at == 0:
             origin = "checkpoint" if self._is_trimmed(check.info) else "opening"
@@ -138,13 +139,13 @@ class Past:
             as `before`.
         """
         checks, at = self._find(first, end)
-        state, _ = self._step(checks[at], self._initial(checks[at]), checks[at].first_seq, first)
+        state, _ = self._step(checks[at], checks[at].initial_state, checks[at].first_seq, first)
         after = np.empty((end - first, len(state)), np.uint8)
         spans, seq = [], first
         for check in checks[at:]:
             stop = min(end, check.next_seq)
             if check.first_seq > first:
-                state = self._initial(check)
+                state = check.initial_state
             if seq < stop:
                 self._step(check, state, seq, stop, after[seq - first : stop - first])
                 spans.append(self._span(check, seq, stop))
@@ -192,12 +193,6 @@ class Past:
 
     def _is_trimmed(self, info: StreamInfo) -> bool:
         return info.opened_position <= self._reader.trimmed.position
-
-    def _initial(self, check: StreamCheck) -> U8:
-        if check.initial_state is not None:
-            return check.initial_state
-        initial: U8 = self._network.state.initial(1)[0]
-        return initial
 
     def _span(self, check: StreamCheck, first: int, end: int) -> PastFrames:
         sequences, header = self._sequences, self._reader.header

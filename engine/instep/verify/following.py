@@ -304,7 +304,7 @@ class Follower:
             for rows in plan_chunks(sequences.lengths, conditions.buckets[-1], conditions.buckets[0]):
                 parts = [portion.parts[row] for row in rows.tolist()]
                 places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
-                checks = [_stream_check(part, start, frames) for part, start, frames in places]
+                checks = [self._stream_check(part, start, frames) for part, start, frames in places]
                 self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
         self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
         if self._portion.bytes > _MOST_WAITING_BYTES:
@@ -331,6 +331,12 @@ class Follower:
             counts = span.answered.sum(axis=0)
             counts[list(found.undecided)] = 0
             self.frames += int(counts.sum())
+
+    def _stream_check(self, part: FollowedPart, start: int, frames: int) -> StreamCheck:
+        nothing = (None, None, None, None, None)
+        info = StreamInfo(part.number, part.name, 0, part.next_seq, 0, 0, part.state, *nothing)
+        initial = self._checkers.network.state.initial(1)[0] if part.state is None else part.state
+        return StreamCheck(info, 0, start, part.next_seq, frames, initial, None)
 
     def _tell(self, wrong: WrongOutput, part: FollowedPart) -> None:
         """A part is wrong: follow it no more."""
@@ -365,9 +371,3 @@ def model_of(path: Path, folder: Path | None) -> tuple[RecordingHeader, Model]:
 def _is_sampled(name: str, share: float) -> bool:
     """Whether a stream belongs to the share; a smaller share is part of every larger one."""
     return zlib.crc32(name.encode()) < share * 2**32
-
-
-def _stream_check(part: FollowedPart, start: int, frames: int) -> StreamCheck:
-    nothing = (None, None, None, None, None)
-    info = StreamInfo(part.number, part.name, 0, part.next_seq, 0, 0, part.state, *nothing)
-    return StreamCheck(info, 0, start, part.next_seq, frames, part.state, None)

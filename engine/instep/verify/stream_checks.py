@@ -33,8 +33,8 @@ class StreamCheck:
     """Where the frames begin in the order of the sequences."""
     first_seq: int
     frames: int
-    initial_state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state."""
+    initial_state: U8
+    """uint8 [row_bytes]."""
     final_state: U8 | None
     """The recorded state after the frames; None where none was recorded."""
     place: Place = "final state"
@@ -68,13 +68,11 @@ class StreamCheck:
     def report_without_frames(self) -> StreamReport:
         """The result of a check without frames: its final state must be its initial one, bit for bit."""
         problems = list(self.problems)
-        if self.final_state is not None:
-            initial = np.zeros_like(self.final_state) if self.initial_state is None else self.initial_state
-            if self.final_state.tobytes() != initial.tobytes():
-                problems.append(
-                    f"{self.place} before frame {self.next_seq}: it differs from the state before, although no frame "
-                    "comes between them"
-                )
+        if self.final_state is not None and self.final_state.tobytes() != self.initial_state.tobytes():
+            problems.append(
+                f"{self.place} before frame {self.next_seq}: it differs from the state before, although no frame "
+                "comes between them"
+            )
         verdict: Verdict = "mismatch" if problems else "empty"
         return StreamReport(self.info.stream, self.info.name, 0, 0, verdict, tuple(problems))
 
@@ -86,6 +84,7 @@ class StreamChecks:
         reader: the recording.
         wanted: names and numbers of the streams to check; none for all.
         checkpoints: of the same recording.
+        initial: the model's initial state, uint8 [row_bytes].
         on_progress: called with the share (0 to 1) of the recording that was read.
 
     Attributes:
@@ -102,6 +101,7 @@ class StreamChecks:
         reader: RecordingReader,
         wanted: Sequence[str],
         checkpoints: StoredCheckpoints,
+        initial: U8,
         on_progress: Callable[[float], None],
     ) -> None:
         index = SequenceIndex(
@@ -111,6 +111,7 @@ class StreamChecks:
         self._path = reader.path
         self._index = index
         self._checkpoints = checkpoints
+        self._initial = initial
         self.checks: list[StreamCheck] = []
         by_stream: dict[int, list[int]] = {row: [] for row in index.kept.tolist()}
         for at, stretch in enumerate(index.stretches):
@@ -146,8 +147,8 @@ class StreamChecks:
         checks = []
         for at, start in stretches:
             stretch, frames = index.stretches[at], int(index.frames[at])
-            states = (stretch.initial_state, stretch.final_state)
-            checks.append(StreamCheck(info, at, start, stretch.first_seq, frames, *states))
+            initial = self._initial if stretch.initial_state is None else stretch.initial_state
+            checks.append(StreamCheck(info, at, start, stretch.first_seq, frames, initial, stretch.final_state))
         if defect is not None:  # the state after it is not that of the frames before
             checks[-1] = replace(checks[-1], final_state=None, problems=(defect,))
         earliest = 0
@@ -209,9 +210,7 @@ def _where(checks: list[StreamCheck], earliest: int, stored: StoredState) -> int
     """
     found = [at for at in range(earliest, len(checks)) if checks[at].first_seq <= stored.seq <= checks[at].next_seq]
     for at in found:
-        initial = checks[at].initial_state
-        given = np.zeros_like(stored.state) if initial is None else initial
-        if checks[at].first_seq == stored.seq and given.tobytes() == stored.state.tobytes():
+        if checks[at].first_seq == stored.seq and checks[at].initial_state.tobytes() == stored.state.tobytes():
             return at
     return found[0] if found else None
 
