@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from instep_client.aio import AsyncClient
+from instep_client.aio_streams import AsyncGroup
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import F32
-from instep_client.states import State, as_state, state_rows
+from instep_client.states import as_state, state_rows
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import LivingGroup, pipeline, task_group
 from instep_tools.plan import Plan, Rows, Send
@@ -87,19 +88,29 @@ class PlanRun:
         while self._closing and self._open_streams + len(members) > self._client.info.max_streams:
             await self._closing.popleft()
         names = [self._names[member] for member in members]
-        group = await self._client.open_group(names, self._initial_states(members))
+        group = await self._open_group(names, members)
         self._open_streams += len(members)
         return LivingGroup(group, self._client.info.outputs)
 
-    def _initial_states(self, members: Rows) -> State | None:
+    async def _open_group(self, names: list[str], members: Rows) -> AsyncGroup:
+        """Open streams, some of which may begin with a recorded state and the others with the model's own."""
         given, spec = self._plan.sequences.initial_states, self._client.info.state
         with_state = [place for place, member in enumerate(members) if member in given]
         if not with_state:
-            return None
-        rows = spec.initial(len(members))
+            return await self._client.open_group(names)
+        is_learned = any(leaf.initial is None for leaf in spec.leaves)
+        if is_learned:  # only the server knows what the others begin with
+            group = await self._client.open_group(names)
+            rows = state_rows((await group.read_state())[1], spec, len(members))
+        else:
+            rows = spec.initial(len(members))
         for place in with_state:
             rows[place] = state_rows(given[int(members[place])], spec, None)[0]
-        return as_state(rows, spec, single=False)
+        states = as_state(rows, spec, single=False)
+        if not is_learned:
+            return await self._client.open_group(names, states)
+        await group.reset(states)
+        return group
 
     async def _close(self, group: LivingGroup) -> None:
         await group.close()

@@ -155,3 +155,16 @@ def test_arrays_that_do_not_fit_are_not_packed(changed: dict[str, Any], says: st
     arrays = {name: array for name, array in (values(2) | changed).items() if array is not None}
     with pytest.raises(ValueError, match=says):
         MIXED.pack(arrays)
+
+
+def test_what_a_leaf_begins_with_may_be_known_to_the_server_only() -> None:
+    h0 = np.linspace(-1, 1, 3, dtype=np.float32)
+    told = StateSpec((Leaf("h", (3,), DTYPES["float32"], None), Leaf("count", (), DTYPES["int64"], 7)))
+    known = told.with_learned({"h": h0})
+    assert told.encode() == known.encode() == [["h", [3], "float32", None], ["count", [], "int64", 7.0]]
+    assert StateSpec.decode(told.encode()) == told == known, "the layout is the same"
+    rows = known.unpack(known.initial(2))
+    assert rows["h"].tobytes() == h0.tobytes() * 2
+    assert rows["count"].tolist() == [7, 7]
+    with pytest.raises(ValueError, match="the model has learned what leaf h begins with, and only the server knows it"):
+        told.initial(1)

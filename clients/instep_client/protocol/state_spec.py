@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
@@ -52,8 +52,11 @@ class Leaf:
     """Up to 4 extents of at least 1; `()` for a single value."""
     dtype: np.dtype[Any]
     """float32, float64, int64 or bool, little-endian."""
-    initial: float = 0.0
-    """What every element is before the first frame: finite, an integer for int64, 0 or 1 for bool."""
+    initial: float | None = 0.0
+    """What every element is before the first frame: finite, an integer for int64, 0 or 1 for bool. None where the model
+    has learned an array of its own."""
+    learned: bytes = field(default=b"", compare=False, repr=False)
+    """That array as it is in a row; empty where it is not known, as in clients."""
 
     def __post_init__(self) -> None:
         if type(self.name) is not str or not _NAME.fullmatch(self.name):
@@ -73,6 +76,8 @@ class Leaf:
 
     def _check_initial(self) -> None:
         value = self.initial
+        if value is None:
+            return
         if type(value) not in (int, float) or not math.isfinite(value):
             raise InvalidStateSpec(f"the initial value of leaf {self.name} is {value!r:.40}: expected a finite number")
         with np.errstate(over="ignore"):
@@ -137,8 +142,14 @@ class StateSpec:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self) -> list[list[Any]]:
-        """As plain values for JSON and msgpack: `[name, [extents], dtype, initial value]` for each leaf."""
-        return [[leaf.name, list(leaf.shape), leaf.dtype.name, float(leaf.initial)] for leaf in self.leaves]
+        """As plain values for JSON and msgpack: `[name, [extents], dtype, initial value]` for each leaf.
+
+        The initial value is None where it is learned.
+        """
+        return [
+            [leaf.name, list(leaf.shape), leaf.dtype.name, None if leaf.initial is None else float(leaf.initial)]
+            for leaf in self.leaves
+        ]
 
     @classmethod
     def decode(cls, value: Any) -> StateSpec:
@@ -160,6 +171,15 @@ class StateSpec:
                 raise InvalidStateSpec(f"the shape of leaf {name!r:.80} must be a list of extents")
             leaves.append(Leaf(name, tuple(shape), DTYPES[dtype], initial))
         return cls(tuple(leaves))
+
+    def with_learned(self, arrays: LeafArrays) -> StateSpec:
+        """The specification with the arrays, of a leaf's shape and dtype each, that its learned leaves begin with."""
+        return StateSpec(
+            tuple(
+                leaf if leaf.initial is not None else replace(leaf, learned=arrays[leaf.name].tobytes())
+                for leaf in self.leaves
+            )
+        )
 
     def unpack(self, rows: U8) -> dict[str, npt.NDArray[Any]]:
         """The leaves of rows [N, row_bytes] as arrays [N, *shape]: views, so writing to them changes the rows."""
@@ -192,8 +212,20 @@ class StateSpec:
         return rows
 
     def initial(self, count: int) -> U8:
-        """Rows [count, row_bytes] of streams before their first frame."""
-        return self._filled(count, [leaf.initial for leaf in self.leaves])
+        """Rows [count, row_bytes] of streams before their first frame.
+
+        Raises:
+            ValueError: where a leaf is learned and its array is not known.
+        """
+        rows = self._filled(count, [leaf.initial or 0 for leaf in self.leaves])
+        for leaf, view in zip(self.leaves, self.unpack(rows).values(), strict=True):
+            if leaf.initial is None:
+                if len(leaf.learned) != leaf.nbytes:
+                    raise ValueError(
+                        f"the model has learned what leaf {leaf.name} begins with, and only the server knows it"
+                    )
+                view[...] = np.frombuffer(leaf.learned, leaf.dtype).reshape(leaf.shape)
+        return rows
 
     def missing(self, count: int) -> U8:
         """Rows [count, row_bytes] where there is no state to show: NaN in floats, 0 in the other leaves."""

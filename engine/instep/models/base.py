@@ -7,7 +7,7 @@ recording, verifier) works through these protocols and knows no kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = npt.NDArray[Any]
 """float64 or float32, as a reference's dtype."""
+LEARNED: Final = "initial_state."
+"""The tensor of the weights file that a leaf with a learned initial state begins with is called so, and by its name."""
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -30,6 +32,11 @@ def leaves_in_words(state: StateSpec) -> str:
         f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype.name == "float32" else f" {leaf.dtype.name}")
         for leaf in state.leaves
     )
+
+
+def learned_shapes(state: StateSpec) -> dict[str, Shape]:
+    """The tensors of the weights file that leaves with a learned initial state begin with."""
+    return {LEARNED + leaf.name: leaf.shape for leaf in state.leaves if leaf.initial is None}
 
 
 class Description(Protocol):

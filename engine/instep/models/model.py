@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from instep.models.base import Description
+from instep.models.base import LEARNED, Description, StateSpec
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,6 +26,12 @@ class Model:
     """One for each output, in order; empty where they have none."""
     graph: bytes = b""
     """The content of the kind's graph file; empty where it has none."""
+
+    @property
+    def state(self) -> StateSpec:
+        """The state of the description, with the arrays that its learned leaves begin with."""
+        found = {name.removeprefix(LEARNED): each for name, each in self.weights.items() if name.startswith(LEARNED)}
+        return self.description.state.with_learned({name: tensor.numpy() for name, tensor in found.items()})
 
     @property
     def parameters(self) -> int:

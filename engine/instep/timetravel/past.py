@@ -101,7 +101,7 @@ class Past:
     ) -> None:
         checkpoints = StoredCheckpoints(reader)
         reader.check_positions()
-        initial = model.description.state.initial(1)[0]
+        initial = model.state.initial(1)[0]
         streams = StreamChecks(reader, [word], checkpoints, initial, on_progress)
         self._word = word
         self._reader = reader

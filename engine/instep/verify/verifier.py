@@ -97,7 +97,7 @@ def verify(
             reader.check_positions()
             headers = [engine.header for engine in reader.engines]
             made = pool.submit(make_checkers, model, headers, certify, stopped)  # while the recording is read
-            initial = model.description.state.initial(1)[0]
+            initial = model.state.initial(1)[0]
             streams = StreamChecks(reader, wanted, checkpoints, initial, lambda share: on_progress("reading", share))
             streams.require_outputs(wanted)
             checkers = made.result()

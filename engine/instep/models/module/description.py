@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Leaf, Shape, StateSpec, leaves_in_words
+from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes, leaves_in_words
 from instep.models.module.graph import Graph, PlainFields, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
@@ -18,8 +18,13 @@ class StateLeaf(PlainFields):
     name: str
     shape: tuple[Size, ...]
     dtype: Literal["float32", "float64", "int64", "bool"] = "float32"
-    initial: float = 0.0
-    """What every element is before a stream's first frame."""
+    initial: float | Literal["learned"] = 0.0
+    """What every element is before a stream's first frame; the weights file holds an array that is learned."""
+
+    @property
+    def of_row(self) -> Leaf:
+        """The leaf of a stream's state."""
+        return Leaf(self.name, self.shape, DTYPES[self.dtype], None if self.initial == "learned" else self.initial)
 
 
 class ModuleDescription(PlainFields):
@@ -36,6 +41,10 @@ class ModuleDescription(PlainFields):
             names = [leaf.name for leaf in self.state.leaves]
         except InvalidStateSpec as error:
             raise PydanticCustomError("state", "{why}", {"why": str(error)}) from None
+        if taken := learned_shapes(self.state).keys() & {tensor.name for tensor in self.graph.tensors}:
+            raise PydanticCustomError(
+                "learned", "the step has a tensor {name}; call it otherwise, and export again", {"name": min(taken)}
+            )
         if set(names) != set(self.graph.new_state):
             raise PydanticCustomError(
                 "leaves",
@@ -52,15 +61,16 @@ class ModuleDescription(PlainFields):
     @property
     def state(self) -> StateSpec:
         """The leaves, in order."""
-        return StateSpec(tuple(Leaf(leaf.name, leaf.shape, DTYPES[leaf.dtype], leaf.initial) for leaf in self.leaves))
+        return StateSpec(tuple(leaf.of_row for leaf in self.leaves))
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Parameters, buffers and constants, in the graph's order."""
-        return {tensor.name: tensor.shape for tensor in self.graph.tensors}
+        """Parameters, buffers and constants, in the graph's order, and what learned leaves begin with."""
+        return {tensor.name: tensor.shape for tensor in self.graph.tensors} | learned_shapes(self.state)
 
     def tensor_dtype(self, tensor: str) -> str:
-        """As the graph says."""
-        return next(each.dtype for each in self.graph.tensors if each.name == tensor)
+        """As the graph and the leaves say."""
+        dtypes: dict[str, str] = {each.name: each.dtype for each in self.graph.tensors}
+        return (dtypes | {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves})[tensor]
 
     def fan_in(self, tensor: str) -> int:
         """The last extent."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from instep.models.base import LEARNED
 from instep.models.errors import ModelError
 from instep.models.handover.tracer import first_line
 from instep.models.module.description import StateLeaf
@@ -106,12 +107,19 @@ class Example:
     flat: Flat
     features: int
     leaves: tuple[StateLeaf, ...]
+    begins_with: tuple[torch.Tensor, ...]
+    """The leaves [*shape] of a stream before its first frame."""
     output_names: tuple[str, ...]
     """Of outputs that the step returns in a dict; empty otherwise."""
 
     def initial(self, rows: int) -> list[torch.Tensor]:
         """The state of streams before their first frame."""
-        return [torch.full((rows, *leaf.shape), leaf.initial, dtype=getattr(torch, leaf.dtype)) for leaf in self.leaves]
+        return [leaf.repeat(rows, *[1] * leaf.dim()) for leaf in self.begins_with]
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """What leaves begin with that have more than one value, by their names in the weights file."""
+        both = zip(self.leaves, self.begins_with, strict=True)
+        return {LEARNED + leaf.name: values for leaf, values in both if leaf.initial == "learned"}
 
     def frames(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """Random frames."""
@@ -132,7 +140,8 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
     structure = Structure.of(state)
     given = list(state.values()) if isinstance(state, dict) else [state] if isinstance(state, torch.Tensor) else state
     leaves = tuple(_leaf(name, leaf, len(x)) for name, leaf in zip(structure.names, given, strict=True))
-    plain = Example(Flat(module, structure), x.shape[1], leaves, ())
+    begins_with = tuple(leaf[0].detach().cpu().clone() for leaf in given)
+    plain = Example(Flat(module, structure), x.shape[1], leaves, begins_with, ())
     frames = plain.frames(ROWS, torch.Generator().manual_seed(0))
     try:
         result = module(frames, structure.build(plain.initial(ROWS)))
@@ -146,7 +155,7 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
     parts = outputs_of(y)
     for leaf, new in zip(leaves, structure.leaves(after), strict=True):
         _check_leaf(leaf, new)
-    return Example(plain.flat, plain.features, leaves, _output_names(parts))
+    return replace(plain, output_names=_output_names(parts))
 
 
 def split(result: Any) -> tuple[Any, Any]:
@@ -200,18 +209,22 @@ def _leaf(name: Any, leaf: torch.Tensor, rows: int) -> StateLeaf:
             f"leaf {name} of the example state has the shape {list(leaf.shape)} for {rows} rows of example_x; "
             "the first dimension of both must be the batch"
         )
-    first = leaf.flatten()[:1]
-    initial = float(first.item()) if first.numel() else 0.0
+    first = leaf[:1]
     if not first.numel() or not bool((leaf == first).all()):
         raise ModelError(
-            f"leaf {name} of the example state differs within itself, and it is what every stream begins with: give "
-            "one value everywhere, such as zeros, and open a stream with another state where it needs one"
+            f"leaf {name} of the example state is empty, differs from row to row, or holds NaN, and it is what every "
+            "stream begins with: give all rows the same finite values, and open a stream with another state where it "
+            "needs one"
         )
+    shape, value = tuple(leaf.shape[1:]), float(first.flatten()[0].item())
+    is_learned = not bool((first == first.flatten()[0]).all())
     try:
-        Leaf(name, tuple(leaf.shape[1:]), DTYPES[dtype], initial)
+        Leaf(name, shape, DTYPES[dtype], None if is_learned else value)
     except InvalidStateSpec as error:
         raise ModelError(f"{error}; correct the example state") from None
-    return StateLeaf.model_validate({"name": name, "shape": tuple(leaf.shape[1:]), "dtype": dtype, "initial": initial})
+    return StateLeaf.model_validate(
+        {"name": name, "shape": shape, "dtype": dtype, "initial": "learned" if is_learned else value}
+    )
 
 
 def _check_leaf(leaf: StateLeaf, new: Any) -> None:

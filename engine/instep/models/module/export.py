@@ -53,8 +53,8 @@ def export_step(
         module: the step of a batch: frames x, float32 [rows, features], and the state before them; it returns outputs,
             float32 [rows, outputs], and the state after them. Several outputs, as a tuple or dict, are concatenated.
         example_x: frames of any number of rows; only the shape counts.
-        example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool: what every stream begins
-            with, so each leaf must have one value everywhere.
+        example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool, with equal rows: what
+            every stream begins with.
         path: the folder; made if it does not exist.
         name: what clients are told; the folder's name if None.
         outputs: a name for each output; those of the dict if the step returns one.
@@ -108,9 +108,10 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
         )
     except ValidationError as error:
         raise ModelError(f"the step cannot be served: {sentences(error)}") from None
-    check_weights(captured.tensors, description, "the step")
+    tensors = captured.tensors | example.learned()
+    check_weights(tensors, description, "the step")
     names = check_output_names(list(outputs) or list(example.output_names), description)
-    return model_of(check_name(name), description, captured.tensors, names)
+    return model_of(check_name(name), description, tensors, names)
 
 
 def _exported(example: Example) -> ExportedProgram:

@@ -41,7 +41,7 @@ class ModuleNetwork:
         self.description: ModuleDescription = model.description
         self.fingerprint = model.fingerprint
         self.device = device
-        self.state: StateSpec = self.description.state
+        self.state: StateSpec = model.state
         shapes = self.description.tensor_shapes().values()
         self.multiply_adds = max(sum(math.prod(shape) for shape in shapes if len(shape) > 1), 1)
         self._program = Program(self.description, model.weights, device)
@@ -149,7 +149,9 @@ class ModuleStep:
         self._cells = cells
         self.x = torch.zeros(rows, description.features, device=device)
         initial = {
-            leaf.name: torch.full((rows, *leaf.shape), leaf.initial, dtype=getattr(torch, leaf.dtype), device=device)
+            leaf.name: torch.full(
+                (rows, *leaf.shape), leaf.of_row.initial or 0, dtype=getattr(torch, leaf.dtype), device=device
+            )
             for leaf in description.leaves
         }
         self.state = {name: leaf.clone() for name, leaf in initial.items()}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Leaf, Shape, StateSpec, leaves_in_words
+from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes, leaves_in_words
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 ROWS: Final = "rows"
@@ -83,13 +83,14 @@ class GraphLeaf(_GraphPart):
     output: TensorName
     shape: Batched
     dtype: Dtype = "float32"
-    initial: float = 0.0
-    """What every element is before the first frame."""
+    initial: float | Literal["learned"] = 0.0
+    """What every element is before the first frame; a weights file holds an array that is learned."""
 
     @property
     def of_row(self) -> Leaf:
         """The leaf of a stream's state."""
-        return Leaf(self.name, _row_shape(self.shape), DTYPES[self.dtype], self.initial)
+        initial = None if self.initial == "learned" else self.initial
+        return Leaf(self.name, _row_shape(self.shape), DTYPES[self.dtype], initial)
 
     @property
     def before(self) -> Tensor:
@@ -165,16 +166,16 @@ class OnnxDescription(_GraphPart):
         return [self.answer.in_graph, *(leaf.after for leaf in self.leaves)]
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """None: the weights are part of the graph."""
-        return {}
+        """What learned leaves begin with; the weights are part of the graph."""
+        return learned_shapes(self.state)
 
     def tensor_dtype(self, tensor: str) -> str:
-        """There is no tensor to ask about."""
-        raise KeyError(tensor)
+        """That of the leaf."""
+        return {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves}[tensor]
 
     def fan_in(self, tensor: str) -> int:
-        """There is no tensor to ask about."""
-        raise KeyError(tensor)
+        """The last extent."""
+        return (*self.tensor_shapes()[tensor], 1)[0]
 
     def in_words(self) -> str:
         """`512 features → ONNX graph, state h [2, 128] → 1 output`."""

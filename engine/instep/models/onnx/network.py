@@ -48,7 +48,7 @@ class OnnxNetwork:
         self.description: OnnxDescription = model.description
         self.fingerprint = model.fingerprint
         self.device = torch.device("cpu")
-        self.state: StateSpec = self.description.state
+        self.state: StateSpec = model.state
         source = f"the graph of {model.name}"
         self._graph = parse(model.graph, source)
         per_row = {self.description.frame.tensor, *(leaf.input for leaf in self.description.leaves)}

@@ -47,7 +47,8 @@ class OnnxReference:
     @classmethod
     def of(cls, graph: ModelProto, description: OnnxDescription, dtype: type[np.floating[Any]]) -> OnnxReference | None:
         """The reference of a graph; None when it cannot compute one of the operators."""
-        state = {leaf.name: np.full((2, *leaf.of_row.shape), leaf.initial, dtype) for leaf in description.leaves}
+        leaves = [leaf.of_row for leaf in description.leaves]
+        state = {leaf.name: np.full((2, *leaf.shape), leaf.initial or 0, dtype) for leaf in leaves}
         try:
             reference = cls(graph, description, dtype)
             reference.run(np.zeros((1, 2, description.features), dtype), state, np.array([2]))

@@ -28,7 +28,7 @@ class PipelineNetwork:
         assert isinstance(model.description, PipelineDescription)
         self.description: PipelineDescription = model.description
         self.fingerprint = model.fingerprint
-        self.state: StateSpec = self.description.state
+        self.state: StateSpec = model.state
         inside = model_of(model.name, self.description.network, model.weights, graph=model.graph)
         network: RecurrentModel = build(inside, device)
         self._network = network
