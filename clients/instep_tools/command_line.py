@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Final
@@ -14,6 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 from instep_client.endpoint import checked_endpoint
 from instep_client.protocol.errors import InvalidInput
 
+BROKEN_PIPE: Final = 141
+"""The exit status where nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
 _PLAIN: Final = {
     "int_parsing": "{value!r} is not a whole number",
     "int_from_float": "{value!r} is not a whole number",
@@ -95,6 +99,20 @@ class PlainCommand(TyperCommand):
 
 class PlainCommands(TyperGroup):
     """Commands that say in plain words which value of an option cannot be; `help COMMAND` is `COMMAND --help`."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run what was typed and exit; quietly, with the status `BROKEN_PIPE`, where nobody reads the output."""
+        try:
+            try:
+                return super().main(*args, **settings)
+            finally:
+                sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as error:
+            # typer and rich exit with 1 instead of raising it
+            if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails again
+            raise SystemExit(BROKEN_PIPE) from None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Options of the group itself, and the command that was typed."""

@@ -42,6 +42,7 @@ class Terminal:
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._data_on_stdout = data_on_stdout or as_json
+        self._is_unread = False
 
     def note(self, sentence: str) -> None:
         """Something worth knowing."""
@@ -58,8 +59,14 @@ class Terminal:
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its last flush fails again
+            self._is_unread = True
             return False
         return True
+
+    def check_read(self) -> None:
+        """Raise BrokenPipeError where data was written to stdout that nobody read."""
+        if self._is_unread:
+            raise BrokenPipeError
 
     def summary(self, line: str, good: bool = True) -> None:
         """The last line."""
@@ -147,10 +154,15 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
     The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once, and so does the
     first one as long as nothing was sent because there is no connection. An interrupted command is INTERRUPTED, also
     when it ends with an error, which is said.
+
+    Raises:
+        BrokenPipeError: at the end, where nobody read what was written to stdout.
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_with_stop(command, terminal))
+            status = runner.run(_with_stop(command, terminal))
+        terminal.check_read()
+        return status
     except (CommandProblem, InstepError) as error:
         terminal.error(str(error))
         return Exit.COULD_NOT_RUN

@@ -99,3 +99,28 @@ def test_a_shell_completes_commands(program: str, begun: str, completed: str) ->
     script = Path(sys.executable).parent / program
     result = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [completed]
+
+
+ASKED = "import asyncio; from instep_tools.terminal import *; from instep_tools.command_line import CommandLine\n"
+RESULT = "async def run(terminal, stop): terminal.result({'a': 1}); return 0\n"
+COMMAND = "app = CommandLine(help='x')\n@app.command()\ndef a(): run_command(run, Terminal(True))\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "instep", "--help"),
+        ("-m", "instep", "config"),
+        ("-m", "instep_tools", "produce", "--help"),
+        ("-m", "instep_tools", "version"),
+        ("-c", f"{ASKED}{RESULT}{COMMAND}@app.command()\ndef b(): pass\napp(['a'])"),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_command_quietly(command: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

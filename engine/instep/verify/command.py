@@ -108,7 +108,7 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) 
         else:
             console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
-    except ModelError:
+    except (ModelError, BrokenPipeError):
         raise
     except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
