@@ -206,6 +206,8 @@ def test_a_recording_on_a_network_file_system_and_a_slow_and_full_disk(
     findings = Findings()
     examine_disk(findings, Config(), tmp_path / "none")
     assert (findings.warnings, findings.sections[0].values["file_system"]) == ([], "not known")
+    assert findings.sections[0].values["folder"] == str(Path.cwd())
+    assert "nothing is recorded; --record FILE would record here" in findings.sections[0].texts["folder"]
 
 
 def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(

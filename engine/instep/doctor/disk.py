@@ -18,11 +18,12 @@ _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lust
 
 
 def examine_disk(findings: Findings, config: Config, mounts: Path = Path("/proc/self/mounts")) -> None:
-    """Write a small file, which is removed again, to the folder of the recording, or for temporary files."""
+    """Write a small file, which is removed again, where the recording is, or where `--record FILE` would put one."""
     file = config.recording.file
-    folder = Path(tempfile.gettempdir()) if file is None else file if file.is_dir() else file.parent
+    folder = Path.cwd() if file is None else file if file.is_dir() else file.parent
     section = findings.section("disk")
-    section.note("folder", str(folder), f"{folder} ({'of the recording' if file else 'nothing is recorded'})")
+    about = "of the recording" if file else "nothing is recorded; --record FILE would record here"
+    section.note("folder", str(folder), f"{folder} ({about})")
     kind = _file_system(folder, mounts)
     section.note("file_system", kind)
     if file is not None and kind.startswith(_NETWORK):
