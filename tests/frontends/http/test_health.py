@@ -64,6 +64,7 @@ async def test_is_ready_until_it_drains() -> None:
         for path in ("/readyz", "/v2/health/ready", "/healthz", "/v2/health/live"):
             assert (await http.get(path)).status_code == 200
         server.default.engine.draining = True
+        assert "did you mean /readyz?" in await error(http, "/readyz/", 404)
         answer = await http.get("/readyz")
         assert answer.status_code == 503
         assert SMALL.name in answer.json()["error"]["message"]

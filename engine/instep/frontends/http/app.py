@@ -103,7 +103,9 @@ def make_app(
         Route("/", page),
         Route("/static/{file:path}", page),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         exception_handlers={HttpError: refused, HTTPException: no_such_path, Exception: bug},
     )
+    app.router.redirect_slashes = False  # a wrong path gets a sentence
+    return app
