@@ -328,3 +328,9 @@ def test_it_runs_as_a_module_and_as_a_program() -> None:
         result = subprocess.run([*command, "config", "--set", "a.b=1"], capture_output=True, text=True, check=False)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == "a.b (flag): there is no such key; configs/default.yaml lists every key\n"
+
+
+def test_a_stream_that_is_opened_needs_a_name() -> None:
+    result = instep("replay-from", "today.instep", "mic", "--seq", "3", "--as", "")
+    assert result.exit_code == 2
+    assert "a stream needs a name: write one, or leave --as" in " ".join(result.output.replace("│", " ").split())

@@ -98,6 +98,9 @@ def replay_from(
     The server keeps it parked until a producer resumes it, for as long as the answer says. Exit status 0: done.
     1: outputs differ from the recorded ones. 2: it could not be done.
     """
+    if name == "":
+        raise typer.BadParameter("a stream needs a name: write one, or leave --as out for STREAM@N", param_hint="--as")
+
     from instep.timetravel.replay_from import WhatIf, run
 
     interrupts.raise_again()
