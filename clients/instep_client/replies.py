@@ -58,7 +58,7 @@ class ListedStream(NamedTuple):
     """Frames admitted and not answered yet."""
     idle_s: float
     """How long it has been idle."""
-    left_s: float | None
+    expires_in_s: float | None
     """How long the server keeps it if it stays idle; None if it never expires."""
 
 
@@ -180,7 +180,7 @@ def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
     names = wire.unpack_names(bytes(frames[1]), count) if count else []
     streams = []
     for name, record in zip(names, wire.array_frame(frames[2], wire.LISTING, (count,), "listings"), strict=True):
-        next_seq, idle_us, left_us, place, pending = record.tolist()
+        next_seq, idle_us, expires_in_us, place, pending = record.tolist()
         if place not in set(wire.Place):
             raise MalformedMessage(f"a stream is at place {place}, which there is not")
         streams.append(
@@ -190,7 +190,7 @@ def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
                 None if next_seq == wire.UNKNOWN else next_seq,
                 pending,
                 idle_us / 1e6,
-                None if left_us == wire.UNKNOWN else left_us / 1e6,
+                None if expires_in_us == wire.UNKNOWN else expires_in_us / 1e6,
             )
         )
     return StreamPage(streams, cursor)

@@ -39,7 +39,7 @@ async def show(
 
 
 def _table(streams: Sequence[ListedStream]) -> Table:
-    rows = Table("name", "where", "next seq", "pending", "idle s", "kept s", box=None, pad_edge=False)
+    rows = Table("name", "where", "next seq", "pending", "idle s", "expires in s", box=None, pad_edge=False)
     for column in rows.columns[2:]:
         column.justify = "right"
     for stream in streams:
@@ -49,7 +49,7 @@ def _table(streams: Sequence[ListedStream]) -> Table:
             "–" if stream.next_seq is None else f"{stream.next_seq:,}",
             f"{stream.pending:,}",
             three_digits(stream.idle_s),
-            "ever" if stream.left_s is None else three_digits(stream.left_s),
+            "never" if stream.expires_in_s is None else three_digits(stream.expires_in_s),
         )
     return rows
 

@@ -58,10 +58,10 @@ async def test_every_stream_is_listed_with_its_place() -> None:
         found = {each.name: each for each in await client.list_streams()}
         assert found.keys() == {"old-1", "old-2", "new-1"}
         new, old = found["new-1"], found["old-2"]
-        assert (new.place, new.next_seq, new.pending, new.left_s) == ("connected", 3, 0, None)
+        assert (new.place, new.next_seq, new.pending, new.expires_in_s) == ("connected", 3, 0, None)
         assert (old.place, old.next_seq) == ("parked", 1)
-        assert old.left_s is not None
-        assert 90 < old.left_s <= 100
+        assert old.expires_in_s is not None
+        assert 90 < old.expires_in_s <= 100
         assert 0 <= new.idle_s < 10
         assert [each.name for each in await client.list_streams("new")] == ["new-1"]
         assert {each.name for each in await client.list_streams(place="parked")} == {"old-1", "old-2"}

@@ -64,7 +64,7 @@ CLOSING: Final = np.dtype([("handle", "<u8"), ("have", "<u8")])
 """A stream that is to be closed: its handle, and the outputs the client holds, as in `CLAIM` (16 bytes)."""
 
 LISTING: Final = np.dtype(
-    [("next_seq", "<u8"), ("idle_us", "<u8"), ("left_us", "<u8"), ("place", "<u4"), ("pending", "<u4")]
+    [("next_seq", "<u8"), ("idle_us", "<u8"), ("expires_in_us", "<u8"), ("place", "<u4"), ("pending", "<u4")]
 )
 """A stream in LISTED: the seq of its next frame (`UNKNOWN` while it hibernates), how long it has been idle, how long
 the server keeps it if it stays idle (`UNKNOWN` if it never expires), its `Place`, and its pending frames (32 bytes)."""

@@ -156,7 +156,7 @@ def _snapshot(
                 seq=each["seq"],
                 pending=each["pending"],
                 idle_s=each["idle_s"],
-                kept_s=each["expires_in_s"],
+                expires_in_s=each["expires_in_s"],
             )
             for each in listed["streams"]
         ],

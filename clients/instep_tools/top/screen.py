@@ -21,7 +21,7 @@ _LABEL: Final = 11
 _LEFT: Final = 37
 """Columns of the left one of the two blocks at the top."""
 _PHASES: Final = ("queue", "compute", "send", "latency")
-_COLUMNS: Final = (("state", -11), ("rate/s", 8), ("next seq", 11), ("pending", 8), ("idle", 7), ("kept", 7))
+_COLUMNS: Final = (("state", -11), ("rate/s", 8), ("next seq", 11), ("pending", 8), ("idle", 7), ("expires", 7))
 """Behind the name, with their widths; a negative one is for text."""
 _SORTED: Final = {"name": "name", "rate": "rate/s", "seq": "next seq", "pending": "pending", "idle": "idle"}
 """The heading of the column for each of `SORTS`."""
@@ -183,7 +183,7 @@ def _streams(now: Snapshot, width: int) -> list[Text]:
             "–" if each.seq is None else f"{each.seq:,}" if each.seq < 1e9 else scaled(each.seq),
             short(each.pending),
             period(each.idle_s),
-            "ever" if each.kept_s is None else period(each.kept_s),
+            "never" if each.expires_in_s is None else period(each.expires_in_s),
         )
         cells = (
             f"{value:<{1 - columns}}" if columns < 0 else f" {value:>{columns}}"

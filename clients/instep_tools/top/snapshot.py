@@ -45,7 +45,7 @@ class ObservedStream(NamedTuple):
     pending: int
     """Frames admitted and not answered yet."""
     idle_s: float
-    kept_s: float | None
+    expires_in_s: float | None
     """How long the server keeps it if it stays idle; None if it never expires."""
 
 

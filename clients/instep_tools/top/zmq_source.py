@@ -121,7 +121,7 @@ class ZmqSource:
                 seq=each.next_seq,
                 pending=each.pending,
                 idle_s=each.idle_s,
-                kept_s=each.left_s,
+                expires_in_s=each.expires_in_s,
             )
             for each in streams
         ]

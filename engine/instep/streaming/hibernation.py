@@ -48,7 +48,7 @@ class IdleLimits:
     max_hibernated: int = 1_000_000
     """The most that hibernate; beyond it those that have done so longest expire."""
 
-    def left_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
+    def expires_in_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
         """How much longer a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
         if not has_owner:
             return max(0, self.park_ns - idle_ns)

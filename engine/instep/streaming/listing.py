@@ -83,8 +83,8 @@ class Listing:
         for slot, idle, lacks_owner, is_unused in zip(*columns, strict=True):
             where = Place.PARKED if lacks_owner else Place.CONNECTED
             seq, pending = int(table.next_seq[slot]), int(table.unanswered[slot])
-            left_us = self._left_us(idle, has_owner=not lacks_owner, is_unused=is_unused)
-            records.append((seq, idle // 1000, left_us, int(where), pending))
+            expires_in_us = self._expires_in_us(idle, has_owner=not lacks_owner, is_unused=is_unused)
+            records.append((seq, idle // 1000, expires_in_us, int(where), pending))
         if len(named) > most:
             end = named[most]
         return [table.name(slot) for slot in chosen.tolist()], records, end
@@ -103,11 +103,11 @@ class Listing:
                     break
                 idle = max(0, now_ns - since_ns)
                 names.append(name)
-                left_us = self._left_us(idle, has_owner=has_owner, is_unused=False)
-                records.append((UNKNOWN, idle // 1000, left_us, int(Place.HIBERNATING), 0))
+                expires_in_us = self._expires_in_us(idle, has_owner=has_owner, is_unused=False)
+                records.append((UNKNOWN, idle // 1000, expires_in_us, int(Place.HIBERNATING), 0))
             at += 1
         return names, records, at if at < len(self._hibernation) else 0
 
-    def _left_us(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int:
-        left_ns = self.limits.left_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
-        return UNKNOWN if left_ns is None else left_ns // 1000
+    def _expires_in_us(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int:
+        expires_in_ns = self.limits.expires_in_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
+        return UNKNOWN if expires_in_ns is None else expires_in_ns // 1000

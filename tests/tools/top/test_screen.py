@@ -64,8 +64,8 @@ def test_a_low_terminal_shows_what_fits_and_the_keys(height: int, helping: bool)
 
 def test_the_numbers_are_where_they_belong() -> None:
     streams = [
-        stream("mic", state="open", rate=50.0, seq=1234, pending=3, idle_s=0.25, kept_s=3600.0),
-        stream("old", state="parked", rate=None, seq=None, pending=0, idle_s=90.0, kept_s=None),
+        stream("mic", state="open", rate=50.0, seq=1234, pending=3, idle_s=0.25, expires_in_s=3600.0),
+        stream("old", state="parked", rate=None, seq=None, pending=0, idle_s=90.0, expires_in_s=None),
     ]
     phases = {"recent_queue_us_p50": 120.0, "recent_compute_us_p50": 250.0, "recent_send_us_p50": 40.0}
     before = snapshot(10.0, streams, ("ears", "wake-word-detector"), batches_total=100.0)
@@ -89,7 +89,7 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["streams"] == "3.00M open, 999,999 parked of 4.00M, 1.00M hibernating"
     assert text["verified"] == "123G frames of 25% of the streams, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "open 50 1,234 3 0.2 s 1h 0m"
-    assert text["old"] == "parked – – 0 1m 30s ever"
+    assert text["old"] == "parked – – 0 1m 30s never"
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *WIDE], ids=ascii)

@@ -118,7 +118,7 @@ async def test_once_as_json_says_what_was_sent(transport: str) -> None:
     assert seen["model"]["rates"]["frames_total"] == 0
     (stream,) = seen["streams"]
     assert (stream["name"], stream["state"], stream["seq"], stream["rate"]) == ("mic", "open", 12, 0.0)
-    assert (stream["pending"], stream["kept_s"]) == (0, pytest.approx(3600, abs=60))
+    assert (stream["pending"], stream["expires_in_s"]) == (0, pytest.approx(3600, abs=60))
     assert [(stream["name"], stream["seq"]) for stream in other["streams"]] == [("left", 7), ("right", 7)]
 
 

@@ -115,12 +115,12 @@ def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, 
     else:
         return None
     idle_ns = 0 if pending else max(0, now_ns - since_ns)
-    left_ns = service.listing.limits.left_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
+    expires_in_ns = service.listing.limits.expires_in_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
     return {
         "name": name,
         **fields,
         "pending": pending,
         "idle_s": round(idle_ns / 1e9, 3),
-        "expires_in_s": None if left_ns is None else round(left_ns / 1e9, 3),
+        "expires_in_s": None if expires_in_ns is None else round(expires_in_ns / 1e9, 3),
         "parked_s": None if has_owner else round(max(0, now_ns - since_ns) / 1e9, 3),
     }

@@ -95,7 +95,7 @@ def statistics(request: int, values: dict[str, float]) -> Message:
 def listed(request: int, page: ListedPage) -> Message:
     """LISTED: some streams, and where the next ones begin."""
     records = np.zeros(len(page.names), wire.LISTING)
-    for name, column in zip(("next_seq", "idle_us", "left_us", "place", "pending"), page.columns.T, strict=True):
+    for name, column in zip(("next_seq", "idle_us", "expires_in_us", "place", "pending"), page.columns.T, strict=True):
         records[name] = column
     header = wire.pack_header(Kind.LISTED, request, len(records), page.cursor)
     return [header, wire.pack_names(page.names), records.tobytes()]
