@@ -36,6 +36,7 @@ STATISTICS: Mapping[str, float] = {
     ),
     "connections": 2.0,
     "streams_open": 3.0,
+    "streams_parked": 1.0,
     "frames_pending": 0.0,
 }
 
@@ -59,6 +60,7 @@ def test_it_says_what_has_happened_since_it_last_did() -> None:
             "batch_size": 20.0,
             "connections": 2,
             "streams_open": 3,
+            "streams_parked": 1,
             "frames_pending": 0,
             "opened_streams": 3,
         }

@@ -190,17 +190,17 @@ def vary(numbers: dict[str, float], time_s: float) -> None:
 
 
 def stream(name: str, number: int) -> dict[str, Any]:
-    state = ("open", "open", "open", "parked", "hibernating")[number % 5]
+    state = ("connected", "connected", "connected", "parked", "hibernating")[number % 5]
     return {
         "name": name,
         "state": state,
-        "owner": number % 8 if state == "open" else None,
+        "owner": number % 8 if state == "connected" else None,
         "seq": 1_000 + 37 * number,
-        "rate": 100.0 if state == "open" else 0.0,
+        "rate": 100.0 if state == "connected" else 0.0,
         "pending": number % 3,
-        "idle_s": 0.01 if state == "open" else 12.5 * (number % 40),
-        "expires_in_s": None if state == "open" else 600.0 - number % 500,
-        "parked_s": None if state == "open" else 12.5 * (number % 40),
+        "idle_s": 0.01 if state == "connected" else 12.5 * (number % 40),
+        "expires_in_s": None if state == "connected" else 600.0 - number % 500,
+        "parked_s": None if state == "connected" else 12.5 * (number % 40),
     }
 
 

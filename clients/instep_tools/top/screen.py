@@ -116,9 +116,9 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
         values = (_recent(numbers, f"{phase}_us_{quantile}") / 1000 for phase in _PHASES)
         right.append(f"{quantile:>10}" + "".join(f"{three_digits(value):>{8 + wide}}" for value in values))
     lines += [Text(f"{one:<{_LEFT}} {two}") for one, two in zip(left, right, strict=True)]
-    parked = numbers["streams_parked"]
-    inside = f"{short(numbers['streams_open'] - parked)} open, {short(parked)} parked of {short(model.max_streams)}"
-    lines.append(_line("streams", f"{inside}, {short(numbers['streams_hibernated'])} hibernating"))
+    inside = f"{short(numbers['streams_open'])} open of {short(model.max_streams)}"
+    parked, hibernated = short(numbers["streams_parked"]), short(numbers["streams_hibernated"])
+    lines.append(_line("streams", f"{inside}, {parked} of them parked; {hibernated} hibernating"))
     lines.append(_line("refused", *_refused(numbers, per_s)))
     lines.append(_line("recording", _recording(model)))
     lines.append(_line("verified", *_verified(numbers)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-STATES: Final = ("open", "parked", "hibernating")
+STATES: Final = ("connected", "parked", "hibernating")
 SORTS: Final = ("name", "rate", "seq", "pending", "idle")
 """What streams can be sorted by; all but names begin with the largest."""
 

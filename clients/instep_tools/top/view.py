@@ -13,7 +13,7 @@ KEYS: Final = (
     ("s, S", "sort by the next column, the one before"),
     ("1 … 5", "sort by " + ", ".join(SORTS) + "; again to reverse"),
     ("/", "only streams with this in their names; Enter ends, Esc clears"),
-    ("f", "only streams of one state: open, parked, hibernating, or all"),
+    ("f", "only streams of one state: connected, parked, hibernating, or all"),
     ("m, M", "the next model, the one before"),
     ("p", "pause, and continue"),
     ("?", "this help, and back"),

@@ -116,7 +116,7 @@ class ZmqSource:
         self._streams = [
             ObservedStream(
                 name=each.name,
-                state="open" if each.place == "connected" else each.place,
+                state=each.place,
                 rate=self._rate(each, middle - before),
                 seq=each.next_seq,
                 pending=each.pending,

@@ -63,6 +63,7 @@ class Summary:
             batch_size=round(grown["frames_total"] / batches, 1) if batches else 0.0,
             connections=int(now["connections"]),
             streams_open=int(now["streams_open"]),
+            streams_parked=int(now["streams_parked"]),
             frames_pending=int(now["frames_pending"]),
             **counts,
         )

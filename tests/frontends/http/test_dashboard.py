@@ -131,7 +131,7 @@ def test_a_stream_has_a_page_with_an_address(server: ChildServer, pages: Pages) 
         page.locator("#rows").get_by_role("link", name="violin").press("Enter")
         assert page.url.endswith("#stream=violin")
         expect(page.locator("#stream-name")).to_have_text("violin")
-        expect(page.locator("#stream-state")).to_have_text("open")
+        expect(page.locator("#stream-state")).to_have_text("connected")
         expect(page.get_by_role("img", name=re.compile(r"First inputs: .*x\[3\] −?\d"))).to_be_visible()
         expect(page.get_by_role("img", name=re.compile(r"Norm of the state: .*\d"))).to_be_visible()
         expect(page.locator("#stream-log")).to_contain_text("opened")
@@ -154,7 +154,7 @@ def test_names_of_strangers_are_only_text(server: ChildServer, pages: Pages) -> 
             assert page.url.endswith(f"stream={quote(HOSTILE, safe='!()*')}")
             page.reload()
             expect(page.locator("#stream-name")).to_have_text(HOSTILE)
-            expect(page.locator("#stream-state")).to_have_text("open")
+            expect(page.locator("#stream-state")).to_have_text("connected")
             assert page.locator("main img").count() == 0
             keep(page, f"hostile-{width}")
 

@@ -62,13 +62,13 @@ async def test_each_state_has_its_record(tmp_path: Path) -> None:
         assert (page["total"], page["matched"], page["cursor"], page["model"]) == (4, 4, None, SMALL.name)
         assert names(page["streams"]) == ["new", "old/1", "old/2", "old/3"]
         new, asleep, parked, _ = page["streams"]
-        assert (new["state"], new["seq"], new["pending"], new["parked_s"]) == ("open", 2, 0, None)
+        assert (new["state"], new["seq"], new["pending"], new["parked_s"]) == ("connected", 2, 0, None)
         assert isinstance(new["owner"], int)
         assert 40 < new["expires_in_s"] <= 50
         assert (parked["state"], parked["owner"], parked["seq"]) == ("parked", None, 3)
         assert 0 <= parked["parked_s"] < 40 < parked["expires_in_s"] <= 100
         assert (asleep["state"], asleep["seq"], asleep["rate"], asleep["owner"]) == ("hibernating", None, 0.0, None)
-        for state, found in (("open", ["new"]), ("parked", ["old/2", "old/3"]), ("hibernating", ["old/1"])):
+        for state, found in (("connected", ["new"]), ("parked", ["old/2", "old/3"]), ("hibernating", ["old/1"])):
             assert names(await all_pages(http, state=state)) == found
         assert names(await all_pages(http, sort="-idle", state="parked")) == ["old/2", "old/3"]
         assert names(await all_pages(http, sort="seq", prefix="", contains="")) == ["old/1", "new", "old/2", "old/3"]

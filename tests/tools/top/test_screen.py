@@ -64,7 +64,7 @@ def test_a_low_terminal_shows_what_fits_and_the_keys(height: int, helping: bool)
 
 def test_the_numbers_are_where_they_belong() -> None:
     streams = [
-        stream("mic", state="open", rate=50.0, seq=1234, pending=3, idle_s=0.25, expires_in_s=3600.0),
+        stream("mic", state="connected", rate=50.0, seq=1234, pending=3, idle_s=0.25, expires_in_s=3600.0),
         stream("old", state="parked", rate=None, seq=None, pending=0, idle_s=90.0, expires_in_s=None),
     ]
     phases = {"recent_queue_us_p50": 120.0, "recent_compute_us_p50": 250.0, "recent_send_us_p50": 40.0}
@@ -86,9 +86,9 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["server"] == "ready, 2.00G frames/s, 6.00M streams, 32,768 connections, loop 100%"
     assert text["models"] == "ears 1.00G/s wake-word-detector 1.00G/s"
     assert text["batches/s"] == "300 98% full p50 0.120 0.250 0.0400 10,000"
-    assert text["streams"] == "3.00M open, 999,999 parked of 4.00M, 1.00M hibernating"
+    assert text["streams"] == "4.00M open of 4.00M, 999,999 of them parked; 1.00M hibernating"
     assert text["verified"] == "123G frames of 25% of the streams, 2 streams differ, 0.4 s behind"
-    assert text["mic"] == "open 50 1,234 3 0.2 s 1h 0m"
+    assert text["mic"] == "connected 50 1,234 3 0.2 s 1h 0m"
     assert text["old"] == "parked – – 0 1m 30s never"
 
 
@@ -139,7 +139,7 @@ def test_rates_are_differences_and_none_where_a_counter_began_anew() -> None:
 
 def test_streams_are_selected_and_sorted() -> None:
     streams = [
-        stream("b", rate=1.0, seq=9, pending=0, idle_s=3.0, state="open"),
+        stream("b", rate=1.0, seq=9, pending=0, idle_s=3.0, state="connected"),
         stream("a", rate=None, seq=None, pending=2, idle_s=2.0, state="hibernating"),
         stream("ab", rate=2.0, seq=7, pending=1, idle_s=1.0, state="parked"),
     ]

@@ -101,7 +101,7 @@ async def test_once_as_json_says_what_was_sent(transport: str) -> None:
         with pytest.raises(InstepError, match="'nobody'"):
             await once(Top(endpoint, "nobody"))
     assert (shown.said.splitlines()[0].split()[:3], shown.data) == (["instep", "top", endpoint], "")
-    assert [line.split()[:2] for line in shown.said.splitlines()[-2:]] == [["name", "state"], ["mic", "open"]]
+    assert [line.split()[:2] for line in shown.said.splitlines()[-2:]] == [["name", "state"], ["mic", "connected"]]
     assert max(map(len, shown.said.splitlines())) <= 80
     assert (seen["endpoint"], seen["matched"]) == (endpoint, 1)
     assert [(model["name"], model["streams"], model["frames"]) for model in seen["models"]] == [
@@ -117,7 +117,7 @@ async def test_once_as_json_says_what_was_sent(transport: str) -> None:
     )
     assert seen["model"]["rates"]["frames_total"] == 0
     (stream,) = seen["streams"]
-    assert (stream["name"], stream["state"], stream["seq"], stream["rate"]) == ("mic", "open", 12, 0.0)
+    assert (stream["name"], stream["state"], stream["seq"], stream["rate"]) == ("mic", "connected", 12, 0.0)
     assert (stream["pending"], stream["expires_in_s"]) == (0, pytest.approx(3600, abs=60))
     assert [(stream["name"], stream["seq"]) for stream in other["streams"]] == [("left", 7), ("right", 7)]
 
@@ -147,7 +147,7 @@ async def test_a_query_selects_and_sorts(transport: str) -> None:
             assert await names(sort="idle", limit=1) == ["mic-1"]
             assert await names(sort="name", contains="mic") == ["mic-1", "mic-2"]
             assert await names(contains="日本 &=#") == ["日本 &=#"]
-            assert await names(state="open", sort="name") == ["mic-1", "mic-2", "日本 &=#"]
+            assert await names(state="connected", sort="name") == ["mic-1", "mic-2", "日本 &=#"]
             assert await names(state="hibernating") == []
 
 

@@ -67,7 +67,7 @@ async def test_keys(transport: str) -> None:
                 await (await client.open("late")).close()
                 await top.type("p", "3 streams")
                 top.resize(120, 40)
-                screen = await top.until("kept")
+                screen = await top.until("expires")
                 async with asyncio.timeout(60):
                     while len(top.screen) != 40:
                         await asyncio.sleep(0.01)

@@ -17,7 +17,7 @@ from instep.frontends.http.answers import HttpError
 from instep.frontends.http.records import PAUSE_S, SLICE, FrameRates, record_of
 from instep.streaming.service import ModelService
 
-STATES: Final = ("open", "parked", "hibernating")
+STATES: Final = ("connected", "parked", "hibernating")
 SORTS: Final = ("name", "rate", "idle", "seq", "pending")
 MOST: Final = 500
 USUAL: Final = 50

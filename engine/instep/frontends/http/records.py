@@ -103,7 +103,7 @@ def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, 
         is_unused = bool(table.next_seq[slot] == table.first_seq[slot])
         pending = int(table.unanswered[slot])
         fields = {
-            "state": "parked" if is_parked else "open",
+            "state": "parked" if is_parked else "connected",
             "owner": None if is_parked else int(table.owner[slot]),
             "seq": int(table.next_seq[slot]),
             "rate": None if rate is None else round(float(rate[0]), 3),
