@@ -71,7 +71,8 @@ async def test_frames_and_refusals_are_counted_as_they_were_sent(rng: np.random.
             assert await step([c], [0], random_frames(rng, 16)) == [], "it takes all of the credit"
             await client.send(b"nonsense")
             assert (await client.receive()).code is Code.MALFORMED
-            assert (await stranger.ask(msgpack.packb([Kind.PING, 1]))).code is Code.HELLO_FIRST
+            assert (await stranger.ask(msgpack.packb([Kind.PING, 1]))).code is Code.HELLO_FIRST  # which is not counted
+            assert (await stranger.ask(msgpack.packb([Kind.STATS, 1]))).code is Code.HELLO_FIRST
             assert (await client.resume(["nobody"], [0], [0])).kind is Kind.RESUMED
             refused.update({Code.MALFORMED: 1, Code.HELLO_FIRST: 1, Code.UNKNOWN_STREAM: 1})
             numbers = await client.statistics()

@@ -142,6 +142,7 @@ async def test_an_unknown_model_is_refused_with_the_names_of_those_that_are_ther
         monkeypatch.setenv("INSTEP_MODEL", "vowels")
         async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="") as default:
             assert (client.info.model, default.info.model) == ("vowels", "ears")
+            assert (await default.stats())["refused_messages_total"] == 2, "one for each wrong name"
 
 
 async def test_a_client_of_the_default_model_stays_with_it_when_the_default_is_another_one(

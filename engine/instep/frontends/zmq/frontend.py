@@ -216,6 +216,9 @@ class ZmqFrontend:
             self._refuse(routing_id, peer, request_of_step(frames[0]), refusal)
 
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
+        if header.kind is Kind.PING:  # asks whether the server knows the connection, as after a HELLO that was refused
+            self.outbound.send_unknown(routing_id, encode.error(header.request, Refusal(Code.HELLO_FIRST)))
+            return
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
