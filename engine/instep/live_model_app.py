@@ -12,6 +12,7 @@ from instep.model_app import Json
 from instep.model_app import app as app
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_tools.command_line import Endpoint
+from instep_tools.words import counted
 
 
 @app.command(examples=("instep model load ears-2 models/ears-new",))
@@ -22,12 +23,14 @@ def load(
 ) -> None:
     """Have the server on this machine serve another model, beside those that it has.
 
-    If it cannot be loaded, nothing changes. It is not in the server's configuration: after a restart, load it again.
+    If it cannot be loaded, nothing changes. A restart serves what the server's configuration names.
     """
     from instep_client import Client
 
     with Client(endpoint, model="") as client:
-        _list(model.name for model in client.load_model(name, folder))
+        models = client.load_model(name, folder)
+    _say_version(name, folder, endpoint)
+    _list(model.name for model in models)
 
 
 @app.command(
@@ -57,7 +60,17 @@ def swap(
     from instep_client import Client
 
     with Client(endpoint, model="") as client:
-        _list(model.name for model in client.swap_model(name, folder, streams))
+        before = {model.name for model in client.list_models()}
+        models = client.swap_model(name, folder, streams)
+    _say_version(name, folder, endpoint)
+    kept = next((model for model in models if model.name not in before), None)
+    if kept is not None:
+        typer.echo(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
+    else:
+        moved = next(model.streams for model in models if model.name == name)
+        how = "with their states" if streams == "move" else "with states from their last frames"
+        typer.echo(f"{counted(moved, 'open stream')} moved to it, {how}")
+    _list(model.name for model in models)
 
 
 @app.command(examples=("instep model unload ears-1", "instep model unload ears-1 --force"))
@@ -123,6 +136,18 @@ def shadow(
     os.nice(19)
     asked = Shadowing(recording, folder, share, seconds, warm_up, tolerance, json)
     raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))
+
+
+def _say_version(name: str, folder: Path, endpoint: str) -> None:
+    """Which version of a model is served now, and whether a restart serves it, too."""
+    from instep_client import Client
+
+    with Client(endpoint, model=name) as client:
+        fingerprint, is_configured = client.info.fingerprint, client.stats()["configured"]
+    typer.echo(f"{name} is now version {fingerprint[:8]}")
+    if not is_configured:
+        typer.echo("a restart serves what the configuration names, which is not this folder;")
+        typer.echo(f"put it into model.folder to keep it: {folder.resolve()}")
 
 
 def _list(names: Iterable[str]) -> None:

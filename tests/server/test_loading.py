@@ -275,7 +275,9 @@ async def test_the_commands(folder: Path) -> None:
             result = await asyncio.to_thread(CliRunner().invoke, app, command)
             return result.exit_code, result.output.strip()
 
-        assert await said("load", "vowels", str(folder)) == (0, "the server has ears, vowels")
+        status, text = await said("load", "vowels", str(folder))
+        assert (status, text.splitlines()[-1]) == (0, "the server has ears, vowels")
+        assert f"put it into model.folder to keep it: {folder}" in text
         assert await said("unload", "ears") == (0, "the server has vowels")
         status, sentence = await said("unload", "vowels")
         assert (status, "over a connection to another one" in sentence) == (2, True), sentence

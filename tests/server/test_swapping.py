@@ -290,21 +290,39 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
     np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
 
 
-async def test_the_command(folder: Path) -> None:
-    async with running(A, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
+async def test_the_command(folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    async with running(A, folder=old, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
         stream = await client.open("s")
 
-        async def said(*arguments: str) -> tuple[int, str]:
+        async def said(*arguments: str, folder: Path = folder) -> tuple[int, str]:
             command = ["model", "swap", "ears", str(folder), *arguments, "-e", server.endpoint]
             result = await asyncio.to_thread(CliRunner().invoke, app, command)
             return result.exit_code, result.output.strip()
 
-        assert await said("--streams", "move") == (0, "the server has ears")
+        status, text = await said("--streams", "move")
+        assert (status, text.splitlines()) == (
+            0,
+            [
+                f"ears is now version {B.fingerprint[:8]}",
+                "a restart serves what the configuration names, which is not this folder;",
+                f"put it into model.folder to keep it: {folder}",
+                "1 open stream moved to it, with their states",
+                "the server has ears",
+            ],
+        )
         for arguments, words in (((), "that is served already"), (("--streams", "both"), "expected keep, move or")):
             status, sentence = await said(*arguments)
             assert (status, words in sentence) == (2, True), sentence
         await stream.step(np.zeros(5, np.float32))
         assert stream.moved_at == 0
+        numbers = await client.stats()
+        assert numbers["server_uptime_s"] > numbers["uptime_s"], "which is that of the version"
+        write_model(old, A)
+        status, text = await said(folder=old)
+        assert (status, f"ears is now version {A.fingerprint[:8]}" in text) == (0, True), text
+        assert "configuration" not in text  # which names that folder
+        assert f"1 open stream of the old version: served as ears@{B.fingerprint[:8]} until closed" in text
 
 
 @pytest.mark.long

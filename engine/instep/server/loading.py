@@ -111,6 +111,7 @@ class Loader:
             file = recording_file(self._server.config, name, _SEVERAL)
             made = await self._make(name, folder, file, log, undo)
             self._record(made)
+            made.served.service.is_configured = self._is_configured(name, folder)
             self._server.add(made.served)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         log.info("loaded", folder=str(folder))
@@ -146,6 +147,7 @@ class Loader:
                 self._kept.add(former.service)
             else:
                 lsn, ended = await self._move(former, made, policy, log)
+            made.served.service.is_configured = self._is_configured(name, folder)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
@@ -212,6 +214,8 @@ class Loader:
             await self.unload(name)
         self._server.reorder(list(found))
         self._configured = found
+        for name in (*loaded, *swapped):
+            self._server.served(name).service.is_configured = True
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
@@ -259,6 +263,9 @@ class Loader:
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
         return _Made(make_served(config, foundation, service), foundation.stepper, opened)
+
+    def _is_configured(self, name: str, folder: Path) -> bool:
+        return name in self._configured and self._configured[name][0] == folder.resolve()
 
     def _lay_foundation(self, prepared: Prepared, moved: ModelService | None) -> Foundation:
         prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread

@@ -60,6 +60,7 @@ class Server:
         """Messages taken and never answered, because the end was forced or draining took too long."""
         self._drain_until = math.inf
         """When draining has taken too long; of the monotonic clock."""
+        self._began_ns = time.monotonic_ns()
         self._shutdown = shutdown
         self._turns = loop
         self._frontend = frontend
@@ -123,6 +124,7 @@ class Server:
 
     def _enter(self, served: Served) -> None:
         service = served.service
+        service.server_began_ns = self._began_ns
         self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
         self._turns.add(service)
         if service.verification is not None:

@@ -81,6 +81,10 @@ class ModelService:
     """What the process has found that checks the recording meanwhile, where there is to be one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
+    server_began_ns: int = field(default_factory=time.monotonic_ns)
+    """When the server began that serves it, on the monotonic clock."""
+    is_configured: bool = True
+    """Whether the server's configuration names this version of the model, so that a restart serves it."""
     leaves: str = ""
     """Why it takes nothing new, where the server goes on without it."""
     history: History = field(init=False)
@@ -159,6 +163,8 @@ class ModelService:
         engine, table, counts = self.engine, self.engine.table, self.engine.tables.counts
         return {
             "ready": float(self.is_ready),
+            "configured": float(self.is_configured),
+            "server_uptime_s": (time.monotonic_ns() - self.server_began_ns) / 1e9,
             **engine.stats.values(),
             "received_frames_total": float(counts[RECEIVED_FRAMES]),
             "repeated_frames_total": float(counts[REPEATED_FRAMES]),
