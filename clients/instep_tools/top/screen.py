@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Final
 
 from rich.cells import cell_len
@@ -49,7 +50,9 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
     now, view = picture.now, picture.view
     lines = [_title(picture, width)]
     if picture.lost:
-        lines.append(Text(plain(picture.lost), "bold red"))
+        lines += [Text(line, "bold red") for line in wrap(plain(picture.lost), width)]
+    elif now is None:
+        lines.append(Text("waiting for an answer"))
     if now is not None:
         lines += _server(now, picture.rates, width) + _model(now, picture.rates, picture.history, width)
     lines = lines[: max(0, height - keys)]
@@ -66,7 +69,7 @@ def draw(picture: Picture, width: int, height: int, keys: bool = True) -> list[T
 
 
 def _title(picture: Picture, width: int) -> Text:
-    up = "" if picture.now is None else f"up {period(picture.now.model.numbers['uptime_s'])}"
+    up = "" if picture.now is None else f"up {period(picture.now.model.numbers['server_uptime_s'])}"
     marks = "paused" if picture.view.paused else ""
     left = fitted(f"instep top  {plain(picture.endpoint)}", width - len(up) - len(marks) - 4)
     return Text.assemble((left, "bold"), "  ", (marks, "bold yellow"), "  ", up)
@@ -75,7 +78,8 @@ def _title(picture: Picture, width: int) -> Text:
 def _server(now: Snapshot, rates: SnapshotRates | None, width: int) -> list[Text]:
     frames = "–" if rates is None else short(sum(rates.frames.values()))
     ready = now.model.numbers.get("ready") == 1
-    busy = _share(now.model.numbers, "loop_busy", ", loop {:.0%}")
+    loop_busy = _recent(now.model.numbers, "loop_busy")
+    busy = "" if math.isnan(loop_busy) else f", loop {loop_busy:.0%}"
     streams = short(sum(model.streams for model in now.models))
     connections = short(sum(model.connections for model in now.models))
     total = f"{frames} frames/s, {streams} streams, {connections} connections{busy}"
@@ -102,10 +106,11 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     about = f", {model.features} to {model.outputs} on {model.device}, {model.exactness}"
     name = plain(model.name)
     lines = [_line("model", fitted(name, min(cell_len(name), width - _LABEL - len(about))), about)]
+    fill, is_answering = _measured(numbers, "batch_fill"), _recent(numbers, "latency_us_p50") > 0
     rows = (
         ("frames/s", per_s.get("frames_total", math.nan), ""),
-        ("batches/s", per_s.get("batches_total", math.nan), _share(numbers, "batch_fill", "{:.0%} full")),
-        ("batch size", _recent(numbers, "batch_size_mean"), f"{short(numbers['frames_pending'])} pending"),
+        ("batches/s", per_s.get("batches_total", math.nan), "–" if math.isnan(fill) else f"{fill:.0%} full"),
+        ("batch size", _measured(numbers, "batch_size_mean"), f"{short(numbers['frames_pending'])} pending"),
     )
     left = [f"{label:<{_LABEL}}{short(number):>8}{beside:>{_LEFT - _LABEL - 8}}" for label, number, beside in rows]
     left[0] = left[0].rstrip() + "  " + sparkline(history, _LEFT - _LABEL - 10)
@@ -113,7 +118,7 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     heads = (*_PHASES[:3], "all")
     right = ["latency ms" + "".join(f"{head:>{8 + wide}}" for head in heads)]
     for quantile in ("p50", "p99"):
-        values = (_recent(numbers, f"{phase}_us_{quantile}") / 1000 for phase in _PHASES)
+        values = (_recent(numbers, f"{phase}_us_{quantile}") / 1000 if is_answering else math.nan for phase in _PHASES)
         right.append(f"{quantile:>10}" + "".join(f"{three_digits(value):>{8 + wide}}" for value in values))
     lines += [Text(f"{one:<{_LEFT}} {two}") for one, two in zip(left, right, strict=True)]
     inside = f"{short(numbers['streams_open'])} open of {short(model.max_streams)}"
@@ -130,9 +135,9 @@ def _recent(numbers: Mapping[str, float], name: str) -> float:
     return numbers.get(f"recent_{name}", numbers.get(name, math.nan))
 
 
-def _share(numbers: Mapping[str, float], name: str, words: str) -> str:
-    share = _recent(numbers, name)
-    return "" if math.isnan(share) else words.format(share)
+def _measured(numbers: Mapping[str, float], name: str) -> float:
+    """As `_recent`, of a value that is more than 0 where there was anything to measure; NaN where there was not."""
+    return _recent(numbers, name) or math.nan
 
 
 def _refused(numbers: Mapping[str, float], per_s: Mapping[str, float]) -> list[str | tuple[str, str]]:
@@ -156,7 +161,9 @@ def _recording(model: ObservedModel) -> str:
         return "off"
     waits = f"answers wait for {model.durability}" if model.durability != "memory" else "answers do not wait"
     size, free = scaled(numbers["recording_bytes"], " "), scaled(numbers.get("recording_free_bytes", math.nan), " ")
-    return f"{waits}, {size}B, {free}B free, commits {three_digits(_recent(numbers, 'commit_us_p99') / 1000)} ms (p99)"
+    return (
+        f"{waits}, {size}B, {free}B free, commits {three_digits(_measured(numbers, 'commit_us_p99') / 1000)} ms (p99)"
+    )
 
 
 def _verified(numbers: Mapping[str, float]) -> list[str | tuple[str, str]]:

@@ -11,7 +11,7 @@ from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream
 
 NUMBERS = {
     "ready": 1.0,
-    "uptime_s": 270_000.0,
+    "server_uptime_s": 270_000.0,
     "frames_total": 123_456_789_012.0,
     "batches_total": 1e9,
     "batch_size_mean": 499.5,

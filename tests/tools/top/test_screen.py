@@ -14,6 +14,7 @@ from instep_tools.top.text import fitted, period, plain, scaled, short, sparklin
 from instep_tools.top.view import View
 from tests.tools.top.support import snapshot, stream
 
+PHASES = ("queue", "compute", "send", "latency")
 SIZES = [(80, 24), (120, 40)]
 HOSTILE = ("\x1b[2J\x1b]0;title\x07", "a\r\nb\tc", "\u202eright to left", "zero\u200bwidth", "\x9b31mred", "\u2028line")
 WIDE = ("日本語の長い名前" * 10, "🎤️ microphone", "e\u0301" * 40, "ｆｕｌｌ")
@@ -90,6 +91,17 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["verified"] == "123G frames of 25% of the streams, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "connected 50 1,234 3 0.2 s 1h 0m"
     assert text["old"] == "parked – – 0 1m 30s never"
+
+
+def test_where_nothing_was_answered_lately_there_are_dashes_and_no_zeros() -> None:
+    idle = {f"recent_{phase}_us_{quantile}": 0.0 for phase in PHASES for quantile in ("p50", "p99")}
+    idle |= {"recent_batch_fill": 0.0, "recent_batch_size_mean": 0.0, "recent_commit_us_p99": 0.0}
+    now = snapshot(1.0, [], (), StreamQuery(), **idle)
+    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+    text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert text["batches/s"] == "– – p50 – – – –"
+    assert text["batch"] == "size – 131,072 pending p99 – – – –"
+    assert text["recording"].endswith("commits – ms (p99)")
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *WIDE], ids=ascii)
