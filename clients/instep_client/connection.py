@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from instep_client import replies
 from instep_client.arrays import Indices, check_settings
 from instep_client.calls import Request
-from instep_client.endpoint import checked_endpoint
+from instep_client.endpoint import DEFAULT_HTTP_PORT, DEFAULT_PORT, checked_endpoint
 from instep_client.farewell import claim
 from instep_client.flow import Flow
 from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Phase, Silence, cannot_continue
@@ -145,7 +145,10 @@ class Connection:
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
         if self._silence.lasts_too_long(now, is_waiting, is_open, keep_alive_s):
             waited = f"waited {self._silence.timeout_s:g} s"
-            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there?")
+            port = ""
+            if self.state is GREETING and self.endpoint.startswith("tcp://"):
+                port = f", and is it its port of ZeroMQ ({DEFAULT_PORT} by default), not of HTTP ({DEFAULT_HTTP_PORT})?"
+            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there{port or '?'}")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""

@@ -26,7 +26,6 @@ BOTH = "tcp://127.0.0.1:5757 or ipc:///path"
     [
         ("127.0.0.1:5757", "tcp://127.0.0.1:5757"),
         ("host:5757", "tcp://host:5757"),
-        ("http://host:5757", "tcp://host:5757"),
         ("tcp://host", BOTH),
         ("tcp://host:0", BOTH),
         ("tcp://host:65536", BOTH),
@@ -45,3 +44,9 @@ def test_what_is_no_endpoint_is_refused_with_the_form_of_one(kind: Any, bad: Any
     with pytest.raises(InvalidInput) as refused:
         kind(bad)
     assert str(refused.value) == f"{bad!r} is not an endpoint: write {instead}"
+
+
+@pytest.mark.parametrize("endpoint", ["http://host:5780", "https://host", "http://host:5757/", "http://host:1/api"])
+def test_that_of_http_leads_to_that_of_zeromq(endpoint: str) -> None:
+    with pytest.raises(InvalidInput, match=r"endpoint of HTTP, .*: write that of ZeroMQ, tcp://host:5757 unless"):
+        AsyncClient(endpoint)

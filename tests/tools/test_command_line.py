@@ -57,7 +57,6 @@ def test_endpoints(good: str) -> None:
         ("http:host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("tcp:/host:5757", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("tcp://host", "tcp://127.0.0.1:5757 or ipc:///path"),
-        ("http://host:5757", "tcp://host:5757"),
         ("inproc://x", "tcp://127.0.0.1:5757 or ipc:///path"),
         ("", "tcp://127.0.0.1:5757 or ipc:///path"),
     ],

@@ -133,6 +133,7 @@ class _Watch:
         return Exit.OK
 
     async def _keep_looking(self, screen: FullScreen) -> None:
+        screen.refresh()
         while True:
             if self._asked.is_set() or not self._view.paused:
                 self._asked.clear()

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
+from instep_client.endpoint import DEFAULT_HTTP_PORT
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput
 from instep_tools.connect import PATIENCE_S
 from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery
 
 MOST_BYTES: Final = 64 * 2**20
 """Of one answer."""
+_ZEROMQ: Final = b"\xff"
+"""How a ZeroMQ endpoint begins, without being asked; it would then wait for ever."""
 
 
 class HttpProblem(InstepError):
@@ -79,7 +82,11 @@ class HttpSource:
         head, _, body = answer.partition(b"\r\n\r\n")
         status = re.match(rb"HTTP/1\.\d (\d{3})", head)
         if status is None:
-            raise HttpProblem(f"{self.endpoint} does not speak HTTP: is it the ZeroMQ endpoint, tcp://HOST:PORT?")
+            what = "is a ZeroMQ endpoint" if answer.startswith(_ZEROMQ) else "does not speak HTTP"
+            raise HttpProblem(
+                f"{self.endpoint} {what}: write tcp://{self._host}:{self._port} if it is the server's port of ZeroMQ, "
+                f"or its port of HTTP, http://{self._host}:{DEFAULT_HTTP_PORT} by default"
+            )
         try:
             found = json.loads(body)
         except (ValueError, RecursionError):
@@ -93,7 +100,7 @@ class HttpSource:
         try:
             writer.write(request.encode())
             answer = bytearray()
-            while part := await reader.read(2**16):
+            while not answer.startswith(_ZEROMQ) and (part := await reader.read(2**16)):
                 answer += part
                 if len(answer) > MOST_BYTES:
                     raise ConnectionFailed(f"{self.endpoint} does not end its answer")

@@ -233,18 +233,28 @@ def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read as a token" in result.stderr
 
 
+ZEROMQ = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f"
+"""The first bytes of every ZeroMQ endpoint."""
+
+
 @asynccontextmanager
 async def answering(answer: bytes) -> AsyncIterator[str]:
-    """A server that gives everybody this answer; its URL."""
+    """A server that gives its only client this answer; its URL."""
+    is_over = asyncio.Event()
 
     async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = await reader.readuntil(b"\r\n\r\n")
         assert b"Authorization: Bearer secret\r\n" in asked
         writer.write(answer)
+        if answer.startswith(ZEROMQ):
+            await reader.read()  # it waits for an answer
         writer.close()
+        await writer.wait_closed()
+        is_over.set()
 
     async with await asyncio.start_server(answered, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await is_over.wait()
 
 
 REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server wants a token"}}).encode()
@@ -259,8 +269,8 @@ REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server 
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "does not answer as an instep server"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 10**6, "answers 200: not an instep server"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\n\r\n", "answers 302"),
-        (b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f", "does not speak HTTP: is it the ZeroMQ endpoint"),
-        (b"", "does not speak HTTP"),
+        (ZEROMQ, "is a ZeroMQ endpoint: write tcp://"),
+        (b"", "does not speak HTTP: write tcp://"),
     ],
 )
 async def test_other_answers_over_http(answer: bytes, sentence: str) -> None:
