@@ -228,6 +228,27 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
     assert_each_verifies_with_its_version(recordings, folder)
 
 
+async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_restart_are_told(
+    folder: Path, recordings: Path
+) -> None:
+    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": EXACT}
+    async with running(A, **sections) as server:
+        async with AsyncClient(server.endpoint) as operator, AsyncClient(server.endpoint) as old:
+            await old.open_group(["a", "b"])
+            await operator.swap_model("ears", folder)
+            async with AsyncClient(server.endpoint, model="ears") as new:
+                await new.open("c")
+                await new.close(park=True)
+            await old.close(park=True)
+    for version, file, streams in ((A, "ears@2.instep", 1), (B, "ears.instep", 2)):
+        told: list[dict[str, Any]] = []
+        async with running(version, told=told, **sections):
+            pass
+        (line,) = [line for line in told if line["event"] == "streams not served"]
+        assert (line["level"], line["file"], line["streams"]) == ("warning", str(recordings / file), streams)
+        assert f"--record {recordings / file} --endpoint" in line["next"]
+
+
 async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as_they_are(
     folder: Path, recordings: Path, rng: np.random.Generator
 ) -> None:

@@ -51,6 +51,7 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
 _CURES: Final = {
     "not exact": "docs/exactness.md says why; engine.exactness prefer serves within that distance, require refuses to",
     "smaller batches": "lower engine.max_batch_size to that, or accept it: larger batches are split",
+    "streams not served": "instep serve OLD-FOLDER --record FILE --endpoint tcp://127.0.0.1:PORT serves them, too",
     "recording lost its end": "instep recordings repair FILE writes everything before the damage to a new file",
 }
 """By the event that a start would log."""

@@ -24,7 +24,7 @@ from instep.server.limits import EffectiveLimits, LimitsError
 from instep.server.loading import Loader
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
-from instep.server.recordings import open_recording, present_recording, record, recording_file
+from instep.server.recordings import open_recording, present_recording, record, recording_file, warn_of_others
 from instep.server.server import Server
 from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
@@ -101,7 +101,8 @@ def _make_server(
         its_log = log_of(name, len(foundations), log)
         file = recording_file(config, name, len(foundations))
         if file is not None:
-            file = present_recording(file, foundation.prepared.model.fingerprint)
+            first, file = file, present_recording(file, foundation.prepared.model.fingerprint)
+            warn_of_others(first, file, its_log)
         services.append(make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
 
     # The recordings, last: nothing that can fail comes after them.

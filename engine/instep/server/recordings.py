@@ -18,6 +18,7 @@ from instep.config import Config
 from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
@@ -71,6 +72,33 @@ def present_recording(file: Path, fingerprint: str) -> Path:
             if reader.header.model_fingerprint == fingerprint:
                 present = later
     return present
+
+
+def warn_of_others(file: Path, present: Path, log: structlog.stdlib.BoundLogger) -> None:
+    """Say which recordings of other versions of a model have open streams that nobody serves.
+
+    Args:
+        file: the recording of the model's first version.
+        present: that of the version that is served.
+        log: names the model.
+
+    Raises:
+        RecordingError: when one cannot be read.
+    """
+    for other in (file, *_later_recordings(file)):
+        if other == present or not other.is_file() or not other.stat().st_size or is_being_written(other):
+            continue
+        with RecordingReader(other) as reader:
+            streams = sum(info.closed_position is None for info in reader.streams())
+            folder = shlex.quote(reader.header.model_folder)
+        if streams:
+            log.warning(
+                "streams not served",
+                file=str(other),
+                streams=streams,
+                reason="they are open in the recording of another version of the model",
+                next=f"instep serve {folder} --record {shlex.quote(str(other))} --endpoint tcp://127.0.0.1:PORT",
+            )
 
 
 def next_recording(file: Path) -> Path:
