@@ -15,6 +15,10 @@ SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
 
 
+_SQLITE_MAGIC: Final = b"SQLite format 3\0"
+_APPLICATION_ID_OFFSET: Final = 68
+
+
 def check_place(path: Path) -> None:
     """Raise RecordingError where no recording can be made."""
     if path.is_dir():
@@ -23,6 +27,21 @@ def check_place(path: Path) -> None:
         raise RecordingError(
             f"there is no folder {path.parent} for the recording {path.name}: make it, or name another"
         )
+
+
+def check_file(path: Path) -> None:
+    """Raise RecordingError where there is a file that is not a recording; nothing is written."""
+    with contextlib.suppress(OSError):  # whoever opens it says why it cannot be read
+        is_begun = Path(f"{path}-journal").exists()  # by a writer that died
+        if path.is_file() and path.stat().st_size and not is_begun and not looks_like_one(path):
+            raise RecordingError(f"{path} is not a recording: name another file, which need not exist yet")
+
+
+def looks_like_one(path: Path) -> bool:
+    """Whether a file begins as recordings do."""
+    with path.open("rb") as file:
+        start = file.read(_APPLICATION_ID_OFFSET + 4)
+    return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
 
 
 def holds_recording(path: Path) -> bool:

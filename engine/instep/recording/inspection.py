@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from instep.recording.database import bytes_on_disk, lost_tail, remove_database
+from instep.recording.database import bytes_on_disk, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
-from instep.recording.schema import APPLICATION_ID, RECOVERED_EVENT, row_crc
+from instep.recording.schema import RECOVERED_EVENT, row_crc
 from instep.recording.sequences import SequenceIndex
 
 
@@ -86,8 +85,6 @@ def how_it_ends(reader: RecordingReader) -> str:
 
 
 T = TypeVar("T")
-_SQLITE_MAGIC: Final = b"SQLite format 3\0"
-_APPLICATION_ID_OFFSET: Final = 68
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +174,7 @@ def list_recordings(folder: Path) -> list[Listed]:
         RecordingError: when the folder cannot be read.
     """
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _looks_like_one(path))
+        files = sorted(path for path in folder.iterdir() if path.is_file() and looks_like_one(path))
     except OSError as error:
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
     return [_listed(path) for path in files]
@@ -194,12 +191,6 @@ def _listed(path: Path) -> Listed:
         return Listed(path, look_over(path), "", size)
     except RecordingError as error:
         return Listed(path, None, "damaged" if isinstance(error, DamagedRecording) else "of another version", size)
-
-
-def _looks_like_one(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(_APPLICATION_ID_OFFSET + 4)
-    return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:

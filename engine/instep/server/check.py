@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
 from instep.config import Config
-from instep.frontends.http.connections import CannotListen, bind
+from instep.frontends.http.connections import DEFAULT, CannotListen, bind, cannot_listen
 from instep.frontends.http.security import BadTokenFile, read_token
 from instep.frontends.zmq.router import CannotBind, Router
 from instep.recording.database import check_place, lost_tail
@@ -21,7 +23,7 @@ from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import LimitsError, effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, log_of, prepare
-from instep.server.recordings import present_recording, recording_file, recording_header
+from instep.server.recordings import present_recording, recording_file, recording_header, warn_of_others
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
@@ -38,6 +40,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
         CannotServe: when the server could not start.
     """
     log = make_log(config.log)
+    check_ports(config)
     prepared = prepare(config, log)
     if restart:
         check_restartable(config, prepared)
@@ -52,6 +55,36 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
             exactness=each.certification.exactness,
             max_streams=config.engine.max_streams,
         )
+
+
+def check_ports(config: Config) -> None:
+    """Refuse ports that another program listens on, before a minute is spent on certifying; nobody can connect to it.
+
+    Raises:
+        CannotServe: when one is in use.
+    """
+    endpoint, http = config.transport.endpoint, config.http.endpoint
+    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://")):
+        raise CannotServe(f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?")
+    if http not in (None, DEFAULT) and _is_in_use(http):
+        raise CannotServe(str(cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))))
+
+
+def _is_in_use(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return False
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]*") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:  # whatever else is wrong with it, the bind says
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def check_models(
@@ -71,8 +104,9 @@ def check_models(
             effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
             file = recording_file(config, each.model.name, len(prepared))
             if file is not None:
-                file = present_recording(file, each.model.fingerprint)
                 of_model = log_of(each.model.name, len(prepared), log)
+                first, file = file, present_recording(file, each.model.fingerprint)
+                warn_of_others(first, file, of_model)
                 _check_recording(file, config, each, of_model, accept_numerics_change)
     except (LimitsError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None

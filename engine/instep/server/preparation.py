@@ -19,7 +19,7 @@ from instep.models.folder import check_name, load_model
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
-from instep.recording.database import check_place
+from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
 
 Version: TypeAlias = tuple[Path, str]
@@ -50,8 +50,9 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
     prepare_numerics(config.engine.threads)
     place = config.recording.file
     try:
-        if place is not None and not place.is_dir():
-            check_place(place)  # before a minute is spent on certifying
+        if place is not None and not place.is_dir():  # before a minute is spent on certifying
+            check_place(place)
+            check_file(place)
         loaded = _load(config.model.folders)
         return [_prepared(config, model, path, log_of(model.name, len(loaded), log)) for model, path in loaded]
     except ModelError as error:

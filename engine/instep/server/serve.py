@@ -16,6 +16,7 @@ from instep import interrupts
 from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
+from instep.server.check import check_ports
 from instep.server.log import Threshold, make_log
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
 from instep.server.preparation import Prepared, check_restartable, prepare
@@ -64,6 +65,7 @@ def run(
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
+    check_ports(config)
     prepared = prepare(config, log)
     if restart:
         check_restartable(config, prepared)

@@ -59,7 +59,7 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket
             )
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise _cannot_listen(config.endpoint, error) from None
+        raise cannot_listen(config.endpoint, error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
@@ -67,7 +67,7 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        problem = _cannot_listen(config.endpoint, error)
+        problem = cannot_listen(config.endpoint, error)
         if config.endpoint != DEFAULT:
             raise problem from None
         log.warning("no admin server", reason=str(problem))
@@ -75,7 +75,8 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket
     return listener
 
 
-def _cannot_listen(endpoint: str, error: OSError) -> CannotListen:
+def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
+    """Why an endpoint cannot be bound, and what to do."""
     return CannotListen(
         f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
         "127.0.0.1:0 takes a free one), or none (--http off)"
