@@ -74,8 +74,9 @@ def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
-            if line.startswith("dashboard: "):
+            if line.startswith("in a terminal: "):
                 break
+        assert re.search(r" top tcp://127\.0\.0\.1:\d+$", line.strip())
         while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
             time.sleep(0.1)
         os.killpg(demo.pid, signal.SIGINT)  # as Ctrl-C in a terminal does it, to the server too

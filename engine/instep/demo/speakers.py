@@ -92,6 +92,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             draw(heard, utterances.speakers, picture, title)
             if keep:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
+                say(console, f"in a terminal: {_command()} top {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 is_repeating = True
                 while True:
