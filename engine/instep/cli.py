@@ -145,11 +145,14 @@ def verify(
         ),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Compare what is recorded from now on, as it is written, until Ctrl-C.")
+        bool,
+        typer.Option("--follow", help="Compare what is written, from the newest checkpoint on, until Ctrl-C."),
     ] = False,
     for_s: Annotated[
         float | None,
-        typer.Option("--for", metavar="SECONDS", min=0, help="With --follow: end by itself.", show_default=False),
+        typer.Option(
+            "--for", metavar="SECONDS", min=0, help="End --follow this long after it has loaded.", show_default=False
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
