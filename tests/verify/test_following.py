@@ -53,7 +53,8 @@ def test_what_is_right_is_verified_whatever_happens(tmp_path: Path, seed: int, r
         story.step(*sorted(story.scribe.states)[:8], frames=3)
         advance(follower)
         assert follower.mismatches == []
-        assert follower.frames_seen >= follower.frames
+        assert follower.frames_seen == follower.frames + follower.skipped + follower.waiting
+        assert sum(follower.skipped_by.values()) == follower.skipped
         if follower.share == 1:
             assert follower.frames - before >= min(story.frames - seen, 1)
     if first.share == 1 and retention == KEEP_ALL:
@@ -234,7 +235,7 @@ def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: 
     story.step(*streams, frames=10)
     advance(follower)
     assert follower.frames == 16 + 10 * few
-    assert follower.skipped == 10 * (8 - few)
+    assert follower.skipped_by == {"not_sampled": 10 * (8 - few)}
     story.checkpoint()
     follower.raise_share()
     story.step(*streams, frames=10)
@@ -250,6 +251,42 @@ def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
     story.step(*streams, frames=5)
     advance(follower)
     assert (follower.streams, follower.frames) == (2, 10)
+    assert follower.skipped_by == {"not_named": 10}
+
+
+def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None:
+    story = Story(tmp_path, exactness="tolerance")
+    streams = [story.open() for _ in range(2)]
+    follower = story.follower()
+    story.step(*streams, frames=5)
+    advance(follower)
+    assert (follower.frames, follower.skipped, follower.waiting) == (0, 0, 10), "they wait for a checkpoint"
+    story.checkpoint()
+    advance(follower)
+    assert (follower.frames, follower.skipped, follower.waiting) == (10, 0, 0)
+    story.step(*streams)
+    story.scribe.writer.event(story.scribe.now, "engine", None, '{"exactness": "exact"}')
+    story.step(*streams, frames=3)
+    advance(follower)
+    assert follower.skipped_by == {"state_too_old": 6, "other": 2}, "until the next checkpoint"
+    story.checkpoint()
+    story.step(*streams, frames=3)
+    story.checkpoint()
+    follower.skip()
+    assert follower.skipped_by == {"state_too_old": 6, "other": 2, "behind": 6}
+    story.corrupts = 1
+    story.step(*streams)
+    advance(follower)
+    assert follower.mismatches_total == 1
+    story.step(*streams, frames=4)
+    advance(follower)
+    assert follower.skipped_by["differs"] == 4
+    assert sum(follower.skipped_by.values()) == follower.skipped
+    status, text = followed(story.path, "--for", "0", "--stream", "stream-2")
+    assert (status, "50% compared; " in text) == (0, True), text
+    assert re.search(r"\nnot compared: .*\d+ of streams not named.*\nverified: .*; \d+ frames not compared\n", text), (
+        text
+    )
 
 
 class Slow:
@@ -312,7 +349,8 @@ def test_the_command_follows_a_file_that_grows(tmp_path: Path, retention: Retent
         assert ready.wait(60)
         status, text = followed(tmp_path / "a.rec", "--for", "2")
         assert status == 0, text
-        *_, line, summary = text.splitlines()
+        *_, summary = text.splitlines()
+        (line, *_) = [line for line in text.splitlines() if line.endswith("behind")]
         assert re.fullmatch(r"\d+ streams?, [\d,]+ frames?, 0 mismatches, \d+\.\d s behind", line), text
         assert re.match(r"verified: \d+ streams?, [\d,]+ frames, exact, 0 mismatches", summary), text
         assert max(map(len, text.splitlines())) <= 80

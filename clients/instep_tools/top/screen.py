@@ -169,11 +169,14 @@ def _recording(model: ObservedModel) -> str:
 def _verified(numbers: Mapping[str, float]) -> list[str | tuple[str, str]]:
     if "verified_frames_total" not in numbers:
         return ["off"]
+    frames, skipped = numbers["verified_frames_total"], numbers["verify_skipped_frames_total"]
     wrong, share = numbers["verify_mismatches_total"], numbers["verify_share"]
     found = (f"{short(wrong)} streams differ", "bold red") if wrong else ("no mismatch", "green")
     of = f" of {share:.0%} of the streams" if share < 1 else ""
     behind = f", {period(numbers['verify_lag_s'])} behind"
-    return [f"{short(numbers['verified_frames_total'])} frames{of}, ", found, behind]
+    if skipped:
+        of = f", {math.floor(100 * frames / (frames + skipped))}% compared"
+    return [f"{short(frames)} frames{of}, ", found, behind]
 
 
 def _streams(now: Snapshot, width: int) -> list[Text]:

@@ -10,6 +10,7 @@ import shlex
 import signal
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
+from collections import Counter
 from typing import Any, Final
 
 from instep.streaming.service import ModelService
@@ -72,7 +73,10 @@ class LiveVerification:
         assert file is not None
         self._last_words = ""
         self._before = Verification(
-            frames_total=found.frames_total, mismatches_total=found.mismatches_total, skipped=found.skipped
+            frames_total=found.frames_total,
+            mismatches_total=found.mismatches_total,
+            skipped=found.skipped,
+            skipped_by=found.skipped_by,
         )
         command = live.command(file, self._position)
         # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
@@ -124,6 +128,7 @@ class LiveVerification:
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
         # A counter must not fall, though a checker that takes on more streams compares frames that it had left out.
         found.skipped = max(found.skipped, before.skipped + said["skipped"])
+        found.skipped_by = dict(Counter(before.skipped_by) + Counter(said["skipped_by"]))
         found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
         self._position = said["position"]

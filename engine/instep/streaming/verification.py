@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 VerificationState: TypeAlias = Literal["off", "checking", "verified", "mismatch"]
@@ -44,6 +44,8 @@ class Verification:
     """Streams of which a frame did not match; each is followed no further."""
     skipped: int = 0
     """Recorded frames that were not compared, because the checker follows fewer streams or came too late."""
+    skipped_by: dict[str, int] = field(default_factory=dict)
+    """These by the reason, `not_sampled` and the like."""
     streams: int = 0
     """Open streams that are followed."""
     share: float = 1.0
@@ -83,6 +85,7 @@ class Verification:
             "reason": self.reason,
             "frames": self.frames_total,
             "skipped": self.skipped,
+            "skipped_by": self.skipped_by,
             "streams": self.streams,
             "share": self.share,
             "notes": self.notes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from rich.text import Text
 
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
+from instep.verify.left_out import in_words, share_compared
 from instep.verify.report import Verdict, counted
 from instep.verify.throttle import Status, follow
 
+_MOST_REASONS: Final = 2
+"""In a line."""
 _LIVE_EVERY_S: Final = 0.25
 _LINE_EVERY_S: Final = 5.0
 _JSON_EVERY_S: Final = 1.0
@@ -54,6 +58,8 @@ class Following:
             self._follow(show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
         for note in self._follower.notes:
             console.print(Text(f"bits were not required to be equal: {note}", "yellow"), soft_wrap=True)
+        if reasons := in_words(self._follower.skipped_by, self._follower.waiting):
+            console.print(Text(f"not compared: {reasons}", "yellow"), soft_wrap=True)
         style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
         console.print(Text(self._summary(), style), soft_wrap=True)
         return self._verdict
@@ -91,18 +97,23 @@ class Following:
         follower, verdict = self._follower, self._verdict
         checked = f"{counted(follower.streams_total, 'stream')}, {counted(follower.frames, 'frame')}"
         mismatches = counted(follower.mismatches_total, "mismatch", "mismatches")
-        left_out = f"; {counted(follower.skipped, 'frame')} not compared" if follower.skipped else ""
+        count = follower.skipped + follower.waiting
+        left_out = f"; {counted(count, 'frame')} not compared" if count else ""
         if verdict in ("mismatch", "not checked"):
             return f"not verified: {checked}, {mismatches}{left_out}"
         return f"verified: {checked}, {verdict}, {mismatches}{left_out}"
 
 
 def _line(status: Status) -> str:
-    """The state of things in 80 columns."""
+    """The state of things in 80 columns; a second line where frames are not compared."""
     share = "" if status.share == 1 else f" (1 of {1 / status.share:,.0f})"
     mismatches = counted(status.mismatches_total, "mismatch", "mismatches")
     compared = f"{counted(status.streams, 'stream')}{share}, {counted(status.frames, 'frame')}"
-    return f"{compared}, {mismatches}, {status.lag_s:.1f} s behind"
+    line = f"{compared}, {mismatches}, {status.lag_s:.1f} s behind"
+    if not status.skipped and not status.waiting:
+        return line
+    percent = math.floor(100 * share_compared(status.frames, status.skipped))
+    return f"{line}\n  {percent}% compared; {in_words(status.skipped_by, status.waiting, _MOST_REASONS)}"
 
 
 @contextmanager

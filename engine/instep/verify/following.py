@@ -33,6 +33,7 @@ from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
+from instep.verify.left_out import LeftOut, Reason
 from instep.verify.portion import FollowedPart, Portion
 from instep.verify.replay import replay_stepped
 from instep.verify.report import Divergence
@@ -115,13 +116,14 @@ class Follower:
         self._wanted = frozenset(wanted)
         self._model = model
         self._certify = certify
-        self._known: dict[int, FollowedPart | None] = {}
-        """By number, open streams that were met; None for those that are not followed."""
+        self._known: dict[int, FollowedPart | Reason] = {}
+        """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
         self._wrong = set[int]()
         """Of these, the ones that a mismatch was found in."""
         self._portion = Portion()
+        self._left_out = LeftOut()
         with RecordingTail(path) as tail:
             newest = tail.newest_checkpoint
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
@@ -145,12 +147,22 @@ class Follower:
     @property
     def skipped(self) -> int:
         """How many frames were committed and not compared, those left out that wait for a checkpoint."""
-        return max(0, self.frames_seen - self.frames - self._portion.frames)
+        return max(0, self.frames_seen - self.frames - self.waiting)
+
+    @property
+    def skipped_by(self) -> dict[str, int]:
+        """`skipped` by the reason."""
+        return self._left_out.by_reason(self.skipped)
+
+    @property
+    def waiting(self) -> int:
+        """How many frames were read and wait for a checkpoint."""
+        return self._portion.frames
 
     @property
     def streams(self) -> int:
         """How many open streams are followed."""
-        return sum(part is not None for part in self._known.values())
+        return sum(isinstance(part, FollowedPart) for part in self._known.values())
 
     def advance(self) -> bool:
         """Check the next portion; whether that was everything that is committed."""
@@ -170,15 +182,15 @@ class Follower:
         """Follow half as many streams from now on."""
         self.share /= 2
         for number, part in self._known.items():
-            if part is not None and not _is_sampled(part.name, self.share):
-                self._known[number] = None
+            if isinstance(part, FollowedPart) and not _is_sampled(part.name, self.share):
+                self._known[number] = Reason.NOT_SAMPLED
 
     def raise_share(self) -> None:
         """Follow twice as many streams, those that are new from their states in the newest checkpoint."""
         if self.share == 1:
             return
         self._former_share, self.share = self.share, min(1.0, 2 * self.share)
-        self._known = {number: part for number, part in self._known.items() if part is not None}
+        self._known = {number: part for number, part in self._known.items() if isinstance(part, FollowedPart)}
         if not self._checkers.conditions.step_bits:  # all begin again from there
             self._known, self._portion, self._former_share = {}, Portion(), 0.0
         self._late.clear()
@@ -190,10 +202,13 @@ class Follower:
         with RecordingTail(self.path, self._tail) as tail:
             first, newest = self._seen + 1, tail.newest_checkpoint
             if newest >= first:
-                self.frames_seen += tail.totals(first, newest)[1]
+                frames = tail.totals(first, newest)[1]
+                self.frames_seen += frames
+                self._left_out.counts[Reason.BEHIND] += frames
                 self._skip_to(newest)
 
     def _skip_to(self, position: int) -> None:
+        self._left_out.counts[Reason.BEHIND] += self.waiting
         self._known, self._portion, self.position, self._seen = {}, Portion(), position, max(self._seen, position)
         self._late.clear()
 
@@ -223,21 +238,23 @@ class Follower:
     def _take(self, item: Item, tail: RecordingTail) -> None:
         if isinstance(item, BatchGroup):
             self._newest_ns = item.times_ns[-1]
-            self.frames_seen += len(item.streams) - int(item.starts[bisect(item.positions, self._seen)])
             numbers, known = item.streams.tolist(), self._known
             for number in set(numbers).difference(known):
                 known[number] = self._joined(number, int(item.seqs[numbers.index(number)]), tail)
-            self._portion.add(item, [known[number] for number in numbers])
+            parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self._seen)])
+            self.frames_seen += len(parts) - unseen
+            self._left_out.counts.update(part for part in parts[unseen:] if isinstance(part, Reason))
+            self._portion.add(item, [None if isinstance(part, Reason) else part for part in parts])
         elif isinstance(item, Opened):
             if item.stream not in self._known:
                 # What is read again was checked before, if it was sampled then.
                 was_checked = item.position <= self._seen and _is_sampled(item.name, self._former_share)
-                part = None if was_checked else self._part(item.stream, item.name, item.first_seq, item.state)
-                self._known[item.stream] = part
+                part = self._part(item.stream, item.name, item.first_seq, item.state)
+                self._known[item.stream] = Reason.OTHER if was_checked else part
         elif isinstance(item, Closed):
             self._wrong.discard(item.stream)
-            if (part := self._known.pop(item.stream, None)) is not None:
-                part.is_over = True
+            if isinstance(ended := self._known.pop(item.stream, None), FollowedPart):
+                ended.is_over = True
         elif item.kind == RESET_EVENT:
             self._reset(item, tail)
         elif item.kind == CHECKPOINT_EVENT:
@@ -249,28 +266,30 @@ class Follower:
             if drifted and self._checkers.conditions.step_bits:
                 self._known, self._portion = {}, Portion()
 
-    def _joined(self, number: int, seq: int, tail: RecordingTail) -> FollowedPart | None:
-        """A stream that is met with this frame, from its newest state; None where it is not followed."""
+    def _joined(self, number: int, seq: int, tail: RecordingTail) -> FollowedPart | Reason:
+        """A stream that is met with this frame, from its newest state, or why it is not followed."""
         found = tail.newest_state(number)
         if found is None:
-            return None
+            return Reason.OTHER
         if found.seq < seq:
             self._late.add(number)
-            return None
+            return Reason.STATE_TOO_OLD
         return self._part(number, found.name, found.seq, found.state)
 
     def _reset(self, event: RecordedEvent, tail: RecordingTail) -> None:
         assert event.stream is not None
         assert event.seq is not None
         number, part = event.stream, self._known.get(event.stream)
-        if part is not None:
+        if isinstance(part, FollowedPart):
             if event.position > part.through and event.seq >= part.next_seq:  # else the part began later
                 part.is_over = True
                 self._known[number] = FollowedPart(number, part.name, event.state, event.seq)
         elif number not in self._known or number in self._late:
             self._late.discard(number)
             found = tail.newest_state(number)
-            self._known[number] = None if found is None else self._part(number, found.name, event.seq, event.state)
+            self._known[number] = (
+                Reason.OTHER if found is None else self._part(number, found.name, event.seq, event.state)
+            )
 
     def _anchor(self, tail: RecordingTail) -> None:
         """A checkpoint is complete: its states are newer than those that were known."""
@@ -283,10 +302,13 @@ class Follower:
                 if found is not None and found.seq > part.next_seq:
                     part.anchor = found.seq, found.state
 
-    def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | None:
-        is_wanted = not self._wanted or not self._wanted.isdisjoint((name, str(number)))
-        if number in self._wrong or not is_wanted or not _is_sampled(name, self.share):
-            return None
+    def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | Reason:
+        if self._wanted and self._wanted.isdisjoint((name, str(number))):
+            return Reason.NOT_NAMED
+        if number in self._wrong:
+            return Reason.DIFFERS
+        if not _is_sampled(name, self.share):
+            return Reason.NOT_SAMPLED
         self.streams_total += 1
         return FollowedPart(number, name, state, seq)
 
@@ -345,7 +367,7 @@ class Follower:
         if len(self.mismatches) < MOST_KEPT:
             self.mismatches.append(wrong)
         if self._known.get(part.number) is part:
-            self._known[part.number] = None
+            self._known[part.number] = Reason.DIFFERS
 
     def _wrong_output(self, task: Task, row: int, divergence: Divergence) -> WrongOutput:
         check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1

@@ -34,6 +34,10 @@ class Status:
     """Frames that were compared."""
     skipped: int
     """Frames committed meanwhile and not compared: of streams that are not followed, and where it was late."""
+    skipped_by: dict[str, int]
+    """These by the reason (`left_out.Reason`)."""
+    waiting: int
+    """Frames that are read and compared once a checkpoint is there."""
     streams: int
     """Open streams that are followed."""
     share: float
@@ -133,6 +137,8 @@ def _status(follower: Follower, known: int) -> Status:
     return Status(
         frames=follower.frames,
         skipped=follower.skipped,
+        skipped_by=follower.skipped_by,
+        waiting=follower.waiting,
         streams=follower.streams,
         share=follower.share,
         lag_s=follower.lag_s,

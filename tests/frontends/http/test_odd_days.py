@@ -64,6 +64,16 @@ def test_events_are_those_of_the_model_that_is_shown(admin: StagedAdmin, pages: 
     expect(page.locator("#log")).to_be_hidden()
 
 
+def test_a_badge_is_not_green_where_frames_are_not_compared(admin: StagedAdmin, pages: Pages) -> None:
+    reasons = {"not_sampled": 4_000_000, "state_too_old": 100_000}
+    admin.models[0]["verification"] |= {"skipped": 4_100_000, "skipped_by": reasons}
+    page = pages.open(admin.url)
+    expect(page.locator("#verification")).to_have_text("75 % compared, all match")
+    expect(page.locator("#verification")).to_have_attribute("data-level", "fair")
+    words = "4,100,000 frames not compared (4,000,000 not sampled, 100,000 state too old)"
+    expect(page.locator("#verification-detail")).to_contain_text(words)
+
+
 def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages) -> None:
     admin.models[0]["numbers"] |= {"streams_open": 12_345_678.0, "recent_refused_per_s": 0.0}
     admin.models[0]["max_streams"] = 20_000_000

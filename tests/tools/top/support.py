@@ -26,6 +26,7 @@ NUMBERS = {
     "recording_free_bytes": 4_567_890_123_456.0,
     "commit_us_p99": 123_456.0,
     "verified_frames_total": 123_456_789_012.0,
+    "verify_skipped_frames_total": 123_456_789_012.0,
     "verify_mismatches_total": 0.0,
     "verify_lag_s": 0.4,
     "verify_share": 0.25,

@@ -46,7 +46,7 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
     text = "\n".join(lines)
     assert "5.00M" in text
     assert "BUSY 1.23M, SEQ_GAP 12" in text
-    assert "of 25% of the streams, no mismatch, 0.4 s behind" in text
+    assert "123G frames, 50% compared, no mismatch, 0.4 s behind" in text
     assert ("clears" in text) is helping
     assert text.count("microphone-000") == (0 if helping else height - 12)
     assert lines[-1].startswith("100 streams  ? help  q quit")
@@ -88,7 +88,7 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["models"] == "ears 1.00G/s wake-word-detector 1.00G/s"
     assert text["batches/s"] == "300 98% full p50 0.120 0.250 0.0400 10,000"
     assert text["streams"] == "4.00M open of 4.00M, 999,999 of them parked; 1.00M hibernating"
-    assert text["verified"] == "123G frames of 25% of the streams, 2 streams differ, 0.4 s behind"
+    assert text["verified"] == "123G frames, 50% compared, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "connected 50 1,234 3 0.2 s 1h 0m"
     assert text["old"] == "parked – – 0 1m 30s never"
 

@@ -148,10 +148,17 @@ function refusals(numbers) {
     .sort(([, a], [, b]) => b - a);
 }
 
+const LEAST_COMPARED = 0.99; // below this, the badge does not look as if everything were
+
+const floored = (share) => `${Math.floor(share * 100)} %`;
+
 function verificationBadge(verification) {
-  const { state, frames, mismatches, notes } = verification ?? {};
+  const { state, frames, skipped, mismatches, notes } = verification ?? {};
+  const compared = frames / (frames + (skipped || 0));
   switch (state) {
-    case "verified": return [notes?.length ? "fair" : "good", `${count(frames)} frames match`];
+    case "verified":
+      if (compared < LEAST_COMPARED) return ["fair", `${floored(compared)} compared, all match`];
+      return [notes?.length ? "fair" : "good", `${count(frames)} frames match`];
     case "checking": return ["busy", frames ? `Behind: ${count(frames)} frames match` : "Checking"];
     case "mismatch": return ["bad", mismatches === 1 ? "1 mismatch" : `${count(mismatches)} mismatches`];
     default: return ["off", "Off"];
@@ -159,13 +166,17 @@ function verificationBadge(verification) {
 }
 
 function verificationDetail(verification) {
-  const { state, reason, lag_s, share, skipped, notes } = verification ?? { state: "off" };
+  const { state, reason, lag_s, share, skipped, skipped_by, notes } = verification ?? { state: "off" };
   if (state === "off") return reason || "With --verify-live the server replays what it serves while it serves it.";
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind what is served`];
   if (notes?.length) parts.unshift("within a tolerance");
   if (share < 1) parts.push(`follows ${percent(share)} of the streams`);
-  if (skipped) parts.push(`${count(skipped)} frames not compared`);
+  if (skipped) {
+    const reasons = Object.entries(skipped_by ?? {}).sort(([, a], [, b]) => b - a);
+    const words = reasons.map(([why, frames]) => `${count(frames)} ${why.replaceAll("_", " ")}`).join(", ");
+    parts.push(`${count(skipped)} frames not compared${words && ` (${words})`}`);
+  }
   return parts.join("; ");
 }
 

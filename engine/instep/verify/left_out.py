@@ -1,0 +1,76 @@
+"""Frames that a follower reads and does not compare, by the reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+
+class Reason(StrEnum):
+    """Why a frame is not compared. Of frames that count too often, the first reason gives way first."""
+
+    NOT_SAMPLED = "not_sampled"
+    """Its stream is not among the share that is followed."""
+    STATE_TOO_OLD = "state_too_old"
+    """The newest recorded state of its stream was too old when the stream was met."""
+    BEHIND = "behind"
+    """It was left out to catch up with the writer."""
+    DIFFERS = "differs"
+    """A mismatch was found in its stream before."""
+    NOT_NAMED = "not_named"
+    """The user named other streams."""
+    OTHER = "other"
+    """It has no output, because its step failed; or a state behind it is the first that is known of its stream; or the
+    checkpoint that it waited for never came."""
+
+
+_WORDS: Final = {
+    Reason.NOT_SAMPLED: "not sampled",
+    Reason.STATE_TOO_OLD: "state too old",
+    Reason.BEHIND: "left out to catch up",
+    Reason.DIFFERS: "after a mismatch",
+    Reason.NOT_NAMED: "of streams not named",
+    Reason.OTHER: "for other reasons",
+}
+
+
+class LeftOut:
+    """Counts frames by the reason, as they are read for the first time."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[Reason]()
+
+    def by_reason(self, skipped: int) -> dict[str, int]:
+        """The counts, so that their sum is that of all frames not compared.
+
+        Some frames count that were compared after all, once more streams were followed; of others the reason was not
+        seen when they were read.
+        """
+        found, surplus = dict[str, int](), self.counts.total() - skipped
+        for reason in Reason:
+            taken = min(max(0, surplus), self.counts[reason])
+            surplus -= taken
+            found[str(reason)] = self.counts[reason] - taken
+        found[Reason.OTHER] += max(0, -surplus)
+        return {reason: frames for reason, frames in found.items() if frames}
+
+
+def share_compared(frames: int, skipped: int) -> float:
+    """Of frames that were compared or left out; 1 where there are none."""
+    return frames / (frames + skipped) if skipped else 1.0
+
+
+def in_words(skipped_by: Mapping[str, int], waiting: int, most: int | None = None) -> str:
+    """`1,200 not sampled, 30 state too old, 5 waiting for a checkpoint`, the most frequent first.
+
+    Args:
+        skipped_by: frames by the reason.
+        waiting: frames that are compared once a checkpoint is there.
+        most: reasons; None for all.
+    """
+    counts = [(frames, _WORDS[Reason(reason)]) for reason, frames in skipped_by.items()]
+    if waiting:
+        counts.append((waiting, "waiting for a checkpoint"))
+    return ", ".join(f"{frames:,} {words}" for frames, words in sorted(counts, reverse=True)[:most])
