@@ -84,7 +84,7 @@ def _make_server(
         undo.callback(foundation.executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
-    token = read_token(config.http.token_file)
+    token = read_token(config.http)
     listener = bind(config.http, log)
     if listener is not None:
         undo.callback(listener.close)

@@ -120,7 +120,7 @@ def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> None:
     """
     try:
         Router(config.transport).close()
-        read_token(config.http.token_file)
+        read_token(config.http)
         if (listener := bind(config.http, log)) is not None:
             listener.close()
     except (CannotBind, CannotListen, BadTokenFile) as error:

@@ -97,6 +97,8 @@ async def test_a_token_file_without_a_token_ends_the_start(
         async with running(SMALL, http={"endpoint": "127.0.0.1:0", "token_file": file}):
             pass
     assert "token_urlsafe" in str(caught.value)
+    async with running(SMALL, http={"endpoint": "off", "token_file": file}) as server:  # nobody would need it
+        assert server.admin is None
 
 
 async def test_other_machines_are_only_served_with_a_token(token_file: Path) -> None:

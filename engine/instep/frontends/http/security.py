@@ -8,13 +8,13 @@ import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from pathlib import Path
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from instep.config import HttpConfig
 from instep.config.endpoint import is_loopback_host
 from instep.frontends.http.answers import HttpError
 
@@ -43,13 +43,14 @@ class BadTokenFile(Exception):
     """There is no usable token in the file; the message says what to do."""
 
 
-def read_token(file: Path | None) -> str | None:
-    """The token in a file; None without a file.
+def read_token(config: HttpConfig) -> str | None:
+    """The token that requests have to show; None without a token file, or where there is no admin server to need it.
 
     Raises:
         BadTokenFile: with a sentence.
     """
-    if file is None:
+    file = config.token_file
+    if config.endpoint is None or file is None:
         return None
     advice = 'make one with: python -c "import secrets; print(secrets.token_urlsafe())"'
     try:
