@@ -85,6 +85,7 @@ def test_every_error_is_listed_with_its_status() -> None:
 def test_its_limits_are_those_of_the_code() -> None:
     for number, unit in (
         (connections.MOST_CONNECTIONS, "connections"),
+        (connections.MOST_OF_ONE_ADDRESS, "of them from one address"),
         (events.MOST_LISTENERS, "listeners"),
         (connections.MOST_HEAD_BYTES // 1024, "KiB"),
         (round(security.REQUESTS_PER_S), "a second"),

@@ -31,15 +31,19 @@ def token_file(tmp_path: Path) -> Path:
     return file
 
 
-async def raw(url: str, request: bytes) -> bytes:
-    """Everything that is answered to some bytes."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+async def raw(url: str, request: bytes, address: str = "127.0.0.1") -> bytes:
+    """Everything that is answered to some bytes from an address."""
+    reader, writer = await connect(url, address)
     writer.write(request)
     try:
         return await asyncio.wait_for(reader.read(), 10)
     finally:
         writer.close()
+
+
+async def connect(url: str, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host, int(port), local_addr=(address, 0))
 
 
 async def test_every_path_but_health_wants_the_token(token_file: Path) -> None:
@@ -202,20 +206,32 @@ def test_a_rate_is_of_one_address_and_comes_back_with_time() -> None:
     assert len(limits) == 1024
 
 
-async def test_connections_are_bounded_and_those_that_ask_nothing_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
-    async with administered() as (server, _):
+async def test_connections_are_bounded_in_all_and_of_one_address() -> None:
+    health = b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"
+    async with administered() as (server, http):
         assert server.admin is not None
-        port = int(server.admin.url.rpartition(":")[2])
-        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
-        answer = await raw(server.admin.url, b"")
+        url = server.admin.url
+        one, two, three = "127.0.0.1", "127.0.0.2", "127.0.0.3"  # every address of the net is this machine
+        idle = [await connect(url, one) for _ in range(24)]
+        answer = await raw(url, health, one)
         assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert b'"code":"TOO_MANY_CONNECTIONS"' in answer
+        assert b"has 24 connections from this address already" in answer
+        assert "24 connections" in await error(http, "/api/stats", 503)  # a client that sends before it reads
+        assert b"200 OK" in await raw(url, health, two)
+        idle += [await connect(url, two) for _ in range(24)] + [await connect(url, three) for _ in range(16)]
+        assert b"has 64 connections already" in await raw(url, health, "127.0.0.4")
+        idle[-1][1].close()
+        while b"200 OK" not in await raw(url, health, "127.0.0.4"):
+            await asyncio.sleep(0.01)
         for _, writer in idle:
             writer.close()
-        while (await raw(server.admin.url, b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"))[9:12] != b"200":
-            await asyncio.sleep(0.01)
-        monkeypatch.setattr(connections, "REQUEST_S", 0.1)
+
+
+async def test_a_connection_that_does_not_ask_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REQUEST_S", 0.1)
+    async with administered() as (server, _):
+        assert server.admin is not None
         assert await raw(server.admin.url, b"") == b""
         assert await raw(server.admin.url, b"GET /healthz HTTP/1.1\r\nhost: local") == b""
 

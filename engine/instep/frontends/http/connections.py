@@ -20,6 +20,8 @@ from instep.frontends.http.answers import HttpError
 
 DEFAULT: Final = HttpConfig().endpoint
 MOST_CONNECTIONS: Final = 64
+MOST_OF_ONE_ADDRESS: Final = 24
+"""Connections; fewer than the listeners that events may have, so that one address cannot take all of these either."""
 MOST_HEAD_BYTES: Final = 16_384
 """Of a request's line and headers."""
 REQUEST_S: Final = 10.0
@@ -150,13 +152,18 @@ class _Connection(H11Protocol):
         self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) >= MOST_CONNECTIONS:
-            self.transport = transport
-            sentence = f"the admin server has {MOST_CONNECTIONS} connections already: close one, and try again"
-            self._end(HttpError(503, "TOO_MANY_CONNECTIONS", sentence))
+        address = (transport.get_extra_info("peername") or ("",))[0]
+        clients = [each.client for each in self.connections if isinstance(each, _Connection)]
+        of_address = sum(client is not None and client[0] == address for client in clients)
+        if len(self.connections) < MOST_CONNECTIONS and of_address < MOST_OF_ONE_ADDRESS:
+            super().connection_made(transport)
+            self._expect_head()
             return
-        super().connection_made(transport)
-        self._expect_head()
+        self.transport = transport
+        is_of_address = of_address >= MOST_OF_ONE_ADDRESS
+        has = f"{of_address} connections from this address" if is_of_address else f"{MOST_CONNECTIONS} connections"
+        sentence = f"the admin server has {has} already: close one, and try again"
+        self._end(HttpError(503, "TOO_MANY_CONNECTIONS", sentence))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
