@@ -60,7 +60,7 @@ def test_every_kind_of_event_is_listed() -> None:
 
 def test_every_path_is_listed() -> None:
     listed = {path for cell in PAGE.table("Paths", "path").column("path") for path in re.findall(r"/[a-z\d/]*", cell)}
-    routed = {re.sub(r"\{.*", "", path) for path in re.findall(r'Route\("([^"]+)"', SOURCE)}
+    routed = {re.sub(r"\{.*", "", path) for path in re.findall(r'_route\("([^"]+)"', SOURCE)}
     assert listed == routed
 
 

@@ -186,6 +186,12 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
             ("/api/streams?sort=--name", 400, "sorted by"),
             ("/api/streams?state=hibernated", 400, "did you mean 'hibernating'"),
             ("/api/streams?limt=3", 400, "did you mean 'limit'"),
+            ("/api/streams/mic-1?modle=x", 400, "/api/streams/mic-1 has no parameter 'modle': did you mean 'model'?"),
+            ("/api/history?modle=x", 400, "did you mean 'model'"),
+            ("/api/events?steam=mic-1", 400, "did you mean 'stream'"),
+            ("/metrics?model=x", 400, "/metrics has no parameter 'model': there is none"),
+            *((f"/{path}?x", 400, "there is none") for path in ("healthz", "readyz", "api/stats", "static/app.js")),
+            ("/?x=1", 400, "there is 'token'"),
             *(
                 (f"/api/streams?limit={limit}", 400, "expected 1 to 500")
                 for limit in ("0", "501", "-1", "x", "²", "0000000015000")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from starlette.responses import Response
@@ -29,6 +31,18 @@ class HttpError(Exception):
     def response(self) -> Response:
         """The answer."""
         return json_answer({"error": {"code": self.code, "message": str(self)}}, self.status, self.headers)
+
+
+def bad_request(problem: str, wrong: str, known: Sequence[str]) -> HttpError:
+    """That a text in the query is none of those known."""
+    return HttpError(400, "BAD_REQUEST", f"{problem}: {meant(wrong, known)}")
+
+
+def meant(wrong: str, known: Sequence[str]) -> str:
+    """The known text that a wrong one is close to, or the first 20 of them."""
+    if close := get_close_matches(wrong[:120], known, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"there is {', '.join(map(repr, islice(known, 20))) or 'none'}"
 
 
 def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from instep.frontends.http import Subject
-from instep.frontends.http.answers import HttpError, json_answer, to_json
+from instep.frontends.http.answers import HttpError, bad_request, json_answer, to_json
 from instep.frontends.http.events import Events
 from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.metrics import CONTENT_TYPE, exposition
@@ -90,18 +91,18 @@ def make_app(
         return HttpError(500, "INTERNAL", "a bug in the admin server; its log says more").response()
 
     routes = [
-        Route("/healthz", alive),
-        Route("/v2/health/live", alive),
-        Route("/readyz", ready),
-        Route("/v2/health/ready", ready),
-        Route("/api/stats", stats),
-        Route("/metrics", metrics),
-        Route("/api/history", history),
-        Route("/api/streams", streams),
-        Route("/api/streams/{name:path}", stream),
-        Route("/api/events", listen),
-        Route("/", page),
-        Route("/static/{file:path}", page),
+        _route("/healthz", alive),
+        _route("/v2/health/live", alive),
+        _route("/readyz", ready),
+        _route("/v2/health/ready", ready),
+        _route("/api/stats", stats),
+        _route("/metrics", metrics),
+        _route("/api/history", history, "model"),
+        _route("/api/streams", streams, "model", "prefix", "contains", "state", "sort", "limit", "cursor"),
+        _route("/api/streams/{name:path}", stream, "model"),
+        _route("/api/events", listen, "model", "stream"),
+        _route("/", page, "token"),  # `Guard` takes it where one is needed
+        _route("/static/{file:path}", page),
     ]
     app = Starlette(
         routes=routes,
@@ -109,3 +110,15 @@ def make_app(
     )
     app.router.redirect_slashes = False  # a wrong path gets a sentence
     return app
+
+
+def _route(path: str, answer: Callable[[Request], Awaitable[Response]], *parameters: str) -> Route:
+    """A path whose query may have these parameters and no others."""
+
+    async def checked(request: Request) -> Response:
+        for name in request.query_params:
+            if name not in parameters:
+                raise bad_request(f"{request.url.path:.80} has no parameter {name!r:.40}", name, parameters)
+        return await answer(request)
+
+    return Route(path, checked)

@@ -6,18 +6,16 @@ import asyncio
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from itertools import islice
 from typing import Any, Final
 
 from instep.frontends.http import Subject
-from instep.frontends.http.answers import HttpError
+from instep.frontends.http.answers import HttpError, bad_request, meant
 from instep.frontends.http.listing import MOST, SORTS, STATES, USUAL, Query, after_of, page
 from instep.frontends.http.records import FrameRates, record_of
 from instep.frontends.http.traces import Traces
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
 
-_PARAMETERS: Final = ("model", "prefix", "contains", "state", "sort", "limit", "cursor")
 _EVENTS: Final = 100
 """Of a stream that are shown."""
 _MOST_COMPARED: Final = 500
@@ -56,7 +54,7 @@ class Inspector:
             return self._subject.services[0]
         if (service := self.find(model)) is None:
             names = [service.name for service in self._subject.services]
-            raise HttpError(404, "UNKNOWN_MODEL", f"no model is called {model!r:.120}: {_meant(model, names)}")
+            raise HttpError(404, "UNKNOWN_MODEL", f"no model is called {model!r:.120}: {meant(model, names)}")
         return service
 
     async def page(self, parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -65,9 +63,6 @@ class Inspector:
         Raises:
             HttpError: when a parameter has no such value.
         """
-        for name in parameters:
-            if name not in _PARAMETERS:
-                raise _bad(f"there is no parameter {name!r:.40}", name, _PARAMETERS)
         query, service = _query(parameters), self.service(parameters.get("model", ""))
         rates = self._rates_of(service)
         async with self._one_at_a_time:
@@ -105,9 +100,9 @@ class Inspector:
 def _query(parameters: Mapping[str, str]) -> Query:
     sort, state, limit = parameters.get("sort", "name"), parameters.get("state", ""), parameters.get("limit", "")
     if sort.removeprefix("-") not in SORTS:
-        raise _bad(f"streams cannot be sorted by {sort!r:.40}", sort, SORTS)
+        raise bad_request(f"streams cannot be sorted by {sort!r:.40}", sort, SORTS)
     if state not in ("", *STATES):
-        raise _bad(f"no stream has the state {state!r:.40}", state, STATES)
+        raise bad_request(f"no stream has the state {state!r:.40}", state, STATES)
     if limit and not (re.fullmatch(r"[0-9]{1,9}", limit) and 1 <= int(limit) <= MOST):
         raise HttpError(400, "BAD_REQUEST", f"limit is {limit!r:.40}: expected 1 to {MOST}")
     return Query(
@@ -119,13 +114,3 @@ def _query(parameters: Mapping[str, str]) -> Query:
         int(limit or USUAL),
         after_of(parameters.get("cursor", ""), sort),
     )
-
-
-def _bad(problem: str, wrong: str, known: tuple[str, ...]) -> HttpError:
-    return HttpError(400, "BAD_REQUEST", f"{problem}: {_meant(wrong, known)}")
-
-
-def _meant(wrong: str, known: tuple[str, ...] | list[str]) -> str:
-    if close := get_close_matches(wrong[:120], known, n=1):
-        return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(map(repr, islice(known, 20)))}"
