@@ -26,13 +26,14 @@ F = 5
 async def all_pages(http: httpx.AsyncClient, **asked: Any) -> list[dict[str, Any]]:
     """The streams of all pages."""
     streams: list[dict[str, Any]] = []
-    cursor = ""
-    while cursor is not None:
-        page = (await http.get("/api/streams", params={**asked, "cursor": cursor})).json()
+    cursor: dict[str, str] = {}
+    while True:
+        page = (await http.get("/api/streams", params={**asked, **cursor})).json()
         assert len(page["streams"]) == asked.get("limit", 50) or page["cursor"] is None
         streams += page["streams"]
-        cursor = page["cursor"]
-    return streams
+        if page["cursor"] is None:
+            return streams
+        cursor = {"cursor": page["cursor"]}
 
 
 def names(streams: list[dict[str, Any]]) -> list[str]:
@@ -204,6 +205,9 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
         assert (await http.get("/api/streams", params={"model": SEED_SIZED.name})).json()["total"] == 0
         cursor = (await http.get("/api/streams?limit=1")).json()["cursor"]
         assert "without one" in await error(http, f"/api/streams?limit=1&sort=seq&cursor={cursor}", 400)
+        assert (await http.get(f"/api/streams?limit=1&cursor={cursor}")).json()["streams"][0]["name"] == "mic-2"
+        for wrong in ("", f"{cursor}!", f"!{cursor}", f"{cursor[:9]}.{cursor[9:]}", f"{cursor}\n", f"{cursor}===="):
+            await error(http, "/api/streams", 400, params={"limit": 1, "cursor": wrong})
 
 
 async def test_a_wrong_name_is_compared_with_five_hundred_and_keeps_nobody_waiting() -> None:

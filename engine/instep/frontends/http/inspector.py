@@ -112,5 +112,5 @@ def _query(parameters: Mapping[str, str]) -> Query:
         sort.removeprefix("-"),
         sort.startswith("-"),
         int(limit or USUAL),
-        after_of(parameters.get("cursor", ""), sort),
+        after_of(parameters.get("cursor"), sort),
     )

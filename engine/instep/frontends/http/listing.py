@@ -56,16 +56,16 @@ class Query:
         return base64.urlsafe_b64encode(json.dumps([self.text_of_sort, *key]).encode()).decode().rstrip("=")
 
 
-def after_of(cursor: str, sort: str) -> Key | None:
-    """What a cursor says of the page before.
+def after_of(cursor: str | None, sort: str) -> Key | None:
+    """The key of the last stream of the page before; None without a cursor.
 
     Raises:
         HttpError: when it is none of a page that was sorted so.
     """
-    if not cursor:
+    if cursor is None:
         return None
     try:
-        was, *key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        was, *key = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
         match key:
             case [str(name)] if was == sort and sort.lstrip("-") == "name":
                 return name
