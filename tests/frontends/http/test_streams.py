@@ -13,12 +13,15 @@ import pytest
 
 from instep.config import Config
 from instep.core.typing import F32, I64
+from instep.frontends.http.inspector import Inspector
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import Prepared
 from instep.server.server import Server
+from instep.streaming.tasks import Tasks
 from instep_client import AsyncClient
 from tests.support.admin import administered, error, longest_turn
 from tests.support.models import SEED_SIZED, SMALL, whole
+from tests.support.running import running
 
 F = 5
 
@@ -105,6 +108,30 @@ async def test_pages_hold_every_stream_once_in_every_order(rng: np.random.Genera
         assert names(await all_pages(http, contains="β", limit=3)) == sorted(name for name in given if "β" in name)
         assert names(await all_pages(http, prefix="%0", limit=3)) == sorted(n for n in given if n.startswith("%0"))
         assert sorted(names(await all_pages(http, sort="-rate", limit=7))) == sorted(given)
+
+
+@pytest.mark.parametrize("sort", ["name", "-name", "seq", "-idle"])
+@pytest.mark.parametrize("first", ["a", "z"])
+async def test_a_stream_that_leaves_memory_while_a_page_is_made_is_on_it_once(
+    tmp_path: Path, sort: str, first: str
+) -> None:
+    async with (
+        running(SMALL, recording={"file": tmp_path / "r.instep"}) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        async with AsyncClient(server.endpoint) as other:
+            await (await other.open(first)).step(np.zeros((3, F)))
+            await other.close(park=True)
+        await client.open("m")
+        while server.default.engine.stats.parked_streams_total < 1:
+            await asyncio.sleep(0.01)
+        inspector = Inspector(server, Tasks(lambda error: pytest.fail(str(error))))
+        making = asyncio.create_task(inspector.page({"sort": sort}))
+        await asyncio.sleep(0)  # those in memory were looked at
+        assert server.default.operations.hibernation.hibernate_parked(1) == 1
+        page = await making
+        assert sorted(names(page["streams"])) == sorted([first, "m"])
+        assert (page["total"], page["matched"], page["cursor"]) == (2, 2, None)
 
 
 async def test_rates_are_frames_per_second() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from instep.core.tables import NO_OWNER
-from instep.core.typing import I64
+from instep.core.typing import I64, Bool
 from instep.frontends.http.answers import HttpError
 from instep.frontends.http.records import PAUSE_S, SLICE, FrameRates, record_of
 from instep.streaming.service import ModelService
@@ -177,7 +177,8 @@ class _ByName:
         """Behind the cursor."""
 
     def add(self, names: list[str]) -> None:
-        """Names in any order."""
+        """Names in any order; one that is on the page already has left memory since it was looked at."""
+        names = list(set(names).difference(self._names))
         after, is_descending, limit = self._query.after, self._query.is_descending, self._query.limit
         self.matched += len(names)
         if isinstance(after, str):
@@ -219,8 +220,14 @@ class _ByValue:
             is_first = values < kth
             is_first[np.flatnonzero(values == kth)[: limit - int(is_first.sum())]] = True
             values, numbers = values[is_first], numbers[is_first]
-        names = self._names | {number: name_of(number) for number in numbers.tolist()}
-        values, numbers = np.concatenate([self._values, values]), np.concatenate([self._numbers, numbers])
+        # One that is on the page already has left memory since it was looked at.
+        named, known = [name_of(number) for number in numbers.tolist()], set(self._names.values())
+        is_new: Bool = np.array([name not in known for name in named], np.bool_)
+        self.matched -= int((~is_new).sum())
+        self.left -= int((~is_new).sum())
+        names = self._names | dict(zip(numbers.tolist(), named, strict=True))
+        values = np.concatenate([self._values, values[is_new]])
+        numbers = np.concatenate([self._numbers, numbers[is_new]])
         order = np.lexsort((numbers, values))[:limit]
         self._values, self._numbers = values[order], numbers[order]
         self._names = {number: names[number] for number in self._numbers.tolist()}
