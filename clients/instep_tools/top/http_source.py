@@ -144,31 +144,21 @@ def _snapshot(
         query=query,
         models=[_totals(each["name"], each["numbers"]) for each in stats["models"]],
         model=ObservedModel(
-            name=model["name"],
-            fingerprint=model["fingerprint"],
-            features=model["features"],
-            outputs=model["outputs"],
-            device=model["device"],
-            exactness=model["exactness"],
+            **_some(model, "name", "fingerprint", "features", "outputs", "device", "exactness"),
+            **_some(model, "max_streams", "durability"),
             buckets=tuple(model["buckets"]),
-            max_streams=model["max_streams"],
-            durability=model["durability"],
             numbers={name: math.nan if value is None else float(value) for name, value in model["numbers"].items()},
         ),
         streams=[
-            ObservedStream(
-                name=each["name"],
-                state=each["state"],
-                rate=each["rate"],
-                seq=each["seq"],
-                pending=each["pending"],
-                idle_s=each["idle_s"],
-                expires_in_s=each["expires_in_s"],
-            )
+            ObservedStream(**_some(each, "name", "state", "rate", "seq", "pending", "idle_s", "expires_in_s"))
             for each in listed["streams"]
         ],
         matched=listed["matched"],
     )
+
+
+def _some(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: record[name] for name in names}
 
 
 def _totals(name: str, numbers: Mapping[str, float]) -> ModelTotals:
