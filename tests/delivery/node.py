@@ -33,7 +33,8 @@ from instep.streaming.api import Grants, Names, Origin, StatesRead
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.events import EventLog
-from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
+from instep.streaming.hibernation import Hibernation
+from instep.streaming.idle import IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations

@@ -21,7 +21,7 @@ from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.checkpoints import Checkpoints
-from instep.streaming.hibernation import IdleLimits
+from instep.streaming.idle import IdleLimits
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.faulty_states import FaultyStates

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.config import Config
-from instep.streaming.hibernation import IdleLimits
+from instep.streaming.idle import IdleLimits
 
 _FLOAT32_BYTES = 4
 _ENVELOPE_BYTES = 1024

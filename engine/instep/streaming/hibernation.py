@@ -10,61 +10,25 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
 from instep.core.typing import I32, I64, U8, Bool
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.open_streams import OpenStream
-from instep.streaming.api import Names, Origin
+from instep.streaming.api import Names
 from instep.streaming.engine import Engine
+from instep.streaming.idle import IdleLimits, Sleeper, Tombstones
 from instep.streaming.states import StreamStates, put_into_memory, state_rows
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 1024
 """Streams that leave memory in one tick, that come back before the loop gets its turn, or whose age is looked at."""
-
-
-@dataclass(frozen=True, slots=True)
-class IdleLimits:
-    """How long streams may do nothing, in ns, and how many may; both in memory and in the recording."""
-
-    max_idle_ns: int
-    """How long a stream is kept whose connection is there; 0 for ever."""
-    first_frame_ns: int
-    """How long one that never had a frame is kept in memory, where it then stays; 0 for as long as any other."""
-    park_ns: int
-    """How long one is kept whose connection is gone; 0 for not at all."""
-    max_parked: int
-    """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
-    hibernate_after_ns: int = 0
-    """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
-    max_hibernated: int = 1_000_000
-    """The most that hibernate; beyond it those that have done so longest expire."""
-
-    def expires_in_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
-        """How much longer a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
-        if not has_owner:
-            return max(0, self.park_ns - idle_ns)
-        kept_ns = self.first_frame_ns if is_unused and self.first_frame_ns else self.max_idle_ns
-        return max(0, kept_ns - idle_ns) if kept_ns else None
-
-
-class Sleeper(NamedTuple):
-    """A stream that hibernates."""
-
-    stream: int
-    """Its number in the recording."""
-    owner: Origin | None
-    """Who owned it; None where its connection was gone, or before a restart."""
-    since_ns: int
-    """Since when it is idle or, without an owner, since when its connection is gone."""
 
 
 class Hibernation:
@@ -372,29 +336,3 @@ class Hibernation:
             self._engine.stats.closed_streams_total += len(streams)
             self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))
             self._engine.events.add_all("evicted", [stream.name for stream in streams], "expired", seqs)
-
-
-_MOST: Final = 65_536
-
-
-class Tombstones:
-    """The newest names; older ones are forgotten."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, None] = {}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def add(self, names: Iterable[str]) -> None:
-        """Streams of these names have expired."""
-        for name in names:
-            self._names.pop(name, None)
-            self._names[name] = None
-        while len(self._names) > _MOST:
-            del self._names[next(iter(self._names))]
-
-    def remove(self, names: Iterable[str]) -> None:
-        """There are streams of these names again."""
-        for name in names:
-            self._names.pop(name, None)

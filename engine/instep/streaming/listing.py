@@ -10,7 +10,8 @@ import numpy as np
 from instep.core.streams import StreamTable
 from instep.core.tables import NO_OWNER
 from instep.core.typing import I64, U64
-from instep.streaming.hibernation import Hibernation, IdleLimits
+from instep.streaming.hibernation import Hibernation
+from instep.streaming.idle import IdleLimits
 from instep_client.protocol.codes import UNKNOWN, Place
 
 SCANNED: Final = 4096

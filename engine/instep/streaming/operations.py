@@ -19,7 +19,8 @@ from instep.core.typing import I32, I64, U8, U64, Bool
 from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventKind
-from instep.streaming.hibernation import Hibernation, Tombstones
+from instep.streaming.hibernation import Hibernation
+from instep.streaming.idle import Tombstones
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code

@@ -13,7 +13,8 @@ import numpy as np
 from instep.core.typing import I64
 from instep.streaming.api import Origin
 from instep.streaming.engine import Engine
-from instep.streaming.hibernation import Hibernation, IdleLimits
+from instep.streaming.hibernation import Hibernation
+from instep.streaming.idle import IdleLimits
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol.codes import Code
 

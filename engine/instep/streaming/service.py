@@ -16,8 +16,8 @@ from instep.recording.scrub import Scrub
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventLog
-from instep.streaming.hibernation import IdleLimits
 from instep.streaming.history import History
+from instep.streaming.idle import IdleLimits
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
