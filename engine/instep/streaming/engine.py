@@ -12,29 +12,24 @@ from typing import Final
 import numpy as np
 
 from instep.core.admission import SENT_COLUMN, SENT_MESSAGE, admit
-from instep.core.replies import assemble, repeated_outputs
 from instep.core.runs import fail_run, finish_run, hold, release
 from instep.core.scheduler import begin_run
 from instep.core.streams import StreamTable
 from instep.core.tables import (
     CREDIT_STALLS,
-    FIRST_MESSAGE,
-    FIRST_VALUE,
     FREE_MESSAGES,
-    MESSAGES,
     MOST_STEPS,
     PENDING_FRAMES,
     READY,
     READY_SINCE_NS,
     RECEIVED_FRAMES,
     REPEATED_FRAMES,
-    TIMESTEPS,
-    WIDTH,
     Tables,
 )
-from instep.core.typing import F32, I32, I64
+from instep.core.typing import I32, I64
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
-from instep.streaming.api import MAX_REPLY_MESSAGES, Frames, Refusal, Reply
+from instep.streaming.api import Frames, Refusal
+from instep.streaming.delivery import Delivery
 from instep.streaming.events import EventLog
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
@@ -134,12 +129,10 @@ class Engine:
         self._submitted: list[Frames] = []
         self._runs: deque[_Run] = deque()
         self._results: deque[_Complete] = deque()
-        self._repeated: dict[int, tuple[F32, I64]] = {}
-        """Outputs that pending messages only repeat, by message."""
         self._step_ns: dict[int, int] = {}
         """By bucket, how long each step of its newest run took."""
         self._is_holding = False
-        self._arrived_ns: I64 = tables.messages["arrived_ns"]
+        self._delivery = Delivery(tables, origins, stats, limits.max_reply_frames)
 
     @property
     def pending_frames(self) -> int:
@@ -194,15 +187,14 @@ class Engine:
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
         complete, partly_repeated, refused = admit(self.packed, messages, columns, x)
         if partly_repeated:  # the kernel lists them at the end of `complete`
-            for number in self.tables.complete[len(frames) - partly_repeated : len(frames)].tolist():
-                self._repeated[number] = repeated_outputs(self.packed, number)
+            self._delivery.keep_repeated(self.tables.complete[len(frames) - partly_repeated : len(frames)])
         if refused:
             outcomes = self.tables.outcomes[: len(frames)].tolist()
             for each, outcome in zip(frames, outcomes, strict=True):
                 if outcome:
                     self._refuse(each, Code(outcome))
         if complete:
-            self._deliver(self.tables.complete[:complete], 0, 0)
+            self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
     def _refuse(self, frames: Frames, code: Code) -> None:
         is_busy = code is Code.BUSY
@@ -320,65 +312,11 @@ class Engine:
         while self._results and self._results[0].lsn <= released:
             result = self._results.popleft()
             if len(result.numbers):
-                self._deliver(result.numbers, result.began_ns, result.ended_ns)
+                self._delivery.deliver(result.numbers, result.began_ns, result.ended_ns)
             has_delivered = True
         if has_delivered:
             self.waiters.check()
             self.executor.answered()
-
-    def _deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
-        """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
-        max_frames, queue_us = self._limits.max_reply_frames, self.stats.queue_us
-        while len(numbers):
-            groups, taken = assemble(self.packed, numbers, began_ns, max_frames, MAX_REPLY_MESSAGES, queue_us)
-            if self._repeated:
-                self._put_repeated(groups)
-            now_ns = time.monotonic_ns()
-            send_ns = max(0, now_ns - ended_ns) if ended_ns else 0
-            self._reply(groups, began_ns, ended_ns - began_ns, send_ns)
-            self.stats.replied(self._arrived_ns, numbers[:taken], now_ns, send_ns)
-            numbers = numbers[taken:]
-        self.origins.release_left()
-
-    def _reply(self, groups: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
-        tables, outputs = self.tables, self.tables.y.shape[1]
-        # The order of these names is that of the columns of `Tables.groups`.
-        for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
-            :groups
-        ].tolist():
-            origin = self.origins[number]
-            if origin is None:
-                continue  # it is gone, and its streams are parked
-            if failed:
-                self.stats.refuse_streams(tables.reply_columns[0, column : column + width])
-            y = tables.reply_y[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
-            origin.deliver(
-                Reply(
-                    tables.reply_messages[:2, message : message + count],
-                    y,
-                    tables.reply_columns[:, column : column + width] if failed else None,
-                    frames,
-                    max(0, began_ns - arrived_ns) if began_ns else 0,
-                    compute_ns,
-                    send_ns,
-                )
-            )
-
-    def _put_repeated(self, groups: int) -> None:
-        """Put kept outputs into the replies: later frames may have taken their rows."""
-        tables, outputs = self.tables, self.tables.y.shape[1]
-        for fields in tables.groups[:groups]:
-            first, width, timesteps = int(fields[FIRST_VALUE]), int(fields[WIDTH]), int(fields[TIMESTEPS])
-            whole = tables.reply_y[first : first + timesteps * width * outputs].reshape(timesteps, width, outputs)
-            column, message = 0, int(fields[FIRST_MESSAGE])
-            messages = tables.reply_messages[1:, message : message + int(fields[MESSAGES])]
-            for columns, number in messages.T.tolist():
-                kept = self._repeated.pop(number, None)
-                if kept is not None:
-                    y, skipped = kept
-                    mask = np.arange(len(y))[:, None] < skipped
-                    whole[: len(y), column : column + columns][mask] = y[mask]
-                column += columns
 
     # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
 
