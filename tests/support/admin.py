@@ -52,3 +52,19 @@ async def error(client: httpx.AsyncClient, path: str, status: int, **options: An
     told: dict[str, str] = answer.json()["error"]
     assert told.keys() == {"code", "message"}
     return told["message"]
+
+
+async def raw(url: str, request: bytes, address: str = "127.0.0.1") -> bytes:
+    """Everything that is answered to some bytes from an address."""
+    reader, writer = await connect(url, address)
+    writer.write(request)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
+
+
+async def connect(url: str, address: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection from an address."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host, int(port), local_addr=(address, 0))

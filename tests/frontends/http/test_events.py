@@ -8,18 +8,17 @@ import json
 import time
 import weakref
 from collections.abc import AsyncIterator
-from itertools import count
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from instep.frontends.http import connections, events, records
+from instep.frontends.http import records
 from instep.server.server import Server
 from instep.streaming.events import MOST
 from instep_client import AsyncClient
-from tests.support.admin import administered, error, longest_turn
+from tests.support.admin import administered, connect, error, longest_turn
 from tests.support.models import SEED_SIZED, SMALL
 
 F = 5
@@ -103,11 +102,16 @@ async def test_what_happens_to_streams_comes_as_it_happens_or_from_a_number_on()
         assert [event["kind"] for event in record["events"]] == ["opened"]
 
 
-async def test_listeners_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "MOST_LISTENERS", 2)
-    async with administered() as (_, http):
-        async with http.stream("GET", "/api/events"), http.stream("GET", "/api/events"):
-            assert "2 programs listen" in await error(http, "/api/events", 503)
+async def test_listeners_are_bounded() -> None:
+    async with administered() as (server, http):
+        assert server.admin is not None
+        listeners = [await connect(server.admin.url, f"127.0.0.{number % 2 + 2}") for number in range(32)]
+        for reader, writer in listeners:
+            writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await reader.readuntil(b"event: stats\n")
+        assert "32 programs listen" in await error(http, "/api/events", 503)
+        for _, writer in listeners:
+            writer.close()
         while (await http.send(http.build_request("GET", "/api/events"), stream=True)).status_code != 200:
             await asyncio.sleep(0.01)
         assert "did you mean" in await error(http, f"/api/events?model={SMALL.name}x", 404)
@@ -137,10 +141,12 @@ async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
             assert time.monotonic() - began < 5
 
 
-async def test_a_listener_that_had_not_read_hears_goodbye_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", lambda _: b"x" * 20_000_000)
+async def test_a_listener_that_had_not_read_hears_goodbye_too() -> None:
     async with administered() as (server, _):
-        server.default.events.add("opened", "s")  # it comes behind the statistics, for which there is no room yet
+        server.default.events.add("parked", "s", detail="x" * 20_000_000)
+        server.default.events.add_all(
+            "opened", ["s"] * 64
+        )  # the last comes behind that, for which there is no room yet
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server), limit=4096)
         writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
         await reader.readuntil(b"event: stats\n")
@@ -192,31 +198,3 @@ async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_wa
         while there() is not None:
             await asyncio.sleep(0.1)
             gc.collect()
-
-
-async def test_a_listener_that_does_not_read_is_dropped_and_delays_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "UNREAD_S", 0.3)
-    monkeypatch.setattr(events, "_TURNS", 1)
-    monkeypatch.setattr(events, "_EVERY_S", 0.001)
-    number = count()
-    large = b"x" * 100_000
-    monkeypatch.setattr(
-        "instep.frontends.http.status.ServerStatus.stats", lambda _: b'["%s",%d]' % (large, next(number))
-    )
-    async with administered() as (server, _):
-        assert server.admin is not None
-        port = port_of(server)
-        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        while not server.admin.is_active:
-            await asyncio.sleep(0.01)
-        while server.admin.is_active:  # it is dropped, and nobody listens any more
-            await asyncio.sleep(0.01)
-        writer.close()
-        monkeypatch.setattr(connections, "UNREAD_S", 1000.0)
-        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        await asyncio.sleep(0.5)
-        began = time.monotonic()
-    assert time.monotonic() - began < 10
-    writer.close()

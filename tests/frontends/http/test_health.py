@@ -6,16 +6,21 @@ import asyncio
 import socket
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from instep.config import HttpConfig
+from instep.frontends.http.admin import AdminServer
+from instep.frontends.http.connections import bind
 from instep.models.certify import Certification
 from instep.server.preparation import CannotServe
+from instep.streaming.service import ModelService
 from instep_client.aio import AsyncClient
 from tests.support.admin import administered, error
 from tests.support.models import SMALL
-from tests.support.running import running
+from tests.support.running import log_into, running
 
 
 async def test_says_what_it_serves() -> None:
@@ -81,17 +86,27 @@ async def test_is_not_ready_where_exactness_is_required_and_withdrawn() -> None:
         assert "`require`" in answer.json()["error"]["message"]
 
 
-async def test_a_bug_is_answered_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stats(status: object) -> bytes:
-        raise ZeroDivisionError
+class BadSubject:
+    """A server without a model, which no server is."""
 
-    monkeypatch.setattr("instep.frontends.http.status.ServerStatus.stats", stats)
+    def __init__(self) -> None:
+        self.endpoint = "tcp://127.0.0.1:5757"
+        self.is_draining = False
+        self.services: list[ModelService] = []
+
+
+async def test_a_bug_is_answered_and_logged() -> None:
     told: list[dict[str, Any]] = []
-    async with administered(told=told) as (_, http):
-        assert "its log says more" in await error(http, "/api/stats", 500)
+    listener = bind(HttpConfig(endpoint="127.0.0.1:0"), log_into(told))
+    assert listener is not None
+    admin = AdminServer(listener, None, BadSubject(), log_into(told))
+    await admin.start()
+    async with httpx.AsyncClient(base_url=admin.url) as http:
+        assert "its log says more" in await error(http, "/api/history", 500)
         assert (await http.get("/healthz")).status_code == 200
-        (line,) = [line for line in told if line["level"] == "error"]
-        assert (line["path"], type(line["exc_info"])) == ("/api/stats", ZeroDivisionError)
+    await admin.close()
+    (line,) = [line for line in told if line["level"] == "error"]
+    assert (line["path"], type(line["exc_info"])) == ("/api/history", IndexError)
 
 
 async def test_a_port_in_use_is_an_error_unless_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

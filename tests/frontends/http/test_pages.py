@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 
+from instep.frontends.http.answers import HttpError
 from instep.frontends.http.pages import STATIC, Pages
 from tests.support.admin import administered, error
 
 
-async def test_files_are_served_with_their_types_and_not_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "static"
-    (folder / "vendor").mkdir(parents=True)
-    (folder / "index.html").write_text("<p>streams</p>")
-    (folder / "vendor" / "a.js").write_text("let a;")
-    (folder / ".hidden").write_text("x")
-    (tmp_path / "secret").write_text("x")
-    monkeypatch.setattr("instep.frontends.http.app.Pages", partial(Pages, folder))
+async def test_files_are_served_with_their_types_and_not_twice() -> None:
     async with administered() as (_, http):
         page = await http.get("/")
-        assert (page.text, page.headers["content-type"]) == ("<p>streams</p>", "text/html; charset=utf-8")
-        assert (await http.get("/static/index.html")).text == page.text
-        script = await http.get("/static/vendor/a.js")
+        assert (page.content, page.headers["content-type"]) == (
+            (STATIC / "index.html").read_bytes(),
+            "text/html; charset=utf-8",
+        )
+        assert (await http.get("/static/index.html")).content == page.content
+        name = "vendor/uPlot.iife.min.js"
+        script = await http.get(f"/static/{name}")
+        assert script.content == (STATIC / name).read_bytes()
         assert script.headers["content-type"].startswith("text/javascript")
         assert script.headers["cache-control"] == "no-cache"
-        again = await http.get("/static/vendor/a.js", headers={"if-none-match": script.headers["etag"]})
+        again = await http.get(f"/static/{name}", headers={"if-none-match": script.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-        for path in (
-            "../secret",
-            "%2e%2e/secret",
-            "..%2fsecret",
-            ".hidden",
-            "vendor",
-            "vendor/",
-            "//etc/passwd",
-            "a.js",
-        ):
+        assert (STATIC.parent / "pages.py").is_file()
+        for path in ("../pages.py", "%2e%2e/pages.py", "..%2fpages.py", "vendor", "vendor/", "//etc/passwd", "a.js"):
             await error(http, f"/static/{path}", 404)
+
+
+async def test_hidden_files_are_not_served(tmp_path: Path) -> None:
+    for name in ("shown", ".hidden"):
+        (tmp_path / name).write_text("x")
+    app = Starlette(routes=[Route("/{path:path}", Pages(tmp_path).answer)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        assert (await http.get("/static/shown")).text == "x"
+        with pytest.raises(HttpError, match="there is no file"):
+            await http.get("/static/.hidden")
 
 
 def test_the_page_needs_nothing_that_its_policy_forbids() -> None:

@@ -24,11 +24,7 @@ MOST_OF_ONE_ADDRESS: Final = 24
 """Connections; fewer than the listeners that events may have, so that one address cannot take all of these either."""
 MOST_HEAD_BYTES: Final = 16_384
 """Of a request's line and headers."""
-REQUEST_S: Final = 10.0
-"""How long a connection may take for the head of a request."""
 _KEEP_ALIVE_S: Final = 30
-UNREAD_S: Final = 10.0
-"""How long a peer may leave what was sent to it, before its connection is ended."""
 _LINGER_S: Final = 0.5
 """How long answers under way may take when the server ends."""
 _BACKLOG: Final = 128
@@ -97,9 +93,13 @@ class Connections:
     Args:
         listener: bound and listening; closed with this.
         app: answers; it raises nothing.
+        request_s: a connection may take that long for the head of a request.
+        unread_s: a peer may leave what was sent to it for that long, before its connection is ended.
     """
 
-    def __init__(self, listener: socket.socket, app: ASGIApp) -> None:
+    def __init__(
+        self, listener: socket.socket, app: ASGIApp, *, request_s: float = 10.0, unread_s: float = 10.0
+    ) -> None:
         self._listener = listener
         self._config = uvicorn.Config(
             app,
@@ -111,6 +111,8 @@ class Connections:
             timeout_keep_alive=_KEEP_ALIVE_S,
             h11_max_incomplete_event_size=MOST_HEAD_BYTES,
         )
+        self._request_s = request_s
+        self._unread_s = unread_s
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 
@@ -118,7 +120,9 @@ class Connections:
         """Answer from now on."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Connection(self._config, self._state, loop), sock=self._listener, backlog=_BACKLOG
+            lambda: _Connection(self._config, self._state, loop, self._request_s, self._unread_s),
+            sock=self._listener,
+            backlog=_BACKLOG,
         )
 
     async def close(self) -> None:
@@ -145,8 +149,17 @@ _SILENT.addHandler(logging.NullHandler())
 class _Connection(H11Protocol):
     """A connection that is bounded in number, in the time for a request, and in what its peer leaves unread."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        loop: asyncio.AbstractEventLoop,
+        request_s: float,
+        unread_s: float,
+    ) -> None:
         super().__init__(config, state, {}, loop)
+        self._request_s = request_s
+        self._unread_s = unread_s
         self.logger, self.access_log = _SILENT, False
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
@@ -183,7 +196,7 @@ class _Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread_timer = self.loop.call_later(UNREAD_S, self.transport.abort)
+        self._unread_timer = self.loop.call_later(self._unread_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -203,7 +216,7 @@ class _Connection(H11Protocol):
         self._end(HttpError(400, "BAD_REQUEST", f"this is no request of HTTP/1.1 of at most {MOST_HEAD_BYTES} bytes"))
 
     def _expect_head(self) -> None:
-        self._head_timer = self.loop.call_later(REQUEST_S, self.transport.abort)
+        self._head_timer = self.loop.call_later(self._request_s, self.transport.abort)
 
     def _end_head(self) -> None:
         if self._head_timer is not None:
