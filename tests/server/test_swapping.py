@@ -20,6 +20,7 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
+from instep.streaming.replaying import WarmUpReplay
 from instep_client import AsyncClient, AsyncStream, InvalidInput, Refused
 from instep_client.protocol.wire import Code
 from tests.support.models import plain, whole
@@ -174,6 +175,32 @@ async def test_streams_without_a_connection_move_too(
         y = np.concatenate([first, await stream.step(x[10:])])
         began = {"replay:6": 4, "replay:60": 0}
         np.testing.assert_array_equal(y, replayed_truth(x, began[policy], 10) if policy in began else truth(x, 10))
+
+
+async def test_a_replay_that_takes_long_fails_only_while_frames_arrive(
+    folder: Path, recordings: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(folder, DEEPER, overwrite=True)
+    x = rng.standard_normal((20_000, 5)).astype(np.float32)
+    follow = WarmUpReplay.follow
+
+    def takes_long(replay: WarmUpReplay) -> int:
+        time.sleep(0.6)
+        return follow(replay)
+
+    monkeypatch.setattr(WarmUpReplay, "follow", takes_long)
+    async with running(A, recording={"file": recordings}, engine=EXACT) as server:
+        async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint) as operator:
+            stream = await client.open("s")
+            swapping = asyncio.create_task(operator.swap_model("ears", folder, "replay:6"))
+            while not swapping.done():
+                await stream.step(x[stream.next_seq])
+            with pytest.raises(Refused, match="its frames arrive as quickly as they are replayed"):
+                await swapping
+            moved_at = stream.next_seq
+            await operator.swap_model("ears", folder, "replay:6")
+            y = await stream.step(x[moved_at : moved_at + 5])
+            np.testing.assert_array_equal(y, replayed_truth(x[: moved_at + 5], moved_at - 6, moved_at)[moved_at:])
 
 
 async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(

@@ -336,18 +336,18 @@ class Loader:
     async def _catch_up(self, replay: WarmUpReplay, log: structlog.stdlib.BoundLogger) -> None:
         """Replay until little is left to do while nothing is received; the old version serves meanwhile."""
         log.info("replaying")
-        took_s, before_s = 0.0, math.inf
+        frames, took_s, before_s = 0, 0.0, math.inf
         while took_s == 0 or _SHORT_S < took_s < before_s / 2:  # as long as each time leaves much less for the next
             began_s, before_s = time.monotonic(), took_s or math.inf
             with _short_turns():
-                await self._in_thread(partial(self._follow, replay))
+                frames = await self._in_thread(partial(self._follow, replay))
             took_s = time.monotonic() - began_s
-        if took_s > _LONG_S:
+        if frames and took_s > _LONG_S:  # without any it has caught up, on a machine with too much to do
             raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
 
-    def _follow(self, replay: WarmUpReplay) -> None:
+    def _follow(self, replay: WarmUpReplay) -> int:
         prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
-        replay.follow()
+        return replay.follow()
 
     @contextmanager
     def _undone(self, log: structlog.stdlib.BoundLogger) -> Iterator[ExitStack]:

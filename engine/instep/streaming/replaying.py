@@ -61,6 +61,8 @@ class WarmUpReplay:
         """The position up to which frames were read."""
         self._streams_to = 0
         """Likewise for streams that open and close; 0 before the first time."""
+        self._frames_read = 0
+        """Those of streams that are followed, again where the recording was trimmed meanwhile."""
         self._free = list(range(max_streams, 0, -1))
         self._slots: I64 = np.zeros(1, np.int64)
         """By number of a stream, its slot here."""
@@ -70,20 +72,25 @@ class WarmUpReplay:
         """Frames that are stepped together, no stream twice."""
         self._is_waiting = np.zeros(max_streams + 1, np.bool_)
 
-    def follow(self) -> None:
+    def follow(self) -> int:
         """Step everything that was committed by now; not in the thread of an event loop.
+
+        Returns:
+            The number of frames that there were.
 
         Raises:
             RecordingError: when the recording is damaged, has more open streams than slots, or is trimmed all the time.
         """
+        before = self._frames_read
         for left in reversed(range(_TRIES)):
             try:
                 with RecordingFile(self._path) as recording, torch.inference_mode():
                     self._read(recording)
-                return
+                break
             except TrimmedMeanwhile:
                 if not left:
                     raise
+        return self._frames_read - before
 
     def states(self, streams: I64, next_seqs: I64) -> tuple[U8, I64]:
         """The states of open streams by number, int64 [N], as the last `follow` has left them.
@@ -244,6 +251,7 @@ class WarmUpReplay:
         self._nexts[slots] = seqs + 1
         if self._is_waiting[slots].any() or sum(len(each.seqs) for each in self._waiting) >= self._stepper.buckets[-1]:
             self._step()
+        self._frames_read += len(seqs)
         self._waiting.append(_Computed(step.position, slots, seqs, step.x[counts], step.y[counts]))
         self._is_waiting[slots] = True
 
