@@ -67,7 +67,7 @@ def _mark(row: Row, result: Mapping[str, Any]) -> Cell:
 
 
 def _bars(rows: Sequence[Row], judged: bool) -> Chart:
-    """How far each row is from its threshold, whatever its unit: beyond 1 it is reached."""
+    """The distance of each row from its threshold, whatever its unit: beyond 1 it is reached."""
     figure = Figure(figsize=(9.6, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))

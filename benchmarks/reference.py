@@ -159,7 +159,7 @@ class BenchmarkModel:
     network: Network
     """What serving is compared with: the quickest way to step."""
     truth: Network
-    """What the outputs are compared with: a way to step that gives the bits that are served."""
+    """The reference that outputs are compared with: a way to step that gives the bits that are served."""
 
     @classmethod
     def of(cls, bench: Bench, name: str, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:

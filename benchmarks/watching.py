@@ -1,4 +1,4 @@
-"""What it costs to be watched: by a scraper, a dashboard and `instep top`; and to list very many streams."""
+"""The cost of being watched by a scraper, a dashboard and `instep top`, and of listing very many streams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from instep.demo.child_server import ChildServer
 
 HTTP: Final = ("--http", "127.0.0.1:0")
 TABLE: Final = "/api/streams?sort=-rate&limit=50"
-"""What an open page of the dashboard asks for every two seconds."""
+"""The requests that an open page of the dashboard makes every two seconds."""
 SETTLING: Final = 2.0
 """Times the length of a round: after about 3 s `instep top` has started, which costs more than what it does then."""
 

@@ -1,4 +1,4 @@
-"""What ends a command early, the exit statuses that all commands share, and files that they write."""
+"""Problems that end a command early, the exit statuses that all commands share, and files that they write."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Streams(IntEnum):
 
 
 class SwapPolicy(NamedTuple):
-    """How to treat the open streams of a model that is swapped: `keep`, `move` or `replay:N`."""
+    """The treatment of the open streams of a model that is swapped: `keep`, `move` or `replay:N`."""
 
     streams: Streams
     frames: int = 0
@@ -42,7 +42,7 @@ class SwapPolicy(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SwapPolicy:
-        """What people write.
+        """Read the text that people write.
 
         Raises:
             ValueError: with a sentence.

@@ -8,11 +8,11 @@ from typing import Any, Final, NamedTuple, Protocol
 
 STATES: Final = ("connected", "parked", "hibernating")
 SORTS: Final = ("name", "rate", "seq", "pending", "idle")
-"""What streams can be sorted by; all but names begin with the largest."""
+"""Orders of streams; all except that of names begin with the largest."""
 
 
 class StreamQuery(NamedTuple):
-    """Which model and which of its streams are asked for."""
+    """The model and those of its streams that are asked for."""
 
     model: str = ""
     """Empty for the server's default."""
@@ -46,7 +46,7 @@ class ObservedStream(NamedTuple):
     """Frames admitted and not answered yet."""
     idle_s: float
     expires_in_s: float | None
-    """How long the server keeps it if it stays idle; None if it never expires."""
+    """Time (s) for which the server keeps it if it stays idle; None if it never expires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,13 @@ class Snapshot:
     time_s: float
     """On a clock of the source; only differences mean something."""
     query: StreamQuery
-    """What it answers."""
+    """The question that it answers."""
     models: Sequence[ModelTotals]
     model: ObservedModel
     streams: Sequence[ObservedStream]
     """Those that the query selects, in its order, up to its limit."""
     matched: int
-    """How many it selects."""
+    """Count of streams that the query selects."""
 
 
 class Source(Protocol):

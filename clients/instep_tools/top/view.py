@@ -23,7 +23,7 @@ KEYS: Final = (
 _ENTER, _ESCAPE, _BACKSPACE, _CLEAR = "\r\n", "\x1b", "\x7f\x08", "\x15"
 
 _OTHER_KEYS: Final = re.compile(r"\x1b[\[O][\d;]*[^\d;]")
-"""What arrows and other keys without a meaning here send."""
+"""Sequences that arrows and other keys without a meaning here send."""
 
 
 class View:

@@ -56,7 +56,7 @@ def _paths(value: object) -> object:
 
 
 def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
-    """What `_paths` takes, for JSON; pydantic's own way warns of several."""
+    """The JSON form that `_paths` takes; pydantic's own way warns of several."""
     if isinstance(folder, dict):
         return {name: str(path) for name, path in folder.items()}
     return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 _STOP_TIMEOUT_S: Final = 60.0
 _OWN_END_S: Final = 3.0
-"""How long a child that may have been told to end has for that."""
+"""Time that a child which may have been told to end has for that."""
 _LINES_KEPT: Final = 1000
 """Of what the server has logged, for the sentence on why it failed."""
 

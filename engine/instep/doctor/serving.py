@@ -109,7 +109,7 @@ def _model(findings: Findings, prepared: Prepared, is_named: bool) -> None:
 
 
 def _bytes_of(config: Config, prepared: Prepared) -> int:
-    """What a model's streams take, when all are open: states, and the frame buffer."""
+    """Memory of a model's streams when all are open: states, and the frame buffer."""
     network = prepared.network
     frame = 4 * (network.description.features + network.description.outputs) + 4
     return config.engine.max_streams * (network.state.row_bytes + config.limits.window_frames * frame)

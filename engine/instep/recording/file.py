@@ -195,7 +195,7 @@ class RecordingFile(Closing):
         return rows[0][:-1] if rows else None
 
     def totals(self, first: int = 1, last: int | None = None) -> tuple[int, int]:
-        """How many batches there are at these positions, those that failed included, and frames in them; unchecked."""
+        """Count the batches at these positions, including those that failed, and the frames in them; unchecked."""
         with self._reading("is damaged"):
             query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position BETWEEN ? AND ?"
             ends = (max(first, self.first_position), self.last_position if last is None else last)

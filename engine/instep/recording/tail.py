@@ -65,7 +65,7 @@ class RecordingTail(RecordingReader):
             raise
 
     def history(self, first: int) -> Iterator[Item]:
-        """What happened from a position on, in order, up to the first batch whose outcome is not known yet.
+        """Everything that happened from a position on, in order, up to the first batch whose outcome is not known yet.
 
         Batches come in groups, with nothing else between those of a group. Those that failed are left out, and those
         whose outputs will never come, because the engine was killed, have none.

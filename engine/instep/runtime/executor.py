@@ -27,7 +27,7 @@ class StateLost(Exception):
 Step: TypeAlias = Callable[[I64, I64], None]
 """Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""
 Afterwards: TypeAlias = Callable[[], None]
-"""What an executor does once a run's result is out, where it steps; it raises nothing."""
+"""Called by an executor once a run's result is out, where it steps; it raises nothing."""
 
 
 def nothing() -> None:

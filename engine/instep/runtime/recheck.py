@@ -192,17 +192,17 @@ class Recheck:
 
     @property
     def frames(self) -> int:
-        """How many were rechecked."""
+        """Count of frames that were rechecked."""
         return int(self._reports["rechecked"].sum())
 
     @property
     def mismatches(self) -> int:
-        """How many of them had other bits."""
+        """Count of those that had other bits."""
         return int(self._reports["mismatches"].sum())
 
     @property
     def failures(self) -> int:
-        """How many rechecks raised."""
+        """Count of rechecks that raised."""
         return int(self._reports["failures"].sum())
 
     def take_mismatch(self) -> Mismatch | None:

@@ -37,7 +37,7 @@ class LiveVerification:
         self._found: Verification = service.verification
         self._service = service
         self._before = Verification()
-        """What former processes have found."""
+        """Findings of former processes."""
         self._position = 0 if service.recovery is None else service.recovery.checkpoint_position
         self._last_words = ""
         self._running = asyncio.create_task(self._run())

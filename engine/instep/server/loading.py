@@ -64,7 +64,7 @@ class _Made:
     served: Served
     stepper: Stepper
     opened: _Opened
-    """What will be its recording."""
+    """The file that will be its recording."""
 
 
 class Loader:
@@ -92,7 +92,7 @@ class Loader:
         self._stepped_here = set[ModelService]()
         """Models that were loaded, which step in threads of this process."""
         self._busy_poll_ns = loop.busy_poll_ns
-        """How long to poll while there are none."""
+        """Time to poll while there are none."""
         self._kept: set[ModelService] = set()
         """Versions that were replaced, and still serve the connections that they had."""
 
@@ -351,7 +351,7 @@ class Loader:
 
     @contextmanager
     def _undone(self, log: structlog.stdlib.BoundLogger) -> Iterator[ExitStack]:
-        """What fails in the block is undone and refused, with the reason in a sentence."""
+        """Undo and refuse what fails in the block, with the reason in a sentence."""
         with ExitStack() as undo:
             try:
                 yield undo

@@ -1,4 +1,4 @@
-"""How the server logs: lines for people or for machines, on standard error or in a file."""
+"""The server's log: lines for people or for machines, on standard error or in a file."""
 
 from __future__ import annotations
 

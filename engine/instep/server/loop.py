@@ -40,7 +40,7 @@ class Loop:
         """The one that the next turn begins with is the first."""
         self.busy_poll_ns = busy_poll_ns
         self.busy_ns = 0
-        """How long turns took; polling is not counted."""
+        """Time that turns took; polling is not counted."""
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
         self._is_due = self._is_polling = self._is_stopped = False

@@ -1,4 +1,4 @@
-"""What a swap asks of a model whose streams are to continue in another version of it."""
+"""Demands of a swap on a model whose streams are to continue in another version of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instep.streaming.service import ModelService
 from instep_client.protocol.wire import Streams, SwapPolicy
 
 _MOST_PAUSE_S: Final = 1.0
-"""How long nothing is received so that what was received before can end and streams can be moved."""
+"""Time in which nothing is received, so that what was received before can end and streams can be moved."""
 _LOOK_S: Final = 0.0005
 
 

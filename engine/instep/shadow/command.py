@@ -30,12 +30,12 @@ WARM_UP: Final = 256
 _PAUSE_S: Final = 0.25
 """Between two readings of the recording."""
 _LATE_S: Final = 2.0
-"""What was recorded in a pause should not take longer than this."""
+"""Time that the frames recorded in a pause should take at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shadowing:
-    """What was asked for; see `instep model shadow --help`."""
+    """The arguments of the command; see `instep model shadow --help`."""
 
     recording: Path
     folder: Path

@@ -1,4 +1,4 @@
-"""How the outputs of a candidate differ from those that were served: as values, as a table, as JSON."""
+"""Differences between the outputs of a candidate and those that were served: as values, as a table, as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class StreamDifference:
-    """How a stream differs."""
+    """Differences of one stream."""
 
     name: str
     frames: int
@@ -30,7 +30,7 @@ class StreamDifference:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """How all frames that were compared differ. Of a frame, its value that differs most counts in the quantiles."""
+    """Differences of all frames that were compared. Of a frame, its value that differs most counts in the quantiles."""
 
     recording: str
     candidate: str

@@ -50,7 +50,7 @@ class Shadow(WarmUpReplay):
 
     @property
     def following(self) -> int:
-        """How many streams are followed now."""
+        """Count of streams that are followed now."""
         return MOST_STREAMS - len(self._free)
 
     def drop_half(self) -> None:
@@ -60,7 +60,7 @@ class Shadow(WarmUpReplay):
         self.dropped += len(slots)
 
     def report(self, candidate: str) -> Differences:
-        """What was found so far."""
+        """Findings so far."""
         streams = [*self._past, *self._streams(np.flatnonzero(self._frames_of))]
         frames = sum(each.frames for each in streams)
         largest = max((each.largest for each in streams), default=0.0)

@@ -43,11 +43,11 @@ class Event(NamedTuple):
     """Its name; empty where the event concerns no single stream."""
     detail: str
     seq: int | None
-    """What the stream expected next, or the frame that the event is about."""
+    """The frame that the stream expected next, or that the event is about."""
 
 
 class _Entry(NamedTuple):
-    """What happened to several streams at once; thousands may be parked in one tick, and few look at the log."""
+    """Events that happened to several streams at once; thousands may be parked in one tick, and few look at the log."""
 
     first: int
     time_s: float

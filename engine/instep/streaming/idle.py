@@ -13,14 +13,14 @@ _MOST: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
-    """How long streams may do nothing, in ns, and how many may; both in memory and in the recording."""
+    """Limits of the time, in ns, and the number of streams that do nothing; both in memory and in the recording."""
 
     max_idle_ns: int
-    """How long a stream is kept whose connection is there; 0 for ever."""
+    """Time for which a stream is kept whose connection is there; 0 for ever."""
     first_frame_ns: int
-    """How long one that never had a frame is kept in memory, where it then stays; 0 for as long as any other."""
+    """Likewise for one that never had a frame, which stays in memory; 0 for as long as any other."""
     park_ns: int
-    """How long one is kept whose connection is gone; 0 for not at all."""
+    """Time for which one is kept whose connection is gone; 0 for not at all."""
     max_parked: int
     """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
     hibernate_after_ns: int = 0
@@ -29,7 +29,7 @@ class IdleLimits:
     """The most that hibernate; beyond it those that have done so longest expire."""
 
     def expires_in_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
-        """How much longer a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
+        """Time for which a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
         if not has_owner:
             return max(0, self.park_ns - idle_ns)
         kept_ns = self.first_frame_ns if is_unused and self.first_frame_ns else self.max_idle_ns

@@ -22,7 +22,7 @@ _NOT_BEGUN: Final = -1
 _WINDOW: Final = 512
 """Positions of the recording that are read together."""
 _TRIES: Final = 8
-"""How often it is read again where its history is trimmed meanwhile."""
+"""The most readings of a recording whose history is trimmed meanwhile."""
 
 
 class _Computed(NamedTuple):
@@ -114,7 +114,7 @@ class WarmUpReplay:
     # ── For subclasses ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _select(self, openings: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """Which of these rows of `openings` to follow."""
+        """Those of these rows of `openings` that are to be followed."""
         if len(openings) > len(self._free):
             raise RecordingError(f"{self._path} has more open streams than engine.max_streams: raise it")
         return openings

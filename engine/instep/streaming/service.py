@@ -31,7 +31,7 @@ from instep_client.protocol.codes import Code
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What is known of a model from the start."""
+    """Facts of a model that are known from the start."""
 
     fingerprint: str
     kind: str
@@ -78,7 +78,7 @@ class ModelService:
     recovery: Recovery | None = None
     """How it continued an older recording, where there was one."""
     verification: Verification | None = None
-    """What the process has found that checks the recording meanwhile, where there is to be one."""
+    """Findings of the process that checks the recording meanwhile, where there is to be one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
@@ -97,7 +97,7 @@ class ModelService:
 
     @property
     def events(self) -> EventLog:
-        """What has happened to its streams lately."""
+        """The newest events of its streams."""
         return self.engine.events
 
     @property
@@ -120,7 +120,7 @@ class ModelService:
 
     @property
     def in_use(self) -> int:
-        """How many streams would miss the model: all, or those with a connection where a recording keeps the others."""
+        """Count of streams that would miss the model: all, or those with a connection where a recording keeps them."""
         table = self.engine.table
         if self.engine.journal.is_recording:
             return int(table.open_count - table.owned[table.parked])

@@ -48,9 +48,9 @@ class EngineStats:
     """Whether frames are promised the same bits in every bucket."""
     began_ns: int = field(default_factory=time.monotonic_ns)
     executor_busy_ns: int = 0
-    """How long runs took."""
+    """Time that runs took."""
     loop_busy_ns: int = 0
-    """How long the turns of the server's loop took, for all models together."""
+    """Time that turns of the server's loop took, for all models together."""
     recording_free_bytes: int | None = None
     """Free on the disk of the recording; None without one."""
     refused: I64 = field(default_factory=lambda: np.zeros(_CODES, np.int64))
@@ -122,5 +122,5 @@ class EngineStats:
         return {name: getattr(self, name) for name in ("latency_us", "queue_us", "compute_us", "send_us", "commit_us")}
 
     def refusals(self) -> dict[Code, int]:
-        """How often each code was given; codes that never were are left out."""
+        """Count of refusals by code; codes that were never given are left out."""
         return {Code(code): int(self.refused[code]) for code in np.flatnonzero(self.refused).tolist()}

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
-    """What `work` returns or raises, in a thread that does not keep the process from ending.
+    """Return or raise what `work` does, in a thread that does not keep the process from ending.
 
     A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
     """

@@ -1,4 +1,4 @@
-"""What the live verification of a model has found: the record that the server's numbers and views read."""
+"""Findings of the live verification of a model: the record that the server's numbers and views read."""
 
 from __future__ import annotations
 

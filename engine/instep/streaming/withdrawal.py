@@ -11,7 +11,7 @@ from instep.runtime.recheck import Mismatch, Recheck
 from instep.streaming.engine import Engine
 
 _EVERY_S: Final = 10.0
-"""How often at most a mismatch is logged."""
+"""The least time between two mismatches that are logged."""
 
 
 class Withdrawal:

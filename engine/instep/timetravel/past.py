@@ -47,15 +47,15 @@ class Moment:
     state: U8
     """uint8 [row_bytes]."""
     origin: Origin
-    """What recorded the state from which this one was computed."""
+    """The row that recorded the state from which this one was computed."""
     origin_seq: int
     """The frame that it is before."""
     compared: int
-    """How many frames since then have recorded outputs: they came out again, bit for bit."""
+    """Count of frames since then with recorded outputs: they came out again, bit for bit."""
     first_seq: int
     """The first frame of this opening that is recorded."""
     openings: int
-    """How often a stream of this name was opened; this is the newest opening that has the frame."""
+    """Count of openings of this name; this is the newest one that has the frame."""
 
     @property
     def replayed(self) -> int:

@@ -35,7 +35,7 @@ _CHUNK: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """What to do."""
+    """The arguments of the command."""
 
     file: Path
     """The recording."""

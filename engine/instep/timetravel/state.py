@@ -40,7 +40,7 @@ DRAWN_VALUES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What to do."""
+    """The arguments of the command."""
 
     file: Path
     """The recording."""

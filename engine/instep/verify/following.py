@@ -146,7 +146,7 @@ class Follower:
 
     @property
     def skipped(self) -> int:
-        """How many frames were committed and not compared, those left out that wait for a checkpoint."""
+        """Count of frames that were committed and not compared, those left out that wait for a checkpoint."""
         return max(0, self.frames_seen - self.frames - self.waiting)
 
     @property
@@ -156,12 +156,12 @@ class Follower:
 
     @property
     def waiting(self) -> int:
-        """How many frames were read and wait for a checkpoint."""
+        """Count of frames that were read and wait for a checkpoint."""
         return self._portion.frames
 
     @property
     def streams(self) -> int:
-        """How many open streams are followed."""
+        """Count of open streams that are followed."""
         return sum(isinstance(part, FollowedPart) for part in self._known.values())
 
     def advance(self) -> bool:

@@ -131,7 +131,7 @@ class Portion:
         return np.array(limits, np.int64)
 
     def rest(self, are_followed: list[bool]) -> Portion:
-        """What was not compared of the parts that are still followed; this one is not used any more."""
+        """A portion of the frames that are left of the parts still followed; this one is not used any more."""
         rest = Portion()
         next_seqs: I64 = np.array([part.next_seq for part in self.parts], np.int64)
         next_seqs[~np.array(are_followed, np.bool_)] = _ALL

@@ -50,7 +50,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
 
 
 def remarks(report: Report) -> Iterator[str]:
-    """What limits the verdict, as sentences."""
+    """Limits of the verdict, as sentences."""
     for note in report.notes:
         yield f"bits were not required to be equal: {note}"
     if report.reference == "same graph":

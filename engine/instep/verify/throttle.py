@@ -17,7 +17,7 @@ LOST_S: Final = 20.0
 """Behind by more than this, everything up to the newest checkpoint is left out."""
 LEAST_SHARE: Final = 2.0**-10
 _CHANGE_S: Final = 3.0
-"""How long a share lasts at least before it changes again."""
+"""The least time that a share lasts before it changes again."""
 _IDLE: Final = 0.4
 """Busy for less than this share of its time, a follower can take on more streams."""
 _MOST_TOLD: Final = 16
@@ -28,7 +28,7 @@ _PAUSE_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a follower has found by now."""
+    """Findings of a follower by now."""
 
     frames: int
     """Frames that were compared."""

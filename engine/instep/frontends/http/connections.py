@@ -26,7 +26,7 @@ MOST_HEAD_BYTES: Final = 16_384
 """Of a request's line and headers."""
 _KEEP_ALIVE_S: Final = 30
 _LINGER_S: Final = 0.5
-"""How long answers under way may take when the server ends."""
+"""Time that answers under way may take when the server ends."""
 _BACKLOG: Final = 128
 
 
@@ -142,7 +142,7 @@ class Connections:
 
 
 _SILENT: Final = logging.Logger("uvicorn", logging.CRITICAL)
-"""What uvicorn says of requests that are not HTTP; the application logs what else there is to say."""
+"""Takes what uvicorn says of requests that are not HTTP; the application logs everything else."""
 _SILENT.addHandler(logging.NullHandler())
 
 

@@ -1,4 +1,4 @@
-"""How one metric becomes samples of Prometheus: a number of a model, values by labels, or a histogram."""
+"""Samples of Prometheus from one metric: a number of a model, values by labels, or a histogram."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How a histogram of `core.histogram` is shown: its bounds are those that its entries have exactly."""
+    """The scale on which a histogram of `core.histogram` is shown; its entries have exactly these bounds."""
 
     bounds: Sequence[int]
     """A bucket counts the values below one of these; each is where an entry begins."""

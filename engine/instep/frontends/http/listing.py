@@ -34,7 +34,7 @@ Key: TypeAlias = tuple[int, int] | str
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Which streams, in which order."""
+    """A choice of streams, and their order."""
 
     prefix: str = ""
     contains: str = ""

@@ -17,11 +17,11 @@ from instep.streaming.tasks import Tasks
 SLICE: Final = 32_768
 """Slots whose columns are looked at before the loop gets its turn."""
 PAUSE_S: Final = 0.0005
-"""How long it gets then, at least."""
+"""The least time that the loop gets then."""
 _EVERY_S: Final = 1.0
 _LEAST_NS: Final = 500_000_000
 _WANTED_S: Final = 10.0
-"""How long rates are measured after somebody has asked for them."""
+"""Time for which rates are measured after somebody has asked for them."""
 
 
 class _Seqs:

@@ -157,7 +157,7 @@ def _are_equal(shown: str, expected: str) -> bool:
 
 
 def _cookie_of(token: str) -> str:
-    """What the cookie holds: other servers of this host, which browsers send it to as well, cannot read the token."""
+    """The content of the cookie. Browsers send it to other servers of this host too, so it hides the token."""
     return hmac.new(token.encode(), b"instep cookie", hashlib.sha256).hexdigest()
 
 

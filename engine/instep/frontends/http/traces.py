@@ -1,4 +1,4 @@
-"""What goes through streams that somebody looks at: a sample of each now and then, while they are looked at."""
+"""Samples of the streams that somebody looks at: one of each now and then, while they are looked at."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instep.streaming.tasks import Tasks
 
 _EVERY_S: Final = 0.25
 _WATCHED_S: Final = 60.0
-"""How long a stream is sampled after it was last asked for."""
+"""Time for which a stream is sampled after it was last asked for."""
 _MOST_SAMPLES: Final = 240
 _MOST_STREAMS: Final = 32
 """Beyond it, those that were asked for least recently are forgotten."""

@@ -70,7 +70,7 @@ class BoundCell:
         self._cell: Cell
 
     def run(self, x: torch.Tensor, states: Sequence[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """What the cell returns for frames [rows, inputs] and states [rows, width]: the new state, or both of them."""
+        """Run the cell on frames [rows, inputs] and states [rows, width]: the new state, or both of them."""
         if not self.leaves or len(x) != len(self.leaves[0]):
             self._make_room(states)
         if not self._call.in_place:

@@ -1,4 +1,4 @@
-"""Which calls of a graph let one row of a batch see another, or see where it is and how many there are.
+"""Calls of a graph that let one row of a batch see another, or see where it is and how many there are.
 
 Every value that depends on a row has one axis of rows, whose size is the batch size B or a multiple of it. `Rows` looks
 at each call with the axes of what it takes and gives.
@@ -52,7 +52,7 @@ _FILLS: Final = frozenset(["fill", "full", "full_like", "new_full", "scalar_tens
 
 
 class Rows:
-    """What is known about the rows in the values of a graph.
+    """Knowledge about the rows in the values of a graph.
 
     Args:
         batch: the size of a batch.
@@ -63,7 +63,7 @@ class Rows:
         self._slower: dict[fx.Node, int] = {}
         """For axes of several times B: how many of these times change more slowly than the row; others none."""
         self._numbers: set[fx.Node] = set()
-        """What `arange` over the rows gives, as a column or as it is."""
+        """The numbers of the rows, as `arange` gives them, as a column or as it is."""
         self._numbered: set[fx.Node] = set()
         """Values that depend on the places of rows, which no result may."""
 
@@ -138,7 +138,7 @@ class Rows:
         return False
 
     def _times(self, node: fx.Node, result: int = 0) -> Any:
-        """How many times B the axis of rows is; None for what is no multiple."""
+        """The length of the axis of rows, in multiples of B; None where it is not a multiple."""
         value = node.meta["val"]
         value = value[result] if isinstance(value, list | tuple) else value
         times = value.shape[row_axes(value)[0]].node.expr / self._batch

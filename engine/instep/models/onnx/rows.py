@@ -28,7 +28,7 @@ class RowAxis(NamedTuple):
     axis: int
     rank: int
     times: int
-    """How many elements it has for each row: heads, for instance, may be in the same axis."""
+    """Count of elements for each row: heads, for instance, may be in the same axis."""
 
     @property
     def from_last(self) -> int:

@@ -23,7 +23,7 @@ from torch import nn
 from instep.core.typing import F32
 
 Kernel: TypeAlias = Literal["fused", "addmm", "torch", "native"]
-"""How recurrent layers, or cells of a module, are stepped: by hand with the biases added along with the gates; by hand
+"""Ways to step recurrent layers, or cells of a module: by hand with the biases added along with the gates; by hand
 with `addmm`; with torch's own call for them; with torch's operators, as that call does without oneDNN."""
 BY_HAND: Final[tuple[Kernel, ...]] = ("fused", "addmm")
 """The quickest first."""
