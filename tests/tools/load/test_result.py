@@ -21,6 +21,7 @@ from instep_tools.load.result import Measured, measured
 from instep_tools.load.samples import SAMPLE, Samples, held_up_us, percentiles
 from instep_tools.problems import BadFile, write_file
 from instep_tools.words import three_digits
+from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import info_with
 
 PLAN = LoadPlan(
@@ -216,15 +217,9 @@ def test_pictures_of_few_and_many_answers(suffix: str) -> None:
         assert [text.get_text() for text in figure.axes[0].texts] == [f" {slo_ms:g} ms"]
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     write_file(file, b"before")
-
-    def disk_is_full(path: Path, content: bytes) -> None:
-        path.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", disk_is_full)
-    with pytest.raises(BadFile, match=r"result.json cannot be written: No space left on device"):
-        write_file(file, b"after")
+    with files_of_at_most(1000), pytest.raises(BadFile, match=r"result.json cannot be written: File too large"):
+        write_file(file, b"after" * 1000)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result.json", "before")]
