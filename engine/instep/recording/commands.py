@@ -18,6 +18,7 @@ from instep.recording.cut import Bound, cut
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import Inspection, Listed, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
+from instep_tools.words import counted
 
 WHOLE: Final = 0
 DAMAGED: Final = 1
@@ -92,8 +93,8 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     except RecordingError as error:
         return _failed(file, error, console, "repaired", json=False)
     kept = (
-        f"{target}: saved {_count(found.frames, 'frame')} of {_count(found.streams, 'stream')} "
-        f"({_count(found.positions, 'position')})"
+        f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
+        f"({counted(found.positions, 'position')})"
     )
     _say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
     return WHOLE
@@ -113,7 +114,7 @@ def cut_out(file: Path, output: Path, begin: str | None, end: str | None, consol
     _say(
         console,
         f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file}, "
-        f"{_count(found.frames, 'frame')} of {_count(found.streams, 'stream')}",
+        f"{counted(found.frames, 'frame')} of {counted(found.streams, 'stream')}",
         "bold green",
     )
     return WHOLE
@@ -129,14 +130,14 @@ def _is_whole(file: Path) -> bool:
 
 def _holds(found: Inspection) -> str:
     parts = [
-        f"{_count(found.streams, 'stream')} ({found.open_streams:,} open), {_count(found.frames, 'frame')}, "
-        f"{_count(found.positions, 'position')}",
+        f"{counted(found.streams, 'stream')} ({found.open_streams:,} open), {counted(found.frames, 'frame')}, "
+        f"{counted(found.positions, 'position')}",
         found.ending,
     ]
     if found.unanswered:
-        parts.append(f"{_count(found.unanswered, 'frame')} without outputs")
+        parts.append(f"{counted(found.unanswered, 'frame')} without outputs")
     if found.restarts:
-        parts.append(_count(found.restarts, "restart"))
+        parts.append(counted(found.restarts, "restart"))
     if found.first_position > 1:
         parts.append(f"trimmed, it begins at position {found.first_position:,}")
     if found.checkpoint_position:
@@ -204,10 +205,6 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]], right: Sequence
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         _say(console, "  ".join(cells).rstrip(), "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from instep.verify.report import counted
+from instep_tools.words import counted
 
 _SHOWN: Final = 10
 """Streams in the table."""

@@ -17,8 +17,9 @@ from rich.text import Text
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
-from instep.verify.report import Verdict, counted
+from instep.verify.report import Verdict
 from instep.verify.throttle import Status, follow
+from instep_tools.words import counted
 
 _MOST_REASONS: Final = 2
 """In a line."""

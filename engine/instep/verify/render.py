@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import Report, StreamReport, Verdict, counted
+from instep.verify.report import Report, StreamReport, Verdict
+from instep_tools.words import counted
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""

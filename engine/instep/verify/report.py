@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 
 from instep.models.ulp import NOT_COMPARABLE
+from instep_tools.words import counted
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
 Checker: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
@@ -203,11 +204,6 @@ class Report:
             "reference": self.reference,
             "streams": [stream.as_json() for stream in self.streams],
         }
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """`1 stream`, `1,000 streams`."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _json_number(value: float) -> float | str:
