@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from instep_tools.machine import machine, machine_line, versions_line
-from instep_tools.problems import BadFile, check_writable, write_file
+from instep_tools.problems import BadFile, check_drawable, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,12 +124,7 @@ def check_report_path(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadFile(f"a report is an HTML page, so its name must end in .html, and {path} does not")
-    if find_spec("matplotlib") is None:
-        raise BadFile(
-            "a report needs the package 'matplotlib', which is not installed: "
-            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
-        )
-    check_writable(path)
+    check_drawable(path, "a report")
     if shutil.disk_usage(path.parent).free < LARGEST_BYTES:
         raise BadFile(f"{path} cannot be written: the disk is full")
 

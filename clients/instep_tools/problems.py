@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import IntEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -44,6 +45,20 @@ def check_writable(path: Path) -> None:
         why = "you have no permission"
     if why:
         raise BadFile(f"{path} cannot be written: {why}")
+
+
+def check_drawable(path: Path, what: str) -> None:
+    """Find out before the work whether `what`, which has pictures, can be drawn and written there.
+
+    Raises:
+        BadFile: when it cannot.
+    """
+    if find_spec("matplotlib") is None:
+        raise BadFile(
+            f"{what} needs the package 'matplotlib', which is not installed: "
+            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
+        )
+    check_writable(path)
 
 
 def write_file(path: Path, content: bytes) -> None:

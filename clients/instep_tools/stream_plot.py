@@ -6,14 +6,13 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from instep_client.protocol.wire import F32
-from instep_tools.problems import BadFile, check_writable, write_file
+from instep_tools.problems import BadFile, check_drawable, write_file
 from instep_tools.sequences import RecordedSequences
 from instep_tools.words import counted
 
@@ -39,12 +38,7 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadFile(f"cannot tell from the name {path} how to draw: it must end in {', '.join(SUFFIXES)}")
-    if find_spec("matplotlib") is None:
-        raise BadFile(
-            "a picture needs the package 'matplotlib', which is not installed: "
-            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
-        )
-    check_writable(path)
+    check_drawable(path, "a picture")
 
 
 def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: Sequence[str], of: int = 0) -> str:

@@ -92,6 +92,16 @@ async def step_all(streams: list[AsyncStream], x: F32) -> None:
         await asyncio.gather(*(stream.step(frame) for stream, frame in zip(streams, at, strict=True)))
 
 
+async def checked_stream(server: Server, client: AsyncClient, rng: np.random.Generator) -> tuple[AsyncStream, int]:
+    """A stream whose first 20 frames were compared, and the process that did it."""
+    stream = await client.open("s")
+    await step_all([stream], frames(rng, 20, 1))
+    await until(lambda: found(server).frames_total == 20)
+    pid = found(server).pid
+    assert pid is not None
+    return stream, pid
+
+
 async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -235,11 +245,7 @@ async def test_a_checker_that_dies_is_followed_by_another(
     recording = {"file": tmp_path / "r.instep"}
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
-            stream = await client.open("s")
-            await step_all([stream], frames(rng, 20, 1))
-            await until(lambda: found(server).frames_total == 20)
-            former = found(server).pid
-            assert former is not None
+            stream, former = await checked_stream(server, client, rng)
             os.kill(former, signal.SIGKILL)
             await until(lambda: found(server).pid not in (former, None))
             await step_all([stream], frames(rng, 20, 1))
@@ -285,11 +291,7 @@ async def test_a_checker_that_hangs_holds_nobody_up(
     recording = {"file": tmp_path / "r.instep"}
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
-            stream = await client.open("s")
-            await step_all([stream], frames(rng, 20, 1))
-            await until(lambda: found(server).frames_total == 20)
-            former = found(server).pid
-            assert former is not None
+            stream, former = await checked_stream(server, client, rng)
             os.kill(former, signal.SIGSTOP)
             await step_all([stream], frames(rng, 200, 1))
             await until(lambda: found(server).lag_s > 2)
