@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from instep.cli import app
+from instep.models.errors import ModelError
 from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
@@ -56,6 +59,23 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
     assert fields["verified"] is False
     assert fields["verdict"] == "not checked"
     assert "cannot read the recording" in fields["error"]
+
+
+@pytest.mark.parametrize(
+    "command", [["verify"], ["verify", "--follow", "--for", "0"], ["recordings", "state"]], ids=str
+)
+def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("it needs onnxruntime")
+
+    monkeypatch.setattr("instep.verify.conditions.build", refuse)
+    stream = ["stream-1"] if "state" in command else []
+    result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"] == "the model cannot be computed here: it needs onnxruntime"
+    assert result.stderr == ""
 
 
 def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 
 from instep.core.typing import F32, U8, Bool
 from instep.models.model import Model
-from instep.models.registry import build
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo
 from instep.verify.checkpoints import StoredCheckpoints
-from instep.verify.conditions import device_for, find_conditions, recorded_threads
+from instep.verify.conditions import find_conditions, recorded_network, recorded_threads
 from instep.verify.replay import replay_stepped
 from instep.verify.stream_checks import StreamCheck, StreamChecks
 from instep.verify.verifier import Certify
@@ -109,7 +108,7 @@ class Past:
         self._openings = [list(checks) for _, checks in groupby(streams.checks, attrgetter("info.stream"))]
         self._certify = certify
         self._buckets: tuple[int, ...] = ()
-        self._network = build(model, device_for(reader.header))
+        self._network = recorded_network(model, reader.header)
 
     def before(self, seq: int | None = None) -> Moment:
         """The stream before a frame, after a reset or write that took place there; None for after its last frame.

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instep.models.errors import ModelError
 from instep.recording.commands import facts
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over
@@ -108,7 +107,7 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) 
         else:
             console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
-    except (ModelError, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()

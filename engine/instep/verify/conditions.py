@@ -17,7 +17,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.models.numerics import numerics, prepare
-from instep.models.registry import parse_description
+from instep.models.registry import build, parse_description
 from instep.recording.records import differing
 from instep.recording.schema import RecordingHeader
 from instep.verify.report import CannotVerify
@@ -140,6 +140,18 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
             f"instead of {header.model_fingerprint[:12]}…); name the folder of that one with --model"
         )
     return model
+
+
+def recorded_network(model: Model, header: RecordingHeader) -> RecurrentModel:
+    """The network of a recorded model, on the device that the recording names if this machine has it.
+
+    Raises:
+        CannotVerify: when it cannot be computed here.
+    """
+    try:
+        return build(model, device_for(header))
+    except ModelError as error:
+        raise CannotVerify(f"the model cannot be computed here: {error}") from None
 
 
 def _recorded_description(header: RecordingHeader) -> Description:

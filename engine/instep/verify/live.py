@@ -31,7 +31,6 @@ def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
     run_in_the_background()
     file, start = Path(arguments[0]), int(arguments[1])
-    from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError, with_advice
     from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> int:
         header, model = model_of(file, None)
         with recorded_threads(header):
             follow(Follower(file, model, start), _tell, stopped)
-    except (RecordingError, ModelError, CannotVerify) as error:
+    except (RecordingError, CannotVerify) as error:
         _write({"error": with_advice(error)})
         return CANNOT
     return 0

@@ -35,7 +35,6 @@ from instep.core.typing import I64
 from instep.models.base import RecurrentModel, Reference
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
-from instep.models.registry import build
 from instep.recording.inspection import how_it_ends
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
@@ -44,7 +43,7 @@ from instep.verify.checkers import Checkers
 from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
-from instep.verify.conditions import Conditions, device_for, find_conditions, recorded_threads
+from instep.verify.conditions import Conditions, find_conditions, recorded_network, recorded_threads
 from instep.verify.report import Checker, ReferenceKind, Report, StreamReport, join_reports
 from instep.verify.stream_checks import StreamChecks
 
@@ -123,7 +122,7 @@ def verify(
 
 def make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
     """Build the network, and certify it for recordings of these engines; the first one names the device."""
-    network = build(model, device_for(headers[0]))
+    network = recorded_network(model, headers[0])
     conditions = certify(headers, network)
     references = network.reference(np.float64), network.reference(np.float32)
     truth, rounded = references if None not in references else (None, None)
