@@ -7,12 +7,14 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from instep.recording.errors import RecordingError
+from instep.recording.errors import RecordingError, UnavailableRecording
+from instep.recording.inspection import list_recordings
 from instep.recording.lock import lock_path
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
@@ -117,6 +119,22 @@ def test_a_lock_that_another_program_keeps_is_said(path: Path, monkeypatch: pyte
         with pytest.raises(RecordingError, match=r"another program keeps .*a\.rec locked"):
             add_batch(writer, 0)
     writer.abandon()
+
+
+def test_a_lock_is_not_damage_and_reading_again_helps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RecordingWriter.create(path, HEADER).close()
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.05))
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        with RecordingReader(path) as reader:
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            database.execute("BEGIN EXCLUSIVE")
+            for read in (lambda: list(reader.rows("openings")), lambda: RecordingReader(path)):
+                with pytest.raises(UnavailableRecording, match="cannot be read now: database is locked; try again"):
+                    read()
+            assert [listed.problem for listed in list_recordings(path.parent)] == ["unreadable now"]
+            database.execute("ROLLBACK")
+    with RecordingReader(path) as reader:
+        assert reader.finished
 
 
 def test_a_read_that_lasts_lets_the_wal_grow_to_a_bound_and_no_further(

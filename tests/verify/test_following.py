@@ -6,9 +6,13 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from cProfile import Profile
+from contextlib import closing
+from functools import partial
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
@@ -18,10 +22,11 @@ import pytest
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.recording.errors import DamagedRecording
+from instep.recording.errors import DamagedRecording, UnavailableRecording
 from instep.recording.trim import KEEP_ALL, Retention
+from instep.verify import live
 from instep.verify.following import Follower
-from instep.verify.throttle import Throttle
+from instep.verify.throttle import Status, Throttle, follow
 from tests.support.forger import Forger
 from tests.support.growing import Story
 from tests.support.verifying import CERTIFY
@@ -380,6 +385,41 @@ def test_the_command_finds_what_was_changed_in_the_file(tmp_path: Path) -> None:
         assert status == expected, text
         assert ("mismatch in stream 3 (stream-3): frame 4, element 0" if fix_crc else "damaged") in text
     assert followed(story.path, "--for", "0")[0] == 0
+
+
+
+def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    story.scribe.writer.close()
+    with closing(sqlite3.connect(story.path, isolation_level=None, check_same_thread=False)) as database:
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.01))
+        monkeypatch.setattr("instep.verify.throttle._RETRY_S", 0.05)
+        follower, looks, over = story.follower(), count(), Event()
+        advance = follower.advance
+
+        def told(status: Status) -> None:
+            if status.frames == 5:
+                over.set()
+
+        def advance_later() -> bool:
+            if next(looks) == 2:
+                database.execute("ROLLBACK")
+            return advance()
+
+        monkeypatch.setattr(follower, "advance", advance_later)
+        database.execute("BEGIN EXCLUSIVE")
+        follow(follower, told, over, every_s=0)
+        assert next(looks) == 3
+        database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UnavailableRecording, match="try again"):
+            follow(follower, told, Event(), for_s=0)
+        monkeypatch.setattr(live, "run_in_the_background", lambda: None)
+        assert live.main([str(story.path), "0"]) == live.AGAIN, "the server starts another process later"
+        assert "database is locked; try again" in capfd.readouterr().err
+
 
 
 def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:

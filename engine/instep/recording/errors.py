@@ -16,7 +16,11 @@ class NoSuchStream(RecordingError, KeyError):
     __str__ = Exception.__str__  # a KeyError's is a repr
 
 
-class TrimmedMeanwhile(RecordingError):
+class UnavailableRecording(RecordingError):
+    """A recording cannot be read at the moment; reading it again may help."""
+
+
+class TrimmedMeanwhile(UnavailableRecording):
     """The history of a recording was trimmed while it was read; reading it again helps."""
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from instep.core.typing import I64, U8
-from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile
+from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile, UnavailableRecording
 from instep.recording.records import Trimmed
 from instep.recording.schema import (
     APPLICATION_ID,
@@ -41,6 +41,8 @@ ROWS_A_LOOK: Final = 16
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
+_PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)
+"""Another program locks the file, or this one has too many files open."""
 
 
 class Closing:
@@ -71,6 +73,7 @@ class RecordingFile(Closing):
 
     Raises:
         RecordingError: from every method, when the file is not a recording or of another version.
+        UnavailableRecording: when it cannot be read at the moment.
         DamagedRecording: when it is damaged.
     """
 
@@ -173,6 +176,7 @@ class RecordingFile(Closing):
                     rows.extend(islice(cursor, ROWS_A_LOOK))  # those before an error are kept
                     size += ROWS_A_LOOK * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
         except UNREADABLE as error:
+            self._refuse_passing(error)
             return rows, error
         return rows, None
 
@@ -284,11 +288,17 @@ class RecordingFile(Closing):
         self._check_trimmed()
         return found
 
+    def _refuse_passing(self, error: Exception) -> None:
+        """Raise where an error of SQLite says nothing about the file."""
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF in _PASSING:
+            raise UnavailableRecording(f"{self.path} cannot be read now: {error}; try again") from None
+
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
         except UNREADABLE as error:
+            self._refuse_passing(error)
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
                 raise RecordingError(
                     f"{self.path} is not a recording: it is not an SQLite database, or its first bytes are damaged"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from instep.recording.database import bytes_on_disk, looks_like_one, lost_tail, remove_database
-from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
@@ -128,7 +128,7 @@ class Listed:
     overview: Overview | None
     """None where it cannot be read."""
     problem: str
-    """Why it cannot be read: damaged, or of another version."""
+    """Why it cannot be read: damaged, unreadable now, or of another version."""
     bytes: int
 
 
@@ -189,6 +189,8 @@ def _listed(path: Path) -> Listed:
     size = bytes_on_disk(path)
     try:
         return Listed(path, look_over(path), "", size)
+    except UnavailableRecording:
+        return Listed(path, None, "unreadable now", size)
     except RecordingError as error:
         return Listed(path, None, "damaged" if isinstance(error, DamagedRecording) else "of another version", size)
 

@@ -285,8 +285,8 @@ class Follower:
                 part.is_over = True
                 self._known[number] = FollowedPart(number, part.name, event.state, event.seq)
         elif number not in self._known or number in self._late:
-            self._late.discard(number)
             found = tail.newest_state(number)
+            self._late.discard(number)
             self._known[number] = (
                 Reason.OTHER if found is None else self._part(number, found.name, event.seq, event.state)
             )

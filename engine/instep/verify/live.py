@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from instep.verify.throttle import Status
 
+AGAIN: Final = 1
+"""The exit status where the recording could not be read at the moment; a bug ends Python with the same."""
 CANNOT: Final = 2
 """The exit status where nothing can be checked, and a new process could not either."""
 _NICE: Final = 19
@@ -31,7 +33,7 @@ def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
     run_in_the_background()
     file, start = Path(arguments[0]), int(arguments[1])
-    from instep.recording.errors import RecordingError, with_advice
+    from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
     from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
     from instep.verify.report import CannotVerify
@@ -43,6 +45,9 @@ def main(arguments: list[str]) -> int:
         header, model = model_of(file, None)
         with recorded_threads(header):
             follow(Follower(file, model, start), _tell, stopped)
+    except UnavailableRecording as error:
+        sys.stderr.write(f"{error}\n")
+        return AGAIN
     except (RecordingError, CannotVerify) as error:
         _write({"error": with_advice(error)})
         return CANNOT

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from threading import Event
 from typing import Any, Final
 
+from instep.recording.errors import UnavailableRecording
 from instep.verify.following import Follower, WrongOutput
 
 LATE_S: Final = 2.0
@@ -24,6 +25,8 @@ _MOST_TOLD: Final = 16
 """Mismatches that are told at once: a broken model has one for each stream."""
 _PAUSE_S: Final = 0.2
 """From one look at the file to the next."""
+_RETRY_S: Final = 1.0
+"""The same after a look at which the file could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,11 @@ def follow(
         stopped: ends it.
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
+
+    Raises:
+        UnavailableRecording: when the recording cannot be read at the end; meanwhile that is tried again.
+        RecordingError: when it cannot be read at all, or is damaged.
+        CannotVerify: when the model cannot be computed here.
     """
     began = told = time.monotonic()
     throttle, count = Throttle(follower, began), 0
@@ -119,9 +127,15 @@ def follow(
     try:
         while not stopped.is_set():
             before = time.monotonic()
-            is_all = follower.advance()
-            now = time.monotonic()
-            throttle.advanced(now, now - before)
+            try:
+                is_all = follower.advance()
+                now = time.monotonic()
+                throttle.advanced(now, now - before)
+            except UnavailableRecording:
+                if before - began >= for_s:
+                    raise
+                stopped.wait(_RETRY_S)
+                continue
             if now - told >= every_s or len(follower.mismatches) > count:
                 told = now
                 tell()
