@@ -387,6 +387,27 @@ def test_the_command_finds_what_was_changed_in_the_file(tmp_path: Path) -> None:
     assert followed(story.path, "--for", "0")[0] == 0
 
 
+def test_a_mismatch_counts_for_more_than_damage_that_is_met_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(4)]
+    story.corrupts = 2
+    story.step(*streams)
+    story.step(*streams, frames=20)
+    story.scribe.writer.close()
+    forger = Forger(story.path, tmp_path / "damaged.rec", fix_crc=False)
+    batch, _ = forger.find_frame(3, story.scribe.seqs[3] - 1)
+    forger.change_batch(batch, y=forger.column(batch, "y") + 1)
+    monkeypatch.setattr("instep.verify.following.PORTION_BYTES", 100)
+    status, text = followed(forger.path, "--for", "0")
+    assert status == 1, text
+    assert re.search(r"1 mismatch; .*not checked: .*damaged.rec is damaged: .*instep recordings repair", text), text
+    status, text = followed(forger.path, "--for", "0", "--json")
+    last = json.loads(text.splitlines()[-1])
+    assert (status, last["verdict"], last["final"]) == (1, "mismatch", True)
+    assert "is damaged" in last["summary"]
+
 
 def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from instep.recording.errors import RecordingError, with_advice
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
-from instep.verify.report import Verdict
+from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import Status, follow
 from instep_tools.words import counted
 
@@ -42,6 +43,8 @@ class Following:
         self._header, model = model_of(file, model_folder)
         with recorded_threads(self._header):
             self._follower = Follower(file, model, wanted=streams)
+        self._error = ""
+        """Why it ended before its time, although mismatches were found."""
 
     def in_words(self, for_s: float, console: Console) -> Verdict:
         """Follow until Ctrl-C, or for some seconds: a live line on a terminal, or a line now and then, and the end."""
@@ -82,13 +85,18 @@ class Following:
 
     def _follow(self, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
         with recorded_threads(self._header), _until_interrupted() as stopped:
-            follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s)
+            try:
+                follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s)
+            except (RecordingError, CannotVerify) as error:
+                if not self._follower.mismatches_total:
+                    raise
+                self._error = with_advice(error)  # what was found before counts for more
 
     @property
     def _verdict(self) -> Verdict:
         """About all frames that were compared."""
         follower = self._follower
-        if follower.mismatches:
+        if follower.mismatches_total:
             return "mismatch"
         if not follower.frames:
             return "not checked"
@@ -101,7 +109,8 @@ class Following:
         count = follower.skipped + follower.waiting
         left_out = f"; {counted(count, 'frame')} not compared" if count else ""
         if verdict in ("mismatch", "not checked"):
-            return f"not verified: {checked}, {mismatches}{left_out}"
+            unread = f"; what follows is not checked: {self._error}" if self._error else ""
+            return f"not verified: {checked}, {mismatches}{left_out}{unread}"
         return f"verified: {checked}, {verdict}, {mismatches}{left_out}"
 
 
