@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from tests.support.running import prepared, running
 
 EARS = replace(plain(5, 8), name="ears")
 NEWER = replace(plain(5, 8, seed=9), name="ears")
+live_command = live.command
 VERIFY: dict[str, Any] = {"verify": {"live": True}, "engine": {"max_batch_size": 16}}
 
 
-def command(file: Path, start: int) -> list[str]:
+def command(file: Path, start: int, told: Iterable[int]) -> list[str]:
     """As `live.command`, but a busy machine does not keep it from checking at all."""
-    code = f"from instep.verify import live; live.run_in_the_background = int; live.main([{str(file)!r}, '{start}'])"
-    return [sys.executable, "-c", code]
+    code = "import sys; from instep.verify import live; live.run_in_the_background = int; live.main(sys.argv[1:])"
+    return [sys.executable, "-c", code, *live_command(file, start, told)[3:]]
 
 
 @pytest.fixture(autouse=True)
@@ -255,12 +256,34 @@ async def test_a_checker_that_dies_is_followed_by_another(
     assert "SIGKILL" in line["reason"]
 
 
+
+async def test_a_mismatch_is_told_once_whatever_happens_to_the_checker(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, stepper=wrong_stepper, told=told, folder=folder, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            other = await client.open("other")
+            stream, former = await checked_stream(server, client, rng)
+            WrongStepper.is_due = True
+            await step_all([stream], frames(rng, 1, 1))
+            await until(lambda: found(server).mismatches_total == 1)
+            os.kill(former, signal.SIGKILL)
+            await until(lambda: found(server).pid not in (former, None))
+            compared = found(server).frames_total
+            await step_all([stream, other], frames(rng, 20, 2))
+            await until(lambda: found(server).frames_total >= compared + 20)
+            assert found(server).mismatches_total == 1
+    assert sum(line["event"] == "mismatch" for line in told) == 1
+
+
 async def test_a_checker_that_talks_nonsense_is_replaced(
     folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[dict[str, Any]] = []
 
-    def nonsense(file: Path, start: int) -> list[str]:
+    def nonsense(*_: object) -> list[str]:
         monkeypatch.setattr(live, "command", command)
         return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input()"]
 
@@ -278,7 +301,7 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
 async def test_a_checker_that_never_reports_is_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "command", lambda file, start: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", "input()"])
     async with running(EARS, folder=folder, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
         await until(lambda: found(server).lag_s > 2)
         assert (found(server).state, found(server).frames_total) == ("checking", 0)

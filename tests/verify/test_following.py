@@ -9,8 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from cProfile import Profile
 from contextlib import closing
+from cProfile import Profile
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -441,6 +441,19 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         assert live.main([str(story.path), "0"]) == live.AGAIN, "the server starts another process later"
         assert "database is locked; try again" in capfd.readouterr().err
 
+
+def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(4)]
+    story.corrupts = 2
+    story.step(*streams, frames=5)
+    former = story.follower(0)
+    advance(former)
+    (wrong,) = former.mismatches
+    later = Follower(story.path, story.model, former.position, told=[wrong.number], certify=CERTIFY)
+    story.step(*streams, frames=5)
+    advance(later)
+    assert (later.mismatches_total, later.frames, later.streams) == (0, 30, 3)
 
 
 def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:

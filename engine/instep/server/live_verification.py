@@ -10,7 +10,7 @@ import shlex
 import signal
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections import Counter
+from collections import Counter, deque
 from typing import Any, Final
 
 from instep.streaming.service import ModelService
@@ -21,6 +21,8 @@ _LINE_BYTES: Final = 2**24
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _LOOK_S: Final = 1.0
+_MOST_TOLD: Final = 1024
+"""Streams that a new process is told not to follow; its command line has room for them."""
 _MOST_WAL_BYTES: Final = 2**28
 """A checker that stops in the middle of a read keeps the WAL from being reused, and a WAL of 1 GiB ends the server."""
 
@@ -39,6 +41,8 @@ class LiveVerification:
         self._before = Verification()
         """Findings of former processes."""
         self._position = 0 if service.recovery is None else service.recovery.checkpoint_position
+        self._told = deque[int](maxlen=_MOST_TOLD)
+        """The newest streams in which a mismatch was told, by their numbers in the recording."""
         self._last_words = ""
         self._running = asyncio.create_task(self._run())
 
@@ -78,7 +82,7 @@ class LiveVerification:
             skipped=found.skipped,
             skipped_by=found.skipped_by,
         )
-        command = live.command(file, self._position)
+        command = live.command(file, self._position, self._told)
         # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
@@ -133,6 +137,7 @@ class LiveVerification:
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
         self._position = said["position"]
         for each in said["mismatches"]:
+            self._told.append(each["number"])
             self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
 
     def _alarm(self, wrong: WrongFrame) -> None:

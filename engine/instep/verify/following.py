@@ -81,6 +81,7 @@ class Follower:
         model: the recorded one.
         start: a position of its past to begin after, as far as states are known there; None for the newest checkpoint.
         wanted: names or numbers of the streams to follow; none for all.
+        told: numbers of streams that were told of before as wrong, and are not followed.
         certify: finds out whether bits must be equal on this machine.
 
     Attributes:
@@ -104,6 +105,7 @@ class Follower:
         model: Model,
         start: int | None = None,
         wanted: Sequence[str] = (),
+        told: Sequence[int] = (),
         certify: Certify = find_conditions,
     ) -> None:
         self.path = path
@@ -120,8 +122,8 @@ class Follower:
         """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
-        self._wrong = set[int]()
-        """Of these, the ones that a mismatch was found in."""
+        self._wrong = set(told)
+        """Open streams that a mismatch was found in."""
         self._portion = Portion()
         self._left_out = LeftOut()
         with RecordingTail(path) as tail:

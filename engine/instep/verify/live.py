@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
@@ -24,15 +25,15 @@ CANNOT: Final = 2
 _NICE: Final = 19
 
 
-def command(file: Path, start: int) -> list[str]:
-    """The command line that checks a recording from a position on."""
-    return [sys.executable, "-m", "instep.verify.live", str(file), str(start)]
+def command(file: Path, start: int, told: Iterable[int]) -> list[str]:
+    """The command line that checks a recording from a position on; of these streams, mismatches were told before."""
+    return [sys.executable, "-m", "instep.verify.live", str(file), str(start), *map(str, told)]
 
 
 def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
     run_in_the_background()
-    file, start = Path(arguments[0]), int(arguments[1])
+    file, start, *told = Path(arguments[0]), *map(int, arguments[1:])
     from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
     from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     try:
         header, model = model_of(file, None)
         with recorded_threads(header):
-            follow(Follower(file, model, start), _tell, stopped)
+            follow(Follower(file, model, start, told=told), _tell, stopped)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")
         return AGAIN
