@@ -256,6 +256,23 @@ async def test_a_checker_that_dies_is_followed_by_another(
     assert "SIGKILL" in line["reason"]
 
 
+async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for hangs in (False, True):
+        file, told = tmp_path / f"{hangs}.instep", list[dict[str, Any]]()
+        async with running(EARS, folder=folder, told=told, recording={"file": file}, **VERIFY) as server:
+            async with AsyncClient(server.endpoint) as client:
+                stream, pid = await checked_stream(server, client, rng)
+                if hangs:
+                    os.kill(pid, signal.SIGSTOP)
+                await stream.step(frames(rng, 50))
+                await stream.close()
+            verification = found(server)
+        assert verification.frames_total == (20 if hangs else 70)
+        said = [line["next"] for line in told if line["event"] == "not all verified"]
+        assert said == [f"instep verify {file} checks all of it"] * hangs
+
 
 async def test_a_mismatch_is_told_once_whatever_happens_to_the_checker(
     folder: Path, tmp_path: Path, rng: np.random.Generator

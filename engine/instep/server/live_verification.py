@@ -21,6 +21,8 @@ _LINE_BYTES: Final = 2**24
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _LOOK_S: Final = 1.0
+_FINISH_S: Final = 2.0
+"""How long a server that ends in order waits for the newest frames to be checked."""
 _MOST_TOLD: Final = 1024
 """Streams that a new process is told not to follow; its command line has room for them."""
 _MOST_WAL_BYTES: Final = 2**28
@@ -44,12 +46,29 @@ class LiveVerification:
         self._told = deque[int](maxlen=_MOST_TOLD)
         """The newest streams in which a mismatch was told, by their numbers in the recording."""
         self._last_words = ""
+        self._process: Process | None = None
+        self._is_ending = False
         self._running = asyncio.create_task(self._run())
 
-    async def stop(self) -> None:
-        """End the process."""
+    async def stop(self, *, finishes: bool) -> None:
+        """End the process; where it `finishes`, after a short time for the newest frames, if it was not late before."""
+        self._is_ending = True
+        journal, found = self._service.engine.journal, self._found
+        if finishes and found.reported_s and found.lag_s < _FINISH_S:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FINISH_S):
+                    await journal.committed(journal.newest)
+                    if self._process is not None and self._process.stdin is not None:
+                        self._process.stdin.close()
+                    await asyncio.wait([self._running])
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
+        if not found.is_off and self._position < journal.last_inputs:
+            self._service.log.info(
+                "not all verified",
+                reason=f"the frames after position {self._position} of the recording were not compared",
+                next=f"instep verify {shlex.quote(str(self._service.file))} checks all of it",
+            )
 
     async def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -62,7 +81,7 @@ class LiveVerification:
                 status, ended = 1, f"cannot be started: {error}"
             except Exception as error:  # a bug there or here, for which the server need not end
                 status, ended = 1, f"was ended: {error!r}"
-            if status == live.CANNOT:
+            if status == live.CANNOT or self._is_ending:
                 return
             reason = f"the process that checks {ended}{self._last_words and f': {self._last_words}'}"
             if time.monotonic() - began > _LONGEST_PAUSE_S:
@@ -87,6 +106,7 @@ class LiveVerification:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
         )
+        self._process = process
         guarding = asyncio.create_task(self._guard(process, f"{file}-wal"))
         found.pid = process.pid
         found.began_s = found.began_s or time.monotonic()
@@ -98,7 +118,7 @@ class LiveVerification:
             return await process.wait()
         finally:
             guarding.cancel()
-            found.pid, found.streams = None, 0
+            found.pid, found.streams, self._process = None, 0, None
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

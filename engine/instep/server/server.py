@@ -292,7 +292,8 @@ class Server:
         if service.scrub is not None:
             closing.callback(service.scrub.stop)
         if service in self._verifications:
-            closing.push_async_callback(self._verifications.pop(service).stop)
+            verification = self._verifications.pop(service)
+            closing.push_async_callback(verification.stop, finishes=self._shutdown.drains)
         closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:

@@ -1,7 +1,8 @@
 """The process that checks what a server records, at the lowest priority: `python -m instep.verify.live`.
 
 It writes a JSON object a line to standard output: each is a status (see `throttle.Status`), or says with `error` why
-nothing can be checked. It ends with its standard input, which a server that dies closes.
+nothing can be checked. When its standard input ends, which is also when the server dies, it checks what is committed by
+then and ends.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
     try:
         header, model = model_of(file, None)
         with recorded_threads(header):
-            follow(Follower(file, model, start, told=told), _tell, stopped)
+            follow(Follower(file, model, start, told=told), _tell, stopped, finishes=True)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")
         return AGAIN

@@ -101,6 +101,7 @@ def follow(
     *,
     every_s: float = 1.0,
     for_s: float = math.inf,
+    finishes: bool = False,
 ) -> None:
     """Follow until it is stopped or the time is over.
 
@@ -110,6 +111,7 @@ def follow(
         stopped: ends it.
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
+        finishes: check everything that was committed by then when it is stopped, too.
 
     Raises:
         UnavailableRecording: when the recording cannot be read at the end; meanwhile that is tried again.
@@ -117,7 +119,7 @@ def follow(
         CannotVerify: when the model cannot be computed here.
     """
     began = told = time.monotonic()
-    throttle, count = Throttle(follower, began), 0
+    throttle, count, ends = Throttle(follower, began), 0, began + for_s
 
     def tell() -> None:
         nonlocal count
@@ -125,14 +127,15 @@ def follow(
         count = len(follower.mismatches)
 
     try:
-        while not stopped.is_set():
+        while finishes or not stopped.is_set():
             before = time.monotonic()
+            ends = min(ends, before) if stopped.is_set() else ends
             try:
                 is_all = follower.advance()
                 now = time.monotonic()
                 throttle.advanced(now, now - before)
             except UnavailableRecording:
-                if before - began >= for_s:
+                if before >= ends:
                     raise
                 stopped.wait(_RETRY_S)
                 continue
@@ -140,9 +143,9 @@ def follow(
                 told = now
                 tell()
             if is_all:
-                if before - began >= for_s:
+                if before >= ends:
                     return
-                stopped.wait(min(_PAUSE_S, max(0.0, began + for_s - now)))
+                stopped.wait(min(_PAUSE_S, max(0.0, ends - now)))
     finally:
         tell()
 
