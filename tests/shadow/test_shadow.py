@@ -204,6 +204,58 @@ def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
     assert shadow.report("").frames == compared + 36
 
 
+def test_streams_that_come_and_go_between_two_looks_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("command", "shadow"):
+        monkeypatch.setattr(f"instep.shadow.{module}.MOST_STREAMS", 4)
+    monkeypatch.setattr("instep.shadow.shadow.MOST_LISTED", 5)
+    story = Story(tmp_path)
+    staying = [story.open(), story.open()]
+    shadow = make_shadow(Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True))
+    shadow.follow()
+    for number in range(60):
+        coming = [story.open(), story.open()]
+        story.step(*staying, *coming)
+        story.corrupts = 3 if number == 40 else 0
+        story.step(*coming, *staying[1:], frames=2)
+        story.scribe.reset(coming[1], story.scribe.random_state())
+        for stream in coming:
+            story.step(*coming)
+            story.scribe.close(stream)
+            coming = [each for each in coming if each != stream]
+        if number % 20 == 10:
+            shadow.follow()
+    story.scribe.writer.commit()
+    shadow.follow()
+    report = shadow.report("")
+    assert (report.frames, report.streams_total, report.dropped) == (story.frames, 122, 0)
+    assert [(each.name, each.frames) for each in report.streams[:1]] == [("stream-2", 180)]
+    assert report.largest == report.streams[0].largest == pytest.approx(0.25, abs=1e-5)
+    assert len(report.streams) == 5
+    assert report.streams[1].largest < 1e-5
+
+
+def test_frames_that_a_killed_server_left_without_outputs_are_stepped_and_not_compared(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    stream = story.open()
+    story.step(stream, frames=3)
+    story.scribe.step([stream], "unanswered")
+    story.scribe.writer.event(story.scribe.now, "recovered", None, "")
+    story.step(stream, frames=3)
+    for warm_up in (None, 5):
+        asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=warm_up, tolerance=None, json=True)
+        shadow = make_shadow(asked)
+        shadow.follow()
+        compared = shadow.report("").frames
+        assert compared == (6 if warm_up is None else 0)
+        story.step(stream, frames=4)
+        shadow.follow()
+        report = shadow.report("")
+        assert report.frames == compared + 4
+        assert warm_up or report.largest < 1e-5
+
+
 async def test_what_it_says_and_its_status(
     place: Place, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,9 @@ class Differences:
     quantiles: dict[float, float]
     """By share of frames, within a tenth."""
     streams: Sequence[StreamDifference]
-    """The one that differs most first."""
+    """Those that differ most, the most of all first; up to `shadow.MOST_LISTED`."""
+    streams_total: int
+    """How many were compared."""
     dropped: int
     """Streams that were given up, because the candidate could not keep up, or left out."""
 
@@ -68,8 +70,8 @@ class Differences:
             for each in self.streams[:_SHOWN]:
                 table.add_row(Text(each.name), f"{each.frames:,}", f"{each.largest:.3g}")
             console.print(table)
-        if len(self.streams) > _SHOWN:
-            console.print(f"and {counted(len(self.streams) - _SHOWN, 'more stream')}, which differ less")
+        if self.streams_total > _SHOWN:
+            console.print(f"and {counted(self.streams_total - _SHOWN, 'more stream')}, which differ less")
         if self.dropped:
             console.print(f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
         if not self.frames:
@@ -80,10 +82,8 @@ class Differences:
             f"|difference| of a frame: {quantiles}, max {self.largest:.3g}; of all values, mean {self.mean:.3g}"
         )
         same = self.equal / self.frames
-        console.print(
-            f"{counted(self.frames, 'frame')} of {counted(len(self.streams), 'stream')} were compared; {same:.1%} have "
-            "equal bits"
-        )
+        compared = f"{counted(self.frames, 'frame')} of {counted(self.streams_total, 'stream')}"
+        console.print(f"{compared} were compared; {same:.1%} have equal bits")
 
 
 def _finite(value: float) -> float | None:

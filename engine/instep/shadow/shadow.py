@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from instep.streaming.replaying import WarmUpReplay
 
 MOST_STREAMS: Final = 1024
 """Followed at the same time."""
+MOST_LISTED: Final = 1024
+"""Streams in a report."""
 _NEVER: Final = 2**62
 _PARTS: Final = 8
 """Bins of differences for each doubling."""
@@ -44,8 +46,10 @@ class Shadow(WarmUpReplay):
         self._frames_of: I64 = np.zeros(MOST_STREAMS + 1, np.int64)
         self._largest_of = np.zeros(MOST_STREAMS + 1)
         self._past: list[StreamDifference] = []
-        """Streams whose slots others have now."""
-        self._total, self._equal = 0.0, 0
+        """Streams whose slots others have now, those that differ most."""
+        self._past_count = 0
+        self._frames_total = self._equal = 0
+        self._largest = self._total = 0.0
         self._bins: I64 = np.zeros(_BINS, np.int64)
 
     @property
@@ -55,15 +59,15 @@ class Shadow(WarmUpReplay):
 
     def drop_half(self) -> None:
         """Give up half of the streams: the candidate cannot keep up."""
-        slots = np.unique(self._slots[self._slots > 0])[::2]
-        self.drop(slots)
-        self.dropped += len(slots)
+        numbers = sorted(self._slots)[::2]
+        for number in numbers:
+            self._release(number)
+        self.dropped += len(numbers)
 
     def report(self, candidate: str) -> Differences:
         """Findings so far."""
-        streams = [*self._past, *self._streams(np.flatnonzero(self._frames_of))]
-        frames = sum(each.frames for each in streams)
-        largest = max((each.largest for each in streams), default=0.0)
+        present = [self._difference(slot) for slot in np.flatnonzero(self._frames_of).tolist()]
+        frames, largest = self._frames_total, self._largest
         edges = 2.0 ** ((np.arange(_BINS) + 1) / _PARTS + _SMALLEST)
         counts = np.cumsum(self._bins)
         quantiles = {}
@@ -79,22 +83,23 @@ class Shadow(WarmUpReplay):
             largest=largest,
             mean=self._total / values if values else 0.0,
             quantiles=quantiles,
-            streams=sorted(streams, key=lambda each: -each.largest),
+            streams=_worst([*self._past, *present]),
+            streams_total=self._past_count + len(present),
             dropped=self.dropped,
         )
 
-    def _select(self, openings: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        chosen = [row for row in openings if zlib.crc32(row[3].encode()) < self._share * 2**32]
-        room = len(self._free)
-        self.dropped += max(0, len(chosen) - room)
-        return chosen[:room]
+    def _wants(self, name: str) -> bool:
+        is_chosen = zlib.crc32(name.encode()) < self._share * 2**32
+        self.dropped += is_chosen and not self._free
+        return is_chosen and bool(self._free)
 
-    def _opened(self, slots: I64, openings: list[tuple[Any, ...]]) -> None:
-        self._past += self._streams(slots[self._frames_of[slots] > 0])
-        self._frames_of[slots] = 0
-        self._largest_of[slots] = 0
-        for slot, row in zip(slots.tolist(), openings, strict=True):
-            self._names[slot] = row[3]
+    def _opened(self, slot: int, name: str) -> None:
+        if self._frames_of[slot]:
+            self._past.append(self._difference(slot))
+            self._past_count += 1
+            if len(self._past) > 2 * MOST_LISTED:
+                self._past = _worst(self._past)
+        self._names[slot], self._frames_of[slot], self._largest_of[slot] = name, 0, 0
 
     def _began(self, slots: I64, seqs: I64) -> None:
         self._compared_from[slots] = seqs
@@ -110,6 +115,8 @@ class Shadow(WarmUpReplay):
         apart[equal] = 0  # infinity minus infinity is not a number
         apart[~np.isfinite(apart)] = np.inf
         largest = apart.max(axis=1)
+        self._frames_total += len(slots)
+        self._largest = max(self._largest, float(largest.max()))
         self._equal += int(equal.sum())
         self._total += float(apart.sum())
         self._frames_of[slots] += 1
@@ -118,8 +125,9 @@ class Shadow(WarmUpReplay):
             bins = np.ceil((np.log2(largest) - _SMALLEST) * _PARTS) - 1
         np.add.at(self._bins, np.clip(bins, 0, _BINS - 1).astype(np.int64), 1)
 
-    def _streams(self, slots: I64) -> list[StreamDifference]:
-        columns = slots.tolist(), self._frames_of[slots].tolist(), self._largest_of[slots].tolist()
-        return [
-            StreamDifference(self._names[slot], frames, largest) for slot, frames, largest in zip(*columns, strict=True)
-        ]
+    def _difference(self, slot: int) -> StreamDifference:
+        return StreamDifference(self._names[slot], int(self._frames_of[slot]), float(self._largest_of[slot]))
+
+
+def _worst(streams: list[StreamDifference]) -> list[StreamDifference]:
+    return sorted(streams, key=lambda each: -each.largest)[:MOST_LISTED]

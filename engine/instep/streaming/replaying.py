@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
-from instep.core.typing import F32, I64, U8
+from instep.core.typing import F32, I64, U8, U32
 from instep.recording.errors import RecordingError, TrimmedMeanwhile
-from instep.recording.file import RecordingFile
+from instep.recording.records import BatchGroup, RecordedBatch, RecordedEvent
 from instep.recording.schema import END_EVENT, RESET_EVENT
+from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.runtime.stepper import Stepper
 
 _NOT_FOLLOWED: Final = 0
 """The scratch slot: where frames go that belong to no stream that is followed."""
 _NOT_BEGUN: Final = -1
 _WINDOW: Final = 512
-"""Positions of the recording that are read together."""
+"""Positions of the recording that are read together, backwards."""
 _TRIES: Final = 8
 """The most readings of a recording whose history is trimmed meanwhile."""
 
 
-class _Computed(NamedTuple):
-    """A recorded step that was computed, or those frames in it that count."""
+class _Waiting(NamedTuple):
+    """The frames of a recorded batch that are to be stepped."""
 
-    position: int
-    streams: I64
-    """int64 [B]: numbers in the recording, or slots here."""
+    slots: I64
+    """int64 [B]."""
     seqs: I64
     """int64 [B]."""
     x: F32
     """float32 [B, features]."""
-    y: F32
-    """float32 [B, outputs], as recorded."""
+    y: F32 | None
+    """float32 [B, outputs], as recorded; None where the engine was killed before."""
 
 
 class WarmUpReplay:
     """Follows the open streams of a recording, which may be being written, in a network that nobody else uses.
+
+    Everything is taken in the order in which it was recorded, streams that open and close included.
 
     Args:
         path: the recording.
@@ -57,18 +57,20 @@ class WarmUpReplay:
         self._path = path
         self._stepper = stepper
         self._frames = frames
+        self._tail: RecordingTail | None = None
+        """What was read last; closed."""
         self._read_to = 0
-        """The position up to which frames were read."""
-        self._streams_to = 0
-        """Likewise for streams that open and close; 0 before the first time."""
+        """The position up to which everything was taken in."""
         self._frames_read = 0
         """Those of streams that are followed, again where the recording was trimmed meanwhile."""
+        self._began_at = _NOT_BEGUN
+        """The position at which those streams were open that it began with."""
         self._free = list(range(max_streams, 0, -1))
-        self._slots: I64 = np.zeros(1, np.int64)
-        """By number of a stream, its slot here."""
+        self._slots: dict[int, int] = {}
+        """By number of a stream that is followed, its slot here."""
         # By slot: the first frame that counts, the first one that was stepped, and the next one.
         self._starts, self._firsts, self._nexts = np.zeros((3, max_streams + 1), np.int64)
-        self._waiting: list[_Computed] = []
+        self._waiting: list[_Waiting] = []
         """Frames that are stepped together, no stream twice."""
         self._is_waiting = np.zeros(max_streams + 1, np.bool_)
 
@@ -84,8 +86,9 @@ class WarmUpReplay:
         before = self._frames_read
         for left in reversed(range(_TRIES)):
             try:
-                with RecordingFile(self._path) as recording, torch.inference_mode():
-                    self._read(recording)
+                with RecordingTail(self._path, self._tail) as tail, torch.inference_mode():
+                    self._tail = tail
+                    self._read(tail)
                 break
             except TrimmedMeanwhile:
                 if not left:
@@ -113,14 +116,14 @@ class WarmUpReplay:
 
     # ── For subclasses ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _select(self, openings: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """Those of these rows of `openings` that are to be followed."""
-        if len(openings) > len(self._free):
+    def _wants(self, name: str) -> bool:
+        """Whether to follow a stream of that name, which there may be no slot for."""
+        if not self._free:
             raise RecordingError(f"{self._path} has more open streams than engine.max_streams: raise it")
-        return openings
+        return True
 
-    def _opened(self, slots: I64, openings: list[tuple[Any, ...]]) -> None:
-        """The streams of these rows are followed from now on, in slots int64 [N]."""
+    def _opened(self, slot: int, name: str) -> None:
+        """A stream is followed from now on."""
 
     def _began(self, slots: I64, seqs: I64) -> None:
         """From these frames on, int64 [N], outputs of the streams in `slots`, int64 [N], can be compared."""
@@ -128,162 +131,142 @@ class WarmUpReplay:
     def _stepped(self, slots: I64, seqs: I64, y: F32, recorded: F32) -> None:
         """Frames were stepped: outputs here and those that were recorded, float32 [B, outputs]."""
 
-    def drop(self, slots: I64) -> None:
-        """Follow these streams, int64 [N], no longer; between two calls of `follow`."""
-        if len(slots):
-            self._slots[np.isin(self._slots, slots)] = _NOT_FOLLOWED
-        self._free += slots.tolist()
+    def _release(self, stream: int) -> None:
+        """Follow the stream of that number no longer, if it was followed."""
+        if slot := self._slots.pop(stream, _NOT_FOLLOWED):
+            self._step_waiting(slot)
+            self._free.append(slot)
 
     # ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _read(self, recording: RecordingFile) -> None:
+    def _read(self, tail: RecordingTail) -> None:
         """Step all that a recording shows; where it is trimmed meanwhile, the next call continues."""
+        is_trimmed = self._read_to < tail.trimmed.position  # before it was read
+        if self._began_at == _NOT_BEGUN or is_trimmed:
+            self._read_to = self._begin(tail) - 1
+        for item in tail.history(self._read_to + 1):
+            self._take(item, tail)
+            self._read_to = item.position
+            self.is_finished = isinstance(item, RecordedEvent) and item.kind == END_EVENT
         self._step()
-        if self._streams_to and self._read_to >= recording.trimmed.position:
-            self._take_in_streams(recording)
-        else:  # at first, and where it was trimmed before it was read
-            self._read_to = self._begin(recording) - 1
-        self._streams_to = recording.last_position
-        for first in range(self._read_to + 1, recording.last_position + 1, _WINDOW):
-            last = min(first + _WINDOW - 1, recording.last_position)
-            # All of a window is read before any of it is stepped: in between, the recording may be trimmed.
-            steps = list(_computed(recording, first, last))
-            events = recording.rows("events", first, last)
-            resets = deque(row for row in events if row[4] == RESET_EVENT and self._slot(row[2]))
-            for step in steps:
-                while resets and resets[0][0] < step.position:
-                    self._reset(recording, resets.popleft())
-                self._add(recording, step)
-            for row in resets:
-                self._reset(recording, row)
-            self._read_to = last
-        self._step()
-        self.is_finished = any(row[4] == END_EVENT for row in recording.rows("events", self._read_to))
+
+    def _take(self, item: Item, tail: RecordingTail) -> None:
+        if isinstance(item, BatchGroup):
+            for batch in item.batches():
+                self._add(batch, tail)
+        elif isinstance(item, Opened):
+            if item.position > self._began_at:  # else it is followed, or was not wanted, or has closed
+                self._open(item)
+        elif isinstance(item, Closed):
+            self._release(item.stream)
+        elif item.kind == RESET_EVENT:
+            self._reset(item)
 
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, recording: RecordingFile) -> int:
+    def _begin(self, tail: RecordingTail) -> int:
         """Follow the streams that are open; the position from which on their frames count."""
-        self.drop(np.unique(self._slots[self._slots != _NOT_FOLLOWED]))
-        self._streams_to = 0
-        checkpoints = [row[0] for row in recording.rows("checkpoints")]
-        first = max(recording.first_position, int(max(checkpoints, default=0)) + 1)
-        slots, openings = self._take_in_streams(recording)
-        rows = [recording.newest_row("states", "stream = ?", row[2]) for row in openings]
-        for row, slot in zip(rows, slots.tolist(), strict=True):
-            if row is not None:
+        for number in list(self._slots):
+            self._release(number)
+        self._began_at = tail.last_position
+        closed = {row[2] for row in tail.rows("closings")}
+        for position, _, number, name, _, first_seq, state in tail.rows("openings"):
+            if number not in closed:
+                self._open(Opened(position, number, name, first_seq, tail.state(state, position)))
+        slots, first_seqs = np.array(list(self._slots.values()), np.int64), self._starts.copy()
+        for number, slot in self._slots.items():
+            if (row := tail.newest_row("states", "stream = ?", number)) is not None:
                 self._starts[slot] = row[2]
-                self._load(recording, slot, row[3], row[1])
+                self._load(slot, tail.state(row[3], row[1]))
+        first = max(tail.first_position, tail.newest_checkpoint + 1)
         if self._frames is None:
             self._began(slots, self._starts[slots])
             return first
         nexts = self._starts.copy()
-        for step in _computed(recording, first):
-            places = self._slots_of(step.streams)
-            nexts[places] = np.maximum(nexts[places], step.seqs + 1)
-        first_seqs = np.array([row[5] for row in openings], np.int64)
+        for item in tail.history(first):
+            if isinstance(item, BatchGroup):
+                np.maximum.at(nexts, self._slots_of(item.streams), item.seqs.astype(np.int64) + 1)
         self._began(slots, nexts[slots])
-        self._starts[slots] = np.maximum(first_seqs, nexts[slots] - self._frames)
-        return self._first_needed(recording, slots[nexts[slots] > self._starts[slots]])
+        self._starts[slots] = np.maximum(first_seqs, nexts - self._frames)[slots]
+        return self._first_needed(tail, slots[nexts[slots] > self._starts[slots]])
 
-    def _take_in_streams(self, recording: RecordingFile) -> tuple[I64, list[tuple[Any, ...]]]:
-        """Follow streams that have opened since, and no longer those that have closed: the former, and their rows."""
-        closed = {row[2] for row in recording.rows("closings", self._streams_to + 1)}
-        opened = [row for row in recording.rows("openings", self._streams_to + 1) if row[2] not in closed]
-        self.drop(np.array([slot for number in closed if (slot := self._slot(number))], np.int64))
-        openings = self._select(opened)
-        slots = np.array([self._free.pop() for _ in openings], np.int64)
-        numbers = np.array([row[2] for row in openings], np.int64)
-        self._slots = np.pad(self._slots, (0, max(0, numbers.max(initial=0) + 1 - len(self._slots))))
-        self._slots[numbers] = slots
-        self._opened(slots, openings)
-        for slot, (position, _, _, _, _, first_seq, state) in zip(slots.tolist(), openings, strict=True):
-            self._start(recording, slot, first_seq, state, position)
-        return slots, openings
-
-    def _start(self, recording: RecordingFile, slot: int, seq: int, state: bytes | None, position: int) -> None:
-        """A stream begins, or begins again, before the frame `seq`."""
-        self._starts[slot], self._nexts[slot] = seq, _NOT_BEGUN
-        self._load(recording, slot, state, position)
-        comparable = seq if state is None or self._frames is None else seq + self._frames
-        self._began(np.array([slot]), np.array([comparable]))
-
-    def _load(self, recording: RecordingFile, slot: int, state: bytes | None, position: int) -> None:
-        """Begin with a recorded state, if the network has such states, and otherwise in its initial state."""
-        found = recording.state(state, position) if self._frames is None else None
-        self._stepper.load(np.array([slot]), None if found is None else found[None])
-
-    def _slot(self, number: int) -> int:
-        return int(self._slots[number]) if number < len(self._slots) else _NOT_FOLLOWED
-
-    def _slots_of(self, streams: I64) -> I64:
-        slots: I64 = np.where(streams < len(self._slots), self._slots[np.minimum(streams, len(self._slots) - 1)], 0)
-        return slots
-
-    # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _first_needed(self, recording: RecordingFile, slots: I64) -> int:
+    def _first_needed(self, tail: RecordingTail, slots: I64) -> int:
         """From which position on the frames are that count; read backwards, since most are near the end."""
         is_missing = np.zeros(len(self._nexts), np.bool_)
         is_missing[slots] = True
-        first = recording.last_position + 1
-        while is_missing.any() and first > recording.first_position:
-            last, first = first - 1, max(first - _WINDOW, recording.first_position)
-            for step in _computed(recording, first, last):
-                places = self._slots_of(step.streams)
-                is_missing[places[step.seqs <= self._starts[places]]] = False
+        first = tail.last_position + 1
+        while is_missing.any() and first > tail.first_position:
+            last, first = first - 1, max(first - _WINDOW, tail.first_position)
+            for batch in tail.whole_batches(first, last):
+                places = self._slots_of(batch.streams)
+                is_missing[places[batch.seqs.astype(np.int64) <= self._starts[places]]] = False
         return first
 
-    def _reset(self, recording: RecordingFile, row: tuple[Any, ...]) -> None:
-        self._step()
-        position, _, stream, seq, _, _, state = row
-        if seq >= self._starts[self._slot(stream)]:  # else the state that it began with is newer
-            self._start(recording, self._slot(stream), seq, state, position)
+    def _open(self, opened: Opened) -> None:
+        if self._wants(opened.name):
+            slot = self._slots[opened.stream] = self._free.pop()
+            self._opened(slot, opened.name)
+            self._start(slot, opened.first_seq, opened.state)
 
-    def _add(self, recording: RecordingFile, step: _Computed) -> None:
-        slots = self._slots_of(step.streams)
-        counts = (slots != _NOT_FOLLOWED) & (step.seqs >= self._starts[slots])
-        slots, seqs = slots[counts], step.seqs[counts]
+    def _reset(self, event: RecordedEvent) -> None:
+        assert event.stream is not None
+        assert event.seq is not None
+        slot = self._slots.get(event.stream, _NOT_FOLLOWED)
+        if slot and event.seq >= self._starts[slot]:  # else the state that it began with is newer
+            self._step_waiting(slot)
+            self._start(slot, event.seq, event.state)
+
+    def _start(self, slot: int, seq: int, state: U8 | None) -> None:
+        """A stream begins, or begins again, before the frame `seq`."""
+        self._starts[slot], self._nexts[slot] = seq, _NOT_BEGUN
+        self._load(slot, state)
+        comparable = seq if state is None or self._frames is None else seq + self._frames
+        self._began(np.array([slot]), np.array([comparable]))
+
+    def _load(self, slot: int, state: U8 | None) -> None:
+        """Begin with a recorded state, if the network has such states, and otherwise in its initial state."""
+        self._stepper.load(np.array([slot]), None if state is None or self._frames is not None else state[None])
+
+    def _slots_of(self, streams: I64 | U32) -> I64:
+        return np.array([self._slots.get(number, _NOT_FOLLOWED) for number in streams.tolist()], np.int64)
+
+    # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _add(self, batch: RecordedBatch, tail: RecordingTail) -> None:
+        slots, seqs = self._slots_of(batch.streams), batch.seqs.astype(np.int64)
+        counts = (slots != _NOT_FOLLOWED) & (seqs >= self._starts[slots])
+        slots, seqs = slots[counts], seqs[counts]
+        if not len(slots):
+            return
         begins = self._nexts[slots] == _NOT_BEGUN
         if (self._nexts[slots] != seqs)[~begins].any():
-            raise recording.damaged("frames of an open stream are missing")
-        self._firsts[slots[begins]] = seqs[begins]
-        self._nexts[slots] = seqs + 1
+            raise tail.damaged("frames of an open stream are missing")
         if self._is_waiting[slots].any() or sum(len(each.seqs) for each in self._waiting) >= self._stepper.buckets[-1]:
             self._step()
+        self._firsts[slots[begins]] = seqs[begins]
+        self._nexts[slots] = seqs + 1
         self._frames_read += len(seqs)
-        self._waiting.append(_Computed(step.position, slots, seqs, step.x[counts], step.y[counts]))
+        y = None if batch.y is None else batch.y[counts]
+        self._waiting.append(_Waiting(slots, seqs, batch.x[counts], y))
         self._is_waiting[slots] = True
+
+    def _step_waiting(self, slot: int) -> None:
+        """Step the frames that wait if one of them is of this slot, whose state is about to change otherwise."""
+        if self._is_waiting[slot]:
+            self._step()
 
     def _step(self) -> None:
         """Step the frames that wait, as many at once as the network is certified for."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        slots, seqs, x, recorded = (np.concatenate(columns) for columns in list(zip(*waiting, strict=True))[1:])
+        slots, seqs, x = (np.concatenate(columns) for columns in list(zip(*waiting, strict=True))[:3])
         self._is_waiting[slots] = False
         rows, most = np.arange(len(slots)), self._stepper.buckets[-1]
-        y = np.empty_like(recorded)
+        y = np.empty((len(slots), self._stepper.model.description.outputs), np.float32)
         for first in range(0, len(slots), most):
             part = slice(first, first + most)
             self._stepper.step(slots[part], rows[part], x, y)
-        self._stepped(slots, seqs, y, recorded)
-
-
-def _computed(recording: RecordingFile, first: int, last: int | None = None) -> Iterator[_Computed]:
-    """The steps whose outputs are at positions `first` to `last` (None: the newest), in order."""
-    last = recording.last_position if last is None else last
-    for begin in range(first, last + 1, _WINDOW):
-        outputs = {row[2]: row[3] for row in recording.rows("outputs", begin, min(begin + _WINDOW - 1, last))}
-        if not outputs:
-            continue
-        for position, _, _, size, streams, seqs, x in recording.rows("batches", min(outputs), max(outputs)):
-            if position not in outputs:
-                continue
-            columns = [(streams, "<u4", 1), (seqs, "<u8", 1), (x, "<f4", recording.header.features)]
-            columns.append((outputs[position], "<f4", recording.header.outputs))
-            for blob, dtype, width in columns:
-                recording.check_bytes(blob, size * width * np.dtype(dtype).itemsize, position)
-            numbers, counts, frames, y = (np.frombuffer(blob, dtype) for blob, dtype, _ in columns)
-            pair = numbers.astype(np.int64), counts.astype(np.int64)
-            yield _Computed(position, *pair, frames.reshape(size, -1), y.reshape(size, -1))
+        answered = np.repeat([each.y is not None for each in waiting], [len(each.slots) for each in waiting])
+        recorded = np.concatenate([y[:0], *(each.y for each in waiting if each.y is not None)])
+        self._stepped(slots[answered], seqs[answered], y[answered], recorded)
