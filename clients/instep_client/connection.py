@@ -115,6 +115,11 @@ class Connection:
 
     # What the driver does.
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything is unanswered."""
+        return bool(self.flow.in_flight.on_the_way or self.pending.unanswered)
+
     def receive(self, frames: Sequence[Frame], now: float) -> None:
         """A message came. One that does not follow the protocol ends the session."""
         if self.state is RECONNECTING and self.attempts.phase is Phase.LOST:
@@ -141,7 +146,7 @@ class Connection:
             if len(rows):
                 self._claim(rows)
         is_open = self.state is OPEN
-        is_waiting = self.state is not ENDED and bool(self.pending.unanswered or self.flow.in_flight.on_the_way)
+        is_waiting = self.state is not ENDED and self.is_waiting
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
         if self._silence.lasts_too_long(now, is_waiting, is_open, keep_alive_s):
             waited = f"waited {self._silence.timeout_s:g} s"

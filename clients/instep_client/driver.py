@@ -1,9 +1,9 @@
 """Socket, clock and tasks around a session, on one asyncio event loop.
 
-`_on_readable` takes messages in and wakes the tasks that wait for them. `_pump` does the rest: the session's rules, a
-new socket if they want one, messages out. It runs once for everything that the tasks of one turn of the loop asked for,
-so that their frames share a block. After messages came it runs when the tasks that they woke have had their turn. It
-also runs when the session's deadline has come.
+`receive` takes messages in and wakes the tasks that wait for them. `act` does the rest: the session's rules, a new
+socket if they want one, messages out. It runs once for everything that the tasks of one turn of the loop asked for, so
+that their frames share a block. After messages came it runs when the tasks that they woke have had their turn. It also
+runs when the session's deadline has come.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import zmq
@@ -33,8 +32,6 @@ _log = logging.getLogger("instep_client")
 
 _SEND_AT: Final = 128
 """Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
-_RECEIVE_BURST: Final = 256
-"""Messages taken before other tasks get their turn."""
 _FIRST_LOOK_S: Final = 0.05
 """How long a server may take to answer before it is looked whether anything listens at its endpoint."""
 _FAREWELL_S: Final = 1.0
@@ -47,15 +44,14 @@ class Driver:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._sockets: Sockets
-        self._socket: zmq.Socket[bytes] | None = None
+        self.socket: zmq.Socket[bytes] | None = None
+        """From `start` to `stop`."""
         self._backlog: deque[Message] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._is_due = False
         self._asked = 0
         """Calls that were made since the session last acted."""
-        self._burst = 1
-        """Messages to take at once. Most connections get one at a time; more are taken where there were more."""
         self._stopped = False
 
     async def start(self, wait: bool) -> None:
@@ -70,7 +66,7 @@ class Driver:
             Refused: when the server does not take this client.
             ClientClosed: when it was started or stopped before.
         """
-        if self._socket is not None or self._stopped:
+        if self.socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
         self._loop = asyncio.get_running_loop()
         self._sockets = Sockets.of(self._loop)
@@ -96,17 +92,18 @@ class Driver:
         if self._stopped:
             return
         self._stopped = True
-        if self._socket is None:
+        if self.socket is None:
             return
         try:
-            self._pump()
+            self._act_now()
             if close_all is not None and not close_all.done:
                 close_all.waiter = waiter = self._loop.create_future()
                 await asyncio.wait((waiter,), timeout=_FAREWELL_S)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            self._close(self._socket)
+            socket, self.socket = self.socket, None
+            self._close(socket)
 
     async def wait(self, call: Call[R]) -> R:
         """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
@@ -132,7 +129,7 @@ class Driver:
         if self._asked < _SEND_AT:
             self.wake()
         else:
-            self._pump()
+            self._act_now()
         try:
             await waiter
         except asyncio.CancelledError:
@@ -151,7 +148,7 @@ class Driver:
         """Have the session act in the next turn of the loop."""
         if not self._is_due:
             self._is_due = True
-            self._sockets.call_in_next_turn(self._loop, self._pump)
+            self._sockets.act_in_next_turn(self._loop, self)
 
     async def _look(self) -> None:
         """Fail if nothing listens at the endpoint. A later connection is waited for: servers are restarted."""
@@ -164,8 +161,8 @@ class Driver:
             self.wake()
 
     def _connect(self) -> None:
-        self._socket = self._sockets.connect(self._loop, self._session.endpoint)
-        self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        self.socket = self._sockets.connect(self._loop, self._session.endpoint)
+        self._loop.add_reader(self.socket.fileno(), self.receive)
 
     def _close(self, socket: zmq.Socket[bytes]) -> None:
         self._loop.remove_reader(socket.fileno())
@@ -181,60 +178,74 @@ class Driver:
         else:
             self._close(former)
 
-    def _on_readable(self) -> None:
-        self._guard(self._receive)
+    @property
+    def has_backlog(self) -> bool:
+        """Whether messages wait until the socket takes them."""
+        return bool(self._backlog)
+
+    def receive(self, at_most: int = 1) -> None:
+        """Take in messages, and have the session act when the tasks that they wake have had their turn."""
+        socket, session = self.socket, self._session
+        if socket is None:
+            return
+        try:
+            now = time.monotonic()
+            for number in range(at_most):
+                if number == 1 and not multipart.ready(socket):
+                    break
+                frames = multipart.receive_now(socket)
+                if not frames:
+                    break
+                session.receive(frames, now)  # outputs are copied once, to the user's array
+                if not session.is_waiting:
+                    break  # nothing else is expected, and to ask whether there is more costs more than it finds
+        except Exception as error:
+            self._fail(error)
+        self._wake_tasks()
         if not self._is_due:
             self._is_due = True
-            self._sockets.call_after_tasks(self._loop, self._pump)
+            self._sockets.act_after_tasks(self._loop, self)
+
+    def act(self) -> None:
+        """Have the session act, and send its messages."""
+        self._is_due = False
+        self._asked = 0
+        if self.socket is None:
+            return
+        session = self._session
+        try:
+            now = time.monotonic()
+            session.advance(now)
+            if session.take_reconnect():
+                _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
+                self._reconnect(self.socket)
+            self._backlog.extend(session.pending.take_messages())
+            if self._backlog:
+                self._send(self.socket)
+            self._set_timer(now)
+        except Exception as error:
+            self._fail(error)
+        if session.pending.woken:
+            self._wake_tasks()
+
+    def _act_now(self) -> None:
+        self.act()
+        self._sockets.look(self._loop, [self])
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._pump()
+        self._act_now()
 
-    def _pump(self) -> None:
-        self._is_due = False
-        self._asked = 0
-        self._guard(self._act)
+    def _fail(self, error: Exception) -> None:
+        """A bug of ours must not leave callers waiting for ever."""
+        _log.error("the client failed", exc_info=error)
+        self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
 
-    def _guard(self, work: Callable[[zmq.Socket[bytes]], None]) -> None:
-        """Do what is to be done with the socket, and wake whom it concerns."""
-        if self._socket is None or self._socket.closed:
-            return
-        try:
-            work(self._socket)
-        except Exception as error:  # a bug of ours must not leave callers waiting for ever
-            _log.exception("the client failed")
-            self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
+    def _wake_tasks(self) -> None:
         for whom in self._session.pending.take_woken():
             waiter = whom.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
-
-    def _receive(self, socket: zmq.Socket[bytes]) -> None:
-        session = self._session
-        now = time.monotonic()
-        for frames in multipart.received(socket, self._burst):  # outputs are copied once, to the user's array
-            session.receive([frame.buffer for frame in frames], now)
-
-    def _act(self, socket: zmq.Socket[bytes]) -> None:
-        session = self._session
-        now = time.monotonic()
-        session.advance(now)
-        if session.take_reconnect():
-            _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
-            self._reconnect(socket)
-            socket = self._socket or socket
-        self._backlog.extend(session.pending.take_messages())
-        if self._backlog:
-            self._send(socket)
-        self._set_timer(now)
-        # The socket signals once, and the work since then may have used the signal up.
-        found = multipart.ready(socket, multipart.READABLE_OR_WRITABLE if self._backlog else multipart.READABLE)
-        self._burst = _RECEIVE_BURST if found & multipart.READABLE else 1
-        if found & multipart.READABLE:
-            self._loop.call_soon(self._on_readable)
-        elif found:
-            self.wake()
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
         backlog = self._backlog

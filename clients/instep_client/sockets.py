@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
 import zmq
 
 from instep_client.endpoint import EXAMPLES
 from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.protocol import multipart
 from instep_client.protocol.errors import ConnectionFailed
 
 OPTIONS: Final = {
@@ -27,6 +28,29 @@ OPTIONS: Final = {
 }
 
 
+_RECEIVE_BURST: Final = 256
+"""Messages of one socket taken before other tasks get their turn."""
+
+
+class SocketUser(Protocol):
+    """What shares the turns: a client's driver."""
+
+    socket: zmq.Socket[bytes] | None
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether messages wait until the socket takes them."""
+
+    def receive(self, at_most: int, /) -> None:
+        """Take in messages."""
+
+    def act(self) -> None:
+        """Do what is due, and send."""
+
+    def wake(self) -> None:
+        """Act in the next turn of the loop."""
+
+
 class Sockets:
     """The sockets of one event loop's clients. It does not hold the loop, with which it is forgotten."""
 
@@ -34,8 +58,8 @@ class Sockets:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, int(self._context.get(zmq.SOCKET_LIMIT)))
         self._open = 0
-        self._due: list[Callable[[], None]] = []
-        self._after_tasks: list[Callable[[], None]] = []
+        self._due: list[SocketUser] = []
+        self._after_tasks: list[SocketUser] = []
 
     @staticmethod
     def of(loop: asyncio.AbstractEventLoop) -> Sockets:
@@ -73,27 +97,45 @@ class Sockets:
         socket.close()
         self._end_unless_used(loop)
 
-    def call_in_next_turn(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        """Call back in the next turn of the loop, together with all others that asked for it."""
-        self._due.append(callback)
+    def act_in_next_turn(self, loop: asyncio.AbstractEventLoop, user: SocketUser) -> None:
+        """Have a client act in the next turn of the loop, together with all others that asked for it."""
+        self._due.append(user)
         if len(self._due) == 1:
-            loop.call_soon(self._take_turn)
+            loop.call_soon(self._take_turn, loop)
 
-    def call_after_tasks(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        """Call back in the turn of the loop after that of the tasks that are being woken now."""
-        self._after_tasks.append(callback)
+    def act_after_tasks(self, loop: asyncio.AbstractEventLoop, user: SocketUser) -> None:
+        """Have a client act in the turn of the loop after that of the tasks that are being woken now."""
+        self._after_tasks.append(user)
         if len(self._after_tasks) == 1:
             loop.call_soon(self._pass_on, loop)
 
+    def look(self, loop: asyncio.AbstractEventLoop, users: Sequence[SocketUser]) -> None:
+        """Look which sockets are ready after their clients acted: a socket signals once, which acting may use up."""
+        by_socket: dict[Any, SocketUser] = {user.socket: user for user in users if user.socket is not None}
+        wanted = [
+            (socket, multipart.READABLE_OR_WRITABLE if user.has_backlog else multipart.READABLE)
+            for socket, user in by_socket.items()
+        ]
+        readable = []
+        for socket, events in zmq.zmq_poll(wanted, 0):
+            if events & multipart.READABLE:
+                readable.append(by_socket[socket])
+            else:
+                by_socket[socket].wake()
+        if readable:
+            loop.call_soon(_receive, readable)
+
     def _pass_on(self, loop: asyncio.AbstractEventLoop) -> None:
         after_tasks, self._after_tasks = self._after_tasks, []
-        for callback in after_tasks:
-            self.call_in_next_turn(loop, callback)
+        if not self._due:
+            loop.call_soon(self._take_turn, loop)
+        self._due += after_tasks
 
-    def _take_turn(self) -> None:
+    def _take_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         due, self._due = self._due, []
-        for callback in due:
-            callback()
+        for user in due:
+            user.act()
+        self.look(loop, due)
 
     def _end_unless_used(self, loop: asyncio.AbstractEventLoop) -> None:
         """One socket less; with the last one the context and its threads end."""
@@ -101,6 +143,11 @@ class Sockets:
         if self._open == 0:
             del shared[loop]
             self._context.term()
+
+
+def _receive(users: Sequence[SocketUser]) -> None:
+    for user in users:
+        user.receive(_RECEIVE_BURST)
 
 
 shared: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = WeakKeyDictionary()

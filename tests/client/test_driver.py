@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from instep_client import AsyncClient, AsyncStream, ConnectionFailed, driver, sockets
+from instep_client import AsyncClient, AsyncStream, ConnectionFailed, sockets
 from instep_client.session import Session
 from tests.support.fake_server import INFO, FakeServer, reference
 
@@ -37,7 +37,7 @@ async def test_a_full_socket_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_no_answer_is_left_lying_in_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_RECEIVE_BURST", 2)
+    monkeypatch.setattr(sockets, "_RECEIVE_BURST", 2)
     with FakeServer() as server:
         async with AsyncClient(server.endpoint) as client:
             streams = [await client.open(f"s{i}") for i in range(8)]

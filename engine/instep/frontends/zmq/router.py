@@ -99,7 +99,7 @@ class Router:
     @property
     def is_readable(self) -> bool:
         """Whether a message is there now; where none is, the next arrival will be signalled."""
-        return bool(multipart.ready(self._socket))
+        return multipart.ready(self._socket)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
         """Messages that have arrived: routing id and [header, frames …] of each.
