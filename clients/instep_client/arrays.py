@@ -28,12 +28,12 @@ NOBODY: Final[Indices] = np.zeros(0, np.int64)
 _FLOAT32: Final = np.dtype(np.float32)
 
 
-def as_array(x: npt.ArrayLike, what: str) -> npt.NDArray[Any]:
+def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
     """A user's argument as a numpy array, if it is one: not a ragged list, or a tensor that requires a gradient."""
     try:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{what}: {error}") from None
+        raise InvalidInput(f"{what} must be {kind}: {error}") from None
 
 
 def float32_copy(x: npt.ArrayLike, what: str) -> F32:
@@ -41,7 +41,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
 
     NaN and infinity pass: whether they are taken is the server's to say. Finite numbers beyond float32 do not.
     """
-    raw = as_array(x, f"{what} must be an array of numbers")
+    raw = as_array(x, what)
     if raw.dtype == _FLOAT32:
         return raw.copy()
     if raw.dtype.kind not in "fiub":
@@ -79,7 +79,7 @@ def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tu
 
 def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
     """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`."""
-    raw = as_array(rows, "rows must be an array of indices")
+    raw = as_array(rows, "rows", "an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
     if int(raw.min()) < 0 or int(raw.max()) >= count:
@@ -94,10 +94,10 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
 
 def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
     """One number from 0 to 2^64 - 1 for all of `count` streams, or one for each: uint64 [count]."""
-    rule = f"{what} must be one integer of at least 0, or {count} of them"
-    numbers = as_array(x, rule)
+    kind = f"one integer of at least 0, or {count} of them"
+    numbers = as_array(x, what, kind)
     if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
-        raise InvalidInput(rule)
+        raise InvalidInput(f"{what} must be {kind}")
     return np.broadcast_to(numbers.astype(np.uint64), (count,))
 
 

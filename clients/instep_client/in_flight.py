@@ -148,11 +148,12 @@ class InFlight:
         block.deliver(answer)
 
     def _acknowledge(self, block: StepBlock, failures: list[ColumnError]) -> None:
-        first, end = block.columns[:, SEQ], block.end
-        if failures:
-            end = end.copy()
-            for failure in failures:
-                end[failure.column] = first[failure.column] + np.uint64(failure.timestep)
+        if len(block.rows) == 1 and not failures and self._table.came_next(block.rows, block.columns, len(block.x)):
+            return
+        first = block.columns[:, SEQ]
+        end = first + np.uint64(len(block.x))
+        for failure in failures:
+            end[failure.column] = first[failure.column] + np.uint64(failure.timestep)
         self._table.came(block.rows, first, end)
 
     def _sort_failures(self, block: StepBlock, failures: list[ColumnError]) -> list[int]:

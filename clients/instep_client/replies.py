@@ -130,7 +130,7 @@ def stepped(frames: Sequence[Frame]) -> list[Stepped]:
     for request, columns in answered:
         start, end = end, end + columns
         ends.append(end)
-        replies.append(Stepped(request, y[:, start:end], [], times))
+        replies.append(Stepped(request, y if columns == y.shape[1] else y[:, start:end], [], times))
     if len(failures):
         if len(np.unique(failures["column"])) != len(failures):
             raise MalformedMessage("a column failed twice")

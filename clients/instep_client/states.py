@@ -58,7 +58,7 @@ def _leaf(x: npt.ArrayLike, leaf: Leaf, shape: tuple[int, ...]) -> npt.NDArray[A
     if leaf.dtype == np.float32:
         array: npt.NDArray[Any] = float32_copy(x, f"the state's leaf {leaf.name}")
     else:
-        array = as_array(x, f"the state's leaf {leaf.name} must be an array")
+        array = as_array(x, f"the state's leaf {leaf.name}", "an array")
         if not np.can_cast(array.dtype, leaf.dtype, "safe"):
             raise InvalidInput(f"the state's leaf {leaf.name} must be {leaf.dtype}, not {array.dtype}")
         array = array.astype(leaf.dtype)

@@ -167,8 +167,6 @@ class StepBlock:
         """Which column of its call each column is."""
         self.frames = len(x) * len(rows)
         """How many frames it carries, T × N."""
-        self.end: U64 = columns[:, SEQ] + np.uint64(len(x))
-        """The seq after the last timestep, of each column."""
         self.number = 0
         """The number it was last sent with; numbers grow."""
 
@@ -176,9 +174,7 @@ class StepBlock:
     def of_piece(cls, table: OpenStreams, call: StepCall, x: F32, start: int, where: Indices) -> StepBlock:
         """Frames of a call from timestep `start` on, of the columns `where`; their streams' next seqs move on."""
         rows = call.rows[where]
-        block = cls((call,), rows, table.columns.take(rows, axis=0), x, start, where)
-        table.seqs[rows] = block.end
-        return block
+        return cls((call,), rows, table.take_columns(rows, len(x)), x, start, where)
 
     @classmethod
     def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
@@ -189,9 +185,7 @@ class StepBlock:
             rows = np.concatenate([call.rows for call in calls])
             x = np.concatenate([call.x for call in calls], axis=1)
             where = np.zeros(len(rows), np.int64)
-        block = cls(calls, rows, table.columns.take(rows, axis=0), x, 0, where)
-        table.seqs[rows] = block.end
-        return block
+        return cls(calls, rows, table.take_columns(rows, 1), x, 0, where)
 
     def owner(self, column: int) -> tuple[StepCall, int]:
         """The call that a column belongs to, and which of the call's columns it is."""
@@ -217,11 +211,12 @@ class StepBlock:
 
     def deliver(self, answer: Stepped) -> None:
         """Every column was answered for good: give each call its outputs, and count its frames as answered."""
-        if len(self.calls) == 1:
-            self.calls[0].put(self.start, self.where, answer.outputs)
+        first = self.calls[0] if self.calls else None
+        if first is not None and not first.lone:
+            first.put(self.start, self.where, answer.outputs)
             self.settle(answer.times)
         else:
-            for call, outputs in zip(self.calls, answer.outputs[0], strict=True):
+            for call, outputs in zip(self.calls, answer.outputs[0], strict=False):  # no column where it was held
                 call.put_lone(outputs, answer.times)
 
     def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:

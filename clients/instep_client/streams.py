@@ -85,6 +85,8 @@ class OpenStreams:
         marks a free row."""
         self.numbers, self.seqs, self.acked = self.columns.T
         """Views of its columns; `numbers` are the server's handles."""
+        self._words = memoryview(bytearray())
+        """The numbers of `columns`, row by row: of one row they are read and written faster than through the array."""
         self.epoch: U64 = np.zeros(0, np.uint64)
         """Under which each stream is held."""
         self.server_has: U64 = np.zeros(0, np.uint64)
@@ -146,6 +148,23 @@ class OpenStreams:
             self.handles[row] = None
             self._early.pop(row, None)
         self._free.extend(reversed(handle.rows.tolist()))
+
+    def take_columns(self, rows: Indices, timesteps: int) -> U64:
+        """The rows' columns as a STEP has them, a copy; the next seqs move on."""
+        columns: U64 = self.columns.take(rows, axis=0)
+        if len(rows) == 1:
+            self._words[3 * rows.item() + SEQ] += timesteps
+        else:
+            self.seqs[rows] = columns[:, SEQ] + np.uint64(timesteps)
+        return columns
+
+    def came_next(self, rows: Indices, columns: U64, timesteps: int) -> bool:
+        """Outputs of the columns that were sent for one row came; whether they are its next ones, as nearly always."""
+        place, first = 3 * rows.item() + ACKED, columns.item(SEQ)
+        if self._early or self._words[place] != first:
+            return False
+        self._words[place] = first + timesteps
+        return True
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
         """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
@@ -275,6 +294,7 @@ class OpenStreams:
         more = max(at_least, old, 16)
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.numbers, self.seqs, self.acked = self.columns.T
+        self._words = self.columns.data.cast("B").cast("Q")
         self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
         self.server_has = np.concatenate([self.server_has, np.zeros(more, np.uint64)])
         self.added_at = np.concatenate([self.added_at, np.zeros(more, np.int64)])

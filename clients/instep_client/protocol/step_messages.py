@@ -169,7 +169,7 @@ def unpack_stepped(frames: Sequence[Frame]) -> SteppedMessage:
         raise MalformedMessage("the first frame has another number of bytes than its header says")
     answered = list(_ANSWERED.iter_unpack(header[STEPPED_HEADER.size : failures_at]))
     widths = [columns for _, columns in answered]
-    if not timesteps or not all(widths) or sum(widths) != width:
+    if not timesteps or 0 in widths or sum(widths) != width:
         raise MalformedMessage("T and each request's columns must be at least 1, and N the sum of the columns")
     outputs, rest = divmod(len(floats), 4 * timesteps * width)
     if rest or not outputs:
