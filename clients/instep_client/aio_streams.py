@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from instep_client.calls import TimedOutputs
 from instep_client.driver import Driver
+from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
@@ -16,7 +17,21 @@ from instep_client.states import State, as_state
 from instep_client.streams import StreamHandle
 
 
-class AsyncStream:
+class _Handle:
+    """What streams and groups are made of."""
+
+    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
+        """Made by an `AsyncClient`."""
+        self._session = session
+        self._driver = driver
+        self._handle = handle
+
+    def _state(self, rows: U8) -> State:
+        """Rows of states as the user gets them."""
+        return as_state(rows, self._session.info.state, single=self._handle.single)
+
+
+class AsyncStream(_Handle):
     """One stream: frames in, outputs out, in order.
 
     Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
@@ -29,12 +44,6 @@ class AsyncStream:
     Every method raises StreamEvicted once the stream has ended (DataLoss and NumericsChanged are of that kind),
     ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
     """
-
-    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
-        """Made by `AsyncClient.open`."""
-        self._session = session
-        self._driver = driver
-        self._handle = handle
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} next_seq={self.next_seq} epoch={self.epoch}>"
@@ -125,8 +134,7 @@ class AsyncStream:
         What was sent and is not applied yet is not in it.
         """
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
-        info = self._session.info
-        return int(seqs[0]), as_state(states, info.state, single=True)
+        return int(seqs[0]), self._state(states)
 
     async def reset(self, state: State | None = None) -> None:
         """Set the state once everything sent was answered, to the initial one unless given; seqs go on.
@@ -160,19 +168,11 @@ class AsyncStream:
         Raises:
             StreamRefused: when the server refuses.
         """
-        final = await self._driver.wait(self._session.close(self._handle))
-        info = self._session.info
-        return as_state(final, info.state, single=True)
+        return self._state(await self._driver.wait(self._session.close(self._handle)))
 
 
-class AsyncGroup:
+class AsyncGroup(_Handle):
     """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
-
-    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
-        """Made by `AsyncClient.open_group`."""
-        self._session = session
-        self._driver = driver
-        self._handle = handle
 
     def __repr__(self) -> str:
         first, last = self.names[0], self.names[-1]
@@ -221,8 +221,7 @@ class AsyncGroup:
     async def read_state(self) -> tuple[U64, State]:
         """Seqs uint64 [N] and states of N streams; see `AsyncStream.read_state`."""
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
-        info = self._session.info
-        return seqs, as_state(states, info.state, single=False)
+        return seqs, self._state(states)
 
     async def reset(self, states: State | None = None) -> None:
         """Set all states once everything sent was answered, to the initial one unless given.
@@ -244,6 +243,4 @@ class AsyncGroup:
         Raises:
             StreamRefused: when the server refuses one that is open.
         """
-        finals = await self._driver.wait(self._session.close(self._handle))
-        info = self._session.info
-        return as_state(finals, info.state, single=False)
+        return self._state(await self._driver.wait(self._session.close(self._handle)))

@@ -77,7 +77,7 @@ class Request(Call[R], ABC):
     A subclass says how it is encoded (`ask`), and what a reply, an ERROR or a lost connection means to it.
     """
 
-    kind: ClassVar[Kind]
+    kind: Kind
     """Of its messages."""
     reply: ClassVar[Kind]
     """Of the messages that answer them; an ERROR may come instead."""

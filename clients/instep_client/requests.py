@@ -18,7 +18,7 @@ from instep_client.calls import Request
 from instep_client.connection import Connection
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import wire
-from instep_client.protocol.codes import Code, SwapPolicy
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
@@ -88,7 +88,11 @@ class ModelsCall(Question[list[ServedModel]]):
 
 
 class ModelsChange(ModelsCall):
-    """A request that changes the server's models must not be sent twice."""
+    """A LOAD, SWAP or UNLOAD, which must not be sent twice; the result is all models that the server has then."""
+
+    def __init__(self, connection: Connection, kind: Kind, *fields: int | str) -> None:
+        super().__init__(connection, *fields)
+        self.kind = kind
 
     def lost(self) -> bool:
         """Nobody can tell whether it was done."""
@@ -100,33 +104,6 @@ class ModelsChange(ModelsCall):
         )
         self._connection.pending.wake(self)
         return False
-
-
-class LoadCall(ModelsChange):
-    """A model is to be loaded; the result is all of them."""
-
-    kind = Kind.LOAD
-
-    def __init__(self, connection: Connection, name: str, folder: str) -> None:
-        super().__init__(connection, name, folder)
-
-
-class SwapCall(ModelsChange):
-    """A model is to be replaced by another version of it; the result is all models."""
-
-    kind = Kind.SWAP
-
-    def __init__(self, connection: Connection, name: str, folder: str, policy: SwapPolicy) -> None:
-        super().__init__(connection, name, folder, int(policy.streams), policy.frames)
-
-
-class UnloadCall(ModelsChange):
-    """A model is to be unloaded; the result is the others."""
-
-    kind = Kind.UNLOAD
-
-    def __init__(self, connection: Connection, name: str, force: bool) -> None:
-        super().__init__(connection, name, int(force))
 
 
 class ListCall(Question[StreamPage]):

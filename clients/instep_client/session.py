@@ -30,16 +30,7 @@ from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed
 from instep_client.protocol.wire import Kind, SwapPolicy
-from instep_client.requests import (
-    ListCall,
-    LoadCall,
-    ModelsCall,
-    PingCall,
-    ReadStateCall,
-    StatisticsCall,
-    SwapCall,
-    UnloadCall,
-)
+from instep_client.requests import ListCall, ModelsCall, ModelsChange, PingCall, ReadStateCall, StatisticsCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
@@ -206,17 +197,18 @@ class Session(Connection):
         """Ask for the server's models."""
         return self.ask(ModelsCall(self))
 
-    def load_model(self, name: str, folder: str | Path) -> LoadCall:
+    def load_model(self, name: str, folder: str | Path) -> ModelsChange:
         """Ask the server, which is on this machine, to load a model from a folder."""
-        return self.ask(LoadCall(self, name, str(Path(folder).absolute())))
+        return self.ask(ModelsChange(self, Kind.LOAD, name, str(Path(folder).absolute())))
 
-    def swap_model(self, name: str, folder: str | Path, policy: SwapPolicy) -> SwapCall:
+    def swap_model(self, name: str, folder: str | Path, policy: SwapPolicy) -> ModelsChange:
         """Ask the server, which is on this machine, for another version of a model."""
-        return self.ask(SwapCall(self, name, str(Path(folder).absolute()), policy))
+        fields = (name, str(Path(folder).absolute()), int(policy.streams), policy.frames)
+        return self.ask(ModelsChange(self, Kind.SWAP, *fields))
 
-    def unload_model(self, name: str, force: bool) -> UnloadCall:
+    def unload_model(self, name: str, force: bool) -> ModelsChange:
         """Ask the server to unload a model."""
-        return self.ask(UnloadCall(self, name, force))
+        return self.ask(ModelsChange(self, Kind.UNLOAD, name, int(force)))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""

@@ -295,13 +295,8 @@ class OpenStreams:
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.numbers, self.seqs, self.acked = self.columns.T
         self._words = self.columns.data.cast("B").cast("Q")
-        self.epoch = np.concatenate([self.epoch, np.zeros(more, np.uint64)])
-        self.server_has = np.concatenate([self.server_has, np.zeros(more, np.uint64)])
-        self.added_at = np.concatenate([self.added_at, np.zeros(more, np.int64)])
-        self.rewound_at = np.concatenate([self.rewound_at, np.zeros(more, np.int64)])
-        self.held = np.concatenate([self.held, np.zeros(more, np.bool_)])
-        self.ended = np.concatenate([self.ended, np.zeros(more, np.int64)])
-        self.moved_at = np.concatenate([self.moved_at, np.zeros(more, np.int64)])
-        self.asleep = np.concatenate([self.asleep, np.zeros(more, np.bool_)])
+        for name in ("epoch", "server_has", "added_at", "rewound_at", "held", "ended", "moved_at", "asleep"):
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.zeros(more, column.dtype)]))
         self.handles.extend([None] * more)
         self._free = [*range(old + more - 1, old - 1, -1), *self._free]
