@@ -44,7 +44,7 @@ class Defect(NamedTuple):
     expected_seq: int
 
 
-class _Frames(NamedTuple):
+class _FramesOfParts(NamedTuple):
     """Frames in the order in which they were stepped, all with outputs or all without."""
 
     positions: I64
@@ -52,9 +52,9 @@ class _Frames(NamedTuple):
     x: F32
     y: F32 | None
 
-    def only(self, wanted: Bool) -> _Frames:
+    def only(self, wanted: Bool) -> _FramesOfParts:
         y = None if self.y is None else self.y[wanted]
-        return _Frames(self.positions[wanted], self.seqs[wanted], self.x[wanted], y)
+        return _FramesOfParts(self.positions[wanted], self.seqs[wanted], self.x[wanted], y)
 
 
 class Portion:
@@ -65,14 +65,14 @@ class Portion:
         self.bytes = self.frames = 0
         self._places: list[I64] = []
         """[N], of each of the frames, its part."""
-        self._frames: list[_Frames] = []
+        self._frames: list[_FramesOfParts] = []
 
     def add(self, group: BatchGroup, parts: list[FollowedPart | None]) -> None:
         """Batches, and the part that each of their frames belongs to; None for frames that are left out."""
         positions = np.repeat(np.array(group.positions, np.int64), np.diff(group.starts))
-        self._add(_Frames(positions, group.seqs.astype(np.int64), group.x, group.y), parts)
+        self._add(_FramesOfParts(positions, group.seqs.astype(np.int64), group.x, group.y), parts)
 
-    def _add(self, frames: _Frames, parts: Sequence[FollowedPart | None]) -> None:
+    def _add(self, frames: _FramesOfParts, parts: Sequence[FollowedPart | None]) -> None:
         for part in dict.fromkeys(parts):
             if part is not None and part.place == _NOWHERE:
                 part.place = len(self.parts)
