@@ -257,26 +257,25 @@ def test_what_does_not_fit_is_a_memory_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected_ns", "loop_ns", "runs_short_inline", "is_inline"),
+    ("expected_ns", "loop_ns", "is_inline"),
     [
-        (1, 0, True, True),
-        (299_999, 0, True, True),
-        (300_000, 0, True, False),
-        (500_000, 500_001, True, True),
-        (500_000, 500_000, True, False),
-        (0, 10**9, True, False),
-        (1, 10**9, False, False),
+        (1, 0, True),
+        (299_999, 0, True),
+        (300_000, 0, False),
+        (500_000, 500_001, True),
+        (500_000, 500_000, False),
+        (0, 10**9, False),
     ],
 )
 def test_short_runs_and_those_with_many_messages_are_stepped_by_the_caller_while_the_process_is_idle(
-    expected_ns: int, loop_ns: int, runs_short_inline: bool, is_inline: bool
+    expected_ns: int, loop_ns: int, is_inline: bool
 ) -> None:
     pids = shared_zeros((2,), "i8")
 
     def step(slots: I64, rows: I64) -> None:
         pids[slots] = os.getpid()
 
-    executor = ProcessExecutor(step, 1, runs_short_inline=runs_short_inline)
+    executor = ProcessExecutor(step, 1)
     executor.begin(np.array([1]), np.array([[0]]), expected_ns, loop_ns)
     assert executor.has_ended == is_inline
     while not executor.ended():

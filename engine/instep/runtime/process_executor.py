@@ -59,7 +59,6 @@ class ProcessExecutor:
         step: steps a batch; everything it changes that the server reads is shared memory.
         max_batch_size: the largest batch.
         busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
-        runs_short_inline: whether short runs execute in the caller's thread while the process is idle.
         afterwards: see `Afterwards`; called where the run was executed.
 
     Raises:
@@ -69,17 +68,10 @@ class ProcessExecutor:
     capacity = _PLACES
 
     def __init__(
-        self,
-        step: Step,
-        max_batch_size: int,
-        busy_poll_ns: int = 0,
-        *,
-        runs_short_inline: bool = True,
-        afterwards: Afterwards = nothing,
+        self, step: Step, max_batch_size: int, busy_poll_ns: int = 0, *, afterwards: Afterwards = nothing
     ) -> None:
         self._step = step
         self._afterwards = afterwards
-        self._runs_short_inline = runs_short_inline
         self._slots: I64 = shared_zeros((_PLACES, max_batch_size), "i8")
         self._rows: I64 = shared_zeros((_PLACES, MOST_STEPS, max_batch_size), "i8")
         self._text = shared_zeros((_PLACES, _TEXT_BYTES), "u1")
@@ -110,7 +102,7 @@ class ProcessExecutor:
 
     def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         is_idle = self._under_way == 0 and not self._results
-        if self._runs_short_inline and is_idle and 0 < expected_ns < max(_SHORT_NS, loop_ns):
+        if is_idle and 0 < expected_ns < max(_SHORT_NS, loop_ns):
             self._results.append(run_steps(self._step, slots, rows))
             return
         place, (steps, size) = self._next, rows.shape

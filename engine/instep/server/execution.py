@@ -76,7 +76,6 @@ def make_executor(config: Config, recheck: Recheck, max_batch_size: int, forks: 
             recheck.step,
             max_batch_size,
             2 * busy_poll_ns(config),
-            runs_short_inline=config.recording.file is None,
             afterwards=recheck.run,
         )
     except OSError as error:
