@@ -25,6 +25,7 @@ from tests.support.networks import NETWORKS
 from tests.support.threaded import ThreadedServer
 from tests.support.traffic import assert_same_bits
 
+FREE_PORTS = ("--endpoint", "tcp://127.0.0.1:*", "--http", "off")
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 KINDS = {"gru": "gru", "lstm": "lstm", "module": "min_gru", "onnx": "onnx", "pipeline": "pipeline"}
 Spoil: TypeAlias = Callable[[Path], Any]
@@ -225,7 +226,7 @@ def test_each_is_refused_with_a_sentence_and_a_running_server_notices_nothing(
         for at, (name, (kind, spoil, sentence)) in enumerate(FOLDERS.items()):
             folder = shutil.copytree(folders / kind, tmp_path / name.replace(" ", "-"))
             spoil(folder)
-            check_refusal(name, sentence, "serve", str(folder), "--endpoint", server.endpoint, "--log-level", "error")
+            check_refusal(name, sentence, "serve", "--check", str(folder), *FREE_PORTS, "--log-level", "error")
             y.append(stream.step(x[2 * at : 2 * at + 2]))
         for file, (make, sentence) in FILES.items():
             make(Path(file))
