@@ -83,9 +83,10 @@ class HttpSource:
         status = re.match(rb"HTTP/1\.\d (\d{3})", head)
         if status is None:
             what = "is a ZeroMQ endpoint" if answer.startswith(_ZEROMQ) else "does not speak HTTP"
+            host = f"[{self._host}]" if ":" in self._host else self._host
             raise HttpProblem(
-                f"{self.endpoint} {what}: write tcp://{self._host}:{self._port} if it is the server's port of ZeroMQ, "
-                f"or its port of HTTP, http://{self._host}:{DEFAULT_HTTP_PORT} by default"
+                f"{self.endpoint} {what}: write tcp://{host}:{self._port} if that is the server's port for ZeroMQ, or "
+                f"its port for HTTP, http://{host}:{DEFAULT_HTTP_PORT} by default"
             )
         try:
             found = json.loads(body)

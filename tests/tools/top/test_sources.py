@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep_client import AsyncClient
+from instep_client.endpoint import checked_endpoint
 from instep_client.protocol.errors import ConnectionFailed, InstepError
 from instep_tools.app import app
 from instep_tools.pacing import Stop
@@ -238,7 +240,7 @@ ZEROMQ = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f"
 
 
 @asynccontextmanager
-async def answering(answer: bytes) -> AsyncIterator[str]:
+async def answering(answer: bytes, host: str = "127.0.0.1") -> AsyncIterator[str]:
     """A server that gives its only client this answer; its URL."""
     is_over = asyncio.Event()
 
@@ -252,8 +254,8 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
         await writer.wait_closed()
         is_over.set()
 
-    async with await asyncio.start_server(answered, "127.0.0.1", 0) as server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with await asyncio.start_server(answered, host.strip("[]"), 0) as server:
+        yield f"http://{host}:{server.sockets[0].getsockname()[1]}"
         await is_over.wait()
 
 
@@ -278,3 +280,12 @@ async def test_other_answers_over_http(answer: bytes, sentence: str) -> None:
         with pytest.raises(InstepError, match=sentence) as found:
             await HttpSource(url, "secret").read(StreamQuery())
     assert not isinstance(found.value, ConnectionFailed)
+
+
+async def test_an_endpoint_of_zeromq_with_an_ipv6_address_leads_to_one_that_can_be_typed() -> None:
+    async with answering(ZEROMQ, "[::1]") as url:
+        with pytest.raises(InstepError) as found:
+            await HttpSource(url, "secret").read(StreamQuery())
+    (endpoint,) = re.findall(r"tcp://\S+", str(found.value))
+    assert checked_endpoint(endpoint) == url.replace("http", "tcp")
+    assert "http://[::1]:5780" in str(found.value)
