@@ -152,8 +152,10 @@ class Connection:
             waited = f"waited {self._silence.timeout_s:g} s"
             port = ""
             if self.state is GREETING and self.endpoint.startswith("tcp://"):
-                port = f", and is it its port of ZeroMQ ({DEFAULT_PORT} by default), not of HTTP ({DEFAULT_HTTP_PORT})?"
-            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there{port or '?'}")
+                port = (
+                    f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
+                )
+            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there{port}?")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""

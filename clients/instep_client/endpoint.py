@@ -10,6 +10,7 @@ from typing import Any, Final
 from instep_client.protocol.errors import InvalidInput
 
 _TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\d{1,5})")
+_HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:\d*)?(/.*)?")
 _ADDRESS: Final = re.compile(r"[^\s:/*]+:\d{1,5}")
 EXAMPLES: Final = "tcp://127.0.0.1:5757 or ipc:///path"
 DEFAULT_PORT: Final = 5757
@@ -29,11 +30,10 @@ def checked_endpoint(endpoint: str) -> str:
             return endpoint
         if re.fullmatch(r"ipc://\S.*", endpoint):
             return endpoint
-        if endpoint.startswith(("http://", "https://")):
-            host = re.sub(r":\d*$", "", endpoint.partition("://")[2].partition("/")[0])
+        if (http := _HTTP.fullmatch(endpoint)) is not None:
             raise InvalidInput(
                 f"{endpoint!r} is an endpoint of HTTP, for browsers and metrics: write that of ZeroMQ, "
-                f"tcp://{host}:{DEFAULT_PORT} unless the server has another port"
+                f"tcp://{http['host']}:{DEFAULT_PORT} unless the server has another port"
             )
         address = endpoint.partition("://")[2] or endpoint
         if _ADDRESS.fullmatch(address) and not endpoint.startswith("tcp://"):

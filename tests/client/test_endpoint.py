@@ -27,6 +27,8 @@ BOTH = "tcp://127.0.0.1:5757 or ipc:///path"
         ("127.0.0.1:5757", "tcp://127.0.0.1:5757"),
         ("host:5757", "tcp://host:5757"),
         ("tcp://host", BOTH),
+        ("http://", BOTH),
+        ("https://:5780/", BOTH),
         ("tcp://host:0", BOTH),
         ("tcp://host:65536", BOTH),
         ("tcp://*:5757", BOTH),

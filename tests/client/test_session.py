@@ -75,7 +75,7 @@ def test_nobody_answers_hello() -> None:
     assert not link.session.greeting.done
     link.advance(0.1)
     with pytest.raises(
-        ConnectionFailed, match=r"\(waited 4 s\); is .* port of ZeroMQ \(5757 by default\), not of HTTP \(5780\)\?"
+        ConnectionFailed, match=r"\(waited 4 s\); is .* port for ZeroMQ \(5757 by default\), not for HTTP \(5780\)\?$"
     ):
         link.session.greeting.result()
     assert link.session.deadline() is None
