@@ -30,7 +30,8 @@ from instep.doctor.serving import examine_endpoints, examine_models
 from instep.doctor.software import examine_software
 from instep.models.certify import Certification
 from instep.models.folder import load_model, write_model
-from tests.support.models import SMALL
+from instep_client import Client
+from tests.support.models import SEED_SIZED, SMALL
 from tests.support.threaded import ThreadedServer
 
 ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
@@ -281,6 +282,20 @@ def test_a_recording_that_a_server_writes_is_in_the_way_unless_that_server_answe
     status, found = examined("tcp://127.0.0.1:*")
     assert (status, found["problems"]) == (0, [])
     assert found["facts"][f"model {SMALL.name}"]["would_continue"]["streams"] == 0
+
+
+def test_streams_in_the_recording_of_another_version_come_with_the_command_that_serves_them(tmp_path: Path) -> None:
+    for name, model in (("new", SMALL), ("old", SEED_SIZED)):
+        write_model(tmp_path / name, replace(model, name="ears"))
+    (tmp_path / "recordings").mkdir()
+    file = tmp_path / "recordings" / "ears@2.instep"
+    with ThreadedServer(tmp_path / "old", ["--record", str(file)]) as server, Client(server.endpoint) as client:
+        client.open("s")
+        client.close(park=True)
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "new"), *options])
+    (warning,) = [each for each in json.loads(done.stdout)["warnings"] if "streams not served" in each["what"]]
+    assert warning["cure"].startswith(f"instep serve {tmp_path / 'old'} --record {file} --endpoint ")
 
 
 def test_texts_have_80_columns() -> None:

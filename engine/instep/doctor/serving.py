@@ -51,10 +51,9 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
 _CURES: Final = {
     "not exact": "docs/exactness.md says why; engine.exactness prefer serves within that distance, require refuses to",
     "smaller batches": "lower engine.max_batch_size to that, or accept it: larger batches are split",
-    "streams not served": "instep serve OLD-FOLDER --record FILE --endpoint tcp://127.0.0.1:PORT serves them, too",
     "recording lost its end": "instep recordings repair FILE writes everything before the damage to a new file",
 }
-"""By the event that a start would log."""
+"""By the event that a start would log, for those that do not say themselves what is next."""
 
 
 def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes: int, is_served: bool) -> None:
@@ -125,7 +124,7 @@ def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:
             of_model = [each for each in findings.sections if each.title == f"model {model}"]
             (of_model or findings.sections)[-1].note(event.replace(" ", "_"), dict(fields), text)
         elif level in ("warning", "error"):
-            cure = _CURES.get(event, "docs/operations.md explains each line of the log")
+            cure = fields.get("next") or _CURES.get(event, "docs/operations.md explains each line of the log")
             of = f" (model {model})" if model else ""
             findings.warn(f"{event}{of}: {fields.get('reason', '')}", cure)
         return ""
