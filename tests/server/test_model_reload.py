@@ -93,4 +93,7 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         await client.swap_model("ears", folder_of(tmp_path / "by request", A), "move")
         line = await reloads({"ears": new, "eyes": eyes})
         assert (line["loaded"], line["swapped"]) == (["eyes"], []), "what was swapped by request stays"
+        assert (await client.stats())["configured"] == 0
+        await reloads({"ears": tmp_path / "by request"})
+        assert (await client.stats())["configured"] == 1, "the configuration has caught up"
         assert client.info.fingerprint == A.fingerprint

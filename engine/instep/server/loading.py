@@ -214,8 +214,9 @@ class Loader:
             await self.unload(name)
         self._server.reorder(list(found))
         self._configured = found
-        for name in (*loaded, *swapped):
-            self._server.served(name).service.is_configured = True
+        for service in self._server.services:
+            _, fingerprint = found.get(service.name, (None, None))
+            service.is_configured = service.about.fingerprint == fingerprint
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
