@@ -74,7 +74,7 @@ class ModuleDescription(PlainFields):
 
     def fan_in(self, tensor: str) -> int:
         """The last extent."""
-        return (*self.tensor_shapes()[tensor], 1)[0]
+        return (1, *self.tensor_shapes()[tensor])[-1]
 
     def in_words(self) -> str:
         """`40 features → step of 12 operators, state h [128] → 10 outputs`."""

@@ -175,7 +175,7 @@ class OnnxDescription(_GraphPart):
 
     def fan_in(self, tensor: str) -> int:
         """The last extent."""
-        return (*self.tensor_shapes()[tensor], 1)[0]
+        return (1, *self.tensor_shapes()[tensor])[-1]
 
     def in_words(self) -> str:
         """`512 features → ONNX graph, state h [2, 128] → 1 output`."""
