@@ -266,6 +266,7 @@ class TestProblems:
             ("transport", "endpoint", "127.0.0.1:5757"),
             ("transport", "endpoint", "tcp://127.0.0.1"),
             ("transport", "endpoint", "tcp://127.0.0.1:0"),
+            ("transport", "endpoint", "tcp://a..b:1"),
             ("transport", "endpoint", "tcp://127.0.0.1:65536"),
             ("transport", "endpoint", "udp://127.0.0.1:1"),
             ("transport", "endpoint", "ipc://"),
@@ -444,7 +445,8 @@ class TestTheAdminServer:
         assert load_config(None, None, {"INSTEP_HTTP__ENDPOINT": "off"}).http.endpoint is None
 
     @pytest.mark.parametrize(
-        "wrong", ["5780", ":1", "127.0.0.1", "127.0.0.1:*", "127.0.0.1:65536", "http://a:1", "::1:1"]
+        "wrong",
+        ["5780", ":1", "127.0.0.1", "127.0.0.1:*", "127.0.0.1:65536", "http://a:1", "::1:1", "a..b:1", f"{64 * 'a'}:1"],
     )
     def test_has_endpoints_of_its_own(self, wrong: str) -> None:
         (problem,) = problems(overrides={"http.endpoint": wrong})
