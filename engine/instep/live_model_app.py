@@ -68,8 +68,8 @@ def swap(
         typer.echo(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
     else:
         moved = next(model.streams for model in models if model.name == name)
-        how = "with their states" if streams == "move" else "with states from their last frames"
-        typer.echo(f"{counted(moved, 'open stream')} moved to it, {how}")
+        states = "copied" if streams == "move" else "computed from the last frames"
+        typer.echo(f"{counted(moved, 'open stream')} moved to it, states {states}")
     _list(model.name for model in models)
 
 

@@ -355,7 +355,7 @@ async def test_the_command(folder: Path, tmp_path: Path) -> None:
                 f"ears is now version {B.fingerprint[:8]}",
                 "a restart serves what the configuration names, which is not this folder;",
                 f"put it into model.folder to keep it: {folder}",
-                "1 open stream moved to it, with their states",
+                "1 open stream moved to it, states copied",
                 "the server has ears",
             ],
         )
