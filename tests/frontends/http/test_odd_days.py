@@ -105,7 +105,7 @@ def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -
     nothing = ("streams_open", "streams_parked", "frames_total", "recent_frames_per_s")
     admin.models[0]["numbers"] = dict.fromkeys(nothing, 0.0)
     page = pages.open(admin.url)
-    expect(page.locator("#no-streams")).to_contain_text("No stream is open")
+    expect(page.locator("#no-streams")).to_contain_text("No streams are open")
     expect(page.locator("#no-events")).to_be_visible()
     expect(page.locator("#recording")).to_have_text("Off")
     expect(page.locator("#verification")).to_have_text("Off")

@@ -5,7 +5,7 @@ import { getJson, query } from "./live.js";
 
 const PAGE = 25;
 const POLL_MS = 2000;
-const NONE = "No stream is open. They appear here as soon as clients open them.";
+const NONE = "No streams are open. They appear here as soon as clients open them.";
 
 const byId = (id) => document.getElementById(id);
 
@@ -129,7 +129,7 @@ export class StreamTable {
     byId("previous").disabled = this.#cursors.length === 1;
     byId("next").disabled = cursor === null;
     byId("no-streams").hidden = streams.length > 0;
-    setText("no-streams", total ? "No stream is like that." : NONE);
+    setText("no-streams", total ? "No stream matches." : NONE);
   }
 }
 
