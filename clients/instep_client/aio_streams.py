@@ -18,7 +18,7 @@ from instep_client.streams import StreamHandle
 
 
 class _Handle:
-    """What streams and groups are made of."""
+    """The base of streams and groups."""
 
     def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
         """Made by an `AsyncClient`."""
