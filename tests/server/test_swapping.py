@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack, closing
@@ -274,6 +275,13 @@ async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_
         (line,) = [line for line in told if line["event"] == "streams not served"]
         assert (line["level"], line["file"], line["streams"]) == ("warning", str(recordings / file), streams)
         assert f"--record {recordings / file} --endpoint" in line["next"]
+    with closing(sqlite3.connect(recordings / "ears.instep")) as database, database:
+        database.execute("UPDATE openings SET time_ns = time_ns + 1")
+    async with running(B, told=(told := []), **sections) as server:
+        assert server.default.recorder is not None, "which does not need the damaged file"
+    (line,) = [line for line in told if line["event"] == "streams not served"]
+    assert "ears.instep is damaged" in line["reason"]
+    assert line["next"] == f"instep recordings check {recordings / 'ears.instep'}"
 
 
 async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as_they_are(

@@ -81,23 +81,28 @@ def warn_of_others(file: Path, present: Path, log: structlog.stdlib.BoundLogger)
         file: the recording of the model's first version.
         present: that of the version that is served.
         log: names the model.
-
-    Raises:
-        RecordingError: when one cannot be read.
     """
     for other in (file, *_later_recordings(file)):
         if other == present or not other.is_file() or not other.stat().st_size or is_being_written(other):
             continue
-        with RecordingReader(other) as reader:
-            streams = sum(info.closed_position is None for info in reader.streams())
-            folder = shlex.quote(reader.header.model_folder)
+        place = shlex.quote(str(other))
+        try:
+            with RecordingReader(other) as reader:
+                # Not `streams()`, which holds the final state of every stream that there ever was.
+                closed = {row[2] for row in reader.rows("closings")}
+                streams = sum(row[2] not in closed for row in reader.openings())
+                folder = shlex.quote(reader.header.model_folder)
+        except RecordingError as error:  # the version that is served does not need it
+            reason = f"streams may be open in the recording of another version of the model, but {error}"
+            log.warning("streams not served", file=str(other), reason=reason, next=f"instep recordings check {place}")
+            continue
         if streams:
             log.warning(
                 "streams not served",
                 file=str(other),
                 streams=streams,
                 reason="they are open in the recording of another version of the model",
-                next=f"instep serve {folder} --record {shlex.quote(str(other))} --endpoint tcp://127.0.0.1:PORT",
+                next=f"instep serve {folder} --record {place} --endpoint tcp://127.0.0.1:PORT",
             )
 
 
