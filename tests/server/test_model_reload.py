@@ -97,3 +97,28 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         await reloads({"ears": tmp_path / "by request"})
         assert (await client.stats())["configured"] == 1, "the configuration has caught up"
         assert client.info.fingerprint == A.fingerprint
+
+
+async def test_a_version_that_was_swapped_by_request_is_configured_once_the_configuration_names_it(
+    tmp_path: Path,
+) -> None:
+    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
+    async with (
+        running(A, folder=old) as server,
+        AsyncClient(server.endpoint, model="ears") as former,
+        AsyncClient(server.endpoint, model="ears") as operator,
+    ):
+        await former.open("s")
+
+        def configured() -> dict[str, bool]:
+            return {service.name: service.is_configured for service in server.services}
+
+        assert configured() == {"ears": True}
+        await operator.swap_model("ears", new)
+        kept = f"ears@{A.fingerprint[:8]}"
+        assert configured() == {"ears": False, kept: True}
+        wanted = server.config.model_validate(server.config.model_dump() | {"model": {"folder": new}}).model
+        server.reload_models(wanted)
+        while server.config.model != wanted:
+            await asyncio.sleep(0.01)
+        assert configured() == {"ears": True, kept: False}
