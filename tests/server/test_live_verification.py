@@ -274,6 +274,20 @@ async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
         assert said == [f"instep verify {file} checks all of it"] * hangs
 
 
+async def test_no_checker_is_started_while_the_server_ends(
+    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.server.live_verification._FIRST_PAUSE_S", 5.0)
+    monkeypatch.setattr("instep.server.live_verification._FINISH_S", 60.0)
+    told: list[dict[str, Any]] = []
+    async with running(EARS, folder=folder, told=told, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            _, pid = await checked_stream(server, client, rng)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: found(server).pid is None)
+    assert sum(line["event"] == "verifying" for line in told) == 1
+
+
 async def test_a_mismatch_is_told_once_whatever_happens_to_the_checker(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -54,7 +54,7 @@ class LiveVerification:
         """End the process; where it `finishes`, after a short time for the newest frames, if it was not late before."""
         self._is_ending = True
         journal, found = self._service.engine.journal, self._found
-        if finishes and found.reported_s and found.lag_s < _FINISH_S:
+        if finishes and self._process is not None and found.reported_s and found.lag_s < _FINISH_S:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FINISH_S):
                     await journal.committed(journal.newest)
