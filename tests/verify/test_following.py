@@ -456,6 +456,23 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     assert (later.mismatches_total, later.frames, later.streams) == (0, 30, 3)
 
 
+def test_a_stream_is_told_of_once_where_two_parts_of_it_are_wrong(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(2)]
+    follower = story.follower(0)
+    for _ in range(2):
+        story.corrupts = 1
+        story.step(*streams, frames=3)
+        story.scribe.reset(streams[0], story.scribe.random_state())
+    story.step(*streams, frames=3)
+    advance(follower)
+    assert ([wrong.number for wrong in follower.mismatches], follower.mismatches_total) == ([streams[0]], 1)
+    assert follower.streams == 1
+    story.step(*streams, frames=3)
+    advance(follower)
+    assert follower.skipped_by == {"differs": 3}
+
+
 def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)

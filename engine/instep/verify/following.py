@@ -330,6 +330,7 @@ class Follower:
                 places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
                 checks = [self._stream_check(part, start, frames) for part, start, frames in places]
                 self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
+        self._wrong.difference_update(part.number for part in portion.parts if part.number not in self._known)
         self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
         if self._portion.bytes > _MOST_WAITING_BYTES:
             self.lower_share()
@@ -363,13 +364,15 @@ class Follower:
         return StreamCheck(info, 0, start, part.next_seq, frames, initial, None)
 
     def _tell(self, wrong: WrongOutput, part: FollowedPart) -> None:
-        """A part is wrong: follow it no more."""
+        """A part is wrong: tell of its stream, unless another part of it was wrong, and follow it no more."""
+        if part.number in self._known:
+            self._known[part.number] = Reason.DIFFERS
+        if part.number in self._wrong:
+            return
         self._wrong.add(part.number)
         self.mismatches_total += 1
         if len(self.mismatches) < MOST_KEPT:
             self.mismatches.append(wrong)
-        if self._known.get(part.number) is part:
-            self._known[part.number] = Reason.DIFFERS
 
     def _wrong_output(self, task: Task, row: int, divergence: Divergence) -> WrongOutput:
         check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1
