@@ -116,7 +116,7 @@ def note(recorder: Recorder) -> int:
 
 
 def test_rows_that_nothing_waits_for_are_committed_with_those_that_follow(tmp_path: Path) -> None:
-    writer, recorder, calls = start(tmp_path / "a.rec", late_s=60)
+    writer, recorder, calls = start(tmp_path / "a.rec", late_s=600)
     writer.gate.set()
     calls.wait_for(open_stream(recorder, 1, "a", 7, 0, 1, None))
     notes = [note(recorder) for _ in range(10)]
@@ -141,7 +141,7 @@ def test_rows_that_nothing_waits_for_are_committed_soon_where_nothing_follows(tm
 
 
 def test_a_queue_that_is_half_full_waits_no_longer(tmp_path: Path) -> None:
-    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=4, late_s=60)
+    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=4, late_s=600)
     writer.gate.set()
     calls.wait_for(open_stream(recorder, 1, "a", 7, 0, 1, None))
     for _ in range(2):
