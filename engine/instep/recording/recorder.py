@@ -17,6 +17,7 @@ Write: TypeAlias = Callable[[RecordingWriter], object]
 TRIM_EVERY_S: Final = 1.0
 """How often the age of the history is looked at when nothing is written."""
 LATE_S: Final = 0.02
+"""The longest time that rows which nothing waits for are held back, so that later ones share their commit."""
 SMALL_ROWS_PER_BATCH: Final = 256
 """How many openings, closings and events may wait for each batch that may wait."""
 
@@ -40,7 +41,7 @@ class Recorder:
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
         commit_us: a histogram (`core.histogram`) of what each transaction took, from its first row to its commit.
         on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
-        late_s: how much later than at once rows may be committed that nothing waits for.
+        late_s: the longest time that rows which nothing waits for are held back.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class LiveVerification:
         self._running = asyncio.create_task(self._run())
 
     async def stop(self, *, finishes: bool) -> None:
-        """End the process; where it `finishes`, after a short time for the newest frames, if it was not late before."""
+        """End the process. Where it `finishes` and is not late, it has `_FINISH_S` to check the newest frames first."""
         self._is_ending = True
         journal, found = self._service.engine.journal, self._found
         if finishes and self._process is not None and found.reported_s and found.lag_s < _FINISH_S:

@@ -1,4 +1,4 @@
-"""Streams that do nothing: how long they may, how they are remembered while they hibernate, and after they expired."""
+"""Idle streams: their limits, and the records of those that hibernate or have expired."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
-    """Limits of the time, in ns, and the number of streams that do nothing; both in memory and in the recording."""
+    """Limits for idle streams, in memory and in the recording: times in ns, and counts."""
 
     max_idle_ns: int
     """Time for which a stream is kept whose connection is there; 0 for ever."""

@@ -62,7 +62,7 @@ class WarmUpReplay:
         self._read_to = 0
         """The position up to which everything was taken in."""
         self._frames_read = 0
-        """Those of streams that are followed, again where the recording was trimmed meanwhile."""
+        """Frames of streams that are followed; some count again where the recording was trimmed meanwhile."""
         self._began_at = _NOT_BEGUN
         """The position at which those streams were open that it began with."""
         self._free = list(range(max_streams, 0, -1))
@@ -165,7 +165,7 @@ class WarmUpReplay:
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, tail: RecordingTail) -> int:
-        """Follow the streams that are open; the position from which on their frames count."""
+        """Follow the streams that are open, and return the position from which on their frames count."""
         for number in list(self._slots):
             self._release(number)
         self._began_at = tail.last_position

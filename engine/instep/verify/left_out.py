@@ -9,7 +9,7 @@ from typing import Final
 
 
 class Reason(StrEnum):
-    """Why a frame is not compared. Of frames that count too often, the first reason gives way first."""
+    """Why a frame is not compared. Where too many were counted, those of the reason named first are taken off first."""
 
     NOT_SAMPLED = "not_sampled"
     """Its stream is not among the share that is followed."""
@@ -43,10 +43,10 @@ class LeftOut:
         self.counts = Counter[Reason]()
 
     def by_reason(self, skipped: int) -> dict[str, int]:
-        """The counts, so that their sum is that of all frames not compared.
+        """The counts, adjusted so that they add up to all frames that were not compared.
 
-        Some frames count that were compared after all, once more streams were followed; of others the reason was not
-        seen when they were read.
+        Some frames were counted and compared after all, once more streams were followed; for others the reason was not
+        known when they were read.
         """
         found, surplus = dict[str, int](), self.counts.total() - skipped
         for reason in Reason:
