@@ -33,7 +33,7 @@ _RECEIVE_BURST: Final = 256
 
 
 class SocketUser(Protocol):
-    """What shares the turns: a client's driver."""
+    """A client's driver, as the turns see it."""
 
     socket: zmq.Socket[bytes] | None
 

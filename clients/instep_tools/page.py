@@ -71,7 +71,7 @@ class Table:
     numbers: Sequence[str] = ()
     """Headings of columns that are aligned at the right."""
     rest: str = ""
-    """A plural noun for the rows left out, and what they have in common."""
+    """A plural noun for the rows left out, with the property that they share."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,8 @@ class Leaf:
     dtype: np.dtype[Any]
     """float32, float64, int64 or bool, little-endian."""
     initial: float | None = 0.0
-    """What every element is before the first frame: finite, an integer for int64, 0 or 1 for bool. None where the model
-    has learned an array of its own."""
+    """The value of every element before the first frame: finite, an integer for int64, 0 or 1 for bool. None where the
+    model has learned an array of its own."""
     learned: bytes = field(default=b"", compare=False, repr=False)
     """That array as it is in a row; empty where it is not known, as in clients."""
 

@@ -19,7 +19,7 @@ class StateLeaf(PlainFields):
     shape: tuple[Size, ...]
     dtype: Literal["float32", "float64", "int64", "bool"] = "float32"
     initial: float | Literal["learned"] = 0.0
-    """What every element is before a stream's first frame; the weights file holds an array that is learned."""
+    """The value of every element before a stream's first frame; the weights file holds an array that is learned."""
 
     @property
     def of_row(self) -> Leaf:

@@ -84,7 +84,7 @@ class GraphLeaf(_GraphPart):
     shape: Batched
     dtype: Dtype = "float32"
     initial: float | Literal["learned"] = 0.0
-    """What every element is before the first frame; a weights file holds an array that is learned."""
+    """The value of every element before the first frame; a weights file holds an array that is learned."""
 
     @property
     def of_row(self) -> Leaf:
