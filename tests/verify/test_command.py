@@ -64,17 +64,24 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "command", [["verify"], ["verify", "--follow", "--for", "0"], ["recordings", "state"]], ids=str
 )
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("verify.conditions.build", "the model cannot be computed here"),
+        ("models.recurrent.network.RecurrentNetwork.bind", "the model cannot be certified here"),
+    ],
+)
 def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str]
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str], part: str, sentence: str
 ) -> None:
     def refuse(*_: object) -> None:
         raise ModelError("it needs onnxruntime")
 
-    monkeypatch.setattr("instep.verify.conditions.build", refuse)
+    monkeypatch.setattr(f"instep.{part}", refuse)
     stream = ["stream-1"] if "state" in command else []
     result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])
     assert result.exit_code == 2
-    assert json.loads(result.stdout)["error"] == "the model cannot be computed here: it needs onnxruntime"
+    assert json.loads(result.stdout)["error"] == f"{sentence}: it needs onnxruntime"
     assert result.stderr == ""
 
 

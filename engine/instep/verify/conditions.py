@@ -59,9 +59,15 @@ def find_conditions(
     """Certify this machine, and compare it with each engine that wrote the recording.
 
     The network steps from here on in the way that was certified.
+
+    Raises:
+        CannotVerify: when it cannot be stepped with the rows that certification tries.
     """
     recorded = _recorded_buckets(headers, network)
-    certification = certify(network, recorded or candidate_buckets(network, MOST_ROWS))
+    try:
+        certification = certify(network, recorded or candidate_buckets(network, MOST_ROWS))
+    except ModelError as error:
+        raise CannotVerify(f"the model cannot be certified here: {error}") from None
     step_notes = _differences(headers, network)
     if certification.exactness != "exact":
         step_notes.append("on this machine, a frame's bits depend on the batch size")
