@@ -57,7 +57,7 @@ def test_what_is_right_is_verified_whatever_happens(tmp_path: Path, seed: int, r
         before, seen = follower.frames, story.frames
         story.step(*sorted(story.scribe.states)[:8], frames=3)
         advance(follower)
-        assert follower.mismatches == []
+        assert follower.mismatches.kept == []
         assert follower.frames_seen == follower.frames + follower.skipped + follower.waiting
         assert sum(follower.skipped_by.values()) == follower.skipped
         if follower.share == 1:
@@ -78,7 +78,7 @@ def test_every_frame_of_every_stream_is_compared(tmp_path: Path, monkeypatch: py
         if turn % 7 == 0:
             advance(follower)
     advance(follower)
-    assert follower.mismatches == []
+    assert follower.mismatches.kept == []
     assert follower.frames == follower.frames_seen == story.frames
 
 
@@ -93,13 +93,13 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
         follower = story.follower()
         story.step(*streams[: 2 if begins == "long after" else 5], frames=3)
     advance(follower)
-    assert follower.mismatches == []
+    assert follower.mismatches.kept == []
     seq = story.scribe.seqs[4]
     story.corrupts = 4
     story.step(*streams)
     story.step(*streams, frames=2)
     advance(follower)
-    (found,) = follower.mismatches
+    (found,) = follower.mismatches.kept
     assert (found.stream, found.number, found.seq) == ("stream-4", 4, seq)
     got = story.scribe.y[4][seq]
     np.testing.assert_array_equal(np.array(found.got, np.float32), got)
@@ -109,7 +109,7 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
     frames = follower.frames
     story.step(*streams, frames=10)
     advance(follower)
-    assert len(follower.mismatches) == 1, "it is told of once"
+    assert len(follower.mismatches.kept) == 1, "it is told of once"
     assert follower.frames == frames + 40, "the others are still followed"
     story.checkpoint()
     follower.lower_share()
@@ -117,7 +117,7 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
     story.corrupts = 4
     story.step(*streams)
     advance(follower)
-    assert len(follower.mismatches) == 1, "also when more streams are followed again"
+    assert len(follower.mismatches.kept) == 1, "also when more streams are followed again"
 
 
 @pytest.mark.parametrize("table", ["openings", "batches", "outputs", "closings", "events"])
@@ -136,7 +136,7 @@ def test_damage_is_found_in_each_row_of_those_read_together(tmp_path: Path, tabl
         forger.change(table, row["position"], time_ns=row["time_ns"])
     follower = Follower(forger.path, story.model, 0, certify=CERTIFY)
     advance(follower)
-    assert (follower.frames, follower.mismatches) == (story.frames, [])
+    assert (follower.frames, follower.mismatches.kept) == (story.frames, [])
 
 
 def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
@@ -152,14 +152,14 @@ def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
         profile = Profile()
         profile.runcall(advance, follower)
         calls.append(sum(entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)))
-    assert (follower.frames, follower.mismatches) == (640, [])
+    assert (follower.frames, follower.mismatches.kept) == (640, [])
     assert calls[1] - calls[0] < 320 - 40, "less than one call each"
 
 
 def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instep.verify.following.MOST_KEPT", 2)
+    monkeypatch.setattr("instep.verify.mismatches.MOST_KEPT", 2)
     story = Story(tmp_path)
     streams = [story.open() for _ in range(5)]
     follower = story.follower()
@@ -167,8 +167,8 @@ def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(
         story.corrupts = row
         story.step(*streams)
     advance(follower)
-    assert follower.mismatches_total == 3
-    assert [wrong.number for wrong in follower.mismatches] == [1, 2]
+    assert follower.mismatches.total == 3
+    assert [wrong.number for wrong in follower.mismatches.kept] == [1, 2]
 
 
 def test_the_file_is_closed_while_the_machine_is_certified(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: 
             advance(follower)
     story.checkpoint()
     advance(follower)
-    assert follower.mismatches == []
+    assert follower.mismatches.kept == []
     assert follower.differs
     assert "exactness tolerance" in follower.notes[0]
     assert 0.5 * story.frames < follower.frames <= story.frames
@@ -211,7 +211,7 @@ def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: 
     story.step(*streams, frames=2)
     story.checkpoint()
     advance(follower)
-    assert [(wrong.number, wrong.seq) for wrong in follower.mismatches] == [(streams[1], seq)]
+    assert [(wrong.number, wrong.seq) for wrong in follower.mismatches.kept] == [(streams[1], seq)]
 
 
 def test_an_engine_that_withdraws_its_promise_is_held_to_the_bound_from_there_on(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_an_engine_that_withdraws_its_promise_is_held_to_the_bound_from_there_on
         story.step(*streams, frames=5)
         story.checkpoint()
     advance(follower)
-    assert (follower.mismatches, follower.frames, follower.differs) == ([], 60, True)
+    assert (follower.mismatches.kept, follower.frames, follower.differs) == ([], 60, True)
 
 
 def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: 
     story.step(*streams, frames=10)
     advance(follower)
     assert follower.frames == 16 + 10 * few + 80, "those that are new begin with their states in the checkpoint"
-    assert follower.mismatches == []
+    assert follower.mismatches.kept == []
 
 
 def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None
     story.corrupts = 1
     story.step(*streams)
     advance(follower)
-    assert follower.mismatches_total == 1
+    assert follower.mismatches.total == 1
     story.step(*streams, frames=4)
     advance(follower)
     assert follower.skipped_by["differs"] == 4
@@ -449,11 +449,11 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     story.step(*streams, frames=5)
     former = story.follower(0)
     advance(former)
-    (wrong,) = former.mismatches
+    (wrong,) = former.mismatches.kept
     later = Follower(story.path, story.model, former.position, told=[wrong.number], certify=CERTIFY)
     story.step(*streams, frames=5)
     advance(later)
-    assert (later.mismatches_total, later.frames, later.streams) == (0, 30, 3)
+    assert (later.mismatches.total, later.frames, later.streams) == (0, 30, 3)
 
 
 def test_a_stream_is_told_of_once_where_two_parts_of_it_are_wrong(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_stream_is_told_of_once_where_two_parts_of_it_are_wrong(tmp_path: Path
         story.scribe.reset(streams[0], story.scribe.random_state())
     story.step(*streams, frames=3)
     advance(follower)
-    assert ([wrong.number for wrong in follower.mismatches], follower.mismatches_total) == ([streams[0]], 1)
+    assert ([wrong.number for wrong in follower.mismatches.kept], follower.mismatches.total) == ([streams[0]], 1)
     assert follower.streams == 1
     story.step(*streams, frames=3)
     advance(follower)

@@ -79,7 +79,7 @@ class Following:
         self._follow(tell, _JSON_EVERY_S, for_s)
         verified = self._verdict in ("exact", "within tolerance")
         about = {"file": str(self._file), "verified": verified, "verdict": self._verdict, "summary": self._summary()}
-        everything = [wrong.as_json() for wrong in self._follower.mismatches]
+        everything = [wrong.as_json() for wrong in self._follower.mismatches.kept]
         write({**about, **newest, "mismatches": everything, "final": True})
         return self._verdict
 
@@ -88,7 +88,7 @@ class Following:
             try:
                 follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s)
             except (RecordingError, CannotVerify) as error:
-                if not self._follower.mismatches_total:
+                if not self._follower.mismatches.total:
                     raise
                 self._error = with_advice(error)  # what was found before counts for more
 
@@ -96,7 +96,7 @@ class Following:
     def _verdict(self) -> Verdict:
         """About all frames that were compared."""
         follower = self._follower
-        if follower.mismatches_total:
+        if follower.mismatches.total:
             return "mismatch"
         if not follower.frames:
             return "not checked"
@@ -105,7 +105,7 @@ class Following:
     def _summary(self) -> str:
         follower, verdict = self._follower, self._verdict
         checked = f"{counted(follower.streams_total, 'stream')}, {counted(follower.frames, 'frame')}"
-        mismatches = counted(follower.mismatches_total, "mismatch", "mismatches")
+        mismatches = counted(follower.mismatches.total, "mismatch", "mismatches")
         count = follower.skipped + follower.waiting
         left_out = f"; {counted(count, 'frame')} not compared" if count else ""
         if verdict in ("mismatch", "not checked"):

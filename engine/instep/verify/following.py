@@ -16,11 +16,9 @@ import time
 import zlib
 from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from threading import Event
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -34,9 +32,8 @@ from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
 from instep.verify.left_out import LeftOut, Reason
+from instep.verify.mismatches import Mismatches, WrongOutput, wrong_output
 from instep.verify.portion import FollowedPart, Portion
-from instep.verify.replay import replay_stepped
-from instep.verify.report import Divergence
 from instep.verify.stream_checks import StreamCheck
 from instep.verify.verifier import Certify, make_checkers
 
@@ -48,29 +45,6 @@ _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
 _MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
 """Where more frames wait for a checkpoint, fewer streams are followed."""
-MOST_KEPT: Final = 1024
-"""Mismatches whose values are kept: a broken model has one for each stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class WrongOutput:
-    """A frame whose recorded output is not the one that was computed again."""
-
-    stream: str
-    number: int
-    """Of the opening, in the recording."""
-    seq: int
-    expected: list[float]
-    """The output as computed again; empty where the frame itself is out of order."""
-    got: list[float]
-    """The recorded output."""
-    sentence: str
-    """The first difference, in words."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values; values that are not finite become strings."""
-        finite = [[each if isfinite(each) else str(each) for each in values] for values in (self.expected, self.got)]
-        return asdict(self) | dict(zip(("expected", "got"), finite, strict=True))
 
 
 class Follower:
@@ -91,8 +65,7 @@ class Follower:
         streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
         lag_s: seconds since everything that is not read yet was committed.
-        mismatches: the first `MOST_KEPT` that were found.
-        mismatches_total: how many were found.
+        mismatches: all that were found.
         differs: whether any bit differed.
 
     Raises:
@@ -112,8 +85,7 @@ class Follower:
         self.share = 1.0
         self.frames = self.frames_seen = self.streams_total = 0
         self.lag_s = 0.0
-        self.mismatches: list[WrongOutput] = []
-        self.mismatches_total = 0
+        self.mismatches = Mismatches(told)
         self.differs = False
         self._wanted = frozenset(wanted)
         self._model = model
@@ -122,8 +94,6 @@ class Follower:
         """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
-        self._wrong = set(told)
-        """Open streams that a mismatch was found in."""
         self._portion = Portion()
         self._left_out = LeftOut()
         with RecordingTail(path) as tail:
@@ -254,7 +224,7 @@ class Follower:
                 part = self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = Reason.OTHER if was_checked else part
         elif isinstance(item, Closed):
-            self._wrong.discard(item.stream)
+            self.mismatches.streams.discard(item.stream)
             if isinstance(ended := self._known.pop(item.stream, None), FollowedPart):
                 ended.is_over = True
         elif item.kind == RESET_EVENT:
@@ -307,7 +277,7 @@ class Follower:
     def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | Reason:
         if self._wanted and self._wanted.isdisjoint((name, str(number))):
             return Reason.NOT_NAMED
-        if number in self._wrong:
+        if number in self.mismatches.streams:
             return Reason.DIFFERS
         if not _is_sampled(name, self.share):
             return Reason.NOT_SAMPLED
@@ -330,7 +300,8 @@ class Follower:
                 places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
                 checks = [self._stream_check(part, start, frames) for part, start, frames in places]
                 self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
-        self._wrong.difference_update(part.number for part in portion.parts if part.number not in self._known)
+        closed = (part.number for part in portion.parts if part.number not in self._known)
+        self.mismatches.streams.difference_update(closed)
         self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
         if self._portion.bytes > _MOST_WAITING_BYTES:
             self.lower_share()
@@ -351,7 +322,7 @@ class Follower:
             if part.anchor is not None and part.anchor[0] == part.next_seq:
                 (_, part.state), part.anchor = part.anchor, None
             if found.wrong[row]:
-                self._tell(self._wrong_output(task, row, found.first[row]), part)
+                self._tell(wrong_output(task, row, found.first[row]), part)
         for span in task.spans():
             counts = span.answered.sum(axis=0)
             counts[list(found.undecided)] = 0
@@ -367,21 +338,7 @@ class Follower:
         """A part is wrong: tell of its stream, unless another part of it was wrong, and follow it no more."""
         if part.number in self._known:
             self._known[part.number] = Reason.DIFFERS
-        if part.number in self._wrong:
-            return
-        self._wrong.add(part.number)
-        self.mismatches_total += 1
-        if len(self.mismatches) < MOST_KEPT:
-            self.mismatches.append(wrong)
-
-    def _wrong_output(self, task: Task, row: int, divergence: Divergence) -> WrongOutput:
-        check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1
-        span = next(task.chunk.only(np.array([row])).spans())
-        network, buckets = self._checkers.network, self._checkers.conditions.buckets
-        state, alone = task.initial_states()[[row]], np.ones(frames, np.int64)
-        y, _ = replay_stepped(network, buckets, span.x[:frames], state, alone)
-        expected, got = y[-1, 0].tolist(), span.y[frames - 1, 0].tolist()
-        return WrongOutput(check.info.name, check.info.stream, divergence.frame, expected, got, divergence.sentence())
+        self.mismatches.add(wrong)
 
 
 def model_of(path: Path, folder: Path | None) -> tuple[RecordingHeader, Model]:

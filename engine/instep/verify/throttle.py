@@ -10,7 +10,8 @@ from threading import Event
 from typing import Any, Final
 
 from instep.recording.errors import UnavailableRecording
-from instep.verify.following import Follower, WrongOutput
+from instep.verify.following import Follower
+from instep.verify.mismatches import WrongOutput
 
 LATE_S: Final = 2.0
 """Behind the newest commit by more than this, fewer streams are followed."""
@@ -124,7 +125,7 @@ def follow(
     def tell() -> None:
         nonlocal count
         on_status(_status(follower, count))
-        count = len(follower.mismatches)
+        count = len(follower.mismatches.kept)
 
     try:
         while finishes or not stopped.is_set():
@@ -139,7 +140,7 @@ def follow(
                     raise
                 stopped.wait(_RETRY_S)
                 continue
-            if now - told >= every_s or len(follower.mismatches) > count:
+            if now - told >= every_s or len(follower.mismatches.kept) > count:
                 told = now
                 tell()
             if is_all:
@@ -160,7 +161,7 @@ def _status(follower: Follower, known: int) -> Status:
         share=follower.share,
         lag_s=follower.lag_s,
         position=follower.position,
-        mismatches=tuple(follower.mismatches[known:][:_MOST_TOLD]),
-        mismatches_total=follower.mismatches_total,
+        mismatches=tuple(follower.mismatches.kept[known:][:_MOST_TOLD]),
+        mismatches_total=follower.mismatches.total,
         notes=follower.notes,
     )

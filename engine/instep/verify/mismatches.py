@@ -1,0 +1,76 @@
+"""The frames whose outputs a follower has found to be wrong: one for each stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, Final
+
+import numpy as np
+
+from instep.verify.checkers import Task
+from instep.verify.replay import replay_stepped
+from instep.verify.report import Divergence
+
+MOST_KEPT: Final = 1024
+"""Mismatches whose values are kept: a broken model has one for each stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOutput:
+    """A frame whose recorded output is not the one that was computed again."""
+
+    stream: str
+    number: int
+    """Of the opening, in the recording."""
+    seq: int
+    expected: list[float]
+    """The output as computed again; empty where the frame itself is out of order."""
+    got: list[float]
+    """The recorded output."""
+    sentence: str
+    """The first difference, in words."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; values that are not finite become strings."""
+        finite = [[each if isfinite(each) else str(each) for each in values] for values in (self.expected, self.got)]
+        return asdict(self) | dict(zip(("expected", "got"), finite, strict=True))
+
+
+class Mismatches:
+    """Counts the streams that are wrong, and keeps the values of the first ones.
+
+    Args:
+        told: numbers of streams that were told of before; they do not count again.
+
+    Attributes:
+        kept: the first `MOST_KEPT`.
+        total: how many there are.
+        streams: numbers of open streams that a mismatch was found in.
+    """
+
+    def __init__(self, told: Iterable[int]) -> None:
+        self.kept: list[WrongOutput] = []
+        self.total = 0
+        self.streams = set(told)
+
+    def add(self, wrong: WrongOutput) -> None:
+        """A frame is wrong; it counts unless another one of its stream was."""
+        if wrong.number in self.streams:
+            return
+        self.streams.add(wrong.number)
+        self.total += 1
+        if len(self.kept) < MOST_KEPT:
+            self.kept.append(wrong)
+
+
+def wrong_output(task: Task, row: int, divergence: Divergence) -> WrongOutput:
+    """The frame of a task's row that was found to be wrong, with its output as computed again."""
+    check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1
+    span = next(task.chunk.only(np.array([row])).spans())
+    network, buckets = task.checkers.network, task.checkers.conditions.buckets
+    state, alone = task.initial_states()[[row]], np.ones(frames, np.int64)
+    y, _ = replay_stepped(network, buckets, span.x[:frames], state, alone)
+    expected, got = y[-1, 0].tolist(), span.y[frames - 1, 0].tolist()
+    return WrongOutput(check.info.name, check.info.stream, divergence.frame, expected, got, divergence.sentence())
