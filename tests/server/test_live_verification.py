@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ live_command = live.command
 VERIFY: dict[str, Any] = {"verify": {"live": True}, "engine": {"max_batch_size": 16}}
 
 
-def command(file: Path, start: int, told: Iterable[int]) -> list[str]:
+def command(file: Path) -> list[str]:
     """As `live.command`, but a busy machine does not keep it from checking at all."""
     code = "import sys; from instep.verify import live; live.run_in_the_background = int; live.main(sys.argv[1:])"
-    return [sys.executable, "-c", code, *live_command(file, start, told)[3:]]
+    return [sys.executable, "-c", code, *live_command(file)[3:]]
 
 
 @pytest.fixture(autouse=True)
@@ -316,7 +316,7 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
 
     def nonsense(*_: object) -> list[str]:
         monkeypatch.setattr(live, "command", command)
-        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input()"]
+        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input(); input()"]
 
     monkeypatch.setattr(live, "command", nonsense)
     monkeypatch.setattr("instep.server.live_verification._LINE_BYTES", 2**16)
@@ -332,7 +332,7 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
 async def test_a_checker_that_never_reports_is_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", "input(); input()"])
     async with running(EARS, folder=folder, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
         await until(lambda: found(server).lag_s > 2)
         assert (found(server).state, found(server).frames_total) == ("checking", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -438,7 +439,8 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         with pytest.raises(UnavailableRecording, match="try again"):
             follow(follower, told, Event(), for_s=0)
         monkeypatch.setattr(live, "run_in_the_background", lambda: None)
-        assert live.main([str(story.path), "0"]) == live.AGAIN, "the server starts another process later"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}\n")))
+        assert live.main([str(story.path)]) == live.AGAIN, "the server starts another process later"
         assert "database is locked; try again" in capfd.readouterr().err
 
 
@@ -450,10 +452,38 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     former = story.follower(0)
     advance(former)
     (wrong,) = former.mismatches.kept
-    later = Follower(story.path, story.model, former.position, told=[wrong.number], certify=CERTIFY)
+    told = former.mismatches.streams.pairs()
+    assert told == [(wrong.number, 0)]
+    later = Follower(story.path, story.model, former.position, told=told, certify=CERTIFY)
     story.step(*streams, frames=5)
     advance(later)
     assert (later.mismatches.total, later.frames, later.streams) == (0, 30, 3)
+
+
+def test_each_mismatch_is_told_and_none_again_by_the_next_follower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.verify.mismatches.MOST_KEPT", 35)
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(40)]
+    former, told = story.follower(0), list[int]()
+    for stream in streams:
+        story.corrupts = 1
+        story.step(stream)
+        story.step(stream)
+    story.scribe.close(streams[0])
+    story.scribe.writer.commit()
+    follow(former, lambda status: told.extend(wrong.number for wrong in status.mismatches), Event(), for_s=0)
+    assert told == streams[:35]
+    assert (former.mismatches.total, len(former.mismatches.streams)) == (40, 40)
+    later = Follower(story.path, story.model, former.position, told=former.mismatches.streams.pairs(), certify=CERTIFY)
+    story.step(*streams[1:9], frames=5)
+    advance(later)
+    assert (later.mismatches.total, later.frames) == (0, 0), "although all is read again, as there is no checkpoint"
+    assert streams[0] in later.mismatches.streams
+    story.checkpoint()
+    advance(later)
+    assert [number for number, _ in later.mismatches.streams.pairs()] == streams[1:]
 
 
 def test_a_stream_is_told_of_once_where_two_parts_of_it_are_wrong(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import shlex
 import signal
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections import Counter, deque
+from collections import Counter
+from dataclasses import asdict
 from typing import Any, Final
 
 from instep.streaming.service import ModelService
@@ -23,8 +24,6 @@ _LONGEST_PAUSE_S: Final = 60.0
 _LOOK_S: Final = 1.0
 _FINISH_S: Final = 2.0
 """How long a server that ends in order waits for the newest frames to be checked."""
-_MOST_TOLD: Final = 1024
-"""Streams that a new process is told not to follow; its command line has room for them."""
 _MOST_WAL_BYTES: Final = 2**28
 """A checker that stops in the middle of a read keeps the WAL from being reused, and a WAL of 1 GiB ends the server."""
 
@@ -42,9 +41,8 @@ class LiveVerification:
         self._service = service
         self._before = Verification()
         """Findings of former processes."""
-        self._position = 0 if service.recovery is None else service.recovery.checkpoint_position
-        self._told = deque[int](maxlen=_MOST_TOLD)
-        """The newest streams in which a mismatch was told, by their numbers in the recording."""
+        self._next = live.Begin(0 if service.recovery is None else service.recovery.checkpoint_position)
+        """Where the next process begins."""
         self._last_words = ""
         self._process: Process | None = None
         self._is_ending = False
@@ -63,10 +61,10 @@ class LiveVerification:
                     await asyncio.wait([self._running])
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
-        if not found.is_off and self._position < journal.last_inputs:
+        if not found.is_off and self._next.position < journal.last_inputs:
             self._service.log.info(
                 "not all verified",
-                reason=f"the frames after position {self._position} of the recording were not compared",
+                reason=f"the frames after position {self._next.position} of the recording were not compared",
                 next=f"instep verify {shlex.quote(str(self._service.file))} checks all of it",
             )
 
@@ -101,10 +99,9 @@ class LiveVerification:
             skipped=found.skipped,
             skipped_by=found.skipped_by,
         )
-        command = live.command(file, self._position, self._told)
         # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
+            *live.command(file), stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
         )
         self._process = process
         guarding = asyncio.create_task(self._guard(process, f"{file}-wal"))
@@ -112,7 +109,9 @@ class LiveVerification:
         found.began_s = found.began_s or time.monotonic()
         self._service.log.info("verifying", file=str(file), pid=process.pid)
         try:
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.write(json.dumps(asdict(self._next)).encode() + b"\n")
             async for line in process.stdout:
                 self._heard(line)
             return await process.wait()
@@ -155,9 +154,8 @@ class LiveVerification:
         found.skipped_by = dict(Counter(before.skipped_by) + Counter(said["skipped_by"]))
         found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
-        self._position = said["position"]
+        self._next.position, self._next.wrong = said["position"], said.get("wrong", self._next.wrong)
         for each in said["mismatches"]:
-            self._told.append(each["number"])
             self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
 
     def _alarm(self, wrong: WrongFrame) -> None:

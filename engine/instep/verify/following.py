@@ -55,7 +55,7 @@ class Follower:
         model: the recorded one.
         start: a position of its past to begin after, as far as states are known there; None for the newest checkpoint.
         wanted: names or numbers of the streams to follow; none for all.
-        told: numbers of streams that were told of before as wrong, and are not followed.
+        told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         certify: finds out whether bits must be equal on this machine.
 
     Attributes:
@@ -78,7 +78,7 @@ class Follower:
         model: Model,
         start: int | None = None,
         wanted: Sequence[str] = (),
-        told: Sequence[int] = (),
+        told: Sequence[tuple[int, int]] = (),
         certify: Certify = find_conditions,
     ) -> None:
         self.path = path
@@ -224,12 +224,13 @@ class Follower:
                 part = self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = Reason.OTHER if was_checked else part
         elif isinstance(item, Closed):
-            self.mismatches.streams.discard(item.stream)
+            self.mismatches.streams.close(item.stream, item.position)
             if isinstance(ended := self._known.pop(item.stream, None), FollowedPart):
                 ended.is_over = True
         elif item.kind == RESET_EVENT:
             self._reset(item, tail)
         elif item.kind == CHECKPOINT_EVENT:
+            self.mismatches.streams.forget(item.seq or 0)
             self._anchor(tail)
         elif item.kind == ENGINE_EVENT:
             self._check()
@@ -300,8 +301,6 @@ class Follower:
                 places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
                 checks = [self._stream_check(part, start, frames) for part, start, frames in places]
                 self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
-        closed = (part.number for part in portion.parts if part.number not in self._known)
-        self.mismatches.streams.difference_update(closed)
         self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
         if self._portion.bytes > _MOST_WAITING_BYTES:
             self.lower_share()
@@ -336,9 +335,11 @@ class Follower:
 
     def _tell(self, wrong: WrongOutput, part: FollowedPart) -> None:
         """A part is wrong: tell of its stream, unless another part of it was wrong, and follow it no more."""
+        self.mismatches.add(wrong)
         if part.number in self._known:
             self._known[part.number] = Reason.DIFFERS
-        self.mismatches.add(wrong)
+        else:  # it has closed, before it was found to be wrong
+            self.mismatches.streams.close(part.number, self.position)
 
 
 def model_of(path: Path, folder: Path | None) -> tuple[RecordingHeader, Model]:

@@ -1,8 +1,9 @@
 """The process that checks what a server records, at the lowest priority: `python -m instep.verify.live`.
 
-It writes a JSON object a line to standard output: each is a status (see `throttle.Status`), or says with `error` why
-nothing can be checked. When its standard input ends, which is also when the server dies, it checks what is committed by
-then and ends.
+The first line of its standard input is a JSON object with the fields of `Begin`. It writes a JSON object a line to
+standard output: each is a status (see `throttle.Status`), or says with `error` why nothing can be checked. A status has
+`wrong` where that is not as last told: the streams that the next process is to know. When its standard input ends,
+which is also when the server dies, it checks what is committed by then and ends.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from instep.verify.mismatches import StreamNumbers
     from instep.verify.throttle import Status
 
 AGAIN: Final = 1
@@ -26,15 +29,25 @@ CANNOT: Final = 2
 _NICE: Final = 19
 
 
-def command(file: Path, start: int, told: Iterable[int]) -> list[str]:
-    """The command line that checks a recording from a position on; of these streams, mismatches were told before."""
-    return [sys.executable, "-m", "instep.verify.live", str(file), str(start), *map(str, told)]
+@dataclass(slots=True)
+class Begin:
+    """Where a process begins, from the statuses of the one before."""
+
+    position: int = 0
+    """Everything up to here was read."""
+    wrong: list[list[int]] = field(default_factory=list)
+    """Streams in which a mismatch was told, as `StreamNumbers.pairs`."""
+
+
+def command(file: Path) -> list[str]:
+    """The command line that checks a recording."""
+    return [sys.executable, "-m", "instep.verify.live", str(file)]
 
 
 def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
     run_in_the_background()
-    file, start, *told = Path(arguments[0]), *map(int, arguments[1:])
+    file, begin = Path(arguments[0]), Begin(**json.loads(sys.stdin.buffer.readline()))
     from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
     from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
@@ -46,7 +59,9 @@ def main(arguments: list[str]) -> int:
     try:
         header, model = model_of(file, None)
         with recorded_threads(header):
-            follow(Follower(file, model, start, told=told), _tell, stopped, finishes=True)
+            told = [(number, closing) for number, closing in begin.wrong]
+            follower = Follower(file, model, begin.position, told=told)
+            follow(follower, partial(_tell, begin, follower.mismatches.streams), stopped, finishes=True)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")
         return AGAIN
@@ -65,8 +80,10 @@ def run_in_the_background() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _tell(status: Status) -> None:
-    _write(status.as_json())
+def _tell(told: Begin, streams: StreamNumbers, status: Status) -> None:
+    wrong = [list(pair) for pair in streams.pairs()]
+    _write(status.as_json() | ({} if wrong == told.wrong else {"wrong": wrong}))
+    told.wrong = wrong
 
 
 def _write(fields: dict[str, Any]) -> None:

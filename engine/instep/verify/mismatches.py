@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, Final
@@ -38,31 +38,68 @@ class WrongOutput:
         return asdict(self) | dict(zip(("expected", "got"), finite, strict=True))
 
 
+class StreamNumbers:
+    """Numbers of streams. One that has closed is forgotten once nothing before its end can be read again.
+
+    Args:
+        pairs: each number, and the position at which its stream closed; 0 while it is open.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, int]] = ()) -> None:
+        self._closings = {number: position for number, position in pairs if position}
+        self._numbers = {number for number, _ in pairs}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """As in the arguments, by number."""
+        return [(number, self._closings.get(number, 0)) for number in sorted(self._numbers)]
+
+    def add(self, number: int) -> bool:
+        """Whether it was not there before."""
+        is_new = number not in self._numbers
+        self._numbers.add(number)
+        return is_new
+
+    def close(self, number: int, position: int) -> None:
+        """A stream has closed, whether its number is here or not."""
+        if number in self._numbers:
+            self._closings[number] = position
+
+    def forget(self, position: int) -> None:
+        """Nothing up to a position is read again."""
+        for number in [number for number, closing in self._closings.items() if closing <= position]:
+            del self._closings[number]
+            self._numbers.remove(number)
+
+
 class Mismatches:
     """Counts the streams that are wrong, and keeps the values of the first ones.
 
     Args:
-        told: numbers of streams that were told of before; they do not count again.
+        told: streams that were told of before, as `StreamNumbers.pairs`; they do not count again.
 
     Attributes:
         kept: the first `MOST_KEPT`.
         total: how many there are.
-        streams: numbers of open streams that a mismatch was found in.
+        streams: those that a mismatch was found in.
     """
 
-    def __init__(self, told: Iterable[int]) -> None:
+    def __init__(self, told: Sequence[tuple[int, int]]) -> None:
         self.kept: list[WrongOutput] = []
         self.total = 0
-        self.streams = set(told)
+        self.streams = StreamNumbers(told)
 
     def add(self, wrong: WrongOutput) -> None:
         """A frame is wrong; it counts unless another one of its stream was."""
-        if wrong.number in self.streams:
-            return
-        self.streams.add(wrong.number)
-        self.total += 1
-        if len(self.kept) < MOST_KEPT:
-            self.kept.append(wrong)
+        if self.streams.add(wrong.number):
+            self.total += 1
+            if len(self.kept) < MOST_KEPT:
+                self.kept.append(wrong)
 
 
 def wrong_output(task: Task, row: int, divergence: Divergence) -> WrongOutput:

@@ -23,7 +23,7 @@ _CHANGE_S: Final = 3.0
 _IDLE: Final = 0.4
 """Busy for less than this share of its time, a follower can take on more streams."""
 _MOST_TOLD: Final = 16
-"""Mismatches that are told at once: a broken model has one for each stream."""
+"""Mismatches in one status, which has their values; more are told in the statuses that follow at once."""
 _PAUSE_S: Final = 0.2
 """From one look at the file to the next."""
 _RETRY_S: Final = 1.0
@@ -50,7 +50,7 @@ class Status:
     position: int
     """Everything in the recording up to here was read."""
     mismatches: tuple[WrongOutput, ...]
-    """Those since the last status, the first few of them."""
+    """Those since the last status, as far as their values are kept; where there are many, the first few."""
     mismatches_total: int
     notes: tuple[str, ...]
     """Why bits need not be equal; empty where they must."""
@@ -124,8 +124,11 @@ def follow(
 
     def tell() -> None:
         nonlocal count
-        on_status(_status(follower, count))
-        count = len(follower.mismatches.kept)
+        is_more = True
+        while is_more:
+            on_status(status := _status(follower, count))
+            count += len(status.mismatches)
+            is_more = count < len(follower.mismatches.kept)
 
     try:
         while finishes or not stopped.is_set():
