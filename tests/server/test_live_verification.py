@@ -251,7 +251,7 @@ async def test_a_checker_that_dies_is_followed_by_another(
             await until(lambda: found(server).pid not in (former, None))
             await step_all([stream], frames(rng, 20, 1))
             await until(lambda: found(server).frames_total >= 40)
-            assert found(server).state == "verified"
+            assert (found(server).state, found(server).frames_total, found(server).skipped) == ("verified", 40, 0)
     (line,) = (line for line in told if line["event"] == "checker restarts")
     assert "SIGKILL" in line["reason"]
 

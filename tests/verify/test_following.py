@@ -457,7 +457,29 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     later = Follower(story.path, story.model, former.position, told=told, certify=CERTIFY)
     story.step(*streams, frames=5)
     advance(later)
-    assert (later.mismatches.total, later.frames, later.streams) == (0, 30, 3)
+    assert (later.mismatches.total, later.frames, later.streams) == (0, 15, 3)
+
+
+@pytest.mark.parametrize("exactness", ["exact", "tolerance"])
+def test_frames_that_the_next_follower_steps_again_count_once(tmp_path: Path, exactness: str) -> None:
+    story = Story(tmp_path, exactness=exactness)
+    streams = [story.open() for _ in range(4)]
+    former = story.follower(0)
+    story.step(*streams, frames=5)
+    story.checkpoint()
+    story.step(*streams, frames=5)
+    story.scribe.reset(streams[1], story.scribe.random_state())
+    story.step(*streams, frames=3)
+    advance(former)
+    waiting = {"exact": 0, "tolerance": 4 * 8 - 5}[exactness]
+    assert (former.frames, former.waiting, former.skipped) == (52 - waiting, waiting, 0)
+    later = Follower(story.path, story.model, former.position, former.waiting, certify=CERTIFY)
+    advance(later)
+    story.step(*streams, frames=2)
+    story.checkpoint()
+    advance(later)
+    assert former.frames + later.frames == 60
+    assert (later.frames_seen, later.skipped, later.mismatches.total) == (8 + waiting, 0, 0)
 
 
 def test_each_mismatch_is_told_and_none_again_by_the_next_follower(

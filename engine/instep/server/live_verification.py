@@ -154,7 +154,7 @@ class LiveVerification:
         found.skipped_by = dict(Counter(before.skipped_by) + Counter(said["skipped_by"]))
         found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
-        self._next.position, self._next.wrong = said["position"], said.get("wrong", self._next.wrong)
+        self._next = live.Begin(said["position"], said["waiting"], said.get("wrong", self._next.wrong))
         for each in said["mismatches"]:
             self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
 

@@ -54,6 +54,8 @@ class Follower:
         path: the recording.
         model: the recorded one.
         start: a position of its past to begin after, as far as states are known there; None for the newest checkpoint.
+            Frames up to there do not count, though some are stepped again.
+        waiting: of these frames, how many were read and neither compared nor left out; that many count.
         wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         certify: finds out whether bits must be equal on this machine.
@@ -77,13 +79,15 @@ class Follower:
         path: Path,
         model: Model,
         start: int | None = None,
+        waiting: int = 0,
         wanted: Sequence[str] = (),
         told: Sequence[tuple[int, int]] = (),
         certify: Certify = find_conditions,
     ) -> None:
         self.path = path
         self.share = 1.0
-        self.frames = self.frames_seen = self.streams_total = 0
+        self.frames = self.streams_total = 0
+        self.frames_seen = waiting
         self.lag_s = 0.0
         self.mismatches = Mismatches(told)
         self.differs = False
@@ -104,8 +108,10 @@ class Follower:
                     self._known[number] = self._joined(number, 0, tail)
         self._tail = tail
         self._checkers = self._make_checkers(tail)  # which takes long: the file is closed by now
-        self._seen = self.position
+        self._start = self._seen = max(self.position, start or 0)
         """The newest position that was read; beyond `position` where some is read again."""
+        self._uncounted = waiting
+        """Of the frames up to `_start`, how many may still count."""
         self._newest_ns = time.time_ns()
         """When the newest batch that was read was committed."""
         self._former_share = 0.0
@@ -216,6 +222,9 @@ class Follower:
             parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self._seen)])
             self.frames_seen += len(parts) - unseen
             self._left_out.counts.update(part for part in parts[unseen:] if isinstance(part, Reason))
+            for at in range(int(item.starts[bisect(item.positions, self._start)])):
+                if isinstance(part := parts[at], FollowedPart):
+                    part.counts_from = int(item.seqs[at]) + 1
             self._portion.add(item, [None if isinstance(part, Reason) else part for part in parts])
         elif isinstance(item, Opened):
             if item.stream not in self._known:
@@ -322,10 +331,15 @@ class Follower:
                 (_, part.state), part.anchor = part.anchor, None
             if found.wrong[row]:
                 self._tell(wrong_output(task, row, found.first[row]), part)
+        counts_from: I64 = np.array([part.counts_from for part in parts], np.int64)
         for span in task.spans():
-            counts = span.answered.sum(axis=0)
-            counts[list(found.undecided)] = 0
-            self.frames += int(counts.sum())
+            counts = span.answered.copy()
+            counts[:, list(found.undecided)] = False
+            seqs = span.starts + np.arange(len(span))[:, None]
+            before = int((counts & (seqs < counts_from)).sum())
+            uncounted = min(before, self._uncounted)
+            self._uncounted -= uncounted
+            self.frames += int(counts.sum()) - before + uncounted
 
     def _stream_check(self, part: FollowedPart, start: int, frames: int) -> StreamCheck:
         nothing = (None, None, None, None, None)

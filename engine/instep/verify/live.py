@@ -35,6 +35,8 @@ class Begin:
 
     position: int = 0
     """Everything up to here was read."""
+    waiting: int = 0
+    """Of these frames, how many waited for a checkpoint."""
     wrong: list[list[int]] = field(default_factory=list)
     """Streams in which a mismatch was told, as `StreamNumbers.pairs`."""
 
@@ -60,7 +62,7 @@ def main(arguments: list[str]) -> int:
         header, model = model_of(file, None)
         with recorded_threads(header):
             told = [(number, closing) for number, closing in begin.wrong]
-            follower = Follower(file, model, begin.position, told=told)
+            follower = Follower(file, model, begin.position, begin.waiting, told=told)
             follow(follower, partial(_tell, begin, follower.mismatches.streams), stopped, finishes=True)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")

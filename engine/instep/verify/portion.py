@@ -26,6 +26,8 @@ class FollowedPart:
     """Before the frame `next_seq`; None for the model's initial state."""
     next_seq: int
     """The next frame to compare."""
+    counts_from: int = 0
+    """The frames before this one were counted by a former follower."""
     through: int = 0
     """The position of the newest frame that was compared; 0 for none."""
     anchor: tuple[int, U8 | None] | None = None
