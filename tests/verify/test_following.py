@@ -250,6 +250,26 @@ def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: 
     assert follower.mismatches.kept == []
 
 
+def test_a_stream_counts_once_although_it_is_followed_anew(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(3)]
+    follower = story.follower()
+    for _ in range(2):
+        story.corrupts = 3
+        story.step(*streams)
+        advance(follower)
+        story.scribe.close(streams.pop())
+        streams.append(story.open())
+        story.step(*streams, frames=2)
+        story.checkpoint()
+        follower.skip()
+        assert len(follower.mismatches.streams) == 0, "the stream that was wrong has closed, in what was left out"
+    advance(follower)
+    story.step(*streams)
+    advance(follower)
+    assert (follower.streams_total, follower.streams, follower.mismatches.total) == (5, 3, 2)
+
+
 def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(4)]

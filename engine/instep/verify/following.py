@@ -32,7 +32,7 @@ from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
 from instep.verify.left_out import LeftOut, Reason
-from instep.verify.mismatches import Mismatches, WrongOutput, wrong_output
+from instep.verify.mismatches import Mismatches, StreamNumbers, WrongOutput, wrong_output
 from instep.verify.portion import FollowedPart, Portion
 from instep.verify.stream_checks import StreamCheck
 from instep.verify.verifier import Certify, make_checkers
@@ -41,6 +41,7 @@ PORTION_BYTES: Final = 4 * 2**20
 """Of frames that are read before they are checked, about."""
 _MOST_AT_FIRST: Final = 2**14
 """Open streams whose states are read at the start; those of others are when they have a frame."""
+_ALL: Final = 2**62
 _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
 _MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
@@ -98,6 +99,9 @@ class Follower:
         """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
+        self._followed = StreamNumbers()
+        """Streams that count in `streams_total`."""
+        self._remembered = (self.mismatches.streams, self._followed)
         self._portion = Portion()
         self._left_out = LeftOut()
         with RecordingTail(path) as tail:
@@ -150,7 +154,7 @@ class Follower:
                 raise RecordingError(f"{self.path} was replaced by another recording: follow it anew")
             self._tail = tail
             if tail.trimmed.position > self.position:
-                self._skip_to(tail.trimmed.position)
+                self._skip_to(tail.trimmed.position, tail)
             is_all = self._read(tail)
         self._check()
         self.lag_s = max(0.0, time.time() - (began if is_all else min(began, self._newest_ns / 1e9)))
@@ -183,9 +187,12 @@ class Follower:
                 frames = tail.totals(first, newest)[1]
                 self.frames_seen += frames
                 self._left_out.counts[Reason.BEHIND] += frames
-                self._skip_to(newest)
+                self._skip_to(newest, tail)
 
-    def _skip_to(self, position: int) -> None:
+    def _skip_to(self, position: int, tail: RecordingTail) -> None:
+        still_open = set(tail.newest_open(_ALL))
+        for streams in self._remembered:
+            streams.keep(still_open)  # the closings of others may be among what is left out
         self._left_out.counts[Reason.BEHIND] += self.waiting
         self._known, self._portion, self.position, self._seen = {}, Portion(), position, max(self._seen, position)
         self._late.clear()
@@ -233,13 +240,15 @@ class Follower:
                 part = self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = Reason.OTHER if was_checked else part
         elif isinstance(item, Closed):
-            self.mismatches.streams.close(item.stream, item.position)
+            for streams in self._remembered:
+                streams.close(item.stream, item.position)
             if isinstance(ended := self._known.pop(item.stream, None), FollowedPart):
                 ended.is_over = True
         elif item.kind == RESET_EVENT:
             self._reset(item, tail)
         elif item.kind == CHECKPOINT_EVENT:
-            self.mismatches.streams.forget(item.seq or 0)
+            for streams in self._remembered:
+                streams.forget(item.seq or 0)
             self._anchor(tail)
         elif item.kind == ENGINE_EVENT:
             self._check()
@@ -291,7 +300,7 @@ class Follower:
             return Reason.DIFFERS
         if not _is_sampled(name, self.share):
             return Reason.NOT_SAMPLED
-        self.streams_total += 1
+        self.streams_total += self._followed.add(number)
         return FollowedPart(number, name, state, seq)
 
     # ── Checking ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -76,6 +76,11 @@ class StreamNumbers:
             del self._closings[number]
             self._numbers.remove(number)
 
+    def keep(self, numbers: set[int]) -> None:
+        """Nothing is read again of other streams than these."""
+        self._numbers &= numbers
+        self._closings = {number: position for number, position in self._closings.items() if number in numbers}
+
 
 class Mismatches:
     """Counts the streams that are wrong, and keeps the values of the first ones.
