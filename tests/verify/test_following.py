@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.recording.errors import DamagedRecording, UnavailableRecording
+from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.verify import live
 from instep.verify.following import Follower
@@ -248,6 +250,24 @@ def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: 
     advance(follower)
     assert follower.frames == 16 + 10 * few + 80, "those that are new begin with their states in the checkpoint"
     assert follower.mismatches.kept == []
+
+
+def test_failed_batches_are_forgotten_behind_the_newest_checkpoint(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    stream = story.open()
+    follower = story.follower()
+    before = sum(isinstance(each, RecordedEvent) for each in gc.get_objects())
+    for _ in range(5):
+        for _ in range(20):
+            story.scribe.step([stream], "failed")
+        story.step(stream, frames=2)
+        story.checkpoint()
+        advance(follower)
+    story.scribe.step([stream], "failed")
+    story.step(stream, frames=2)
+    advance(follower)
+    assert (follower.frames, follower.mismatches.total, follower.skipped_by) == (12, 0, {})
+    assert sum(isinstance(each, RecordedEvent) for each in gc.get_objects()) < before + 20
 
 
 def test_a_stream_counts_once_although_it_is_followed_anew(tmp_path: Path) -> None:

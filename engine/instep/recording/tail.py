@@ -14,7 +14,7 @@ from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import MARKS, RecordingReader
 from instep.recording.records import BatchGroup, RecordedEvent
-from instep.recording.schema import RECOVERED_EVENT
+from instep.recording.schema import ENGINE_EVENT, RECOVERED_EVENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,10 @@ class RecordingTail(RecordingReader):
             raise
         # Looked for last: the states of a stream go once it has closed.
         return found if self.newest_row("closings", "stream = ?", stream) is None else None
+
+    def forget(self, position: int) -> None:
+        """Nothing up to a position is read any more, here or where this one is `former`: its marks are not needed."""
+        self._marks = [mark for mark in self._marks if mark.kind == ENGINE_EVENT or mark.position > position]
 
     def _read_marks(self) -> list[RecordedEvent]:
         if self._former_marks is None:

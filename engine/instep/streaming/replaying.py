@@ -141,6 +141,7 @@ class WarmUpReplay:
 
     def _read(self, tail: RecordingTail) -> None:
         """Step all that a recording shows; where it is trimmed meanwhile, the next call continues."""
+        tail.forget(tail.trimmed.position)
         is_trimmed = self._read_to < tail.trimmed.position  # before it was read
         if self._began_at == _NOT_BEGUN or is_trimmed:
             self._read_to = self._begin(tail) - 1

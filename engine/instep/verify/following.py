@@ -156,6 +156,7 @@ class Follower:
             if tail.trimmed.position > self.position:
                 self._skip_to(tail.trimmed.position, tail)
             is_all = self._read(tail)
+            tail.forget(min(self.position, tail.newest_checkpoint))
         self._check()
         self.lag_s = max(0.0, time.time() - (began if is_all else min(began, self._newest_ns / 1e9)))
         return is_all
