@@ -274,6 +274,37 @@ async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
         assert said == [f"instep verify {file} checks all of it"] * hangs
 
 
+CHECKS_AT_THE_END = """
+import json, pathlib, sys, time
+file, nothing = pathlib.Path(sys.argv[1]), dict.fromkeys(("frames", "skipped", "waiting", "streams", "lag_s"), 0)
+nothing |= {"skipped_by": {}, "share": 1, "mismatches": [], "mismatches_total": 0, "notes": []}
+print(json.dumps(nothing | {"position": 0}), flush=True)
+sys.stdin.read()
+file.with_suffix(".ending").touch()
+while len(list(file.parent.glob("*.ending"))) < 2:
+    time.sleep(0.01)
+print(json.dumps(nothing | {"position": 10**9}), flush=True)
+"""
+"""A checker that compares nothing until another one is told to end, too."""
+
+
+async def test_the_checkers_of_several_models_end_side_by_side(
+    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.server.live_verification._FINISH_S", 20.0)
+    monkeypatch.setattr(live, "command", lambda file: [sys.executable, "-c", CHECKS_AT_THE_END, str(file)])
+    told, models = list[dict[str, Any]](), (EARS, replace(plain(5, 8, seed=9), name="other"))
+    (tmp_path / "recordings").mkdir()
+    recording = {"file": tmp_path / "recordings"}
+    async with running(*models, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        for model in models:
+            async with AsyncClient(server.endpoint, model=model.name) as client:
+                await (await client.open("s")).step(frames(rng))
+        checks = [service.verification for service in server.services]
+        await until(lambda: all(each is not None and each.reported_s for each in checks))
+    assert not [line for line in told if line["event"] == "not all verified"]
+
+
 async def test_no_checker_is_started_while_the_server_ends(
     folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ class Server:
         """Stop the executor of a service that is served no more, and close its recording."""
         timeout_s = self.config.shutdown.drain_timeout_s
         async with contextlib.AsyncExitStack() as closing:
-            self._will_close(service, closing, timeout_s)
+            self._will_close([service], closing, timeout_s)
             service.tasks.cancel()
             # Beside the loop, which others are served by: a step may hang.
             await in_daemon_thread(partial(service.engine.executor.stop, timeout_s), "instep-end")
@@ -274,8 +274,7 @@ class Server:
                 closing.callback(self._frontend.close)
                 if self.admin is not None:
                     closing.push_async_callback(self.admin.close)
-                for service in self.services:
-                    self._will_close(service, closing, timeout_s)
+                self._will_close(self.services, closing, timeout_s)
                 closing.callback(self._frontend.go_away, reason)
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
@@ -285,16 +284,23 @@ class Server:
         except Exception as error:
             self._shutdown.bug(error)
 
-    def _will_close(self, service: ModelService, closing: contextlib.AsyncExitStack, timeout_s: float) -> None:
-        """Close the recording of a service after its executor."""
-        if service.recorder is not None:
-            closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
-        if service.scrub is not None:
-            closing.callback(service.scrub.stop)
-        if service in self._verifications:
-            verification = self._verifications.pop(service)
-            closing.push_async_callback(verification.stop, finishes=self._shutdown.drains)
-        closing.callback(service.engine.executor.stop, timeout_s)
+    def _will_close(
+        self, services: Sequence[ModelService], closing: contextlib.AsyncExitStack, timeout_s: float
+    ) -> None:
+        """Close the recordings of services after their executors."""
+        for service in services:
+            if service.recorder is not None:
+                closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
+            if service.scrub is not None:
+                closing.callback(service.scrub.stop)
+        verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
+        closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
+        for service in services:
+            closing.callback(service.engine.executor.stop, timeout_s)
+
+    async def _stop_verifications(self, verifications: Sequence[LiveVerification], *, finishes: bool) -> None:
+        """Side by side: each may take a moment to compare the newest frames."""
+        await asyncio.gather(*(verification.stop(finishes=finishes) for verification in verifications))
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:
         """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""
