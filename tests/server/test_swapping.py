@@ -236,7 +236,9 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
 ) -> None:
     x = rng.standard_normal((40, 5)).astype(np.float32)
     told: list[dict[str, Any]] = []
-    async with running(A, told=told, recording={"file": recordings}, engine=EXACT) as server:
+    async with running(
+        A, told=told, recording={"file": recordings}, engine=EXACT, transport={"heartbeat_s": 1000}
+    ) as server:
         async with AsyncClient(server.endpoint) as operator:
             async with AsyncClient(server.endpoint) as old:
                 stream = await old.open("s")

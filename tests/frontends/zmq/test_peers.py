@@ -52,7 +52,7 @@ class Rig:
         self.now_ns = 0
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
         service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)))
-        self.served = SimpleNamespace(service=service)
+        self.served = SimpleNamespace(service=service, is_former=False)
         self.outbound = Outbound(
             self.router,
             UNREAD,

@@ -18,6 +18,9 @@ from instep_client.protocol.wire import Message
 _OBJECTS_BYTES: Final = 256
 _MOST_SILENCES: Final = 4
 """Probing intervals after which a peer that has answered no PING is dropped."""
+_FORMER_PROBE_NS: Final = 1_000_000_000
+"""The longest probing interval for peers of a version that only waits for them to go: ZeroMQ tells of a connection that
+has ended only when something is sent there."""
 _LEAST_ASKED_BYTES: Final = 65_536
 """Bytes after which a peer is asked what it has read, however many peers there are."""
 
@@ -205,8 +208,9 @@ class Outbound:
             if now_ns - peer.last_heard_ns > _MOST_SILENCES * probe_after_ns:
                 self.drop(peer)  # stopped, or behind a cable that was pulled
                 continue
-            silent_since = max(peer.last_heard_ns, peer.last_probed_ns)
-            if now_ns - silent_since > probe_after_ns and not peer.outbox:
+            silent_ns = now_ns - max(peer.last_heard_ns, peer.last_probed_ns)
+            longest_ns = min(probe_after_ns, _FORMER_PROBE_NS) if peer.served.is_former else probe_after_ns
+            if silent_ns > longest_ns and not peer.outbox:
                 peer.last_probed_ns = now_ns
                 if self._ask(peer) is Sent.GONE:
                     self.drop(peer)
