@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -274,16 +275,24 @@ async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
         assert said == [f"instep verify {file} checks all of it"] * hangs
 
 
-CHECKS_AT_THE_END = """
-import json, pathlib, sys, time
-file, nothing = pathlib.Path(sys.argv[1]), dict.fromkeys(("frames", "skipped", "waiting", "streams", "lag_s"), 0)
-nothing |= {"skipped_by": {}, "share": 1, "mismatches": [], "mismatches_total": 0, "notes": []}
-print(json.dumps(nothing | {"position": 0}), flush=True)
+STATUS: dict[str, Any] = {
+    **dict.fromkeys(("frames", "skipped", "waiting", "streams", "lag_s", "position", "mismatches_total"), 0),
+    "skipped_by": {},
+    "share": 1,
+    "mismatches": [],
+    "notes": [],
+    "unreadable": "",
+}
+"""What a checker says that has compared nothing."""
+CHECKS_AT_THE_END = f"""
+import pathlib, sys, time
+file = pathlib.Path(sys.argv[1])
+print({json.dumps(STATUS)!r}, flush=True)
 sys.stdin.read()
 file.with_suffix(".ending").touch()
 while len(list(file.parent.glob("*.ending"))) < 2:
     time.sleep(0.01)
-print(json.dumps(nothing | {"position": 10**9}), flush=True)
+print({json.dumps(STATUS | {"position": 10**9})!r}, flush=True)
 """
 """A checker that compares nothing until another one is told to end, too."""
 
@@ -367,6 +376,20 @@ async def test_a_checker_that_never_reports_is_behind(
     async with running(EARS, folder=folder, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
         await until(lambda: found(server).lag_s > 2)
         assert (found(server).state, found(server).frames_total) == ("checking", 0)
+
+
+async def test_a_recording_that_cannot_be_read_is_told_of_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    statuses = [json.dumps(STATUS | {"unreadable": "it is locked", "lag_s": 20 + late_s}) for late_s in range(3)]
+    code = f"print(*{statuses}, sep='\\n', flush=True); input(); input()"
+    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", code])
+    async with running(EARS, folder=folder, told=told, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+        await until(lambda: found(server).reported_lag_s == 22)
+        assert (found(server).state, found(server).as_json()["reason"]) == ("checking", "it is locked")
+    (line,) = (line for line in told if line["event"] == "checker waits")
+    assert (line["level"], line["reason"]) == ("warning", "it is locked")
 
 
 async def test_a_checker_that_hangs_holds_nobody_up(

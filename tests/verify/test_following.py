@@ -459,10 +459,13 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
     with closing(sqlite3.connect(story.path, isolation_level=None, check_same_thread=False)) as database:
         monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.01))
         monkeypatch.setattr("instep.verify.throttle._RETRY_S", 0.05)
-        follower, looks, over = story.follower(), count(), Event()
+        monkeypatch.setattr("instep.verify.throttle._UNREADABLE_S", 0.0)
+        follower, looks, over, waited = story.follower(), count(), Event(), list[str]()
         advance = follower.advance
 
         def told(status: Status) -> None:
+            waited.append(status.unreadable)
+            assert status.lag_s > 0
             if status.frames == 5:
                 over.set()
 
@@ -475,6 +478,8 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         database.execute("BEGIN EXCLUSIVE")
         follow(follower, told, over, every_s=0)
         assert next(looks) == 3
+        message = f"{story.path} cannot be read now: database is locked; try again"
+        assert waited == [message, message, "", ""], "the last one at the end"
         database.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UnavailableRecording, match="try again"):
             follow(follower, told, Event(), for_s=0)

@@ -147,6 +147,9 @@ class LiveVerification:
             return
         if said["notes"] and tuple(said["notes"]) != found.notes:
             self._service.log.warning("verifying within a tolerance", reason="; ".join(said["notes"]))
+        if said["unreadable"] and not found.reason:
+            self._service.log.warning("checker waits", reason=said["unreadable"])
+        found.reason = said["unreadable"]
         found.frames_total = before.frames_total + said["frames"]
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
         # A counter must not fall, though a checker that takes on more streams compares frames that it had left out.

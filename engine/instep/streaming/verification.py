@@ -35,7 +35,7 @@ class Verification:
 
     is_off: bool = False
     reason: str = ""
-    """Why it is off."""
+    """Why it is off, or the recording cannot be read for the time being."""
     pid: int | None = None
     """Of the process that checks."""
     frames_total: int = 0

@@ -115,11 +115,13 @@ class Following:
 
 
 def _line(status: Status) -> str:
-    """The state of things in 80 columns; a second line where frames are not compared."""
+    """The state of things in 80 columns; a second line where the file cannot be read or frames are not compared."""
     share = "" if status.share == 1 else f" (1 of {1 / status.share:,.0f})"
     mismatches = counted(status.mismatches_total, "mismatch", "mismatches")
     compared = f"{counted(status.streams, 'stream')}{share}, {counted(status.frames, 'frame')}"
     line = f"{compared}, {mismatches}, {status.lag_s:.1f} s behind"
+    if status.unreadable:
+        return f"{line}\n  {status.unreadable}"
     if not status.skipped and not status.waiting:
         return line
     percent = math.floor(100 * share_compared(status.frames, status.skipped))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ _PAUSE_S: Final = 0.2
 """From one look at the file to the next."""
 _RETRY_S: Final = 1.0
 """The same after a look at which the file could not be read."""
+_UNREADABLE_S: Final = 10.0
+"""A file that could not be read for longer than this is told of; a passing lock is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Status:
     mismatches_total: int
     notes: tuple[str, ...]
     """Why bits need not be equal; empty where they must."""
+    unreadable: str = ""
+    """Why the recording has not been read for a while; empty where it is."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; values that are not finite become strings."""
@@ -108,7 +112,7 @@ def follow(
 
     Args:
         follower: what is at the beginning.
-        on_status: called every so often, and once more at the end.
+        on_status: called every so often, also while the recording cannot be read, and once more at the end.
         stopped: ends it.
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
@@ -119,14 +123,15 @@ def follow(
         RecordingError: when it cannot be read at all, or is damaged.
         CannotVerify: when the model cannot be computed here.
     """
-    began = told = time.monotonic()
+    began = told = read = time.monotonic()
     throttle, count, ends = Throttle(follower, began), 0, began + for_s
 
-    def tell() -> None:
+    def tell(unreadable: str = "", unread_s: float = 0.0) -> None:
         nonlocal count
         is_more = True
         while is_more:
-            on_status(status := _status(follower, count))
+            status = _status(follower, count)
+            on_status(replace(status, unreadable=unreadable, lag_s=status.lag_s + unread_s))
             count += len(status.mismatches)
             is_more = count < len(follower.mismatches.kept)
 
@@ -136,11 +141,15 @@ def follow(
             ends = min(ends, before) if stopped.is_set() else ends
             try:
                 is_all = follower.advance()
-                now = time.monotonic()
+                now = read = time.monotonic()
                 throttle.advanced(now, now - before)
-            except UnavailableRecording:
+            except UnavailableRecording as error:
                 if before >= ends:
                     raise
+                now = time.monotonic()
+                if now - read > _UNREADABLE_S and now - told >= every_s:
+                    told = now
+                    tell(str(error), now - read)
                 stopped.wait(_RETRY_S)
                 continue
             if now - told >= every_s or len(follower.mismatches.kept) > count:

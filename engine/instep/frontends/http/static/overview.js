@@ -171,6 +171,7 @@ function verificationDetail(verification) {
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind what is served`];
   if (notes?.length) parts.unshift("within a tolerance");
+  if (reason) parts.unshift(reason);
   if (share < 1) parts.push(`follows ${percent(share)} of the streams`);
   if (skipped) {
     const reasons = Object.entries(skipped_by ?? {}).sort(([, a], [, b]) => b - a);
