@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
+from instep.recording.errors import UnavailableRecording
 from instep.recording.file import RecordingFile
 from instep.recording.trim import Retention
 from instep.server.server import Server
@@ -254,6 +256,31 @@ def test_frames_that_a_killed_server_left_without_outputs_are_stepped_and_not_co
         report = shadow.report("")
         assert report.frames == compared + 4
         assert warm_up or report.largest < 1e-5
+
+
+def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story, fetch, calls = Story(tmp_path), RecordingFile._fetch, count()
+    story.step(story.open(), story.open(), frames=20)
+    asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
+    shadow, looks = make_shadow(asked), 0
+
+    def locked_later(recording: RecordingFile, query: str, values: tuple[int, ...]) -> Any:
+        if next(calls) == looks:
+            raise UnavailableRecording("it is locked")
+        return fetch(recording, query, values)
+
+    monkeypatch.setattr(RecordingFile, "_fetch", locked_later)
+    while shadow.follow() == 0:
+        assert str(shadow.unavailable) == "it is locked"
+        looks, calls = looks + 1, count()
+    assert (shadow.unavailable, shadow.report("").frames, shadow.report("").dropped) == (None, 40, 0)
+    assert shadow.report("").largest < 1e-5
+    assert looks > 10
+    looks, calls = 0, count(-3)
+    with pytest.raises(UnavailableRecording, match="it is locked"):
+        run(asked, Console(file=StringIO()))
 
 
 async def test_what_it_says_and_its_status(

@@ -61,6 +61,8 @@ def run(asked: Shadowing, console: Console) -> int:
     with suppress(KeyboardInterrupt):  # it ends then, and reports
         _follow(shadow, asked.seconds)
     report = shadow.report(str(asked.folder))
+    if not report.frames and shadow.unavailable is not None:
+        raise shadow.unavailable
     if asked.json:
         console.file.write(dumps(report.as_json(), allow_nan=False) + "\n")
     else:
@@ -75,9 +77,9 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
     until = float("inf") if seconds is None else time.monotonic() + seconds
     while not shadow.is_finished and (now := time.monotonic()) < until:
         time.sleep(min(_PAUSE_S, until - now))
-        began = time.monotonic()
+        began, was_read = time.monotonic(), shadow.unavailable is None
         shadow.follow()
-        if time.monotonic() - began > _LATE_S:
+        if time.monotonic() - began > _LATE_S and was_read and shadow.unavailable is None:
             shadow.drop_half()
 
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import F32, I64
+from instep.recording.errors import UnavailableRecording
 from instep.runtime.stepper import Stepper
 from instep.shadow.report import Differences, StreamDifference
 from instep.streaming.replaying import WarmUpReplay
@@ -40,6 +41,8 @@ class Shadow(WarmUpReplay):
         super().__init__(path, stepper, MOST_STREAMS, warm_up)
         self.dropped = 0
         """Streams that were given up because the candidate could not keep up, or left out because there were more."""
+        self.unavailable: UnavailableRecording | None = None
+        """Why the recording could not be read at the last look."""
         self._share = share
         self._names = [""] * (MOST_STREAMS + 1)
         self._compared_from: I64 = np.full(MOST_STREAMS + 1, _NEVER, np.int64)
@@ -56,6 +59,16 @@ class Shadow(WarmUpReplay):
     def following(self) -> int:
         """Count of streams that are followed now."""
         return MOST_STREAMS - len(self._free)
+
+    def follow(self) -> int:
+        """As that of the base, but while another program locks the recording, nothing is stepped until a later call."""
+        try:
+            frames = super().follow()
+        except UnavailableRecording as error:
+            self.unavailable = error
+            return 0
+        self.unavailable = None
+        return frames
 
     def drop_half(self) -> None:
         """Give up half of the streams: the candidate cannot keep up."""

@@ -144,7 +144,8 @@ class WarmUpReplay:
         tail.forget(tail.trimmed.position)
         is_trimmed = self._read_to < tail.trimmed.position  # before it was read
         if self._began_at == _NOT_BEGUN or is_trimmed:
-            self._read_to = self._begin(tail) - 1
+            first = self._begin(tail)  # which may fail
+            self._read_to, self._began_at = first - 1, tail.last_position
         for item in tail.history(self._read_to + 1):
             self._take(item, tail)
             self._read_to = item.position
@@ -169,7 +170,6 @@ class WarmUpReplay:
         """Follow the streams that are open, and return the position from which on their frames count."""
         for number in list(self._slots):
             self._release(number)
-        self._began_at = tail.last_position
         closed = {row[2] for row in tail.rows("closings")}
         for position, _, number, name, _, first_seq, state in tail.rows("openings"):
             if number not in closed:
