@@ -489,6 +489,27 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         assert "database is locked; try again" in capfd.readouterr().err
 
 
+def test_the_command_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    advance, looks = Follower.advance, count()
+
+    def advance_later(follower: Follower) -> bool:
+        if next(looks) % 4 < 2:
+            raise UnavailableRecording("it is locked")
+        return advance(follower)
+
+    monkeypatch.setattr(Follower, "advance", advance_later)
+    monkeypatch.setattr("instep.verify.throttle._UNREADABLE_S", 0.0)
+    monkeypatch.setattr("instep.verify.throttle._RETRY_S", 0.01)
+    monkeypatch.setattr("instep.verify.follow_command._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("instep.verify.follow_command._JSON_EVERY_S", 0.0)
+    _, text = followed(story.path, "--for", "1.5")
+    assert re.search(r"^0 streams, 0 frames, 0 mismatches, \d+\.\d s behind\n  it is locked\n", text), text
+    _, text = followed(story.path, "--for", "1.5", "--json")
+    assert "it is locked" in [json.loads(line)["unreadable"] for line in text.splitlines() if "unreadable" in line]
+
+
 def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(4)]
