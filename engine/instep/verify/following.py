@@ -67,6 +67,7 @@ class Follower:
         frames_seen: how many frames were committed since the start.
         streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
+        seen: the newest position that was ever read; beyond `position` where some is read again.
         lag_s: seconds since everything that is not read yet was committed.
         mismatches: all that were found.
         differs: whether any bit differed.
@@ -112,14 +113,13 @@ class Follower:
                     self._known[number] = self._joined(number, 0, tail)
         self._tail = tail
         self._checkers = self._make_checkers(tail)  # which takes long: the file is closed by now
-        self._start = self._seen = max(self.position, start or 0)
-        """The newest position that was read; beyond `position` where some is read again."""
+        self._start = self.seen = max(self.position, start or 0)
         self._uncounted = waiting
         """Of the frames up to `_start`, how many may still count."""
         self._newest_ns = time.time_ns()
         """When the newest batch that was read was committed."""
         self._former_share = 0.0
-        """The share with which everything up to `_seen` was checked already."""
+        """The share with which everything up to `seen` was checked already."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -138,8 +138,8 @@ class Follower:
 
     @property
     def waiting(self) -> int:
-        """Count of frames that were read and wait for a checkpoint."""
-        return self._portion.frames
+        """Count of frames that were read and wait for a checkpoint, or to be read again."""
+        return self._uncounted if self.position < self._start else self._portion.frames
 
     @property
     def streams(self) -> int:
@@ -183,7 +183,7 @@ class Follower:
     def skip(self) -> None:
         """Leave out everything up to the newest checkpoint, and begin there with all streams."""
         with RecordingTail(self.path, self._tail) as tail:
-            first, newest = self._seen + 1, tail.newest_checkpoint
+            first, newest = self.seen + 1, tail.newest_checkpoint
             if newest >= first:
                 frames = tail.totals(first, newest)[1]
                 self.frames_seen += frames
@@ -195,7 +195,7 @@ class Follower:
         for streams in self._remembered:
             streams.keep(still_open)  # the closings of others may be among what is left out
         self._left_out.counts[Reason.BEHIND] += self.waiting
-        self._known, self._portion, self.position, self._seen = {}, Portion(), position, max(self._seen, position)
+        self._known, self._portion, self.position, self.seen = {}, Portion(), position, max(self.seen, position)
         self._late.clear()
 
     def _make_checkers(self, tail: RecordingTail, position: int | None = None) -> Checkers:
@@ -218,7 +218,7 @@ class Follower:
         except TrimmedMeanwhile:
             return False
         finally:
-            self._seen = max(self._seen, self.position)
+            self.seen = max(self.seen, self.position)
         return True
 
     def _take(self, item: Item, tail: RecordingTail) -> None:
@@ -227,7 +227,7 @@ class Follower:
             numbers, known = item.streams.tolist(), self._known
             for number in set(numbers).difference(known):
                 known[number] = self._joined(number, int(item.seqs[numbers.index(number)]), tail)
-            parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self._seen)])
+            parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self.seen)])
             self.frames_seen += len(parts) - unseen
             self._left_out.counts.update(part for part in parts[unseen:] if isinstance(part, Reason))
             for at in range(int(item.starts[bisect(item.positions, self._start)])):
@@ -237,7 +237,7 @@ class Follower:
         elif isinstance(item, Opened):
             if item.stream not in self._known:
                 # What is read again was checked before, if it was sampled then.
-                was_checked = item.position <= self._seen and _is_sampled(item.name, self._former_share)
+                was_checked = item.position <= self.seen and _is_sampled(item.name, self._former_share)
                 part = self._part(item.stream, item.name, item.first_seq, item.state)
                 self._known[item.stream] = Reason.OTHER if was_checked else part
         elif isinstance(item, Closed):

@@ -172,7 +172,7 @@ def _status(follower: Follower, known: int) -> Status:
         streams=follower.streams,
         share=follower.share,
         lag_s=follower.lag_s,
-        position=follower.position,
+        position=follower.seen,
         mismatches=tuple(follower.mismatches.kept[known:][:_MOST_TOLD]),
         mismatches_total=follower.mismatches.total,
         notes=follower.notes,
