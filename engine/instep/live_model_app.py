@@ -143,9 +143,9 @@ def _say_version(name: str, folder: Path, endpoint: str) -> None:
     from instep_client import Client
 
     with Client(endpoint, model=name) as client:
-        fingerprint, is_configured = client.info.fingerprint, client.stats()["configured"]
+        fingerprint, stats = client.info.fingerprint, client.stats()
     typer.echo(f"{name} is now version {fingerprint[:8]}")
-    if not is_configured:
+    if stats.get("configured") == 0:  # an older server does not say
         typer.echo("a restart serves what the configuration names, which is not this folder;")
         typer.echo(f"put it into model.folder to keep it: {folder.resolve()}")
 

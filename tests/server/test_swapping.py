@@ -24,6 +24,7 @@ from instep.recording.reader import RecordingReader
 from instep.streaming.replaying import WarmUpReplay
 from instep_client import AsyncClient, AsyncStream, InvalidInput, Refused
 from instep_client.protocol.wire import Code
+from tests.support.fake_server import FakeServer
 from tests.support.models import plain, whole
 from tests.support.running import running
 from tests.support.served import serving
@@ -381,6 +382,19 @@ async def test_the_command(folder: Path, tmp_path: Path) -> None:
         assert (status, f"ears is now version {A.fingerprint[:8]}" in text) == (0, True), text
         assert "configuration" not in text  # which names that folder
         assert f"1 open stream of the old version: served as ears@{B.fingerprint[:8]} until closed" in text
+
+
+def test_the_command_says_nothing_of_a_restart_where_an_older_server_does_not(folder: Path) -> None:
+    with FakeServer() as server:
+        result = CliRunner().invoke(app, ["model", "swap", "halving", str(folder), "-e", server.endpoint])
+    assert (result.exit_code, result.output.splitlines()) == (
+        0,
+        [
+            "halving is now version 00",
+            "0 open streams moved to it, states computed from the last frames",
+            "the server has halving",
+        ],
+    )
 
 
 @pytest.mark.long

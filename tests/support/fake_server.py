@@ -23,7 +23,18 @@ import numpy.typing as npt
 import zmq
 
 from instep_client.protocol.codes import SENTENCES, Code
-from instep_client.protocol.wire import CLOSING, COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.wire import (
+    CLOSING,
+    COLUMN,
+    FAILURE,
+    GRANT,
+    LISTING,
+    MODEL,
+    UNKNOWN,
+    Kind,
+    Place,
+    ServerInfo,
+)
 from tests.support.states import gru_state
 from tests.support.step_messages import parts, stepped_header
 
@@ -246,6 +257,16 @@ class FakeRules:
                 [["ready", self.ready], ["streams_open", float(len(self.names))], ["blocks", len(self.blocks)]],
             )
         ]
+
+    def _models(self, header: list[Any], frames: list[bytes]) -> Message:
+        record = np.array([(0, len(self.names), 1, self.info.features, self.info.outputs)], MODEL)
+        return [pack(Kind.SERVED, header[1], 1), self.info.model.encode(), record.tobytes()]
+
+    _swap = _models
+
+    def _list(self, header: list[Any], frames: list[bytes]) -> Message:
+        streams = np.array([(5, 0, UNKNOWN, int(Place.CONNECTED), 0) for _ in self.names], LISTING)
+        return [pack(Kind.LISTED, header[1], len(streams), 0), "\n".join(self.names).encode(), streams.tobytes()]
 
 
 class FakeServer:

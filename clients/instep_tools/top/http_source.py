@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 from instep_client.endpoint import DEFAULT_HTTP_PORT
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput
 from instep_tools.connect import PATIENCE_S
-from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery
+from instep_tools.top.snapshot import ModelTotals, Numbers, ObservedModel, ObservedStream, Snapshot, StreamQuery
 
 MOST_BYTES: Final = 64 * 2**20
 """Of one answer."""
@@ -148,7 +148,9 @@ def _snapshot(
             **_some(model, "name", "fingerprint", "features", "outputs", "device", "exactness"),
             **_some(model, "max_streams", "durability"),
             buckets=tuple(model["buckets"]),
-            numbers={name: math.nan if value is None else float(value) for name, value in model["numbers"].items()},
+            numbers=Numbers(
+                {name: math.nan if value is None else float(value) for name, value in model["numbers"].items()}
+            ),
         ),
         streams=[
             ObservedStream(**_some(each, "name", "state", "rate", "seq", "pending", "idle_s", "expires_in_s"))

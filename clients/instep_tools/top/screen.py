@@ -12,8 +12,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from instep_client.protocol.codes import Code
-from instep_tools.top.snapshot import ObservedModel, Snapshot, SnapshotRates
-from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
+from instep_tools.top.snapshot import Numbers, ObservedModel, Snapshot, SnapshotRates
+from instep_tools.top.text import fitted, percent, period, plain, scaled, short, sparkline
 from instep_tools.top.view import KEYS, View
 from instep_tools.words import counted, three_digits
 
@@ -26,8 +26,7 @@ _COLUMNS: Final = (("state", -11), ("rate/s", 8), ("next seq", 11), ("pending", 
 """Behind the name, with their widths; a negative one is for text."""
 _SORTED: Final = {"name": "name", "rate": "rate/s", "seq": "next seq", "pending": "pending", "idle": "idle"}
 """The heading of the column for each of `SORTS`."""
-
-
+_READY: Final = {1: ("ready", "green"), 0: ("not ready", "bold red")}
 _HINTS: Final = ("? help", "q quit", "s sort", "/ filter", "f state", "m model", "p pause")
 
 
@@ -77,13 +76,12 @@ def _title(picture: Picture, width: int) -> Text:
 
 def _server(now: Snapshot, rates: SnapshotRates | None, width: int) -> list[Text]:
     frames = "–" if rates is None else short(sum(rates.frames.values()))
-    ready = now.model.numbers.get("ready") == 1
-    loop_busy = _recent(now.model.numbers, "loop_busy")
-    busy = "" if math.isnan(loop_busy) else f", loop {loop_busy:.0%}"
+    ready = _READY.get(now.model.numbers["ready"], ("–", ""))
+    busy = percent(_recent(now.model.numbers, "loop_busy"))
     streams = short(sum(model.streams for model in now.models))
     connections = short(sum(model.connections for model in now.models))
-    total = f"{frames} frames/s, {streams} streams, {connections} connections{busy}"
-    lines = [_line("server", (("ready", "green") if ready else ("not ready", "bold red")), f", {total}")]
+    total = f"{frames} frames/s, {streams} streams, {connections} connections, loop {busy}"
+    lines = [_line("server", ready, f", {total}")]
     if len(now.models) > 1:
         lines.append(_line("models", *_models(now, rates, width - _LABEL)))
     return lines
@@ -109,7 +107,7 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     fill, is_answering = _measured(numbers, "batch_fill"), _recent(numbers, "latency_us_p50") > 0
     rows = (
         ("frames/s", per_s.get("frames_total", math.nan), ""),
-        ("batches/s", per_s.get("batches_total", math.nan), "–" if math.isnan(fill) else f"{fill:.0%} full"),
+        ("batches/s", per_s.get("batches_total", math.nan), f"{percent(fill)} full"),
         ("batch size", _measured(numbers, "batch_size_mean"), f"{short(numbers['frames_pending'])} pending"),
     )
     left = [f"{label:<{_LABEL}}{short(number):>8}{beside:>{_LEFT - _LABEL - 8}}" for label, number, beside in rows]
@@ -130,12 +128,12 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     return lines
 
 
-def _recent(numbers: Mapping[str, float], name: str) -> float:
+def _recent(numbers: Numbers, name: str) -> float:
     """Over the last seconds; since the start in the first second of a model, which has no others."""
-    return numbers.get(f"recent_{name}", numbers.get(name, math.nan))
+    return numbers.get(f"recent_{name}", numbers[name])
 
 
-def _measured(numbers: Mapping[str, float], name: str) -> float:
+def _measured(numbers: Numbers, name: str) -> float:
     """As `_recent`, of a value that is more than 0 where there was anything to measure; NaN where there was not."""
     return _recent(numbers, name) or math.nan
 
@@ -160,22 +158,23 @@ def _recording(model: ObservedModel) -> str:
     if "recording_bytes" not in numbers:
         return "off"
     waits = f"answers wait for {model.durability}" if model.durability != "memory" else "answers do not wait"
-    size, free = scaled(numbers["recording_bytes"], " "), scaled(numbers.get("recording_free_bytes", math.nan), " ")
+    size, free = scaled(numbers["recording_bytes"], " "), scaled(numbers["recording_free_bytes"], " ")
     return (
         f"{waits}, {size}B, {free}B free, commits {three_digits(_measured(numbers, 'commit_us_p99') / 1000)} ms (p99)"
     )
 
 
-def _verified(numbers: Mapping[str, float]) -> list[str | tuple[str, str]]:
+def _verified(numbers: Numbers) -> list[str | tuple[str, str]]:
     if "verified_frames_total" not in numbers:
         return ["off"]
     frames, skipped = numbers["verified_frames_total"], numbers["verify_skipped_frames_total"]
     wrong, share = numbers["verify_mismatches_total"], numbers["verify_share"]
-    found = (f"{short(wrong)} streams differ", "bold red") if wrong else ("no mismatch", "green")
-    of = f" of {share:.0%} of the streams" if share < 1 else ""
+    differ = (f"{short(wrong)} streams differ", "bold red" if wrong > 0 else "")
+    found = ("no mismatch", "green") if wrong == 0 else differ
+    of = "" if share == 1 else f" of {percent(share)} of the streams"
     behind = f", {period(numbers['verify_lag_s'])} behind"
-    if skipped:
-        of = f", {math.floor(100 * frames / (frames + skipped))}% compared"
+    if skipped != 0:
+        of = f", {percent(100 * frames // (frames + skipped) / 100)} compared"
     return [f"{short(frames)} frames{of}, ", found, behind]
 
 

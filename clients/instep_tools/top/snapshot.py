@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple, Protocol
@@ -49,6 +50,13 @@ class ObservedStream(NamedTuple):
     """Time (s) for which the server keeps it if it stays idle; None if it never expires."""
 
 
+class Numbers(dict[str, float]):
+    """Those of STATS by name. One that the server does not have, as an older one may not, is NaN, a dash when drawn."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class ModelTotals:
     """One entry for each model of the server."""
@@ -75,8 +83,7 @@ class ObservedModel:
     buckets: tuple[int, ...]
     max_streams: int
     durability: str
-    numbers: Mapping[str, float]
-    """As STATS has them."""
+    numbers: Numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,11 @@ def scaled(number: float, gap: str = "") -> str:
     return f"{three_digits(number) if size else f'{number:.0f}'}{gap}{_UNITS[size]}"
 
 
+def percent(share: float) -> str:
+    """Of 1, rounded: `98%`; – for NaN."""
+    return "–" if math.isnan(share) else f"{share:.0%}"
+
+
 def period(seconds: float) -> str:
     """In at most 7 columns: `3.2 s`, `4m 12s`, `3h 12m`, `12d 3h`; – for NaN."""
     if math.isnan(seconds):

@@ -10,7 +10,7 @@ from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
 from instep_client.replies import ListedStream
 from instep_tools.connect import PATIENCE_S
-from instep_tools.top.snapshot import ModelTotals, ObservedModel, ObservedStream, Snapshot, StreamQuery, select
+from instep_tools.top.snapshot import ModelTotals, Numbers, ObservedModel, ObservedStream, Snapshot, StreamQuery, select
 
 LEAST_APART_S: Final = 0.5
 """Between two lists: a rate over less is mostly noise."""
@@ -63,21 +63,19 @@ class ZmqSource:
             await self.close()
             client = await self._connect(query.model)
         self._names = names
-        numbers, now = await client.stats(), self._clock()
+        numbers, now = Numbers(await client.stats()), self._clock()
         if now >= self._list_again_at:
             self._listed(await client.list_streams(), now)
         if self._selected_for != query:
             self._selected_for, self._selected = query, select(self._streams, query)
         info, (streams, matched) = client.info, self._selected
-        frames = int(numbers["frames_total"])  # the list's are a moment older
-        is_withdrawn = info.exactness == "exact" and not numbers["exact"]
+        newest = {info.model: int(numbers["frames_total"])} if "frames_total" in numbers else {}  # the list's is older
+        is_withdrawn = info.exactness == "exact" and numbers["exact"] == 0
         return Snapshot(
             time_s=now,
             query=query,
             models=[
-                ModelTotals(
-                    each.name, each.streams, each.connections, frames if each.name == info.model else each.frames
-                )
+                ModelTotals(each.name, each.streams, each.connections, newest.get(each.name, each.frames))
                 for each in models
             ],
             model=ObservedModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -9,10 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from instep_tools.top.screen import Picture, draw
-from instep_tools.top.snapshot import SORTS, StreamQuery, rates_between, select
+from instep_tools.top.snapshot import SORTS, Numbers, StreamQuery, rates_between, select
 from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
 from instep_tools.top.view import View
-from tests.tools.top.support import snapshot, stream
+from tests.tools.top.support import NUMBERS, snapshot, stream
 
 PHASES = ("queue", "compute", "send", "latency")
 SIZES = [(80, 24), (120, 40)]
@@ -99,9 +100,29 @@ def test_where_nothing_was_answered_lately_there_are_dashes_and_no_zeros() -> No
     now = snapshot(1.0, [], (), StreamQuery(), **idle)
     lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
-    assert text["batches/s"] == "– – p50 – – – –"
+    assert text["batches/s"] == "– – full p50 – – – –"
     assert text["batch"] == "size – 131,072 pending p99 – – – –"
     assert text["recording"].endswith("commits – ms (p99)")
+
+
+def test_a_number_that_the_server_lacks_is_a_dash() -> None:
+    whole = snapshot(1.0, [], verify_skipped_frames_total=0.0)
+
+    def lines_without(*absent: str) -> list[str]:
+        numbers = Numbers({name: value for name, value in whole.model.numbers.items() if name not in absent})
+        now = replace(whole, model=replace(whole.model, numbers=numbers))
+        lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+        assert "nan" not in "".join(lines).lower()
+        return lines
+
+    before = lines_without()
+    shown_as_totals = {"frames_total", "batches_total", "batch_size_mean", "connections"}  # or as rates
+    for name in set(NUMBERS) - shown_as_totals:
+        differing = [(old, new) for old, new in zip(before, lines_without(name), strict=True) if old != new]
+        assert differing, name
+        for old, new in differing:
+            assert new.count("–") > old.count("–") or name.startswith("refused_") or new.endswith("off"), (name, new)
+    assert lines_without(*NUMBERS)[0].endswith("up –")
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *WIDE], ids=ascii)

@@ -27,6 +27,7 @@ from instep_tools.top.command import Top, source_of, top
 from instep_tools.top.http_source import HttpSource
 from instep_tools.top.snapshot import Source, StreamQuery
 from instep_tools.top.zmq_source import ZmqSource
+from tests.support.fake_server import FakeServer
 from tests.support.models import SEED_SIZED, SMALL, plain
 from tests.support.running import running
 from tests.tools.helpers import RememberingTerminal
@@ -191,6 +192,21 @@ async def test_a_swapped_model_is_shown_in_its_new_version_and_its_old_one_is_no
             await source.read(StreamQuery("nobody"))
         assert (await source.read(StreamQuery())).model.name == "ears"
         await source.close()
+
+
+async def test_a_server_with_fewer_numbers_is_shown_with_dashes() -> None:
+    with FakeServer() as server:  # its STATS has three
+        async with AsyncClient(server.endpoint) as client:
+            await client.open("mic")
+            seen = (await once(Top(server.endpoint, every_s=0.5))).json()
+            shown = RememberingTerminal()
+            assert await top(Top(server.endpoint, every_s=0.5), shown, Stop()) == Exit.OK
+    assert set(seen["model"]["numbers"]) == {"ready", "streams_open", "blocks"}
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.said.splitlines()}
+    assert lines["instep"].endswith(" up –")
+    assert lines["server"] == "ready, 0 frames/s, 1 streams, 1 connections, loop –"
+    assert lines["streams"] == "1 open of 100,000, – of them parked; – hibernating"
+    assert lines["mic"].startswith("connected ")
 
 
 def test_nobody_answers() -> None:
