@@ -269,6 +269,14 @@ def certified(network: object, buckets: object) -> NoReturn:
     raise AssertionError("what is wrong is found before the model is certified, which takes long")
 
 
+def with_ipv6_first(
+    host: str, port: int, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+) -> list[tuple[Any, ...]]:
+    """Resolve localhost as most machines do; ZeroMQ does not ask Python."""
+    found = [(socket.AF_INET6, type, 6, "", ("::1", port, 0, 0)), (socket.AF_INET, type, 6, "", ("127.0.0.1", port))]
+    return [each for each in found if family in (0, each[0])]
+
+
 def test_an_endpoint_in_use_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instep.server.preparation.certify", certified)
     with socket.socket() as taken:
@@ -279,6 +287,10 @@ def test_an_endpoint_in_use_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
             serve.run(configured(model, transport={"endpoint": f"tcp://{endpoint}"}))
         with pytest.raises(CannotServe, match=f"cannot listen at http.endpoint {endpoint}: Address already in use"):
             serve.run(configured(model, http={"endpoint": endpoint}))
+        monkeypatch.setattr(socket, "getaddrinfo", with_ipv6_first)
+        endpoint = endpoint.replace("127.0.0.1", "localhost")
+        with pytest.raises(CannotServe, match=f"cannot bind tcp://{endpoint}: Address already in use"):
+            serve.run(configured(model, transport={"endpoint": f"tcp://{endpoint}"}))
 
 
 def test_a_file_that_is_no_recording_is_left_alone(

@@ -64,19 +64,20 @@ def check_ports(config: Config) -> None:
         CannotServe: when one is in use.
     """
     endpoint, http = config.transport.endpoint, config.http.endpoint
-    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://")):
+    family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
+    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
         raise CannotServe(f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?")
     if http not in (None, DEFAULT) and _is_in_use(http):
         raise CannotServe(str(cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))))
 
 
-def _is_in_use(address: str) -> bool:
+def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return False
     try:
         found = socket.getaddrinfo(
-            host.strip("[]*") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host.strip("[]*") or None, int(port), family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, kind, protocol, _, place = found[0]
         with socket.socket(family, kind, protocol) as probe:
