@@ -81,7 +81,7 @@ def make_app(
         assert isinstance(error, HttpError)
         return error.response()
 
-    async def no_such_path(request: Request, error: Any) -> Response:
+    async def no_such_path(request: Request, error: Any = None) -> Response:
         close = get_close_matches(request.url.path[:80], _PATHS, n=1)
         meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(_PATHS)}"
         return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
@@ -99,6 +99,7 @@ def make_app(
         _route("/metrics", metrics),
         _route("/api/history", history, "model"),
         _route("/api/streams", streams, "model", "prefix", "contains", "state", "sort", "limit", "cursor"),
+        Route("/api/streams/", no_such_path),  # no stream has an empty name
         _route("/api/streams/{name:path}", stream, "model"),
         _route("/api/events", listen, "model", "stream"),
         _route("/", page, "token"),  # `Guard` takes it where one is needed
