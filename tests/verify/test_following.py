@@ -335,6 +335,40 @@ def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None
     )
 
 
+def test_frames_of_closed_streams_and_frames_without_outputs_are_told_apart(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(2)]
+    follower = story.follower()
+    story.step(*streams)
+    story.checkpoint()
+    follower.skip()
+    story.step(*streams, frames=3)
+    story.scribe.close(streams[0])
+    story.scribe.step(streams[1:], "unanswered")
+    story.scribe.writer.event(story.scribe.now, "recovered", None, "")
+    story.scribe.writer.commit()
+    advance(follower)
+    assert follower.skipped_by == {"behind": 2, "closed": 3, "no_output": 1}
+    assert (follower.frames, follower.skipped) == (3, 6)
+
+
+def test_frames_after_a_mismatch_are_told_as_such_when_their_openings_are_read_again(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(8)]
+    follower = story.follower()
+    for at in range(1, 9):
+        story.corrupts = at
+        story.step(*streams)
+    advance(follower)
+    assert follower.mismatches.total == 8
+    before = follower.skipped
+    follower.lower_share()
+    follower.raise_share()
+    story.step(*streams)
+    advance(follower)
+    assert follower.skipped_by == {"differs": before + 8}
+
+
 class Slow:
     """A follower that is as late as a test says."""
 

@@ -236,10 +236,11 @@ class Follower:
             self._portion.add(item, [None if isinstance(part, Reason) else part for part in parts])
         elif isinstance(item, Opened):
             if item.stream not in self._known:
-                # What is read again was checked before, if it was sampled then.
+                # What is read again was checked before, if it was sampled then, and has ended since.
                 was_checked = item.position <= self.seen and _is_sampled(item.name, self._former_share)
                 part = self._part(item.stream, item.name, item.first_seq, item.state)
-                self._known[item.stream] = Reason.OTHER if was_checked else part
+                has_ended = was_checked and isinstance(part, FollowedPart)
+                self._known[item.stream] = Reason.CLOSED if has_ended else part
         elif isinstance(item, Closed):
             for streams in self._remembered:
                 streams.close(item.stream, item.position)
@@ -262,7 +263,7 @@ class Follower:
         """A stream that is met with this frame, from its newest state, or why it is not followed."""
         found = tail.newest_state(number)
         if found is None:
-            return Reason.OTHER
+            return Reason.CLOSED
         if found.seq < seq:
             self._late.add(number)
             return Reason.STATE_TOO_OLD
@@ -279,9 +280,7 @@ class Follower:
         elif number not in self._known or number in self._late:
             found = tail.newest_state(number)
             self._late.discard(number)
-            self._known[number] = (
-                Reason.OTHER if found is None else self._part(number, found.name, event.seq, event.state)
-            )
+            self._known[number] = self._part(number, found.name, event.seq, event.state) if found else Reason.CLOSED
 
     def _anchor(self, tail: RecordingTail) -> None:
         """A checkpoint is complete: its states are newer than those that were known."""
@@ -343,10 +342,12 @@ class Follower:
                 self._tell(wrong_output(task, row, found.first[row]), part)
         counts_from: I64 = np.array([part.counts_from for part in parts], np.int64)
         for span in task.spans():
+            seqs = span.starts + np.arange(len(span))[:, None]
+            is_new = seqs >= counts_from
+            self._left_out.counts[Reason.NO_OUTPUT] += int((span.valid & ~span.answered & is_new).sum())
             counts = span.answered.copy()
             counts[:, list(found.undecided)] = False
-            seqs = span.starts + np.arange(len(span))[:, None]
-            before = int((counts & (seqs < counts_from)).sum())
+            before = int((counts & ~is_new).sum())
             uncounted = min(before, self._uncounted)
             self._uncounted -= uncounted
             self.frames += int(counts.sum()) - before + uncounted

@@ -21,9 +21,12 @@ class Reason(StrEnum):
     """A mismatch was found in its stream before."""
     NOT_NAMED = "not_named"
     """The user named other streams."""
+    CLOSED = "closed"
+    """Its stream had closed when it was met, and a closed one has no recorded state."""
+    NO_OUTPUT = "no_output"
+    """The server was killed before it had computed the output."""
     OTHER = "other"
-    """It has no output, because its step failed; or a state behind it is the first that is known of its stream; or the
-    checkpoint that it waited for never came."""
+    """A state behind it is the first that is known of its stream; or the checkpoint that it waited for never came."""
 
 
 _WORDS: Final = {
@@ -32,6 +35,8 @@ _WORDS: Final = {
     Reason.BEHIND: "left out to catch up",
     Reason.DIFFERS: "after a mismatch",
     Reason.NOT_NAMED: "of streams not named",
+    Reason.CLOSED: "of closed streams",
+    Reason.NO_OUTPUT: "without an output",
     Reason.OTHER: "for other reasons",
 }
 
