@@ -52,6 +52,22 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "command", ["doctor", "serve m", "verify a.instep", "model info m", "recordings list", "version"]
+)
+def test_in_a_directory_that_was_deleted_each_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = instep(*command.split())
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "the working directory was deleted: change to one that exists\n",
+    )
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
     Stub(monkeypatch, "instep.server.preparation")

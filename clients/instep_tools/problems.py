@@ -36,14 +36,18 @@ def check_writable(path: Path) -> None:
     Raises:
         BadFile: when it cannot.
     """
-    why = ""
-    if path.is_dir():
-        why = "it is a folder"
-    elif not path.parent.is_dir():
-        why = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        why = "you have no permission"
-    if why:
+    why: str | None = None
+    try:
+        path.absolute()  # which there is not in a working directory that was deleted
+        if path.is_dir():
+            why = "it is a folder"
+        elif not path.parent.is_dir():
+            why = f"there is no folder {path.parent}"
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            why = "you have no permission"
+    except OSError as error:  # a name is too long
+        why = error.strerror
+    if why is not None:
         raise BadFile(f"{path} cannot be written: {why}")
 
 

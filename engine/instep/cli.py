@@ -31,6 +31,10 @@ class _EngineCommands(PlainCommands):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            os.getcwd()
+        except FileNotFoundError:  # torch cannot be loaded there; MKL ends the process with a misleading sentence
+            raise _failure("the working directory was deleted: change to one that exists") from None
+        try:
             return super().invoke(ctx)
         except Exception as error:
             if not isinstance(error, _users_errors()):
@@ -306,7 +310,7 @@ def _write_json(value: Any) -> None:
     typer.echo(jsonlib.dumps(value, indent=2))
 
 
-def _failure(error: Exception) -> typer.Exit:
+def _failure(error: Exception | str) -> typer.Exit:
     """Say on standard error what went wrong, in red; the exit to raise."""
     console = _console(stderr=True)
     for sentence in str(error).splitlines():

@@ -26,7 +26,7 @@ _COLUMNS: Final = (("state", -11), ("rate/s", 8), ("next seq", 11), ("pending", 
 """Behind the name, with their widths; a negative one is for text."""
 _SORTED: Final = {"name": "name", "rate": "rate/s", "seq": "next seq", "pending": "pending", "idle": "idle"}
 """The heading of the column for each of `SORTS`."""
-_READY: Final = {1: ("ready", "green"), 0: ("not ready", "bold red")}
+_READY: Final[dict[float, tuple[str, str]]] = {1: ("ready", "green"), 0: ("not ready", "bold red")}
 _HINTS: Final = ("? help", "q quit", "s sort", "/ filter", "f state", "m model", "p pause")
 
 

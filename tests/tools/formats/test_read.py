@@ -125,7 +125,9 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
     assert read_sequences(tmp_path / "one.parquet").names == ("one",)
 
 
-def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name, why in (
         ("y.txt", "must end in .csv, .npz, .parquet or .mcap"),
@@ -137,3 +139,9 @@ def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(tmp
         assert why in str(failure.value)
     assert check_output_path(tmp_path / "y.CSV") == "csv"
     assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
+    with pytest.raises(BadFile, match="cannot be written: File name too long"):
+        check_output_path(tmp_path / f"{'y' * 300}.csv")
+    monkeypatch.chdir(tmp_path / "folder.csv")
+    (tmp_path / "folder.csv").rmdir()
+    with pytest.raises(BadFile, match=r"^y.csv cannot be written: No such file or directory"):
+        check_output_path(Path("y.csv"))
