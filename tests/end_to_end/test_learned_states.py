@@ -139,6 +139,36 @@ async def test_streams_begin_with_what_the_model_has_learned(
     assert report.verified, report.streams
 
 
+async def test_streams_that_move_to_another_version_keep_their_start_and_later_ones_have_its_own(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    old, new, recordings = tmp_path / "old" / "net", tmp_path / "new" / "net", tmp_path / "recordings"
+    for folder in (old, new):
+        folder.parent.mkdir()
+        make_folder("module", folder)
+    recordings.mkdir()
+    tensors = dict(load_model(new).weights)
+    former, later = trained().h0.detach().numpy(), trained().h0.detach().numpy() + np.float32(0.5)
+    save_file(tensors | {"initial_state.h": torch.from_numpy(later)}, new / "weights.safetensors")
+    x = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
+    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {"max_batch_size": 32}}
+    async with running(load_model(old), folder=old, **sections) as server, AsyncClient(server.endpoint) as client:
+        used, unused = await client.open("used"), await client.open("unused")
+        y = [await used.step(x[:4])]
+        await client.swap_model("net", new, "move")
+        y.append(await used.step(x[4:]))
+        np.testing.assert_allclose(np.concatenate(y), truth("module", x, former), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(await unused.step(x), truth("module", x, former), rtol=1e-4, atol=1e-5)
+        await unused.reset()
+        async with AsyncClient(server.endpoint) as another:
+            for stream in (unused, await another.open("later")):
+                np.testing.assert_allclose(await stream.step(x), truth("module", x, later), rtol=1e-4, atol=1e-5)
+    (file,) = (each for each in recordings.glob("*.instep") if each.name != "net.instep")
+    with RecordingReader(file) as reader:
+        report = verify(reader, load_model(new), [], ignore_progress)
+    assert report.verified, report.streams
+
+
 async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_side(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

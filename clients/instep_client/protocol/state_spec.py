@@ -8,8 +8,6 @@ of that array and nothing else.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -56,7 +54,8 @@ class Leaf:
     """The value of every element before the first frame: finite, an integer for int64, 0 or 1 for bool. None where the
     model has learned an array of its own."""
     learned: bytes = field(default=b"", compare=False, repr=False)
-    """That array as it is in a row; empty where it is not known, as in clients."""
+    """That array as it is in a row; empty where it is not known, as in clients. It is not compared: states fit another
+    version of the model too, whatever its streams begin with. The model's fingerprint covers it."""
 
     def __post_init__(self) -> None:
         if type(self.name) is not str or not _NAME.fullmatch(self.name):
@@ -134,12 +133,6 @@ class StateSpec:
         """Bytes of a stream's state."""
         largest = max(leaf.dtype.itemsize for leaf in self.leaves)
         return _up(self.offsets[-1] + self.leaves[-1].nbytes, largest)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256, hex: equal for equal specifications, initial values included."""
-        text = json.dumps(self.encode(), separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self) -> list[list[Any]]:
         """As plain values for JSON and msgpack: `[name, [extents], dtype, initial value]` for each leaf.
