@@ -81,7 +81,7 @@ def make_folder(kind: str, folder: Path) -> None:
         edit(folder, lambda fields: fields["leaves"][0].update(initial="learned"))
         save_file({"initial_state.h": network.h0.detach()[None].contiguous()}, folder / "weights.safetensors")
         return
-    export_step(Step(network), torch.zeros(1, FEATURES), {"h": network.h0[None]}, folder)
+    export_step(Step(network), torch.zeros(1, FEATURES), {"h": network.h0[None]}, folder, initial_state="example")
     if kind == "pipeline":
         edit(folder, wrap)
 

@@ -176,7 +176,7 @@ def leaves(state: Any) -> list[torch.Tensor]:
 def exported_folder(name: str) -> Path:
     """The folder that the step was exported to; once for each process that runs tests."""
     folder = Path(tempfile.mkdtemp(prefix="instep-step-")) / name
-    export_step(step_of(name), torch.zeros(1, FEATURES), example(name), folder)
+    export_step(step_of(name), torch.zeros(1, FEATURES), example(name), folder, initial_state="example")
     return folder
 
 

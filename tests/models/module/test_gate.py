@@ -298,8 +298,23 @@ def test_steps_that_keep_rows_apart_are_served(
     ],
 )
 def test_an_example_state_that_no_stream_can_begin_with(state: Any, sentence: str, tmp_path: Path) -> None:
+    step = Step(lambda s, x, h: (x, h))
     with pytest.raises(ModelError, match=sentence):
-        export_step(Step(lambda s, x, h: (x, h)), torch.zeros(1, 4), state, tmp_path / "m")
+        export_step(step, torch.zeros(1, 4), state, tmp_path / "m", initial_state="example")
+
+
+def test_what_streams_begin_with_is_zeros_unless_it_is_said(tmp_path: Path) -> None:
+    step, x = Step(lambda s, x, h: (x, h)), torch.zeros(2, 4)
+    state = {"h": torch.ones(2, 4), "c": torch.zeros(2, 4), "is": torch.ones(2, dtype=torch.bool)}
+    assert refusal(step, tmp_path / "m", state, x) == (
+        "the example state is not zeros in h, is, and every stream would begin with it: say so with "
+        'initial_state="example", or give zeros'
+    )
+    given: Any = "ones"
+    with pytest.raises(ModelError, match=r"initial_state is 'ones': expected \"zeros\" or \"example\""):
+        export_step(step, x, state, tmp_path / "m", initial_state=given)
+    spec = export_step(step, x, state, tmp_path / "m", initial_state="example").state
+    assert [leaf.initial for leaf in spec.leaves] == [1, 0, 1]
 
 
 def test_a_leaf_that_is_left_out_is_named(tmp_path: Path) -> None:

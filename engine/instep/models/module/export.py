@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import ValidationError
@@ -40,6 +40,7 @@ def export_step(
     example_state: Any,
     path: str | Path,
     *,
+    initial_state: Literal["zeros", "example"] = "zeros",
     name: str | None = None,
     outputs: Sequence[str] = (),
     overwrite: bool = False,
@@ -53,9 +54,10 @@ def export_step(
         module: the step of a batch: frames x, float32 [rows, features], and the state before them; it returns outputs,
             float32 [rows, outputs], and the state after them. Several outputs, as a tuple or dict, are concatenated.
         example_x: frames of any number of rows; only the shape counts.
-        example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool, with equal rows: what
-            every stream begins with.
+        example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool, with equal rows.
         path: the folder; made if it does not exist.
+        initial_state: what every stream begins with. `zeros`: the example is zeros, and anything else in it is refused
+            as a mistake. `example`: a row of the example, as where a first state was learned.
         name: what clients are told; the folder's name if None.
         outputs: a name for each output; those of the dict if the step returns one.
         overwrite: replace a model that the folder holds.
@@ -67,12 +69,16 @@ def export_step(
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         kind = "TorchScript" if isinstance(module, nn.Module) else f"one {type(module).__name__}"
         raise ModelError(f"the step is {kind}; give an nn.Module whose forward is y, new_state = step(x, state)")
+    if initial_state not in ("zeros", "example"):
+        raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     folder = Path(path)
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), _in_silence():
         mine = _copied(module).cpu()
         attributes = Attributes(mine)
         example = example_of(mine, example_x, example_state)
+        if initial_state == "zeros":
+            _refuse_other_starts(example)
         attributes.check(mine)
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
@@ -83,6 +89,14 @@ def export_step(
         compare_rows(example, network)
     write_model(folder, model, overwrite=overwrite)
     return model
+
+
+def _refuse_other_starts(example: Example) -> None:
+    if given := [leaf.name for leaf in example.leaves if leaf.initial != 0]:
+        raise ModelError(
+            f"the example state is not zeros in {', '.join(given)}, and every stream would begin with it: say so with "
+            'initial_state="example", or give zeros'
+        )
 
 
 def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
