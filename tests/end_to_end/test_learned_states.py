@@ -1,6 +1,6 @@
 """Networks whose streams begin with a learned state, served, recorded, restarted and verified.
 
-The truth is `nn.GRU` over the whole sequence, from that state.
+The truth is torch's module over the whole sequence, from that state.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models import export_step
+from instep.models import export_step, save_model
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
+from instep.models.handover.layers import RECURRENT
 from instep.models.onnx.importer import import_onnx
 from instep.recording.reader import RecordingReader
 from instep.verify.verifier import verify
@@ -41,15 +42,17 @@ FEATURES, HIDDEN, FRAMES, KEEP = 5, 24, 12, 0.75
 
 
 class Network(nn.Module):
-    """As it was trained: a GRU that begins with a parameter."""
+    """As it was trained: a GRU, LSTM or RNN that begins with a parameter, or with two."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.gru, self.head = nn.GRU(FEATURES, HIDDEN), nn.Linear(HIDDEN, 3)
+        self.gru, self.head = RECURRENT.get(kind, nn.GRU)(FEATURES, HIDDEN), nn.Linear(HIDDEN, 3)
         self.h0 = nn.Parameter(torch.linspace(-1, 1, HIDDEN))
+        self.c0 = nn.Parameter(torch.linspace(2, -1, HIDDEN))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, _ = self.gru(x, self.h0[None])
+        h0, c0 = (each.expand(1, *x.shape[1:-1], HIDDEN) for each in (self.h0, self.c0))
+        y, _ = self.gru(x, (h0, c0) if isinstance(self.gru, nn.LSTM) else h0)
         return self.head(y)  # type: ignore[no-any-return]
 
 
@@ -66,14 +69,18 @@ class Step(nn.Module):
         return self.head(h), {"h": h}
 
 
-def trained() -> Network:
+def trained(kind: str = "gru") -> Network:
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        return Network().eval()
+        return Network(kind).eval()
 
 
 def make_folder(kind: str, folder: Path) -> None:
-    network = trained()
+    network = trained(kind)
+    if kind in RECURRENT:
+        save_model(folder, network)
+        return
+    assert isinstance(network.gru, nn.GRU)
     if kind == "onnx":
         file = folder.with_suffix(".onnx")
         file.write_bytes(gru_step(network.gru, network.head).SerializeToString())
@@ -100,14 +107,14 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @torch.inference_mode()
 def truth(kind: str, x: F32, first: F32 | None = None) -> F32:
-    network = trained()
+    network = trained(kind)
     if first is not None:
         network.h0.copy_(torch.from_numpy(first))
     y: F32 = network(torch.from_numpy(x)).numpy()
     return smoothed(y, KEEP) if kind == "pipeline" else y
 
 
-@pytest.mark.parametrize("kind", ["module", "onnx", "pipeline"])
+@pytest.mark.parametrize("kind", ["module", "onnx", "pipeline", *RECURRENT])
 async def test_streams_begin_with_what_the_model_has_learned(
     kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -123,6 +130,8 @@ async def test_streams_begin_with_what_the_model_has_learned(
         _, state = await client.read_state("s")
         h = state["h"] if isinstance(state, dict) else state
         assert h.tobytes() == first.tobytes()
+        if kind == "lstm":
+            assert state["c"].tobytes() == trained(kind).c0.detach().numpy().tobytes()
         y = [await stream.step(x[:5])]
         reset = await client.open("reset")
         await reset.step(x[:3])
@@ -185,7 +194,7 @@ async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_si
     np.testing.assert_allclose(y[FRAMES:], truth("module", frames[FRAMES:], given), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["module", "onnx"])
+@pytest.mark.parametrize("kind", ["module", "onnx", "gru"])
 def test_what_was_learned_belongs_to_the_model(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "net"
     make_folder(kind, folder)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from instep.models.errors import ModelError
+from instep.models.folder import load_model
 from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.recurrent.description import GruDescription
@@ -237,8 +238,12 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: net.encoder(x), "Net.forward does not run its recurrent module on its input"),
         (step_by_step, "Net.forward runs `gru` again on its state: run it once over the whole sequence"),
         (
-            lambda net, x: net.gru(net.encoder(x), net.state.expand(2, x.size(0), 10))[0],
-            "`gru` begins with a state that is not zero, which a model folder cannot hold: hand over the layers",
+            lambda net, x: net.gru(net.encoder(x), torch.ones(2, x.size(0), 10).cumsum(1))[0],
+            "`gru` begins each sequence with another state, and a model folder holds one for all: hand over the layers",
+        ),
+        (
+            lambda net, x: net.gru(net.encoder(x), torch.rand(2, 1, 10).expand(2, x.size(0), 10).contiguous())[0],
+            "gives other values than its layers do",
         ),
         (
             lambda net, x: net.norm(torch.relu(net.head(net.gru(net.encoder(x))[0])).transpose(1, 2)).transpose(1, 2),
@@ -281,6 +286,25 @@ def test_a_forward_that_depends_on_the_length_is_refused(tmp_path: Path, forward
     with pytest.raises(ModelError, match=sentence):
         save_model(tmp_path / "m", Net(forward))
     assert not (tmp_path / "m").exists()
+
+
+def test_a_state_that_the_forward_begins_with_becomes_that_of_every_stream(tmp_path: Path) -> None:
+    def begins(net: Any, x: torch.Tensor, *others: torch.Tensor) -> Any:
+        start = others[0] if others else (net.state * torch.linspace(-1, 1, 10)).expand(2, x.size(0), 10)
+        return net.head(net.gru(net.encoder(x), start.contiguous())[0])
+
+    net = Net(begins)
+    model = save_model(tmp_path / "m", net)
+    assert load_model(tmp_path / "m").fingerprint == model.fingerprint
+    assert model.description.in_words().endswith("GRU 10 × 2 layers → dense 7, from a learned state")
+    assert model.weights["initial_state.h"].shape == (2, 10)
+    plain_model = save_model(tmp_path / "p", Net(plain))
+    assert "initial_state" not in plain_model.description.as_json()
+    x = torch.randn(3, 9, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(served(model, x), net.eval()(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match="begins with a state that is not zero, and the example may be where"):
+        save_model(tmp_path / "e", net, example=(x, torch.ones(2, 3, 10)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6), (1, 6), (3, 6), (1, 5, 6), (700, 1, 6)])

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from instep.models.base import LEARNED
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
 from instep.models.model import Model, model_of
@@ -202,6 +203,8 @@ class Chain:
     before: Sequence[Dense | Norm]
     recurrent: Recurrent
     after: Sequence[Dense | Norm]
+    initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By leaf, [num_layers, hidden_size], what streams begin with where that was learned; empty for zeros."""
 
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
         """The model, of copies of the tensors.
@@ -219,6 +222,7 @@ class Chain:
                     "before": [layer.description for layer in self.before],
                     kind: self.recurrent.description,
                     "after": [layer.description for layer in self.after],
+                    "initial_state": "learned" if self.initial_state else "zeros",
                 }
             )
         except ValidationError as error:
@@ -227,6 +231,7 @@ class Chain:
         for place, layers in (("before", self.before), ("after", self.after)):
             for index, layer in enumerate(layers):
                 tensors |= {f"{place}.{index}.{own}": tensor for own, tensor in layer.tensors.items()}
+        tensors |= {LEARNED + leaf: tensor for leaf, tensor in self.initial_state.items()}
         weights = {tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in tensors.items()}
         check_weights(weights, description, "the given network")
         weights = {tensor_name: weights[tensor_name] for tensor_name in description.tensor_shapes()}

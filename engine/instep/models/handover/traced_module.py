@@ -100,7 +100,7 @@ class TracedModule:
         by_hand = f"take frames of any length, or hand over the layers one by one: {self.call_to_make()}"
         place = f"on frames {list(x.shape)}"
         try:
-            steps = self._steps_of((x, *others))
+            steps = self._trace((x, *others)).steps
         except _CannotRun as error:
             raise ModelError(
                 f"{self._kind}.forward runs on frames {list(before)} and fails {place} {error}, but a stream may have "
@@ -185,10 +185,16 @@ class TracedModule:
         yield self._recurrent.input_size
 
     def _layers_of(self, arguments: Sequence[Any]) -> Chain:
-        self._steps = self._steps_of(arguments)
-        return _chain(self._steps, self._kind, arguments[0].shape[-1])
+        traced = self._trace(arguments)
+        self._steps = traced.steps
+        if traced.initial_state and len(arguments) > 1:
+            raise ModelError(
+                f"{self._kind}.forward begins with a state that is not zero, and the example may be where it comes "
+                "from: give zeros in the example, and open streams with the state"
+            )
+        return _chain(traced.steps, traced.initial_state, self._kind, arguments[0].shape[-1])
 
-    def _steps_of(self, arguments: Sequence[Any]) -> Sequence[Step]:
+    def _trace(self, arguments: Sequence[Any]) -> Tracer:
         without_it = (
             "train the network without it or, where it comes first or last, compute it in the client and hand over "
             f"the other layers: {self.call_to_make()}"
@@ -215,7 +221,7 @@ class TracedModule:
                 f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
                 "and compute everything with torch"
             )
-        return tracer.steps
+        return tracer
 
 
 class _CannotRun(Exception):
@@ -239,7 +245,7 @@ def why_not_served(module: nn.Module) -> str | None:
     return None
 
 
-def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
+def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: str, features: int) -> Chain:
     before: list[Dense | Norm] = []
     after: list[Dense | Norm] = []
     recurrent: Recurrent | None = None
@@ -273,7 +279,7 @@ def _chain(steps: Sequence[Step], kind: str, features: int) -> Chain:
         previous, width = step, step.width
     if recurrent is None:
         raise ModelError(f"{kind}.forward does not run its recurrent module on its input; {SERVED}")
-    return Chain(before, recurrent, after)
+    return Chain(before, recurrent, after, dict(zip(("h", "c"), initial_state, strict=False)))
 
 
 def _random_frames(shape: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -58,6 +58,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._advice = advice
         self.steps: list[Step] = []
+        self.initial_state: list[torch.Tensor] = []
+        """What the recurrent module begins with, [layers, hidden size] by leaf; empty for zeros."""
         self.refusal: ModelError | None = None
         """Kept too, for code that catches every exception."""
         self._modules: list[tuple[str, nn.Module]] = []
@@ -152,11 +154,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             state = (*args[1:], kwargs.get("hx"))
             if self.origin(state) is not None:
                 self.refuse(f"{self._subject} runs `{label}` again on its state", "run it once over the whole sequence")
-            if any(bool(tensor.any()) for tensor in _tensors(state)):
-                self.refuse(
-                    f"`{label}` begins with a state that is not zero, which a model folder cannot hold",
-                    "hand over the layers one by one, and open each stream with that state",
-                )
+            self._begin(label, [tensor.detach() for tensor in _tensors(state)])
+
+    def _begin(self, label: str, state: Sequence[torch.Tensor]) -> None:
+        """Note what the recurrent module begins with: [layers, hidden size], with rows in the middle if there are."""
+        if any(bool((leaf != leaf[:, :1]).any()) for leaf in state if leaf.ndim > 2):
+            self.refuse(
+                f"`{label}` begins each sequence with another state, and a model folder holds one for all",
+                "hand over the layers one by one, and open each stream with its state",
+            )
+        if any(bool(leaf.any()) for leaf in state):
+            self.initial_state = [leaf[:, 0] if leaf.ndim > 2 else leaf for leaf in state]
 
     def _leave(self, label: str, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         self._modules.pop()

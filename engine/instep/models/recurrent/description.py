@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Leaf, Shape, StateSpec
+from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes
 from instep_client.protocol.state_spec import DTYPES
 
 Activation: TypeAlias = Literal[
@@ -104,7 +104,7 @@ class RecurrentLayers(_Frozen):
     GATES: ClassVar[int]
     """Weights hold that many rows for each hidden unit."""
     LEAVES: ClassVar[tuple[str, ...]] = ("h",)
-    """What it keeps between frames: float32 [num_layers, hidden_size] each, zeros at first."""
+    """What it keeps between frames: float32 [num_layers, hidden_size] each."""
 
     hidden_size: Size
     num_layers: LayerCount = 1
@@ -178,6 +178,8 @@ class RecurrentDescription(_Frozen):
     features: Size
     before: tuple[FrameLayer, ...] = ()
     after: tuple[FrameLayer, ...] = ()
+    initial_state: Literal["zeros", "learned"] = "zeros"
+    """The leaves of a stream before its first frame; the weights file holds arrays that are learned."""
 
     @property
     def recurrent(self) -> RecurrentLayers:
@@ -200,7 +202,8 @@ class RecurrentDescription(_Frozen):
         """The leaves of the recurrent layers, float32 [num_layers, hidden_size] each."""
         layers = self.recurrent
         shape = (layers.num_layers, layers.hidden_size)
-        return StateSpec(tuple(Leaf(name, shape, DTYPES["float32"]) for name in layers.LEAVES))
+        initial = None if self.initial_state == "learned" else 0.0
+        return StateSpec(tuple(Leaf(name, shape, DTYPES["float32"], initial) for name in layers.LEAVES))
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Every tensor of the weights file by name, in the order in which a frame meets them, with torch's shapes."""
@@ -209,6 +212,7 @@ class RecurrentDescription(_Frozen):
             **_tensor_shapes("before", self.before, self.features),
             **{f"{self.kind}.{name}": shape for name, shape in recurrent.items()},
             **_tensor_shapes("after", self.after, self.recurrent.hidden_size),
+            **learned_shapes(self.state),
         }
 
     def tensor_dtype(self, tensor: str) -> str:
@@ -218,19 +222,22 @@ class RecurrentDescription(_Frozen):
     def fan_in(self, tensor: str) -> int:
         """The hidden size for recurrent layers, as torch initialises them; the inputs of other layers."""
         layer, _, _ = tensor.rpartition(".")
-        if layer == self.kind:
+        if layer == self.kind or tensor.startswith(LEARNED):
             return self.recurrent.hidden_size
         return self.tensor_shapes()[f"{layer}.weight"][-1]
 
     def in_words(self) -> str:
         """`40 features → GRU 128 → dense 10`."""
         layers = (*self.before, self.recurrent, *self.after)
-        return " → ".join([f"{self.features} features", *(layer.in_words() for layer in layers)])
+        words = " → ".join([f"{self.features} features", *(layer.in_words() for layer in layers)])
+        return words if self.initial_state == "zeros" else f"{words}, from a learned state"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """As plain JSON values, always with `kind`."""
         values = self.model_dump(mode="json", exclude_defaults=not defaults)
-        order = ("features", "before", self.kind, "after")
+        order = ["features", "before", self.kind, "after"]
+        if self.initial_state != "zeros":  # models without it have the fingerprint that they had before there was one
+            order.append("initial_state")
         return {"kind": self.kind} | {key: values[key] for key in order if key in values}
 
 

@@ -52,10 +52,13 @@ class RecurrentNetwork:
         self.description: RecurrentDescription = model.description
         self.fingerprint = model.fingerprint
         self.device = device
-        self.state: StateSpec = self.description.state
+        self.state: StateSpec = model.state
         padded = bool(self.description.before or self.description.after)
         self.row_multiple = PADDED_BUCKET if padded else PLAIN_BUCKET
-        self.multiply_adds = sum(math.prod(s) for s in self.description.tensor_shapes().values() if len(s) == 2)
+        shapes = self.description.tensor_shapes()
+        self.multiply_adds = sum(
+            math.prod(shapes[name]) for name in shapes if "weight" in name and len(shapes[name]) == 2
+        )
         self._size = self.description.recurrent.hidden_size
         self._recurrence = _recurrence(self.description.recurrent)
         self._weights = self._padded_weights(WIDTH_MULTIPLE if padded else 1)
