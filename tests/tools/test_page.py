@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, LARGEST_BYTES - 1))
     with pytest.raises(BadFile, match=r"a.html cannot be written: the disk is full"):
         check_report_path(tmp_path / "a.html")
-    monkeypatch.setattr("instep_tools.problems.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BadFile, match="'matplotlib', which is not installed: pip install"):
         check_report_path(tmp_path / "a.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html"]

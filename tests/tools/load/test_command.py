@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -239,7 +240,7 @@ def test_what_cannot_be_is_told_before_anything_is_sent(arguments: list[str], pr
 
 
 def test_a_plot_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep_tools.problems.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--plot", "p.png")
     assert result.exit_code == 2
     assert "'matplotlib', which is not installed: pip install" in result.stderr
