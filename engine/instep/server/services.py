@@ -30,7 +30,7 @@ from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
 from instep.server.preparation import Prepared
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.events import EventLog
+from instep.streaming.events import EventKind, EventLog
 from instep.streaming.hibernation import Hibernation
 from instep.streaming.idle import Tombstones
 from instep.streaming.journal import Journal
@@ -46,6 +46,8 @@ from instep.streaming.verification import Verification
 from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
+_MOST_NAMES: Final = 100
+"""Streams that one line of the log names."""
 _MOST_READERS: Final = 4
 """Threads that read hibernated streams from one recording at the same time."""
 
@@ -130,9 +132,13 @@ def make_service(
     def log_failure(error: Exception, streams: int) -> None:
         log.error("step failed", error=repr(error), streams=streams)
 
+    def log_event(kind: EventKind, streams: Sequence[str], detail: str) -> None:
+        names = [name for name in streams[:_MOST_NAMES] if name]
+        log.debug("stream event", kind=kind, detail=detail, streams=len(streams) if names else 0, names=names)
+
     if former is None:
         table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
-        origins, tombstones, events = Origins(tables), Tombstones(), EventLog()
+        origins, tombstones, events = Origins(tables), Tombstones(), EventLog(on_event=log_event)
     else:
         table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
         events = former.events

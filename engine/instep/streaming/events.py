@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from instep.core.typing import I64
@@ -58,10 +58,18 @@ class _Entry(NamedTuple):
 
 
 class EventLog:
-    """A ring of the newest events. Adding costs the same for one stream and for many, but for the copy of the names."""
+    """A ring of the newest events. Adding costs the same for one stream and for many, but for the copy of the names.
 
-    def __init__(self, most: int = MOST) -> None:
+    Args:
+        most: events that are kept.
+        on_event: told of each addition: the kind, the names of the streams, and the detail.
+    """
+
+    def __init__(
+        self, most: int = MOST, on_event: Callable[[EventKind, Sequence[str], str], None] = lambda *event: None
+    ) -> None:
         self._most = most
+        self._on_event = on_event
         self._entries: deque[_Entry] = deque()
         self.newest = 0
         """The number of the newest event; 0 where there is none."""
@@ -79,6 +87,7 @@ class EventLog:
         dropped = max(0, len(streams) - self._most)
         first = self.newest + 1 + dropped
         self.newest += len(streams)
+        self._on_event(kind, streams, detail)
         self._entries.append(_Entry(first, time.time(), kind, streams[dropped:], detail, seqs[dropped:]))
         while self._entries[0].first + len(self._entries[0].streams) <= self.newest - self._most + 1:
             self._entries.popleft()

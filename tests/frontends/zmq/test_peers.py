@@ -17,6 +17,7 @@ from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
 from instep.streaming.origins import Origins
 from instep_client.protocol.wire import Code, Kind, Message
+from tests.support.running import log_into
 
 MESSAGE: Message = [b"x" * 744]
 """1,000 bytes, with the objects around it."""
@@ -51,7 +52,7 @@ class Rig:
         self.gone: list[Peer] = []
         self.now_ns = 0
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
-        service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)))
+        service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)), log=log_into([]))
         self.served = SimpleNamespace(service=service, is_former=False)
         self.outbound = Outbound(
             self.router,

@@ -312,6 +312,7 @@ class ZmqFrontend:
         if peer is not None:
             peer.refuse(request, refusal)
         else:
+            served.service.log.debug("refused", code=refusal.code.name, reason=str(refusal))
             self.outbound.send_unknown(routing_id, encode.error(request, refusal))
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
@@ -325,14 +326,13 @@ class ZmqFrontend:
         return True
 
     async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
-        about = {"request": header.kind.name, "connection": peer.number}
         try:
             self.outbound.send(peer, await handler(peer.served, peer, header, frames))
+            about = {"request": header.kind.name, "connection": peer.number}
             self._log.debug("request", **about, streams=header.fields[0])
         except (MalformedMessage, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
             self._refuse(peer.routing_id, peer, header.request, refusal)
-            self._log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
 
     def _request_ended(self, peer: Peer) -> None:
         self._requests -= 1

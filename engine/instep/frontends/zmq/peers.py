@@ -57,6 +57,8 @@ class Peer:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
+        log = self.served.service.log
+        log.debug("refused", connection=self.number, code=refusal.code.name, reason=str(refusal))
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
