@@ -143,6 +143,12 @@ def test_a_stream_has_a_page_with_an_address(server: ChildServer, pages: Pages) 
         expect(page.locator("#overview")).to_be_visible()
         page.goto(f"{server.started['http']}/#stream=nobody")
         expect(page.locator("#no-stream")).to_contain_text("no stream of this name")
+        expect(page.locator("#no-stream-events")).to_be_visible()
+        with Client(server.endpoint) as client:
+            client.open("cello").close()
+        page.goto(f"{server.started['http']}/#stream=cello")
+        expect(page.locator("#no-stream")).to_contain_text("no stream of this name")
+        expect(page.locator("#stream-log b")).to_have_text(["closed", "opened"])
 
 
 def test_names_of_strangers_are_only_text(server: ChildServer, pages: Pages) -> None:

@@ -124,7 +124,11 @@ let drawing = 0;
 function showEvents() {
   drawing ||= requestAnimationFrame(() => { // many come at once when the page connects
     drawing = 0;
-    showLog(byId("log"), byId("no-events"), page.events, linkTo);
+    if (page.stream === null) showLog(byId("log"), byId("no-events"), page.events, linkTo);
+    else { // also of a stream that is gone
+      const its = page.events.filter((event) => event.stream === page.stream);
+      showLog(byId("stream-log"), byId("no-stream-events"), its);
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-// The page of one stream: what it is, what goes in and out, and what happened to it.
+// The page of one stream: what it is, and what goes in and out; and lists of what happened.
 
 import { Chart } from "./charts.js";
 import { ago, clock, count, duration, element, setPairs, setText } from "./format.js";
@@ -26,12 +26,10 @@ export class StreamPage {
     byId("stream-state").dataset.state = record?.state ?? "";
     if (record === null) {
       setText("no-stream", GONE);
-      showLog(byId("stream-log"), byId("no-stream-events"), []);
       return;
     }
     setPairs(byId("facts"), facts(record));
     this.#draw(record.trace, now_s);
-    showLog(byId("stream-log"), byId("no-stream-events"), record.events);
   }
 
   #draw(trace, now_s) {
