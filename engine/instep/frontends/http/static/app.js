@@ -144,7 +144,7 @@ const LINK = { connecting: "Connecting", live: "Live", lost: "No answer", ended:
 const PROBLEM = {
   lost: "The server does not answer.",
   ended: "The server is shutting down, or has ended.",
-  refused: "The server refuses: ",
+  refused: "The server refuses:",
 };
 
 function showConnection() {
@@ -156,7 +156,8 @@ function showConnection() {
   let text = "";
   if (isStale) {
     const since = page.heard_ms ? ` These numbers are ${duration((Date.now() - page.heard_ms) / 1000)} old.` : "";
-    text = `${PROBLEM[connection]}${sentence}${since} Trying again every second.`;
+    const reason = sentence ? ` ${sentence}.` : "";
+    text = `${PROBLEM[connection]}${reason}${since} Trying again every second.`;
   } else if (stats?.draining) text = "The server is draining: it finishes what it has taken and ends.";
   else if (stats && !stats.ready) text = "The server is not ready yet.";
   byId("banner").hidden = text === "";

@@ -7,13 +7,13 @@ const ALL_EVENTS = { "Last-Event-ID": "0" }; // the server repeats what it remem
 /** The JSON at a path of the server; an Error with its sentence if it refuses. */
 export async function getJson(path, signal) {
   const response = await fetch(path, { cache: "no-store", signal });
-  if (!response.ok) throw new Error(await sentenceOf(response));
+  if (!response.ok) throw new Error((await errorOf(response)).message);
   return response.json();
 }
 
-async function sentenceOf(response) {
+async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  return body?.error?.message ?? `${response.status} ${response.statusText}`;
+  return { code: "", message: `${response.status} ${response.statusText}`, ...body?.error };
 }
 
 /** Parameters as text, without those that are empty. */
@@ -46,8 +46,9 @@ export class Live {
       try {
         const response = await fetch(path, { cache: "no-store", headers: ALL_EVENTS, signal: attempt.signal });
         if (!response.ok) {
-          said = ["refused", await sentenceOf(response)];
-          throw new Error(said[1]);
+          const { code, message } = await errorOf(response);
+          said = code === "SHUTTING_DOWN" ? ["ended", ""] : ["refused", message];
+          throw new Error(message);
         }
         onState("live");
         const parser = new Parser((kind, data) => {
