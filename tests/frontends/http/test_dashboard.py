@@ -97,7 +97,9 @@ def test_it_shows_what_the_server_does_as_it_does_it(server: ChildServer, pages:
         assert page.evaluate("shifted") == []
         page.get_by_role("button", name="log").first.click()
         keep(page, "light")
+        expect(page.locator("#recording-facts")).to_contain_text(re.compile("99th percentile[0-9.]+ (µs|ms|s)"))
     expect(page.locator("#streams-parked")).to_have_text("60")
+    expect(page.locator("#recording-facts")).to_contain_text("99th percentile–")  # none in the last ten seconds
 
 
 def test_streams_are_found_sorted_and_turned_over(server: ChildServer, pages: Pages) -> None:

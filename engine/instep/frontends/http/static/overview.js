@@ -115,7 +115,7 @@ export class Overview {
       badge("recording", ...(DURABILITY[durability] ?? ["off", durability]));
       setPairs(byId("recording-facts"), [
         [recording.file, `${bytes(recording.bytes)}, ${bytes(recording.free_bytes)} free`],
-        ["commit, 99th percentile", micros(numbers.commit_us_p99)],
+        ["commit, 99th percentile", micros(numbers.recent_commit_us_p99 || null)],
         ["newest checkpoint", numbers.checkpoint_age_s === undefined ? "none yet" : ago(numbers.checkpoint_age_s)],
       ]);
     } else {
