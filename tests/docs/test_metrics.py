@@ -81,6 +81,13 @@ def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
     assert [rule["annotations"]["runbook"].partition("#")[2] for rule in RULES] == anchors
 
 
+def test_a_mismatch_is_alerted_for_as_long_as_the_server_runs() -> None:
+    """Each is counted once, and `increase` misses what was counted before the first scrape."""
+    alerted = next(rule["expr"] for rule in RULES if rule["alert"] == "InstepBitsDiffer")
+    names = sorted(name for name in BY_NAME if name.endswith("mismatches_total"))
+    assert sorted(alerted.split(" or ")) == [f"{name} > 0" for name in names]
+
+
 def test_every_metric_that_tells_of_trouble_has_an_alert_or_a_panel() -> None:
     text = "\n".join(QUERIES + ALERTED)
     unseen = {name for name in BY_NAME if not re.search(rf"\b{name}(_bucket|_sum|_count)?\b", text)}
