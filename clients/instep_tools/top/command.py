@@ -28,6 +28,9 @@ HISTORY: Final = 600
 MOST_STREAMS: Final = 500
 """The largest number of streams that is asked for; the admin server gives no more."""
 
+WAITING_S: Final = 1.5
+"""An answer that takes longer than this is said to be missing; the connection is given up later."""
+
 
 @dataclass(frozen=True, slots=True)
 class Top:
@@ -88,7 +91,10 @@ class _Watch:
         self._rates: SnapshotRates | None = None
         self._history: deque[float] = deque(maxlen=HISTORY)
         self._lost = ""
-        self._lost_at = 0.0
+        """Why the newest look brought nothing; empty where it did."""
+        self._answered_at = time.monotonic()
+        self._asked_at: float | None = None
+        """When the look that is under way began."""
         self._asked = asyncio.Event()
         self._height = 0
         """Of the screen: more streams than that are not asked for."""
@@ -120,16 +126,16 @@ class _Watch:
 
         screen = FullScreen(terminal.out, self._draw, press, ended.set)
         with screen:
-            looking = asyncio.create_task(self._keep_looking(screen))
-            ending = asyncio.create_task(ended.wait())
+            tasks = [asyncio.create_task(each) for each in (self._keep_looking(screen), _tick(screen), ended.wait())]
             try:
-                await asyncio.wait((looking, ending), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                ending.cancel()
-                looking.cancel()
-                (failure, _) = await asyncio.gather(looking, ending, return_exceptions=True)
-        if isinstance(failure, Exception):
-            raise failure
+                for task in tasks:
+                    task.cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
         return Exit.OK
 
     async def _keep_looking(self, screen: FullScreen) -> None:
@@ -137,13 +143,14 @@ class _Watch:
         while True:
             if self._asked.is_set() or not self._view.paused:
                 self._asked.clear()
+                self._asked_at = time.monotonic()
                 try:
                     await self._look()
-                    self._lost = ""
+                    self._lost, self._answered_at = "", time.monotonic()
                 except InstepError as error:
-                    self._lost_at = self._lost_at if self._lost else time.monotonic()
                     self._lost = str(error)
                     self._base = None
+                self._asked_at = None
             screen.refresh()
             try:
                 async with asyncio.timeout(self._what.every_s):
@@ -169,8 +176,17 @@ class _Watch:
 
     def _draw(self, width: int, height: int, keys: bool = True) -> list[Text]:
         self._height = height
-        lost = ""
+        now, lost = time.monotonic(), ""
         if self._lost:
-            lost = f"no answer for {time.monotonic() - self._lost_at:.0f} s, trying again: {self._lost}"
+            lost = f"no answer for {now - self._answered_at:.0f} s, trying again: {self._lost}"
+        elif self._asked_at is not None and now - self._asked_at > WAITING_S:
+            lost = f"no answer for {now - self._answered_at:.0f} s"
         picture = Picture(self._source.endpoint, self._view, self._now, self._rates, self._history, lost)
         return draw(picture, width, height, keys)
+
+
+async def _tick(screen: FullScreen) -> None:
+    """Draw every second, also while an answer is missing."""
+    while True:
+        await asyncio.sleep(1)
+        screen.refresh()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from psutil import Process
 
+from instep.demo.child_server import ChildServer
+from instep.models.folder import write_model
 from instep.server.server import Server
 from instep_client import AsyncClient
 from tests.support.models import SEED_SIZED, SMALL
@@ -120,6 +124,25 @@ async def test_a_server_that_comes_and_goes_and_comes_back(tmp_path: Path) -> No
             await client.open("back")
             async with asyncio.timeout(60):
                 while "no answer" in top.text or "back" not in top.text:
+                    await asyncio.sleep(0.01)
+            await top.type("q")
+            assert await top.end() == 0
+
+
+async def test_a_server_that_is_stuck_is_said_at_once_and_counted_from_its_last_answer(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    with ChildServer(tmp_path / "model") as server:
+        async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2"]) as top:
+            await top.until("ready, 0 frames/s")
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                await top.until("trying again")
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            assert re.search(r"no answer for [2-9] s(?!,)", top.written), "before the client gives up"
+            assert int(re.findall(r"no answer for (\d+) s, trying", top.written)[0]) >= 5
+            async with asyncio.timeout(60):
+                while "no answer" in top.text:
                     await asyncio.sleep(0.01)
             await top.type("q")
             assert await top.end() == 0
