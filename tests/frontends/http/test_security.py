@@ -184,6 +184,15 @@ async def test_more_requests_than_the_rate_allows_are_refused() -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_requests_beyond_the_rate_leave_the_health_checks_of_their_address_alone() -> None:
+    async with administered() as (server, http):
+        assert server.admin is not None
+        ask = b"GET /nothing HTTP/1.1\r\nhost: localhost\r\n"
+        answers = await raw(server.admin.url, (ask + b"\r\n") * 999 + ask + b"connection: close\r\n\r\n")
+        assert b"429" in re.findall(rb"HTTP/1.1 (\d+)", answers)
+        assert [(await http.get(path)).status_code for path in HEALTH] == [200] * len(HEALTH)
+
+
 def test_a_rate_is_of_one_address_and_comes_back_with_time() -> None:
     now_s = 0.0
     limits = security.RateLimits(lambda: now_s)

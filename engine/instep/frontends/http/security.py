@@ -112,8 +112,10 @@ class Guard:
             HttpError: another one.
         """
         headers, path = Headers(scope=scope), scope["path"]
-        client = scope["client"]
-        if (wait_s := self._limits.take(client[0] if client else "")) > 0:
+        address = scope["client"][0] if scope["client"] else ""
+        if path in _HEALTH:  # counted separately: whoever asks too much must not have the process ended
+            address = f"{address} health"
+        if (wait_s := self._limits.take(address)) > 0:
             sentence = f"more than {REQUESTS_PER_S:g} requests a second came from this address: ask less often"
             raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
         if scope["method"] not in _METHODS:
