@@ -13,7 +13,7 @@ from rich.text import Text
 
 from instep_client.protocol.codes import Code
 from instep_tools.top.snapshot import Numbers, ObservedModel, Snapshot, SnapshotRates
-from instep_tools.top.text import fitted, percent, period, plain, scaled, short, sparkline
+from instep_tools.top.text import amount, fitted, percent, period, plain, scaled, short, sparkline
 from instep_tools.top.view import KEYS, View
 from instep_tools.words import counted, three_digits
 
@@ -78,9 +78,9 @@ def _server(now: Snapshot, rates: SnapshotRates | None, width: int) -> list[Text
     frames = "–" if rates is None else short(sum(rates.frames.values()))
     ready = _READY.get(now.model.numbers["ready"], ("–", ""))
     busy = percent(_recent(now.model.numbers, "loop_busy"))
-    streams = short(sum(model.streams for model in now.models))
-    connections = short(sum(model.connections for model in now.models))
-    total = f"{frames} frames/s, {streams} streams, {connections} connections, loop {busy}"
+    streams = amount(sum(model.streams for model in now.models), "stream")
+    connections = amount(sum(model.connections for model in now.models), "connection")
+    total = f"{frames} frames/s, {streams}, {connections}, loop {busy}"
     lines = [_line("server", ready, f", {total}")]
     if len(now.models) > 1:
         lines.append(_line("models", *_models(now, rates, width - _LABEL)))
@@ -169,7 +169,7 @@ def _verified(numbers: Numbers) -> list[str | tuple[str, str]]:
         return ["off"]
     frames, skipped = numbers["verified_frames_total"], numbers["verify_skipped_frames_total"]
     wrong, share = numbers["verify_mismatches_total"], numbers["verify_share"]
-    differ = (f"{short(wrong)} streams differ", "bold red" if wrong > 0 else "")
+    differ = (f"{amount(wrong, 'stream')} differ{'s' * (wrong == 1)}", "bold red" if wrong > 0 else "")
     found = ("no mismatch", "green") if wrong == 0 else differ
     of = "" if share == 1 else f" of {percent(share)} of the streams"
     behind = f", {period(numbers['verify_lag_s'])} behind"

@@ -46,6 +46,11 @@ def short(number: float) -> str:
     return scaled(number)
 
 
+def amount(number: float, one: str) -> str:
+    """What it counts after a number as `short` writes it: `1 stream`, `1.23M streams`."""
+    return f"{short(number)} {one}{'s' * (number != 1)}"
+
+
 def scaled(number: float, gap: str = "") -> str:
     """With three digits and the letter of its size: `1.23M`; – for NaN."""
     if math.isnan(number):

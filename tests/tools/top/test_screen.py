@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from instep_tools.top.screen import Picture, draw
-from instep_tools.top.snapshot import SORTS, Numbers, StreamQuery, rates_between, select
+from instep_tools.top.snapshot import SORTS, ModelTotals, Numbers, StreamQuery, rates_between, select
 from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
 from instep_tools.top.view import View
 from tests.tools.top.support import NUMBERS, snapshot, stream
@@ -92,6 +92,16 @@ def test_the_numbers_are_where_they_belong() -> None:
     assert text["verified"] == "123G frames, 50% compared, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "connected 50 1,234 3 0.2 s 1h 0m"
     assert text["old"] == "parked – – 0 1m 30s never"
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    now = replace(
+        snapshot(1.0, [], (), StreamQuery(), verify_mismatches_total=1), models=[ModelTotals("ears", 1, 1, 100)]
+    )
+    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+    text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert text["server"] == "ready, – frames/s, 1 stream, 1 connection, loop 100%"
+    assert ", 1 stream differs, " in text["verified"]
 
 
 def test_where_nothing_was_answered_lately_there_are_dashes_and_no_zeros() -> None:

@@ -204,7 +204,7 @@ async def test_a_server_with_fewer_numbers_is_shown_with_dashes() -> None:
     assert set(seen["model"]["numbers"]) == {"ready", "streams_open", "blocks"}
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.said.splitlines()}
     assert lines["instep"].endswith(" up –")
-    assert lines["server"] == "ready, 0 frames/s, 1 streams, 1 connections, loop –"
+    assert lines["server"] == "ready, 0 frames/s, 1 stream, 1 connection, loop –"
     assert lines["streams"] == "1 open of 100,000, – of them parked; – hibernating"
     assert lines["mic"].startswith("connected ")
 
