@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from instep_client.endpoint import DEFAULT_HTTP_PORT
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_client.protocol.errors import InvalidInput
 from instep_tools.command_line import AsJson, ModelName, endpoint
@@ -20,7 +21,10 @@ def examples(program: str) -> list[str]:
 
 def _any_endpoint(text: str) -> str:
     if not text.startswith(("http://", "https://")):
-        return endpoint(text)
+        try:
+            return endpoint(text)
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{error.message}, or http://127.0.0.1:{DEFAULT_HTTP_PORT}") from None
     from instep_tools.top.http_source import checked_url
 
     try:

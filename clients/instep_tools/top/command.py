@@ -74,7 +74,8 @@ def source_of(what: Top) -> Source:
         try:
             token = what.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadFile(f"{what.token_file} cannot be read as a token: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it holds other characters than ASCII"
+            raise BadFile(f"{what.token_file} cannot be read as a token: {reason}") from None
     return HttpSource(what.endpoint, token)
 
 

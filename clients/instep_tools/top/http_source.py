@@ -94,6 +94,9 @@ class HttpSource:
             found = None
         if status[1] == b"200" and found is not None:
             return found
+        if status[1] == b"401":
+            wants = "takes another token" if "Authorization" in self._headers else "wants a token"
+            raise HttpProblem(f"{self.endpoint} {wants}: name the file that holds it with --token-file")
         raise HttpProblem(f"{self.endpoint} answers {status[1].decode()}: {_sentence(found) or 'not an instep server'}")
 
     async def _exchange(self, request: str) -> bytes:

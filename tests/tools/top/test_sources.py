@@ -214,10 +214,17 @@ def test_nobody_answers() -> None:
         result = CliRunner().invoke(app, ["top", endpoint, "--once"])
         assert result.exit_code == 2
         assert endpoint in result.stderr
-    for endpoint in ("http://", "http://h:0", "ftp://h", "127.0.0.1:5757"):
+    for endpoint, advice in (
+        ("http://", "write http://HOST:PORT"),
+        ("http://h:0", "write http://HOST:PORT"),
+        ("ftp://h", "or http://127.0.0.1:5780"),
+        ("127.0.0.1:5757", "write tcp://127.0.0.1:5757, or http://127.0.0.1:5780"),
+    ):
         result = CliRunner().invoke(app, ["top", endpoint])
         assert result.exit_code == 2
-        assert "is not an endpoint" in " ".join(result.stderr.replace("│", " ").split())
+        said = " ".join(result.stderr.replace("│", " ").split())
+        assert "is not an endpoint" in said
+        assert advice in said
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -240,15 +247,15 @@ async def test_the_token_of_an_admin_server(tmp_path: Path) -> None:
         what = Top(endpoint_of(server, "http"), every_s=0.5)
         seen = (await once(replace(what, token_file=tmp_path / "right"))).json()
         assert seen["model"]["name"] == SEED_SIZED.name
-        for bad in (None, tmp_path / "wrong"):
-            with pytest.raises(InstepError, match="answers 401: "):
+        for bad, problem in ((None, "wants a token"), (tmp_path / "wrong", "takes another token")):
+            with pytest.raises(InstepError, match=f"{problem}: name the file that holds it with --token-file"):
                 await once(replace(what, token_file=bad))
 
 
 def test_a_token_that_cannot_be_read(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["top", "http://h:1", "--once", "--token-file", str(tmp_path / "none")])
     assert result.exit_code == 2
-    assert "cannot be read as a token" in result.stderr
+    assert "cannot be read as a token: No such file or directory" in " ".join(result.stderr.split())
 
 
 ZEROMQ = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f"
@@ -275,13 +282,13 @@ async def answering(answer: bytes, host: str = "127.0.0.1") -> AsyncIterator[str
         await is_over.wait()
 
 
-REFUSED = json.dumps({"error": {"code": "UNAUTHORIZED", "message": "this server wants a token"}}).encode()
+REFUSED = json.dumps({"error": {"code": "OTHER_SITE", "message": "this server says no"}}).encode()
 
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (b"HTTP/1.1 401 Unauthorized\r\n\r\n" + REFUSED, "answers 401: this server wants a token"),
+        (b"HTTP/1.1 403 Forbidden\r\n\r\n" + REFUSED, "answers 403: this server says no"),
         (b"HTTP/1.1 404 Not Found\r\n\r\n<html>", "answers 404: not an instep server"),
         (b"HTTP/1.1 200 OK\r\n\r\n<html>", "answers 200: not an instep server"),
         (b"HTTP/1.1 200 OK\r\n\r\n[]", "does not answer as an instep server"),
