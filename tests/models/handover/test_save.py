@@ -157,8 +157,9 @@ def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pat
         (nn.Sequential(nn.LSTMCell(3, 4)), "^Sequential has `0`, and an nn.LSTMCell is one step of an LSTM: make"),
         (
             nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]),
-            r"^ModuleList has 2 recurrent modules, `0` \(GRU\), `1` \(LSTM\), and one can be served",
+            r"^ModuleList has 2 recurrent modules, `0` \(GRU\), `1` \(LSTM\), and one can be handed over: write",
         ),
+        (nn.GRU, "^a class is not a network; give an object of it"),
         (5, "^int is not a network; give the trained torch module, its state dict, or a file of weights"),
     ],
     ids=lambda value: type(value).__name__,
@@ -214,10 +215,10 @@ def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
         ([("none", LINEAR)], r"^after must be .*; after\[0\] begins with one str"),
         (
             [(nn.RMSNorm(4), "none")],
-            r"^after\[0\] \(RMSNorm\) cannot be served yet: give an nn.Linear or an nn.LayerNorm",
+            r"^after\[0\] \(RMSNorm\) cannot be handed over: give an nn.Linear or an nn.LayerNorm",
         ),
         ([(nn.LayerNorm((2, 4)), "none")], r"^after\[0\] is a LayerNorm over \[2, 4\], and only one over the values"),
-        ([(nn.LSTM(4, 4), "none")], r"^after\[0\] \(LSTM\) cannot be served yet"),
+        ([(nn.LSTM(4, 4), "none")], r"^after\[0\] \(LSTM\) cannot be handed over"),
     ],
 )
 def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, sentence: str) -> None:

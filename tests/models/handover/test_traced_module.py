@@ -162,10 +162,11 @@ def test_a_forward_that_fails_is_answered_with_the_call_to_make(tmp_path: Path) 
     sentence, _, call = str(refused.value).partition(": Sequential has ")
     assert sentence.startswith("Sequential.forward fails on random input [2, 6, 5] (")
     assert call == (
-        "`0` (Linear 5→3) and `1.0` (GRU 3→4) and `2` (Linear 4→2): "
+        "`0` (Linear 5→3) and `1.0` (GRU 3→4) and `2` (Linear 4→2); name the activation after each layer in place of "
+        '"none": '
         'save_model(path, net[1][0], before=[(net[0], "none")], after=[(net[2], "none")])'
     )
-    model = eval(call.partition(": ")[2], {"save_model": save_model, "path": tmp_path / "m", "net": net})
+    model = eval(call.rpartition('"none": ')[2], {"save_model": save_model, "path": tmp_path / "m", "net": net})
     assert model.description.in_words() == "5 features → dense 3 → GRU 4 → dense 2"
 
 
@@ -217,7 +218,10 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize(
     ("forward", "sentence"),
     [
-        (lambda net, x: plain(net, x) + x[..., :3], "Net.forward computes `add`, which cannot be served: train the"),
+        (
+            lambda net, x: plain(net, x) + x[..., :3],
+            "Net.forward computes `add`, which cannot be served as a layer: write the network as a step and export it",
+        ),
         (lambda net, x: plain(net, x).clamp(-1e9, 1e9), "Net.forward computes `clamp`, which cannot be served"),
         (lambda net, x: plain(net, torch.cat([x[..., :3], x[..., 3:]], -1)), "Net.forward computes `cat`"),
         (lambda net, x: torch.log_softmax(plain(net, x), -1), "Net.forward computes `log_softmax`"),
@@ -250,7 +254,7 @@ def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
             "`norm` is a BatchNorm1d that does not follow a Linear directly",
         ),
         (lambda net, x: net.head.forward(net.gru(net.encoder(x))[0]), "Net.forward computes `mm`"),
-        (lambda net, x: plain(net, x.half().float()), "Net.forward computes in float16: train"),
+        (lambda net, x: plain(net, x.half().float()), "Net.forward computes in float16: write the network as a step"),
     ],
 )
 def test_a_forward_that_does_more_is_refused_and_nothing_is_written(

@@ -101,6 +101,7 @@ def save_model(
 _UNKNOWN = {
     "ExportedProgram": "a program of torch.export cannot be served: hand over the module that it was exported from, or "
     "its weights, save_model(path, program.state_dict, …)",
+    "type": "a class is not a network; give an object of it, save_model(path, Net()), once it is trained",
     "": "{} is not a network; give the trained torch module, its state dict, or a file of weights",
 }
 
@@ -137,7 +138,7 @@ def _pairs(place: str, given: Any, kinds: tuple[type, ...], sample: str) -> Iter
         if isinstance(layer, nn.Module) and not isinstance(layer, kinds):
             raise ModelError(
                 why_not_served(layer)
-                or f"{label} ({type(layer).__name__}) cannot be served yet: give an nn.Linear or an nn.LayerNorm with "
+                or f"{label} ({type(layer).__name__}) cannot be handed over: give an nn.Linear or an nn.LayerNorm with "
                 "an activation; a batch norm is folded when the whole module is given, save_model(path, net)"
             )
         if not isinstance(layer, kinds):

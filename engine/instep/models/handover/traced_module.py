@@ -138,7 +138,7 @@ class TracedModule:
         return found
 
     def call_to_make(self) -> str:
-        """The call that hands over the layers one by one, in the order of the attributes."""
+        """The call that hands over the layers one by one, in the order of the attributes; it cannot know the activations."""
         recurrent_at = list(self._layers.values()).index(self._recurrent)
         places: dict[str, list[str]] = {"before": [], "after": []}
         words = []
@@ -155,7 +155,8 @@ class TracedModule:
             places["before" if at < recurrent_at else "after"].append(f'({_expression(name)}, "none")')
         given = "".join(f", {place}=[{', '.join(pairs)}]" for place, pairs in places.items() if pairs)
         (name,) = (name for name, part in self._layers.items() if part is self._recurrent)
-        return f"{self._kind} has {' and '.join(words)}: save_model(path, {_expression(name)}{given})"
+        activations = '; name the activation after each layer in place of "none"' if given else ""
+        return f"{self._kind} has {' and '.join(words)}{activations}: save_model(path, {_expression(name)}{given})"
 
     def _only_recurrent(self) -> RecurrentModule:
         everything = {"": self._module, **self._layers}
@@ -167,8 +168,9 @@ class TracedModule:
         if found:
             names = ", ".join(f"`{name}` ({type(part).__name__})" for name, part in found.items())
             raise ModelError(
-                f"{self._kind} has {len(found)} recurrent modules, {names}, and one can be served: train one, with "
-                "num_layers if they follow each other"
+                f"{self._kind} has {len(found)} recurrent modules, {names}, and one can be handed over: write the "
+                "network as a step and export it with instep.models.export_step, or train one module, with num_layers "
+                "if they follow each other"
             )
         for name, part in everything.items():
             if sentence := why_not_served(part):
@@ -196,8 +198,9 @@ class TracedModule:
 
     def _trace(self, arguments: Sequence[Any]) -> Tracer:
         without_it = (
-            "train the network without it or, where it comes first or last, compute it in the client and hand over "
-            f"the other layers: {self.call_to_make()}"
+            "write the network as a step and export it with instep.models.export_step; or train it without that; or, "
+            "where it comes first or last, compute it in the client and hand over the other layers: "
+            f"{self.call_to_make()}"
         )
         tracer = Tracer(f"{self._kind}.forward", without_it)
         x = arguments[0].clone()  # the forward may change it

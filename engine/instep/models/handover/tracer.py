@@ -141,9 +141,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         label, module = self._modules[-1] if self._modules else ("", None)
         kind = type(module)
         if module is not None and kind.__module__.startswith("torch.") and not isinstance(module, torch.fx.GraphModule):
-            self.refuse(f"`{label}` is a {kind.__name__}, which cannot be served yet")
+            self.refuse(f"`{label}` is a {kind.__name__}, which cannot be served as a layer")
         where = self._subject if module is None else f"{kind.__name__}.forward"
-        self.refuse(f"{where} computes `{name}`, which cannot be served")
+        self.refuse(f"{where} computes `{name}`, which cannot be served as a layer")
 
     def _enter(self, label: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._modules.append((label, module))
