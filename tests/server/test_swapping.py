@@ -237,9 +237,8 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
 ) -> None:
     x = rng.standard_normal((40, 5)).astype(np.float32)
     told: list[dict[str, Any]] = []
-    async with running(
-        A, told=told, recording={"file": recordings}, engine=EXACT, transport={"heartbeat_s": 1000}
-    ) as server:
+    settings: dict[str, Any] = {"transport": {"heartbeat_s": 1000}, "log": {"summary_s": 0.05}}
+    async with running(A, told=told, recording={"file": recordings}, engine=EXACT, **settings) as server:
         async with AsyncClient(server.endpoint) as operator:
             async with AsyncClient(server.endpoint) as old:
                 stream = await old.open("s")
@@ -249,13 +248,22 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
                     assert new.info.fingerprint == B.fingerprint
                     fresh = await new.open("s")  # another stream: the versions know nothing of each other
                     np.testing.assert_array_equal(await fresh.step(x), whole(B, x, max_batch_size=16)[0])
+                swapped_at = [line["event"] for line in told].index("swapped")
                 second = await stream.step(x[20:])
                 assert stream.moved_at is None
+                async with asyncio.timeout(20):  # until the log names both versions, each by its name
+                    while {each.get("model") for each in told[swapped_at:] if each["event"] == "served"} < {
+                        "ears",
+                        KEPT,
+                    }:
+                        await asyncio.sleep(0.02)
             np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
         async with AsyncClient(server.endpoint) as operator:
             while [each.name for each in await operator.list_models()] != ["ears"]:
                 await asyncio.sleep(0.02)
     assert [line["event"] for line in told if line["event"] in ("swapped", "unloaded")] == ["swapped", "unloaded"]
+    assert told[swapped_at]["kept_as"] == KEPT
+    assert {each.get("model") for each in told[swapped_at:] if each["event"] == "served"} == {"ears", KEPT}
     assert_each_verifies_with_its_version(recordings, folder)
 
 

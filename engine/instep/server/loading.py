@@ -157,7 +157,8 @@ class Loader:
             former.service.engine.journal.ended(numbers, "moved", next_seqs, states, np.zeros(len(numbers), np.bool_))
             await self._server.close(former.service)
             self._stepped_here.discard(former.service)
-        log.info("swapped", folder=str(folder), fingerprint=fingerprint, kept_as=kept_as, streams=str(policy))
+        kept = {"kept_as": kept_as} if kept_as else {}
+        log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=str(policy))
 
     async def unload(self, name: str, *, force: bool = True) -> None:
         """Serve a model no longer.

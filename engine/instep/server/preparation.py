@@ -90,8 +90,8 @@ def _prepared(config: Config, model: Model, path: Path, log: structlog.stdlib.Bo
 
 
 def log_of(name: str, models: int, log: structlog.stdlib.BoundLogger) -> structlog.stdlib.BoundLogger:
-    """A log for what concerns one of so many models: it names the model, unless that is the only one."""
-    return log.bind(model=name) if models > 1 else log
+    """A log of its own for what concerns one of so many models: it names the model, unless that is the only one."""
+    return log.bind(model=name) if models > 1 else log.bind()
 
 
 def check_restartable(config: Config, prepared: Sequence[Prepared]) -> None:

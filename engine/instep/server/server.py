@@ -96,7 +96,9 @@ class Server:
         The former one is `kept_as` another name for the connections that it has. Where that is empty, they and its
         streams belong to the new one, and it is to be closed.
         """
-        if not kept_as:
+        if kept_as:
+            structlog.get_context(former.service.log)["model"] = kept_as  # of the log that all of its parts write to
+        else:
             self._leave(former.service)
             served.service.history.follow(former.service.history)
             served.service.engine.take_over()
