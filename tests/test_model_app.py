@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
+from instep.models.agreement import Distance
+from instep.models.handover.check import Check
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 
@@ -200,6 +202,21 @@ def test_a_folder_agrees_with_the_module_that_it_was_made_from(imported: Path, n
     assert shown["frames"] == [32, 64, 5]
     for way in ("whole", "stepped", "alone"):
         assert 0 <= shown[way]["error"] < 1e-6 < shown["tolerance"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("served", "alone", "words"),
+    [
+        (Distance(0.0, 0), Distance(3e-8, 2), ["They agree bit for bit on these frames. torch rounds", "up to 2 ULP"]),
+        (Distance(6e-8, 3), Distance(0.0, 0), ["They agree: rounding explains every difference. torch", "It does not"]),
+    ],
+)
+def test_a_check_speaks_of_rounding_only_where_there_is_some(
+    served: Distance, alone: Distance, words: list[str]
+) -> None:
+    text = " ".join(Check("net", "net.py:net", (32, 64, 5), None, served, alone, 1e-6).lines())
+    assert [each for each in words if each not in text] == []
+    assert "differently: not" not in text
 
 
 def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:

@@ -82,16 +82,26 @@ class Check:
                 f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
                 "layers than the module: make it again with instep.models.save_model or export_step."
             )
-        if self.alone is not None and self.alone.ulp:
-            itself = f"this module's outputs alone and in a batch are up to {self.alone.ulp:,} ULP apart"
-        elif "STRICT" in os.environ.get("MKL_CBWR", ""):
-            itself = "not in this process, where instep asks Intel's library for its strict mode (MKL_CBWR)"
+        if max(each.error for each in (self.whole, self.stepped) if each is not None):
+            verdict = "They agree: rounding explains every difference."
         else:
-            itself = "not with this module on this machine"
+            verdict = "They agree bit for bit on these frames."
+        apart = f"one sequence and a batch of {ROWS} differently"
+        if self.alone is not None and self.alone.ulp:
+            itself = (
+                f"torch rounds {apart}, because it adds up in another order: this module's outputs alone and in a "
+                f"batch are up to {self.alone.ulp:,} ULP apart"
+            )
+        elif "STRICT" in os.environ.get("MKL_CBWR", ""):
+            itself = (
+                f"torch usually rounds {apart}. It does not in this process, where instep asks Intel's library for its "
+                "strict mode (MKL_CBWR)"
+            )
+        else:
+            itself = f"torch often rounds {apart}. It does not with this module on this machine"
         return (
-            f"They agree: rounding explains every difference. torch itself rounds one sequence and a batch of {ROWS} "
-            f"differently, because it adds up in another order: {itself}. instep gives a frame the same bits in every "
-            "batch, and those are what `instep verify` compares. Near zero, a small error is many ULP."
+            f"{verdict} {itself}. instep gives a frame the same bits in every batch, and those are what "
+            "`instep verify` compares. Near zero, a small error is many ULP."
         )
 
 

@@ -138,7 +138,7 @@ class TracedModule:
         return found
 
     def call_to_make(self) -> str:
-        """The call that hands over the layers one by one, in the order of the attributes; it cannot know the activations."""
+        """The call that hands over the layers one by one, in the order of the attributes, without activations."""
         recurrent_at = list(self._layers.values()).index(self._recurrent)
         places: dict[str, list[str]] = {"before": [], "after": []}
         words = []
