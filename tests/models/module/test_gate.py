@@ -21,6 +21,7 @@ from instep.models.folder import load_model
 Result = tuple[Any, Any]
 CALLS = itertools.count(1)
 CONTROL = r"^the step \(test_gate\.py, line \d+: .*[xh].*\) decides by a value in a tensor .* use torch.where"
+HERE = r"^the step \(test_gate\.py, line \d+: .*\) "
 BY_VALUE = "lets values in a tensor decide how many elements there are .* use torch.where"
 ROWS = "combines the rows of a batch .* each row is another stream"
 
@@ -33,6 +34,7 @@ class Step(nn.Module):
         self.body = body
         self.layer = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(4)
+        self.unkept = nn.BatchNorm1d(4, track_running_stats=False)
         self.rnn = nn.GRU(4, 4)
         self.attention = nn.MultiheadAttention(4, 1)
         self.register_buffer("seen", torch.zeros(4))
@@ -129,7 +131,11 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: (x + torch.unique(h).sum(), h), BY_VALUE),
         (lambda s, x, h: (x + torch.randn_like(x), h), r"draws random numbers \(randn_like\)"),
         (lambda s, x, h: (torch.dropout(x, 0.5, True), h), "dropout"),
-        (lambda s, x, h: (functional.batch_norm(x, None, None, training=True), h), "runs batch_norm as in training"),
+        (lambda s, x, h: (functional.batch_norm(x, None, None, training=True), h), rf"{HERE}runs batch_norm as in tr"),
+        (
+            lambda s, x, h: (s.unkept(x), h),
+            rf"{HERE}runs batch_norm as in training",
+        ),
         (lambda s, x, h: (x + torch.empty_like(x), h), "whatever the memory holds"),
         (lambda s, x, h: (x - x.mean(0), h), rf"{ROWS}"),
         (lambda s, x, h: (x.clamp(max=x.max()), h), rf"{ROWS}"),
@@ -288,7 +294,7 @@ def test_steps_that_keep_rows_apart_are_served(
         ({}, "at least one and none inside another"),
         ({"h": (torch.zeros(1, 4),)}, "none inside another"),
         (3, "example_state is one int; give a tuple or dict of tensors"),
-        (torch.zeros(2, 4), r"leaf state of the example state has the shape \[2, 4\] for 1 rows"),
+        (torch.zeros(2, 4), r"leaf state of the example state has the shape \[2, 4\] for 1 row of"),
         (torch.zeros(1, 4, dtype=torch.bfloat16), "is bfloat16; a state is made of float32, float64, int64, bool"),
         (torch.tensor([[1.0, float("nan")]]), "holds NaN, and it is what every stream begins with"),
         (torch.tensor([[1.0, float("inf")]]), "holds NaN or infinity in 1 of 2 places"),
@@ -324,6 +330,13 @@ def test_a_leaf_that_is_left_out_is_named(tmp_path: Path) -> None:
     assert found == "the new state has the leaves h, and the state before the frame h, c: return the same ones"
     found = refusal(Step(lambda s, x, h: (x, h[:1])), tmp_path / "m", (torch.zeros(1, 4), torch.zeros(1, 4)))
     assert found == "the new state has 1 leaves, and the state before the frame 2: return the same ones"
+
+
+def test_one_output_and_one_row_are_said_in_the_singular(tmp_path: Path) -> None:
+    model = export_step(Step(lambda s, x, h: (x[:, 0], h)), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path / "m")
+    assert model.description.in_words().endswith(" → 1 output")
+    sentence = refusal(Step(lambda s, x, h: (x, h)), tmp_path / "n", state=torch.zeros(2, 4))
+    assert "has the shape [2, 4] for 1 row of example_x" in sentence
 
 
 def test_what_is_no_step(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ _VALUES_AS_SIZES: Final = frozenset(
 _SEEDED: Final = frozenset(["gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention"]) | _IDENTITIES
 """They would draw random numbers only for dropout, which is looked at by itself."""
 _NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
+_TORCH: Final = Path(torch.__file__).parent
 _SOURCE: Final = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _IN_PLACE: Final = re.compile(r"aten\.\w*[a-z0-9]_\.\w+")
 
@@ -262,7 +263,8 @@ def _where(node: fx.Node) -> str:
     found = _SOURCE.findall(node.meta.get("stack_trace") or "")
     if not found:
         return "the step"
-    file, line, code = found[-1]
+    of_user = [each for each in found if _TORCH not in Path(each[0]).parents]
+    file, line, code = (of_user or found)[-1]
     return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
 
 

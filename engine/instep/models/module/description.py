@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes, leaves_in_words
 from instep.models.module.graph import Graph, PlainFields, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
+from instep_tools.words import counted
 
 
 class StateLeaf(PlainFields):
@@ -79,9 +80,8 @@ class ModuleDescription(PlainFields):
     def in_words(self) -> str:
         """`40 features → step of 12 operators, state h [128] → 10 outputs`."""
         leaves = leaves_in_words(self.state)
-        count = len(self.graph.nodes)
-        operators = f"{count:,} operator{'s' if count != 1 else ''}"
-        return f"{self.features} features → step of {operators}, state {leaves} → {self.outputs} outputs"
+        operators = counted(len(self.graph.nodes), "operator")
+        return f"{self.features} features → step of {operators}, state {leaves} → {counted(self.outputs, 'output')}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """As plain JSON values, always with `kind`."""

@@ -14,6 +14,7 @@ from instep.models.errors import ModelError
 from instep.models.handover.tracer import first_line
 from instep.models.module.description import StateLeaf
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec, Leaf
+from instep_tools.words import counted
 
 ROWS: Final = 32
 """Of the batch that is exported, and of those that are compared."""
@@ -206,8 +207,8 @@ def _leaf(name: Any, leaf: torch.Tensor, rows: int) -> StateLeaf:
         raise ModelError(f"leaf {name} of the example state is {dtype}; a state is made of {', '.join(DTYPES)}")
     if leaf.dim() < 1 or leaf.shape[0] != rows:
         raise ModelError(
-            f"leaf {name} of the example state has the shape {list(leaf.shape)} for {rows} rows of example_x; "
-            "the first dimension of both must be the batch"
+            f"leaf {name} of the example state has the shape {list(leaf.shape)} for {counted(rows, 'row')} of "
+            "example_x; the first dimension of both must be the batch"
         )
     first = leaf[:1]
     if not first.numel() or not bool((leaf == first).all()):
