@@ -80,12 +80,16 @@ def make(
         "instep model import net.safetensors --after head:none",
         "instep model import ears.pt --after fc:softmax --leave-out decoder",
         "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
+        "instep model import step.pt2 --outputs yes,no",
     ),
 )
 def import_model(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="A state dict (.pt of torch.save, or .safetensors), or an .onnx graph."),
+        typer.Argument(
+            metavar="FILE",
+            help="A state dict (.pt of torch.save, or .safetensors), or a graph (.onnx, or .pt2 of torch.export.save).",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -113,26 +117,28 @@ def import_model(
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
     ] = None,
     frame: Annotated[
-        str | None, typer.Option(metavar="INPUT", help="Of a graph: the frame.", show_default=False)
+        str | None, typer.Option(metavar="INPUT", help="Of an ONNX graph: the frame.", show_default=False)
     ] = None,
     answer: Annotated[
-        str | None, typer.Option(metavar="OUTPUT", help="Of a graph: the answer.", show_default=False)
+        str | None, typer.Option(metavar="OUTPUT", help="Of an ONNX graph: the answer.", show_default=False)
     ] = None,
     state: Annotated[
-        list[str], typer.Option(metavar="INPUT=OUTPUT", help="Of a graph: a state and the next one; repeat for more.")
+        list[str],
+        typer.Option(metavar="INPUT=OUTPUT", help="Of an ONNX graph: a state and the next one; repeat for more."),
     ] = [],  # noqa: B006
     constant: Annotated[
-        list[str], typer.Option(metavar="INPUT=NUMBER", help="Of a graph: an input that is always the same.")
+        list[str], typer.Option(metavar="INPUT=NUMBER", help="Of an ONNX graph: an input that is always the same.")
     ] = [],  # noqa: B006
     shape: Annotated[
-        list[str], typer.Option(metavar="INPUT=SHAPE", help="Of a graph: a shape that it leaves open, as x=rows,40.")
+        list[str],
+        typer.Option(metavar="INPUT=SHAPE", help="Of an ONNX graph: a shape that it leaves open, as x=rows,40."),
     ] = [],  # noqa: B006
     name: Annotated[
         str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model folder of the weights of a trained network, or of an ONNX graph.
+    """Make a model folder of the weights of a trained network, or of a graph: ONNX, or a step of torch.export.
 
     Name the layers of weights and their activations, in order: weights alone do not say. Without options, it says what
     the file holds. Nothing in it is executed.
@@ -141,14 +147,22 @@ def import_model(
     """
     folder = output or file.with_suffix("")
     names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
+    if file.suffix in (".onnx", ".pt2") and (recurrent or nonlinearity or before or after or leave_out):
+        raise typer.BadParameter(
+            "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
+        )
+    if file.suffix != ".onnx" and (frame or answer or state or constant or shape):
+        raise typer.BadParameter("--frame, --answer, --state, --constant and --shape go with an .onnx graph")
+    if file.suffix == ".pt2":
+        from instep.models.module.archived_step import import_pt2
+
+        model = import_pt2(file, folder, name=name, outputs=names, overwrite=overwrite)
+        typer.echo(f"{folder}: {model.description.in_words()}")
+        return
     if file.suffix == ".onnx":
         from instep.models.onnx.importer import import_onnx
         from instep.models.onnx.matching import Hints
 
-        if recurrent or nonlinearity or before or after or leave_out:
-            raise typer.BadParameter(
-                "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
-            )
         hints = Hints(
             frame=frame,
             answer=answer,
@@ -159,8 +173,6 @@ def import_model(
         model = import_onnx(file, folder, hints, name=name, outputs=names, overwrite=overwrite)
         typer.echo(f"{folder}: {model.description.in_words()}")
         return
-    if frame or answer or state or constant or shape:
-        raise typer.BadParameter("--frame, --answer, --state, --constant and --shape go with an .onnx graph")
 
     from instep.models.handover.save import save_model
 

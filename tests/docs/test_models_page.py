@@ -88,7 +88,7 @@ def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
 
 
 def test_its_commands_run_as_written(folder: Path) -> None:
-    importing, checking, _ = COMMANDS
+    importing, checking, *_ = COMMANDS
     if not (folder / "talk").exists():
         assert run(["python", "talk.py"], folder).returncode == 0
     imported = run(importing, folder)
@@ -116,6 +116,15 @@ def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> No
     ]
     checked = run(["instep", "model", "check", "own", "--against", "step.py:step"], folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_step_that_torch_export_saved_is_imported_as_written(folder: Path) -> None:
+    assert len([line for line in PROGRAMS["exported.py"].splitlines() if line]) < 20
+    exported = run(["python", "exported.py"], folder)
+    assert exported.returncode == 0, exported.stderr
+    imported = run(COMMANDS[-2], folder)
+    words = "exported: 40 features → step of 3 operators, state state [64] → 3 outputs\n"
+    assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
 
 
 def test_its_graph_is_imported_as_written(folder: Path) -> None:

@@ -27,8 +27,8 @@ MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
 GRAPHS: Final = {
     ".onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
-    ".pt2": "is a program of torch.export, and reading one runs code that the file may hold: hand over the module that "
-    "it was exported from, a step with instep.models.export_step, a GRU, LSTM or RNN with instep.models.save_model",
+    ".pt2": "is a program of torch.export and not a model folder: make one of it with `instep model import` and this "
+    "file, if it is one step",
     ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
 }
 """What to do with files of other kinds than weights, by their suffix."""

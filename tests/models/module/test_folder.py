@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,31 +154,6 @@ def test_names_in_a_graph_are_never_code(folder: Path, monkeypatch: pytest.Monke
     original = build(exported("min_gru"), CPU).bind(32)
     original.run()
     torch.testing.assert_close(step.y, original.y, rtol=0, atol=0)
-
-
-class Trap:
-    """Unpickling it leaves a file."""
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path("ran"),)
-
-
-def test_an_archive_of_torch_export_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(Trap(), (saved := io.BytesIO()))
-    with zipfile.ZipFile("net.pt2", "w") as archive:
-        for member in ("data/weights/weights.pt", "data/constants/constants.pt", "data/sample_inputs/model.pt"):
-            archive.writestr(f"net/{member}", saved.getvalue())
-        archive.writestr("net/data/constants/opaque", pickle.dumps(Trap()))
-        archive.writestr("net/models/model.json", json.dumps({"range_constraints": {"__import__('os')": {}}}))
-        archive.writestr("net/archive_format", "pt2")
-    for command in (["model", "import"], ["model", "info"], ["serve"]):
-        result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*command, "net.pt2"])
-        assert result.exit_code == 2, result.output
-        told = " ".join(result.stderr.split())
-        assert "runs code that the file may hold: hand over the module that it was exported from, a step with" in told
-        assert "instep.models.export_step" in told
-    assert not Path("ran").exists()
 
 
 STEP_FILE = """

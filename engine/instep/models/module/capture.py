@@ -24,7 +24,7 @@ from instep.models.module.operators import Operator, argument, is_allowed, may_a
 from instep.models.module.program import encoded
 from instep.models.module.rows import Rows, row_axes
 
-_DROPPED: Final = frozenset(
+DROPPED: Final = frozenset(
     [
         "_assert_async",
         "_assert_scalar",
@@ -34,12 +34,19 @@ _DROPPED: Final = frozenset(
     ]
 )
 """They check, and compute nothing; what they check either holds for every batch or depends on values."""
+COMPARISONS: Final = frozenset(["ge", "le", "gt", "lt", "eq", "ne"])
+"""Of sizes, for those checks."""
 _IDENTITIES: Final = frozenset(
     ["alias", "alpha_dropout", "detach", "detach_", "dropout", "dropout_", "feature_dropout", "lift_fresh"]
 )
 """Where nothing is trained."""
+_NOT_KEPT: Final = _IDENTITIES | {"sym_size", "lift_fresh_copy"}
+"""They are allowed in a step, and something else takes their place in the graph."""
 _VALUES_AS_SIZES: Final = frozenset(
-    ["item", "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "unique_consecutive", "_unique2"]
+    [
+        *("item", "_local_scalar_dense", "nonzero", "nonzero_numpy", "nonzero_static", "masked_select", "unique_dim"),
+        *("unique_consecutive", "_unique2"),
+    ]
 )
 _SEEDED: Final = frozenset(["gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention"]) | _IDENTITIES
 """They would draw random numbers only for dropout, which is looked at by itself."""
@@ -83,7 +90,7 @@ class Capture:
                 self._add(node)
         for spec in program.graph_signature.output_specs:
             if spec.kind != OutputKind.USER_OUTPUT:  # how older versions of torch show a change in place
-                raise ModelError(_changes(f"its own {spec.target}"))
+                raise ModelError(changes(f"its own {spec.target}"))
         (output,) = (node for node in program.graph.nodes if node.op == "output")
         results: Any = output.args[0]
         self.y, *self.new_state = [self._reference(each) for each in results]
@@ -118,7 +125,7 @@ class Capture:
         target: Any = node.target
         if isinstance(target, Operator):
             name = name_of(target)
-            if name in _DROPPED:
+            if name in DROPPED:
                 return
             self._check(node, target, name)
             if name == "sym_size" and str(node.meta["val"]) == str(self._batch):
@@ -132,8 +139,6 @@ class Capture:
                 return
             if name == "lift_fresh_copy":
                 target, name = torch.ops.aten.clone.default, "clone"
-            if target.namespace != "aten" or not is_allowed(name):
-                raise ModelError(_unknown(node, f"{target.namespace}.{name}"))
             self._check_rows(node, target, name)
             called = f"aten.{name}.{target._overloadname}"
         elif target in _NUMBERS:
@@ -141,11 +146,11 @@ class Capture:
             if called == "getitem" and isinstance(node.args[0], fx.Node):
                 self._follow(node, node.args[0])
             elif _depends_on_values(node):
-                raise ModelError(_by_value(node))
-        elif getattr(target, "__name__", "") in ("ge", "le", "gt", "lt", "eq", "ne"):
-            return  # for the checks that are dropped
+                raise ModelError(by_value(_where(node)))
+        elif getattr(target, "__name__", "") in COMPARISONS:
+            return
         else:
-            raise ModelError(_unknown(node, getattr(target, "__name__", str(target))))
+            raise ModelError(unknown(_where(node), getattr(target, "__name__", str(target))))
         self._references[node] = {"node": node.name}
         self.nodes.append({"name": node.name, "op": called, **self._arguments(node, target)})
 
@@ -170,7 +175,7 @@ class Capture:
     def _reference(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             if value not in self._references:
-                raise ModelError(_unknown(value, str(value.target)))
+                raise ModelError(unknown(_where(value), str(value.target)))
             return self._references[value]
         if isinstance(value, list | tuple):
             return [self._reference(each) for each in value]
@@ -178,26 +183,13 @@ class Capture:
 
     def _check(self, node: fx.Node, op: Operator, name: str) -> None:
         """Refuse what no step may do, whatever its shapes are."""
-        if name in _VALUES_AS_SIZES or _depends_on_values(node):
-            raise ModelError(_by_value(node))
-        if torch.Tag.nondeterministic_seeded in op.tags and name not in _SEEDED:
-            raise ModelError(
-                f"{_where(node)} draws random numbers ({name}), so a frame could never be computed again; "
-                "take the noise from the frame, or leave it out"
-            )
-        if trains(op, node.args, node.kwargs):
-            raise ModelError(
-                f"{_where(node)} runs {name} as in training, over the batch or at random; "
-                "use training=False, or leave it out"
-            )
-        if name == "scaled_dot_product_attention" and argument(op, "dropout_p", node.args, node.kwargs):
-            raise ModelError(f"{_where(node)} runs attention with dropout; set dropout_p to 0")
-        if name.startswith(("empty", "new_empty")):
-            raise ModelError(f"{_where(node)} makes a tensor of whatever the memory holds ({name}); use zeros")
+        if _depends_on_values(node):
+            raise ModelError(by_value(_where(node)))
+        check_call(op, node.args, node.kwargs, _where(node))
         for at in written(op):
             target = node.args[at]
             if isinstance(target, fx.Node) and target in self._given and name not in _IDENTITIES:
-                raise ModelError(_changes(self._given[target], _where(node)))
+                raise ModelError(changes(self._given[target], _where(node)))
 
     def _check_rows(self, node: fx.Node, op: Operator, name: str) -> None:
         """Refuse operators that combine rows, where their shapes show it."""
@@ -243,6 +235,39 @@ class Capture:
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
 
 
+def check_call(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
+    """Refuse an operator that no step may call, or not with these arguments.
+
+    Args:
+        op: the operator.
+        args: as a graph has them; only plain values matter.
+        kwargs: the others, by name.
+        where: the line that calls it, as `source_line` gives it.
+
+    Raises:
+        ModelError: naming the line.
+    """
+    name = name_of(op)
+    if name in _VALUES_AS_SIZES:
+        raise ModelError(by_value(where))
+    if torch.Tag.nondeterministic_seeded in op.tags and name not in _SEEDED:
+        raise ModelError(
+            f"{where} draws random numbers ({name}), so a frame could never be computed again; "
+            "take the noise from the frame, or leave it out"
+        )
+    if trains(op, args, kwargs):
+        raise ModelError(
+            f"{where} runs {name} as in training, over the batch or at random; use training=False, or leave it out"
+        )
+    if name == "scaled_dot_product_attention" and argument(op, "dropout_p", args, kwargs):
+        raise ModelError(f"{where} runs attention with dropout; set dropout_p to 0")
+    if name.startswith(("empty", "new_empty")):
+        raise ModelError(f"{where} makes a tensor of whatever the memory holds ({name}); use zeros")
+    is_ours = op.namespace == "aten" and not any(each.is_out for each in op._schema.arguments)
+    if not is_ours or not (is_allowed(name) or name in _NOT_KEPT):
+        raise ModelError(unknown(where, f"{op.namespace}.{name}"))
+
+
 def _symbols(size: Any) -> set[str]:
     return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
 
@@ -258,19 +283,24 @@ def _depends_on_values(node: fx.Node) -> bool:
     return any(symbol.startswith(("u", "zu")) for size in sizes for symbol in _symbols(size))
 
 
-def _where(node: fx.Node) -> str:
-    """The line of the user's code that a call comes from."""
-    found = _SOURCE.findall(node.meta.get("stack_trace") or "")
+def source_line(stack_trace: str | None) -> str:
+    """How sentences call the line of the user's code that a call comes from."""
+    found = _SOURCE.findall(stack_trace or "")
     if not found:
         return "the step"
     of_user = [each for each in found if _TORCH not in Path(each[0]).parents]
-    file, line, code = (of_user or found)[-1]
+    file, line, code = ("".join(filter(str.isprintable, part)) for part in (of_user or found)[-1])
     return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
 
 
-def _by_value(node: fx.Node) -> str:
+def _where(node: fx.Node) -> str:
+    return source_line(node.meta.get("stack_trace"))
+
+
+def by_value(where: str) -> str:
+    """Why sizes that depend on values cannot be served."""
     return (
-        f"{_where(node)} lets values in a tensor decide how many elements there are or which way to go, as a mask, "
+        f"{where} lets values in a tensor decide how many elements there are or which way to go, as a mask, "
         "nonzero and .item() do, and rows of other streams would decide along: use torch.where over all elements"
     )
 
@@ -282,7 +312,8 @@ def _mixes(node: fx.Node, name: str) -> str:
     )
 
 
-def _changes(what: str, where: str = "the step") -> str:
+def changes(what: str, where: str = "the step") -> str:
+    """Why a change in place cannot be served."""
     advice = (
         "return a new tensor, or clone it before"
         if what.startswith(("leaf", "its frames"))
@@ -291,14 +322,15 @@ def _changes(what: str, where: str = "the step") -> str:
     return f"{where} changes {what} in place; {advice}"
 
 
-def _unknown(node: fx.Node, name: str) -> str:
+def unknown(where: str, name: str) -> str:
+    """Why a call cannot be served."""
     hint = {
         "wrap_with_autocast": "export without torch.autocast: float32 is what is served",
         "cond": "torch.cond decides by a value: use torch.where",
         "wrap_with_set_grad_enabled": "leave torch.enable_grad out",
         "while_loop": "a loop that runs until values converge mixes streams: run a fixed number of rounds",
     }.get(name, "write it with other functions of torch")
-    return f"{_where(node)} calls {name}, which cannot be served; {hint}"
+    return f"{where} calls {name}, which cannot be served; {hint}"
 
 
 def checked_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

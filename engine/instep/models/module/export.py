@@ -66,12 +66,31 @@ def export_step(
         ModelError: the step does something that cannot be served, and the message says what; the folder holds a model,
             or cannot be written. Nothing is written then.
     """
+    folder = Path(path)
+    name = folder.resolve().name if name is None else name
+    model = model_of_step(module, example_x, example_state, name, outputs, initial_state)
+    write_model(folder, model, overwrite=overwrite)
+    return model
+
+
+def model_of_step(
+    module: nn.Module,
+    example_x: torch.Tensor,
+    example_state: Any,
+    name: str,
+    outputs: Sequence[str],
+    initial_state: Literal["zeros", "example"],
+) -> Model:
+    """The model of a step module, checked; see `export_step`.
+
+    Raises:
+        ModelError: the step does something that cannot be served.
+    """
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         kind = "TorchScript" if isinstance(module, nn.Module) else f"one {type(module).__name__}"
         raise ModelError(f"the step is {kind}; give an nn.Module whose forward is y, new_state = step(x, state)")
     if initial_state not in ("zeros", "example"):
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
-    folder = Path(path)
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), _in_silence():
         mine = _copied(module).cpu()
@@ -82,12 +101,11 @@ def export_step(
         attributes.check(mine)
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
-        model = _model(program, example, folder.resolve().name if name is None else name, outputs)
+        model = _model(program, example, name, outputs)
         network = ModuleNetwork(model, torch.device("cpu"))
         compare(example, network)
         attributes.check(mine)
         compare_rows(example, network)
-    write_model(folder, model, overwrite=overwrite)
     return model
 
 
@@ -138,10 +156,10 @@ def _exported(example: Example) -> ExportedProgram:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(_refusal(error)) from error
+        raise ModelError(refusal(error)) from error
 
 
-def _refusal(error: Exception) -> str:
+def refusal(error: Exception) -> str:
     """Why torch.export gave up, in the user's words."""
     text = str(error)
     if "data-dependent" in text:

@@ -75,6 +75,8 @@ NUMBERS: Final[dict[str, Callable[..., Any]]] = {
 }
 """Picking one of an operator's results, and arithmetic with sizes."""
 _MOST: Final = 2**40
+_SIZES: Final = (int, torch.SymInt)
+"""The latter while a step is traced."""
 _ALIASES: Final = frozenset(["broadcast_tensors", "type_as", "repeat_interleave", "pad", "constant_pad_nd", "tile"])
 """May return what they are given, although their schemas do not say so."""
 
@@ -106,7 +108,7 @@ def _of_sizes(function: Callable[..., int]) -> Callable[..., int]:
     """Arithmetic that no graph can make a text, a list or a number of a billion digits with."""
 
     def calculate(*sizes: int) -> int:
-        if not all(isinstance(size, int) and abs(size) < _MOST for size in sizes):
+        if not all(isinstance(size, _SIZES) and -_MOST < size < _MOST for size in sizes):
             raise ValueError("arithmetic is for sizes only")
         return function(*sizes)
 

@@ -1,0 +1,183 @@
+"""Steps that torch.export.save wrote, as model folders beside their modules; and those that cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import nn
+from torch.export.pt2_archive._package import package_pt2
+from torch.nn import functional
+
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
+from instep.models.module.archived_step import import_pt2
+from instep.models.module.network import ModuleNetwork
+from tests.support.archives import CellWithHead, Odds, imported, save, zeros
+from tests.support.running import CPU
+from tests.support.steps import FEATURES, STEPS, Counting, example, leaves, repeated, step_of
+
+ROWS: Final = 32
+SERVED: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]]] = {
+    "gru_cell": (lambda: CellWithHead(nn.GRUCell), lambda: torch.zeros(1, 32)),
+    "lstm_cell": (lambda: CellWithHead(nn.LSTMCell), lambda: {"h": torch.zeros(1, 32), "c": torch.zeros(1, 32)}),
+    "odds": (Odds, lambda: (torch.zeros(1, FEATURES), torch.zeros(1, dtype=torch.int64))),
+    **{name: (lambda name=name: step_of(name), lambda name=name: zeros(example(name))) for name in STEPS},  # type: ignore[misc]
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_imported_step_has_the_bits_of_the_module(name: str) -> None:
+    make, begin = SERVED[name]
+    torch.manual_seed(3)
+    module, state = make().eval(), repeated(begin(), 3)
+    save(module, torch.randn(3, FEATURES), state)
+    status, said = imported()
+    assert status == 0, said
+    assert "net: 5 features → step of " in said
+    step = ModuleNetwork(load_model("net"), CPU).bind(ROWS)
+    state = repeated(state, ROWS)
+    with torch.inference_mode():
+        for x in torch.randn(12, ROWS, FEATURES):
+            y, state = module(x, state)
+            parts = list(y.values()) if isinstance(y, dict) else [y]
+            step.x.copy_(x)
+            step.run()
+            truth = torch.cat([part.reshape(ROWS, -1) for part in parts], 1)
+            assert torch.equal(step.y, truth)
+            for own, new, leaf in zip(step.state.values(), step.new_state.values(), leaves(state), strict=True):
+                assert torch.equal(new, leaf)
+                own.copy_(new)
+
+
+def test_an_imported_gru_cell_computes_what_nn_gru_does_over_the_sequence() -> None:
+    torch.manual_seed(4)
+    module = CellWithHead(nn.GRUCell).eval()
+    gru = nn.GRU(FEATURES, 32)
+    gru.load_state_dict({f"{name}_l0": tensor for name, tensor in module.cell.state_dict().items()})
+    save(module, torch.randn(3, FEATURES), torch.zeros(3, 32))
+    assert imported("--name", "ears", "--outputs", "a, b,c")[0] == 0
+    model = load_model("net")
+    assert (model.name, model.output_names) == ("ears", ("a", "b", "c"))
+    step, x, outputs = ModuleNetwork(model, CPU).bind(ROWS), torch.randn(50, ROWS, FEATURES), []
+    for frame in x:
+        step.x.copy_(frame)
+        step.run()
+        outputs.append(step.y.clone())
+        step.state["state"].copy_(step.new_state["state"])
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.stack(outputs), module.head(gru(x)[0]), rtol=0, atol=2e-6)
+
+
+def test_names_of_leaves_and_outputs_and_options_of_other_kinds() -> None:
+    save(Counting(), torch.randn(2, FEATURES), zeros(repeated(STEPS["counting"][1](), 2)))
+    assert imported("--output", "own")[0] == 0
+    assert [leaf.name for leaf in load_model("own").state.leaves] == ["count", "ring", "loud", "total"]
+    assert "own holds a model already" in imported("--output", "own")[1]
+    assert imported("--output", "own", "--overwrite")[0] == 0
+    assert "go with weights, not with a graph" in imported("--after", "head:none")[1].replace("│ ", "")
+    assert "go with an .onnx graph" in imported("--state", "h=hn")[1].replace("│ ", "")
+
+
+class Step(nn.Module):
+    """A step whose forward a test gives."""
+
+    def __init__(self, body: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.norm = nn.BatchNorm1d(FEATURES)
+        self.register_buffer("seen", torch.zeros(FEATURES))
+        self.sixteen = nn.Parameter(torch.ones(FEATURES, dtype=torch.float16))
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return self.body(self, x, state)
+
+
+class OfThree(nn.Module):
+    def forward(self, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> Any:
+        return x + h, h, c
+
+
+def casts(self: Any, x: torch.Tensor, h: torch.Tensor) -> Any:
+    with torch.autocast("cpu"):
+        y = functional.linear(x, torch.ones(3, FEATURES))
+    return y.float(), h
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (lambda s, x, h: (s.norm(x), h), r"runs batch_norm as in training"),
+        (lambda s, x, h: (x + s.seen.add_(1), h), "changes its own buffer seen in place; all streams would share it"),
+        (lambda s, x, h: (x, h.mul_(0.5)), "changes leaf state of the state in place; return a new tensor"),
+        (lambda s, x, h: (x + torch.randn_like(x), h), r"draws random numbers \(randn_like\)"),
+        (lambda s, x, h: (functional.dropout(x, 0.5, True), h), "dropout"),
+        (lambda s, x, h: (x[(x > 0).nonzero()[:, 0]].sum() + x, h), "lets values in a tensor decide how many elements"),
+        (lambda s, x, h: (x + x[x > 0].sum(), h), "lets values in a tensor decide how many elements"),
+        (lambda s, x, h: (x - x.mean(0), h), r"combines the rows of a batch \(mean\)"),
+        (lambda s, x, h: (x.masked_scatter(x > 0, h), h), "calls aten.masked_scatter, which cannot be served"),
+        (lambda s, x, h: (x + torch.empty_like(x), h), "whatever the memory holds"),
+        (lambda s, x, h: (torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), h), "calls cond, .* use torch.where"),
+        (casts, "calls wrap_with_autocast, which cannot be served"),
+        (lambda s, x, h: (x + s.sixteen.float(), h), "sixteen of the step is float16, .* convert it"),
+        (lambda s, x, h: (x, torch.cat([h, x], 1)), "must not grow"),
+        (lambda s, x, h: (x, (h, h)), "the new state is one tuple"),
+        (lambda s, x, h: x + h, r"must return \(y, new_state\), and it returns one Tensor"),
+        (lambda s, x, h: ((x, None), h), "y is one NoneType"),
+        (lambda s, x, h: (x.double(), h), "y is float64; return float32"),
+    ],
+)
+def test_a_step_that_export_step_refuses_too_is_refused_in_its_words(
+    body: Callable[[Any, Any, Any], Any], sentence: str
+) -> None:
+    save(Step(body).train(), torch.randn(3, FEATURES), torch.zeros(3, FEATURES), strict=False)
+    with pytest.raises(ModelError, match=rf"^net.pt2: .*{sentence}") as refused:
+        import_pt2("net.pt2", "net")
+    assert "\n" not in str(refused.value)
+    assert imported()[0] == 2
+    assert not Path("net").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, of its own functions
+def test_archives_that_are_no_step_of_a_batch() -> None:
+    x, h = torch.randn(3, FEATURES), torch.zeros(3, FEATURES)
+    plain = Step(lambda s, x, h: (x + h, h))
+    nested = Step(lambda s, x, h: (x, h))
+    rows, columns = torch.export.Dim("B"), torch.export.Dim("F")
+    for step, args, kwargs, shapes, sentence in (
+        (plain, (x, h), {}, None, "the step fixes the batch size (x was exported with 3 rows)"),
+        (plain, (x[:1], h[:1]), {}, None, "(x was exported with 1 rows): export it with more than one row"),
+        (plain, (x,), {"state": h}, ({0: rows}, {0: rows}), "takes other arguments than (x, state); export it"),
+        (OfThree(), (x, h, h), {}, ({0: rows},) * 3, "takes other arguments than (x, state)"),
+        (plain, (x, h), {}, ({0: rows, 1: columns},) * 2, "x has another dynamic size than the batch"),
+        (plain, (x.double(), h), {}, ({0: rows},) * 2, "must be a float32 tensor of frames [rows, features]"),
+        (plain, (x[:, :, None], h[:, :, None]), {}, ({0: rows},) * 2, "a float32 tensor of frames [rows, features]"),
+        (nested, (x, {"a": [h]}), {}, ({0: rows}, {"a": [{0: rows}]}), "none inside another"),
+        (nested, (x, (h, 3)), {}, ({0: rows}, ({0: rows}, None)), "takes arguments besides tensors"),
+        (nested, (x, ()), {}, ({0: rows}, ()), "at least one"),
+        (nested, (x, (h, torch.tensor(3))), {}, ({0: rows}, ({0: rows}, {})), "leaf 2 of the state is not a dense"),
+        (nested, (x, h.bfloat16()), {}, ({0: rows}, {0: rows}), "is bfloat16; a state is made of"),
+    ):
+        torch.export.save(torch.export.export(step, args, kwargs, dynamic_shapes=shapes), "net.pt2")
+        status, said = imported()
+        assert status == 2
+        assert sentence in said
+    whole = torch.export.export(plain, (x, h), dynamic_shapes=({0: rows}, {0: rows}))
+    package_pt2("net.pt2", exported_programs={"one": whole, "two": whole})
+    assert "net.pt2: the archive holds 2 programs of torch.export; save one step alone" in imported()[1]
+    for body, sentence in (
+        (lambda s, x, h: (x + s.seen.add_(1), h), "changes its own seen in place; all streams would share it"),
+        (lambda s, x, h: (x, h.add_(x)), "changes its frames or its state in place; return a new tensor"),
+    ):
+        decomposed = torch.export.export(Step(body), (x, h), dynamic_shapes=({0: rows}, {0: rows}))
+        torch.export.save(decomposed.run_decompositions(), "net.pt2")
+        assert sentence in imported()[1]
