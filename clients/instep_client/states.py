@@ -48,9 +48,9 @@ def state_rows(state: State, spec: StateSpec, count: int | None) -> U8:
 def as_state(rows: U8, spec: StateSpec, *, single: bool) -> State:
     """Rows of bytes [N, row_bytes] as a user gets them: states of N streams, or the state of the only one.
 
-    The arrays are copies.
+    The arrays are copies, and arrays also where they hold one value.
     """
-    leaves = {name: array[0].copy() if single else array.copy() for name, array in spec.unpack(rows).items()}
+    leaves = {name: np.array(array[0] if single else array, order="C") for name, array in spec.unpack(rows).items()}
     return leaves[spec.leaves[0].name] if is_one_array(spec) else leaves
 
 

@@ -39,6 +39,9 @@ def test_what_a_user_gets_is_a_copy() -> None:
     rows = GRU.initial(1)
     as_state(rows, GRU, single=True)[:] = 1
     assert not rows.any()
+    count = as_state(TWO.initial(1), TWO, single=True)["count"]
+    count[...] = 7  # an array, although it holds one value
+    assert count.tolist() == 7
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.running import running
 from tests.support.session_link import X
+from tests.support.steps import eager, exported
 from tests.tools.helpers import RememberingTerminal
 
 MAIN = "from instep_tools import main; main()"
@@ -363,6 +364,20 @@ def test_as_a_program(place: Place, owner: Client, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert_waits(place, done.stdout, "copy", 5)
+
+
+async def test_a_state_of_single_values_is_json(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, exported("counting").description.features)).astype(np.float32)
+    _, leaves = eager("counting", x, 1)
+    async with running(exported("counting")) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic")
+        await stream.step(x)
+        terminal = RememberingTerminal(as_json=True)
+        assert await state.read(Target(server.endpoint), "mic", terminal, Stop()) == Exit.OK
+    found = terminal.json()["state"]
+    assert found["count"] == leaves[0].item()
+    for given, leaf in zip(found.values(), leaves, strict=True):
+        np.testing.assert_allclose(given, leaf, rtol=1e-5, atol=1e-6)
 
 
 async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
