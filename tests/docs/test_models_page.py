@@ -155,6 +155,10 @@ def test_the_pipeline_is_made_as_shown_and_every_step_is_described(folder: Path)
     )
     rows = [line for line in PAGE.text.splitlines() if line.startswith("| `")]
     assert [name for name in STEPS if any(line.startswith(f"| `{name}: ") for line in rows)] == list(STEPS)
+    (spectrum,) = (line for line in rows if line.startswith("| `spectrum: "))
+    defaults = {name: STEPS["spectrum"].model_fields[name].default for name in ("window", "floor")}
+    assert f"`window`, which is `{defaults['window']}` by default" in spectrum
+    assert f"`floor`, {defaults['floor']} by default" in spectrum
 
 
 def test_its_overview_says_of_every_kind_how_it_is_verified(folder: Path) -> None:
