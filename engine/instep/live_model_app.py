@@ -29,7 +29,7 @@ def load(
 
     with Client(endpoint, model="") as client:
         models = client.load_model(name, folder)
-    _say_version(name, folder, endpoint)
+    _say_version(name, "served as", folder, endpoint)
     _list(model.name for model in models)
 
 
@@ -62,7 +62,7 @@ def swap(
     with Client(endpoint, model="") as client:
         before = {model.name for model in client.list_models()}
         models = client.swap_model(name, folder, streams)
-    _say_version(name, folder, endpoint)
+    _say_version(name, "now", folder, endpoint)
     kept = next((model for model in models if model.name not in before), None)
     if kept is not None:
         typer.echo(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
@@ -138,7 +138,7 @@ def shadow(
     raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))
 
 
-def _say_version(name: str, folder: Path, endpoint: str) -> None:
+def _say_version(name: str, how: str, folder: Path, endpoint: str) -> None:
     """Which version of a model is served now, and whether a restart serves it, too."""
     from instep_client import Client
 
