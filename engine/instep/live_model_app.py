@@ -63,13 +63,16 @@ def swap(
         before = {model.name for model in client.list_models()}
         models = client.swap_model(name, folder, streams)
     _say_version(name, "now", folder, endpoint)
+    new = next(model for model in models if model.name == name)
     kept = next((model for model in models if model.name not in before), None)
     if kept is not None:
+        if (new.features, new.outputs) != (kept.features, kept.outputs):
+            sizes = f"{counted(new.features, 'feature')} and gives {counted(new.outputs, 'output')}"
+            typer.echo(f"it takes {sizes}; the old version has {kept.features:,} and {kept.outputs:,}")
         typer.echo(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
     else:
-        moved = next(model.streams for model in models if model.name == name)
         states = "copied" if streams == "move" else "computed from the last frames"
-        typer.echo(f"{counted(moved, 'open stream')} moved to it, states {states}")
+        typer.echo(f"{counted(new.streams, 'open stream')} moved to it, states {states}")
     _list(model.name for model in models)
 
 

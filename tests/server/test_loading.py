@@ -277,6 +277,7 @@ async def test_the_commands(folder: Path) -> None:
 
         status, text = await said("load", "vowels", str(folder))
         assert (status, text.splitlines()[-1]) == (0, "the server has ears, vowels")
+        assert text.startswith("vowels is served as version ")
         assert f"put it into model.folder to keep it: {folder}" in text
         assert await said("unload", "ears") == (0, "the server has vowels")
         status, sentence = await said("unload", "vowels")

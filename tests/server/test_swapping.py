@@ -390,6 +390,17 @@ async def test_the_command(folder: Path, tmp_path: Path) -> None:
         assert (status, f"ears is now version {A.fingerprint[:8]}" in text) == (0, True), text
         assert "configuration" not in text  # which names that folder
         assert f"1 open stream of the old version: served as ears@{B.fingerprint[:8]} until closed" in text
+        assert "features" not in text
+        write_model(folder, plain(6, 8), overwrite=True)
+        status, text = await said()
+        assert (status, text.splitlines()[3:]) == (
+            0,
+            [
+                "it takes 6 features and gives 8 outputs; the old version has 5 and 8",
+                f"0 open streams of the old version: served as {KEPT} until closed",
+                f"the server has ears, ears@{B.fingerprint[:8]}, {KEPT}",
+            ],
+        )
 
 
 def test_the_command_says_nothing_of_a_restart_where_an_older_server_does_not(folder: Path) -> None:
