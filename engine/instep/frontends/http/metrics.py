@@ -233,7 +233,7 @@ METRICS: Final = (
     Metric(
         "instep_verify_lag_seconds",
         "gauge",
-        "Time since the oldest frame was committed that live verification has not compared yet.",
+        "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",
     ),
 )
