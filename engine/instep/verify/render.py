@@ -66,7 +66,8 @@ def remarks(report: Report) -> Iterator[str]:
         yield f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}"
     if report.not_compared:
         frames = counted(report.not_compared, "frame")
-        yield f"not compared: {frames} whose outputs were not recorded, because the engine was killed"
+        when = "when the engine was killed or the copy was cut"
+        yield f"not compared: {frames} whose outputs were not recorded yet {when}"
     if not report.finished:
         yield f"the recording was checked up to its last commit: {report.ending}"
 
