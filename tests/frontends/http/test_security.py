@@ -156,6 +156,7 @@ async def test_only_get_and_head_without_a_body() -> None:
             answer = await raw(server.admin.url, request)
             assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
             assert b'"code":"BAD_REQUEST"' in answer
+            assert b"not an HTTP/1.1 request whose line and headers have at most 16384 bytes" in answer
         chunked = b"GET / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         assert (await raw(server.admin.url, chunked + b"nonsense\r\n")).count(b"HTTP/1.1 400") == 1
         behind = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nnonsense\r\n\r\n"

@@ -227,6 +227,8 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
             *((f"/api/streams?cursor={cursor}", 400, "without one") for cursor in ("x", "W10", "ä", "WzEsMl0")),
             ("/api/strems", 404, "did you mean /api/streams"),
             ("/api/streams/?limit=3", 404, "did you mean /api/streams?"),
+            ("/v2/health", 404, "did you mean /v2/health/"),
+            ("/v2/health/redy", 404, "did you mean /v2/health/ready"),
             ("/nothing", 404, "/api/stats"),
         ):
             assert meant in await error(http, path, status), path

@@ -24,7 +24,8 @@ from instep.frontends.http.pages import Pages
 from instep.frontends.http.status import ServerStatus
 
 _PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
-"""Those that a wrong path may have meant."""
+_OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")
+"""With those above, what a wrong path may have meant."""
 
 
 def make_app(
@@ -82,7 +83,7 @@ def make_app(
         return error.response()
 
     async def no_such_path(request: Request, error: Any = None) -> Response:
-        close = get_close_matches(request.url.path[:80], _PATHS, n=1)
+        close = get_close_matches(request.url.path[:80], (*_PATHS, *_OTHER_NAMES), n=1)
         meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(_PATHS)}"
         return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
 

@@ -213,7 +213,8 @@ class _Connection(H11Protocol):
             if self.cycle.response_started:
                 self.transport.abort()
                 return
-        self._end(HttpError(400, "BAD_REQUEST", f"this is no request of HTTP/1.1 of at most {MOST_HEAD_BYTES} bytes"))
+        sentence = f"this is not an HTTP/1.1 request whose line and headers have at most {MOST_HEAD_BYTES} bytes"
+        self._end(HttpError(400, "BAD_REQUEST", sentence))
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self._request_s, self.transport.abort)
