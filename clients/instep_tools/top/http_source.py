@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 from instep_client.endpoint import DEFAULT_HTTP_PORT
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput
 from instep_tools.connect import PATIENCE_S
-from instep_tools.top.snapshot import ModelTotals, Numbers, ObservedModel, ObservedStream, Snapshot, StreamQuery
+from instep_tools.top.snapshot import ModelTotals, Numbers, ObservedModel, ObservedStream, Snapshot, StreamQuery, select
 
 MOST_BYTES: Final = 64 * 2**20
 """Of one answer."""
@@ -143,6 +143,10 @@ def _sentence(found: Any) -> str:
 def _snapshot(
     stats: Mapping[str, Any], query: StreamQuery, model: Mapping[str, Any], listed: Mapping[str, Any]
 ) -> Snapshot:
+    streams = [
+        ObservedStream(**_some(each, "name", "state", "rate", "seq", "pending", "idle_s", "expires_in_s"))
+        for each in listed["streams"]
+    ]
     return Snapshot(
         time_s=stats["time_s"],  # it may be some tenths of a second old: the server answers everybody with one object
         query=query,
@@ -155,10 +159,7 @@ def _snapshot(
                 {name: math.nan if value is None else float(value) for name, value in model["numbers"].items()}
             ),
         ),
-        streams=[
-            ObservedStream(**_some(each, "name", "state", "rate", "seq", "pending", "idle_s", "expires_in_s"))
-            for each in listed["streams"]
-        ],
+        streams=select(streams, query)[0],  # those that are equal come in another order
         matched=listed["matched"],
     )
 

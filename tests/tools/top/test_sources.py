@@ -66,6 +66,15 @@ async def test_rates_of_streams_are_differences_of_two_lists() -> None:
         await source.close()
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_streams_that_are_equal_in_the_order_are_in_that_of_their_names(transport: str) -> None:
+    async with running(SEED_SIZED, http=ADMIN) as server, AsyncClient(server.endpoint) as client:
+        await client.open_group(["b", "c", "a"])
+        async with closing(source_of(Top(endpoint_of(server, transport)))) as source:
+            seen = await source.read(StreamQuery(sort="seq"))
+        assert [stream.name for stream in seen.streams] == ["a", "b", "c"]
+
+
 @asynccontextmanager
 async def served(transport: str) -> AsyncIterator[str]:
     """A server with two models and known frames; its endpoint."""
