@@ -46,6 +46,16 @@ def test_the_commands_and_options_that_it_runs_exist(words: list[str]) -> None:
     assert_exists(words)
 
 
+def test_every_command_that_starts_the_composition_sets_what_it_requires() -> None:
+    text = (DEPLOY / "compose.yaml").read_text()
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    started = re.findall(r"(.*)docker compose .*\bup\b", text + (ROOT / "docs" / "operations.md").read_text())
+    assert len(started) == 2
+    for before in started:
+        assert required == set(re.findall(r"(\w+)=\S", before))
+    assert not any(name.startswith("INSTEP_") for name in required), "clients read $INSTEP_MODEL, for one"
+
+
 def test_a_drain_is_given_the_time_it_may_take() -> None:
     service, drain_s = UNIT["Service"], Config().shutdown.drain_timeout_s
     assert service["KillSignal"] == signal.SIGTERM.name
