@@ -49,6 +49,9 @@ def test_it_says_what_would_be_served(model: Path, tmp_path: Path, capsys: pytes
     assert lines["can serve"]["model"] == SMALL.name
     assert lines["can serve"]["max_streams"] == 7
     assert lines["can serve"]["exactness"] == lines["certified"]["exactness"]
+    assert "http" not in lines["can serve"], "it is off"
+    check(configured(model, http={"endpoint": "127.0.0.1:0"}))
+    assert said(capsys)["can serve"]["http"] == "http://127.0.0.1:0"
     assert contents(tmp_path) == {}
 
 

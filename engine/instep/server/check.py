@@ -45,11 +45,12 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     if restart:
         check_restartable(config, prepared)
     check_models(config, prepared, log, accept_numerics_change)
-    check_endpoints(config, log)
+    admin = {"http": f"http://{config.http.endpoint}"} if check_endpoints(config, log) else {}
     for each in prepared:
         log.info(
             "can serve",
             endpoint=config.transport.endpoint,
+            **admin,
             model=each.model.name,
             device=str(each.device),
             exactness=each.certification.exactness,
@@ -113,8 +114,8 @@ def check_models(
         raise CannotServe(with_advice(error)) from None
 
 
-def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> None:
-    """Bind the endpoints of ZeroMQ and HTTP, and read the token.
+def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> bool:
+    """Bind the endpoints of ZeroMQ and HTTP, and read the token; whether there would be an admin server.
 
     Raises:
         CannotServe: when one cannot be bound, or the token cannot be used.
@@ -124,6 +125,7 @@ def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> None:
         read_token(config.http)
         if (listener := bind(config.http, log)) is not None:
             listener.close()
+        return listener is not None
     except (CannotBind, CannotListen, BadTokenFile) as error:
         raise CannotServe(str(error)) from None
 
