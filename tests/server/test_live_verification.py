@@ -317,7 +317,7 @@ async def test_the_checkers_of_several_models_end_side_by_side(
 async def test_no_checker_is_started_while_the_server_ends(
     folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instep.server.live_verification._FIRST_PAUSE_S", 5.0)
+    monkeypatch.setattr("instep.server.background._FIRST_PAUSE_S", 5.0)
     monkeypatch.setattr("instep.server.live_verification._FINISH_S", 60.0)
     told: list[dict[str, Any]] = []
     async with running(EARS, folder=folder, told=told, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
@@ -359,7 +359,7 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
         return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input(); input()"]
 
     monkeypatch.setattr(live, "command", nonsense)
-    monkeypatch.setattr("instep.server.live_verification._LINE_BYTES", 2**16)
+    monkeypatch.setattr("instep.server.background._LINE_BYTES", 2**16)
     recording = {"file": tmp_path / "r.instep"}
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
@@ -404,7 +404,7 @@ async def test_a_checker_that_hangs_holds_nobody_up(
             await step_all([stream], frames(rng, 200, 1))
             await until(lambda: found(server).lag_s > 2)
             assert found(server).frames_total == 20
-            monkeypatch.setattr("instep.server.live_verification._MOST_WAL_BYTES", 0)
+            monkeypatch.setattr("instep.server.background._MOST_WAL_BYTES", 0)
             await until(lambda: found(server).pid != former)
             monkeypatch.undo()
             monkeypatch.setattr(live, "command", command)

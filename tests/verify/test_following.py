@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from instep import background
 from instep.cli import app
 from instep.recording.errors import DamagedRecording, UnavailableRecording
 from instep.recording.records import RecordedEvent
@@ -519,7 +520,7 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
             follow(follower, told, Event(), for_s=0)
         monkeypatch.setattr(live, "run_in_the_background", lambda: None)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}\n")))
-        assert live.main([str(story.path)]) == live.AGAIN, "the server starts another process later"
+        assert live.main([str(story.path)]) == background.AGAIN, "the server starts another process later"
         assert "database is locked; try again" in capfd.readouterr().err
 
 
