@@ -20,7 +20,7 @@ from instep.models.model import Model
 from instep.models.registry import build
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
-from instep.server.preparation import Prepared
+from instep.server.preparation import Prepared, find_candidate
 from instep.server.server import Server
 
 CPU = torch.device("cpu")
@@ -79,7 +79,12 @@ async def running(
     """
     settings = config(**sections)
     ready = [
-        replace(prepared(model, settings.engine.max_batch_size, device), model=model, model_path=folder)
+        replace(
+            prepared(model, settings.engine.max_batch_size, device),
+            model=model,
+            model_path=folder,
+            candidate=find_candidate(settings.model, model.name, model.description, is_only=len(models) == 1),
+        )
         for model in models
     ]
     if exactness is not None:

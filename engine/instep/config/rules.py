@@ -31,6 +31,7 @@ def contradictions(config: Config) -> list[Contradiction]:
         *_limits(config),
         *_recording(config),
         *_verify(config),
+        *_shadow(config),
     ]
 
 
@@ -129,6 +130,30 @@ def _verify(config: Config) -> list[Contradiction]:
                 "live verification compares frames with what certification promises of them, and engine.exactness is "
                 "off",
                 "set engine.exactness to prefer or require, or set this to false",
+            )
+        )
+    return found
+
+
+def _shadow(config: Config) -> list[Contradiction]:
+    model = config.model
+    if model.shadow is None:
+        return []
+    found = []
+    if config.recording.file is None:
+        found.append(
+            Contradiction(
+                ("model.shadow", "recording.file"),
+                "a candidate is compared with what the recording holds, and nothing is recorded",
+                "name a recording.file (--record FILE), or leave this out",
+            )
+        )
+    if not isinstance(model.shadow, dict) and len(model.folders) > 1:
+        found.append(
+            Contradiction(
+                ("model.shadow", "model.folder"),
+                f"there are {len(model.folders)} models, and {model.shadow} is not said to be for one of them",
+                f"write {{NAME: {model.shadow}}} with the name of the model",
             )
         )
     return found

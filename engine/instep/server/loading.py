@@ -65,6 +65,8 @@ class _Made:
     stepper: Stepper
     opened: _Opened
     """The file that will be its recording."""
+    not_shadowed: str
+    """Why the candidate of the configuration cannot shadow it; empty where there is none, or it does."""
 
 
 class Loader:
@@ -115,6 +117,7 @@ class Loader:
             self._server.add(made.served)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         log.info("loaded", folder=str(folder))
+        _say_whether_shadowed(made, log)
 
     async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
         """Serve another version of a model under its name.
@@ -145,6 +148,7 @@ class Loader:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
                 self._kept.add(former.service)
+                await self._server.end_shadow(former.service, "another version is served now")
             else:
                 lsn, ended = await self._move(former, made, policy, log)
             made.served.service.is_configured = self._is_configured(name, folder)
@@ -159,6 +163,7 @@ class Loader:
             self._stepped_here.discard(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
         log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=str(policy))
+        _say_whether_shadowed(made, log)
 
     async def unload(self, name: str, *, force: bool = True) -> None:
         """Serve a model no longer.
@@ -219,6 +224,7 @@ class Loader:
             _, fingerprint = found.get(service.name, (None, None))
             service.is_configured = service.about.fingerprint == fingerprint
         self._server.config = self._server.config.model_copy(update={"model": wanted})
+        await self._server.shadow_as(wanted, list(found))
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
@@ -241,7 +247,9 @@ class Loader:
         """A model that nobody uses yet; `former` is the version that it replaces."""
         config = self._server.config
         with _short_turns():
-            prepared = await self._in_thread(partial(prepare_another, config, name, folder, log))
+            prepared = await self._in_thread(
+                partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
+            )
         if former is not None and prepared.model.fingerprint == former.info.fingerprint:
             raise CannotServe(f"{folder} holds the version of {name!r} that is served already")
         moved = None
@@ -264,7 +272,7 @@ class Loader:
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        return _Made(make_served(config, foundation, service), foundation.stepper, opened)
+        return _Made(make_served(config, foundation, service), foundation.stepper, opened, prepared.not_shadowed)
 
     def _is_configured(self, name: str, folder: Path) -> bool:
         return name in self._configured and self._configured[name][0] == folder.resolve()
@@ -368,6 +376,11 @@ class Loader:
     def _not_loaded(self, reason: str, log: structlog.stdlib.BoundLogger) -> Refusal:
         log.warning("not loaded", reason=reason)
         return Refusal(Code.NOT_LOADED, reason)
+
+
+def _say_whether_shadowed(made: _Made, log: structlog.stdlib.BoundLogger) -> None:
+    if made.not_shadowed:
+        log.info("not shadowed", reason=made.not_shadowed)
 
 
 @contextmanager

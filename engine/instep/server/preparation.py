@@ -11,16 +11,18 @@ from typing import TypeAlias
 import structlog
 import torch
 
-from instep.config import Config
-from instep.models.base import RecurrentModel
+from instep.config import Config, ModelConfig
+from instep.frontends.http.answers import meant
+from instep.models.base import Description, RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import check_name, load_model
+from instep.models.folder import check_name, load_model, load_version
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
 from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
+from instep.streaming.service import About
 
 Version: TypeAlias = tuple[Path, str]
 """A model's folder and fingerprint."""
@@ -39,6 +41,10 @@ class Prepared:
     network: RecurrentModel
     device: torch.device
     certification: Certification
+    candidate: Version | None = None
+    """What is to shadow it."""
+    not_shadowed: str = ""
+    """Why the candidate that the configuration names cannot shadow this version."""
 
 
 def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]:
@@ -54,21 +60,30 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
             check_place(place)
             check_file(place)
         loaded = _load(config.model.folders)
-        return [_prepared(config, model, path, log_of(model.name, len(loaded), log)) for model, path in loaded]
+        candidates = _candidates(config.model, [model for model, _ in loaded])
+        return [
+            _prepared(config, model, path, log_of(model.name, len(loaded), log), candidates[model.name])
+            for model, path in loaded
+        ]
     except ModelError as error:
         raise CannotServe(str(error)) from None
     except RecordingError as error:
         raise CannotServe(with_advice(error)) from None
 
 
-def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
+def prepare_another(
+    config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger, *, is_only: bool
+) -> Prepared:
     """Load, check and certify a model for a server that has others already; called in a thread beside them.
+
+    Its candidate is left out where it cannot shadow this version.
 
     Args:
         config: the configuration; not its models.
         name: what the model is called here.
         folder: of the model.
         log: names the model.
+        is_only: whether the configuration names this model alone.
 
     Raises:
         CannotServe: with a sentence.
@@ -76,17 +91,61 @@ def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdl
     prepare_numerics(config.engine.threads)  # torch counts threads by thread
     try:
         model = replace(load_model(folder), name=check_name(name))
-        return _prepared(config, model, folder.resolve(), log)
+        candidate, reason = _candidate_left(config.model, model, is_only=is_only)
+        return replace(_prepared(config, model, folder.resolve(), log, candidate), not_shadowed=reason)
     except ModelError as error:
         raise CannotServe(str(error)) from None
 
 
-def _prepared(config: Config, model: Model, path: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
+def find_candidate(wanted: ModelConfig, name: str, about: Description | About, *, is_only: bool) -> Version | None:
+    """The candidate that is to shadow a model; None where there is none.
+
+    Args:
+        wanted: names it.
+        name: of the model.
+        about: has the model's features and outputs.
+        is_only: whether the configuration names this model alone.
+
+    Raises:
+        ModelError: with a sentence, when it cannot be loaded or has other features or outputs.
+    """
+    if (folder := wanted.candidate(name, is_only=is_only)) is None:
+        return None
+    try:
+        model = load_version(folder, about.features, about.outputs, f"the model {name!r}, which it is to shadow,")
+    except ModelError as error:
+        raise ModelError(f"model.shadow: {error}") from None
+    return folder, model.fingerprint
+
+
+def _candidates(wanted: ModelConfig, models: Sequence[Model]) -> dict[str, Version | None]:
+    names = [model.name for model in models]
+    for name in wanted.shadow if isinstance(wanted.shadow, dict) else ():
+        if name not in names:
+            raise CannotServe(f"model.shadow names the model {name!r}, which is not served: {meant(name, names)}")
+    is_only = len(models) == 1
+    return {each.name: find_candidate(wanted, each.name, each.description, is_only=is_only) for each in models}
+
+
+def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tuple[Version | None, str]:
+    """The candidate that is to shadow another version of a model, or why it cannot any more."""
+    try:
+        candidate = find_candidate(wanted, model.name, model.description, is_only=is_only)
+    except ModelError as error:
+        return None, str(error)
+    if candidate is not None and candidate[1] == model.fingerprint:
+        return None, f"{candidate[0]} is the version that is served now"
+    return candidate, ""
+
+
+def _prepared(
+    config: Config, model: Model, path: Path, log: structlog.stdlib.BoundLogger, candidate: Version | None
+) -> Prepared:
     network = build(model, _device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":
         kind = model.description.kind
         raise CannotServe(f"engine.device is {config.engine.device}, but models of kind {kind} run on the CPU; use cpu")
-    return Prepared(model, path, network, network.device, _certify(config, network, log))
+    return Prepared(model, path, network, network.device, _certify(config, network, log), candidate)
 
 
 def log_of(name: str, models: int, log: structlog.stdlib.BoundLogger) -> structlog.stdlib.BoundLogger:

@@ -30,8 +30,8 @@ CHANGEABLE: Final = (
     "log.summary_s",
 )
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
-MODELS: Final = "model.folder"
-"""Changes, too, but it takes a while: see `Loader.reload`."""
+MODELS: Final = ("model.folder", "model.shadow", "model.shadow_share")
+"""They change, too, but it takes a while: see `Loader.reload`."""
 
 _KEPT_BYTES: Final = 2048
 
@@ -87,7 +87,7 @@ def reload(
         level = wanted.log.level
         changed = dict(differences(running, wanted))
         log.info("reloaded", changed=[change for path, change in changed.items() if path in CHANGEABLE])
-        if left := [path for path in changed if path not in (*CHANGEABLE, MODELS)]:
+        if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         for problem in error.problems:

@@ -18,13 +18,17 @@ from instep.config import Config, ModelConfig
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
+from instep.models.errors import ModelError
 from instep.recording.recorder import Recorder
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
+from instep.server.live_shadow import LiveShadow
 from instep.server.live_verification import LiveVerification
 from instep.server.loop import Loop
+from instep.server.preparation import find_candidate
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
+from instep.streaming.candidate import CandidateStatus
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread
 
@@ -69,6 +73,7 @@ class Server:
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
         self._verifications: dict[ModelService, LiveVerification] = {}
+        self._shadows: dict[ModelService, LiveShadow] = {}
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -131,6 +136,33 @@ class Server:
         self._turns.add(service)
         if service.verification is not None:
             self._verifications[service] = LiveVerification(service)
+        self._begin_shadow(service)
+
+    def _begin_shadow(self, service: ModelService) -> None:
+        if service.candidate is not None:
+            self._shadows[service] = LiveShadow(service)
+
+    async def shadow_as(self, wanted: ModelConfig, names: Sequence[str]) -> None:
+        """Shadow the models of a configuration, which have these names, with the candidates that it names."""
+        for service in self.services:
+            if service.name not in names:
+                continue
+            present, find = service.candidate, partial(find_candidate, wanted, service.name, service.about)
+            try:
+                found = await in_daemon_thread(partial(find, is_only=len(names) == 1), "instep-loader")
+            except ModelError as error:
+                self._log.error("not reloaded", reason=str(error))
+                continue
+            candidate = None if found is None else CandidateStatus(*found, wanted.shadow_share)
+            if (present and present.key) != (candidate and candidate.key):
+                await self.end_shadow(service, "the configuration has changed")
+                service.candidate = candidate
+                self._begin_shadow(service)
+
+    async def end_shadow(self, service: ModelService, reason: str) -> None:
+        """Shadow a model no longer, if anything does."""
+        if service in self._shadows:
+            await self._shadows.pop(service).stop(reason)
 
     def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
@@ -298,6 +330,8 @@ class Server:
         verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
         closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
         for service in services:
+            reason = "this version of the model is served no longer"
+            closing.push_async_callback(self.end_shadow, service, reason)
             closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_verifications(self, verifications: Sequence[LiveVerification], *, finishes: bool) -> None:

@@ -28,6 +28,7 @@ from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch
 from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
 from instep.server.preparation import Prepared
+from instep.streaming.candidate import CandidateStatus
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.events import EventKind, EventLog
@@ -142,7 +143,7 @@ def make_service(
     else:
         table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
         events = former.events
-    tasks = Tasks(on_bug)
+    tasks, candidate = Tasks(on_bug), foundation.prepared.candidate
     engine = Engine(
         tables,
         table,
@@ -181,6 +182,7 @@ def make_service(
         about=_about(config, foundation),
         file=file,
         verification=Verification() if config.verify.live else None,
+        candidate=None if candidate is None else CandidateStatus(*candidate, config.model.shadow_share),
     )
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from instep.config import Config
 from instep.models.certify import candidate_buckets, certify
 from instep.models.errors import ModelError
-from instep.models.folder import load_model
+from instep.models.folder import load_version
 from instep.models.numerics import prepare
 from instep.models.registry import build
 from instep.recording.file import RecordingFile
@@ -29,8 +29,6 @@ NOT_COMPARED: Final = 2
 WARM_UP: Final = 256
 _PAUSE_S: Final = 0.25
 """Between two readings of the recording."""
-_LATE_S: Final = 2.0
-"""Time that the frames recorded in a pause should take at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +75,32 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
     until = float("inf") if seconds is None else time.monotonic() + seconds
     while not shadow.is_finished and (now := time.monotonic()) < until:
         time.sleep(min(_PAUSE_S, until - now))
-        began, was_read = time.monotonic(), shadow.unavailable is None
-        shadow.follow()
-        if time.monotonic() - began > _LATE_S and was_read and shadow.unavailable is None:
-            shadow.drop_half()
+        shadow.keep_up()
 
 
-def make_shadow(asked: Shadowing) -> Shadow:
-    """A candidate that has not followed anything yet; raises as `run`."""
+def make_shadow(asked: Shadowing, after: int = 0, fingerprint: str | None = None) -> Shadow:
+    """A candidate that has not followed anything yet.
+
+    Args:
+        asked: the recording, the candidate's folder, and what is to be compared.
+        after: a position of the recording; frames up to there are not compared.
+        fingerprint: which version the folder must hold; None for any.
+
+    Raises:
+        ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
+        RecordingError: when the recording cannot be read.
+    """
     engine = Config().engine
     prepare(engine.threads)
     with RecordingFile(asked.recording) as recording:
         header = recording.header
-    model = load_model(asked.folder)
-    description = model.description
-    for what, here, there in (
-        ("features", description.features, header.features),
-        ("outputs", description.outputs, header.outputs),
-    ):
-        if here != there:
-            raise ModelError(f"{asked.folder} has {here} {what}, and {asked.recording} is of a model with {there}")
+    model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")
+    if fingerprint not in (None, model.fingerprint):
+        raise ModelError(f"{asked.folder} holds another version now than when the server began to shadow with it")
     network = build(model, torch.device("cpu"))
     buckets = certify(network, candidate_buckets(network, engine.max_batch_size)).buckets
     warm_up = asked.warm_up
     if warm_up is None and network.state != header.state_spec:
         warm_up = WARM_UP
     stepper = Stepper(network, buckets, MOST_STREAMS, torch.device("cpu"))
-    return Shadow(asked.recording, stepper, warm_up, asked.share)
+    return Shadow(asked.recording, stepper, warm_up, asked.share, after)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import zlib
+from bisect import bisect
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +12,8 @@ import numpy as np
 
 from instep.core.typing import F32, I64
 from instep.recording.errors import UnavailableRecording
+from instep.recording.records import BatchGroup
+from instep.recording.tail import Item, RecordingTail
 from instep.runtime.stepper import Stepper
 from instep.shadow.report import Differences, StreamDifference
 from instep.streaming.replaying import WarmUpReplay
@@ -18,6 +22,8 @@ MOST_STREAMS: Final = 1024
 """Followed at the same time."""
 MOST_LISTED: Final = 1024
 """Streams in a report."""
+_LATE_S: Final = 2.0
+"""Time that the frames recorded between two looks should take at most."""
 _NEVER: Final = 2**62
 _PARTS: Final = 8
 """Bins of differences for each doubling."""
@@ -35,15 +41,18 @@ class Shadow(WarmUpReplay):
         warm_up: None to begin with the states of the version that is served; N to begin with the N newest frames of
             each stream, which are not compared.
         share: of the streams; whether one is followed depends on its name alone.
+        after: a position of the recording; frames up to there are stepped and not compared.
     """
 
-    def __init__(self, path: Path, stepper: Stepper, warm_up: int | None, share: float) -> None:
+    def __init__(self, path: Path, stepper: Stepper, warm_up: int | None, share: float, after: int) -> None:
         super().__init__(path, stepper, MOST_STREAMS, warm_up)
         self.dropped = 0
         """Streams that were given up because the candidate could not keep up, or left out because there were more."""
         self.unavailable: UnavailableRecording | None = None
         """Why the recording could not be read at the last look."""
         self._share = share
+        self._after = after
+        self._compares = False
         self._names = [""] * (MOST_STREAMS + 1)
         self._compared_from: I64 = np.full(MOST_STREAMS + 1, _NEVER, np.int64)
         self._frames_of: I64 = np.zeros(MOST_STREAMS + 1, np.int64)
@@ -60,6 +69,11 @@ class Shadow(WarmUpReplay):
         """Count of streams that are followed now."""
         return MOST_STREAMS - len(self._free)
 
+    @property
+    def position(self) -> int:
+        """Everything in the recording up to here was taken in."""
+        return self._read_to
+
     def follow(self) -> int:
         """As that of the base, but while another program locks the recording, nothing is stepped until a later call."""
         try:
@@ -69,6 +83,17 @@ class Shadow(WarmUpReplay):
             return 0
         self.unavailable = None
         return frames
+
+    def keep_up(self) -> None:
+        """Step everything that was committed by now; where that takes too long, give up half of the streams.
+
+        Raises:
+            RecordingError: as `follow`.
+        """
+        began, was_read = time.monotonic(), self.unavailable is None
+        self.follow()
+        if time.monotonic() - began > _LATE_S and was_read and self.unavailable is None:
+            self.drop_half()
 
     def drop_half(self) -> None:
         """Give up half of the streams: the candidate cannot keep up."""
@@ -101,6 +126,15 @@ class Shadow(WarmUpReplay):
             dropped=self.dropped,
         )
 
+    def _take(self, item: Item, tail: RecordingTail) -> None:
+        if not self._compares and item.position > self._after:
+            if isinstance(item, BatchGroup) and (known := bisect(item.positions, self._after)):
+                super()._take(item.part(0, known), tail)
+                item = item.part(known, len(item.positions))
+            self._step()
+            self._compares = True
+        super()._take(item, tail)
+
     def _wants(self, name: str) -> bool:
         is_chosen = zlib.crc32(name.encode()) < self._share * 2**32
         self.dropped += is_chosen and not self._free
@@ -118,7 +152,7 @@ class Shadow(WarmUpReplay):
         self._compared_from[slots] = seqs
 
     def _stepped(self, slots: I64, seqs: I64, y: F32, recorded: F32) -> None:
-        counts = seqs >= self._compared_from[slots]
+        counts = (seqs >= self._compared_from[slots]) & self._compares
         slots, y, recorded = slots[counts], y[counts], recorded[counts]
         if not len(slots):
             return

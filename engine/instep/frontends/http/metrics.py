@@ -44,6 +44,11 @@ def _room(model: ModelNumbers) -> Labelled:
     return [((), float(len(model.service.engine.table.owner) - 1))]
 
 
+def _shadow(model: ModelNumbers) -> Labelled:
+    candidate = model.service.candidate
+    return [] if candidate is None else [((candidate.fingerprint,), float(candidate.is_following))]
+
+
 def _build(model: ModelNumbers) -> Labelled:
     about = model.service.about
     labels = about.fingerprint, exactness(model.service), about.device, _version("instep"), _version("torch")
@@ -235,6 +240,45 @@ METRICS: Final = (
         "gauge",
         "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",
+    ),
+    # A candidate
+    Metric(
+        "instep_shadow_following",
+        "gauge",
+        "1 while the candidate of that fingerprint is compared, 0 while it starts, is late or has ended.",
+        _shadow,
+        ("model", "fingerprint"),
+    ),
+    Metric("instep_shadow_streams", "gauge", "Streams that the candidate follows.", "shadow_streams"),
+    Metric(
+        "instep_shadow_dropped_streams_total",
+        "counter",
+        "Streams that were left out or given up because the candidate could not keep up.",
+        "shadow_dropped_streams_total",
+    ),
+    Metric(
+        "instep_shadow_frames_total",
+        "counter",
+        "Frames of which the candidate's outputs were compared with those that were served.",
+        "shadow_frames_total",
+    ),
+    Metric(
+        "instep_shadow_equal_frames_total",
+        "counter",
+        "Compared frames whose outputs have the same bits.",
+        "shadow_equal_frames_total",
+    ),
+    Metric(
+        "instep_shadow_largest_difference",
+        "gauge",
+        "The largest absolute difference of one value since the candidate began.",
+        "shadow_largest_difference",
+    ),
+    Metric(
+        "instep_shadow_mean_difference",
+        "gauge",
+        "The mean absolute difference of all values since the candidate began.",
+        "shadow_mean_difference",
     ),
 )
 

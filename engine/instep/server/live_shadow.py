@@ -1,0 +1,90 @@
+"""A candidate beside a model that is served: a process that steps what is recorded in it, and compares outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any, Final
+
+from instep.server.background import BackgroundProcess
+from instep.shadow import live
+from instep.streaming.candidate import CandidateStatus
+from instep.streaming.service import ModelService
+
+_FINGERPRINT: Final = 8
+"""Digits of a fingerprint in the log."""
+
+
+class LiveShadow(BackgroundProcess):
+    """Keeps the candidate running for as long as a service records, and notes how its outputs differ.
+
+    Args:
+        service: records; its `candidate` is kept up to date.
+    """
+
+    def __init__(self, service: ModelService) -> None:
+        assert service.candidate is not None
+        super().__init__(service)
+        self._found: CandidateStatus = service.candidate
+        self._before = self._found
+        """Findings of former processes."""
+        self._position = service.engine.journal.newest
+        """Frames up to there are not compared: the former server had them, or a former process."""
+
+    async def stop(self, reason: str) -> None:
+        """End the process, and say what was found by the newest status."""
+        self._is_ending = True
+        await self._end()
+        found = self._found
+        found.reason = found.reason or reason
+        self._service.log.info(
+            "shadowed",
+            candidate=found.fingerprint[:_FINGERPRINT],
+            reason=found.reason,
+            frames=found.frames,
+            equal=found.equal,
+            largest_difference=_logged(found.largest),
+            mean_difference=_logged(found.mean),
+            dropped_streams=found.dropped,
+        )
+
+    def _command(self) -> list[str]:
+        found, file = self._found, self._service.file
+        assert file is not None
+        return live.command(file, found.folder, found.fingerprint, found.share, self._position)
+
+    def _began(self, pid: int) -> None:
+        self._found.pid = pid
+        self._before = replace(self._found)
+        candidate = self._found.fingerprint[:_FINGERPRINT]
+        self._service.log.info("shadowing", folder=str(self._found.folder), candidate=candidate, pid=pid)
+
+    def _ended(self) -> None:
+        self._found.pid, self._found.reported_s, self._found.streams = None, 0.0, 0
+
+    def _will_restart(self, reason: str, in_s: float) -> None:
+        self._service.log.warning("shadow restarts", reason=reason, in_s=in_s)
+
+    def _was_killed(self, reason: str) -> None:
+        self._service.log.warning("shadow killed", reason=reason)
+
+    def _heard(self, said: dict[str, Any]) -> None:
+        found, before = self._found, self._before
+        if "error" in said:
+            found.reason = said["error"]
+            self._service.log.warning("shadow ended", reason=found.reason)
+            return
+        largest, mean = (math.inf if said[name] is None else said[name] for name in ("largest", "mean"))
+        found.reported_s, found.streams = time.monotonic(), said["streams"]
+        found.frames = before.frames + said["frames"]
+        found.equal = before.equal + said["equal"]
+        found.dropped = before.dropped + said["dropped"]
+        found.largest = max(before.largest, largest)
+        if said["frames"]:
+            found.mean = (before.mean * before.frames + mean * said["frames"]) / found.frames
+        self._position = max(self._position, said["position"])
+
+
+def _logged(difference: float) -> float | str:
+    return float(f"{difference:.3g}") if math.isfinite(difference) else "not finite"
