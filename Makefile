@@ -22,7 +22,7 @@ help:  ## List the targets
 demo: $(READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
 	$(BIN)/instep demo $(if $(KEEP),--keep)
 
-test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines they run, in up to twice the time
+test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines that they run
 	$(if $(COVERAGE),$(BIN)/coverage erase)
 	@$(MAKE) --no-print-directory -j 2 all-tests check uncompiled
 	$(if $(COVERAGE),$(BIN)/coverage combine --quiet)
