@@ -24,7 +24,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.repeater import Repeater
 from tests.chaos.victim import Victim
 from tests.support.models import SMALL, whole
-from tests.support.warm import warm_instep
+from tests.support.warm import WarmProcess
 
 LEAST_STEPS = 5
 """Steps that every group must make between two kills."""
@@ -205,10 +205,9 @@ def _recorded(recording: Path) -> dict[str, dict[int, bytes]]:
     return frames
 
 
-async def _verify(recording: Path, log: Path) -> int | None:
-    process = await asyncio.to_thread(warm_instep, ("verify", str(recording)), log)
-    await asyncio.to_thread(process.join)
-    return process.exitcode
+async def _verify(recording: Path, log: Path) -> int:
+    process = await asyncio.to_thread(WarmProcess, ("verify", str(recording)), output=log)
+    return await asyncio.to_thread(process.wait)
 
 
 def _p99(values: list[float]) -> float:

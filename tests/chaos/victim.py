@@ -7,14 +7,13 @@ import json
 import socket
 import time
 from collections.abc import Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from instep.models.folder import write_model
 from instep.models.model import Model
 from tests.support.models import SMALL
-from tests.support.warm import warm_instep
+from tests.support.warm import WarmProcess
 
 _PATIENCE_S = 60.0
 
@@ -46,14 +45,14 @@ class Victim:
             *arguments,
         ]
         self._log = folder / "server.log"
-        self._process: ForkServerProcess | None = None
+        self._process: WarmProcess | None = None
 
     async def start(self) -> dict[str, Any]:
         """Start it; what it says of its recovery, once it is ready."""
         self._log.unlink(missing_ok=True)  # what is there is of its former life
-        self._process = process = await asyncio.to_thread(warm_instep, self._arguments, self._log)
+        self._process = process = await asyncio.to_thread(WarmProcess, self._arguments, output=self._log)
         deadline = time.monotonic() + _PATIENCE_S
-        while process.exitcode is None and time.monotonic() < deadline:
+        while process.returncode is None and time.monotonic() < deadline:
             lines = [line for line in self._said().splitlines(keepends=True) if line.endswith("\n")]
             said: dict[str, dict[str, Any]] = {
                 each["event"]: each for each in map(json.loads, (line for line in lines if line.startswith("{")))
@@ -66,22 +65,22 @@ class Victim:
     def kill(self) -> None:
         """Kill -9."""
         assert self._process is not None
-        assert self._process.exitcode is None, self._said()
+        assert self._process.returncode is None, self._said()
         self._process.kill()
-        self._process.join()
+        self._process.wait()
 
     def stop(self) -> None:
         """Ask it to end, and wait."""
         assert self._process is not None
         self._process.terminate()
-        self._process.join(_PATIENCE_S)
-        assert self._process.exitcode == 0, self._said()
+        self._process.wait(_PATIENCE_S)
+        assert self._process.returncode == 0, self._said()
 
     def close(self) -> None:
         """See that it is gone, whatever became of it."""
-        if self._process is not None and self._process.exitcode is None:
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
         self._held.close()
 
     def _said(self) -> str:

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from tests.support.running import prepared
+from tests.support.warm import WarmProcess
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) ->
 
 
 def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "instep", "demo", "--keep", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+    demo = WarmProcess(["demo", "--keep", "--out", str(tmp_path)], start_new_session=True)
+    try:
         assert demo.stdout is not None
         for line in demo.stdout:
             if line.startswith("in a terminal: "):
@@ -80,7 +79,9 @@ def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_
         while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
             time.sleep(0.1)
         os.killpg(demo.pid, signal.SIGINT)  # as Ctrl-C in a terminal does it, to the server too
-        said = demo.stdout.read().splitlines()
+        said = demo.communicate()[0].splitlines()
+    finally:
+        demo.kill()
     assert demo.returncode == 0
     verified = re.fullmatch(r"verified: ([\d,]+) streams, ([\d,]+) frames, .*, 0 mismatches", said[-1])
     assert verified is not None

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import instep_client
-from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
+from tests.support.served import WarmServer
 
 pytestmark = pytest.mark.heavy
 
@@ -40,7 +40,7 @@ PRINTED = [
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("model") / "small"
     write_model(folder, make_model(GruDescription(features=3, gru=GruLayers(hidden_size=4)), "random", name="small"))
-    with ChildServer(folder) as server:
+    with WarmServer(folder) as server:
         yield server.endpoint
 
 

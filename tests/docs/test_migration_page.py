@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from instep.config import Config
-from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import Client
 from instep_client.protocol.codes import Code
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
+from tests.support.served import WarmServer
 
 PAGE = Page("migration.md")
 PROGRAMS = dict(PAGE.blocks("python"))
@@ -28,7 +28,7 @@ SERVERS = ("Triton", "OpenVINO Model Server", "TorchServe")
 def test_its_client_runs_as_written(tmp_path: Path) -> None:
     model = make_model(GruDescription(features=40, gru=GruLayers(hidden_size=4)), "random", name="ears")
     write_model(tmp_path / "ears", model)
-    with ChildServer(tmp_path / "ears") as server:
+    with WarmServer(tmp_path / "ears") as server:
         code = PROGRAMS["instep.py"]
         assert "tcp://127.0.0.1:5757" in code
         (tmp_path / "client.py").write_text(code.replace("tcp://127.0.0.1:5757", server.endpoint))
@@ -64,7 +64,7 @@ def test_a_graph_with_control_inputs_is_imported_as_written_and_sums_each_stream
     (importing,) = (words for _, block in PAGE.blocks("bash") for words in commands(block))
     imported = run(importing, tmp_path)
     assert imported.returncode == 0, imported.stderr
-    with ChildServer(tmp_path / "model") as server, Client(server.endpoint) as client:
+    with WarmServer(tmp_path / "model") as server, Client(server.endpoint) as client:
         one, other = client.open("one"), client.open("other")
         assert [one.step([k, 0, 1]).tolist() for k in (1, 2, 3)] == [[2, 0, 2], [6, 0, 4], [12, 0, 6]]
         assert other.step([1, 1, 1]).tolist() == [2, 2, 2]

@@ -11,7 +11,6 @@ import torch
 import yaml
 from torch import nn
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import load_model
 from instep.models.handover.tracer import activation_of
 from instep.models.pipeline.steps import STEPS
@@ -27,6 +26,7 @@ from instep.models.recurrent.description import (
 from instep.models.registry import KINDS, build
 from tests.docs.support.page import Page
 from tests.docs.support.shell import commands, run
+from tests.support.served import WarmServer
 
 pytestmark = pytest.mark.heavy
 
@@ -68,7 +68,7 @@ def test_lstms_and_rnns_are_handed_over_as_shown_and_their_states_have_names(fol
         assert yaml.safe_load((folder / program / "model.yaml").read_text()) == shown
         assert load_model(folder / program).description.in_words() == words
         assert len([line for line in PROGRAMS[f"{program}.py"].splitlines() if line]) < 20
-    with ChildServer(folder / "talk") as server:
+    with WarmServer(folder / "talk") as server:
         code = PROGRAMS["state.py"].replace("tcp://127.0.0.1:5757", server.endpoint)
         (folder / "reads.py").write_text(code)
         assert run(["python", "reads.py"], folder).stdout == SHOWN["state.py"]

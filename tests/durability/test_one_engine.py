@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from instep_client.protocol.wire import HAVE_ALL, Code
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.warm import run_instep
 
 F, H = 5, 8
 
@@ -60,22 +59,10 @@ async def test_a_second_server_on_a_recording_is_refused_until_the_first_has_end
 def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     write_model(tmp_path / "model", SMALL)
-    command = [
-        sys.executable,
-        "-m",
-        "instep",
-        "serve",
-        str(tmp_path / "model"),
-        "--endpoint",
-        "tcp://127.0.0.1:*",
-        "--http",
-        "off",
-    ]
+    arguments = ["serve", str(tmp_path / "model"), "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
     lock = WriterLock(path)
     try:
-        served = subprocess.run(
-            [*command, "--record", str(path)], capture_output=True, text=True, timeout=110, check=False
-        )
+        served = run_instep([*arguments, "--record", str(path)])
     finally:
         lock.release()
     assert served.returncode not in (0, 130)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
 from instep.recording.inspection import inspect
 from instep_client import AsyncClient, AsyncStream, StreamEvicted
 from tests.chaos.victim import Victim
 from tests.support.models import SMALL, torch_gru, whole
+from tests.support.served import WarmServer
 from tests.support.traffic import assert_same_bits
 
 F, H = 5, 8
@@ -72,7 +72,7 @@ async def test_an_idle_stream_of_a_connected_client_sleeps_and_its_next_frame_wa
     write_model(tmp_path / "model", SMALL)
     x = np.random.default_rng(3).standard_normal((8, F)).astype(np.float32)
     arguments = ["--record", str(tmp_path / "r.instep"), "--set", "limits.hibernate_after_s=0.3"]
-    with ChildServer(tmp_path / "model", arguments) as server:
+    with WarmServer(tmp_path / "model", arguments) as server:
         async with AsyncClient(server.endpoint) as client:
             stream, served = await client.open("s"), []
             for at in range(0, 6, 2):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from instep_client import AsyncClient, StreamSnapshot
 from tests.chaos.victim import Victim
 from tests.support.forger import Forger
 from tests.support.torch_network import TorchNetwork
+from tests.support.warm import run_instep
 
 STREAMS, FRAMES, FEATURES = 9, 14, 5
 AROUND = {
@@ -80,7 +79,7 @@ async def test_a_killed_server_continues_and_everything_is_verified(tmp_path: Pa
     for leaf in spec.leaves:
         np.testing.assert_allclose(final[leaf.name], states[leaf.name], rtol=1e-4, atol=1e-5)
         assert first[leaf.name].tobytes() == np.ascontiguousarray(final[leaf.name][0]).tobytes()
-    verified = verify(victim.recording)
+    verified = run_instep(["verify", str(victim.recording)])
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert ", 0 mismatches" in verified.stdout
     forger = Forger(victim.recording, tmp_path / "forged.db")
@@ -88,9 +87,4 @@ async def test_a_killed_server_continues_and_everything_is_verified(tmp_path: Pa
     outputs = forger.column(batch, "y")
     outputs[at] += np.float32(1e-4)
     forger.change_batch(batch, y=outputs)
-    assert verify(forger.path).returncode == 1
-
-
-def verify(recording: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "instep", "verify", str(recording)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run_instep(["verify", str(forger.path)]).returncode == 1

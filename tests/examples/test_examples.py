@@ -22,6 +22,7 @@ from instep.core.typing import F32
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
+from tests.support.served import WarmServer
 from tests.support.verifying import ignore_progress
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,8 @@ FROM_S, TO_S = 6, 10
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_network_of_a_package_is_served(name: str, tmp_path: Path) -> None:
+def test_a_network_of_a_package_is_served(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.example.ChildServer", WarmServer)
     torch.set_num_threads(1)
     example = EXAMPLES[name]
     try:

@@ -6,8 +6,6 @@ import asyncio
 import json
 import signal
 import socket
-import subprocess
-import sys
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +29,7 @@ from tests.support.models import plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import log_into, running
 from tests.support.served import serving
+from tests.support.warm import run_instep
 
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
@@ -82,8 +81,7 @@ def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_reco
         assert (stopped["event"], served.process.returncode) == ("stopped", 0)
     for name, model in MODELS.items():
         np.testing.assert_array_equal(np.array(outputs[name]), whole(model, x[name])[0])
-        command = [sys.executable, "-m", "instep", "verify", str(tmp_path / "recordings" / f"{name}.instep")]
-        verified = subprocess.run(command, capture_output=True, text=True, check=False)
+        verified = run_instep(["verify", str(tmp_path / "recordings" / f"{name}.instep")])
         assert verified.returncode == 0, verified.stdout + verified.stderr
 
 

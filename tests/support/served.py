@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, cast
+
+from instep.demo.child_server import ChildServer
+from tests.support.warm import WarmProcess
 
 
 class Served:
     """A server process whose log is JSON."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: WarmProcess) -> None:
         self.process = process
         self.lines: list[dict[str, Any]] = []
         """What was read of its log so far."""
@@ -37,14 +40,30 @@ class Served:
 
 
 @contextmanager
-def serving(model: Path, *arguments: str, endpoint: str = "tcp://127.0.0.1:*", **popen: Any) -> Iterator[Served]:
-    """Run `instep serve` while the block runs; further arguments of it and of `Popen`."""
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", endpoint, "--http", "off"]
-    command += ["--log-format", "json", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+def serving(model: Path, *arguments: str, endpoint: str = "tcp://127.0.0.1:*", **how: Any) -> Iterator[Served]:
+    """Run `instep serve` while the block runs; further arguments of it and of `WarmProcess`."""
+    command = ["serve", str(model), "--endpoint", endpoint, "--http", "off", "--log-format", "json", *arguments]
+    process = WarmProcess(command, **how)
     try:
         yield Served(process)
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+class WarmServer(ChildServer):
+    """As `ChildServer`, and as quick to start as `WarmProcess`."""
+
+    def _begin(self) -> subprocess.Popen[str]:
+        return cast("subprocess.Popen[str]", WarmProcess(self._arguments))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            assert self._process.stdout is not None
+            assert self._process.stdout.read() == ""
+            self._process.stdout.close()

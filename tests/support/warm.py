@@ -1,19 +1,27 @@
 """Commands of `instep` in processes of their own that need not import anything first.
 
 One process imports what commands need and does nothing else: it has no thread of Python, no socket and has computed
-nothing. Each command is a fork of it, and else a process like any other, to be killed and replaced by a new one. So a
-start costs what the server itself does (some 0.1 s with few buckets to certify), and not the import of torch (2 s).
+nothing. Each command is a fork of it, and else a process like any other, with arguments, a folder, an environment and
+files of its own, to be killed and replaced by a new one. So a start costs what the command itself does (some 0.1 s for
+a server with few buckets to certify), and not the import of torch (2 s).
+
+Tests of starting, of imports and of the interpreter's options begin a fresh interpreter instead.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import IO, Any
 
 import instep.__main__
 import instep.cli  # imported by the one process, so that its forks need not
@@ -24,18 +32,140 @@ _context: ForkServerContext = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
 
-def warm_instep(arguments: Sequence[str], log: Path) -> ForkServerProcess:
-    """Begin `instep` with these arguments; what it prints goes to `log`."""
-    process = _context.Process(target=_run, args=(tuple(arguments), log), name="instep")
-    process.start()
-    return process
+class WarmProcess:
+    """`instep` with these arguments, to be used like `subprocess.Popen` with text in its pipes.
+
+    Args:
+        arguments: of the command.
+        cwd: where it runs; None for the test's folder.
+        env: its whole environment; None for the test's.
+        output: a file for all that it prints; None for the pipes `stdout` and `stderr`.
+        start_new_session: whether signals to the test's process group pass it by.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        output: Path | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        self.args = ["instep", *arguments]
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        if output is not None:
+            theirs = [os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)] * 2
+        else:
+            (out, to_out), (err, to_err) = os.pipe(), os.pipe()
+            self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
+        begun = _Begun(self.args, cwd or Path.cwd(), dict(os.environ if env is None else env), start_new_session)
+        self._process = _context.Process(target=_run, args=(begun, _Files(theirs)), name="instep")
+        try:
+            self._process.start()
+        finally:
+            for file in set(theirs):
+                os.close(file)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, or the number of the signal that killed it, negative; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it still writes until its end; nothing for a pipe that was set to None.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs; to be killed then.
+        """
+        threads = ThreadPoolExecutor(2)
+        try:
+            reading = [threads.submit(file.read) if file else None for file in (self.stdout, self.stderr)]
+            self.wait(timeout)
+            stdout, stderr = (each.result(timeout) if each else "" for each in reading)
+        finally:
+            threads.shutdown(wait=False)
+        for file in (self.stdout, self.stderr):
+            if file:
+                file.close()
+        self.stdout = self.stderr = None
+        return stdout, stderr
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
 
 
-def _run(arguments: tuple[str, ...], log: Path) -> None:
+def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `instep` with these arguments to its end."""
+    process = WarmProcess(arguments, cwd=cwd)
+    try:
+        stdout, stderr = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    words: list[str]
+    cwd: Path
+    environment: dict[str, str]
+    new_session: bool
+
+
+class _Files:
+    """Descriptors of open files, which are given to the process when this is."""
+
+    def __init__(self, files: Sequence[int]) -> None:
+        self.files = files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, tuple(DupFd(file) for file in self.files)
+
+
+def _received(*files: Any) -> _Files:
+    return _Files([file.detach() for file in files])
+
+
+def _run(begun: _Begun, given: _Files) -> None:
     assert threading.active_count() == 1, "forked from a process with threads"
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    sys.argv = ["instep", *arguments]
+    for number, file in zip((1, 2), given.files, strict=True):
+        os.dup2(file, number)
+    for file in given.files:
+        os.close(file)
+    if begun.new_session:
+        os.setsid()
+    os.chdir(begun.cwd)
+    os.environ.clear()
+    os.environ.update(begun.environment)
+    sys.argv = begun.words
     instep.__main__.main()

@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from cProfile import Profile
 from functools import partial
@@ -34,6 +32,7 @@ from instep.verify.throttle import Status, Throttle, follow
 from tests.support.forger import Forger
 from tests.support.growing import Story
 from tests.support.verifying import CERTIFY
+from tests.support.warm import WarmProcess
 
 pytestmark = pytest.mark.usefixtures("exact_machine")
 
@@ -636,12 +635,14 @@ def test_a_stream_is_told_of_once_where_two_parts_of_it_are_wrong(tmp_path: Path
 def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
-    command = [sys.executable, "-m", "instep", "verify", str(story.path), "--follow", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    process = WarmProcess(["verify", str(story.path), "--follow", "--json"])
+    try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["frames"] == 5
         process.send_signal(signal.SIGINT)
-        *_, last = process.stdout.read().splitlines()
+        *_, last = process.communicate()[0].splitlines()
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 _STOP_TIMEOUT_S: Final = 60.0
 _OWN_END_S: Final = 3.0
@@ -38,8 +38,8 @@ class ChildServer:
     """
 
     def __init__(self, model: Path, arguments: Sequence[str] = (), *, administered: bool = False) -> None:
-        self._command = [
-            *(sys.executable, "-m", "instep", "serve", str(model)),
+        self._arguments = [
+            *("serve", str(model)),
             *("--endpoint", "tcp://127.0.0.1:*", "--set", "log.format=json"),
             *(() if administered else ("--http", "off")),
             *arguments,
@@ -54,8 +54,8 @@ class ChildServer:
         """The child's process id."""
         return self._process.pid
 
-    def __enter__(self) -> ChildServer:
-        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    def __enter__(self) -> Self:
+        self._process = self._begin()
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._logged.append(line)
@@ -89,6 +89,10 @@ class ChildServer:
             self._process.stderr.close()
         if self._process.returncode != 0 and kind is None:
             raise ChildFailed(f"the server ended with status {self._process.returncode}: {self._said()}")
+
+    def _begin(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "instep", *self._arguments]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
     def _said(self) -> str:
         return "".join(self._logged).strip()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep_tools.app import app as client_app
+from tests.support.warm import WarmProcess, run_instep
 
 SCRIPTS = Path(sys.executable).parent
 _DEFAULT = "tcp://127.0.0.1:5757"
@@ -29,6 +30,8 @@ def commands(text: str) -> list[list[str]]:
 
 def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment to its end."""
+    if command[0] == "instep":
+        return run_instep(command[1:], cwd)
     words = [str(SCRIPTS / command[0]), *command[1:]]
     return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=100, check=False)
 
@@ -47,7 +50,8 @@ class TypedServer:
     """`instep serve` as a page writes it, but on a port of its own, which stays the same when it is started again."""
 
     def __init__(self, command: Sequence[str], cwd: Path) -> None:
-        self._command, self._cwd = command, cwd
+        assert command[0] == "instep"
+        self._command, self._cwd = command[1:], cwd
         with closing(socket.create_server(("127.0.0.1", 0))) as probe:
             self.endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
@@ -64,8 +68,7 @@ class TypedServer:
     def start(self) -> None:
         """Start it, and return once its log says what it serves."""
         environ = {**os.environ, "INSTEP_TRANSPORT__ENDPOINT": self.endpoint, "INSTEP_HTTP__ENDPOINT": "off"}
-        words = [str(SCRIPTS / self._command[0]), *self._command[1:]]
-        self.process = subprocess.Popen(words, cwd=self._cwd, stderr=subprocess.PIPE, text=True, env=environ)
+        self.process = WarmProcess(self._command, cwd=self._cwd, env=environ)
         assert self.process.stderr is not None
         said = ""
         while not re.search(r"serving\b.*" + re.escape(self.endpoint), said):
@@ -77,7 +80,7 @@ class TypedServer:
         """Send a signal and return the exit status."""
         self.process.send_signal(number)
         self.process.communicate(timeout=60)
-        return self.process.returncode
+        return self.process.wait()
 
     def script(self, code: str, name: str) -> list[str]:
         """The command that runs a page's program against this server."""

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import Client
 from tests.support.browsing import Pages, keep
+from tests.support.served import WarmServer
 
 pytestmark = pytest.mark.heavy
 
@@ -41,18 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def serving(folder: Path, address: str = "127.0.0.1:0") -> ChildServer:
-    return ChildServer(folder, ["--http", address, "--set", f"recording.file={folder.with_suffix('.instep')}"])
+def serving(folder: Path, address: str = "127.0.0.1:0") -> WarmServer:
+    return WarmServer(folder, ["--http", address, "--set", f"recording.file={folder.with_suffix('.instep')}"])
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ChildServer]:
+def server(folder: Path) -> Iterator[WarmServer]:
     with serving(folder) as server:
         yield server
 
 
 @contextmanager
-def load(server: ChildServer, names: Sequence[str]) -> Iterator[None]:
+def load(server: WarmServer, names: Sequence[str]) -> Iterator[None]:
     """Streams of one connection that step about a hundred times a second; they are parked at the end."""
     is_over = threading.Event()
 
@@ -74,7 +74,7 @@ def load(server: ChildServer, names: Sequence[str]) -> Iterator[None]:
         thread.join()
 
 
-def test_it_shows_what_the_server_does_as_it_does_it(server: ChildServer, pages: Pages) -> None:
+def test_it_shows_what_the_server_does_as_it_does_it(server: WarmServer, pages: Pages) -> None:
     with load(server, NAMES):
         page = pages.open(server.started["http"])
         expect(page.locator("#streams-open")).to_have_text("60")
@@ -102,7 +102,7 @@ def test_it_shows_what_the_server_does_as_it_does_it(server: ChildServer, pages:
     expect(page.locator("#recording-facts")).to_contain_text("99th percentile–")  # none in the last ten seconds
 
 
-def test_streams_are_found_sorted_and_turned_over(server: ChildServer, pages: Pages) -> None:
+def test_streams_are_found_sorted_and_turned_over(server: WarmServer, pages: Pages) -> None:
     with load(server, [f"b-{name}" for name in NAMES]), load(server, ["a", "quick"]):
         page = pages.open(server.started["http"])
         names = page.locator("#rows td.name")
@@ -126,7 +126,7 @@ def test_streams_are_found_sorted_and_turned_over(server: ChildServer, pages: Pa
     expect(page.locator("#rows tr").first).to_have_attribute("data-state", "parked")
 
 
-def test_a_stream_has_a_page_with_an_address(server: ChildServer, pages: Pages) -> None:
+def test_a_stream_has_a_page_with_an_address(server: WarmServer, pages: Pages) -> None:
     with load(server, ["violin", "viola"]):
         page = pages.open(server.started["http"])
         page.get_by_role("searchbox").fill("violin")
@@ -153,7 +153,7 @@ def test_a_stream_has_a_page_with_an_address(server: ChildServer, pages: Pages) 
         expect(page.locator("#stream-log b")).to_have_text(["closed", "opened"])
 
 
-def test_names_of_strangers_are_only_text(server: ChildServer, pages: Pages) -> None:
+def test_names_of_strangers_are_only_text(server: WarmServer, pages: Pages) -> None:
     with load(server, [HOSTILE]):
         for width in (1280, 400):
             page = pages.open(server.started["http"], width=width)
@@ -187,7 +187,7 @@ def test_a_stopped_server_is_said_and_found_again(folder: Path, pages: Pages) ->
         expect(page.locator("#rows td.name")).to_have_text(["violin"])
 
 
-def test_a_refusal_is_said_in_whole_sentences(server: ChildServer, pages: Pages) -> None:
+def test_a_refusal_is_said_in_whole_sentences(server: WarmServer, pages: Pages) -> None:
     page = pages.open(server.started["http"])
     expect(page.locator("#link")).to_have_text("Live")
     pages.expected.add("503 (Service Unavailable)")
@@ -203,7 +203,7 @@ def test_a_refusal_is_said_in_whole_sentences(server: ChildServer, pages: Pages)
         expect(page.locator("#banner")).to_contain_text(banner)
 
 
-def test_it_has_two_themes_and_fits_a_telephone(server: ChildServer, pages: Pages) -> None:
+def test_it_has_two_themes_and_fits_a_telephone(server: WarmServer, pages: Pages) -> None:
     background = "getComputedStyle(document.documentElement).backgroundColor"
     page = pages.open(server.started["http"], width=400, scheme="dark")
     expect(page.locator("#streams-open")).to_have_text(re.compile(r"\d"))
@@ -220,7 +220,7 @@ def test_it_has_two_themes_and_fits_a_telephone(server: ChildServer, pages: Page
 def test_a_token_opens_the_page_once_and_for_all(folder: Path, tmp_path: Path, pages: Pages) -> None:
     token = tmp_path / "token"
     token.write_text("a-token-that-nobody-guesses")
-    with ChildServer(folder, ["--http", "127.0.0.1:0", "--set", f"http.token_file={token}"]) as server:
+    with WarmServer(folder, ["--http", "127.0.0.1:0", "--set", f"http.token_file={token}"]) as server:
         url = server.started["http"]
         elsewhere = f"{url.replace('127.0.0.1', 'localhost')}/healthz"  # needs no token, and is another site
         pages.expected.add("401 (Unauthorized)")  # for the icon that browsers ask for by themselves
