@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -19,6 +21,10 @@ AGAIN: Final = 1
 CANNOT: Final = 2
 """The exit status where nothing can be done, and a new process could not do it either."""
 _NICE: Final = 19
+_WORK_S: Final = 0.001
+"""Of a slice. Every frame that is served meanwhile takes longer, since the two share caches."""
+_REST_S: Final = 0.010
+"""Between two slices."""
 
 
 def run_in_the_background() -> None:
@@ -28,6 +34,17 @@ def run_in_the_background() -> None:
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@contextlib.contextmanager
+def in_slices() -> Iterator[None]:
+    """Work for a millisecond at a time, with rests between; only in the main thread, which is where signals arrive."""
+    signal.signal(signal.SIGALRM, lambda *_: time.sleep(_REST_S))
+    signal.setitimer(signal.ITIMER_REAL, _WORK_S, _WORK_S + _REST_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def end_of_input() -> Event:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instep.background import AGAIN, CANNOT, end_of_input, run_in_the_background, write
+from instep.background import AGAIN, CANNOT, end_of_input, in_slices, run_in_the_background, write
 
 if TYPE_CHECKING:
     from instep.verify.mismatches import StreamNumbers
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
         with recorded_threads(header):
             told = [(number, closing) for number, closing in begin.wrong]
             follower = Follower(file, model, begin.position, begin.waiting, told=told)
-            follow(follower, partial(_tell, begin, follower.mismatches.streams), stopped, finishes=True)
+            tell = partial(_tell, begin, follower.mismatches.streams)
+            follow(follower, tell, stopped, finishes=True, slices=in_slices)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")
         return AGAIN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import Any, Final
@@ -107,6 +108,7 @@ def follow(
     every_s: float = 1.0,
     for_s: float = math.inf,
     finishes: bool = False,
+    slices: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Follow until it is stopped or the time is over.
 
@@ -117,14 +119,15 @@ def follow(
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
         finishes: check everything that was committed by then when it is stopped, too.
+        slices: entered for each look after one that read everything, so there is time for rests.
 
     Raises:
         UnavailableRecording: when the recording cannot be read at the end; meanwhile that is tried again.
         RecordingError: when it cannot be read at all, or is damaged.
         CannotVerify: when the model cannot be computed here.
     """
-    began = told = read = time.monotonic()
-    throttle, count, ends = Throttle(follower, began), 0, began + for_s
+    told = read = time.monotonic()
+    throttle, count, ends, is_all = Throttle(follower, told), 0, told + for_s, False
 
     def tell(unreadable: str = "", unread_s: float = 0.0) -> None:
         nonlocal count
@@ -139,10 +142,14 @@ def follow(
         while finishes or not stopped.is_set():
             before = time.monotonic()
             ends = min(ends, before) if stopped.is_set() else ends
+            is_sliced = is_all and before < ends
+            clock = time.thread_time if is_sliced else time.monotonic  # rests between slices are no work
+            began = clock()
             try:
-                is_all = follower.advance()
+                with slices() if is_sliced else nullcontext():
+                    is_all = follower.advance()
                 now = read = time.monotonic()
-                throttle.advanced(now, now - before)
+                throttle.advanced(now, clock() - began)
             except UnavailableRecording as error:
                 if before >= ends:
                     raise
