@@ -147,7 +147,7 @@ def _say_version(name: str, how: str, folder: Path, endpoint: str) -> None:
 
     with Client(endpoint, model=name) as client:
         fingerprint, stats = client.info.fingerprint, client.stats()
-    typer.echo(f"{name} is now version {fingerprint[:8]}")
+    typer.echo(f"{name} is {how} version {fingerprint[:8]}")
     if stats.get("configured") == 0:  # an older server does not say
         typer.echo("a restart serves what the configuration names, which is not this folder;")
         typer.echo(f"put it into model.folder to keep it: {folder.resolve()}")
