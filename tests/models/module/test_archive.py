@@ -123,6 +123,13 @@ X: Final = {"as_tensor": {"name": "x"}}
 META: Final = "config/head.weight/tensor_meta"
 GRAPH: Final = "graph_module/graph"
 SIZE: Final = {"as_int": 2**38}
+HUGE_AND_EMPTY: Final = {
+    "dtype": 7,
+    "sizes": [SIZE, SIZE, {"as_int": 0}],
+    "strides": [SIZE] * 3,
+    "storage_offset": SIZE,
+    "layout": 7,
+}
 CODE: Final = "__import__('pathlib').Path('ran').touch()"
 
 
@@ -175,6 +182,7 @@ CODE: Final = "__import__('pathlib').Path('ran').touch()"
         (WEIGHTS, at(f"{META}/strides/0", {"as_int": 2**38}), "asks for more than"),
         (WEIGHTS, at(f"{META}/strides", []), "has sizes or strides that no tensor has"),
         (WEIGHTS, at(f"{META}/storage_offset", {"as_int": 1}), "asks for more than"),
+        (WEIGHTS, at(META, HUGE_AND_EMPTY), "has sizes or strides that no tensor has"),
         (WEIGHTS, at(f"{META}/dtype", 29), "is not a dense tensor of a plain dtype"),
         (WEIGHTS, at(f"{META}/layout", 1), "is not a dense tensor of a plain dtype"),
         (WEIGHTS, at("config/head.weight/path_name", "../../models/model.json"), "has no data/weights/../../models"),

@@ -134,7 +134,7 @@ class Tree(_Fields):
         """Build it of the next values.
 
         Raises:
-            ModelError: when it is made of something else than tuples, lists and dicts.
+            ModelError: when it is made of anything but tuples, lists and dicts.
         """
         if self.type is None:
             return next(values)
@@ -307,7 +307,11 @@ def _tensor(meta: TensorMeta | None, content: bytearray) -> torch.Tensor:
     sizes: Any = meta.sizes
     strides: Any = meta.strides
     offset: Any = meta.storage_offset
-    if None in (*sizes, *strides, offset) or len(sizes) != len(strides):
+    if (
+        None in (*sizes, *strides, offset)
+        or len(sizes) != len(strides)
+        or (0 in sizes and math.prod(size or 1 for size in sizes) > MAX_GRAPH_BYTES)  # more than torch can multiply
+    ):
         raise ValueError(f"has sizes or strides that no tensor has; {AGAIN}")
     count = math.prod(sizes)
     end = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1 if count else 0
