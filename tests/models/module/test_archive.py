@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_names_and_lines_of_code_in_an_archive_are_never_code() -> None:
     rewrite(whole | {MODEL: json.dumps(content).encode()})
     assert f"net.pt2: the step (a.py, line 1: x{CODE}) draws random numbers" in imported()[1]
     assert not Path("ran").exists()
+
+
+def test_a_long_trace_in_an_archive_is_read_at_once() -> None:
+    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    whole = members()
+    content = json.loads(whole[MODEL])
+    call("torch.ops.aten.randn_like.default", self=X)(content)
+    for trace, words in (
+        ('File "a.py", line 1, in ' * 50_000, "the step draws"),
+        ('File "' + "a/" * 100_000 + 'b.py", line 1, in f\n  x\n', "the step (b.py, line 1: x) draws"),
+    ):
+        content["graph_module"]["graph"]["nodes"][0]["metadata"]["stack_trace"] = trace
+        rewrite(whole | {MODEL: json.dumps(content).encode()})
+        begun = time.process_time()
+        assert words in imported()[1]
+        assert time.process_time() - begun < 3
 
 
 def test_an_archive_from_a_machine_with_a_gpu_is_served_on_this_one() -> None:

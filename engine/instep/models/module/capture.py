@@ -7,8 +7,10 @@ sees what the graph shows; `trial` runs the step to find some of what it does no
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,8 +53,8 @@ _VALUES_AS_SIZES: Final = frozenset(
 _SEEDED: Final = frozenset(["gru", "lstm", "rnn_relu", "rnn_tanh", "scaled_dot_product_attention"]) | _IDENTITIES
 """They would draw random numbers only for dropout, which is looked at by itself."""
 _NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
-_TORCH: Final = Path(torch.__file__).parent
-_SOURCE: Final = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+_TORCH: Final = os.path.dirname(torch.__file__) + os.sep
+_SOURCE: Final = re.compile(r'\s*File "([^"]+)", line (\d+), in ')
 _IN_PLACE: Final = re.compile(r"aten\.\w*[a-z0-9]_\.\w+")
 
 
@@ -285,10 +287,12 @@ def _depends_on_values(node: fx.Node) -> bool:
 
 def source_line(stack_trace: str | None) -> str:
     """How sentences call the line of the user's code that a call comes from."""
-    found = _SOURCE.findall(stack_trace or "")
+    # Line by line, since a stranger's trace may be megabytes long and .* would scan them again for each match.
+    lines = pairwise((stack_trace or "").split("\n"))
+    found = [(*match.groups(), code) for line, code in lines if (match := _SOURCE.match(line))]
     if not found:
         return "the step"
-    of_user = [each for each in found if _TORCH not in Path(each[0]).parents]
+    of_user = [each for each in found if not each[0].startswith(_TORCH)]
     file, line, code = ("".join(filter(str.isprintable, part)) for part in (of_user or found)[-1])
     return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
 
