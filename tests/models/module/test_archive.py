@@ -36,6 +36,7 @@ from tests.support.archives import (
     save,
 )
 from tests.support.steps import FEATURES
+from tests.support.warm import run_instep
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +246,17 @@ def test_a_long_trace_in_an_archive_is_read_at_once() -> None:
         begun = time.process_time()
         assert words in imported()[1]
         assert time.process_time() - begun < 3
+
+
+def test_what_torch_logs_of_a_broken_graph_is_not_shown() -> None:
+    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    whole = members()
+    content = json.loads(whole[WEIGHTS])
+    at(f"{META}/sizes", [{"as_int": 1}] * 2)(content)
+    rewrite(whole | {WEIGHTS: json.dumps(content).encode()})
+    refused = run_instep(["model", "import", "net.pt2"])
+    assert (refused.returncode, refused.stdout, len(refused.stderr.splitlines())) == (2, "", 1), refused.stderr
+    assert refused.stderr.startswith("net.pt2: torch.export cannot follow the step (RuntimeError: ")
 
 
 def test_an_archive_from_a_machine_with_a_gpu_is_served_on_this_one() -> None:

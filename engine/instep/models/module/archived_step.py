@@ -34,7 +34,7 @@ from instep.models.module.archive import (
 )
 from instep.models.module.capture import COMPARISONS, DROPPED, by_value, changes, check_call, source_line, unknown
 from instep.models.module.example import ROWS
-from instep.models.module.export import model_of_step, refusal
+from instep.models.module.export import in_silence, model_of_step, refusal
 from instep.models.module.operators import Operator
 
 _MOST_BYTES: Final = 2**31
@@ -180,7 +180,7 @@ class ArchivedStep(nn.Module):
             ModelError: when the step cannot be run, or is too large.
         """
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            with in_silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                 self(*self.example(ROWS))
         except ModelError:
             raise

@@ -92,7 +92,7 @@ def model_of_step(
     if initial_state not in ("zeros", "example"):
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    with evaluating(module), _in_silence():
+    with evaluating(module), in_silence():
         mine = _copied(module).cpu()
         attributes = Attributes(mine)
         example = example_of(mine, example_x, example_state)
@@ -202,7 +202,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
+def in_silence() -> Iterator[None]:
     """Without what torch.export writes for those who work on it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
