@@ -155,7 +155,7 @@ def test_archives_that_are_no_step_of_a_batch() -> None:
     rows, columns = torch.export.Dim("B"), torch.export.Dim("F")
     for step, args, kwargs, shapes, sentence in (
         (plain, (x, h), {}, None, "the step fixes the batch size (x was exported with 3 rows)"),
-        (plain, (x[:1], h[:1]), {}, None, "(x was exported with 1 rows): export it with more than one row"),
+        (plain, (x[:1], h[:1]), {}, None, "(x was exported with 1 row): export it with more than one row"),
         (plain, (x,), {"state": h}, ({0: rows}, {0: rows}), "takes other arguments than (x, state); export it"),
         (OfThree(), (x, h, h), {}, ({0: rows},) * 3, "takes other arguments than (x, state)"),
         (plain, (x, h), {}, ({0: rows, 1: columns},) * 2, "x has another dynamic size than the batch"),

@@ -329,7 +329,7 @@ def test_a_leaf_that_is_left_out_is_named(tmp_path: Path) -> None:
     found = refusal(Step(without_c), tmp_path / "m", state)
     assert found == "the new state has the leaves h, and the state before the frame h, c: return the same ones"
     found = refusal(Step(lambda s, x, h: (x, h[:1])), tmp_path / "m", (torch.zeros(1, 4), torch.zeros(1, 4)))
-    assert found == "the new state has 1 leaves, and the state before the frame 2: return the same ones"
+    assert found == "the new state has 1 leaf, and the state before the frame 2: return the same ones"
 
 
 def test_one_output_and_one_row_are_said_in_the_singular(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from instep.models.module.capture import COMPARISONS, DROPPED, by_value, changes
 from instep.models.module.example import ROWS
 from instep.models.module.export import in_silence, model_of_step, refusal
 from instep.models.module.operators import Operator
+from instep_tools.words import counted
 
 _MOST_BYTES: Final = 2**31
 """In all tensors together that a step of `ROWS` rows makes."""
@@ -165,7 +166,8 @@ class ArchivedStep(nn.Module):
                 owner.register_buffer(last, tensor)
         except (AttributeError, KeyError, TypeError):
             raise ModelError(
-                f"a tensor of the step is called {name!r:.80}, which cannot be served; use letters, digits and _"
+                f"a tensor of the step is called {name!r:.80}, which cannot be served; give it another "
+                "name, of letters, digits and _"
             ) from None
 
     def example(self, rows: int) -> tuple[torch.Tensor, Any]:
@@ -257,8 +259,8 @@ def _argument(words: str, meta: TensorMeta | None) -> tuple[list[int], torch.dty
     sizes = [size for size in others if size is not None]
     if batch is not None:
         raise ModelError(
-            f"the step fixes the batch size ({words} was exported with {batch} rows): export it with more than one row "
-            'and dynamic_shapes, such as ({0: Dim("B")}, {"h": {0: Dim("B")}}) for x and the state'
+            f"the step fixes the batch size ({words} was exported with {counted(batch, 'row')}): export it with more "
+            'than one row and dynamic_shapes, such as ({0: Dim("B")}, {"h": {0: Dim("B")}}) for x and the state'
         )
     if len(sizes) != len(others):
         raise ModelError(f"{words} has another dynamic size than the batch; give torch.export a fixed one")

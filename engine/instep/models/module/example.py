@@ -75,9 +75,9 @@ class Structure:
             return [state[name] for name in self.names]
         if isinstance(state, tuple | list) and issubclass(self.kind, tuple | list):
             if len(state) != len(self.names):
+                found = counted(len(state), "leaf", "leaves")
                 raise ModelError(
-                    f"the new state has {len(state)} leaves, and the state before the frame {len(self.names)}: "
-                    "return the same ones"
+                    f"the new state has {found}, and the state before the frame {len(self.names)}: return the same ones"
                 )
             return list(state)
         raise ModelError(
