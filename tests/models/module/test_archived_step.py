@@ -147,6 +147,16 @@ def test_a_step_that_export_step_refuses_too_is_refused_in_its_words(
     assert not Path("net").exists()
 
 
+def test_a_step_too_large_in_an_operator_alone_is_refused_with_its_line() -> None:
+    def body(s: Any, x: Any, h: Any) -> Any:
+        a, b = torch.ones(900, 1, 900), torch.ones(1, 900, 900)
+        return x + functional.cosine_similarity(a, b, dim=2).sum(), h
+
+    save(Step(body), torch.randn(3, FEATURES), torch.zeros(3, FEATURES))
+    with pytest.raises(ModelError, match=r"the step \(.*, line \d+: .*\) takes more than 2,147,483,648 bytes"):
+        import_pt2("net.pt2", "net")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, of its own functions
 def test_archives_that_are_no_step_of_a_batch() -> None:
     x, h = torch.randn(3, FEATURES), torch.zeros(3, FEATURES)

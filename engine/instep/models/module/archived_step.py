@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import traceback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError
 from instep.models.folder import graph_bytes, write_model
@@ -83,6 +85,33 @@ def import_pt2(
         raise ModelError(f"{file}: {sentence}") from error
     write_model(folder, model, overwrite=overwrite)
     return model
+
+
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what tensors would take, also those that operators make for themselves.
+
+    Raises:
+        ModelError: naming the line, when it is too much.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function and count the bytes of its results; a view must be of a size that could be computed with."""
+        result = func(*args, **(kwargs or {}))
+        size = sum(each.numel() * each.itemsize for each in tree_leaves(result) if isinstance(each, torch.Tensor))
+        if not any(each.alias_info for each in func._schema.returns):
+            self._total += size
+        if max(self._total, size) > _MOST_BYTES:
+            raise ModelError(
+                f"{source_line(traceback.get_current_meta().get('stack_trace'))} takes more than {_MOST_BYTES:,} "
+                f"bytes, together with what is before it, for {ROWS} rows, and cannot be served"
+            )
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +211,7 @@ class ArchivedStep(nn.Module):
             ModelError: when the step cannot be run, or is too large.
         """
         try:
-            with in_silence(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            with in_silence(), FakeTensorMode(allow_non_fake_inputs=True), _Counted(), torch.no_grad():
                 self(*self.example(ROWS))
         except ModelError:
             raise
@@ -195,7 +224,6 @@ class ArchivedStep(nn.Module):
         own = dict([*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)])
         values: dict[str, Any] = {name: own[each] for name, each in self._own.items()}
         values.update(zip(self._users, [x, *leaves], strict=True))
-        total = sum(map(_bytes, [x, *leaves]))
         with traceback.preserve_node_meta():
             for call in self._calls:
                 traceback.set_stack_trace([call.stack_trace])
@@ -204,12 +232,7 @@ class ArchivedStep(nn.Module):
                     result = call.function(*_resolved(call.args, values), **kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException):  # on tensors without memory
                     raise ModelError(by_value(source_line(call.stack_trace))) from None
-                total += _bind(call.results, result, values)
-                if total > _MOST_BYTES:
-                    raise ModelError(
-                        f"{source_line(call.stack_trace)} takes more than {_MOST_BYTES:,} bytes, together with what is "
-                        f"before it, for {ROWS} rows, and cannot be served"
-                    )
+                _bind(call.results, result, values)
         return self._results.build(iter(_resolved(self._outputs, values)))
 
 
@@ -339,15 +362,10 @@ def _resolved(value: Any, values: Mapping[str, Any]) -> Any:
     return value
 
 
-def _bind(results: Any, given: Any, values: dict[str, Any]) -> int:
-    """Name what a call gave, and count its bytes."""
+def _bind(results: Any, given: Any, values: dict[str, Any]) -> None:
+    """Name what a call gave."""
     if isinstance(results, _Ref):
         values[results.name] = given
-        return _bytes(given)
-    return sum(_bind(name, each, values) for name, each in zip(results or [], given or [], strict=True))
-
-
-def _bytes(value: Any) -> int:
-    """The size of a tensor; 0 where it depends on a batch of any size."""
-    size = value.numel() * value.itemsize if isinstance(value, torch.Tensor) else 0
-    return size if isinstance(size, int) else 0
+        return
+    for name, each in zip(results or [], given or [], strict=True):
+        _bind(name, each, values)
