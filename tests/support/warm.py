@@ -10,8 +10,10 @@ Tests of starting, of imports and of the interpreter's options begin a fresh int
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -61,7 +63,7 @@ class WarmProcess:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
         begun = _Begun(self.args, cwd or Path.cwd(), dict(os.environ if env is None else env), start_new_session)
-        self._process = _context.Process(target=_run, args=(begun, _Files(theirs)), name="instep")
+        self._process = _context.Process(target=_run, args=(begun, _Files(theirs)), name="instep", daemon=True)
         try:
             self._process.start()
         finally:
@@ -112,15 +114,16 @@ class WarmProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ends at this moment
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """SIGTERM."""
-        self._process.terminate()
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL."""
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
 
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,55 @@
+"""The process that forks commands for tests: they are ended as others are, and none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import psutil
+import pytest
+
+from instep.models.folder import write_model
+from tests.support.models import SMALL
+from tests.support.warm import WarmProcess, run_instep
+
+LEAVE_ONE: Final = """
+import sys
+from tests.support.warm import WarmProcess
+process = WarmProcess(["serve", sys.argv[1], "--endpoint", "tcp://127.0.0.1:*", "--http", "off"])
+while "serving" not in process.stderr.readline():
+    assert process.poll() is None
+print(process.pid)
+"""
+
+
+def test_arguments_folder_environment_and_status_are_those_that_were_given(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", SMALL)
+    fine = run_instep(["model", "info", "m"], tmp_path)
+    assert (fine.returncode, fine.stderr) == (0, "")
+    assert fine.stdout.startswith(f"{SMALL.name}: ")
+    wrong = run_instep(["model", "info", "gone"], tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "gone" in wrong.stderr
+    command = ["serve", "m", "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
+    for sent, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)):
+        process = WarmProcess(command, cwd=tmp_path, env={**os.environ, "INSTEP_LOG__FORMAT": "json"})
+        assert process.stderr is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        assert any('"event": "serving"' in line for line in iter(process.stderr.readline, ""))
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == status
+        process.send_signal(sent)  # to nobody
+
+
+def test_a_command_that_a_test_leaves_running_ends_with_the_tests(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", SMALL)
+    command, root = [sys.executable, "-c", LEAVE_ONE, str(tmp_path / "m")], Path(__file__).parents[1]
+    left = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=root)
+    assert left.returncode == 0, left.stderr
+    assert not psutil.pid_exists(int(left.stdout))
