@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes
+from instep.models.base import LEARNED, Leaf, Shape, StateSpec
 from instep_client.protocol.state_spec import DTYPES
 
 Activation: TypeAlias = Literal[
@@ -212,7 +212,15 @@ class RecurrentDescription(_Frozen):
             **_tensor_shapes("before", self.before, self.features),
             **{f"{self.kind}.{name}": shape for name, shape in recurrent.items()},
             **_tensor_shapes("after", self.after, self.recurrent.hidden_size),
-            **learned_shapes(self.state),
+            **self._learned_shapes(),
+        }
+
+    def _learned_shapes(self) -> dict[str, Shape]:
+        """Not from the state: sizes are only known to be small once they were compared with the weights."""
+        if self.initial_state == "zeros":
+            return {}
+        return {
+            LEARNED + name: (self.recurrent.num_layers, self.recurrent.hidden_size) for name in self.recurrent.LEAVES
         }
 
     def tensor_dtype(self, tensor: str) -> str:
