@@ -25,6 +25,8 @@ _WORK_S: Final = 0.001
 """Of a slice. Every frame that is served meanwhile takes longer, since the two share caches."""
 _REST_S: Final = 0.010
 """Between two slices."""
+_SLICED_S: Final = 0.5
+"""Work that takes longer than this is too much for slices: the rest of it is done without rests."""
 
 
 def run_in_the_background() -> None:
@@ -38,8 +40,14 @@ def run_in_the_background() -> None:
 
 @contextlib.contextmanager
 def in_slices() -> Iterator[None]:
-    """Work for a millisecond at a time, with rests between; only in the main thread, which is where signals arrive."""
-    signal.signal(signal.SIGALRM, lambda *_: time.sleep(_REST_S))
+    """Work for a millisecond at a time, with rests between, for `_SLICED_S` at most; only in the main thread."""
+    until = time.monotonic() + _SLICED_S
+
+    def rest(*_: object) -> None:
+        if time.monotonic() < until:
+            time.sleep(_REST_S)
+
+    signal.signal(signal.SIGALRM, rest)
     signal.setitimer(signal.ITIMER_REAL, _WORK_S, _WORK_S + _REST_S)
     try:
         yield

@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from cProfile import Profile
 from functools import partial
 from itertools import count
@@ -402,6 +403,32 @@ def test_one_that_is_late_follows_fewer_streams_and_more_when_it_has_time() -> N
     for second in range(24, 60, 4):
         throttle.advanced(float(second), 0.5)
     assert slow.share == 1
+
+
+def test_looks_are_sliced_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.verify.throttle._PAUSE_S", 0.01)
+    story = Story(tmp_path)
+    follower, over = story.follower(), Event()
+    advance, lags, is_sliced = follower.advance, [0.1, 0.6, 1.5, 0.4, 0.1], list[bool]()
+
+    @contextmanager
+    def slices() -> Iterator[None]:
+        is_sliced[-1] = True
+        yield
+
+    def advance_late() -> bool:
+        is_all, follower.lag_s = advance(), lags.pop(0)
+        if not lags:
+            over.set()
+        return is_all
+
+    def told(status: Status) -> None:
+        is_sliced.append(False)
+
+    monkeypatch.setattr(follower, "advance", advance_late)
+    is_sliced.append(False)
+    follow(follower, told, over, every_s=0, slices=slices)
+    assert is_sliced[:5] == [False, True, False, False, True], "the first one may have much to read"
 
 
 def followed(path: Path, *arguments: str) -> tuple[int, str]:

@@ -16,6 +16,8 @@ from instep.verify.mismatches import WrongOutput
 
 LATE_S: Final = 2.0
 """Behind the newest commit by more than this, fewer streams are followed."""
+_HURRY_S: Final = 0.5
+"""Behind by more than this, a look is not sliced."""
 LOST_S: Final = 20.0
 """Behind by more than this, everything up to the newest checkpoint is left out."""
 LEAST_SHARE: Final = 2.0**-10
@@ -119,7 +121,7 @@ def follow(
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
         finishes: check everything that was committed by then when it is stopped, too.
-        slices: entered for each look after one that read everything, so there is time for rests.
+        slices: entered for each look after one that read everything in a moment, so there is time for rests.
 
     Raises:
         UnavailableRecording: when the recording cannot be read at the end; meanwhile that is tried again.
@@ -142,7 +144,7 @@ def follow(
         while finishes or not stopped.is_set():
             before = time.monotonic()
             ends = min(ends, before) if stopped.is_set() else ends
-            is_sliced = is_all and before < ends
+            is_sliced = is_all and follower.lag_s < _HURRY_S and before < ends
             clock = time.thread_time if is_sliced else time.monotonic  # rests between slices are no work
             began = clock()
             try:
