@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.markup import escape
@@ -117,7 +118,7 @@ async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     rows.columns[1].justify = "right"
     rows.add_row("model", escape(model))
     for name, value in numbers.items():
-        rows.add_row(name, f"{value:,.0f}" if value == int(value) else three_digits(value))
+        rows.add_row(name, _number(value))
     terminal.out.print(rows)
     return Exit.OK
 
@@ -137,3 +138,11 @@ async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
         rows.add_row(escape(model.name), *(f"{number:,}" for number in numbers))
     terminal.out.print(rows)
     return Exit.OK
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value):
+        return f"{value:,.0f}"
+    return three_digits(value) if value >= 1e-3 else f"{value:.3g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -74,8 +75,8 @@ class Terminal:
         console.print(line, markup=False, style="bold green" if good else "bold yellow")
 
     def result(self, values: Mapping[str, Any]) -> None:
-        """The one JSON object."""
-        self.write(json.dumps(values) + "\n")
+        """The one JSON object; numbers that are not finite become null, because JSON has no others."""
+        self.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
     @asynccontextmanager
     async def waiting(self, what: str) -> AsyncIterator[None]:
@@ -230,3 +231,11 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
 
 def _escape(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

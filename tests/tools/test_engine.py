@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from instep.streaming.candidate import CandidateStatus
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.recording import read_recording
@@ -19,6 +20,7 @@ from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal
+from instep_tools.streams import stats
 from tests.support.models import SEED_SIZED, whole
 from tests.support.running import running
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
@@ -80,3 +82,15 @@ async def test_a_load_test_of_the_engine() -> None:
     values = terminal.json()
     assert (values["refused_frames"], values["unanswered_frames"]) == ({}, 0)
     assert values["latency_us"]["compute"]["max"] > 0
+
+
+async def test_small_numbers_and_those_that_are_not_finite_are_shown() -> None:
+    async with running(SEED_SIZED) as server:
+        server.default.candidate = CandidateStatus(Path("new"), "abc", 0.1, largest=math.inf, mean=1.23e-05)
+        shown, told = RememberingTerminal(), RememberingTerminal(as_json=True)
+        for terminal in (shown, told):
+            assert await stats(Target(server.endpoint), terminal, Stop()) == Exit.OK
+    rows = dict(line.split(maxsplit=1) for line in shown.said.splitlines())
+    assert (rows["shadow_share"], rows["shadow_mean_difference"].strip()) == ("0.100", "1.23e-05")
+    assert rows["shadow_largest_difference"].strip() == "not finite"
+    assert (told.json()["shadow_largest_difference"], told.json()["shadow_mean_difference"]) == (None, 1.23e-05)
