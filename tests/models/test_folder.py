@@ -175,6 +175,8 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         load_model(tmp_path / "empty")
     with pytest.raises(ModelError, match=r"cannot read .*No such file.*a model folder holds model\.yaml and weights"):
         load_model(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=r"cannot read .*: File name too long"):
+        load_model(tmp_path / ("x" * 300))
     write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot read the weights"):

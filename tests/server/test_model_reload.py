@@ -72,7 +72,12 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         y.append(await stream.step(x[20:40]))
         np.testing.assert_array_equal(y[1], whole(B, x[12:40])[0][8:])
 
-        for wrong, words in (({"good": good, "more": broken}, "is not a model folder"), (None, "no model to serve")):
+        long = tmp_path / ("x" * 300)
+        for wrong, words in (
+            ({"good": good, "more": broken}, "is not a model folder"),
+            ({"good": good, "more": long}, "File name too long"),
+            (None, "no model to serve"),
+        ):
             line = await reloads(wrong)
             assert (line["event"], words in line["reason"]) == ("not reloaded", True), line
             assert await models() == ["ears", "eyes"]

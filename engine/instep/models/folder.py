@@ -62,14 +62,14 @@ def load_model(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
-    if folder.is_file():
-        raise ModelError(_no_folder(folder))
-    if folder.is_dir() and not path.exists():
-        raise ModelError(
-            f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
-            "instep.models.save_model or `instep model import`, or name another"
-        )
     try:
+        if folder.is_file():
+            raise ModelError(_no_folder(folder))
+        if folder.is_dir() and not path.exists():
+            raise ModelError(
+                f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
+                "instep.models.save_model or `instep model import`, or name another"
+            )
         check_regular(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # the latter of a null byte in the path
