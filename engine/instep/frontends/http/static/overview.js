@@ -192,6 +192,7 @@ function candidateDetail({ state, reason, fingerprint, frames, equal, largest, m
     else parts.push(`differs by up to ${largest.toPrecision(2)}, mean ${mean.toPrecision(2)}`);
   } else parts.push("nothing compared yet");
   if (state === "ended") parts.push(`ended: ${reason}`);
+  else if (state !== "following") parts.push(state); // it is starting, or late
   return `Candidate ${fingerprint.slice(0, 8)}: ${parts.join("; ")}`;
 }
 
