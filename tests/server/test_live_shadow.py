@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,7 +123,12 @@ async def test_a_candidate_that_is_the_served_model_has_equal_bits(candidate: Pa
         "shadow_mean_difference": 0.0,
     }
     (line,) = (line for line in told if line["event"] == "shadowed")
-    assert (line["frames"], line["equal"], line["largest_difference"]) == (240, 240, 0.0)
+    assert (line["frames"], line["equal"], line["largest_difference"], line["reason"]) == (
+        240,
+        240,
+        0.0,
+        "the server ends",
+    )
     assert line["candidate"] == EARS.fingerprint[:8]
     assert not any(line["level"] in ("error", "warning") for line in told)
 
@@ -222,32 +228,69 @@ async def test_it_follows_the_next_version_while_that_is_another_one_of_its_size
 
 async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     told: list[dict[str, Any]] = []
+    (tmp_path / "recordings").mkdir()
     write_model(tmp_path / "ears", EARS)
+    write_model(candidate, perturbed(), overwrite=True)
 
-    def reloads(shadow: Path | None) -> None:
-        wanted = replaced(server.config, {"folder": tmp_path / "ears", "shadow": shadow, "shadow_share": 1.0})
+    def reloads(shadow: Path | dict[str, Path] | None, folder: str = "ears") -> None:
+        wanted = replaced(server.config, {"folder": tmp_path / folder, "shadow": shadow, "shadow_share": 1.0})
         reload(server, lambda: wanted, Threshold("info"), log_into(told), Kept())
 
-    async with running(EARS, told=told, recording={"file": tmp_path / "r.instep"}, engine=ENGINE) as server:
+    def said(event: str) -> list[str]:
+        return [line["reason"] for line in told if line["event"] == event]
+
+    async with running(EARS, told=told, recording={"file": tmp_path / "recordings"}, engine=ENGINE) as server:
         assert server.default.candidate is None
         reloads(candidate)
         await until(lambda: server.default.candidate is not None and found(server).is_following)
         async with AsyncClient(server.endpoint) as client:
             stream = await client.open("s")
             await stream.step(frames(rng, 20))
-            await until(lambda: found(server).equal == 20)
+            await until(lambda: found(server).frames == 20)
             write_model(candidate, NEWER, overwrite=True)
             reloads(candidate)
             await until(lambda: found(server).fingerprint == NEWER.fingerprint and found(server).is_following)
             await stream.step(frames(rng, 20))
             await until(lambda: found(server).frames == 20)
             assert found(server).equal == 0
-            reloads(tmp_path / "nowhere")
-            await until(lambda: any(line["event"] == "not reloaded" for line in told))
+            reloads(tmp_path / ("x" * 300))
+            await until(lambda: len(said("not reloaded")) == 1)
+            reloads({"eers": candidate})
+            await until(lambda: len(said("not reloaded")) == 2)
+            assert "did you mean 'ears'?" in said("not reloaded")[1]
             assert found(server).state == "following"
+            os.rename(candidate, tmp_path / "away")
+            os.kill(found(server).pid or 0, signal.SIGKILL)
+            await until(lambda: found(server).state == "ended")
+            os.rename(tmp_path / "away", candidate)
+            reloads(candidate)
+            await until(lambda: found(server).is_following)
             reloads(None)
             await until(lambda: server.default.candidate is None)
+        reloads(candidate, folder=candidate.name)
+        await until(lambda: said("not shadowed") == [f"{candidate} is the version that is served now"])
+        assert server.default.about.fingerprint == NEWER.fingerprint
+        assert server.default.candidate is None
     assert not any(line["event"] == "restart needed" for line in told)
+
+
+async def test_a_server_that_ends_does_not_wait_until_a_candidate_is_read(
+    candidate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_read, may_end = threading.Event(), threading.Event()
+
+    def read_slowly(*_: Any, **__: Any) -> None:
+        is_read.set()
+        may_end.wait(30)
+
+    async with running(EARS, recording={"file": candidate.parent / "r.instep"}, engine=ENGINE) as server:
+        monkeypatch.setattr("instep.server.server.find_candidate", read_slowly)
+        wanted = replaced(server.config, {"folder": candidate, "shadow": candidate})
+        reload(server, lambda: wanted, Threshold("info"), log_into([]), Kept())
+        await until(is_read.is_set)
+        began = time.monotonic()
+    may_end.set()
+    assert time.monotonic() - began < 15
 
 
 def replaced(config: Config, model: dict[str, Any]) -> Config:

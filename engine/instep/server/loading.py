@@ -224,7 +224,7 @@ class Loader:
             _, fingerprint = found.get(service.name, (None, None))
             service.is_configured = service.about.fingerprint == fingerprint
         self._server.config = self._server.config.model_copy(update={"model": wanted})
-        await self._server.shadow_as(wanted, list(found))
+        await self._server.shadow_as(wanted, list(found), self._in_thread)
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 

@@ -118,11 +118,24 @@ def find_candidate(wanted: ModelConfig, name: str, about: Description | About, *
     return folder, model.fingerprint
 
 
-def _candidates(wanted: ModelConfig, models: Sequence[Model]) -> dict[str, Version | None]:
-    names = [model.name for model in models]
+def check_candidates(wanted: ModelConfig, names: Sequence[str]) -> None:
+    """Refuse candidates for other models than those of these names.
+
+    Raises:
+        ModelError: with a sentence.
+    """
     for name in wanted.shadow if isinstance(wanted.shadow, dict) else ():
         if name not in names:
-            raise CannotServe(f"model.shadow names the model {name!r}, which is not served: {meant(name, names)}")
+            raise ModelError(f"model.shadow names the model {name!r}, which is not served: {meant(name, names)}")
+
+
+def is_served(candidate: Path) -> str:
+    """Why the candidate in a folder that holds the served version cannot shadow that."""
+    return f"{candidate} is the version that is served now"
+
+
+def _candidates(wanted: ModelConfig, models: Sequence[Model]) -> dict[str, Version | None]:
+    check_candidates(wanted, [model.name for model in models])
     is_only = len(models) == 1
     return {each.name: find_candidate(wanted, each.name, each.description, is_only=is_only) for each in models}
 
@@ -134,7 +147,7 @@ def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tupl
     except ModelError as error:
         return None, str(error)
     if candidate is not None and candidate[1] == model.fingerprint:
-        return None, f"{candidate[0]} is the version that is served now"
+        return None, is_served(candidate[0])
     return candidate, ""
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from instep.server.limits import idle_limits
 from instep.server.live_shadow import LiveShadow
 from instep.server.live_verification import LiveVerification
 from instep.server.loop import Loop
-from instep.server.preparation import find_candidate
+from instep.server.preparation import Version, check_candidates, find_candidate, is_served
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
 from instep.streaming.candidate import CandidateStatus
@@ -142,22 +142,39 @@ class Server:
         if service.candidate is not None:
             self._shadows[service] = LiveShadow(service)
 
-    async def shadow_as(self, wanted: ModelConfig, names: Sequence[str]) -> None:
+    async def shadow_as(
+        self,
+        wanted: ModelConfig,
+        names: Sequence[str],
+        in_thread: Callable[[Callable[[], Version | None]], Awaitable[Version | None]],
+    ) -> None:
         """Shadow the models of a configuration, which have these names, with the candidates that it names."""
+        try:
+            check_candidates(wanted, names)
+        except ModelError as error:
+            self._log.error("not reloaded", reason=str(error))
+            return
         for service in self.services:
             if service.name not in names:
                 continue
             present, find = service.candidate, partial(find_candidate, wanted, service.name, service.about)
             try:
-                found = await in_daemon_thread(partial(find, is_only=len(names) == 1), "instep-loader")
-            except ModelError as error:
-                self._log.error("not reloaded", reason=str(error))
+                found = await in_thread(partial(find, is_only=len(names) == 1))
+            except Exception as error:  # no memory, or a folder with things in it that nobody thought of
+                if self.is_draining:
+                    return
+                reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+                self._log.error("not reloaded", reason=reason)
                 continue
             candidate = None if found is None else CandidateStatus(*found, wanted.shadow_share)
-            if (present and present.key) != (candidate and candidate.key):
-                await self.end_shadow(service, "the configuration has changed")
-                service.candidate = candidate
-                self._begin_shadow(service)
+            if (present and not present.reason and present.key) == (candidate and candidate.key):
+                continue
+            if candidate is not None and candidate.fingerprint == service.about.fingerprint:
+                service.log.info("not shadowed", reason=is_served(candidate.folder))
+                candidate = None
+            await self.end_shadow(service, "the configuration has changed")
+            service.candidate = candidate
+            self._begin_shadow(service)
 
     async def end_shadow(self, service: ModelService, reason: str) -> None:
         """Shadow a model no longer, if anything does."""
@@ -330,7 +347,7 @@ class Server:
         verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
         closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
         for service in services:
-            reason = "this version of the model is served no longer"
+            reason = "the server ends" if self.is_draining else "this version of the model is served no longer"
             closing.push_async_callback(self.end_shadow, service, reason)
             closing.callback(service.engine.executor.stop, timeout_s)
 
