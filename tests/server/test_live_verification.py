@@ -360,7 +360,7 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
 
     def nonsense(*_: object) -> list[str]:
         monkeypatch.setattr(live, "command", command)
-        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**20, sep='\\n'); input(); input()"]
+        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**24, sep='\\n'); input(); input()"]
 
     monkeypatch.setattr(live, "command", nonsense)
     monkeypatch.setattr("instep.server.background._LINE_BYTES", 2**16)

@@ -124,6 +124,8 @@ class BackgroundProcess(ABC):
             self._ended()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            while process.stdout is not None and await process.stdout.read(_LINE_BYTES):
+                pass  # `wait` waits for the end of the pipe, which nobody reads on while the reader's buffer is full
             await process.wait()
 
     async def _guard(self, process: Process, wal: str) -> None:
