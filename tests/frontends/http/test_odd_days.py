@@ -81,7 +81,7 @@ def test_a_candidate_is_described_where_there_is_one(admin: StagedAdmin, pages: 
     expect(page.locator("#verification")).to_have_attribute("data-level", "good")
     expect(page.locator("#candidate")).to_be_hidden()
     found = CandidateStatus(Path("new"), "9f31c2d4a86b", 0.1, frames=12_345, equal=12_344, largest=1.2345e-3, mean=2e-7)
-    admin.models[0]["shadow"] = found.as_json()
+    admin.models[0]["shadow"] = found.as_json() | {"state": "following"}
     same = "Candidate 9f31c2d4: 99 % of 12,345 frames equal; "
     expect(page.locator("#candidate")).to_have_text(f"{same}differs by up to 0.0012, mean 2.0e-7")
     admin.models[0]["shadow"] |= {"largest": None, "mean": None, "state": "ended", "reason": "no folder"}
