@@ -47,7 +47,7 @@ def short(number: float) -> str:
 
 
 def amount(number: float, one: str) -> str:
-    """What it counts after a number as `short` writes it: `1 stream`, `1.23M streams`."""
+    """A number as `short` writes it, and a noun in the singular or plural: `1 stream`, `1.23M streams`."""
     return f"{short(number)} {one}{'s' * (number != 1)}"
 
 

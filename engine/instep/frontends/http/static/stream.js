@@ -1,4 +1,4 @@
-// The page of one stream: what it is, and what goes in and out; and lists of what happened.
+// The page of one stream: its state, inputs, outputs and events; and the lists of events.
 
 import { Chart } from "./charts.js";
 import { ago, clock, count, duration, element, setPairs, setText } from "./format.js";
