@@ -490,3 +490,41 @@ async def test_an_owner_is_not_told_of_a_handle_that_it_has_not_been_given(tmp_p
         assert (kit.table.open_count, origin.events) == (1, [])
         may_commit.set()
         assert not (await opening).codes.any()
+
+
+@pytest.mark.parametrize("waits_for", ["commit", "step"])
+async def test_a_stream_stays_awake_until_its_owner_has_been_given_the_handle(
+    tmp_path: Path, rng: np.random.Generator, waits_for: str
+) -> None:
+    async with held_commits() as may_commit, streaming(idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        former, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await former.open(["s"])
+        stepping = asyncio.ensure_future(step(former, opened.handles, [0], random_frames(rng, 1)))
+        await kit.settle()
+        if waits_for == "commit":
+            await kit.finish()
+            await stepping
+            may_commit.clear()
+
+        async def tick_before_the_request_continues() -> None:
+            if waits_for == "commit":
+                await kit.durable()
+            else:
+                await kit.engine.waiters.until(lambda: not kit.table.unanswered.any())
+            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
+
+        if waits_for == "commit":
+            resuming = asyncio.ensure_future(origin.resume(["s"], have(0), ZERO, take_over=True))
+            await kit.settle()
+            ticking = asyncio.ensure_future(tick_before_the_request_continues())
+            await kit.settle()
+            may_commit.set()
+        else:
+            ticking = asyncio.ensure_future(tick_before_the_request_continues())
+            resuming = asyncio.ensure_future(origin.resume(["s"], have(0), ZERO, take_over=True))
+            await kit.settle()
+            await kit.finish()
+        await ticking
+        assert (await resuming).codes.tolist() == [0]
+        assert origin.events == []

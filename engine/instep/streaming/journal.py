@@ -118,7 +118,7 @@ class Journal:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether no request waits for the recorder."""
+        """Whether no request waits for the recorder, and none has yet to answer after it waited."""
         return not self._durable
 
     def advance(self, lsn: int) -> None:

@@ -80,9 +80,11 @@ class Waiters:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        """How many coroutines wait, or may proceed and have not run yet."""
+        return self._count
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return as soon as the predicate holds, at once if it does already.
@@ -93,7 +95,11 @@ class Waiters:
         if not holds():
             future = asyncio.get_running_loop().create_future()
             self._waiting.append((holds, future))
-            await future
+            self._count += 1
+            try:
+                await future
+            finally:
+                self._count -= 1
 
     def check(self) -> None:
         """Something has changed."""
