@@ -264,6 +264,8 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._seqs: U64 = np.zeros(len(self.names), np.uint64)
         self._states = connection.info.state.missing(len(self.names))
         self._is_read = np.zeros(len(self.names), np.bool_)
+        self._asked: U64 = np.zeros(len(self.names), np.uint64)
+        """The server's handles for the streams when they were asked for; 0 of those that were named."""
 
     def ask(self, now: float) -> None:
         """Ask, unless the handle was closed before it was asked again: other streams may be in its rows."""
@@ -278,15 +280,17 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
 
     def _most(self) -> int:
         info = self.connection.info
-        asked_bytes = NAME_BYTES if self._by_name() else 8
+        asked_bytes = NAME_BYTES if self.handle is None or self.handle.has_sleepers else 8
         return min(
             info.max_message_bytes // max(asked_bytes, info.state.row_bytes), MAX_REPLY_BYTES // info.state.row_bytes
         )
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        if self._by_name() or self.handle is None:
+        if self.handle is None or self.handle.has_sleepers:  # one that hibernates has no handle
+            self._asked[part] = 0
             return (1,), [wire.pack_names([self.names[which] for which in part])]
-        return (0,), [self.connection.table.numbers[self.handle.rows[part]].tobytes()]
+        self._asked[part] = self.connection.table.numbers[self.handle.rows[part]]
+        return (0,), [self._asked[part].tobytes()]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         state = self.connection.info.state
@@ -298,6 +302,14 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), state.row_bytes)
         return failures
 
+    def _only_sleeps(self, refused: ColumnError) -> bool:
+        """Also if it is awake again by the time of the answer; a sleeper that was named and is unknown is no more."""
+        asked, table = self._asked[refused.column], self.connection.table
+        if self.handle is None or self.handle.closed or not asked or refused.code is not Code.UNKNOWN_STREAM:
+            return False
+        row = self.handle.rows[refused.column]
+        return bool(table.asleep[row] or table.numbers[row] != asked)
+
     def _ask_again(self, which: Indices) -> None:
         """Ask for streams that hibernated by name: a read wakes nobody."""
         self._send(which)
@@ -307,7 +319,3 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         if error is None:
             self.finish((self._seqs, self._states))
         self._end(error)
-
-    def _by_name(self) -> bool:
-        """Whether streams are named: one that hibernates has no handle."""
-        return self.handle is None or self.handle.has_sleepers

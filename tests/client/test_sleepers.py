@@ -145,6 +145,36 @@ def test_a_read_that_crossed_the_word_is_repeated_by_name(is_told: bool) -> None
     assert asleep(link) == ["a"]
 
 
+def test_a_read_of_a_sleeper_that_is_no_more_says_so() -> None:
+    link = RingLink()
+    handle = link.open("a")
+    put_to_sleep(link, "a")
+    del link.server.streams["a"]  # somebody else took it over, and closed it
+    read = link.session.read_state(handle)
+    link.advance()
+    link.serve()
+    link.deliver()
+    with pytest.raises(StreamEvicted) as caught:
+        read.result()
+    assert caught.value.code is Code.UNKNOWN_STREAM
+
+
+def test_a_read_that_is_answered_after_its_stream_woke_again_is_repeated() -> None:
+    link = RingLink()
+    group = link.open("a", "b")
+    link.finish(link.session.step(group, np.stack([X[:2]] * 2, axis=1)))
+    crossed = link.session.read_state(group)
+    link.advance()
+    put_to_sleep(link, "a", is_told=False)
+    link.serve()
+    late = link.to_client.pop()  # the state of "b" takes its time
+    link.deliver()
+    link.finish(link.session.step(group, X[2][None], rows=[0]))
+    link.to_client.append(late)
+    seqs, _ = link.finish(crossed)
+    assert seqs.tolist() == [3, 2]
+
+
 def test_leaving_closes_sleepers_too() -> None:
     link = RingLink()
     for name in "abc":
