@@ -242,6 +242,36 @@ def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
         stream_event(recorder, 1, "late", 1, 0)
 
 
+def test_a_stop_is_heard_in_the_moment_in_which_a_wait_for_rows_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_s, waited, told = 0.0123, threading.Event(), threading.Event()
+
+    class SlowToReturn(threading.Condition):
+        """Somebody else gets the lock first when a wait of `late_s` has timed out."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            was_told = super().wait(timeout)
+            if timeout == late_s and not was_told:
+                self.release()
+                waited.set()
+                told.wait(60)
+                self.acquire()
+            return was_told
+
+        def notify(self, n: int = 1) -> None:
+            super().notify(n)
+            if waited.is_set():  # the thread's own beginning is told, too
+                told.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Condition", SlowToReturn)
+        writer, recorder, _ = start(tmp_path / "r.instep", late_s=late_s)
+    writer.gate.set()
+    assert waited.wait(60)
+    assert recorder.stop(10)
+
+
 def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     opened = open_stream(recorder, 1, "a", 7, 0, 1, None)

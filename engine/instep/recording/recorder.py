@@ -177,7 +177,7 @@ class Recorder:
 
     def _wait(self) -> None:
         """Wait until there is something to do."""
-        if not self._changed.wait(self._late_s) and not self._queue:
+        if not self._changed.wait(self._late_s) and not (self._queue or self._stopping):
             self._is_asleep = True
             self._changed.wait(self._trim_every_s)
             self._is_asleep = False
