@@ -70,6 +70,10 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         reload(server, lambda: wanted, threshold, log_into(told), Kept())
         assert [line["event"] for line in told] == ["reloaded", "restart needed"]
         assert told[0]["changed"] == []
+        told.clear()
+        models = with_keys(server.config, model__folder=Path("other"))
+        reload(server, lambda: models, threshold, log_into(told), Kept())
+        assert [line["changed"] for line in told] == [["model.folder: None → other"]]
 
 
 async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def reload(
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
-        log.info("reloaded", changed=[change for path, change in changed.items() if path in CHANGEABLE])
-        if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
+        used = [path for path in changed if path in (*CHANGEABLE, *MODELS)]
+        log.info("reloaded", changed=[changed[path] for path in used])
+        if left := [path for path in changed if path not in used]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         for problem in error.problems:
