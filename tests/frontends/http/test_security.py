@@ -157,6 +157,9 @@ async def test_only_get_and_head_without_a_body() -> None:
             assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
             assert b'"code":"BAD_REQUEST"' in answer
             assert b"not an HTTP/1.1 request whose line and headers have at most 16384 bytes" in answer
+        for size, status in ((16_000, b"200 OK"), (20_000, b"400 Bad Request")):  # in one packet, and whole
+            ask = b"GET /healthz HTTP/1.0\r\nhost: localhost\r\nx: "
+            assert (await raw(server.admin.url, ask.ljust(size, b"y") + b"\r\n\r\n")).startswith(b"HTTP/1.1 " + status)
         chunked = b"GET / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         assert (await raw(server.admin.url, chunked + b"nonsense\r\n")).count(b"HTTP/1.1 400") == 1
         behind = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nnonsense\r\n\r\n"

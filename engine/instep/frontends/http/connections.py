@@ -23,7 +23,9 @@ MOST_CONNECTIONS: Final = 64
 MOST_OF_ONE_ADDRESS: Final = 24
 """Connections; fewer than the listeners that events may have, so that one address cannot take all of these either."""
 MOST_HEAD_BYTES: Final = 16_384
-"""Of a request's line and headers."""
+"""Of a request's line and headers, to within a piece."""
+_PIECE_BYTES: Final = 1024
+"""Bytes that the parser gets at once: it looks at the size of a head only while a part of it is missing."""
 _KEEP_ALIVE_S: Final = 30
 _LINGER_S: Final = 0.5
 """Time that answers under way may take when the server ends."""
@@ -186,9 +188,10 @@ class _Connection(H11Protocol):
             self._unread_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
+        for first in range(0, len(data), _PIECE_BYTES):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[first : first + _PIECE_BYTES])
         if self._is_answering:
             self._end_head()
         elif self._head_timer is None:  # the rest of a head is still to come
