@@ -51,7 +51,11 @@ def test_it_says_what_would_be_served(model: Path, tmp_path: Path, capsys: pytes
     assert lines["can serve"]["exactness"] == lines["certified"]["exactness"]
     assert "http" not in lines["can serve"], "it is off"
     check(configured(model, http={"endpoint": "127.0.0.1:0"}))
-    assert said(capsys)["can serve"]["http"] == "http://127.0.0.1:0"
+    would = said(capsys)["can serve"]
+    assert (would["endpoint"], would["http"]) == (
+        "tcp://127.0.0.1:PORT, a free one",
+        "http://127.0.0.1:PORT, a free one",
+    )
     assert contents(tmp_path) == {}
 
 

@@ -45,17 +45,23 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     if restart:
         check_restartable(config, prepared)
     check_models(config, prepared, log, accept_numerics_change)
-    admin = {"http": f"http://{config.http.endpoint}"} if check_endpoints(config, log) else {}
+    admin = {"http": _with_port(f"http://{config.http.endpoint}")} if check_endpoints(config, log) else {}
     for each in prepared:
         log.info(
             "can serve",
-            endpoint=config.transport.endpoint,
+            endpoint=_with_port(config.transport.endpoint),
             **admin,
             model=each.model.name,
             device=str(each.device),
             exactness=each.certification.exactness,
             max_streams=config.engine.max_streams,
         )
+
+
+def _with_port(endpoint: str) -> str:
+    """An endpoint, and that its port is a free one where none is named."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:PORT, a free one" if port in ("0", "*") else endpoint
 
 
 def check_ports(config: Config) -> None:
