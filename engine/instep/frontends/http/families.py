@@ -48,20 +48,28 @@ class Metric:
     """One metric: a row of the table."""
 
     name: str
-    type: Literal["counter", "gauge", "histogram"]
+    """With the prefix and the unit of Prometheus."""
     help: str
-    source: str | Callable[[ModelNumbers], Labelled]
-    """The name of a number or, of a histogram, of the attribute of `EngineStats`; or the values by labels."""
+    source: str | Callable[[ModelNumbers], Labelled] = ""
+    """The name of a number or, of a histogram, of the attribute of `EngineStats`, where it is not the metric's without
+    prefix; or the values by labels."""
     labels: tuple[str, ...] = ("model",)
-    scale: Scale = DURATION
+    scale: Scale | None = None
     """Of a histogram."""
+
+    @property
+    def type(self) -> Literal["counter", "gauge", "histogram"]:
+        """As Prometheus calls it."""
+        if self.scale is not None:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
 
     def family(self, models: Sequence[ModelNumbers]) -> Family:
         """Its samples of all models; one that does not have the number has no sample."""
-        if self.type == "histogram":
+        if self.scale is not None:
             histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
             for model in models:
-                counted: I64 = getattr(model.service.engine.stats, str(self.source))
+                counted: I64 = getattr(model.service.engine.stats, self._number)
                 histogram.add_metric([model.service.name], *_buckets(counted, self.scale))
             return histogram
         make = CounterMetricFamily if self.type == "counter" else GaugeMetricFamily
@@ -70,13 +78,17 @@ class Metric:
             family.add_metric(labels, value)
         return family
 
+    @property
+    def _number(self) -> str:
+        return str(self.source or self.name.removeprefix("instep_"))
+
     def _values(self, models: Sequence[ModelNumbers]) -> Iterator[tuple[tuple[str, ...], float]]:
         for model in models if self.labels else models[:1]:
             own = (model.service.name,) if self.labels else ()
             if callable(self.source):
                 yield from (((*own, *labels), value) for labels, value in self.source(model))
-            elif self.source in model.numbers:
-                yield own, model.numbers[self.source]
+            elif self._number in model.numbers:
+                yield own, model.numbers[self._number]
 
 
 def _buckets(histogram: I64, scale: Scale) -> tuple[list[tuple[str, float]], float]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Final
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from instep.frontends.http.families import FILL, SIZE, Labelled, Metric, ModelNumbers
+from instep.frontends.http.families import DURATION, FILL, SIZE, Labelled, Metric, ModelNumbers
 from instep.frontends.http.status import exactness
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
@@ -65,221 +65,134 @@ def _version(package: str) -> str:
 METRICS: Final = (
     Metric(
         "instep_build_info",
-        "gauge",
         "Always 1; its labels say what is served, where, and how exact it is now.",
         _build,
         ("model", "fingerprint", "exactness", "device", "version", "torch"),
     ),
-    Metric(
-        "instep_ready", "gauge", "1 while the model takes new connections, streams and frames, 0 otherwise.", "ready"
-    ),
-    Metric("instep_exact", "gauge", "1 while frames are promised the same bits in every batch, 0 otherwise.", "exact"),
-    Metric("instep_uptime_seconds", "gauge", "Time since the server started the model.", "uptime_s"),
+    Metric("instep_ready", "1 while the model takes new connections, streams and frames, 0 otherwise."),
+    Metric("instep_exact", "1 while frames are promised the same bits in every batch, 0 otherwise."),
+    Metric("instep_uptime_seconds", "Time since the server started the model.", "uptime_s"),
     # Frames
-    Metric("instep_frames_total", "counter", "Frames stepped.", "frames_total"),
+    Metric("instep_frames_total", "Frames stepped."),
     Metric(
-        "instep_received_frames_total",
-        "counter",
-        "Frames of the STEP messages that reached admission, refused ones included.",
-        "received_frames_total",
+        "instep_received_frames_total", "Frames of the STEP messages that reached admission, refused ones included."
     ),
+    Metric("instep_repeated_frames_total", "Frames that had been applied before and were only answered again."),
+    Metric("instep_frames_pending", "Frames admitted and not yet computed."),
+    Metric("instep_batches_total", "Steps of the network."),
+    Metric("instep_padded_rows_total", "Rows of all steps, padding included."),
+    Metric("instep_step_failures_total", "Steps that failed."),
+    Metric("instep_batch_size", "Streams of a batch.", scale=SIZE),
     Metric(
-        "instep_repeated_frames_total",
-        "counter",
-        "Frames that had been applied before and were only answered again.",
-        "repeated_frames_total",
-    ),
-    Metric("instep_frames_pending", "gauge", "Frames admitted and not yet computed.", "frames_pending"),
-    Metric("instep_batches_total", "counter", "Steps of the network.", "batches_total"),
-    Metric("instep_padded_rows_total", "counter", "Rows of all steps, padding included.", "padded_rows_total"),
-    Metric("instep_step_failures_total", "counter", "Steps that failed.", "step_failures_total"),
-    Metric("instep_batch_size", "histogram", "Streams of a batch.", "batch_size", scale=SIZE),
-    Metric(
-        "instep_batch_fill_ratio",
-        "histogram",
-        "Streams of a batch divided by its rows, padding included.",
-        "batch_fill",
-        scale=FILL,
+        "instep_batch_fill_ratio", "Streams of a batch divided by its rows, padding included.", "batch_fill", scale=FILL
     ),
     # Time
-    Metric("instep_latency_seconds", "histogram", "From the arrival of a STEP message to its answer.", "latency_us"),
+    Metric("instep_latency_seconds", "From the arrival of a STEP message to its answer.", "latency_us", scale=DURATION),
     Metric(
         "instep_queue_seconds",
-        "histogram",
         "How long STEP messages waited for the step of their last frames.",
         "queue_us",
+        scale=DURATION,
     ),
-    Metric("instep_compute_seconds", "histogram", "How long steps took.", "compute_us"),
+    Metric("instep_compute_seconds", "How long steps took.", "compute_us", scale=DURATION),
     Metric(
         "instep_send_seconds",
-        "histogram",
         "From the end of a step to its answers; with a recording this includes the commit.",
         "send_us",
+        scale=DURATION,
     ),
-    Metric(
-        "instep_executor_busy_seconds_total", "counter", "Time in which the model was stepped.", "executor_busy_s_total"
-    ),
+    Metric("instep_executor_busy_seconds_total", "Time in which the model was stepped.", "executor_busy_s_total"),
     Metric(
         "instep_loop_busy_seconds_total",
-        "counter",
         "Time in which the server's loop was busy, with all models together.",
         "loop_busy_s_total",
-        labels=(),
+        (),
     ),
     Metric(
         "instep_step_time_ratio",
-        "gauge",
         "Share of the last ten seconds in which the model was stepped; at 1 it cannot keep up.",
-        "step_time_ratio",
     ),
     # Messages
-    Metric("instep_messages_total", "counter", "STEP messages answered with STEPPED.", "messages_total"),
-    Metric(
-        "instep_refused_messages_total",
-        "counter",
-        "Messages of every kind that were refused as a whole.",
-        "refused_messages_total",
-    ),
+    Metric("instep_messages_total", "STEP messages answered with STEPPED."),
+    Metric("instep_refused_messages_total", "Messages of every kind that were refused as a whole."),
     Metric(
         "instep_refusals_total",
-        "counter",
         "Refusals of messages and of single streams in them, by code.",
         _refusals,
         ("model", "code"),
     ),
     Metric(
         "instep_credit_stalls_total",
-        "counter",
         "STEP messages refused for lack of credit, or leaving too little of it for another one of that size.",
-        "credit_stalls_total",
     ),
     # Streams
-    Metric("instep_connections", "gauge", "Connections.", "connections"),
+    Metric("instep_connections", "Connections."),
     Metric(
         "instep_streams",
-        "gauge",
         "Streams by place: connected, parked (both in memory) or hibernating.",
         _streams,
         ("model", "place"),
     ),
-    Metric("instep_streams_max", "gauge", "Streams that fit into memory.", _room),
-    Metric("instep_streams_opened_total", "counter", "Streams opened.", "opened_streams_total"),
-    Metric("instep_streams_closed_total", "counter", "Streams that ended, for any reason.", "closed_streams_total"),
+    Metric("instep_streams_max", "Streams that fit into memory.", _room),
+    Metric("instep_streams_opened_total", "Streams opened.", "opened_streams_total"),
+    Metric("instep_streams_closed_total", "Streams that ended, for any reason.", "closed_streams_total"),
+    Metric("instep_streams_parked_total", "Streams that lost their connection and were kept.", "parked_streams_total"),
+    Metric("instep_streams_resumed_total", "Streams resumed.", "resumed_streams_total"),
     Metric(
-        "instep_streams_parked_total",
-        "counter",
-        "Streams that lost their connection and were kept.",
-        "parked_streams_total",
-    ),
-    Metric("instep_streams_resumed_total", "counter", "Streams resumed.", "resumed_streams_total"),
-    Metric(
-        "instep_streams_evicted_total",
-        "counter",
-        "Streams that the server ended, by reason.",
-        _evictions,
-        ("model", "reason"),
+        "instep_streams_evicted_total", "Streams that the server ended, by reason.", _evictions, ("model", "reason")
     ),
     Metric(
-        "instep_streams_hibernated_total",
-        "counter",
-        "Streams that left memory for the recording.",
-        "hibernated_streams_total",
+        "instep_streams_hibernated_total", "Streams that left memory for the recording.", "hibernated_streams_total"
     ),
-    Metric("instep_streams_woken_total", "counter", "Streams that came back into memory.", "woken_streams_total"),
+    Metric("instep_streams_woken_total", "Streams that came back into memory.", "woken_streams_total"),
     # The recording
-    Metric("instep_recording_bytes", "gauge", "Size of the recording.", "recording_bytes"),
-    Metric("instep_recording_free_bytes", "gauge", "Free on the disk of the recording.", "recording_free_bytes"),
+    Metric("instep_recording_bytes", "Size of the recording."),
+    Metric("instep_recording_free_bytes", "Free on the disk of the recording."),
     Metric(
         "instep_commit_seconds",
-        "histogram",
         "How long transactions of the recording took, from the first row to the commit.",
         "commit_us",
+        scale=DURATION,
     ),
-    Metric("instep_checkpoint_age_seconds", "gauge", "Age of the newest checkpoint.", "checkpoint_age_s"),
-    Metric(
-        "instep_replay_seconds",
-        "gauge",
-        "How long a restart would step the frames that no checkpoint holds.",
-        "replay_s",
-    ),
-    Metric("instep_recovery_seconds", "gauge", "How long the start took to continue the recording.", "recovery_s"),
+    Metric("instep_checkpoint_age_seconds", "Age of the newest checkpoint.", "checkpoint_age_s"),
+    Metric("instep_replay_seconds", "How long a restart would step the frames that no checkpoint holds.", "replay_s"),
+    Metric("instep_recovery_seconds", "How long the start took to continue the recording.", "recovery_s"),
     # Exactness
-    Metric(
-        "instep_rechecked_frames_total",
-        "counter",
-        "Frames that were stepped again in another batch size.",
-        "rechecked_frames_total",
-    ),
-    Metric(
-        "instep_recheck_mismatches_total",
-        "counter",
-        "Rechecked frames that came out with other bits.",
-        "recheck_mismatches_total",
-    ),
-    Metric(
-        "instep_verified_frames_total",
-        "counter",
-        "Frames that live verification has computed again and compared.",
-        "verified_frames_total",
-    ),
+    Metric("instep_rechecked_frames_total", "Frames that were stepped again in another batch size."),
+    Metric("instep_recheck_mismatches_total", "Rechecked frames that came out with other bits."),
+    Metric("instep_verified_frames_total", "Frames that live verification has computed again and compared."),
     Metric(
         "instep_verify_mismatches_total",
-        "counter",
         "Streams of which live verification found a frame that was served with another output.",
-        "verify_mismatches_total",
     ),
-    Metric(
-        "instep_verify_skipped_frames_total",
-        "counter",
-        "Recorded frames that live verification did not compare.",
-        "verify_skipped_frames_total",
-    ),
-    Metric("instep_verify_streams", "gauge", "Streams that live verification follows.", "verify_streams"),
+    Metric("instep_verify_skipped_frames_total", "Recorded frames that live verification did not compare."),
+    Metric("instep_verify_streams", "Streams that live verification follows."),
     Metric(
         "instep_verify_lag_seconds",
-        "gauge",
         "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",
     ),
     # A candidate
     Metric(
         "instep_shadow_following",
-        "gauge",
         "1 while the candidate of that fingerprint is compared, 0 while it starts, is late or has ended.",
         _shadow,
         ("model", "fingerprint"),
     ),
-    Metric("instep_shadow_streams", "gauge", "Streams that the candidate follows.", "shadow_streams"),
+    Metric("instep_shadow_streams", "Streams that the candidate follows."),
     Metric(
         "instep_shadow_dropped_streams_total",
-        "counter",
         "Streams that were left out or given up because the candidate could not keep up.",
-        "shadow_dropped_streams_total",
     ),
     Metric(
         "instep_shadow_frames_total",
-        "counter",
         "Frames of which the candidate's outputs were compared with those that were served.",
-        "shadow_frames_total",
     ),
+    Metric("instep_shadow_equal_frames_total", "Compared frames whose outputs have the same bits."),
     Metric(
-        "instep_shadow_equal_frames_total",
-        "counter",
-        "Compared frames whose outputs have the same bits.",
-        "shadow_equal_frames_total",
+        "instep_shadow_largest_difference", "The largest absolute difference of one value since the candidate began."
     ),
-    Metric(
-        "instep_shadow_largest_difference",
-        "gauge",
-        "The largest absolute difference of one value since the candidate began.",
-        "shadow_largest_difference",
-    ),
-    Metric(
-        "instep_shadow_mean_difference",
-        "gauge",
-        "The mean absolute difference of all values since the candidate began.",
-        "shadow_mean_difference",
-    ),
+    Metric("instep_shadow_mean_difference", "The mean absolute difference of all values since the candidate began."),
 )
 
 
@@ -300,11 +213,5 @@ def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
     """
     models = [ModelNumbers(service, service.numbers()) for service in services]
     for metric in METRICS:
-        yield _text(_Family(metric.family(models)))
-    yield _text(ProcessCollector(registry=None))
-
-
-def _text(collector: Collector) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return generate_latest(registry)
+        yield generate_latest(_Family(metric.family(models)))
+    yield generate_latest(ProcessCollector(registry=None))
