@@ -28,7 +28,7 @@ from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
-from instep.server.limits import LimitsError, effective_limits
+from instep.server.limits import effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, prepare
 from instep_client import Client
@@ -121,7 +121,7 @@ def test_limits_are_fitted_to_the_model() -> None:
     assert limits.max_batch_size == 512
     assert limits.max_block_frames * (100 * 4 + 24) <= 65_536
     assert limits.credit_frames >= limits.max_block_frames
-    with pytest.raises(LimitsError, match="raise it"):
+    with pytest.raises(CannotServe, match="raise it"):
         effective_limits(config, 512, features=20_000, outputs=1)
 
 

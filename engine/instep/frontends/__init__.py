@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 
+class CannotListen(Exception):
+    """A front end cannot be opened for connections; the message says why, or what to do."""
+
+
 class Frontend(Protocol):
     """Where producers connect."""
 

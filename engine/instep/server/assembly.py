@@ -10,17 +10,17 @@ import structlog
 
 from instep.config import Config
 from instep.config.endpoint import is_loopback
+from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer
-from instep.frontends.http.connections import CannotListen, bind
-from instep.frontends.http.security import BadTokenFile, read_token
+from instep.frontends.http.connections import bind
+from instep.frontends.http.security import read_token
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
-from instep.frontends.zmq.router import CannotBind, Router
+from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.execution import busy_poll_ns, steps_in_process
-from instep.server.limits import EffectiveLimits, LimitsError
 from instep.server.loading import Loader
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
@@ -57,9 +57,9 @@ def make_server(
     with ExitStack() as undo:
         try:
             server = _make_server(config, prepared, log, make_stepper, undo, accept_numerics_change)
-        except (LimitsError, RecordingError) as error:
+        except RecordingError as error:
             raise CannotServe(with_advice(error)) from None
-        except (CannotBind, CannotListen, BadTokenFile) as error:
+        except CannotListen as error:
             raise CannotServe(str(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
@@ -93,7 +93,7 @@ def _make_server(
     shutdown = Shutdown(log)
     polls = all(foundation.forks for foundation in foundations)  # a thread that steps would lack the interpreter's lock
     loop = Loop(busy_poll_ns(config) if polls else 0, shutdown.bug)
-    frontend = _frontend(config, router, foundations[0].limits, loop, log)
+    frontend = _frontend(config, router, loop, log)
     loop.frontends = [frontend]
     services: list[ModelService] = []
     for foundation in foundations:
@@ -133,9 +133,7 @@ def _make_server(
     return server
 
 
-def _frontend(
-    config: Config, router: Router, limits: EffectiveLimits, loop: Loop, log: structlog.stdlib.BoundLogger
-) -> ZmqFrontend:
+def _frontend(config: Config, router: Router, loop: Loop, log: structlog.stdlib.BoundLogger) -> ZmqFrontend:
     def detach(peer: Peer) -> None:
         service = peer.served.service
         log.debug("disconnected", connection=peer.number, streams=int(service.engine.table.owned[peer.number]))
@@ -143,15 +141,15 @@ def _frontend(
 
     outbound = Outbound(
         router,
-        limits.max_unread_bytes,
-        limits.max_outbox_bytes,
+        2 * config.transport.max_message_bytes,
+        4 * config.transport.max_message_bytes,
         config.limits.max_buffered_bytes,
         round(config.limits.unreachable_after_s * 1e9),
         time.monotonic_ns,
         detach,
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    return ZmqFrontend(router, outbound, limits.max_connections, probe_after_ns, loop.wake, log)
+    return ZmqFrontend(router, outbound, config.limits.max_connections, probe_after_ns, loop.wake, log)
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -11,16 +11,17 @@ from pathlib import Path
 import structlog
 
 from instep.config import Config
-from instep.frontends.http.connections import DEFAULT, CannotListen, bind, cannot_listen
-from instep.frontends.http.security import BadTokenFile, read_token
-from instep.frontends.zmq.router import CannotBind, Router
+from instep.frontends import CannotListen
+from instep.frontends.http.connections import DEFAULT, bind, cannot_listen
+from instep.frontends.http.security import read_token
+from instep.frontends.zmq.router import Router
 from instep.recording.database import check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import Recovered, ReplayStep
-from instep.server.limits import LimitsError, effective_limits
+from instep.server.limits import effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, log_of, prepare
 from instep.server.recordings import present_recording, recording_file, recording_header, warn_of_others
@@ -116,7 +117,7 @@ def check_models(
                 first, file = file, present_recording(file, each.model.fingerprint)
                 warn_of_others(first, file, of_model)
                 _check_recording(file, config, each, of_model, accept_numerics_change)
-    except (LimitsError, RecordingError) as error:
+    except RecordingError as error:
         raise CannotServe(with_advice(error)) from None
 
 
@@ -132,7 +133,7 @@ def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> bool:
         if (listener := bind(config.http, log)) is not None:
             listener.close()
         return listener is not None
-    except (CannotBind, CannotListen, BadTokenFile) as error:
+    except CannotListen as error:
         raise CannotServe(str(error)) from None
 
 

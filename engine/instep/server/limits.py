@@ -1,37 +1,24 @@
-"""The limits in force: the configured ones, fitted to the model's sizes."""
+"""Limits of the configuration as the engine takes them, some of them fitted to the model's sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from instep.config import Config
+from instep.server.preparation import CannotServe
 from instep.streaming.idle import IdleLimits
 
 _FLOAT32_BYTES = 4
 _ENVELOPE_BYTES = 1024
 
 
-class LimitsError(Exception):
-    """The configured limits cannot serve this model."""
-
-
 @dataclass(frozen=True, slots=True)
 class EffectiveLimits:
-    """Limits in the units of the engine."""
+    """The limits that a model makes smaller than they are configured."""
 
-    max_streams: int
-    max_connections: int
     max_batch_size: int
-    max_queue_delay_ns: int
     max_block_frames: int
     credit_frames: int
-    max_pending_frames: int
-    window_frames: int
-    max_message_bytes: int
-    max_unread_bytes: int
-    """Bytes of answers that ZeroMQ may hold for one connection."""
-    max_outbox_bytes: int
-    """Bytes of answers that wait beside those."""
 
 
 def effective_limits(config: Config, max_batch_size: int, features: int, outputs: int) -> EffectiveLimits:
@@ -47,27 +34,19 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
         outputs: floats an answer.
 
     Raises:
-        LimitsError: when not even one frame fits.
+        CannotServe: when not even one frame fits.
     """
     width_bytes = max(features, outputs) * _FLOAT32_BYTES
     fitting = (config.transport.max_message_bytes - _ENVELOPE_BYTES) // (width_bytes + 24)
     if fitting < 1:
-        raise LimitsError(
+        raise CannotServe(
             f"transport.max_message_bytes is {config.transport.max_message_bytes}, but one frame of this model takes "
             f"{width_bytes + 24} bytes and {_ENVELOPE_BYTES} more; raise it"
         )
     return EffectiveLimits(
-        max_streams=config.engine.max_streams,
-        max_connections=config.limits.max_connections,
         max_batch_size=min(config.engine.max_batch_size, max_batch_size),
-        max_queue_delay_ns=config.engine.max_queue_delay_us * 1000,
         max_block_frames=min(config.limits.max_block_frames, fitting),
         credit_frames=min(config.limits.credit_frames, 2 * fitting),
-        max_pending_frames=config.limits.max_pending_frames,
-        window_frames=config.limits.window_frames,
-        max_message_bytes=config.transport.max_message_bytes,
-        max_unread_bytes=2 * config.transport.max_message_bytes,
-        max_outbox_bytes=4 * config.transport.max_message_bytes,
     )
 
 

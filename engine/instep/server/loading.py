@@ -25,7 +25,6 @@ from instep.models.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.server.limits import LimitsError
 from instep.server.loop import Loop
 from instep.server.moving import begin_replay, check_sizes, settle
 from instep.server.preparation import CannotServe, Prepared, Version, prepare_another, versions
@@ -365,7 +364,7 @@ class Loader:
         with ExitStack() as undo:
             try:
                 yield undo
-            except (CannotServe, LimitsError, ModelError) as error:
+            except (CannotServe, ModelError) as error:
                 raise self._not_loaded(str(error), log) from None
             except RecordingError as error:
                 raise self._not_loaded(with_advice(error), log) from None

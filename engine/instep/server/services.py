@@ -80,27 +80,26 @@ def lay_foundation(
         tables: those of another version of the model, of the same sizes; None for new ones.
 
     Raises:
-        LimitsError: when the limits cannot serve this model.
-        CannotServe: when the process cannot be started.
+        CannotServe: when the limits cannot serve this model, or the process cannot be started.
         MemoryError, RuntimeError: when there is no room; torch raises the latter.
     """
     network, buckets = prepared.network, prepared.certification.buckets
     limits = effective_limits(config, buckets[-1], network.description.features, network.description.outputs)
-    zeros = shared_zeros if forks else float32_zeros
+    max_streams, zeros = config.engine.max_streams, shared_zeros if forks else float32_zeros
     if tables is None:
         tables = make_tables(
-            limits.max_streams,
-            limits.max_connections,
-            limits.window_frames,
+            max_streams,
+            config.limits.max_connections,
+            config.limits.window_frames,
             network.description.features,
             network.description.outputs,
-            limits.max_pending_frames,
+            config.limits.max_pending_frames,
             limits.max_block_frames,
             limits.credit_frames,
             zeros,
         )
     if stepper is None:
-        stepper = Stepper(network, buckets, limits.max_streams, prepared.device, zeros)
+        stepper = Stepper(network, buckets, max_streams, prepared.device, zeros)
     recheck_every = config.engine.recheck_every if prepared.certification.exactness == "exact" else 0
     recheck = Recheck(stepper, tables, recheck_every, zeros)
     executor = make_executor(config, recheck, buckets[-1], forks)
@@ -138,7 +137,7 @@ def make_service(
         log.debug("stream event", kind=kind, detail=detail, streams=len(streams) if names else 0, names=names)
 
     if former is None:
-        table = StreamTable(tables, _random_generations(limits.max_streams), time.time_ns())
+        table = StreamTable(tables, _random_generations(config.engine.max_streams), time.time_ns())
         origins, tombstones, events = Origins(tables), Tombstones(), EventLog(on_event=log_event)
     else:
         table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
@@ -153,7 +152,7 @@ def make_service(
         Journal(tables, table, wake),
         EngineLimits(
             limits.max_batch_size,
-            limits.max_queue_delay_ns,
+            config.engine.max_queue_delay_us * 1000,
             limits.max_block_frames,
             max_light_batch(config, limits.max_batch_size, foundation.forks),
         ),
@@ -198,7 +197,7 @@ def _about(config: Config, foundation: Foundation) -> About:
         buckets=certification.buckets,
         features=prepared.network.description.features,
         outputs=prepared.network.description.outputs,
-        max_streams=foundation.limits.max_streams,
+        max_streams=config.engine.max_streams,
         durability="memory" if config.recording.file is None else config.recording.durability,
     )
 
@@ -207,7 +206,8 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
     """A service as its connections see it."""
     prepared, limits, about = foundation.prepared, foundation.limits, service.about
     network = prepared.network
-    decoder = Decoder(network.description.features, network.state, limits.max_block_frames, limits.max_message_bytes)
+    max_message_bytes = config.transport.max_message_bytes
+    decoder = Decoder(about.features, network.state, limits.max_block_frames, max_message_bytes)
     info = ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=secrets.token_hex(8),
@@ -220,11 +220,11 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
         exactness=about.exactness,
         buckets=about.buckets,
         max_streams=about.max_streams,
-        max_message_bytes=limits.max_message_bytes,
+        max_message_bytes=max_message_bytes,
         max_block_frames=limits.max_block_frames,
         credit_frames=limits.credit_frames,
         max_idle_s=config.limits.max_idle_s,
-        window_frames=limits.window_frames,
+        window_frames=config.limits.window_frames,
         durability=about.durability,
         park_s=config.limits.park_s,
         output_names=prepared.model.output_names,

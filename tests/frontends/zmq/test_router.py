@@ -10,7 +10,8 @@ import pytest
 import zmq
 
 from instep.config import TransportConfig
-from instep.frontends.zmq.router import MOST_PARTS, CannotBind, Router, Sent
+from instep.frontends import CannotListen
+from instep.frontends.zmq.router import MOST_PARTS, Router, Sent
 from instep_client import AsyncClient
 from tests.support.models import SMALL
 from tests.support.running import running
@@ -20,7 +21,7 @@ from tests.support.running import running
 def bound(endpoint: str = "tcp://127.0.0.1:*") -> Iterator[Router]:
     try:
         router = Router(TransportConfig(endpoint=endpoint))
-    except CannotBind:
+    except CannotListen:
         if "[" in endpoint:
             pytest.skip("no IPv6 on this machine")
         raise
@@ -55,7 +56,7 @@ def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoint: str
 def test_a_path_at_which_another_process_listens_is_not_taken_away(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path / 'socket'}"
     with bound(endpoint):
-        with pytest.raises(CannotBind, match="Address already in use; is another server using it"):
+        with pytest.raises(CannotListen, match="Address already in use; is another server using it"):
             Router(TransportConfig(endpoint=endpoint))
     assert (tmp_path / "socket").is_socket()
     with bound(endpoint):

@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from instep.config import HttpConfig
 from instep.config.endpoint import host_and_port, is_loopback_host
+from instep.frontends import CannotListen
 from instep.frontends.http.answers import HttpError
 
 DEFAULT: Final = HttpConfig().endpoint
@@ -30,10 +31,6 @@ _KEEP_ALIVE_S: Final = 30
 _LINGER_S: Final = 0.5
 """Time that answers under way may take when the server ends."""
 _BACKLOG: Final = 128
-
-
-class CannotListen(Exception):
-    """The admin server cannot listen; the message says what to do."""
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket | None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instep.config import HttpConfig
 from instep.config.endpoint import is_loopback_host
+from instep.frontends import CannotListen
 from instep.frontends.http.answers import HttpError
 
 _METHODS: Final = ("GET", "HEAD")
@@ -39,15 +40,11 @@ _HEADERS: Final = {
 }
 
 
-class BadTokenFile(Exception):
-    """There is no usable token in the file; the message says what to do."""
-
-
 def read_token(config: HttpConfig) -> str | None:
     """The token that requests have to show; None without a token file, or where there is no admin server to need it.
 
     Raises:
-        BadTokenFile: with a sentence.
+        CannotListen: when there is no usable token in the file.
     """
     file = config.token_file
     if config.endpoint is None or file is None:
@@ -58,11 +55,11 @@ def read_token(config: HttpConfig) -> str | None:
             content = stream.read(_MOST_TOKEN_BYTES + 1)
         token = content.decode("ascii").strip()
     except OSError as error:
-        raise BadTokenFile(f"http.token_file {file} cannot be read: {error.strerror}; {advice}") from None
+        raise CannotListen(f"http.token_file {file} cannot be read: {error.strerror}; {advice}") from None
     except UnicodeDecodeError:
         token = ""
     if not re.fullmatch(rf"[!-~]{{{_LEAST_TOKEN},{_MOST_TOKEN_BYTES}}}", token):
-        raise BadTokenFile(
+        raise CannotListen(
             f"http.token_file {file} does not hold a token: one line of at least {_LEAST_TOKEN} printable ASCII "
             f"characters without spaces; {advice}"
         )

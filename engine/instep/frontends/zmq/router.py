@@ -13,6 +13,7 @@ from typing import Final, Protocol
 import zmq
 
 from instep.config import TransportConfig
+from instep.frontends import CannotListen
 from instep_client.protocol import multipart
 from instep_client.protocol.wire import FRAME_COUNT, Message
 
@@ -22,10 +23,6 @@ MOST_PARTS: Final = max(FRAME_COUNT.values())
 
 _SKIP_AT_ONCE: Final = 2000
 """Parts that are thrown away before the other work of the loop gets its turn."""
-
-
-class CannotBind(Exception):
-    """The endpoint cannot be bound; the message names it and says why."""
 
 
 class Sent(Enum):
@@ -60,7 +57,7 @@ class Router:
         config: the transport section of the configuration.
 
     Raises:
-        CannotBind: when the endpoint cannot be bound.
+        CannotListen: when the endpoint cannot be bound.
     """
 
     def __init__(self, config: TransportConfig) -> None:
@@ -81,7 +78,7 @@ class Router:
         except zmq.ZMQError as error:
             socket.close(linger=0)
             self._context.term()
-            raise CannotBind(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
+            raise CannotListen(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
         self._socket = socket
         self._is_skipping = False
         """Whether a message with too many parts is being thrown away."""
