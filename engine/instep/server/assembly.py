@@ -24,7 +24,7 @@ from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.loading import Loader
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
-from instep.server.recordings import open_recording, present_recording, record, recording_file, warn_of_others
+from instep.server.recordings import find_recording, open_recording, record
 from instep.server.server import Server
 from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
@@ -96,13 +96,10 @@ def _make_server(
     frontend = _frontend(config, router, loop, log)
     loop.frontends = [frontend]
     services: list[ModelService] = []
+    is_only = len(prepared) == 1
     for foundation in foundations:
-        name = foundation.prepared.model.name
-        its_log = log_of(name, len(foundations), log)
-        file = recording_file(config, name, len(foundations))
-        if file is not None:
-            first, file = file, present_recording(file, foundation.prepared.model.fingerprint)
-            warn_of_others(first, file, its_log)
+        its_log = log_of(foundation.prepared.model.name, log, is_only=is_only)
+        file = find_recording(config, foundation.prepared, its_log, is_only=is_only)
         services.append(make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
 
     # The recordings, last: nothing that can fail comes after them.

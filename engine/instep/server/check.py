@@ -24,7 +24,7 @@ from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import effective_limits
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe, Prepared, check_restartable, log_of, prepare
-from instep.server.recordings import present_recording, recording_file, recording_header, warn_of_others
+from instep.server.recordings import find_recording, recording_header
 
 
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
@@ -107,15 +107,13 @@ def check_models(
     Raises:
         CannotServe: when the server could not start.
     """
+    is_only = len(prepared) == 1
     try:
         for each in prepared:
             network = each.network.description
             effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
-            file = recording_file(config, each.model.name, len(prepared))
-            if file is not None:
-                of_model = log_of(each.model.name, len(prepared), log)
-                first, file = file, present_recording(file, each.model.fingerprint)
-                warn_of_others(first, file, of_model)
+            of_model = log_of(each.model.name, log, is_only=is_only)
+            if (file := find_recording(config, each, of_model, is_only=is_only)) is not None:
                 _check_recording(file, config, each, of_model, accept_numerics_change)
     except RecordingError as error:
         raise CannotServe(with_advice(error)) from None

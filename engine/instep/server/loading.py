@@ -41,8 +41,6 @@ from instep_client.protocol.wire import Code, Streams, SwapPolicy
 
 R = TypeVar("R")
 
-_SEVERAL: Final = 2
-"""A model that is loaded is never the only one."""
 _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
 _LONG_S: Final = 0.5
@@ -109,7 +107,7 @@ class Loader:
                 raise CannotServe(
                     f"a model of the name {name!r} is served already: unload it first, or name this one otherwise"
                 )
-            file = recording_file(self._server.config, name, _SEVERAL)
+            file = recording_file(self._server.config, name, is_only=False)
             made = await self._make(name, folder, file, log, undo)
             self._record(made)
             made.served.service.is_configured = self._is_configured(name, folder)
@@ -139,7 +137,7 @@ class Loader:
                 raise CannotServe(f"{name!r} is a former version, kept for the connections that it has")
             if kept_as and any(service.name == check_name(kept_as) for service in self._server.services):
                 raise CannotServe(f"{kept_as!r} has connections left from an earlier swap: unload it first")
-            file = recording_file(self._server.config, name, _SEVERAL)
+            file = recording_file(self._server.config, name, is_only=False)
             made = await self._make(
                 name, folder, None if file is None else next_recording(file), log, undo, former, policy
             )

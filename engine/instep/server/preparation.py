@@ -60,10 +60,12 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
             check_place(place)
             check_file(place)
         loaded = _load(config.model.folders)
-        candidates = _candidates(config.model, [model for model, _ in loaded])
+        is_only = len(loaded) == 1
+        check_candidates(config.model, [model.name for model, _ in loaded])
+        candidates = [find_candidate(config.model, each.name, each.description, is_only=is_only) for each, _ in loaded]
         return [
-            _prepared(config, model, path, log_of(model.name, len(loaded), log), candidates[model.name])
-            for model, path in loaded
+            _prepared(config, model, path, log_of(model.name, log, is_only=is_only), candidate)
+            for (model, path), candidate in zip(loaded, candidates, strict=True)
         ]
     except ModelError as error:
         raise CannotServe(str(error)) from None
@@ -134,12 +136,6 @@ def is_served(candidate: Path) -> str:
     return f"{candidate} is the version that is served now"
 
 
-def _candidates(wanted: ModelConfig, models: Sequence[Model]) -> dict[str, Version | None]:
-    check_candidates(wanted, [model.name for model in models])
-    is_only = len(models) == 1
-    return {each.name: find_candidate(wanted, each.name, each.description, is_only=is_only) for each in models}
-
-
 def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tuple[Version | None, str]:
     """The candidate that is to shadow another version of a model, or why it cannot any more."""
     try:
@@ -161,9 +157,9 @@ def _prepared(
     return Prepared(model, path, network, network.device, _certify(config, network, log), candidate)
 
 
-def log_of(name: str, models: int, log: structlog.stdlib.BoundLogger) -> structlog.stdlib.BoundLogger:
-    """A log of its own for what concerns one of so many models: it names the model, unless that is the only one."""
-    return log.bind(model=name) if models > 1 else log.bind()
+def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> structlog.stdlib.BoundLogger:
+    """A log of its own for what concerns one model: it names the model, unless that is the only one."""
+    return log.bind() if is_only else log.bind(model=name)
 
 
 def check_restartable(config: Config, prepared: Sequence[Prepared]) -> None:

@@ -36,16 +36,34 @@ _MOST_BYTES: Final = 200
 """Of a name that becomes a file's; SQLite and the lock add endings to it."""
 
 
-def recording_file(config: Config, name: str, models: int) -> Path | None:
-    """The recording of a model of that name, one of so many; None where nothing is recorded.
+def find_recording(
+    config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool
+) -> Path | None:
+    """The recording of the version of a model that is served; None where nothing is recorded.
 
-    It is recording.file, or NAME.instep in that where it is a folder.
+    The log, which names the model, says in which recordings of other versions streams are open that nobody serves.
+
+    Raises:
+        RecordingError: as `recording_file`, and when a recording of the model cannot be read.
+    """
+    first = recording_file(config, prepared.model.name, is_only=is_only)
+    if first is None:
+        return None
+    present = present_recording(first, prepared.model.fingerprint)
+    _warn_of_others(first, present, log)
+    return present
+
+
+def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
+    """The recording of the first version of a model of that name; None where nothing is recorded.
+
+    It is recording.file, or NAME.instep in that where it is a folder, as it has to be unless the model `is_only`.
 
     Raises:
         RecordingError: when several models would need one file, or the name is not one for a file.
     """
     place = config.recording.file
-    if place is None or (models == 1 and not place.is_dir()):
+    if place is None or (is_only and not place.is_dir()):
         return place
     if not place.is_dir():
         raise RecordingError(
@@ -74,15 +92,8 @@ def present_recording(file: Path, fingerprint: str) -> Path:
     return present
 
 
-def warn_of_others(file: Path, present: Path, log: structlog.stdlib.BoundLogger) -> None:
-    """Say which recordings of other versions of a model have open streams that nobody serves.
-
-    Args:
-        file: the recording of the model's first version.
-        present: that of the version that is served.
-        log: names the model.
-    """
-    for other in (file, *_later_recordings(file)):
+def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogger) -> None:
+    for other in (first, *_later_recordings(first)):
         if other == present or not other.is_file() or not other.stat().st_size or is_being_written(other):
             continue
         place = shlex.quote(str(other))
