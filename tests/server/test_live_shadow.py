@@ -284,7 +284,7 @@ async def test_a_server_that_ends_does_not_wait_until_a_candidate_is_read(
         may_end.wait(30)
 
     async with running(EARS, recording={"file": candidate.parent / "r.instep"}, engine=ENGINE) as server:
-        monkeypatch.setattr("instep.server.server.find_candidate", read_slowly)
+        monkeypatch.setattr("instep.server.live_shadow.find_candidate", read_slowly)
         wanted = replaced(server.config, {"folder": candidate, "shadow": candidate})
         reload(server, lambda: wanted, Threshold("info"), log_into([]), Kept())
         await until(is_read.is_set)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgpack
 import numpy as np
@@ -20,7 +19,6 @@ from instep.cli import app
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
 from instep.runtime.executor import ThreadExecutor
-from instep.server.loop import Loop
 from instep_client import AsyncClient, ConnectionFailed, Refused, StreamEvicted
 from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
@@ -208,22 +206,13 @@ async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
             gate.open()
 
 
-async def test_the_loop_polls_while_no_model_is_stepped_in_its_process(folder: Path) -> None:
-    engine = {**EXACT, "steps_in": "process", "busy_poll_us": 7}
-    loops: list[Loop] = []
-
-    def made(*arguments: Any) -> Loop:
-        loops.append(Loop(*arguments))
-        return loops[0]
-
-    with mock.patch("instep.server.assembly.Loop", made):
-        async with running(EARS, engine=engine) as server, AsyncClient(server.endpoint) as operator:
-            (loop,) = loops
-            assert loop.busy_poll_ns == 7000
+async def test_a_model_that_is_loaded_steps_in_the_servers_process(folder: Path) -> None:
+    """Where the loop does not poll meanwhile, see test_loop.py."""
+    async with running(EARS, engine={**EXACT, "steps_in": "process"}) as server:
+        async with AsyncClient(server.endpoint) as operator:
+            assert [service.steps_apart for service in server.services] == [True]
             await operator.load_model("vowels", folder)
-            assert loop.busy_poll_ns == 0
-            await operator.unload_model("vowels")
-            assert loop.busy_poll_ns == 7000
+            assert [service.steps_apart for service in server.services] == [True, False]
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ async def test_a_version_that_was_swapped_by_request_is_configured_once_the_conf
         kept = f"ears@{A.fingerprint[:8]}"
         assert configured() == {"ears": False, kept: True}
         wanted = server.config.model_validate(server.config.model_dump() | {"model": {"folder": new}}).model
-        server.reload_models(wanted)
+        server.loader.reload(wanted)
         while server.config.model != wanted:
             await asyncio.sleep(0.01)
         assert configured() == {"ears": True, kept: False}

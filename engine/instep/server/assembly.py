@@ -21,7 +21,6 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.execution import busy_poll_ns, steps_in_process
-from instep.server.loading import Loader
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
 from instep.server.recordings import find_recording, open_recording, record
@@ -91,8 +90,7 @@ def _make_server(
 
     # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
-    polls = all(foundation.forks for foundation in foundations)  # a thread that steps would lack the interpreter's lock
-    loop = Loop(busy_poll_ns(config) if polls else 0, shutdown.bug)
+    loop = Loop(busy_poll_ns(config), shutdown.bug)
     frontend = _frontend(config, router, loop, log)
     loop.frontends = [frontend]
     services: list[ModelService] = []
@@ -119,12 +117,12 @@ def _make_server(
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
-    server = Server(config, shutdown, loop, frontend, log)
+    configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
+    server = Server(config, shutdown, loop, frontend, log, configured)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
-    configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
-    frontend.operator = Loader(server, loop, shutdown, log, configured)
-    frontend.obeys_clients = is_loopback(config.transport.endpoint)
+    if is_loopback(config.transport.endpoint):
+        frontend.operator = server.loader
     if listener is not None:
         server.admin = AdminServer(listener, token, server, log)
     return server

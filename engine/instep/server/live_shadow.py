@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
+import structlog
+
+from instep.config import ModelConfig
+from instep.models.errors import ModelError
 from instep.server.background import BackgroundProcess
+from instep.server.beside import Beside
+from instep.server.preparation import CannotServe, check_candidates, find_candidate, is_served
 from instep.shadow import live
 from instep.streaming.candidate import CandidateStatus
 from instep.streaming.service import ModelService
@@ -88,3 +96,56 @@ class LiveShadow(BackgroundProcess):
 
 def _logged(difference: float) -> float | str:
     return float(f"{difference:.3g}") if math.isfinite(difference) else "not finite"
+
+
+class Shadows:
+    """The candidates of a server's models, each beside the recording of its model.
+
+    Args:
+        beside: where candidates are loaded that a reload names.
+        log: where the server says what it does.
+    """
+
+    def __init__(self, beside: Beside, log: structlog.stdlib.BoundLogger) -> None:
+        self._beside = beside
+        self._log = log
+        self._running: dict[ModelService, LiveShadow] = {}
+
+    def begin(self, service: ModelService) -> None:
+        """Shadow a model, if it has a candidate."""
+        if service.candidate is not None:
+            self._running[service] = LiveShadow(service)
+
+    async def end(self, service: ModelService, reason: str) -> None:
+        """Shadow a model no longer, if anything does."""
+        if service in self._running:
+            await self._running.pop(service).stop(reason)
+
+    async def follow(self, services: Iterable[ModelService], wanted: ModelConfig, names: Sequence[str]) -> None:
+        """Shadow the models of a configuration, which have these names, with the candidates that it names."""
+        try:
+            check_candidates(wanted, names)
+        except ModelError as error:
+            self._log.error("not reloaded", reason=str(error))
+            return
+        for service in services:
+            if service.name not in names:
+                continue
+            find = partial(find_candidate, wanted, service.name, service.about, is_only=len(names) == 1)
+            try:
+                found = await self._beside.do(find)
+            except CannotServe:  # the server ends
+                return
+            except Exception as error:  # no memory, or a folder with things in it that nobody thought of
+                reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+                self._log.error("not reloaded", reason=reason)
+                continue
+            present, candidate = service.candidate, found and CandidateStatus(*found, wanted.shadow_share)
+            if (present and not present.reason and present.key) == (candidate and candidate.key):
+                continue
+            if candidate is not None and candidate.fingerprint == service.about.fingerprint:
+                service.log.info("not shadowed", reason=is_served(candidate.folder))
+                candidate = None
+            await self.end(service, "the configuration has changed")
+            service.candidate = candidate
+            self.begin(service)

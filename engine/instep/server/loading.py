@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-import numpy as np
 import structlog
 
 from instep.config import ModelConfig
-from instep.core.typing import I64, U8
 from instep.frontends.zmq.served import Served
 from instep.models.errors import ModelError
 from instep.models.folder import check_name
-from instep.models.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.server.beside import Beside
 from instep.server.loop import Loop
-from instep.server.moving import begin_replay, check_sizes, settle
-from instep.server.preparation import CannotServe, Prepared, Version, prepare_another, versions
+from instep.server.moving import Moved, catch_up, check_sizes, move
+from instep.server.preparation import CannotServe, Version, prepare_another, versions
 from instep.server.recordings import next_recording, open_recording, present_recording, record, recording_file
-from instep.server.server import Server
-from instep.server.services import Foundation, lay_foundation, make_served, make_service
+from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal
 from instep.streaming.recovery import Recovery
 from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
-from instep.streaming.tasks import Tasks, in_daemon_thread
+from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import Code, Streams, SwapPolicy
 
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from instep.server.server import Server
 
-_SHORT_S: Final = 0.01
-"""A replay has caught up when it takes less to read and step what was recorded since the last time."""
-_LONG_S: Final = 0.5
-"""While nothing is received, it may not take more."""
-_TURN_S: Final = 0.0002
-"""Python's own is 5 ms, which every message that is served meanwhile could have to wait several times."""
 _KEEP: Final = SwapPolicy(Streams.KEEP)
 _FINGERPRINT: Final = 8
 """Digits of a fingerprint in a name."""
@@ -77,6 +66,7 @@ class Loader:
         server: Server,
         loop: Loop,
         shutdown: Shutdown,
+        beside: Beside,
         log: structlog.stdlib.BoundLogger,
         configured: Mapping[str, Version],
     ) -> None:
@@ -85,13 +75,10 @@ class Loader:
         self._server = server
         self._loop = loop
         self._shutdown = shutdown
+        self._beside = beside
         self._log = log
         self._configured = configured
         """The models that the configuration named when it was last read, by name."""
-        self._stepped_here = set[ModelService]()
-        """Models that were loaded, which step in threads of this process."""
-        self._busy_poll_ns = loop.busy_poll_ns
-        """Time to poll while there are none."""
         self._kept: set[ModelService] = set()
         """Versions that were replaced, and still serve the connections that they had."""
 
@@ -145,19 +132,16 @@ class Loader:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
                 self._kept.add(former.service)
-                await self._server.end_shadow(former.service, "another version is served now")
+                await self._server.shadows.end(former.service, "another version is served now")
             else:
-                lsn, ended = await self._move(former, made, policy, log)
+                moved = await self._move(former, made, policy, log)
             made.served.service.is_configured = self._is_configured(name, folder)
             self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
-        if not keeps:  # the new recording has them before the old one says that they have left
-            await made.served.service.engine.journal.committed(lsn)
-            numbers, next_seqs, states = ended
-            former.service.engine.journal.ended(numbers, "moved", next_seqs, states, np.zeros(len(numbers), np.bool_))
+        if not keeps:
+            await moved.end(former.service, made.served.service)
             await self._server.close(former.service)
-            self._stepped_here.discard(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
         log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=str(policy))
         _say_whether_shadowed(made, log)
@@ -177,9 +161,6 @@ class Loader:
             )
         self._kept.discard(service)
         await self._server.remove(name, f"the model {name!r} is unloaded")
-        self._stepped_here.discard(service)
-        if not self._stepped_here:
-            self._loop.busy_poll_ns = self._busy_poll_ns
         self._log.info("unloaded", model=name)
 
     def reload(self, wanted: ModelConfig) -> None:
@@ -193,7 +174,7 @@ class Loader:
     async def _reload(self, wanted: ModelConfig) -> None:
         loaded, swapped = list[str](), list[str]()
         try:
-            found = await self._in_thread(partial(versions, wanted.folders))
+            found = await self._beside.do(partial(versions, wanted.folders))
             served = {service.name for service in self._server.services}
             changed = [name for name, version in found.items() if version != self._configured.get(name)]
             for name in changed:
@@ -221,7 +202,7 @@ class Loader:
             _, fingerprint = found.get(service.name, (None, None))
             service.is_configured = service.about.fingerprint == fingerprint
         self._server.config = self._server.config.model_copy(update={"model": wanted})
-        await self._server.shadow_as(wanted, list(found), self._in_thread)
+        await self._server.shadows.follow(self._server.services, wanted, list(found))
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
@@ -243,25 +224,24 @@ class Loader:
     ) -> _Made:
         """A model that nobody uses yet; `former` is the version that it replaces."""
         config = self._server.config
-        with _short_turns():
-            prepared = await self._in_thread(
-                partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
-            )
+        prepared = await self._beside.do(
+            partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
+        )
         if former is not None and prepared.model.fingerprint == former.info.fingerprint:
             raise CannotServe(f"{folder} holds the version of {name!r} that is served already")
         moved = None
         if former is not None and policy.streams is not Streams.KEEP:
             check_sizes(former, prepared.network, policy)
             moved = former.service
-        with _short_turns():
-            foundation = await self._in_thread(partial(self._lay_foundation, prepared, moved))
+        tables = None if moved is None else moved.engine.tables
+        foundation = await self._beside.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
         if file is not None and former is None:
             file = present_recording(file, prepared.model.fingerprint)
         service = make_service(config, foundation, file, self._loop.wake, self._shutdown.bug, log, moved)
         opened = None
         if file is not None:
-            opened = writer, recovery = await self._in_thread(
+            opened = writer, recovery = await self._beside.do(
                 partial(
                     open_recording, file, config, prepared, service, foundation.stepper, accept_numerics_change=False
                 )
@@ -274,87 +254,24 @@ class Loader:
     def _is_configured(self, name: str, folder: Path) -> bool:
         return name in self._configured and self._configured[name][0] == folder.resolve()
 
-    def _lay_foundation(self, prepared: Prepared, moved: ModelService | None) -> Foundation:
-        prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
-        tables = None if moved is None else moved.engine.tables
-        return lay_foundation(self._server.config, prepared, forks=False, tables=tables)
-
-    async def _in_thread(self, work: Callable[[], R]) -> R:
-        """Do what takes long beside the loop; the end of the server does not wait for it."""
-        working = asyncio.ensure_future(in_daemon_thread(work, "instep-loader"))
-        ending = asyncio.ensure_future(self._shutdown.requested.wait())
-        try:
-            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise CannotServe("the server is shutting down")
-            return working.result()
-        finally:
-            working.cancel()
-            ending.cancel()
-
     def _record(self, made: _Made) -> None:
         if made.opened is not None:
             record(made.served.service, *made.opened, self._server.config, self._loop, self._shutdown)
-        self._stepped_here.add(made.served.service)
-        self._loop.busy_poll_ns = 0  # the thread that steps would lack the interpreter's lock
 
-    async def _move(
-        self, former: Served, made: _Made, policy: SwapPolicy, log: structlog.stdlib.BoundLogger
-    ) -> tuple[int, tuple[I64, I64, U8]]:
-        """Let all streams continue in another version; everything that was received before was answered by the former.
-
-        Returns:
-            lsn: what the new recording must have committed before the streams may end in the old one.
-            ended: by stream, its number in the old recording, its next seq and its state.
-        """
-        old, new = former.service, made.served.service
-        replay = None
+    async def _move(self, former: Served, made: _Made, policy: SwapPolicy, log: structlog.stdlib.BoundLogger) -> Moved:
+        """Let all streams and connections continue in another version."""
+        old, replay = former.service, None
         if policy.streams is Streams.REPLAY:
-            replay = begin_replay(old, made.stepper, policy.frames)
-            await self._catch_up(replay, log)
+            assert old.file is not None, "`check_sizes` has refused it"
+            replay = WarmUpReplay(old.file, made.stepper, len(old.engine.table.owner) - 1, policy.frames)
+            log.info("replaying")
+            await catch_up(replay, self._beside)
         paused_s = time.monotonic()
         with self._server.paused():
-            await settle(old)
-            if replay is not None:
-                await old.engine.journal.committed(old.engine.journal.newest)
-                await self._in_thread(partial(self._follow, replay))
-                await settle(old)  # streams may have gone to sleep meanwhile
-            # From here on nothing waits, so nothing changes.
-            old.withdrawal.tick(time.monotonic())  # its recording says what its last recheck has found
-            engine, table = new.engine, new.engine.table
-            slots = table.open_slots()
-            names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
-            last_states = states = old.states.access.read(slots)
-            if replay is not None:
-                states, first_seqs = replay.states(numbers, next_seqs)
-            new.states.access.load(slots, states)
-            self._record(made)
-            lsn = engine.journal.opened(slots, names, states)
-            if replay is not None:
-                engine.journal.replayed(slots, first_seqs)
-            # The next checkpoint has their frames too whose outputs the clients may lack.
-            engine.journal.dirty.mark_dirty(slots)
-            new.tasks.start(new.checkpoints.take())
+            moved = await move(old, made.served.service, replay, self._beside, partial(self._record, made))
             self._server.replace(former, made.served, "")
-            engine.events.add_all("moved", names, made.served.info.fingerprint, next_seqs)
-        log.info("moved", streams=len(slots), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
-        return lsn, (numbers, next_seqs, last_states)
-
-    async def _catch_up(self, replay: WarmUpReplay, log: structlog.stdlib.BoundLogger) -> None:
-        """Replay until little is left to do while nothing is received; the old version serves meanwhile."""
-        log.info("replaying")
-        frames, took_s, before_s = 0, 0.0, math.inf
-        while took_s == 0 or _SHORT_S < took_s < before_s / 2:  # as long as each time leaves much less for the next
-            began_s, before_s = time.monotonic(), took_s or math.inf
-            with _short_turns():
-                frames = await self._in_thread(partial(self._follow, replay))
-            took_s = time.monotonic() - began_s
-        if frames and took_s > _LONG_S:  # without any it has caught up, on a machine with too much to do
-            raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
-
-    def _follow(self, replay: WarmUpReplay) -> int:
-        prepare_numerics(self._server.config.engine.threads)  # torch counts threads by thread
-        return replay.follow()
+        log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
+        return moved
 
     @contextmanager
     def _undone(self, log: structlog.stdlib.BoundLogger) -> Iterator[ExitStack]:
@@ -378,14 +295,3 @@ class Loader:
 def _say_whether_shadowed(made: _Made, log: structlog.stdlib.BoundLogger) -> None:
     if made.not_shadowed:
         log.info("not shadowed", reason=made.not_shadowed)
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """While the block runs, a thread that certifies gives the interpreter's lock back to the loop sooner than usual."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(_TURN_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)

@@ -30,7 +30,7 @@ class Loop:
     to other programs, so it is idle time that is used up, and power.
 
     Args:
-        busy_poll_ns: how long to poll; 0 for not at all.
+        busy_poll_ns: how long to poll while every model steps in a process of its own; 0 for not at all.
         on_bug: told of an exception in a turn: clients would wait for what it did not do.
     """
 
@@ -38,7 +38,7 @@ class Loop:
         self.frontends: Sequence[Frontend] = ()
         self._services: deque[ModelService] = deque()
         """The one that the next turn begins with is the first."""
-        self.busy_poll_ns = busy_poll_ns
+        self._busy_poll_ns = busy_poll_ns
         self.busy_ns = 0
         """Time that turns took; polling is not counted."""
         self._on_bug = on_bug
@@ -151,10 +151,12 @@ class Loop:
             return False
 
     def _poll(self) -> None:
-        """Something happened: poll from now on, unless what is under way takes longer than that anyway."""
-        if any(service.engine.expected_ns >= self.busy_poll_ns for service in self._services):
+        """Something happened: poll from now on, unless that delays a step, or what is under way takes longer anyway."""
+        if any(
+            not service.steps_apart or service.engine.expected_ns >= self._busy_poll_ns for service in self._services
+        ):
             return
-        self._poll_until_ns = time.monotonic_ns() + self.busy_poll_ns
+        self._poll_until_ns = time.monotonic_ns() + self._busy_poll_ns
         if not self._is_polling:
             self._is_polling = True
             self._loop.call_soon(self._poll_slice)

@@ -1,14 +1,20 @@
-"""Demands of a swap on a model whose streams are to continue in another version of it."""
+"""Streams that continue in another version of their model, from the states that they have or by a replay."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
+from instep.core.typing import I64, U8
 from instep.frontends.zmq.served import Served
 from instep.models.base import RecurrentModel
-from instep.runtime.stepper import Stepper
+from instep.server.beside import Beside
 from instep.server.preparation import CannotServe
 from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
@@ -17,6 +23,28 @@ from instep_client.protocol.wire import Streams, SwapPolicy
 _MOST_PAUSE_S: Final = 1.0
 """Time in which nothing is received, so that what was received before can end and streams can be moved."""
 _LOOK_S: Final = 0.0005
+_SHORT_S: Final = 0.01
+"""A replay has caught up when it takes less to read and step what was recorded since the last time."""
+_LONG_S: Final = 0.5
+"""While nothing is received, it may not take more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Streams that have left a version of their model."""
+
+    lsn: int
+    """What the other version's recording must have committed before the streams may end in theirs."""
+    numbers: I64
+    """int64 [N], in their recording."""
+    next_seqs: I64
+    states: U8
+
+    async def end(self, old: ModelService, new: ModelService) -> None:
+        """Say in the recording of the old version that they have left, once that of the new one has them."""
+        await new.engine.journal.committed(self.lsn)
+        none_lost = np.zeros(len(self.numbers), np.bool_)
+        old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
 
 
 def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> None:
@@ -47,13 +75,68 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         )
 
 
-def begin_replay(service: ModelService, stepper: Stepper, frames: int) -> WarmUpReplay:
-    """A replay of the newest frames of each stream of a service that is recorded, in another version of its model."""
-    assert service.file is not None, "`check_sizes` has refused it"
-    return WarmUpReplay(service.file, stepper, len(service.engine.table.owner) - 1, frames)
+async def catch_up(replay: WarmUpReplay, beside: Beside) -> None:
+    """Replay until little is left to do while nothing is received; the old version serves meanwhile.
+
+    Raises:
+        CannotServe: when frames arrive too quickly for that.
+    """
+    frames, took_s, before_s = 0, 0.0, math.inf
+    while took_s == 0 or _SHORT_S < took_s < before_s / 2:  # as long as each time leaves much less for the next
+        began_s, before_s = time.monotonic(), took_s or math.inf
+        frames = await beside.do(replay.follow)
+        took_s = time.monotonic() - began_s
+    if frames and took_s > _LONG_S:  # without any it has caught up, on a machine with too much to do
+        raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
 
 
-async def settle(service: ModelService) -> None:
+async def move(
+    old: ModelService,
+    new: ModelService,
+    replay: WarmUpReplay | None,
+    beside: Beside,
+    begin_recording: Callable[[], None],
+) -> Moved:
+    """Let all streams continue in another version; everything that was received before is answered by the old one.
+
+    Nothing is received meanwhile.
+
+    Args:
+        old: has the streams.
+        new: has the tables of the old one, and is not served yet.
+        replay: gives the states there; None to take those that the streams have.
+        beside: where the rest is replayed.
+        begin_recording: lets the new version record.
+
+    Raises:
+        CannotServe: when it takes too long, or there is no room for all streams.
+    """
+    await _settle(old)
+    if replay is not None:
+        await old.engine.journal.committed(old.engine.journal.newest)
+        await beside.do(replay.follow)
+        await _settle(old)  # streams may have gone to sleep meanwhile
+    # From here on nothing waits, so nothing changes.
+    old.withdrawal.tick(time.monotonic())  # its recording says what its last recheck has found
+    engine, table = new.engine, new.engine.table
+    slots = table.open_slots()
+    names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
+    last_states = states = old.states.access.read(slots)
+    if replay is not None:
+        states, first_seqs = replay.states(numbers, next_seqs)
+    new.states.access.load(slots, states)
+    begin_recording()
+    lsn = engine.journal.opened(slots, names, states)
+    if replay is not None:
+        engine.journal.replayed(slots, first_seqs)
+    # The next checkpoint has their frames too whose outputs the clients may lack.
+    engine.journal.dirty.mark_dirty(slots)
+    new.tasks.start(new.checkpoints.take())
+    engine.events.add_all("moved", names, new.about.fingerprint, next_seqs)
+    return Moved(lsn, numbers, next_seqs, last_states)
+
+
+async def _settle(service: ModelService) -> None:
     """Wait until all that was received for a model is answered and all of its streams are in memory.
 
     Nothing is received meanwhile. No stream leaves memory before the caller's next wait.
@@ -76,7 +159,5 @@ async def settle(service: ModelService) -> None:
         if not len(hibernation):
             return
         await hibernation.wake([name for name, _, _ in hibernation.asleep(0, len(hibernation))])
-        if service.is_quiet and not service.reaper.is_detaching and not len(hibernation):
-            return
-        if time.monotonic() > until:
+        if len(hibernation) and time.monotonic() > until:
             raise CannotServe("streams hibernate that cannot be read: swap it with --streams keep")

@@ -76,7 +76,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
 def prepare_another(
     config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger, *, is_only: bool
 ) -> Prepared:
-    """Load, check and certify a model for a server that has others already; called in a thread beside them.
+    """Load, check and certify a model for a server that has others already, in a thread beside them.
 
     Its candidate is left out where it cannot shadow this version.
 
@@ -90,7 +90,6 @@ def prepare_another(
     Raises:
         CannotServe: with a sentence.
     """
-    prepare_numerics(config.engine.threads)  # torch counts threads by thread
     try:
         model = replace(load_model(folder), name=check_name(name))
         candidate, reason = _candidate_left(config.model, model, is_only=is_only)

@@ -82,7 +82,7 @@ def reload(
     try:
         wanted = reread()
         server.configure(_with_values(running, _changeable(wanted)))
-        server.reload_models(wanted.model)
+        server.loader.reload(wanted.model)
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))

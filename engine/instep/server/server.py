@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,21 +14,21 @@ from typing import Final
 
 import structlog
 
-from instep.config import Config, ModelConfig
+from instep.config import Config
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
-from instep.models.errors import ModelError
 from instep.recording.recorder import Recorder
+from instep.server.beside import Beside
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
-from instep.server.live_shadow import LiveShadow
+from instep.server.live_shadow import Shadows
 from instep.server.live_verification import LiveVerification
+from instep.server.loading import Loader
 from instep.server.loop import Loop
-from instep.server.preparation import Version, check_candidates, find_candidate, is_served
+from instep.server.preparation import Version
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
-from instep.streaming.candidate import CandidateStatus
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread
 
@@ -49,6 +49,7 @@ class Server:
         loop: turns of the engines.
         frontend: the ZeroMQ front end.
         log: where the server says what it does.
+        configured: the models that the configuration names, by name.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Server:
         loop: Loop,
         frontend: ZmqFrontend,
         log: structlog.stdlib.BoundLogger,
+        configured: Mapping[str, Version],
     ) -> None:
         self.config = config
         self.unanswered_messages = 0
@@ -73,7 +75,9 @@ class Server:
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
         self._verifications: dict[ModelService, LiveVerification] = {}
-        self._shadows: dict[ModelService, LiveShadow] = {}
+        beside = Beside(config.engine.threads, shutdown)
+        self.shadows = Shadows(beside, log)
+        self.loader = Loader(self, loop, shutdown, beside, log, configured)
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -136,50 +140,7 @@ class Server:
         self._turns.add(service)
         if service.verification is not None:
             self._verifications[service] = LiveVerification(service)
-        self._begin_shadow(service)
-
-    def _begin_shadow(self, service: ModelService) -> None:
-        if service.candidate is not None:
-            self._shadows[service] = LiveShadow(service)
-
-    async def shadow_as(
-        self,
-        wanted: ModelConfig,
-        names: Sequence[str],
-        in_thread: Callable[[Callable[[], Version | None]], Awaitable[Version | None]],
-    ) -> None:
-        """Shadow the models of a configuration, which have these names, with the candidates that it names."""
-        try:
-            check_candidates(wanted, names)
-        except ModelError as error:
-            self._log.error("not reloaded", reason=str(error))
-            return
-        for service in self.services:
-            if service.name not in names:
-                continue
-            present, find = service.candidate, partial(find_candidate, wanted, service.name, service.about)
-            try:
-                found = await in_thread(partial(find, is_only=len(names) == 1))
-            except Exception as error:  # no memory, or a folder with things in it that nobody thought of
-                if self.is_draining:
-                    return
-                reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-                self._log.error("not reloaded", reason=reason)
-                continue
-            candidate = None if found is None else CandidateStatus(*found, wanted.shadow_share)
-            if (present and not present.reason and present.key) == (candidate and candidate.key):
-                continue
-            if candidate is not None and candidate.fingerprint == service.about.fingerprint:
-                service.log.info("not shadowed", reason=is_served(candidate.folder))
-                candidate = None
-            await self.end_shadow(service, "the configuration has changed")
-            service.candidate = candidate
-            self._begin_shadow(service)
-
-    async def end_shadow(self, service: ModelService, reason: str) -> None:
-        """Shadow a model no longer, if anything does."""
-        if service in self._shadows:
-            await self._shadows.pop(service).stop(reason)
+        self.shadows.begin(service)
 
     def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
@@ -224,11 +185,6 @@ class Server:
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
         for served in frontend.models.values():
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
-
-    def reload_models(self, wanted: ModelConfig) -> None:
-        """Load, swap and unload models until they are those of another configuration; it takes a while."""
-        if self._frontend.operator is not None:
-            self._frontend.operator.reload(wanted)
 
     def reorder(self, names: Sequence[str]) -> None:
         """List the models of these names first; the first one is for connections that name none."""
@@ -279,8 +235,7 @@ class Server:
                     served.service.tick(now_ns)
                     if reason := served.service.withdrawal.tick(now_ns / 1e9):
                         self._withdraw_exact(served, reason)
-                if self._frontend.operator is not None:
-                    self._frontend.operator.tick()
+                self.loader.tick()
                 self._turns.wake()
             except Exception as error:
                 self._shutdown.bug(error)
@@ -293,8 +248,7 @@ class Server:
 
     @property
     def _is_quiet(self) -> bool:
-        operator = self._frontend.operator
-        return all(service.is_quiet for service in self.services) and (operator is None or not len(operator.tasks))
+        return all(service.is_quiet for service in self.services) and not len(self.loader.tasks)
 
     async def _drain(self) -> None:
         self._turns.wake()  # a batch that was held goes now
@@ -329,8 +283,7 @@ class Server:
                 closing.callback(self._frontend.go_away, reason)
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
-                if self._frontend.operator is not None:
-                    closing.callback(self._frontend.operator.tasks.cancel)
+                closing.callback(self.loader.tasks.cancel)
                 closing.callback(self._turns.stop)
         except Exception as error:
             self._shutdown.bug(error)
@@ -348,7 +301,7 @@ class Server:
         closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
         for service in services:
             reason = "the server ends" if self.is_draining else "this version of the model is served no longer"
-            closing.push_async_callback(self.end_shadow, service, reason)
+            closing.push_async_callback(self.shadows.end, service, reason)
             closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_verifications(self, verifications: Sequence[LiveVerification], *, finishes: bool) -> None:

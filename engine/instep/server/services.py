@@ -179,6 +179,7 @@ def make_service(
         tasks=tasks,
         log=log,
         about=_about(config, foundation),
+        steps_apart=foundation.forks,
         file=file,
         verification=Verification() if config.verify.live else None,
         candidate=None if candidate is None else CandidateStatus(*candidate, config.model.shadow_share),

@@ -73,6 +73,8 @@ class ModelService:
     log: structlog.stdlib.BoundLogger
     """Names the model in every line, where the server has several."""
     about: About
+    steps_apart: bool = False
+    """Whether it steps in a process of its own, where polling keeps no interpreter's lock from it."""
     file: Path | None = None
     """Its recording."""
     recorder: Recorder | None = None

@@ -14,7 +14,6 @@ from typing import Final, Protocol
 import numpy as np
 import structlog
 
-from instep.config import ModelConfig
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import hello, text
 from instep.frontends.zmq.peers import Outbound, Peer
@@ -49,12 +48,6 @@ class Operator(Protocol):
     async def unload(self, name: str, *, force: bool) -> None:
         """Serve a model no longer, if none of its streams is in use, or although some are."""
 
-    def reload(self, wanted: ModelConfig) -> None:
-        """Begin to load, swap and unload models until they are those of another configuration."""
-
-    def tick(self) -> None:
-        """Do what is due now and then."""
-
 
 class ZmqFrontend:
     """The ROUTER socket's side of the engines.
@@ -77,9 +70,7 @@ class ZmqFrontend:
         self.models: dict[str, Served] = {}
         """By name. Connections that name none get the first one."""
         self.operator: Operator | None = None
-        """Who loads, swaps and unloads models."""
-        self.obeys_clients = False
-        """Whether clients may ask for that."""
+        """Who loads, swaps and unloads models when clients ask for it; None where they may not."""
         self.is_paused = False
         """While True, messages wait in ZeroMQ: streams are being moved."""
         self._max_connections = max_connections
@@ -275,7 +266,7 @@ class ZmqFrontend:
         self.outbound.send(peer, encode.served(header.request, models))
 
     def _operator_for(self, peer: Peer) -> Operator:
-        if self.operator is None or not self.obeys_clients:
+        if self.operator is None:
             raise Refusal(
                 Code.NOT_ALLOWED, "models are loaded, swapped and unloaded only where its endpoint is a loopback one"
             )

@@ -1,0 +1,57 @@
+"""Work that takes long, in a thread beside the loop that serves."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from instep.models.numerics import prepare as prepare_numerics
+from instep.server.preparation import CannotServe
+from instep.server.shutdown import Shutdown
+from instep.streaming.tasks import in_daemon_thread
+
+R = TypeVar("R")
+
+_TURN_S: Final = 0.0002
+"""After which the thread gives the interpreter's lock back to the loop. Python's own is 5 ms, which every message that
+is served meanwhile could have to wait several times."""
+
+
+class Beside:
+    """Does one thing at a time that takes long; the end of the server does not wait for it.
+
+    Args:
+        threads: torch's, in the work.
+        shutdown: says when the server ends.
+    """
+
+    def __init__(self, threads: int, shutdown: Shutdown) -> None:
+        self._threads = threads
+        self._shutdown = shutdown
+
+    async def do(self, work: Callable[[], R]) -> R:
+        """Return or raise what `work` does.
+
+        Raises:
+            CannotServe: when the server ends before that.
+        """
+
+        def run() -> R:
+            prepare_numerics(self._threads)  # torch counts threads by thread
+            return work()
+
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN_S)
+        working = asyncio.ensure_future(in_daemon_thread(run, "instep-loader"))
+        ending = asyncio.ensure_future(self._shutdown.requested.wait())
+        try:
+            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise CannotServe("the server is shutting down")
+            return working.result()
+        finally:
+            working.cancel()
+            ending.cancel()
+            sys.setswitchinterval(usual)
