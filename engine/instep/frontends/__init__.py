@@ -10,7 +10,7 @@ class CannotListen(Exception):
 
 
 class Frontend(Protocol):
-    """Where producers connect."""
+    """Where producers connect, as the loop sees it."""
 
     @property
     def signal_fd(self) -> int | None:
@@ -20,10 +20,6 @@ class Frontend(Protocol):
     def is_readable(self) -> bool:
         """Whether something has arrived; where nothing has, the next arrival is signalled."""
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether everything that was delivered is on its way, and no request waits."""
-
     def receive(self, budget_ns: int) -> bool:
         """Take what has arrived, for about that long; whether there was anything.
 
@@ -31,12 +27,3 @@ class Frontend(Protocol):
         nothing more is taken in this turn; the loop receives again when the request has begun. So what came before it
         is admitted before it, and what came after it is taken after it.
         """
-
-    def tick(self, now_ns: int) -> None:
-        """Do what is due now and then: retry blocked replies, find dead peers."""
-
-    def go_away(self, reason: str) -> None:
-        """Tell every origin that the server ends."""
-
-    def close(self) -> None:
-        """Close the sockets."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class InProcessFrontend:
         self._reaper = reaper
         self._tasks = tasks
         self._wake = wake
-        self._arrived: deque[Frames | Callable[[], Awaitable[None]]] = deque()
+        self._arrived: deque[Frames | Callable[[], Coroutine[Any, Any, None]]] = deque()
 
     @property
     def features(self) -> int:
@@ -163,26 +163,12 @@ class InProcessFrontend:
     def is_readable(self) -> bool:
         return bool(self._arrived)
 
-    @property
-    def is_idle(self) -> bool:
-        return not self._arrived
-
     def receive(self, budget_ns: int) -> bool:
         has_arrived = bool(self._arrived)
         while self._arrived:
             arrived = self._arrived.popleft()
-            if isinstance(arrived, Frames):
-                self._engine.submit(arrived)
-            else:
-                self._tasks.start(arrived())  # type: ignore[arg-type]
+            if not isinstance(arrived, Frames):
+                self._tasks.start(arrived())
                 break
+            self._engine.submit(arrived)
         return has_arrived
-
-    def tick(self, now_ns: int) -> None:
-        """Nothing is due."""
-
-    def go_away(self, reason: str) -> None:
-        """Origins in this process know."""
-
-    def close(self) -> None:
-        """Nothing is open."""

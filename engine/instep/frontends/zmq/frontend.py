@@ -134,10 +134,6 @@ class ZmqFrontend:
     def is_readable(self) -> bool:
         return not self.is_paused and self.router.is_readable
 
-    @property
-    def is_idle(self) -> bool:
-        return self.outbound.is_empty and not self._requests
-
     def receive(self, budget_ns: int) -> bool:
         if self.is_paused:
             return False
@@ -150,13 +146,23 @@ class ZmqFrontend:
                 break
         return frames is not None
 
+    # ── As the server sees it ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was delivered is on its way, and no request waits."""
+        return self.outbound.is_empty and not self._requests
+
     def tick(self, now_ns: int) -> None:
+        """Do what is due now and then: retry blocked replies, find dead peers."""
         self.outbound.tick(now_ns, self._probe_after_ns)
 
     def go_away(self, reason: str) -> None:
+        """Tell every peer that the server ends."""
         self.outbound.say_last(encode.goodbye(reason))
 
     def close(self) -> None:
+        """Close the socket."""
         self.router.close()
 
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
