@@ -193,12 +193,12 @@ class Node:
         operations = _WatchedOperations(engine, states, self.hibernation, tombstones, self.tasks)
         engine.watcher = operations.watcher = self._watcher
         operations.hibernation = self.hibernation
-        self._reaper = Reaper(engine, operations, self.hibernation, limits)
+        self._reaper = Reaper(engine, operations, self.hibernation)
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)
         self._frontend = ZmqFrontend(router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([]))
-        listing = Listing(table, self.hibernation, limits)
+        listing = Listing(table, self.hibernation)
         log = log_into([])
         withdrawal = Withdrawal(Recheck(stepper, tables, 0), engine, log)
         service = ModelService(

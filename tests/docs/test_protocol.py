@@ -22,7 +22,7 @@ from instep.frontends.zmq import encode
 from instep.models.folder import make_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
-from instep.streaming.listing import ListedPage
+from instep.streaming.listing import ListedPage, StreamStatus
 from instep_client import replies as readers
 from instep_client.protocol import step_messages, wire
 from instep_client.protocol.errors import MalformedMessage
@@ -161,8 +161,10 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "LISTED": encode.listed(
         18,
         ListedPage(
-            ["mic-4", "mic-5"],
-            np.array([[3, 2_000_000, 3_598_000_000, 1, 0], [wire.UNKNOWN, 9_000_000, wire.UNKNOWN, 3, 0]], np.uint64),
+            [
+                ("mic-4", StreamStatus(wire.Place.CONNECTED, 1, 3, 0, 2_000_000_000, 3_598_000_000_000)),
+                ("mic-5", StreamStatus(wire.Place.HIBERNATING, 2, None, 0, 9_000_000_000, None)),
+            ],
             cursor=0,
         ),
     ),

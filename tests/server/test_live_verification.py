@@ -178,7 +178,7 @@ async def test_everything_is_verified_whatever_happens_to_the_streams(
         await streams[1].reset()
         await streams[2].reset((await client.snapshot("s3")).state)
         await step_all([*streams, fork], frames(rng, 30, 7))
-        await until(lambda: server.default.listing.hibernating_count == 7)
+        await until(lambda: len(server.default.operations.hibernation) == 7)
         await step_all([*streams, fork], frames(rng, 30, 7))
         await streams[4].close()
         stepped = server.default.engine.stats.frames_total

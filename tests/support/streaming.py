@@ -227,7 +227,7 @@ class StreamingEngine:
             wake_at_once,
         )
         self.operations = StreamOperations(self.engine, self.states, self.hibernation, tombstones, self.tasks)
-        self.reaper = Reaper(self.engine, self.operations, self.hibernation, idle, reap_at_once)
+        self.reaper = Reaper(self.engine, self.operations, self.hibernation, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
         log = log_into([])
         self.loop.add(
@@ -239,7 +239,7 @@ class StreamingEngine:
                 self.states,
                 Checkpoints(self.engine, self.states, self.tasks, 10**18),
                 Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
-                Listing(self.table, self.hibernation, idle),
+                Listing(self.table, self.hibernation),
                 self.tasks,
                 log,
                 ABOUT,

@@ -145,10 +145,10 @@ async def _settle(service: ModelService) -> None:
         CannotServe: when that takes too long, or there is no room for all of them.
     """
     hibernation, table = service.operations.hibernation, service.engine.table
-    asleep, free = len(hibernation), table.slots.free_count
-    if asleep > free:
+    free = table.slots.free_count
+    if len(hibernation) > free:
         raise CannotServe(
-            f"{asleep} streams hibernate, and there is room in memory for {free}: swap it with --streams keep"
+            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: swap it with --streams keep"
         )
     until = time.monotonic() + _MOST_PAUSE_S
     while True:
@@ -156,8 +156,8 @@ async def _settle(service: ModelService) -> None:
             if time.monotonic() > until:
                 raise CannotServe(f"what was admitted took longer than {_MOST_PAUSE_S:g} s: try again")
             await asyncio.sleep(_LOOK_S)
-        if not len(hibernation):
+        if not hibernation:
             return
-        await hibernation.wake([name for name, _, _ in hibernation.asleep(0, len(hibernation))])
-        if len(hibernation) and time.monotonic() > until:
+        await hibernation.wake(list(hibernation))
+        if hibernation and time.monotonic() > until:
             raise CannotServe("streams hibernate that cannot be read: swap it with --streams keep")

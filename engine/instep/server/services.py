@@ -162,20 +162,19 @@ def make_service(
         asyncio.get_running_loop().call_later,
         wake,
     )
-    idle = idle_limits(config)
     states = StreamStates(engine, stepper, wake, log_failure)
-    hibernation = Hibernation(engine, states, tombstones, _loader(file), idle, tasks)
+    hibernation = Hibernation(engine, states, tombstones, _loader(file), idle_limits(config), tasks)
     operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
     operations.parked_make_room = config.limits.parked_make_room
     return ModelService(
         name=foundation.prepared.model.name,
         engine=engine,
         operations=operations,
-        reaper=Reaper(engine, operations, hibernation, idle),
+        reaper=Reaper(engine, operations, hibernation),
         states=states,
         checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
         withdrawal=Withdrawal(foundation.recheck, engine, log),
-        listing=Listing(table, hibernation, idle),
+        listing=Listing(table, hibernation),
         tasks=tasks,
         log=log,
         about=_about(config, foundation),

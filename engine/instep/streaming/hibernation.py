@@ -31,8 +31,8 @@ AT_ONCE: Final = 1024
 """Streams that leave memory in one tick, that come back before the loop gets its turn, or whose age is looked at."""
 
 
-class Hibernation:
-    """The streams that are open and not in memory.
+class Hibernation(Mapping[str, Sleeper]):
+    """The streams that are open and not in memory, by name; those that went to sleep first at the beginning.
 
     `load` reads open streams from the recording by their numbers.
     """
@@ -57,7 +57,6 @@ class Hibernation:
         self._tasks = tasks
         self._at_once = at_once
         self._asleep: dict[str, Sleeper] = {}
-        """By name, those that went to sleep first at the beginning."""
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to wake or to end."""
         self._newest_lsn = 0
@@ -67,28 +66,14 @@ class Hibernation:
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._asleep
+    def __getitem__(self, name: str) -> Sleeper:
+        return self._asleep[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._asleep)
 
     def __len__(self) -> int:
         return len(self._asleep)
-
-    def asleep(self, first: int, count: int) -> list[tuple[str, int, bool]]:
-        """Some of them, those that went to sleep first at the beginning.
-
-        Returns:
-            Name, since when (ns) it is idle or its connection gone, and whether it has an owner.
-        """
-        some = islice(self._asleep.items(), first, first + count)
-        return [(name, asleep.since_ns, asleep.owner is not None) for name, asleep in some]
-
-    def names(self) -> list[str]:
-        """Of all of them."""
-        return list(self._asleep)
-
-    def find(self, name: str) -> Sleeper | None:
-        """The stream of that name, if it hibernates."""
-        return self._asleep.get(name)
 
     @property
     def is_possible(self) -> bool:

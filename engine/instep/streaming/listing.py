@@ -1,32 +1,50 @@
-"""Lists of open streams, page by page, for people who look after a server."""
+"""Open streams as people see them who look after a server: one by its name, or page by page."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from itertools import islice
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.tables import NO_OWNER
-from instep.core.typing import I64, U64
+from instep.core.tables import NO_OWNER, SCRATCH_SLOT
+from instep.core.typing import I64
 from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import IdleLimits
-from instep_client.protocol.codes import UNKNOWN, Place
+from instep_client.protocol.codes import Place
 
 SCANNED: Final = 4096
 """Streams that one page looks at: no page keeps the loop for long, and one may show nothing and not be the last."""
-_Row: TypeAlias = tuple[int, int, int, int, int]
+
+
+class StreamStatus(NamedTuple):
+    """An open stream at one moment."""
+
+    place: Place
+    owner: int | None
+    """The number of its connection; None where that is gone."""
+    next_seq: int | None
+    """None while it hibernates."""
+    pending: int
+    """Frames."""
+    silent_ns: int
+    """Time since it was last active or, without an owner, since its connection is gone."""
+    expires_in_ns: int | None
+    """Time for which it is kept if it stays idle; None for ever."""
+
+    @property
+    def idle_ns(self) -> int:
+        """Time since it had something to do."""
+        return 0 if self.pending else self.silent_ns
 
 
 @dataclass(frozen=True, slots=True)
 class ListedPage:
     """Some streams."""
 
-    names: list[str]
-    columns: U64
-    """uint64 [N, 5]: next seq (`UNKNOWN` while it hibernates), idle time (µs), how long it is kept if it stays idle
-    (µs, `UNKNOWN` if it never expires), `Place`, pending frames."""
+    streams: list[tuple[str, StreamStatus]]
+    """With their names."""
     cursor: int
     """Where the next page begins; 0 after the last."""
 
@@ -34,15 +52,16 @@ class ListedPage:
 class Listing:
     """Pages of streams: those in memory by slot, then those that hibernate by how long they have done so."""
 
-    def __init__(self, table: StreamTable, hibernation: Hibernation, limits: IdleLimits) -> None:
+    def __init__(self, table: StreamTable, hibernation: Hibernation) -> None:
         self._table = table
         self._hibernation = hibernation
-        self.limits = limits
 
-    @property
-    def hibernating_count(self) -> int:
-        """How many streams are open and not in memory."""
-        return len(self._hibernation)
+    def find(self, name: str, now_ns: int) -> StreamStatus | None:
+        """The open stream of that name, if there is one; `now_ns` is on the monotonic clock."""
+        slots = self._table.find([name])
+        if slots[0] != SCRATCH_SLOT and not self._table.closing[slots[0]]:
+            return self._in_memory(slots, now_ns)[0]
+        return self._asleep(name, now_ns) if name in self._hibernation else None
 
     def page(self, cursor: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
         """The streams from a cursor on.
@@ -56,59 +75,53 @@ class Listing:
         """
         slots = len(self._table.owner)
         if cursor < slots:
-            names, records, after = self._in_memory(cursor, most, place, prefix, now_ns)
-        else:
-            names, records, after = self._hibernating(cursor - slots, most, place, prefix, now_ns)
-            after = after + slots if after else 0
-        return ListedPage(names, np.array(records, np.uint64).reshape(-1, 5), after)
+            return self._page_in_memory(cursor, most, place, prefix, now_ns)
+        if place not in (0, Place.HIBERNATING):
+            return ListedPage([], 0)
+        names = list(islice(self._hibernation, cursor - slots, cursor - slots + SCANNED))
+        found = [at for at, name in enumerate(names) if name.startswith(prefix)]
+        after = cursor + (found[most] if len(found) > most else len(names))
+        streams = [(names[at], self._asleep(names[at], now_ns)) for at in found[:most]]
+        return ListedPage(streams, after if after < slots + len(self._hibernation) else 0)
 
-    def _in_memory(
-        self, first: int, most: int, place: int, prefix: str, now_ns: int
-    ) -> tuple[list[str], list[_Row], int]:
+    def _page_in_memory(self, first: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
         table = self._table
         end = min(first + SCANNED, len(table.owner))
         owner = table.owner[first:end]
-        is_parked = owner == table.parked
         is_open = (owner != NO_OWNER) & ~table.closing[first:end]
         if place == Place.HIBERNATING:
             is_open[:] = False
         elif place:
-            is_open &= is_parked == (place == Place.PARKED)
+            is_open &= (owner == table.parked) == (place == Place.PARKED)
         slots: I64 = first + np.flatnonzero(is_open)
         named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
         chosen = np.array(named[:most], np.int64)
-        idle_ns: I64 = np.where(table.unanswered[chosen] > 0, 0, np.maximum(0, now_ns - table.last_active_ns[chosen]))
-        parked, unused = table.owner[chosen] == table.parked, table.next_seq[chosen] == table.first_seq[chosen]
-        columns = (chosen.tolist(), idle_ns.tolist(), parked.tolist(), unused.tolist())
-        records: list[_Row] = []
-        for slot, idle, lacks_owner, is_unused in zip(*columns, strict=True):
-            where = Place.PARKED if lacks_owner else Place.CONNECTED
-            seq, pending = int(table.next_seq[slot]), int(table.unanswered[slot])
-            expires_in_us = self._expires_in_us(idle, has_owner=not lacks_owner, is_unused=is_unused)
-            records.append((seq, idle // 1000, expires_in_us, int(where), pending))
-        if len(named) > most:
-            end = named[most]
-        return [table.name(slot) for slot in chosen.tolist()], records, end
+        streams = list(zip(table.names(chosen), self._in_memory(chosen, now_ns), strict=True))
+        return ListedPage(streams, named[most] if len(named) > most else end)
 
-    def _hibernating(
-        self, first: int, most: int, place: int, prefix: str, now_ns: int
-    ) -> tuple[list[str], list[_Row], int]:
-        if place not in (0, Place.HIBERNATING):
-            return [], [], 0
-        names: list[str] = []
-        records: list[_Row] = []
-        at = first
-        for name, since_ns, has_owner in self._hibernation.asleep(first, SCANNED):
-            if name.startswith(prefix):
-                if len(names) == most:
-                    break
-                idle = max(0, now_ns - since_ns)
-                names.append(name)
-                expires_in_us = self._expires_in_us(idle, has_owner=has_owner, is_unused=False)
-                records.append((UNKNOWN, idle // 1000, expires_in_us, int(Place.HIBERNATING), 0))
-            at += 1
-        return names, records, at if at < len(self._hibernation) else 0
+    def _in_memory(self, slots: I64, now_ns: int) -> list[StreamStatus]:
+        table, limits = self._table, self._hibernation.limits
+        silent_ns: I64 = np.maximum(0, now_ns - table.last_active_ns[slots])
+        columns = (
+            table.owner[slots],
+            table.next_seq[slots],
+            table.first_seq[slots],
+            table.unanswered[slots],
+            silent_ns,
+            np.where(table.unanswered[slots] > 0, 0, silent_ns),
+        )
+        statuses = []
+        for number, seq, first_seq, pending, silent, idle in zip(*(each.tolist() for each in columns), strict=True):
+            owner = None if number == table.parked else number
+            place = Place.PARKED if owner is None else Place.CONNECTED
+            expires_in_ns = limits.expires_in_ns(idle, has_owner=owner is not None, is_unused=seq == first_seq)
+            statuses.append(StreamStatus(place, owner, seq, pending, silent, expires_in_ns))
+        return statuses
 
-    def _expires_in_us(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int:
-        expires_in_ns = self.limits.expires_in_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
-        return UNKNOWN if expires_in_ns is None else expires_in_ns // 1000
+    def _asleep(self, name: str, now_ns: int) -> StreamStatus:
+        sleeper = self._hibernation[name]
+        owner = None if sleeper.owner is None else sleeper.owner.number
+        silent_ns = max(0, now_ns - sleeper.since_ns)
+        limits = self._hibernation.limits
+        expires_in_ns = limits.expires_in_ns(silent_ns, has_owner=owner is not None, is_unused=False)
+        return StreamStatus(Place.HIBERNATING, owner, None, 0, silent_ns, expires_in_ns)

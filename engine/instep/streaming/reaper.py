@@ -14,7 +14,6 @@ from instep.core.typing import I64
 from instep.streaming.api import Origin
 from instep.streaming.engine import Engine
 from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import IdleLimits
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol.codes import Code
 
@@ -32,14 +31,12 @@ class Reaper:
         engine: Engine,
         operations: StreamOperations,
         hibernation: Hibernation,
-        limits: IdleLimits,
         at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
         self._operations = operations
         self._hibernation = hibernation
-        self.limits = limits
         self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()
@@ -78,7 +75,7 @@ class Reaper:
         owned = self._table.owned_by(*self._detaching)
         slots, rest = owned[: self._at_once], owned[self._at_once :]
         self._detaching = set(self._table.owner[rest].tolist())
-        if not self.limits.park_ns:
+        if not self._hibernation.limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
             return
         self._table.park(slots, now_ns)
@@ -88,7 +85,7 @@ class Reaper:
         self._engine.origins.release_left()
 
     def _evict_surplus(self) -> None:
-        table, most = self._table, self.limits.max_parked
+        table, most = self._table, self._hibernation.limits.max_parked
         if table.owned[table.parked] <= most:
             return
         excess = min(len(table.parked_since(np.iinfo(np.int64).max)) - most, self._at_once)
@@ -98,7 +95,7 @@ class Reaper:
             self._operations.expire(table.parked_longest(excess))
 
     def _evict_idle(self, now_ns: int) -> None:
-        limits, table = self.limits, self._table
+        limits, table = self._hibernation.limits, self._table
         if limits.max_idle_ns:
             self._operations.evict(self._connected(table.idle_since(now_ns - limits.max_idle_ns)), Code.IDLE)
         if limits.first_frame_ns:

@@ -114,9 +114,7 @@ class ModelService:
     def is_unused(self) -> bool:
         """Whether there is no connection and no stream, wherever it is."""
         engine = self.engine
-        return not (
-            len(engine.origins) or engine.table.open_count or len(self.operations.hibernation) or len(self.tasks)
-        )
+        return not (len(engine.origins) or engine.table.open_count or self.operations.hibernation or len(self.tasks))
 
     @property
     def is_ready(self) -> bool:
@@ -143,7 +141,7 @@ class ModelService:
 
     def limit(self, idle: IdleLimits, *, parked_make_room: bool) -> None:
         """End idle streams by these limits from now on."""
-        self.reaper.limits = self.listing.limits = self.operations.hibernation.limits = idle
+        self.operations.hibernation.limits = idle
         self.operations.parked_make_room = parked_make_room
 
     def tick(self, now_ns: int) -> None:
@@ -178,7 +176,7 @@ class ModelService:
             "connections": float(len(engine.origins)),
             "streams_open": float(table.open_count),
             "streams_parked": float(table.owned[table.parked]),
-            "streams_hibernated": float(self.listing.hibernating_count),
+            "streams_hibernated": float(len(self.operations.hibernation)),
             "frames_pending": float(engine.pending_frames),
             **self._recorded(),
             **({} if self.verification is None else self.verification.numbers()),

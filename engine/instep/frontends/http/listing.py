@@ -100,7 +100,7 @@ async def page(service: ModelService, rates: FrameRates, query: Query) -> dict[s
     return {
         "model": service.name,
         "streams": records,
-        "total": service.engine.table.open_count + service.listing.hibernating_count,
+        "total": service.engine.table.open_count + len(service.operations.hibernation),
         "matched": best.matched,
         "cursor": query.cursor(last) if last is not None and best.left > query.limit else None,
     }
@@ -146,13 +146,13 @@ def _values(service: ModelService, rates: FrameRates, query: Query, slots: I64) 
 
 async def _look_at_sleepers(service: ModelService, query: Query, best: _ByName | _ByValue) -> None:
     hibernation = service.operations.hibernation
-    sleepers = hibernation.names()
+    sleepers = list(hibernation)
     for first in range(0, len(sleepers), _NAMES):
         names = [name for name in sleepers[first : first + _NAMES] if _is_named(query, name)]
         if isinstance(best, _ByName):
             best.add(names)
         else:
-            found = {name: asleep for name in names if (asleep := hibernation.find(name)) is not None}
+            found = {name: asleep for name in names if (asleep := hibernation.get(name)) is not None}
             numbers: I64 = _ASLEEP + np.array([asleep.stream for asleep in found.values()], np.int64)
             values: I64 = np.full(len(found), -1 if query.sort == "seq" else 0, np.int64)
             if query.sort == "idle":

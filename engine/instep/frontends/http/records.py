@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F64, I64, U32
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
+from instep_client.protocol.codes import Place
 
 SLICE: Final = 32_768
 """Slots whose columns are looked at before the loop gets its turn."""
@@ -92,35 +92,25 @@ class FrameRates:
 
 def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, Any] | None:
     """The record of a stream; None where there is none of that name."""
-    table, hibernation = service.engine.table, service.operations.hibernation
-    now_ns = time.monotonic_ns()
-    slots = table.find([name])
-    slot = int(slots[0])
-    if slot != SCRATCH_SLOT and not table.closing[slot]:
-        is_parked = int(table.owner[slot]) == table.parked
-        rate = rates.of(slots)
-        since_ns, has_owner = int(table.last_active_ns[slot]), not is_parked
-        is_unused = bool(table.next_seq[slot] == table.first_seq[slot])
-        pending = int(table.unanswered[slot])
-        fields = {
-            "state": "parked" if is_parked else "connected",
-            "owner": None if is_parked else int(table.owner[slot]),
-            "seq": int(table.next_seq[slot]),
-            "rate": None if rate is None else round(float(rate[0]), 3),
-        }
-    elif (asleep := hibernation.find(name)) is not None:
-        since_ns, has_owner, is_unused, pending = asleep.since_ns, asleep.owner is not None, False, 0
-        owner = asleep.owner.number if asleep.owner is not None else None
-        fields = {"state": "hibernating", "owner": owner, "seq": None, "rate": 0.0}
-    else:
+    stream = service.listing.find(name, time.monotonic_ns())
+    if stream is None:
         return None
-    idle_ns = 0 if pending else max(0, now_ns - since_ns)
-    expires_in_ns = service.listing.limits.expires_in_ns(idle_ns, has_owner=has_owner, is_unused=is_unused)
+    rate: float | None = 0.0
+    if stream.place is not Place.HIBERNATING:
+        measured = rates.of(service.engine.table.find([name]))
+        rate = None if measured is None else round(float(measured[0]), 3)
     return {
         "name": name,
-        **fields,
-        "pending": pending,
-        "idle_s": round(idle_ns / 1e9, 3),
-        "expires_in_s": None if expires_in_ns is None else round(expires_in_ns / 1e9, 3),
-        "parked_s": None if has_owner else round(max(0, now_ns - since_ns) / 1e9, 3),
+        "state": stream.place.name.lower(),
+        "owner": stream.owner,
+        "seq": stream.next_seq,
+        "rate": rate,
+        "pending": stream.pending,
+        "idle_s": _seconds(stream.idle_ns),
+        "expires_in_s": None if stream.expires_in_ns is None else _seconds(stream.expires_in_ns),
+        "parked_s": _seconds(stream.silent_ns) if stream.owner is None else None,
     }
+
+
+def _seconds(time_ns: int) -> float:
+    return round(time_ns / 1e9, 3)

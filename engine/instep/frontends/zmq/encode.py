@@ -94,11 +94,18 @@ def statistics(request: int, values: dict[str, float]) -> Message:
 
 def listed(request: int, page: ListedPage) -> Message:
     """LISTED: some streams, and where the next ones begin."""
-    records = np.zeros(len(page.names), wire.LISTING)
-    for name, column in zip(("next_seq", "idle_us", "expires_in_us", "place", "pending"), page.columns.T, strict=True):
-        records[name] = column
+    records = [
+        (
+            wire.UNKNOWN if stream.next_seq is None else stream.next_seq,
+            stream.idle_ns // 1000,
+            wire.UNKNOWN if stream.expires_in_ns is None else stream.expires_in_ns // 1000,
+            stream.place,
+            stream.pending,
+        )
+        for _, stream in page.streams
+    ]
     header = wire.pack_header(Kind.LISTED, request, len(records), page.cursor)
-    return [header, wire.pack_names(page.names), records.tobytes()]
+    return [header, wire.pack_names([name for name, _ in page.streams]), np.array(records, wire.LISTING).tobytes()]
 
 
 def served(request: int, models: Mapping[str, tuple[int, int, int, int, int]]) -> Message:

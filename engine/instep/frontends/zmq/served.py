@@ -41,7 +41,7 @@ class Served:
     def summary(self) -> tuple[int, int, int, int, int]:
         """The fields of `wire.MODEL`."""
         engine = self.service.engine
-        streams = engine.table.open_count + self.service.listing.hibernating_count
+        streams = engine.table.open_count + len(self.service.operations.hibernation)
         return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
 
     async def open(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
