@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from instep.core.tables import NO_OWNER
-from instep.core.typing import I64, Bool
+from instep.core.typing import I64
 from instep.frontends.http.answers import HttpError
 from instep.frontends.http.records import PAUSE_S, SLICE, FrameRates, record_of
 from instep.streaming.service import ModelService
@@ -85,14 +85,14 @@ async def page(service: ModelService, rates: FrameRates, query: Query) -> dict[s
         matched: those that the filters let through.
         cursor: of the next page; None after the last.
     """
-    best = _ByName(query) if query.sort == "name" else _ByValue(query)
+    best = _Best(query)
     if query.state != "hibernating":
         await _look_in_memory(service, rates, query, best)
     if query.state in ("", "hibernating"):
         await _look_at_sleepers(service, query, best)
     records: list[dict[str, Any]] = []
     last: Key | None = None
-    for at, (last, name) in enumerate(best.page()):  # noqa: B007
+    for at, (last, name) in enumerate(best.streams):  # noqa: B007
         if at % _RECORDS == _RECORDS - 1:
             await asyncio.sleep(PAUSE_S)
         if (record := record_of(service, rates, name)) is not None:
@@ -106,7 +106,7 @@ async def page(service: ModelService, rates: FrameRates, query: Query) -> dict[s
     }
 
 
-async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query, best: _ByName | _ByValue) -> None:
+async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query, best: _Best) -> None:
     table = service.engine.table
     step = _NAMES if query.sort == "name" or query.prefix or query.contains else SLICE
     for first in range(0, len(table.owner), step):
@@ -121,10 +121,10 @@ async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query
             if query.prefix or query.contains:
                 chosen = [at for at, name in enumerate(names) if _is_named(query, name)]
                 slots, names = slots[chosen], [names[at] for at in chosen]
-        if isinstance(best, _ByName):
-            best.add(names)
+        if query.sort == "name":
+            best.add_names(names)
         else:
-            best.add(_values(service, rates, query, slots), slots, table.name)
+            best.add_values(_values(service, rates, query, slots), slots, table.name)
         await asyncio.sleep(PAUSE_S)
 
 
@@ -144,13 +144,13 @@ def _values(service: ModelService, rates: FrameRates, query: Query, slots: I64) 
     return -values if query.is_descending else values
 
 
-async def _look_at_sleepers(service: ModelService, query: Query, best: _ByName | _ByValue) -> None:
+async def _look_at_sleepers(service: ModelService, query: Query, best: _Best) -> None:
     hibernation = service.operations.hibernation
     sleepers = list(hibernation)
     for first in range(0, len(sleepers), _NAMES):
         names = [name for name in sleepers[first : first + _NAMES] if _is_named(query, name)]
-        if isinstance(best, _ByName):
-            best.add(names)
+        if query.sort == "name":
+            best.add_names(names)
         else:
             found = {name: asleep for name in names if (asleep := hibernation.get(name)) is not None}
             numbers: I64 = _ASLEEP + np.array([asleep.stream for asleep in found.values()], np.int64)
@@ -158,7 +158,7 @@ async def _look_at_sleepers(service: ModelService, query: Query, best: _ByName |
             if query.sort == "idle":
                 values = -np.array([asleep.since_ns for asleep in found.values()], np.int64)
             by_number = dict(zip(numbers.tolist(), found, strict=True))
-            best.add(-values if query.is_descending else values, numbers, by_number.__getitem__)
+            best.add_values(-values if query.is_descending else values, numbers, by_number.__getitem__)
         await asyncio.sleep(PAUSE_S)
 
 
@@ -166,48 +166,32 @@ def _is_named(query: Query, name: str) -> bool:
     return name.startswith(query.prefix) and query.contains in name
 
 
-class _ByName:
-    """The first names behind the cursor, in order."""
+class _Best:
+    """The first streams behind the cursor, in order; of equal values, those with smaller numbers."""
 
     def __init__(self, query: Query) -> None:
         self._query = query
-        self._names: list[str] = []
+        self.streams: list[tuple[Key, str]] = []
+        """Keys and names; never more than a page."""
         self.matched = 0
         self.left = 0
         """Behind the cursor."""
 
-    def add(self, names: list[str]) -> None:
-        """Names in any order; one that is on the page already has left memory since it was looked at."""
-        names = list(set(names).difference(self._names))
-        after, is_descending, limit = self._query.after, self._query.is_descending, self._query.limit
-        self.matched += len(names)
+    def add_names(self, names: list[str]) -> None:
+        """Streams that are sorted by these names, in any order."""
+        fresh = set(names).difference(name for _, name in self.streams)
+        self.matched += len(fresh)
+        after, is_descending = self._query.after, self._query.is_descending
         if isinstance(after, str):
-            names = [name for name in names if (name < after if is_descending else name > after)]
-        self.left += len(names)
-        if len(self._names) == limit:
-            last = self._names[-1]
-            names = [name for name in names if (name > last if is_descending else name < last)]
-        self._names = sorted(self._names + names, reverse=is_descending)[:limit]
+            fresh = {name for name in fresh if (name < after if is_descending else name > after)}
+        self.left += len(fresh)
+        if len(self.streams) == self._query.limit:  # most come behind the page: no need to sort them all
+            last = self.streams[-1][1]
+            fresh = {name for name in fresh if (name > last if is_descending else name < last)}
+        self._keep([(name, name) for name in fresh], is_descending=is_descending)
 
-    def page(self) -> Iterator[tuple[Key, str]]:
-        """Keys and names, in order."""
-        return ((name, name) for name in self._names)
-
-
-class _ByValue:
-    """The streams with the smallest values behind the cursor, in order; of equal ones, those with smaller numbers."""
-
-    def __init__(self, query: Query) -> None:
-        self._query = query
-        self._values: I64 = np.zeros(0, np.int64)
-        self._numbers: I64 = np.zeros(0, np.int64)
-        self._names: dict[int, str] = {}
-        self.matched = 0
-        self.left = 0
-        """Behind the cursor."""
-
-    def add(self, values: I64, numbers: I64, name_of: Callable[[int], str]) -> None:
-        """Values and rising numbers, int64 [N]."""
+    def add_values(self, values: I64, numbers: I64, name_of: Callable[[int], str]) -> None:
+        """Streams that are sorted by values and rising numbers, int64 [N]."""
         self.matched += len(values)
         if isinstance(self._query.after, tuple):
             value, number = self._query.after
@@ -215,25 +199,18 @@ class _ByValue:
             values, numbers = values[is_behind], numbers[is_behind]
         self.left += len(values)
         limit = self._query.limit
-        if len(values) > limit:  # only a few of them can be on the page: no need to sort them all
+        if len(values) > limit:  # only a few of them can be on the page: no need to name and sort them all
             kth = np.partition(values, limit - 1)[limit - 1]
             is_first = values < kth
             is_first[np.flatnonzero(values == kth)[: limit - int(is_first.sum())]] = True
             values, numbers = values[is_first], numbers[is_first]
+        known = {name for _, name in self.streams}
+        named = zip(zip(values.tolist(), numbers.tolist(), strict=True), map(name_of, numbers.tolist()), strict=True)
+        fresh: list[tuple[Key, str]] = [(key, name) for key, name in named if name not in known]
         # One that is on the page already has left memory since it was looked at.
-        named, known = [name_of(number) for number in numbers.tolist()], set(self._names.values())
-        is_new: Bool = np.array([name not in known for name in named], np.bool_)
-        self.matched -= int((~is_new).sum())
-        self.left -= int((~is_new).sum())
-        names = self._names | dict(zip(numbers.tolist(), named, strict=True))
-        values = np.concatenate([self._values, values[is_new]])
-        numbers = np.concatenate([self._numbers, numbers[is_new]])
-        order = np.lexsort((numbers, values))[:limit]
-        self._values, self._numbers = values[order], numbers[order]
-        self._names = {number: names[number] for number in self._numbers.tolist()}
+        self.matched -= len(values) - len(fresh)
+        self.left -= len(values) - len(fresh)
+        self._keep(fresh)
 
-    def page(self) -> Iterator[tuple[Key, str]]:
-        """Keys and names, in order."""
-        numbers = self._numbers.tolist()
-        keys = zip(self._values.tolist(), numbers, strict=True)
-        return ((key, self._names[key[1]]) for key in keys)
+    def _keep(self, streams: list[tuple[Key, str]], *, is_descending: bool = False) -> None:
+        self.streams = sorted(self.streams + streams, reverse=is_descending)[: self._query.limit]
