@@ -59,22 +59,23 @@ def granted(kind: Kind, request: int, grants: Grants, durability: str) -> Messag
 
 def state_read(request: int, read: StatesRead) -> Message:
     """STATE_READ."""
-    refused = _failures(read.codes)
-    header = wire.pack_header(Kind.STATE_READ, request, len(read.codes), _sentences(refused))
-    return [header, read.next_seqs.tobytes(), read.states.tobytes(), refused.tobytes()]
+    return _by_stream(Kind.STATE_READ, request, read.codes, read.next_seqs.tobytes(), read.states.tobytes())
 
 
 def changed(request: int, codes: I32) -> Message:
     """CHANGED: the states that were not written, and why."""
-    refused = _failures(codes)
-    return [wire.pack_header(Kind.CHANGED, request, len(codes), _sentences(refused)), refused.tobytes()]
+    return _by_stream(Kind.CHANGED, request, codes)
 
 
 def closed(request: int, states: U8, codes: I32) -> Message:
     """CLOSED, with the final states [N, …]."""
+    return _by_stream(Kind.CLOSED, request, codes, states.tobytes())
+
+
+def _by_stream(kind: Kind, request: int, codes: I32, *frames: bytes) -> Message:
+    """A reply with these frames, and behind them the streams of the request that were refused, by code."""
     refused = _failures(codes)
-    header = wire.pack_header(Kind.CLOSED, request, len(states), _sentences(refused))
-    return [header, states.tobytes(), refused.tobytes()]
+    return [wire.pack_header(kind, request, len(codes), _sentences(refused)), *frames, refused.tobytes()]
 
 
 def pong(request: int) -> Message:
