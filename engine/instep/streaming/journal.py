@@ -181,7 +181,7 @@ class Journal:
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
         """The batch of that lsn was computed. Replies rest on its inputs, so nothing waits for this record."""
-        if self._recorder is None or lsn == NEVER:
+        if self._recorder is None:
             return
         self.computed_ns += computed_ns
         time_ns, y = time.time_ns(), self._tables.y[rows]
@@ -189,41 +189,32 @@ class Journal:
 
     def failed(self, lsn: int, detail: str) -> int:
         """The step of that lsn failed: none of its frames was applied."""
-        if self._recorder is None or lsn == NEVER:
-            return lsn
         time_ns = time.time_ns()
         return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
 
     def withdraw_exact(self) -> None:
         """From here on, and looking back, the engine does not promise that bits are the same in every batch."""
-        if self._recorder is not None:
-            time_ns, changes = time.time_ns(), json.dumps({"exactness": "tolerance"})
-            self._put(lambda writer: writer.event(time_ns, ENGINE_EVENT, None, changes))
+        time_ns, changes = time.time_ns(), json.dumps({"exactness": "tolerance"})
+        self._put(lambda writer: writer.event(time_ns, ENGINE_EVENT, None, changes))
 
     def begin_checkpoint(self) -> int:
         """A checkpoint begins; the lsn up to which its states contain every batch."""
-        self._through = self._now
+        self._through = self.newest
         return self._through
 
     def end_checkpoint(self) -> None:
         """It is complete, or has failed."""
         self._through = 0
 
-    @property
-    def _now(self) -> int:
-        return max(self.newest, self.last_inputs)
-
     def hibernated(self, slots: I64, rows: StateRows) -> int:
         """Streams leave memory in these states; part of the checkpoint under way, or of the next one."""
         self.dirty.mark_clean(slots)
-        return self.states(self._through or self._now, rows, is_last=False)
+        return self.states(self._through or self.newest, rows, is_last=False)
 
     def states(self, through: int, rows: StateRows, *, is_last: bool) -> int:
         """Part of a checkpoint, whose states contain every batch up to the lsn `through`."""
         if is_last:
             self._through = 0
-        if self._recorder is None or through == NEVER:
-            return NEVER
         time_ns = time.time_ns()
         if is_last:
             return self._put(lambda writer: writer.checkpoint(time_ns, through, rows))
@@ -239,8 +230,6 @@ class Journal:
             names: N.
             initial_states: before their next frames, [N, …], None for the model's own.
         """
-        if self._recorder is None or not len(slots):
-            return 0
         table, count, time_ns = self._table, len(slots), time.time_ns()
         streams = np.arange(self._last_stream + 1, self._last_stream + 1 + count)
         self._last_stream += count
@@ -266,8 +255,7 @@ class Journal:
 
     def reset(self, slots: I64, states: U8 | None) -> int:
         """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""
-        if self._recorder is not None:
-            self.dirty.mark_dirty(slots)
+        self.dirty.mark_dirty(slots)
         return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
     def closed(self, slots: I64, reason: str, final_states: U8, lost: Bool) -> int:
@@ -277,26 +265,26 @@ class Journal:
 
     def ended(self, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
         """As `closed`, of streams by their numbers, with the seqs that their next frames would have had."""
-        if self._recorder is None or not len(streams):
-            return 0
-        time_ns, count = time.time_ns(), len(streams)
+        time_ns = time.time_ns()
         return self._put_rows(
-            count, lambda writer: writer.close_streams(time_ns, streams, reason, frames, final_states, lost)
+            len(streams), lambda writer: writer.close_streams(time_ns, streams, reason, frames, final_states, lost)
         )
 
     def _events(self, slots: I64, kind: str, seqs: I64, details: Iterable[str], states: U8 | None = None) -> int:
-        if self._recorder is None or not len(slots):
-            return 0
-        time_ns, count, streams = time.time_ns(), len(slots), self._table.recording_ids(slots)
-        return self._put_rows(count, lambda writer: writer.stream_events(time_ns, kind, streams, seqs, details, states))
+        time_ns, streams = time.time_ns(), self._table.recording_ids(slots)
+        return self._put_rows(
+            len(slots), lambda writer: writer.stream_events(time_ns, kind, streams, seqs, details, states)
+        )
 
     def _put_rows(self, count: int, write: Write) -> int:
-        return self._put(write, rows=count, small_rows=count)
+        return self._put(write, rows=count, small_rows=count) if count else 0
 
     def _put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
     ) -> int:
-        assert self._recorder is not None
+        """The lsn; 0 where nothing is recorded."""
+        if self._recorder is None:
+            return 0
         try:
             self.newest = self._recorder.put(
                 write, rows=rows, batches=batches, small_rows=small_rows, is_awaited=is_awaited
