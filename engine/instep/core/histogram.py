@@ -10,7 +10,6 @@ from instep.core.compiled import inlined, kernel
 from instep.core.typing import I32, I64
 
 _PARTS: Final = 8  # entries for each doubling
-_PART_BITS: Final = 3
 ENTRIES: Final = _PARTS * 61
 FILL_PARTS: Final = 1024
 

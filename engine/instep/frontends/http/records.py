@@ -71,23 +71,20 @@ class FrameRates:
         return frames / seconds
 
     async def _sample(self) -> None:
+        table = self._table
         try:
-            await self._sample_while_wanted()
+            while time.monotonic() < self._wanted_until_s:
+                sample = _Seqs(len(table.owner))
+                for index, first in enumerate(range(0, len(table.owner), SLICE)):
+                    slots = np.arange(first, min(first + SLICE, len(table.owner)))
+                    sample.taken_ns[index] = time.monotonic_ns()
+                    sample.seqs[slots] = table.next_seq[slots]
+                    sample.incarnations[slots] = table.incarnations(slots)
+                    await asyncio.sleep(PAUSE_S)
+                self._samples = [*self._samples[-1:], sample]
+                await asyncio.sleep(_EVERY_S)
         finally:
             self._forget()
-
-    async def _sample_while_wanted(self) -> None:
-        while time.monotonic() < self._wanted_until_s:
-            table = self._table
-            sample = _Seqs(len(table.owner))
-            for index, first in enumerate(range(0, len(table.owner), SLICE)):
-                slots = np.arange(first, min(first + SLICE, len(table.owner)))
-                sample.taken_ns[index] = time.monotonic_ns()
-                sample.seqs[slots] = table.next_seq[slots]
-                sample.incarnations[slots] = table.incarnations(slots)
-                await asyncio.sleep(PAUSE_S)
-            self._samples = [*self._samples[-1:], sample]
-            await asyncio.sleep(_EVERY_S)
 
 
 def record_of(service: ModelService, rates: FrameRates, name: str) -> dict[str, Any] | None:

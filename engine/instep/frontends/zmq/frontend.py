@@ -190,12 +190,10 @@ class ZmqFrontend:
             if (handler := HANDLERS.get(kind)) is not None:
                 return self._begin(handler, peer, header, frames)
             self._reply_at_once(peer, header, frames, now_ns)
-        except MalformedMessage as error:
-            self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, str(error)))
+        except (MalformedMessage, Refusal) as error:
+            self._refuse(routing_id, peer, request, error)
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
-            self._refuse(routing_id, peer, request, Refusal(Code.MALFORMED, "the header is nested too deep"))
-        except Refusal as refusal:
-            self._refuse(routing_id, peer, request, refusal)
+            self._refuse(routing_id, peer, request, MalformedMessage("the header is nested too deep"))
         return False
 
     def _take_step(self, routing_id: bytes, peer: Peer | None, frames: list[bytes], now_ns: int) -> None:
@@ -207,11 +205,8 @@ class ZmqFrontend:
             if not self._all_are_ready:
                 served.refuse_what_is_new()
             served.service.engine.submit(served.decoder.step(peer, frames, now_ns))
-        except MalformedMessage as error:
-            refusal = Refusal(Code.MALFORMED, str(error))
-            self._refuse(routing_id, peer, request_of_step(frames[0]), refusal)
-        except Refusal as refusal:
-            self._refuse(routing_id, peer, request_of_step(frames[0]), refusal)
+        except (MalformedMessage, Refusal) as error:
+            self._refuse(routing_id, peer, request_of_step(frames[0]), error)
 
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
         if header.kind is Kind.PING:  # asks whether the server knows the connection, as after a HELLO that was refused
@@ -297,13 +292,13 @@ class ZmqFrontend:
                 await operator.unload(self._find(name).service.name, force=bool(force))
             self._send_models(peer, header)
         except (MalformedMessage, Refusal) as error:
-            refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
-            self._refuse(peer.routing_id, peer, header.request, refusal)
+            self._refuse(peer.routing_id, peer, header.request, error)
         finally:
             self._wake()
 
-    def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, refusal: Refusal) -> None:
+    def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: MalformedMessage | Refusal) -> None:
         """Refuse a message as a whole; of connections that belong to no model yet, the first one counts it."""
+        refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
         served = peer.served if peer is not None else next(iter(self.models.values()))
         served.service.engine.stats.refuse(refusal.code)
         if peer is not None:
@@ -328,8 +323,7 @@ class ZmqFrontend:
             about = {"request": header.kind.name, "connection": peer.number}
             self._log.debug("request", **about, streams=header.fields[0])
         except (MalformedMessage, Refusal) as error:
-            refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
-            self._refuse(peer.routing_id, peer, header.request, refusal)
+            self._refuse(peer.routing_id, peer, header.request, error)
 
     def _request_ended(self, peer: Peer) -> None:
         self._requests -= 1
