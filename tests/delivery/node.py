@@ -187,13 +187,13 @@ class Node:
             turns.wake,
         )
         tombstones = Tombstones()
-        states = StreamStates(engine, stepper, turns.wake, self._log_failure, at_once=1)
+        states = StreamStates(engine, stepper, at_once=1)
         limits = IdleLimits(0, 0, _PARK_NS, MAX_STREAMS, _HIBERNATE_NS, MAX_STREAMS)
         self.hibernation = Hibernation(engine, states, tombstones, partial(_load, disk), limits, self.tasks)
-        operations = _WatchedOperations(engine, states, self.hibernation, tombstones, self.tasks)
+        operations = _WatchedOperations(engine, states, self.hibernation, self.tasks)
         engine.watcher = operations.watcher = self._watcher
         operations.hibernation = self.hibernation
-        self._reaper = Reaper(engine, operations, self.hibernation)
+        self._reaper = Reaper(engine, operations)
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)

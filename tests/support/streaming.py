@@ -216,7 +216,7 @@ class StreamingEngine:
         self.load: Callable[[Path, Sequence[int]], list[OpenStream]] = load_open_streams
         """Reads streams that hibernate."""
         tombstones, idle = Tombstones(), idle or IdleLimits(0, 0, PARK_NS, 1000)
-        self.states = StreamStates(self.engine, self.access, self.loop.wake, self._log_failure, copy_at_once)
+        self.states = StreamStates(self.engine, self.access, copy_at_once)
         self.hibernation = Hibernation(
             self.engine,
             self.states,
@@ -226,8 +226,8 @@ class StreamingEngine:
             self.tasks,
             wake_at_once,
         )
-        self.operations = StreamOperations(self.engine, self.states, self.hibernation, tombstones, self.tasks)
-        self.reaper = Reaper(self.engine, self.operations, self.hibernation, reap_at_once)
+        self.operations = StreamOperations(self.engine, self.states, self.hibernation, self.tasks)
+        self.reaper = Reaper(self.engine, self.operations, reap_at_once)
         self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
         log = log_into([])
         self.loop.add(

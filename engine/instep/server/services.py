@@ -140,7 +140,11 @@ def make_service(
         table = StreamTable(tables, _random_generations(config.engine.max_streams), time.time_ns())
         origins, tombstones, events = Origins(tables), Tombstones(), EventLog(on_event=log_event)
     else:
-        table, origins, tombstones = former.engine.table, former.engine.origins, former.operations.tombstones
+        table, origins, tombstones = (
+            former.engine.table,
+            former.engine.origins,
+            former.operations.hibernation.tombstones,
+        )
         events = former.events
     tasks, candidate = Tasks(on_bug), foundation.prepared.candidate
     engine = Engine(
@@ -162,15 +166,15 @@ def make_service(
         asyncio.get_running_loop().call_later,
         wake,
     )
-    states = StreamStates(engine, stepper, wake, log_failure)
+    states = StreamStates(engine, stepper)
     hibernation = Hibernation(engine, states, tombstones, _loader(file), idle_limits(config), tasks)
-    operations = StreamOperations(engine, states, hibernation, tombstones, tasks)
+    operations = StreamOperations(engine, states, hibernation, tasks)
     operations.parked_make_room = config.limits.parked_make_room
     return ModelService(
         name=foundation.prepared.model.name,
         engine=engine,
         operations=operations,
-        reaper=Reaper(engine, operations, hibernation),
+        reaper=Reaper(engine, operations),
         states=states,
         checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
         withdrawal=Withdrawal(foundation.recheck, engine, log),

@@ -77,7 +77,7 @@ class Checkpoints:
             self._engine.events.add("checkpoint", detail=f"{len(slots)} states")
         except Exception as error:
             journal.dirty.flush_failed(slots)
-            self._states.log_failure(error, len(slots))
+            self._engine.log_failure(error, len(slots))
         finally:
             journal.end_checkpoint()
             self.is_under_way = False

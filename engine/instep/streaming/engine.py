@@ -85,8 +85,9 @@ class Engine:
     between turns, so every frame submitted before them is admitted before them; this is the only place that orders
     frames and operations.
 
-    `buckets` are padded batch sizes, rising. `log_failure` is told of failed steps: the error and the number of
-    streams. `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
+    `buckets` are padded batch sizes, rising. `log_failure` is told of failed steps, and of states that could not be
+    read or written: the error and the number of streams. `call_later` runs something after a number of seconds, and
+    `wake` lets the loop take a turn.
     """
 
     def __init__(
@@ -123,9 +124,9 @@ class Engine:
         """How long the runs under way are expected to take, from their beginning."""
         self._buckets = buckets
         self._limits = limits
-        self._log_failure = log_failure
+        self.log_failure = log_failure
         self._call_later = call_later
-        self._wake = wake
+        self.wake = wake
         self._submitted: list[Frames] = []
         self._runs: deque[_Run] = deque()
         self._results: deque[_Complete] = deque()
@@ -256,7 +257,7 @@ class Engine:
 
     def _end_hold(self) -> None:
         self._is_holding = False
-        self._wake()  # the turn, not `schedule` alone: a run that ends within `begin` has to be collected
+        self.wake()  # the turn, not `schedule` alone: a run that ends within `begin` has to be collected
 
     def collect(self) -> bool:
         """Take the runs that have ended; whether there were any.
@@ -293,7 +294,7 @@ class Engine:
     def _fail(self, slots: I64, lsns: list[int], error: Exception) -> None:
         """A step failed: none of its frames was applied, nor can the frames behind them be."""
         self.stats.step_failures_total += 1
-        self._log_failure(error, len(slots))
+        self.log_failure(error, len(slots))
         code = Code.STEP_FAILED
         if isinstance(error, StateLost):
             code = Code.STATE_LOST

@@ -51,7 +51,7 @@ class Hibernation(Mapping[str, Sleeper]):
         self._table = engine.table
         self._journal = engine.journal
         self._states = states
-        self._tombstones = tombstones
+        self.tombstones = tombstones
         self._load = load
         self.limits = limits
         self._tasks = tasks
@@ -147,7 +147,7 @@ class Hibernation(Mapping[str, Sleeper]):
             try:
                 rows = state_rows(engine.tables, table, changed, self._states.access.read(changed))
             except Exception as error:  # they stay as they are
-                self._states.log_failure(error, len(changed))
+                self._engine.log_failure(error, len(changed))
                 return 0
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # their openings and owners count too
@@ -209,7 +209,7 @@ class Hibernation(Mapping[str, Sleeper]):
         try:
             slots = put_into_memory(self._engine.tables, self._table, self._states.access, streams)
         except Exception as error:  # of a device, whose state can be another later
-            self._states.log_failure(error, len(streams))
+            self._engine.log_failure(error, len(streams))
             slots, code = np.zeros(0, np.int64), Code.STEP_FAILED
         refused.update((stream.name, code) for stream in streams[len(slots) :])
         for slot, stream in zip(slots.tolist(), streams, strict=False):
@@ -268,7 +268,7 @@ class Hibernation(Mapping[str, Sleeper]):
             return await self._load([asleep.stream for asleep in sleepers.values()]), {}
         except (RecordingError, sqlite3.Error, OSError) as error:
             if len(sleepers) == 1:
-                self._states.log_failure(error, 1)
+                self._engine.log_failure(error, 1)
                 is_damaged = isinstance(error, DamagedRecording)
                 return [], dict.fromkeys(sleepers, Code.STATE_LOST if is_damaged else Code.STEP_FAILED)
         streams, refused = list[OpenStream](), dict[str, Code]()
@@ -317,7 +317,7 @@ class Hibernation(Mapping[str, Sleeper]):
             self._journal.ended(numbers, Code.EXPIRED.name.lower(), seqs, self._rows(streams), none_lost)
             for stream in streams:
                 del self._asleep[stream.name]
-            self._tombstones.add(stream.name for stream in streams)
+            self.tombstones.add(stream.name for stream in streams)
             self._engine.stats.closed_streams_total += len(streams)
             self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))
             self._engine.events.add_all("evicted", [stream.name for stream in streams], "expired", seqs)

@@ -20,7 +20,6 @@ from instep.streaming.api import Grants, Names, Origin, Refusal, StatesRead
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventKind
 from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import Tombstones
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
@@ -37,7 +36,6 @@ class StreamOperations:
         engine: Engine,
         states: StreamStates,
         hibernation: Hibernation,
-        tombstones: Tombstones,
         tasks: Tasks,
     ) -> None:
         self._engine = engine
@@ -46,7 +44,7 @@ class StreamOperations:
         self._origins = engine.origins
         self._states = states
         self._tasks = tasks
-        self.tombstones = tombstones
+        self._tombstones = hibernation.tombstones
         self.hibernation = hibernation
         self.parked_make_room = False
         """Whether opening streams ends those that have been parked longest, where only that makes room."""
@@ -82,7 +80,7 @@ class StreamOperations:
             return Grants.none(codes)
         self._engine.stats.opened_streams_total += len(opened)
         self._engine.events.add_all("opened", granted_names, _connection(origin), grants.next_seqs[granted])
-        self.tombstones.remove(granted_names)
+        self._tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
 
@@ -95,7 +93,7 @@ class StreamOperations:
         slots = self._table.parked_longest(missing)
         if len(slots) < missing:  # the opening is refused anyway: none ends in vain
             return
-        self.tombstones.add(map(self._table.name, slots.tolist()))
+        self._tombstones.add(map(self._table.name, slots.tolist()))
         self._engine.stats.evicted("displaced", len(slots))
         await self._end(slots, "displaced")
 
@@ -158,7 +156,7 @@ class StreamOperations:
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         table, engine = self._table, self._engine
         window = int(engine.tables.counts[WINDOW])
-        decision = check_resume(table, window, self.tombstones, names, have, epochs, take_over, origin.arrival)
+        decision = check_resume(table, window, self._tombstones, names, have, epochs, take_over, origin.arrival)
         decision.codes[asleep != 0] = asleep[asleep != 0]
         good = decision.codes == 0
         slots = decision.slots[good]
@@ -219,7 +217,7 @@ class StreamOperations:
             await self._ended(slots[self._table.closing[slots]])
         codes = np.zeros(len(names), np.int32)
         for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
-            codes[index] = Code.EXPIRED if names[index] in self.tombstones else Code.UNKNOWN_STREAM
+            codes[index] = Code.EXPIRED if names[index] in self._tombstones else Code.UNKNOWN_STREAM
         read = await self._read_states(slots, codes)
         for index in np.flatnonzero(slots == SCRATCH_SLOT).tolist():
             if (found := asleep.get(names[index])) is not None:
@@ -314,7 +312,7 @@ class StreamOperations:
 
     def expire(self, slots: I64) -> None:
         """Evict parked streams, int64 [N]; clients that ask for them later are told that they expired."""
-        self.tombstones.add(map(self._table.name, slots.tolist()))
+        self._tombstones.add(map(self._table.name, slots.tolist()))
         self.evict(slots, Code.EXPIRED)
 
     def evict(self, slots: I64, code: Code) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from instep.core.typing import I64
 from instep.streaming.api import Origin
 from instep.streaming.engine import Engine
-from instep.streaming.hibernation import Hibernation
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol.codes import Code
 
@@ -30,13 +29,12 @@ class Reaper:
         self,
         engine: Engine,
         operations: StreamOperations,
-        hibernation: Hibernation,
         at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
         self._operations = operations
-        self._hibernation = hibernation
+        self._hibernation = operations.hibernation
         self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()

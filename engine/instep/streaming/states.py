@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -24,25 +24,12 @@ AT_ONCE: Final = 4096
 
 
 class StreamStates:
-    """Access to the states of streams that other streams do not wait for.
+    """Access to the states of streams that other streams do not wait for."""
 
-    `wake` lets the loop take a turn, because streams may step again. `log_failure` is told of states that could not be
-    read or written: the error and the number of streams.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        access: StateAccess,
-        wake: Callable[[], None],
-        log_failure: Callable[[Exception, int], None],
-        at_once: int = AT_ONCE,
-    ) -> None:
+    def __init__(self, engine: Engine, access: StateAccess, at_once: int = AT_ONCE) -> None:
         self.access = access
         self.spec = access.state
-        self.log_failure = log_failure
         self._engine = engine
-        self._wake = wake
         self._at_once = at_once
 
     @asynccontextmanager
@@ -69,7 +56,7 @@ class StreamStates:
                 try:
                     states[part] = self.access.read(slots[part])
                 except Exception as error:
-                    self.log_failure(error, len(slots[part]))
+                    self._engine.log_failure(error, len(slots[part]))
                     lost[part] = True
             lost |= table.lost[slots] | ~table.are_open(slots, incarnations)
         states[lost] = self.spec.missing(int(lost.sum()))
@@ -87,7 +74,7 @@ class StreamStates:
                 self.access.load(slots[part], None if states is None else states[part])
                 count = min(part.stop, len(slots))
         except Exception as error:
-            self.log_failure(error, len(slots))
+            self._engine.log_failure(error, len(slots))
         finally:
             self._release(slots)
         return count
@@ -95,7 +82,7 @@ class StreamStates:
     def _release(self, slots: I64) -> None:
         self._engine.release(slots)
         self._engine.waiters.check()  # closings wait for it
-        self._wake()
+        self._engine.wake()
 
 
 def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, streams: Sequence[OpenStream]) -> I64:
