@@ -1,13 +1,12 @@
 // The page: which model and stream the address names, one connection for it, and who shows what arrives.
 
-import { duration, element, setText } from "./format.js";
+import { byId, duration, element, setText } from "./format.js";
 import { History } from "./history.js";
 import { Live, getJson, query } from "./live.js";
 import { Overview, showAlarm } from "./overview.js";
 import { StreamPage, showLog } from "./stream.js";
 import { StreamTable } from "./streams.js";
 
-const byId = (id) => document.getElementById(id);
 const REMEMBERED = 4096; // as many as the server
 
 /** #model=NAME&stream=NAME, without the form encoding in which "+" is a space. */

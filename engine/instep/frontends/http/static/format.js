@@ -82,9 +82,11 @@ export function element(tag, { text, className, title } = {}, ...children) {
   return made;
 }
 
+export const byId = (id) => document.getElementById(id);
+
 /** Sets text where it differs, so that nothing is laid out again for a number that did not change. */
 export function setText(target, text) {
-  const node = typeof target === "string" ? document.getElementById(target) : target;
+  const node = typeof target === "string" ? byId(target) : target;
   if (node.textContent !== text) node.textContent = text;
 }
 

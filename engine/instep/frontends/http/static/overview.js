@@ -1,10 +1,8 @@
 // The numbers and badges of one model, and its charts.
 
 import { Chart } from "./charts.js";
-import { ago, bytes, count, duration, float32, micros, microsShort, percent, short } from "./format.js";
+import { ago, byId, bytes, count, duration, float32, micros, microsShort, percent, short } from "./format.js";
 import { setPairs, setText } from "./format.js";
-
-const byId = (id) => document.getElementById(id);
 
 const CHARTS = [
   {

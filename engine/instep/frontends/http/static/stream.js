@@ -1,9 +1,8 @@
 // The page of one stream: its state, inputs, outputs and events; and the lists of events.
 
 import { Chart } from "./charts.js";
-import { ago, clock, count, duration, element, setPairs, setText } from "./format.js";
+import { ago, byId, clock, count, duration, element, setPairs, setText } from "./format.js";
 
-const byId = (id) => document.getElementById(id);
 const KEYS = ["blue", "orange", "violet", "green"];
 
 const signed = (text) => text.replace("-", "−");

@@ -1,13 +1,11 @@
 // The table of streams: the server searches, sorts and cuts into pages, since there may be a hundred thousand.
 
-import { ago, count, duration, element, setText } from "./format.js";
+import { ago, byId, count, duration, element, setText } from "./format.js";
 import { getJson, query } from "./live.js";
 
 const PAGE = 25;
 const POLL_MS = 2000;
 const NONE = "No streams are open. They appear here as soon as clients open them.";
-
-const byId = (id) => document.getElementById(id);
 
 const COLUMNS = [
   { label: "name", sort: "name", text: (stream) => stream.name, className: "name" },
