@@ -302,7 +302,7 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
 
 async def test_with_a_recording_no_parked_stream_ends_to_make_room(tmp_path: Path, rng: np.random.Generator) -> None:
     async with streaming(InlineExecutor, idle=LIMITS, max_streams=2, states=FaultyStates) as kit:
-        kit.operations.parked_make_room = True
+        kit.hibernation.limits = replace(kit.hibernation.limits, parked_make_room=True)
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         parked = await gone.open(["a", "b"])

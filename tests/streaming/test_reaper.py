@@ -179,7 +179,7 @@ async def test_a_new_stream_may_displace_those_parked_longest_and_they_are_remem
             kit.frontend.disconnect(leaving)
             await ticks(kit, count=1)
         assert (await origin.open(["new"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
-        kit.operations.parked_make_room = True
+        kit.hibernation.limits = replace(kit.hibernation.limits, parked_make_room=True)
         assert (await origin.open(["new"])).codes.tolist() == [0]
         assert kit.stats.values()["evicted_displaced_total"] == 1
         have = np.zeros(1, np.uint64)

@@ -60,4 +60,5 @@ def idle_limits(config: Config) -> IdleLimits:
         limits.max_parked_streams,
         round(limits.hibernate_after_s * 1e9),
         limits.max_hibernated_streams,
+        limits.parked_make_room,
     )

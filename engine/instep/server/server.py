@@ -180,7 +180,7 @@ class Server:
         limits, frontend = config.limits, self._frontend
         self.config = config
         for service in self.services:
-            service.limit(idle_limits(config), parked_make_room=limits.parked_make_room)
+            service.operations.hibernation.limits = idle_limits(config)
         frontend.outbound.max_total_bytes = limits.max_buffered_bytes
         frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
         for served in frontend.models.values():

@@ -140,12 +140,8 @@ def make_service(
         table = StreamTable(tables, _random_generations(config.engine.max_streams), time.time_ns())
         origins, tombstones, events = Origins(tables), Tombstones(), EventLog(on_event=log_event)
     else:
-        table, origins, tombstones = (
-            former.engine.table,
-            former.engine.origins,
-            former.operations.hibernation.tombstones,
-        )
-        events = former.events
+        table, origins, events = former.engine.table, former.engine.origins, former.events
+        tombstones = former.operations.hibernation.tombstones
     tasks, candidate = Tasks(on_bug), foundation.prepared.candidate
     engine = Engine(
         tables,
@@ -169,7 +165,6 @@ def make_service(
     states = StreamStates(engine, stepper)
     hibernation = Hibernation(engine, states, tombstones, _loader(file), idle_limits(config), tasks)
     operations = StreamOperations(engine, states, hibernation, tasks)
-    operations.parked_make_room = config.limits.parked_make_room
     return ModelService(
         name=foundation.prepared.model.name,
         engine=engine,

@@ -13,7 +13,7 @@ _MOST: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
-    """Limits for idle streams, in memory and in the recording: times in ns, and counts."""
+    """What becomes of idle streams, in memory and in the recording: times in ns, and counts."""
 
     max_idle_ns: int
     """Time for which a stream is kept whose connection is there; 0 for ever."""
@@ -27,6 +27,8 @@ class IdleLimits:
     """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
     max_hibernated: int = 1_000_000
     """The most that hibernate; beyond it those that have done so longest expire."""
+    parked_make_room: bool = False
+    """Whether opening streams ends those that have been parked longest, where only that makes room."""
 
     def expires_in_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
         """Time for which a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""

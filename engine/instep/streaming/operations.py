@@ -46,8 +46,6 @@ class StreamOperations:
         self._tasks = tasks
         self._tombstones = hibernation.tombstones
         self.hibernation = hibernation
-        self.parked_make_room = False
-        """Whether opening streams ends those that have been parked longest, where only that makes room."""
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -88,7 +86,7 @@ class StreamOperations:
         """Let those parked longest hibernate or, without a recording, end if they may and it makes room for all."""
         await self.hibernation.make_room(wanted)
         missing = wanted - self._table.slots.free_count
-        if not self.parked_make_room or missing <= 0 or self.hibernation.is_possible:
+        if not self.hibernation.limits.parked_make_room or missing <= 0 or self.hibernation.is_possible:
             return
         slots = self._table.parked_longest(missing)
         if len(slots) < missing:  # the opening is refused anyway: none ends in vain

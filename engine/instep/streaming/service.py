@@ -18,7 +18,6 @@ from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventLog
 from instep.streaming.history import History
-from instep.streaming.idle import IdleLimits
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
@@ -138,11 +137,6 @@ class ModelService:
         if not self.engine.journal.is_recording:
             slots = self.engine.table.open_slots()
             self.operations.evict(slots[~self.engine.table.closing[slots]], Code.UNLOADED)
-
-    def limit(self, idle: IdleLimits, *, parked_make_room: bool) -> None:
-        """End idle streams by these limits from now on."""
-        self.operations.hibernation.limits = idle
-        self.operations.parked_make_room = parked_make_room
 
     def tick(self, now_ns: int) -> None:
         """Do what is due now and then."""
