@@ -3,11 +3,12 @@
 PYTHON ?= python3
 ROUNDS ?= 200
 RESETS ?= 100
-COVERAGE ?=
+COVERAGE ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder --durations=15
-COUNTED := $(if $(COVERAGE),coverage run,python)
+COUNTS := $(filter-out 0,$(COVERAGE))
+COUNTED := $(if $(COUNTS),coverage run,python)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -20,13 +21,13 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
-	$(BIN)/instep demo $(if $(KEEP),--keep)
+	$(BIN)/instep demo $(if $(filter-out 0,$(KEEP)),--keep)
 
 test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines that they run
-	$(if $(COVERAGE),$(BIN)/coverage erase)
+	$(if $(COUNTS),$(BIN)/coverage erase)
 	@$(MAKE) --no-print-directory -j 2 all-tests check uncompiled
-	$(if $(COVERAGE),$(BIN)/coverage combine --quiet)
-	$(if $(COVERAGE),$(BIN)/coverage report --skip-covered --fail-under=95)
+	$(if $(COUNTS),$(BIN)/coverage combine --quiet)
+	$(if $(COUNTS),$(BIN)/coverage report --skip-covered --fail-under=95)
 
 all-tests: $(READY)
 	$(BIN)/python -c "from instep.streaming.warm_up import warm_up; warm_up()"  # else each worker compiles all kernels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,19 @@ def test_the_make_targets_it_names_exist() -> None:
     assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_lines_are_counted_where_coverage_is_neither_empty_nor_0() -> None:
+    for value, is_counted in (("", False), ("0", False), ("1", True)):
+        printed = subprocess.run(
+            ["make", "--dry-run", "all-tests", f"COVERAGE={value}", "-o", ".venv/.ready"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"]},  # without what a make around the tests says
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert ("coverage run -m pytest" in printed) == is_counted, (value, printed)
 
 
 def test_what_it_installs_serves() -> None:
