@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,9 @@ from instep_tools.problems import CommandProblem, Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
-_HAS_ENDED = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
+_HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
+_MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean", "batch_fill")
+"""How the numbers end that are more than 0 where there was anything to measure."""
 
 
 async def show(
@@ -118,7 +121,8 @@ async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     rows.columns[1].justify = "right"
     rows.add_row("model", escape(model))
     for name, value in numbers.items():
-        rows.add_row(name, _number(value))
+        if name != "recent_time_s":  # when the newest row of the history was made: for programs
+            rows.add_row(name, _number(name, value))
     terminal.out.print(rows)
     return Exit.OK
 
@@ -140,9 +144,11 @@ async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     return Exit.OK
 
 
-def _number(value: float) -> str:
+def _number(name: str, value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
+    if value == 0 and name.endswith(_MEASURED):
+        return "–"
     if value == int(value):
         return f"{value:,.0f}"
     return three_digits(value) if value >= 1e-3 else f"{value:.3g}"

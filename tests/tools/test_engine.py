@@ -84,7 +84,7 @@ async def test_a_load_test_of_the_engine() -> None:
     assert values["latency_us"]["compute"]["max"] > 0
 
 
-async def test_small_numbers_and_those_that_are_not_finite_are_shown() -> None:
+async def test_numbers_that_are_small_not_finite_or_not_measured_are_shown() -> None:
     async with running(SEED_SIZED) as server:
         server.default.candidate = CandidateStatus(Path("new"), "abc", 0.1, largest=math.inf, mean=1.23e-05)
         shown, told = RememberingTerminal(), RememberingTerminal(as_json=True)
@@ -93,4 +93,7 @@ async def test_small_numbers_and_those_that_are_not_finite_are_shown() -> None:
     rows = dict(line.split(maxsplit=1) for line in shown.said.splitlines())
     assert (rows["shadow_share"], rows["shadow_mean_difference"].strip()) == ("0.100", "1.23e-05")
     assert rows["shadow_largest_difference"].strip() == "not finite"
+    assert (rows["latency_us_p99"].strip(), rows["batch_size_mean"].strip(), rows["frames_total"]) == ("–", "–", "0")
+    assert "recent_time_s" not in rows
+    assert told.json()["latency_us_p99"] == 0
     assert (told.json()["shadow_largest_difference"], told.json()["shadow_mean_difference"]) == (None, 1.23e-05)
