@@ -497,12 +497,19 @@ class TestWhatIsNoSetting:
         ],
     )
     def test_is_told(self, name: str, sentence: str) -> None:
-        (told,) = unknown_variables({name: "3", "PATH": "/bin", "INSTEP_ENGINE__MAX_STREAMS": "3"})
+        environ = {name: "3", "PATH": "/bin", "INSTEP_ENGINE__MAX_STREAMS": "3"}
+        (told,) = unknown_variables(environ, "tcp://127.0.0.1:5757")
         assert told.startswith(name)
         assert sentence in told
 
     def test_both_endpoints_may_be_set(self) -> None:
-        assert unknown_variables({"INSTEP_ENDPOINT": "a", "INSTEP_TRANSPORT__ENDPOINT": "b"}) == []
+        assert unknown_variables({"INSTEP_ENDPOINT": "a", "INSTEP_TRANSPORT__ENDPOINT": "b"}, "b") == []
+
+    @pytest.mark.parametrize("listens", ["tcp://*:5757", "tcp://0.0.0.0:5757", "tcp://127.0.0.1:5757"])
+    @pytest.mark.parametrize("client", ["tcp://127.0.0.1:5757", "tcp://localhost:5757"])
+    def test_clients_may_be_sent_to_this_server(self, listens: str, client: str) -> None:
+        assert unknown_variables({"INSTEP_ENDPOINT": client}, listens) == []
+        assert len(unknown_variables({"INSTEP_ENDPOINT": client.replace("5757", "5758")}, listens)) == 1
 
     @pytest.mark.parametrize("durability", ["commit", "fsync"])
     def test_no_answer_is_durable_without_a_recording(self, durability: str, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def serve(
         log = make_log(loaded.log)
     except OSError as error:
         raise _failure(OSError(f"log.file {loaded.log.file} cannot be written: {error.strerror}")) from error
-    for sentence in unknown_variables(os.environ):
+    for sentence in unknown_variables(os.environ, loaded.transport.endpoint):
         log.warning("unknown setting", reason=sentence)
     for _, folder in loaded.model.folders:
         if not folder.exists():

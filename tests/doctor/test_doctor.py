@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import socket
 import sqlite3
@@ -78,6 +79,7 @@ def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "INSTEP_ENDPOINT": Config().transport.endpoint, "INSTEP_MODEL": "ears"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
     )
     assert done.returncode == 1, done.stderr
@@ -90,6 +92,9 @@ def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_
     assert "did you mean limits.park_s?" in text
     assert "cannot start: engine.threads" in text
     assert f"python {platform.python_version()}" in text
+    assert re.search(r" sync \d+\.\d\d ms \(median of 9\) free \d+\.\d GiB", text)
+    assert "INSTEP_ENDPOINT" not in text
+    assert "INSTEP_MODEL is for clients; the server's is INSTEP_MODEL__FOLDER" in text
     assert "exactness" in text
 
 

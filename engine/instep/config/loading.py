@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from instep.config.endpoint import local_address
 from instep.config.errors import ConfigError, Problem
 from instep.config.rules import contradictions
 from instep.config.sections import Config, Section
@@ -137,8 +138,13 @@ def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Prob
         yield Problem(given.path, given.source, message, "name a recording.file (--record FILE), or leave this out")
 
 
-def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Sentences about variables that look like settings and are none."""
+def unknown_variables(environ: Mapping[str, str], endpoint: str) -> list[str]:
+    """Sentences about variables that look like settings and are none.
+
+    Args:
+        environ: the variables.
+        endpoint: where the server listens; a variable that sends clients there is right.
+    """
     sentences = []
     for name in sorted(environ):
         key = name.removeprefix(ENVIRONMENT_PREFIX)
@@ -149,7 +155,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
             continue
         if name == "INSTEP_ENDPOINT":
             here = environment_name("transport.endpoint")
-            if here not in environ:
+            if here not in environ and local_address(environ[name]) != local_address(endpoint):
                 sentences.append(f"{name} is for clients; the server's is {here}")
             continue
         meant = [path for path in KEYS if path.partition(".")[2] == key.lower()] or [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,10 +37,11 @@ class FactSheet:
     def lines(self) -> Iterator[str]:
         """The section in lines of 80 columns."""
         yield self.title
-        indent = 2 + max(map(len, self.texts), default=0) + 2
-        for name, text in self.texts.items():
+        labels = [_label(name) for name in self.texts]
+        indent = 2 + max(map(len, labels), default=0) + 2
+        for label, text in zip(labels, self.texts.values(), strict=True):
             lines = textwrap.wrap(text, COLUMNS - indent, break_on_hyphens=False) or ["–"]
-            yield f"  {name if '.' in name else name.replace('_', ' '):<{indent - 2}}{lines[0]}"
+            yield f"  {label:<{indent - 2}}{lines[0]}"
             yield from (" " * indent + line for line in lines[1:])
 
 
@@ -81,6 +83,11 @@ class Findings:
                 yield from _wrapped("  → ", each.cure)
         if not (self.warnings or self.problems):
             yield "nothing to warn of"
+
+
+def _label(name: str) -> str:
+    """What people read beside a fact's text, which has the unit: `sync`, not `sync_ms`; settings keep their names."""
+    return name if "." in name else re.sub("_(ms|bytes)$", "", name).replace("_", " ")
 
 
 def _wrapped(first: str, text: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 
 from instep.config import Config, ConfigError, explain_config, unknown_variables
+from instep.config.endpoint import local_address
 from instep.config.sections import ModelConfig
 from instep.doctor.findings import Findings, size
 from instep.server.check import check_endpoints, check_models
@@ -27,16 +28,16 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
     """Read the configuration; the defaults where it cannot be used."""
     section = findings.section("configuration")
     section.note("file", str(file) if file else None, str(file or "none"))
-    for sentence in unknown_variables(os.environ):
-        findings.warn(sentence, "correct or unset the variable")
     try:
         config, sources = explain_config(file, overrides, os.environ)
     except ConfigError as error:
+        _warn_of_variables(findings, Config())
         for problem in error.problems:
             place = f"{problem.path} ({problem.source})" if problem.path else problem.source
             findings.fail(f"{place}: {problem.message}", problem.suggestion)
         section.note("used", "defaults", "the defaults, because it has errors")
         return Config()
+    _warn_of_variables(findings, config)
     defaults = Config().model_dump(mode="json")
     for name, keys in config.model_dump(mode="json").items():
         for key, value in keys.items():
@@ -46,6 +47,11 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
     if len(section.values) == 1:
         section.note("used", "defaults", "the defaults")
     return config
+
+
+def _warn_of_variables(findings: Findings, config: Config) -> None:
+    for sentence in unknown_variables(os.environ, config.transport.endpoint):
+        findings.warn(sentence, "correct the variable, or unset it if no client needs it")
 
 
 _CURES: Final = {
@@ -157,7 +163,7 @@ def examine_endpoints(findings: Findings, config: Config) -> bool:
 
 async def _who_answers(endpoint: str) -> str:
     """Who listens at an endpoint to which a server would bind; empty where nobody does."""
-    address = endpoint.replace("tcp://*:", "tcp://127.0.0.1:").replace("tcp://0.0.0.0:", "tcp://127.0.0.1:")
+    address = local_address(endpoint)
     if await nothing_listens(address):
         return ""
     client = AsyncClient(address, "instep doctor", PATIENCE_S, reconnect_s=0.0, model="")
