@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from instep_client.protocol.errors import InstepError
 from instep_tools.pacing import Stop, loop_factory
 from instep_tools.problems import CommandProblem, Exit
+from instep_tools.words import finite
 
 QUIET_S: Final = 2.0
 """Work shorter than this shows no progress."""
@@ -76,7 +76,7 @@ class Terminal:
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The one JSON object; numbers that are not finite become null, because JSON has no others."""
-        self.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+        self.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     @asynccontextmanager
     async def waiting(self, what: str) -> AsyncIterator[None]:
@@ -231,11 +231,3 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
 
 def _escape(text: str) -> str:
     return text.replace("[", "\\[")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

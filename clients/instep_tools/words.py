@@ -1,8 +1,10 @@
-"""Numbers in sentences."""
+"""Numbers in sentences and in JSON."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -15,3 +17,12 @@ def three_digits(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value >= 1 else f"{value:#.3g}" if value >= 1e-3 else "0"
+
+
+def finite(value: Any) -> Any:
+    """The value with null for every number in it that is not finite, because JSON has no others."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value

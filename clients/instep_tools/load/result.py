@@ -13,6 +13,7 @@ from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.samples import Distribution, SampleArray, distribution
+from instep_tools.words import finite
 
 PARTS: Final = ("late_us", "away_us", "queue_us", "compute_us", "send_us", "rest_us")
 """The parts of a latency, as they are called in `SAMPLE`."""
@@ -128,7 +129,7 @@ class Measured:
             "samples": len(self.samples),
             "frames_per_second": self.frames_s,
             "answers_per_second": self.answers_s,
-            "latency_us": {name: _finite(asdict(part)) for name, part in latencies.items()},
+            "latency_us": {name: finite(asdict(part)) for name, part in latencies.items()},
             "refused_frames": dict(self.found.refused),
             "unanswered_frames": self.found.unanswered,
             "unsent_frames": self.found.unsent,
@@ -177,8 +178,3 @@ def server_as_json(info: ServerInfo) -> dict[str, Any]:
     """What was measured."""
     names = ("model", "fingerprint", "features", "outputs", "device", "exactness")
     return {name: getattr(info, name) for name in names}
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN."""
-    return {name: None if np.isnan(value) else value for name, value in values.items()}

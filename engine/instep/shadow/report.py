@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from instep_tools.words import counted
+from instep_tools.words import counted, finite
 
 _SHOWN: Final = 10
 """Streams in the table."""
@@ -54,11 +53,11 @@ class Differences:
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: it becomes null."""
         return asdict(self) | {
-            "largest": _finite(self.largest),
-            "mean": _finite(self.mean),
+            "largest": finite(self.largest),
+            "mean": finite(self.mean),
             "equal_share": self.equal / self.frames if self.frames else None,
-            "quantiles": {f"p{round(100 * share)}": _finite(value) for share, value in self.quantiles.items()},
-            "streams": [asdict(each) | {"largest": _finite(each.largest)} for each in self.streams],
+            "quantiles": {f"p{round(100 * share)}": finite(value) for share, value in self.quantiles.items()},
+            "streams": [asdict(each) | {"largest": finite(each.largest)} for each in self.streams],
         }
 
     def render(self, console: Console) -> None:
@@ -84,7 +83,3 @@ class Differences:
         same = self.equal / self.frames
         compared = f"{counted(self.frames, 'frame')} of {counted(self.streams_total, 'stream')}"
         console.print(f"{compared} were compared; {same:.1%} have equal bits")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
