@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import AsJson, CommandLine, Endpoint, ModelName, add_version, positive
+from instep_tools.command_line import CommandLine, add_version, positive
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
-from instep_tools.load.app import EXAMPLES, loadtest_command
+from instep_tools.load.app import EXAMPLES, loadtest
 from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
-from instep_tools.ping import ping
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
+from instep_tools.server import models, ping, stats
 from instep_tools.signals import Signal
-from instep_tools.state_app import app as state_app
-from instep_tools.streams import models, stats
-from instep_tools.streams_app import app as streams_app
-from instep_tools.terminal import Terminal, run_command, run_undrained
+from instep_tools.state import app as state_app
+from instep_tools.streams import app as streams_app
+from instep_tools.terminal import Terminal
 from instep_tools.top.app import examples as top_examples
 from instep_tools.top.app import top_command
 
@@ -36,7 +33,12 @@ app: Final = CommandLine(
 
 app.add_typer(state_app, name="state")
 app.add_typer(streams_app, name="streams")
-app.command("loadtest", examples=EXAMPLES)(loadtest_command)
+app.server_command("ping", examples=["instep-client ping", "instep-client ping -e tcp://gpu-1:5757 --json"])(ping)
+app.server_command("models", examples=["instep-client models", "instep-client models --json"], names_model=False)(
+    models
+)
+app.server_command("stats", examples=["instep-client stats", "instep-client stats --json"])(stats)
+app.server_command("loadtest", examples=EXAMPLES, drains=True)(loadtest)
 app.command("top", examples=top_examples("instep-client"))(top_command)
 
 SIGNAL_RATE_HZ: Final = 10.0
@@ -85,36 +87,19 @@ RATE_HELP: Final = "Frames a second for each stream, whatever its times say."
 add_version(app)
 
 
-@app.command("ping", examples=["instep-client ping", "instep-client ping -e tcp://gpu-1:5757 --json"])
-def ping_command(endpoint: Endpoint = DEFAULT_ENDPOINT, model: ModelName = "", as_json: AsJson = False) -> None:
-    """Say in one line whether the server is ready, with its model, device, exactness and round trip.
-
-    Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
-    """
-    raise typer.Exit(run_undrained(partial(ping, Target(endpoint, model)), Terminal(as_json)))
-
-
-@app.command("models", examples=["instep-client models", "instep-client models --json"])
-def models_command(endpoint: Endpoint = DEFAULT_ENDPOINT, as_json: AsJson = False) -> None:
-    """List the server's models, the one for clients that name none first."""
-    raise typer.Exit(run_undrained(partial(models, Target(endpoint)), Terminal(as_json)))
-
-
-@app.command("stats", examples=["instep-client stats", "instep-client stats --json"])
-def stats_command(endpoint: Endpoint = DEFAULT_ENDPOINT, model: ModelName = "", as_json: AsJson = False) -> None:
-    """Show the numbers of a model: streams, frames, batches, and how long they took."""
-    raise typer.Exit(run_undrained(partial(stats, Target(endpoint, model)), Terminal(as_json)))
-
-
-@app.command(
+@app.server_command(
     "produce",
+    drains=True,
     examples=[
         "instep-client produce sensor.csv --columns x,y,z --time at_s",
         "read-microphone | instep-client produce --name mic --format jsonl",
         "instep-client produce --signal sine --streams 4 --seconds 10 --save y.parquet",
     ],
 )
-def produce_command(
+async def produce_command(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
     file: Annotated[
         Path | None,
         typer.Argument(
@@ -147,10 +132,7 @@ def produce_command(
     seconds: Annotated[float | None, typer.Option(callback=positive, help="Send for at most this long.")] = None,
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-    model: ModelName = "",
-    as_json: AsJson = False,
-) -> None:
+) -> Exit:
     """Stream frames live from lines, files or a generated signal; print or save the outputs.
 
     Lines hold numbers separated by commas or white space, one frame a line; with several streams they go to the
@@ -162,7 +144,7 @@ def produce_command(
     """
     rate_hz = SIGNAL_RATE_HZ if rate is None and signal is not None else rate
     what = Produce(
-        target=Target(endpoint, model),
+        target=target,
         pace=Pace(rate_hz, frames, seconds, speed),
         file=file,
         choice=_choice(named, columns, time, only),
@@ -172,23 +154,23 @@ def produce_command(
         save=save,
         format=format,
     )
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        with WallClock() as clock:
-            return await produce(what, terminal, stop, clock)
-
-    raise typer.Exit(run_command(command, Terminal(as_json, data_on_stdout=save is None)))
+    with WallClock() as clock:
+        return await produce(what, terminal, stop, clock)
 
 
-@app.command(
+@app.server_command(
     "replay",
+    drains=True,
     examples=[
         "instep-client replay today.instep --check",
         "instep-client replay today.parquet --speed max --plot today.png",
         "instep-client replay bag.mcap --only /imu --save y.csv",
     ],
 )
-def replay_command(
+async def replay_command(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="An engine's recording, Parquet, MCAP, NPZ, NPY, CSV or other text."),
@@ -205,10 +187,7 @@ def replay_command(
         typer.Option(metavar="FILE", help="Draw inputs and outputs: a PNG, SVG or PDF.", dir_okay=False),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-    model: ModelName = "",
-    as_json: AsJson = False,
-) -> None:
+) -> Exit:
     """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
 
     At the server each sequence is a new stream (replay-…), so that no stream of the same name is disturbed. What is
@@ -217,13 +196,9 @@ def replay_command(
     With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when one
     could not be compared.
     """
-    what = Replay(Target(endpoint, model), file, speed, rate, _choice(named, columns, time, only), save, plot, check)
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        with WallClock() as clock:
-            return await replay(what, terminal, stop, clock)
-
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    what = Replay(target, file, speed, rate, _choice(named, columns, time, only), save, plot, check)
+    with WallClock() as clock:
+        return await replay(what, terminal, stop, clock)
 
 
 def _choice(named: bool, columns: str | None, time: str | None, only: str) -> Choice:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from instep_client.endpoint import checked_endpoint
+from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_client.protocol.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from instep_tools.pacing import Stop
+    from instep_tools.problems import Exit
+    from instep_tools.terminal import Terminal
+
+ServerCommand = TypeVar("ServerCommand", bound=Callable[..., Awaitable["Exit"]])
 
 BROKEN_PIPE: Final = 141
 """The exit status where nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
@@ -53,6 +62,58 @@ class CommandLine(typer.Typer):
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a command, with command lines that its help shows as examples."""
         return super().command(name, cls=PlainCommand, epilog="\n".join(examples), **settings)
+
+    def server_command(
+        self, name: str, *, examples: Sequence[str], drains: bool = False, names_model: bool = True
+    ) -> Callable[[ServerCommand], ServerCommand]:
+        """Register a coroutine function that talks to a server; its result is the exit status.
+
+        It gets the `Target`, the `Terminal` and the `Stop`, and then its own options. Its command has --endpoint,
+        --model and --json besides. A CommandProblem or an InstepError that it raises is said in one sentence.
+
+        Args:
+            name: of the command.
+            examples: command lines for its help.
+            drains: whether the first Ctrl-C requests a stop, as `run_command` says; otherwise it cancels the command.
+            names_model: whether there is --model.
+        """
+
+        def register(command: ServerCommand) -> ServerCommand:
+            def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
+                from instep_tools.connect import Target
+                from instep_tools.terminal import Terminal, run_command, run_undrained
+
+                def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
+                    return command(Target(endpoint, model), terminal, stop, **own)
+
+                raise typer.Exit((run_command if drains else run_undrained)(begin, Terminal(as_json)))
+
+            own = list(inspect.signature(command, eval_str=True).parameters.values())[3:]
+            shared = [
+                parameter("endpoint", DEFAULT_ENDPOINT, Endpoint),
+                *([parameter("model", "", ModelName)] if names_model else []),
+                parameter("as_json", False, AsJson),
+            ]
+            self.command(name, examples=examples)(typed_as(run, command, [*own, *shared]))
+            return command
+
+        return register
+
+
+def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    """An option or argument that `typed_as` gives to a command."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def typed_as(
+    run: Callable[..., None], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function, which gets keyword arguments, as one with these parameters and the name and help of a command."""
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 def add_version(app: CommandLine) -> None:

@@ -161,6 +161,7 @@ def _outputs(
         if not terminal.write(text):  # nobody reads any more
             stop.request()
 
+    terminal.data_on_stdout = True
     return PrintedOutputs(write, format, output_columns(info, info.outputs))
 
 

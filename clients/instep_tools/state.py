@@ -12,10 +12,11 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import typer
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
@@ -24,20 +25,27 @@ from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import Code, ServerInfo
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State
+from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.terminal import Terminal
 
+app: Final = CommandLine(
+    help="Read, save, restore, copy and replace the state of a stream.\n\n"
+    "The exit status is 0 on success, and 2 with an error that says why.",
+)
 FIRST_VALUES: Final = 6
 """How many values of a layer are shown."""
 
+Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]
 
-async def read(target: Target, name: str, terminal: Terminal, stop: Stop) -> Exit:
-    """Show a stream's seq and state.
 
-    Raises:
-        InstepError: as the client does, when there is no such stream for one.
+@app.server_command("read", examples=["instep-client state read mic-7"])
+async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Exit:
+    """Show the seq of a stream's next frame and its state. Its owner is not disturbed.
+
+    --json gives all values.
     """
     async with connected(target, "state read", terminal, stop) as client:
         seq, state = await client.read_state(name)
@@ -69,13 +77,20 @@ def state_lines(state: State, spec: StateSpec) -> list[str]:
     return lines
 
 
-async def snapshot(target: Target, name: str, to: Path, terminal: Terminal, stop: Stop) -> Exit:
-    """Save a stream's seq and state in a new file.
-
-    Raises:
-        InstepError: as the client does.
-        BadFile: when there is such a file already, or it cannot be written.
-    """
+@app.server_command("snapshot", examples=["instep-client state snapshot mic-7 --to mic-7.safetensors"])
+async def snapshot(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    name: Name,
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", metavar="FILE", show_default=False, help="A new file; existing files are never overwritten."
+        ),
+    ],
+) -> Exit:
+    """Save a stream's seq and state in a new safetensors file. Its owner notices nothing."""
     check_new(to, "--to")
     async with connected(target, "state snapshot", terminal, stop) as client:
         taken = await client.snapshot(name)
@@ -88,12 +103,22 @@ async def snapshot(target: Target, name: str, to: Path, terminal: Terminal, stop
     return Exit.OK
 
 
-async def restore(target: Target, file: Path, name: str | None, terminal: Terminal, stop: Stop) -> Exit:
-    """Open a stream that goes on from a snapshot, and leave it parked.
+@app.server_command("restore", examples=["instep-client state restore mic-7.safetensors --as mic-7-again"])
+async def restore(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", show_default=False, help="A file that `state snapshot` made.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option("--as", metavar="NAME", show_default=False, help="The new stream. Default: the name it had."),
+    ] = None,
+) -> Exit:
+    """Open a stream that continues from a snapshot, on this or another server of the same model.
 
-    Raises:
-        InstepError: as the client does.
-        CommandProblem: when the file is none, or of another model, or the name is in use.
+    The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
     taken = _load(file)
     async with leaving(target, "restore", terminal, stop) as client:
@@ -103,12 +128,17 @@ async def restore(target: Target, file: Path, name: str | None, terminal: Termin
     return Exit.OK
 
 
-async def fork(target: Target, name: str, copy: str, terminal: Terminal, stop: Stop) -> Exit:
-    """Open a stream that begins with another one's seq and state, and leave it parked.
+@app.server_command("fork", examples=["instep-client state fork mic-7 mic-7-copy"])
+async def fork(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    name: Name,
+    copy: Annotated[str, typer.Argument(metavar="NEW", show_default=False, help="The new stream.")],
+) -> Exit:
+    """Open a stream that continues from the state of another one, without disturbing its owner.
 
-    Raises:
-        InstepError: as the client does.
-        CommandProblem: when the server parks no streams.
+    The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
     async with leaving(target, "fork", terminal, stop) as client:
         stream = await client.restore(await client.snapshot(name), copy)
@@ -116,12 +146,27 @@ async def fork(target: Target, name: str, copy: str, terminal: Terminal, stop: S
     return Exit.OK
 
 
-async def reset(target: Target, name: str, file: Path | None, take_over: bool, terminal: Terminal, stop: Stop) -> Exit:
-    """Take a stream from its owner, replace its state by the initial one or a snapshot's, and leave it parked.
+@app.server_command("reset", examples=["instep-client state reset mic-7 --take-over"])
+async def reset(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    name: Name,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", metavar="FILE", show_default=False, help="A snapshot's state, in place of the initial one."
+        ),
+    ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Take the stream from its owner, who is told, or refused when it resumes."),
+    ] = False,
+) -> Exit:
+    """Replace a stream's state by the initial one, or a snapshot's; its seqs continue.
 
-    Raises:
-        InstepError: as the client does.
-        CommandProblem: when it may not be taken, or the file is none, or of another model, or its state cannot be used.
+    It needs --take-over, since the owner must be told: at once (FENCED) if it is connected, otherwise when it resumes.
+    Either may take the stream over again.
     """
     taken = None if file is None else _load(file)
     async with leaving(target, "reset", terminal, stop) as client:
@@ -147,13 +192,8 @@ async def reset(target: Target, name: str, file: Path | None, take_over: bool, t
             )
             raise
         state = "the initial state" if file is None else f"the state in {file}"
-        tell_parked(
-            terminal,
-            f"{name!r} continues from {state}",
-            stream,
-            client.info,
-            {"file": None if file is None else str(file)},
-        )
+        about = {"file": None if file is None else str(file)}
+        tell_parked(terminal, f"{name!r} continues from {state}", stream, client.info, about)
     return Exit.OK
 
 
@@ -172,16 +212,8 @@ async def leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> 
 def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
     """What was done with a stream, and for how long it waits for somebody to go on with it."""
     if terminal.as_json:
-        terminal.result(
-            {
-                "stream": stream.name,
-                "seq": stream.next_seq,
-                "epoch": stream.epoch,
-                "park_s": info.park_s,
-                **_of_model(info),
-                **more,
-            }
-        )
+        about = {"stream": stream.name, "seq": stream.next_seq, "epoch": stream.epoch, "park_s": info.park_s}
+        terminal.result({**about, **_of_model(info), **more})
     terminal.summary(
         f"{what} with frame {stream.next_seq}; the server keeps it for {info.park_s:g} s for a producer that "
         f"continues it with client.resume({stream.name!r}, epoch={stream.epoch})"

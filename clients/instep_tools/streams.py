@@ -1,77 +1,117 @@
-"""`instep-client streams`, `models` and `stats`: what is open on a server, and making room there."""
+"""`instep-client streams …`: what is open on a server, and making room there."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Final
 
-from rich.markup import escape
-from rich.table import Table
+import typer
 
 from instep_client.aio import AsyncClient, StreamPlace
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import Code
-from instep_client.replies import ListedStream
+from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
+app: Final = CommandLine(help="List the streams of a server, and close or park some.")
+
+Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
+Where = Annotated[
+    StreamPlace | None,
+    typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
+]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")]
+
 _HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
-_MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean", "batch_fill")
-"""How the numbers end that are more than 0 where there was anything to measure."""
 
 
+@app.server_command(
+    "list", examples=["instep-client streams list", "instep-client streams list --prefix mic- --place parked"]
+)
 async def show(
-    target: Target, prefix: str, place: StreamPlace | None, most: int, terminal: Terminal, stop: Stop
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    prefix: Prefix = None,
+    place: Where = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many, longest idle first.")] = 50,
 ) -> Exit:
-    """List streams, those first that have done nothing for longest."""
+    """Show the server's streams: the place of each, its next seq, and how long the server keeps it if it stays idle."""
     async with connected(target, "streams", terminal, stop) as client:
-        found, model = await client.list_streams(prefix, place), client.info.model
+        found, model = await client.list_streams(prefix or "", place), client.info.model
     found.sort(key=lambda stream: -stream.idle_s)
+    shown = found[:limit]
     if terminal.as_json:
-        shown = [stream._asdict() for stream in found[:most]]
-        terminal.result({"model": model, "streams": shown, "count": len(found)})
+        terminal.result({"model": model, "streams": [stream._asdict() for stream in shown], "count": len(found)})
         return Exit.OK
     if found:
-        terminal.out.print(_table(found[:most]))
-    left_out = f"; {len(found) - most:,} more are not shown (--limit)" if len(found) > most else ""
+        rows = (
+            (
+                stream.name,
+                stream.place,
+                "–" if stream.next_seq is None else f"{stream.next_seq:,}",
+                f"{stream.pending:,}",
+                three_digits(stream.idle_s),
+                "never" if stream.expires_in_s is None else three_digits(stream.expires_in_s),
+            )
+            for stream in shown
+        )
+        terminal.table(("name", "where", "next seq", "pending", "idle s", "expires in s"), rows, slice(2, None))
+    left_out = f"; {len(found) - limit:,} more are not shown (--limit)" if len(found) > limit else ""
     terminal.summary(f"{counted(len(found), 'stream')} of {model}{left_out}")
     return Exit.OK
 
 
-def _table(streams: Sequence[ListedStream]) -> Table:
-    rows = Table("name", "where", "next seq", "pending", "idle s", "expires in s", box=None, pad_edge=False)
-    for column in rows.columns[2:]:
-        column.justify = "right"
-    for stream in streams:
-        rows.add_row(
-            stream.name,
-            stream.place,
-            "–" if stream.next_seq is None else f"{stream.next_seq:,}",
-            f"{stream.pending:,}",
-            three_digits(stream.idle_s),
-            "never" if stream.expires_in_s is None else three_digits(stream.expires_in_s),
-        )
-    return rows
-
-
-async def free(
+@app.server_command(
+    "close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"]
+)
+async def close(
     target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    names: Names = [],  # noqa: B006
+    prefix: Prefix = None,
+    place: Where = None,
+) -> Exit:
+    """Close streams by name, or all with a prefix or at a place.
+
+    Their states are lost. A client that owns one of them is told that the stream was taken over.
+    """
+    return await _free(target, terminal, stop, names, prefix, place, park=False)
+
+
+@app.server_command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix lab-"])
+async def park(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    names: Names = [],  # noqa: B006
+    prefix: Prefix = None,
+    place: Where = None,
+) -> Exit:
+    """Take streams from their clients and leave them parked, for another client to resume.
+
+    A client that owns one of them is told that the stream was taken over. The server keeps a parked stream for
+    limits.park_s, and then closes it.
+    """
+    return await _free(target, terminal, stop, names, prefix, place, park=True)
+
+
+async def _free(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
     names: Sequence[str],
     prefix: str | None,
     place: StreamPlace | None,
+    *,
     park: bool,
-    terminal: Terminal,
-    stop: Stop,
 ) -> Exit:
-    """Take streams from their owners, who are told, and close or park them: by name, or all that a list shows.
-
-    Raises:
-        CommandProblem: when it is not said which, or the server parks no streams.
-    """
+    """Take streams from their owners, who are told, and close or park them: by name, or all that a list shows."""
     verb, done = ("park", "parked") if park else ("close", "closed")
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")
@@ -84,11 +124,10 @@ async def free(
             )
         if not names:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
-        count = [0]
-        async with terminal.progress("parking" if park else "closing", len(names), "streams", lambda: count[0]):
+        title = "parking" if park else "closing"
+        async with terminal.progress(title, len(names), "streams", lambda: len(taken) + len(missing)):
             for name in names:
                 (taken if await _take(client, name, park) else missing).append(name)
-                count[0] += 1
         kept = f", and kept for {client.info.park_s:g} s" if park and taken else ""
     if terminal.as_json:
         terminal.result({done: taken, "missing": missing})
@@ -108,47 +147,3 @@ async def _take(client: AsyncClient, name: str, park: bool) -> bool:
             return False
         raise
     return True
-
-
-async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
-    """Show the numbers of a model."""
-    async with connected(target, "stats", terminal, stop) as client:
-        numbers, model = await client.stats(), client.info.model
-    if terminal.as_json:
-        terminal.result({"model": model, **numbers})
-        return Exit.OK
-    rows = Table("", "", box=None, pad_edge=False, show_header=False)
-    rows.columns[1].justify = "right"
-    rows.add_row("model", escape(model))
-    for name, value in numbers.items():
-        if name != "recent_time_s":  # when the newest row of the history was made: for programs
-            rows.add_row(name, _number(name, value))
-    terminal.out.print(rows)
-    return Exit.OK
-
-
-async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
-    """List the models of a server, the default one first."""
-    async with connected(target, "models", terminal, stop) as client:
-        found = await client.list_models()
-    if terminal.as_json:
-        terminal.result({"models": [model._asdict() for model in found]})
-        return Exit.OK
-    rows = Table("name", "features", "outputs", "connections", "streams", "frames", box=None, pad_edge=False)
-    for column in rows.columns[1:]:
-        column.justify = "right"
-    for model in found:
-        numbers = (model.features, model.outputs, model.connections, model.streams, model.frames)
-        rows.add_row(escape(model.name), *(f"{number:,}" for number in numbers))
-    terminal.out.print(rows)
-    return Exit.OK
-
-
-def _number(name: str, value: float) -> str:
-    if not math.isfinite(value):
-        return "not finite"
-    if value == 0 and name.endswith(_MEASURED):
-        return "–"
-    if value == int(value):
-        return f"{value:,.0f}"
-    return three_digits(value) if value >= 1e-3 else f"{value:.3g}"

@@ -9,13 +9,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from instep_client.protocol.errors import InstepError
 from instep_tools.pacing import Stop, loop_factory
@@ -34,15 +36,17 @@ class Terminal:
     """Results go to stdout, everything else to stderr.
 
     Args:
-        as_json: results as one JSON object; the summary line goes to stderr then.
-        data_on_stdout: stdout carries the data itself, so the summary line goes to stderr.
+        as_json: results as one JSON object.
+
+    Attributes:
+        data_on_stdout: stdout carries JSON or the data itself, so the summary line goes to stderr.
     """
 
-    def __init__(self, as_json: bool = False, data_on_stdout: bool = False) -> None:
+    def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
+        self.data_on_stdout = as_json
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._data_on_stdout = data_on_stdout or as_json
         self._is_unread = False
 
     def note(self, sentence: str) -> None:
@@ -71,12 +75,23 @@ class Terminal:
 
     def summary(self, line: str, good: bool = True) -> None:
         """The last line."""
-        console = self.err if self._data_on_stdout else self.out
+        console = self.err if self.data_on_stdout else self.out
         console.print(line, markup=False, style="bold green" if good else "bold yellow")
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The one JSON object; numbers that are not finite become null, because JSON has no others."""
         self.write(json.dumps(finite(values), allow_nan=False) + "\n")
+
+    def table(
+        self, headings: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: slice = slice(1, None)
+    ) -> None:
+        """Print a table without lines, the columns `numbers` aligned at the right; its head, unless that is empty."""
+        shown = Table(*headings, box=None, pad_edge=False, show_header=any(headings))
+        for column in shown.columns[numbers]:
+            column.justify = "right"
+        for row in rows:
+            shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        self.out.print(shown)
 
     @asynccontextmanager
     async def waiting(self, what: str) -> AsyncIterator[None]:

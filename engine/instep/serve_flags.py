@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 
+from instep_tools.command_line import parameter, typed_as
+
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
 ]
@@ -77,9 +79,6 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
                 named[flag.key] = value if flag.metavar else "true"
         command(Given(config, _overrides(settings, named)), **values)
 
-    def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
     def of_flag(name: str, flag: _Flag) -> inspect.Parameter:
         panel = f"Options: {flag.key.partition('.')[0]}"
         if not flag.metavar:
@@ -99,10 +98,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         parameter("settings", [], Settings),
         *own,
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
+    return typed_as(run, command, parameters)
 
 
 def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:

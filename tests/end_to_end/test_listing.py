@@ -16,6 +16,7 @@ from instep_tools import streams
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
+from instep_tools.server import stats
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -120,25 +121,25 @@ class TestCommand:
             async with AsyncClient(server.endpoint) as owner:
                 mine = await owner.open("new-1")
                 terminal = RememberingTerminal()
-                assert await streams.show(target, "", None, 3, terminal, Stop()) == Exit.OK
+                assert await streams.show(target, terminal, Stop(), limit=3) == Exit.OK
                 assert f"4 streams of {SMALL.name}; 1 more are not shown (--limit)" in terminal.said
                 assert terminal.said.count("parked") == 3
                 terminal = RememberingTerminal(as_json=True)
-                assert await streams.free(target, ["old-1", "gone"], None, None, False, terminal, Stop()) == 1
+                assert await streams.close(target, terminal, Stop(), ["old-1", "gone"]) == 1
                 assert terminal.json() == {"closed": ["old-1"], "missing": ["gone"]}
                 terminal = RememberingTerminal()
-                assert await streams.free(target, [], None, "parked", False, terminal, Stop()) == Exit.OK
+                assert await streams.close(target, terminal, Stop(), place="parked") == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
-                assert await streams.free(target, [], "new", None, False, terminal, Stop()) == Exit.OK
+                assert await streams.close(target, terminal, Stop(), prefix="new") == Exit.OK
                 with pytest.raises(StreamEvicted, match=r"FENCED|UNKNOWN_STREAM"):
                     await mine.step(np.zeros(F))
                 with pytest.raises(CommandProblem, match="say which streams"):
-                    await streams.free(target, [], None, None, False, terminal, Stop())
+                    await streams.close(target, terminal, Stop())
                 terminal = RememberingTerminal(as_json=True)
-                assert await streams.show(target, "", None, 3, terminal, Stop()) == Exit.OK
+                assert await streams.show(target, terminal, Stop(), limit=3) == Exit.OK
                 assert terminal.json() == {"model": SMALL.name, "streams": [], "count": 0}
                 terminal = RememberingTerminal()
-                assert await streams.stats(target, terminal, Stop()) == Exit.OK
+                assert await stats(target, terminal, Stop()) == Exit.OK
                 assert "streams_open" in terminal.said
                 assert SMALL.name in terminal.said
 
@@ -148,8 +149,7 @@ class TestCommand:
             mine = await owner.open("mic")
             first = await mine.step(x[0])
             terminal = RememberingTerminal()
-            arguments = (Target(server.endpoint), ["mic"], None, None, True, terminal, Stop())
-            assert await streams.free(*arguments) == Exit.OK
+            assert await streams.park(Target(server.endpoint), terminal, Stop(), ["mic"]) == Exit.OK
             assert terminal.said.strip() == "1 stream parked, and kept for 300 s"
             with pytest.raises(StreamEvicted, match="FENCED"):
                 await mine.step(x[1])
@@ -159,7 +159,7 @@ class TestCommand:
             np.testing.assert_array_equal(np.stack([first, second]), whole(SMALL, x)[0])
         async with running(SMALL, limits={"park_s": 0}) as server:
             with pytest.raises(CommandProblem, match="parks no streams"):
-                await streams.free(Target(server.endpoint), ["mic"], None, None, True, terminal, Stop())
+                await streams.park(Target(server.endpoint), terminal, Stop(), ["mic"])
 
 
 async def test_the_client_for_threads_lists_too() -> None:

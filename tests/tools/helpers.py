@@ -44,8 +44,8 @@ class JumpingClock:
 class RememberingTerminal(Terminal):
     """What was said, as text."""
 
-    def __init__(self, as_json: bool = False, data_on_stdout: bool = False) -> None:
-        super().__init__(as_json, data_on_stdout)
+    def __init__(self, as_json: bool = False) -> None:
+        super().__init__(as_json)
         self.out = Console(file=StringIO(), width=200, highlight=False, soft_wrap=True)
         self.err = Console(file=StringIO(), width=200, highlight=False, soft_wrap=True)
         self.data = ""

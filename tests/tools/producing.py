@@ -22,8 +22,8 @@ FAST = Pace(None, None, None)
 class ProduceRun:
     """One run of the command against a fake server."""
 
-    def __init__(self, *, as_json: bool = False, printing: bool = True) -> None:
-        self.terminal = RememberingTerminal(as_json, data_on_stdout=printing)
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.terminal = RememberingTerminal(as_json)
         self.stop = Stop()
         self.clock = JumpingClock()
         self.server = FakeServer()

@@ -19,8 +19,8 @@ from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
+from instep_tools.server import stats
 from instep_tools.signals import Signal
-from instep_tools.streams import stats
 from tests.support.models import SEED_SIZED, whole
 from tests.support.running import running
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table

@@ -68,7 +68,7 @@ async def test_arrays_keep_their_names_where_each_is_one_stream(tmp_path: Path, 
 async def test_arrays_are_a_stream_each(tmp_path: Path, rng: np.random.Generator) -> None:
     x = rng.standard_normal((10, 3)).astype(np.float32)
     np.savez(tmp_path / "x.npz", frames=x, lengths=[4, 6])
-    run = ProduceRun(printing=False)
+    run = ProduceRun()
     assert await run(file=tmp_path / "x.npz", save=tmp_path / "y.npz") == Exit.OK
     saved = read_sequences(tmp_path / "y.npz")
     assert (saved.names, saved.lengths.tolist()) == (("produce-0", "produce-1"), [4, 6])
@@ -113,7 +113,7 @@ async def test_seconds_end_a_signal() -> None:
 
 
 async def test_a_stop_drains_and_closes(tmp_path: Path) -> None:
-    run = ProduceRun(printing=False)
+    run = ProduceRun()
     run.clock.on_sleep = lambda moment: run.stop.request() if moment > 1001 else None
     assert await run(signal=Signal.SINE, pace=Pace(10.0, None, None), save=tmp_path / "y.csv") == Exit.OK
     assert len((tmp_path / "y.csv").read_text().splitlines()) == 1 + 11

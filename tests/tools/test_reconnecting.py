@@ -43,7 +43,7 @@ class Forgetful:
 async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: np.random.Generator) -> None:
     frames: F32 = rng.standard_normal((60, 3)).astype(np.float32)
     (tmp_path / "in").write_text("".join(" ".join(str(value) for value in frame) + "\n" for frame in frames))
-    terminal, forgetful = RememberingTerminal(data_on_stdout=True), Forgetful(3)
+    terminal, forgetful = RememberingTerminal(), Forgetful(3)
     with forgetful.server as server:
         wanted = Produce(
             Target(server.endpoint), file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p"

@@ -373,7 +373,7 @@ async def test_a_state_of_single_values_is_json(rng: np.random.Generator) -> Non
         stream = await client.open("mic")
         await stream.step(x)
         terminal = RememberingTerminal(as_json=True)
-        assert await state.read(Target(server.endpoint), "mic", terminal, Stop()) == Exit.OK
+        assert await state.read(Target(server.endpoint), terminal, Stop(), "mic") == Exit.OK
     found = terminal.json()["state"]
     assert found["count"] == leaves[0].item()
     for given, leaf in zip(found.values(), leaves, strict=True):
@@ -390,9 +390,9 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
     async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
         stream = await client.open("mic")
         await stream.step(x[:5])
-        assert await state.snapshot(Target(server.endpoint), "mic", path, RememberingTerminal(), stop) == Exit.OK
+        assert await state.snapshot(Target(server.endpoint), RememberingTerminal(), stop, "mic", path) == Exit.OK
         terminal = RememberingTerminal(as_json=True)
-        assert await state.fork(Target(server.endpoint), "mic", "copy", terminal, stop) == Exit.OK
+        assert await state.fork(Target(server.endpoint), terminal, stop, "mic", "copy") == Exit.OK
         while (await client.stats())["streams_parked"] != 1:
             await client.ping()
         copy = await client.resume("copy", 5, terminal.json()["epoch"])
@@ -402,11 +402,11 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
     np.testing.assert_array_equal(load_file(path)["state"], whole(SEED_SIZED, x[:5])[1])
     async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
         terminal = RememberingTerminal(as_json=True)
-        assert await state.restore(Target(server.endpoint), path, None, terminal, stop) == Exit.OK
+        assert await state.restore(Target(server.endpoint), terminal, stop, path) == Exit.OK
         restored = await client.resume("mic", epoch=terminal.json()["epoch"])
         np.testing.assert_array_equal(await restored.step(x[5:]), y[5:])
         terminal = RememberingTerminal(as_json=True)
-        assert await state.reset(Target(server.endpoint), "mic", path, True, terminal, stop) == Exit.OK
+        assert await state.reset(Target(server.endpoint), terminal, stop, "mic", path, True) == Exit.OK
         assert terminal.json()["seq"] == 9
         with pytest.raises(StreamEvicted, match="FENCED"):
             await restored.step(x[5:])
@@ -414,6 +414,6 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
         np.testing.assert_array_equal(await again.step(x[5:]), y[5:])
     async with running(SMALL) as server:
         with pytest.raises(CommandProblem, match="a state is valid only with the weights that made it") as refused:
-            await state.restore(Target(server.endpoint), path, None, RememberingTerminal(), stop)
+            await state.restore(Target(server.endpoint), RememberingTerminal(), stop, path)
         assert not isinstance(refused.value, InvalidInput)
         assert server.default.engine.table.open_count == 0

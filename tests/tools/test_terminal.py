@@ -79,12 +79,19 @@ async def test_long_waits_are_told_of() -> None:
 
 
 def test_the_summary_goes_where_no_data_is() -> None:
-    plain, as_json, data = RememberingTerminal(), RememberingTerminal(as_json=True), RememberingTerminal(False, True)
+    plain, as_json, data = RememberingTerminal(), RememberingTerminal(as_json=True), RememberingTerminal()
+    data.data_on_stdout = True
     for terminal in (plain, as_json, data):
         terminal.summary("all [good]")
     assert (plain.said, plain.complained) == ("all [good]\n", "")
     assert (as_json.said, as_json.complained) == ("", "all [good]\n")
     assert (data.said, data.complained) == ("", "all [good]\n")
+
+
+def test_tables_hold_text_as_it_is_and_numbers_at_the_right() -> None:
+    terminal = RememberingTerminal()
+    terminal.table(("name", "frames"), [("[red]mic", "9"), ("b", "1,024")])
+    assert terminal.said.splitlines() == ["name      frames", "[red]mic       9", "b          1,024"]
 
 
 def test_errors_say_what_they_hold() -> None:

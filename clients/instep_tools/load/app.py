@@ -8,15 +8,14 @@ from typing import Annotated, Final
 
 import typer
 
-from instep_client.protocol.wire import DEFAULT_ENDPOINT
-from instep_tools.command_line import AsJson, Endpoint, ModelName, positive
+from instep_tools.command_line import positive
 from instep_tools.connect import Target
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, Mode
 from instep_tools.load.saved import compare as compare_runs
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
-from instep_tools.terminal import Terminal, run_command
+from instep_tools.terminal import Terminal
 
 EXAMPLES: Final = (
     "instep-client loadtest --streams 1024 --block 256",
@@ -35,7 +34,10 @@ def _seconds(value: str | float) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def loadtest_command(
+async def loadtest(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
     streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
     connections: Annotated[int, typer.Option(min=1, help="Connections they are spread over.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
@@ -101,10 +103,7 @@ def loadtest_command(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
     ] = None,
-    endpoint: Endpoint = DEFAULT_ENDPOINT,
-    model: ModelName = "",
-    as_json: AsJson = False,
-) -> None:
+) -> Exit:
     """Measure throughput and latency, or the largest load within a service level.
 
     In an open loop latency counts from the moment a frame was due, not from when it could be sent: a slow answer cannot
@@ -114,7 +113,7 @@ def loadtest_command(
     and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
     if compare is not None:
-        raise typer.Exit(compare_runs(*compare, Terminal(as_json)))
+        return compare_runs(*compare, terminal)
     if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
         raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")
     is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
@@ -130,9 +129,4 @@ def loadtest_command(
         steps=steps_per_block,
         slo_ms=slo_ms,
     )
-    test = LoadTest(Target(endpoint, model), plan, plot, save, hdr, report)
-
-    async def command(terminal: Terminal, stop: Stop) -> Exit:
-        return await LoadTester(test, terminal, stop).run()
-
-    raise typer.Exit(run_command(command, Terminal(as_json)))
+    return await LoadTester(LoadTest(target, plan, plot, save, hdr, report), terminal, stop).run()

@@ -78,7 +78,7 @@ class LoadTester:
         self._terminal.note(report.lines(self._test.plan.sentence()))
         result = await self._measure(self._test.plan)
         if not self._terminal.as_json and len(result.answered):
-            self._terminal.out.print(report.table(result))
+            report.show_latencies(self._terminal, result)
         sentence = report.numbers(result) + report.problems(result)
         if result.measured_itself:
             sentence = f"{report.blame(result)}: {sentence}"
@@ -107,9 +107,9 @@ class LoadTester:
         await search.run(plan.streams, limit)
         best = search.best
         if not self._terminal.as_json:
-            self._terminal.out.print(report.trials_table(search.trials, slo_ms))
+            report.show_trials(self._terminal, search.trials, slo_ms)
             if best is not None:
-                self._terminal.out.print(report.table(best))
+                report.show_latencies(self._terminal, best)
         if best is not None:
             least = "at least " if search.ended else ""
             level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Final
 
-from rich.table import Table
+from rich.text import Text
 
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.plan import Mode
 from instep_tools.load.result import Measured
 from instep_tools.load.search import advice
+from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
 ROWS: Final = {
@@ -33,14 +34,10 @@ LONG_SILENCE_S: Final = 1.0
 COLUMNS: Final = 80
 
 
-def table(result: Measured) -> Table:
-    """Latencies in milliseconds."""
-    rows = Table(f"ms, n = {len(result.samples):,}", *PERCENTILE_NAMES, box=None, pad_edge=False)
-    for column in rows.columns[1:]:
-        column.justify = "right"
-    for title, values in latency_rows(result):
-        rows.add_row(title, *values)
-    return rows
+def show_latencies(terminal: Terminal, result: Measured) -> None:
+    """Print the latency and its parts in milliseconds."""
+    headings = (f"ms, n = {len(result.samples):,}", *PERCENTILE_NAMES)
+    terminal.table(headings, ((title, *values) for title, values in latency_rows(result)))
 
 
 def latency_rows(result: Measured) -> list[tuple[str, list[str]]]:
@@ -53,15 +50,12 @@ def latency_rows(result: Measured) -> list[tuple[str, list[str]]]:
     ]
 
 
-def trials_table(trials: Sequence[Measured], slo_ms: float) -> Table:
-    """The tries of a search, in the order in which they were made."""
-    rows = Table(*TRIAL_TITLES, box=None, pad_edge=False)
-    for column in rows.columns[:-1]:
-        column.justify = "right"
+def show_trials(terminal: Terminal, trials: Sequence[Measured], slo_ms: float) -> None:
+    """Print the tries of a search, in the order in which they were made."""
     colours = {"met": "green", "not met": "red", "invalid": "yellow"}
-    for *cells, verdict in trial_rows(trials, slo_ms):
-        rows.add_row(*cells, f"[{colours[verdict]}]{verdict}[/]")
-    return rows
+    rows = trial_rows(trials, slo_ms)
+    coloured = ([*cells, Text(verdict, colours[verdict])] for *cells, verdict in rows)
+    terminal.table(TRIAL_TITLES, coloured, slice(-1))
 
 
 def trial_rows(trials: Sequence[Measured], slo_ms: float) -> list[list[str]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.table import Table
 
 from instep_tools.load.report import lines
 from instep_tools.load.result import Measured
@@ -60,12 +59,12 @@ def as_hgrm(result: Measured) -> bytes:
 
 
 def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
-    """Print what two saved runs measured, and the second over the first."""
-    try:
-        (server, load, first), (other_server, other_load, second) = _saved_run(one), _saved_run(other)
-    except BadFile as error:
-        terminal.error(str(error))
-        return Exit.COULD_NOT_RUN
+    """Print what two saved runs measured, and the second over the first.
+
+    Raises:
+        BadFile: when one of them holds none.
+    """
+    (server, load, first), (other_server, other_load, second) = _saved_run(one), _saved_run(other)
     names = [name for name in first if name in second]
     ratios = {name: second[name] / first[name] if first[name] else None for name in names}
     differ = {"servers": _differences(server, other_server), "loads": _differences(load, other_load)}
@@ -73,14 +72,9 @@ def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
         found = {f"{what}_differ": differences for what, differences in differ.items()}
         terminal.result({"first": first, "second": second, "ratio": ratios, **found})
         return Exit.OK
-    rows = Table("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio", box=None, pad_edge=False)
-    for column in rows.columns[1:]:
-        column.justify = "right"
-    for name in names:
-        ratio = ratios[name]
-        cells = (first[name], second[name], math.nan if ratio is None else ratio)
-        rows.add_row(name, *map(three_digits, cells))
-    terminal.out.print(rows)
+    figures = ((name, first[name], second[name], ratios[name]) for name in names)
+    rows = ((name, *(three_digits(math.nan if each is None else each) for each in row)) for name, *row in figures)
+    terminal.table(("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio"), rows)
     for what, differences in differ.items():
         if differences:
             both = ", ".join(f"{name} {mine!s:.12} and {theirs!s:.12}" for name, (mine, theirs) in differences.items())

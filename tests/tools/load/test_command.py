@@ -423,8 +423,8 @@ async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
 def test_bars_end_at_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     screens: list[str] = []
 
-    def remember(self: terminal_module.Terminal, as_json: bool = False, data_on_stdout: bool = False) -> None:
-        original(self, as_json, data_on_stdout)
+    def remember(self: terminal_module.Terminal, as_json: bool = False) -> None:
+        original(self, as_json)
         self.err = Console(stderr=True, force_terminal=True, width=80)
         screens.append("")
 

@@ -1,0 +1,97 @@
+"""`instep-client ping`, `models` and `stats`: what a server says of itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Final
+
+from instep_client.protocol.errors import Refused
+from instep_client.protocol.wire import Code, ServerInfo
+from instep_tools.connect import Target, connected
+from instep_tools.pacing import Stop
+from instep_tools.problems import Exit
+from instep_tools.terminal import Terminal
+from instep_tools.words import three_digits
+
+ROUND_TRIPS: Final = 5
+"""The first one still warms things up; the best one counts."""
+
+_NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
+"""Why a server that is there takes no connection."""
+_MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean", "batch_fill")
+"""How the numbers end that are more than 0 where there was anything to measure."""
+
+
+async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
+    """Say in one line whether the server is ready, with its model, device, exactness and round trip.
+
+    Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
+    """
+    info: ServerInfo | None = None
+    round_trip_ms: float | None = None
+    why: str | None = None
+    try:
+        async with connected(target, "ping", terminal, stop, reconnect_s=0.0) as client:
+            info = client.info
+            round_trip_ms = min([await client.ping() for _ in range(ROUND_TRIPS)]) * 1000
+            if (await client.stats()).get("ready") != 1:
+                why = "the server takes nothing new: it is shutting down, or its recording has failed"
+    except Refused as refused:
+        if refused.code not in _NOT_NOW:
+            raise
+        why = refused.sentence
+    if terminal.as_json:
+        terminal.result(
+            {
+                "endpoint": target.endpoint,
+                "ready": why is None,
+                "why": why,
+                "round_trip_ms": round_trip_ms,
+                "server": None if info is None else asdict(info) | {"state": info.state.encode()},
+            }
+        )
+    elif why is not None or info is None:
+        terminal.out.print(f"{target.endpoint}: not ready: {why}", markup=False)
+    else:
+        terminal.out.print(
+            f"{target.endpoint}: ready, model {info.model} "
+            f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, {info.exactness}, "
+            f"round trip {round_trip_ms:.3f} ms",
+            markup=False,
+        )
+    return Exit.OK if why is None else Exit.FOUND_PROBLEMS
+
+
+async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
+    """List the server's models, the one for clients that name none first."""
+    async with connected(target, "models", terminal, stop) as client:
+        found = await client.list_models()
+    if terminal.as_json:
+        terminal.result({"models": [model._asdict() for model in found]})
+        return Exit.OK
+    fields = ("name", "features", "outputs", "connections", "streams", "frames")
+    terminal.table(fields, ((model.name, *(f"{getattr(model, name):,}" for name in fields[1:])) for model in found))
+    return Exit.OK
+
+
+async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
+    """Show the numbers of a model: streams, frames, batches, and how long they took."""
+    async with connected(target, "stats", terminal, stop) as client:
+        numbers, model = await client.stats(), client.info.model
+    if terminal.as_json:
+        terminal.result({"model": model, **numbers})
+        return Exit.OK
+    numbers.pop("recent_time_s", None)  # when the newest row of the history was made: for programs
+    terminal.table(("", ""), [("model", model), *((name, _number(name, each)) for name, each in numbers.items())])
+    return Exit.OK
+
+
+def _number(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0 and name.endswith(_MEASURED):
+        return "–"
+    if value == int(value):
+        return f"{value:,.0f}"
+    return three_digits(value) if value >= 1e-3 else f"{value:.3g}"
