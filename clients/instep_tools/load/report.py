@@ -53,9 +53,10 @@ def latency_rows(result: Measured) -> list[tuple[str, list[str]]]:
 def show_trials(terminal: Terminal, trials: Sequence[Measured], slo_ms: float) -> None:
     """Print the tries of a search, in the order in which they were made."""
     colours = {"met": "green", "not met": "red", "invalid": "yellow"}
-    rows = trial_rows(trials, slo_ms)
-    coloured = ([*cells, Text(verdict, colours[verdict])] for *cells, verdict in rows)
-    terminal.table(TRIAL_TITLES, coloured, slice(-1))
+    rows: list[list[str | Text]] = [
+        [*cells, Text(verdict, colours[verdict])] for *cells, verdict in trial_rows(trials, slo_ms)
+    ]
+    terminal.table(TRIAL_TITLES, rows, slice(-1))
 
 
 def trial_rows(trials: Sequence[Measured], slo_ms: float) -> list[list[str]]:
