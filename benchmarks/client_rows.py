@@ -10,10 +10,9 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.connection import BareConnection
-from benchmarks.load import Inputs, closed_loop, open_streams
-from benchmarks.measurement import Bench, Row, interleave, ratio
-from benchmarks.reference import BenchmarkModel, WrongOutput, check_and_close, truth
+from benchmarks.load import Inputs, all_in_flight
+from benchmarks.measurement import Bench, Row, compared, interleave
+from benchmarks.reference import BenchmarkModel, WrongOutput, measured, truth
 from instep.core.typing import F32
 from instep_client import AsyncClient, AsyncStream
 from instep_client.states import state_rows
@@ -32,11 +31,11 @@ def tasks_256(bench: Bench) -> list[Row]:
     with bench.serve(model.folder, []) as server:
         sides = {
             tasks: lambda: asyncio.run(_step_in_tasks(server.endpoint, model, x, 1, bench.seconds)),
-            blocks: lambda: _step_bare(server.endpoint, model, [Inputs.of(x)], bench.seconds),
+            blocks: lambda: measured(server.endpoint, model, [Inputs.of(x)], all_in_flight(bench.seconds)),
         }
         samples = interleave(bench, sides)
     what = "256 tasks that await AsyncStream.step over a bare socket that sends their frames as one block"
-    return [Row("tasks-256", what, model.description, "×", ratio(samples, tasks, blocks), 0.3, samples)]
+    return [compared("tasks-256", what, model.description, samples, tasks, blocks, 0.3)]
 
 
 def connections_500(bench: Bench) -> list[Row]:
@@ -45,15 +44,15 @@ def connections_500(bench: Bench) -> list[Row]:
     clients, bare = "connections, frames/s", "one bare socket, frames/s"
     model = BenchmarkModel.of(bench, "connections-500")
     x = model.inputs(TIMESTEPS, count)
-    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(count)]
+    inputs = model.lone_inputs(TIMESTEPS, count)
     with bench.serve(model.folder, ["--max-streams", str(2 * count)]) as server:
         sides = {
             clients: lambda: asyncio.run(_step_in_tasks(server.endpoint, model, x, count, bench.seconds)),
-            bare: lambda: _step_bare(server.endpoint, model, inputs, bench.seconds),
+            bare: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
         }
         samples = interleave(bench, sides)
     what = "500 connections of one process, a stream each, over one bare socket with the same messages"
-    return [Row("connections-500", what, model.description, "×", ratio(samples, clients, bare), None, samples)]
+    return [compared("connections-500", what, model.description, samples, clients, bare, None)]
 
 
 async def _step_in_tasks(endpoint: str, model: BenchmarkModel, x: F32, connections: int, seconds: float) -> float:
@@ -95,13 +94,3 @@ async def _check_and_close(
         finals = [state_rows(await stream.close(), model.state, None) for stream in streams[part]]
         if not (np.array_equal(outputs[0], np.stack(newest[part])) and np.array_equal(states, np.concatenate(finals))):
             raise WrongOutput("streams of the client differ from the network, so no figure of this row counts")
-
-
-def _step_bare(endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], seconds: float) -> float:
-    """Frames per second over a bare connection, with one message of each of the inputs in flight."""
-    with BareConnection(endpoint, inputs[0].x.shape[1] * model.output_bytes) as connection:
-        connection.hello()
-        groups = open_streams(connection, inputs)
-        rate = closed_loop(connection, groups, len(groups), seconds)
-        check_and_close(connection, groups, model.truth)
-    return rate

@@ -12,20 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.connection import BareConnection, NotServed
-from benchmarks.load import Inputs, open_loop, open_streams
-from benchmarks.measurement import Bench, Row, interleave, ratio
-from benchmarks.reference import BenchmarkModel, check_and_close
-from benchmarks.rows import (
-    PACED_HZ,
-    PACED_LONGER,
-    PACED_STREAMS,
-    STREAMS,
-    TIMESTEPS,
-    block_inputs,
-    p99_ms,
-    serve_blocks,
-)
+from benchmarks.connection import NotServed
+from benchmarks.load import all_in_flight
+from benchmarks.measurement import Bench, Row, compared, interleave
+from benchmarks.reference import BenchmarkModel, measured
+from benchmarks.rows import PACED_STREAMS, STREAMS, TIMESTEPS, block_inputs, steadily
 from instep_client import Client
 
 VERIFIED_WITHIN_S: Final = 60.0
@@ -46,19 +37,20 @@ def durability(bench: Bench) -> list[Row]:
             server = stack.enter_context(bench.serve(model.folder, server_arguments(bench.folder, level)))
             servers[f"{level}, frames/s"] = server
         sides = {
-            name: partial(serve_blocks, server.endpoint, model, inputs, bench.seconds)
+            name: partial(measured, server.endpoint, model, inputs, all_in_flight(bench.seconds))
             for name, server in servers.items()
         }
         samples = interleave(bench, {**sides, fsync: lambda: fsync_ms(bench.folder)})
     return [
-        Row(
-            name=f"durability-{level}",
-            what=f"1,024 streams in blocks of 256, recorded with {level} over memory",
-            model=model.description,
-            unit="×",
-            value=ratio(samples, f"{level}, frames/s", "memory, frames/s"),
-            threshold=threshold,
-            samples={side: samples[side] for side in (f"{level}, frames/s", "memory, frames/s", none, fsync)},
+        compared(
+            f"durability-{level}",
+            f"1,024 streams in blocks of 256, recorded with {level} over memory",
+            model.description,
+            samples,
+            f"{level}, frames/s",
+            "memory, frames/s",
+            threshold,
+            beside=(none, fsync),
         )
         for level, threshold in THRESHOLDS.items()
     ]
@@ -67,24 +59,16 @@ def durability(bench: Bench) -> list[Row]:
 def verify_live(bench: Bench) -> list[Row]:
     """The load of `paced`, recorded, while another process verifies what was recorded."""
     model = BenchmarkModel.of(bench, "verify-live")
-    x = model.inputs(TIMESTEPS, PACED_STREAMS)
-    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(PACED_STREAMS)]
-
-    def served_ms(endpoint: str) -> float:
-        with BareConnection(endpoint) as connection:
-            connection.hello()
-            opened = open_streams(connection, inputs)
-            times = open_loop(connection, opened, PACED_HZ, bench.seconds * PACED_LONGER)
-            check_and_close(connection, opened, model.truth)
-        return p99_ms(times)
+    inputs = model.lone_inputs(TIMESTEPS, PACED_STREAMS)
+    served_ms = partial(measured, model=model, inputs=inputs, drive=steadily(bench.seconds))
 
     def verified_ms(endpoint: str) -> float:
-        measured, began = served_ms(endpoint), time.monotonic()
+        found, began = served_ms(endpoint), time.monotonic()
         while not _is_all_verified(endpoint):  # before the other side is measured
             if time.monotonic() - began > VERIFIED_WITHIN_S:
                 raise NotServed(f"what was recorded is not verified within {VERIFIED_WITHIN_S:g} s")
             time.sleep(0.1)
-        return measured
+        return found
 
     with ExitStack() as stack:
         sides: dict[str, Callable[[], float]] = {}
@@ -94,7 +78,8 @@ def verify_live(bench: Bench) -> list[Row]:
             sides[f"{name}, p99 ms"] = partial(verified_ms if arguments else served_ms, server.endpoint)
         samples = interleave(bench, sides)
     what = "64 streams at 50 Hz, recorded, p99 while what is recorded is verified over p99 without"
-    return [Row("verify-live", what, model.description, "×", ratio(samples, *sides), 1.1, samples, "at most")]
+    verified, alone = sides
+    return [compared("verify-live", what, model.description, samples, verified, alone, 1.1, "at most")]
 
 
 def _is_all_verified(endpoint: str) -> bool:

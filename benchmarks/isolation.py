@@ -14,7 +14,7 @@ from itertools import count
 from typing import Final
 
 from benchmarks.connection import NotServed
-from benchmarks.measurement import Bench, Row, interleave, ratio
+from benchmarks.measurement import Bench, Row, compared, interleave
 from benchmarks.reference import BenchmarkModel
 
 CONNECTIONS, STREAMS, NEIGHBOUR_STREAMS, RATE_HZ = 8, 64, 64, 50
@@ -41,15 +41,15 @@ def isolation(bench: Bench) -> list[Row]:
         }
         samples = interleave(bench, sides)
     return [
-        Row(
-            name=f"isolation-{phase}",
-            what=f"p99 of 64 streams at 50 Hz while a neighbour is {phase} over while it is alive",
-            model=model.description,
-            unit="×",
-            value=ratio(samples, f"{phase}, p99 ms", "alive, p99 ms"),
-            threshold=AT_MOST,
-            samples={side: samples[side] for side in (f"{phase}, p99 ms", "alive, p99 ms")},
-            direction="at most",
+        compared(
+            f"isolation-{phase}",
+            f"p99 of 64 streams at 50 Hz while a neighbour is {phase} over while it is alive",
+            model.description,
+            samples,
+            f"{phase}, p99 ms",
+            "alive, p99 ms",
+            AT_MOST,
+            "at most",
         )
         for phase, sent in PHASES.items()
         if sent is not None

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -132,6 +132,15 @@ def open_streams(
         handles = connection.open([f"group-{number}-{stream}" for stream in range(own.x.shape[1])])
         opened.append(ClosedLoopStreams(number, handles, own, first=number // len(inputs), once=once))
     return opened
+
+
+Drive: TypeAlias = Callable[[BareConnection, Sequence[ClosedLoopStreams]], float]
+"""A loop that measures over one connection with these streams."""
+
+
+def all_in_flight(seconds: float) -> Drive:
+    """`closed_loop` with a message of every group in flight."""
+    return lambda connection, groups: closed_loop(connection, groups, len(groups), seconds)
 
 
 def closed_loop(

@@ -99,6 +99,22 @@ class Row:
         }
 
 
+def compared(
+    name: str,
+    what: str,
+    model: str,
+    samples: Samples,
+    of: str,
+    over: str,
+    threshold: float | None,
+    direction: Direction = "at least",
+    beside: Sequence[str] = (),
+) -> Row:
+    """The row of the median of one side over the median of another; `beside` are other sides to be shown."""
+    shown = {side: samples[side] for side in (of, over, *beside)}
+    return Row(name, what, model, "×", ratio(samples, of, over), threshold, shown, direction)
+
+
 def ratio(samples: Samples, of: str, over: str) -> float:
     """The median of one side over the median of another."""
     return median(samples[of]) / median(samples[over])

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from benchmarks.connection import NotServed
-from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
+from benchmarks.measurement import Bench, Row, Samples, compared, interleave
 from benchmarks.reference import LeftOut
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
@@ -51,18 +51,17 @@ def swap(bench: Bench) -> list[Row]:
         sides |= {f"{policy}, p99 ms": partial(latency, policy) for policy in POLICIES}
         samples = interleave(bench, sides)
     return [
-        Row(
-            name=f"swap-{policy.partition(':')[0]}",
-            what=f"p99 of {STREAMS} streams at {RATE_HZ} Hz while their model is swapped ({policy}) over p99 without",
-            model=MODEL,
-            unit="×",
-            value=ratio(samples, side, quiet),
-            threshold=SWAP_AT_MOST,
-            samples={each: samples[each] for each in (side, quiet)},
-            direction="at most",
+        compared(
+            f"swap-{policy.partition(':')[0]}",
+            f"p99 of {STREAMS} streams at {RATE_HZ} Hz while their model is swapped ({policy}) over p99 without",
+            MODEL,
+            samples,
+            f"{policy}, p99 ms",
+            quiet,
+            SWAP_AT_MOST,
+            "at most",
         )
         for policy in POLICIES
-        if (side := f"{policy}, p99 ms")
     ]
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.connection import BareConnection
-from benchmarks.load import F64, ClosedLoopStreams
+from benchmarks.load import F64, ClosedLoopStreams, Drive, Inputs, open_streams
 from benchmarks.measurement import Bench
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel
@@ -210,6 +210,11 @@ class BenchmarkModel:
         """Random float32 [timesteps, streams, features], the same in every run."""
         return np.random.default_rng(1).standard_normal((timesteps, streams, self.features), np.float32)
 
+    def lone_inputs(self, timesteps: int, streams: int) -> list[Inputs]:
+        """The same, for streams that each send messages of their own."""
+        x = self.inputs(timesteps, streams)
+        return [Inputs.of(x[:, stream : stream + 1]) for stream in range(streams)]
+
 
 @torch.inference_mode()
 def as_certified(model: Model) -> RecurrentModel:
@@ -314,6 +319,38 @@ def check_and_close(
         total += len(counts)
     if wrong:
         raise WrongOutput(f"{wrong:,} of {total:,} streams differ from {network.name}, so no figure of this row counts")
+
+
+def measured(
+    endpoint: str,
+    model: BenchmarkModel,
+    inputs: Sequence[Inputs],
+    drive: Drive,
+    *,
+    once: bool = False,
+    exact: bool = True,
+) -> float:
+    """What a loop measures over a new connection with new streams of these inputs.
+
+    Args:
+        endpoint: of the server.
+        model: the one that it serves.
+        inputs: of each group of streams.
+        drive: the loop.
+        once: whether the inputs are sent once; otherwise they are repeated.
+        exact: as for `check_and_close`.
+
+    Raises:
+        WrongOutput: when the outputs are not the network's.
+        NotServed: when the server refuses a request or does not answer.
+    """
+    width = max(each.steps * each.x.shape[1] for each in inputs)
+    with BareConnection(endpoint, width * model.output_bytes) as connection:
+        connection.hello()
+        groups = open_streams(connection, inputs, once=once)
+        found = drive(connection, groups)
+        check_and_close(connection, groups, model.truth, exact=exact)
+    return found
 
 
 def _equal(served: Array, expected: Array, exact: bool) -> Bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 
@@ -17,9 +17,28 @@ from benchmarks.client_rows import connections_500, tasks_256
 from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
 from benchmarks.kinds import lstm, step_module
-from benchmarks.load import F64, ClosedLoopStreams, Inputs, closed_loop, open_loop, open_streams, round_trips
-from benchmarks.measurement import Bench, Row, Samples, interleave, ratio
-from benchmarks.reference import BenchmarkModel, LeftOut, WrongOutput, bare_loop, check_and_close, step_times, whole
+from benchmarks.load import (
+    F64,
+    ClosedLoopStreams,
+    Drive,
+    Inputs,
+    all_in_flight,
+    closed_loop,
+    open_loop,
+    open_streams,
+    round_trips,
+)
+from benchmarks.measurement import Bench, Row, Samples, compared, interleave
+from benchmarks.reference import (
+    BenchmarkModel,
+    LeftOut,
+    WrongOutput,
+    bare_loop,
+    check_and_close,
+    measured,
+    step_times,
+    whole,
+)
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
 from instep.verify.conditions import recorded_model
@@ -39,18 +58,6 @@ def block_inputs(model: BenchmarkModel) -> list[Inputs]:
     return [Inputs.of(x[:, at : at + BLOCK]) for at in range(0, STREAMS, BLOCK)]
 
 
-def serve_blocks(
-    endpoint: str, model: BenchmarkModel, inputs: Sequence[Inputs], seconds: float, *, exact: bool = True
-) -> float:
-    """Frames per second over a new connection with all blocks in flight; the outputs are checked afterwards."""
-    with BareConnection(endpoint, BLOCK * model.output_bytes) as connection:
-        connection.hello()
-        groups = open_streams(connection, inputs)
-        rate = closed_loop(connection, groups, len(groups), seconds)
-        check_and_close(connection, groups, model.truth, exact=exact)
-    return rate
-
-
 def blocks_bare(bench: Bench) -> list[Row]:
     """1,024 streams in blocks of 256, against the network alone and against the seed's way."""
     model = BenchmarkModel.of(bench, "blocks")
@@ -59,22 +66,16 @@ def blocks_bare(bench: Bench) -> list[Row]:
     single = np.ascontiguousarray(inputs[0].x[:, :1])
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
-            SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
+            SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
             bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
             seed: lambda: bare_loop(model.network, single, bench.seconds),
         }
         samples = interleave(bench, sides)
+    what = f"1,024 streams in blocks of 256 over {model.network.name} alone"
+    seeds = "the same over stepping one stream at a time"
     return [
-        _row(
-            "blocks-bare",
-            f"1,024 streams in blocks of 256 over {model.network.name} alone",
-            model,
-            samples,
-            SERVED,
-            bare,
-            0.9,
-        ),
-        _row("blocks-seed", "the same over stepping one stream at a time", model, samples, SERVED, seed, None),
+        compared("blocks-bare", what, model.description, samples, SERVED, bare, 0.9),
+        compared("blocks-seed", seeds, model.description, samples, SERVED, seed, None),
     ]
 
 
@@ -110,29 +111,30 @@ def _other_blocks(bench: Bench, name: str, what: str, model: BenchmarkModel, at_
     inputs = block_inputs(model)
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
-            SERVED: lambda: serve_blocks(server.endpoint, model, inputs, bench.seconds),
+            SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
             bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
         }
         samples = interleave(bench, sides)
-    return [_row(name, what, model, samples, SERVED, bare, at_least)]
+    return [compared(name, what, model.description, samples, SERVED, bare, at_least)]
 
 
 def exact_off(bench: Bench) -> list[Row]:
     """The cost of certified batch sizes. The server that promises no bits is checked within rounding errors."""
     model = BenchmarkModel.of(bench, "exact-off")
     inputs = block_inputs(model)
-    required, off = "exact, frames/s", "exactness off, frames/s"
+    required, off, drive = "exact, frames/s", "exactness off, frames/s", all_in_flight(bench.seconds)
     arguments = ["--max-streams", str(STREAMS), "--exactness"]
     with (
         bench.serve(model.folder, [*arguments, "require"]) as exact_server,
         bench.serve(model.folder, [*arguments, "off"]) as other_server,
     ):
         sides = {
-            required: lambda: serve_blocks(exact_server.endpoint, model, inputs, bench.seconds),
-            off: lambda: serve_blocks(other_server.endpoint, model, inputs, bench.seconds, exact=False),
+            required: lambda: measured(exact_server.endpoint, model, inputs, drive),
+            off: lambda: measured(other_server.endpoint, model, inputs, drive, exact=False),
         }
         samples = interleave(bench, sides)
-    return [_row("exact-off", "the same load, exact over `exactness: off`", model, samples, required, off, 0.95)]
+    what = "the same load, exact over `exactness: off`"
+    return [compared("exact-off", what, model.description, samples, required, off, 0.95)]
 
 
 MANY: Final = 100_096
@@ -167,13 +169,11 @@ def many_open(bench: Bench) -> list[Row]:
         for connection, groups in opened.values():
             check_and_close(connection, groups, model.truth)
     few_open, all_open = samples
-    return [_row("many-open", "100,000 streams open over 1,000", model, samples, all_open, few_open, 0.9)]
+    what = "100,000 streams open over 1,000"
+    return [compared("many-open", what, model.description, samples, all_open, few_open, 0.9)]
 
 
 # ── Single frames, against a bare ZeroMQ echo ────────────────────────────────────────────────────────────────────────
-
-Drive: TypeAlias = Callable[[BareConnection, Sequence[ClosedLoopStreams]], float]
-"""Measures over one connection with these streams."""
 
 
 @contextmanager
@@ -181,17 +181,8 @@ def engine_and_echo(
     bench: Bench, model: BenchmarkModel, streams: int, drive: Drive
 ) -> Iterator[tuple[Callable[[], float], Callable[[], float]]]:
     """The two sides: the same loop over equal messages, to an engine and to an echo in processes of their own."""
-    x = model.inputs(TIMESTEPS, streams)
-    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(streams)]
+    inputs = model.lone_inputs(TIMESTEPS, streams)
     with bench.serve(model.folder, []) as server, Echo(model.output_bytes) as echo:
-
-        def engine_side() -> float:
-            with BareConnection(server.endpoint) as connection:
-                connection.hello()
-                opened = open_streams(connection, inputs)
-                measured = drive(connection, opened)
-                check_and_close(connection, opened, model.truth)
-            return measured
 
         def echo_side() -> float:
             handles = np.arange(1, streams + 1, dtype=np.uint64)
@@ -200,29 +191,24 @@ def engine_and_echo(
                     connection, [ClosedLoopStreams(at, handles[at : at + 1], own) for at, own in enumerate(inputs)]
                 )
 
-        yield engine_side, echo_side
+        yield partial(measured, server.endpoint, model, inputs, drive), echo_side
 
 
 def single_frames(bench: Bench) -> list[Row]:
     """256 streams in closed loop, one frame in each message."""
     streams, served, echoed = 256, "served, messages/s", "echo, messages/s"
     model = BenchmarkModel.of(bench, "single-frames")
-    drive = partial(closed_loop, in_flight=streams, seconds=bench.seconds)
-    with engine_and_echo(bench, model, streams, drive) as (engine, echo):
+    with engine_and_echo(bench, model, streams, all_in_flight(bench.seconds)) as (engine, echo):
         samples = interleave(bench, {served: engine, echoed: echo})
     what = "256 streams, one frame in each message, over a bare ZeroMQ echo"
-    return [_row("single-frames", what, model, samples, served, echoed, 0.8)]
+    return [compared("single-frames", what, model.description, samples, served, echoed, 0.8)]
 
 
 def one_stream(bench: Bench) -> list[Row]:
     """One stream that waits for every answer."""
     model = BenchmarkModel.of(bench, "one-stream")
     x = model.inputs(TIMESTEPS, 1)
-
-    def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
-        return p50_us(round_trips(connection, opened[0], bench.seconds))
-
-    with engine_and_echo(bench, model, 1, drive) as (engine, echo):
+    with engine_and_echo(bench, model, 1, one_at_a_time(bench.seconds)) as (engine, echo):
         bare = {f"{model.network.name} alone, p50 µs": lambda: p50_us(step_times(model.network, x, bench.seconds))}
         samples = interleave(bench, {"served, p50 µs": engine, "echo, p50 µs": echo, **bare})
     return [one_stream_row(samples, model.description)]
@@ -243,11 +229,7 @@ PACED_LONGER: Final = 2.0
 def paced(bench: Bench) -> list[Row]:
     """Streams that send at a steady rate, whatever comes back."""
     model = BenchmarkModel.of(bench, "paced")
-
-    def drive(connection: BareConnection, opened: Sequence[ClosedLoopStreams]) -> float:
-        return p99_ms(open_loop(connection, opened, PACED_HZ, bench.seconds * PACED_LONGER))
-
-    with engine_and_echo(bench, model, PACED_STREAMS, drive) as (engine, echo):
+    with engine_and_echo(bench, model, PACED_STREAMS, steadily(bench.seconds)) as (engine, echo):
         samples = interleave(bench, {"served, p99 ms": engine, "echo, p99 ms": echo})
     return [paced_row(samples, model.description)]
 
@@ -258,6 +240,16 @@ def paced_row(samples: Samples, model: str) -> Row:
     threshold_ms = 2.0 if echo_ms < 0.5 else 4 * echo_ms
     what = "64 streams at 50 Hz, one frame in each message, p99 from when it was due"
     return Row("paced", what, model, "ms", served_ms, threshold_ms, samples, "at most")
+
+
+def one_at_a_time(seconds: float) -> Drive:
+    """The p50, in microseconds, of a stream that waits for every answer."""
+    return lambda connection, streams: p50_us(round_trips(connection, streams[0], seconds))
+
+
+def steadily(seconds: float) -> Drive:
+    """The p99, in milliseconds, of streams that send `PACED_HZ` messages a second."""
+    return lambda connection, streams: p99_ms(open_loop(connection, streams, PACED_HZ, seconds * PACED_LONGER))
 
 
 def p50_us(times: F64) -> float:
@@ -289,18 +281,13 @@ def chunks(bench: Bench) -> list[Row]:
     inputs = [Inputs.of(x[:length, at : at + 1], CHUNK) for at, length in enumerate(lengths.tolist())]
     frames = int(lengths.sum())
     with bench.serve(model.folder, []) as server:
-
-        def served() -> float:
-            with BareConnection(server.endpoint, CHUNK * model.output_bytes) as connection:
-                connection.hello()
-                groups = open_streams(connection, inputs, once=True)
-                rate = closed_loop(connection, groups, len(groups), math.inf)
-                check_and_close(connection, groups, model.truth)
-            return rate
-
-        samples = interleave(bench, {SERVED: served, WHOLE: lambda: whole(model.network, x, frames)})
+        sides = {
+            SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(math.inf), once=True),
+            WHOLE: lambda: whole(model.network, x, frames),
+        }
+        samples = interleave(bench, sides)
     what = "64 recordings in chunks of 32 frames over one call for the whole"
-    return [_row("chunks", what, model, samples, SERVED, WHOLE, 0.6)]
+    return [compared("chunks", what, model.description, samples, SERVED, WHOLE, 0.6)]
 
 
 def recording_lengths(longest: int) -> I64:
@@ -316,18 +303,12 @@ def verification(bench: Bench) -> list[Row]:
     streams, timesteps, verified = 256, bench.scaled(1000, 40), "verified, frames/s"
     model, file = BenchmarkModel.of(bench, "verify"), bench.folder / "verify.instep"
     x = model.inputs(timesteps, streams)
-    with (
-        bench.serve(model.folder, ["--record", str(file)]) as server,
-        BareConnection(server.endpoint, streams * model.output_bytes) as connection,
-    ):
-        connection.hello()
-        groups = open_streams(connection, [Inputs.of(x)], once=True)
-        closed_loop(connection, groups, 1, math.inf)
-        check_and_close(connection, groups, model.truth)
+    with bench.serve(model.folder, ["--record", str(file)]) as server:
+        measured(server.endpoint, model, [Inputs.of(x)], all_in_flight(math.inf), once=True)
     sides = {verified: lambda: _verify(file), WHOLE: lambda: whole(model.network, x, timesteps * streams)}
     samples = interleave(bench, sides)
     what = "instep verify of 256 streams over one call for the whole"
-    return [_row("verify", what, model, samples, verified, WHOLE, 0.35)]
+    return [compared("verify", what, model.description, samples, verified, WHOLE, 0.35)]
 
 
 def _verify(file: Path) -> float:
@@ -353,14 +334,6 @@ def start(bench: Bench) -> list[Row]:
     samples = interleave(bench, {"ready, s": ready_s})
     what = "instep serve from start to ready, not the first time on this machine"
     return [Row("start", what, model.description, "s", median(samples["ready, s"]), 3.0, samples, "at most")]
-
-
-def _row(
-    name: str, what: str, model: BenchmarkModel, samples: Samples, of: str, over: str, at_least: float | None
-) -> Row:
-    """A row that compares the medians of two sides."""
-    compared = {side: samples[side] for side in (of, over)}
-    return Row(name, what, model.description, "×", ratio(samples, of, over), at_least, compared)
 
 
 MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {

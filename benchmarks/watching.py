@@ -16,21 +16,18 @@ from typing import Final
 from urllib.request import urlopen
 
 from benchmarks.connection import BareConnection, NotServed
-from benchmarks.load import ClosedLoopStreams, Inputs, open_loop, open_streams, round_trips
-from benchmarks.measurement import Bench, Direction, Row, Samples, interleave, ratio
-from benchmarks.reference import BenchmarkModel, check_and_close
+from benchmarks.load import all_in_flight
+from benchmarks.measurement import Bench, Row, compared, interleave
+from benchmarks.reference import BenchmarkModel, measured
 from benchmarks.rows import (
     MANY,
-    PACED_HZ,
-    PACED_LONGER,
     PACED_STREAMS,
     STREAMS,
     TIMESTEPS,
     WINDOW_FRAMES,
     block_inputs,
-    p50_us,
-    p99_ms,
-    serve_blocks,
+    one_at_a_time,
+    steadily,
 )
 from instep.demo.child_server import ChildServer
 
@@ -47,20 +44,10 @@ SETTLING: Final = 2.0
 def watched(bench: Bench) -> list[Row]:
     """Blocks, and a lone stream: with everything that watches, or only a scraper, over neither, with one server."""
     model = BenchmarkModel.of(bench, "watched")
-    inputs, lone = block_inputs(model), Inputs.of(model.inputs(TIMESTEPS, 1))
+    inputs, lone = block_inputs(model), model.lone_inputs(TIMESTEPS, 1)
     with ChildServer(model.folder, [*HTTP, "--max-streams", str(STREAMS)]) as server:
-
-        def blocks() -> float:
-            return serve_blocks(server.endpoint, model, inputs, bench.seconds)
-
-        def one_stream() -> float:
-            with BareConnection(server.endpoint) as connection:
-                connection.hello()
-                opened = open_streams(connection, [lone])
-                measured = p50_us(round_trips(connection, opened[0], bench.seconds))
-                check_and_close(connection, opened, model.truth)
-            return measured
-
+        blocks = partial(measured, server.endpoint, model, inputs, all_in_flight(bench.seconds))
+        one_stream = partial(measured, server.endpoint, model, lone, one_at_a_time(bench.seconds))
         url = str(server.started["http"])
         scraper = [[sys.executable, "-m", "benchmarks.watching", url]]
         everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", server.endpoint]]
@@ -79,37 +66,21 @@ def watched(bench: Bench) -> list[Row]:
                 "one stream watched, p50 µs": partial(beside, everything, one_stream),
             },
         )
-    loads = "blocks, frames/s", "one stream, p50 µs"
-    what = "frames/s of 1,024 streams in blocks"
+    what, alone = "frames/s of 1,024 streams in blocks", "blocks, frames/s"
     all_of_it = "under a scraper, a dashboard and instep top, over that without"
+    row = partial(compared, model=model.description, samples=samples)
     return [
-        _row("scraped-blocks", f"{what} under a scraper", model, samples, "blocks scraped, frames/s", loads[0], 0.99),
-        _row("watched-blocks", f"{what} {all_of_it}", model, samples, "blocks watched, frames/s", loads[0], 0.97),
-        _row(
+        row("scraped-blocks", f"{what} under a scraper", of="blocks scraped, frames/s", over=alone, threshold=0.99),
+        row("watched-blocks", f"{what} {all_of_it}", of="blocks watched, frames/s", over=alone, threshold=0.97),
+        row(
             "watched-one-stream",
             f"p50 of one stream {all_of_it}",
-            model,
-            samples,
-            "one stream watched, p50 µs",
-            loads[1],
-            1.1,
-            "at most",
+            of="one stream watched, p50 µs",
+            over="one stream, p50 µs",
+            threshold=1.1,
+            direction="at most",
         ),
     ]
-
-
-def _row(
-    name: str,
-    what: str,
-    model: BenchmarkModel,
-    samples: Samples,
-    beside: str,
-    alone: str,
-    threshold: float,
-    direction: Direction = "at least",
-) -> Row:
-    compared = {each: samples[each] for each in (beside, alone)}
-    return Row(name, what, model.description, "×", ratio(samples, beside, alone), threshold, compared, direction)
 
 
 @contextmanager
@@ -181,9 +152,8 @@ def listed(bench: Bench) -> list[Row]:
     model = BenchmarkModel.of(bench, "listed")
     many = bench.scaled(MANY, 2 * STREAMS)
     settings = ["--max-streams", str(many + PACED_STREAMS), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
-    x = model.inputs(TIMESTEPS, PACED_STREAMS)
-    inputs = [Inputs.of(x[:, stream : stream + 1]) for stream in range(PACED_STREAMS)]
-    seconds = bench.seconds * PACED_LONGER
+    inputs = model.lone_inputs(TIMESTEPS, PACED_STREAMS)
+    paced_alone, beside = "paced, p99 ms", "paced beside lists, p99 ms"
     pages_ms: list[float] = []
     with (
         ChildServer(model.folder, [*HTTP, *settings]) as server,
@@ -194,13 +164,7 @@ def listed(bench: Bench) -> list[Row]:
         for first in range(0, many, 1000):
             idle.open([f"idle-{number}" for number in range(first, min(first + 1000, many))])
 
-        def paced() -> float:
-            with BareConnection(server.endpoint) as connection:
-                connection.hello()
-                opened: list[ClosedLoopStreams] = open_streams(connection, inputs)
-                measured = p99_ms(open_loop(connection, opened, PACED_HZ, seconds))
-                check_and_close(connection, opened, model.truth)
-            return measured
+        paced = partial(measured, server.endpoint, model, inputs, steadily(bench.seconds))
 
         def beside_lists() -> float:
             is_over, took_s = threading.Event(), []
@@ -219,12 +183,12 @@ def listed(bench: Bench) -> list[Row]:
                 asking.join()
                 pages_ms.append(median(took_s) * 1000)
 
-        samples = interleave(bench, {"paced, p99 ms": paced, "paced beside lists, p99 ms": beside_lists})
+        samples = interleave(bench, {paced_alone: paced, beside: beside_lists})
     what = "p99 of 64 streams at 50 Hz while 100,000 streams are listed, over that without"
     pages = {"a page, ms": pages_ms[1:]}  # as for the loads, the first round is a warm-up
     page_ms = median(pages_ms[1:])
     return [
-        _row("listed-p99", what, model, samples, "paced beside lists, p99 ms", "paced, p99 ms", 1.2, "at most"),
+        compared("listed-p99", what, model.description, samples, beside, paced_alone, 1.2, "at most"),
         Row("listed-page", "a sorted page of 100,000", model.description, "ms", page_ms, 200.0, pages, "at most"),
     ]
 
