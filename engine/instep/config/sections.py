@@ -209,7 +209,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Config:
-        found = contradictions(self)
+        found = list(contradictions(self))
         if found:
             raise ValueError("; ".join(f"{each.paths[0]}: {each.message}" for each in found))
         return self
