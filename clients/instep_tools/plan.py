@@ -56,64 +56,46 @@ class Plan:
     """Sorted by `due_s`; a cohort is opened before its first send and closed after its last."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Timesteps `first` to `first + count - 1` of the streams that have so many."""
-
-    first: int
-    count: int
-    rows: Rows
-    """[N] which streams."""
-    last: bool
-    """Whether no stream has more."""
-
-    @property
-    def steps(self) -> I64:
-        """[count] the timesteps."""
-        return np.arange(self.first, self.first + self.count)
-
-
-def cuts(lengths: I64, max_steps: int, max_frames: int) -> Iterator[Cut]:
+def cuts(lengths: I64, max_frames: int) -> Iterator[tuple[I64, Rows]]:
     """Streams of different lengths, cut into blocks in which every stream has every timestep.
 
     Args:
         lengths: [N] frames of each stream.
-        max_steps: the most timesteps a block.
         max_frames: the most frames a block, where it has more than one timestep.
+
+    Yields:
+        The timesteps of each block, [T], and which streams have them.
     """
     first, longest = 0, int(lengths.max())
     while first < longest:
         rows = np.flatnonzero(lengths > first)
-        count = min(int(lengths[rows].min()) - first, max_steps, max(1, max_frames // len(rows)))
-        yield Cut(first, count, rows, first + count >= longest)
+        count = min(int(lengths[rows].min()) - first, max(1, max_frames // len(rows)))
+        yield np.arange(first, first + count), rows
         first += count
 
 
-def plan_fast(sequences: RecordedSequences, max_streams: int, max_block_frames: int) -> Plan:
-    """As fast as possible: one cohort after the other, in blocks as large as the server takes them."""
-    cohorts = _waves(len(sequences), max_streams)
+def plan_waves(
+    sequences: RecordedSequences, max_streams: int, max_block_frames: int, rate_hz: float = math.inf
+) -> Plan:
+    """One cohort after the other: as fast as possible in blocks as large as the server takes them, or at a rate.
 
-    def sends() -> Iterator[Send]:
-        for cohort, members in enumerate(cohorts):
-            starts = sequences.starts[members]
-            for cut in cuts(sequences.lengths[members], max_block_frames, max_block_frames):
-                yield Send(0.0, cohort, cut.rows, starts[cut.rows] + cut.steps[:, None], cut.last)
-
-    return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
-
-
-def plan_at_rate(sequences: RecordedSequences, max_streams: int, rate_hz: float) -> Plan:
-    """`rate_hz` frames a second for each stream; what cannot be open at once begins when the cohort before it ended."""
-    cohorts = _waves(len(sequences), max_streams)
+    Args:
+        sequences: what to send.
+        max_streams: the most streams open at once.
+        max_block_frames: the most frames a block, where it has more than one timestep.
+        rate_hz: frames a second for each stream, for blocks of one timestep.
+    """
+    size = min(max_streams, COHORT_STREAMS)
+    cohorts = tuple(np.arange(first, min(first + size, len(sequences))) for first in range(0, len(sequences), size))
 
     def sends() -> Iterator[Send]:
         begin = 0
         for cohort, members in enumerate(cohorts):
-            starts = sequences.starts[members]
-            for cut in cuts(sequences.lengths[members], 1, max_streams):
-                due_s = (begin + cut.first) / rate_hz
-                yield Send(due_s, cohort, cut.rows, starts[cut.rows] + cut.steps[:, None], cut.last)
-            begin += int(sequences.lengths[members].max())
+            starts, longest = sequences.starts[members], int(sequences.lengths[members].max())
+            for steps, rows in cuts(sequences.lengths[members], max_block_frames):
+                due_s, is_last = (begin + int(steps[0])) / rate_hz, int(steps[-1]) + 1 == longest
+                yield Send(due_s, cohort, rows, starts[rows] + steps[:, None], is_last)
+            begin += longest
 
     return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
 
@@ -169,9 +151,9 @@ def make_plan(
         raise CommandProblem(f"{file} does not know when its frames were sent: give --rate, or --speed max")
     speed = (1.0 if timed else math.inf) if speed is None else speed
     if math.isinf(speed):
-        return plan_fast(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
+        return plan_waves(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
     if rate_hz is not None:
-        return plan_at_rate(sequences, info.max_streams, rate_hz * speed)
+        return plan_waves(sequences, info.max_streams, 1, rate_hz * speed)
     plan = plan_timed(sequences, speed)
     if plan.at_once > info.max_streams:
         raise CommandProblem(
@@ -179,11 +161,6 @@ def make_plan(
             "choose some with --only, or use --speed max"
         )
     return plan
-
-
-def _waves(count: int, max_streams: int) -> tuple[Rows, ...]:
-    size = min(max_streams, COHORT_STREAMS)
-    return tuple(np.arange(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def _opened_together(opened_s: F64, within_s: float) -> tuple[Rows, ...]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, plan_at_rate, plan_fast, plan_timed
+from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, plan_timed, plan_waves
 from instep_tools.sequences import RecordedSequences
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -62,7 +62,7 @@ def all_in_order(of: RecordedSequences) -> dict[int, list[int]]:
 @given(LENGTHS, st.integers(1, 40), st.integers(1, 50))
 def test_fast_plans_send_all_in_order_within_the_limits(lengths: list[int], max_streams: int, max_frames: int) -> None:
     of = sequences(lengths)
-    plan = plan_fast(of, max_streams, max_frames)
+    plan = plan_waves(of, max_streams, max_frames)
     sends = list(plan.sends)
     assert all(send.flat.size <= max_frames or len(send.flat) == 1 for send in sends)
     assert all(send.due_s == 0 for send in sends)
@@ -72,16 +72,16 @@ def test_fast_plans_send_all_in_order_within_the_limits(lengths: list[int], max_
 
 def test_fast_plans_use_few_blocks() -> None:
     of = sequences([10] * 100)
-    assert [send.flat.shape for send in plan_fast(of, 4096, 16_384).sends] == [(10, 100)]
-    assert [send.flat.shape for send in plan_fast(of, 4096, 400).sends] == [(4, 100), (4, 100), (2, 100)]
+    assert [send.flat.shape for send in plan_waves(of, 4096, 16_384).sends] == [(10, 100)]
+    assert [send.flat.shape for send in plan_waves(of, 4096, 400).sends] == [(4, 100), (4, 100), (2, 100)]
     of = sequences([2] * (COHORT_STREAMS + 1))
-    assert [len(cohort) for cohort in plan_fast(of, 4096, 16_384).cohorts] == [COHORT_STREAMS, 1]
+    assert [len(cohort) for cohort in plan_waves(of, 4096, 16_384).cohorts] == [COHORT_STREAMS, 1]
 
 
 @given(LENGTHS, st.integers(1, 40))
 def test_a_rate_gives_every_stream_a_frame_a_period(lengths: list[int], max_streams: int) -> None:
     of = sequences(lengths)
-    plan = plan_at_rate(of, max_streams, rate_hz=50.0)
+    plan = plan_waves(of, max_streams, 1, rate_hz=50.0)
     sends = list(plan.sends)
     assert carried_out(Plan(of, plan.cohorts, plan.at_once, iter(sends))) == all_in_order(of)
     assert plan.at_once <= max_streams
@@ -94,7 +94,7 @@ def test_a_rate_gives_every_stream_a_frame_a_period(lengths: list[int], max_stre
 
 
 def test_what_does_not_fit_begins_when_the_others_have_ended() -> None:
-    plan = plan_at_rate(sequences([2, 3, 1]), max_streams=2, rate_hz=10.0)
+    plan = plan_waves(sequences([2, 3, 1]), max_streams=2, max_block_frames=1, rate_hz=10.0)
     assert [(send.due_s, send.cohort, send.rows.tolist()) for send in plan.sends] == [
         (0.0, 0, [0, 1]),
         (0.1, 0, [0, 1]),
@@ -143,6 +143,6 @@ def test_without_times_there_is_nothing_to_keep() -> None:
         plan_timed(sequences([1]), 1.0)
 
 
-def test_cuts_keep_both_limits() -> None:
-    shapes = [(cut.first, cut.count, cut.rows.tolist()) for cut in cuts(np.array([5, 9]), max_steps=4, max_frames=6)]
-    assert shapes == [(0, 3, [0, 1]), (3, 2, [0, 1]), (5, 4, [1])]
+def test_cuts_keep_to_the_shortest_stream_and_the_largest_block() -> None:
+    found = [(steps.tolist(), rows.tolist()) for steps, rows in cuts(np.array([5, 9]), max_frames=6)]
+    assert found == [([0, 1, 2], [0, 1]), ([3, 4], [0, 1]), ([5, 6, 7, 8], [1])]
