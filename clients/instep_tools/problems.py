@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +67,19 @@ def check_drawable(path: Path, what: str) -> None:
     check_writable(path)
 
 
+@contextmanager
+def reads_or_writes(path: Path, done: str) -> Iterator[None]:
+    """Turn errors of the file system into errors for the user; `done` is `read` or `written`.
+
+    Raises:
+        BadFile: that the file cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BadFile(f"{path} cannot be {done}: {error.strerror or error}") from None
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file as a whole, or leave what is there as it is, also when the disk is full.
 
@@ -72,11 +87,9 @@ def write_file(path: Path, content: bytes) -> None:
         BadFile: when it cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with reads_or_writes(path, "written"):
         try:
             part.write_bytes(content)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None

@@ -24,7 +24,7 @@ from instep_tools.outputs import Answers, OutputFormat, Outputs, PrintedOutputs,
 from instep_tools.pacing import Clock, Stop
 from instep_tools.plan import Send, make_plan
 from instep_tools.plan_run import PlanRun
-from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.problems import BadFile, CommandProblem, Exit, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal, make_signal
 from instep_tools.terminal import Terminal
@@ -145,10 +145,8 @@ def _descriptor(file: Path | None, stack: ExitStack) -> int:
     """Where the lines come from."""
     if file is None:
         return sys.stdin.fileno()
-    try:
+    with reads_or_writes(file, "read"):
         return stack.enter_context(file.open("rb", buffering=0)).fileno()
-    except OSError as error:
-        raise BadFile(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _outputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,15 +54,13 @@ class RecordedSequences:
     def keep(self, frames: npt.NDArray[np.bool_]) -> RecordedSequences:
         """Only these frames [sum], of the sequences that have any of them."""
         lengths = np.add.reduceat(frames.astype(np.int64), self.starts)
-        kept = replace(
-            self,
-            lengths=lengths,
-            frames=self.frames[frames],
-            outputs=None if self.outputs is None else self.outputs[frames],
-            answered=None if self.answered is None else self.answered[frames],
-            times_ns=None if self.times_ns is None else self.times_ns[frames],
-        )
+        kept = replace(self, lengths=lengths, **self._frames(frames))
         return kept.select(np.flatnonzero(lengths).tolist())
+
+    def _frames(self, which: npt.NDArray[np.bool_] | I64) -> dict[str, Any]:
+        """What there is for each frame, of some of them."""
+        columns = ("frames", "outputs", "answered", "times_ns")
+        return {name: None if getattr(self, name) is None else getattr(self, name)[which] for name in columns}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,12 +75,9 @@ class RecordedSequences:
             self,
             names=tuple(self.names[row] for row in rows),
             lengths=self.lengths[rows],
-            frames=self.frames[flat],
-            outputs=None if self.outputs is None else self.outputs[flat],
-            answered=None if self.answered is None else self.answered[flat],
-            times_ns=None if self.times_ns is None else self.times_ns[flat],
             opened_ns=None if self.opened_ns is None else self.opened_ns[rows],
             initial_states={
                 new: self.initial_states[old] for new, old in enumerate(rows) if old in self.initial_states
             },
+            **self._frames(flat),
         )

@@ -28,7 +28,7 @@ from instep_client.states import State
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.problems import BadFile, CommandProblem, Exit, reads_or_writes
 from instep_tools.terminal import Terminal
 
 app: Final = CommandLine(
@@ -222,11 +222,10 @@ def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: Server
 
 def _load(file: Path) -> StreamSnapshot:
     try:
-        return StreamSnapshot.load(file)
+        with reads_or_writes(file, "read"):
+            return StreamSnapshot.load(file)
     except InvalidInput as error:
         raise BadFile(str(error)) from None
-    except OSError as error:
-        raise BadFile(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _check(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
@@ -250,12 +249,11 @@ def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:
     Raises:
         BadFile: when there is one of that name, or it cannot be written.
     """
-    try:
-        taken.save(path, overwrite=False)
-    except FileExistsError:
-        raise _exists(path, option) from None
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror}") from None
+    with reads_or_writes(path, "written"):
+        try:
+            taken.save(path, overwrite=False)
+        except FileExistsError:
+            raise _exists(path, option) from None
 
 
 def _exists(path: Path, option: str) -> BadFile:

@@ -17,7 +17,7 @@ from instep_tools.formats.npz import read_numpy
 from instep_tools.formats.parquet import read_parquet
 from instep_tools.formats.recording import read_recording
 from instep_tools.formats.text import read_text
-from instep_tools.problems import BadFile, CommandProblem
+from instep_tools.problems import BadFile, CommandProblem, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 
 Reader = Callable[[Path, Choice], RecordedSequences]
@@ -112,13 +112,11 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
 
 
 def _reader(path: Path) -> Reader:
-    try:
+    with reads_or_writes(path, "read"):
+        if path.is_dir():
+            raise BadFile(f"{path} is a folder: name one file in it")
         with path.open("rb") as file:
             start = file.read(_START_BYTES)
-    except IsADirectoryError:
-        raise BadFile(f"{path} is a folder: name one file in it") from None
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     for magic, reader in _READERS.items():
         if start.startswith(magic):
             return reader

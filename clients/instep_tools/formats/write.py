@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, TypeAlias
@@ -26,7 +26,7 @@ from instep_tools.formats.table import (
     optional_libraries,
 )
 from instep_tools.formats.text import TextWriter
-from instep_tools.problems import BadFile, check_writable
+from instep_tools.problems import BadFile, check_writable, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 
 Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
@@ -85,7 +85,7 @@ class SavedOutputs:
         self.path = path
         kind = check_output_path(path)
         self._stack = ExitStack()
-        self._stack.enter_context(_sentences(path))
+        self._stack.enter_context(reads_or_writes(path, "written"))
         self._file = self._stack.enter_context(path.open("wb"))
         self._writer = self._stack.enter_context(WRITERS[kind](self._file, table_header(info)))
         self._most = 0 if kind == "csv" else CHUNK_FRAMES
@@ -106,7 +106,7 @@ class SavedOutputs:
 
     def _flush(self) -> None:
         if self._rows:
-            with _sentences(self.path):
+            with reads_or_writes(self.path, "written"):
                 self._writer.add(_joined(self._rows))
                 self._file.flush()
         self._rows, self._count = [], 0
@@ -135,22 +135,13 @@ def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -
     header = table_header(info, sequences.times_ns is not None, states)
     rows = np.repeat(np.arange(len(sequences)), sequences.lengths)
     names = np.array(sequences.names, np.object_)
-    with _sentences(path), path.open("wb") as file, WRITERS[kind](file, header) as writer:
+    with reads_or_writes(path, "written"), path.open("wb") as file, WRITERS[kind](file, header) as writer:
         for first in range(0, len(rows), CHUNK_FRAMES):
             part = slice(first, first + CHUNK_FRAMES)
             seqs = np.arange(first, first + len(rows[part])) - sequences.starts[rows[part]]
             times_ns = None if sequences.times_ns is None else sequences.times_ns[part]
             labels = (names[rows[part]], rows[part] + 1, seqs.astype(np.uint64), times_ns)
             writer.add(TableRows(*labels, sequences.frames[part], outputs[part]))
-
-
-@contextmanager
-def _sentences(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into errors for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise BadFile(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _joined(parts: list[TableRows]) -> TableRows:

@@ -14,7 +14,7 @@ import numpy as np
 from instep_tools.load.report import lines
 from instep_tools.load.result import Measured
 from instep_tools.load.samples import percentiles
-from instep_tools.problems import BadFile, Exit
+from instep_tools.problems import BadFile, Exit, reads_or_writes
 from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
 
@@ -92,8 +92,10 @@ def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, fl
     Raises:
         BadFile: when it holds none.
     """
+    with reads_or_writes(path, "read"):
+        text = path.read_text(errors="replace")
     try:
-        values: Mapping[str, Any] = json.loads(path.read_text())
+        values: Mapping[str, Any] = json.loads(text)
         run = values.get("best", values)
         if run is None:
             raise BadFile(f"{path} is a search that found no load within its level: there is nothing to compare")
@@ -108,7 +110,5 @@ def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, fl
         figures |= {"frames not answered": lost}
         figures = {name: float(value) for name, value in figures.items()}
         return dict(values["server"]), dict(run["load"]), figures
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadFile(f"{path} holds no result of a load test; loadtest --save FILE writes one") from None
