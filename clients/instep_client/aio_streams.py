@@ -17,33 +17,11 @@ from instep_client.states import State, as_state
 from instep_client.streams import StreamHandle
 
 
-class _Handle:
-    """The base of streams and groups."""
+class StreamView:
+    """What an `AsyncStream` and a `Stream` tell of themselves without asking the server."""
 
-    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
-        """Made by an `AsyncClient`."""
-        self._session = session
-        self._driver = driver
-        self._handle = handle
-
-    def _state(self, rows: U8) -> State:
-        """Rows of states as the user gets them."""
-        return as_state(rows, self._session.info.state, single=self._handle.single)
-
-
-class AsyncStream(_Handle):
-    """One stream: frames in, outputs out, in order.
-
-    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
-    stream as it was; frames that were sent behind it before the refusal came are refused too, with SEQ_GAP. A call that
-    is cancelled while its frames wait for credit takes them back; frames that were sent count as sent (`next_seq`
-    tells).
-
-    A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
-
-    Every method raises StreamEvicted once the stream has ended (DataLoss and NumericsChanged are of that kind),
-    ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
-    """
+    _session: Session
+    _handle: StreamHandle
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} next_seq={self.next_seq} epoch={self.epoch}>"
@@ -71,6 +49,69 @@ class AsyncStream(_Handle):
         """
         seq = int(self._session.table.moved_at[self._handle.rows[0]])
         return None if seq < 0 else seq
+
+
+class GroupView:
+    """What an `AsyncGroup` and a `Group` tell of themselves without asking the server."""
+
+    _session: Session
+    _handle: StreamHandle
+
+    def __repr__(self) -> str:
+        first, last = self.names[0], self.names[-1]
+        return f"<{type(self).__name__} of {len(self)}: {first!r}{f' … {last!r}' if len(self) > 1 else ''}>"
+
+    def __len__(self) -> int:
+        return len(self._handle.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names they were opened by."""
+        return self._handle.names
+
+    @property
+    def next_seqs(self) -> U64:
+        """The seq of the next frame of each stream, uint64 [N]."""
+        return self._session.table.next_seqs(self._handle)
+
+    @property
+    def epochs(self) -> U64:
+        """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
+        return self._session.table.epochs(self._handle)
+
+    @property
+    def moved_at(self) -> npt.NDArray[np.int64]:
+        """As `AsyncStream.moved_at`, int64 [N], -1 for None."""
+        return self._session.table.moved_at[self._handle.rows]
+
+
+class _Handle:
+    """The base of streams and groups."""
+
+    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
+        """Made by an `AsyncClient`."""
+        self._session = session
+        self._driver = driver
+        self._handle = handle
+
+    def _state(self, rows: U8) -> State:
+        """Rows of states as the user gets them."""
+        return as_state(rows, self._session.info.state, single=self._handle.single)
+
+
+class AsyncStream(_Handle, StreamView):
+    """One stream: frames in, outputs out, in order.
+
+    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
+    stream as it was; frames that were sent behind it before the refusal came are refused too, with SEQ_GAP. A call that
+    is cancelled while its frames wait for credit takes them back; frames that were sent count as sent (`next_seq`
+    tells).
+
+    A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
+
+    Every method raises StreamEvicted once the stream has ended (DataLoss and NumericsChanged are of that kind),
+    ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
+    """
 
     async def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
@@ -171,35 +212,8 @@ class AsyncStream(_Handle):
         return self._state(await self._driver.wait(self._session.close(self._handle)))
 
 
-class AsyncGroup(_Handle):
+class AsyncGroup(_Handle, GroupView):
     """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
-
-    def __repr__(self) -> str:
-        first, last = self.names[0], self.names[-1]
-        return f"<{type(self).__name__} of {len(self)}: {first!r}{f' … {last!r}' if len(self) > 1 else ''}>"
-
-    def __len__(self) -> int:
-        return len(self._handle.names)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names they were opened by."""
-        return self._handle.names
-
-    @property
-    def next_seqs(self) -> U64:
-        """The seq of the next frame of each stream, uint64 [N]."""
-        return self._session.table.next_seqs(self._handle)
-
-    @property
-    def epochs(self) -> U64:
-        """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
-        return self._session.table.epochs(self._handle)
-
-    @property
-    def moved_at(self) -> npt.NDArray[np.int64]:
-        """As `AsyncStream.moved_at`, int64 [N], -1 for None."""
-        return self._session.table.moved_at[self._handle.rows]
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.

@@ -7,13 +7,16 @@ import concurrent.futures
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar
 
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError
 
+A = TypeVar("A")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _log = logging.getLogger("instep_client")
@@ -152,6 +155,24 @@ class LoopThread:
         with suppress(asyncio.CancelledError):  # the loop failed, and what can still be closed is
             await self._stop.wait()
         await self._client.close(self._parks)
+
+
+class InThread(Generic[A]):
+    """Something asynchronous that lives in the loop of a thread, for the use of other threads."""
+
+    def __init__(self, thread: LoopThread, inner: A) -> None:
+        self._thread = thread
+        self._inner = inner
+
+
+def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[InThread[A], P], R]:
+    """The same verb for other threads, with its signature and documentation: it returns when the work is done."""
+
+    @wraps(verb)
+    def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._thread.run(verb(self._inner, *args, **kwargs))
+
+    return call
 
 
 def _begin(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, R], future: concurrent.futures.Future[R]) -> None:

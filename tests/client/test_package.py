@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -25,3 +26,12 @@ def test_everything_it_names_is_there() -> None:
     assert instep_client.protocol.errors.InstepError is instep_client.InstepError
     with pytest.raises(AttributeError, match=r"module 'instep_client' has no attribute 'Clinet'"):
         getattr(instep_client, "Clinet")  # noqa: B009 (a type checker refuses the other way)
+
+
+@pytest.mark.parametrize("name", ["Client", "Stream", "Group"])
+def test_verbs_for_threads_take_what_those_for_asyncio_take(name: str) -> None:
+    other = getattr(instep_client, f"Async{name}")
+    verbs = {verb for verb, of in inspect.getmembers(other, inspect.isfunction) if not verb.startswith("_")}
+    for verb in verbs - {"next_outputs"}:  # what iterating calls
+        mine = inspect.signature(getattr(getattr(instep_client, name), verb))
+        assert mine.parameters == inspect.signature(getattr(other, verb)).parameters, verb

@@ -109,7 +109,7 @@ def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) 
         server.rules.fault = fault
         with pytest.raises(KeyboardInterrupt) as interrupt:
             stream.step(X[0])
-        assert [frame.name for frame in interrupt.traceback][1:] == ["step", "run"], "no frames of waiting"
+        assert [frame.name for frame in interrupt.traceback][1:] == ["call", "run"], "no frames of waiting"
         server.release()
         assert stream.step(X[1]).tolist() == reference(X[:2])[0][1].tolist()
         server.rules.holding = True
