@@ -15,7 +15,6 @@ import numpy.typing as npt
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import (
     F32,
-    MAX_BLOCK_STREAMS,
     MAX_MODEL_NAME_LENGTH,
     MAX_NAME_BYTES,
     U64,
@@ -129,9 +128,3 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise InvalidInput("two streams of a group may not have the same name")
     return names
-
-
-def parts(count: int, most: int) -> list[Indices]:
-    """The numbers below `count`, in parts of at most `most` and at most as many as one message may carry."""
-    most = max(1, min(most, MAX_BLOCK_STREAMS))
-    return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]

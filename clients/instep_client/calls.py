@@ -4,7 +4,7 @@ Call
 ├── StepCall, in `steps.py`    frames of one stream handle
 └── Request                    anything else, one class for each kind
     ├── Greeting, Claim, Probe, Farewell   the session's own
-    ├── PingCall, StatisticsCall, ListCall, in `requests.py`
+    ├── Question, ModelsChange, PingCall, in `requests.py`
     └── StreamsRequest         about streams, one message for each part of them
         ├── OpenCall, ForkCall, ResumeCall, in `openings.py`
         ├── ReadStateCall, in `requests.py`
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from instep_client.arrays import Indices
 from instep_client.protocol.errors import InstepError, Refused
@@ -79,7 +79,7 @@ class Request(Call[R], ABC):
 
     kind: Kind
     """Of its messages."""
-    reply: ClassVar[Kind]
+    reply: Kind
     """Of the messages that answer them; an ERROR may come instead."""
 
     def ask(self, now: float) -> None:

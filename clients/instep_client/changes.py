@@ -10,10 +10,9 @@ from instep_client import replies
 from instep_client.arrays import Indices
 from instep_client.connection import Connection
 from instep_client.farewell import closings
-from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol.errors import InstepError, StreamEvicted
 from instep_client.protocol.state_spec import U8
-from instep_client.protocol.wire import CLOSING, Frame, Header, Kind, Message, raw
+from instep_client.protocol.wire import Frame, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import R, StreamsRequest
 from instep_client.send_queue import TurnRequest
@@ -29,11 +28,6 @@ class Change(StreamsRequest[R], TurnRequest):
     def __init__(self, connection: Connection, handle: StreamHandle) -> None:
         super().__init__(connection, handle.names, handle)
         self.stamp = connection.table.stamp()
-
-    def _most(self) -> int:
-        info = self.connection.info
-        row_bytes = info.state.row_bytes
-        return min(info.max_message_bytes // max(CLOSING.itemsize, row_bytes), MAX_REPLY_BYTES // row_bytes)
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
@@ -51,9 +45,8 @@ class ResetCall(Change[None]):
         self._states = None if states is None else state_rows(states, connection.info.state, count)
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
         states = b"" if self._states is None else raw(self._states[part])
-        return (int(self._states is not None),), [handles, states]
+        return (int(self._states is not None),), [self._handles_of(part).tobytes(), states]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         return replies.changed(header, frames, len(part))
@@ -88,7 +81,7 @@ class CloseCall(Change[U8]):
             self._conclude()
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        return (), [closings(self.connection.table.numbers[self.handle.rows[part]])]
+        return (), [closings(self._handles_of(part))]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         state = self.connection.info.state

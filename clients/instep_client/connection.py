@@ -302,7 +302,7 @@ class Connection:
             self.turned_away(refusal, now)
 
     def _claim(self, rows: Indices) -> None:
-        claim(self.table, self.pending, Claim(self), rows, self.info.max_message_bytes)
+        claim(self.table, self.pending, Claim(self), rows, self.info)
 
     def _resume(self, now: float) -> None:
         """Every claim was answered: send unanswered frames and requests again."""

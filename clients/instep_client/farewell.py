@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from instep_client import replies
-from instep_client.arrays import NOBODY, Indices, parts
+from instep_client.arrays import NOBODY, Indices
 from instep_client.calls import Request
-from instep_client.pending import MAX_REPLY_BYTES, Asked, Pending
-from instep_client.protocol.codes import HAVE_ALL, MAX_NAME_BYTES
+from instep_client.pending import Asked, Pending, parts
+from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.wire import CLAIM, CLOSING, U64, Frame, Header, Kind, ServerInfo, pack_names
 from instep_client.replies import ErrorReply
 from instep_client.streams import OpenStreams
 
 
-def claim(table: OpenStreams, pending: Pending, request: Request[None], rows: Indices, max_message_bytes: int) -> None:
+def claim(table: OpenStreams, pending: Pending, request: Request[None], rows: Indices, info: ServerInfo) -> None:
     """Send RESUMEs for streams of this client, saying what has come of them."""
-    for piece in parts(len(rows), max_message_bytes // max(MAX_NAME_BYTES + 1, CLAIM.itemsize)):
+    for piece in parts(len(rows), info):
         part = rows[piece]
         claims = np.zeros(len(part), CLAIM)
         claims["have"] = table.acked[part]
@@ -61,14 +61,12 @@ class Farewell(Request[None]):
 
     def close(self, handles: U64) -> None:
         """Close streams; nobody waits for their final states."""
-        row_bytes = self._info.state.row_bytes
-        most = min(self._info.max_message_bytes // CLOSING.itemsize, MAX_REPLY_BYTES // row_bytes)
-        for part in parts(len(handles), most):
+        for part in parts(len(handles), self._info):
             self._pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
 
     def claim(self, rows: Indices) -> None:
         """Claim streams that hibernate, if there are any; PING once no grant is waited for."""
-        claim(self._table, self._pending, _LastClaim(self), rows, self._info.max_message_bytes)
+        claim(self._table, self._pending, _LastClaim(self), rows, self._info)
         if not self._pending.waits_for(Kind.RESUMED) and not self._pending.waits_for(Kind.OPENED):
             self._pending.ask(self)
 

@@ -17,12 +17,11 @@ from instep_client import arrays, replies
 from instep_client.arrays import Indices
 from instep_client.changes import Discard
 from instep_client.connection import Connection
-from instep_client.protocol import wire
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
 from instep_client.protocol.wire import CLAIM, GRANT, Frame, GrantArray, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
-from instep_client.requests import NAME_BYTES, StreamsRequest
+from instep_client.requests import StreamsRequest
 from instep_client.send_queue import TurnRequest
 from instep_client.states import State, state_rows
 from instep_client.streams import StreamHandle
@@ -50,10 +49,6 @@ class Opening(StreamsRequest[StreamHandle]):
         self.grants: GrantArray = np.zeros(len(self.names), GRANT)
         self.abandoned = False
         """Whether nobody waits any more: what was opened is to be closed again."""
-
-    def _most(self) -> int:
-        info = self.connection.info
-        return info.max_message_bytes // max(NAME_BYTES, info.state.row_bytes)
 
     def ask(self, now: float) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
@@ -138,7 +133,7 @@ class OpenCall(Opening):
         states = b"" if self._states is None else raw(self._states[part])
         seqs = b"" if self._first_seqs is None else self._first_seqs[part].tobytes()
         has = (int(self._states is not None), int(self._first_seqs is not None))
-        return has, [wire.pack_names([self.names[which] for which in part]), states, seqs]
+        return has, [self._names_of(part), states, seqs]
 
     def _why_refused(self) -> InstepError | None:
         error = super()._why_refused()
@@ -160,8 +155,7 @@ class ForkCall(Opening, TurnRequest):
             raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        handles = self.connection.table.numbers[self.handle.rows[part]].tobytes()
-        return (), [handles, wire.pack_names([self.names[which] for which in part])]
+        return (), [self._handles_of(part).tobytes(), self._names_of(part)]
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
@@ -188,9 +182,6 @@ class ResumeCall(Opening):
         self._claims["epoch"] = arrays.counts(epochs, len(self.names), "epochs")
         self._take_over = int(take_over)
 
-    def _most(self) -> int:
-        return self.connection.info.max_message_bytes // max(NAME_BYTES, GRANT.itemsize)
-
     def _begin(self) -> None:
         held = self.grants["handle"] != 0
         self._claims["epoch"][held] = self.grants["epoch"][held]
@@ -198,8 +189,7 @@ class ResumeCall(Opening):
         super()._begin()
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        names = wire.pack_names([self.names[which] for which in part])
-        return (self._take_over,), [names, self._claims[part].tobytes()]
+        return (self._take_over,), [self._names_of(part), self._claims[part].tobytes()]
 
     def _conclude(self) -> None:
         if self.refusal is None and not self.abandoned:

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from instep_client.arrays import NOBODY, Indices
 from instep_client.calls import Call, Request
 from instep_client.protocol import wire
-from instep_client.protocol.wire import Frame, Kind, Message
+from instep_client.protocol.wire import MAX_BLOCK_STREAMS, MAX_NAME_BYTES, Frame, Kind, Message, ServerInfo
 from instep_client.streams import StreamHandle
 
 MAX_REPLY_BYTES: Final = 64 * 2**20
 """The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""
+
+
+def parts(count: int, info: ServerInfo) -> list[Indices]:
+    """The numbers below `count`, cut so that the names or states of each part's streams fit into one message."""
+    row_bytes = info.state.row_bytes
+    stream_bytes = max(MAX_NAME_BYTES + 1, row_bytes)  # a name ends its line
+    most = max(1, min(info.max_message_bytes // stream_bytes, MAX_REPLY_BYTES // row_bytes, MAX_BLOCK_STREAMS))
+    return [np.arange(start, min(start + most, count)) for start in range(0, count, most)]
 
 
 class Asked(NamedTuple):

@@ -166,7 +166,7 @@ def changed(header: Header, frames: Sequence[Frame], count: int) -> list[ColumnE
     return _failures(frames[1], header.fields[1], count)
 
 
-def statistics(header: Header) -> dict[str, float]:
+def statistics(header: Header, frames: Sequence[Frame]) -> dict[str, float]:
     """The server's numbers by name."""
     pairs = _pairs(header.fields[0], "a statistic")
     return {_text(name, "a statistic's name"): _number(value, "a statistic") for name, value in pairs}

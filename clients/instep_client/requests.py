@@ -1,123 +1,99 @@
 """Requests that users make: the questions about the server, and what requests about streams have in common.
 
-A new kind of request is a class here or in `openings.py` or `changes.py`, and a verb of `Session` that makes one. The
-class names its messages and their replies, and says what a reply, a refusal and a lost connection mean to it.
+A new kind of request is a verb of `Session` that asks a `Question` or makes a class of its own, here or in
+`openings.py` or `changes.py`. The class names its messages and their replies, and says what a reply, a refusal and a
+lost connection mean to it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from instep_client import replies
-from instep_client.arrays import Indices, good_names, parts
+from instep_client.arrays import Indices, good_names
 from instep_client.calls import Request
 from instep_client.connection import Connection
-from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.pending import parts
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
     InstepError,
-    InvalidInput,
     StreamEvicted,
     StreamRefused,
 )
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
-from instep_client.replies import ColumnError, ErrorReply, ServedModel, StreamPage
+from instep_client.replies import ColumnError, ErrorReply, ServedModel
 from instep_client.sleepers import WakingRequest
 from instep_client.streams import ENDING, StreamHandle
 
 R = TypeVar("R")
-NAME_BYTES = wire.MAX_NAME_BYTES + 1
-"""The most that a name and its line end take."""
 
 
 class Question(Request[R]):
-    """A request of one message that is about no streams."""
+    """A request of one message that is about no streams; `decode` reads its reply, of kind `reply`."""
 
-    def __init__(self, connection: Connection, *fields: int | str, frames: Message | None = None) -> None:
-        self._connection = connection
+    def __init__(
+        self,
+        connection: Connection,
+        kind: Kind,
+        reply: Kind,
+        decode: Callable[[Header, Sequence[Frame]], R],
+        *fields: int | str,
+        frames: Sequence[Frame] = (),
+    ) -> None:
+        self.connection = connection
+        self.kind, self.reply = kind, reply
+        self._decode = decode
         self._fields = fields
-        self._frames = frames or []
+        self._frames = frames
 
     def ask(self, now: float) -> None:
-        self._connection.pending.ask(self, *self._fields, frames=self._frames)
-
-
-class PingCall(Question[float]):
-    """One round trip; the result is its seconds."""
-
-    kind, reply = Kind.PING, Kind.PONG
-
-    def __init__(self, connection: Connection, now: float) -> None:
-        super().__init__(connection)
-        self._sent_at = now
-
-    def ask(self, now: float) -> None:
-        """Send it; what was lost with a connection does not count."""
-        self._sent_at = max(self._sent_at, now)
-        super().ask(now)
+        self.connection.pending.ask(self, *self._fields, frames=self._frames)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self.finish(now - self._sent_at)
+        self.finish(self._decode(header, frames))
 
 
-class StatisticsCall(Question[dict[str, float]]):
-    """The server's numbers by name."""
-
-    kind, reply = Kind.STATS, Kind.STATISTICS
-
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self.finish(replies.statistics(header))
-
-
-class ModelsCall(Question[list[ServedModel]]):
-    """The server's models."""
-
-    kind, reply = Kind.MODELS, Kind.SERVED
-
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """SERVED came."""
-        self.finish(replies.served(header, frames))
-
-
-class ModelsChange(ModelsCall):
+class ModelsChange(Question[list[ServedModel]]):
     """A LOAD, SWAP or UNLOAD, which must not be sent twice; the result is all models that the server has then."""
 
     def __init__(self, connection: Connection, kind: Kind, *fields: int | str) -> None:
-        super().__init__(connection, *fields)
-        self.kind = kind
+        super().__init__(connection, kind, Kind.SERVED, replies.served, *fields)
 
     def lost(self) -> bool:
         """Nobody can tell whether it was done."""
         self.fail(
             ConnectionFailed(
                 f"the connection was lost before the server answered {self.kind.name}, which it may have done all the "
-                f"same: `instep-client models` shows the models that it has ({self._connection.attempts.why})"
+                f"same: `instep-client models` shows the models that it has ({self.connection.attempts.why})"
             )
         )
-        self._connection.pending.wake(self)
+        self.connection.pending.wake(self)
         return False
 
 
-class ListCall(Question[StreamPage]):
-    """A page of the server's streams; see `Session.list_streams`."""
+class PingCall(Request[float]):
+    """One round trip; the result is its seconds."""
 
-    kind, reply = Kind.LIST, Kind.LISTED
+    kind, reply = Kind.PING, Kind.PONG
 
-    def __init__(self, connection: Connection, cursor: int, most: int, place: int, prefix: str) -> None:
-        if len(prefix.encode()) > wire.MAX_NAME_BYTES:
-            raise InvalidInput(f"names have at most {wire.MAX_NAME_BYTES} bytes, and so has what they begin with")
-        super().__init__(connection, cursor, most, place, frames=[prefix.encode()])
+    def __init__(self, connection: Connection, now: float) -> None:
+        self._pending = connection.pending
+        self._sent_at = now
+
+    def ask(self, now: float) -> None:
+        self._sent_at = max(self._sent_at, now)  # what was lost with a connection does not count
+        self._pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self.finish(replies.listed(header, frames))
+        self.finish(now - self._sent_at)
 
 
 class StreamsRequest(WakingRequest[R]):
@@ -149,10 +125,6 @@ class StreamsRequest(WakingRequest[R]):
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """Take what a reply gives for some of its streams; which of them were refused."""
 
-    @abstractmethod
-    def _most(self) -> int:
-        """How many streams one message may be about."""
-
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
         """Streams were granted or refused for good."""
 
@@ -176,7 +148,7 @@ class StreamsRequest(WakingRequest[R]):
         self.refusal = None
 
     def _send(self, which: Indices) -> None:
-        for piece in parts(len(which), self._most()):
+        for piece in parts(len(which), self.connection.info):
             part = which[piece]
             fields, frames = self._encode(part)
             self.parts_left += 1
@@ -207,6 +179,13 @@ class StreamsRequest(WakingRequest[R]):
     def rows(self, which: Indices) -> Indices:
         assert self.handle is not None
         return self.handle.rows[which]
+
+    def _names_of(self, part: Indices) -> bytes:
+        return wire.pack_names([self.names[which] for which in part])
+
+    def _handles_of(self, part: Indices) -> U64:
+        handles: U64 = self.connection.table.numbers[self.rows(part)]
+        return handles
 
     def _only_sleeps(self, refused: ColumnError) -> bool:
         """Whether a stream of its handle was refused only because it hibernated when the message came."""
@@ -278,18 +257,11 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         super()._begin()
         self._is_read[:] = False
 
-    def _most(self) -> int:
-        info = self.connection.info
-        asked_bytes = NAME_BYTES if self.handle is None or self.handle.has_sleepers else 8
-        return min(
-            info.max_message_bytes // max(asked_bytes, info.state.row_bytes), MAX_REPLY_BYTES // info.state.row_bytes
-        )
-
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         if self.handle is None or self.handle.has_sleepers:  # one that hibernates has no handle
             self._asked[part] = 0
-            return (1,), [wire.pack_names([self.names[which] for which in part])]
-        self._asked[part] = self.connection.table.numbers[self.handle.rows[part]]
+            return (1,), [self._names_of(part)]
+        self._asked[part] = self._handles_of(part)
         return (0,), [self._asked[part].tobytes()]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:

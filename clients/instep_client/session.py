@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy.typing as npt
 
-from instep_client import arrays
+from instep_client import arrays, replies
 from instep_client.calls import Call, OutputsCall
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.farewell import Farewell
 from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
-from instep_client.protocol.errors import ClientClosed
-from instep_client.protocol.wire import Kind, SwapPolicy
-from instep_client.requests import ListCall, ModelsCall, ModelsChange, PingCall, ReadStateCall, StatisticsCall
+from instep_client.protocol.errors import ClientClosed, InvalidInput
+from instep_client.protocol.wire import MAX_NAME_BYTES, Kind, SwapPolicy
+from instep_client.replies import ServedModel, StreamPage
+from instep_client.requests import ModelsChange, PingCall, Question, ReadStateCall
 from instep_client.states import State as StreamState
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
@@ -189,13 +190,13 @@ class Session(Connection):
         """Measure a round trip."""
         return self.ask(PingCall(self, now))
 
-    def statistics(self) -> StatisticsCall:
+    def statistics(self) -> Question[dict[str, float]]:
         """Ask for the server's numbers."""
-        return self.ask(StatisticsCall(self))
+        return self.ask(Question(self, Kind.STATS, Kind.STATISTICS, replies.statistics))
 
-    def models(self) -> ModelsCall:
+    def models(self) -> Question[list[ServedModel]]:
         """Ask for the server's models."""
-        return self.ask(ModelsCall(self))
+        return self.ask(Question(self, Kind.MODELS, Kind.SERVED, replies.served))
 
     def load_model(self, name: str, folder: str | Path) -> ModelsChange:
         """Ask the server, which is on this machine, to load a model from a folder."""
@@ -210,9 +211,13 @@ class Session(Connection):
         """Ask the server to unload a model."""
         return self.ask(ModelsChange(self, Kind.UNLOAD, name, int(force)))
 
-    def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> ListCall:
+    def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> Question[StreamPage]:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""
-        return self.ask(ListCall(self, cursor, most, place, prefix))
+        begins = prefix.encode()
+        if len(begins) > MAX_NAME_BYTES:
+            raise InvalidInput(f"names have at most {MAX_NAME_BYTES} bytes, and so has what they begin with")
+        question = Question(self, Kind.LIST, Kind.LISTED, replies.listed, cursor, most, place, frames=[begins])
+        return self.ask(question)
 
     def cancel(self, call: Call[Any]) -> None:
         """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""

@@ -34,7 +34,7 @@ def read(message: Message, *expected: Any) -> Any:
         case Kind.CLOSED:
             return replies.closed(header, message, *(expected or (2, 16)))
         case Kind.STATISTICS:
-            return replies.statistics(header)
+            return replies.statistics(header, message)
         case Kind.ERROR:
             return replies.error(header)
         case Kind.EVICTED:

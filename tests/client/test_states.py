@@ -234,7 +234,7 @@ class TestStates:
         states = np.arange(240, dtype=np.float32).reshape(60, 2, 2)
         link.finish(link.session.reset(group, states))
         assert link.finish(link.session.read_state(group))[1].tobytes() == states.tobytes()
-        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.READ_STATE) == 3
+        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.READ_STATE) == 30
 
 
 class TestReadByName:
