@@ -17,7 +17,7 @@ from instep_client.calls import Request
 from instep_client.endpoint import DEFAULT_HTTP_PORT, DEFAULT_PORT, checked_endpoint
 from instep_client.farewell import claim
 from instep_client.flow import Flow
-from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Phase, Silence, cannot_continue
+from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Silence, cannot_continue
 from instep_client.pending import Pending
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
@@ -122,7 +122,7 @@ class Connection:
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
         """A message came. One that does not follow the protocol ends the session."""
-        if self.state is RECONNECTING and self.attempts.phase is Phase.LOST:
+        if self.state is RECONNECTING and not self.is_waiting:
             return  # of the connection that was given up
         self._silence.heard_at = now
         try:
@@ -161,10 +161,11 @@ class Connection:
         """When `advance` is to be called though nothing happens; None for never."""
         if self.state is ENDED:
             return None
+        soonest = self._silence.deadline
         if self.state is OPEN:
-            soonest = min(self._silence.deadline, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
-        else:
-            soonest = min(self._silence.deadline, self.attempts.deadline())
+            soonest = min(soonest, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
+        elif self.state is RECONNECTING and not self.pending.waits_for(Kind.RESUMED):
+            soonest = min(soonest, self.attempts.deadline())
         return None if soonest == math.inf else soonest
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
@@ -271,7 +272,6 @@ class Connection:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
             return
         self._forgets = info.boot_id != former.boot_id and info.durability == "memory"
-        self.attempts.phase = Phase.RESUMING
         rows = self.table.live_rows()
         self._claim(rows[~self.table.asleep[rows]])  # the others are resumed when there is something to send to them
         self._resume(now)
@@ -305,10 +305,9 @@ class Connection:
         claim(self.table, self.pending, Claim(self), rows, self.info)
 
     def _resume(self, now: float) -> None:
-        """Every claim was answered: send unanswered frames and requests again."""
-        if self.attempts.phase is not Phase.RESUMING or self.pending.waits_for(Kind.RESUMED):
+        """Send unanswered frames and requests again, once the last claim after a loss was answered."""
+        if self.state is not RECONNECTING or self.pending.waits_for(Kind.RESUMED):
             return
-        self.attempts.phase = Phase.NONE
         self.state = OPEN
         postponed, self._postponed = self._postponed, {}
         for request in postponed:
@@ -339,11 +338,14 @@ class Connection:
         self._silence.lost()
 
     def _recover(self, now: float) -> None:
+        if self.pending.waits_for(Kind.RESUMED):
+            return  # the attempt has had its WELCOME, and only silence ends it now
         if self.attempts.is_over(now):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
-        elif self.attempts.has_timed_out(now):
+        elif self.attempts.is_due(now) and self.is_waiting:
             self.lose(now, "")
         elif self.attempts.is_due(now):
+            self.attempts.begin(now)
             self.wants_socket = True
             self._is_new = True
             self.greeting.ask(now)

@@ -1,8 +1,8 @@
 """Where a session stands, when a silent server is given up, and when another connection is tried for.
 
-    LOST ── after a delay ──► GREETING ── WELCOME ──► RESUMING ── every RESUMED ──► NONE
-     ▲                           │                       │
-     └────── no answer, or a refusal that will pass ─────┘
+    lost ── after a delay ──► HELLO sent ── WELCOME ──► streams claimed ── every RESUMED ──► OPEN
+     ▲                            │                            │
+     └─────── no answer, or a refusal that will pass ──────────┘
 
 Delays double from attempt to attempt and are drawn at random, so that a thousand clients of a server that was restarted
 do not come back in one moment.
@@ -43,15 +43,6 @@ class State(Enum):
 GREETING, OPEN, RECONNECTING, ENDED = State  # to look a member up in its class takes 0.2 µs (Python 3.11)
 
 
-class Phase(Enum):
-    """Where the recovery stands."""
-
-    NONE = "the connection is well"
-    LOST = "the connection is lost, and the next attempt waits for its time"
-    GREETING = "HELLO is on its way"
-    RESUMING = "the streams were claimed"
-
-
 class Attempts:
     """The attempts at another connection.
 
@@ -65,12 +56,12 @@ class Attempts:
         self.reconnect_s = reconnect_s
         self._attempt_timeout_s = min(timeout_s, MAX_ATTEMPT_S)
         self._rng = rng
-        self.phase = Phase.NONE
         self.why = ""
         """How the connection was lost, as a sentence."""
         self._lost_at: float | None = None
         self._attempts = 0
         self._next_at = 0.0
+        """When to begin the next attempt, or to give the present one up."""
 
     def lost(self, now: float, why: str) -> bool:
         """The connection is lost, or an attempt failed; whether there is time for another one."""
@@ -78,34 +69,26 @@ class Attempts:
             self._lost_at, self._attempts, self.why = now, 0, why
         if now >= self._lost_at + self.reconnect_s:
             return False
-        self.phase = Phase.LOST
         delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self._attempts)
         self._next_at = now + delay_s * self._rng.uniform(0.5, 1.0)
         self._attempts += 1
         return True
 
-    def is_over(self, now: float) -> bool:
-        """Whether the time for attempts is over."""
-        waits = self.phase in (Phase.LOST, Phase.GREETING)
-        return waits and self._lost_at is not None and now >= self._lost_at + self.reconnect_s
+    def begin(self, now: float) -> None:
+        """An attempt begins: HELLO is sent."""
+        self._next_at = now + self._attempt_timeout_s
 
     def is_due(self, now: float) -> bool:
-        """Whether to connect now; HELLO is to be sent then."""
-        if self.phase is not Phase.LOST or now < self._next_at:
-            return False
-        self.phase = Phase.GREETING
-        self._next_at = now + self._attempt_timeout_s
-        return True
+        """Whether the delay is over, or an attempt that has begun has waited for its WELCOME for long enough."""
+        return now >= self._next_at
 
-    def has_timed_out(self, now: float) -> bool:
-        """Whether the attempt has waited for its WELCOME for long enough."""
-        return self.phase is Phase.GREETING and now >= self._next_at
+    def is_over(self, now: float) -> bool:
+        """Whether the time for attempts is over."""
+        return self._lost_at is not None and now >= self._lost_at + self.reconnect_s
 
     def deadline(self) -> float:
-        """When something is to be done though no message comes; infinity for never."""
-        if self.phase not in (Phase.LOST, Phase.GREETING) or self._lost_at is None:
-            return math.inf
-        return min(self._next_at, self._lost_at + self.reconnect_s)
+        """When one of these two is so, until an attempt has had its WELCOME."""
+        return self._next_at if self._lost_at is None else min(self._next_at, self._lost_at + self.reconnect_s)
 
     def worked(self) -> None:
         """Something was answered over the new connection: the next loss is one of its own."""
