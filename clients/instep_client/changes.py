@@ -14,33 +14,18 @@ from instep_client.protocol.errors import InstepError, StreamEvicted
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import Frame, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
-from instep_client.requests import R, StreamsRequest
-from instep_client.send_queue import TurnRequest
+from instep_client.requests import TurnCall
 from instep_client.states import State, state_rows
 from instep_client.streams import ENDING, StreamHandle
 
 
-class Change(StreamsRequest[R], TurnRequest):
-    """A request that changes a handle's streams once everything sent through it was answered."""
-
-    handle: StreamHandle
-
-    def __init__(self, connection: Connection, handle: StreamHandle) -> None:
-        super().__init__(connection, handle.names, handle)
-        self.stamp = connection.table.stamp()
-
-    def _end(self, error: InstepError | None = None) -> None:
-        super()._end(error)
-        self.connection.flow.request_answered(self.handle)
-
-
-class ResetCall(Change[None]):
+class ResetCall(TurnCall[None]):
     """Other states for a handle's streams; see `Session.reset`."""
 
     kind, reply = Kind.RESET, Kind.CHANGED
 
     def __init__(self, connection: Connection, handle: StreamHandle, states: State | None) -> None:
-        super().__init__(connection, handle)
+        super().__init__(connection, handle.names, handle)
         count = None if handle.single else len(handle.rows)
         self._states = None if states is None else state_rows(states, connection.info.state, count)
 
@@ -58,14 +43,14 @@ class ResetCall(Change[None]):
         self._end(error)
 
 
-class CloseCall(Change[U8]):
+class CloseCall(TurnCall[U8]):
     """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended."""
 
     kind, reply = Kind.CLOSE, Kind.CLOSED
     needs_all_awake = False  # it wakes its streams itself, some at a time: the server may not have room for all
 
     def __init__(self, connection: Connection, handle: StreamHandle) -> None:
-        super().__init__(connection, handle)
+        super().__init__(connection, handle.names, handle)
         handle.closing = True
         self._finals = connection.info.state.missing(len(handle.rows))
 

@@ -15,10 +15,9 @@ from instep_client import replies
 from instep_client.arrays import Indices, check_settings
 from instep_client.calls import Request
 from instep_client.endpoint import DEFAULT_HTTP_PORT, DEFAULT_PORT, checked_endpoint
-from instep_client.farewell import claim
 from instep_client.flow import Flow
 from instep_client.liveness import ENDED, GREETING, OPEN, RECONNECTING, Attempts, Silence, cannot_continue
-from instep_client.pending import Pending
+from instep_client.pending import Pending, parts
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, InstepError, MalformedMessage
@@ -144,7 +143,7 @@ class Connection:
             self.flow.advance(now, self._silence.timeout_s)
             rows = self.sleepers.due(now)
             if len(rows):
-                self._claim(rows)
+                self.claim(Claim(self), rows)
         is_open = self.state is OPEN
         is_waiting = self.state is not ENDED and self.is_waiting
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
@@ -273,7 +272,9 @@ class Connection:
             return
         self._forgets = info.boot_id != former.boot_id and info.durability == "memory"
         rows = self.table.live_rows()
-        self._claim(rows[~self.table.asleep[rows]])  # the others are resumed when there is something to send to them
+        self.claim(
+            Claim(self), rows[~self.table.asleep[rows]]
+        )  # the others are resumed when there is something to send to them
         self._resume(now)
 
     def turned_away(self, refusal: ErrorReply, now: float) -> None:
@@ -301,8 +302,12 @@ class Connection:
         else:
             self.turned_away(refusal, now)
 
-    def _claim(self, rows: Indices) -> None:
-        claim(self.table, self.pending, Claim(self), rows, self.info)
+    def claim(self, request: Request[None], rows: Indices) -> None:
+        """Send RESUMEs for streams of this client, saying what has come of them."""
+        for piece in parts(len(rows), self.info):
+            part = rows[piece]
+            names = wire.pack_names(self.table.names(part))
+            self.pending.ask(request, len(part), 0, frames=[names, self.table.claims(part)], part=part)
 
     def _resume(self, now: float) -> None:
         """Send unanswered frames and requests again, once the last claim after a loss was answered."""

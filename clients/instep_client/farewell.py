@@ -1,4 +1,4 @@
-"""Claims on streams of this client, and the end of a session, which claims streams that hibernate to close them."""
+"""The end of a session: streams that are awake are closed, and those that hibernate are claimed and closed then."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ import numpy as np
 from instep_client import replies
 from instep_client.arrays import NOBODY, Indices
 from instep_client.calls import Request
-from instep_client.pending import Asked, Pending, parts
+from instep_client.connection import Connection
+from instep_client.pending import Asked, parts
 from instep_client.protocol.codes import HAVE_ALL
-from instep_client.protocol.wire import CLAIM, CLOSING, U64, Frame, Header, Kind, ServerInfo, pack_names
+from instep_client.protocol.wire import CLOSING, U64, Frame, Header, Kind
 from instep_client.replies import ErrorReply
-from instep_client.streams import OpenStreams
-
-
-def claim(table: OpenStreams, pending: Pending, request: Request[None], rows: Indices, info: ServerInfo) -> None:
-    """Send RESUMEs for streams of this client, saying what has come of them."""
-    for piece in parts(len(rows), info):
-        part = rows[piece]
-        claims = np.zeros(len(part), CLAIM)
-        claims["have"] = table.acked[part]
-        claims["epoch"] = table.epoch[part]
-        pending.ask(request, len(part), 0, frames=[pack_names(table.names(part)), claims.tobytes()], part=part)
 
 
 def closings(handles: U64) -> bytes:
@@ -37,38 +27,36 @@ class Farewell(Request[None]):
     """The closing of every stream. It ends when the server has read that nothing else will come.
 
     Args:
-        table: the streams.
-        pending: where messages go; what was asked before must have been forgotten.
-        info: the server's limits.
+        connection: whose session has ended.
         openings: OPENs and FORKs that the server will answer, by number: what it grants is closed too.
     """
 
     kind, reply = Kind.PING, Kind.PONG
 
-    def __init__(self, table: OpenStreams, pending: Pending, info: ServerInfo, openings: Mapping[int, Asked]) -> None:
-        self._table = table
-        self._pending = pending
-        self._info = info
+    def __init__(self, connection: Connection, openings: Mapping[int, Asked]) -> None:
+        self._connection = connection
         for number, asked in openings.items():
-            pending.unanswered[number] = Asked(_LastOpening(self), asked.part)
+            connection.pending.unanswered[number] = Asked(_LastOpening(self), asked.part)
 
     def ask(self, now: float) -> None:
         """Close the streams that are awake, and claim the others: to be closed, they must be awake."""
-        rows = self._table.live_rows()
-        is_asleep = self._table.asleep[rows]
-        self.close(self._table.numbers[rows[~is_asleep]])
+        table = self._connection.table
+        rows = table.live_rows()
+        is_asleep = table.asleep[rows]
+        self.close(table.numbers[rows[~is_asleep]])
         self.claim(rows[is_asleep])
 
     def close(self, handles: U64) -> None:
         """Close streams; nobody waits for their final states."""
-        for part in parts(len(handles), self._info):
-            self._pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
+        for part in parts(len(handles), self._connection.info):
+            self._connection.pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
 
     def claim(self, rows: Indices) -> None:
         """Claim streams that hibernate, if there are any; PING once no grant is waited for."""
-        claim(self._table, self._pending, _LastClaim(self), rows, self._info)
-        if not self._pending.waits_for(Kind.RESUMED) and not self._pending.waits_for(Kind.OPENED):
-            self._pending.ask(self)
+        self._connection.claim(_LastClaim(self), rows)
+        pending = self._connection.pending
+        if not pending.waits_for(Kind.RESUMED) and not pending.waits_for(Kind.OPENED):
+            pending.ask(self)
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
         self.finish(None)

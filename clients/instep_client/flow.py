@@ -79,6 +79,7 @@ class Flow:
     def enqueue(self, request: TurnRequest) -> None:
         """A request whose turn comes after the calls that were made through its stream handle before."""
         queue = self._queue_of(request.handle)
+        request.stamp = self._table.stamp()
         queue.requests.append(request)
         self._continue(queue)
 

@@ -21,8 +21,7 @@ from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
 from instep_client.protocol.wire import CLAIM, GRANT, Frame, GrantArray, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
-from instep_client.requests import StreamsRequest
-from instep_client.send_queue import TurnRequest
+from instep_client.requests import StreamsRequest, TurnCall
 from instep_client.states import State, state_rows
 from instep_client.streams import StreamHandle
 
@@ -142,24 +141,18 @@ class OpenCall(Opening):
         return error
 
 
-class ForkCall(Opening, TurnRequest):
+class ForkCall(Opening, TurnCall[StreamHandle]):
     """The copying of a handle's streams to new ones; see `Session.fork`."""
 
     kind, reply = Kind.FORK, Kind.OPENED
-    handle: StreamHandle
 
     def __init__(self, connection: Connection, source: StreamHandle, names: Sequence[str]) -> None:
         super().__init__(connection, names, source.single, source)
-        self.stamp = connection.table.stamp()
         if len(self.names) != len(source.rows):
             raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         return (), [self._handles_of(part).tobytes(), self._names_of(part)]
-
-    def _end(self, error: InstepError | None = None) -> None:
-        super()._end(error)
-        self.connection.flow.request_answered(self.handle)
 
 
 class ResumeCall(Opening):

@@ -30,6 +30,7 @@ from instep_client.protocol.errors import (
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, ServedModel
+from instep_client.send_queue import TurnRequest
 from instep_client.sleepers import WakingRequest
 from instep_client.streams import ENDING, StreamHandle
 
@@ -228,6 +229,16 @@ class StreamsRequest(WakingRequest[R]):
         self.parts_left -= 1
         if self.parts_left == 0:
             self._conclude()
+
+
+class TurnCall(StreamsRequest[R], TurnRequest):
+    """A request about a handle's streams that waits for its turn."""
+
+    handle: StreamHandle
+
+    def _end(self, error: InstepError | None = None) -> None:
+        super()._end(error)
+        self.connection.flow.request_answered(self.handle)
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):

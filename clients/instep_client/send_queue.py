@@ -17,7 +17,7 @@ class TurnRequest(WakingRequest[Any]):
 
     handle: StreamHandle
     stamp: int
-    """When it was made, on the session's counter."""
+    """When it was queued, on the session's counter."""
     needs_all_awake: ClassVar[bool] = True
     """Whether it is asked only when no stream of its handle hibernates."""
 

@@ -68,7 +68,7 @@ class Session(Connection):
         self.fail(ClientClosed, "the client was closed")
         if not can_tell or not (openings or granted or len(self.table.live_rows())):
             return None
-        farewell = Farewell(self.table, self.pending, self.info, openings)
+        farewell = Farewell(self, openings)
         for handles in granted:
             farewell.close(handles)
         farewell.ask(0.0)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from instep_client.arrays import Indices
 from instep_client.calls import OutputsCall, Waiter
 from instep_client.protocol.errors import StreamEvicted, stream_ended
-from instep_client.protocol.wire import U64, Code, GrantArray
+from instep_client.protocol.wire import CLAIM, U64, Code, GrantArray
 
 ENDING: Final = frozenset(
     {
@@ -220,6 +220,12 @@ class OpenStreams:
         seq_of = dict(zip(handles.tolist(), seqs.tolist(), strict=True))
         rows = self.rows_of(handles)
         self.moved_at[rows] = [seq_of[number] for number in self.numbers[rows].tolist()]
+
+    def claims(self, rows: Indices) -> bytes:
+        """What a RESUME says of these rows' streams."""
+        claims = np.zeros(len(rows), CLAIM)
+        claims["have"], claims["epoch"] = self.acked[rows], self.epoch[rows]
+        return claims.tobytes()
 
     def rows_of(self, handles: U64) -> Indices:
         """The rows of those of the handles that are open here."""
