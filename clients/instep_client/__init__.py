@@ -58,8 +58,7 @@ if TYPE_CHECKING:
     from instep_client.protocol.wire import Code, ServerInfo
     from instep_client.replies import ListedStream, ServedModel
     from instep_client.snapshots import StreamSnapshot
-    from instep_client.sync import Client
-    from instep_client.sync_streams import Group, Stream
+    from instep_client.sync import Client, Group, Stream
 else:
     _NAMES = {
         "aio": ["AsyncClient"],
@@ -68,8 +67,7 @@ else:
         "protocol.wire": ["Code", "ServerInfo"],
         "replies": ["ListedStream", "ServedModel"],
         "snapshots": ["StreamSnapshot"],
-        "sync": ["Client"],
-        "sync_streams": ["Group", "Stream"],
+        "sync": ["Client", "Group", "Stream"],
     }
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -88,12 +88,9 @@ class LoopThread:
                 raise
             raise self._ended("") from error
         except KeyboardInterrupt as interrupt:
-            future.cancel()
             raise interrupt.with_traceback(None)  # noqa: B904 (without the frames of waiting, which tell nobody anything)
-        except BaseException:
-            future.cancel()
-            raise
         finally:
+            future.cancel()  # when the wait was interrupted; else it has ended
             self._waiting.discard(future)
 
     def stop(self, park: bool = False) -> None:
