@@ -163,7 +163,7 @@ CODE: Final = "__import__('pathlib').Path('ran').touch()"
         (MODEL, at(f"{GRAPH}/tensor_values/x/sizes/1", SIZE), "cannot follow|takes more than"),
         (MODEL, at(f"{GRAPH}/tensor_values/x/dtype", 99), "x is not a dense tensor with a batch"),
         (MODEL, at(f"{GRAPH}/outputs", []), "other inputs or outputs than its signature"),
-        (MODEL, at(f"{GRAPH}/nodes", [{}] * 20_001), "at most 20000 items"),
+        (MODEL, at(f"{GRAPH}/nodes", [{"target": "t", "inputs": [], "outputs": []}] * 20_001), "at most 20000 items"),
         (MODEL, at("graph_module/module_call_graph/0/signature/in_spec", "[1, "), "is not in torch's form"),
         (MODEL, at("graph_module/module_call_graph/0/signature/in_spec", "[1," * 9999), "is not in torch's form"),
         (MODEL, at("graph_module/signature/input_specs/0/parameter/parameter_name", "gone"), "lacks the tensor 'gone'"),
@@ -301,7 +301,7 @@ def test_files_that_are_no_archive_as_torch_writes_it() -> None:
         (lambda: rewrite(whole | {"net/byteorder": b"big"}), "a machine of the other byte order"),
         (lambda: rewrite(whole | {MODEL: b"[" * 100_000}), "models/model.json is not JSON"),
         (lambda: rewrite(whole | {MODEL: b"\xff"}), "models/model.json is not JSON"),
-        (lambda: rewrite(whole | {MODEL: b"{" + b" " * 2**25}), "and at most 33,554,432 are read"),
+        (lambda: rewrite(whole | {MODEL: b"{" + b" " * 2**23}), "and at most 8,388,608 are read"),
         (
             lambda: rewrite({name: content for name, content in whole.items() if name != WEIGHTS}),
             "net.pt2: the archive has no data",
@@ -319,6 +319,26 @@ def test_files_that_are_no_archive_as_torch_writes_it() -> None:
         assert status == 2
         assert sentence in said
     assert not Path("net").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("graph", "nodes"), [1] * 15_000, r"nodes\.0: 1 is wrong"),
+        (("graph", "outputs"), [1] * 15_000, r"outputs\.0: 1 is wrong"),
+        (("graph", "tensor_values"), {str(at): 1 for at in range(20_001)}, "tensor_values: at most 20,000 keys"),
+        (("signature", "input_specs"), [{str(at): 1 for at in range(20_001)}], r"input_specs\.0: at most 20,000 keys"),
+    ],
+)
+def test_of_many_wrong_values_in_a_graph_one_is_enough(path: tuple[str, str], value: Any, sentence: str) -> None:
+    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    whole = members()
+    program = json.loads(whole[MODEL])
+    program["graph_module"][path[0]][path[1]] = value
+    rewrite(whole | {MODEL: json.dumps(program).encode()})
+    with pytest.raises(ModelError, match=sentence) as refused:
+        import_pt2("net.pt2", "net")
+    assert str(refused.value).count("; ") == 1, "each would take a kilobyte of memory"
 
 
 def test_archives_with_random_changes_are_read_or_refused_and_never_fail_otherwise() -> None:

@@ -24,6 +24,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     Json,
     JsonValue,
@@ -56,7 +57,8 @@ DTYPES: Final[dict[int, torch.dtype]] = {
 STRIDED: Final = 7
 """The number of the layout that dense tensors have."""
 _FOLDERS: Final = {"weights": "data/weights/", "constants": "data/constants/"}
-_MAX_JSON: Final = 2**25
+_MAX_JSON: Final = 2**23
+"""Bytes of a member; a call takes 1 to 2 kB, and what is made of them to check them, up to 50 times as much."""
 _MAX_MEMBERS: Final = 20_000
 _DIRECTORY_ENTRY: Final = b"PK\x01\x02"
 _ERRORS: Final = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
@@ -86,6 +88,18 @@ Extent: TypeAlias = Annotated[Annotated[int, Field(ge=0, lt=2**40)] | None, Befo
 """A size, stride or offset; None if it is symbolic."""
 
 
+def _bounded(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_NODES:  # `max_length` looks only once all are validated
+        raise ValueError(f"at most {MAX_NODES:,} keys are read")
+    return value
+
+
+_Item = TypeVar("_Item")
+_List: TypeAlias = Annotated[list[_Item], FailFast(), Field(max_length=MAX_NODES)]
+"""One error is enough: there could be millions, at a kilobyte each."""
+_Named: TypeAlias = Annotated[dict[Name, _Item], BeforeValidator(_bounded)]
+
+
 class _Fields(BaseModel):
     """Those keys of the schema that are used here, by its names."""
 
@@ -97,7 +111,7 @@ class TensorMeta(_Fields):
 
     dtype: int
     sizes: Annotated[list[Extent], Field(max_length=16)]
-    strides: list[Extent]
+    strides: Annotated[list[Extent], Field(max_length=16)]
     storage_offset: Extent
     layout: int
 
@@ -110,12 +124,13 @@ class NamedArgument(_Fields):
 
 
 class SerializedCall(_Fields):
-    """One call of an operator; its metadata tells the line of the user's code."""
+    """One call of an operator."""
 
     target: Name
-    inputs: list[NamedArgument]
-    outputs: list[Argument]
-    metadata: dict[str, str]
+    inputs: _List[NamedArgument]
+    outputs: _List[Argument]
+    stack_trace: str = Field("", validation_alias=AliasPath("metadata", "stack_trace"))
+    """It tells the line of the user's code."""
 
 
 class Tree(_Fields):
@@ -124,7 +139,7 @@ class Tree(_Fields):
     type: Name | None
     context: Json[Any] | None
     """Of a dict: its keys."""
-    children_spec: list[Tree]
+    children_spec: _List[Tree]
 
     def leaves(self) -> int:
         """How many tensors there are."""
@@ -153,12 +168,12 @@ Trees: TypeAlias = Json[tuple[Literal[1], Tree]]
 class SerializedProgram(_Fields):
     """An exported program."""
 
-    nodes: Annotated[list[SerializedCall], Field(max_length=MAX_NODES)] = _at("graph", "nodes")
-    outputs: list[Argument] = _at("graph", "outputs")
-    tensor_values: dict[Name, TensorMeta] = _at("graph", "tensor_values")
-    input_specs: list[dict[str, dict[str, JsonValue]]] = _at("signature", "input_specs")
+    nodes: _List[SerializedCall] = _at("graph", "nodes")
+    outputs: _List[Argument] = _at("graph", "outputs")
+    tensor_values: _Named[TensorMeta] = _at("graph", "tensor_values")
+    input_specs: _List[_Named[_Named[JsonValue]]] = _at("signature", "input_specs")
     """The role of each input of the graph, which is its one key: `{"parameter": {...}}`."""
-    output_specs: list[dict[str, dict[str, JsonValue]]] = _at("signature", "output_specs")
+    output_specs: _List[_Named[_Named[JsonValue]]] = _at("signature", "output_specs")
     in_spec: Trees = _at("module_call_graph", 0, "signature", "in_spec")
     """How args and kwargs are made of inputs."""
     out_spec: Trees = _at("module_call_graph", 0, "signature", "out_spec")
@@ -176,7 +191,7 @@ class _Payload(_Fields):
 
 
 class _Payloads(_Fields):
-    config: dict[Name, _Payload]
+    config: _Named[_Payload]
 
 
 _Form = TypeVar("_Form", bound=_Fields)

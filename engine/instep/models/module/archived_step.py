@@ -248,7 +248,7 @@ def _state(tree: Tree) -> Tree:
 
 
 def _call(node: SerializedCall) -> _Call | None:
-    lines = node.metadata.get("stack_trace", "").split("\n")
+    lines = node.stack_trace.split("\n")
     trace = "\n".join("".join(filter(str.isprintable, line)) for line in lines)
     function = _function(node.target, source_line(trace))
     if function is None:
