@@ -21,9 +21,26 @@ from tests.support.running import CPU
 from tests.support.steps import FEATURES, STEPS, Counting, example, leaves, repeated, step_of
 
 ROWS: Final = 32
+
+
+class TakenNames(nn.Module):
+    """Names that the importer might use for something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example, self.check_sizes, self._calls = (nn.Linear(FEATURES, FEATURES) for _ in range(3))
+        self.own = nn.ModuleDict({"own": nn.Linear(FEATURES, 2)})
+        self.register_buffer("_state", torch.ones(FEATURES))
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.tanh(self.example(x) + self.check_sizes(h) * self._state)
+        return self.own["own"](self._calls(h)), h
+
+
 SERVED: Final[dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]]] = {
     "gru_cell": (lambda: CellWithHead(nn.GRUCell), lambda: torch.zeros(1, 32)),
     "lstm_cell": (lambda: CellWithHead(nn.LSTMCell), lambda: {"h": torch.zeros(1, 32), "c": torch.zeros(1, 32)}),
+    "taken_names": (TakenNames, lambda: torch.zeros(1, FEATURES)),
     "odds": (Odds, lambda: (torch.zeros(1, FEATURES), torch.zeros(1, dtype=torch.int64))),
     **{name: (lambda name=name: step_of(name), lambda name=name: zeros(example(name))) for name in STEPS},  # type: ignore[misc]
 }

@@ -79,7 +79,7 @@ def import_pt2(
         step = ArchivedStep(read_archive(content))
         step.check_sizes()
         name = folder.resolve().name if name is None else name
-        model = model_of_step(step, *step.example(1), name, outputs, "zeros")
+        model = model_of_step(step, *step.example(1), name, outputs, "zeros", tensors_in="own.")
     except ModelError as error:
         sentence = "".join(filter(str.isprintable, str(error)))  # some words are the file's
         raise ModelError(f"{file}: {sentence}") from error
@@ -140,6 +140,8 @@ class ArchivedStep(nn.Module):
 
     def __init__(self, archive: ExportArchive) -> None:
         super().__init__()
+        self.own = nn.Module()
+        """The modules of the step, whose names may be those of attributes here."""
         program = archive.program
         self._users: list[str] = []
         """The inputs of the graph that are arguments of the step."""
@@ -181,7 +183,7 @@ class ArchivedStep(nn.Module):
 
     def _hold(self, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
         *path, last = name.split(".")
-        owner: nn.Module = self
+        owner = self.own
         try:
             if not _PATH.fullmatch(name):  # torch.export generates code in which names occur
                 raise KeyError(name)
@@ -221,7 +223,9 @@ class ArchivedStep(nn.Module):
     def forward(self, x: torch.Tensor, state: Any) -> Any:
         """Whatever the exported module returned."""
         leaves = [state] if isinstance(state, torch.Tensor) else state.values() if isinstance(state, dict) else state
-        own = dict([*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)])
+        own = dict(
+            [*self.own.named_parameters(remove_duplicate=False), *self.own.named_buffers(remove_duplicate=False)]
+        )
         values: dict[str, Any] = {name: own[each] for name, each in self._own.items()}
         values.update(zip(self._users, [x, *leaves], strict=True))
         with traceback.preserve_node_meta():

@@ -80,8 +80,11 @@ def model_of_step(
     name: str,
     outputs: Sequence[str],
     initial_state: Literal["zeros", "example"],
+    tensors_in: str = "",
 ) -> Model:
     """The model of a step module, checked; see `export_step`.
+
+    The names of its tensors leave out `tensors_in`, which all of them begin with.
 
     Raises:
         ModelError: the step does something that cannot be served.
@@ -101,7 +104,7 @@ def model_of_step(
         attributes.check(mine)
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
-        model = _model(program, example, name, outputs)
+        model = _model(program, example, name, outputs, f"step.{tensors_in}")
         network = ModuleNetwork(model, torch.device("cpu"))
         compare(example, network)
         attributes.check(mine)
@@ -117,9 +120,9 @@ def _refuse_other_starts(example: Example) -> None:
         )
 
 
-def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
+def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str], prefix: str) -> Model:
     leaves = [leaf.name for leaf in example.leaves]
-    captured = Capture(program, leaves, "step.")
+    captured = Capture(program, leaves, prefix)
     dtypes = checked_tensors(captured.tensors)
     try:
         description = ModuleDescription.model_validate(
