@@ -147,7 +147,8 @@ def test_where_the_user_says(recorded: Recorded, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "sentence"), [("", "its folder is not recorded"), ("/nowhere/model", "/nowhere/model")]
+    ("place", "sentence"),
+    [("", "its folder is not recorded"), ("/nowhere/model", "/nowhere/model"), ("a" * 300, "aaa"), ("a\0b", "--model")],
 )
 def test_a_model_that_is_not_there(recorded: Recorded, place: str, sentence: str) -> None:
     with pytest.raises(CannotVerify, match="no longer there") as raised:

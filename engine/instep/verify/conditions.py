@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
     """
     description = _recorded_description(header)
     place = folder or Path(header.model_folder)
-    if folder is None and (not header.model_folder or not place.exists()):
+    if folder is None and (not header.model_folder or not os.path.exists(place)):  # Path's raises if it is too long
         raise CannotVerify(
             f"the recording was made with the model {header.model_name!r}, which is no longer there "
             f"({header.model_folder or 'its folder is not recorded'}); name its folder with --model"
