@@ -136,16 +136,13 @@ def graph_bytes(path: Path) -> bytes:
     Raises:
         ModelError: when it cannot be read, or is larger than `MAX_GRAPH_BYTES`.
     """
-    check_regular(path)
     try:
-        size, content = path.stat().st_size, b""
-        if size <= MAX_GRAPH_BYTES:
-            content = path.read_bytes()
+        check_regular(path)
+        if (size := path.stat().st_size) > MAX_GRAPH_BYTES:
+            raise ModelError(f"the graph {path} has {size:,} bytes, and at most {MAX_GRAPH_BYTES:,} can be served")
+        return path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read the graph {path}: {error.strerror}; put it there, or name another") from None
-    if size > MAX_GRAPH_BYTES:
-        raise ModelError(f"the graph {path} has {size:,} bytes, and at most {MAX_GRAPH_BYTES:,} can be served")
-    return content
 
 
 def check_regular(path: Path) -> None:
