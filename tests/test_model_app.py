@@ -31,7 +31,7 @@ def test_make_and_info(tmp_path: Path) -> None:
     shown = instep("model", "info", str(folder)).stdout.splitlines()
     assert shown[0] == f"made: {words}"
     # dense 8·3+8, 5·8+5; GRU 12·(5+4)+24, 12·(4+4)+24; dense 2·4+2
-    assert shown[1].startswith("339 parameters; fingerprint ")
+    assert shown[1].startswith("339 weights; fingerprint ")
     assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
 
@@ -84,7 +84,7 @@ def test_info_as_json(tmp_path: Path) -> None:
         "gru.bias_ih_l0": [12],
         "gru.bias_hh_l0": [12],
     }
-    assert shown["parameters"] == 36 + 48 + 12 + 12
+    assert shown["weights"] == 36 + 48 + 12 + 12
     assert shown["description"]["gru"]["hidden_size"] == 4
 
 

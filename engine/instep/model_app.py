@@ -233,7 +233,7 @@ def info(
         shown = {
             "name": model.name,
             "fingerprint": model.fingerprint,
-            "parameters": model.parameters,
+            "weights": model.weight_count,
             "description": model.description.as_json(),
             "output_names": list(model.output_names),
             "tensors": shapes,

@@ -34,7 +34,7 @@ def test_a_model_shows_itself_in_one_line(tmp_path: Path) -> None:
     # before 5·2; GRU 9·(5+3)+18 and 9·(3+3)+18; after 4·3+4
     assert repr(model) == (
         "<Model 'ears': 2 features → dense 5 relu → GRU 3 × 2 layers → dense 4 tanh; "
-        f"{10 + 90 + 72 + 16} parameters, fingerprint {model.fingerprint[:12]}>"
+        f"{10 + 90 + 72 + 16} weights, fingerprint {model.fingerprint[:12]}>"
     )
 
 

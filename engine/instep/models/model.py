@@ -34,8 +34,8 @@ class Model:
         return self.description.state.with_learned({name: tensor.numpy() for name, tensor in found.items()})
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the weights are."""
+    def weight_count(self) -> int:
+        """How many numbers the weights are; those of a step module include buffers and constants."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
     def __repr__(self) -> str:
@@ -45,8 +45,8 @@ class Model:
 
     @property
     def size_in_words(self) -> str:
-        """`77,507 parameters`, or for a graph `1,280,395 bytes`."""
-        return f"{len(self.graph):,} bytes" if self.graph else f"{self.parameters:,} parameters"
+        """`77,507 weights`, or for a graph `1,280,395 bytes`."""
+        return f"{len(self.graph):,} bytes" if self.graph else f"{self.weight_count:,} weights"
 
 
 def model_of(

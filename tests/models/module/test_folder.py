@@ -200,7 +200,7 @@ def test_info_shows_the_leaves_and_tensors() -> None:
     found = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["model", "info", str(exported_folder("counting"))])
     lines = found.stdout.splitlines()
     assert lines[0].startswith("counting: 5 features → step of 21 operators, state count [] int64, ring [3]")
-    assert lines[1].startswith("3 parameters; fingerprint ")
+    assert lines[1].startswith("3 weights; fingerprint "), "a buffer"
     assert lines[-1] == "  scale [3]"
     shown = CliRunner().invoke(app, ["model", "info", str(exported_folder("counting")), "--json"])
     assert json.loads(shown.stdout)["description"]["state"][0] == {
