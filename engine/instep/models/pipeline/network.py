@@ -12,7 +12,7 @@ from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, Floats, RecurrentModel, Reference, StateSpec
 from instep.models.model import Model, model_of
 from instep.models.pipeline.description import PLACES, PipelineDescription, leaf_name
-from instep.models.pipeline.steps import BoundPart, FrameStep, Spectrum, States
+from instep.models.pipeline.steps import FrameStep, Spectrum, States
 
 _SPECTRUM_ROWS = 32
 """Rows come in multiples of it where a logarithm or a root is taken: the last elements of an array that does not fill
@@ -89,26 +89,33 @@ class _Parts:
     """The steps of one place on buffers for `rows` rows."""
 
     def __init__(self, description: PipelineDescription, place: str, rows: int, device: torch.device) -> None:
-        self.parts: list[BoundPart] = []
+        self.out: torch.Tensor | None = None
+        """[rows, values] after the last step; None where there is none."""
         self.state: dict[str, torch.Tensor] = {}
+        self._parts: list[tuple[FrameStep, torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]] = []
         for at, index, step, inputs in description.steps():
             if at == place:
-                part = step.bind(rows, inputs, device)
-                self.parts.append(part)
-                self.state |= {leaf_name(place, index, name): tensor for name, tensor in part.state.items()}
+                self.out = torch.zeros(rows, step.outputs(inputs), device=device)
+                state = {
+                    leaf.name: torch.zeros(rows, *leaf.shape, dtype=getattr(torch, leaf.dtype.name), device=device)
+                    for leaf in step.leaves(inputs)
+                }
+                self.state |= {leaf_name(place, index, name): tensor for name, tensor in state.items()}
+                self._parts.append((step, self.out, state, step.constants(inputs, device)))
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        for part in self.parts:
-            x = part.run(x)
+        for step, out, state, constants in self._parts:
+            step.run(x, out, state, *constants)
+            x = out
         return x
 
     def run_all(self, x: F32, rows: int) -> F32:
         """Frames [T, R, values], one after another, in batches that are padded to `rows`."""
-        if not self.parts:
+        if self.out is None:
             return x
         timesteps, count, values = x.shape
-        frame = torch.zeros(rows, values, device=self.parts[0].out.device)
-        found = np.empty((timesteps, count, self.parts[-1].out.shape[1]), np.float32)
+        frame = torch.zeros(rows, values, device=self.out.device)
+        found = np.empty((timesteps, count, self.out.shape[1]), np.float32)
         for given, taken in zip(x, found, strict=True):
             frame[:count] = torch.from_numpy(given).to(frame.device)
             taken[...] = self.run(frame)[:count].cpu().numpy()
@@ -135,11 +142,11 @@ class PipelineStep:
         self.new_state = {**network.new_state, **of_steps}
         self._input = network.x[:, : description.network.features]
         self._output = network.y[:, : description.network.outputs]
-        self.y = self._after.parts[-1].out if self._after.parts else self._output
+        self.y = self._output if self._after.out is None else self._after.out
 
     def run(self) -> None:
         """Step every row."""
-        if self._before.parts:
+        if self._before.out is not None:
             self._input.copy_(self._before.run(self.x))
         self._network.run()
         self._after.run(self._output)

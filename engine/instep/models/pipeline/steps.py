@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,21 +25,10 @@ if TYPE_CHECKING:
 Values: TypeAlias = npt.NDArray[Any]
 """[rows, values], float64 or float32 as the reference's dtype."""
 States: TypeAlias = dict[str, npt.NDArray[Any]]
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 Number: TypeAlias = Annotated[StrictFloat | StrictInt, Field(ge=-1e30, le=1e30)]
 """Far within float32."""
-
-
-class BoundPart(Protocol):
-    """A step on the buffers of one batch size."""
-
-    out: torch.Tensor
-    """[rows, values], contiguous; good until the next `run`."""
-    state: dict[str, torch.Tensor]
-    """By leaf, [rows, *shape]; changes in place."""
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """From [rows, values] to `out`."""
 
 
 class FrameStep(BaseModel, ABC):
@@ -68,9 +57,20 @@ class FrameStep(BaseModel, ABC):
     def in_words(self) -> str:
         """`context 3`."""
 
+    def constants(self, inputs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What `run` needs besides, made once."""
+        return ()
+
     @abstractmethod
-    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
-        """The step over batches of `rows`."""
+    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+        """Step a frame of every row.
+
+        Args:
+            x: [rows, inputs].
+            out: contiguous, [rows, outputs].
+            state: by leaf, [rows, *shape]; changes in place.
+            constants: those above.
+        """
 
     @abstractmethod
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
@@ -107,28 +107,16 @@ class Context(FrameStep):
     def in_words(self) -> str:
         return f"context of {self.values} values" if self.values else f"context of {self.frames} frames"
 
-    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
-        return _Context(rows, inputs, self._size(inputs), device)
+    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+        context = state["context"]
+        size = context.shape[1]
+        out[:, :size].copy_(context)
+        out[:, size:].copy_(x)
+        context.copy_(out[:, x.shape[1] :])
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         both = np.concatenate([state["context"], x], axis=1)
         return both, {"context": both[:, x.shape[1] :]}
-
-
-class _Context:
-    def __init__(self, rows: int, inputs: int, size: int, device: torch.device) -> None:
-        import torch
-
-        self.out = torch.zeros(rows, size + inputs, device=device)
-        self._context = torch.zeros(rows, size, device=device)
-        self.state = {"context": self._context}
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        size = self._context.shape[1]
-        self.out[:, :size].copy_(self._context)
-        self.out[:, size:].copy_(x)
-        self._context.copy_(self.out[:, x.shape[1] :])
-        return self.out
 
 
 _RAISED: Final = {"hann": 0.5, "hamming": 0.54, "none": 1.0}
@@ -157,8 +145,22 @@ class Spectrum(FrameStep):
     def in_words(self) -> str:
         return f"{self.scale.replace('_', ' ')} spectrum"
 
-    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
-        return _Spectrum(self, rows, inputs, device)
+    def constants(self, inputs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        raised = _RAISED[self.window]
+        return (torch.hamming_window(inputs, True, raised, 1 - raised, device=device),)
+
+    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+        import torch
+
+        (window,) = constants
+        found = torch.view_as_real(torch.fft.rfft(x * window)).square_()
+        torch.add(found[..., 0], found[..., 1], out=out)
+        if self.scale == "magnitude":
+            out.sqrt_()
+        elif self.scale == "log_power":
+            out.add_(self.floor).log_()
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         size = x.shape[1]
@@ -174,28 +176,6 @@ class Spectrum(FrameStep):
             case "log_power":
                 values = np.log(power + self.floor)
         return values.astype(x.dtype), {}
-
-
-class _Spectrum:
-    def __init__(self, step: Spectrum, rows: int, inputs: int, device: torch.device) -> None:
-        import torch
-
-        raised = _RAISED[step.window]
-        self._window = torch.hamming_window(inputs, True, raised, 1 - raised, device=device)
-        self._scale, self._floor = step.scale, step.floor
-        self.out = torch.zeros(rows, step.outputs(inputs), device=device)
-        self.state: dict[str, torch.Tensor] = {}
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        found = torch.view_as_real(torch.fft.rfft(x * self._window)).square_()
-        torch.add(found[..., 0], found[..., 1], out=self.out)
-        if self._scale == "magnitude":
-            self.out.sqrt_()
-        elif self._scale == "log_power":
-            self.out.add_(self._floor).log_()
-        return self.out
 
 
 class Smooth(FrameStep):
@@ -214,34 +194,19 @@ class Smooth(FrameStep):
     def in_words(self) -> str:
         return f"smooth {self.keep:g}"
 
-    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
-        return _Smooth(self.keep, rows, inputs, device)
+    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+        import torch
+
+        # Not `lerp` or `add(alpha=)`: whether they round once or twice depends on where an element is.
+        blend = state["smoothed"].mul_(self.keep).add_(x * (1 - self.keep))
+        torch.where(state["has_begun"].unsqueeze(1), blend, x, out=out)
+        state["smoothed"].copy_(out)
+        state["has_begun"].fill_(True)
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         blend = self.keep * state["smoothed"] + (1 - self.keep) * x
         y = np.where(state["has_begun"][:, None].astype(bool), blend, x).astype(x.dtype)
         return y, {"smoothed": y, "has_begun": np.ones(len(x), state["has_begun"].dtype)}
-
-
-class _Smooth:
-    def __init__(self, keep: float, rows: int, inputs: int, device: torch.device) -> None:
-        import torch
-
-        self._keep = keep
-        self.out = torch.zeros(rows, inputs, device=device)
-        self._smoothed = torch.zeros(rows, inputs, device=device)
-        self._has_begun = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.state = {"smoothed": self._smoothed, "has_begun": self._has_begun}
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        # Not `lerp` or `add(alpha=)`: whether they round once or twice depends on where an element is.
-        blend = self._smoothed.mul_(self._keep).add_(x * (1 - self._keep))
-        torch.where(self._has_begun.unsqueeze(1), blend, x, out=self.out)
-        self._smoothed.copy_(self.out)
-        self._has_begun.fill_(True)
-        return self.out
 
 
 class Hysteresis(FrameStep):
@@ -268,27 +233,14 @@ class Hysteresis(FrameStep):
     def in_words(self) -> str:
         return f"hysteresis {self.on:g}/{self.off:g}"
 
-    def bind(self, rows: int, inputs: int, device: torch.device) -> BoundPart:
-        return _Hysteresis(self.on, self.off, rows, inputs, device)
+    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+        is_on = state["is_on"]
+        is_on.logical_and_((x <= self.off).logical_not_()).logical_or_(x >= self.on)
+        out.copy_(is_on)
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         is_on = (x >= self.on) | (state["is_on"].astype(bool) & ~(x <= self.off))
         return is_on.astype(x.dtype), {"is_on": is_on.astype(state["is_on"].dtype)}
-
-
-class _Hysteresis:
-    def __init__(self, on: float, off: float, rows: int, inputs: int, device: torch.device) -> None:
-        import torch
-
-        self._on, self._off = on, off
-        self.out = torch.zeros(rows, inputs, device=device)
-        self._is_on = torch.zeros(rows, inputs, dtype=torch.bool, device=device)
-        self.state = {"is_on": self._is_on}
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        self._is_on.logical_and_((x <= self._off).logical_not_()).logical_or_(x >= self._on)
-        self.out.copy_(self._is_on)
-        return self.out
 
 
 STEPS: Final[dict[str, type[FrameStep]]] = {step.name: step for step in (Context, Spectrum, Smooth, Hysteresis)}
