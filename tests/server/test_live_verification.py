@@ -201,18 +201,36 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
             group = await client.open_group([f"s{number}" for number in range(8)])
+            engine = server.default.engine
+
+            async def trimmed() -> None:
+                """Step until everything by now was trimmed."""
+                newest = engine.journal.newest
+                while not any(line["event"] == "recording trimmed" and line["position"] > newest for line in told):
+                    await group.step(frames(rng, 16, 8))
+                    await asyncio.sleep(0.01)
+
+            def all_count() -> bool:
+                return found(server).frames_total + found(server).skipped == engine.stats.frames_total
+
             await until(lambda: found(server).reported_s > 0)
-            while sum(line["event"] == "recording trimmed" for line in told) < 3:
-                await group.step(frames(rng, 16, 8))
-                await asyncio.sleep(0.01)
-            ended_s = time.monotonic()  # what is trimmed before it is read is not counted, so no sum says when
-            await until(lambda: found(server).reported_s > ended_s + 1 and found(server).reported_lag_s < 1)
-            await until(lambda: found(server).share == 1)
-            before = found(server).frames_total
-            await group.step(frames(rng, 16, 8))
-            await until(lambda: found(server).frames_total >= before + 128)
-            assert before > 0
+            await trimmed()
+            await until(lambda: all_count() and found(server).share == 1)
+            before = found(server).unchecked
+            for stop in (signal.SIGSTOP, signal.SIGKILL):
+                pid = found(server).pid
+                assert pid is not None
+                os.kill(pid, stop)
+                await trimmed()
+                if stop is signal.SIGSTOP:
+                    os.kill(pid, signal.SIGCONT)
+                await until(lambda unchecked=before: all_count() and found(server).unchecked > unchecked)
+                before = found(server).unchecked
+            assert found(server).frames_total > 0
             assert found(server).mismatches_total == 0
+            assert (await numbers(server))["verify_unchecked_frames_total"] == before
+    (line,) = (line for line in told if line["event"] == "trimmed unchecked")
+    assert (line["level"], line["frames"] > 0) == ("warning", True)
 
 
 async def test_each_model_has_its_checker_and_takes_it_along(

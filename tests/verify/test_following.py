@@ -27,6 +27,7 @@ from instep.cli import app
 from instep.recording.errors import DamagedRecording, UnavailableRecording
 from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
+from instep.recording.writer import RecordingWriter
 from instep.verify import live
 from instep.verify.following import Follower
 from instep.verify.throttle import Status, Throttle, follow
@@ -68,6 +69,40 @@ def test_what_is_right_is_verified_whatever_happens(tmp_path: Path, seed: int, r
             assert follower.frames - before >= min(story.frames - seen, 1)
     if first.share == 1 and retention == KEEP_ALL:
         assert first.frames > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_frames_that_are_trimmed_before_they_are_read_count_as_unchecked(tmp_path: Path, seed: int) -> None:
+    story = Story(tmp_path, seed, Retention(keep_bytes=60_000))
+
+    def much() -> None:
+        for _ in range(10):
+            story.step(*sorted(story.scribe.states)[:8])
+            story.anything()
+        story.trim()
+
+    story.step(story.open(), frames=3)
+    former = story.follower(0)
+    advance(former)
+    assert (former.frames, former.skipped) == (3, 0)
+    much()
+    later = Follower(story.path, story.model, former.seen, former.waiting, former.applied, certify=CERTIFY)
+    followers = [former, later]
+    for turn in range(8):
+        for follower in followers[: 2 - turn % 2]:
+            advance(follower)
+        much()
+    story.scribe.writer.abandon()
+    story.scribe.writer = RecordingWriter.resume(story.path, story.scribe.writer.header)
+    story.step(*sorted(story.scribe.states)[:8])
+    story.checkpoint()
+    for follower, before in zip(followers, (0, 3), strict=True):
+        advance(follower)
+        assert follower.frames_seen == story.frames - before, "every frame counts"
+        assert sum(follower.skipped_by.values()) == follower.skipped == follower.frames_seen - follower.frames
+        assert follower.skipped_by["unchecked"] > 0
+        assert follower.mismatches.kept == []
+    assert Follower(story.path, story.model, certify=CERTIFY).applied == story.frames
 
 
 @pytest.mark.parametrize("at_once", ["many rows", "two rows"])

@@ -24,6 +24,8 @@ from instep.recording.schema import (
     TABLES,
     Column,
     RecordingHeader,
+    checkpoint_detail,
+    read_checkpoint_frames,
     row_crc,
 )
 from instep.recording.trim import DELETE_STATES, Retention, counts_of_events, deletions
@@ -86,6 +88,10 @@ class RowWriter:
             self._bytes += size
             if table in COUNTED:
                 self._counts[table] += count
+        completed = self._read("events", "SELECT detail FROM events WHERE position = ?", newest.completed)
+        self._frames = sum(read_checkpoint_frames(detail) for (detail,) in completed)
+        """Applied since the recording began."""
+        self._frames += self._frames_after(newest.position)
         self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
         self._is_partial = True
         """Whether the newest checkpoint may lack states: later ones replaced them, or their streams have closed. Before
@@ -139,6 +145,7 @@ class RowWriter:
         assert seqs.shape == (size,)
         assert x.shape == (size, self.header.features)
         self._insert("batches", time_ns, int(bucket), size, blob(streams, "<u4"), blob(seqs, "<u8"), blob(x, "<f4"))
+        self._frames += size
         return self.position
 
     def add_outputs(self, time_ns: int, batch: int, y: F32) -> None:
@@ -149,6 +156,8 @@ class RowWriter:
     def fail_batch(self, time_ns: int, batch: int, detail: str) -> None:
         """The step of the batch at that position failed: none of its frames was applied."""
         self.event(time_ns, FAILED_EVENT, int(batch), detail)
+        failed = self._database.execute("SELECT size FROM batches WHERE position = ?", (int(batch),))
+        self._frames -= sum(size for (size,) in failed)
 
     def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> None:
         """Streams ended.
@@ -194,7 +203,8 @@ class RowWriter:
             rows: of the streams that have changed since the last checkpoint and are open, those that `add_states` was
                 given for this one left out.
         """
-        self.event(time_ns, CHECKPOINT_EVENT, int(through), f"{len(rows.streams):,} states")
+        frames = self._frames - self._frames_after(int(through))
+        self.event(time_ns, CHECKPOINT_EVENT, int(through), checkpoint_detail(len(rows.streams), frames))
         self._replace_states(int(through), rows)
         self._is_partial = False
         counts = (self._count_until(table, through) for table in COUNTED)
@@ -372,6 +382,12 @@ class RowWriter:
 
     def _highest(self, table: str, column: str, where: str = "") -> int:
         return int(self._read(table, f"SELECT ifnull(max({column}), 0) FROM {table} {where}")[0][0])
+
+    def _frames_after(self, position: int) -> int:
+        """Frames of the batches after a position whose step did not fail."""
+        failed = f"SELECT seq FROM events WHERE kind = '{FAILED_EVENT}' AND position > ?1"
+        query = f"SELECT ifnull(sum(size), 0) FROM batches WHERE position > ?1 AND position NOT IN ({failed})"
+        return int(self._read("batches", query, position)[0][0])
 
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"

@@ -48,8 +48,9 @@ consistent recording.
   after `completed`, the position of the event that completed the checkpoint. Streams without a row have not changed
   since they opened. A row with a `position` beyond that of the newest checkpoint belongs to one that was never
   completed; it is newer and as good. The other columns of `checkpoints` say when it was completed, and how many bytes
-  and rows the recording had been given by then, trimmed ones included. `newest.states` counts the rows of `states`.
-  Rows of streams that have closed since may remain.
+  and rows the recording had been given by then, trimmed ones included; the `detail` of the event says how many frames
+  were applied up to `position`. `newest.states` counts the rows of `states`. Rows of streams that have closed since may
+  remain.
 * `crc` is the CRC-32 (zlib) of the row's other columns in the order above, the first one first: integers as
   little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
 
@@ -89,6 +90,7 @@ All frames of one stream, in order, with nothing but SQL and numpy:
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -247,6 +249,17 @@ def read_owner_detail(detail: str) -> tuple[int, int, bool]:
     """
     held, _, seq = detail.removeprefix("held ").removesuffix(_RENUMBERED).partition(", goes on at ")
     return int(held), int(seq), detail.endswith(_RENUMBERED)
+
+
+def checkpoint_detail(states: int, frames: int) -> str:
+    """The detail of a checkpoint event: how many states were written, and how many frames were applied by then."""
+    return f"{states} states, {frames} frames"
+
+
+def read_checkpoint_frames(detail: str) -> int:
+    """How many frames were applied up to a checkpoint, from its event's detail; 0 where that does not say."""
+    found = re.search(r", (\d+) frames", detail)
+    return 0 if found is None else int(found[1])
 
 
 def create_statements() -> list[str]:

@@ -32,8 +32,10 @@ class LiveVerification(BackgroundProcess):
         self._found: Verification = service.verification
         self._before = Verification()
         """Findings of former processes."""
-        self._next = live.Begin(0 if service.recovery is None else service.recovery.checkpoint_position)
+        self._next = live.Begin(applied=0)
         """Where the next process begins."""
+        if service.recovery is not None:
+            self._next = live.Begin(service.recovery.checkpoint_position)
 
     async def stop(self, *, finishes: bool) -> None:
         """End the process. Where it `finishes` and is not late, it has `_FINISH_S` to check the newest frames first."""
@@ -93,10 +95,19 @@ class LiveVerification(BackgroundProcess):
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
         # A counter must not fall, though a checker that takes on more streams compares frames that it had left out.
         found.skipped = max(found.skipped, before.skipped + said["skipped"])
+        had_unchecked = found.unchecked
         found.skipped_by = dict(Counter(before.skipped_by) + Counter(said["skipped_by"]))
+        if found.unchecked and not had_unchecked:
+            self._service.log.warning(
+                "trimmed unchecked",
+                frames=found.unchecked,
+                reason="the history was trimmed before the checker had read it",
+                next="keep more of it (recording.keep_bytes, recording.keep_s), or leave the checker more time; "
+                "verify_unchecked_frames_total counts such frames",
+            )
         found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
-        self._next = live.Begin(said["position"], said["waiting"], said.get("wrong", self._next.wrong))
+        self._next = live.Begin(said["position"], said["waiting"], said["applied"], said.get("wrong", self._next.wrong))
         for each in said["mismatches"]:
             self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
 

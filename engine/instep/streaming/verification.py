@@ -61,6 +61,11 @@ class Verification:
     """When the first process began, of that clock: one that never reports anything is behind, too."""
 
     @property
+    def unchecked(self) -> int:
+        """Frames that were trimmed before they were read."""
+        return self.skipped_by.get("unchecked", 0)
+
+    @property
     def lag_s(self) -> float:
         """Seconds since the oldest frame that is not checked yet was committed, as far as is known."""
         heard_s = self.reported_s or self.began_s
@@ -100,6 +105,7 @@ class Verification:
             "verified_frames_total": float(self.frames_total),
             "verify_mismatches_total": float(self.mismatches_total),
             "verify_skipped_frames_total": float(self.skipped),
+            "verify_unchecked_frames_total": float(self.unchecked),
             "verify_streams": float(self.streams),
             "verify_share": self.share,
             "verify_lag_s": self.lag_s,

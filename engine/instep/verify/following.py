@@ -57,6 +57,7 @@ class Follower:
         start: a position of its past to begin after, as far as states are known there; None for the newest checkpoint.
             Frames up to there do not count, though some are stepped again.
         waiting: of these frames, how many were read and neither compared nor left out; that many count.
+        applied: how many frames were applied up to `start` since the recording began; None where it is a checkpoint's.
         wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         certify: finds out whether bits must be equal on this machine.
@@ -64,7 +65,8 @@ class Follower:
     Attributes:
         share: the share (0 to 1) of streams that are followed, by a hash of their names.
         frames: how many frames were compared.
-        frames_seen: how many frames were committed since the start.
+        frames_seen: how many frames were committed since the start, up to `seen`.
+        applied: how many were applied since the recording began.
         streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
         seen: the newest position that was ever read; beyond `position` where some is read again.
@@ -82,6 +84,7 @@ class Follower:
         model: Model,
         start: int | None = None,
         waiting: int = 0,
+        applied: int | None = None,
         wanted: Sequence[str] = (),
         told: Sequence[tuple[int, int]] = (),
         certify: Certify = find_conditions,
@@ -111,9 +114,12 @@ class Follower:
             if self.position:  # later ones would have newer states, further behind the frames that are read
                 for number in tail.newest_open(_MOST_AT_FIRST):
                     self._known[number] = self._joined(number, 0, tail)
+            self.seen = self.position if start is None else start
+            self.applied = tail.frames_until(self.position) if applied is None else applied
+            self._note_trimmed(tail)
         self._tail = tail
         self._checkers = self._make_checkers(tail)  # which takes long: the file is closed by now
-        self._start = self.seen = max(self.position, start or 0)
+        self._start = self.seen = max(self.position, self.seen)
         self._uncounted = waiting
         """Of the frames up to `_start`, how many may still count."""
         self._newest_ns = time.time_ns()
@@ -154,6 +160,7 @@ class Follower:
                 raise RecordingError(f"{self.path} was replaced by another recording: follow it anew")
             self._tail = tail
             if tail.trimmed.position > self.position:
+                self._note_trimmed(tail)
                 self._skip_to(tail.trimmed.position, tail)
             is_all = self._read(tail)
             tail.forget(min(self.position, tail.newest_checkpoint))
@@ -185,10 +192,20 @@ class Follower:
         with RecordingTail(self.path, self._tail) as tail:
             first, newest = self.seen + 1, tail.newest_checkpoint
             if newest >= first:
-                frames = tail.totals(first, newest)[1]
-                self.frames_seen += frames
-                self._left_out.counts[Reason.BEHIND] += frames
+                self._note_trimmed(tail)
+                self._leave_out(tail.totals(first, newest)[1], Reason.BEHIND)
                 self._skip_to(newest, tail)
+
+    def _note_trimmed(self, tail: RecordingTail) -> None:
+        """Count the frames that were trimmed before they were read, of which only the checkpoint behind them tells."""
+        if tail.trimmed.position > self.seen:
+            self._leave_out(max(0, tail.frames_until(tail.trimmed.position) - self.applied), Reason.UNCHECKED)
+
+    def _leave_out(self, frames: int, reason: Reason) -> None:
+        """Frames behind `seen` are not read at all."""
+        self.frames_seen += frames
+        self.applied += frames
+        self._left_out.counts[reason] += frames
 
     def _skip_to(self, position: int, tail: RecordingTail) -> None:
         still_open = set(tail.newest_open(_ALL))
@@ -229,6 +246,7 @@ class Follower:
                 known[number] = self._joined(number, int(item.seqs[numbers.index(number)]), tail)
             parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self.seen)])
             self.frames_seen += len(parts) - unseen
+            self.applied += len(parts) - unseen
             self._left_out.counts.update(part for part in parts[unseen:] if isinstance(part, Reason))
             for at in range(int(item.starts[bisect(item.positions, self._start)])):
                 if isinstance(part := parts[at], FollowedPart):

@@ -25,6 +25,8 @@ class Reason(StrEnum):
     """Its stream had closed when it was met, and a closed one has no recorded state."""
     NO_OUTPUT = "no_output"
     """The server was killed before it had computed the output."""
+    UNCHECKED = "unchecked"
+    """The history was trimmed before the frame was read: nobody can check it any more."""
     OTHER = "other"
     """A state behind it is the first that is known of its stream; or the checkpoint that it waited for never came."""
 
@@ -37,6 +39,7 @@ _WORDS: Final = {
     Reason.NOT_NAMED: "of streams not named",
     Reason.CLOSED: "of closed streams",
     Reason.NO_OUTPUT: "without an output",
+    Reason.UNCHECKED: "trimmed before they were read",
     Reason.OTHER: "for other reasons",
 }
 

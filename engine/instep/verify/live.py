@@ -29,6 +29,8 @@ class Begin:
     """Everything up to here was read."""
     waiting: int = 0
     """Of these frames, how many waited for a checkpoint."""
+    applied: int | None = None
+    """How many frames were applied up to there since the recording began; None where it is a checkpoint's."""
     wrong: list[list[int]] = field(default_factory=list)
     """Streams in which a mismatch was told, as `StreamNumbers.pairs`."""
 
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
         header, model = model_of(file, None)
         with recorded_threads(header):
             told = [(number, closing) for number, closing in begin.wrong]
-            follower = Follower(file, model, begin.position, begin.waiting, told=told)
+            follower = Follower(file, model, begin.position, begin.waiting, begin.applied, told=told)
             tell = partial(_tell, begin, follower.mismatches.streams)
             follow(follower, tell, stopped, finishes=True, slices=in_slices)
     except UnavailableRecording as error:

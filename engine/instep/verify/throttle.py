@@ -54,6 +54,8 @@ class Status:
     lag_s: float
     position: int
     """Everything in the recording up to here was read."""
+    applied: int
+    """How many frames were applied up to there since the recording began."""
     mismatches: tuple[WrongOutput, ...]
     """Those since the last status, as far as their values are kept; where there are many, the first few."""
     mismatches_total: int
@@ -182,6 +184,7 @@ def _status(follower: Follower, known: int) -> Status:
         share=follower.share,
         lag_s=follower.lag_s,
         position=follower.seen,
+        applied=follower.applied,
         mismatches=tuple(follower.mismatches.kept[known:][:_MOST_TOLD]),
         mismatches_total=follower.mismatches.total,
         notes=follower.notes,

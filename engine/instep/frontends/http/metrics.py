@@ -166,6 +166,10 @@ METRICS: Final = (
         "Streams of which live verification found a frame that was served with another output.",
     ),
     Metric("instep_verify_skipped_frames_total", "Recorded frames that live verification did not compare."),
+    Metric(
+        "instep_verify_unchecked_frames_total",
+        "Of these, frames that were trimmed from the recording before live verification had read them.",
+    ),
     Metric("instep_verify_streams", "Streams that live verification follows."),
     Metric(
         "instep_verify_lag_seconds",
