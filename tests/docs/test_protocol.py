@@ -228,7 +228,7 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     assert np.concatenate([reply.outputs for reply in alone], axis=1).tolist() == both.outputs.tolist()
     finals, failures = readers.closed(*read["CLOSED"], 2, 16)
     assert (finals.shape, failures) == ((2, 16), [])
-    assert readers.statistics(read["STATISTICS"][0]) == {"frames_total": 5.0, "streams_open": 3.0}
+    assert readers.statistics(*read["STATISTICS"]) == {"frames_total": 5.0, "streams_open": 3.0}
     assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
     page = readers.listed(*read["LISTED"])
     assert page.streams == [

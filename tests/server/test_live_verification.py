@@ -213,6 +213,9 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
             def all_count() -> bool:
                 return found(server).frames_total + found(server).skipped == engine.stats.frames_total
 
+            def more_unchecked() -> bool:
+                return all_count() and found(server).unchecked > before
+
             await until(lambda: found(server).reported_s > 0)
             await trimmed()
             await until(lambda: all_count() and found(server).share == 1)
@@ -224,7 +227,7 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
                 await trimmed()
                 if stop is signal.SIGSTOP:
                     os.kill(pid, signal.SIGCONT)
-                await until(lambda unchecked=before: all_count() and found(server).unchecked > unchecked)
+                await until(more_unchecked)
                 before = found(server).unchecked
             assert found(server).frames_total > 0
             assert found(server).mismatches_total == 0

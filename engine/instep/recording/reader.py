@@ -195,7 +195,7 @@ class RecordingReader(RecordingFile):
         return (self.checkpoints() or [Checkpoint()])[-1]
 
     def frames_until(self, position: int) -> int:
-        """How many frames were applied up to a checkpoint's position, trimmed ones included; 0 where no event says so."""
+        """How many frames were applied up to a checkpoint's position, trimmed ones too; 0 where no event says so."""
         completions = (event for event in self.events(position + 1) if event.kind == CHECKPOINT_EVENT)
         return next((read_checkpoint_frames(event.detail) for event in completions if event.seq == position), 0)
 
