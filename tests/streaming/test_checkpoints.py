@@ -179,6 +179,28 @@ async def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path: Path, rng:
             np.testing.assert_array_equal(floats_of(read.states, 1, -1)[column], whole(SMALL, x[:3, column])[1])
 
 
+async def test_the_one_after_a_checkpoint_that_was_cut_off_is_complete(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, path = random_frames(rng, 3, COUNT), tmp_path / "r.instep"
+    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
+        origin, handles = await recorded(kit, path, x[:2])
+        checkpoints = checkpoints_of(kit, at_once=3)
+        may_commit.clear()
+        taking = asyncio.ensure_future(checkpoints.take())
+        await kit.settle()
+        taking.cancel()
+        may_commit.set()
+        await step(origin, handles[:1], [2], x[2:, :1])
+        await checkpoints.take()
+    with Recovered(path) as recovered:
+        assert replayed(recovered) == 0
+        for column, stream in enumerate(recovered.load(recovered.names)):
+            assert stream.state is not None, stream.name
+            frames = x[:3, column] if column == 0 else x[:2, column]
+            np.testing.assert_array_equal(stream.state.view("<f4")[None], whole(SMALL, frames)[1])
+
+
 async def test_a_second_one_is_not_taken_while_one_is_under_way_and_none_without_a_recording(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -49,5 +49,5 @@ class DirtyTracker:
         self._states[slots[self._states[slots] == _FLUSHING]] = _CLEAN
 
     def flush_failed(self, slots: I64) -> None:
-        """These slots, int64 [N], will not be in the recording."""
+        """Those of these slots, int64 [N], that are being flushed still will not be in the recording."""
         self._states[slots[self._states[slots] == _FLUSHING]] = _DIRTY

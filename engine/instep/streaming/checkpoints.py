@@ -67,7 +67,6 @@ class Checkpoints:
                     is_open = table.are_open(slots[part], incarnations[part])
                     opened = slots[part][is_open]
                     if table.lost[opened].any():  # it is about to close
-                        journal.dirty.flush_failed(slots)
                         return
                     rows = state_rows(self._engine.tables, table, opened, self._states.access.read(opened))
                 lsn = journal.states(through, rows, is_last=part.stop >= len(slots))
@@ -76,8 +75,8 @@ class Checkpoints:
             self.taken_ns = began_ns
             self._engine.events.add("checkpoint", detail=f"{len(slots)} states")
         except Exception as error:
-            journal.dirty.flush_failed(slots)
             self._engine.log_failure(error, len(slots))
         finally:
+            journal.dirty.flush_failed(slots)  # those that were not flushed, also where it is cancelled
             journal.end_checkpoint()
             self.is_under_way = False
