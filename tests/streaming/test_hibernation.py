@@ -368,6 +368,7 @@ async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) 
     ("error", "code"),
     [
         (sqlite3.OperationalError("unable to open database file"), Code.STEP_FAILED),
+        (RuntimeError("can't start new thread"), Code.STEP_FAILED),
         (DamagedRecording("r.instep is damaged", Path("r.instep")), Code.STATE_LOST),
     ],
 )
