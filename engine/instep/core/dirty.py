@@ -14,12 +14,9 @@ _DIRTY: Final = 2
 
 
 class DirtyTracker:
-    """For each slot whether its state is clean (a committed row holds it), being flushed, or dirty.
+    """For slots 1 … `max_streams`, whether each state is clean (a committed row holds it), being flushed, or dirty.
 
     A slot without a stream is clean: nothing of it has to be written.
-
-    Args:
-        max_streams: slots run from 1 to this.
     """
 
     def __init__(self, max_streams: int) -> None:

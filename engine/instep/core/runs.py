@@ -81,13 +81,10 @@ def are_pending(packed: Packed, slots: I64) -> bool:
 
 @kernel
 def fail_run(packed: Packed, slots: I64, code: int) -> int:
-    """Nothing that is pending of these streams can be applied: take it out; they are in no run any more.
+    """Nothing that is pending of these streams, int64 [B], can be applied: take it out; they are in no run any more.
 
-    Args:
-        packed: everything.
-        slots: int64 [B].
-        code: why the oldest pending frame of each fails. Those behind it fail with SEQ_GAP, or with the same code where
-            the state is lost and the stream is about to end.
+    The oldest pending frame of each fails with `code`. Those behind it fail with SEQ_GAP, or with the same code where
+    the state is lost and the stream is about to end.
 
     Returns:
         How many messages are complete now: the first ones of `complete`.

@@ -19,10 +19,8 @@ class SlotAllocator:
     A slot carries a generation that grows when it is released, and a handle names both (`generation << 32 | slot`), so
     a handle of a slot's former stream never matches its next one.
 
-    Args:
-        tables: the handles are a column of its streams.
-        first_generations: uint32 [capacity + 1], where the generations of slots begin. Random ones after each start
-            make old handles unknown, and handles hard to guess.
+    The generations of slots begin at `first_generations`, uint32 [capacity + 1]. Random ones after each start make old
+    handles unknown, and handles hard to guess.
     """
 
     def __init__(self, tables: Tables, first_generations: U32) -> None:

@@ -21,10 +21,7 @@ class StreamTable:
     An epoch is one ownership of one stream; epochs are unique in a server and only rise. A stream whose connection is
     gone is parked: it belongs to `parked`, an owner that no connection has, until a client resumes it.
 
-    Args:
-        tables: the memory of the hot path.
-        first_generations: see `SlotAllocator`.
-        last_epoch: epochs begin above it.
+    For `first_generations` see `SlotAllocator`; epochs begin above `last_epoch`.
     """
 
     def __init__(self, tables: Tables, first_generations: U32, last_epoch: int = 0) -> None:

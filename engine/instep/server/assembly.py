@@ -43,12 +43,8 @@ def make_server(
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
-    Args:
-        config: the configuration.
-        prepared: what `prepare` made of it.
-        log: where the server says what it does.
-        make_stepper: makes other steppers than usual, for tests.
-        accept_numerics_change: whether to continue recordings although floats may come out with other bits now.
+    `make_stepper` makes other steppers than usual, for tests. With `accept_numerics_change` recordings are continued
+    although floats may come out with other bits now.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.

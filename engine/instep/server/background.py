@@ -24,11 +24,7 @@ _MOST_WAL_BYTES: Final = 2**28
 
 
 class BackgroundProcess(ABC):
-    """Keeps a process running until it is ended, and passes on what it reports (`instep.background`).
-
-    Args:
-        service: records.
-    """
+    """Keeps a process running beside a service that records, and passes on what it reports (`instep.background`)."""
 
     def __init__(self, service: ModelService) -> None:
         self._service = service

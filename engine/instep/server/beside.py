@@ -20,12 +20,7 @@ is served meanwhile could have to wait several times."""
 
 
 class Beside:
-    """Does one thing at a time that takes long; the end of the server does not wait for it.
-
-    Args:
-        threads: torch's, in the work.
-        shutdown: says when the server ends.
-    """
+    """Does one thing at a time that takes long, with so many threads of torch; the server can end meanwhile."""
 
     def __init__(self, threads: int, shutdown: Shutdown) -> None:
         self._threads = threads

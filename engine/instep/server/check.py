@@ -30,12 +30,7 @@ from instep.server.recordings import find_recording, recording_header
 def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
     """Load and certify the models, look through what of their recordings a start reads, and try the endpoints.
 
-    The log says what would be served.
-
-    Args:
-        config: the configuration.
-        accept_numerics_change: whether the start would continue a recording although floats may differ now.
-        restart: whether the server would be started again after a crash.
+    The log says what would be served. `accept_numerics_change` and `restart` are as of `serve.run`.
 
     Raises:
         CannotServe: when the server could not start.

@@ -12,12 +12,7 @@ _EVERY_S: Final = 1.0
 
 
 class FreeSpace:
-    """Looks at the disk now and then; says once that it is nearly full, and once that it has room again.
-
-    Args:
-        path: the recording.
-        log: where.
-    """
+    """Looks at the disk of a recording; says once that it is nearly full, and once that it has room again."""
 
     def __init__(self, path: Path, log: structlog.stdlib.BoundLogger) -> None:
         self._path = path

@@ -25,13 +25,7 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
     """Fit the limits of the configuration to a model.
 
     A block's frames and their answer must both fit into one message of `transport.max_message_bytes`; a connection's
-    credit is bounded by the bytes its unread answers may take.
-
-    Args:
-        config: the configuration.
-        max_batch_size: the largest bucket in use.
-        features: floats a frame.
-        outputs: floats an answer.
+    credit is bounded by the bytes its unread answers may take. `max_batch_size` is the largest bucket in use.
 
     Raises:
         CannotServe: when not even one frame fits.

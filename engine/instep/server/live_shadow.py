@@ -25,11 +25,7 @@ _FINGERPRINT: Final = 8
 
 
 class LiveShadow(BackgroundProcess):
-    """Keeps the candidate running for as long as a service records, and notes how its outputs differ.
-
-    Args:
-        service: records; its `candidate` is kept up to date.
-    """
+    """Keeps the candidate running for as long as a service records, and notes in it how its outputs differ."""
 
     def __init__(self, service: ModelService) -> None:
         assert service.candidate is not None
@@ -99,12 +95,7 @@ def _logged(difference: float) -> float | str:
 
 
 class Shadows:
-    """The candidates of a server's models, each beside the recording of its model.
-
-    Args:
-        beside: where candidates are loaded that a reload names.
-        log: where the server says what it does.
-    """
+    """The candidates of a server's models, each beside the recording of its model."""
 
     def __init__(self, beside: Beside, log: structlog.stdlib.BoundLogger) -> None:
         self._beside = beside

@@ -20,11 +20,7 @@ _FINISH_S: Final = 2.0
 
 
 class LiveVerification(BackgroundProcess):
-    """Keeps a checking process running for as long as a service records, and notes what it finds.
-
-    Args:
-        service: records; its `verification` is kept up to date.
-    """
+    """Keeps a checking process running for as long as a service records, and notes what it finds in `verification`."""
 
     def __init__(self, service: ModelService) -> None:
         assert service.verification is not None

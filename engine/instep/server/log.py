@@ -21,11 +21,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Threshold:
-    """Leaves out lines below a level, which may change while the server runs.
-
-    Args:
-        level: debug, info, warning or error.
-    """
+    """Leaves out lines below a level (`LogConfig.level`), which may change while the server runs."""
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -38,11 +34,7 @@ class Threshold:
 
 
 def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog.stdlib.BoundLogger:
-    """A logger of its own; nothing global is changed.
-
-    Args:
-        config: the level, the form and the place.
-        threshold: decides on lines instead of the level in `config`.
+    """A logger of its own; nothing global is changed. A threshold decides on lines instead of the level in `config`.
 
     Raises:
         OSError: when the file cannot be written.
@@ -83,11 +75,7 @@ class _StandardError:
 
 
 class _LogFile:
-    """Appends lines to a file, or loses them. It opens the file for each line, so it may be moved away at any time.
-
-    Args:
-        path: the file; made if it does not exist.
-    """
+    """Appends lines to a file, or loses them. It opens the file for each line, so it may be moved away at any time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -99,14 +99,8 @@ async def move(
 ) -> Moved:
     """Let all streams continue in another version; everything that was received before is answered by the old one.
 
-    Nothing is received meanwhile.
-
-    Args:
-        old: has the streams.
-        new: has the tables of the old one, and is not served yet.
-        replay: gives the states there; None to take those that the streams have.
-        beside: where the rest is replayed.
-        begin_recording: lets the new version record.
+    Nothing is received meanwhile. The new version has the tables of the old one, and is not served yet. A replay, which
+    has caught up, gives the states there; without one they are those that the streams have.
 
     Raises:
         CannotServe: when it takes too long, or there is no room for all streams.

@@ -78,14 +78,7 @@ def prepare_another(
 ) -> Prepared:
     """Load, check and certify a model for a server that has others already, in a thread beside them.
 
-    Its candidate is left out where it cannot shadow this version.
-
-    Args:
-        config: the configuration; not its models.
-        name: what the model is called here.
-        folder: of the model.
-        log: names the model.
-        is_only: whether the configuration names this model alone.
+    Its candidate is left out where it cannot shadow this version. `is_only`: the configuration names no other model.
 
     Raises:
         CannotServe: with a sentence.
@@ -99,13 +92,7 @@ def prepare_another(
 
 
 def find_candidate(wanted: ModelConfig, name: str, about: Description | About, *, is_only: bool) -> Version | None:
-    """The candidate that is to shadow a model; None where there is none.
-
-    Args:
-        wanted: names it.
-        name: of the model.
-        about: has the model's features and outputs.
-        is_only: whether the configuration names this model alone.
+    """The candidate that a configuration names for a model, which may be the only one there; None where there is none.
 
     Raises:
         ModelError: with a sentence, when it cannot be loaded or has other features or outputs.

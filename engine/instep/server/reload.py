@@ -70,12 +70,7 @@ def reload(
 ) -> None:
     """Read the configuration again and use what can change of it; a broken one changes nothing.
 
-    Args:
-        server: which serves.
-        reread: reads the configuration; raises ConfigError.
-        threshold: the level of the log.
-        log: where it says what has changed, at whatever level.
-        kept: gets the new values.
+    The log says what has changed, at whatever level. `reread` raises ConfigError; `kept` gets the new values.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it

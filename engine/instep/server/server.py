@@ -43,13 +43,7 @@ _FORCED_JOIN_S: Final = 1.0
 class Server:
     """One socket, one loop, and the models that are added; from bind to close.
 
-    Args:
-        config: the configuration.
-        shutdown: how it ends.
-        loop: turns of the engines.
-        frontend: the ZeroMQ front end.
-        log: where the server says what it does.
-        configured: the models that the configuration names, by name.
+    `configured` are the models that the configuration names, by name.
     """
 
     def __init__(

@@ -15,10 +15,6 @@ class ServiceManager:
     """The manager at the other end of $NOTIFY_SOCKET; without that variable, everything here does nothing.
 
     Make it before the process forks: the watchdog is meant for the process whose id is in $WATCHDOG_PID.
-
-    Args:
-        environ: the environment.
-        log: where it is said that the manager cannot be reached.
     """
 
     def __init__(self, environ: Mapping[str, str], log: structlog.stdlib.BoundLogger) -> None:
@@ -33,10 +29,9 @@ class ServiceManager:
                 self._ping_every_s = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
 
     def serving(self, status: str) -> None:
-        """The server takes connections. From here on the event loop pings the watchdog, for as long as it turns.
+        """The server takes connections, and `systemctl status` shows this.
 
-        Args:
-            status: what `systemctl status` shows.
+        From here on the event loop pings the watchdog, for as long as it turns.
         """
         self._tell(f"READY=1\nSTATUS={status}")
         self._ping()

@@ -72,12 +72,8 @@ def lay_foundation(
 ) -> Foundation:
     """Allocate memory and start the executor.
 
-    Args:
-        config: the configuration.
-        prepared: the model.
-        forks: whether to step in a process; it must be forked before ZeroMQ has threads.
-        stepper: another one than usual, for tests.
-        tables: those of another version of the model, of the same sizes; None for new ones.
+    A process, where the executor `forks`, must be made before ZeroMQ has threads. `stepper` is another one than usual,
+    for tests; `tables` are those of another version of the model, of the same sizes.
 
     Raises:
         CannotServe: when the limits cannot serve this model, or the process cannot be started.
@@ -117,15 +113,9 @@ def make_service(
 ) -> ModelService:
     """A service that nobody uses yet, and that records nothing yet; called inside the event loop.
 
-    Args:
-        config: the configuration.
-        foundation: its memory and executor.
-        file: what will be its recording.
-        wake: lets the loop take a turn.
-        on_bug: told of an exception that no code expects.
-        log: where the service says what it does.
-        former: the service of another version of the model, whose tables the foundation has. Its streams and
-            connections become those of this one; the two may not serve at the same time.
+    `file` will be its recording. `wake` lets the loop take a turn, and `on_bug` is told of an exception that no code
+    expects. `former` is the service of another version of the model, whose tables the foundation has: its streams and
+    connections become those of this one, and the two may not serve at the same time.
     """
     tables, stepper, limits = foundation.tables, foundation.stepper, foundation.limits
 

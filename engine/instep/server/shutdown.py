@@ -8,11 +8,7 @@ import structlog
 
 
 class Shutdown:
-    """The one place that decides that the server ends.
-
-    Args:
-        log: where a failure is told.
-    """
+    """The one place that decides that the server ends; a failure is told to the log."""
 
     def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
         self.requested = asyncio.Event()

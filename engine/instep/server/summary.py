@@ -24,13 +24,7 @@ _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages
 
 
 class Summary:
-    """Says every so often what has happened since it last did.
-
-    Args:
-        log: where.
-        statistics: the server's numbers, as STATISTICS names them.
-        now_s: the time.
-    """
+    """Says every so often what has happened since it last did, by the numbers that STATISTICS has."""
 
     def __init__(
         self,

@@ -29,9 +29,6 @@ def supervise(log: structlog.stdlib.BoundLogger) -> bool:
     SIGINT, SIGTERM and SIGHUP are passed on to the child, which is in a process group of its own, so that a terminal's
     Ctrl-C reaches it once. If the supervisor dies, the child gets SIGTERM.
 
-    Args:
-        log: where a death is told.
-
     Returns:
         In the child, whether another one ran before it.
 

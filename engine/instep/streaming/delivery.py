@@ -17,11 +17,7 @@ from instep.streaming.stats import EngineStats
 class Delivery:
     """Answers complete messages; those of one origin that end with the same step share a reply.
 
-    Args:
-        tables: their outputs are in its frame buffer.
-        origins: who sent them.
-        stats: counts the replies.
-        max_reply_frames: T × N of a reply to several messages.
+    A reply to several messages has at most `max_reply_frames`, T × N.
     """
 
     def __init__(self, tables: Tables, origins: Origins, stats: EngineStats, max_reply_frames: int) -> None:

@@ -89,9 +89,7 @@ class Hibernation(Mapping[str, Sleeper]):
     def tick(self, now_ns: int, *, looks: bool = True) -> None:
         """Let a portion of the idle streams hibernate, and a portion of those that do expire.
 
-        Args:
-            now_ns: on the monotonic clock.
-            looks: whether to look through all streams for idle ones, even if none were left over last time.
+        It `looks` through all streams for idle ones, or only where some were left over last time.
         """
         if not self.is_possible or not self._journal.room:
             return

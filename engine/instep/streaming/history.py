@@ -71,11 +71,7 @@ class History:
         return min(self._count, ROWS)
 
     def sample(self, now_ns: int) -> bool:
-        """Add a row if a second has passed since the last one; the first call only begins. Whether it looked.
-
-        Args:
-            now_ns: on the monotonic clock.
-        """
+        """Add a row if a second has passed since the last one; the first call only begins. Whether it looked."""
         if now_ns < self._due_ns:
             return False
         self._due_ns = now_ns - now_ns % _EVERY_NS + _EVERY_NS

@@ -43,10 +43,7 @@ class Journal:
 
     A recorder that has failed takes nothing more. Everything that waits for it waits until the server ends, soon after.
 
-    Args:
-        tables: the frames.
-        table: the streams.
-        wake: lets the loop take a turn; called on the loop's thread when more is durable.
+    `wake` lets the loop take a turn; it is called on the loop's thread when more is durable.
     """
 
     def __init__(self, tables: Tables, table: StreamTable, wake: Callable[[], None]) -> None:

@@ -57,16 +57,8 @@ def resume_recording(
     """Continue the open streams of a recording in an engine that serves nobody yet, and continue writing it.
 
     Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
-
-    Args:
-        path: the recording.
-        header: what the engine says of itself now.
-        tables: the frame buffer.
-        table: the streams, none open.
-        dirty: told of the states that the recording lacks.
-        stepper: the states; no run is under way.
-        accept_numerics_change: whether to continue although floats may have other bits; clients are told.
-        retention: how much of the history is kept.
+    `header` is what the engine says of itself now, and `dirty` is told of the states that the recording lacks. With
+    `accept_numerics_change` it is continued although floats may have other bits; clients are told.
 
     Raises:
         RecordingError: when the recording is being written, damaged, of another model or of other numerics, more

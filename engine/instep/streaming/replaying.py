@@ -40,15 +40,12 @@ class _Waiting(NamedTuple):
 class WarmUpReplay:
     """Follows the open streams of a recording, which may be being written, in a network that nobody else uses.
 
-    Everything is taken in the order in which it was recorded, streams that open and close included.
+    Everything is taken in the order in which it was recorded, streams that open and close included. The stepper has
+    `max_streams` slots.
 
-    Args:
-        path: the recording.
-        stepper: of the network; its states are used.
-        max_streams: how many slots it has.
-        frames: None to begin with the states that the recording holds, those of its newest checkpoint; N to begin in
-            the network's initial state, with the N newest frames of each stream or, where there are fewer since it was
-            opened or reset, with all of them.
+    Without `frames` it begins with the states that the recording holds, those of its newest checkpoint. With N frames
+    it begins in the network's initial state, with the N newest frames of each stream or, where there are fewer since it
+    was opened or reset, with all of them.
     """
 
     def __init__(self, path: Path, stepper: Stepper, max_streams: int, frames: int | None) -> None:

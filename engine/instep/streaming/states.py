@@ -88,11 +88,7 @@ class StreamStates:
 def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, streams: Sequence[OpenStream]) -> I64:
     """Open streams in their states, with their frames in the frame buffer; parked, until somebody resumes them.
 
-    Args:
-        tables: the frame buffer.
-        table: the streams.
-        states: the states.
-        streams: whose names are not in use.
+    Their names are not in use.
 
     Returns:
         Their slots, int64 [≤ N]; the last ones are left out where there is no room for all.

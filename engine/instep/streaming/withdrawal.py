@@ -15,13 +15,7 @@ _EVERY_S: Final = 10.0
 
 
 class Withdrawal:
-    """Looks at what rechecks have found, counts it, and says so in the log and in the recording.
-
-    Args:
-        recheck: finds mismatches.
-        engine: whose statistics and recording say that it is not exact any more.
-        log: where.
-    """
+    """Looks at what rechecks have found, counts it, and says so in the log and in the engine's recording."""
 
     def __init__(self, recheck: Recheck, engine: Engine, log: structlog.stdlib.BoundLogger) -> None:
         self._recheck = recheck

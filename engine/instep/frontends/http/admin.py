@@ -20,13 +20,9 @@ from instep.streaming.tasks import Tasks
 
 
 class AdminServer:
-    """Serves what it sees of a server over HTTP.
+    """Serves what it sees of a server, which has its models, over HTTP.
 
-    Args:
-        listener: bound and listening; closed with this.
-        token: what requests have to show; None where they need not.
-        subject: what it shows; it has its models.
-        log: where it says what no request can be told.
+    The listener is bound and listening, and closed with this. Requests have to show the token, where there is one.
     """
 
     def __init__(

@@ -14,14 +14,7 @@ from instep_tools.words import finite
 
 
 class HttpError(Exception):
-    """A request that gets no other answer than this error.
-
-    Args:
-        status: of HTTP.
-        code: a word for programs.
-        message: a sentence for people, with what to do.
-        headers: further ones.
-    """
+    """A request that gets no other answer than this error: a word for programs, and a sentence that says what to do."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)

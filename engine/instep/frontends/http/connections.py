@@ -36,10 +36,8 @@ _BACKLOG: Final = 128
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket | None:
     """A socket that listens, or None where there is to be no admin server.
 
-    Args:
-        config: its endpoint.
-        log: where it says that the default port is in use: another server on this machine has it, and that is no
-            reason not to serve.
+    That the default port is in use is told to the log: another server on this machine has it, and that is no reason not
+    to serve.
 
     Raises:
         CannotListen: when an endpoint that was asked for cannot be had.

@@ -25,12 +25,7 @@ _COMPARED: Final = 20
 
 
 class Inspector:
-    """Looks at the streams of a server.
-
-    Args:
-        subject: the server.
-        tasks: where it looks on after a request.
-    """
+    """Looks at the streams of a server, with tasks for what it measures for a while after a request."""
 
     def __init__(self, subject: Subject, tasks: Tasks) -> None:
         self._subject = subject

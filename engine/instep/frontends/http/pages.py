@@ -24,11 +24,7 @@ class _File:
 
 
 class Pages:
-    """Every file below a folder; `/` is its index.html.
-
-    Args:
-        folder: where they are.
-    """
+    """Every file below a folder; `/` is its index.html."""
 
     def __init__(self, folder: Path = STATIC) -> None:
         self._files = {

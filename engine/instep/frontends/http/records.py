@@ -37,10 +37,7 @@ class _Seqs:
 class FrameRates:
     """Frames per second of each stream of a service, over the last second or two; measured only while wanted.
 
-    Args:
-        service: whose streams.
-        tasks: where they are measured.
-        forget: called when they are wanted no more.
+    `forget` is called when they are wanted no more.
     """
 
     def __init__(self, service: ModelService, tasks: Tasks, forget: Callable[[], None]) -> None:

@@ -47,9 +47,7 @@ class _Trace:
 class Traces:
     """Samples of the streams that were asked for lately.
 
-    Args:
-        find: the service of that name now, or None; a model may be swapped while a stream is looked at.
-        tasks: where they are taken.
+    `find` gives the service of a name now, or None: a model may be swapped while a stream is looked at.
     """
 
     def __init__(self, find: Callable[[str], ModelService | None], tasks: Tasks) -> None:

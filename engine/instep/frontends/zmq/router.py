@@ -53,9 +53,6 @@ class Router:
     No ZeroMQ heartbeats are sent: libzmq 4.3.5 asserts when one is due for a peer that hung up behind a full queue
     (libzmq #3937). The protocol's PING finds dead peers instead.
 
-    Args:
-        config: the transport section of the configuration.
-
     Raises:
         CannotListen: when the endpoint cannot be bound.
     """
