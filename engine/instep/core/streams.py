@@ -201,10 +201,10 @@ class StreamTable:
         """Slots of streams that were parked before that time: int64 [N]."""
         return self._silent(before_ns, self.owner == self.parked)
 
-    def parked_longest(self, most: int) -> I64:
-        """Slots of parked streams with nothing pending, the one parked longest first: int64 [N], N up to `most`."""
+    def parked_longest(self) -> I64:
+        """Slots of parked streams with nothing pending, the one parked longest first: int64 [N]."""
         parked = self.parked_since(np.iinfo(np.int64).max)
-        return parked[np.argsort(self.last_active_ns[parked], kind="stable")[:most]]
+        return parked[np.argsort(self.last_active_ns[parked], kind="stable")]
 
     def unused_since(self, before_ns: int) -> I64:
         """Slots of connected streams that were opened before that time and have never sent a frame: int64 [N]."""

@@ -52,10 +52,8 @@ def make_server(
     with ExitStack() as undo:
         try:
             server = _make_server(config, prepared, log, make_stepper, undo, accept_numerics_change)
-        except RecordingError as error:
+        except (CannotListen, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
-        except CannotListen as error:
-            raise CannotServe(str(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
         undo.pop_all()

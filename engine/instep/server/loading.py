@@ -279,17 +279,12 @@ class Loader:
         with ExitStack() as undo:
             try:
                 yield undo
-            except (CannotServe, ModelError) as error:
-                raise self._not_loaded(str(error), log) from None
-            except RecordingError as error:
-                raise self._not_loaded(with_advice(error), log) from None
-            except Exception as error:  # no memory, or a folder with things in it that nobody thought of
-                raise self._not_loaded(f"{type(error).__name__}: {error}", log) from None
+            except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
+                is_sentence = isinstance(error, CannotServe | ModelError | RecordingError)
+                reason = with_advice(error) if is_sentence else f"{type(error).__name__}: {error}"
+                log.warning("not loaded", reason=reason)
+                raise Refusal(Code.NOT_LOADED, reason) from None
             undo.pop_all()
-
-    def _not_loaded(self, reason: str, log: structlog.stdlib.BoundLogger) -> Refusal:
-        log.warning("not loaded", reason=reason)
-        return Refusal(Code.NOT_LOADED, reason)
 
 
 def _say_whether_shadowed(made: _Made, log: structlog.stdlib.BoundLogger) -> None:

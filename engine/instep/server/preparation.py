@@ -67,9 +67,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
             _prepared(config, model, path, log_of(model.name, log, is_only=is_only), candidate)
             for (model, path), candidate in zip(loaded, candidates, strict=True)
         ]
-    except ModelError as error:
-        raise CannotServe(str(error)) from None
-    except RecordingError as error:
+    except (ModelError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
 
 

@@ -124,9 +124,7 @@ class Hibernation(Mapping[str, Sleeper]):
         """Let up to `count` parked streams hibernate, those parked longest first; how many did."""
         if not self._journal.room:  # the recorder is behind
             return 0
-        parked = self._sleepy(self._table.parked_since(np.iinfo(np.int64).max))
-        oldest = np.argsort(self._table.last_active_ns[parked], kind="stable")[:count]
-        return self._hibernate(parked[oldest])
+        return self._hibernate(self._sleepy(self._table.parked_longest())[:count])
 
     def _sleepy(self, slots: I64) -> I64:
         """Those of streams with nothing pending that no operation works on."""

@@ -88,7 +88,7 @@ class StreamOperations:
         missing = wanted - self._table.slots.free_count
         if not self.hibernation.limits.parked_make_room or missing <= 0 or self.hibernation.is_possible:
             return
-        slots = self._table.parked_longest(missing)
+        slots = self._table.parked_longest()[:missing]
         if len(slots) < missing:  # the opening is refused anyway: none ends in vain
             return
         self._tombstones.add(map(self._table.name, slots.tolist()))
