@@ -29,7 +29,6 @@ from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal
 from instep.streaming.recovery import Recovery
 from instep.streaming.replaying import WarmUpReplay
-from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import Code, Streams, SwapPolicy
 
@@ -79,8 +78,6 @@ class Loader:
         self._log = log
         self._configured = configured
         """The models that the configuration named when it was last read, by name."""
-        self._kept: set[ModelService] = set()
-        """Versions that were replaced, and still serve the connections that they had."""
 
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model.
@@ -94,12 +91,9 @@ class Loader:
                 raise CannotServe(
                     f"a model of the name {name!r} is served already: unload it first, or name this one otherwise"
                 )
-            file = recording_file(self._server.config, name, is_only=False)
-            made = await self._make(name, folder, file, log, undo)
+            made = await self._make(name, folder, log, undo)
             self._record(made)
-            made.served.service.is_configured = self._is_configured(name, folder)
             self._server.add(made.served)
-            self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         log.info("loaded", folder=str(folder))
         _say_whether_shadowed(made, log)
 
@@ -120,23 +114,17 @@ class Loader:
         keeps = policy.streams is Streams.KEEP
         kept_as = f"{name}@{former.info.fingerprint[:_FINGERPRINT]}" if keeps else ""
         with self._undone(log) as undo:
-            if former.service in self._kept:
+            if former.service.is_former:
                 raise CannotServe(f"{name!r} is a former version, kept for the connections that it has")
             if kept_as and any(service.name == check_name(kept_as) for service in self._server.services):
                 raise CannotServe(f"{kept_as!r} has connections left from an earlier swap: unload it first")
-            file = recording_file(self._server.config, name, is_only=False)
-            made = await self._make(
-                name, folder, None if file is None else next_recording(file), log, undo, former, policy
-            )
+            made = await self._make(name, folder, log, undo, former, policy)
             if keeps:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
-                self._kept.add(former.service)
                 await self._server.shadows.end(former.service, "another version is served now")
             else:
                 moved = await self._move(former, made, policy, log)
-            made.served.service.is_configured = self._is_configured(name, folder)
-            self._server.configure(self._server.config)  # it may have been reloaded meanwhile
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
         if not keeps:
@@ -159,7 +147,6 @@ class Loader:
                 sentence=f"{service.in_use} streams of the model {name!r} are in use: close them, or unload it with "
                 "--force. A recording keeps them until it is loaded again; without one they end",
             )
-        self._kept.discard(service)
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
 
@@ -208,7 +195,7 @@ class Loader:
 
     def tick(self) -> None:
         """Unload a version that was replaced and that nobody uses any more."""
-        unused = [service for service in self._kept if service.is_unused]
+        unused = [service for service in self._server.services if service.is_former and service.is_unused]
         if unused and not len(self.tasks):
             self.tasks.start(self.unload(unused[0].name))
 
@@ -216,7 +203,6 @@ class Loader:
         self,
         name: str,
         folder: Path,
-        file: Path | None,
         log: structlog.stdlib.BoundLogger,
         undo: ExitStack,
         former: Served | None = None,
@@ -224,6 +210,7 @@ class Loader:
     ) -> _Made:
         """A model that nobody uses yet; `former` is the version that it replaces."""
         config = self._server.config
+        file = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long
         prepared = await self._beside.do(
             partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
         )
@@ -236,9 +223,10 @@ class Loader:
         tables = None if moved is None else moved.engine.tables
         foundation = await self._beside.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
-        if file is not None and former is None:
-            file = present_recording(file, prepared.model.fingerprint)
+        if file is not None:
+            file = present_recording(file, prepared.model.fingerprint) if former is None else next_recording(file)
         service = make_service(config, foundation, file, self._loop.wake, self._shutdown.bug, log, moved)
+        service.is_configured = name in self._configured and self._configured[name][0] == prepared.model_path
         opened = None
         if file is not None:
             opened = writer, recovery = await self._beside.do(
@@ -250,9 +238,6 @@ class Loader:
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
         return _Made(make_served(config, foundation, service), foundation.stepper, opened, prepared.not_shadowed)
-
-    def _is_configured(self, name: str, folder: Path) -> bool:
-        return name in self._configured and self._configured[name][0] == folder.resolve()
 
     def _record(self, made: _Made) -> None:
         if made.opened is not None:

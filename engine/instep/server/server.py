@@ -77,6 +77,7 @@ class Server:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
         self._enter(served)
         self._frontend.add(served)
+        self.configure(self.config)
 
     async def remove(self, name: str, reason: str) -> None:
         """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
@@ -107,6 +108,7 @@ class Server:
             served.service.engine.take_over()
         self._enter(served)
         self._frontend.replace(former, served, kept_as)
+        self.configure(self.config)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -170,7 +172,10 @@ class Server:
         return self._shutdown.failure
 
     def configure(self, config: Config) -> None:
-        """Use the values of another configuration from now on that can change while the server runs."""
+        """Use the values of a configuration from now on that can change while the server runs.
+
+        They may have changed while a model was made that is added now.
+        """
         limits, frontend = config.limits, self._frontend
         self.config = config
         for service in self.services:

@@ -89,6 +89,8 @@ class ModelService:
     """When the server began that serves it, on the monotonic clock."""
     is_configured: bool = True
     """Whether the server's configuration names this version of the model, so that a restart serves it."""
+    is_former: bool = False
+    """Whether another version has replaced it, and it ends with its last connection."""
     leaves: str = ""
     """Why it takes nothing new, where the server goes on without it."""
     history: History = field(init=False)

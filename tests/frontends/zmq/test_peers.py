@@ -52,8 +52,8 @@ class Rig:
         self.gone: list[Peer] = []
         self.now_ns = 0
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
-        service = SimpleNamespace(engine=SimpleNamespace(origins=Origins(self.tables)), log=log_into([]))
-        self.served = SimpleNamespace(service=service, is_former=False)
+        engine = SimpleNamespace(origins=Origins(self.tables))
+        self.served = SimpleNamespace(service=SimpleNamespace(engine=engine, log=log_into([]), is_former=False))
         self.outbound = Outbound(
             self.router,
             UNREAD,

@@ -103,7 +103,7 @@ class ZmqFrontend:
         if kept_as:
             former.service.name = kept_as
             former.info = replace(former.info, model=kept_as)
-            former.is_former = True
+            former.service.is_former = True
             self.models[kept_as] = former
             return
         served.info = replace(served.info, boot_id=former.info.boot_id)  # their streams are still there

@@ -211,7 +211,7 @@ class Outbound:
                 self.drop(peer)  # stopped, or behind a cable that was pulled
                 continue
             silent_ns = now_ns - max(peer.last_heard_ns, peer.last_probed_ns)
-            longest_ns = min(probe_after_ns, _FORMER_PROBE_NS) if peer.served.is_former else probe_after_ns
+            longest_ns = min(probe_after_ns, _FORMER_PROBE_NS) if peer.served.service.is_former else probe_after_ns
             if silent_ns > longest_ns and not peer.outbox:
                 peer.last_probed_ns = now_ns
                 if self._ask(peer) is Sent.GONE:

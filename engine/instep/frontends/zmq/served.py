@@ -24,8 +24,6 @@ class Served:
     service: ModelService
     info: ServerInfo
     decoder: Decoder
-    is_former: bool = False
-    """Whether another version has replaced it, and it ends with its last connection."""
 
     def refuse_what_is_new(self) -> None:
         """Refuse new connections, streams and frames, unless the service takes them."""
