@@ -45,9 +45,9 @@ class Origins:
         self._connected[origin.number] = origin
         return True
 
-    def set_backlog(self, origin: Origin, frames: int) -> None:
-        """So many frames of a connected origin are computed, and their replies wait for it; its credit lacks them."""
-        self._tables.origins["backlog"][origin.number] = frames
+    def add_backlog(self, origin: Origin, frames: int) -> None:
+        """So many more frames of a connected origin are computed, and their replies wait; its credit lacks them."""
+        self._tables.origins["backlog"][origin.number] += frames
 
     def is_connected(self, origin: Origin) -> bool:
         """Whether the origin is connected; its number may belong to another one by now."""

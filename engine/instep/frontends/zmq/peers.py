@@ -39,7 +39,6 @@ class Peer:
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
     """Messages that ZeroMQ did not take, with the frames that each answers."""
     outbox_bytes: int = 0
-    outbox_frames: int = 0
     blocked_since_ns: int = 0
     """When the outbox last moved; counts only while it holds something."""
     last_probed_ns: int = 0
@@ -160,18 +159,17 @@ class Outbound:
             self._blocked[peer] = None
         # The arrays of a reply are used again once it was delivered.
         peer.outbox.append(([bytes(part) for part in message], frames))
-        size = size_bytes(message)
-        peer.outbox_bytes += size
-        self.total_bytes += size
-        self._count_frames(peer, frames)
+        self._grow(peer, size_bytes(message), frames)
         if peer.outbox_bytes > self._max_outbox_bytes:
             self.drop(peer)
         while self.total_bytes > self.max_total_bytes // 2:
             self.drop(max(self._blocked, key=attrgetter("outbox_bytes")))
 
-    def _count_frames(self, peer: Peer, frames: int) -> None:
-        peer.outbox_frames += frames
-        peer.served.service.engine.origins.set_backlog(peer, peer.outbox_frames)
+    def _grow(self, peer: Peer, size: int, frames: int) -> None:
+        """A peer's outbox holds so many bytes and frames more."""
+        peer.outbox_bytes += size
+        self.total_bytes += size
+        peer.served.service.engine.origins.add_backlog(peer, frames)
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
@@ -227,10 +225,7 @@ class Outbound:
                 self.drop(peer)
                 return
             peer.outbox.popleft()
-            size = size_bytes(message)
-            peer.outbox_bytes -= size
-            self.total_bytes -= size
-            self._count_frames(peer, -frames)
+            self._grow(peer, -size_bytes(message), -frames)
             peer.blocked_since_ns = now_ns
         self._blocked.pop(peer, None)
 
