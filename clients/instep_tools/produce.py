@@ -27,7 +27,7 @@ from instep_tools.plan_run import PlanRun
 from instep_tools.problems import BadFile, CommandProblem, Exit, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal, make_signal
-from instep_tools.terminal import Terminal
+from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
 
 
@@ -223,4 +223,4 @@ def _progress(what: Produce, terminal: Terminal, answers: Answers, total: float)
     """Where the outputs are printed they are the progress."""
     if what.save is None:
         return nullcontext()
-    return terminal.progress("sending", total, "frames", lambda: answers.frames)
+    return progress(terminal.err, "sending", total, "frames", lambda: answers.frames)

@@ -23,7 +23,7 @@ from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import check_fits
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import check_plot_path, plot_streams
-from instep_tools.terminal import Terminal
+from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
 
 
@@ -98,7 +98,7 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         names = [f"{prefix}-{row}" for row in range(len(sequences))]
         run = PlanRun(client, plan, names, back.take, stop, clock)
         started = clock.now()
-        async with terminal.progress("replaying", len(sequences.frames), "frames", lambda: back.answered):
+        async with progress(terminal.err, "replaying", len(sequences.frames), "frames", lambda: back.answered):
             with may_give_up(stop):
                 await run.run()
         seconds = clock.now() - started

@@ -14,7 +14,7 @@ from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.terminal import Terminal
+from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted, three_digits
 
 app: Final = CommandLine(help="List the streams of a server, and close or park some.")
@@ -125,7 +125,7 @@ async def _free(
         if not names:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
         title = "parking" if park else "closing"
-        async with terminal.progress(title, len(names), "streams", lambda: len(taken) + len(missing)):
+        async with progress(terminal.err, title, len(names), "streams", lambda: len(taken) + len(missing)):
             for name in names:
                 (taken if await _take(client, name, park) else missing).append(name)
         kept = f", and kept for {client.info.park_s:g} s" if park and taken else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ QUIET_S: Final = 2.0
 """Work shorter than this shows no progress."""
 
 DRAW_S: Final = 0.1
+BAR_COLUMNS: Final = 20
 LOG_S: Final = 5.0
 """How often progress is written where it cannot be redrawn: in a file or a pipe."""
 
@@ -102,59 +104,53 @@ class Terminal:
         finally:
             timer.cancel()
 
-    @asynccontextmanager
-    async def progress(
-        self, title: str, total: float, unit: str, done: Callable[[], float], detail: Callable[[], str] | None = None
-    ) -> AsyncIterator[None]:
-        """Show how far the work in the block is, once it takes longer than two seconds.
 
-        Args:
-            title: what is being done.
-            total: how much there is to do; infinite where it is not known.
-            unit: of `total`.
-            done: how much is done by now.
-            detail: what to say beside it; how long it takes where there is none.
-        """
-        started = time.monotonic()
-        known = total if total != float("inf") else None
-        show = self._draw if self.err.is_terminal else self._log
-        showing = asyncio.create_task(
-            show(title, known, unit, done, detail or (lambda: f"{time.monotonic() - started:.0f} s"))
-        )
-        try:
-            yield
-        finally:
-            showing.cancel()
-            await asyncio.gather(showing, return_exceptions=True)
+@asynccontextmanager
+async def progress(
+    console: Console,
+    title: str,
+    total: float,
+    unit: str,
+    done: Callable[[], float],
+    detail: Callable[[], str] | None = None,
+) -> AsyncIterator[None]:
+    """Show how far the work in the block is, once it takes longer than two seconds.
 
-    async def _log(
-        self, title: str, total: float | None, unit: str, done: Callable[[], float], detail: Callable[[], str]
-    ) -> None:
+    Args:
+        console: a bar is drawn on a terminal, and a line written now and then into a file or a pipe.
+        title: what is being done.
+        total: how much there is to do; infinite where it is not known.
+        unit: of `total`.
+        done: how much is done by now.
+        detail: what to say beside it; how long it takes where there is none.
+    """
+    started = time.monotonic()
+    said = detail or (lambda: f"{time.monotonic() - started:.0f} s")
+
+    async def show() -> None:
         await asyncio.sleep(QUIET_S)
-        while True:
-            of = "" if total is None else f"/{total:,.0f}"
-            self.note(f"{title} {done():,.0f}{of} {unit} · {detail()}")
+        while not console.is_terminal:
+            of = "" if math.isinf(total) else f"/{total:,.0f}"
+            line = f"{title} {done():,.0f}{of} {unit} · {said()}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
             await asyncio.sleep(LOG_S)
-
-    async def _draw(
-        self, title: str, total: float | None, unit: str, done: Callable[[], float], detail: Callable[[], str]
-    ) -> None:
-        await asyncio.sleep(QUIET_S)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[detail]}"),
-        )
-        with Progress(*columns, console=self.err, transient=True, auto_refresh=False) as bar:
-            task = bar.add_task(title, total=total, detail="")
+        texts = TextColumn(unit), TextColumn("· {task.fields[detail]}")
+        columns = (TextColumn("{task.description}"), BarColumn(BAR_COLUMNS), MofNCompleteColumn(), *texts)
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+            task = bar.add_task(title, total=None if math.isinf(total) else total, detail="")
             try:
                 while True:
-                    bar.update(task, completed=done(), detail=f"· {detail()}", refresh=True)
+                    bar.update(task, completed=done(), detail=said(), refresh=True)
                     await asyncio.sleep(DRAW_S)
             finally:
                 bar.update(task, completed=done(), refresh=True)  # a bar ends at what was done: 100 %, if all was
+
+    showing = asyncio.create_task(show())
+    try:
+        yield
+    finally:
+        showing.cancel()
+        await asyncio.gather(showing, return_exceptions=True)
 
 
 class StoppedBeforeSending(KeyboardInterrupt):

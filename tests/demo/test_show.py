@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from instep.demo.producers import Heard
-from instep.demo.show import accuracy_table, progress, say, speed_table
+from instep.demo.show import accuracy_table, say, speed_table, streaming
+from instep_tools import terminal as terminal_module
 
 SPEAKERS = np.zeros(2, np.int32)
 
@@ -22,26 +23,29 @@ def half_heard() -> Heard:
     return heard
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QUIET_S", "DRAW_S", "LOG_S"):
+        monkeypatch.setattr(terminal_module, name, 0)
+
+
 async def shown_by_progress(terminal: bool) -> str:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=120)
-    async with progress(console, half_heard(), SPEAKERS):
-        while not re.search("3/4|3 of 4", file.getvalue()):
+    console = Console(file=file, force_terminal=terminal, width=80)
+    async with streaming(console, half_heard(), SPEAKERS):
+        while "correct" not in file.getvalue():
             await asyncio.sleep(0)
     return file.getvalue()
 
 
-async def test_progress_is_live_on_a_terminal() -> None:
+async def test_progress_is_live_on_a_terminal(at_once: None) -> None:
     shown = await shown_by_progress(terminal=True)
-    assert "3/4" in shown
-    assert "1 streams finished" in shown
-    assert "50.0% correct so far" in shown
+    assert "3/4 frames · 1 stream finished · 50.0% correct" in re.sub(r"\x1b\[[\d;]*m", "", shown)
 
 
-async def test_a_pipe_gets_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.demo.show._TELL_S", 0)
+async def test_a_pipe_gets_lines_of_progress(at_once: None) -> None:
     shown = await shown_by_progress(terminal=False)
-    assert set(shown.splitlines()) == {"  3 of 4 frames"}
+    assert set(shown.splitlines()) == {"streaming 3/4 frames · 1 stream finished · 50.0% correct"}
 
 
 def rows(table: Table) -> list[list[str]]:

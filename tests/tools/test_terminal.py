@@ -15,7 +15,7 @@ from instep_client.protocol.errors import ConnectionFailed
 from instep_tools import terminal as terminal_module
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.terminal import Terminal, run_command, run_undrained
+from instep_tools.terminal import Terminal, progress, run_command, run_undrained
 from tests.tools.helpers import RememberingTerminal
 
 
@@ -37,7 +37,7 @@ async def looked_at_three_times(terminal: Terminal, total: float) -> None:
             often.set()
         return 7.0
 
-    async with terminal.progress("working", total, "frames", done):
+    async with progress(terminal.err, "working", total, "frames", done):
         await often.wait()
 
 
@@ -64,7 +64,7 @@ async def test_progress_on_a_terminal_is_a_bar() -> None:
 
 async def test_short_work_shows_nothing() -> None:
     terminal = RememberingTerminal()
-    async with terminal.progress("working", 20, "frames", lambda: 0.0), terminal.waiting("for nothing"):
+    async with progress(terminal.err, "working", 20, "frames", lambda: 0.0), terminal.waiting("for nothing"):
         await asyncio.sleep(0)
     assert terminal.complained == ""
 

@@ -22,7 +22,7 @@ from instep_tools.pacing import Clock, Stop
 from instep_tools.page import as_html, check_report_path
 from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, write_file
 from instep_tools.stream_plot import check_plot_path
-from instep_tools.terminal import Terminal
+from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted, three_digits
 
 SILENT_S: Final = 2.0
@@ -132,7 +132,9 @@ class LoadTester:
         answered = counters(len(parts))
         meter = _Meter(lambda: sum(counter.value for counter in answered))
         seconds = plan.warmup_s + plan.duration_s
-        async with self._terminal.progress("measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate):
+        async with progress(
+            self._terminal.err, "measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate
+        ):
             return measured(plan, await run_parts(parts, self._test.target, self._stop, self._clock, answered))
 
     def _tell(

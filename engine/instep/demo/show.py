@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from instep.core.typing import I32, I64, Bool
 from instep.demo.producers import Heard
+from instep_tools.terminal import progress
+from instep_tools.words import counted
 
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
 """Numbers of frames after which the table says how many decisions are right."""
-_DRAW_S: Final = 0.1
-_TELL_S: Final = 2.0
-"""Between two lines of progress where there is no bar."""
 
 
 def say(console: Console, sentence: str, style: str | None = None) -> None:
@@ -28,39 +24,13 @@ def say(console: Console, sentence: str, style: str | None = None) -> None:
     console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextlib.asynccontextmanager
-async def progress(console: Console, heard: Heard, speakers: I32) -> AsyncIterator[None]:
-    """A bar on a terminal, a line now and then in a pipe or a file."""
-    columns = (
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("frames · {task.fields[finished]} streams finished · {task.fields[accuracy]:.1%} correct so far"),
-    )
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=int(heard.lengths.sum()), finished=0, accuracy=0.0)
+def streaming(console: Console, heard: Heard, speakers: I32) -> AbstractAsyncContextManager[None]:
+    """The progress of the block that fills `heard`."""
 
-        async def show() -> None:
-            while not console.is_terminal:
-                await asyncio.sleep(_TELL_S)
-                say(console, f"  {heard.frames:,} of {int(heard.lengths.sum()):,} frames")
-            while True:
-                bar.update(
-                    task,
-                    completed=heard.frames,
-                    finished=heard.finished,
-                    accuracy=heard.accuracy_now(speakers),
-                    refresh=True,
-                )
-                await asyncio.sleep(_DRAW_S)
+    def detail() -> str:
+        return f"{counted(heard.finished, 'stream')} finished · {heard.accuracy_now(speakers):.1%} correct"
 
-        showing = asyncio.create_task(show())
-        try:
-            yield
-        finally:
-            showing.cancel()
-            await asyncio.gather(showing, return_exceptions=True)
+    return progress(console, "streaming", int(heard.lengths.sum()), "frames", lambda: heard.frames, detail)
 
 
 def accuracy_table(right: Bool) -> Table:

@@ -29,7 +29,7 @@ from instep.demo.producers import (
     stream_all,
     timetable,
 )
-from instep.demo.show import accuracy_table, progress, say, speed_table
+from instep.demo.show import accuracy_table, say, speed_table, streaming
 from instep.demo.train import SPEAKERS, Utterances, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
@@ -143,7 +143,7 @@ async def _stream(
     endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard, speakers: I32, console: Console
 ) -> tuple[float, dict[str, float]]:
     """The seconds it took, and the server's own numbers after it."""
-    async with progress(console, heard, speakers):
+    async with streaming(console, heard, speakers):
         seconds = await stream_all(endpoint, producers, connections, heard)
     async with AsyncClient(endpoint, "demo") as client:
         return seconds, await client.stats()
