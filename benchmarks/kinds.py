@@ -7,8 +7,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurement import Bench
-from benchmarks.reference import BenchmarkModel, LeftOut, Network, OwnNetwork, TorchLayers, as_certified
-from instep.core.typing import F32, U8
+from benchmarks.reference import (
+    BenchmarkModel,
+    LeftOut,
+    Network,
+    TorchBatch,
+    as_certified,
+    own_network,
+    torch_layers,
+)
+from instep.core.typing import F32
 from instep.models import export_step
 from instep.models.folder import load_model, make_model, write_model
 from instep.models.recurrent.description import LstmDescription, LstmLayers
@@ -29,42 +37,6 @@ class GruStep(torch.nn.Module):
         return h, h
 
 
-class StepModule:
-    """A `Network` that calls a step module as it is."""
-
-    name = "the module"
-    outputs = HIDDEN
-
-    def __init__(self, step: GruStep) -> None:
-        self._step = step
-
-    def batch(self, rows: int) -> StepBatch:
-        """A batch whose states are zeros."""
-        return StepBatch(self._step, torch.zeros(rows, HIDDEN))
-
-    def run(self, x: F32) -> None:
-        """A step has no such call."""
-        raise LeftOut("a step module has no call for whole sequences to compare with")
-
-
-class StepBatch:
-    """A `Batch` of a step module."""
-
-    def __init__(self, step: GruStep, h: torch.Tensor) -> None:
-        self._step, self._h = step, h
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        """One call of the module."""
-        y: torch.Tensor
-        y, self._h = self._step(x, self._h)
-        return y
-
-    def states(self) -> U8:
-        """The bytes of [rows, hidden]."""
-        rows: F32 = self._h.numpy().copy()
-        return rows.view("uint8")
-
-
 def lstm(bench: Bench) -> BenchmarkModel:
     """An LSTM of random weights, the same in every run."""
     description = LstmDescription(features=FEATURES, lstm=LstmLayers(hidden_size=HIDDEN))
@@ -72,7 +44,7 @@ def lstm(bench: Bench) -> BenchmarkModel:
     write_model(bench.folder / "lstm", model)
     module = torch.nn.LSTM(FEATURES, HIDDEN)
     module.load_state_dict({name.removeprefix("lstm."): tensor for name, tensor in model.weights.items()})
-    return _model(bench.folder / "lstm", f"LSTM {FEATURES}→{HIDDEN}, float32", TorchLayers(module.eval()))
+    return _model(bench.folder / "lstm", f"LSTM {FEATURES}→{HIDDEN}, float32", torch_layers(module.eval()))
 
 
 def step_module(bench: Bench) -> BenchmarkModel:
@@ -80,9 +52,18 @@ def step_module(bench: Bench) -> BenchmarkModel:
     torch.manual_seed(1)
     step, folder = GruStep().eval(), bench.folder / "step-module"
     export_step(step, torch.zeros(1, FEATURES), torch.zeros(1, HIDDEN), folder)
-    return _model(folder, f"GRU {FEATURES}→{HIDDEN} as a step module, float32", StepModule(step))
+
+    def call(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+        y, h = step(x, h)
+        return y, (h,)
+
+    def run(x: F32) -> None:
+        raise LeftOut("a step module has no call for whole sequences to compare with")
+
+    network = Network("the module", HIDDEN, lambda rows: TorchBatch(call, (torch.zeros(rows, HIDDEN),)), run)
+    return _model(folder, f"GRU {FEATURES}→{HIDDEN} as a step module, float32", network)
 
 
 def _model(folder: Path, words: str, network: Network) -> BenchmarkModel:
-    truth = OwnNetwork(as_certified(load_model(folder)))
-    return BenchmarkModel(folder, words, FEATURES, truth.model.state, network, truth)
+    certified = as_certified(load_model(folder))
+    return BenchmarkModel(folder, words, FEATURES, certified.state, network, own_network(certified))

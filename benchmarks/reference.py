@@ -7,8 +7,9 @@ weights of the served model. For a user's model both are the model's own step, i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -53,83 +54,65 @@ class Batch(Protocol):
         """The rows' states as bytes [rows, row_bytes], a copy."""
 
 
-class Network(Protocol):
+@dataclass(frozen=True, slots=True)
+class Network:
     """A network without an engine."""
 
-    @property
-    def name(self) -> str:
-        """What it is called in rows and errors."""
-
-    @property
-    def outputs(self) -> int:
-        """Values in one output."""
-
-    def batch(self, rows: int, /) -> Batch:
-        """A batch in the initial state."""
-
-    def run(self, x: F32, /) -> None:
-        """Compute sequences [timesteps, rows, features] in one call; raises LeftOut where it has none."""
-
-
-class TorchLayers:
-    """torch's own `nn.GRU` or `nn.LSTM`."""
-
-    def __init__(self, layers: torch.nn.RNNBase) -> None:
-        self.layers = layers
-        self.name = f"nn.{type(layers).__name__}"
-        self.outputs = layers.hidden_size
-
-    def batch(self, rows: int) -> TorchBatch:
-        """A batch whose states are zeros."""
-        return TorchBatch(self.layers, rows)
-
-    def run(self, x: F32) -> None:
-        """One call of the module."""
-        self.layers(torch.from_numpy(x))
+    name: str
+    """What it is called in rows and errors."""
+    outputs: int
+    """Values in one output."""
+    batch: Callable[[int], Batch]
+    """A batch of so many rows in the initial state."""
+    run: Callable[[F32], object]
+    """Computes sequences [timesteps, rows, features] in one call; raises LeftOut where it has none."""
 
 
 class TorchBatch:
-    """A `Batch` of `nn.GRU` or `nn.LSTM`."""
+    """A `Batch` of a module of torch.
 
-    def __init__(self, layers: torch.nn.RNNBase, rows: int) -> None:
-        self._layers = layers
-        zeros = torch.zeros(layers.num_layers, rows, layers.hidden_size)
-        self._state = (zeros, zeros) if layers.mode == "LSTM" else zeros
+    Args:
+        call: takes float32 [rows, features] and the states, and gives the outputs and the new states.
+        states: the initial ones, each [rows, n] or, as those of torch's own layers, [layers, rows, n].
+    """
+
+    def __init__(
+        self, call: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]], states: tuple[torch.Tensor, ...]
+    ) -> None:
+        self._call, self._states = call, states
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """One call of the module."""
-        y: torch.Tensor
-        y, self._state = self._layers(x.unsqueeze(0), self._state)
-        return y[0]
+        y, self._states = self._call(x, *self._states)
+        return y
 
     def states(self) -> U8:
-        """The bytes of [rows, layers, hidden], for each of the states."""
-        leaves = self._state if isinstance(self._state, tuple) else (self._state,)
-        rows: F32 = torch.cat([leaf.transpose(0, 1).flatten(1) for leaf in leaves], 1).numpy()
+        """The bytes of [rows, layers, n], for each of the states."""
+        leaves = (leaf if leaf.dim() == 2 else leaf.transpose(0, 1).flatten(1) for leaf in self._states)
+        rows: F32 = torch.cat(list(leaves), 1).numpy()
         return rows.view(np.uint8)
 
 
-class OwnNetwork:
-    """A user's model, on the CPU."""
+def torch_layers(layers: torch.nn.RNNBase) -> Network:
+    """The `nn.GRU` or `nn.LSTM` of torch, whose states are zeros at first."""
+    is_lstm = layers.mode == "LSTM"
 
-    name = "the model"
+    def call(x: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        y, new = layers(x.unsqueeze(0), states if is_lstm else states[0])
+        return y[0], new if is_lstm else (new,)
 
-    def __init__(self, model: RecurrentModel) -> None:
-        self.model = model
-        self.outputs = model.description.outputs
+    def batch(rows: int) -> TorchBatch:
+        zeros = torch.zeros(layers.num_layers, rows, layers.hidden_size)
+        return TorchBatch(call, (zeros, zeros) if is_lstm else (zeros,))
 
-    def batch(self, rows: int) -> OwnBatch:
-        """A batch in the model's initial state."""
-        return OwnBatch(self.model, rows)
+    def run(x: F32) -> object:
+        return layers(torch.from_numpy(x))
 
-    def run(self, x: F32) -> None:
-        """One call of the model's own."""
-        if self.model.sequence(x, self.model.state.initial(x.shape[1])) is None:
-            raise LeftOut("the model has no call for whole sequences to compare with")
+    return Network(f"nn.{type(layers).__name__}", layers.hidden_size, batch, run)
 
 
 class OwnBatch:
-    """A `Batch` of a user's model."""
+    """A `Batch` of a model as the engine steps it, on the CPU."""
 
     def __init__(self, model: RecurrentModel, rows: int) -> None:
         self._spec, self._outputs = model.state, model.description.outputs
@@ -146,6 +129,16 @@ class OwnBatch:
     def states(self) -> U8:
         """As the engine keeps them."""
         return read_state(self._step, self._spec)
+
+
+def own_network(model: RecurrentModel) -> Network:
+    """A model of instep's, from its initial state."""
+
+    def run(x: F32) -> None:
+        if model.sequence(x, model.state.initial(x.shape[1])) is None:
+            raise LeftOut("the model has no call for whole sequences to compare with")
+
+    return Network("the model", model.description.outputs, partial(OwnBatch, model), run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +176,7 @@ class BenchmarkModel:
         gru = torch.nn.GRU(features, hidden, layers)
         gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
         sizes = str(hidden) if layers == 1 else f"{layers}×{hidden}"
-        words, network = f"GRU {features}→{sizes}, float32", TorchLayers(gru.eval())
+        words, network = f"GRU {features}→{sizes}, float32", torch_layers(gru.eval())
         return cls(bench.folder / name, words, features, description.state, network, network)
 
     @classmethod
@@ -197,8 +190,8 @@ class BenchmarkModel:
             description=f"{model.name}: {description.in_words()}",
             features=description.features,
             state=description.state,
-            network=OwnNetwork(quickest),
-            truth=OwnNetwork(as_certified(model)),
+            network=own_network(quickest),
+            truth=own_network(as_certified(model)),
         )
 
     @property

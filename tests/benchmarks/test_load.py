@@ -25,7 +25,7 @@ from benchmarks.load import (
     round_trips,
     waking_on_time,
 )
-from benchmarks.reference import TorchLayers, WrongOutput, check_and_close, truth
+from benchmarks.reference import WrongOutput, check_and_close, torch_layers, truth
 from instep.core.typing import F32, U8, U64
 from instep_client.protocol import wire
 from instep_client.protocol.step_messages import unpack_stepped
@@ -33,7 +33,7 @@ from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, torch_gru, whole
 from tests.support.running import running
 
-GRU = TorchLayers(torch_gru(SMALL))
+GRU = torch_layers(torch_gru(SMALL))
 FEATURES, HIDDEN = 5, 8
 
 
@@ -154,7 +154,7 @@ async def test_a_wrong_bit_is_noticed(where: str, monkeypatch: pytest.MonkeyPatc
             groups[1].last = newest.tobytes()
         wrong = 16 if where == "weights" else 1
         with pytest.raises(WrongOutput, match=f"^{wrong} of 16 streams differ from nn.GRU"):
-            check_and_close(connection, groups, TorchLayers(gru))
+            check_and_close(connection, groups, torch_layers(gru))
 
     await driven(drive)
 
