@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
-    signal.signal(signal.SIGINT, _end_at_once)  # until a command handles it
+    signal.signal(signal.SIGINT, end_quietly)  # until a command handles it
     try:
         from instep_tools.app import app
 
@@ -35,7 +35,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the exit status is decided
 
 
-def _end_at_once(number: int, frame: FrameType | None) -> None:
+def end_quietly(number: int, frame: FrameType | None) -> None:
+    """End the process without a word; the handler of SIGINT."""
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\n")  # behind the terminal's ^C
     os._exit(INTERRUPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from instep import interrupts
+from instep_tools import INTERRUPTED
 
 EXTRAS = (
     *("matplotlib", "numba", "prometheus_client", "pydantic", "rich", "safetensors", "starlette", "structlog"),
@@ -21,7 +22,7 @@ def main() -> None:
 
         cli.main()
     except KeyboardInterrupt:
-        raise SystemExit(interrupts.INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

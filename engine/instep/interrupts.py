@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from types import FrameType
 
-INTERRUPTED = 130
-"""The exit status, as shells have it."""
+from instep_tools import end_quietly
 
 _had_terminal = False
 _was_hung_up = False
@@ -26,7 +24,7 @@ def end_at_once(*, hangups_wait: bool = False) -> None:
     """
     global _had_terminal
     _had_terminal = _has_terminal()
-    signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGINT, end_quietly)
     on_hangup = _remember if hangups_wait else _end_with_a_sentence
     for number, handler in ((signal.SIGTERM, _end_with_a_sentence), (signal.SIGHUP, on_hangup)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
@@ -45,7 +43,7 @@ def has_lost_its_terminal() -> bool:
 
 def raise_again() -> None:
     """From here on Ctrl-C raises where it was `end_at_once`: the command that runs now cleans up behind itself."""
-    if signal.getsignal(signal.SIGINT) is _end:
+    if signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -66,12 +64,6 @@ def _has_terminal() -> bool:
 def _remember(number: int, frame: FrameType | None) -> None:
     global _was_hung_up
     _was_hung_up = True
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    if sys.stderr is not None and sys.stderr.isatty():
-        os.write(2, b"\n")  # behind the terminal's ^C
-    os._exit(INTERRUPTED)
 
 
 def _end_with_a_sentence(number: int, frame: FrameType | None) -> None:

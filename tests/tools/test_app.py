@@ -230,7 +230,7 @@ def test_an_interrupt_that_nothing_else_handles_is_status_130(monkeypatch: pytes
 
 
 def test_until_it_handles_them_interrupts_end_it_and_a_terminals_line() -> None:
-    script = "import os, signal\nimport instep_tools\nsignal.signal(2, instep_tools._end_at_once)\n"
+    script = "import os, signal\nimport instep_tools\nsignal.signal(2, instep_tools.end_quietly)\n"
     terminal, program = pty.openpty()
     with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "wb") as stderr:
         command = [sys.executable, "-c", script + "os.kill(os.getpid(), 2)"]
