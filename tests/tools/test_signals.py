@@ -22,13 +22,6 @@ def test_streams_and_features_differ(signal: Signal) -> None:
     assert len(np.unique(whole, axis=1).T) == 12
 
 
-@pytest.mark.parametrize("signal", [Signal.NOISE, Signal.STEPS])
-def test_the_seed_makes_the_difference(signal: Signal) -> None:
-    one, same, other = (make_signal(signal, 2, 2, seed)(0, 50) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, same)
-    assert not np.array_equal(one, other)
-
-
 def test_a_sine_is_a_sine() -> None:
     wave = make_signal(Signal.SINE, 1, 1)(0, 2 * SINE_PERIOD_FRAMES)[:, 0, 0]
     assert wave[0] == 0

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import math
 import time
+from array import array
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -20,7 +21,7 @@ from instep_client.protocol.errors import ConnectionFailed, FramesRefused, Inste
 from instep_client.protocol.wire import F32
 from instep_client.streams import ENDING
 from instep_tools.load.plan import LoadPart, Mode, Schedule
-from instep_tools.load.samples import SAMPLE, SampleArray, Samples, held_up_us
+from instep_tools.load.samples import SampleArray, as_samples, held_up_us
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import task_group
 
@@ -139,7 +140,7 @@ class Load:
         self._clock = clock
         self._stop = stop
         self._start = self._counted_from = self._end = 0.0
-        self._samples = Samples()
+        self._samples: array[float] = array("d")
         self._refused: Counter[str] = Counter()
         self._clients: list[AsyncClient] = []
         self._lines: list[_Line] = []
@@ -181,7 +182,7 @@ class Load:
             for line in self._lines:
                 line.lose(drained)
         unanswered = self._add_unanswered(left, drained, is_gone)
-        samples = self._samples.array()
+        samples = as_samples(self._samples)
         stalls = [(start - self._counted_from, end - self._counted_from) for start, end in self._stalls]
         samples["held_up_us"] = held_up_us(samples, stalls)
         gaps = [gap for line in self._lines for gap in line.gaps if self._counted_from < gap[1] and gap[0] < self._end]
@@ -263,17 +264,14 @@ class Load:
 
     def _leave_unsent(self, senders: list[_Sender], schedule: Schedule, numbers: range, now: float) -> None:
         """Take a sample of every block that is due by now and will not be sent, as late as it is."""
-        due = self._start + np.fromiter(map(schedule.due_s, numbers), np.float64)
-        chosen = (due >= self._counted_from) & (due <= now)
-        samples = np.zeros(int(chosen.sum()), SAMPLE)
-        for name in ("away_us", "queue_us", "compute_us", "send_us", "rest_us"):
-            samples[name] = np.nan
-        samples["at_s"] = now - self._counted_from
-        samples["latency_us"] = samples["late_us"] = 1e6 * (now - due[chosen])
-        samples["frames"] = np.array([senders[schedule.sender(number)].frames for number in numbers])[chosen]
-        self._samples.extend(samples)
-        if not self._gave_up:
-            self._unsent = int(samples["frames"].sum())
+        for number in numbers:
+            due = self._start + schedule.due_s(number)
+            if due > now:
+                break
+            if due >= self._counted_from:
+                late_us, frames = 1e6 * (now - due), senders[schedule.sender(number)].frames
+                self._samples.extend((now - self._counted_from, late_us, late_us, *[math.nan] * 5, 0.0, frames))
+                self._unsent += frames * (not self._gave_up)
 
     async def _send_closed_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
         await wait_until(self._start, self._clock, self._stop)
@@ -343,7 +341,7 @@ class Load:
             self._slow += block.frames
         rest_us = latency_us - late_us - away_us - sum(server_us)
         at_s = now - self._counted_from
-        self._samples.add(at_s, latency_us, late_us, away_us, *server_us, rest_us, 0.0, block.frames)
+        self._samples.extend((at_s, latency_us, late_us, away_us, *server_us, rest_us, 0.0, block.frames))
 
     def _add_unanswered(self, left: list[_Block], now: float, is_gone: bool) -> int:
         """Take a sample of every block that counts; the number of their frames."""

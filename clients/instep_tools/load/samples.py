@@ -1,14 +1,16 @@
-"""What a load test measures: one sample an answered block, in arrays made beforehand, and their percentiles."""
+"""What a load test measures: one sample an answered block, and their percentiles."""
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.recfunctions import unstructured_to_structured
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -36,28 +38,9 @@ P999_SAMPLES: Final = 1000
 """With fewer, 99.9 % is the largest of them all."""
 
 
-class Samples:
-    """An array of samples that is filled without allocating; its room doubles where it was too small."""
-
-    def __init__(self, capacity: int = 65_536) -> None:
-        self._room: SampleArray = np.zeros(max(1, capacity), SAMPLE)
-        self._used = 0
-
-    def add(self, *sample: float) -> None:
-        """Add one; the fields are those of `SAMPLE`."""
-        if self._used == len(self._room):
-            self._room = np.concatenate([self._room, np.zeros(len(self._room), SAMPLE)])
-        self._room[self._used] = sample
-        self._used += 1
-
-    def extend(self, samples: SampleArray) -> None:
-        """Add many."""
-        self._room = np.concatenate([self.array(), samples])
-        self._used = len(self._room)
-
-    def array(self) -> SampleArray:
-        """The samples so far, without a copy."""
-        return self._room[: self._used]
+def as_samples(numbers: array[float]) -> SampleArray:
+    """The fields of samples, one sample behind the other, as an array of `SAMPLE`."""
+    return unstructured_to_structured(np.frombuffer(numbers).reshape(-1, len(SAMPLE.descr)), SAMPLE)
 
 
 def held_up_us(samples: SampleArray, stalls: Sequence[tuple[float, float]]) -> F64:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +20,7 @@ from instep_tools.load import plot, report, saved
 from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, measured
-from instep_tools.load.samples import SAMPLE, Samples, held_up_us, percentiles
+from instep_tools.load.samples import SAMPLE, as_samples, held_up_us, percentiles
 from instep_tools.problems import BadFile, write_file
 from instep_tools.words import three_digits
 from tests.support.small_files import files_of_at_most
@@ -62,13 +64,10 @@ def test_percentiles_are_numpys_over_every_frame(rng: np.random.Generator) -> No
     assert np.isnan(percentiles(np.empty(0), np.empty(0, np.int64))).all()
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 3, 100])
-def test_samples_find_room(capacity: int) -> None:
-    samples = Samples(capacity)
+def test_samples_are_what_was_collected() -> None:
     rows = [(number / 7, 1.0 * number, *range(7), number) for number in range(50)]
-    for row in rows:
-        samples.add(*row)
-    assert samples.array().tolist() == rows
+    assert as_samples(array("d", itertools.chain(*rows))).tolist() == rows
+    assert as_samples(array("d")).shape == (0,)
 
 
 def test_how_long_the_load_generator_stood_still_while_a_block_was_on_its_way() -> None:

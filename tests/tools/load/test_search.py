@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from instep_client.protocol.errors import ConnectionFailed
 from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, Verdict
-from instep_tools.load.samples import Samples
+from instep_tools.load.samples import SAMPLE
 from instep_tools.load.search import FAILURES_TO_BELIEVE, RESOLUTION, Search
 from instep_tools.pacing import Stop
 
@@ -58,7 +59,7 @@ class Searched:
         self.asked.append((streams, processes))
         lost = "the server went away" if len(self.asked) == self.lost_at else ""
         plan = replace(PLAN, streams=streams, processes=processes)
-        return cast(Measured, Trial(plan, PartResult(Samples().array(), lost=lost), self.judge(streams, processes)))
+        return cast(Measured, Trial(plan, PartResult(np.zeros(0, SAMPLE), lost=lost), self.judge(streams, processes)))
 
     async def run(self, start: int, limit: int = 4096) -> int:
         await self.search.run(start, limit)
