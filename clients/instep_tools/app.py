@@ -64,8 +64,7 @@ Save = Annotated[
 ]
 Named = Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")]
 Columns = Annotated[
-    str | None,
-    typer.Option(metavar="A,B,…", help="The columns of the frame. (default: x0,x1,… or all that fit)"),
+    str | None, typer.Option(metavar="A,B,…", help="The columns of the frame. (default: x0,x1,… or all that fit)")
 ]
 Time = Annotated[
     str | None,
@@ -104,7 +103,6 @@ async def produce_command(
         Path | None,
         typer.Argument(
             metavar="FILE",
-            show_default=False,
             help="Text with one frame a line, NPZ, NPY, Parquet, MCAP, or an engine's recording. None: lines from "
             "standard input.",
         ),
@@ -125,8 +123,7 @@ async def produce_command(
     ] = None,
     speed: Speed = None,
     rate: Annotated[
-        float | None,
-        typer.Option(metavar="HZ", callback=positive, help=f"{RATE_HELP} Signals: 10 if not given."),
+        float | None, typer.Option(metavar="HZ", callback=positive, help=f"{RATE_HELP} Signals: 10 if not given.")
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Send at most this many frames of each stream.")] = None,
     seconds: Annotated[float | None, typer.Option(callback=positive, help="Send for at most this long.")] = None,
@@ -172,8 +169,7 @@ async def replay_command(
     terminal: Terminal,
     stop: Stop,
     file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="An engine's recording, Parquet, MCAP, NPZ, NPY, CSV or other text."),
+        Path, typer.Argument(metavar="FILE", help="An engine's recording, Parquet, MCAP, NPZ, NPY, CSV or other text.")
     ],
     named: Named = False,
     columns: Columns = None,
@@ -183,8 +179,7 @@ async def replay_command(
     rate: Annotated[float | None, typer.Option(metavar="HZ", callback=positive, help=RATE_HELP)] = None,
     save: Save = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw inputs and outputs: a PNG, SVG or PDF.", dir_okay=False),
+        Path | None, typer.Option(metavar="FILE", help="Draw inputs and outputs: a PNG, SVG or PDF.", dir_okay=False)
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
 ) -> Exit:

@@ -33,12 +33,12 @@ from instep_tools.terminal import Terminal
 
 app: Final = CommandLine(
     help="Read, save, restore, copy and replace the state of a stream.\n\n"
-    "The exit status is 0 on success, and 2 with an error that says why.",
+    "The exit status is 0 on success, and 2 with an error that says why."
 )
 FIRST_VALUES: Final = 6
 """How many values of a layer are shown."""
 
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="The stream, whoever has it.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream, whoever has it.")]
 
 
 @app.server_command("read", examples=["instep-client state read mic-7"])
@@ -83,12 +83,7 @@ async def snapshot(
     terminal: Terminal,
     stop: Stop,
     name: Name,
-    to: Annotated[
-        Path,
-        typer.Option(
-            "--to", metavar="FILE", show_default=False, help="A new file; existing files are never overwritten."
-        ),
-    ],
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="A new file; existing files are never overwritten.")],
 ) -> Exit:
     """Save a stream's seq and state in a new safetensors file. Its owner notices nothing."""
     check_new(to, "--to")
@@ -108,12 +103,9 @@ async def restore(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", show_default=False, help="A file that `state snapshot` made.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `state snapshot` made.")],
     name: Annotated[
-        str | None,
-        typer.Option("--as", metavar="NAME", show_default=False, help="The new stream. Default: the name it had."),
+        str | None, typer.Option("--as", metavar="NAME", help="The new stream. Default: the name it had.")
     ] = None,
 ) -> Exit:
     """Open a stream that continues from a snapshot, on this or another server of the same model.
@@ -134,7 +126,7 @@ async def fork(
     terminal: Terminal,
     stop: Stop,
     name: Name,
-    copy: Annotated[str, typer.Argument(metavar="NEW", show_default=False, help="The new stream.")],
+    copy: Annotated[str, typer.Argument(metavar="NEW", help="The new stream.")],
 ) -> Exit:
     """Open a stream that continues from the state of another one, without disturbing its owner.
 
@@ -153,10 +145,7 @@ async def reset(
     stop: Stop,
     name: Name,
     file: Annotated[
-        Path | None,
-        typer.Option(
-            "--state", metavar="FILE", show_default=False, help="A snapshot's state, in place of the initial one."
-        ),
+        Path | None, typer.Option("--state", metavar="FILE", help="A snapshot's state, in place of the initial one.")
     ] = None,
     take_over: Annotated[
         bool,

@@ -24,7 +24,7 @@ Where = Annotated[
     StreamPlace | None,
     typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
 ]
-Names = Annotated[list[str], typer.Argument(metavar="NAME", show_default=False, help="The streams.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")]
 
 _HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
 

@@ -51,6 +51,10 @@ app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
+Streams = Annotated[
+    list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
+]
 
 
 @app.command(
@@ -129,34 +133,21 @@ def serve(
     ]
 )
 def verify(
-    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
+    recording: Recording,
     model: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="The model's folder. Default: where the recording says.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FOLDER", help="The model's folder. Default: where the recording says.")
     ] = None,
-    stream: Annotated[
-        list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
-    ] = [],  # noqa: B006
+    stream: Streams = [],  # noqa: B006
     report: Annotated[
         Path | None,
-        typer.Option(
-            "--report",
-            metavar="FILE.html",
-            help="Also write a page with all of it, to attach or to send.",
-            show_default=False,
-        ),
+        typer.Option("--report", metavar="FILE.html", help="Also write a page with all of it, to attach or to send."),
     ] = None,
     follow: Annotated[
-        bool,
-        typer.Option("--follow", help="Compare what is written, from the newest checkpoint on, until Ctrl-C."),
+        bool, typer.Option("--follow", help="Compare what is written, from the newest checkpoint on, until Ctrl-C.")
     ] = False,
     for_s: Annotated[
         float | None,
-        typer.Option(
-            "--for", metavar="SECONDS", min=0, help="End --follow this long after it has loaded.", show_default=False
-        ),
+        typer.Option("--for", metavar="SECONDS", min=0, help="End --follow this long after it has loaded."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -192,21 +183,17 @@ def verify(
     ]
 )
 def export(
-    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")],
+    recording: Recording,
     format: Annotated[
         Literal["parquet", "npz", "csv", "mcap"] | None,
-        typer.Option(help="Default: by the output's suffix, or parquet.", show_default=False),
+        typer.Option(help="Default: by the output's suffix, or parquet."),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The new file. Default: next to the recording.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="The new file. Default: next to the recording.")
     ] = None,
-    stream: Annotated[
-        list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
-    ] = [],  # noqa: B006
+    stream: Streams = [],  # noqa: B006
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also draw the first streams, as PNG, SVG or PDF.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Also draw the first streams, as PNG, SVG or PDF.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -227,10 +214,7 @@ def demo(
         typer.Argument(help="Recorded speech through a trained network, or the first experiment."),
     ] = "speakers",
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where pictures and the recording go. (default: demo-out)", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FOLDER", help="Where pictures and the recording go. (default: demo-out)")
     ] = None,
     *,
     keep: Annotated[bool, typer.Option("--keep", help="Keep streaming until Ctrl-C, so that the dashboard moves.")] = (

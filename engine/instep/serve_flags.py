@@ -16,9 +16,7 @@ from instep_tools.command_line import parameter, typed_as
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
 ]
-ModelFolders = Annotated[
-    list[Path], typer.Argument(metavar="MODEL", help="Folder of the model, or of each.", show_default=False)
-]
+ModelFolders = Annotated[list[Path], typer.Argument(metavar="MODEL", help="Folder of the model, or of each.")]
 Demo = Annotated[bool, typer.Option("--demo", help="The model of `instep demo` instead.")]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable.")
@@ -84,9 +82,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         if not flag.metavar:
             option = typer.Option(flag.name, help=flag.help, rich_help_panel=panel)
             return parameter(name, False, Annotated[bool, option])
-        option = typer.Option(
-            flag.name, metavar=flag.metavar, help=flag.help, show_default=False, rich_help_panel=panel
-        )
+        option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, rich_help_panel=panel)
         return parameter(name, None, Annotated[str | None, option])
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]

@@ -58,8 +58,8 @@ async def loadtest(
             metavar="TIME",
             parser=_seconds,
             callback=positive,
-            show_default=False,
             help="How long to measure: 30s, 1m, 1h. (default: 10s)",
+            show_default=False,
         ),
     ] = 10.0,
     warmup: Annotated[
@@ -67,8 +67,8 @@ async def loadtest(
         typer.Option(
             metavar="TIME",
             parser=_seconds,
-            show_default=False,
             help="The time before that, which does not count. (default: 2s)",
+            show_default=False,
         ),
     ] = 2.0,
     block: Annotated[
