@@ -61,7 +61,7 @@ class CloseCall(TurnCall[U8]):
         wanted = np.flatnonzero((table.ended[rows] == 0) & (table.numbers[rows] != 0))
         asleep = table.asleep[rows[wanted]]
         self._send(wanted[~asleep])
-        self._ask_again(wanted[asleep])
+        self._slept(wanted[asleep])
         if not self.parts_left:
             self._conclude()
 

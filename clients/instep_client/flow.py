@@ -15,10 +15,27 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, ServerInfo
 from instep_client.replies import ErrorReply, Stepped
-from instep_client.send_queue import ASKING, FULL, IDLE, IN_LINE, WAKING, SendQueue, TurnRequest
-from instep_client.sleepers import EndedRows, Sleepers
+from instep_client.sleepers import EndedRows, Sleepers, TurnRequest
 from instep_client.steps import FailedFrames, StepBlock, StepCall
 from instep_client.streams import OpenStreams, StreamHandle
+
+
+class SendQueue:
+    """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
+
+    def __init__(self, handle: StreamHandle) -> None:
+        self.handle = handle
+        self.steps: deque[StepCall] = deque()
+        self.requests: deque[TurnRequest] = deque()
+        self.is_idle = True
+        """Whether it is not in line, and not held up by a request that was asked, by streams that hibernate or by
+        outputs that nobody takes. What it holds waits for answers then."""
+
+    def next_request(self) -> TurnRequest | None:
+        """The request whose turn it is, if it is not a step's."""
+        if not self.requests or (self.steps and self.steps[0].stamp < self.requests[0].stamp):
+            return None
+        return self.requests[0]
 
 
 class Flow:
@@ -72,8 +89,8 @@ class Flow:
             call.handle.results.append(call)
         queue = self._queues.get(call.handle) or self._queue_of(call.handle)
         queue.steps.append(call)
-        if queue.turn is IDLE:
-            queue.turn = IN_LINE
+        if queue.is_idle:
+            queue.is_idle = False
             self._line.append(queue)
 
     def enqueue(self, request: TurnRequest) -> None:
@@ -189,13 +206,13 @@ class Flow:
 
     def _continue(self, queue: SendQueue) -> None:
         """Put a queue in line, unless it has nothing to send or something holds it up."""
-        if queue.turn is IDLE and (queue.steps or queue.requests):
-            queue.turn = IN_LINE
+        if queue.is_idle and (queue.steps or queue.requests):
+            queue.is_idle = False
             self._line.append(queue)
 
     def _release(self, queue: SendQueue) -> None:
         """What held a queue up is over."""
-        queue.turn = IDLE
+        queue.is_idle = True
         self._continue(queue)
 
     def _take_turns(self, now: float) -> bool:
@@ -211,6 +228,10 @@ class Flow:
                 self._line.popleft()
                 self._take_request(queue, request, now)
                 continue
+            if not queue.steps:
+                self._line.popleft()  # the user has taken back what was to be sent
+                queue.is_idle = True
+                continue
             call = queue.steps[0]
             if handle.has_sleepers and self._wakes(queue, call.rows):
                 self._line.popleft()
@@ -218,7 +239,6 @@ class Flow:
             begins = call.keep and not call.started
             if begins and handle.unread and handle.unread + call.frames > self._credit:
                 self._line.popleft()
-                queue.turn = FULL
                 self._full_since[queue] = now
                 continue
             rows, timesteps = (call.rows, 1) if call.lone else call.next_rows()
@@ -226,7 +246,7 @@ class Flow:
                 break
             if handle.unanswered and not self._table.in_window(rows, timesteps, self._window):
                 self._line.popleft()
-                queue.turn = IDLE  # until some of its outputs have come
+                queue.is_idle = True  # until some of its outputs have come
                 continue
             self._line.popleft()
             if begins:
@@ -252,10 +272,10 @@ class Flow:
                     self._pending.wake(call)
                 if call.left == 0:
                     self._conclude((call,))
-            if queue.is_empty:
-                queue.turn = IDLE
-            else:
+            if queue.steps or queue.requests:
                 self._line.append(queue)
+            else:
+                queue.is_idle = True
         if singles:
             self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
@@ -263,17 +283,15 @@ class Flow:
     def _take_request(self, queue: SendQueue, request: TurnRequest, now: float) -> None:
         if request.needs_all_awake and queue.handle.has_sleepers and self._wakes(queue, queue.handle.rows):
             return
-        queue.turn = IDLE  # until everything sent was answered
-        if queue.handle.unanswered == 0:
+        queue.is_idle = queue.handle.unanswered > 0  # until everything sent was answered, then until the request was
+        if not queue.is_idle:
             queue.requests.popleft()
-            queue.turn = ASKING
             request.ask(now)
 
     def _wakes(self, queue: SendQueue, rows: Indices) -> bool:
         """Whether a queue has to wait until streams that hibernate are awake."""
         if not self._sleepers.wake(rows):
             return False
-        queue.turn = WAKING
         self._waking[queue] = rows
         return True
 
@@ -322,7 +340,7 @@ class Flow:
             error = self._table.why_any_ended(queue.handle.rows)
             if error is not None and request.streams_ended(error):
                 queue.requests.remove(request)
-                self._leave_line(queue)
+                self._continue(queue)
                 request.fail(error)
             if request.done:
                 self._pending.wake(request)
@@ -333,19 +351,12 @@ class Flow:
         queue.steps.remove(call)
         if self._full_since.pop(queue, None) is not None:
             self._release(queue)
-        self._leave_line(queue)
+        self._continue(queue)
         if call.keep:
             handle.results.remove(call)
             if call.started:
                 handle.unread -= call.frames
         self._end(call, error)
-
-    def _leave_line(self, queue: SendQueue) -> None:
-        """A call was taken out of a queue, perhaps its last or the one that waited for its turn."""
-        if queue.turn is IN_LINE and queue.is_empty:
-            self._line.remove(queue)
-            queue.turn = IDLE
-        self._continue(queue)
 
     def _end(self, call: StepCall, error: InstepError) -> None:
         if not call.done:

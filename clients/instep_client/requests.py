@@ -30,8 +30,7 @@ from instep_client.protocol.errors import (
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, ServedModel
-from instep_client.send_queue import TurnRequest
-from instep_client.sleepers import WakingRequest
+from instep_client.sleepers import TurnRequest
 from instep_client.streams import ENDING, StreamHandle
 
 R = TypeVar("R")
@@ -97,7 +96,7 @@ class PingCall(Request[float]):
         self.finish(now - self._sent_at)
 
 
-class StreamsRequest(WakingRequest[R]):
+class StreamsRequest(Request[R]):
     """A request about streams: one message for each part of them. It ends when every part was answered.
 
     Args:
@@ -125,6 +124,10 @@ class StreamsRequest(WakingRequest[R]):
     @abstractmethod
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """Take what a reply gives for some of its streams; which of them were refused."""
+
+    def _slept(self, which: Indices) -> None:
+        """Ask again for streams that hibernated when the message came; a read names them then, and wakes nobody."""
+        self._send(which)
 
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
         """Streams were granted or refused for good."""
@@ -163,7 +166,7 @@ class StreamsRequest(WakingRequest[R]):
             refused = [each for each in refused if each.column not in asleep]
             again = np.array(sorted(asleep), np.int64)
             part = np.setdiff1d(part, again)
-            self._ask_again(again)
+            self._slept(again)
         for each in refused:
             self._note(each)
         self._settled(part, refused)
@@ -177,15 +180,12 @@ class StreamsRequest(WakingRequest[R]):
         self.asked_before = True
         return True
 
-    def rows(self, which: Indices) -> Indices:
-        assert self.handle is not None
-        return self.handle.rows[which]
-
     def _names_of(self, part: Indices) -> bytes:
         return wire.pack_names([self.names[which] for which in part])
 
     def _handles_of(self, part: Indices) -> U64:
-        handles: U64 = self.connection.table.numbers[self.rows(part)]
+        assert self.handle is not None
+        handles: U64 = self.connection.table.numbers[self.handle.rows[part]]
         return handles
 
     def _only_sleeps(self, refused: ColumnError) -> bool:
@@ -193,16 +193,6 @@ class StreamsRequest(WakingRequest[R]):
         if self.handle is None or self.handle.closed or refused.code is not Code.UNKNOWN_STREAM:
             return False
         return bool(self.connection.table.asleep[self.handle.rows[refused.column]])
-
-    def _ask_again(self, which: Indices) -> None:
-        """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
-        self.parts_left += len(which)
-        if len(which):
-            self.connection.sleepers.hold(self, which)
-
-    def woke(self, which: Indices) -> None:
-        self.parts_left -= len(which)
-        self._send(which)
 
     def _note(self, refused: ColumnError) -> None:
         """A stream was refused for good; the first one is told."""
@@ -235,6 +225,16 @@ class TurnCall(StreamsRequest[R], TurnRequest):
     """A request about a handle's streams that waits for its turn."""
 
     handle: StreamHandle
+
+    def _slept(self, which: Indices) -> None:
+        """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
+        self.parts_left += len(which)
+        if len(which):
+            self.connection.sleepers.hold(self, which)
+
+    def woke(self, which: Indices) -> None:
+        self.parts_left -= len(which)
+        self._send(which)
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
@@ -292,10 +292,6 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
             return False
         row = self.handle.rows[refused.column]
         return bool(table.asleep[row] or table.numbers[row] != asked)
-
-    def _ask_again(self, which: Indices) -> None:
-        """Ask for streams that hibernated by name: a read wakes nobody."""
-        self._send(which)
 
     def _conclude(self) -> None:
         error = self._why_refused()

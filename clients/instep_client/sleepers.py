@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from instep_client.arrays import NOBODY, Indices
 from instep_client.calls import Request
 from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.errors import StreamEvicted
 from instep_client.protocol.wire import GrantArray
 from instep_client.replies import ColumnError
-from instep_client.streams import OpenStreams
+from instep_client.streams import OpenStreams, StreamHandle
 
 _RETRY_S: Final = 0.5
 """How long to wait where the server has no room for a stream that hibernates."""
@@ -24,19 +25,22 @@ EndedRows = dict[tuple[Code, str], list[int]]
 """Rows of streams that have ended, by reason."""
 
 
-R = TypeVar("R")
+class TurnRequest(Request[Any]):
+    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
 
-
-class WakingRequest(Request[R]):
-    """A request that may have to wait for streams of its handle."""
-
-    @abstractmethod
-    def rows(self, which: Indices) -> Indices:
-        """The rows of some of its streams."""
+    handle: StreamHandle
+    stamp: int
+    """When it was queued, on the session's counter."""
+    needs_all_awake: ClassVar[bool] = True
+    """Whether it is asked only when no stream of its handle hibernates."""
 
     @abstractmethod
     def woke(self, which: Indices) -> None:
-        """These of its streams are awake, or have ended."""
+        """These of its streams, for which it was held, are awake or have ended."""
+
+    def streams_ended(self, error: StreamEvicted) -> bool:
+        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
+        return True
 
 
 class Sleepers:
@@ -44,7 +48,7 @@ class Sleepers:
 
     def __init__(self, table: OpenStreams) -> None:
         self._table = table
-        self.held: dict[WakingRequest[Any], Indices] = {}
+        self.held: dict[TurnRequest, Indices] = {}
         """Which of their streams requests wait for."""
         self._wanted: set[int] = set()
         """Rows that somebody has waited for since the last claims."""
@@ -63,7 +67,7 @@ class Sleepers:
         self._wanted.update(asleep.tolist())
         return len(asleep) > 0
 
-    def hold(self, request: WakingRequest[Any], which: Indices) -> None:
+    def hold(self, request: TurnRequest, which: Indices) -> None:
         """Have streams claimed for a request, which is told of them as they wake: there may not be room for all."""
         held = self.held.get(request, NOBODY)
         self.held[request] = np.concatenate([held, which])
@@ -71,7 +75,7 @@ class Sleepers:
     def due(self, now: float) -> Indices:
         """The rows of streams that are to be claimed now."""
         for request, which in list(self.held.items()) if self.held else ():
-            rows = request.rows(which)
+            rows = request.handle.rows[which]
             asleep = self._table.asleep[rows]
             self._wanted.update(rows[asleep].tolist())
             if not asleep.all():
@@ -133,7 +137,7 @@ class Sleepers:
         self._claimed.difference_update(rows.tolist())
         self.again_at = again_at if self.again_at == math.inf else max(again_at, self.again_at)
 
-    def lost(self) -> list[WakingRequest[Any]]:
+    def lost(self) -> list[TurnRequest]:
         """The connection is lost, and with it what was asked; the requests that waited, to be asked anew."""
         held = list(self.held)
         self.held.clear()
