@@ -20,7 +20,7 @@ from instep_client.streams import ENDING, StreamHandle
 
 
 class ResetCall(TurnCall[None]):
-    """Other states for a handle's streams; see `Session.reset`."""
+    """Other states for a handle's streams, initial ones if None, after everything sent through it."""
 
     kind, reply = Kind.RESET, Kind.CHANGED
 
@@ -97,7 +97,7 @@ class CloseCall(TurnCall[U8]):
         else:
             self.connection.table.remove(self.handle)
         self._end(error)
-        self.connection.pending.wake(self.handle)
+        self.connection.pending.woken.append(self.handle)
 
     def streams_ended(self, error: StreamEvicted) -> bool:
         """A single stream's close fails, and stays to give the row back when nothing is unanswered."""

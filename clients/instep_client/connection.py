@@ -71,7 +71,7 @@ class Connection:
         """Ends with the server's welcome."""
         self._silence = Silence(self.pending, timeout_s)
         self._info: ServerInfo | None = None
-        self._forgets = False
+        self.forgets = False
         """Whether the server was restarted between the last two connections, and records nothing."""
         self._failure: tuple[type[InstepError], str] = (
             ClientClosed,
@@ -144,17 +144,15 @@ class Connection:
             rows = self.sleepers.due(now)
             if len(rows):
                 self.claim(Claim(self), rows)
-        is_open = self.state is OPEN
         is_waiting = self.state is not ENDED and self.is_waiting
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
-        if self._silence.lasts_too_long(now, is_waiting, is_open, keep_alive_s):
-            waited = f"waited {self._silence.timeout_s:g} s"
-            port = ""
+        if self._silence.lasts_too_long(now, is_waiting, self.state is OPEN, keep_alive_s):
+            asks = "is the server running there"
             if self.state is GREETING and self.endpoint.startswith("tcp://"):
-                port = (
+                asks += (
                     f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
                 )
-            self.lose(now, f"nobody answers at {self.endpoint} ({waited}); is the server running there{port}?")
+            self.lose(now, f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""
@@ -175,7 +173,7 @@ class Connection:
         self._failure = (error, sentence)
         for request in [*self.pending.forget(), *self.sleepers.lost(), *self._postponed]:
             request.fail(error(sentence))
-            self.pending.wake(request)
+            self.pending.woken.append(request)
         self._postponed.clear()
         self.flow.fail(error, sentence)
 
@@ -206,7 +204,7 @@ class Connection:
         elif kind is Kind.WELCOME and number == 0:
             self._info = replies.welcome(header, frames)
         elif kind is Kind.PING:
-            self.pending.answer_ping(number)
+            self.pending.messages.append([wire.pack_header(Kind.PONG, number)])  # all up to the PING was read
         else:
             if asked is None or asked.request.reply is not kind:
                 raise MalformedMessage(f"{kind.name} with number {number} answers nothing that was asked")
@@ -219,7 +217,7 @@ class Connection:
                 self.pending.unanswered[number] = asked  # it fails with the others
                 raise
             if asked.request.done:
-                self.pending.wake(asked.request)
+                self.pending.woken.append(asked.request)
 
     def _handle_evicted(self, header: Header, frames: Sequence[Frame]) -> None:
         handles, code, sentence = replies.evicted(header, frames)
@@ -240,7 +238,7 @@ class Connection:
         elif (asked := self.pending.unanswered.pop(number, None)) is not None:
             asked.request.refused(asked.part, refusal, now)
             if asked.request.done:
-                self.pending.wake(asked.request)
+                self.pending.woken.append(asked.request)
         elif not self.flow.refused(number, refusal, now):
             self.fail(
                 ConnectionFailed,
@@ -270,12 +268,11 @@ class Connection:
         if problem:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
             return
-        self._forgets = info.boot_id != former.boot_id and info.durability == "memory"
+        self.forgets = info.boot_id != former.boot_id and info.durability == "memory"
         rows = self.table.live_rows()
-        self.claim(
-            Claim(self), rows[~self.table.asleep[rows]]
-        )  # the others are resumed when there is something to send to them
-        self._resume(now)
+        # Those that hibernate are resumed when there is something to send to them.
+        self.claim(Claim(self), rows[~self.table.asleep[rows]])
+        self.open_again(now)
 
     def turned_away(self, refusal: ErrorReply, now: float) -> None:
         """A HELLO or a claim was refused."""
@@ -284,24 +281,6 @@ class Connection:
         else:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
-    def claimed(self, part: Indices, header: Header, frames: Sequence[Frame], asked_at: int, now: float) -> None:
-        """RESUMED came for streams of this client, which were in these rows when it was asked for."""
-        ended = self.sleepers.granted(part, *replies.granted(header, frames, len(part)), asked_at, now)
-        if self.state is RECONNECTING and self._forgets:
-            ended = {
-                (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
-                for (code, sentence), rows in ended.items()
-            }
-        self.flow.end(ended)
-        self._resume(now)
-
-    def claim_refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        """ERROR came for a claim."""
-        if self.state is OPEN and refusal.code in _PASSES:
-            self.sleepers.refused(part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
-        else:
-            self.turned_away(refusal, now)
-
     def claim(self, request: Request[None], rows: Indices) -> None:
         """Send RESUMEs for streams of this client, saying what has come of them."""
         for piece in parts(len(rows), self.info):
@@ -309,7 +288,7 @@ class Connection:
             names = wire.pack_names(self.table.names(part))
             self.pending.ask(request, len(part), 0, frames=[names, self.table.claims(part)], part=part)
 
-    def _resume(self, now: float) -> None:
+    def open_again(self, now: float) -> None:
         """Send unanswered frames and requests again, once the last claim after a loss was answered."""
         if self.state is not RECONNECTING or self.pending.waits_for(Kind.RESUMED):
             return
@@ -332,12 +311,9 @@ class Connection:
         if not self.attempts.lost(now, sentence):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
             return
-        waiting: list[Request[Any]] = []
-        if self.state is OPEN:
-            self.state = RECONNECTING
-            self.flow.in_flight.lost()
-            waiting += self.sleepers.lost()
-        for request in dict.fromkeys([*self.pending.forget(), *waiting]):
+        self.state = RECONNECTING
+        self.flow.in_flight.lost()
+        for request in dict.fromkeys([*self.pending.forget(), *self.sleepers.lost()]):
             if request.lost():
                 self._postponed[request] = None
         self._silence.lost()
@@ -398,10 +374,22 @@ class Claim(Request[None]):
         self._asked_at = connection.table.stamp()
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self._connection.claimed(part, header, frames, self._asked_at, now)
+        connection = self._connection
+        grants, failures = replies.granted(header, frames, len(part))
+        ended = connection.sleepers.granted(part, grants, failures, self._asked_at, now)
+        if connection.state is RECONNECTING and connection.forgets:
+            ended = {
+                (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
+                for (code, sentence), rows in ended.items()
+            }
+        connection.flow.end(ended)
+        connection.open_again(now)
 
     def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        self._connection.claim_refused(part, refusal, now)
+        if self._connection.state is OPEN and refusal.code in _PASSES:
+            self._connection.sleepers.refused(part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
+        else:
+            self._connection.turned_away(refusal, now)
 
     def lost(self) -> bool:
         return False  # the next connection has claims of its own

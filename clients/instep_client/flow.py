@@ -158,7 +158,7 @@ class Flow:
             handle.has_ended = True
             if handle in self._queues:
                 self._end_queued(self._queues[handle])
-            self._pending.wake(handle)
+            self._pending.woken.append(handle)
         for block in self.in_flight.blocks():
             for step in block.calls:
                 if step.handle in handles and step.handle.single:
@@ -191,10 +191,10 @@ class Flow:
                 self._abort(queue, call, error(sentence))
             for request in queue.requests:
                 request.fail(error(sentence))
-                self._pending.wake(request)
+                self._pending.woken.append(request)
             queue.requests.clear()
         for handle in self._table.live_handles():
-            self._pending.wake(handle)
+            self._pending.woken.append(handle)
         self._line.clear()
         self._full_since.clear()
 
@@ -269,7 +269,7 @@ class Flow:
             if call.sent:
                 queue.steps.popleft()
                 if call.keep:
-                    self._pending.wake(call)
+                    self._pending.woken.append(call)
                 if call.left == 0:
                     self._conclude((call,))
             if queue.steps or queue.requests:
@@ -296,13 +296,15 @@ class Flow:
         return True
 
     def _next_block(self, call: StepCall) -> StepBlock | None:
-        """The block of a call's next piece, without the streams that were rewound since the call was made."""
+        """The block of a call's next piece, without the streams that were rewound since the call was made.
+
+        The next seqs of its streams move on.
+        """
         timesteps, columns = call.next_piece()
         call.advance()
         where = np.arange(columns.start, columns.stop)
-        x = call.x[timesteps, columns]
+        rows, x = call.rows[where], call.x[timesteps, columns]
         if call.handle.rewound_at > call.stamp:
-            rows = call.rows[where]
             fresh = self._table.rewound_at[rows] < call.stamp
             for index in np.flatnonzero(~fresh).tolist():
                 expected = int(self._table.seqs[rows[index]])
@@ -310,8 +312,8 @@ class Flow:
                 call.left -= len(x)
             if not np.any(fresh):
                 return None
-            where, x = where[fresh], np.ascontiguousarray(x[:, fresh])
-        return StepBlock.of_piece(self._table, call, x, timesteps.start, where)
+            where, rows, x = where[fresh], rows[fresh], np.ascontiguousarray(x[:, fresh])
+        return StepBlock((call,), rows, self._table.take_columns(rows, len(x)), x, timesteps.start, where)
 
     def _settle(self) -> None:
         """Act on what answers have said."""
@@ -343,7 +345,7 @@ class Flow:
                 self._continue(queue)
                 request.fail(error)
             if request.done:
-                self._pending.wake(request)
+                self._pending.woken.append(request)
 
     def _abort(self, queue: SendQueue, call: StepCall, error: InstepError) -> None:
         """End a call that was not sent completely."""
@@ -364,9 +366,9 @@ class Flow:
             self._tell(call)
 
     def _tell(self, call: StepCall) -> None:
-        self._pending.wake(call)
+        self._pending.woken.append(call)
         if call.keep:
-            self._pending.wake(call.handle)
+            self._pending.woken.append(call.handle)
 
 
 def _nobody_reads(handle: StreamHandle) -> InstepError:

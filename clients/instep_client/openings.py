@@ -111,7 +111,7 @@ class Opening(StreamsRequest[StreamHandle]):
 
 
 class OpenCall(Opening):
-    """The opening of streams; see `Session.open`."""
+    """The opening of streams: one, with a state, or a group, with states of N streams; the initial one where None."""
 
     kind, reply = Kind.OPEN, Kind.OPENED
 
@@ -121,7 +121,7 @@ class OpenCall(Opening):
         names: Sequence[str],
         states: State | None,
         single: bool,
-        first_seqs: npt.ArrayLike | None,
+        first_seqs: npt.ArrayLike | None = None,
     ) -> None:
         super().__init__(connection, names, single)
         count = len(self.names)
@@ -142,7 +142,7 @@ class OpenCall(Opening):
 
 
 class ForkCall(Opening, TurnCall[StreamHandle]):
-    """The copying of a handle's streams to new ones; see `Session.fork`."""
+    """The copying of a handle's streams, as they are after everything sent through it, to new ones."""
 
     kind, reply = Kind.FORK, Kind.OPENED
 
@@ -156,7 +156,10 @@ class ForkCall(Opening, TurnCall[StreamHandle]):
 
 
 class ResumeCall(Opening):
-    """The resuming of streams by name; see `Session.resume`. A stream that was there before stays, whatever happens."""
+    """The resuming of streams of which the user has the outputs of seqs below `have`; all that there are where None.
+
+    A stream that was there before stays, whatever happens.
+    """
 
     kind, reply = Kind.RESUME, Kind.RESUMED
 

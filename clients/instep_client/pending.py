@@ -42,7 +42,7 @@ class Pending:
         self.messages: list[Message] = []
         """To be sent, in order."""
         self.woken: list[Call[Any] | StreamHandle] = []
-        """Calls that ended or were sent, and stream handles whose outputs changed."""
+        """Whom the driver has to wake: calls that ended or were sent, and stream handles whose outputs changed."""
         self._last_number = 0
         self._last_taken = 0
 
@@ -88,11 +88,3 @@ class Pending:
         """Whom the driver has to wake."""
         woken, self.woken = self.woken, []
         return woken
-
-    def answer_ping(self, number: int) -> None:
-        """Tell the server, which asked, that we are here and have read everything up to its PING."""
-        self.messages.append([wire.pack_header(Kind.PONG, number)])
-
-    def wake(self, whom: Call[Any] | StreamHandle) -> None:
-        """Tell the driver that a call ended or was sent, or that a stream handle's outputs changed."""
-        self.woken.append(whom)

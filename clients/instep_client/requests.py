@@ -75,7 +75,7 @@ class ModelsChange(Question[list[ServedModel]]):
                 f"same: `instep-client models` shows the models that it has ({self.connection.attempts.why})"
             )
         )
-        self.connection.pending.wake(self)
+        self.connection.pending.woken.append(self)
         return False
 
 
@@ -213,7 +213,7 @@ class StreamsRequest(Request[R]):
         """It has ended, with a result unless an error is given."""
         if error is not None:
             self.fail(error)
-        self.connection.pending.wake(self)
+        self.connection.pending.woken.append(self)
 
     def _part_answered(self) -> None:
         self.parts_left -= 1

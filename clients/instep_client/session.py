@@ -15,14 +15,14 @@ and what its replies mean: in `requests.py`, `openings.py` and `changes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy.typing as npt
 
 from instep_client import arrays, replies
-from instep_client.calls import Call, OutputsCall
+from instep_client.calls import Call, OutputsCall, Request
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.farewell import Farewell
@@ -32,9 +32,36 @@ from instep_client.protocol.errors import ClientClosed, InvalidInput
 from instep_client.protocol.wire import MAX_NAME_BYTES, Kind, SwapPolicy
 from instep_client.replies import ServedModel, StreamPage
 from instep_client.requests import ModelsChange, PingCall, Question, ReadStateCall
-from instep_client.states import State as StreamState
+from instep_client.sleepers import TurnRequest
 from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
+
+P = ParamSpec("P")
+Q = TypeVar("Q", bound=Request[Any])
+T = TypeVar("T", bound=TurnRequest)
+
+
+def asks(kind: Callable[Concatenate[Connection, P], Q]) -> Callable[Concatenate[Session, P], Q]:
+    """The verb that asks a request of a kind; it takes what the request is made of."""
+
+    def verb(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> Q:
+        return session.ask(kind(session, *args, **kwargs))
+
+    return verb
+
+
+def queues(
+    kind: Callable[Concatenate[Connection, StreamHandle, P], T],
+) -> Callable[Concatenate[Session, StreamHandle, P], T]:
+    """The verb that asks a request of a kind after everything that was sent through a handle."""
+
+    def verb(session: Session, handle: StreamHandle, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        session.check_handle(handle)
+        request = kind(session, handle, *args, **kwargs)
+        session.flow.enqueue(request)
+        return request
+
+    return verb
 
 
 class Session(Connection):
@@ -76,40 +103,10 @@ class Session(Connection):
 
     # Streams.
 
-    def open(
-        self,
-        names: Sequence[str],
-        initial_states: StreamState | None,
-        single: bool,
-        first_seqs: npt.ArrayLike | None = None,
-    ) -> OpenCall:
-        """Open streams: one, with a state, or a group, with states of N streams; the initial one where None."""
-        return self.ask(OpenCall(self, names, initial_states, single, first_seqs))
-
-    def resume(
-        self,
-        names: Sequence[str],
-        have: npt.ArrayLike | None,
-        epochs: npt.ArrayLike,
-        take_over: bool,
-        single: bool,
-    ) -> ResumeCall:
-        """Resume streams of which the user has the outputs of seqs below `have`; all that there are where None."""
-        return self.ask(ResumeCall(self, names, have, epochs, take_over, single))
-
-    def fork(self, handle: StreamHandle, names: Sequence[str]) -> ForkCall:
-        """Copy a handle's streams, as they are after everything sent through it, to new ones."""
-        self._check_handle(handle)
-        call = ForkCall(self, handle, names)
-        self.flow.enqueue(call)
-        return call
-
-    def reset(self, handle: StreamHandle, states: StreamState | None) -> ResetCall:
-        """Give a handle's streams other states, initial ones if None, after everything sent through it."""
-        self._check_handle(handle)
-        call = ResetCall(self, handle, states)
-        self.flow.enqueue(call)
-        return call
+    open = asks(OpenCall)
+    resume = asks(ResumeCall)
+    fork = queues(ForkCall)
+    reset = queues(ResetCall)
 
     def close(self, handle: StreamHandle) -> CloseCall:
         """Close a handle after everything sent through it was answered; the result is final states [N, row_bytes]."""
@@ -123,7 +120,7 @@ class Session(Connection):
 
     def read_state(self, handle: StreamHandle) -> ReadStateCall:
         """Read the states of a handle's streams, without waiting for frames that were sent."""
-        self._check_handle(handle)
+        self.check_handle(handle)
         return self.ask(ReadStateCall(self, handle.names, handle))
 
     def read_state_by_name(self, names: Sequence[str]) -> ReadStateCall:
@@ -162,7 +159,7 @@ class Session(Connection):
     def finish(self, handle: StreamHandle) -> None:
         """Nothing more will be sent; the outputs end after those of what was sent with `keep`."""
         handle.finished = True
-        self.pending.wake(handle)
+        self.pending.woken.append(handle)
 
     def take(self, handle: StreamHandle) -> OutputsCall | None:
         """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
@@ -186,9 +183,7 @@ class Session(Connection):
 
     # The server.
 
-    def ping(self, now: float) -> PingCall:
-        """Measure a round trip."""
-        return self.ask(PingCall(self, now))
+    ping = asks(PingCall)
 
     def statistics(self) -> Question[dict[str, float]]:
         """Ask for the server's numbers."""
@@ -224,7 +219,8 @@ class Session(Connection):
         if self.state is OPEN or self.state is RECONNECTING:
             call.cancel()
 
-    def _check_handle(self, handle: StreamHandle) -> None:
+    def check_handle(self, handle: StreamHandle) -> None:
+        """Raise where nothing may be asked of a handle's streams."""
         self.check_open()
         _check_not_closed(handle)
         if handle.has_ended:

@@ -171,12 +171,6 @@ class StepBlock:
         """The number it was last sent with; numbers grow."""
 
     @classmethod
-    def of_piece(cls, table: OpenStreams, call: StepCall, x: F32, start: int, where: Indices) -> StepBlock:
-        """Frames of a call from timestep `start` on, of the columns `where`; their streams' next seqs move on."""
-        rows = call.rows[where]
-        return cls((call,), rows, table.take_columns(rows, len(x)), x, start, where)
-
-    @classmethod
     def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
         """Single frames of distinct streams side by side; their next seqs move on."""
         if len(calls) == 1:
