@@ -249,9 +249,8 @@ class AsyncClient:
         found: list[ListedStream] = []
         cursor = 0
         while True:
-            page = await self._driver.wait(self._session.list_streams(cursor, _PAGE, number, prefix))
-            found += page.streams
-            cursor = page.cursor
+            page, cursor = await self._driver.wait(self._session.list_streams(cursor, _PAGE, number, prefix))
+            found += page
             if not cursor:
                 return found
 

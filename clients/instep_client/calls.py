@@ -3,7 +3,7 @@
 Call
 ├── StepCall, in `steps.py`    frames of one stream handle
 └── Request                    anything else, one class for each kind
-    ├── Greeting, Claim, Probe, Farewell   the session's own
+    ├── Greeting, Claim, Silence, Farewell  the session's own
     ├── Question, ModelsChange, PingCall, in `requests.py`
     └── StreamsRequest         about streams, one message for each part of them
         ├── OpenCall, ForkCall, ResumeCall, in `openings.py`

@@ -199,8 +199,7 @@ class Connection:
         elif kind is Kind.EVICTED:
             self._handle_evicted(header, frames)
         elif kind is Kind.MOVED:
-            _, handles, seqs = replies.moved(header, frames)
-            self.table.moved(handles, seqs)
+            self.table.moved(*replies.moved(header, frames))
         elif kind is Kind.WELCOME and number == 0:
             self._info = replies.welcome(header, frames)
         elif kind is Kind.PING:
@@ -232,7 +231,7 @@ class Connection:
             # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
             # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
             self._is_new = False
-            self._silence.probe.ask(now)
+            self._silence.ask(now)
         elif refusal.code is Code.HELLO_FIRST:
             self.lose(now, f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
         elif (asked := self.pending.unanswered.pop(number, None)) is not None:

@@ -113,26 +113,43 @@ def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
     return f"a smaller {smaller[0]}" if smaller else ""
 
 
-class Silence:
+class Silence(Request[None]):
     """Watches for silence: while something is unanswered, and over a connection that nobody uses.
+
+    Its message is a PING that only asks for a word of the server.
 
     Args:
         pending: where probes go.
         timeout_s: how long a silent server is waited for; it is probed after half of that.
     """
 
+    kind, reply = Kind.PING, Kind.PONG
+
     def __init__(self, pending: Pending, timeout_s: float) -> None:
+        self._pending = pending
         self.timeout_s = timeout_s
         self.heard_at = 0.0
         """When the newest message came; 0 before the first."""
         self.deadline = math.inf
         """When to watch again though no message comes; infinity for never."""
         self._waiting_since = math.inf
-        self.probe = Probe(pending)
+        self._is_asked = False
 
-    def lost(self) -> None:
+    def ask(self, now: float) -> None:
+        self._is_asked = True
+        self._pending.ask(self)
+
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+        self._is_asked = False
+
+    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+        self._is_asked = False
+
+    def lost(self) -> bool:
         """The connection is lost: the wait begins anew with the next one."""
         self._waiting_since = self.deadline = math.inf
+        self._is_asked = False
+        return False
 
     def lasts_too_long(self, now: float, is_waiting: bool, may_probe: bool, keep_alive_s: float) -> bool:
         """Whether the server is to be given up; it is probed where that is due.
@@ -148,35 +165,11 @@ class Silence:
             self.deadline = self.heard_at + keep_alive_s
             if now < self.deadline:
                 return False
-            self.probe.ask(now)
+            self.ask(now)
         self._waiting_since = min(self._waiting_since, now)
         quiet_since = max(self.heard_at, self._waiting_since)
         given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
-        if may_probe and not self.probe.is_unanswered and given_up_at > now >= probed_at:
-            self.probe.ask(now)
-        self.deadline = probed_at if may_probe and not self.probe.is_unanswered else given_up_at
+        if may_probe and not self._is_asked and given_up_at > now >= probed_at:
+            self.ask(now)
+        self.deadline = probed_at if may_probe and not self._is_asked else given_up_at
         return now >= given_up_at
-
-
-class Probe(Request[None]):
-    """A PING that only asks for a word of the server."""
-
-    kind, reply = Kind.PING, Kind.PONG
-    is_unanswered = False
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-
-    def ask(self, now: float) -> None:
-        self.is_unanswered = True
-        self._pending.ask(self)
-
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self.is_unanswered = False
-
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        self.is_unanswered = False
-
-    def lost(self) -> bool:
-        self.is_unanswered = False
-        return False

@@ -75,14 +75,6 @@ class ServedModel(NamedTuple):
     """Stepped since the server started the model."""
 
 
-class StreamPage(NamedTuple):
-    """LISTED: some streams of the server."""
-
-    streams: list[ListedStream]
-    cursor: int
-    """Where the next page begins; 0 after the last."""
-
-
 def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
     """The server's description of itself."""
     values: list[Any] = []
@@ -172,8 +164,8 @@ def statistics(header: Header, frames: Sequence[Frame]) -> dict[str, float]:
     return {_text(name, "a statistic's name"): _number(value, "a statistic") for name, value in pairs}
 
 
-def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
-    """Some streams, and where the next ones begin."""
+def listed(header: Header, frames: Sequence[Frame]) -> tuple[list[ListedStream], int]:
+    """Some streams of the server, and the cursor of the next page, 0 after the last."""
     n, cursor = header.fields
     count = wire.count_field(n, "N", wire.MAX_BLOCK_STREAMS, at_least=0)
     wire.count_field(cursor, "the cursor", 2**62, at_least=0)
@@ -193,7 +185,7 @@ def listed(header: Header, frames: Sequence[Frame]) -> StreamPage:
                 None if expires_in_us == wire.UNKNOWN else expires_in_us / 1e6,
             )
         )
-    return StreamPage(streams, cursor)
+    return streams, cursor
 
 
 def served(header: Header, frames: Sequence[Frame]) -> list[ServedModel]:
@@ -222,12 +214,13 @@ def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
     return handles, _code(code), _text(sentence, "the sentence")
 
 
-def moved(header: Header, frames: Sequence[Frame]) -> tuple[str, U64, U64]:
-    """The fingerprint of the version that the connection has now, and its streams: handles and next seqs."""
+def moved(header: Header, frames: Sequence[Frame]) -> tuple[U64, U64]:
+    """Handles and next seqs of the connection's streams, which another version of the model computes now."""
     n, fingerprint = header.fields
+    _text(fingerprint, "the fingerprint")
     count = wire.count_field(n, "N", _MOST, 0)
     handles, seqs = (wire.array_frame(frame, "<u8", (count,), "streams") for frame in frames[1:])
-    return _text(fingerprint, "the fingerprint"), handles, seqs
+    return handles, seqs
 
 
 def goodbye(header: Header) -> str:

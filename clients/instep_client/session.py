@@ -30,7 +30,7 @@ from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed, InvalidInput
 from instep_client.protocol.wire import MAX_NAME_BYTES, Kind, SwapPolicy
-from instep_client.replies import ServedModel, StreamPage
+from instep_client.replies import ListedStream, ServedModel
 from instep_client.requests import ModelsChange, PingCall, Question, ReadStateCall
 from instep_client.sleepers import TurnRequest
 from instep_client.steps import StepCall
@@ -206,7 +206,7 @@ class Session(Connection):
         """Ask the server to unload a model."""
         return self.ask(ModelsChange(self, Kind.UNLOAD, name, int(force)))
 
-    def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> Question[StreamPage]:
+    def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> Question[tuple[list[ListedStream], int]]:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""
         begins = prefix.encode()
         if len(begins) > MAX_NAME_BYTES:

@@ -1,8 +1,8 @@
 """A stream's state in a file from which any server of the same model can continue the stream.
 
 It is a safetensors file with one tensor `state`, or `state.NAME` for each leaf where the state is a dict of arrays; its
-metadata say which stream and model the state belongs to. Only
-reading and writing files needs the package safetensors, which is therefore imported there and not above.
+metadata say which stream and model the state belongs to. Only reading and writing files needs the package safetensors,
+which is therefore imported there and not above.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ _DTYPES: Final = ("F32", "F64", "I64", "BOOL")
 _LENGTH_BYTES: Final = 8
 """A safetensors file begins with the length of its header, little-endian."""
 _MAX_HEADER_BYTES: Final = 65_536
-_MAX_STATE_BYTES: Final = MAX_REPLY_BYTES
-"""No server could have sent a larger state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,15 +51,9 @@ class StreamSnapshot:
             OSError: as the file system says.
             ModuleNotFoundError: when safetensors is not installed; it says how to install it.
         """
-        about = {
-            "format": _FORMAT,
-            "name": self.name,
-            "seq": str(self.seq),
-            "fingerprint": self.fingerprint,
-            "model": self.model,
-        }
-        leaves = _tensors(self.state)
-        content = _safetensors().numpy.save({name: np.array(leaf, order="C") for name, leaf in leaves.items()}, about)
+        of = {name: str(getattr(self, name)) for name in ("name", "seq", "fingerprint", "model")}
+        tensors = {name: np.array(leaf, order="C") for name, leaf in _tensors(self.state).items()}
+        content = _safetensors().numpy.save(tensors, {"format": _FORMAT, **of})
         target = Path(path)
         part = target.with_name(f".{target.name}.{token_hex(4)}.part")
         try:
@@ -91,8 +83,8 @@ class StreamSnapshot:
             header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             file_bytes = os.fstat(file.fileno()).st_size
         try:
-            # safetensors itself allows headers of 100 MB and tensors of any size.
-            if header_bytes > _MAX_HEADER_BYTES or file_bytes > _LENGTH_BYTES + header_bytes + _MAX_STATE_BYTES:
+            # safetensors allows headers of 100 MB and tensors of any size; no server could have sent a larger state.
+            if header_bytes > _MAX_HEADER_BYTES or file_bytes > _LENGTH_BYTES + header_bytes + MAX_REPLY_BYTES:
                 raise ValueError("it is longer than any snapshot")
             return cls._read(safetensors, path)
         except (ValueError, KeyError, safetensors.SafetensorError) as error:

@@ -230,12 +230,12 @@ def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
     assert (finals.shape, failures) == ((2, 16), [])
     assert readers.statistics(*read["STATISTICS"]) == {"frames_total": 5.0, "streams_open": 3.0}
     assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
-    page = readers.listed(*read["LISTED"])
-    assert page.streams == [
+    streams, cursor = readers.listed(*read["LISTED"])
+    assert streams == [
         ("mic-4", "connected", 3, 0, 2.0, 3598.0),
         ("mic-5", "hibernating", None, 0, 9.0, None),
     ]
-    assert page.cursor == 0
+    assert cursor == 0
     assert readers.served(*read["SERVED"]) == [("seed", 3, 4, 3, 2, 5), ("ears", 40, 128, 0, 0, 0)]
     handles, code, _ = readers.evicted(*read["EVICTED"])
     assert (handles.tolist(), code) == ([MIC_1, MIC_2], Code.FENCED)
