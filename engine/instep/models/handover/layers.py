@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
 
@@ -20,8 +20,6 @@ from instep.models.recurrent.description import (
     DESCRIPTIONS,
     PROJECTION,
     Activation,
-    DenseLayer,
-    NormLayer,
 )
 from instep.models.registry import sentences
 from instep.models.weights import check_weights
@@ -37,116 +35,88 @@ SERVED: Final = (
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
-    """A dense layer and the activation after it."""
+class FrameLayer:
+    """A dense layer or a layer norm, and the activation after it."""
 
     label: str
     """How sentences name it."""
-    weight: torch.Tensor
-    """[outputs, inputs]."""
-    bias: torch.Tensor | None = None
+    inputs: int
+    outputs: int
+    """Values that it takes and gives."""
+    fields: Mapping[str, Any]
+    """As in `model.yaml`, without the activation."""
+    tensors: Mapping[str, torch.Tensor]
+    """By torch's names."""
     activation: Activation = "none"
 
-    @classmethod
-    def of(cls, label: str, linear: nn.Linear, activation: Activation = "none") -> Dense:
-        """The layer that a module is.
-
-        Raises:
-            ModelError: when it computes something of its own.
-        """
-        _check_forward(label, linear, nn.Linear)
-        return cls(label, linear.weight, linear.bias, activation)
-
-    @classmethod
-    def identity(cls, label: str, width: int, activation: Activation) -> Dense:
-        """A layer that changes no value, for an activation that follows no dense layer."""
-        return cls(label, torch.eye(width), None, activation)
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is an `nn.Linear`, not an `nn.LayerNorm`."""
+        return "size" in self.fields
 
     @property
-    def inputs(self) -> int:
-        """Values that it takes."""
-        return self.weight.shape[1]
-
-    @property
-    def outputs(self) -> int:
-        """Values that it gives."""
-        return self.weight.shape[0]
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """By torch's names."""
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-
-    @property
-    def description(self) -> DenseLayer:
+    def description(self) -> dict[str, Any]:
         """As it stands in `model.yaml`."""
-        return DenseLayer(size=self.outputs, activation=self.activation, bias=self.bias is not None)
+        return {**self.fields, "activation": self.activation}
 
-    def normalised(self, norm: nn.BatchNorm1d) -> Dense:
-        """This layer with the batch norm after it folded into its weights, which float64 computes."""
+    def normalised(self, norm: nn.BatchNorm1d) -> FrameLayer:
+        """This dense layer with the batch norm after it folded into its weights, which float64 computes."""
         assert norm.running_mean is not None
         assert norm.running_var is not None
         mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
         shift = torch.zeros_like(mean)
         if norm.affine:
             scale, shift = scale * norm.weight.double(), norm.bias.double()
-        bias = -mean if self.bias is None else self.bias.double() - mean
-        weight = self.weight.double() * scale[:, None]
-        return replace(self, weight=weight.to(self.weight.dtype), bias=(bias * scale + shift).to(self.weight.dtype))
+        weight, bias = self.tensors["weight"], self.tensors.get("bias", torch.zeros_like(mean)).double() - mean
+        folded = (weight.double() * scale[:, None]).to(weight.dtype)
+        return dense(self.label, folded, (bias * scale + shift).to(weight.dtype), self.activation)
 
 
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A layer norm over the values of a frame, and the activation after it."""
+def dense(
+    label: str, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: Activation = "none"
+) -> FrameLayer:
+    """A dense layer with weights [outputs, inputs] and a bias [outputs]."""
+    outputs, inputs = weight.shape
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return FrameLayer(label, inputs, outputs, {"size": outputs, "bias": bias is not None}, tensors, activation)
 
-    label: str
-    size: int
-    eps: float
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    activation: Activation = "none"
 
-    @classmethod
-    def of(cls, label: str, norm: nn.LayerNorm, activation: Activation = "none") -> Norm:
-        """The layer that a module is.
+def layer_norm(
+    label: str,
+    size: int,
+    eps: float,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: Activation = "none",
+) -> FrameLayer:
+    """A layer norm over the `size` values of a frame."""
+    has_weight = weight is not None
+    fields = {
+        "layer_norm": True,
+        "eps": eps,
+        "elementwise_affine": has_weight,
+        "bias": bias is not None or not has_weight,
+    }
+    tensors = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+    return FrameLayer(label, size, size, fields, tensors, activation)
 
-        Raises:
-            ModelError: when it takes more than the values of a frame together, or computes something of its own.
-        """
-        _check_forward(label, norm, nn.LayerNorm)
-        if len(norm.normalized_shape) != 1:
-            raise ModelError(
-                f"{label} is a LayerNorm over {list(norm.normalized_shape)}, and only one over the values of a frame "
-                "can be served: train one with a single size"
-            )
-        return cls(label, norm.normalized_shape[0], norm.eps, norm.weight, norm.bias, activation)
 
-    @property
-    def inputs(self) -> int:
-        """Values that it takes."""
-        return self.size
+def layer_of_module(label: str, module: nn.Linear | nn.LayerNorm, activation: Activation = "none") -> FrameLayer:
+    """The layer that a module is.
 
-    @property
-    def outputs(self) -> int:
-        """Values that it gives."""
-        return self.size
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """By torch's names."""
-        found = {"weight": self.weight, "bias": self.bias}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    @property
-    def description(self) -> NormLayer:
-        """As it stands in `model.yaml`."""
-        return NormLayer(
-            layer_norm=True,
-            activation=self.activation,
-            eps=self.eps,
-            elementwise_affine=self.weight is not None,
-            bias=self.bias is not None or self.weight is None,
+    Raises:
+        ModelError: when it takes more than the values of a frame together, or computes something of its own.
+    """
+    if isinstance(module, nn.Linear):
+        _check_forward(label, module, nn.Linear)
+        return dense(label, module.weight, module.bias, activation)
+    _check_forward(label, module, nn.LayerNorm)
+    if len(module.normalized_shape) != 1:
+        raise ModelError(
+            f"{label} is a LayerNorm over {list(module.normalized_shape)}, and only one over the values of a frame "
+            "can be served: train one with a single size"
         )
+    return layer_norm(label, module.normalized_shape[0], module.eps, module.weight, module.bias, activation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +170,9 @@ class Recurrent:
 class Chain:
     """Layers in the order in which a frame meets them."""
 
-    before: Sequence[Dense | Norm]
+    before: Sequence[FrameLayer]
     recurrent: Recurrent
-    after: Sequence[Dense | Norm]
+    after: Sequence[FrameLayer]
     initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """By leaf, [num_layers, hidden_size], what streams begin with where that was learned; empty for zeros."""
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import write_model
-from instep.models.handover.layers import RECURRENT, Chain, Dense, Norm, Recurrent, RecurrentModule
+from instep.models.handover.layers import RECURRENT, Chain, FrameLayer, Recurrent, RecurrentModule, layer_of_module
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
 from instep.models.handover.traced_module import TracedModule, why_not_served
 from instep.models.handover.tracer import activation_of
@@ -117,12 +117,11 @@ def _named(place: str, given: Layers) -> list[tuple[str, object]]:
     return [(name, activation) for _, name, activation in _pairs(place, given, (str,), '"head"')]
 
 
-def _layers(place: str, given: Layers) -> list[Dense | Norm]:
-    layers: list[Dense | Norm] = []
-    for label, module, activation in _pairs(place, given, (nn.Linear, nn.LayerNorm), "linear"):
-        kind = Norm if isinstance(module, nn.LayerNorm) else Dense
-        layers.append(kind.of(label, module, activation_of(activation, f"the activation of {label}")))
-    return layers
+def _layers(place: str, given: Layers) -> list[FrameLayer]:
+    return [
+        layer_of_module(label, module, activation_of(activation, f"the activation of {label}"))
+        for label, module, activation in _pairs(place, given, (nn.Linear, nn.LayerNorm), "linear")
+    ]
 
 
 def _pairs(place: str, given: Any, kinds: tuple[type, ...], sample: str) -> Iterator[tuple[str, Any, object]]:

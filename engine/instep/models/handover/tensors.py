@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from instep.models.errors import ModelError
 from instep.models.folder import DESCRIPTION_FILE, GRAPHS, WEIGHTS_FILE
-from instep.models.handover.layers import SERVED, Chain, Dense, Norm, Recurrent
+from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, dense, layer_norm
 from instep.models.handover.tracer import activation_of, plain_path
 from instep.models.recurrent.description import (
     BIDIRECTIONAL,
@@ -230,14 +230,14 @@ def _no_layer(name: str, names: Sequence[str], source: str) -> str:
     return f"{source} has no layer `{name}`; {hint}"
 
 
-def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> Dense | Norm:
+def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> FrameLayer:
     name, given = pair
     tensors = layers[_find(name, layers, "a Linear or LayerNorm", _FRAME_LAYERS, source)]
     activation = activation_of(given, f"the activation of `{name}` in {place}")
     weight, bias = tensors["weight"], tensors.get("bias")
     if _kind(tensors) == "Linear":
-        return Dense(f"`{name}`", weight, bias, activation)
-    return Norm(f"`{name}`", len(weight), _DEFAULT_EPS, weight, bias, activation)
+        return dense(f"`{name}`", weight, bias, activation)
+    return layer_norm(f"`{name}`", len(weight), _DEFAULT_EPS, weight, bias, activation)
 
 
 def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, source: str) -> Recurrent:

@@ -12,7 +12,7 @@ from torch import nn
 
 from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError
-from instep.models.handover.layers import SERVED, Chain, Dense, Norm, Recurrent, RecurrentModule
+from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, RecurrentModule, dense, layer_of_module
 from instep.models.handover.tracer import Step, Tracer, first_line, plain_path
 from instep.models.model import Model
 from instep.models.recurrent.description import Activation
@@ -249,8 +249,8 @@ def why_not_served(module: nn.Module) -> str | None:
 
 
 def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: str, features: int) -> Chain:
-    before: list[Dense | Norm] = []
-    after: list[Dense | Norm] = []
+    before: list[FrameLayer] = []
+    after: list[FrameLayer] = []
     recurrent: Recurrent | None = None
     layers, width = before, features
     previous: Step | None = None
@@ -260,12 +260,10 @@ def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: s
             if recurrent is not None:
                 raise ModelError(f"{kind}.forward runs {step.label} twice: train one with num_layers=2")
             recurrent, layers = Recurrent.of(step.label, step.what), after
-        elif isinstance(step.what, nn.Linear):
-            layers.append(Dense.of(step.label, step.what))
-        elif isinstance(step.what, nn.LayerNorm):
-            layers.append(Norm.of(step.label, step.what))
+        elif isinstance(step.what, nn.Linear | nn.LayerNorm):
+            layers.append(layer_of_module(step.label, step.what))
         elif isinstance(step.what, nn.BatchNorm1d):
-            if not isinstance(last, Dense):
+            if last is None or not last.is_dense:
                 raise ModelError(
                     f"{step.label} is a BatchNorm1d that does not follow a Linear directly, so it cannot be folded "
                     "into one; train the network without it, or with it behind a Linear"
@@ -278,7 +276,7 @@ def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: s
             if last is not None:
                 layers[-1] = replace(last, activation=activation)
             else:
-                layers.append(Dense.identity(step.label, width, activation))
+                layers.append(dense(step.label, torch.eye(width), None, activation))  # which changes no value
         previous, width = step, step.width
     if recurrent is None:
         raise ModelError(f"{kind}.forward does not run its recurrent module on its input; {SERVED}")

@@ -15,7 +15,7 @@ import torch
 
 from instep.models.agreement import agreement
 from instep.models.errors import ModelError
-from instep.models.handover.layers import SERVED, Chain, Dense, Norm
+from instep.models.handover.layers import SERVED, Chain, FrameLayer
 from instep.models.onnx.graph import check_rows, label
 from instep.models.onnx.layer_nodes import LAYERS, RECURRENT, InTheWay, LayerNodes
 from instep.models.onnx.matching import Hints
@@ -57,9 +57,9 @@ class _Reader:
 
     def chain(self, answer: str) -> Chain:
         """The layers from the frame to the answer."""
-        before: list[Dense | Norm] = []
+        before: list[FrameLayer] = []
         recurrent: list[NodeProto] = []
-        after: list[Dense | Norm] = []
+        after: list[FrameLayer] = []
         for node in self._nodes(answer):
             layers = after if recurrent else before
             if node.op_type not in RECURRENT:

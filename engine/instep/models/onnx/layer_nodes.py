@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instep.models.handover.layers import Dense, Norm, Recurrent
+from instep.models.handover.layers import FrameLayer, Recurrent, dense, layer_norm
 from instep.models.onnx.graph import label
 from instep.models.recurrent.description import Activation
 
@@ -75,7 +75,7 @@ class LayerNodes:
         self._per_row = per_row
         self._initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
 
-    def add(self, node: NodeProto, layers: list[Dense | Norm], recurrent: Sequence[NodeProto]) -> None:
+    def add(self, node: NodeProto, layers: list[FrameLayer], recurrent: Sequence[NodeProto]) -> None:
         """Add a layer, or what a node does to the last one of `layers`; those follow the nodes `recurrent`, if any."""
         if node.op_type in ("MatMul", "Gemm"):
             layers.append(self._dense(node))
@@ -86,7 +86,7 @@ class LayerNodes:
         else:
             layers[-1:] = self._activated(node, layers, recurrent)
 
-    def _dense(self, node: NodeProto) -> Dense:
+    def _dense(self, node: NodeProto) -> FrameLayer:
         attributes = _attributes(node)
         weight = self._constant(node.input[1]) if node.input[0] in self._per_row else None
         plain = all(
@@ -98,27 +98,25 @@ class LayerNodes:
         weight = weight if attributes.get("transB") else weight.T
         if bias is not None:
             bias = np.broadcast_to(bias.reshape(-1), len(weight))
-        return Dense(label(node), _tensor(weight), None if bias is None else _tensor(bias))
+        return dense(label(node), _tensor(weight), None if bias is None else _tensor(bias))
 
-    def _norm(self, node: NodeProto) -> Norm:
+    def _norm(self, node: NodeProto) -> FrameLayer:
         weight, bias = (self._constant(name) if name else None for name in [*node.input, ""][1:3])
         if weight is None or weight.ndim != 1:
             raise InTheWay(node, "it is not over the values of a frame, with constant weights")
         eps = float(str(np.float32(_attributes(node).get("epsilon", 1e-5))))  # 1e-05, not the float32 next to it
-        return Norm(label(node), weight.size, eps, _tensor(weight), None if bias is None else _tensor(bias))
+        return layer_norm(label(node), weight.size, eps, _tensor(weight), None if bias is None else _tensor(bias))
 
-    def _with_bias(self, node: NodeProto, layers: list[Dense | Norm]) -> Dense:
+    def _with_bias(self, node: NodeProto, layers: list[FrameLayer]) -> FrameLayer:
         bias = next((found for name in node.input if (found := self._constant(name)) is not None), None)
         last = layers[-1] if layers else None
-        if not isinstance(last, Dense) or last.bias is not None or last.activation != "none" or bias is None:
+        if bias is None or last is None or not last.is_dense or "bias" in last.tensors or last.activation != "none":
             raise InTheWay(node, "it adds to something that is not a product with a matrix")
-        if bias.size not in (1, len(last.weight)):
-            raise InTheWay(node, f"it adds {bias.size} values to {len(last.weight)}")
-        return replace(last, bias=_tensor(np.broadcast_to(bias.reshape(-1), len(last.weight))))
+        if bias.size not in (1, last.outputs):
+            raise InTheWay(node, f"it adds {bias.size} values to {last.outputs}")
+        return dense(last.label, last.tensors["weight"], _tensor(np.broadcast_to(bias.reshape(-1), last.outputs)))
 
-    def _activated(
-        self, node: NodeProto, layers: list[Dense | Norm], recurrent: Sequence[NodeProto]
-    ) -> list[Dense | Norm]:
+    def _activated(self, node: NodeProto, layers: list[FrameLayer], recurrent: Sequence[NodeProto]) -> list[FrameLayer]:
         attributes = _attributes(node)
         for name, default in _DEFAULTS.get(node.op_type, {}).items():
             value = attributes.get(name, default)
@@ -131,7 +129,7 @@ class LayerNodes:
         if not last and not recurrent:
             raise InTheWay(node, "it comes before any layer; compute it in the client")
         width = last[0].outputs if last else self._weights(recurrent[-1])[1].shape[1]
-        return [*last, Dense.identity(label(node), width, activation)]
+        return [*last, dense(label(node), torch.eye(width), None, activation)]  # which changes no value
 
     def recurrent(self, nodes: Sequence[NodeProto]) -> Recurrent:
         """Nodes that follow each other, as the layers of one."""
