@@ -22,7 +22,16 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, RecurrentModel, StateSpec
-from instep.models.stepping import keep_state, load_state, put, read_state, step_rows
+from instep.models.stepping import (
+    answers_of,
+    keep_state,
+    load_state,
+    put,
+    random_frames,
+    random_states,
+    read_state,
+    step_rows,
+)
 from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
@@ -86,17 +95,18 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     probes = _Probes(model, count, steps)
     results = {bucket: probes.through(bucket, step) for bucket, step in steps.items()}
     groups: dict[bytes, list[int]] = {}
-    for bucket, result in results.items():
-        if result.spread == 0:
-            groups.setdefault(result.answers.tobytes(), []).append(bucket)
+    for bucket, (answers, spread) in results.items():
+        if spread == 0:
+            groups.setdefault(answers.tobytes(), []).append(bucket)
     if groups:
         buckets = max(groups.values(), key=lambda group: (2 * group[-1] >= candidates[-1], len(group), group[-1]))
         stepping_ulp = 0
     else:
         buckets = list(candidates)
-        reference = results[buckets[-1]].answers
-        distances = (_distance(model.state, result.answers, reference) for result in results.values())
-        stepping_ulp = max(*distances, *(result.spread for result in results.values()))
+        reference, _ = results[buckets[-1]]
+        stepping_ulp = max(
+            max(spread, _distance(model.state, answers, reference)) for answers, spread in results.values()
+        )
     sequence_ulp = _sequence_distance(model, {bucket: steps[bucket] for bucket in buckets})
     return Certification(
         exactness="exact" if groups else "tolerance",
@@ -104,28 +114,6 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
         max_ulp=max(stepping_ulp, sequence_ulp or 0),
         whole_sequence=bool(groups) and sequence_ulp == 0,
     )
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Outputs and states of some rows."""
-
-    y: F32
-    state: U8
-
-    def tobytes(self) -> bytes:
-        return self.y.tobytes() + self.state.tobytes()
-
-    def take(self, rows: I64) -> _Answers:
-        return _Answers(self.y[rows], self.state[rows])
-
-
-@dataclass(frozen=True)
-class _Result:
-    answers: _Answers
-    """One answer for every probe."""
-    spread: int
-    """The largest distance, in ULP, between two answers to one probe."""
 
 
 class _Probes:
@@ -138,30 +126,29 @@ class _Probes:
         random = np.random.default_rng(0)
         beside = np.array([*_HOSTILE, _PADDING], np.float32)
         x = np.repeat(beside[:, None], features, axis=1)
-        self._x = np.concatenate([_random_frames(model, random, count), x])
+        self._x = np.concatenate([random_frames(features, random, count), x])
         reached = _reached_states(model, random, count // 2, steps)
-        drawn = _random_states(state, random, count - len(reached), reached)
+        drawn = random_states(state, random, count - len(reached), reached)
         self._state = np.concatenate([drawn, reached, _constant_states(state, beside)])
         self._padding = count + len(_HOSTILE)
 
-    def through(self, bucket: int, step: BoundStep) -> _Result:
-        """Step every probe at least twice in this bucket, at two positions, beside other rows."""
-        model = self._model
-        indices, ys, states = [], [], []
+    def through(self, bucket: int, step: BoundStep) -> tuple[U8, int]:
+        """Step every probe at least twice in this bucket, at two positions, beside other rows.
+
+        Returns:
+            One answer for every probe, as `answers_of`, and the largest distance, in ULP, between two answers to one.
+        """
+        spec, outputs = self._model.state, self._model.description.outputs
+        probes, found = [], []
         for batch in self._batches(bucket):
-            y, state = step_rows(step, model.state, self._x[batch], self._state[batch], model.description.outputs)
+            answered = answers_of(*step_rows(step, spec, self._x[batch], self._state[batch], outputs))
             is_probe = batch < self._count
-            indices.append(batch[is_probe])
-            ys.append(y[is_probe])
-            states.append(state[is_probe])
-        seen, answered = np.concatenate(indices), _Answers(np.concatenate(ys), np.concatenate(states))
-        y, state = (
-            np.zeros_like(answered.y, shape=(self._count, *answered.y.shape[1:])),
-            model.state.initial(self._count),
-        )
-        y[seen], state[seen] = answered.y, answered.state
-        answers = _Answers(y, state)
-        return _Result(answers, _distance(model.state, answered, answers.take(seen)))
+            probes.append(batch[is_probe])
+            found.append(answered[is_probe])
+        seen, answered = np.concatenate(probes), np.concatenate(found)
+        answers = np.zeros((self._count, answered.shape[1]), np.uint8)
+        answers[seen] = answered
+        return answers, _distance(spec, answered, answers[seen])
 
     def _batches(self, bucket: int) -> Iterator[I64]:
         position = np.arange(bucket)
@@ -191,26 +178,21 @@ def _sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) ->
 
 def _one_sequence_distance(model: RecurrentModel, step: BoundStep, rows: int, length: int) -> int | None:
     random = np.random.default_rng(1)
-    x = _random_frames(model, random, length * rows).reshape(length, rows, -1)
-    state = _random_states(model.state, random, rows, model.state.initial(1))
+    features, outputs = model.description.features, model.description.outputs
+    x = random_frames(features, random, length * rows).reshape(length, rows, features)
+    state = random_states(model.state, random, rows, model.state.initial(1))
     whole = model.sequence(x, state)
     if whole is None:
         return None
-    outputs = model.description.outputs
     stepped_y = np.empty((length, rows, outputs), np.float32)
     load_state(step, model.state, state)
     for frame, y in zip(x, stepped_y, strict=True):
-        put(step.x[:, : frame.shape[1]], frame)
+        put(step.x[:, :features], frame)
         step.run()
         y[...] = step.y[:, :outputs].cpu().numpy()
         keep_state(step)
-    return _distance(model.state, _Answers(*whole), _Answers(stepped_y, read_state(step, model.state)))
-
-
-def _random_frames(model: RecurrentModel, random: np.random.Generator, count: int) -> F32:
-    """Frames [count, features] of several magnitudes."""
-    scale = random.choice([0.1, 1, 1, 5], (count, 1))
-    return (scale * random.standard_normal((count, model.description.features))).astype(np.float32)
+    ways = (whole, (stepped_y, read_state(step, model.state)))
+    return _distance(model.state, *(answers_of(y.swapaxes(0, 1), after) for y, after in ways))
 
 
 def _reached_states(
@@ -223,24 +205,11 @@ def _reached_states(
         rows = model.state.initial(bucket)
         reached = rows.copy()
         for behind in range(_WARM_STEPS):
-            x = _random_frames(model, random, bucket)
+            x = random_frames(model.description.features, random, bucket)
             _, rows = step_rows(step, model.state, x, rows, model.description.outputs)
             reached[behind::_WARM_STEPS] = rows[behind::_WARM_STEPS]
         found.append(reached[: count - start])
     return np.concatenate(found)
-
-
-def _random_states(spec: StateSpec, random: np.random.Generator, count: int, reached: U8) -> U8:
-    """States of several magnitudes, some of them all zero: floats in ±1, integers and bools of reached states.
-
-    Integers may be places in a buffer, where others would be out of bounds.
-    """
-    scale = random.choice([0, 0.1, 1, 1], count)
-    rows = reached[random.integers(len(reached), size=count)]
-    for leaf in spec.unpack(rows).values():
-        if leaf.dtype.kind == "f":
-            leaf[...] = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
-    return rows
 
 
 def _constant_states(spec: StateSpec, values: F32) -> U8:
@@ -252,12 +221,14 @@ def _constant_states(spec: StateSpec, values: F32) -> U8:
     return rows
 
 
-def _distance(spec: StateSpec, one: _Answers, other: _Answers) -> int:
-    """The largest in ULP; leaves that are not float32 are equal or not comparable."""
-    if one.tobytes() == other.tobytes():
+def _distance(spec: StateSpec, one: U8, other: U8) -> int:
+    """The largest in ULP, of `answers_of`; leaves that are not float32 are equal or not comparable."""
+    if np.array_equal(one, other):
         return 0
-    distances = [int(ulp_distance(one.y, other.y).max())]
-    leaves, others = spec.unpack(one.state), spec.unpack(other.state)
+    size = one.shape[1] - spec.row_bytes
+    y, other_y = (each[:, :size].view(np.float32) for each in (one, other))
+    distances = [int(ulp_distance(y, other_y).max())]
+    leaves, others = (spec.unpack(each[:, size:]) for each in (one, other))
     for name, leaf in leaves.items():
         if leaf.dtype == np.float32:
             distances.append(int(ulp_distance(leaf, others[name]).max()))

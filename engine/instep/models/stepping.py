@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -46,3 +47,38 @@ def step_rows(step: BoundStep, spec: StateSpec, x: F32, rows: U8, outputs: int) 
     load_state(step, spec, rows)
     step.run()
     return step.y[:, :outputs].cpu().numpy().copy(), read_state(step, spec)
+
+
+def answers_of(y: F32, states: U8) -> U8:
+    """Outputs [R, ...] and rows of states after them as bytes, one row for each."""
+    return np.concatenate([np.ascontiguousarray(y).reshape(len(states), -1).view(np.uint8), states], axis=1)
+
+
+def trial_answers(step: BoundStep, spec: StateSpec, features: int, outputs: int, rows: int) -> U8:
+    """The answers to `rows` random frames, which are the same for every step, and to some again to fill the batch."""
+    random = np.random.default_rng(2)
+    x, states = random_frames(features, random, rows), random_states(spec, random, rows, spec.initial(1))
+    bucket, found = len(step.x), []
+    for first in range(0, rows, bucket):
+        batch = np.arange(first, first + bucket) % rows
+        found.append(answers_of(*step_rows(step, spec, x[batch], states[batch], outputs)))
+    return np.concatenate(found)
+
+
+def random_frames(features: int, random: np.random.Generator, count: int) -> F32:
+    """Frames [count, features] of several magnitudes."""
+    scale = random.choice([0.1, 1, 1, 5], (count, 1))
+    return (scale * random.standard_normal((count, features))).astype(np.float32)
+
+
+def random_states(spec: StateSpec, random: np.random.Generator, count: int, reached: U8) -> U8:
+    """States of several magnitudes, some of them all zero: floats in ±1, integers and bools of reached states.
+
+    Integers may be places in a buffer, where others would be out of bounds.
+    """
+    scale = random.choice([0, 0.1, 1, 1], count)
+    rows = reached[random.integers(len(reached), size=count)]
+    for leaf in spec.unpack(rows).values():
+        if leaf.dtype.kind == "f":
+            leaf[...] = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
+    return rows

@@ -31,6 +31,7 @@ from instep.models.recurrent.lstm import Lstm
 from instep.models.recurrent.reference import RecurrentReference
 from instep.models.recurrent.rnn import Rnn
 from instep.models.recurrent.step import RecurrentStep, Weights
+from instep.models.stepping import trial_answers
 
 PADDED_BUCKET: Final = 32
 """Rows of a network with frame layers come in multiples of it: `sigmoid` treats the last elements of an array that does
@@ -72,8 +73,7 @@ class RecurrentNetwork:
         """Step by hand where at least `rows` frames get the bits of torch's own step in each bucket."""
         plain = self._plain
         by_hand = BY_HAND if self.may_step_by_hand and plain == self._recurrence.plain else ()
-        same = (each for each in by_hand if all(self._is_same((plain, each), bucket, rows) for bucket in buckets))
-        self.kernel = next(same, plain)
+        self.kernel = next((each for each in by_hand if self._is_same(each, plain, buckets, rows)), plain)
 
     def select_quickest(self) -> None:
         """Step by hand on the CPU."""
@@ -117,36 +117,18 @@ class RecurrentNetwork:
         plain = self._recurrence.plain
         if plain == "torch" or not self.may_step_by_hand:
             return "torch"
-        truths = {bucket: self._answers(plain, bucket, TRIAL_ROWS) for bucket in (self.row_multiple, *TRIAL_BUCKETS)}
-        first, *others = truths.values()
-        has_its_bits = (
-            all(torch.equal(self._answers(each, bucket, TRIAL_ROWS), truth) for bucket, truth in truths.items())
-            for each in BY_HAND
-        )
-        return plain if all(torch.equal(first, other) for other in others) and any(has_its_bits) else "torch"
+        buckets = (self.row_multiple, *TRIAL_BUCKETS)
+        is_one = len({self._answers(plain, bucket, TRIAL_ROWS)[:TRIAL_ROWS].tobytes() for bucket in buckets}) == 1
+        has_its_bits = (self._is_same(each, plain, buckets, TRIAL_ROWS) for each in BY_HAND)
+        return plain if is_one and any(has_its_bits) else "torch"
 
-    def _is_same(self, kernels: Sequence[Kernel], bucket: int, rows: int) -> bool:
-        one, other = (self._answers(kernel, bucket, rows) for kernel in kernels)
-        return torch.equal(one, other)
+    def _is_same(self, kernel: Kernel, plain: Kernel, buckets: Sequence[int], rows: int) -> bool:
+        both = ((self._answers(each, bucket, rows) for each in (kernel, plain)) for bucket in buckets)
+        return all(np.array_equal(one, other) for one, other in both)
 
-    def _answers(self, kernel: Kernel, bucket: int, rows: int) -> torch.Tensor:
-        """The bits of outputs and states of `rows` random frames, which are the same in each bucket."""
-        generator = torch.Generator().manual_seed(2)
+    def _answers(self, kernel: Kernel, bucket: int, rows: int) -> U8:
         step = RecurrentStep(self._weights, bucket, self._size, kernel)
-        features, layers, leaves = self.description.features, len(self._weights.layers), step.leaves
-        x = torch.randn(rows, features, generator=generator)
-        x *= torch.tensor([0.1, 1, 1, 5])[torch.randint(4, (rows, 1), generator=generator)]
-        states = torch.rand(len(leaves), rows, layers, self._size, generator=generator) * 2 - 1
-        states *= torch.tensor([0, 0.1, 1, 1])[torch.randint(4, (1, rows, 1, 1), generator=generator)]
-        answers = []
-        for first in range(0, rows, bucket):
-            batch = torch.arange(first, first + bucket) % rows
-            step.x[:, :features].copy_(x[batch])
-            for leaf, values in zip(step.state.values(), states, strict=True):
-                leaf.copy_(values[batch])
-            step.run()
-            answers.append(torch.cat([step.y, *(leaf.transpose(0, 1).flatten(1) for leaf in leaves.values())], dim=1))
-        return torch.cat(answers)[:rows].view(torch.int32)
+        return trial_answers(step, self.state, self.description.features, self.description.outputs, rows)
 
     def _padded_weights(self, multiple: int) -> Weights:
         description, given = self.description, self.model.weights
