@@ -271,6 +271,13 @@ async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path,
         await until(lambda: said("not shadowed") == [f"{candidate} is the version that is served now"])
         assert server.default.about.fingerprint == NEWER.fingerprint
         assert server.default.candidate is None
+        reloads(candidate)
+        await until(lambda: server.default.candidate is not None and found(server).is_following)
+        reloads(candidate, folder=candidate.name)
+        await until(lambda: len(said("not shadowed")) == 2)
+        reloads(tmp_path / ("y" * 300), folder=candidate.name)
+        await until(lambda: len(said("not reloaded")) == 3)
+        assert len(said("not shadowed")) == 2, "once for each swap"
     assert not any(line["event"] == "restart needed" for line in told)
 
 

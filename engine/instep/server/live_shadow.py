@@ -112,8 +112,10 @@ class Shadows:
         if service in self._running:
             await self._running.pop(service).stop(reason)
 
-    async def follow(self, services: Iterable[ModelService], wanted: ModelConfig, names: Sequence[str]) -> None:
-        """Shadow the models of a configuration, which have these names, with the candidates that it names."""
+    async def follow(
+        self, services: Iterable[ModelService], former: ModelConfig, wanted: ModelConfig, names: Sequence[str]
+    ) -> None:
+        """Shadow the models of a new configuration, which have these names, with the candidates that it names."""
         try:
             check_candidates(wanted, names)
         except ModelError as error:
@@ -135,7 +137,9 @@ class Shadows:
             if (present and not present.reason and present.key) == (candidate and candidate.key):
                 continue
             if candidate is not None and candidate.fingerprint == service.about.fingerprint:
-                service.log.info("not shadowed", reason=is_served(candidate.folder))
+                before = former.candidate(service.name, is_only=len(names) == 1)
+                if present or candidate.folder != before:  # else that was said when this version was loaded
+                    service.log.info("not shadowed", reason=is_served(candidate.folder))
                 candidate = None
             await self.end(service, "the configuration has changed")
             service.candidate = candidate

@@ -188,8 +188,9 @@ class Loader:
         for service in self._server.services:
             _, fingerprint = found.get(service.name, (None, None))
             service.is_configured = service.about.fingerprint == fingerprint
+        former = self._server.config.model
         self._server.config = self._server.config.model_copy(update={"model": wanted})
-        await self._server.shadows.follow(self._server.services, wanted, list(found))
+        await self._server.shadows.follow(self._server.services, former, wanted, list(found))
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
