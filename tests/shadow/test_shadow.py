@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from instep.recording.errors import UnavailableRecording
 from instep.recording.file import RecordingFile
 from instep.recording.trim import Retention
 from instep.server.server import Server
+from instep.shadow import live
 from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
 from instep.shadow.report import Differences
 from instep.shadow.shadow import Shadow
@@ -205,6 +209,60 @@ def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
     compared = shadow.report("").frames
     shadow.follow()
     assert shadow.report("").frames == compared + 36
+
+
+def test_the_process_beside_a_server_works_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    story, looks, is_sliced = Story(tmp_path), count(), list[bool]()
+
+    class Ended(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return next(looks) == 2
+
+    @contextmanager
+    def slices() -> Iterator[None]:
+        story.step(1, frames=5)
+        is_sliced.append(True)
+        yield
+        is_sliced.append(False)
+
+    keep_up = Shadow.keep_up
+
+    def sliced(shadow: Shadow) -> None:
+        assert is_sliced[-1]
+        keep_up(shadow)
+
+    monkeypatch.setattr(Shadow, "keep_up", sliced)
+    monkeypatch.setattr(live, "run_in_the_background", lambda: None)
+    monkeypatch.setattr(live, "end_of_input", Ended)
+    monkeypatch.setattr(live, "in_slices", slices)
+    story.step(story.open(), frames=3)
+    *_, fingerprint, share, after = live.command(story.path, story.folder, story.model.fingerprint, 1.0, 0)
+    assert live.main([str(story.path), str(story.folder), fingerprint, share, after]) == 0
+    assert [json.loads(line)["frames"] for line in capfd.readouterr().out.splitlines()] == [3, 8, 13]
+
+
+def test_streams_that_are_left_out_count_once_although_a_trimmed_history_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("command", "shadow"):
+        monkeypatch.setattr(f"instep.shadow.{module}.MOST_STREAMS", 4)
+    story = Story(tmp_path, retention=Retention(keep_bytes=100_000))
+    streams = [story.open() for _ in range(7)]
+    story.step(*streams)
+    shadow = make_shadow(Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True))
+    shadow.follow()
+    for dropped in (3, 3, 4):
+        newest = story.scribe.writer.position
+        while story.scribe.writer.trimmed.position <= newest:
+            story.trim()
+        if dropped == 4:
+            story.scribe.close(streams[-1])
+            story.open()
+            story.scribe.writer.commit()
+        shadow.follow()
+        assert (shadow.following, shadow.dropped) == (4, dropped)
 
 
 def test_streams_that_come_and_go_between_two_looks_are_compared(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from instep.background import AGAIN, CANNOT, end_of_input, run_in_the_background, write
+from instep.background import AGAIN, CANNOT, end_of_input, in_slices, run_in_the_background, write
 
 if TYPE_CHECKING:
     from instep.shadow.shadow import Shadow
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
         shadow.follow()  # what came before does not count as being late
         _tell(shadow)
         while not ended.wait(_PAUSE_S):
-            shadow.keep_up()
+            with in_slices():
+                shadow.keep_up()
             _tell(shadow)
     except UnavailableRecording as error:
         sys.stderr.write(f"{error}\n")

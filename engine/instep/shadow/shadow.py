@@ -13,7 +13,7 @@ import numpy as np
 from instep.core.typing import F32, I64
 from instep.recording.errors import UnavailableRecording
 from instep.recording.records import BatchGroup
-from instep.recording.tail import Item, RecordingTail
+from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.runtime.stepper import Stepper
 from instep.shadow.report import Differences, StreamDifference
 from instep.streaming.replaying import WarmUpReplay
@@ -48,6 +48,8 @@ class Shadow(WarmUpReplay):
         super().__init__(path, stepper, MOST_STREAMS, warm_up)
         self.dropped = 0
         """Streams that were given up because the candidate could not keep up, or left out because there were more."""
+        self._dropped = set[int]()
+        """The numbers of those that are open: where the recording is trimmed, all that are open are met again."""
         self.unavailable: UnavailableRecording | None = None
         """Why the recording could not be read at the last look."""
         self._share = share
@@ -100,7 +102,7 @@ class Shadow(WarmUpReplay):
         numbers = sorted(self._slots)[::2]
         for number in numbers:
             self._release(number)
-        self.dropped += len(numbers)
+            self._drop(number)
 
     def report(self, candidate: str) -> Differences:
         """Findings so far."""
@@ -135,10 +137,23 @@ class Shadow(WarmUpReplay):
             self._compares = True
         super()._take(item, tail)
 
-    def _wants(self, name: str) -> bool:
-        is_chosen = zlib.crc32(name.encode()) < self._share * 2**32
-        self.dropped += is_chosen and not self._free
+        if isinstance(item, Closed):
+            self._dropped.discard(item.stream)
+
+    def _begin(self, tail: RecordingTail) -> int:
+        self._dropped &= set(tail.newest_open(_NEVER))  # the closings of others may have been trimmed
+        return super()._begin(tail)
+
+    def _wants(self, opened: Opened) -> bool:
+        is_chosen = zlib.crc32(opened.name.encode()) < self._share * 2**32
+        if is_chosen and not self._free:
+            self._drop(opened.stream)
         return is_chosen and bool(self._free)
+
+    def _drop(self, number: int) -> None:
+        """A stream is not followed; it counts once."""
+        self.dropped += number not in self._dropped
+        self._dropped.add(number)
 
     def _opened(self, slot: int, name: str) -> None:
         if self._frames_of[slot]:

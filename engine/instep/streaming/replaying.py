@@ -113,8 +113,8 @@ class WarmUpReplay:
 
     # ── For subclasses ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _wants(self, name: str) -> bool:
-        """Whether to follow a stream of that name, which there may be no slot for."""
+    def _wants(self, opened: Opened) -> bool:
+        """Whether to follow a stream, which there may be no slot for."""
         if not self._free:
             raise RecordingError(f"{self._path} has more open streams than engine.max_streams: raise it")
         return True
@@ -201,7 +201,7 @@ class WarmUpReplay:
         return first
 
     def _open(self, opened: Opened) -> None:
-        if self._wants(opened.name):
+        if self._wants(opened):
             slot = self._slots[opened.stream] = self._free.pop()
             self._opened(slot, opened.name)
             self._start(slot, opened.first_seq, opened.state)
