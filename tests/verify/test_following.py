@@ -30,6 +30,7 @@ from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify import live
 from instep.verify.following import Follower
+from instep.verify.mismatches import StreamNumbers
 from instep.verify.throttle import Status, Throttle, follow
 from tests.support.forger import Forger
 from tests.support.growing import Story
@@ -616,6 +617,7 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     (wrong,) = former.mismatches.kept
     told = former.mismatches.streams.pairs()
     assert told == [(wrong.number, 0)]
+    assert len(json.dumps(StreamNumbers([(2**32 - at, 2**40) for at in range(10**6)]).pairs())) < 2**22
     later = Follower(story.path, story.model, former.position, told=told, certify=CERTIFY)
     story.step(*streams, frames=5)
     advance(later)

@@ -15,6 +15,8 @@ from instep.verify.report import Divergence
 
 MOST_KEPT: Final = 1024
 """Mismatches whose values are kept: a broken model has one for each stream."""
+MOST_PAIRS: Final = 2**16
+"""Streams of which the next process is told: a status of more would be longer than the server reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class StreamNumbers:
         return len(self._numbers)
 
     def pairs(self) -> list[tuple[int, int]]:
-        """As in the arguments, by number."""
-        return [(number, self._closings.get(number, 0)) for number in sorted(self._numbers)]
+        """As in the arguments, by number; of more than `MOST_PAIRS` those that opened last."""
+        return [(number, self._closings.get(number, 0)) for number in sorted(self._numbers)[-MOST_PAIRS:]]
 
     def add(self, number: int) -> bool:
         """Whether it was not there before."""
