@@ -35,7 +35,7 @@ app: Final = CommandLine(
     help="Read, save, restore, copy and replace the state of a stream.\n\n"
     "The exit status is 0 on success, and 2 with an error that says why."
 )
-FIRST_VALUES: Final = 6
+FIRST_VALUES: Final = 3
 """How many values of a layer are shown."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream, whoever has it.")]

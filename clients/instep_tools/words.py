@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+COLUMNS: Final = 80
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """A number and what it counts, in the singular or plural: `1 stream`, `2,048 streams`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def folded(sentence: str) -> list[str]:
+    """In lines of 80 columns, except that a long word, such as a path, stays whole."""
+    return textwrap.wrap(sentence, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def three_digits(value: float) -> str:

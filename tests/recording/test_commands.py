@@ -120,6 +120,7 @@ def test_info_shows_what_it_is(tmp_path: Path) -> None:
         "up to position 9",
     ):
         assert expected in text
+    assert all(len(line) <= 80 for line in text.splitlines() if str(tmp_path) not in line)
     assert said(commands.info, tmp_path / "nothing.rec")[0] == 2
 
 
@@ -150,6 +151,8 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert said(commands.list_folder, tmp_path / "empty") == (0, f"{tmp_path / 'empty'} holds no recordings\n")
     assert said(commands.list_folder, tmp_path / "missing")[0] == 2
+    status, text = said(commands.list_folder, tmp_path / "a.rec")
+    assert (status, f"{tmp_path / 'a.rec'} is not a folder: name the one that it is in" in text) == (2, True), text
 
 
 def test_a_terminal_of_80_columns_shows_every_word(tmp_path: Path) -> None:

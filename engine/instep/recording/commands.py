@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,14 +20,15 @@ from instep.recording.cut import Bound, cut
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import Inspection, Listed, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
-from instep_tools.words import counted
+from instep_tools.words import COLUMNS, counted
 
 WHOLE: Final = 0
 DAMAGED: Final = 1
 NOT_READ: Final = 2
 
 _HEADINGS: Final = ("file", "began (UTC)", "model", "ends", "streams", "open", "frames", "MB")
-_NUMBERS: Final = ("streams", "open", "frames", "MB")
+_RIGHT: Final = [_HEADINGS.index(name) for name in ("streams", "open", "frames", "MB")]
+"""The columns of numbers."""
 
 
 def check(file: Path, console: Console, *, json: bool = False) -> int:
@@ -58,7 +61,14 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
     if json:
         _write_json(asdict(found))
         return WHOLE
-    _in_columns(console, [[name, value] for name, value in facts(found).items()], ())
+    known, is_shown = facts(found), console.is_terminal
+    indent = max(map(len, known)) + 2
+    columns = (console.width if is_shown else COLUMNS) - indent
+    for name, value in known.items():
+        # A long word, such as a path, is cut on a terminal only.
+        lines = textwrap.wrap(value, columns, break_long_words=is_shown, break_on_hyphens=False) or [""]
+        for label, line in zip_longest([name], lines, fillvalue=""):
+            _say(console, f"{label:<{indent}}{line}", "")
     return WHOLE
 
 
@@ -71,8 +81,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
     if json:
         _write_json([_as_json(listed) for listed in found])
     elif found:
-        right = [_HEADINGS.index(name) for name in _NUMBERS]
-        _in_columns(console, [_HEADINGS, *map(_line, found)], right)
+        _in_columns(console, [_HEADINGS, *map(_line, found)])
     else:
         _say(console, f"{folder} holds no recordings", "yellow")
     return WHOLE
@@ -188,12 +197,12 @@ def _as_json(listed: Listed) -> dict[str, Any]:
     return asdict(listed.overview)
 
 
-def _in_columns(console: Console, rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns: a terminal folds long cells, a pipe gets each row as one line, however long."""
     if console.is_terminal:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for at in range(len(rows[0])):
-            table.add_column(justify="right" if at in right else "left", no_wrap=at in right, overflow="fold")
+        for at in range(len(_HEADINGS)):
+            table.add_column(justify="right" if at in _RIGHT else "left", no_wrap=at in _RIGHT, overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -201,7 +210,7 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]], right: Sequence
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            cell.rjust(width) if at in right else cell.ljust(width)
+            cell.rjust(width) if at in _RIGHT else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         _say(console, "  ".join(cells).rstrip(), "")

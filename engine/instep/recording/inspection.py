@@ -176,6 +176,10 @@ def list_recordings(folder: Path) -> list[Listed]:
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and looks_like_one(path))
     except OSError as error:
+        if folder.is_file():
+            raise RecordingError(
+                f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
+            ) from None
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
     return [_listed(path) for path in files]
 

@@ -29,6 +29,7 @@ from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.problems import CommandProblem
 from instep_tools.state import check_new, plain, save_new, state_lines
 from instep_tools.stream_plot import MOST_FRAMES, Panel, check_plot_path, plot_panels
+from instep_tools.words import folded
 
 DONE: Final = 0
 NOT_DONE: Final = 2
@@ -91,16 +92,12 @@ def run(what: Look, console: Console) -> int:
         for leaf in header.state_spec.leaves
     )
     several = f", the newest of {moment.openings} of this name," if moment.openings > 1 else ""
-    console.print(
-        Text(f"stream {moment.info.stream} ({moment.info.name!r}){several} before frame {moment.seq}: {leaves}"),
-        soft_wrap=True,
-        highlight=False,
-    )
-    for line in state_lines(taken.state, header.state_spec):
+    about = f"stream {moment.info.stream} ({moment.info.name!r}){several} before frame {moment.seq}: {leaves}"
+    results = [in_words(moment), f"saved in {what.out}" if what.out is not None else "", drawn]
+    for line in [*folded(about), *state_lines(taken.state, header.state_spec)]:
         console.print(Text(line), soft_wrap=True, highlight=False)
-    written = [f"saved in {what.out}"] if what.out is not None else []
-    sentence = "; ".join([in_words(moment), *written, *([drawn] if drawn else [])])
-    console.print(Text(sentence, "bold green"), soft_wrap=True, highlight=False)
+    for line in folded("; ".join(filter(None, results))):
+        console.print(Text(line, "bold green"), soft_wrap=True, highlight=False)
     return DONE
 
 
