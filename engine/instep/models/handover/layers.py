@@ -176,6 +176,11 @@ class Chain:
     initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """By leaf, [num_layers, hidden_size], what streams begin with where that was learned; empty for zeros."""
 
+    @property
+    def layers(self) -> Sequence[FrameLayer | Recurrent]:
+        """All of them."""
+        return (*self.before, self.recurrent, *self.after)
+
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
         """The model, of copies of the tensors.
 
@@ -188,7 +193,7 @@ class Chain:
             description = DESCRIPTIONS[kind].model_validate(
                 {
                     "kind": kind,
-                    "features": (*self.before, self.recurrent)[0].inputs,
+                    "features": self.layers[0].inputs,
                     "before": [layer.description for layer in self.before],
                     kind: self.recurrent.description,
                     "after": [layer.description for layer in self.after],
@@ -208,7 +213,7 @@ class Chain:
         return model_of(check_name(name), description, weights, check_output_names(list(outputs), description))
 
     def _check_sizes(self) -> None:
-        for giver, taker in pairwise((*self.before, self.recurrent, *self.after)):
+        for giver, taker in pairwise(self.layers):
             if giver.outputs != taker.inputs:
                 raise ModelError(
                     f"{taker.label} takes {taker.inputs} values but {giver.label} gives {giver.outputs}; their sizes "
