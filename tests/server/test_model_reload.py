@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from instep.models.folder import write_model
 from instep.models.model import Model
@@ -102,6 +103,21 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         await reloads({"ears": tmp_path / "by request"})
         assert (await client.stats())["configured"] == 1, "the configuration has caught up"
         assert client.info.fingerprint == A.fingerprint
+
+
+async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions(folders: Any) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told) as server, AsyncClient(server.endpoint) as client:
+        monkeypatch.setattr("instep.server.loading.versions", versions)
+        line = await Reloads(server, told)([folder_of(tmp_path / "eyes", OTHER)])
+        assert line["event"] == "not reloaded"
+        assert line["reason"].endswith("MemoryError: Unable to allocate 9 TiB")
+        assert [each.name for each in await client.list_models()] == ["ears"]
 
 
 async def test_a_version_that_was_swapped_by_request_is_configured_once_the_configuration_names_it(

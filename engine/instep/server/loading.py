@@ -172,13 +172,15 @@ class Loader:
                 if name in served and found[name][1] != self._server.served(name).info.fingerprint:
                     await self.swap(name, found[name][0], SwapPolicy.parse(wanted.on_reload))
                     swapped.append(name)
-        except (CannotServe, ModelError, Refusal) as error:
+        except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
             if not swapped:
                 for name in loaded:
                     await self.unload(name)
             if self._shutdown.requested.is_set():
                 return
-            self._log.error("not reloaded", reason=f"the models were not changed as model.folder has it: {error}")
+            is_sentence = isinstance(error, CannotServe | ModelError | Refusal)
+            why = str(error) if is_sentence else f"{type(error).__name__}: {error}"
+            self._log.error("not reloaded", reason=f"the models were not changed as model.folder has it: {why}")
             return
         unloaded = [name for name in self._configured if name in served and name not in found]
         for name in unloaded:
