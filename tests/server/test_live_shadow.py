@@ -24,14 +24,16 @@ from instep.config import Config
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model, model_of
+from instep.recording.reader import RecordingReader
 from instep.server.check import check
+from instep.server.live_shadow import LiveShadow
 from instep.server.log import Threshold
 from instep.server.preparation import CannotServe
 from instep.server.reload import Kept, reload
 from instep.server.server import Server
 from instep.shadow import live
 from instep.streaming.candidate import CandidateStatus
-from instep_client import AsyncClient, Refused
+from instep_client import AsyncClient, ConnectionFailed, Refused
 from tests.support.models import plain, torch_gru
 from tests.support.running import log_into, prepared, running
 
@@ -224,6 +226,37 @@ async def test_it_follows_the_next_version_while_that_is_another_one_of_its_size
         f"model.shadow: {candidate} has 8 outputs, and the model 'ears', which it is to shadow, with 9",
     ]
     assert len([line for line in told if line["event"] == "shadowed"]) == 2
+
+
+async def test_what_a_new_version_has_recorded_outlives_an_end_that_is_forced_before_the_former_candidate_has_ended(
+    candidate: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recordings").mkdir()
+    write_model(tmp_path / "newer", NEWER)
+    ends, stop = asyncio.Event(), LiveShadow.stop
+
+    async def stop_late(shadow: LiveShadow, reason: str) -> None:
+        ends.set()
+        try:
+            if reason == "another version is served now":
+                await asyncio.Event().wait()
+        finally:
+            await stop(shadow, reason)
+
+    monkeypatch.setattr(LiveShadow, "stop", stop_late)
+    async with running(EARS, **sections(candidate, recording={"file": tmp_path / "recordings"})) as server:
+        async with AsyncClient(server.endpoint, reconnect_s=0) as client:
+            swapping = asyncio.create_task(client.swap_model("ears", tmp_path / "newer", "keep"))
+            await ends.wait()
+            other = AsyncClient(server.endpoint)
+            await other.connect()
+            await (await other.open("s")).step(frames(rng, 3))
+            await other.close(park=True)
+            server.stop(drain=False)
+            with pytest.raises(ConnectionFailed):
+                await swapping
+    with RecordingReader(tmp_path / "recordings" / "ears@2.instep") as reader:
+        assert [stream.name for stream in reader.streams()] == ["s"]
 
 
 async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path, rng: np.random.Generator) -> None:

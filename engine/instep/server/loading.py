@@ -122,12 +122,13 @@ class Loader:
             if keeps:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
-                await self._server.shadows.end(former.service, "another version is served now")
             else:
                 moved = await self._move(former, made, policy, log)
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
-        if not keeps:
+        if keeps:  # not before: if this is cancelled, nothing that is served may be undone
+            await self._server.shadows.end(former.service, "another version is served now")
+        else:
             await moved.end(former.service, made.served.service)
             await self._server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
