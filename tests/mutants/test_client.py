@@ -13,7 +13,7 @@ from instep_client.flow import Flow
 from instep_client.in_flight import InFlight
 from instep_client.pending import Pending
 from instep_client.protocol.wire import ServerInfo
-from instep_client.requests import StreamsRequest
+from instep_client.requests import ReadStateCall
 from instep_client.sleepers import Sleepers
 from instep_client.streams import OpenStreams
 from tests.client import (
@@ -120,7 +120,7 @@ RULES = (
     ),
     BrokenRule(
         "a request that crossed the word of a stream's sleep is refused",
-        replaces=StreamsRequest._only_sleeps,
+        replaces=ReadStateCall._only_sleeps,
         variant=lambda original, request, refused: False,
         found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from instep.frontends.zmq.router import Router
 from instep.recording.open_streams import OpenStream
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
@@ -38,6 +41,29 @@ def waiting(rng: np.random.Generator, timesteps: int = 1) -> np.ndarray:
     x = random_frames(rng, timesteps)
     x[0, 0, 0] = GATE_VALUE
     return x
+
+
+async def test_a_stream_whose_frames_wait_does_not_end_because_the_loop_was_held_up(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.streaming.reaper._LOOK_EVERY", 1)
+    receive, empty_looks = Router.receive, 0
+
+    def late(router: Router, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        """ZeroMQ's own threads were held up as well."""
+        nonlocal empty_looks
+        empty_looks -= 1
+        return receive(router, at_most) if empty_looks < 0 else iter(())
+
+    monkeypatch.setattr(Router, "receive", late)
+    async with running(SMALL, limits={"max_idle_s": 3}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], random_frames(rng, 1)))
+        time.sleep(3.5)  # noqa: ASYNC251
+        empty_looks = 10
+        reply = await client.receive()
+        assert (reply.kind, reply.failures()) == (Kind.STEPPED, [])
 
 
 # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from instep.server.loop import Loop
+from instep.server.loop import HeldUp, Loop
 from instep.streaming.tasks import Tasks
 
 
@@ -80,3 +81,14 @@ async def test_turns_that_others_take_do_not_multiply_those_that_are_due() -> No
         await asyncio.sleep(0)
     loop.stop()
     assert 0 < frontend.received <= iterations
+
+
+def test_a_loop_that_was_held_up_has_time_to_read_and_one_that_always_is_has_it_now_and_then() -> None:
+    held_up, began_ns = HeldUp(), time.monotonic_ns()
+
+    def look(after_s: float) -> bool:
+        return held_up.look(began_ns + round(after_s * 1e9))
+
+    assert [look(after_s) for after_s in (0.05, 0.9, 1.8)] == [False] * 3
+    assert [look(after_s) for after_s in (9.8, 9.9, 10.7, 10.9)] == [True, True, True, False]
+    assert [look(after_s) for after_s in range(20, 40, 2)] == [True, False] * 5

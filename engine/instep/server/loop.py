@@ -17,6 +17,8 @@ _RECEIVE_NS: Final = 2_000_000
 """How long front ends receive before what came first is stepped."""
 _SLICE_NS: Final = 50_000
 """How long the loop polls before the other work of the event loop gets its turn."""
+_LATE_NS: Final = 1_000_000_000
+"""The loop was held up if it comes this late; and the time that it has then to read what waits."""
 
 
 class Loop:
@@ -173,3 +175,25 @@ class Loop:
         self._is_polling = now_ns < self._poll_until_ns and not self._is_stopped
         if self._is_polling:
             self._loop.call_soon(self._poll_slice)
+
+
+class HeldUp:
+    """Finds that the loop was held up, because the process was stopped or the machine had no time for it.
+
+    Messages wait then that show which connections and streams are in use: none may end for its silence before they were
+    read.
+    """
+
+    def __init__(self) -> None:
+        self._looked_ns = time.monotonic_ns()
+        self._reads_until_ns = 0
+
+    def look(self, now_ns: int) -> bool:
+        """Whether what waits is still being read, at that time; to be asked many times a second.
+
+        A loop that is late all the time has this time once in two looks.
+        """
+        is_late, self._looked_ns = now_ns - self._looked_ns > _LATE_NS, now_ns
+        if now_ns >= self._reads_until_ns:
+            self._reads_until_ns = now_ns + _LATE_NS if is_late and not self._reads_until_ns else 0
+        return self._reads_until_ns > 0

@@ -25,7 +25,7 @@ from instep.server.limits import idle_limits
 from instep.server.live_shadow import Shadows
 from instep.server.live_verification import LiveVerification
 from instep.server.loading import Loader
-from instep.server.loop import Loop
+from instep.server.loop import HeldUp, Loop
 from instep.server.preparation import Version
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
@@ -217,10 +217,14 @@ class Server:
     async def _tick(self) -> None:
         files = [service.file for service in self.services if service.file is not None]
         free_space = FreeSpace(files[0], self._log) if files else None  # all of them are in one folder
+        held_up = HeldUp()
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
+                if held_up.look(now_ns):
+                    self._turns.wake()
+                    continue
                 for service in self.services:
                     service.engine.stats.loop_busy_ns = self._turns.busy_ns
                 for summary in self._summaries.values():

@@ -242,6 +242,17 @@ def test_a_peer_that_answers_no_question_is_given_up() -> None:
     assert rig.gone == [rig.slow]
 
 
+def test_a_peer_is_asked_before_it_is_given_up_however_long_the_server_was_stopped() -> None:
+    rig = Rig()
+    rig.tick(1000)
+    rig.tick(1050)
+    assert rig.gone == []
+    assert rig.pings(b"\0slow") == rig.pings(b"\0fast") == [0]
+    rig.fast.last_heard_ns = 1040
+    rig.tick(1051)
+    assert rig.gone == [rig.slow]
+
+
 def test_a_peer_that_never_says_that_it_reads_is_handed_no_more_than_the_bound() -> None:
     rig = Rig(max_outbox_bytes=10**6)
     for _ in range(150):

@@ -205,12 +205,14 @@ class Outbound:
         for peer in list(self._blocked):
             self._flush(peer, now_ns)
         for peer in self.peers():
-            if now_ns - peer.last_heard_ns > _MOST_SILENCES * probe_after_ns:
-                self.drop(peer)  # stopped, or behind a cable that was pulled
-                continue
             silent_ns = now_ns - max(peer.last_heard_ns, peer.last_probed_ns)
             longest_ns = min(probe_after_ns, _FORMER_PROBE_NS) if peer.served.service.is_former else probe_after_ns
-            if silent_ns > longest_ns and not peer.outbox:
+            until_ns = peer.last_heard_ns + _MOST_SILENCES * probe_after_ns
+            if now_ns > until_ns and (peer.outbox or peer.last_probed_ns > peer.last_heard_ns):
+                # Where the server itself was stopped meanwhile, it may have asked only now.
+                if peer.last_probed_ns <= until_ns or silent_ns > longest_ns:
+                    self.drop(peer)  # stopped, or behind a cable that was pulled
+            elif silent_ns > longest_ns and not peer.outbox:
                 peer.last_probed_ns = now_ns
                 if self._ask(peer) is Sent.GONE:
                     self.drop(peer)
