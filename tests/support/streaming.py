@@ -228,23 +228,22 @@ class StreamingEngine:
         )
         self.operations = StreamOperations(self.engine, self.states, self.hibernation, self.tasks)
         self.reaper = Reaper(self.engine, self.operations, reap_at_once)
-        self.frontend = InProcessFrontend(self.engine, self.operations, self.reaper, self.tasks, self.loop.wake)
         log = log_into([])
-        self.loop.add(
-            ModelService(
-                model.name,
-                self.engine,
-                self.operations,
-                self.reaper,
-                self.states,
-                Checkpoints(self.engine, self.states, self.tasks, 10**18),
-                Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
-                Listing(self.table, self.hibernation),
-                self.tasks,
-                log,
-                ABOUT,
-            )
+        service = ModelService(
+            model.name,
+            self.engine,
+            self.operations,
+            self.reaper,
+            self.states,
+            Checkpoints(self.engine, self.states, self.tasks, 10**18),
+            Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
+            Listing(self.table, self.hibernation),
+            self.tasks,
+            log,
+            ABOUT,
         )
+        self.frontend = InProcessFrontend(service, self.loop.wake)
+        self.loop.add(service)
         self.loop.frontends = [self.frontend]
         self.loop.start()
 

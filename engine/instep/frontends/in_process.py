@@ -15,10 +15,7 @@ import numpy as np
 from instep.core.admission import SENT_COLUMN
 from instep.core.typing import F32, I64, U8, U64
 from instep.streaming.api import Frames, Grants, Names, Refusal, Reply, StatesRead, StreamEvent
-from instep.streaming.engine import Engine
-from instep.streaming.operations import StreamOperations
-from instep.streaming.reaper import Reaper
-from instep.streaming.tasks import Tasks
+from instep.streaming.service import ModelService
 from instep_client.protocol.codes import HAVE_ALL
 
 T = TypeVar("T")
@@ -27,13 +24,13 @@ T = TypeVar("T")
 class InProcessOrigin:
     """A producer in this process: the engine's operations, with this origin as the owner."""
 
-    def __init__(self, frontend: InProcessFrontend, operations: StreamOperations) -> None:
+    def __init__(self, frontend: InProcessFrontend) -> None:
         self.number = -1
         self.arrival = 0
         self.events: list[StreamEvent] = []
         """Events of its streams, oldest first."""
         self._frontend = frontend
-        self._operations = operations
+        self._operations = frontend.service.operations
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._next_tag = 0
 
@@ -51,8 +48,9 @@ class InProcessOrigin:
             Refusal: the message was refused as a whole.
         """
         timesteps, width, features = x.shape
-        if not x.size or features != self._frontend.features:
-            raise ValueError(f"x must be [T, N, {self._frontend.features}] with T and N of at least 1, not {x.shape}")
+        wanted = self._frontend.service.engine.tables.x.shape[1]
+        if not x.size or features != wanted:
+            raise ValueError(f"x must be [T, N, {wanted}] with T and N of at least 1, not {x.shape}")
         columns = np.zeros(width, SENT_COLUMN)
         columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
         self._next_tag += 1
@@ -97,29 +95,14 @@ class InProcessOrigin:
 
 
 class InProcessFrontend:
-    """Takes what origins in this process send, in order."""
+    """Takes what origins in this process send to one model, in order; `wake` lets the loop take a turn."""
 
     signal_fd = None
 
-    def __init__(
-        self,
-        engine: Engine,
-        operations: StreamOperations,
-        reaper: Reaper,
-        tasks: Tasks,
-        wake: Callable[[], None],
-    ) -> None:
-        self._engine = engine
-        self._operations = operations
-        self._reaper = reaper
-        self._tasks = tasks
+    def __init__(self, service: ModelService, wake: Callable[[], None]) -> None:
+        self.service = service
         self._wake = wake
         self._arrived: deque[Frames | Callable[[], Coroutine[Any, Any, None]]] = deque()
-
-    @property
-    def features(self) -> int:
-        """Width of an input."""
-        return int(self._engine.tables.x.shape[1])
 
     def connect(self) -> InProcessOrigin:
         """A new origin.
@@ -127,14 +110,14 @@ class InProcessFrontend:
         Raises:
             RuntimeError: too many origins are connected.
         """
-        origin = InProcessOrigin(self, self._operations)
-        if not self._engine.origins.connect(origin):
+        origin = InProcessOrigin(self)
+        if not self.service.engine.origins.connect(origin):
             raise RuntimeError("limits.max_connections origins are connected")
         return origin
 
     def disconnect(self, origin: InProcessOrigin) -> None:
         """An origin leaves; its streams are parked or closed."""
-        self._reaper.detach(origin)
+        self.service.reaper.detach(origin)
 
     def put(self, frames: Frames) -> None:
         """A message of frames has arrived."""
@@ -168,7 +151,7 @@ class InProcessFrontend:
         while self._arrived:
             arrived = self._arrived.popleft()
             if not isinstance(arrived, Frames):
-                self._tasks.start(arrived())
+                self.service.tasks.start(arrived())
                 break
-            self._engine.submit(arrived)
+            self.service.engine.submit(arrived)
         return has_arrived
