@@ -318,8 +318,11 @@ class ZmqFrontend:
         return True
 
     async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
+        served = peer.served
         try:
-            self.outbound.send(peer, await handler(peer.served, peer, header, frames))
+            codes, message = await handler(served, peer, header, frames)
+            served.service.engine.stats.refuse_streams(codes)
+            self.outbound.send(peer, message)
             about = {"request": header.kind.name, "connection": peer.number}
             self._log.debug("request", **about, streams=header.fields[0])
         except (MalformedMessage, Refusal) as error:

@@ -16,6 +16,9 @@ from instep.streaming.service import ModelService
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Header, Kind, Message, ServerInfo
 
+Answer: TypeAlias = tuple[I32, Message]
+"""To a request on N streams: why they were refused, int32 [N], 0 where they were not; and the message that says it."""
+
 
 @dataclass(slots=True, eq=False)
 class Served:
@@ -32,17 +35,13 @@ class Served:
                 raise Refusal(Code.SHUTTING_DOWN, "its recording has failed")
             raise Refusal(Code.SHUTTING_DOWN, sentence=self.service.leaves)
 
-    def _count(self, codes: I32) -> None:
-        """Streams of a request were answered with these codes, int32 [N]; 0 where they were not refused."""
-        self.service.engine.stats.refuse_streams(codes)
-
     def summary(self) -> tuple[int, int, int, int, int]:
         """The fields of `wire.MODEL`."""
         engine = self.service.engine
         streams = engine.table.open_count + len(self.service.operations.hibernation)
         return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
 
-    async def open(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def open(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """OPEN."""
         count = self.decoder.count(header.fields[0])
         names = wire.unpack_names(frames[1], count)
@@ -59,10 +58,9 @@ class Served:
             None if first_seqs is None else first_seqs[good],
         )
         granted = opened.spread(codes)
-        self._count(granted.codes)
-        return encode.granted(Kind.OPENED, header.request, granted, self.info.durability)
+        return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.info.durability)
 
-    async def resume(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def resume(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """RESUME."""
         count = self.decoder.count(header.fields[0])
         take_over = wire.count_field(header.fields[1], "take_over", 1, at_least=0)
@@ -70,20 +68,18 @@ class Served:
         claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
         self.refuse_what_is_new()
         resumed = await self.service.operations.resume(origin, names, claims["have"], claims["epoch"], bool(take_over))
-        self._count(resumed.codes)
-        return encode.granted(Kind.RESUMED, header.request, resumed, self.info.durability)
+        return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.info.durability)
 
-    async def read_state(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def read_state(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """READ_STATE."""
         count = self.decoder.count_with_states(header.fields[0])
         if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
             read = await self.service.operations.read_states(wire.unpack_names(frames[1], count))
         else:
             read = await self.service.operations.read_own_states(origin, self.decoder.handles(frames[1], count))
-        self._count(read.codes)
-        return encode.state_read(header.request, read)
+        return read.codes, encode.state_read(header.request, read)
 
-    async def reset(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def reset(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """RESET."""
         count = self.decoder.count(header.fields[0])
         states = self.decoder.states(header.fields[1], frames[2], count)
@@ -91,29 +87,26 @@ class Served:
         self.refuse_what_is_new()
         codes = self.decoder.state_codes(states, count)
         codes = await self.service.operations.write_states(origin, handles, states, codes)
-        self._count(codes)
-        return encode.changed(header.request, codes)
+        return codes, encode.changed(header.request, codes)
 
-    async def fork(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def fork(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """FORK."""
         count = self.decoder.count_with_states(header.fields[0])
         names = wire.unpack_names(frames[2], count)
         handles = self.decoder.handles(frames[1], count)
         self.refuse_what_is_new()
         forked: Grants = await self.service.operations.fork(origin, handles, names, self.decoder.name_codes(names))
-        self._count(forked.codes)
-        return encode.granted(Kind.OPENED, header.request, forked, self.info.durability)
+        return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.info.durability)
 
-    async def close(self, origin: Origin, header: Header, frames: list[bytes]) -> Message:
+    async def close(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
         """CLOSE."""
         count = self.decoder.count_with_states(header.fields[0])
         closings = wire.array_frame(frames[1], wire.CLOSING, (count,), "closings")
         states, codes = await self.service.operations.close(origin, closings["handle"], closings["have"])
-        self._count(codes)
-        return encode.closed(header.request, states, codes)
+        return codes, encode.closed(header.request, states, codes)
 
 
-Handler: TypeAlias = Callable[[Served, Origin, Header, list[bytes]], Awaitable[Message]]
+Handler: TypeAlias = Callable[[Served, Origin, Header, list[bytes]], Awaitable[Answer]]
 HANDLERS: Final[dict[Kind, Handler]] = {
     Kind.OPEN: Served.open,
     Kind.RESUME: Served.resume,
