@@ -99,14 +99,7 @@ def _make_server(
     for foundation, service in zip(foundations, services, strict=True):
         if service.file is None:
             continue
-        writer, recovery = open_recording(
-            service.file,
-            config,
-            foundation.prepared,
-            service,
-            foundation.stepper,
-            accept_numerics_change=accept_numerics_change,
-        )
+        writer, recovery = open_recording(config, foundation, service, accept_numerics_change=accept_numerics_change)
         undo.callback(writer.discard if recovery is None else writer.abandon)
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:

@@ -234,9 +234,7 @@ class Loader:
         opened = None
         if file is not None:
             opened = writer, recovery = await self._beside.do(
-                partial(
-                    open_recording, file, config, prepared, service, foundation.stepper, accept_numerics_change=False
-                )
+                partial(open_recording, config, foundation, service, accept_numerics_change=False)
             )
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():

@@ -39,6 +39,7 @@ class Moved:
     """int64 [N], in their recording."""
     next_seqs: I64
     states: U8
+    """[N, row_bytes], as they left it."""
 
     async def end(self, old: ModelService, new: ModelService) -> None:
         """Say in the recording of the old version that they have left, once that of the new one has them."""

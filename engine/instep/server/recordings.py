@@ -25,9 +25,9 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.scrub import Scrub
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
-from instep.runtime.stepper import Stepper
 from instep.server.loop import Loop
 from instep.server.preparation import Prepared
+from instep.server.services import Foundation
 from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.service import ModelService
@@ -150,20 +150,15 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
 
 
 def open_recording(
-    path: Path,
-    config: Config,
-    prepared: Prepared,
-    service: ModelService,
-    stepper: Stepper,
-    *,
-    accept_numerics_change: bool,
+    config: Config, foundation: Foundation, service: ModelService, *, accept_numerics_change: bool
 ) -> tuple[RecordingWriter, Recovery | None]:
-    """A new recording, or the one that is there, with its streams put back.
+    """A new recording of a service, or the one that is there, with its streams put back.
 
     Raises:
         RecordingError: with a sentence.
     """
-    header, log = recording_header(prepared, config), service.log
+    path, header, log = service.file, recording_header(foundation.prepared, config), service.log
+    assert path is not None
     retention = Retention(config.recording.keep_bytes, round(config.recording.keep_s * 1e9))
     check_place(path)
     if not holds_recording(path):
@@ -178,7 +173,7 @@ def open_recording(
         engine.tables,
         engine.table,
         engine.journal.dirty,
-        stepper,
+        foundation.stepper,
         accept_numerics_change=accept_numerics_change,
         retention=retention,
     )
