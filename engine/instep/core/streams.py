@@ -187,6 +187,14 @@ class StreamTable:
         """Slots of all open streams, closing ones included: int64 [N], rising."""
         return np.flatnonzero(self.owner != NO_OWNER)
 
+    def open_between(self, first: int, end: int, *, parked: bool | None = None) -> I64:
+        """Slots from `first` to `end` of streams that are not closing, all, parked or connected: int64 [N], rising."""
+        owner = self.owner[first:end]
+        is_open = (owner != NO_OWNER) & ~self.closing[first:end]
+        if parked is not None:
+            is_open &= (owner == self.parked) == parked
+        return first + np.flatnonzero(is_open)
+
     def owned_by(self, *owners: int) -> I64:
         """Slots of the owners' streams that are not closing already: int64 [N], rising."""
         is_theirs = np.zeros(self.parked + 2, np.bool_)  # the last one is `NO_OWNER`

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.tables import NO_OWNER, SCRATCH_SLOT
+from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import I64
 from instep.streaming.hibernation import Hibernation
 from instep_client.protocol.codes import Place
@@ -87,13 +87,9 @@ class Listing:
     def _page_in_memory(self, first: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
         table = self._table
         end = min(first + SCANNED, len(table.owner))
-        owner = table.owner[first:end]
-        is_open = (owner != NO_OWNER) & ~table.closing[first:end]
         if place == Place.HIBERNATING:
-            is_open[:] = False
-        elif place:
-            is_open &= (owner == table.parked) == (place == Place.PARKED)
-        slots: I64 = first + np.flatnonzero(is_open)
+            return ListedPage([], end)
+        slots = table.open_between(first, end, parked=place == Place.PARKED if place else None)
         named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
         chosen = np.array(named[:most], np.int64)
         streams = list(zip(table.names(chosen), self._in_memory(chosen, now_ns), strict=True))

@@ -11,7 +11,6 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from instep.core.tables import NO_OWNER
 from instep.core.typing import I64
 from instep.frontends.http.answers import HttpError
 from instep.frontends.http.records import PAUSE_S, SLICE, FrameRates, record_of
@@ -110,11 +109,7 @@ async def _look_in_memory(service: ModelService, rates: FrameRates, query: Query
     table = service.engine.table
     step = _NAMES if query.sort == "name" or query.prefix or query.contains else SLICE
     for first in range(0, len(table.owner), step):
-        owner = table.owner[first : first + step]
-        is_good = (owner != NO_OWNER) & ~table.closing[first : first + step]
-        if query.state:
-            is_good &= (owner == table.parked) == (query.state == "parked")
-        slots: I64 = first + np.flatnonzero(is_good)
+        slots = table.open_between(first, first + step, parked=query.state == "parked" if query.state else None)
         names: list[str] = []
         if step == _NAMES:
             names = table.names(slots)
