@@ -14,7 +14,7 @@ _ENVELOPE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class EffectiveLimits:
-    """The limits that a model makes smaller than they are configured."""
+    """The limits that may be smaller for a model than they are configured."""
 
     max_batch_size: int
     max_block_frames: int

@@ -29,7 +29,7 @@ class ServiceManager:
                 self._ping_every_s = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
 
     def serving(self, status: str) -> None:
-        """The server takes connections, and `systemctl status` shows this.
+        """The server takes connections; `systemctl status` shows the text.
 
         From here on the event loop pings the watchdog, for as long as it turns.
         """
