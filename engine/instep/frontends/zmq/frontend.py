@@ -8,23 +8,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import structlog
 
 from instep.frontends.zmq import encode
-from instep.frontends.zmq.decode import hello, text
+from instep.frontends.zmq.decode import hello
+from instep.frontends.zmq.operator import Operator, operate
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.frontends.zmq.served import HANDLERS, Handler, Served
 from instep.streaming.api import Refusal
-from instep.streaming.tasks import Tasks
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.step_messages import request_of_step
-from instep_client.protocol.wire import Code, Header, Kind, Streams, SwapPolicy
+from instep_client.protocol.wire import Code, Header, Kind
 
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
@@ -32,21 +31,6 @@ _MOST_REQUESTS: Final = 512
 """Requests on streams that may be under way, of all peers together. A peer may have as many as places are left to the
 others: 256 when it is the only one, a third each when there are two. So there is always a place for one more peer."""
 _BUSY_RETRY_US: Final = 2000
-
-
-class Operator(Protocol):
-    """Loads, swaps and unloads models; raises Refusal."""
-
-    tasks: Tasks
-
-    async def load(self, name: str, folder: Path) -> None:
-        """Serve another model."""
-
-    async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
-        """Serve another version of a model, with its streams or without them."""
-
-    async def unload(self, name: str, *, force: bool) -> None:
-        """Serve a model no longer, if none of its streams is in use, or although some are."""
 
 
 class ZmqFrontend:
@@ -279,17 +263,7 @@ class ZmqFrontend:
     async def _operate(self, operator: Operator, peer: Peer, header: Header) -> None:
         """Load, swap or unload a model; the answer is what the server has then."""
         try:
-            name = text(header.fields[0], "the model's name")
-            if header.kind is Kind.LOAD:
-                await operator.load(name, _folder(header.fields[1]))
-            elif header.kind is Kind.SWAP:
-                name = self._find(name).service.name
-                await operator.swap(name, _folder(header.fields[1]), _policy(*header.fields[2:]))
-            elif name == peer.served.service.name:
-                raise Refusal(Code.NOT_ALLOWED, "unload a model over a connection to another one; load that first")
-            else:
-                force = wire.count_field(header.fields[1], "whether to end streams", 1, at_least=0)
-                await operator.unload(self._find(name).service.name, force=bool(force))
+            await operate(operator, header, peer.served.service.name, lambda name: self._find(name).service.name)
             self._send_models(peer, header)
         except (MalformedMessage, Refusal) as error:
             self._refuse(peer.routing_id, peer, header.request, error)
@@ -332,19 +306,3 @@ class ZmqFrontend:
         self._requests -= 1
         peer.requests -= 1
         self._wake()
-
-
-def _folder(value: object) -> Path:
-    """The field of LOAD and SWAP."""
-    folder = Path(text(value, "the folder"))
-    if not folder.is_absolute():
-        raise Refusal(Code.NOT_LOADED, f"{str(folder)!r:.120} is relative: name the folder by its absolute path")
-    return folder
-
-
-def _policy(streams: object, frames: object) -> SwapPolicy:
-    """The last two fields of SWAP."""
-    policy = Streams(wire.count_field(streams, "what becomes of the streams", max(Streams), at_least=0))
-    replays = policy is Streams.REPLAY
-    most, least = (wire.MAX_REPLAY_FRAMES, 1) if replays else (0, 0)
-    return SwapPolicy(policy, wire.count_field(frames, "the frames to replay", most, least))
