@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
@@ -46,39 +46,34 @@ class Pace:
     """How many times as fast as their times say; infinite to take no notice of times; None for 1."""
 
 
+@dataclass
 class LiveRun:
-    """One connection of a live producer.
+    """One connection of a live producer."""
 
-    Attributes:
-        bad_lines: lines that were not frames.
-        all_ended: whether it stopped because the server had ended every stream.
-    """
-
-    def __init__(
-        self, client: AsyncClient, pace: Pace, answers: Answers, terminal: Terminal, stop: Stop, clock: Clock
-    ) -> None:
-        self.bad_lines = 0
-        self.all_ended = False
-        self._client = client
-        self._pace = pace
-        self._answers = answers
-        self._terminal = terminal
-        self._stop = stop
-        self._clock = clock
-        self._start = clock.now()
-        self._first_ns: int | None = None
-        self._ids: dict[str, list[int]] = {}
+    client: AsyncClient
+    pace: Pace
+    answers: Answers
+    terminal: Terminal
+    stop: Stop
+    clock: Clock
+    bad_lines: int = 0
+    """Lines that were not frames."""
+    all_ended: bool = False
+    """Whether it stopped because the server had ended every stream."""
+    _start: float = 0.0
+    _first_ns: int | None = None
+    _ids: dict[str, list[int]] = field(default_factory=dict)
 
     async def send_signal(self, names: list[str], part: SignalPart) -> None:
         """Send all streams as one group until it is enough; drain; close."""
-        group = LivingGroup(await self._client.open_group(names), self._client.info.outputs)
+        group = LivingGroup(await self.client.open_group(names), self.client.info.outputs)
         rows = np.arange(len(names))
-        most = self._pace.frames
-        steps = min(CHUNK_STEPS, max(1, self._client.info.max_block_frames // len(names)))
-        steps = steps if self._pace.rate_hz is None else 1
+        most = self.pace.frames
+        steps = min(CHUNK_STEPS, max(1, self.client.info.max_block_frames // len(names)))
+        steps = steps if self.pace.rate_hz is None else 1
         first = 0
-        self._start = self._clock.now()
-        async with pipeline(self._answers.take) as send:
+        self._start = self.clock.now()
+        async with pipeline(self.answers.take) as send:
             while most is None or first < most:
                 if not await self._wait_for(first, None) or group.ended.all():
                     break
@@ -94,12 +89,12 @@ class LiveRun:
         Gives the number of streams. Lines that name no stream go to the streams in turn. A bad line takes its turn: it
         costs its stream this frame and the other streams nothing.
         """
-        reader = LineReader(choice, self._client.info.features)
+        reader = LineReader(choice, self.client.info.features)
         streams: dict[str, AsyncStream | None] = {}
         sent: Counter[str] = Counter()
         turn = bad_together = 0
-        async with pipeline(self._answers.take, LINES_ON_THE_WAY) as send:
-            self._start = self._clock.now()
+        async with pipeline(self.answers.take, LINES_ON_THE_WAY) as send:
+            self._start = self.clock.now()
             async for number, text in lines:
                 try:
                     line = reader.read(text.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -113,15 +108,15 @@ class LiveRun:
                 bad_together = 0
                 name = self._name_of(line) or names[turn % len(names)]
                 turn += 1
-                if self._answers.ended and self._answers.ended >= {*filter(streams.get, streams)}:
+                if self.answers.ended and self.answers.ended >= {*filter(streams.get, streams)}:
                     self.all_ended = True
                     break
                 if name not in streams:
                     streams[name] = await self._open(name)
                 stream = streams[name]
-                if sent[name] == self._pace.frames and all(sent[name] == self._pace.frames for name in names):
+                if sent[name] == self.pace.frames and all(sent[name] == self.pace.frames for name in names):
                     break
-                if stream is None or sent[name] == self._pace.frames:
+                if stream is None or sent[name] == self.pace.frames:
                     continue
                 if not await self._wait_for(sent[name], line.time_ns):
                     break
@@ -148,32 +143,32 @@ class LiveRun:
         self.bad_lines += 1
         if together <= BAD_LINES_NAMED:
             reason = error if isinstance(error, BadLine) else "it is not UTF-8"
-            self._terminal.error(f"line {number}: {reason}")
+            self.terminal.error(f"line {number}: {reason}")
         elif together == BAD_LINES_NAMED + 1:
-            self._terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
+            self.terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
 
     async def _open(self, name: str) -> AsyncStream | None:
         try:
-            return await self._client.open(name)
+            return await self.client.open(name)
         except StreamRefused as refused:
-            self._terminal.error(f"{refused}; its lines are left out")
-            self._answers.refused += 1
+            self.terminal.error(f"{refused}; its lines are left out")
+            self.answers.refused += 1
             return None
 
     async def _wait_for(self, frame: int, time_ns: int | None) -> bool:
         """Wait until it is due; False when sending is over before."""
         due = self._start + self._due_s(frame, time_ns)
-        end = self._start + (inf if self._pace.seconds is None else self._pace.seconds)
-        if max(due, self._clock.now()) >= end:
+        end = self._start + (inf if self.pace.seconds is None else self.pace.seconds)
+        if max(due, self.clock.now()) >= end:
             return False
-        return await wait_until(due, self._clock, self._stop)
+        return await wait_until(due, self.clock, self.stop)
 
     def _due_s(self, frame: int, time_ns: int | None) -> float:
         """When a frame is due, in seconds after the start."""
-        if self._pace.rate_hz is not None:
-            return frame / self._pace.rate_hz
+        if self.pace.rate_hz is not None:
+            return frame / self.pace.rate_hz
         if time_ns is None:
             return 0.0
         if self._first_ns is None:
             self._first_ns = time_ns
-        return max(0, time_ns - self._first_ns) / 1e9 / (self._pace.speed or 1.0)
+        return max(0, time_ns - self._first_ns) / 1e9 / (self.pace.speed or 1.0)

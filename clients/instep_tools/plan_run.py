@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from instep_client.aio import AsyncClient
@@ -18,40 +19,23 @@ from instep_tools.pipeline import LivingGroup, pipeline, task_group
 from instep_tools.plan import Plan, Rows, Send
 
 
+@dataclass
 class PlanRun:
-    """Sends every frame of a plan.
+    """Sends every frame of a plan."""
 
-    Args:
-        client: a connection.
-        plan: what to send when.
-        names: of the streams, one for each sequence of the plan.
-        take: gets every block's outputs [T, N, outputs], or why they were refused, in the order of sending.
-        stop: ends it.
-        clock: for the times at which blocks are due.
-
-    Attributes:
-        all_ended: whether it stopped because the server had ended every stream that was open.
-    """
-
-    def __init__(
-        self,
-        client: AsyncClient,
-        plan: Plan,
-        names: Sequence[str],
-        take: Callable[[Send, F32 | Refused], None],
-        stop: Stop,
-        clock: Clock,
-    ) -> None:
-        self.all_ended = False
-        self._client = client
-        self._plan = plan
-        self._names = names
-        self._take = take
-        self._stop = stop
-        self._clock = clock
-        self._groups: dict[int, LivingGroup] = {}
-        self._closing: deque[asyncio.Task[None]] = deque()
-        self._open_streams = 0
+    client: AsyncClient
+    plan: Plan
+    names: Sequence[str]
+    """Of the streams, one for each sequence of the plan."""
+    take: Callable[[Send, F32 | Refused], None]
+    """Gets every block's outputs [T, N, outputs], or why they were refused, in the order of sending."""
+    stop: Stop
+    clock: Clock
+    all_ended: bool = False
+    """Whether it stopped because the server had ended every stream that was open."""
+    _groups: dict[int, LivingGroup] = field(default_factory=dict)
+    _closing: deque[asyncio.Task[None]] = field(default_factory=deque)
+    _open_streams: int = 0
 
     async def run(self, seconds: float = math.inf) -> None:
         """Send until the plan's end, a stop, or for at most so long; drain; close all streams.
@@ -59,13 +43,13 @@ class PlanRun:
         Raises:
             InstepError: as the client does, but for refused frames.
         """
-        async with task_group() as closing, pipeline(self._take) as send:
+        async with task_group() as closing, pipeline(self.take) as send:
             start: float | None = None
-            for block in self._plan.sends:
+            for block in self.plan.sends:
                 due = None if start is None else start + block.due_s
                 if due is not None and start is not None:
-                    late = max(due, self._clock.now()) >= start + seconds
-                    if late or not await wait_until(due, self._clock, self._stop):
+                    late = max(due, self.clock.now()) >= start + seconds
+                    if late or not await wait_until(due, self.clock, self.stop):
                         break
                 self.all_ended = bool(self._groups) and all(group.ended.all() for group in self._groups.values())
                 if self.all_ended:
@@ -74,8 +58,8 @@ class PlanRun:
                 if group is None:
                     group = self._groups[block.cohort] = await self._open(block.cohort)
                 if start is None:  # the first streams open before the clock starts
-                    start = self._clock.now() - block.due_s
-                await send(block, partial(group.step, self._plan.sequences.frames[block.flat], block.rows))
+                    start = self.clock.now() - block.due_s
+                await send(block, partial(group.step, self.plan.sequences.frames[block.flat], block.rows))
                 if block.last:
                     del self._groups[block.cohort]
                     self._closing.append(closing.create_task(self._close(group)))
@@ -84,23 +68,23 @@ class PlanRun:
 
     async def _open(self, cohort: int) -> LivingGroup:
         """Open a cohort, after streams that are on their way out where there would be too many."""
-        members = self._plan.cohorts[cohort]
-        while self._closing and self._open_streams + len(members) > self._client.info.max_streams:
+        members = self.plan.cohorts[cohort]
+        while self._closing and self._open_streams + len(members) > self.client.info.max_streams:
             await self._closing.popleft()
-        names = [self._names[member] for member in members]
+        names = [self.names[member] for member in members]
         group = await self._open_group(names, members)
         self._open_streams += len(members)
-        return LivingGroup(group, self._client.info.outputs)
+        return LivingGroup(group, self.client.info.outputs)
 
     async def _open_group(self, names: list[str], members: Rows) -> AsyncGroup:
         """Open streams, some of which may begin with a recorded state and the others with the model's own."""
-        given, spec = self._plan.sequences.initial_states, self._client.info.state
+        given, spec = self.plan.sequences.initial_states, self.client.info.state
         with_state = [place for place, member in enumerate(members) if member in given]
         if not with_state:
-            return await self._client.open_group(names)
+            return await self.client.open_group(names)
         is_learned = any(leaf.initial is None for leaf in spec.leaves)
         if is_learned:  # only the server knows what the others begin with
-            group = await self._client.open_group(names)
+            group = await self.client.open_group(names)
             rows = state_rows((await group.read_state())[1], spec, len(members))
         else:
             rows = spec.initial(len(members))
@@ -108,7 +92,7 @@ class PlanRun:
             rows[place] = state_rows(given[int(members[place])], spec, None)[0]
         states = as_state(rows, spec, single=False)
         if not is_learned:
-            return await self._client.open_group(names, states)
+            return await self.client.open_group(names, states)
         await group.reset(states)
         return group
 

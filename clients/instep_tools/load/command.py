@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -44,15 +44,15 @@ class LoadTest:
     """Where the page goes."""
 
 
+@dataclass
 class LoadTester:
     """Runs a test and reports."""
 
-    def __init__(self, test: LoadTest, terminal: Terminal, stop: Stop, clock: Clock | None = None) -> None:
-        self._test = test
-        self._terminal = terminal
-        self._stop = stop
-        self._clock = clock
-        self._info: ServerInfo
+    test: LoadTest
+    terminal: Terminal
+    stop: Stop
+    clock: Clock | None = None
+    _info: ServerInfo = field(init=False)
 
     async def run(self) -> Exit:
         """The whole command.
@@ -61,7 +61,7 @@ class LoadTester:
             InstepError: as the client does.
             CommandProblem: when the load does not fit the server, or a file cannot be written.
         """
-        test = self._test
+        test = self.test
         if test.plot is not None:
             check_plot_path(test.plot)
         if test.report is not None:
@@ -69,27 +69,27 @@ class LoadTester:
         for path in (test.save, test.hdr):
             if path is not None:
                 check_writable(path)
-        async with connected(test.target, "loadtest", self._terminal, self._stop) as client:
+        async with connected(test.target, "loadtest", self.terminal, self.stop) as client:
             self._info = client.info
-        self._terminal.note(report.lines(report.setting(self._info)))
+        self.terminal.note(report.lines(report.setting(self._info)))
         return await (self._measure_once() if test.plan.slo_ms is None else self._search(test.plan.slo_ms))
 
     async def _measure_once(self) -> Exit:
-        self._terminal.note(report.lines(self._test.plan.sentence()))
-        result = await self._measure(self._test.plan)
-        if not self._terminal.as_json and len(result.answered):
-            report.show_latencies(self._terminal, result)
+        self.terminal.note(report.lines(self.test.plan.sentence()))
+        result = await self._measure(self.test.plan)
+        if not self.terminal.as_json and len(result.answered):
+            report.show_latencies(self.terminal, result)
         sentence = report.numbers(result) + report.problems(result)
         if result.measured_itself:
             sentence = f"{report.blame(result)}: {sentence}"
-        if self._stop.requested:
+        if self.stop.requested:
             sentence += f"; stopped after {result.seconds:.1f} s, all streams closed"
         good = result.whole and not result.measured_itself
         ending = Exit.MEASURED_ITSELF if result.measured_itself else Exit.OK if good else Exit.FOUND_PROBLEMS
         return self._tell(result.as_json(), [result], result, sentence, ending)
 
     async def _search(self, slo_ms: float) -> Exit:
-        plan, limit = self._test.plan, self._info.max_streams
+        plan, limit = self.test.plan, self._info.max_streams
         if plan.streams > limit:
             raise CommandProblem(f"the server keeps {limit} streams at most; begin the search with fewer")
 
@@ -99,17 +99,17 @@ class LoadTester:
             where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
             verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, {late_ms} ms of it late by this side"
-            self._terminal.note(report.lines(f"{where}: {verdict}{report.problems(trial)}"))
+            self.terminal.note(report.lines(f"{where}: {verdict}{report.problems(trial)}"))
             return trial
 
-        self._terminal.note(report.lines(plan.sentence()))
-        search = Search(attempt, slo_ms, plan.processes, self._stop)
+        self.terminal.note(report.lines(plan.sentence()))
+        search = Search(attempt, slo_ms, plan.processes, self.stop)
         await search.run(plan.streams, limit)
         best = search.best
-        if not self._terminal.as_json:
-            report.show_trials(self._terminal, search.trials, slo_ms)
+        if not self.terminal.as_json:
+            report.show_trials(self.terminal, search.trials, slo_ms)
             if best is not None:
-                report.show_latencies(self._terminal, best)
+                report.show_latencies(self.terminal, best)
         if best is not None:
             least = "at least " if search.ended else ""
             level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
@@ -133,17 +133,17 @@ class LoadTester:
         meter = _Meter(lambda: sum(counter.value for counter in answered))
         seconds = plan.warmup_s + plan.duration_s
         async with progress(
-            self._terminal.err, "measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate
+            self.terminal.err, "measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate
         ):
-            return measured(plan, await run_parts(parts, self._test.target, self._stop, self._clock, answered))
+            return measured(plan, await run_parts(parts, self.test.target, self.stop, self.clock, answered))
 
     def _tell(
         self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
     ) -> Exit:
         """Print the JSON and the summary, and write what is to be written."""
         values = {"server": server_as_json(self._info), **values}
-        if self._terminal.as_json:
-            self._terminal.result(values)
+        if self.terminal.as_json:
+            self.terminal.result(values)
         summary, found = sentence, ending
         for path, said, content in self._files(values, trials, best, sentence, found):
             if content is None:
@@ -153,16 +153,16 @@ class LoadTester:
                 write_file(path, content())
                 summary += f"; {said} {path}"
             except BadFile as error:
-                self._terminal.error(str(error))
+                self.terminal.error(str(error))
                 ending = ending or Exit.COULD_NOT_RUN
-        self._terminal.summary(report.lines(summary), good=ending is Exit.OK)
+        self.terminal.summary(report.lines(summary), good=ending is Exit.OK)
         return ending
 
     def _files(
         self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
     ) -> Iterator[tuple[Path, str, Callable[[], bytes] | None]]:
         """Each file that was asked for, what the summary says of it, and its content if there is any."""
-        test, info = self._test, self._info
+        test, info = self.test, self._info
         if test.save is not None:
             yield test.save, "saved in", lambda: json.dumps(values, indent=2).encode() + b"\n"
         if test.hdr is not None:

@@ -127,27 +127,28 @@ class _Block:
     answered: bool = False
 
 
+@dataclass
 class Load:
-    """Runs one part. `answered` counts frames while it runs, the warm-up included."""
+    """Runs one part."""
 
-    def __init__(
-        self, part: LoadPart, connect: Connect, clock: Clock, stop: Stop, answered: ctypes.c_uint64 | None = None
-    ) -> None:
-        self.answered = ctypes.c_uint64() if answered is None else answered
-        self._part = part
-        self._plan = part.plan
-        self._connect = connect
-        self._clock = clock
-        self._stop = stop
-        self._start = self._counted_from = self._end = 0.0
-        self._samples: array[float] = array("d")
-        self._refused: Counter[str] = Counter()
-        self._clients: list[AsyncClient] = []
-        self._lines: list[_Line] = []
-        self._stalls: list[tuple[float, float]] = []
-        self._waiting: dict[asyncio.Task[None], _Block] = {}
-        self._slow = self._unsent = 0
-        self._gave_up = False
+    part: LoadPart
+    connect: Connect
+    clock: Clock
+    stop: Stop
+    answered: ctypes.c_uint64 = field(default_factory=ctypes.c_uint64)
+    """Counts frames while it runs, the warm-up included."""
+    _start: float = 0.0
+    _counted_from: float = 0.0
+    _end: float = 0.0
+    _samples: array[float] = field(default_factory=lambda: array("d"))
+    _refused: Counter[str] = field(default_factory=Counter)
+    _clients: list[AsyncClient] = field(default_factory=list)
+    _lines: list[_Line] = field(default_factory=list)
+    _stalls: list[tuple[float, float]] = field(default_factory=list)
+    _waiting: dict[asyncio.Task[None], _Block] = field(default_factory=dict)
+    _slow: int = 0
+    _unsent: int = 0
+    _gave_up: bool = False
 
     async def run(self, ready: Callable[[], Awaitable[float]], drain_s: float = DRAIN_S) -> PartResult:
         """Connect, open, call `ready` for the moment of the start, send, drain, close.
@@ -163,21 +164,21 @@ class Load:
         async with AsyncExitStack() as stack:
             senders = await self._open(stack)
             self._start = await ready()
-            self._counted_from = self._start + self._plan.warmup_s
-            self._end = self._counted_from + self._plan.duration_s
-            if self._plan.slo_ms is not None:
+            self._counted_from = self._start + self.part.plan.warmup_s
+            self._end = self._counted_from + self.part.plan.duration_s
+            if self.part.plan.slo_ms is not None:
                 stack.callback(asyncio.create_task(self._note_stalls()).cancel)
-            send = self._send_open_loop if self._plan.mode is Mode.OPEN else self._send_closed_loop
+            send = self._send_open_loop if self.part.plan.mode is Mode.OPEN else self._send_closed_loop
             try:
                 async with task_group() as tasks:
                     await send(senders, tasks)
-                    left = await self._drain(max(0.0, self._end - self._clock.now()) * self._is_closed + drain_s)
-                drained = self._clock.now()
+                    left = await self._drain(max(0.0, self._end - self.clock.now()) * self._is_closed + drain_s)
+                drained = self.clock.now()
                 if left:
                     lost = await self._find_loss()
                     is_gone = bool(lost)
             except InstepError as error:
-                drained, lost, is_gone = self._clock.now(), str(error), isinstance(error, ConnectionFailed)
+                drained, lost, is_gone = self.clock.now(), str(error), isinstance(error, ConnectionFailed)
         if is_gone:
             for line in self._lines:
                 line.lose(drained)
@@ -195,7 +196,7 @@ class Load:
                 (max(0.0, start - self._counted_from), min(end, self._end) - self._counted_from) for start, end in gaps
             ],
             gone=sum(line.gaps[-1] in gaps for line in self._lines) if is_gone else 0,
-            stopped=self._stop.requested,
+            stopped=self.stop.requested,
             gave_up=self._gave_up,
             lost=lost,
         )
@@ -214,23 +215,23 @@ class Load:
 
     @property
     def _is_closed(self) -> bool:
-        return self._plan.mode is Mode.CLOSED
+        return self.part.plan.mode is Mode.CLOSED
 
     async def _open(self, stack: AsyncExitStack) -> list[_Sender]:
         """All groups, those of different connections in turn."""
         random = np.random.default_rng(0)
         by_connection: list[list[_Sender]] = []
-        for connection, sizes in enumerate(self._part.connections):
-            client = await stack.enter_async_context(self._connect())
+        for connection, sizes in enumerate(self.part.connections):
+            client = await stack.enter_async_context(self.connect())
             self._clients.append(client)
-            names = [f"{self._part.name}-{connection}-{number}" for number in range(sum(sizes))]
+            names = [f"{self.part.name}-{connection}-{number}" for number in range(sum(sizes))]
             ends = np.cumsum(sizes).tolist()
             names_of = [names[end - size : end] for end, size in zip(ends, sizes, strict=True)]
             groups: list[AsyncGroup] = []
             for first in range(0, len(sizes), OPENINGS):
                 groups += await asyncio.gather(*map(client.open_group, names_of[first : first + OPENINGS]))
             line = _Line(groups[0])
-            shapes = [(self._plan.steps, size, client.info.features) for size in sizes]
+            shapes = [(self.part.plan.steps, size, client.info.features) for size in sizes]
             blocks = [random.standard_normal(shape, np.float32) for shape in shapes]
             senders = [_Sender(group, line, x) for group, x in zip(groups, blocks, strict=True)]
             self._lines.append(line)
@@ -239,17 +240,17 @@ class Load:
         return [senders[turn] for turn in range(longest) for senders in by_connection if turn < len(senders)]
 
     async def _send_open_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
-        plan = self._plan
-        schedule = Schedule(len(senders), plan.steps / plan.rate_hz, self._part.offset)
+        plan = self.part.plan
+        schedule = Schedule(len(senders), plan.steps / plan.rate_hz, self.part.offset)
         sends = schedule.count(plan.warmup_s + plan.duration_s)
         judge_at = self._counted_from
         for number in range(sends):
             due = self._start + schedule.due_s(number)
-            if due < self._counted_from <= self._clock.now():
+            if due < self._counted_from <= self.clock.now():
                 continue  # this side is late; what it did not send in the warm-up is not missed
-            if not await wait_until(due, self._clock, self._stop):
+            if not await wait_until(due, self.clock, self.stop):
                 break
-            now = self._clock.now()
+            now = self.clock.now()
             if now >= judge_at:
                 judge_at = now + JUDGE_S
                 self._gave_up = self._cannot_be_met(now, due)
@@ -274,12 +275,12 @@ class Load:
                 self._unsent += frames * (not self._gave_up)
 
     async def _send_closed_loop(self, senders: list[_Sender], tasks: asyncio.TaskGroup) -> None:
-        await wait_until(self._start, self._clock, self._stop)
+        await wait_until(self._start, self.clock, self.stop)
 
         async def send_again_and_again(sender: _Sender) -> None:
             task = asyncio.current_task()
             assert task is not None
-            while not self._stop.requested and (now := self._clock.now()) < self._end:
+            while not self.stop.requested and (now := self.clock.now()) < self._end:
                 self._waiting[task] = block = _Block(now, sender.frames, sender.line)
                 await self._send(sender, block)
             self._waiting.pop(task, None)
@@ -294,7 +295,7 @@ class Load:
             await asyncio.sleep(BEAT_S)
             stall_s = time.monotonic() - began - BEAT_S
             if stall_s > STALL_S:
-                now = self._clock.now()
+                now = self.clock.now()
                 self._stalls.append((now - stall_s, now))
 
     async def _drain(self, timeout_s: float) -> list[_Block]:
@@ -308,7 +309,7 @@ class Load:
 
     async def _send(self, sender: _Sender, block: _Block) -> None:
         counted = block.due >= self._counted_from
-        block.sent = self._clock.now()
+        block.sent = self.clock.now()
         if not self._is_closed:  # note when the client library sends: in the next turn
             asyncio.get_running_loop().call_soon(self._note_sent, block)
         try:
@@ -323,7 +324,7 @@ class Load:
                 raise
             self._refused[refused.code.name] += block.frames * counted
         else:
-            now = self._clock.now()
+            now = self.clock.now()
             block.answered = True
             block.line.hear(now)
             self.answered.value += block.frames
@@ -333,11 +334,11 @@ class Load:
 
     def _note_sent(self, block: _Block) -> None:
         if not block.answered:
-            block.sent = self._clock.now()
+            block.sent = self.clock.now()
 
     def _add(self, block: _Block, now: float, away_us: float, *server_us: float) -> None:
         latency_us, late_us = 1e6 * (now - block.due), 1e6 * (block.sent - block.due)
-        if latency_us > 1e6 * self._part.slo_s:
+        if latency_us > 1e6 * self.part.slo_s:
             self._slow += block.frames
         rest_us = latency_us - late_us - away_us - sum(server_us)
         at_s = now - self._counted_from
@@ -353,11 +354,11 @@ class Load:
 
     def _cannot_be_met(self, now: float, due: float) -> bool:
         """Whether too many frames are slow by now: answered too late, unanswered for too long, or due for too long."""
-        slo_s = self._part.slo_s
+        slo_s = self.part.slo_s
         since = max(due, self._counted_from)
-        share = sum(map(sum, self._part.connections)) * self._plan.rate_hz
+        share = sum(map(sum, self.part.connections)) * self.part.plan.rate_hz
         slow = self._slow + max(0.0, now - since - slo_s) * share
         for block in self._waiting.values():
             if not block.answered and block.due >= self._counted_from and now - block.due > slo_s:
                 slow += block.frames
-        return slow > self._part.most_slow
+        return slow > self.part.most_slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
@@ -29,6 +30,7 @@ def advice(streams: int) -> str:
     return BUSY if streams == 1 else ADVICE
 
 
+@dataclass
 class Search:
     """A search, and what it has found so far.
 
@@ -36,23 +38,22 @@ class Search:
     up to one a core; where that does not help, no larger number of streams is tried.
     """
 
-    def __init__(self, attempt: Try, slo_ms: float, processes: int, stop: Stop) -> None:
-        self.trials: list[Measured] = []
-        self.limited = False
-        """It ended at the most that the server has room for."""
-        self.ended = ""
-        """Why a larger number may be possible than the one that was found."""
-        self.measured_itself = False
-        """That was the load generator."""
-        self._attempt = attempt
-        self._slo_ms = slo_ms
-        self._processes = processes
-        self._stop = stop
+    attempt: Try
+    slo_ms: float
+    processes: int
+    stop: Stop
+    trials: list[Measured] = field(default_factory=list)
+    limited: bool = False
+    """It ended at the most that the server has room for."""
+    ended: str = ""
+    """Why a larger number may be possible than the one that was found."""
+    measured_itself: bool = False
+    """That was the load generator."""
 
     @property
     def best(self) -> Measured | None:
         """The largest load that met the level."""
-        met = [trial for trial in self.trials if trial.verdict(self._slo_ms) == "met"]
+        met = [trial for trial in self.trials if trial.verdict(self.slo_ms) == "met"]
         return max(met, key=lambda trial: trial.plan.streams, default=None)
 
     async def run(self, start: int, limit: int) -> None:
@@ -86,26 +87,26 @@ class Search:
         failures = 0
         for number in count(1):
             try:
-                trial = await self._attempt(streams, min(self._processes, streams))
+                trial = await self.attempt(streams, min(self.processes, streams))
             except (InstepError, CommandProblem) as error:
                 if not self.trials:
                     raise
                 self.ended = f"the search ended there: {error}"
                 return None
-            if self._stop.requested:
+            if self.stop.requested:
                 self.ended = "the search was stopped before its end"
                 return None
             self.trials.append(trial)
             if trial.found.lost:
                 self.ended = f"the search ended there: {trial.found.lost}"
                 return None
-            verdict = trial.verdict(self._slo_ms)
+            verdict = trial.verdict(self.slo_ms)
             failures += verdict == "not met"
             if verdict == "met" or failures == FAILURES_TO_BELIEVE:
                 return verdict
             if verdict == "invalid":
-                more = max(self._processes, min(2 * self._processes, os.cpu_count() or 1, streams))
-                if more == self._processes and number > 1:
+                more = max(self.processes, min(2 * self.processes, os.cpu_count() or 1, streams))
+                if more == self.processes and number > 1:
                     return verdict
-                self._processes = more
+                self.processes = more
         raise AssertionError
