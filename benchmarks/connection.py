@@ -43,9 +43,7 @@ class NotServed(Exception):
 class BareConnection:
     """One connection, driven by one thread; use it as a context manager.
 
-    Args:
-        endpoint: of the server or of the echo.
-        output_bytes: size of the outputs in one answer.
+    `output_bytes` is the size of the outputs in one answer.
     """
 
     def __init__(self, endpoint: str, output_bytes: int = 0) -> None:

@@ -16,11 +16,7 @@ _TIMES_US = (200, 100, 50)
 
 
 class Echo:
-    """The echo in a process of its own, where the engine is during its measurements too.
-
-    Args:
-        output_bytes: size of the outputs in each answer.
-    """
+    """The echo in a process of its own, where the engine is during its measurements too."""
 
     def __init__(self, output_bytes: int) -> None:
         self._command = [sys.executable, __file__, str(output_bytes)]

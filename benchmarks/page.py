@@ -15,12 +15,7 @@ from instep_tools.page import BAD, GOOD, SOFT, Cell, Chart, Marked, Page, PageSe
 
 
 def benchmark_page(result: Mapping[str, Any], rows: Sequence[Row]) -> Page:
-    """The page.
-
-    Args:
-        result: the JSON of the run.
-        rows: what was measured.
-    """
+    """The page."""
     table = Table(
         ("row", "what is compared", "measured", "threshold", "verdict"),
         [[row.name, row.what, value(row.value, row.unit), threshold(row), _mark(row, result)] for row in rows],

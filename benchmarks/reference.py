@@ -158,13 +158,6 @@ class BenchmarkModel:
     def of(cls, bench: Bench, name: str, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
         """The user's model where the run has one; else a GRU of random weights, the same in every run.
 
-        Args:
-            bench: of this run.
-            name: of the folder to write.
-            features: of the GRU.
-            hidden: of the GRU.
-            layers: of the GRU.
-
         Raises:
             ModelError: when the user's folder holds no model.
         """
@@ -286,11 +279,8 @@ def check_and_close(
 ) -> None:
     """Close the streams and compare each one's final state and newest outputs with the network's.
 
-    Args:
-        connection: of the streams.
-        groups: with nothing in flight.
-        network: the served one, in its plain form.
-        exact: compare bit for bit, where the server promises bits; otherwise within rounding errors.
+    Nothing is in flight. With `exact` they are compared bit for bit, where the server promises bits; otherwise within
+    rounding errors.
 
     Raises:
         WrongOutput: where anything differs.
@@ -325,13 +315,7 @@ def measured(
 ) -> float:
     """What a loop measures over a new connection with new streams of these inputs.
 
-    Args:
-        endpoint: of the server.
-        model: the one that it serves.
-        inputs: of each group of streams.
-        drive: the loop.
-        once: whether the inputs are sent once; otherwise they are repeated.
-        exact: as for `check_and_close`.
+    With `once` the inputs are sent once; otherwise they are repeated. `exact` is as for `check_and_close`.
 
     Raises:
         WrongOutput: when the outputs are not the network's.

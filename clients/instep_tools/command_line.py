@@ -40,10 +40,7 @@ _PLAIN: Final = {
 class CommandLine(typer.Typer):
     """An application with the settings that all share.
 
-    Args:
-        help: what the commands are for, in one sentence.
-        cls: the class of the group, for a command line that has errors of its own.
-        settings: anything else that `typer.Typer` takes.
+    `cls` is the class of the group, for a command line that has errors of its own.
     """
 
     def __init__(self, *, help: str, cls: type[TyperGroup] | None = None, **settings: Any) -> None:
@@ -71,11 +68,8 @@ class CommandLine(typer.Typer):
         It gets the `Target`, the `Terminal` and the `Stop`, and then its own options. Its command has --endpoint,
         --model and --json besides. A CommandProblem or an InstepError that it raises is said in one sentence.
 
-        Args:
-            name: of the command.
-            examples: command lines for its help.
-            drains: whether the first Ctrl-C requests a stop, as `run_command` says; otherwise it cancels the command.
-            names_model: whether there is --model.
+        With `drains`, the first Ctrl-C requests a stop, as `run_command` says; otherwise it cancels the command.
+        Without `names_model`, there is no --model.
         """
 
         def register(command: ServerCommand) -> ServerCommand:

@@ -57,8 +57,7 @@ def processor() -> str:
 def typed_command(program: str) -> str:
     """The command that this process runs, as it can be typed into a shell.
 
-    Args:
-        program: its name, whichever path it was started by.
+    `program` is its name, whichever path it was started by.
     """
     return shlex.join([*program.split(), *sys.argv[1:]])
 

@@ -44,12 +44,8 @@ def check_plot_path(path: Path) -> None:
 def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: Sequence[str], of: int = 0) -> str:
     """Draw the first streams with their outputs; an older picture of that name is replaced.
 
-    Args:
-        sequences: what to draw, with outputs.
-        path: a PNG, SVG or PDF.
-        title: of the whole picture.
-        outputs: names of the outputs.
-        of: how many streams there are, where `sequences` are only the first of them.
+    The path ends in .png, .svg or .pdf. `outputs` are the names of the outputs; `of` says how many streams there are,
+    where `sequences` are only the first of them.
 
     Returns:
         What was drawn, to end a sentence.

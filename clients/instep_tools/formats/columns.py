@@ -49,9 +49,7 @@ def unit_ns(time: str) -> int:
 def output_columns(source: object, outputs: int) -> tuple[str, ...]:
     """What the outputs are called: y0, y1, …, or as the model says.
 
-    Args:
-        source: what may know the model's names: a server's description of itself, or a recording's header.
-        outputs: how many there are.
+    `source` may know the model's names: a server's description of itself, or a recording's header.
     """
     names = tuple(map(str, getattr(source, "output_names", None) or ()))
     clash = any(name in LABELS or _NUMBERED.fullmatch(name) for name in names)

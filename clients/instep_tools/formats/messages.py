@@ -29,9 +29,7 @@ _NOT_DATA: Final = frozenset(
 def decoder(schema: Any, encoding: str) -> Decoder | None:
     """A decoder of a channel's messages, or None where there is none for them.
 
-    Args:
-        schema: as the mcap library gives it; None where the channel has none.
-        encoding: of the messages.
+    The schema is as the mcap library gives it; None where the channel has none.
     """
     match encoding, getattr(schema, "encoding", ""):
         case "json", _:

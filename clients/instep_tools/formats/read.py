@@ -76,10 +76,6 @@ def holds_lines(path: Path) -> bool:
 def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequences:
     """Read a recording, NPZ, NPY, Parquet, MCAP, or text; sequences without a frame are left out.
 
-    Args:
-        path: the file.
-        choice: which columns and streams of it; None for what is there.
-
     Raises:
         BadFile: naming the file and what is wrong with it.
         CommandProblem: when something that was chosen is not there, or a library is missing.

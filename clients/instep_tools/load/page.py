@@ -33,14 +33,8 @@ def load_page(
 ) -> Page:
     """The page of one load, or of a search for the largest within a service level.
 
-    Args:
-        endpoint: of the server.
-        info: what it says of itself.
-        plan: what was asked for.
-        trials: every load that was tried, at least one unless the command was stopped.
-        best: the one to show in full, if any.
-        sentence: the summary on the terminal.
-        ending: the exit status.
+    `trials` is every load that was tried, at least one unless the command was stopped; `best` is the one to show in
+    full, if any; `sentence` is the summary on the terminal.
     """
     server = {
         "endpoint": endpoint,

@@ -115,10 +115,7 @@ class Schedule:
 def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
     """One part a process; streams and connections are spread evenly.
 
-    Args:
-        plan: what to do.
-        info: whose limits to keep.
-        name: what the streams are called after, different in every test.
+    The streams are called after `name`, which is different in every test.
 
     Raises:
         CommandProblem: when the numbers do not fit together, or the server does not take as much.

@@ -42,12 +42,8 @@ async def run_parts(
 ) -> PartResult:
     """Run all parts at once and merge what they measured.
 
-    Args:
-        parts: one stays in this process, several get a process each.
-        target: the server and the model.
-        stop: ends it early; what was sent is still waited for.
-        clock: for one part; the machine's where it is None.
-        answered: one a part, from `counters`: the frames answered while it runs.
+    One part stays in this process, with `clock` where it is given; several get a process each. `answered`, from
+    `counters`, counts the frames of each part that are answered while it runs.
 
     Raises:
         InstepError: as the client does.

@@ -46,9 +46,7 @@ def as_samples(numbers: array[float]) -> SampleArray:
 def held_up_us(samples: SampleArray, stalls: Sequence[tuple[float, float]]) -> F64:
     """How long the process stood still between the sending of each block and its answer.
 
-    Args:
-        samples: those of the process.
-        stalls: when it did, in seconds after the warm-up: in order, and without overlap.
+    `stalls` are the times in which it did, in seconds after the warm-up: in order, and without overlap.
     """
     if not stalls:
         return np.zeros(len(samples))

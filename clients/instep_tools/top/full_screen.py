@@ -21,11 +21,8 @@ from rich.text import Text
 class FullScreen:
     """To be used in a `with` block within an event loop, in the main thread.
 
-    Args:
-        console: on the terminal.
-        draw: the lines for a width and a height.
-        press: is given what was typed.
-        end: called by SIGTERM, and when the terminal is gone.
+    `draw` gives the lines for a width and a height, `press` is given what was typed, and `end` is called by SIGTERM,
+    and when the terminal is gone.
     """
 
     def __init__(

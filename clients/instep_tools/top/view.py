@@ -27,11 +27,7 @@ _OTHER_KEYS: Final = re.compile(r"\x1b[\[O][\d;]*[^\d;]")
 
 
 class View:
-    """Everything that keys change.
-
-    Args:
-        query: what is asked for first.
-    """
+    """Everything that keys change."""
 
     def __init__(self, query: StreamQuery) -> None:
         self.query = query

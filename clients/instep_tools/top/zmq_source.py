@@ -22,10 +22,6 @@ class ZmqSource:
     """A client of one model of a server.
 
     Only the model that is looked at has a connection: one to each would keep old versions of swapped models alive.
-
-    Args:
-        endpoint: tcp:// or ipc://.
-        clock: seconds that never go back.
     """
 
     def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic) -> None:

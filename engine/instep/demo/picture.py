@@ -24,11 +24,7 @@ LATENCY_BINS: Final = 60
 def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:
     """Write a PNG.
 
-    Args:
-        heard: everything that came back.
-        speakers: who it was, int32 [recordings].
-        path: an existing file is replaced.
-        title: stands above it.
+    `speakers` says who it was, int32 [recordings]; an existing file is replaced.
     """
     right = right_after(heard.outputs, speakers)
     settled = settled_after(right)
@@ -55,8 +51,7 @@ def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:
 def settled_after(right: Bool) -> F64:
     """After how many frames the decision is right and stays so; infinite where it is wrong at the end.
 
-    Args:
-        right: bool [recordings, T], see `right_after`.
+    `right` is bool [recordings, T], see `right_after`.
     """
     since = right.shape[1] - np.argmin(right[:, ::-1], axis=1) + 1
     settled: F64 = np.where(right.all(axis=1), 1.0, np.where(right[:, -1], since, np.inf))

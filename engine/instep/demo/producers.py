@@ -65,9 +65,7 @@ class Heard:
 def right_after(outputs: Sequence[F32], speakers: I32) -> Bool:
     """Whether the decision is right after each number of frames.
 
-    Args:
-        outputs: one [T, speakers] a recording.
-        speakers: the true speakers, int32 [recordings].
+    `outputs` holds one [T, speakers] a recording; `speakers` are the true ones, int32 [recordings].
 
     Returns:
         bool [recordings, longest T]; column k is after k + 1 frames. A recording that is shorter counts with the
@@ -113,9 +111,7 @@ class Part:
 def timetable(lengths: Sequence[int], speed: float = 1.0) -> list[Part]:
     """The parts of all producers, the same each time.
 
-    Args:
-        lengths: frames of each producer's recording.
-        speed: 2 for everything twice as fast.
+    `lengths` are the frames of each producer's recording; with `speed` 2 everything is twice as fast.
     """
     random = np.random.default_rng(_SEED)
     count = len(lengths)
@@ -172,11 +168,7 @@ def connections_within(descriptors: int, producers: int) -> int:
 async def stream_all(endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard) -> float:
     """Stream all recordings at once, from a common start, and close the streams.
 
-    Args:
-        endpoint: where the server is.
-        producers: everybody.
-        connections: how many there are; producers share them in turn.
-        heard: filled while it goes; its rows are the producers.
+    Producers share the connections in turn. `heard` is filled while it goes; its rows are the producers.
 
     Returns:
         The seconds from the start to the last answer.

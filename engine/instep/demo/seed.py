@@ -144,11 +144,8 @@ def _serve(gru: SimpleGRU, x: torch.Tensor) -> tuple[torch.Tensor, ServerInfo]:
 def verdict(printed: ThreeOutputs, certified: ThreeOutputs, rows: int, exactness: str) -> tuple[bool, str]:
     """Whether the tables are as equal as they should be, and a sentence.
 
-    Args:
-        printed: as the experiment computes them.
-        certified: computed in `rows` rows.
-        rows: a batch size that the engine certified.
-        exactness: what the engine certified.
+    `printed` is as the experiment computes them, `certified` computed in `rows` rows, a batch size that the engine
+    certified; `exactness` is what it certified.
     """
     as_printed = "equal to 4 decimals, as printed" if printed.equal_as_printed else "NOT equal to 4 decimals"
     two_rows = f"the experiment's own {BATCH_SIZE} rows: " + _distance(printed)
