@@ -46,47 +46,28 @@ SEPARATE: Final = {
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}
 
 
-def run(
-    console: Console,
-    names: Sequence[str],
-    *,
-    quick: bool = False,
-    as_json: bool = False,
-    folder: Path | None = None,
-    model: Path | None = None,
-    report: Path | None = None,
-) -> int:
-    """Measure, show and judge.
-
-    Args:
-        console: for everything except the JSON.
-        names: of the measurements; none for all but the separate ones.
-        quick: try everything out in short rounds; the result has no verdict.
-        as_json: write one JSON object to standard output.
-        folder: where models and recordings are written and removed again; by default the system's temporary folder.
-        model: a model folder to measure instead of the benchmark's own networks, whose thresholds it is not held to.
-        report: an HTML page to write as well.
+def run(console: Console, options: argparse.Namespace) -> int:
+    """Measure, show and judge; `console` is for everything except the JSON.
 
     Returns:
-        0 when every threshold was reached, or with `quick` or a model; 1 when one was missed, an output was wrong, or
+        0 when every threshold was reached, or with --quick or --model; 1 when one was missed, an output was wrong, or
         nothing could be measured, or the page not be written.
     """
+    quick, report = options.quick, options.report
     if report is not None:
         try:
             check_report_path(report)
         except BadFile as error:
-            console.print(f"[red]not measured:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            return 1
+            return _failed(console, f"not measured: {error}")
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what torch has loaded stays; a collection in the middle of a round need not look at it
     load_before, started = os.getloadavg()[0], datetime.datetime.now(datetime.UTC)
     left_out: dict[str, str] = {}
     try:
-        rows = list(_measure(console, names or list(MEASUREMENTS), quick, folder, model, left_out))
+        rows = list(_measure(console, options, left_out))
     except (WrongOutput, NotServed, ChildFailed, ModelError) as error:
-        console.print(f"[red]not measured:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+        return _failed(console, f"not measured: {error}")
     finally:
         gc.unfreeze()
     missed = [] if quick else [row.name for row in rows if row.reached is False]
@@ -98,10 +79,10 @@ def run(
         "rows": [{**row.as_json(), **({"reached": None} if quick else {})} for row in rows],
         "left_out": left_out,
         "missed": missed,
-        "passed": None if quick or model is not None else not missed,
+        "passed": None if quick or options.model is not None else not missed,
     }
     show(console, result, rows)
-    if as_json:
+    if options.json:
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if report is not None:
         from benchmarks.page import benchmark_page
@@ -109,36 +90,33 @@ def run(
         try:
             write_page(report, benchmark_page(result, rows))
         except BadFile as error:
-            console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
-            return 1
+            return _failed(console, str(error))
         say(console, f"report in {escape(str(report))}")
     return 1 if missed or not rows else 0
 
 
-def _measure(
-    console: Console,
-    names: Sequence[str],
-    quick: bool,
-    folder: Path | None,
-    model: Path | None,
-    left_out: dict[str, str],
-) -> Iterator[Row]:
+def _failed(console: Console, sentence: str) -> int:
+    console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+    return 1
+
+
+def _measure(console: Console, options: argparse.Namespace, left_out: dict[str, str]) -> Iterator[Row]:
     """Every row, shown as soon as it is measured; why some are left out goes to `left_out`."""
-    with tempfile.TemporaryDirectory(dir=folder) as below:
-        for name in names:
-            bench = Bench(Path(below), model=model, **(QUICK if quick else {}))
+    with tempfile.TemporaryDirectory(dir=options.folder) as below:
+        for name in options.rows or MEASUREMENTS:
+            bench = Bench(Path(below), model=options.model, **(QUICK if options.quick else {}))
             try:
                 rows = {**MEASUREMENTS, **SEPARATE}[name](bench)
             except (LeftOut, ChildFailed) as error:
-                if model is None:
+                if options.model is None:
                     raise
                 left_out[name] = str(error)
                 say(console, f"{name}: left out: {escape(str(error))}")
                 continue
             for row in rows:
-                if model is not None:
+                if options.model is not None:
                     row = replace(row, threshold=None)
-                say(console, line(row, judged=not quick))
+                say(console, line(row, judged=not options.quick))
                 yield row
 
 
@@ -159,16 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             close = difflib.get_close_matches(name, known, 1)
             instead = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             parser.error(f"there is no row {name!r}; {instead}")
-    console = Console(stderr=options.json)
-    return run(
-        console,
-        options.rows,
-        quick=options.quick,
-        as_json=options.json,
-        folder=options.folder,
-        model=options.model,
-        report=options.report,
-    )
+    return run(Console(stderr=options.json), options)
 
 
 if __name__ == "__main__":
