@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, Final
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,8 +14,8 @@ from rich.table import Table
 from benchmarks.measurement import Row
 from instep.runtime.executor import usable_cores
 from instep_tools.machine import machine as machine_here
-
-COLUMNS: Final = 80
+from instep_tools.machine import versions_line
+from instep_tools.words import wrapped
 
 
 def machine() -> dict[str, Any]:
@@ -49,8 +48,7 @@ def line(row: Row, *, judged: bool) -> str:
 
 def say(console: Console, sentence: str) -> None:
     """Print a sentence, which may hold markup, in lines of 80 columns."""
-    lines = textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    console.print(lines, highlight=False, soft_wrap=True)
+    console.print(wrapped(sentence), highlight=False, soft_wrap=True)
 
 
 def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -73,12 +71,11 @@ def show(console: Console, result: Mapping[str, Any], rows: Sequence[Row]) -> No
 
 def _conditions(result: Mapping[str, Any]) -> str:
     facts, load = result["machine"], result["load_average"]
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    threads = f"1 torch thread in the engine and {facts['threads']['torch_of_bare_loops']} in the bare loops"
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     return (
         f"{facts['processor']}, {facts['cores_usable']} of {facts['cores']} cores, {facts['cpu_capability']}; "
-        f"{versions}; 1 torch thread in the engine and {facts['threads']['torch_of_bare_loops']} in the bare loops; "
-        f"{models}; load average {load['before']} before, {load['after']} after"
+        f"{versions_line(facts)}; {threads}; {models}; load average {load['before']} before, {load['after']} after"
     )
 
 

@@ -62,15 +62,8 @@ def blocks_bare(bench: Bench) -> list[Row]:
     """1,024 streams in blocks of 256, against the network alone and against the seed's way."""
     model = BenchmarkModel.of(bench, "blocks")
     bare, seed = (f"{model.network.name} alone, batch {rows}, frames/s" for rows in (BLOCK, 1))
-    inputs = block_inputs(model)
-    single = np.ascontiguousarray(inputs[0].x[:, :1])
-    with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
-        sides = {
-            SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
-            bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
-            seed: lambda: bare_loop(model.network, single, bench.seconds),
-        }
-        samples = interleave(bench, sides)
+    single = model.inputs(TIMESTEPS, STREAMS)[:, :1].copy()
+    samples = _over_bare(bench, model, {seed: lambda: bare_loop(model.network, single, bench.seconds)})
     what = f"1,024 streams in blocks of 256 over {model.network.name} alone"
     seeds = "the same over stepping one stream at a time"
     return [
@@ -108,14 +101,21 @@ def _refuse_users_model(bench: Bench) -> None:
 
 def _other_blocks(bench: Bench, name: str, what: str, model: BenchmarkModel, at_least: float) -> list[Row]:
     bare = f"{model.network.name} alone, batch {BLOCK}, frames/s"
+    samples = _over_bare(bench, model, {})
+    return [compared(name, what, model.description, samples, SERVED, bare, at_least)]
+
+
+def _over_bare(bench: Bench, model: BenchmarkModel, beside: dict[str, Callable[[], float]]) -> Samples:
+    """The load in blocks, the network alone, and other sides."""
     inputs = block_inputs(model)
     with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
         sides = {
             SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
-            bare: lambda: bare_loop(model.network, inputs[0].x, bench.seconds),
+            f"{model.network.name} alone, batch {BLOCK}, frames/s": lambda: bare_loop(
+                model.network, inputs[0].x, bench.seconds
+            ),
         }
-        samples = interleave(bench, sides)
-    return [compared(name, what, model.description, samples, SERVED, bare, at_least)]
+        return interleave(bench, sides | beside)
 
 
 def exact_off(bench: Bench) -> list[Row]:

@@ -27,6 +27,11 @@ def three_digits(value: float) -> str:
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value >= 1 else f"{value:#.3g}" if value >= 1e-3 else "0"
 
 
+def wrapped(sentence: str) -> str:
+    """The sentence in lines of 80 columns, indented from the second on."""
+    return textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def finite(value: Any) -> Any:
     """The value with null for every number in it that is not finite, because JSON has no others."""
     if isinstance(value, float):

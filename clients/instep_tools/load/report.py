@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,7 +30,6 @@ ROWS: Final = {
 PERCENTILE_NAMES: Final = ("p50", "p90", "p99", "p99.9", "max")
 TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99", "")
 LONG_SILENCE_S: Final = 1.0
-COLUMNS: Final = 80
 
 
 def show_latencies(terminal: Terminal, result: Measured) -> None:
@@ -122,8 +120,3 @@ def setting(info: ServerInfo) -> str:
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
         f"instep {version('instep')}"
     )
-
-
-def lines(sentence: str) -> str:
-    """A sentence in lines of 80 columns."""
-    return textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

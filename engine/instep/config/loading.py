@@ -111,21 +111,11 @@ class _Layers:
             return
         try:
             value = _checked(given)
-        except ValidationError as error:
+        except (ValueError, RuntimeError) as error:
             self.broken.add(given.path)
             self.problems += _problems_of(given, error)
-            return
-        except ValueError as error:
-            self.broken.add(given.path)
-            message = f"it is not valid YAML: {error}"
-            self.problems.append(Problem(given.path, given.source, message, _default(given.path)))
-            return
-        except RuntimeError:  # of `Path.expanduser`
-            self.broken.add(given.path)
-            message = f"there is no home directory for {_short(given.value)}"
-            self.problems.append(Problem(given.path, given.source, message, "write the whole path"))
-            return
-        self.values[given.path], self.taken[given.path] = value, given
+        else:
+            self.values[given.path], self.taken[given.path] = value, given
 
 
 def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Problem]:
@@ -236,8 +226,15 @@ def _section(name: str, values: Mapping[str, Any]) -> Section:
     return section.model_construct(**{key: values[path] for key, path in paths.items() if path in values})
 
 
-def _problems_of(given: _Given, error: ValidationError) -> Iterator[Problem]:
-    """Pydantic's findings on one key in our words."""
+def _problems_of(given: _Given, error: ValueError | RuntimeError) -> Iterator[Problem]:
+    """What `_checked` found wrong with one key, in our words."""
+    if isinstance(error, RuntimeError):  # of `Path.expanduser`
+        message = f"there is no home directory for {_short(given.value)}"
+        yield Problem(given.path, given.source, message, "write the whole path")
+        return
+    if not isinstance(error, ValidationError):
+        yield Problem(given.path, given.source, f"it is not valid YAML: {error}", _default(given.path))
+        return
     name = given.path.split(".")[0]
     for found in error.errors(include_url=False):
         path = ".".join([name, *map(str, found["loc"])])
