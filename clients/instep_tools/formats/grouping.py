@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import F32
@@ -30,8 +31,30 @@ def sequences_of(
 ) -> RecordedSequences:
     """The rows of a table as sequences, one for each opening of a stream and each reset of its state.
 
+    Frames whose outputs are all NaN have none.
+
     Raises:
         BadFile: when a frame of a stream is missing, or is there twice.
+    """
+    y = None if y is None or not y.shape[1] else y
+    answered = None if y is None else np.asarray(~np.isnan(y).all(axis=1))
+    return grouped(path, names, stream_ids, seqs, times_ns, x, y, answered, header)[0]
+
+
+def grouped(
+    path: Path,
+    names: Sequence[str],
+    stream_ids: Sequence[int] | None,
+    seqs: I64 | None,
+    times_ns: I64 | None,
+    x: F32,
+    y: F32 | None,
+    answered: npt.NDArray[np.bool_] | None,
+    header: TableHeader,
+) -> tuple[RecordedSequences, list[tuple[int, int]]]:
+    """As `sequences_of`, with the number of each one's stream and the seq of its first frame.
+
+    `answered`, [N], says which rows have outputs; None for all.
     """
     index: dict[tuple[str, int], int] = {}
     ids = [0] * len(names) if stream_ids is None else stream_ids
@@ -47,6 +70,7 @@ def sequences_of(
     for stream_id, seq in sorted(given):
         begins_of[stream_id].append(seq)
     found: list[str] = []
+    keys: list[tuple[int, int]] = []
     lengths: list[int] = []
     initial: dict[int, State] = {}
     known = np.ones(len(names), np.bool_)
@@ -59,21 +83,22 @@ def sequences_of(
             elif begin > 0 and (stream_id, begin) not in given:
                 known[start + begin - first : start + end - first] = False
             found.append(name)
+            keys.append((stream_id, begin))
             lengths.append(end - begin)
-    outputs = None if y is None or not y.shape[1] else y[order]
-    answered = known if outputs is None else known & ~np.isnan(outputs).all(axis=1)
+    comparable = known if answered is None else known & answered[order]
     unknown = len(np.unique(codes[order][~known]))
-    return RecordedSequences(
+    sequences = RecordedSequences(
         names=tuple(found),
         lengths=np.array(lengths, np.int64),
         frames=x[order],
-        outputs=outputs,
-        answered=None if answered.all() else answered,
+        outputs=None if y is None else y[order],
+        answered=None if comparable.all() else comparable,
         times_ns=None if times_ns is None else times_ns[order],
         initial_states=initial,
         fingerprint=header.about.get("fingerprint"),
         notes=_notes(unknown),
     )
+    return sequences, keys
 
 
 def _notes(unknown: int) -> tuple[str, ...]:

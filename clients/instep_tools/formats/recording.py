@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from instep_client.protocol.state_spec import StateSpec
-from instep_client.protocol.wire import F32
-from instep_client.states import as_state
+from instep_tools.formats.grouping import grouped
+from instep_tools.formats.table import StartState, TableHeader
 from instep_tools.problems import BadFile
-from instep_tools.sequences import I64, RecordedSequences
+from instep_tools.sequences import RecordedSequences
 
 APPLICATION_ID: Final = 0x696E7374
 FORMAT_VERSION: Final = 1
@@ -57,30 +57,6 @@ class _Opening(NamedTuple):
     initial_state: bytes | None
 
 
-class _Stretch(NamedTuple):
-    """What is replayed as one sequence: from an opening or a reset to the next reset or the end."""
-
-    position: int
-    time_ns: int
-    name: str
-    state: bytes | None
-    start: int
-    """Where its frames begin, sorted by stream and seq."""
-    end: int
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """All frames of a recording, sorted by stream and seq."""
-
-    streams: I64
-    seqs: npt.NDArray[np.uint64]
-    times_ns: I64
-    x: F32
-    y: F32
-    answered: npt.NDArray[np.bool_]
-
-
 _OPENING: Final = ", ".join(_Opening._fields)
 _EVENT: Final = "position, time_ns, stream, seq, kind, detail, state"
 _CHECKPOINT: Final = "position, completed, time_ns, bytes, openings, closings, events"
@@ -98,35 +74,30 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     if version != FORMAT_VERSION:
         raise BadFile(f"{path} has format version {version}; this client reads version {FORMAT_VERSION}")
     header = {key: json.loads(value) for key, value in _rows(path, database, "header", "key, value")}
-    state = StateSpec.decode(header["state"])
     first, openings = _openings(path, database)
     events = [event for event in _rows(path, database, "events", _EVENT) if event[0] >= first]
     failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
     first_seqs = {opening.stream: opening.first_seq for opening in openings}
-    frames = _frames(path, database, int(header["features"]), int(header["outputs"]), failed, first, first_seqs)
-    resets = [
-        (stream, seq, at, time_ns, state)
-        for at, time_ns, stream, seq, kind, _, state in events
-        if kind == "reset" and seq >= first_seqs.get(stream, seq + 1)
-    ]
-    stretches = _stretches(path, frames, openings, sorted(resets, key=lambda reset: reset[:3]))
-    in_file = RecordedSequences(
-        names=tuple(stretch.name for stretch in stretches),
-        lengths=np.array([stretch.end - stretch.start for stretch in stretches], np.int64),
-        frames=frames.x,
-        outputs=frames.y,
-        answered=None if frames.answered.all() else frames.answered,
-        times_ns=frames.times_ns,
-        opened_ns=np.array([stretch.time_ns for stretch in stretches], np.int64),
-        initial_states={
-            row: as_state(np.frombuffer(stretch.state, np.uint8).reshape(1, state.row_bytes), state, single=True)
-            for row, stretch in enumerate(stretches)
-            if stretch.state is not None
-        },
-        fingerprint=str(header["model_fingerprint"]),
-    )
-    order = sorted(range(len(stretches)), key=lambda row: stretches[row].position)
-    return in_file if order == list(range(len(stretches))) else in_file.select(order)
+    columns = _frames(path, database, int(header["features"]), int(header["outputs"]), failed, first)
+    # After trimming, the states with which streams begin hold the frames before them.
+    pairs = zip(columns[0].tolist(), columns[1].tolist(), strict=True)
+    kept = np.array([first == 1 or seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
+    streams, seqs, times_ns, x, y, answered = (column[kept] for column in columns)
+    names = {opening.stream: opening.name for opening in openings}
+    if not names.keys() >= set(streams.tolist()):
+        raise BadFile(f"{path} holds frames of a stream that never opened")
+    begins = {(each.stream, each.first_seq): (each.position, each.time_ns, each.initial_state) for each in openings}
+    begins |= {(stream, seq): (at, ns, row) for at, ns, stream, seq, kind, _, row in events if kind == "reset"}
+    states = [StartState(*key, row) for key, (_, _, row) in begins.items()]
+    about = {"fingerprint": str(header["model_fingerprint"])}
+    table = TableHeader(about=about, spec=StateSpec.decode(header["state"]), states=states)
+    ids = streams.tolist()
+    sequences, keys = grouped(path, [names[each] for each in ids], ids, seqs, times_ns, x, y, answered, table)
+    if any(first_seqs[stream] != seq for stream, seq in dict(reversed(keys)).items()):
+        raise BadFile(f"{path} is damaged: the first frames of a stream are missing")
+    sequences = replace(sequences, opened_ns=np.array([begins[key][1] for key in keys], np.int64))
+    order = sorted(range(len(keys)), key=lambda row: begins[keys[row]][0])
+    return sequences if order == list(range(len(keys))) else sequences.select(order)
 
 
 def _openings(path: Path, database: sqlite3.Connection) -> tuple[int, list[_Opening]]:
@@ -154,15 +125,9 @@ def _openings(path: Path, database: sqlite3.Connection) -> tuple[int, list[_Open
 
 
 def _frames(
-    path: Path,
-    database: sqlite3.Connection,
-    features: int,
-    outputs: int,
-    failed: set[int],
-    first: int,
-    first_seqs: dict[int, int],
-) -> _Frames:
-    """Those of batches from the position `first` on that are not in the states with which streams begin."""
+    path: Path, database: sqlite3.Connection, features: int, outputs: int, failed: set[int], first: int
+) -> tuple[npt.NDArray[Any], ...]:
+    """The frames of batches from the position `first` on, by stream, seq, time, x, y, and whether they have one."""
     rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
     rows = [row for row in rows if row[0] not in failed and row[0] >= first]
     if not rows:
@@ -171,58 +136,14 @@ def _frames(
     sizes = np.array([row[3] for row in rows])
     nothing = np.full((int(sizes.max()), outputs), np.nan, "<f4").tobytes()
     streams = np.frombuffer(b"".join(row[4] for row in rows), "<u4").astype(np.int64)
-    seqs = np.frombuffer(b"".join(row[5] for row in rows), "<u8")
-    x = np.frombuffer(b"".join(row[6] for row in rows), "<f4").reshape(-1, features)
-    y = b"".join(answers.get(row[0], nothing[: 4 * row[3] * outputs]) for row in rows)
+    seqs = np.frombuffer(b"".join(row[5] for row in rows), "<u8").astype(np.int64)
     times_ns = np.repeat(np.array([row[1] for row in rows], np.int64), sizes)
+    x = np.frombuffer(b"".join(row[6] for row in rows), "<f4").reshape(-1, features)
+    y = np.frombuffer(b"".join(answers.get(row[0], nothing[: 4 * row[3] * outputs]) for row in rows), "<f4")
     answered = np.repeat(np.array([row[0] in answers for row in rows]), sizes)
-    if not len(streams) == len(seqs) == len(x) == len(times_ns) == len(y) / (4 * outputs):
+    if not len(streams) == len(seqs) == len(times_ns) == len(x) == len(y) / outputs:
         raise BadFile(f"{path} is damaged: the columns of a batch differ in length")
-    order = np.lexsort((seqs, streams))
-    if first > 1:
-        order = order[_count_after_trimming(streams[order], seqs[order], first_seqs)]
-    in_columns = np.frombuffer(y, "<f4").reshape(-1, outputs)
-    return _Frames(streams[order], seqs[order], times_ns[order], x[order], in_columns[order], answered[order])
-
-
-def _count_after_trimming(
-    streams: I64, seqs: npt.NDArray[np.uint64], first_seqs: dict[int, int]
-) -> npt.NDArray[np.bool_]:
-    pairs = zip(streams.tolist(), seqs.tolist(), strict=True)
-    return np.array([seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
-
-
-def _stretches(
-    path: Path, frames: _Frames, openings: list[_Opening], resets: list[tuple[int, int, int, int, bytes | None]]
-) -> list[_Stretch]:
-    """Those with frames, in the order of the frames."""
-    numbers, starts, counts = np.unique(frames.streams, return_index=True, return_counts=True)
-    by_number = {opening.stream: opening for opening in openings}
-    if not by_number.keys() >= set(numbers.tolist()):
-        raise BadFile(f"{path} holds frames of a stream that never opened")
-    found = []
-    for stream, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True):
-        opening = by_number[stream]
-        _check_seqs(path, opening, frames.seqs[start : start + count])
-        begins = [(opening.position, opening.time_ns, opening.initial_state, opening.first_seq)]
-        begins += [(at, time_ns, state, seq) for of, seq, at, time_ns, state in resets if of == stream]
-        ends = [seq for *_, seq in begins[1:]] + [opening.first_seq + count]
-        for (at, time_ns, state, first), end in zip(begins, ends, strict=True):
-            if end > first:
-                where = start - opening.first_seq
-                found.append(_Stretch(at, time_ns, opening.name, state, where + first, where + end))
-    return found
-
-
-def _check_seqs(path: Path, opening: _Opening, seqs: npt.NDArray[np.uint64]) -> None:
-    """A stream must hold all frames from its first one: a stream with a hole cannot be run again."""
-    expected = opening.first_seq + np.arange(len(seqs))
-    wrong = np.flatnonzero(seqs != expected.astype(np.uint64))
-    if len(wrong):
-        at = int(wrong[0])
-        raise BadFile(
-            f"{path} is damaged: stream {opening.name!r} holds seq {seqs[at]} where {expected[at]} is expected"
-        )
+    return streams, seqs, times_ns, x, y.reshape(-1, outputs), answered
 
 
 def _rows(path: Path, database: sqlite3.Connection, table: str, columns: str) -> list[tuple[Any, ...]]:
