@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -81,12 +82,8 @@ class _Messages:
         """By channel and count of numbers, where the chosen ones are."""
         self._widths: dict[int, dict[str, int]] = defaultdict(dict)
         """By count of numbers, the topics that have so many; values are those of outputs."""
-        self._names: list[str] = []
-        self._ids: list[int] = []
-        self._seqs: list[int] = []
-        self._times_ns: list[int] = []
-        self._x: list[F32] = []
-        self._y: list[F32] = []
+        self._rows: list[tuple[str, int, int, int, F32, F32]] = []
+        """Stream, its number, seq (-1 where there is none), time, x and y."""
 
     def add(self, schema: Any, channel: Any, message: Any) -> None:
         number = channel.id
@@ -108,12 +105,9 @@ class _Messages:
             self._kinds[channel.topic] = "no numbers"
             return
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-            self._x.append(np.asarray(x, np.float64).astype(np.float32))
-        self._y.append(np.asarray(y, np.float32))
-        self._names.append(channel.topic)
-        self._ids.append(int(channel.metadata.get("stream_id", 0)))
-        self._seqs.append(seq)
-        self._times_ns.append(message.log_time)
+            frame = np.asarray(x, np.float64).astype(np.float32)
+        stream_id, output = int(channel.metadata.get("stream_id", 0)), np.asarray(y, np.float32)
+        self._rows.append((channel.topic, stream_id, seq, message.log_time, frame, output))
         self._widths[len(x)][channel.topic] = len(y)
 
     def _numbers(self, channel: int, value: Any) -> list[float]:
@@ -126,7 +120,7 @@ class _Messages:
         return [numbers[at] for at in picked]
 
     def sequences(self, header: TableHeader) -> RecordedSequences:
-        if not self._x:
+        if not self._rows:
             kinds = ", ".join(f"{topic} ({kind})" for topic, kind in list(self._kinds.items())[:_TOPICS_NAMED])
             hint = f": {kinds}" if kinds else f" that fits {self._choice.only!r}"
             raise BadFile(f"{self._path} has no topic with numbers{hint}")
@@ -136,17 +130,17 @@ class _Messages:
                 f"{self._path}: messages have different counts of numbers ({', '.join(widths[:_TOPICS_NAMED])}): "
                 "choose topics with --only, and fields with --columns"
             )
-        is_own = self._seqs[0] >= 0
-        times_ns = np.array(self._times_ns, np.int64)
-        order = np.argsort(times_ns, kind="stable")
+        names, ids, all_seqs, times, x, y = zip(*sorted(self._rows, key=itemgetter(3)), strict=True)
+        seqs, times_ns = np.array(all_seqs, np.int64), np.array(times, np.int64)
+        is_own = seqs[0] >= 0
         sequences = sequences_of(
             self._path,
-            [self._names[at] for at in order],
-            [self._ids[at] for at in order],
-            np.array(self._seqs, np.int64)[order] if is_own else None,
-            times_ns[order] if times_ns.any() else None,
-            np.stack(self._x)[order],
-            np.stack(self._y)[order],
+            names,
+            ids,
+            seqs if is_own else None,
+            times_ns if times_ns.any() else None,
+            np.stack(x),
+            np.stack(y),
             header,
         )
         return chosen_columns(sequences, self._choice, header) if is_own else sequences
