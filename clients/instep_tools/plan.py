@@ -115,7 +115,6 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
     for cohort, members in enumerate(cohorts):
         cohort_of[members] = cohort
         place_of[members] = np.arange(len(members))
-    last_s = [float(times_s[ends[members] - 1].max()) for members in cohorts]
     sequence_of = np.repeat(np.arange(len(sequences)), sequences.lengths)
     left = [int(sequences.lengths[members].sum()) for members in cohorts]
 
@@ -127,8 +126,10 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
             due_s = float(times_s[flat[0]]) / speed
             yield Send(due_s, cohort, rows, flat[None, :], left[cohort] == 0)
 
-    first_s = [float(times_s[starts[members]].min()) for members in cohorts]
-    return Plan(sequences, cohorts, _most_at_once(first_s, last_s, [len(m) for m in cohorts]), sends())
+    first_s = np.array([times_s[starts[members]].min() for members in cohorts])
+    last_s = np.array([times_s[ends[members] - 1].max() for members in cohorts])
+    at_once = most_at_once(first_s, last_s, np.array([len(members) for members in cohorts]))
+    return Plan(sequences, cohorts, at_once, sends())
 
 
 def make_plan(
@@ -189,14 +190,8 @@ def _same_moment(times_s: F64, sequence_of: Rows, cohort_of: Rows) -> Iterator[I
             flat = np.delete(flat, once)
 
 
-def _most_at_once(first_s: list[float], last_s: list[float], sizes: list[int]) -> int:
-    """The largest number of streams open at one time."""
-    changes = sorted(
-        [(at, 0, size) for at, size in zip(first_s, sizes, strict=True)]
-        + [(at, 1, -size) for at, size in zip(last_s, sizes, strict=True)]
-    )
-    open_now = most = 0
-    for _, _, change in changes:
-        open_now += change
-        most = max(most, open_now)
-    return most
+def most_at_once(begins: F64, ends: F64, sizes: I64) -> int:
+    """The largest sum of sizes between beginning and end, both included; all [N]."""
+    by_begin, by_end = np.argsort(begins), np.argsort(ends)
+    begun, ended = np.cumsum(sizes[by_begin]), np.cumsum([0, *sizes[by_end]])
+    return int((begun - ended[np.searchsorted(ends[by_end], begins[by_begin])]).max())

@@ -14,11 +14,9 @@ from instep.demo.producers import (
     SLOWEST_S,
     WINDOW_S,
     Heard,
-    Part,
     Producer,
     connections_for,
     connections_within,
-    most_at_once,
     probabilities,
     right_after,
     stream_all,
@@ -123,19 +121,6 @@ def test_it_is_the_same_each_time_and_scales_with_the_speed() -> None:
         assert once.due_s.tolist() == again.due_s.tolist()
         np.testing.assert_allclose(fast.due_s * 4, once.due_s)
         assert once.chunk == fast.chunk
-
-
-@pytest.mark.parametrize(
-    ("spans", "most"),
-    [
-        ([(0.0, 1.0)], 1),
-        ([(0.0, 1.0), (2.0, 3.0)], 1),
-        ([(0.0, 1.0), (1.0, 3.0)], 2),
-        ([(0.0, 9.0), (1.0, 2.0), (3.0, 4.0), (3.5, 5.0)], 3),
-    ],
-)
-def test_most_at_once(spans: list[tuple[float, float]], most: int) -> None:
-    assert most_at_once([Part(due_s=np.array(span), chunk=1) for span in spans]) == most
 
 
 SPEAKERS = np.array([1, 2], np.int32)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, plan_timed, plan_waves
+from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, most_at_once, plan_timed, plan_waves
 from instep_tools.sequences import RecordedSequences
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -146,3 +146,18 @@ def test_without_times_there_is_nothing_to_keep() -> None:
 def test_cuts_keep_to_the_shortest_stream_and_the_largest_block() -> None:
     found = [(steps.tolist(), rows.tolist()) for steps, rows in cuts(np.array([5, 9]), max_frames=6)]
     assert found == [([0, 1, 2], [0, 1]), ([3, 4], [0, 1]), ([5, 6, 7, 8], [1])]
+
+
+@pytest.mark.parametrize(
+    ("spans", "most"),
+    [
+        ([(0.0, 1.0)], 1),
+        ([(0.0, 1.0), (2.0, 3.0)], 1),
+        ([(0.0, 1.0), (1.0, 3.0)], 2),
+        ([(0.0, 9.0), (1.0, 2.0), (3.0, 4.0), (3.5, 5.0)], 3),
+    ],
+)
+def test_most_at_once(spans: list[tuple[float, float]], most: int) -> None:
+    begins, ends = np.transpose(spans)
+    assert most_at_once(begins, ends, np.ones(len(spans), np.int64)) == most
+    assert most_at_once(begins, ends, np.full(len(spans), 3)) == 3 * most

@@ -128,14 +128,6 @@ def timetable(lengths: Sequence[int], speed: float = 1.0) -> list[Part]:
     return parts
 
 
-def most_at_once(parts: Sequence[Part]) -> int:
-    """How many producers are between their first and their last frame at the busiest moment."""
-    starts = np.sort([part.due_s[0] for part in parts])
-    ends = np.sort([part.due_s[-1] for part in parts])
-    begun = np.arange(1, len(parts) + 1)
-    return int((begun - np.searchsorted(ends, starts)).max())
-
-
 DESCRIPTORS_A_CONNECTION: Final = 2
 """ZeroMQ's socket, and what wakes the event loop for it."""
 DESCRIPTORS_BESIDE: Final = 150

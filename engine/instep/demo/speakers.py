@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from rich.console import Console
 
 from instep.config.sections import HttpConfig
@@ -24,7 +25,6 @@ from instep.demo.producers import (
     Heard,
     Producer,
     connections_for,
-    most_at_once,
     right_after,
     stream_all,
     timetable,
@@ -36,6 +36,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
+from instep_tools.plan import most_at_once
 
 FAILED: Final = 1
 
@@ -131,7 +132,8 @@ def _make_room(recording: Path) -> None:
 
 def _load(producers: Sequence[Producer], connections: int, speed: float) -> tuple[str, str]:
     frames = sum(len(producer.frames) for producer in producers)
-    at_once = most_at_once([producer.part for producer in producers])
+    firsts, lasts = np.transpose([producer.part.due_s[[0, -1]] for producer in producers])
+    at_once = most_at_once(firsts, lasts, np.ones(len(producers), np.int64))
     rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
     return (
         f"streaming {len(producers)} recordings of nine speakers saying /ae/, {frames:,} frames, from",
