@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,8 @@ class LoadTester:
             sentence = f"{report.blame(result)}: {sentence}"
         if self.stop.requested:
             sentence += f"; stopped after {result.seconds:.1f} s, all streams closed"
-        good = result.whole and not result.measured_itself
-        ending = Exit.MEASURED_ITSELF if result.measured_itself else Exit.OK if good else Exit.FOUND_PROBLEMS
+        ending = Exit.OK if result.whole else Exit.FOUND_PROBLEMS
+        ending = Exit.MEASURED_ITSELF if result.measured_itself else ending
         return self._tell(result.as_json(), [result], result, sentence, ending)
 
     async def _search(self, slo_ms: float) -> Exit:
@@ -144,8 +144,17 @@ class LoadTester:
         values = {"server": server_as_json(self._info), **values}
         if self.terminal.as_json:
             self.terminal.result(values)
-        summary, found = sentence, ending
-        for path, said, content in self._files(values, trials, best, sentence, found):
+        test, info, summary = self.test, self._info, sentence
+        drawn = [trial for trial in trials if len(trial.samples)]
+        files: tuple[tuple[Path | None, str, Callable[[], bytes] | None], ...] = (
+            (test.save, "saved in", lambda: json.dumps(values, indent=2).encode() + b"\n"),
+            (test.hdr, "percentiles in", partial(saved.as_hgrm, best) if best and len(best.samples) else None),
+            (test.plot, "drawn in", partial(_picture, test, drawn, info) if drawn else None),
+            (test.report, "report in", partial(_report, test, info, trials, best, sentence, ending)),
+        )
+        for path, said, content in files:
+            if path is None:
+                continue
             if content is None:
                 summary += f"; {path} not written"
                 continue
@@ -157,22 +166,6 @@ class LoadTester:
                 ending = ending or Exit.COULD_NOT_RUN
         self.terminal.summary(wrapped(summary), good=ending is Exit.OK)
         return ending
-
-    def _files(
-        self, values: Mapping[str, Any], trials: list[Measured], best: Measured | None, sentence: str, ending: Exit
-    ) -> Iterator[tuple[Path, str, Callable[[], bytes] | None]]:
-        """Each file that was asked for, what the summary says of it, and its content if there is any."""
-        test, info = self.test, self._info
-        if test.save is not None:
-            yield test.save, "saved in", lambda: json.dumps(values, indent=2).encode() + b"\n"
-        if test.hdr is not None:
-            makes = None if best is None or not len(best.samples) else partial(saved.as_hgrm, best)
-            yield test.hdr, "percentiles in", makes
-        if test.plot is not None:
-            drawn = [trial for trial in trials if len(trial.samples)]
-            yield test.plot, "drawn in", partial(_picture, test, drawn, info) if drawn else None
-        if test.report is not None:
-            yield test.report, "report in", partial(_report, test, info, trials, best, sentence, ending)
 
 
 def _picture(test: LoadTest, trials: list[Measured], info: ServerInfo) -> bytes:
