@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -101,20 +101,12 @@ def _protobuf_value(message: Any) -> dict[str, Any] | None:
     return values
 
 
+_NUMBERS: Final = ("float32", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 _PRIMITIVES: Final = {
-    "float32": "f4",
-    "float64": "f8",
-    "int8": "i1",
-    "uint8": "u1",
-    "byte": "u1",
-    "char": "u1",
-    "bool": "?",
-    "int16": "i2",
-    "uint16": "u2",
-    "int32": "i4",
-    "uint32": "u4",
-    "int64": "i8",
-    "uint64": "u8",
+    **{name: np.dtype(name) for name in _NUMBERS},
+    "byte": np.dtype("uint8"),
+    "char": np.dtype("uint8"),
+    "bool": np.dtype("bool"),
 }
 _BUILT_IN: Final = {
     "builtin_interfaces/Time": "int32 sec\nuint32 nanosec",
@@ -122,7 +114,7 @@ _BUILT_IN: Final = {
     "std_msgs/Header": "builtin_interfaces/Time stamp\nstring frame_id",
 }
 _FIELD: Final = re.compile(r"([\w/]+)(<=\d+)?(\[(<=)?(\d*)\])?\s+(\w+)\b(?!\s*=)")
-_ENCAPSULATION: Final = {0: ">", 1: "<"}
+_ENCAPSULATION: Final[dict[int, Literal["<", ">"]]] = {0: ">", 1: "<"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +164,7 @@ class _Ros2:
             raise ValueError(f"the file does not define {of}")
         values = {field.name: self._value(field, cdr) for field in self._types[of]}
         if not values:
-            cdr.numbers("u1", 1)  # an empty structure has one byte
+            cdr.skip(1)  # an empty structure has one byte
         return None if of in _NOT_DATA else values
 
     def _value(self, field: _Field, cdr: _Cdr) -> Any:
@@ -193,14 +185,14 @@ class _Ros2:
 class _Cdr:
     """Common Data Representation: values at multiples of their size, counted from behind the encapsulation."""
 
-    def __init__(self, data: bytes, order: str) -> None:
+    def __init__(self, data: bytes, order: Literal["<", ">"]) -> None:
         self._data = data
         self._order = order
         self._at = 0
 
-    def numbers(self, kind: str, count: int) -> Any:
-        """`count` numbers of a kind, as numpy names it."""
-        dtype = np.dtype(kind if kind == "?" else self._order + kind)
+    def numbers(self, kind: np.dtype[Any], count: int) -> Any:
+        """`count` numbers of a kind."""
+        dtype = kind.newbyteorder(self._order)
         if count:
             self._at += -self._at % dtype.itemsize
         start = self._at

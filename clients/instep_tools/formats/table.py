@@ -68,20 +68,17 @@ class TableHeader:
         Raises:
             ValueError: when it is damaged.
         """
+        known = ("inputs", "outputs", "state", "states")
         try:
-            return cls._from_metadata(values)
+            about = {name: text for name, text in values.items() if name not in known}
+            inputs, outputs = (tuple(map(str, json.loads(values.get(part, "[]")))) for part in ("inputs", "outputs"))
+            spec = StateSpec.decode(json.loads(values["state"])) if "state" in values else None
+            states = [
+                StartState(int(stream), int(seq), None if row is None else base64.b64decode(row, validate=True))
+                for stream, seq, row in json.loads(values.get("states", "[]"))
+            ]
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"its metadata is damaged: {error}") from None
-
-    @classmethod
-    def _from_metadata(cls, values: Mapping[str, str]) -> TableHeader:
-        about = {name: text for name, text in values.items() if name not in ("inputs", "outputs", "state", "states")}
-        inputs, outputs = (tuple(map(str, json.loads(values.get(part, "[]")))) for part in ("inputs", "outputs"))
-        spec = StateSpec.decode(json.loads(values["state"])) if "state" in values else None
-        states = [
-            StartState(int(stream), int(seq), None if row is None else base64.b64decode(row, validate=True))
-            for stream, seq, row in json.loads(values.get("states", "[]"))
-        ]
         return cls(inputs, outputs, True, about, spec, states)
 
 
