@@ -73,7 +73,7 @@ def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: 
         _draw(figure, column, parts, names)
     for axes, name in zip(grid[:, 0], shown.names, strict=True):
         axes.set_ylabel(_plain(name if len(name) <= 16 else f"…{name[-15:]}"), fontsize=9)
-    _save(figure, path)
+    write_file(path, rendered(figure, path))
     total = max(of, len(sequences))
     which = counted(total, "stream") if len(shown) == total else f"the first {len(shown)} of {counted(total, 'stream')}"
     cut = f" (the first {MOST_FRAMES:,} frames of each)" if shown.lengths.max() > MOST_FRAMES else ""
@@ -105,15 +105,16 @@ def plot_panels(path: Path, title: str, first: int, panels: Sequence[Panel]) -> 
         axes.set_title(f"{panel.title} ({len(panel.names)})", fontsize=11, loc="left")
         _draw(figure, [axes], [panel.values], panel.names, first)
     axes.set_xlabel("frame")
-    _save(figure, path)
+    write_file(path, rendered(figure, path))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def rendered(figure: Figure, path: Path) -> bytes:
+    """The picture in the format that the file's name says."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
         figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
-    write_file(path, picture.getvalue())
+    return picture.getvalue()
 
 
 def _draw(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int = 0) -> None:

@@ -21,7 +21,7 @@ from instep_tools.load.search import Search
 from instep_tools.pacing import Clock, Stop
 from instep_tools.page import as_html, check_report_path
 from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, write_file
-from instep_tools.stream_plot import check_plot_path
+from instep_tools.stream_plot import check_plot_path, rendered
 from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted, three_digits, wrapped
 
@@ -172,8 +172,7 @@ def _picture(test: LoadTest, trials: list[Measured], info: ServerInfo) -> bytes:
     from instep_tools.load import plot
 
     assert test.plot is not None
-    picture = (plot.run if test.plan.slo_ms is None else plot.search)(trials, info)
-    return plot.rendered(picture, test.plot.suffix[1:].lower())
+    return rendered((plot.run if test.plan.slo_ms is None else plot.search)(trials, info), test.plot)
 
 
 def _report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final, TypeAlias
@@ -101,13 +100,6 @@ def draw_trials(axes: Axes, trials: Sequence[Measured], slo_ms: float) -> None:
     axes.grid(alpha=0.3)
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left")
-
-
-def rendered(figure: Figure, suffix: str) -> bytes:
-    """The picture as a png, svg or pdf."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format=suffix, dpi=120)
-    return picture.getvalue()
 
 
 def _figure(title: str, subtitle: str, info: ServerInfo) -> Figure:

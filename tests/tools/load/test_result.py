@@ -22,6 +22,7 @@ from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, measured
 from instep_tools.load.samples import SAMPLE, as_samples, held_up_us, percentiles
 from instep_tools.problems import BadFile, write_file
+from instep_tools.stream_plot import rendered
 from instep_tools.words import three_digits
 from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import info_with
@@ -109,7 +110,7 @@ def test_a_server_that_is_gone() -> None:
     assert (values["reconnections"], values["without_connection_s"], values["longest_silence_s"]) == (0, 7.5, 7.5)
     nothing = result(waited, unanswered=8, lost="it is gone")
     assert report.numbers(nothing) + report.problems(nothing) == "nothing was answered: it is gone, 8 frames unanswered"
-    assert plot.rendered(plot.run([nothing], info_with()), "png").startswith(b"\x89PNG")
+    assert rendered(plot.run([nothing], info_with()), Path("a.png")).startswith(b"\x89PNG")
 
 
 def test_p999_needs_a_thousand_answers() -> None:
@@ -195,7 +196,7 @@ def test_pictures_of_few_and_many_answers(suffix: str) -> None:
     signature = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     many = [(at, 1000 + at, 10, 0, 200, 200, 200, 390, 0, 4) for at in np.arange(0.001, 10, 0.002)]
     for found in (result(GOOD), result(many, gaps=[(2.0, 3.0)]), result(GOOD[:1], replace(PLAN, mode=Mode.CLOSED))):
-        assert plot.rendered(plot.run([found], info_with()), suffix).startswith(signature)
+        assert rendered(plot.run([found], info_with()), Path(f"a.{suffix}")).startswith(signature)
     lost = [
         text.get_text() for axes in plot.run([result(many, gaps=[(2.0, 3.0)])], info_with()).axes for text in axes.texts
     ]
@@ -210,7 +211,7 @@ def test_pictures_of_few_and_many_answers(suffix: str) -> None:
         if streams[-1] == 8:
             trials[-1:] = [result(GOOD, plans[-1], refused=Counter(BUSY=1))] * 2
         figure = plot.search(trials, info_with())
-        assert plot.rendered(figure, suffix).startswith(signature)
+        assert rendered(figure, Path(f"a.{suffix}")).startswith(signature)
         subtitle = figure.get_suptitle().splitlines()[-1]
         assert subtitle.startswith(title)
         assert [text.get_text() for text in figure.axes[0].texts] == [f" {slo_ms:g} ms"]
