@@ -36,15 +36,18 @@ def sequences_of(
     Raises:
         BadFile: when a frame of a stream is missing, or is there twice.
     """
+    index: dict[tuple[str, int], int] = {}
+    ids = [0] * len(names) if stream_ids is None else stream_ids
+    codes = np.array([index.setdefault(key, len(index)) for key in zip(names, ids, strict=True)], np.int64)
     y = None if y is None or not y.shape[1] else y
     answered = None if y is None else np.asarray(~np.isnan(y).all(axis=1))
-    return grouped(path, names, stream_ids, seqs, times_ns, x, y, answered, header)[0]
+    return grouped(path, list(index), codes, seqs, times_ns, x, y, answered, header)[0]
 
 
 def grouped(
     path: Path,
-    names: Sequence[str],
-    stream_ids: Sequence[int] | None,
+    streams: Sequence[tuple[str, int]],
+    codes: I64,
     seqs: I64 | None,
     times_ns: I64 | None,
     x: F32,
@@ -54,17 +57,15 @@ def grouped(
 ) -> tuple[RecordedSequences, list[tuple[int, int]]]:
     """As `sequences_of`, with the number of each one's stream and the seq of its first frame.
 
-    `answered`, [N], says which rows have outputs; None for all.
+    `streams` are names and numbers; `codes`, [N], says which of them each row is of, and `answered`, [N], whether it
+    has an output, None for all.
     """
-    index: dict[tuple[str, int], int] = {}
-    ids = [0] * len(names) if stream_ids is None else stream_ids
-    codes = np.array([index.setdefault(key, len(index)) for key in zip(names, ids, strict=True)], np.int64)
     order = np.argsort(codes, kind="stable") if seqs is None else np.lexsort((seqs, codes))
-    counts = np.bincount(codes, minlength=len(index))
+    counts = np.bincount(codes, minlength=len(streams))
     starts = np.cumsum(counts) - counts
-    firsts = np.zeros(len(index), np.int64) if seqs is None else seqs[order[starts]]
+    firsts = np.zeros(len(streams), np.int64) if seqs is None else seqs[order[starts]]
     if seqs is not None:
-        _check_seqs(path, list(index), codes[order], seqs[order], firsts[codes[order]] - starts[codes[order]])
+        _check_seqs(path, streams, codes[order], seqs[order], firsts[codes[order]] - starts[codes[order]])
     given = {(state.stream_id, state.seq): state.row for state in header.states}
     begins_of: dict[int, list[int]] = defaultdict(list)
     for stream_id, seq in sorted(given):
@@ -73,8 +74,8 @@ def grouped(
     keys: list[tuple[int, int]] = []
     lengths: list[int] = []
     initial: dict[int, State] = {}
-    known = np.ones(len(names), np.bool_)
-    for (name, stream_id), start, count, first in zip(index, starts, counts, firsts.tolist(), strict=True):
+    known = np.ones(len(codes), np.bool_)
+    for (name, stream_id), start, count, first in zip(streams, starts, counts, firsts.tolist(), strict=True):
         begins = [first, *(seq for seq in begins_of[stream_id] if first < seq < first + count)]
         for begin, end in pairwise([*begins, first + int(count)]):
             row = given.get((stream_id, begin))
@@ -111,13 +112,14 @@ def _notes(unknown: int) -> tuple[str, ...]:
     )
 
 
-def _check_seqs(path: Path, keys: list[tuple[str, int]], codes: I64, seqs: I64, offsets: I64) -> None:
+def _check_seqs(path: Path, streams: Sequence[tuple[str, int]], codes: I64, seqs: I64, offsets: I64) -> None:
     wrong = np.flatnonzero(seqs != offsets + np.arange(len(seqs)))
     if len(wrong):
         at = int(wrong[0])
+        name, expected = streams[codes[at]][0], int(offsets[at]) + at
         raise BadFile(
-            f"{path}: stream {keys[codes[at]][0]!r} has frame {seqs[at]} where frame {int(offsets[at]) + at} belongs: "
-            "a stream must hold all its frames to be sent again"
+            f"{path}: stream {name!r} has frame {seqs[at]} where frame {expected} belongs: a stream must hold all its "
+            "frames to be sent again"
         )
 
 

@@ -79,20 +79,22 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     failed = {seq for _, _, _, seq, kind, *_ in events if kind == "failed"}
     first_seqs = {opening.stream: opening.first_seq for opening in openings}
     columns = _frames(path, database, int(header["features"]), int(header["outputs"]), failed, first)
-    # After trimming, the states with which streams begin hold the frames before them.
-    pairs = zip(columns[0].tolist(), columns[1].tolist(), strict=True)
-    kept = np.array([first == 1 or seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
-    streams, seqs, times_ns, x, y, answered = (column[kept] for column in columns)
+    if first > 1:  # after trimming, the states with which streams begin hold the frames before them
+        pairs = zip(columns[0].tolist(), columns[1].tolist(), strict=True)
+        kept = np.array([seq >= first_seqs.get(stream, seq + 1) for stream, seq in pairs], np.bool_)
+        columns = tuple(column[kept] for column in columns)
+    streams, seqs, times_ns, x, y, answered = columns
+    numbers, codes = np.unique(streams, return_inverse=True)
     names = {opening.stream: opening.name for opening in openings}
-    if not names.keys() >= set(streams.tolist()):
+    if not names.keys() >= set(numbers.tolist()):
         raise BadFile(f"{path} holds frames of a stream that never opened")
+    opened = [(names[number], number) for number in numbers.tolist()]
     begins = {(each.stream, each.first_seq): (each.position, each.time_ns, each.initial_state) for each in openings}
     begins |= {(stream, seq): (at, ns, row) for at, ns, stream, seq, kind, _, row in events if kind == "reset"}
     states = [StartState(*key, row) for key, (_, _, row) in begins.items()]
     about = {"fingerprint": str(header["model_fingerprint"])}
     table = TableHeader(about=about, spec=StateSpec.decode(header["state"]), states=states)
-    ids = streams.tolist()
-    sequences, keys = grouped(path, [names[each] for each in ids], ids, seqs, times_ns, x, y, answered, table)
+    sequences, keys = grouped(path, opened, codes, seqs, times_ns, x, y, answered, table)
     if any(first_seqs[stream] != seq for stream, seq in dict(reversed(keys)).items()):
         raise BadFile(f"{path} is damaged: the first frames of a stream are missing")
     sequences = replace(sequences, opened_ns=np.array([begins[key][1] for key in keys], np.int64))
