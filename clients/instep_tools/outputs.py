@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -71,18 +71,18 @@ class SentFrames:
     """[T, N, features]"""
 
 
+@dataclass
 class Answers:
     """Counts answers and hands outputs on; tells of every kind of refusal once a stream."""
 
-    def __init__(self, outputs: Outputs, terminal: Terminal) -> None:
-        self.frames = 0
-        self.refused = 0
-        self.ended: set[str] = set()
-        """Streams that the server has ended."""
-        self._outputs = outputs
-        self._terminal = terminal
-        self._seqs: Counter[str] = Counter()
-        self._told: set[tuple[str, int]] = set()
+    outputs: Outputs
+    terminal: Terminal
+    frames: int = 0
+    refused: int = 0
+    ended: set[str] = field(default_factory=set)
+    """Streams that the server has ended."""
+    _seqs: Counter[str] = field(default_factory=Counter)
+    _told: set[tuple[str, int]] = field(default_factory=set)
 
     def take(self, sent: SentFrames, result: F32 | Refused) -> None:
         """One block's outputs [T, N, outputs] or [T, outputs], or why it has none."""
@@ -104,7 +104,7 @@ class Answers:
             self.frames += count
             self.refused += steps - count
             if count:
-                self._outputs.add(name, self._seqs[name], sent.frames[good, column], outputs[good, column])
+                self.outputs.add(name, self._seqs[name], sent.frames[good, column], outputs[good, column])
                 self._seqs[name] += count
 
     def _tell(self, sent: SentFrames, refused: Refused) -> None:
@@ -113,4 +113,4 @@ class Answers:
             keys = {(failure.stream, int(failure.code)) for failure in refused.failures}
         if not keys <= self._told:
             self._told |= keys
-            self._terminal.error(str(refused))
+            self.terminal.error(str(refused))

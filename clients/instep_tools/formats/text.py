@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -58,26 +58,23 @@ class Line:
     """float32 [outputs]; empty where the line has none, or they were not asked for."""
 
 
+@dataclass
 class LineReader:
     """Reads the lines of one text in order.
 
     Empty lines are skipped, and lines that start with `#` unless they have as many columns as the header. A first line
     without any number is a header if its columns fit; see `find_roles` for what they mean.
-
-    Args:
-        choice: which columns are meant.
-        features: how many numbers a frame has; None to take it from the header or the first good line.
-        with_outputs: read them, too.
     """
 
-    def __init__(self, choice: Choice, features: int | None = None, with_outputs: bool = False) -> None:
-        self.features = features
-        self._choice = choice
-        self._with_outputs = with_outputs
-        self._names: list[str] = []
-        self._separator: str | None = None
-        self._roles: Roles | None = None
-        self._at_start = True
+    choice: Choice
+    features: int | None = None
+    """Numbers a frame; None to take them from the header or the first good line."""
+    with_outputs: bool = False
+    """Read them, too."""
+    _names: list[str] = field(default_factory=list)
+    _separator: str | None = None
+    _roles: Roles | None = None
+    _at_start: bool = True
 
     def read(self, text: str) -> Line | None:
         """The line's frame, or None where it holds none.
@@ -96,7 +93,7 @@ class LineReader:
             self._at_start = False
             if self._is_header(text):
                 return None
-            if self._choice.columns or self._choice.time:
+            if self.choice.columns or self.choice.time:
                 raise CommandProblem("--columns and --time name columns, but the first line does not")
         if self._roles is None:
             line = self._plain(fields)
@@ -118,11 +115,11 @@ class LineReader:
     def _is_header(self, text: str) -> bool:
         separator = next((each for each in (",", "\t") if each in text), None)
         names = text.split() if separator is None else _fields(text, separator)
-        if any(_is_number(name) for name in names[self._choice.named :]):
+        if any(_is_number(name) for name in names[self.choice.named :]):
             return False
-        roles = find_roles(names, self._choice)
+        roles = find_roles(names, self.choice)
         fits = len(roles.inputs) == self.features if self.features is not None else bool(roles.inputs)
-        if self._choice.columns and not fits:
+        if self.choice.columns and not fits:
             raise CommandProblem(
                 f"--columns names {counted(len(roles.inputs), 'column')}, a frame of the model has {self.features}"
             )
@@ -132,7 +129,7 @@ class LineReader:
 
     def _plain(self, fields: list[str]) -> Line:
         """Numbers only, or a name and numbers."""
-        named = self._choice.named
+        named = self.choice.named
         numbers = fields[1:] if named else fields
         self._check_count(numbers, fields)
         if self.features is None and not named and len(fields) > 1 and not _is_number(fields[0]):
@@ -142,7 +139,7 @@ class LineReader:
     def _by_roles(self, fields: list[str], roles: Roles) -> Line:
         numbers = [fields[at] for at in roles.inputs]
         self._check_count(numbers, fields)
-        outputs = [_number(fields[at], finite=False) for at in roles.outputs] if self._with_outputs else []
+        outputs = [_number(fields[at], finite=False) for at in roles.outputs] if self.with_outputs else []
         with np.errstate(over="ignore"):  # an output may be anything
             output = np.array(outputs).astype(np.float32)
         return Line(
@@ -164,7 +161,7 @@ class LineReader:
             hint = ": separate numbers by commas or white space, not by semicolons"
         elif self._roles is not None:
             hint = f": the columns are {', '.join(self._names)}; name those of the frame with --columns"
-        elif not self._choice.named and len(numbers) - 1 == self.features and not _is_number(fields[0]):
+        elif not self.choice.named and len(numbers) - 1 == self.features and not _is_number(fields[0]):
             hint = _named_hint(fields[0])
         raise BadLine(f"it has {counted(len(numbers), 'number')}, a frame has {self.features}", hint)
 
