@@ -137,7 +137,10 @@ class AsyncStream(_Handle, StreamView):
             InvalidInput: for another shape, or values that float32 cannot hold.
             InstepError: when outputs wait and nobody reads any of them for the client's `timeout_s`.
         """
-        await self._driver.wait_sent(self._session.step(self._handle, x, keep=True))
+        call = self._session.step(self._handle, x, keep=True)
+        await self._driver.until_woken(call)
+        if not call.sent:
+            call.result()  # raises what it failed with
 
     def finish(self) -> None:
         """Nothing more will be sent: iterating ends after the last output, and `send` and `step` are refused."""

@@ -23,7 +23,6 @@ from instep_client.protocol.errors import ClientClosed, ConnectionFailed, Connec
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
 from instep_client.sockets import Sockets
-from instep_client.steps import StepCall
 from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
@@ -109,16 +108,6 @@ class Driver:
         """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
         await self.until_woken(call)
         return call.result()
-
-    async def wait_sent(self, call: StepCall) -> None:
-        """Until the call was sent, or failed before it could be.
-
-        Raises:
-            InstepError: whatever it failed with.
-        """
-        await self.until_woken(call)
-        if not call.sent:
-            call.result()
 
     async def until_woken(self, call: Call[Any]) -> None:
         """Until the call has ended, or was sent."""

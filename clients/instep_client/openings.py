@@ -8,7 +8,7 @@ connection, and fails with ConnectionFailed, which says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANG
 class Opening(StreamsRequest[StreamHandle]):
     """Streams that come to this client: the result is their stream handle. All of them come, or none."""
 
+    begins_streams: ClassVar[bool] = True
+    """Whether the streams begin with it, and are closed again when nobody gets them."""
+
     def __init__(
         self, connection: Connection, names: Sequence[str], single: bool, source: StreamHandle | None = None
     ) -> None:
@@ -47,7 +50,7 @@ class Opening(StreamsRequest[StreamHandle]):
         self.single = single
         self.grants: GrantArray = np.zeros(len(self.names), GRANT)
         self.abandoned = False
-        """Whether nobody waits any more: what was opened is to be closed again."""
+        """Whether nobody waits any more."""
 
     def ask(self, now: float) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
@@ -74,7 +77,7 @@ class Opening(StreamsRequest[StreamHandle]):
 
     def _undo(self, error: InstepError) -> None:
         is_open = self.grants["handle"] != 0
-        if is_open.any():
+        if self.begins_streams and is_open.any():
             names = [name for name, is_mine in zip(self.names, is_open, strict=True) if is_mine]
             handle = self.connection.table.add(names, self.grants[is_open], single=False)
             self.connection.flow.enqueue(Discard(self.connection, handle, lambda: self._end(error)))
@@ -83,24 +86,21 @@ class Opening(StreamsRequest[StreamHandle]):
 
     def cancel(self) -> None:
         self.abandoned = True
-        if self.done and self.error is None:
+        if self.begins_streams and self.done and self.error is None:
             self.connection.flow.enqueue(Discard(self.connection, self.result()))
 
     def lost(self) -> bool:
         """Ask again, unless some were opened: those could not be told from another client's."""
         super().lost()
-        if not np.any(self.grants["handle"] != 0):
-            return True
-        self._end(self._doubt(self.names[0]))
-        return False
+        if self.begins_streams and np.any(self.grants["handle"] != 0):
+            self._end(self._doubt(self.names[0]))
+            return False
+        return True
 
-    def _why_refused(self) -> InstepError | None:
-        if self.refusal is None:
-            return None
-        which, _, code, sentence, _ = self.refusal
-        if self.asked_before and code is Code.NAME_IN_USE:
-            return self._doubt(self.names[which])
-        return StreamRefused(code, sentence, self.names[which])
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        if self.asked_before and refused.code is Code.NAME_IN_USE:
+            return self._doubt(name)
+        return StreamRefused(refused.code, refused.sentence, name)
 
     def _doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
         """It may have been done over a connection that was lost, and nobody can tell."""
@@ -134,11 +134,10 @@ class OpenCall(Opening):
         has = (int(self._states is not None), int(self._first_seqs is not None))
         return has, [self._names_of(part), states, seqs]
 
-    def _why_refused(self) -> InstepError | None:
-        error = super()._why_refused()
-        if self.single and isinstance(error, StreamRefused) and error.code is Code.NAME_IN_USE:
-            return StreamRefused(error.code, _IN_USE, error.stream)
-        return error
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        if self.single and refused.code is Code.NAME_IN_USE:
+            refused = refused._replace(sentence=_IN_USE)
+        return super()._explain(refused, name)
 
 
 class ForkCall(Opening, TurnCall[StreamHandle]):
@@ -162,6 +161,7 @@ class ResumeCall(Opening):
     """
 
     kind, reply = Kind.RESUME, Kind.RESUMED
+    begins_streams = False
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ResumeCall(Opening):
         self._take_over = int(take_over)
 
     def _begin(self) -> None:
-        held = self.grants["handle"] != 0
+        held = self.grants["handle"] != 0  # over a connection that was lost
         self._claims["epoch"][held] = self.grants["epoch"][held]
         self.connection.sleepers.resuming.update(self.names)
         super()._begin()
@@ -195,27 +195,12 @@ class ResumeCall(Opening):
                 self.connection.flow.end({(Code.FENCED, SENTENCES[Code.FENCED]): former})
         super()._conclude()
 
-    def _undo(self, error: InstepError) -> None:
-        self._end(error)
-
     def _end(self, error: InstepError | None = None) -> None:
         self.connection.sleepers.resuming.difference_update(self.names)
         super()._end(error)
 
-    def cancel(self) -> None:
-        """Nobody wants the streams any more; they stay."""
-        self.abandoned = True
-
-    def lost(self) -> bool:
-        """Ask again, with the epochs of what was granted."""
-        self.asked_before = True
-        return True
-
-    def _why_refused(self) -> InstepError | None:
-        if self.refusal is None:
-            return None
-        which, _, code, sentence, expected_seq = self.refusal
-        name = self.names[which]
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        which, _, code, sentence, expected_seq = refused
         if code in _SAID:
             return stream_ended(code, sentence, name, int(self._claims["have"][which]), expected_seq)
         if code is Code.FENCED:

@@ -201,13 +201,14 @@ class StreamsRequest(Request[R]):
 
     def _why_refused(self) -> InstepError | None:
         """What it fails with, if a stream was refused."""
-        if self.refusal is None:
-            return None
-        which, _, code, sentence, _ = self.refusal
-        if self.handle is None or code not in ENDING:
-            return StreamRefused(code, sentence, self.names[which])
-        known = None if self.handle.closed else self.connection.table.why_any_ended(self.handle.rows[[which]])
-        return known or StreamEvicted(code, sentence, self.names[which])
+        return None if self.refusal is None else self._explain(self.refusal, self.names[self.refusal.column])
+
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        if self.handle is None or refused.code not in ENDING:
+            return StreamRefused(refused.code, refused.sentence, name)
+        rows = self.handle.rows[[refused.column]]
+        known = None if self.handle.closed else self.connection.table.why_any_ended(rows)
+        return known or StreamEvicted(refused.code, refused.sentence, name)
 
     def _end(self, error: InstepError | None = None) -> None:
         """It has ended, with a result unless an error is given."""
