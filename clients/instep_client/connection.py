@@ -65,7 +65,7 @@ class Connection:
         self.table = OpenStreams()
         self.pending = Pending()
         self.sleepers = Sleepers(self.table)
-        self.flow = Flow(self.table, self.pending, self.sleepers, reconnect_s)
+        self.flow = Flow(self.table, self.pending, self.sleepers, timeout_s, reconnect_s)
         self.attempts = Attempts(reconnect_s, timeout_s, rng or Random())
         self.greeting = Greeting(self, name, model)
         """Ends with the server's welcome."""
@@ -140,7 +140,7 @@ class Connection:
         if self.state is RECONNECTING:
             self._recover(now)
         if self.state is OPEN:
-            self.flow.advance(now, self._silence.timeout_s)
+            self.flow.advance(now)
             rows = self.sleepers.due(now)
             if len(rows):
                 self.claim(Claim(self), rows)
@@ -160,7 +160,7 @@ class Connection:
             return None
         soonest = self._silence.deadline
         if self.state is OPEN:
-            soonest = min(soonest, self.flow.deadline(self._silence.timeout_s), self.sleepers.again_at)
+            soonest = min(soonest, self.flow.deadline(), self.sleepers.again_at)
         elif self.state is RECONNECTING and not self.pending.waits_for(Kind.RESUMED):
             soonest = min(soonest, self.attempts.deadline())
         return None if soonest == math.inf else soonest

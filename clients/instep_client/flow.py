@@ -45,14 +45,18 @@ class Flow:
         table: the streams.
         pending: where messages go.
         sleepers: wakes streams that hibernate.
+        timeout_s: how long outputs may wait to be taken while more are to be sent.
         shutdown_s: as for `InFlight`.
     """
 
-    def __init__(self, table: OpenStreams, pending: Pending, sleepers: Sleepers, shutdown_s: float) -> None:
+    def __init__(
+        self, table: OpenStreams, pending: Pending, sleepers: Sleepers, timeout_s: float, shutdown_s: float
+    ) -> None:
         self._table = table
         self._sleepers = sleepers
         self._pending = pending
-        self._credit = self._window = self._most_frames = self._most_columns = 1
+        self._timeout_s = timeout_s
+        self._window = self._most_frames = self._most_columns = 1
         self._queues: dict[StreamHandle, SendQueue] = {}
         """From a handle's first call until it is closed."""
         self._line: deque[SendQueue] = deque()
@@ -66,7 +70,7 @@ class Flow:
     def limit(self, info: ServerInfo) -> None:
         """Keep what the server takes."""
         self.in_flight.outputs_width = info.outputs
-        self._credit = self.in_flight.credit = info.credit_frames
+        self.in_flight.credit = info.credit_frames
         self._window = info.window_frames
         self._most_frames = max(
             1,
@@ -100,30 +104,30 @@ class Flow:
         queue.requests.append(request)
         self._continue(queue)
 
-    def advance(self, now: float, timeout_s: float) -> None:
+    def advance(self, now: float) -> None:
         """Send everything that may be sent at `now`."""
         if self._full_since or self._waking:
-            self._release_due(now, timeout_s)
+            self._release_due(now)
         is_free = self.in_flight.is_free(now)
         self._settle()
         if is_free:
             while self._line and self._take_turns(now):
                 pass
 
-    def _release_due(self, now: float, timeout_s: float) -> None:
+    def _release_due(self, now: float) -> None:
         for queue, since in list(self._full_since.items()):
-            if now >= since + timeout_s:
+            if now >= since + self._timeout_s:
                 self._abort(queue, queue.steps[0], _nobody_reads(queue.handle))
         for queue, rows in list(self._waking.items()):
             if not self._sleepers.wake(rows):
                 del self._waking[queue]
                 self._release(queue)
 
-    def deadline(self, timeout_s: float) -> float:
+    def deadline(self) -> float:
         """When `advance` has something to do though no message comes; infinity for never."""
         if not self._full_since:
             return self.in_flight.deadline()
-        return min(min(self._full_since.values()) + timeout_s, self.in_flight.deadline())
+        return min(min(self._full_since.values()) + self._timeout_s, self.in_flight.deadline())
 
     def stepped(self, answer: Stepped) -> None:
         """STEPPED came for a block.
@@ -217,7 +221,7 @@ class Flow:
 
     def _take_turns(self, now: float) -> bool:
         """One round: the next block's worth of every stream handle in line, single frames side by side."""
-        room = self._credit - self.in_flight.unanswered_frames
+        room = self.in_flight.credit - self.in_flight.unanswered_frames
         singles: list[StepCall] = []
         moved = False
         for _ in range(len(self._line)):
@@ -237,7 +241,7 @@ class Flow:
                 self._line.popleft()
                 continue
             begins = call.keep and not call.started
-            if begins and handle.unread and handle.unread + call.frames > self._credit:
+            if begins and handle.unread and handle.unread + call.frames > self.in_flight.credit:
                 self._line.popleft()
                 self._full_since[queue] = now
                 continue

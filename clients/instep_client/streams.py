@@ -249,7 +249,7 @@ class OpenStreams:
     def sleep(self, rows: Indices, asleep: bool = True) -> None:
         """The streams hibernate, or do so no more. Those that have ended never do."""
         self.asleep[rows] = asleep & (self.ended[rows] == 0)
-        for handle in {id(each): each for each in (self.handles[row] for row in rows.tolist()) if each}.values():
+        for handle in {self.handles[row] for row in rows.tolist()} - {None}:
             handle.has_sleepers = bool(self.asleep[handle.rows].any())
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
@@ -293,7 +293,7 @@ class OpenStreams:
 
     def live_handles(self) -> list[StreamHandle]:
         """Every stream handle that has rows."""
-        return list({id(handle): handle for handle in self.handles if handle is not None}.values())
+        return list(dict.fromkeys(handle for handle in self.handles if handle is not None))
 
     def _grow(self, at_least: int) -> None:
         old = len(self.handles)
