@@ -15,26 +15,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from instep_client.arrays import Indices
 from instep_client.protocol.errors import InstepError, Refused
 from instep_client.protocol.wire import F32, Frame, Header, Kind
 from instep_client.replies import ErrorReply
 
+if TYPE_CHECKING:
+    from asyncio import Future
+
 R = TypeVar("R")
-
-
-class Waiter(Protocol):
-    """A driver hangs it on a call to be woken; `asyncio.Future[None]` is one."""
-
-    def done(self) -> bool:
-        """Whether it was woken."""
-        ...
-
-    def set_result(self, result: None, /) -> None:
-        """Wake it."""
-        ...
 
 
 class Call(Generic[R]):
@@ -42,7 +33,8 @@ class Call(Generic[R]):
 
     done = False
     error: InstepError | None = None
-    waiter: Waiter | None = None
+    waiter: Future[None] | None = None
+    """The driver's, which hangs it on the call and ends it when the call is to be woken."""
     _result: R
 
     def finish(self, result: R) -> None:

@@ -45,7 +45,8 @@ class Driver:
         self._sockets: Sockets
         self.socket: zmq.Socket[bytes] | None = None
         """From `start` to `stop`."""
-        self._backlog: deque[Message] = deque()
+        self.backlog: deque[Message] = deque()
+        """Messages that wait until the socket takes them."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._is_due = False
@@ -128,10 +129,9 @@ class Driver:
 
     async def wait_news(self, handle: StreamHandle) -> None:
         """Until the stream handle's outputs changed. Many tasks may wait for one stream handle."""
-        waiter = handle.waiter
-        if not isinstance(waiter, asyncio.Future) or waiter.done():
-            handle.waiter = waiter = self._loop.create_future()
-        await asyncio.wait((waiter,))
+        if handle.waiter is None or handle.waiter.done():
+            handle.waiter = self._loop.create_future()
+        await asyncio.wait((handle.waiter,))
 
     def wake(self) -> None:
         """Have the session act in the next turn of the loop."""
@@ -159,18 +159,13 @@ class Driver:
 
     def _reconnect(self, former: zmq.Socket[bytes]) -> None:
         """Another socket in place of the one whose connection is lost; what was not sent will be asked anew."""
-        self._backlog.clear()
+        self.backlog.clear()
         try:
             self._connect()
         except ConnectionFailed as error:
             self._session.fail(ConnectionFailed, str(error))
         else:
             self._close(former)
-
-    @property
-    def has_backlog(self) -> bool:
-        """Whether messages wait until the socket takes them."""
-        return bool(self._backlog)
 
     def receive(self, at_most: int = 1) -> None:
         """Take in messages, and have the session act when the tasks that they wake have had their turn."""
@@ -208,8 +203,8 @@ class Driver:
             if session.take_reconnect():
                 _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
                 self._reconnect(self.socket)
-            self._backlog.extend(session.pending.take_messages())
-            if self._backlog:
+            self.backlog.extend(session.pending.take_messages())
+            if self.backlog:
                 self._send(self.socket)
             self._set_timer(now)
         except Exception as error:
@@ -237,7 +232,7 @@ class Driver:
                 waiter.set_result(None)
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        backlog = self._backlog
+        backlog = self.backlog
         try:
             while backlog:
                 multipart.send_now(socket, backlog[0])

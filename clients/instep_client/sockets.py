@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from instep_client.endpoint import EXAMPLES
 from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ConnectionFailed
+from instep_client.protocol.wire import Message
 
 OPTIONS: Final = {
     zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
@@ -36,10 +38,8 @@ class SocketUser(Protocol):
     """A client's driver, as the turns see it."""
 
     socket: zmq.Socket[bytes] | None
-
-    @property
-    def has_backlog(self) -> bool:
-        """Whether messages wait until the socket takes them."""
+    backlog: deque[Message]
+    """Messages that wait until the socket takes them."""
 
     def receive(self, at_most: int, /) -> None:
         """Take in messages."""
@@ -113,7 +113,7 @@ class Sockets:
         """Look which sockets are ready after their clients acted: a socket signals once, which acting may use up."""
         by_socket: dict[Any, SocketUser] = {user.socket: user for user in users if user.socket is not None}
         wanted = [
-            (socket, multipart.READABLE_OR_WRITABLE if user.has_backlog else multipart.READABLE)
+            (socket, multipart.READABLE_OR_WRITABLE if user.backlog else multipart.READABLE)
             for socket, user in by_socket.items()
         ]
         readable = []

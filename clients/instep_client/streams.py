@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
-from instep_client.calls import OutputsCall, Waiter
+from instep_client.calls import OutputsCall
 from instep_client.protocol.errors import StreamEvicted, stream_ended
 from instep_client.protocol.wire import CLAIM, U64, Code, GrantArray
+
+if TYPE_CHECKING:
+    from asyncio import Future
 
 ENDING: Final = frozenset(
     {
@@ -62,7 +65,7 @@ class StreamHandle:
     last_seqs: U64 | None = None
     last_epochs: U64 | None = None
     """The next seqs and the epochs as they were when the rows were given back."""
-    waiter: Waiter | None = None
+    waiter: Future[None] | None = None
 
     def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
         self.names = tuple(names)

@@ -44,7 +44,7 @@ class Client(InThread[AsyncClient]):
         """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
         client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, wait=wait)
         super().__init__(LoopThread(client), client)
-        self._finalizer = weakref.finalize(self, self._thread.stop)
+        weakref.finalize(self, self._thread.stop)
 
     def __repr__(self) -> str:
         return repr(self._inner).replace("Async", "", 1)
