@@ -6,9 +6,11 @@ Call
     ├── Greeting, Claim, Silence, Farewell  the session's own
     ├── Question, ModelsChange, PingCall, in `requests.py`
     └── StreamsRequest         about streams, one message for each part of them
-        ├── OpenCall, ForkCall, ResumeCall, in `openings.py`
         ├── ReadStateCall, in `requests.py`
-        └── ResetCall, CloseCall, in `changes.py`
+        ├── OpenCall, ResumeCall, in `openings.py`
+        └── TurnCall           waits until everything sent through its handle was answered
+            ├── ForkCall, in `openings.py`
+            └── ResetCall, CloseCall, in `changes.py`
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from instep_client.pending import Asked, parts
 from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.wire import CLOSING, U64, Frame, Header, Kind
 from instep_client.replies import ErrorReply
+from instep_client.requests import Question
 
 
 def closings(handles: U64) -> bytes:
@@ -49,7 +50,8 @@ class Farewell(Request[None]):
     def close(self, handles: U64) -> None:
         """Close streams; nobody waits for their final states."""
         for part in parts(len(handles), self._connection.info):
-            self._connection.pending.ask(_UnheardClose(), len(part), frames=[closings(handles[part])])
+            frames = [closings(handles[part])]
+            Question(self._connection, Kind.CLOSE, Kind.CLOSED, _unheard, len(part), frames=frames).ask(0.0)
 
     def claim(self, rows: Indices) -> None:
         """Claim streams that hibernate, if there are any; PING once no grant is waited for."""
@@ -62,13 +64,8 @@ class Farewell(Request[None]):
         self.finish(None)
 
 
-class _UnheardClose(Request[None]):
-    """A CLOSE whose reply nobody waits for."""
-
-    kind, reply = Kind.CLOSE, Kind.CLOSED
-
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        """CLOSED came."""
+def _unheard(header: Header, frames: Sequence[Frame]) -> None:
+    """CLOSED came."""
 
 
 class _LastClaim(Request[None]):
