@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from instep_client.calls import TimedOutputs
 from instep_client.driver import Driver
+from instep_client.handles import StreamHandle
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state
-from instep_client.streams import StreamHandle
 
 
 class StreamView:

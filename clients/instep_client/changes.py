@@ -10,13 +10,14 @@ from instep_client import replies
 from instep_client.arrays import Indices
 from instep_client.connection import Connection
 from instep_client.farewell import closings
+from instep_client.handles import StreamHandle
 from instep_client.protocol.errors import InstepError, StreamEvicted
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import Frame, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import TurnCall
 from instep_client.states import State, state_rows
-from instep_client.streams import ENDING, StreamHandle
+from instep_client.streams import ENDING
 
 
 class ResetCall(TurnCall[None]):

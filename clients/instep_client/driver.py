@@ -18,12 +18,12 @@ import zmq
 
 from instep_client.calls import Call
 from instep_client.endpoint import nothing_listens
+from instep_client.handles import StreamHandle
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
 from instep_client.sockets import Sockets
-from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
 

@@ -8,34 +8,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.calls import OutputsCall
-from instep_client.in_flight import BEHIND, InFlight
+from instep_client.handles import FailedFrames, StepCall, StreamHandle, TurnRequest
+from instep_client.in_flight import BEHIND, InFlight, StepBlock
 from instep_client.pending import MAX_REPLY_BYTES, Pending
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import COLUMN, MAX_BLOCK_STREAMS, ServerInfo
 from instep_client.replies import ErrorReply, Stepped
-from instep_client.sleepers import EndedRows, Sleepers, TurnRequest
-from instep_client.steps import FailedFrames, StepBlock, StepCall
-from instep_client.streams import OpenStreams, StreamHandle
-
-
-class SendQueue:
-    """The calls of one stream handle that were not sent, or not sent completely, in the order they were made."""
-
-    def __init__(self, handle: StreamHandle) -> None:
-        self.handle = handle
-        self.steps: deque[StepCall] = deque()
-        self.requests: deque[TurnRequest] = deque()
-        self.is_idle = True
-        """Whether it is not in line, and not held up by a request that was asked, by streams that hibernate or by
-        outputs that nobody takes. What it holds waits for answers then."""
-
-    def next_request(self) -> TurnRequest | None:
-        """The request whose turn it is, if it is not a step's."""
-        if not self.requests or (self.steps and self.steps[0].stamp < self.requests[0].stamp):
-            return None
-        return self.requests[0]
+from instep_client.sleepers import EndedRows, Sleepers
+from instep_client.streams import OpenStreams
 
 
 class Flow:
@@ -57,14 +38,12 @@ class Flow:
         self._pending = pending
         self._timeout_s = timeout_s
         self._window = self._most_frames = self._most_columns = 1
-        self._queues: dict[StreamHandle, SendQueue] = {}
-        """From a handle's first call until it is closed."""
-        self._line: deque[SendQueue] = deque()
-        """The queues that take turns."""
-        self._waking: dict[SendQueue, Indices] = {}
-        """The queues that wait for streams that hibernate, and the rows of those."""
-        self._full_since: dict[SendQueue, float] = {}
-        """The queues that wait until the user takes outputs, and since when."""
+        self._line: deque[StreamHandle] = deque()
+        """The handles that take turns."""
+        self._waking: dict[StreamHandle, Indices] = {}
+        """The handles that wait for streams that hibernate, and the rows of those."""
+        self._full_since: dict[StreamHandle, float] = {}
+        """The handles that wait until the user takes outputs, and since when."""
         self.in_flight = InFlight(table, pending, sleepers, shutdown_s)
 
     def limit(self, info: ServerInfo) -> None:
@@ -89,20 +68,19 @@ class Flow:
         """A new step call; it is sent when its stream handle's turn comes."""
         if not call.lone:
             call.cut(self._most_frames, self._most_columns, max(1, self._window // 2))
+        handle = call.handle
         if call.keep:
-            call.handle.results.append(call)
-        queue = self._queues.get(call.handle) or self._queue_of(call.handle)
-        queue.steps.append(call)
-        if queue.is_idle:
-            queue.is_idle = False
-            self._line.append(queue)
+            handle.results.append(call)
+        handle.steps.append(call)
+        if handle.is_idle:
+            handle.is_idle = False
+            self._line.append(handle)
 
     def enqueue(self, request: TurnRequest) -> None:
         """A request whose turn comes after the calls that were made through its stream handle before."""
-        queue = self._queue_of(request.handle)
         request.stamp = self._table.stamp()
-        queue.requests.append(request)
-        self._continue(queue)
+        request.handle.requests.append(request)
+        self._continue(request.handle)
 
     def advance(self, now: float) -> None:
         """Send everything that may be sent at `now`."""
@@ -115,13 +93,13 @@ class Flow:
                 pass
 
     def _release_due(self, now: float) -> None:
-        for queue, since in list(self._full_since.items()):
+        for handle, since in list(self._full_since.items()):
             if now >= since + self._timeout_s:
-                self._abort(queue, queue.steps[0], _nobody_reads(queue.handle))
-        for queue, rows in list(self._waking.items()):
+                self._abort(handle.steps[0], _nobody_reads(handle))
+        for handle, rows in list(self._waking.items()):
             if not self._sleepers.wake(rows):
-                del self._waking[queue]
-                self._release(queue)
+                del self._waking[handle]
+                self._release(handle)
 
     def deadline(self) -> float:
         """When `advance` has something to do though no message comes; infinity for never."""
@@ -146,11 +124,8 @@ class Flow:
 
     def request_answered(self, handle: StreamHandle) -> None:
         """A request was answered, on which the calls behind it wait."""
-        queue = self._queues[handle]
-        if handle.closed:
-            del self._queues[handle]
-        else:
-            self._release(queue)
+        if not handle.closed:
+            self._release(handle)
 
     def end(self, reasons: EndedRows) -> None:
         """Streams have ended: what waits for them fails; what groups have on the way will be answered."""
@@ -160,8 +135,7 @@ class Flow:
             handles.update((handle, None) for row in rows if (handle := self._table.handles[row]) is not None)
         for handle in handles:
             handle.has_ended = True
-            if handle in self._queues:
-                self._end_queued(self._queues[handle])
+            self._end_unsent(handle)
             self._pending.woken.append(handle)
         for block in self.in_flight.blocks():
             for step in block.calls:
@@ -170,19 +144,17 @@ class Flow:
 
     def withdraw(self, call: StepCall) -> None:
         """Nobody waits for a call any more: what of it was not sent is not sent; the rest stays on its way."""
-        queue = self._queues.get(call.handle)
-        if queue is not None and call in queue.steps:
-            self._abort(queue, call, InstepError("the call was cancelled"))
+        if call in call.handle.steps:
+            self._abort(call, InstepError("the call was cancelled"))
 
-    def take(self, handle: StreamHandle) -> OutputsCall | None:
+    def take(self, handle: StreamHandle) -> StepCall | None:
         """The next pipelined send that is done, in the order of the sends."""
         if not handle.results or not handle.results[0].done:
             return None
         call = handle.results.popleft()
         handle.unread -= call.frames
-        queue = self._queues.get(handle)
-        if queue is not None and self._full_since.pop(queue, None) is not None:
-            self._release(queue)
+        if self._full_since.pop(handle, None) is not None:
+            self._release(handle)
         return call
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
@@ -190,34 +162,27 @@ class Flow:
         for block in self.in_flight.blocks():
             for step in block.calls:
                 self._end(step, error(sentence))
-        for queue in self._queues.values():
-            for call in list(queue.steps):
-                self._abort(queue, call, error(sentence))
-            for request in queue.requests:
+        for handle in self._table.live_handles():
+            for call in list(handle.steps):
+                self._abort(call, error(sentence))
+            for request in handle.requests:
                 request.fail(error(sentence))
                 self._pending.woken.append(request)
-            queue.requests.clear()
-        for handle in self._table.live_handles():
+            handle.requests.clear()
             self._pending.woken.append(handle)
         self._line.clear()
         self._full_since.clear()
 
-    def _queue_of(self, handle: StreamHandle) -> SendQueue:
-        queue = self._queues.get(handle)
-        if queue is None:
-            queue = self._queues[handle] = SendQueue(handle)
-        return queue
+    def _continue(self, handle: StreamHandle) -> None:
+        """Put a handle in line, unless it has nothing to send or something holds it up."""
+        if handle.is_idle and (handle.steps or handle.requests):
+            handle.is_idle = False
+            self._line.append(handle)
 
-    def _continue(self, queue: SendQueue) -> None:
-        """Put a queue in line, unless it has nothing to send or something holds it up."""
-        if queue.is_idle and (queue.steps or queue.requests):
-            queue.is_idle = False
-            self._line.append(queue)
-
-    def _release(self, queue: SendQueue) -> None:
-        """What held a queue up is over."""
-        queue.is_idle = True
-        self._continue(queue)
+    def _release(self, handle: StreamHandle) -> None:
+        """What held a handle up is over."""
+        handle.is_idle = True
+        self._continue(handle)
 
     def _take_turns(self, now: float) -> bool:
         """One round: the next block's worth of every stream handle in line, single frames side by side."""
@@ -225,32 +190,31 @@ class Flow:
         singles: list[StepCall] = []
         moved = False
         for _ in range(len(self._line)):
-            queue = self._line[0]
-            handle = queue.handle
-            request = queue.next_request() if queue.requests else None
+            handle = self._line[0]
+            request = handle.next_request() if handle.requests else None
             if request is not None:
                 self._line.popleft()
-                self._take_request(queue, request, now)
+                self._take_request(request, now)
                 continue
-            if not queue.steps:
+            if not handle.steps:
                 self._line.popleft()  # the user has taken back what was to be sent
-                queue.is_idle = True
+                handle.is_idle = True
                 continue
-            call = queue.steps[0]
-            if handle.has_sleepers and self._wakes(queue, call.rows):
+            call = handle.steps[0]
+            if handle.has_sleepers and self._wakes(handle, call.rows):
                 self._line.popleft()
                 continue
             begins = call.keep and not call.started
             if begins and handle.unread and handle.unread + call.frames > self.in_flight.credit:
                 self._line.popleft()
-                self._full_since[queue] = now
+                self._full_since[handle] = now
                 continue
             rows, timesteps = (call.rows, 1) if call.lone else call.next_rows()
             if timesteps * len(rows) > room:
                 break
             if handle.unanswered and not self._table.in_window(rows, timesteps, self._window):
                 self._line.popleft()
-                queue.is_idle = True  # until some of its outputs have come
+                handle.is_idle = True  # until some of its outputs have come
                 continue
             self._line.popleft()
             if begins:
@@ -271,32 +235,33 @@ class Flow:
                     room -= block.frames
                     self.in_flight.post(block)
             if call.sent:
-                queue.steps.popleft()
+                handle.steps.popleft()
                 if call.keep:
                     self._pending.woken.append(call)
                 if call.left == 0:
                     self._conclude((call,))
-            if queue.steps or queue.requests:
-                self._line.append(queue)
+            if handle.steps or handle.requests:
+                self._line.append(handle)
             else:
-                queue.is_idle = True
+                handle.is_idle = True
         if singles:
             self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
 
-    def _take_request(self, queue: SendQueue, request: TurnRequest, now: float) -> None:
-        if request.needs_all_awake and queue.handle.has_sleepers and self._wakes(queue, queue.handle.rows):
+    def _take_request(self, request: TurnRequest, now: float) -> None:
+        handle = request.handle
+        if request.needs_all_awake and handle.has_sleepers and self._wakes(handle, handle.rows):
             return
-        queue.is_idle = queue.handle.unanswered > 0  # until everything sent was answered, then until the request was
-        if not queue.is_idle:
-            queue.requests.popleft()
+        handle.is_idle = handle.unanswered > 0  # until everything sent was answered, then until the request was
+        if not handle.is_idle:
+            handle.requests.popleft()
             request.ask(now)
 
-    def _wakes(self, queue: SendQueue, rows: Indices) -> bool:
-        """Whether a queue has to wait until streams that hibernate are awake."""
+    def _wakes(self, handle: StreamHandle, rows: Indices) -> bool:
+        """Whether a handle has to wait until streams that hibernate are awake."""
         if not self._sleepers.wake(rows):
             return False
-        self._waking[queue] = rows
+        self._waking[handle] = rows
         return True
 
     def _next_block(self, call: StepCall) -> StepBlock | None:
@@ -332,32 +297,32 @@ class Flow:
         """End the calls of which every frame was answered, and let their stream handles go on."""
         for call in calls:
             if call.left == 0 and not call.done:
-                call.conclude(self._table)
+                call.conclude(self._table.why_any_ended)
                 self._tell(call)
-            self._continue(self._queues[call.handle])
+            self._continue(call.handle)
 
-    def _end_queued(self, queue: SendQueue) -> None:
-        """Some streams of a queue have ended: its calls about them fail."""
-        for call in list(queue.steps):
+    def _end_unsent(self, handle: StreamHandle) -> None:
+        """Some streams of a handle have ended: its calls about them that wait to be sent fail."""
+        for call in list(handle.steps):
             error = self._table.why_any_ended(call.rows)
             if error is not None:
-                self._abort(queue, call, error)
-        for request in list(queue.requests):
-            error = self._table.why_any_ended(queue.handle.rows)
+                self._abort(call, error)
+        for request in list(handle.requests):
+            error = self._table.why_any_ended(handle.rows)
             if error is not None and request.streams_ended(error):
-                queue.requests.remove(request)
-                self._continue(queue)
+                handle.requests.remove(request)
+                self._continue(handle)
                 request.fail(error)
             if request.done:
                 self._pending.woken.append(request)
 
-    def _abort(self, queue: SendQueue, call: StepCall, error: InstepError) -> None:
+    def _abort(self, call: StepCall, error: InstepError) -> None:
         """End a call that was not sent completely."""
-        handle = queue.handle
-        queue.steps.remove(call)
-        if self._full_since.pop(queue, None) is not None:
-            self._release(queue)
-        self._continue(queue)
+        handle = call.handle
+        handle.steps.remove(call)
+        if self._full_since.pop(handle, None) is not None:
+            self._release(handle)
+        self._continue(handle)
         if call.keep:
             handle.results.remove(call)
             if call.started:

@@ -13,22 +13,101 @@ Frames of streams that hibernate wait until their streams are awake, and hold no
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from instep_client.arrays import Indices
+from instep_client.handles import FailedFrames, StepCall
 from instep_client.pending import Pending
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.step_messages import pack_step
+from instep_client.protocol.wire import F32, U64
 from instep_client.replies import ColumnError, ErrorReply, Stepped
 from instep_client.sleepers import EndedRows, Sleepers
-from instep_client.steps import FailedFrames, StepBlock, StepCall
-from instep_client.streams import ENDING, HANDLE, SEQ, OpenStreams
+from instep_client.streams import ACKED, ENDING, HANDLE, SEQ, OpenStreams
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25
 """How long blocks wait that a server refuses because it shuts down: its end, or another server, comes soon."""
+_ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
+
+
+class StepBlock:
+    """What one STEP carries: a piece of one call, or single frames of many calls side by side."""
+
+    def __init__(
+        self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
+    ) -> None:
+        self.calls = calls
+        """The one call, or one call a column."""
+        self.rows = rows
+        self.columns = columns
+        """(handle, seq of the first timestep, seq before which every output has come) of each column, as sent."""
+        self.x = x
+        """float32 [T, N, features], contiguous."""
+        self.start = start
+        """The call's timestep that is the block's first."""
+        self.where = where
+        """Which column of its call each column is."""
+        self.frames = len(x) * len(rows)
+        """How many frames it carries, T × N."""
+        self.number = 0
+        """The number it was last sent with; numbers grow."""
+
+    @classmethod
+    def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
+        """Single frames of distinct streams side by side; their next seqs move on."""
+        if len(calls) == 1:
+            rows, x, where = calls[0].rows, calls[0].x, _ONE_COLUMN
+        else:
+            rows = np.concatenate([call.rows for call in calls])
+            x = np.concatenate([call.x for call in calls], axis=1)
+            where = np.zeros(len(rows), np.int64)
+        return cls(calls, rows, table.take_columns(rows, 1), x, 0, where)
+
+    def owner(self, column: int) -> tuple[StepCall, int]:
+        """The call that a column belongs to, and which of the call's columns it is."""
+        return self.calls[column if len(self.calls) > 1 else 0], int(self.where[column])
+
+    def stamps(self) -> Indices:
+        """When the calls were made: one number for all columns, or one for each."""
+        return np.array([call.stamp for call in self.calls], np.int64)
+
+    def take(self, columns: Indices) -> StepBlock:
+        """A block of some of the columns, sent when this one was."""
+        calls = [self.calls[column] for column in columns.tolist()] if len(self.calls) > 1 else self.calls
+        x = np.ascontiguousarray(self.x[:, columns])
+        part = StepBlock(calls, self.rows[columns], self.columns[columns], x, self.start, self.where[columns])
+        part.number = self.number
+        return part
+
+    def renew(self, table: OpenStreams) -> None:
+        """It is sent again: under the present handles, with what has come until now."""
+        present = table.columns[self.rows]
+        self.columns[:, HANDLE] = present[:, HANDLE]
+        self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])
+
+    def deliver(self, answer: Stepped) -> None:
+        """Every column was answered for good: give each call its outputs, and count its frames as answered."""
+        first = self.calls[0] if self.calls else None
+        if first is not None and not first.lone:
+            first.put(self.start, self.where, answer.outputs)
+            self.settle(answer.times)
+        else:
+            for call, outputs in zip(self.calls, answer.outputs[0], strict=False):  # no column where it was held
+                call.put_lone(outputs, answer.times)
+
+    def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Count its frames as answered in every call and stream handle."""
+        share = self.frames // len(self.calls) if self.calls else 0
+        for call in self.calls:
+            call.left -= share
+            call.handle.unanswered -= share
+            a, b = call.times, times
+            call.times = b if call.frames == 1 else (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
 
 
 class InFlight:

@@ -17,13 +17,13 @@ from instep_client import arrays, replies
 from instep_client.arrays import Indices
 from instep_client.changes import Discard
 from instep_client.connection import Connection
+from instep_client.handles import StreamHandle
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, InstepError, InvalidInput, StreamRefused, stream_ended
 from instep_client.protocol.wire import CLAIM, GRANT, Frame, GrantArray, Header, Kind, Message, raw
 from instep_client.replies import ColumnError
 from instep_client.requests import StreamsRequest, TurnCall
 from instep_client.states import State, state_rows
-from instep_client.streams import StreamHandle
 
 _FENCED: Final = (
     "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "

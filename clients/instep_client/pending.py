@@ -9,9 +9,9 @@ import numpy as np
 
 from instep_client.arrays import NOBODY, Indices
 from instep_client.calls import Call, Request
+from instep_client.handles import StreamHandle
 from instep_client.protocol import wire
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, MAX_NAME_BYTES, Frame, Kind, Message, ServerInfo
-from instep_client.streams import StreamHandle
 
 MAX_REPLY_BYTES: Final = 64 * 2**20
 """The largest frame the client lets the server send; requests are cut so that no honest reply is larger."""

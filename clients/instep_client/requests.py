@@ -17,6 +17,7 @@ from instep_client import replies
 from instep_client.arrays import Indices, good_names
 from instep_client.calls import Request
 from instep_client.connection import Connection
+from instep_client.handles import StreamHandle, TurnRequest
 from instep_client.pending import parts
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
@@ -30,8 +31,7 @@ from instep_client.protocol.errors import (
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
 from instep_client.replies import ColumnError, ErrorReply, ServedModel
-from instep_client.sleepers import TurnRequest
-from instep_client.streams import ENDING, StreamHandle
+from instep_client.streams import ENDING
 
 R = TypeVar("R")
 

@@ -22,19 +22,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy.typing as npt
 
 from instep_client import arrays, replies
-from instep_client.calls import Call, OutputsCall, Request
+from instep_client.calls import Call, Request
 from instep_client.changes import CloseCall, ResetCall
 from instep_client.connection import Connection
 from instep_client.farewell import Farewell
+from instep_client.handles import StepCall, StreamHandle, TurnRequest
 from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed, InvalidInput
 from instep_client.protocol.wire import MAX_NAME_BYTES, Kind, SwapPolicy
 from instep_client.replies import ListedStream, ServedModel
 from instep_client.requests import ModelsChange, PingCall, Question, ReadStateCall
-from instep_client.sleepers import TurnRequest
-from instep_client.steps import StepCall
-from instep_client.streams import StreamHandle
 
 P = ParamSpec("P")
 Q = TypeVar("Q", bound=Request[Any])
@@ -161,7 +159,7 @@ class Session(Connection):
         handle.finished = True
         self.pending.woken.append(handle)
 
-    def take(self, handle: StreamHandle) -> OutputsCall | None:
+    def take(self, handle: StreamHandle) -> StepCall | None:
         """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
         return self.flow.take(handle)
 

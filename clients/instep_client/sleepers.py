@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import Any, ClassVar, Final
+from typing import Final
 
 import numpy as np
 
 from instep_client.arrays import NOBODY, Indices
-from instep_client.calls import Request
+from instep_client.handles import TurnRequest
 from instep_client.protocol.codes import SENTENCES, Code
-from instep_client.protocol.errors import StreamEvicted
 from instep_client.protocol.wire import GrantArray
 from instep_client.replies import ColumnError
-from instep_client.streams import OpenStreams, StreamHandle
+from instep_client.streams import OpenStreams
 
 _RETRY_S: Final = 0.5
 """How long to wait where the server has no room for a stream that hibernates."""
@@ -23,24 +21,6 @@ _LATER: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
 
 EndedRows = dict[tuple[Code, str], list[int]]
 """Rows of streams that have ended, by reason."""
-
-
-class TurnRequest(Request[Any]):
-    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
-
-    handle: StreamHandle
-    stamp: int
-    """When it was queued, on the session's counter."""
-    needs_all_awake: ClassVar[bool] = True
-    """Whether it is asked only when no stream of its handle hibernates."""
-
-    @abstractmethod
-    def woke(self, which: Indices) -> None:
-        """These of its streams, for which it was held, are awake or have ended."""
-
-    def streams_ended(self, error: StreamEvicted) -> bool:
-        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
-        return True
 
 
 class Sleepers:

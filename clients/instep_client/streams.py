@@ -1,26 +1,20 @@
-"""Streams as the client knows them: one table with a row for each stream, and the handles that users hold.
+"""Streams as the client knows them: one table with a row for each stream.
 
-A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
-which they were made; there is no order between the calls of different stream handles. (The server's handles are the
-numbers in column `HANDLE` of the table.)
+The server's handles are the numbers in its column `HANDLE`; stream handles are what users hold.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
-from instep_client.calls import OutputsCall
+from instep_client.handles import StreamHandle
 from instep_client.protocol.errors import StreamEvicted, stream_ended
 from instep_client.protocol.wire import CLAIM, U64, Code, GrantArray
-
-if TYPE_CHECKING:
-    from asyncio import Future
 
 ENDING: Final = frozenset(
     {
@@ -43,40 +37,6 @@ ENDING: Final = frozenset(
 HANDLE = 0
 SEQ = 1
 ACKED = 2
-
-
-class StreamHandle:
-    """The rows of one stream or group, and what it has had answered."""
-
-    unanswered = 0
-    """Frames sent and not answered for good (BUSY is not for good)."""
-    rewound_at = 0
-    """When the next seq of any of the rows was last rewound, on the session's counter."""
-    has_ended = False
-    """Whether the server ended any of the streams."""
-    has_sleepers = False
-    """Whether any of the streams hibernates."""
-    closing = False
-    closed = False
-    finished = False
-    """Whether the user said that nothing more will be sent."""
-    unread = 0
-    """Frames in `results` that were sent."""
-    last_seqs: U64 | None = None
-    last_epochs: U64 | None = None
-    """The next seqs and the epochs as they were when the rows were given back."""
-    waiter: Future[None] | None = None
-
-    def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
-        self.names = tuple(names)
-        self.rows = rows
-        self.single = single
-        self.results: deque[OutputsCall] = deque()
-        """Pipelined sends whose outputs were not taken, oldest first."""
-
-    def name_of(self, row: int | np.int64) -> str:
-        """The name of the stream in one of its rows, which are in ascending order."""
-        return self.names[int(np.searchsorted(self.rows, row))]
 
 
 class OpenStreams:

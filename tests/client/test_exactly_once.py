@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instep_client.handles import StepCall, StreamHandle
 from instep_client.liveness import State
 from instep_client.protocol.errors import FramesRefused, InstepError
 from instep_client.session import Session
-from instep_client.steps import StepCall
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, Message
 from tests.support.staged_server import StagedServer
 

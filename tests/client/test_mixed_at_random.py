@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from instep_client.calls import Call
+from instep_client.handles import StreamHandle
 from instep_client.liveness import State
 from instep_client.openings import Opening
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import Kind
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import evicted
 from tests.support.ring_link import RingLink
 from tests.support.step_messages import parts

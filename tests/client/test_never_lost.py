@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from instep_client.calls import TimedOutputs
 from instep_client.changes import CloseCall
+from instep_client.handles import StepCall, StreamHandle
 from instep_client.liveness import State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
-from instep_client.steps import StepCall
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from instep_client.handles import StreamHandle
 from instep_client.openings import ForkCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, StreamEvicted
 from instep_client.protocol.wire import Kind
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
 from tests.support.states import floats_of

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from instep_client.handles import StepCall
 from instep_client.liveness import State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
 from instep_client.protocol.wire import FAILURE
-from instep_client.steps import StepCall
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes
 from tests.support.step_messages import parts, stepped_header

@@ -7,8 +7,8 @@ from random import Random
 from typing import Any, TypeVar
 
 from instep_client.calls import Call
+from instep_client.handles import StreamHandle
 from instep_client.session import Session
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import Message
 from tests.support.ring_server import RingServer
 

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from instep_client.calls import Call
+from instep_client.handles import StepCall, StreamHandle
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FramesRefused, StreamEvicted
 from instep_client.protocol.wire import COLUMN, Kind, ServerInfo
 from instep_client.session import Session
-from instep_client.steps import StepCall
-from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error
 from tests.support.step_messages import parts
 

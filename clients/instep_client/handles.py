@@ -1,20 +1,90 @@
-"""Frames that the user sends by one call, cut into blocks, and the blocks that carry them."""
+"""What users hold of streams, and what they ask of them: stream handles, frames, and requests that wait for their turn.
+
+A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
+which they were made; there is no order between the calls of different stream handles.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from instep_client.arrays import Indices
-from instep_client.calls import OutputsCall, TimedOutputs
+from instep_client.calls import Call, Request, TimedOutputs
 from instep_client.protocol.errors import FrameFailure, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import F32, U64, Code
-from instep_client.replies import Stepped
-from instep_client.streams import ACKED, HANDLE, SEQ, OpenStreams, StreamHandle
 
-_ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
+if TYPE_CHECKING:
+    from asyncio import Future
+
+
+class StreamHandle:
+    """The rows of one stream or group, what is to be sent through it, in order, and what came of it."""
+
+    unanswered = 0
+    """Frames sent and not answered for good (BUSY is not for good)."""
+    rewound_at = 0
+    """When the next seq of any of the rows was last rewound, on the session's counter."""
+    has_ended = False
+    """Whether the server ended any of the streams."""
+    has_sleepers = False
+    """Whether any of the streams hibernates."""
+    closing = False
+    closed = False
+    finished = False
+    """Whether the user said that nothing more will be sent."""
+    unread = 0
+    """Frames in `results` that were sent."""
+    last_seqs: U64 | None = None
+    last_epochs: U64 | None = None
+    """The next seqs and the epochs as they were when the rows were given back."""
+    waiter: Future[None] | None = None
+    is_idle = True
+    """Whether it is not in line to send, and not held up by a request that was asked, by streams that hibernate or by
+    outputs that nobody takes. What is to be sent waits for answers then."""
+
+    def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
+        self.names = tuple(names)
+        self.rows = rows
+        self.single = single
+        self.steps: deque[StepCall] = deque()
+        """Calls that were not sent, or not sent completely."""
+        self.requests: deque[TurnRequest] = deque()
+        """Those that wait for their turn among `steps`."""
+        self.results: deque[StepCall] = deque()
+        """Pipelined sends whose outputs were not taken, oldest first."""
+
+    def name_of(self, row: int | np.int64) -> str:
+        """The name of the stream in one of its rows, which are in ascending order."""
+        return self.names[int(np.searchsorted(self.rows, row))]
+
+    def next_request(self) -> TurnRequest | None:
+        """The request whose turn it is, if it is not a step's."""
+        if not self.requests or (self.steps and self.steps[0].stamp < self.requests[0].stamp):
+            return None
+        return self.requests[0]
+
+
+class TurnRequest(Request[Any]):
+    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
+
+    handle: StreamHandle
+    stamp: int
+    """When it was queued, on the session's counter."""
+    needs_all_awake: ClassVar[bool] = True
+    """Whether it is asked only when no stream of its handle hibernates."""
+
+    @abstractmethod
+    def woke(self, which: Indices) -> None:
+        """These of its streams, for which it was held, are awake or have ended."""
+
+    def streams_ended(self, error: StreamEvicted) -> bool:
+        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
+        return True
 
 
 class FailedFrames(NamedTuple):
@@ -26,7 +96,7 @@ class FailedFrames(NamedTuple):
     expected_seq: int
 
 
-class StepCall(OutputsCall):
+class StepCall(Call[TimedOutputs]):
     """Frames [T, N, features] for some rows of one stream handle."""
 
     sent = False
@@ -121,7 +191,7 @@ class StepCall(OutputsCall):
         if known is None or failed.seq < known.seq:
             self.failures[column] = failed
 
-    def conclude(self, table: OpenStreams) -> None:
+    def conclude(self, why_any_ended: Callable[[Indices], StreamEvicted | None]) -> None:
         """Every frame was answered: make the result of it."""
         outputs = self._missing() if self._outputs is None else self._outputs
         if outputs.shape != self._shape:
@@ -132,10 +202,10 @@ class StepCall(OutputsCall):
         failures: list[FrameFailure] = []
         ended: StreamEvicted | None = None
         for column, failed in sorted(self.failures.items()):
-            row, code = int(self.rows[column]), failed.code
-            if table.ended[row]:
-                why = table.why_ended(row)
-                ended, code = ended or why, why.code
+            row = self.rows[column]
+            why = why_any_ended(self.rows[[column]])
+            ended = ended or why
+            code = failed.code if why is None else why.code
             failures.append(FrameFailure(self.handle.name_of(row), failed.seq, code, failed.expected_seq))
         if ended is not None:
             ended.failures, ended.outputs = tuple(failures), outputs
@@ -146,78 +216,3 @@ class StepCall(OutputsCall):
 
     def _missing(self) -> F32:
         return np.full((*self.x.shape[:2], self._shape[-1]), np.nan, np.float32)
-
-
-class StepBlock:
-    """What one STEP carries: a piece of one call, or single frames of many calls side by side."""
-
-    def __init__(
-        self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
-    ) -> None:
-        self.calls = calls
-        """The one call, or one call a column."""
-        self.rows = rows
-        self.columns = columns
-        """(handle, seq of the first timestep, seq before which every output has come) of each column, as sent."""
-        self.x = x
-        """float32 [T, N, features], contiguous."""
-        self.start = start
-        """The call's timestep that is the block's first."""
-        self.where = where
-        """Which column of its call each column is."""
-        self.frames = len(x) * len(rows)
-        """How many frames it carries, T × N."""
-        self.number = 0
-        """The number it was last sent with; numbers grow."""
-
-    @classmethod
-    def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
-        """Single frames of distinct streams side by side; their next seqs move on."""
-        if len(calls) == 1:
-            rows, x, where = calls[0].rows, calls[0].x, _ONE_COLUMN
-        else:
-            rows = np.concatenate([call.rows for call in calls])
-            x = np.concatenate([call.x for call in calls], axis=1)
-            where = np.zeros(len(rows), np.int64)
-        return cls(calls, rows, table.take_columns(rows, 1), x, 0, where)
-
-    def owner(self, column: int) -> tuple[StepCall, int]:
-        """The call that a column belongs to, and which of the call's columns it is."""
-        return self.calls[column if len(self.calls) > 1 else 0], int(self.where[column])
-
-    def stamps(self) -> Indices:
-        """When the calls were made: one number for all columns, or one for each."""
-        return np.array([call.stamp for call in self.calls], np.int64)
-
-    def take(self, columns: Indices) -> StepBlock:
-        """A block of some of the columns, sent when this one was."""
-        calls = [self.calls[column] for column in columns.tolist()] if len(self.calls) > 1 else self.calls
-        x = np.ascontiguousarray(self.x[:, columns])
-        part = StepBlock(calls, self.rows[columns], self.columns[columns], x, self.start, self.where[columns])
-        part.number = self.number
-        return part
-
-    def renew(self, table: OpenStreams) -> None:
-        """It is sent again: under the present handles, with what has come until now."""
-        present = table.columns[self.rows]
-        self.columns[:, HANDLE] = present[:, HANDLE]
-        self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])
-
-    def deliver(self, answer: Stepped) -> None:
-        """Every column was answered for good: give each call its outputs, and count its frames as answered."""
-        first = self.calls[0] if self.calls else None
-        if first is not None and not first.lone:
-            first.put(self.start, self.where, answer.outputs)
-            self.settle(answer.times)
-        else:
-            for call, outputs in zip(self.calls, answer.outputs[0], strict=False):  # no column where it was held
-                call.put_lone(outputs, answer.times)
-
-    def settle(self, times: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """Count its frames as answered in every call and stream handle."""
-        share = self.frames // len(self.calls) if self.calls else 0
-        for call in self.calls:
-            call.left -= share
-            call.handle.unanswered -= share
-            a, b = call.times, times
-            call.times = b if call.frames == 1 else (max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]))
