@@ -190,33 +190,27 @@ class Flow:
         singles: list[StepCall] = []
         moved = False
         for _ in range(len(self._line)):
-            handle = self._line[0]
-            request = handle.next_request() if handle.requests else None
-            if request is not None:
-                self._line.popleft()
-                self._take_request(request, now)
+            handle = self._line.popleft()
+            if handle.requests and (not handle.steps or handle.requests[0].stamp < handle.steps[0].stamp):
+                self._take_request(handle.requests[0], now)
                 continue
             if not handle.steps:
-                self._line.popleft()  # the user has taken back what was to be sent
-                handle.is_idle = True
+                handle.is_idle = True  # the user has taken back what was to be sent
                 continue
             call = handle.steps[0]
             if handle.has_sleepers and self._wakes(handle, call.rows):
-                self._line.popleft()
                 continue
             begins = call.keep and not call.started
             if begins and handle.unread and handle.unread + call.frames > self.in_flight.credit:
-                self._line.popleft()
                 self._full_since[handle] = now
                 continue
             rows, timesteps = (call.rows, 1) if call.lone else call.next_rows()
             if timesteps * len(rows) > room:
+                self._line.appendleft(handle)
                 break
             if handle.unanswered and not self._table.in_window(rows, timesteps, self._window):
-                self._line.popleft()
                 handle.is_idle = True  # until some of its outputs have come
                 continue
-            self._line.popleft()
             if begins:
                 handle.unread += call.frames
             moved = True

@@ -62,12 +62,6 @@ class StreamHandle:
         """The name of the stream in one of its rows, which are in ascending order."""
         return self.names[int(np.searchsorted(self.rows, row))]
 
-    def next_request(self) -> TurnRequest | None:
-        """The request whose turn it is, if it is not a step's."""
-        if not self.requests or (self.steps and self.steps[0].stamp < self.requests[0].stamp):
-            return None
-        return self.requests[0]
-
 
 class TurnRequest(Request[Any]):
     """A request that waits until everything sent through its handle was answered, and comes before anything later."""
