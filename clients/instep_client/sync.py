@@ -131,7 +131,7 @@ class Client(InThread[AsyncClient]):
         return Stream(self, self._thread, self._thread.run(self._inner.restore(snapshot, name)))
 
 
-class _Handle(InThread[H], Generic[H]):
+class _ThreadHandle(InThread[H], Generic[H]):
     """The base of streams and groups. It keeps its client alive."""
 
     def __init__(self, client: object, thread: LoopThread, handle: H) -> None:
@@ -141,7 +141,7 @@ class _Handle(InThread[H], Generic[H]):
         self._session, self._handle = handle._session, handle._handle
 
 
-class Stream(_Handle[AsyncStream], StreamView):
+class Stream(_ThreadHandle[AsyncStream], StreamView):
     """One stream; see `AsyncStream`, whose verbs these are. It keeps its client alive."""
 
     step = blocking(AsyncStream.step)
@@ -171,7 +171,7 @@ class Stream(_Handle[AsyncStream], StreamView):
         return Stream(self._client, self._thread, self._thread.run(self._inner.fork(name)))
 
 
-class Group(_Handle[AsyncGroup], GroupView):
+class Group(_ThreadHandle[AsyncGroup], GroupView):
     """Many streams stepped by one array; see `AsyncGroup`, whose verbs these are. It keeps its client alive."""
 
     step = blocking(AsyncGroup.step)
