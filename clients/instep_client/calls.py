@@ -76,7 +76,7 @@ class Request(Call[R], ABC):
     reply: Kind
     """Of the messages that answer them; an ERROR may come instead."""
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Send its messages, perhaps once more after the connection was lost.
 
         Requests that the connection makes by itself, and sends in its own way, are never asked.
@@ -84,20 +84,19 @@ class Request(Call[R], ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         """A reply came.
 
         Args:
             part: which of its streams the message was about.
             header: of the reply.
             frames: of the reply, the header included.
-            now: on the session's clock.
 
         Raises:
             MalformedMessage: when the reply does not follow the protocol.
         """
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
         """ERROR came in place of a reply."""
         self.fail(Refused(refusal.code, refusal.sentence))
 

@@ -55,7 +55,7 @@ class CloseCall(TurnCall[U8]):
         handle.closing = True
         self._finals = connection.info.state.missing(len(handle.rows))
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Ask for those streams that the server has not ended or closed, when they are awake."""
         self._begin()
         table, rows = self.connection.table, self.handle.rows

@@ -62,6 +62,8 @@ class Connection:
         self.endpoint = checked_endpoint(endpoint)
         check_settings(name, model, timeout_s, reconnect_s)
         self.state = GREETING
+        self.now = 0.0
+        """The time of the last `receive` or `advance`, on the driver's clock."""
         self.table = OpenStreams()
         self.pending = Pending()
         self.sleepers = Sleepers(self.table)
@@ -83,7 +85,7 @@ class Connection:
         """Requests that are to be asked, or asked again, over the next connection."""
         self._is_new = True
         """Whether the server has yet to say that it does not know the connection that the socket has just made."""
-        self.greeting.ask(0.0)
+        self.greeting.ask()
 
     @property
     def info(self) -> ServerInfo:
@@ -109,7 +111,7 @@ class Connection:
         if self.state is RECONNECTING:
             self._postponed[request] = None
         else:
-            request.ask(0.0)
+            request.ask()
         return request
 
     # What the driver does.
@@ -123,12 +125,12 @@ class Connection:
         """A message came. One that does not follow the protocol ends the session."""
         if self.state is RECONNECTING and not self.is_waiting:
             return  # of the connection that was given up
-        self._silence.heard_at = now
+        self.now = self._silence.heard_at = now
         try:
             if frames and len(frames[0]) and frames[0][0] == _STEPPED:
                 self._handle_stepped(frames)
             else:
-                self._handle(wire.unpack_header(frames), frames, now)
+                self._handle(wire.unpack_header(frames), frames)
         except MalformedMessage as error:
             self.fail(
                 MalformedMessage,
@@ -137,8 +139,9 @@ class Connection:
 
     def advance(self, now: float) -> None:
         """Send what may be sent; watch for silence; try for another connection when one was lost."""
+        self.now = now
         if self.state is RECONNECTING:
-            self._recover(now)
+            self._recover()
         if self.state is OPEN:
             self.flow.advance(now)
             rows = self.sleepers.due(now)
@@ -152,7 +155,7 @@ class Connection:
                 asks += (
                     f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
                 )
-            self.lose(now, f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
+            self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
         """When `advance` is to be called though nothing happens; None for never."""
@@ -187,15 +190,15 @@ class Connection:
             if self.state is OPEN:
                 self.attempts.worked()
 
-    def _handle(self, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def _handle(self, header: Header, frames: Sequence[Frame]) -> None:
         kind, number = header.kind, header.request
         asked = self.pending.unanswered.get(number)
         if self.state is ENDED and asked is None:
             return  # only the farewell is still waited for
         if kind is Kind.ERROR:
-            self._handle_error(number, replies.error(header), now)
+            self._handle_error(number, replies.error(header))
         elif kind is Kind.GOODBYE:
-            self.lose(now, replies.goodbye(header))
+            self.lose(replies.goodbye(header))
         elif kind is Kind.EVICTED:
             self._handle_evicted(header, frames)
         elif kind is Kind.MOVED:
@@ -211,7 +214,7 @@ class Connection:
                 self.attempts.worked()
             del self.pending.unanswered[number]
             try:
-                asked.request.answered(asked.part, header, frames, now)
+                asked.request.answered(asked.part, header, frames)
             except MalformedMessage:
                 self.pending.unanswered[number] = asked  # it fails with the others
                 raise
@@ -226,19 +229,19 @@ class Connection:
         else:
             self.flow.end({(code, sentence): rows.tolist()})
 
-    def _handle_error(self, number: int, refusal: ErrorReply, now: float) -> None:
+    def _handle_error(self, number: int, refusal: ErrorReply) -> None:
         if refusal.code is Code.HELLO_FIRST and number == 0 and self._is_new:
             # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
             # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
             self._is_new = False
-            self._silence.ask(now)
+            self._silence.ask()
         elif refusal.code is Code.HELLO_FIRST:
-            self.lose(now, f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
+            self.lose(f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
         elif (asked := self.pending.unanswered.pop(number, None)) is not None:
-            asked.request.refused(asked.part, refusal, now)
+            asked.request.refused(asked.part, refusal)
             if asked.request.done:
                 self.pending.woken.append(asked.request)
-        elif not self.flow.refused(number, refusal, now):
+        elif not self.flow.refused(number, refusal, self.now):
             self.fail(
                 ConnectionFailed,
                 f"the server at {self.endpoint} could not read a message of this client, the connection was given up: "
@@ -247,7 +250,7 @@ class Connection:
 
     # Greeting and claims.
 
-    def welcomed(self, info: ServerInfo, now: float) -> None:
+    def welcomed(self, info: ServerInfo) -> None:
         """WELCOME came.
 
         Raises:
@@ -271,12 +274,12 @@ class Connection:
         rows = self.table.live_rows()
         # Those that hibernate are resumed when there is something to send to them.
         self.claim(Claim(self), rows[~self.table.asleep[rows]])
-        self.open_again(now)
+        self.open_again()
 
-    def turned_away(self, refusal: ErrorReply, now: float) -> None:
+    def turned_away(self, refusal: ErrorReply) -> None:
         """A HELLO or a claim was refused."""
         if refusal.code in _PASSES and self.state is RECONNECTING:
-            self.lose(now, refusal.sentence)
+            self.lose(refusal.sentence)
         else:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
@@ -287,27 +290,27 @@ class Connection:
             names = wire.pack_names(self.table.names(part))
             self.pending.ask(request, len(part), 0, frames=[names, self.table.claims(part)], part=part)
 
-    def open_again(self, now: float) -> None:
+    def open_again(self) -> None:
         """Send unanswered frames and requests again, once the last claim after a loss was answered."""
         if self.state is not RECONNECTING or self.pending.waits_for(Kind.RESUMED):
             return
         self.state = OPEN
         postponed, self._postponed = self._postponed, {}
         for request in postponed:
-            request.ask(now)
+            request.ask()
         if not self.pending.unanswered:
             self.attempts.worked()
 
     # Silence, loss and recovery.
 
-    def lose(self, now: float, sentence: str) -> None:
+    def lose(self, sentence: str) -> None:
         """The connection is lost: there will be another, or it is the end of the session."""
         if self.state is ENDED:
             return
         if self.state is GREETING:
             self.fail(ConnectionFailed, sentence)
             return
-        if not self.attempts.lost(now, sentence):
+        if not self.attempts.lost(self.now, sentence):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
             return
         self.state = RECONNECTING
@@ -317,18 +320,18 @@ class Connection:
                 self._postponed[request] = None
         self._silence.lost()
 
-    def _recover(self, now: float) -> None:
+    def _recover(self) -> None:
         if self.pending.waits_for(Kind.RESUMED):
             return  # the attempt has had its WELCOME, and only silence ends it now
-        if self.attempts.is_over(now):
+        if self.attempts.is_over(self.now):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
-        elif self.attempts.is_due(now) and self.is_waiting:
-            self.lose(now, "")
-        elif self.attempts.is_due(now):
-            self.attempts.begin(now)
+        elif self.attempts.is_due(self.now) and self.is_waiting:
+            self.lose("")
+        elif self.attempts.is_due(self.now):
+            self.attempts.begin(self.now)
             self.wants_socket = True
             self._is_new = True
-            self.greeting.ask(now)
+            self.greeting.ask()
 
     def _keep_alive_s(self) -> float:
         """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
@@ -346,18 +349,18 @@ class Greeting(Request[ServerInfo]):
         self._name = name
         self._model = model
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         self._connection.pending.ask(self, wire.PROTOCOL_VERSION, self._name, self._model)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         info = replies.welcome(header, frames)
         self._model = info.model  # a server that is started again may have another default
-        self._connection.welcomed(info, now)
+        self._connection.welcomed(info)
         self.finish(info)
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        super().refused(part, refusal, now)
-        self._connection.turned_away(refusal, now)
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
+        super().refused(part, refusal)
+        self._connection.turned_away(refusal)
 
     def lost(self) -> bool:
         return False  # each attempt sends its own
@@ -372,23 +375,24 @@ class Claim(Request[None]):
         self._connection = connection
         self._asked_at = connection.table.stamp()
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         connection = self._connection
         grants, failures = replies.granted(header, frames, len(part))
-        ended = connection.sleepers.granted(part, grants, failures, self._asked_at, now)
+        ended = connection.sleepers.granted(part, grants, failures, self._asked_at, connection.now)
         if connection.state is RECONNECTING and connection.forgets:
             ended = {
                 (code, _RESTARTED if code is Code.UNKNOWN_STREAM else sentence): rows
                 for (code, sentence), rows in ended.items()
             }
         connection.flow.end(ended)
-        connection.open_again(now)
+        connection.open_again()
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
-        if self._connection.state is OPEN and refusal.code in _PASSES:
-            self._connection.sleepers.refused(part, now + max(refusal.retry_after_s, _LEAST_RETRY_S))
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
+        connection = self._connection
+        if connection.state is OPEN and refusal.code in _PASSES:
+            connection.sleepers.refused(part, connection.now + max(refusal.retry_after_s, _LEAST_RETRY_S))
         else:
-            self._connection.turned_away(refusal, now)
+            connection.turned_away(refusal)
 
     def lost(self) -> bool:
         return False  # the next connection has claims of its own

@@ -39,7 +39,7 @@ class Farewell(Request[None]):
         for number, asked in openings.items():
             connection.pending.unanswered[number] = Asked(_LastOpening(self), asked.part)
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Close the streams that are awake, and claim the others: to be closed, they must be awake."""
         table = self._connection.table
         rows = table.live_rows()
@@ -51,7 +51,7 @@ class Farewell(Request[None]):
         """Close streams; nobody waits for their final states."""
         for part in parts(len(handles), self._connection.info):
             frames = [closings(handles[part])]
-            Question(self._connection, Kind.CLOSE, Kind.CLOSED, _unheard, len(part), frames=frames).ask(0.0)
+            Question(self._connection, Kind.CLOSE, Kind.CLOSED, _unheard, len(part), frames=frames).ask()
 
     def claim(self, rows: Indices) -> None:
         """Claim streams that hibernate, if there are any; PING once no grant is waited for."""
@@ -60,7 +60,7 @@ class Farewell(Request[None]):
         if not pending.waits_for(Kind.RESUMED) and not pending.waits_for(Kind.OPENED):
             pending.ask(self)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         self.finish(None)
 
 
@@ -76,14 +76,14 @@ class _LastClaim(Request[None]):
     def __init__(self, farewell: Farewell) -> None:
         self._farewell = farewell
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         """Close what was granted; there is room for others then."""
         grants, _ = replies.granted(header, frames, len(part))
         is_awake = grants["handle"] != 0
         self._farewell.close(grants["handle"][is_awake])
         self._farewell.claim(part[~is_awake] if is_awake.any() else NOBODY)
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
         self._farewell.claim(NOBODY)
 
 
@@ -92,7 +92,7 @@ class _LastOpening(_LastClaim):
 
     kind, reply = Kind.OPEN, Kind.OPENED
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         grants, _ = replies.granted(header, frames, len(part))
         self._farewell.close(grants["handle"][grants["handle"] != 0])
         self._farewell.claim(NOBODY)

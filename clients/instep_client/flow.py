@@ -192,7 +192,7 @@ class Flow:
         for _ in range(len(self._line)):
             handle = self._line.popleft()
             if handle.requests and (not handle.steps or handle.requests[0].stamp < handle.steps[0].stamp):
-                self._take_request(handle.requests[0], now)
+                self._take_request(handle.requests[0])
                 continue
             if not handle.steps:
                 handle.is_idle = True  # the user has taken back what was to be sent
@@ -242,14 +242,14 @@ class Flow:
             self.in_flight.post(StepBlock.of_singles(self._table, singles))
         return moved
 
-    def _take_request(self, request: TurnRequest, now: float) -> None:
+    def _take_request(self, request: TurnRequest) -> None:
         handle = request.handle
         if request.needs_all_awake and handle.has_sleepers and self._wakes(handle, handle.rows):
             return
         handle.is_idle = handle.unanswered > 0  # until everything sent was answered, then until the request was
         if not handle.is_idle:
             handle.requests.popleft()
-            request.ask(now)
+            request.ask()
 
     def _wakes(self, handle: StreamHandle, rows: Indices) -> bool:
         """Whether a handle has to wait until streams that hibernate are awake."""

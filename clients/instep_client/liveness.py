@@ -135,14 +135,14 @@ class Silence(Request[None]):
         self._waiting_since = math.inf
         self._is_asked = False
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         self._is_asked = True
         self._pending.ask(self)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         self._is_asked = False
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
         self._is_asked = False
 
     def lost(self) -> bool:
@@ -165,11 +165,11 @@ class Silence(Request[None]):
             self.deadline = self.heard_at + keep_alive_s
             if now < self.deadline:
                 return False
-            self.ask(now)
+            self.ask()
         self._waiting_since = min(self._waiting_since, now)
         quiet_since = max(self.heard_at, self._waiting_since)
         given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
         if may_probe and not self._is_asked and given_up_at > now >= probed_at:
-            self.ask(now)
+            self.ask()
         self.deadline = probed_at if may_probe and not self._is_asked else given_up_at
         return now >= given_up_at

@@ -52,12 +52,12 @@ class Opening(StreamsRequest[StreamHandle]):
         self.abandoned = False
         """Whether nobody waits any more."""
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
         if self.abandoned:
             self._end(InstepError("the call was cancelled"))
         else:
-            super().ask(now)
+            super().ask()
 
     def _begin(self) -> None:
         super()._begin()

@@ -54,10 +54,10 @@ class Question(Request[R]):
         self._fields = fields
         self._frames = frames
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         self.connection.pending.ask(self, *self._fields, frames=self._frames)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         self.finish(self._decode(header, frames))
 
 
@@ -85,15 +85,15 @@ class PingCall(Request[float]):
     kind, reply = Kind.PING, Kind.PONG
 
     def __init__(self, connection: Connection, now: float) -> None:
-        self._pending = connection.pending
+        self._connection = connection
         self._sent_at = now
 
-    def ask(self, now: float) -> None:
-        self._sent_at = max(self._sent_at, now)  # what was lost with a connection does not count
-        self._pending.ask(self)
+    def ask(self) -> None:
+        self._sent_at = max(self._sent_at, self._connection.now)  # what was lost with a connection does not count
+        self._connection.pending.ask(self)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
-        self.finish(now - self._sent_at)
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        self.finish(self._connection.now - self._sent_at)
 
 
 class StreamsRequest(Request[R]):
@@ -138,7 +138,7 @@ class StreamsRequest(Request[R]):
 
     # What all of them do.
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         ended = None if self.handle is None else self.connection.table.why_any_ended(self.handle.rows)
         if ended is not None:
             self._end(ended)
@@ -158,7 +158,7 @@ class StreamsRequest(Request[R]):
             self.parts_left += 1
             self.connection.pending.ask(self, len(part), *fields, frames=frames, part=part)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame], now: float) -> None:
+    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         failures = self._decode(part, header, frames)
         refused = [failure._replace(column=int(part[failure.column])) for failure in failures]
         asleep = {each.column for each in refused if self._only_sleeps(each)}
@@ -172,7 +172,7 @@ class StreamsRequest(Request[R]):
         self._settled(part, refused)
         self._part_answered()
 
-    def refused(self, part: Indices, refusal: ErrorReply, now: float) -> None:
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
         self._note(ColumnError(int(part[0]), 0, refusal.code, refusal.sentence, 0))
         self._part_answered()
 
@@ -258,12 +258,12 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._asked: U64 = np.zeros(len(self.names), np.uint64)
         """The server's handles for the streams when they were asked for; 0 of those that were named."""
 
-    def ask(self, now: float) -> None:
+    def ask(self) -> None:
         """Ask, unless the handle was closed before it was asked again: other streams may be in its rows."""
         if self.handle is not None and self.handle.closed:
             self._end(ClientClosed(f"stream {self.names[0]!r} was closed before its state was read"))
         else:
-            super().ask(now)
+            super().ask()
 
     def _begin(self) -> None:
         super()._begin()

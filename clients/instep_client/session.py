@@ -96,7 +96,7 @@ class Session(Connection):
         farewell = Farewell(self, openings)
         for handles in granted:
             farewell.close(handles)
-        farewell.ask(0.0)
+        farewell.ask()
         return farewell
 
     # Streams.
