@@ -99,7 +99,7 @@ class Flow:
         for handle, rows in list(self._waking.items()):
             if not self._sleepers.wake(rows):
                 del self._waking[handle]
-                self._release(handle)
+                self.release(handle)
 
     def deadline(self) -> float:
         """When `advance` has something to do though no message comes; infinity for never."""
@@ -121,11 +121,6 @@ class Flow:
         is_known = self.in_flight.refused(number, refusal, now)
         self._settle()
         return is_known
-
-    def request_answered(self, handle: StreamHandle) -> None:
-        """A request was answered, on which the calls behind it wait."""
-        if not handle.closed:
-            self._release(handle)
 
     def end(self, reasons: EndedRows) -> None:
         """Streams have ended: what waits for them fails; what groups have on the way will be answered."""
@@ -154,7 +149,7 @@ class Flow:
         call = handle.results.popleft()
         handle.unread -= call.frames
         if self._full_since.pop(handle, None) is not None:
-            self._release(handle)
+            self.release(handle)
         return call
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
@@ -179,7 +174,7 @@ class Flow:
             handle.is_idle = False
             self._line.append(handle)
 
-    def _release(self, handle: StreamHandle) -> None:
+    def release(self, handle: StreamHandle) -> None:
         """What held a handle up is over."""
         handle.is_idle = True
         self._continue(handle)
@@ -315,7 +310,7 @@ class Flow:
         handle = call.handle
         handle.steps.remove(call)
         if self._full_since.pop(handle, None) is not None:
-            self._release(handle)
+            self.release(handle)
         self._continue(handle)
         if call.keep:
             handle.results.remove(call)

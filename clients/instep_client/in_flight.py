@@ -72,10 +72,6 @@ class StepBlock:
         """The call that a column belongs to, and which of the call's columns it is."""
         return self.calls[column if len(self.calls) > 1 else 0], int(self.where[column])
 
-    def stamps(self) -> Indices:
-        """When the calls were made: one number for all columns, or one for each."""
-        return np.array([call.stamp for call in self.calls], np.int64)
-
     def take(self, columns: Indices) -> StepBlock:
         """A block of some of the columns, sent when this one was."""
         calls = [self.calls[column] for column in columns.tolist()] if len(self.calls) > 1 else self.calls
@@ -287,7 +283,8 @@ class InFlight:
                     continue
                 self._refused.append(block.take(np.flatnonzero(asleep)))
                 block = block.take(np.flatnonzero(~asleep))
-            lost = (self._table.rewound_at[block.rows] > block.stamps()) | (self._table.ended[block.rows] != 0)
+            made_at = [call.stamp for call in block.calls]  # one number for all columns, or one for each
+            lost = (self._table.rewound_at[block.rows] > made_at) | (self._table.ended[block.rows] != 0)
             if np.any(lost):
                 self._give_up(block.take(np.flatnonzero(lost)))
                 block = block.take(np.flatnonzero(~lost))

@@ -239,7 +239,8 @@ class TurnCall(StreamsRequest[R], TurnRequest):
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
-        self.connection.flow.request_answered(self.handle)
+        if not self.handle.closed:
+            self.connection.flow.release(self.handle)
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
