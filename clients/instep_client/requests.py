@@ -1,6 +1,6 @@
 """Requests that users make: the questions about the server, and what requests about streams have in common.
 
-A new kind of request is a verb of `Session` that asks a `Question` or makes a class of its own, here or in
+A new kind of request is a verb of `Session` that asks a `Question`, or one that makes a class of its own, here or in
 `openings.py` or `changes.py`. The class names its messages and their replies, and says what a reply, a refusal and a
 lost connection mean to it.
 """

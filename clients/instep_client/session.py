@@ -9,8 +9,8 @@ A driver (`driver.py` is one) does five things and nothing else:
 5. wakes what `pending.take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
 
 `now` is any monotonic clock in seconds. `connection.py` has the rules of messages, silence and lost connections,
-`flow.py` and `in_flight.py` those of sending frames. Every other kind of request is a class that knows how it is sent
-and what its replies mean: in `requests.py`, `openings.py` and `changes.py`.
+`flow.py` and `in_flight.py` those of sending frames. Every other request is an object that knows how it is sent and
+what its replies mean; its class is in `requests.py`, `openings.py` or `changes.py`.
 """
 
 from __future__ import annotations
