@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -178,8 +179,9 @@ class TestLoss:
 
 
 class TestAttempts:
-    def test_delays_double_up_to_two_seconds_and_are_drawn(self) -> None:
-        recovery = Attempts(1000.0, 1.0, Random(1))
+    @pytest.mark.parametrize("reconnect_s", [1000.0, math.inf])
+    def test_delays_double_up_to_two_seconds_and_are_drawn(self, reconnect_s: float) -> None:
+        recovery = Attempts(reconnect_s, 1.0, Random(1))
         now, delays = 0.0, []
         for _ in range(9):
             assert recovery.lost(now, "gone")
