@@ -55,6 +55,19 @@ def test_single_frames_of_many_streams_travel_together_second_frames_in_a_second
         assert [calls[index].result().outputs.tolist() for index in mine] == expected.tolist()
 
 
+def test_frames_without_room_keep_their_turn() -> None:
+    link = limited(credit=16, block=16)
+    a, b, c = (link.open(name) for name in "abc")
+    link.session.step(a, X[:13])
+    assert sizes(link.advance()) == [(4, 1), (4, 1), (4, 1), (1, 1)]
+    link.session.step(b, X[:4])  # there is room for three
+    link.session.step(c, X[:2])
+    assert sizes(link.advance()) == []
+    link.serve(1)
+    link.settle_client()
+    assert sizes(link.advance()) == [(4, 1), (2, 1)]
+
+
 def test_a_group_steps_all_its_streams_or_some_rows_in_their_order() -> None:
     link = Link()
     group = link.open("a", "b", "c")

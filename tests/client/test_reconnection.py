@@ -195,6 +195,34 @@ class TestAttempts:
         assert all(bound / 2 <= delay <= bound for delay, bound in zip(delays, bounds, strict=True))
         assert len({delay / bound for delay, bound in zip(delays, bounds, strict=True)}) == 9
 
+    def test_an_attempt_that_was_welcomed_waits_for_its_streams(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        lose(link)
+        while link.sockets == 0:
+            link.advance(0.1)
+        link.serve()  # what ZeroMQ sends first
+        link.serve()
+        while link.to_client:
+            link.deliver()
+        link.advance()
+        deadline = link.session.deadline()
+        assert deadline is not None
+        assert deadline > link.now + 3.0
+        for _ in range(3):
+            link.advance(1.0)
+        assert link.sockets == 1
+        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
+
+    def test_a_ping_that_was_lost_is_measured_anew(self) -> None:
+        link = RingLink()
+        ping = link.session.ping(link.now)
+        link.advance()
+        link.cut()
+        sent_at = link.now
+        assert link.finish(ping) == 0.0  # the clock stands while messages are on their way
+        assert link.now > sent_at
+
     def test_each_attempt_is_another_socket_until_one_is_answered(self) -> None:
         link = RingLink()
         handle = link.open("a")
