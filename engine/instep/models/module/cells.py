@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from instep.models.module.graph import Graph, references
-from instep.models.recurrent.cell import Cell, LayerWeights, Recurrence
+from instep.models.recurrent.cell import Cell, LayerWeights, Products, Recurrence
 from instep.models.recurrent.gru import Gru
 from instep.models.recurrent.lstm import Lstm
 from instep.models.recurrent.rnn import Rnn
@@ -84,5 +84,5 @@ class BoundCell:
         gates = self._call.weights.state_weight.shape[1]
         self.leaves = tuple(state if self._call.in_place else torch.zeros(state.shape) for state in states)
         room = torch.empty(2, len(states[0]), gates)
-        leaves = dict(zip("hc", self.leaves, strict=False))
-        self._cell = self._call.recurrence.cell(self._call.weights, leaves, room, adds_biases=self._adds_biases)
+        products = Products(self._call.weights, room, adds_biases=self._adds_biases)
+        self._cell = self._call.recurrence.cell(products, dict(zip("hc", self.leaves, strict=False)))

@@ -18,8 +18,8 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
 
+from instep.core.compiled import kernel
 from instep.core.typing import F32
 
 Kernel: TypeAlias = Literal["fused", "addmm", "torch", "native"]
@@ -63,27 +63,23 @@ class Recurrence(Protocol):
     def width_multiple(self) -> int:
         """Only in multiples of it are steps by hand worth trying: in others, torch ends its vectors elsewhere."""
 
-    def module(self, inputs: int, width: int, layers: int, *, bias: bool, device: torch.device) -> nn.RNNBase:
-        """Torch's module, which lays its weights out as the device wants them."""
-
     def call(
         self, kernel: Kernel, x: torch.Tensor, states: States, flat: list[torch.Tensor], layers: int, *, bias: bool
     ) -> tuple[torch.Tensor, States]:
         """Torch's function over frames [T, R, inputs]: outputs [T, R, width], and new states."""
 
-    def cell(self, layer: LayerWeights, states: States, room: torch.Tensor, *, adds_biases: bool) -> Cell:
-        """One layer by hand.
-
-        Args:
-            layer: its weights.
-            states: by leaf, its own part [R, width], changed in place.
-            room: for the products with the input and with the state, [2, R, gates · width]; the layers share it.
-            adds_biases: along with the gates instead of within the products.
-        """
+    def cell(self, products: Products, states: States) -> Cell:
+        """One layer by hand, with its own part of the states by leaf, [R, width], which change in place."""
 
 
 class Products:
-    """The matrix products of one layer with its input and with its state, in `room`; see `Recurrence.cell`."""
+    """The matrix products of one layer with its input and with its state.
+
+    Args:
+        layer: its weights.
+        room: where they are put, [2, R, gates · width]; the layers share it.
+        adds_biases: along with the gates instead of within the products.
+    """
 
     def __init__(self, layer: LayerWeights, room: torch.Tensor, *, adds_biases: bool) -> None:
         self.biases: F32 = np.zeros((0, 0), np.float32)
@@ -119,3 +115,21 @@ def _product(bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor
         torch.mm(rows, weight, out=out)
     else:
         torch.addmm(bias, rows, weight, out=out)
+
+
+@kernel
+def add_gates(of_input: F32, of_state: F32, biases: F32, columns: int) -> None:
+    """Add the first `columns` gates of the state to those of the input: float32 [rows, gates · width] each.
+
+    `biases`, float32 [2, gates · width], are added to both before; of shape [0, 0] where the products hold them, or
+    there are none.
+    """
+    for place in range(len(of_input)):
+        gates, other = of_input[place, :columns], of_state[place, :columns]
+        if len(biases):
+            bias, other_bias = biases[0, :columns], biases[1, :columns]
+            for at in range(columns):
+                gates[at] = (gates[at] + bias[at]) + (other[at] + other_bias[at])
+        else:
+            for at in range(columns):
+                gates[at] = gates[at] + other[at]

@@ -1,15 +1,15 @@
 """The recurrence of `nn.GRU`."""
+# ruff: noqa: D102 - see the protocols in `cell`
 
 from __future__ import annotations
 
 from typing import Final
 
 import torch
-from torch import nn
 
 from instep.core.compiled import kernel
 from instep.core.typing import F32
-from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States
+from instep.models.recurrent.cell import VECTOR, Kernel, Products, States, add_gates
 
 
 class Gru:
@@ -18,21 +18,15 @@ class Gru:
     plain: Final[Kernel] = "torch"
     width_multiple: Final = VECTOR
 
-    def module(self, inputs: int, width: int, layers: int, *, bias: bool, device: torch.device) -> nn.GRU:
-        """See `Recurrence.module`."""
-        return nn.GRU(inputs, width, layers, bias=bias, device=device)
-
     def call(
         self, kernel: Kernel, x: torch.Tensor, states: States, flat: list[torch.Tensor], layers: int, *, bias: bool
     ) -> tuple[torch.Tensor, States]:
-        """`torch.gru`; see `Recurrence.call`."""
         # nn.GRU.forward ends in this call; its checks and bookkeeping cost as much again at small batches.
         y, h = torch.gru(x, states["h"], flat, bias, layers, 0.0, False, False, False)
         return y, {"h": h}
 
-    def cell(self, layer: LayerWeights, states: States, room: torch.Tensor, *, adds_biases: bool) -> GruCell:
-        """See `Recurrence.cell`."""
-        return GruCell(Products(layer, room, adds_biases=adds_biases), states["h"])
+    def cell(self, products: Products, states: States) -> GruCell:
+        return GruCell(products, states["h"])
 
 
 class GruCell:
@@ -46,10 +40,9 @@ class GruCell:
         self._state_array: F32 = state.numpy()
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Cell.run`."""
         of_input, of_state, biases = self._products.arrays
         self._products.run(x, self._state)
-        add_gates(of_input, of_state, biases)
+        add_gates(of_input, of_state, biases, self._gates.shape[1])
         self._gates.sigmoid_()
         new_state(of_input, of_state, biases)
         self._new.tanh_()
@@ -58,29 +51,10 @@ class GruCell:
 
 
 @kernel
-def add_gates(of_input: F32, of_state: F32, biases: F32) -> None:
-    """Add the reset and update gates of the state to those of the input: float32 [rows, 3 · width] each.
-
-    The gates of a row are side by side: reset, update, new state. `biases`, float32 [2, 3 · width], are added to both
-    before; of shape [0, 0] where the products hold them, or there are none.
-    """
-    width = of_input.shape[1] // 3
-    for place in range(len(of_input)):
-        gates, other = of_input[place, : 2 * width], of_state[place, : 2 * width]
-        if len(biases):
-            bias, other_bias = biases[0, : 2 * width], biases[1, : 2 * width]
-            for at in range(2 * width):
-                gates[at] = (gates[at] + bias[at]) + (other[at] + other_bias[at])
-        else:
-            for at in range(2 * width):
-                gates[at] = gates[at] + other[at]
-
-
-@kernel
 def new_state(of_input: F32, of_state: F32, biases: F32) -> None:
     """Reset the state's part of the new state, and add the input's; the result, before tanh, is in `of_state`.
 
-    `biases` as for `add_gates`.
+    The gates of a row are side by side: reset, update, new state. `biases` as for `add_gates`.
     """
     width = of_input.shape[1] // 3
     for place in range(len(of_input)):

@@ -4,6 +4,7 @@ On the CPU torch computes an LSTM with oneDNN, which gives a row the same bits i
 anew in each call. Without oneDNN, torch computes it as it does a GRU, with other bits. The step by hand has those bits,
 and is several times faster in small batches.
 """
+# ruff: noqa: D102 - see the protocols in `cell`
 
 from __future__ import annotations
 
@@ -11,12 +12,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from instep.core.compiled import kernel
 from instep.core.typing import F32
-from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States, layer_weights
+from instep.models.recurrent.cell import VECTOR, Kernel, LayerWeights, Products, States, add_gates, layer_weights
 
 
 class Lstm:
@@ -25,23 +25,17 @@ class Lstm:
     plain: Final[Kernel] = "native"
     width_multiple: Final = VECTOR
 
-    def module(self, inputs: int, width: int, layers: int, *, bias: bool, device: torch.device) -> nn.LSTM:
-        """See `Recurrence.module`."""
-        return nn.LSTM(inputs, width, layers, bias=bias, device=device)
-
     def call(
         self, kernel: Kernel, x: torch.Tensor, states: States, flat: list[torch.Tensor], layers: int, *, bias: bool
     ) -> tuple[torch.Tensor, States]:
-        """`torch.lstm`; see `Recurrence.call`."""
         if kernel != "torch":
             return _without_onednn(x, states, layer_weights(flat, layers))
         with torch.no_grad():  # with gradients, oneDNN's code for training gives several layers other bits
             y, h, c = torch.lstm(x, (states["h"], states["c"]), flat, bias, layers, 0.0, False, False, False)
         return y, {"h": h, "c": c}
 
-    def cell(self, layer: LayerWeights, states: States, room: torch.Tensor, *, adds_biases: bool) -> LstmCell:
-        """See `Recurrence.cell`."""
-        return LstmCell(Products(layer, room, adds_biases=adds_biases), states["h"], states["c"])
+    def cell(self, products: Products, states: States) -> LstmCell:
+        return LstmCell(products, states["h"], states["c"])
 
 
 class LstmCell:
@@ -57,11 +51,10 @@ class LstmCell:
         self._arrays: tuple[F32, F32] = state.numpy(), cell_state.numpy()
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Cell.run`."""
         of_input, of_state, biases = self._products.arrays
         state, cell_state = self._arrays
         self._products.run(x, self._state)
-        add_gates(of_input, of_state, biases)
+        add_gates(of_input, of_state, biases, of_input.shape[1])
         self._input_and_forget.sigmoid_()
         self._new.tanh_()
         self._output.sigmoid_()
@@ -93,26 +86,11 @@ def _without_onednn(x: torch.Tensor, states: States, layers: Sequence[LayerWeigh
 
 
 @kernel
-def add_gates(of_input: F32, of_state: F32, biases: F32) -> None:
-    """Add the gates of the state to those of the input: float32 [rows, 4 · width] each.
-
-    The gates of a row are side by side: input, forget, new cell state, output. `biases`, float32 [2, 4 · width], are
-    added to both before; of shape [0, 0] where the products hold them, or there are none.
-    """
-    for place in range(len(of_input)):
-        gates, other = of_input[place], of_state[place]
-        if len(biases):
-            bias, other_bias = biases[0], biases[1]
-            for at in range(len(gates)):
-                gates[at] = (gates[at] + bias[at]) + (other[at] + other_bias[at])
-        else:
-            for at in range(len(gates)):
-                gates[at] = gates[at] + other[at]
-
-
-@kernel
 def update_cell_state(cell_state: F32, copy: F32, gates: F32) -> None:
-    """Forget some of the cell state, float32 [rows, width], and add some of the new one: in place, and into `copy`."""
+    """Forget some of the cell state, float32 [rows, width], and add some of the new one: in place, and into `copy`.
+
+    The gates of a row are side by side: input, forget, new cell state, output.
+    """
     width = cell_state.shape[1]
     for place in range(len(cell_state)):
         cell, copied = cell_state[place], copy[place]

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch import nn
 
 from instep.core.typing import F32, U8
 from instep.models.base import StateSpec
@@ -135,7 +136,10 @@ class RecurrentNetwork:
         layers = description.recurrent
         input_width, width = padded_width(description.features, multiple), padded_width(self._size, multiple)
         inputs = padded_width(description.recurrent_inputs, multiple)
-        module = self._recurrence.module(inputs, width, layers.num_layers, bias=layers.bias, device=self.device)
+        # Torch's module lays weights out as the device wants them.
+        module: nn.RNNBase = getattr(nn, layers.NAME)(
+            inputs, width, layers.num_layers, bias=layers.bias, device=self.device
+        )
         module.requires_grad_(False)
         for name, parameter in module.named_parameters():
             parameter.copy_(_pad_gates(given[f"{description.kind}.{name}"], layers.GATES, parameter.shape))

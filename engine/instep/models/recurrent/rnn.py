@@ -1,15 +1,15 @@
 """The recurrence of `nn.RNN`."""
+# ruff: noqa: D102 - see the protocols in `cell`
 
 from __future__ import annotations
 
 from typing import Final
 
 import torch
-from torch import nn
 
 from instep.core.compiled import kernel
 from instep.core.typing import F32
-from instep.models.recurrent.cell import Kernel, LayerWeights, Products, States
+from instep.models.recurrent.cell import Kernel, Products, States
 from instep.models.recurrent.description import Nonlinearity
 
 
@@ -23,20 +23,14 @@ class Rnn:
         self._nonlinearity = nonlinearity
         self._function = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
 
-    def module(self, inputs: int, width: int, layers: int, *, bias: bool, device: torch.device) -> nn.RNN:
-        """See `Recurrence.module`."""
-        return nn.RNN(inputs, width, layers, nonlinearity=self._nonlinearity, bias=bias, device=device)
-
     def call(
         self, kernel: Kernel, x: torch.Tensor, states: States, flat: list[torch.Tensor], layers: int, *, bias: bool
     ) -> tuple[torch.Tensor, States]:
-        """`torch.rnn_tanh` or `torch.rnn_relu`; see `Recurrence.call`."""
         y, h = self._function(x, states["h"], flat, bias, layers, 0.0, False, False, False)
         return y, {"h": h}
 
-    def cell(self, layer: LayerWeights, states: States, room: torch.Tensor, *, adds_biases: bool) -> RnnCell:
-        """See `Recurrence.cell`."""
-        return RnnCell(Products(layer, room, adds_biases=adds_biases), states["h"], self._nonlinearity)
+    def cell(self, products: Products, states: States) -> RnnCell:
+        return RnnCell(products, states["h"], self._nonlinearity)
 
 
 class RnnCell:
@@ -49,7 +43,6 @@ class RnnCell:
         self._activate = {"tanh": torch.tanh_, "relu": torch.relu_}[nonlinearity]
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Cell.run`."""
         self._products.run(x, self._state)
         add_products(self._state_array, *self._products.arrays)
         return self._activate(self._state)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from instep.models.recurrent.cell import BY_HAND, Cell, Kernel, LayerWeights, Recurrence, States
+from instep.models.recurrent.cell import BY_HAND, Cell, Kernel, LayerWeights, Products, Recurrence, States
 from instep.models.recurrent.frame_layers import OnRows
 
 
@@ -65,10 +65,8 @@ class RecurrentStep:
             room = torch.empty(2, rows, weights.layers[0].state_weight.shape[1], device=device)
             self._cells = [
                 weights.recurrence.cell(
-                    layer,
+                    Products(layer, room, adds_biases=kernel == "fused"),
                     {name: leaf[index] for name, leaf in self.leaves.items()},
-                    room,
-                    adds_biases=kernel == "fused",
                 )
                 for index, layer in enumerate(weights.layers)
             ]
