@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from instep.core.typing import F32
-from instep.models.model import model_of
+from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
 from instep.verify import command, verifier
@@ -111,6 +111,6 @@ async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_i
     model = exported("min_gru")
     weights = {**model.weights, "head.bias": model.weights["head.bias"] + 1e-3}
     with RecordingReader(file) as reader:
-        report = verifier.verify(reader, model_of("other", model.description, weights), [], lambda stage, share: None)
+        report = verifier.verify(reader, Model("other", model.description, weights), [], lambda stage, share: None)
     assert report.mismatches == 1
     assert "stepped" in report.streams[0].problems[0]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, make_model, write_model
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
 
 DESCRIPTION = GruDescription(
@@ -77,7 +77,7 @@ def test_the_fingerprint_counts_every_tensor_and_the_description_but_not_the_nam
         save_file(weights, path)
         seen.add(load_model(tmp_path).fingerprint)
     relu = DESCRIPTION.model_copy(update={"after": (DenseLayer(size=4, activation="relu"),)})
-    seen.add(model_of("one", relu, model.weights).fingerprint)
+    seen.add(Model("one", relu, model.weights).fingerprint)
     assert len(seen) == len(model.weights) + 2
 
 
@@ -110,12 +110,12 @@ def test_a_folder_without_a_name_in_it_is_called_as_the_folder(tmp_path: Path) -
 def test_outputs_have_names_where_the_folder_gives_them(tmp_path: Path) -> None:
     names = ["yes", "no", "perhaps", "42"]
     weights = dict(make_model(DESCRIPTION, "random", name="m").weights)
-    saved = model_of("m", DESCRIPTION, weights, tuple(names))
+    saved = Model("m", DESCRIPTION, weights, tuple(names))
     write_model(tmp_path, saved)
     assert yaml.safe_load((tmp_path / "model.yaml").read_text())["outputs"] == names
     found = load_model(tmp_path)
     assert found.output_names == tuple(names)
-    assert found.fingerprint == model_of("m", DESCRIPTION, weights).fingerprint, "a name is no part of the network"
+    assert found.fingerprint == Model("m", DESCRIPTION, weights).fingerprint, "a name is no part of the network"
 
 
 @pytest.mark.parametrize(

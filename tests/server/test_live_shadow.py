@@ -23,7 +23,7 @@ from instep.cli import app
 from instep.config import Config
 from instep.core.typing import F32
 from instep.models.folder import write_model
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.server.check import check
 from instep.server.live_shadow import LiveShadow
@@ -47,7 +47,7 @@ def perturbed() -> Model:
     """The served model with one weight that is another."""
     weights = {name: tensor.clone() for name, tensor in EARS.weights.items()}
     weights["gru.weight_ih_l0"][19, 2] += 0.25
-    return model_of("ears", EARS.description, weights)
+    return Model("ears", EARS.description, weights)
 
 
 def command(*values: Any) -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 
 from instep.models.base import Description
 from instep.models.errors import ModelError
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.module.graph import graph_text, parsed_graph
 from instep.models.registry import KINDS, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
@@ -105,7 +105,7 @@ def load_model(folder: str | Path) -> Model:
     kind = kind_of_network(description)
     has_bytes = kind.graph_file and not kind.graph_is_field
     graph = graph_bytes(folder / kind.graph_file) if has_bytes else b""
-    return model_of(name, description, weights, output_names, graph)
+    return Model(name, description, weights, output_names, graph)
 
 
 def load_version(folder: Path, features: int, outputs: int, other: str) -> Model:
@@ -201,7 +201,7 @@ def make_model(
             bound = 1 / math.sqrt(description.fan_in(tensor_name))
             weights[tensor_name] = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
     check_weights(weights, description, "the initialisation")
-    return model_of(check_name(name), description, weights)
+    return Model(check_name(name), description, weights)
 
 
 def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:

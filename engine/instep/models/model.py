@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,12 +21,21 @@ class Model:
     description: Description
     weights: Mapping[str, torch.Tensor]
     """On the CPU, by the names of `Description.tensor_shapes`."""
-    fingerprint: str
-    """sha256, hex, over the description, every tensor and the graph; names do not count."""
     output_names: tuple[str, ...] = ()
     """One for each output, in order; empty where they have none."""
     graph: bytes = b""
     """The content of the kind's graph file; empty where it has none."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, hex, over the description, every tensor and the graph; names do not count."""
+        text = json.dumps(self.description.as_json(), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode())
+        for name in self.description.tensor_shapes():
+            values = self.weights[name].numpy()
+            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        digest.update(self.graph)
+        return digest.hexdigest()
 
     @property
     def state(self) -> StateSpec:
@@ -47,20 +57,3 @@ class Model:
     def size_in_words(self) -> str:
         """`77,507 weights`, or for a graph `1,280,395 bytes`."""
         return f"{len(self.graph):,} bytes" if self.graph else f"{self.weight_count:,} weights"
-
-
-def model_of(
-    name: str,
-    description: Description,
-    weights: Mapping[str, torch.Tensor],
-    output_names: tuple[str, ...] = (),
-    graph: bytes = b"",
-) -> Model:
-    """A model of parts that were checked, with its fingerprint."""
-    text = json.dumps(description.as_json(), sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(text.encode())
-    for tensor_name in description.tensor_shapes():
-        values = weights[tensor_name].numpy()
-        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    digest.update(graph)
-    return Model(name, description, weights, digest.hexdigest(), output_names, graph)

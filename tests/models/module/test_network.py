@@ -17,7 +17,7 @@ from instep.core.typing import F32
 from instep.models import export_step
 from instep.models.certify import candidate_buckets, certify
 from instep.models.folder import load_model, write_model
-from instep.models.model import model_of
+from instep.models.model import Model
 from instep.models.module.network import ModuleNetwork
 from instep.models.registry import build, parse_description
 from instep.models.stepping import step_rows
@@ -215,7 +215,7 @@ def test_a_pipeline_may_hold_a_step_module(tmp_path: Path, rng: np.random.Genera
     inside = exported("layer_norm_gru")
     network, x = network_of("layer_norm_gru"), rng.standard_normal((6, 32, FEATURES)).astype(np.float32)
     description = {"kind": "pipeline", "features": FEATURES, "network": inside.description.as_json()}
-    smoothed = model_of("p", parse_description({**description, "after": [{"smooth": 0.5}]}), inside.weights)
+    smoothed = Model("p", parse_description({**description, "after": [{"smooth": 0.5}]}), inside.weights)
     write_model(tmp_path / "p", smoothed)
     assert "graph" not in (tmp_path / "p" / "model.yaml").read_text()
     found = load_model(tmp_path / "p")

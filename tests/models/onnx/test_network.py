@@ -19,7 +19,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.handover.check import check
 from instep.models.handover.save import save_model
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.numerics import numerics
 from instep.models.onnx.description import Extents
 from instep.models.onnx.importer import import_onnx
@@ -206,7 +206,7 @@ def test_a_pipeline_around_a_graph(tmp_path: Path, rng: np.random.Generator) -> 
     fields = {"kind": "pipeline", "features": 2, "before": [{"context": {"values": 3}}], "network": network}
     description = parse_description(fields)
     write_model(
-        tmp_path / "pipeline", model_of("pipeline", description, {}, graph=gru_step(GRU, HEAD).SerializeToString())
+        tmp_path / "pipeline", Model("pipeline", description, {}, graph=gru_step(GRU, HEAD).SerializeToString())
     )
     model = build(load_model(tmp_path / "pipeline"), CPU)
     x = rng.standard_normal((20, 4, 2)).astype(np.float32)

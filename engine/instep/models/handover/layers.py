@@ -14,7 +14,7 @@ from torch import nn
 from instep.models.base import LEARNED
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.recurrent.description import (
     BIDIRECTIONAL,
     DESCRIPTIONS,
@@ -210,7 +210,7 @@ class Chain:
         weights = {tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in tensors.items()}
         check_weights(weights, description, "the given network")
         weights = {tensor_name: weights[tensor_name] for tensor_name in description.tensor_shapes()}
-        return model_of(check_name(name), description, weights, check_output_names(list(outputs), description))
+        return Model(check_name(name), description, weights, check_output_names(list(outputs), description))
 
     def _check_sizes(self) -> None:
         for giver, taker in pairwise(self.layers):

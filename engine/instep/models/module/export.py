@@ -21,8 +21,7 @@ import instep
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
-from instep.models.handover.tracer import first_line
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.module.capture import Capture, checked_tensors
 from instep.models.module.description import ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
@@ -146,7 +145,7 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
     tensors = captured.tensors | example.learned()
     check_weights(tensors, description, "the step")
     names = check_output_names(list(outputs) or list(example.output_names), description)
-    return model_of(check_name(name), description, tensors, names)
+    return Model(check_name(name), description, tensors, names)
 
 
 def _exported(example: Example) -> ExportedProgram:

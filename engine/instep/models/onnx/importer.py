@@ -7,7 +7,7 @@ from pathlib import Path
 
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names, graph_bytes, write_model
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.onnx.chain import chain_of_graph
 from instep.models.onnx.graph import check_rows, nodes_of, open_session, parse
 from instep.models.onnx.layer_nodes import RECURRENT
@@ -51,7 +51,7 @@ def import_onnx(
         per_row = {tensor.name for tensor in description.graph_inputs[: 1 + len(description.leaves)]}
         check_rows(graph, per_row, source, description)
         names = check_output_names(list(outputs), description)
-        model = model_of(check_name(name), description, {}, names, content)
+        model = Model(check_name(name), description, {}, names, content)
     elif recurrent:
         model = chain_of_graph(graph, session, hints, source).model(name, outputs)
     else:

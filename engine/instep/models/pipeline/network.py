@@ -10,7 +10,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, Floats, RecurrentModel, Reference, StateSpec
-from instep.models.model import Model, model_of
+from instep.models.model import Model
 from instep.models.pipeline.description import PLACES, PipelineDescription, leaf_name
 from instep.models.pipeline.steps import FrameStep, Spectrum, States
 
@@ -29,7 +29,7 @@ class PipelineNetwork:
         self.description: PipelineDescription = model.description
         self.fingerprint = model.fingerprint
         self.state: StateSpec = model.state
-        inside = model_of(model.name, self.description.network, model.weights, graph=model.graph)
+        inside = Model(model.name, self.description.network, model.weights, graph=model.graph)
         network: RecurrentModel = build(inside, device)
         self._network = network
         self.device = network.device
