@@ -335,6 +335,34 @@ async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Pa
         assert kit.stats.woken_streams_total >= fell_asleep
 
 
+async def test_a_stream_that_was_asked_for_in_time_does_not_expire_while_the_others_of_its_request_wake(
+    tmp_path: Path,
+) -> None:
+    may_read = threading.Event()
+
+    def late(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+        if 2 in streams:
+            may_read.wait()
+        return load_open_streams(path, streams)
+
+    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=1) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        await tick(kit, count=2)
+        assert len(kit.hibernation) == 2
+        kit.load = late
+        resuming = asyncio.ensure_future(origin.resume(["a", "b"], have(0, 0), opened.epochs))
+        while not kit.table.open_count:
+            await asyncio.sleep(0.001)
+        for _ in range(10):
+            kit.reaper.tick(time.monotonic_ns() + 2 * LATER_NS)
+        may_read.set()
+        assert (await resuming).codes.tolist() == [0, 0]
+
+
 async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path, rng: np.random.Generator) -> None:
     names = [f"s{number}" for number in range(12)]
     async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0), wake_at_once=5) as kit:

@@ -100,7 +100,9 @@ class Reaper:
         if limits.first_frame_ns:
             unused = table.unused_since(now_ns - limits.first_frame_ns)
             self._operations.evict(self._connected(unused), Code.NEVER_USED)
-        self._operations.expire(table.parked_since(now_ns - limits.park_ns)[: self._at_once])
+        parked = table.parked_since(now_ns - limits.park_ns)
+        is_free = self._engine.tables.streams["holds"][parked] == 0  # others may be about to be resumed
+        self._operations.expire(parked[is_free][: self._at_once])
 
     def _connected(self, slots: I64) -> I64:
         """A portion of slots, without those that are still to be parked: these look idle, but they have `park_ns`."""
