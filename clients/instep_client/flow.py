@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -43,7 +44,7 @@ class Flow:
         self._waking: dict[StreamHandle, Indices] = {}
         """The handles that wait for streams that hibernate, and the rows of those."""
         self._full_since: dict[StreamHandle, float] = {}
-        """The handles that wait until the user takes outputs, and since when."""
+        """The handles that wait until the user takes outputs, and since when there are any; infinity for not yet."""
         self.in_flight = InFlight(table, pending, sleepers, shutdown_s)
 
     def limit(self, info: ServerInfo) -> None:
@@ -94,7 +95,9 @@ class Flow:
 
     def _release_due(self, now: float) -> None:
         for handle, since in list(self._full_since.items()):
-            if now >= since + self._timeout_s:
+            if since == math.inf and handle.results[0].done:
+                self._full_since[handle] = now
+            elif now >= since + self._timeout_s:
                 self._abort(handle.steps[0], _nobody_reads(handle))
         for handle, rows in list(self._waking.items()):
             if not self._sleepers.wake(rows):
@@ -197,7 +200,7 @@ class Flow:
                 continue
             begins = call.keep and not call.started
             if begins and handle.unread and handle.unread + call.frames > self.in_flight.credit:
-                self._full_since[handle] = now
+                self._full_since[handle] = now if handle.results[0].done else math.inf
                 continue
             rows, timesteps = (call.rows, 1) if call.lone else call.next_rows()
             if timesteps * len(rows) > room:

@@ -81,6 +81,25 @@ def test_nobody_reading_is_an_error_after_the_timeout() -> None:
     assert link.finish(link.session.step(handle, X[1], keep=True))
 
 
+def test_outputs_that_did_not_come_for_longer_than_the_timeout_were_not_left_unread() -> None:
+    link = limited(credit=1)
+    handle = link.open("a")
+    sent, held_back = (link.session.step(handle, x, keep=True) for x in X[:2])
+    link.advance()
+    step = link.to_server.popleft()
+    for _ in range(6):  # it takes its time, and answers PINGs meanwhile
+        link.advance(5.0)
+        link.serve()
+        link.settle_client()
+    assert not held_back.done
+    link.to_server.append(step)
+    link.settle()
+    link.advance(9.9)
+    assert not held_back.done
+    assert link.session.take(handle) is sent
+    assert link.finish(held_back)
+
+
 def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -> None:
     link = limited(credit=1)
     handle = link.open("a")
