@@ -134,6 +134,7 @@ class Silence(Request[None]):
         """When to watch again though no message comes; infinity for never."""
         self._waiting_since = math.inf
         self._is_asked = False
+        self._asked_at = 0.0
 
     def ask(self) -> None:
         self._is_asked = True
@@ -169,7 +170,10 @@ class Silence(Request[None]):
         self._waiting_since = min(self._waiting_since, now)
         quiet_since = max(self.heard_at, self._waiting_since)
         given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
-        if may_probe and not self._is_asked and given_up_at > now >= probed_at:
+        if may_probe and not self._is_asked and now >= probed_at:
             self.ask()
+            self._asked_at = now
+        if self._is_asked and self._asked_at >= given_up_at:  # the client itself was held up until then
+            given_up_at = self._asked_at + self.timeout_s / 2
         self.deadline = probed_at if may_probe and not self._is_asked else given_up_at
         return now >= given_up_at

@@ -101,6 +101,18 @@ def test_silence_is_probed_at_half_the_timeout_and_ends_the_session_at_all_of_it
         link.session.step(handle, X)
 
 
+def test_a_client_that_was_held_up_asks_before_it_gives_the_server_up() -> None:
+    link = Link(timeout_s=4.0)
+    step = link.session.step(link.open("a"), X)
+    link.advance()
+    link.serve()  # the answer waits in the socket
+    assert [header[0] for header in headers(link.advance(1000.0))] == [Kind.PING]
+    assert link.session.deadline() == link.now + 2.0
+    link.settle_client()
+    assert step.done
+    assert not step.error
+
+
 @pytest.mark.parametrize("word", [[pack(Kind.PING, 0)], [pack(Kind.PONG, 4)]])
 def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
     link = Link(timeout_s=4.0)
