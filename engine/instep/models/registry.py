@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
@@ -47,35 +48,24 @@ class ModelKind:
         return self.graph_file.endswith(".json")
 
 
-def _build_recurrent(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.recurrent.network import RecurrentNetwork
+def _network(module: str, name: str) -> Callable[[Model, torch.device], RecurrentModel]:
+    """A class of `instep.models` that is imported when it is called."""
 
-    return RecurrentNetwork(model, device)
+    def build(model: Model, device: torch.device) -> RecurrentModel:
+        network: RecurrentModel = getattr(import_module(f"instep.models.{module}"), name)(model, device)
+        return network
 
-
-def _build_module(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.module.network import ModuleNetwork
-
-    return ModuleNetwork(model, device)
-
-
-def _build_pipeline(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.pipeline.network import PipelineNetwork
-
-    return PipelineNetwork(model, device)
-
-
-def _build_onnx(model: Model, device: torch.device) -> RecurrentModel:
-    from instep.models.onnx.network import OnnxNetwork
-
-    return OnnxNetwork(model)
+    return build
 
 
 KINDS: Final[dict[str, ModelKind]] = {
-    **{kind: ModelKind(each.model_validate, _build_recurrent) for kind, each in RECURRENT.items()},
-    "module": ModelKind(ModuleDescription.model_validate, _build_module, graph_file="graph.json"),
-    "pipeline": ModelKind(PipelineDescription.model_validate, _build_pipeline),
-    "onnx": ModelKind(OnnxDescription.model_validate, _build_onnx, graph_file="graph.onnx"),
+    **{
+        kind: ModelKind(each.model_validate, _network("recurrent.network", "RecurrentNetwork"))
+        for kind, each in RECURRENT.items()
+    },
+    "module": ModelKind(ModuleDescription.model_validate, _network("module.network", "ModuleNetwork"), "graph.json"),
+    "pipeline": ModelKind(PipelineDescription.model_validate, _network("pipeline.network", "PipelineNetwork")),
+    "onnx": ModelKind(OnnxDescription.model_validate, _network("onnx.network", "OnnxNetwork"), "graph.onnx"),
 }
 
 

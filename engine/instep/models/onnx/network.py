@@ -42,12 +42,12 @@ class OnnxNetwork:
     least_probes = 512
     """Any operator may be in a graph, and differences at the ends of vectors are rare."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, device: torch.device) -> None:
         assert isinstance(model.description, OnnxDescription)
         self.model = model
         self.description: OnnxDescription = model.description
         self.fingerprint = model.fingerprint
-        self.device = torch.device("cpu")
+        self.device = torch.device("cpu")  # whichever is asked for
         self.state: StateSpec = model.state
         source = f"the graph of {model.name}"
         self._graph = parse(model.graph, source)
