@@ -47,9 +47,6 @@ class LeakyDescription:
     def tensor_dtype(self, tensor: str) -> str:
         return "float32"
 
-    def fan_in(self, tensor: str) -> int:
-        return 1
-
     def in_words(self) -> str:
         return f"{self.features} leaky integrators"
 

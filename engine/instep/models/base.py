@@ -64,9 +64,6 @@ class Description(Protocol):
     def tensor_dtype(self, tensor: str) -> str:
         """The dtype of a tensor of the weights file, as torch calls it: `float32`."""
 
-    def fan_in(self, tensor: str) -> int:
-        """Inputs of the layer that a tensor belongs to: random weights are uniform in ±1/√fan_in."""
-
     def in_words(self) -> str:
         """One line for people: `40 features → GRU 128 → dense 10`."""
 

@@ -185,20 +185,22 @@ def make_model(
 ) -> Model:
     """A model that was never trained.
 
-    `random` draws as torch does for a new module (uniform in ±1/√n, n as in `Description.fan_in`), from `seed` alone;
-    `constant` sets every weight to `weight` and every bias to `bias`.
+    `random` draws as torch does for a new module (uniform in ±1/√n for n inputs of a layer, or n units of a recurrent
+    one), from `seed` alone; `constant` sets every weight to `weight` and every bias to `bias`.
 
     Raises:
         ModelError: for a constant that is not finite, or a name that is not 1 to 100 printable characters.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for tensor_name, shape in description.tensor_shapes().items():
-        _, _, kind = tensor_name.rpartition(".")
+    shapes = description.tensor_shapes()
+    for tensor_name, shape in shapes.items():
+        layer, _, kind = tensor_name.rpartition(".")
         if init == "constant":
             weights[tensor_name] = torch.full(shape, bias if kind.startswith("bias") else weight, dtype=torch.float32)
         else:
-            bound = 1 / math.sqrt(description.fan_in(tensor_name))
+            of_layer = (shapes.get(f"{layer}.{name}") for name in ("weight", "weight_hh_l0"))
+            bound = 1 / math.sqrt(next(filter(None, of_layer), shape)[-1])
             weights[tensor_name] = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
     check_weights(weights, description, "the initialisation")
     return Model(check_name(name), description, weights)

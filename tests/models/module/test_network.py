@@ -141,14 +141,6 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     )
 
 
-def test_weights_of_a_layer_have_as_many_inputs_as_the_layer() -> None:
-    description = exported("layer_norm_gru").description
-    (name,) = (name for name, shape in description.tensor_shapes().items() if name.endswith("head.weight"))
-    outputs, inputs = description.tensor_shapes()[name]
-    assert outputs != inputs
-    assert description.fan_in(name) == inputs
-
-
 def test_outputs_in_a_dict_are_joined_and_named() -> None:
     assert exported("causal_convolution").output_names == ("level", "class.0", "class.1")
     assert exported("causal_convolution").description.outputs == 3

@@ -73,10 +73,6 @@ class ModuleDescription(PlainFields):
         dtypes: dict[str, str] = {each.name: each.dtype for each in self.graph.tensors}
         return (dtypes | {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves})[tensor]
 
-    def fan_in(self, tensor: str) -> int:
-        """The last extent."""
-        return (1, *self.tensor_shapes()[tensor])[-1]
-
     def in_words(self) -> str:
         """`40 features → step of 12 operators, state h [128] → 10 outputs`."""
         leaves = leaves_in_words(self.state)

@@ -173,10 +173,6 @@ class OnnxDescription(_GraphPart):
         """That of the leaf."""
         return {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves}[tensor]
 
-    def fan_in(self, tensor: str) -> int:
-        """The last extent."""
-        return (1, *self.tensor_shapes()[tensor])[-1]
-
     def in_words(self) -> str:
         """`512 features → ONNX graph, state h [2, 128] → 1 output`."""
         plural = "" if self.outputs == 1 else "s"

@@ -91,10 +91,6 @@ class PipelineDescription(BaseModel):
         """That of the network."""
         return str(self.network.tensor_dtype(tensor))
 
-    def fan_in(self, tensor: str) -> int:
-        """That of the network."""
-        return int(self.network.fan_in(tensor))
-
     def in_words(self) -> str:
         """`160 features → context of 352 values → log power spectrum → GRU 64 → smooth 0.9`."""
         _, *network = self.network.in_words().split(" → ")

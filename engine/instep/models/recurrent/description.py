@@ -227,13 +227,6 @@ class RecurrentDescription(_Frozen):
         """They are all float32."""
         return "float32"
 
-    def fan_in(self, tensor: str) -> int:
-        """The hidden size for recurrent layers, as torch initialises them; the inputs of other layers."""
-        layer, _, _ = tensor.rpartition(".")
-        if layer == self.kind or tensor.startswith(LEARNED):
-            return self.recurrent.hidden_size
-        return self.tensor_shapes()[f"{layer}.weight"][-1]
-
     def in_words(self) -> str:
         """`40 features → GRU 128 → dense 10`."""
         layers = (*self.before, self.recurrent, *self.after)
