@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
 
 from instep.core.typing import F32, I64, U8
 from instep_client.protocol.state_spec import Leaf as Leaf
@@ -24,6 +25,12 @@ Floats: TypeAlias = npt.NDArray[Any]
 LEARNED: Final = "initial_state."
 """The tensor of the weights file that a leaf with a learned initial state begins with is called so, and by its name."""
 Shape: TypeAlias = tuple[int, ...]
+
+
+class PlainFields(BaseModel):
+    """Values of a description; a key that it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def leaves_in_words(state: StateSpec) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes, leaves_in_words
-from instep.models.module.graph import Graph, PlainFields, Size
+from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, leaves_in_words
+from instep.models.module.graph import Graph, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 from instep_tools.words import counted
 

@@ -17,19 +17,14 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
+from instep.models.base import PlainFields
 from instep.models.errors import ModelError
 
 Size: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
 MAX_NODES: Final = 20_000
-
-
-class PlainFields(BaseModel):
-    """Values of a description; a key that it does not have is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class GraphTensor(PlainFields):
@@ -46,7 +41,7 @@ class Node(PlainFields):
     name: str = Field(min_length=1, max_length=400)
     op: str = Field(max_length=200)
     args: tuple[JsonValue, ...]
-    kwargs: dict[str, JsonValue] = {}
+    kwargs: dict[str, JsonValue] = Field({})
 
 
 class Graph(PlainFields):

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, Shape, StateSpec, learned_shapes, leaves_in_words
+from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, leaves_in_words
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 ROWS: Final = "rows"
@@ -32,10 +32,6 @@ class Tensor(NamedTuple):
         return tuple(rows if extent == ROWS else extent for extent in self.shape)
 
 
-class _GraphPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _with_one_axis_of_rows(shape: Extents) -> Extents:
     if shape.count(ROWS) != 1:
         raise PydanticCustomError("rows", "one extent must be `rows`, the axis that counts the rows of a batch")
@@ -49,7 +45,7 @@ def _row_shape(shape: Extents) -> Shape:
     return tuple(extent for extent in shape if extent != ROWS)
 
 
-class Vectors(_GraphPart):
+class Vectors(PlainFields):
     """The frames, or the answers: a vector for each row."""
 
     tensor: TensorName
@@ -75,7 +71,7 @@ class Vectors(_GraphPart):
         return Tensor(self.tensor, self.shape, self.dtype)
 
 
-class GraphLeaf(_GraphPart):
+class GraphLeaf(PlainFields):
     """A leaf of the state: an input of the graph, and the output that is that input in the next step."""
 
     name: str
@@ -103,7 +99,7 @@ class GraphLeaf(_GraphPart):
         return Tensor(self.output, self.shape, self.dtype)
 
 
-class Constant(_GraphPart):
+class Constant(PlainFields):
     """An input that is the same in every step, such as a sampling rate."""
 
     input: TensorName
@@ -118,7 +114,7 @@ class Constant(_GraphPart):
         return Tensor(self.input, self.shape, self.dtype)
 
 
-class OnnxDescription(_GraphPart):
+class OnnxDescription(PlainFields):
     """`graph.onnx` maps frames and states to answers and states; this says which tensor is which."""
 
     kind: Literal["onnx"] = "onnx"

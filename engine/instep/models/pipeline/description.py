@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import Description, Leaf, Shape, StateSpec
+from instep.models.base import Description, Leaf, PlainFields, Shape, StateSpec
 from instep.models.errors import ModelError
 from instep.models.pipeline.steps import FrameStep, parse_step, sizes
 from instep_client.protocol.state_spec import InvalidStateSpec
@@ -17,10 +17,9 @@ AnyStep: TypeAlias = Annotated[SerializeAsAny[FrameStep], BeforeValidator(parse_
 PLACES: Final = ("before", "after")
 
 
-class PipelineDescription(BaseModel):
+class PipelineDescription(PlainFields):
     """Frames of `features` values go through `before`, the network and `after`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     kind: Literal["pipeline"] = "pipeline"
     features: Annotated[int, Field(ge=1, strict=True)]
     before: tuple[AnyStep, ...] = ()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Type
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import Field, StrictFloat, StrictInt, model_validator
 
-from instep.models.base import Leaf
+from instep.models.base import Leaf, PlainFields
 from instep_client.protocol.state_spec import DTYPES
 
 if TYPE_CHECKING:
@@ -31,10 +31,9 @@ Number: TypeAlias = Annotated[StrictFloat | StrictInt, Field(ge=-1e30, le=1e30)]
 """Far within float32."""
 
 
-class FrameStep(BaseModel, ABC):
+class FrameStep(PlainFields, ABC):
     """A step as `model.yaml` holds it: one key, its name, and its options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
     main: ClassVar[str]
     """The option that stands for all of them in `name: value`."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WrapValidator, field_validator
+from pydantic import BeforeValidator, Field, StrictBool, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, Shape, StateSpec
+from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec
 from instep_client.protocol.state_spec import DTYPES
 
 Activation: TypeAlias = Literal[
@@ -38,11 +38,7 @@ def activation_name(value: object) -> object:
     return _BY_LETTERS.get(value.lower().replace("_", ""), value) if isinstance(value, str) else value
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DenseLayer(_Frozen):
+class DenseLayer(PlainFields):
     """A linear layer with `size` outputs and the activation after it."""
 
     size: Size
@@ -62,7 +58,7 @@ class DenseLayer(_Frozen):
         return _with_activation(f"dense {self.size}", self.activation)
 
 
-class NormLayer(_Frozen):
+class NormLayer(PlainFields):
     """An `nn.LayerNorm` over the values of a frame, and the activation after it."""
 
     layer_norm: Literal[True]
@@ -97,7 +93,7 @@ FrameLayer: TypeAlias = Annotated[DenseLayer | NormLayer, WrapValidator(_layer)]
 """A layer that sees one frame at a time."""
 
 
-class RecurrentLayers(_Frozen):
+class RecurrentLayers(PlainFields):
     """Torch's recurrent module of this name: one direction, any number of layers."""
 
     NAME: ClassVar[str]
@@ -167,7 +163,7 @@ class RnnLayers(RecurrentLayers):
         return super().in_words() + (" relu" if self.nonlinearity == "relu" else "")
 
 
-class RecurrentDescription(_Frozen):
+class RecurrentDescription(PlainFields):
     """A frame of `features` values goes through `before`, the recurrent layers and `after`.
 
     The values of the last layer are the output. The recurrent layers are under the key that `kind` names, and so are
