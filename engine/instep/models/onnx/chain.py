@@ -16,9 +16,10 @@ import torch
 from instep.models.agreement import agreement
 from instep.models.errors import ModelError
 from instep.models.handover.layers import SERVED, Chain, FrameLayer
-from instep.models.onnx.graph import check_rows, label
+from instep.models.onnx.graph import label
 from instep.models.onnx.layer_nodes import LAYERS, RECURRENT, InTheWay, LayerNodes
 from instep.models.onnx.matching import Hints
+from instep.models.onnx.rows import check_rows
 from instep.models.registry import build
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def chain_of_graph(graph: ModelProto, session: Any, hints: Hints, source: str) -
     Raises:
         ModelError: naming the node that stands in the way.
     """
-    frame = _frame(session, hints, source)
+    frame = _frame(session, source)
     answer = _answer(session, hints, source)
     try:
         chain = _Reader(graph, frame.name, source).chain(answer)
@@ -102,24 +103,19 @@ class _Reader:
         return None
 
 
-def _frame(session: Any, hints: Hints, source: str) -> Any:
-    inputs = {each.name: each for each in session.get_inputs()}
-    if hints.frame is not None and hints.frame not in inputs:
-        raise ModelError(f"{source} has no input {hints.frame!r:.80}; it has {', '.join(inputs):.300}")
-    names = list(inputs) if hints.frame is None else [hints.frame]
+def _frame(session: Any, source: str) -> Any:
+    inputs = session.get_inputs()
     if len(inputs) > 1:
-        others = ", ".join(inputs)
+        others = ", ".join(each.name for each in inputs)
         raise ModelError(
             f"{source} has inputs that match no output, {others:.300}: name the state with --state INPUT=OUTPUT, and "
             "what is always the same with --constant NAME=VALUE"
         )
-    return inputs[names[0]]
+    return inputs[0]
 
 
 def _answer(session: Any, hints: Hints, source: str) -> str:
     outputs = [each.name for each in session.get_outputs()]
-    if hints.answer is not None and hints.answer not in outputs:
-        raise ModelError(f"{source} has no output {hints.answer!r:.80}; it has {', '.join(outputs):.300}")
     if hints.answer is None and len(outputs) > 1:
         raise ModelError(
             f"{source} has several outputs, {', '.join(outputs):.300}: say which one is answered with --answer NAME"

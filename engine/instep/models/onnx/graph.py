@@ -1,8 +1,7 @@
 """Reading an ONNX graph that nobody has vouched for, and making a session of it.
 
 A graph computes and nothing else: operators that are not part of ONNX and tensors kept in other files are refused, so
-that no library is loaded and no other file is read. Certification tries what a batch does to its rows, but a trial
-misses what it does not visit; what would let one row decide something for the others is therefore refused as well.
+that no library is loaded and no other file is read.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from instep.models.errors import ModelError
-from instep.models.onnx.description import OnnxDescription
-from instep.models.onnx.rows import CHOOSING, RowAxes, may_combine, row_axes
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -23,24 +20,6 @@ MAX_NODES: Final = 100_000
 _RANDOM: Final = frozenset(
     ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 )
-_ALL_ROWS: Final = frozenset(("Compress", "DynamicQuantizeLinear", "NonMaxSuppression", "NonZero", "Unique"))
-"""Operators whose results for a row, or their number, depend on the values of other rows."""
-_EXTENTS: Final = {
-    "ConstantOfShape": 0,
-    "Expand": 1,
-    "If": 0,
-    "Loop": 0,
-    "Pad": 1,
-    "Range": 0,
-    "Reshape": 1,
-    "Slice": 1,
-    "Split": 1,
-    "Tile": 1,
-    "TopK": 1,
-}
-"""Operators with inputs that all rows share, such as a new shape, from this index on."""
-_SHARED_INPUTS: Final = {"If": 1, "Loop": 2, "Pad": 2, "Reshape": 2}
-"""Where those inputs end before the last one."""
 
 
 def require(what: str = "an ONNX graph") -> None:
@@ -125,63 +104,6 @@ def subgraphs_of(node: NodeProto) -> Iterator[GraphProto]:
 def label(node: NodeProto) -> str:
     """How sentences call a node: `GRU ('/rnn/GRU')`."""
     return f"{node.op_type} ({(node.name or ', '.join(node.output))!r:.80})"
-
-
-def check_rows(
-    model: ModelProto, per_row: set[str], source: str, description: OnnxDescription | None = None
-) -> set[str]:
-    """Check that no operator lets one row decide something for the others, or see them.
-
-    Args:
-        model: the graph.
-        per_row: the inputs that hold values of rows.
-        source: how sentences call it.
-        description: of a step; None for a graph of which it is not known where rows are.
-
-    Returns:
-        The names of all tensors that hold values of rows.
-
-    Raises:
-        ModelError: naming the operator.
-    """
-    found = set(per_row)
-    chooses = any(node.op_type in CHOOSING for node in nodes_of(model.graph))
-    _follow(model.graph, found, source, row_axes(model, description) if chooses and description else {})
-    return found
-
-
-def _follow(graph: GraphProto, per_row: set[str], source: str, axes: RowAxes) -> None:
-    """Add to `per_row` what holds values of rows; shapes do not."""
-    for node in graph.node:
-        captured = {name for sub in subgraphs_of(node) for inner in nodes_of(sub) for name in inner.input}
-        captured |= {output.name for sub in subgraphs_of(node) for output in sub.output}
-        depends = bool(per_row & (captured | {*node.input}))
-        first = _EXTENTS.get(node.op_type)
-        shared = () if first is None else node.input[first : _SHARED_INPUTS.get(node.op_type)]
-        chooses_rows = node.op_type == "Gather" and per_row >= {*node.input}
-        if (depends and node.op_type in _ALL_ROWS) or per_row & {*shared} or chooses_rows:
-            raise ModelError(
-                f"{source}: with {label(node)}, values of one row decide what happens to the others in the batch; "
-                "write that with Where, or as arithmetic"
-            )
-        if may_combine(node, per_row, axes):
-            raise ModelError(
-                f"{source}: with {label(node)}, one row may choose or weigh values of the others in the batch, each of "
-                "which is another stream; let the axis of rows be known and stay by itself, or write that with Where "
-                "or as a sum of products along the other axes"
-            )
-        for subgraph in subgraphs_of(node):
-            inner = set(per_row)
-            if depends:
-                inner |= {each.name for each in subgraph.input[2 if node.op_type == "Loop" else 0 :]}
-            _follow(subgraph, inner, source, axes)
-            if node.op_type == "Loop" and subgraph.output[0].name in inner:
-                raise ModelError(
-                    f"{source}: {label(node)} runs until values of rows end it, so one row decides for the others; "
-                    "give it a fixed number of turns"
-                )
-        if depends and node.op_type not in ("Shape", "Size"):
-            per_row |= {*node.output}
 
 
 def _check_functions(model: ModelProto, source: str) -> None:

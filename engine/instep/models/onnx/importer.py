@@ -9,9 +9,10 @@ from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names, graph_bytes, write_model
 from instep.models.model import Model
 from instep.models.onnx.chain import chain_of_graph
-from instep.models.onnx.graph import check_rows, nodes_of, open_session, parse
+from instep.models.onnx.graph import nodes_of, open_session, parse
 from instep.models.onnx.layer_nodes import RECURRENT
-from instep.models.onnx.matching import Hints, describe, pairs
+from instep.models.onnx.matching import Hints, check_names, describe, pairs
+from instep.models.onnx.rows import check_rows
 
 
 def import_onnx(
@@ -46,6 +47,7 @@ def import_onnx(
     session = open_session(content, source)
     inputs, given = ([each.name for each in all_of] for all_of in (session.get_inputs(), session.get_outputs()))
     recurrent = any(node.op_type in RECURRENT for node in nodes_of(graph.graph))
+    check_names(hints, inputs, given, source)
     if pairs(inputs, given, hints):
         description = describe(session, hints, source)
         per_row = {tensor.name for tensor in description.graph_inputs[: 1 + len(description.leaves)]}

@@ -7,7 +7,7 @@ tried: the graph runs with two numbers of rows, and every row must give the same
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -74,7 +74,7 @@ def describe(session: Any, hints: Hints, source: str) -> OnnxDescription:
     """
     inputs = {each.name: each for each in session.get_inputs()}
     outputs = {each.name: each for each in session.get_outputs()}
-    _check_hints(hints, inputs, outputs, source)
+    _check_shapes(hints, inputs, outputs, source)
     state = pairs(list(inputs), list(outputs), hints)
     frame = _frame(inputs, state, hints, source)
     answer = _answer(outputs, state, hints, source)
@@ -83,9 +83,9 @@ def describe(session: Any, hints: Hints, source: str) -> OnnxDescription:
     symbols = {inputs[name].shape[shape.index(ROWS)] for name, shape in leaves.items()}
     failures = []
     for shape in _frame_shapes(inputs[frame], symbols, hints, source):
-        trial = _Trial(session, inputs, {frame: shape} | leaves | constants, hints.constants)
+        values = _random_inputs(inputs, {frame: shape} | leaves | constants, hints.constants)
         try:
-            few, many = (trial.run([answer, *state.values()], rows) for rows in _TRIED_ROWS)
+            few, many = (session.run([answer, *state.values()], values(rows)) for rows in _TRIED_ROWS)
         except Exception as error:  # onnxruntime's errors have no common class
             failures.append(explain(error))
             continue
@@ -100,34 +100,18 @@ def describe(session: Any, hints: Hints, source: str) -> OnnxDescription:
     )
 
 
-class _Trial:
-    """Random inputs, of which a row is the same whatever the number of rows."""
-
-    def __init__(
-        self,
-        session: Any,
-        inputs: Mapping[str, Any],
-        shapes: Mapping[str, Extents],
-        constants: Mapping[str, float],
-    ) -> None:
-        self._session = session
-        self._shapes = shapes
-        self._values: dict[str, npt.NDArray[Any]] = {}
-        random = np.random.default_rng(0)
-        for name, shape in shapes.items():
-            tensor = Tensor(name, shape, DTYPE_NAMES[inputs[name].type])
-            values = random.uniform(-1, 1, tensor.sized(max(_TRIED_ROWS))) if "float" in tensor.dtype else 0
-            values = np.broadcast_to(constants.get(name, values), tensor.sized(max(_TRIED_ROWS)))
-            self._values[name] = values.astype(tensor.dtype)
-
-    def run(self, outputs: list[str], rows: int) -> list[npt.NDArray[Any]]:
-        axes = {name: shape.index(ROWS) for name, shape in self._shapes.items() if ROWS in shape}
-        fed = {
-            name: values.take(range(rows), axes[name]) if name in axes else values
-            for name, values in self._values.items()
-        }
-        found: list[npt.NDArray[Any]] = self._session.run(outputs, fed)
-        return found
+def _random_inputs(
+    inputs: Mapping[str, Any], shapes: Mapping[str, Extents], constants: Mapping[str, float]
+) -> Callable[[int], dict[str, npt.NDArray[Any]]]:
+    """Inputs for a number of rows, of which a row is the same whatever that number is."""
+    random, found = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        tensor = Tensor(name, shape, DTYPE_NAMES[inputs[name].type])
+        values = random.uniform(-1, 1, tensor.sized(max(_TRIED_ROWS))) if "float" in tensor.dtype else 0
+        values = np.broadcast_to(constants.get(name, values), tensor.sized(max(_TRIED_ROWS)))
+        found[name] = values.astype(tensor.dtype)
+    axes = {name: shape.index(ROWS) for name, shape in shapes.items() if ROWS in shape}
+    return lambda rows: found | {name: found[name].take(range(rows), axis) for name, axis in axes.items()}
 
 
 def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
@@ -139,13 +123,21 @@ def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
     return keys
 
 
-def _check_hints(hints: Hints, inputs: Mapping[str, Any], outputs: Mapping[str, Any], source: str) -> None:
+def check_names(hints: Hints, inputs: Sequence[str], outputs: Sequence[str], source: str) -> None:
+    """Check that a graph has what hints name.
+
+    Raises:
+        ModelError: when it has not.
+    """
     of_inputs = [*hints.state, *hints.constants, *hints.shapes, *([hints.frame] if hints.frame else [])]
     of_outputs = [*hints.state.values(), *([hints.answer] if hints.answer else [])]
     for what, names, there in (("input", of_inputs, inputs), ("output", of_outputs, outputs)):
         for name in names:
             if name not in there:
                 raise ModelError(f"{source} has no {what} {name!r:.80}; it has {', '.join(there):.300}")
+
+
+def _check_shapes(hints: Hints, inputs: Mapping[str, Any], outputs: Mapping[str, Any], source: str) -> None:
     for name, shape in hints.shapes.items():
         if len(shape) != len(inputs[name].shape) or shape.count(ROWS) != 1:
             raise ModelError(

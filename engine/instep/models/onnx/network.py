@@ -18,8 +18,9 @@ from instep.models.base import Reference, StateSpec
 from instep.models.errors import ModelError
 from instep.models.model import Model
 from instep.models.onnx.description import ROWS, Dtype, OnnxDescription, Tensor
-from instep.models.onnx.graph import check_rows, explain, open_session, parse, tensors_of
+from instep.models.onnx.graph import explain, open_session, parse, tensors_of
 from instep.models.onnx.reference import OnnxReference
+from instep.models.onnx.rows import check_rows
 
 DTYPE_NAMES: Final[dict[str, Dtype]] = {
     "tensor(float)": "float32",
