@@ -20,10 +20,9 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models.agreement import Distance, agreement, first_output, rounding_tolerance, stepped_outputs
 from instep.models.base import StateSpec
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.folder import load_model
 from instep.models.handover.traced_module import evaluating
-from instep.models.handover.tracer import first_line
 from instep.models.model import Model
 from instep.models.module.description import ModuleDescription
 from instep.models.module.example import outputs_of, split

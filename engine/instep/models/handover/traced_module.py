@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from instep.models.agreement import Agreement, agreement, first_output
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, RecurrentModule, dense, layer_of_module
-from instep.models.handover.tracer import Step, Tracer, first_line, plain_path
+from instep.models.handover.tracer import Step, Tracer, plain_path
 from instep.models.model import Model
 from instep.models.recurrent.description import Activation
 from instep.models.registry import build

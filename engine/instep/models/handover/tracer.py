@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.handover.layers import RECURRENT, RecurrentModule
 from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
 
@@ -214,8 +214,3 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _tensors(values: object) -> Any:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or else its name."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from instep.models.base import LEARNED
-from instep.models.errors import ModelError
-from instep.models.handover.tracer import first_line
+from instep.models.errors import ModelError, first_line
 from instep.models.module.description import StateLeaf
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec, Leaf
 from instep_tools.words import counted

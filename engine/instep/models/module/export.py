@@ -18,7 +18,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import instep
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.folder import check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model

@@ -11,7 +11,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import Floats, StateSpec
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.model import Model
 from instep.models.module.cells import BoundCell, cell_calls
 from instep.models.module.description import ModuleDescription
@@ -102,7 +102,7 @@ class ModuleNetwork:
             except Exception as error:
                 raise ModelError(
                     f"the graph of {self.model.name} does not run in a batch of {rows} rows "
-                    f"({str(error).partition(chr(10))[0]:.200}); export the module again with "
+                    f"({first_line(error):.200}); export the module again with "
                     "instep.models.export_step"
                 ) from None
             if before != [tensor._version for tensor in given]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.module.cells import BoundCell, CellCall
 from instep.models.module.description import ModuleDescription
 from instep.models.module.graph import Node
@@ -88,7 +88,7 @@ class Program:
             return self._forward(*self.weights, x, *leaves, len(x), *cells)
         except (IndexError, RuntimeError) as error:
             raise ModelError(
-                f"an operator of the step fails ({str(error).partition(chr(10))[0]:.200}), and then it fails for every "
+                f"an operator of the step fails ({first_line(error):.200}), and then it fails for every "
                 "stream in the batch: keep numbers that choose elements in range, as with .clamp(0, size - 1)"
             ) from error
 
