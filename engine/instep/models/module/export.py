@@ -26,7 +26,7 @@ from instep.models.module.capture import Capture, checked_tensors
 from instep.models.module.description import ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
 from instep.models.module.network import ModuleNetwork
-from instep.models.module.trial import Attributes, compare, compare_rows
+from instep.models.module.trial import attributes_of, check_attributes, compare, compare_rows
 from instep.models.registry import sentences
 from instep.models.weights import check_weights
 
@@ -96,17 +96,17 @@ def model_of_step(
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), in_silence():
         mine = _copied(module).cpu()
-        attributes = Attributes(mine)
+        attributes = attributes_of(mine)
         example = example_of(mine, example_x, example_state)
         if initial_state == "zeros":
             _refuse_other_starts(example)
-        attributes.check(mine)
+        check_attributes(mine, attributes)
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
         model = _model(program, example, name, outputs, f"step.{tensors_in}")
         network = ModuleNetwork(model, torch.device("cpu"))
         compare(example, network)
-        attributes.check(mine)
+        check_attributes(mine, attributes)
         compare_rows(example, network)
     return model
 

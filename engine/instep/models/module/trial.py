@@ -21,28 +21,8 @@ TOLERANCE: Final = 2e-5
 _PLAIN: Final = (bool, int, float, str, list, tuple, dict, set)
 
 
-class Attributes:
-    """What a module keeps in attributes that are neither parameters nor buffers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._before = _attributes(module)
-
-    def check(self, module: nn.Module) -> None:
-        """Refuse a step that changed one.
-
-        Raises:
-            ModelError: naming it.
-        """
-        after = _attributes(module)
-        for name in sorted(self._before.keys() | after.keys()):
-            if not _same(self._before.get(name), after.get(name)):
-                raise ModelError(
-                    f"the step changes its own attribute {name}, which all streams would share and a graph does not "
-                    "keep: put it into the state, a count as an int64 leaf"
-                )
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps in attributes that are neither parameters nor buffers, by their paths."""
     usual = vars(nn.Module()).keys()
     return {
         ".".join(filter(None, ("self", path, key))): value.detach().clone()
@@ -52,6 +32,21 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         for key, value in vars(part).items()
         if key not in usual and isinstance(value, (torch.Tensor, *_PLAIN))
     }
+
+
+def check_attributes(module: nn.Module, before: dict[str, Any]) -> None:
+    """Refuse a step that changed one of `attributes_of`.
+
+    Raises:
+        ModelError: naming it.
+    """
+    after = attributes_of(module)
+    for name in sorted(before.keys() | after.keys()):
+        if not _same(before.get(name), after.get(name)):
+            raise ModelError(
+                f"the step changes its own attribute {name}, which all streams would share and a graph does not "
+                "keep: put it into the state, a count as an int64 leaf"
+            )
 
 
 def _same(one: Any, other: Any) -> bool:
