@@ -14,7 +14,7 @@ from instep.core.typing import F32
 from instep.models.base import Floats, RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.numerics import one_thread
-from instep.models.stepping import step_rows
+from instep.models.stepping import step_frames
 from instep.models.ulp import ulp_distance
 
 FACTOR: Final = 16
@@ -155,11 +155,8 @@ def stepped_outputs(network: RecurrentModel, frames: F32) -> F32:
     bucket = -(-rows // network.row_multiple) * network.row_multiple
     padded = np.zeros((steps, bucket, features), np.float32)
     padded[:, :rows] = frames
-    step, state, outputs = network.bind(bucket), network.state.initial(bucket), []
-    for frame in padded:
-        y, state = step_rows(step, network.state, frame, state, network.description.outputs)
-        outputs.append(y[:rows])
-    return np.stack(outputs)
+    state, outputs = network.state.initial(bucket), network.description.outputs
+    return step_frames(network.bind(bucket), network.state, padded, state, outputs)[0][:, :rows]
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:

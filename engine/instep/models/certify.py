@@ -22,16 +22,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, RecurrentModel, StateSpec
-from instep.models.stepping import (
-    answers_of,
-    keep_state,
-    load_state,
-    put,
-    random_frames,
-    random_states,
-    read_state,
-    step_rows,
-)
+from instep.models.stepping import answers_of, random_frames, random_states, step_frames, step_rows
 from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
@@ -184,14 +175,7 @@ def _one_sequence_distance(model: RecurrentModel, step: BoundStep, rows: int, le
     whole = model.sequence(x, state)
     if whole is None:
         return None
-    stepped_y = np.empty((length, rows, outputs), np.float32)
-    load_state(step, model.state, state)
-    for frame, y in zip(x, stepped_y, strict=True):
-        put(step.x[:, :features], frame)
-        step.run()
-        y[...] = step.y[:, :outputs].cpu().numpy()
-        keep_state(step)
-    ways = (whole, (stepped_y, read_state(step, model.state)))
+    ways = (whole, step_frames(step, model.state, x, state, outputs))
     return _distance(model.state, *(answers_of(y.swapaxes(0, 1), after) for y, after in ways))
 
 

@@ -5,14 +5,15 @@ The server's own path is in `runtime`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from instep.core.typing import F32, U8
-from instep.models.base import BoundStep, StateSpec
+from instep.core.typing import F32, I64, U8
+from instep.models.base import BoundStep, Floats, StateSpec
 
 
 def put(tensor: torch.Tensor, values: npt.NDArray[Any]) -> None:
@@ -49,6 +50,18 @@ def step_rows(step: BoundStep, spec: StateSpec, x: F32, rows: U8, outputs: int) 
     return step.y[:, :outputs].cpu().numpy().copy(), read_state(step, spec)
 
 
+def step_frames(step: BoundStep, spec: StateSpec, x: F32, rows: U8, outputs: int) -> tuple[F32, U8]:
+    """Step a whole batch over frames [T, B, features]: outputs [T, B, outputs] and rows of states after them."""
+    y = np.empty((*x.shape[:2], outputs), np.float32)
+    load_state(step, spec, rows)
+    for frame, answers in zip(x, y, strict=True):
+        put(step.x[:, : frame.shape[1]], frame)
+        step.run()
+        answers[...] = step.y[:, :outputs].cpu().numpy()
+        keep_state(step)
+    return y, read_state(step, spec)
+
+
 def answers_of(y: F32, states: U8) -> U8:
     """Outputs [R, ...] and rows of states after them as bytes, one row for each."""
     return np.concatenate([np.ascontiguousarray(y).reshape(len(states), -1).view(np.uint8), states], axis=1)
@@ -82,3 +95,28 @@ def random_states(spec: StateSpec, random: np.random.Generator, count: int, reac
         if leaf.dtype.kind == "f":
             leaf[...] = random.uniform(-1, 1, leaf.shape) * scale.reshape(-1, *[1] * (leaf.ndim - 1))
     return rows
+
+
+def scan(
+    step: Callable[[Floats, dict[str, Any]], tuple[Floats, Mapping[str, Any]]],
+    x: Floats,
+    state: Mapping[str, Any],
+    active: I64,
+    outputs: int,
+) -> tuple[Floats, dict[str, Any]]:
+    """Run sequences of different lengths by one step after another; see `Reference.run`.
+
+    Args:
+        step: gives outputs [R, outputs] and leaves after frames [R, features] and leaves before them, which are copies.
+        x: frames [T, R, features].
+        state: by leaf, [R, *shape].
+        active: [T], descending.
+        outputs: values per frame.
+    """
+    y, after = np.zeros((*x.shape[:2], outputs), x.dtype), {name: np.array(leaf) for name, leaf in state.items()}
+    for timestep, count in enumerate(active.tolist()):
+        before = {name: leaf[:count].copy() for name, leaf in after.items()}
+        y[timestep, :count], leaves = step(x[timestep, :count], before)
+        for name, leaf in leaves.items():
+            after[name][:count] = leaf
+    return y, after

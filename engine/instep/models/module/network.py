@@ -17,7 +17,7 @@ from instep.models.module.cells import BoundCell, cell_calls
 from instep.models.module.description import ModuleDescription
 from instep.models.module.program import Program
 from instep.models.recurrent.cell import BY_HAND, Kernel
-from instep.models.stepping import trial_answers
+from instep.models.stepping import scan, trial_answers
 
 ROWS: Final = 32
 
@@ -206,17 +206,12 @@ class GraphReference:
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
         """Run sequences of different lengths, the longest first; see `Reference.run`."""
-        dtypes = [self._dtypes.get(leaf.dtype, np.dtype(leaf.dtype)) for leaf in self._leaves]
-        finals = {
-            leaf.name: np.array(state[leaf.name], dtype) for leaf, dtype in zip(self._leaves, dtypes, strict=True)
-        }
-        frames = torch.from_numpy(np.ascontiguousarray(x, self._dtypes["float32"]))
-        outputs = np.zeros((*x.shape[:2], self._outputs), self._dtypes["float32"])
-        now = [torch.from_numpy(leaf.copy()) for leaf in finals.values()]
-        with torch.inference_mode():
-            for timestep, count in enumerate(active.tolist()):
-                y, *now = self._program(frames[timestep, :count], [leaf[:count].contiguous() for leaf in now])
-                outputs[timestep, :count] = y.numpy()
-                for final, leaf in zip(finals.values(), now, strict=True):
-                    final[:count] = leaf.numpy()
-        return outputs, finals
+        dtypes = {leaf.name: self._dtypes.get(leaf.dtype, np.dtype(leaf.dtype)) for leaf in self._leaves}
+        leaves = {name: np.asarray(state[name], dtype) for name, dtype in dtypes.items()}
+        frames = np.ascontiguousarray(x, self._dtypes["float32"])
+        return scan(self._step, frames, leaves, active, self._outputs)
+
+    @torch.inference_mode()
+    def _step(self, x: Floats, state: Mapping[str, Any]) -> tuple[Floats, dict[str, Any]]:
+        y, *leaves = self._program(torch.from_numpy(x), [torch.from_numpy(leaf) for leaf in state.values()])
+        return y.numpy(), {name: leaf.numpy() for name, leaf in zip(state, leaves, strict=True)}

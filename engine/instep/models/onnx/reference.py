@@ -15,6 +15,7 @@ from instep.core.typing import I64
 from instep.models.base import Floats
 from instep.models.onnx.description import ROWS, OnnxDescription
 from instep.models.onnx.graph import subgraphs_of
+from instep.models.stepping import scan
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
@@ -38,7 +39,6 @@ class OnnxReference:
         is_wide = dtype is np.float64
         self._evaluator: ReferenceEvaluator = ReferenceEvaluator(_in_float64(graph) if is_wide else graph)
         self._description = description
-        self._dtype = np.dtype(dtype)
         self._dtypes = {
             tensor.name: np.dtype("float64" if is_wide and tensor.dtype == "float32" else tensor.dtype)
             for tensor in description.graph_inputs
@@ -58,25 +58,21 @@ class OnnxReference:
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
         """Run sequences of different lengths, the longest first; see `Reference.run`."""
-        description = self._description
-        after = {name: values.copy() for name, values in state.items()}
-        y = np.zeros((*x.shape[:2], description.outputs), self._dtype)
-        for timestep, count in enumerate(active.tolist()):
-            with np.errstate(all="ignore"):  # infinity is a value like any other here
-                answer, *leaves = self._step(x[timestep, :count], {name: each[:count] for name, each in after.items()})
-            y[timestep, :count] = answer.reshape(count, -1)
-            for leaf, values in zip(description.leaves, leaves, strict=True):
-                after[leaf.name][:count] = np.moveaxis(values, leaf.shape.index(ROWS), 0)
-        return y, after
+        with np.errstate(all="ignore"):  # infinity is a value like any other here
+            return scan(self._step, x, state, active, self._description.outputs)
 
-    def _step(self, x: Floats, state: Mapping[str, Any]) -> list[Any]:
+    def _step(self, x: Floats, state: Mapping[str, Any]) -> tuple[Floats, dict[str, Any]]:
         description, rows = self._description, len(x)
         frame = description.frame.in_graph
         fed = {frame.name: x.reshape(frame.sized(rows))}
         fed |= {leaf.input: np.moveaxis(state[leaf.name], 0, leaf.shape.index(ROWS)) for leaf in description.leaves}
         fed |= {each.input: np.full(each.in_graph.sized(rows), each.value) for each in description.constants}
         fed = {name: values.astype(self._dtypes[name], copy=False) for name, values in fed.items()}
-        return list(self._evaluator.run([tensor.name for tensor in description.graph_outputs], fed))
+        answer, *leaves = self._evaluator.run([tensor.name for tensor in description.graph_outputs], fed)
+        after = zip(description.leaves, leaves, strict=True)
+        return answer.reshape(rows, -1), {
+            leaf.name: np.moveaxis(values, leaf.shape.index(ROWS), 0) for leaf, values in after
+        }
 
 
 def _in_float64(graph: ModelProto) -> ModelProto:

@@ -13,6 +13,7 @@ from instep.models.base import BoundStep, Floats, RecurrentModel, Reference, Sta
 from instep.models.model import Model
 from instep.models.pipeline.description import PLACES, PipelineDescription, leaf_name
 from instep.models.pipeline.steps import FrameStep, Spectrum, States
+from instep.models.stepping import scan
 
 _SPECTRUM_ROWS = 32
 """Rows come in multiples of it where a logarithm or a root is taken: the last elements of an array that does not fill
@@ -82,7 +83,7 @@ class PipelineNetwork:
         inside = self._network.reference(dtype)
         if inside is None or not all(step.has_reference for _, _, step, _ in self.description.steps()):
             return None
-        return PipelineReference(self.description, inside, dtype)
+        return PipelineReference(self.description, inside)
 
 
 class _Parts:
@@ -155,10 +156,9 @@ class PipelineStep:
 class PipelineReference:
     """A `Reference`."""
 
-    def __init__(self, description: PipelineDescription, network: Reference, dtype: type[np.floating[Any]]) -> None:
+    def __init__(self, description: PipelineDescription, network: Reference) -> None:
         self.independent = network.independent
         self._network = network
-        self._dtype = np.dtype(dtype)
         self._steps: dict[str, list[tuple[str, FrameStep]]] = {place: [] for place in PLACES}
         for place, index, step, _ in description.steps():
             self._steps[place].append((leaf_name(place, index, ""), step))
@@ -176,16 +176,7 @@ class PipelineReference:
 
     def _through(self, steps: Sequence[tuple[str, FrameStep]], x: Floats, state: States, active: I64) -> Floats:
         for prefix, step in steps:
-            leaves = {
-                name.removeprefix(prefix): np.array(leaf) for name, leaf in state.items() if name.startswith(prefix)
-            }
-            frames = []
-            for frame, count in zip(x, active.tolist(), strict=True):
-                y, after = step.refer(frame[:count], {name: leaf[:count] for name, leaf in leaves.items()})
-                for name, leaf in after.items():
-                    leaves[name][:count] = leaf
-                frames.append(np.zeros((len(frame), y.shape[1]), self._dtype))
-                frames[-1][:count] = y
-            x = np.stack(frames) if frames else x[:, :, :0]
+            leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
+            x, leaves = scan(step.refer, x, leaves, active, step.outputs(x.shape[2]))
             state |= {prefix + name: leaf for name, leaf in leaves.items()}
         return x
