@@ -30,7 +30,7 @@ from instep.models.recurrent.description import (
 )
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
-"""Those of one layer, by their own names."""
+"""Tensors by their names: those of one layer by their own ones, all of them by their paths."""
 _RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (GruLayers, LstmLayers, RnnLayers)}
 """By how many gates a module has."""
 _FRAME_LAYERS: Final = ("Linear", "LayerNorm")
@@ -62,8 +62,7 @@ def chain_of_tensors(
     Raises:
         ModelError: naming the layer that is missing, of another kind, or left over.
     """
-    layers = _layers(given, source)
-    layers = _without(leave_out, layers, source)
+    layers = _layers(_without(leave_out, _tensors(given, source), source))
     candidates = [name for name, tensors in layers.items() if _kind(tensors) in _RECURRENT.values()]
     if recurrent is not None:
         found = _find(recurrent, layers, "a GRU, LSTM or RNN", tuple(_RECURRENT.values()), source)
@@ -151,15 +150,14 @@ def _is_state_dict(content: object) -> TypeGuard[dict[str, torch.Tensor]]:
     )
 
 
-def _layers(given: Mapping[str, object], source: str) -> dict[str, Tensors]:
-    """The tensors of each layer, by its name and theirs."""
+def _tensors(given: Mapping[str, object], source: str) -> Tensors:
+    """All tensors, by their paths in the network."""
     names = {plain_path(str(name)): name for name in given}
     if all(name.startswith("module.") for name in names):  # of nn.DataParallel
         names = {name.removeprefix("module."): key for name, key in names.items()}
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+    found = {}
     for name, key in names.items():
         tensor = given[key]
-        layer, _, kind = name.rpartition(".")
         if not isinstance(tensor, torch.Tensor):
             quantised = "quantised weights" if "packed" in name or "_all_weight" in name else type(tensor).__name__
             raise ModelError(
@@ -168,7 +166,26 @@ def _layers(given: Mapping[str, object], source: str) -> dict[str, Tensors]:
         if tensor.layout != torch.strided or tensor.is_meta:
             form = "on the meta device, without values" if tensor.is_meta else "sparse"
             raise ModelError(f"{source} holds `{name}`, which is {form}; hand over dense float32 weights")
-        layers.setdefault(layer, {})[kind] = tensor
+        found[name] = tensor
+    return found
+
+
+def _without(leave_out: Sequence[str], tensors: Tensors, source: str) -> Tensors:
+    """The tensors that are not these, nor inside one of these."""
+    parts = [".".join(path.split(".")[:depth]) for path in tensors for depth in range(1, path.count(".") + 2)]
+    for name in leave_out:
+        if name not in parts:
+            raise ModelError(_no_layer(name, list(dict.fromkeys(parts)), source))
+        tensors = {path: tensor for path, tensor in tensors.items() if not f"{path}.".startswith(f"{name}.")}
+    return tensors
+
+
+def _layers(tensors: Tensors) -> dict[str, Tensors]:
+    """The tensors of each layer, by its name and theirs."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for path, tensor in tensors.items():
+        layer, _, name = path.rpartition(".")
+        layers.setdefault(layer, {})[name] = tensor
     return dict(layers)
 
 
@@ -255,20 +272,6 @@ def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, s
             'nonlinearity="tanh", or --nonlinearity tanh on the command line'
         )
     return Recurrent(label, "rnn", tensors, {"nonlinearity": nonlinearity})
-
-
-def _without(leave_out: Sequence[str], layers: Mapping[str, Tensors], source: str) -> dict[str, Tensors]:
-    """The layers and tensors that are not these, nor inside one of these."""
-    kept = {f"{layer}.{tensor}".lstrip("."): (layer, tensor) for layer, tensors in layers.items() for tensor in tensors}
-    parts = [".".join(path.split(".")[:depth]) for path in kept for depth in range(1, path.count(".") + 2)]
-    for name in leave_out:
-        if name not in parts:
-            raise ModelError(_no_layer(name, list(dict.fromkeys([*layers, *parts])), source))
-        kept = {path: place for path, place in kept.items() if not f"{path}.".startswith(f"{name}.")}
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for layer, tensor in kept.values():
-        found.setdefault(layer, {})[tensor] = layers[layer][tensor]
-    return dict(found)
 
 
 def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Mapping[str, Tensors], source: str) -> str:
