@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import torch
 import yaml
@@ -240,13 +240,17 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
         save_weights(folder / WEIGHTS_FILE, model.weights)
 
 
+def _is_name(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
+
+
 def check_name(name: object) -> str:
     """The name of a model.
 
     Raises:
         ModelError: when it is not 1 to 100 printable characters.
     """
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+    if not _is_name(name):
         raise ModelError(
             f"a model's name must be 1 to {MAX_NAME_LENGTH} printable characters, not {name!r:.120}; "
             f"give one as name in {DESCRIPTION_FILE}"
@@ -270,7 +274,7 @@ def check_output_names(names: object, description: Description) -> tuple[str, ..
             f"outputs: {len(names)} names for {description.outputs} outputs; give one for each, or leave them out"
         )
     for at, name in enumerate(names):
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+        if not _is_name(name):
             raise ModelError(
                 f"outputs: a name must be 1 to {MAX_NAME_LENGTH} printable characters, not {name!r:.120}; put it in "
                 "quotes where YAML takes it for something else"
