@@ -21,25 +21,17 @@ from instep.models.ulp import bits_differ
 from instep.runtime.stepper import Stepper
 
 _MOST_ROWS: Final = 32
+_FIELDS: Final = ("slot", "incarnation", "seq", "bucket", "other_bucket", "part", "element", "served", "again")
+"""Of a mismatch."""
 _REPORT: Final = np.dtype(
     [
         ("rechecked", "<i8"),  # frames
         ("mismatches", "<i8"),  # of them, those with other bits
         ("failures", "<i8"),  # rechecks that raised, so that nothing was compared
         ("is_new", "<i8"),  # the fields below hold a mismatch that nobody has taken yet
-        ("slot", "<i8"),
-        ("incarnation", "<i8"),
-        ("seq", "<i8"),
-        ("bucket", "<i8"),
-        ("other_bucket", "<i8"),
-        ("part", "<i8"),  # 0 for the outputs, else the number of a leaf of the state, from 1
-        ("element", "<i8"),
-        ("served", "<f8"),
-        ("again", "<f8"),
+        *((name, "<f8" if name in ("served", "again") else "<i8") for name in _FIELDS),
     ]
 )
-_FIELDS: Final = ("slot", "incarnation", "seq", "bucket", "other_bucket", "part", "element", "served", "again")
-"""Of a mismatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,7 @@ class Mismatch:
     """In which it was served."""
     other_bucket: int
     part: str
-    """`output`, or the leaf of the state."""
+    """`output`, or the leaf of the state; in a report its number, 0 for the output."""
     element: int
     served: float
     again: float

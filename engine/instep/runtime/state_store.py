@@ -7,8 +7,8 @@ several calls and one more copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar, cast
 
 import numba
 import numpy as np
@@ -105,12 +105,12 @@ class StateStore:
         there = torch.from_numpy(slots).to(self.device)
         self.rows.index_copy_(0, there, torch.tensor(rows, device=self.device))
 
-    def gather(self, slots: Tensor, into: dict[str, Tensor] | Any) -> None:
+    def gather(self, slots: Tensor, into: Mapping[str, Tensor]) -> None:
         """Enqueue copies of the leaves of slots, int64 [B] on the device, into tensors [B, *shape]."""
         for name, leaf in self.leaves.items():
             into[name].copy_(leaf.index_select(0, slots))
 
-    def scatter(self, slots: Tensor, state: dict[str, Tensor] | Any) -> None:
+    def scatter(self, slots: Tensor, state: Mapping[str, Tensor]) -> None:
         """Enqueue copies of tensors [B, *shape] into slots; those of the scratch slot may repeat, and it is cleared."""
         for name, leaf in self.leaves.items():
             leaf.index_copy_(0, slots, state[name])
@@ -120,11 +120,8 @@ class StateStore:
         views = {}
         for leaf, offset in zip(self.spec.leaves, self.spec.offsets, strict=True):
             part = self.rows[:, offset : offset + leaf.nbytes]
-            views[leaf.name] = part.view(_TORCH[leaf.dtype.name]).view(len(part), *leaf.shape)
+            views[leaf.name] = part.view(getattr(torch, leaf.dtype.name)).view(len(part), *leaf.shape)
         return views
-
-
-_TORCH: Final = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64, "bool": torch.bool}
 
 
 class StateCopies:
@@ -150,7 +147,7 @@ class StateCopies:
             _scatter(self._rows, slots, count, leaf, layout)
 
     @staticmethod
-    def _parts(spec: StateSpec, leaves: Any) -> list[tuple[U8, I64]]:
+    def _parts(spec: StateSpec, leaves: Mapping[str, Tensor]) -> list[tuple[U8, I64]]:
         parts = []
         for leaf, offset in zip(spec.leaves, spec.offsets, strict=True):
             tensor = leaves[leaf.name]
