@@ -1,4 +1,5 @@
 """The description of a step module: frames, the leaves of the state, and the graph."""
+# ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
@@ -56,12 +57,10 @@ class ModuleDescription(PlainFields):
 
     @property
     def outputs(self) -> int:
-        """Values per frame that the step answers."""
         return self.graph.outputs
 
     @property
     def state(self) -> StateSpec:
-        """The leaves, in order."""
         return StateSpec(tuple(leaf.of_row for leaf in self.leaves))
 
     def tensor_shapes(self) -> dict[str, Shape]:
@@ -69,7 +68,6 @@ class ModuleDescription(PlainFields):
         return {tensor.name: tensor.shape for tensor in self.graph.tensors} | learned_shapes(self.state)
 
     def tensor_dtype(self, tensor: str) -> str:
-        """As the graph and the leaves say."""
         dtypes: dict[str, str] = {each.name: each.dtype for each in self.graph.tensors}
         return (dtypes | {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves})[tensor]
 
@@ -80,7 +78,6 @@ class ModuleDescription(PlainFields):
         return f"{self.features} features → step of {operators}, state {leaves} → {counted(self.outputs, 'output')}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        """As plain JSON values, always with `kind`."""
         return {
             "kind": self.kind,
             **self.model_dump(mode="json", by_alias=True, exclude_defaults=not defaults),

@@ -1,4 +1,5 @@
 """A step module on a device: its graph, staged contiguously, and the same graph in float64 as the reference."""
+# ruff: noqa: D102 - see the protocols in `base`
 
 from __future__ import annotations
 
@@ -61,7 +62,6 @@ class ModuleNetwork:
         self.kernel = BY_HAND[0] if self._cells else "graph"
 
     def bind(self, rows: int) -> ModuleStep:
-        """The step of a batch of `rows`."""
         return self._bound(self.kernel, rows)
 
     def sequence(self, x: F32, state: U8) -> None:
@@ -158,7 +158,6 @@ class ModuleStep:
         self.new_state = dict(zip(initial, after, strict=True))
 
     def run(self) -> None:
-        """Step every row."""
         values = self._program(self.x, self._leaves, self._cells)
         for place in self._copied:
             value, result = values[place], self.results[place]
@@ -205,7 +204,6 @@ class GraphReference:
         self._program = Program(model.description, model.weights, torch.device("cpu"), double=double)
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
-        """Run sequences of different lengths, the longest first; see `Reference.run`."""
         dtypes = {leaf.name: self._dtypes.get(leaf.dtype, np.dtype(leaf.dtype)) for leaf in self._leaves}
         leaves = {name: np.asarray(state[name], dtype) for name, dtype in dtypes.items()}
         frames = np.ascontiguousarray(x, self._dtypes["float32"])

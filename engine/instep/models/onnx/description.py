@@ -1,4 +1,5 @@
 """The description of a step graph in ONNX: which of its inputs and outputs are the frame, the answer and the state."""
+# ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
@@ -137,12 +138,10 @@ class OnnxDescription(PlainFields):
 
     @property
     def features(self) -> int:
-        """Values per frame."""
         return self.frame.size
 
     @property
     def outputs(self) -> int:
-        """Values per frame that the graph answers."""
         return self.answer.size
 
     @property
@@ -166,7 +165,6 @@ class OnnxDescription(PlainFields):
         return learned_shapes(self.state)
 
     def tensor_dtype(self, tensor: str) -> str:
-        """That of the leaf."""
         return {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves}[tensor]
 
     def in_words(self) -> str:
@@ -176,5 +174,4 @@ class OnnxDescription(PlainFields):
         return f"{self.features} features → ONNX graph, state {state} → {self.outputs} output{plural}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        """As plain JSON values, always with `kind`."""
         return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}

@@ -3,6 +3,7 @@
 One session serves every batch size. Each bound step has buffers of its own that onnxruntime reads and writes in place,
 in the layout of the graph; the state's leaves are views into them with the axis of rows first.
 """
+# ruff: noqa: D102 - see the protocols in `base`
 
 from __future__ import annotations
 
@@ -72,7 +73,6 @@ class OnnxNetwork:
         """There is one way to step."""
 
     def bind(self, rows: int) -> OnnxStep:
-        """The step of a batch of `rows`."""
         return OnnxStep(self._session, self.description, rows)
 
     def sequence(self, x: F32, state: U8) -> tuple[F32, U8] | None:
@@ -108,7 +108,6 @@ class OnnxStep:
         self.new_state = {leaf.name: results[leaf.output].movedim(axes[leaf.name], 0) for leaf in description.leaves}
 
     def run(self) -> None:
-        """Step every row."""
         if self.x is not self._frames:
             self._frames.copy_(self.x)
         self._session.run_with_iobinding(self._binding)

@@ -1,4 +1,5 @@
 """The description of a pipeline: steps on frames, a network of another kind, steps on its outputs."""
+# ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
@@ -61,7 +62,6 @@ class PipelineDescription(PlainFields):
 
     @property
     def outputs(self) -> int:
-        """Values per frame after the last step."""
         return sizes(self.after, self.network.outputs)[-1]
 
     @property
@@ -82,12 +82,10 @@ class PipelineDescription(PlainFields):
                 yield place, index, step, size
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Those of the network."""
         shapes: dict[str, Shape] = self.network.tensor_shapes()
         return shapes
 
     def tensor_dtype(self, tensor: str) -> str:
-        """That of the network."""
         return str(self.network.tensor_dtype(tensor))
 
     def in_words(self) -> str:
@@ -97,7 +95,6 @@ class PipelineDescription(PlainFields):
         return " → ".join([f"{self.features} features", *before, *network, *after])
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        """As plain JSON values, always with `kind`."""
         fields: dict[str, Any] = {"kind": self.kind, "features": self.features}
         for place in PLACES:
             fields[place] = [

@@ -1,4 +1,5 @@
 """A pipeline on a device: the steps around a network of another kind, in one batch."""
+# ruff: noqa: D102 - see the protocols in `base`
 
 from __future__ import annotations
 
@@ -42,7 +43,6 @@ class PipelineNetwork:
 
     @property
     def kernel(self) -> str:
-        """That of the network inside."""
         return self._network.kernel
 
     def select_step(self, buckets: Sequence[int], rows: int) -> None:
@@ -54,7 +54,6 @@ class PipelineNetwork:
         self._network.select_quickest()
 
     def bind(self, rows: int) -> PipelineStep:
-        """The step of a batch of `rows`."""
         return PipelineStep(self.description, self._network.bind(rows), rows, self.device)
 
     def sequence(self, x: F32, state: U8) -> tuple[F32, U8] | None:
@@ -146,7 +145,6 @@ class PipelineStep:
         self.y = self._output if self._after.out is None else self._after.out
 
     def run(self) -> None:
-        """Step every row."""
         if self._before.out is not None:
             self._input.copy_(self._before.run(self.x))
         self._network.run()
@@ -164,7 +162,6 @@ class PipelineReference:
             self._steps[place].append((leaf_name(place, index, ""), step))
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
-        """Run sequences of different lengths, the longest first; see `Reference.run`."""
         found = dict(state)
         before, after = (self._steps[place] for place in PLACES)
         with np.errstate(over="ignore", invalid="ignore"):

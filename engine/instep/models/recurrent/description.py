@@ -1,4 +1,5 @@
 """Descriptions of recurrent networks: layers over a frame's values, a GRU, LSTM or RNN, and such layers again."""
+# ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
@@ -190,7 +191,6 @@ class RecurrentDescription(PlainFields):
 
     @property
     def outputs(self) -> int:
-        """Values per frame that the network answers."""
         return _outputs(self.after, self.recurrent.hidden_size)
 
     @property
@@ -220,7 +220,6 @@ class RecurrentDescription(PlainFields):
         }
 
     def tensor_dtype(self, tensor: str) -> str:
-        """They are all float32."""
         return "float32"
 
     def in_words(self) -> str:
@@ -230,7 +229,6 @@ class RecurrentDescription(PlainFields):
         return words if self.initial_state == "zeros" else f"{words}, from a learned state"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        """As plain JSON values, always with `kind`."""
         values = self.model_dump(mode="json", exclude_defaults=not defaults)
         order = ["features", "before", self.kind, "after"]
         if self.initial_state != "zeros":  # models without it have the fingerprint that they had before there was one
