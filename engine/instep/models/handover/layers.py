@@ -176,24 +176,25 @@ class Chain:
     initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """By leaf, [num_layers, hidden_size], what streams begin with where that was learned; empty for zeros."""
 
-    @property
-    def layers(self) -> Sequence[FrameLayer | Recurrent]:
-        """All of them."""
-        return (*self.before, self.recurrent, *self.after)
-
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
         """The model, of copies of the tensors.
 
         Raises:
             ModelError: the layers do not fit each other, a weight is not finite float32, or a name is not valid.
         """
-        self._check_sizes()
+        layers: Sequence[FrameLayer | Recurrent] = (*self.before, self.recurrent, *self.after)
+        for giver, taker in pairwise(layers):
+            if giver.outputs != taker.inputs:
+                raise ModelError(
+                    f"{taker.label} takes {taker.inputs} values but {giver.label} gives {giver.outputs}; their sizes "
+                    "must be equal"
+                )
         kind = self.recurrent.kind
         try:
             description = DESCRIPTIONS[kind].model_validate(
                 {
                     "kind": kind,
-                    "features": self.layers[0].inputs,
+                    "features": layers[0].inputs,
                     "before": [layer.description for layer in self.before],
                     kind: self.recurrent.description,
                     "after": [layer.description for layer in self.after],
@@ -203,22 +204,14 @@ class Chain:
         except ValidationError as error:
             raise ModelError(f"these layers do not make a network: {sentences(error)}") from None
         tensors = {f"{kind}.{tensor_name}": tensor for tensor_name, tensor in self.recurrent.tensors.items()}
-        for place, layers in (("before", self.before), ("after", self.after)):
-            for index, layer in enumerate(layers):
+        for place, in_place in (("before", self.before), ("after", self.after)):
+            for index, layer in enumerate(in_place):
                 tensors |= {f"{place}.{index}.{own}": tensor for own, tensor in layer.tensors.items()}
         tensors |= {LEARNED + leaf: tensor for leaf, tensor in self.initial_state.items()}
         weights = {tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in tensors.items()}
         check_weights(weights, description, "the given network")
         weights = {tensor_name: weights[tensor_name] for tensor_name in description.tensor_shapes()}
         return Model(check_name(name), description, weights, check_output_names(list(outputs), description))
-
-    def _check_sizes(self) -> None:
-        for giver, taker in pairwise(self.layers):
-            if giver.outputs != taker.inputs:
-                raise ModelError(
-                    f"{taker.label} takes {taker.inputs} values but {giver.label} gives {giver.outputs}; their sizes "
-                    "must be equal"
-                )
 
 
 def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -35,7 +35,7 @@ class TracedModule:
         ModelError: when it has none of these, or several, or one that cannot be served.
     """
 
-    def __init__(self, module: nn.Module, example: Any = None) -> None:
+    def __init__(self, module: nn.Module, example: Any) -> None:
         self._module = module
         self._kind = type(module).__name__
         self._layers = {plain_path(name): part for name, part in module.named_modules() if name}

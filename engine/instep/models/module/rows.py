@@ -137,10 +137,10 @@ class Rows:
             return not whole and axis in _dimensions(node, op, rank)
         return False
 
-    def _times(self, node: fx.Node, result: int = 0) -> Any:
+    def _times(self, node: fx.Node) -> Any:
         """The length of the axis of rows, in multiples of B; None where it is not a multiple."""
         value = node.meta["val"]
-        value = value[result] if isinstance(value, list | tuple) else value
+        value = value[0] if isinstance(value, list | tuple) else value
         times = value.shape[row_axes(value)[0]].node.expr / self._batch
         return int(times) if times.is_Integer else None
 

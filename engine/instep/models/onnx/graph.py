@@ -22,7 +22,7 @@ _RANDOM: Final = frozenset(
 )
 
 
-def require(what: str = "an ONNX graph") -> None:
+def require(what: str) -> None:
     """Check that the extra is installed.
 
     Raises:

@@ -68,7 +68,8 @@ class OnnxReference:
         fed |= {leaf.input: np.moveaxis(state[leaf.name], 0, leaf.shape.index(ROWS)) for leaf in description.leaves}
         fed |= {each.input: np.full(each.in_graph.sized(rows), each.value) for each in description.constants}
         fed = {name: values.astype(self._dtypes[name], copy=False) for name, values in fed.items()}
-        answer, *leaves = self._evaluator.run([tensor.name for tensor in description.graph_outputs], fed)
+        results: Any = self._evaluator.run([tensor.name for tensor in description.graph_outputs], fed)
+        answer, *leaves = results
         after = zip(description.leaves, leaves, strict=True)
         return answer.reshape(rows, -1), {
             leaf.name: np.moveaxis(values, leaf.shape.index(ROWS), 0) for leaf, values in after
