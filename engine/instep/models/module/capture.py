@@ -83,7 +83,6 @@ class Capture:
         """What may share memory with an argument or a tensor, and how sentences call that."""
         self._roots: dict[fx.Node, fx.Node] = {}
         """Of views: whose memory they may be."""
-        self._rows: Rows | None = None
         self._varying: set[fx.Node] = set()
         """Values that depend on the frames or states of streams."""
         self._add_inputs(program, leaves, prefix)
@@ -101,6 +100,8 @@ class Capture:
 
     def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
         inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        self._batch = inputs[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
+        self._rows = Rows(self._batch)
         names = iter(["", *leaves])
         for spec in program.graph_signature.input_specs:
             node = inputs[spec.arg.name]
@@ -109,8 +110,6 @@ class Capture:
                 self._references[node] = {"state": leaf} if leaf else {"x": True}
                 self._given[node] = f"leaf {leaf} of the state" if leaf else "its frames x"
                 self._varying.add(node)
-                self._batch = node.meta["val"].shape[0]
-                self._rows = self._rows or Rows(self._batch)
                 continue
             name = (spec.target or spec.arg.name).removeprefix(prefix)
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -197,7 +196,6 @@ class Capture:
         """Refuse operators that combine rows, where their shapes show it."""
         if may_alias(op) and node.args and isinstance(node.args[0], fx.Node):
             self._follow(node, node.args[0])
-        assert self._rows is not None
         if name in operators.CREATION or not any(self._root(each) in self._varying for each in node.all_input_nodes):
             if self._rows.note(node, op, name):
                 raise ModelError(_mixes(node, name))
@@ -216,8 +214,7 @@ class Capture:
     def _follow(self, node: fx.Node, of: fx.Node) -> None:
         """Note that a node may share the memory of another one."""
         self._roots[node] = self._root(of)
-        if self._rows is not None:
-            self._rows.follow(node, of)
+        self._rows.follow(node, of)
         if of in self._given:
             self._given[node] = self._given[of]
 
