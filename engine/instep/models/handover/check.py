@@ -25,7 +25,7 @@ from instep.models.folder import load_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model
 from instep.models.module.description import ModuleDescription
-from instep.models.module.example import outputs_of, split
+from instep.models.module.example import joined_outputs, split
 from instep.models.numerics import prepare
 from instep.models.registry import build
 
@@ -53,7 +53,11 @@ class Check:
     @property
     def agrees(self) -> bool:
         """Whether rounding explains all differences."""
-        return max(each.error for each in (self.whole, self.stepped) if each is not None) <= self.tolerance
+        return self._largest_error <= self.tolerance
+
+    @property
+    def _largest_error(self) -> float:
+        return max(each.error for each in (self.whole, self.stepped) if each is not None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -81,7 +85,7 @@ class Check:
                 f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
                 "layers than the module: make it again with instep.models.save_model or export_step."
             )
-        if max(each.error for each in (self.whole, self.stepped) if each is not None):
+        if self._largest_error:
             verdict = "They agree: rounding explains every difference."
         else:
             verdict = "They agree bit for bit on these frames."
@@ -177,8 +181,7 @@ def _step_outputs(module: nn.Module, spec: StateSpec, frames: torch.Tensor, agai
         with evaluating(module):
             for x in frames.to(device):
                 y, state = split(module(x.clone(), state))
-                parts = [part if part.dim() > 1 else part.unsqueeze(1) for _, part in outputs_of(y)]
-                outputs.append(torch.cat(parts, 1).cpu())
+                outputs.append(joined_outputs(y).cpu())
     except ModelError:
         raise
     except Exception as error:

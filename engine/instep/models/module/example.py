@@ -96,8 +96,7 @@ class Flat(nn.Module):
     def forward(self, x: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Outputs [rows, outputs] and the new leaves."""
         y, state = split(self.step(x, self.structure.build(leaves)))
-        parts = [part if part.dim() > 1 else part.unsqueeze(1) for _, part in outputs_of(y)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1), *self.structure.leaves(state))
+        return joined_outputs(y), *self.structure.leaves(state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +163,12 @@ def split(result: Any) -> tuple[Any, Any]:
         shown = f"{len(result)} values" if isinstance(result, tuple | list) else f"one {type(result).__name__}"
         raise ModelError(f"{FORM}, and it returns {shown}; several outputs go into y, as a tuple or dict of them")
     return result[0], result[1]
+
+
+def joined_outputs(y: Any) -> torch.Tensor:
+    """All outputs that a step returned as one tensor [rows, outputs]."""
+    parts = [part if part.dim() > 1 else part.unsqueeze(1) for _, part in outputs_of(y)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def outputs_of(y: Any) -> list[tuple[str, torch.Tensor]]:

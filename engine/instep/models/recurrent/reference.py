@@ -22,7 +22,7 @@ LSTM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -91,9 +91,8 @@ class _Cell(Protocol):
         """One timestep, for `given` of the input [R, gates · size]: the new states, of which `h` is in `out`."""
 
 
-class _CellOf(Protocol):
-    def __call__(self, weight: Floats, biases: tuple[Floats, Floats], layers: Mapping[str, Any]) -> _Cell:
-        """The equations with the weights for the state [gates · size, size], and both biases: input's and state's."""
+_CellOf: TypeAlias = Callable[[Floats, tuple[Floats, Floats], Mapping[str, Any]], _Cell]
+"""Takes the weights for the state [gates · size, size], both biases, input's and state's, and the description."""
 
 
 class _Layer:
