@@ -8,7 +8,7 @@ values there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, TypeAlias
@@ -116,10 +116,9 @@ def on_device(
     return built
 
 
-def apply(layers: Sequence[OnRows], rows: torch.Tensor) -> torch.Tensor:
-    """Layers on contiguous rows [R, width]."""
-    for layer in layers:
-        out = rows.new_empty(len(rows), layer.width)
+def apply(layers: Sequence[OnRows], rows: torch.Tensor, outs: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
+    """Layers on contiguous rows [R, width], into a tensor for each of them or into new ones."""
+    for layer, out in zip(layers, outs or (rows.new_empty(len(rows), each.width) for each in layers), strict=True):
         layer.write(rows, out)
         rows = out
     return rows

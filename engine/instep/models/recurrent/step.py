@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from instep.models.recurrent.cell import BY_HAND, Cell, Kernel, LayerWeights, Products, Recurrence, States
-from instep.models.recurrent.frame_layers import OnRows
+from instep.models.recurrent.frame_layers import OnRows, apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class RecurrentStep:
         self.new_state = self.state
         self._padding = [leaf[:, :, state_size:] for leaf in self.leaves.values() if state_size < width]
         self._before, self._after = (
-            [(layer, torch.empty(rows, layer.width, device=device)) for layer in layers]
+            [torch.empty(rows, layer.width, device=device) for layer in layers]
             for layers in (weights.before, weights.after)
         )
         self._cells: list[Cell] = []
@@ -71,17 +71,14 @@ class RecurrentStep:
                 for index, layer in enumerate(weights.layers)
             ]
         self._last_state = self.leaves["h"][-1]
-        self.y = self._after[-1][1] if self._after else self._last_state
+        self.y = self._after[-1] if self._after else self._last_state
 
     def run(self) -> None:
         """Step every row."""
         for padding in self._padding:
             # Where a row overflowed, 0 · inf left NaN there, and the next step may have another stream in that row.
             padding.zero_()
-        x = self.x
-        for layer, out in self._before:
-            layer.write(x, out)
-            x = out
+        x = apply(self._weights.before, self.x, self._before)
         if self._cells:
             for cell in self._cells:
                 x = cell.run(x)
@@ -90,6 +87,4 @@ class RecurrentStep:
             for name, leaf in self.leaves.items():
                 leaf.copy_(states[name])
             x = self._last_state
-        for layer, out in self._after:
-            layer.write(x, out)
-            x = out
+        apply(self._weights.after, x, self._after)
