@@ -101,9 +101,8 @@ def build(model: Model, device: torch.device) -> RecurrentModel:
 
 def sentences(error: ValidationError) -> str:
     """Pydantic's errors, one clause for each field."""
-    places = [".".join(map(str, problem["loc"])) for problem in error.errors()]
-    words = [in_words(problem) for problem in error.errors()]
-    clauses = [f"{place:.120}: {what}" if place else what for place, what in zip(places, words, strict=True)]
+    problems = [(".".join(map(str, problem["loc"])), in_words(problem)) for problem in error.errors()]
+    clauses = [f"{place:.120}: {what}" if place else what for place, what in problems]
     left_out = [f"and {len(clauses) - _MOST_CLAUSES:,} more"] if len(clauses) > _MOST_CLAUSES else []
     return "; ".join([*clauses[:_MOST_CLAUSES], *left_out])
 

@@ -163,10 +163,7 @@ class ThreadExecutor:
         self._runs.put((slots, rows))
 
     def ended(self) -> list[RunResult]:
-        results = []
-        while self._results:
-            results.append(self._results.popleft())
-        return results
+        return [self._results.popleft() for _ in range(len(self._results))]
 
     def take_signal(self) -> None:
         with contextlib.suppress(BlockingIOError):

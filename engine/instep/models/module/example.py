@@ -173,13 +173,8 @@ def joined_outputs(y: Any) -> torch.Tensor:
 
 def outputs_of(y: Any) -> list[tuple[str, torch.Tensor]]:
     """The outputs and their names, which are empty unless y is a dict."""
-    parts = (
-        list(y.items())
-        if isinstance(y, Mapping)
-        else [("", each) for each in y]
-        if isinstance(y, tuple | list)
-        else [("", y)]
-    )
+    unnamed = y if isinstance(y, tuple | list) else [y]
+    parts = list(y.items()) if isinstance(y, Mapping) else [("", each) for each in unnamed]
     for name, part in parts:
         words = f"the output {name}" if name else "y"
         if not isinstance(part, torch.Tensor):

@@ -201,14 +201,11 @@ def _others(value: torch.Tensor) -> list[int]:
 
 def _dimensions(node: fx.Node, op: Operator, rank: int) -> set[int]:
     """The dimensions that a call works along; all of them where it names none."""
-    given = argument(op, "dim", node.args, node.kwargs)
-    if given is None:
-        given = argument(op, "dims", node.args, node.kwargs)
-    if given is None or given == []:
-        given = argument(op, "dimension", node.args, node.kwargs)
-    if given is None or given == []:
-        return set(range(rank))
-    return {each % max(rank, 1) for each in (given if isinstance(given, list | tuple) else [given])}
+    for name in ("dim", "dims", "dimension"):
+        given = argument(op, name, node.args, node.kwargs)
+        if given is not None and given != []:
+            return {each % max(rank, 1) for each in (given if isinstance(given, list | tuple) else [given])}
+    return set(range(rank))
 
 
 def _einsum_mixes(equation: Any, operands: Any) -> bool:

@@ -146,9 +146,9 @@ def _check_tensor(what: str, found: Any, wanted: Tensor) -> None:
     dtype = DTYPE_NAMES.get(found.type, found.type)
     if dtype != wanted.dtype:
         raise ModelError(f"{what} is {dtype}, but {wanted.dtype} in the description; correct that")
-    fits = found.shape is None or len(found.shape) == len(wanted.shape)
-    for extent, other in zip(found.shape or (), wanted.shape, strict=False):
-        fits &= not isinstance(extent, int) or extent == other
-    if not fits:
+    extents = wanted.shape if found.shape is None else found.shape
+    if len(extents) != len(wanted.shape) or any(
+        isinstance(extent, int) and extent != other for extent, other in zip(extents, wanted.shape, strict=True)
+    ):
         shapes = (f"[{', '.join(str(extent or '?') for extent in shape)}]" for shape in (found.shape, wanted.shape))
         raise ModelError(f"{what} has the shape {', but in the description '.join(shapes)}; correct that")
