@@ -141,6 +141,30 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     )
 
 
+class TakingTurns(nn.Module):
+    """Two leaves that take each other's place."""
+
+    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return x + state["a"], {"a": state["b"], "b": state["a"]}
+
+
+def test_a_leaf_may_become_another_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    state = {"a": torch.full((1, 2), 1.0), "b": torch.full((1, 2), 5.0)}
+    model = export_step(TakingTurns(), torch.zeros(1, 2), state, tmp_path / "m", initial_state="example")
+    network, x = ModuleNetwork(model, CPU), rng.integers(9, size=(3, 32, 2)).astype(np.float32)
+    truth, rows, spec = x + np.array([1, 5, 1])[:, None, None], network.state.initial(32), network.state
+    before = {name: leaf.astype(np.float64) for name, leaf in spec.unpack(rows).items()}
+    y, after = network.reference(np.float64).run(x.astype(np.float64), before, np.array([32, 32, 20]))
+    np.testing.assert_array_equal(y[:, :20], truth[:, :20])
+    assert [after["a"][row, 0] for row in (0, 19, 20, 31)] == [5, 5, 1, 1]
+    assert [after["b"][row, 0] for row in (0, 19, 20, 31)] == [1, 1, 5, 5]
+    step = network.bind(32)
+    for frame, expected in zip(x, truth, strict=True):
+        found, rows = step_rows(step, spec, frame, rows, 2)
+        np.testing.assert_array_equal(found, expected)
+    assert {name: leaf[0, 0] for name, leaf in spec.unpack(rows).items()} == {"a": 5, "b": 1}
+
+
 def test_outputs_in_a_dict_are_joined_and_named() -> None:
     assert exported("causal_convolution").output_names == ("level", "class.0", "class.1")
     assert exported("causal_convolution").description.outputs == 3
