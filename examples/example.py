@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.typing import F32, Bool
+from instep.core.typing import F32
 from instep.demo.child_server import ChildServer
 from instep.models.model import Model
 from instep_client import AsyncClient
@@ -117,11 +117,3 @@ async def _listen(endpoint: str, sent: list[F32]) -> list[F32]:
 def speech() -> F32:
     """Thirty seconds of a conversation on the telephone, 16,000 samples a second."""
     return read_sound(shipped("pyannote.audio", "pyannote/audio/sample/sample.wav"))
-
-
-def is_speech(times_s: F32) -> Bool:
-    """Whether somebody talks in `speech()` at each of these times, as its authors have noted."""
-    notes = shipped("pyannote.audio", "pyannote/audio/sample/sample.rttm").read_text().splitlines()
-    spans = [(float(start), float(length)) for _, _, _, start, length, *_ in map(str.split, notes)]
-    talking: Bool = np.any([(start <= times_s) & (times_s < start + length) for start, length in spans], axis=0)
-    return talking

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from examples.__main__ import EXAMPLES
-from examples.example import LISTENERS, SPEECH_RATE, NotInstalled, heard_through_a_server, is_speech, shipped, speech
-from instep.core.typing import F32
+from examples.example import LISTENERS, SPEECH_RATE, NotInstalled, heard_through_a_server, shipped, speech
+from instep.core.typing import F32, Bool
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
@@ -89,6 +89,14 @@ def test_the_page_shows_what_the_command_prints(tmp_path: Path) -> None:
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(NotInstalled, match=r"^no-such is not installed; examples/README\.md says how to install"):
         shipped("no-such", "file")
+
+
+def is_speech(times_s: F32) -> Bool:
+    """Whether somebody talks in `speech()` at each of these times, as its authors have noted."""
+    notes = shipped("pyannote.audio", "pyannote/audio/sample/sample.rttm").read_text().splitlines()
+    spans = [(float(start), float(length)) for _, _, _, start, length, *_ in map(str.split, notes)]
+    talking: Bool = np.any([(start <= times_s) & (times_s < start + length) for start, length in spans], axis=0)
+    return talking
 
 
 def makes_sense(name: str, outputs: F32, hop: int) -> bool:
