@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from instep.recording import sequences
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -50,11 +49,12 @@ def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
         np.testing.assert_allclose(held.y[places], y[:, 0].numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("group_bytes", [1, 300, 2**20])
+@pytest.mark.parametrize("bytes_at_once", [1, 300, 2**20])
 def test_frames_are_found_however_many_batches_are_read_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
 ) -> None:
-    monkeypatch.setattr(sequences, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 1)
+    monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", bytes_at_once)
     writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
     scribe = Scribe(writer, gru_step(GRU))
     for stream in (7, 3, 5):
@@ -154,7 +154,8 @@ def test_frames_without_any_stream_are_damage(path: Path) -> None:
 def test_two_frames_of_a_stream_in_one_step_are_a_defect(
     path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
-    monkeypatch.setattr(sequences, "GROUP_BYTES", 1)  # the stream whose frame is gone is noticed by itself
+    monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 1)
+    monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", 1)  # the stream whose frame is gone is noticed by itself
     forger = Forger(path, path.parent / "forged.rec")
     batch = next(row for row in forger.rows("batches") if row["size"] >= 2)
     numbers, seqs = forger.column(batch, "streams"), forger.column(batch, "seqs")

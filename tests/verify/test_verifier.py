@@ -15,7 +15,7 @@ from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDesc
 from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch
+from instep.recording.records import BatchGroup
 from instep.verify import verifier
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import CannotVerify
@@ -113,14 +113,14 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
 def test_a_recording_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), [50, 49, 20, 20, 20, 3])
     read: list[int] = []
-    batches = RecordingReader.batches
+    groups = RecordingReader.whole_groups
 
-    def counted(*arguments: Any) -> Iterator[RecordedBatch]:
-        for batch in batches(*arguments):
-            read.append(batch.position)
-            yield batch
+    def counted(*arguments: Any) -> Iterator[BatchGroup]:
+        for group in groups(*arguments):
+            read.extend(group.positions)
+            yield group
 
-    monkeypatch.setattr(RecordingReader, "batches", counted)
+    monkeypatch.setattr(RecordingReader, "whole_groups", counted)
     assert verify(recorded).verdict == "exact"
     assert set(Counter(read).values()) == {1}
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import I64, U8, Bool
+from instep.core.typing import I64, U8, U32, U64
 from instep.recording.errors import DamagedRecording
 from instep.recording.file import RecordingFile
 from instep.recording.records import (
@@ -85,24 +85,23 @@ class RecordingReader(RecordingFile):
 
         Frames are left out that are in the states of the checkpoint where the history was trimmed.
         """
-        for batch in self.whole_batches(first, last):
-            if batch.position > self._oldest.completed or (counts := self._counts_after_trimming(batch)).all():
-                yield batch
-            elif counts.any():
-                yield replace(
-                    batch,
-                    streams=batch.streams[counts],
-                    seqs=batch.seqs[counts],
-                    x=batch.x[counts],
-                    y=None if batch.y is None else batch.y[counts],
-                )
+        return chain.from_iterable(group.batches() for group in self.batch_groups(first, last))
 
     def whole_batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
         """As `batches`, each as it was stepped."""
-        return chain.from_iterable(group.batches() for group in self.batch_groups(first, last))
+        return chain.from_iterable(group.batches() for group in self.whole_groups(first, last))
 
     def batch_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
-        """As `whole_batches`, those together that are read together.
+        """As `batches`, those together that are read together."""
+        for group in self.whole_groups(first, last):
+            early = group.starts[bisect_right(group.positions, self._oldest.completed)]
+            counts = np.ones(len(group.seqs), np.bool_)
+            counts[:early] = self._count_after_trimming(group.streams[:early], group.seqs[:early])
+            if counts.any():
+                yield group if counts.all() else group.only(counts)
+
+    def whole_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
+        """As `batch_groups`, each batch as it was stepped.
 
         A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
         """
@@ -283,15 +282,12 @@ class RecordingReader(RecordingFile):
         first_seq, state = self._trimmed_to[info.stream]
         return replace(info, first_seq=first_seq, initial_state=state)
 
-    def _counts_after_trimming(self, batch: RecordedBatch) -> Bool:
-        """Which frames of a batch are not in the states of the checkpoint where it was trimmed: bool [B]."""
-        pairs = zip(batch.streams.tolist(), batch.seqs.tolist(), strict=True)
-        return np.array(
-            [
-                stream not in self._forgotten and seq >= self._trimmed_to.get(stream, (0, None))[0]
-                for stream, seq in pairs
-            ]
-        )
+    def _count_after_trimming(self, streams: U32, seqs: U64) -> list[bool]:
+        """Which frames are not in the states of the checkpoint where it was trimmed."""
+        return [
+            stream not in self._forgotten and seq >= self._trimmed_to.get(stream, (0, None))[0]
+            for stream, seq in zip(streams.tolist(), seqs.tolist(), strict=True)
+        ]
 
     @cached_property
     def _failed(self) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I64, U8, U32, U64
+from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.schema import Column, RecordingHeader, row_crc
 
@@ -90,6 +90,21 @@ class BatchGroup:
             self.seqs[frames],
             self.x[frames],
             None if self.y is None else self.y[frames],
+        )
+
+    def only(self, wanted: Bool) -> BatchGroup:
+        """Some of the frames, bool [frames]; batches of which none is wanted are left out."""
+        counts: I64 = np.add.reduceat(wanted, self.starts[:-1], dtype=np.int64)
+        of = np.flatnonzero(counts).tolist()
+        return BatchGroup(
+            tuple(self.positions[at] for at in of),
+            tuple(self.times_ns[at] for at in of),
+            tuple(self.buckets[at] for at in of),
+            np.cumsum((0, *counts[of]), dtype=np.int64),
+            self.streams[wanted],
+            self.seqs[wanted],
+            self.x[wanted],
+            None if self.y is None else self.y[wanted],
         )
 
     def batches(self) -> Iterator[RecordedBatch]:
@@ -178,6 +193,14 @@ class Trimmed:
     """How many events up to there still count."""
     last_stream: int = 0
     last_epoch: int = 0
+
+
+def find_sorted(values: I64, wanted: I64) -> tuple[I64, Bool]:
+    """Where some values are in ascending ones, and whether they are there at all: int64 [N] → int64 [N], bool [N]."""
+    if not len(values):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
+    places: I64 = np.minimum(np.searchsorted(values, wanted), len(values) - 1).astype(np.int64)
+    return places, values[places] == wanted
 
 
 _MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability", "output_names")

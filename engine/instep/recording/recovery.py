@@ -15,7 +15,7 @@ from instep.core.typing import I64, Bool
 from instep.recording.file import Closing
 from instep.recording.open_streams import OpenStream, read_open_streams
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch, StateReset
+from instep.recording.records import RecordedBatch, StateReset, find_sorted
 from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RecordingHeader, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
@@ -158,12 +158,7 @@ class Recovered(Closing):
 
     def _find(self, streams: I64) -> tuple[I64, Bool]:
         """The places of streams, and whether each has an opening: int64 [N] → int64 [N], bool [N]."""
-        places: I64 = np.searchsorted(self._numbers, streams).astype(np.int64)
-        are_known: Bool = np.zeros(len(streams), np.bool_)
-        if len(self._numbers):
-            places = np.minimum(places, len(self._numbers) - 1)
-            are_known = self._numbers[places] == streams
-        return places, are_known
+        return find_sorted(self._numbers, streams)
 
     def _read_events(self) -> tuple[int, I64]:
         """The position of the newest checkpoint that was announced, and those of all events."""

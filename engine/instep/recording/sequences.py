@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -12,10 +14,7 @@ import numpy as np
 from instep.core.typing import I64, U8, U32, Bool
 from instep.recording.frames import FrameStore, Sequences
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch, StateReset, StreamInfo
-
-GROUP_BYTES: Final = 2**20
-"""Of frames that are counted together: little enough for a cache, many enough that no step costs Python time."""
+from instep.recording.records import BatchGroup, RecordedBatch, StateReset, StreamInfo, find_sorted
 
 _NEVER: Final = np.iinfo(np.int64).max
 
@@ -84,8 +83,9 @@ class SequenceIndex:
         self._is_kept: Bool = np.zeros(len(self.streams), np.bool_)
         self._is_kept[self.kept] = True
         self._store = FrameStore(reader.path, reader.header.features, reader.header.outputs)
-        self._numbers: I64 = np.array([info.stream for info in self.streams], np.int64)
-        self._by_number: I64 = np.argsort(self._numbers, kind="stable").astype(np.int64)
+        numbers: I64 = np.array([info.stream for info in self.streams], np.int64)
+        self._by_number: I64 = np.argsort(numbers, kind="stable").astype(np.int64)
+        self._numbers = numbers[self._by_number]
         self._opened: I64 = np.array([info.opened_position for info in self.streams], np.int64)
         self._closed: I64 = np.array([info.closed_position or _NEVER for info in self.streams], np.int64)
         self._next: I64 = np.array([info.first_seq for info in self.streams], np.int64)
@@ -106,10 +106,10 @@ class SequenceIndex:
         self._checkpoints = deque(checkpoints)
         self.checkpoint_seqs: list[I64] = []
         self.checkpoint_stretches: list[I64] = []
-        for batches in _groups(reader.batches(), sorted([*checkpoints, *(reset.position for reset in resets)])):
-            self._pass(waiting, batches[0].position)
-            self._count_all(batches)
-            on_progress(batches[-1].position / reader.last_position)
+        for group in _split(reader.batch_groups(), sorted([*checkpoints, *(reset.position for reset in resets)])):
+            self._pass(waiting, group.positions[0])
+            self._count_all(group)
+            on_progress(group.position / reader.last_position)
         self._pass(waiting, _NEVER)
         self._compare_with_closings()
         count = len(self.stretches)
@@ -130,31 +130,23 @@ class SequenceIndex:
         of_kept = self._is_kept[np.array([stretch.row for stretch in self.stretches], np.int64)]
         return self._store.sequences(rows, np.where(of_kept, self.frames, 0))
 
-    def _keep(self, batches: list[RecordedBatch], rows: I64, good: Bool) -> None:
-        """Keep those of the good frames of some batches, all with outputs or all without, that are to be kept."""
+    def _keep(self, frames: BatchGroup | RecordedBatch, rows: I64, good: Bool) -> None:
+        """Keep the good frames, bool [N], of streams, int64 [N], whose frames are kept."""
         wanted = self._is_kept[rows] & good
-        if not wanted.any():
-            return
-        found = slice(None) if wanted.all() else wanted
-        outputs = [batch.y for batch in batches if batch.y is not None]
-        self._store.append(
-            self._stretch[rows[found]],
-            np.concatenate([batch.x for batch in batches])[found],
-            np.concatenate(outputs)[found] if outputs else None,
-        )
+        if wanted.any():
+            found = slice(None) if wanted.all() else wanted
+            y = None if frames.y is None else frames.y[found]
+            self._store.append(self._stretch[rows[found]], frames.x[found], y)
 
-    def _count_all(self, batches: list[RecordedBatch]) -> None:
+    def _count_all(self, group: BatchGroup) -> None:
         """Count some batches without a reset between them."""
-        streams: I64 = np.concatenate([batch.streams for batch in batches]).astype(np.int64)
-        known = self._numbers[self._by_number]
-        at = np.searchsorted(known, streams)
-        if len(known) and (known[np.minimum(at, len(known) - 1)] == streams).all():
+        at, are_known = find_sorted(self._numbers, group.streams.astype(np.int64))
+        if are_known.all():
             order = np.argsort(at, kind="stable")
             rows = self._by_number[at[order]]
             # A seq of 2^63 or more turns negative here and is out of order like any other wrong one.
-            seqs = np.concatenate([batch.seqs for batch in batches]).astype(np.int64)[order]
-            of_batches = np.array([batch.position for batch in batches], np.int64)
-            positions = np.repeat(of_batches, [len(batch.streams) for batch in batches])[order]
+            seqs = group.seqs.astype(np.int64)[order]
+            positions = np.repeat(np.array(group.positions, np.int64), np.diff(group.starts))[order]
             is_first = np.append(True, rows[1:] != rows[:-1])
             first = np.flatnonzero(is_first)
             counts = np.diff(np.append(first, len(rows)))
@@ -170,12 +162,12 @@ class SequenceIndex:
                 of, stretches = rows[first], self._stretch[rows[first]]
                 self._next[of] += counts
                 self.frames[stretches] += counts
-                if batches[0].y is None:
+                if group.y is None:
                     self.unanswered[stretches] += counts
                 self.frames_present += len(rows)
-                self._keep(batches, self._by_number[at], good)  # all are good, in whichever order
+                self._keep(group, self._by_number[at], good)  # all are good, in whichever order
                 return
-        for batch in batches:
+        for batch in group.batches():
             self._count(batch)
 
     def _count(self, batch: RecordedBatch) -> None:
@@ -197,7 +189,7 @@ class SequenceIndex:
         if batch.y is None:
             self.unanswered[stretches] += 1
         self.frames_present += len(rows)
-        self._keep([batch], rows, good)
+        self._keep(batch, rows, good)
 
     def _pass(self, resets: deque[StateReset], position: int) -> None:
         """Apply the resets before a position, and note where streams are at each checkpoint before it."""
@@ -250,27 +242,18 @@ class SequenceIndex:
 
     def _rows_of(self, streams: U32 | I64, position: int) -> I64:
         """Indices into `streams` of stream numbers."""
-        wanted = streams.astype(np.int64)
-        known = self._numbers[self._by_number]
-        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        if not len(known) or (known[at] != wanted).any():
+        at, are_known = find_sorted(self._numbers, streams.astype(np.int64))
+        if not are_known.all():
             raise self._reader.damaged(f"the row at position {position} is of a stream that was never opened")
         rows: I64 = self._by_number[at]
         return rows
 
 
-def _groups(batches: Iterator[RecordedBatch], ends: Sequence[int]) -> Iterator[list[RecordedBatch]]:
-    """Batches in groups of about `GROUP_BYTES`, all with outputs or all without, none across one of the positions."""
-    group: list[RecordedBatch] = []
-    size, later = 0, iter([*ends, _NEVER])
-    end = next(later)
-    for batch in batches:
-        if group and (batch.position > end or size >= GROUP_BYTES or (batch.y is None) != (group[0].y is None)):
-            yield group
-            group, size = [], 0
-        while batch.position > end:
-            end = next(later)
-        group.append(batch)
-        size += batch.x.nbytes + (0 if batch.y is None else batch.y.nbytes)
-    if group:
-        yield group
+def _split(groups: Iterator[BatchGroup], ends: Sequence[int]) -> Iterator[BatchGroup]:
+    """The groups, in parts where one has batches up to and behind one of these positions, which ascend."""
+    for group in groups:
+        first, last = group.positions[0], group.positions[-1]
+        inside = ends[bisect_left(ends, first) : bisect_left(ends, last)]
+        cuts = sorted({bisect_right(group.positions, end) for end in inside})
+        for begin, end in pairwise([0, *cuts, len(group.positions)]):
+            yield group.part(begin, end) if cuts else group

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
 
 from instep.core.typing import F32, I64, U32, U64
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch, StreamInfo
+from instep.recording.records import RecordedBatch, StreamInfo, find_sorted
 
 CHUNK_BYTES: Final = 16 * 2**20
 """Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
@@ -125,13 +125,12 @@ class FrameTable:
 
     def _names_of(self, batch: RecordedBatch) -> I64:
         """Indices into `names`, -1 where the stream is not wanted."""
-        numbers = batch.streams.astype(np.int64)
-        at = np.minimum(np.searchsorted(self._known, numbers), len(self._known) - 1)
-        if not len(self._known) or (self._known[at] != numbers).any():
+        places, are_known = find_sorted(self._known, batch.streams.astype(np.int64))
+        if not are_known.all():
             raise self._reader.damaged(
                 f"the batch at position {batch.position} holds frames of a stream that was never opened"
             )
-        names: I64 = self._selected[at]
+        names: I64 = self._selected[places]
         return names
 
     def _check_seqs(self, batch: RecordedBatch, names: I64, seqs: I64) -> None:
@@ -157,13 +156,7 @@ class FrameTable:
                 )
 
     def _joined(self, pieces: Sequence[TableChunk]) -> TableChunk:
-        chunk = TableChunk(
-            names=np.concatenate([part.names for part in pieces]),
-            stream_ids=np.concatenate([part.stream_ids for part in pieces]),
-            seqs=np.concatenate([part.seqs for part in pieces]),
-            times_ns=np.concatenate([part.times_ns for part in pieces]),
-            x=np.concatenate([part.x for part in pieces]),
-            y=np.concatenate([part.y for part in pieces]),
-        )
+        columns = (np.concatenate([getattr(part, each.name) for part in pieces]) for each in fields(TableChunk))
+        chunk = TableChunk(*columns)
         self.frames += len(chunk)
         return chunk

@@ -84,7 +84,7 @@ class RecordingTail(RecordingReader):
         others: Iterator[Opened | Closed | RecordedEvent]
         others = heapq.merge(openings, closings, self.events(first), key=lambda item: item.position)
         other = next(others, None)
-        for group in self.batch_groups(first):
+        for group in self.whole_groups(first):
             begin, positions = 0, group.positions
             end = len(positions) if group.y is not None else bisect(positions, killed_before)
             while other is not None and other.position < positions[min(end, len(positions) - 1)]:
