@@ -38,36 +38,38 @@ def doctor(
         0, or 1 when a server could not start.
     """
     findings = Findings()
-    shown = 0
 
-    def show() -> None:
-        nonlocal shown
-        for section in [] if as_json else findings.sections[shown:]:
+    @contextmanager
+    def step(what: str) -> Iterator[None]:
+        """Write what the block finds, and say what takes it long."""
+        timer, known = Timer(QUIET_S, progress, [what]), len(findings.sections)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        for section in [] if as_json else findings.sections[known:]:
             for line in section.lines():
                 write(line)
-        shown = len(findings.sections)
 
-    with _patient(progress, "loading PyTorch"):
+    with step("loading PyTorch"):
         from instep.doctor.disk import examine_disk
         from instep.doctor.machine import examine_machine
         from instep.doctor.serving import examine_config, examine_endpoints, examine_models
         from instep.doctor.software import examine_software
-    config = examine_config(findings, file, overrides)
-    show()
-    with _patient(progress, "looking at libraries and GPUs"):
+    with step("reading the configuration"):
+        config = examine_config(findings, file, overrides)
+    with step("looking at libraries and GPUs"):
         examine_software(findings, config)
-    show()
-    memory = examine_machine(findings, config)
-    show()
-    with _patient(progress, "syncing the disk"):
+    with step("looking at the machine"):
+        memory = examine_machine(findings, config)
+    with step("syncing the disk"):
         examine_disk(findings, config)
-    show()
-    with _patient(progress, "asking who answers at the endpoints"):
+    with step("asking who answers at the endpoints"):
         is_served = examine_endpoints(findings, config)
-    show()
-    with _patient(progress, "certifying the model, and reading its recording where there is one"):
+    with step("certifying the model, and reading its recording where there is one"):
         examine_models(findings, config, demo, memory, is_served)
-    show()
     if as_json:
         write(json.dumps(findings.as_json(), indent=2))
     else:
@@ -76,14 +78,3 @@ def doctor(
             write(line)
     sys.stdout.flush()
     return 1 if findings.problems else 0
-
-
-@contextmanager
-def _patient(progress: Callable[[str], None], what: str) -> Iterator[None]:
-    timer = Timer(QUIET_S, progress, [what])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
