@@ -18,6 +18,7 @@ import numpy as np
 from instep.recording import file as recording_file
 from instep.recording import open_streams
 from instep.recording import recovery as recording_recovery
+from instep.recording.database import with_crcs
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.records import StateRows, Trimmed
@@ -213,7 +214,7 @@ class MemoryWriter(RecordingWriter):
 
     def _replace_states(self, through: int, rows: StateRows) -> None:
         self._delete_states(rows.streams.tolist())
-        self._changes += [("states", int(str(row[0])), row) for row in rows.as_rows(through)]
+        self._changes += [("states", row[0], row) for row in with_crcs(rows.as_rows(through))]
         self._with_state.update(rows.streams.tolist())
 
     def _delete_states(self, streams: list[int]) -> None:
@@ -290,12 +291,12 @@ class HandRecorder(Recorder):
 
     def commit(self) -> None:
         """Write all that waits, as the thread does."""
-        if self._queue and self._failed is None:
+        if self._queue and self.failed is None:
             self._stopping = True  # so that nothing waits for more
             try:
                 self._write_what_waits()
             except DiskFull as error:
-                self._failed = error
+                self.failed = error
                 self._queue.clear()
                 self._writer.abandon()
                 self._on_failure(error)

@@ -7,16 +7,14 @@ import time
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from instep.recording.database import make_tables
+from instep.recording.database import insert, make_tables, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.inspection import insert, with_crcs, write_new
+from instep.recording.inspection import write_new
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, StreamState, Trimmed, blob
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT
-
-_COPIED_AT_ONCE: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +121,7 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
     insert(database, "header", reader.header.rows())
     states = 0
     for table in HISTORY:
-        rows: list[tuple[Any, ...]] = []
-        for row in reader.rows(table, base.position + 1, last):
-            rows.append(row)
-            if len(rows) == _COPIED_AT_ONCE:
-                insert(database, table, with_crcs(rows))
-                rows.clear()
-        insert(database, table, with_crcs(rows))
+        insert(database, table, with_crcs(reader.rows(table, base.position + 1, last)))
     if base.position:
         closings = {row[2] for row in reader.rows("closings", last=base.position)}
         openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from instep.recording.errors import RecordingError
-from instep.recording.schema import APPLICATION_ID, FORMAT_VERSION, PAGE_BYTES, create_statements
+from instep.recording.schema import APPLICATION_ID, FORMAT_VERSION, PAGE_BYTES, create_statements, row_crc
 
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
@@ -69,6 +70,17 @@ def make_tables(database: sqlite3.Connection) -> None:
     database.execute(f"PRAGMA user_version={FORMAT_VERSION}")
     for statement in create_statements():
         database.execute(statement)
+
+
+def insert(database: sqlite3.Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    """Append rows, with their CRCs, to a table."""
+    columns = database.execute(f"SELECT * FROM {table} LIMIT 0").description
+    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", rows)
+
+
+def with_crcs(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Rows with the CRC of each as the last column."""
+    return ((*row, row_crc(*row)) for row in rows)
 
 
 def put_wal_away(database: sqlite3.Connection) -> None:

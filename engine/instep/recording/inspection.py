@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from instep.recording.database import bytes_on_disk, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
-from instep.recording.schema import RECOVERED_EVENT, row_crc
+from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
 
 
@@ -221,14 +221,3 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         if isinstance(error, sqlite3.Error | OSError):
             raise RecordingError(f"cannot write the recording {target}: {error}") from None
         raise
-
-
-def insert(database: sqlite3.Connection, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Append rows, with their CRCs, to a table."""
-    if rows:
-        database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
-
-
-def with_crcs(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Rows with the CRC of each as the last column."""
-    return [(*row, row_crc(*row)) for row in rows]

@@ -35,7 +35,7 @@ class WriterLock:
                 raise RecordingError(
                     f"{path} is being written by another instep (pid {holder}); stop that one, or choose another file"
                 ) from None
-            if self._is_in_place():
+            if _is_file_of(self.path, self._file):
                 break
             os.close(self._file)  # its holder took it away as it let go
         os.ftruncate(self._file, 0)
@@ -74,9 +74,6 @@ class WriterLock:
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.close(self._file)
-
-    def _is_in_place(self) -> bool:
-        return _is_file_of(self.path, self._file)
 
 
 def _is_file_of(path: Path, file: int) -> bool:

@@ -49,15 +49,11 @@ def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
         DamagedRecording: when a row of one of them is damaged or missing.
     """
     with RecordingReader(path) as reader, reader.at_once():
-        return read_open_streams(reader, streams)
+        return [read_open_stream(reader, stream) for stream in streams]
 
 
-def read_open_streams(reader: RecordingReader, streams: Iterable[int]) -> list[OpenStream]:
-    """As `load_open_streams`, from a recording that is open."""
-    return [_read(reader, stream) for stream in streams]
-
-
-def _read(reader: RecordingReader, stream: int) -> OpenStream:
+def read_open_stream(reader: RecordingReader, stream: int) -> OpenStream:
+    """As `load_open_streams`, one of a recording that is open."""
     opening = reader.newest_row("openings", "stream = ?", stream)
     if opening is None:
         raise reader.damaged(f"the table openings has no row of stream {stream}")

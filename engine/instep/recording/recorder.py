@@ -78,7 +78,8 @@ class Recorder:
         self._is_asleep = False
         """Whether the thread has to be woken even for rows that nothing waits for."""
         self._stopping = False
-        self._failed: Exception | None = None
+        self.failed: Exception | None = None
+        """The error that ended the recording, if one did."""
         self._thread = threading.Thread(target=self._run, name="instep-recorder", daemon=True)
         self._thread.start()
 
@@ -87,11 +88,6 @@ class Recorder:
         """How many more batches may be added now; 0 or less for none."""
         is_full = self._small_rows >= self._queue_batches * SMALL_ROWS_PER_BATCH
         return 0 if is_full else self._queue_batches - self._batches
-
-    @property
-    def failed(self) -> Exception | None:
-        """The error that ended the recording, if one did."""
-        return self._failed
 
     def put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
@@ -113,8 +109,8 @@ class Recorder:
             RecordingError: after a failure, and once it was stopped.
         """
         with self._changed:
-            if self._failed is not None:
-                raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self._failed}")
+            if self.failed is not None:
+                raise RecordingError(f"the recording {self._writer.path} failed and takes nothing more: {self.failed}")
             if self._stopping:
                 raise RecordingError(f"the recording {self._writer.path} was stopped and takes nothing more")
             self._queue.append(write)
@@ -153,7 +149,7 @@ class Recorder:
             self._writer.close()
         except Exception as error:  # SQLite's, the system's or a bug's: the recording is over in any case
             with self._changed:
-                self._failed = error
+                self.failed = error
                 self._queue.clear()
             try:
                 self._writer.abandon()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import NoSuchStream, RecordingError
-from instep.recording.schema import Column, RecordingHeader, row_crc
+from instep.recording.schema import Column, RecordingHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +292,7 @@ class StateRows:
     """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
 
     def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
-        """The rows of the table `states`, of a snapshot at that position."""
+        """The rows of the table `states` without their CRCs, of a snapshot at that position."""
         lengths = self.seqs - self.tail_seqs
         assert len(self.tail_x) == len(self.tail_y) == lengths.sum()
         assert (lengths >= 0).all()
@@ -301,8 +301,7 @@ class StateRows:
         for at, (stream, seq, tail_seq) in enumerate(columns):
             tail = slice(ends[at] - (seq - tail_seq), ends[at])
             x, y = (blob(array, "<f4") for array in (self.tail_x[tail], self.tail_y[tail]))
-            row = (stream, position, seq, self.states[at].tobytes(), tail_seq, x, y)
-            yield (*row, row_crc(*row))
+            yield stream, position, seq, self.states[at].tobytes(), tail_seq, x, y
 
 
 def blob(array: npt.NDArray[Any], dtype: str) -> bytes:

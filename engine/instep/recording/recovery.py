@@ -13,7 +13,7 @@ import numpy as np
 
 from instep.core.typing import I64, Bool
 from instep.recording.file import Closing
-from instep.recording.open_streams import OpenStream, read_open_streams
+from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset, find_sorted
 from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RecordingHeader, read_owner_detail
@@ -72,7 +72,7 @@ class Recovered(Closing):
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
         """Load open streams by number, each in its newest state; the replay continues from there."""
-        return read_open_streams(self._reader, streams)
+        return [read_open_stream(self._reader, stream) for stream in streams]
 
     def seqs(self) -> tuple[I64, I64]:
         """The numbers of the open streams, rising, and the seqs of their newest states: int64 [N] each."""
@@ -144,7 +144,7 @@ class Recovered(Closing):
         closings = [(row[0], row[2], row[3]) for row in self._reader.rows("closings", self._reader.first_position)]
         self._ends: list[tuple[int, int, int]] = []
         """Of streams that close after the checkpoint: position, place, and the seq that the next frame would have."""
-        places, are_known = self._find(np.array([stream for _, stream, _ in closings], np.int64))
+        places, are_known = find_sorted(self._numbers, np.array([stream for _, stream, _ in closings], np.int64))
         for (position, stream, frames), at, is_known in zip(closings, places.tolist(), are_known.tolist(), strict=True):
             if not is_known or not self._opened_at[at] < position < self._closed_at[at]:
                 raise self._reader.damaged(f"stream {stream}, which is not open, closes at position {position}")
@@ -155,10 +155,6 @@ class Recovered(Closing):
                     # Its frames up to there are in no state, if it closed before the states were read.
                     self._held[at], self._next[at] = _NEVER, _UNKNOWN
         return np.array([position for position, *_ in closings], np.int64)
-
-    def _find(self, streams: I64) -> tuple[I64, Bool]:
-        """The places of streams, and whether each has an opening: int64 [N] → int64 [N], bool [N]."""
-        return find_sorted(self._numbers, streams)
 
     def _read_events(self) -> tuple[int, I64]:
         """The position of the newest checkpoint that was announced, and those of all events."""
@@ -176,7 +172,7 @@ class Recovered(Closing):
             elif event.kind == CHECKPOINT_EVENT:
                 newest = event.seq or 0
         rows = np.array(owned, np.int64).reshape(-1, 2)
-        _, are_known = self._find(rows[:, 1])
+        _, are_known = find_sorted(self._numbers, rows[:, 1])
         for position in rows[~are_known, 0].tolist():
             raise self._reader.damaged(f"the event at position {position} is of no stream")
         return newest, np.array(positions, np.int64)
@@ -191,7 +187,7 @@ class Recovered(Closing):
             raise self._reader.damaged(f"it holds {count:,} states instead of {self._reader.state_rows:,}")
         rows = np.array(columns, np.int64).reshape(-1, 3)
         rows = rows[np.append(rows[1:, 0] != rows[:-1, 0], np.ones(min(len(rows), 1), np.bool_))]  # the newest of each
-        places, are_known = self._find(rows[:, 0])
+        places, are_known = find_sorted(self._numbers, rows[:, 0])
         for stream in rows[~are_known | (rows[:, 1] > self.last_position), 0].tolist():
             raise self._reader.damaged(f"the state of stream {stream} fits no stream")
         is_open = self._closed_at[places] == _NEVER
@@ -204,7 +200,7 @@ class Recovered(Closing):
     def _step(self, batch: RecordedBatch) -> Bool:
         """Take note of a batch; for each frame, whether it applies."""
         streams, seqs = batch.streams.astype(np.int64), batch.seqs.astype(np.int64)
-        places, are_known = self._find(streams)
+        places, are_known = find_sorted(self._numbers, streams)
         bad = ~are_known
         if not bad.any():
             expected, held = self._next[places], self._held[places]
@@ -223,7 +219,7 @@ class Recovered(Closing):
 
     def _reset(self, reset: StateReset) -> bool:
         """Take note of a reset; whether it applies."""
-        places, are_known = self._find(np.array([reset.stream], np.int64))
+        places, are_known = find_sorted(self._numbers, np.array([reset.stream], np.int64))
         at = int(places[0])
         good = bool(are_known[0]) and bool(self._opened_at[at] < reset.position < self._closed_at[at])
         if good and self._next[at] == _UNKNOWN:

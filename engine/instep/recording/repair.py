@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
-from instep.recording.database import make_tables
+from instep.recording.database import insert, make_tables, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.file import UNREADABLE
-from instep.recording.inspection import insert, with_crcs, write_new
+from instep.recording.inspection import write_new
 from instep.recording.schema import (
     APPLICATION_ID,
     BESIDE,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
-from instep.recording.database import is_in_use
+from instep.recording.database import insert, is_in_use, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.records import Checkpoint, StateRows, Trimmed, blob, state_blobs
 from instep.recording.schema import (
@@ -213,8 +213,7 @@ class RowWriter:
             self._database.execute("DELETE FROM checkpoints WHERE position = ?", (self._checkpoints.pop().position,))
         if self._checkpoints and self._checkpoints[-1].position == new.position:
             return  # nothing has changed since the one that is kept
-        row = astuple(new)
-        self._database.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
+        insert(self._database, "checkpoints", with_crcs([astuple(new)]))
         self._checkpoints.append(new)
         if self.retention.is_apart(self._kept, new.bytes, new.time_ns):
             self._kept = new
@@ -266,9 +265,8 @@ class RowWriter:
             yield
         self._begin()
         self.trimmed = Trimmed(position, events, self._last_stream, self._last_epoch)
-        row = astuple(self.trimmed)
         self._database.execute("DELETE FROM trimmed")
-        self._database.execute("INSERT INTO trimmed VALUES (?, ?, ?, ?, ?)", (*row, row_crc(*row)))
+        insert(self._database, "trimmed", with_crcs([astuple(self.trimmed)]))
         self._database.execute("DELETE FROM checkpoints WHERE position < ?", (position,))
         self.commit()
         self._checkpoints = [each for each in self._checkpoints if each.position >= position]
@@ -292,7 +290,7 @@ class RowWriter:
     def _replace_states(self, through: int, rows: StateRows) -> None:
         streams = rows.streams.tolist()
         self._delete_states(streams)
-        self._database.executemany("INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows.as_rows(through))
+        insert(self._database, "states", with_crcs(rows.as_rows(through)))
         self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
         self._state_rows += len(streams)
 

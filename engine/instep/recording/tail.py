@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from instep.core.typing import U8
 from instep.recording.errors import DamagedRecording
-from instep.recording.open_streams import OpenStream, read_open_streams
+from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import MARKS, RecordingReader
 from instep.recording.records import BatchGroup, RecordedEvent
 from instep.recording.schema import ENGINE_EVENT, RECOVERED_EVENT
@@ -113,7 +113,7 @@ class RecordingTail(RecordingReader):
     def newest_state(self, stream: int) -> OpenStream | None:
         """A stream in its newest state that the recording holds; None where it has closed."""
         try:
-            (found,) = read_open_streams(self, [stream])
+            found = read_open_stream(self, stream)
         except DamagedRecording:
             if self.newest_row("openings", "stream = ?", stream) is None:
                 return None  # it has closed, and was trimmed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from instep.recording.database import is_in_use, make_tables, put_wal_away, remove_database
+from instep.recording.database import insert, is_in_use, make_tables, put_wal_away, remove_database, with_crcs
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
@@ -23,7 +23,6 @@ from instep.recording.schema import (
     RECOVERED_EVENT,
     Durability,
     RecordingHeader,
-    row_crc,
 )
 from instep.recording.trim import KEEP_ALL, Retention
 
@@ -88,8 +87,8 @@ class RecordingWriter(RowWriter):
                 undo.callback(database.close)
                 make_tables(database)
                 lock.hold()
-                database.executemany("INSERT INTO header VALUES (?, ?, ?)", header.rows())
-                database.execute("INSERT INTO newest VALUES (0, 0, ?)", (row_crc(0, 0),))
+                insert(database, "header", header.rows())
+                insert(database, "newest", with_crcs([(0, 0)]))
                 database.execute("COMMIT")
                 _set_up(database, header)
                 writer = cls(path, lock, database, header, 0, retention)
