@@ -7,13 +7,13 @@ import time
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from instep.recording.database import insert, make_tables, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import write_new
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, StreamState, Trimmed, blob
+from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT
 
 
@@ -127,11 +127,7 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
         openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]
         streams = {row[2] for row in openings}
         events = reader.rows_that_count(base.position, streams)
-        begun = {
-            state.stream: state
-            for state in reader.states()
-            if state.position <= base.position and state.stream in streams
-        }
+        begun = {row[0]: row for row in reader.rows("states") if row[0] in streams and row[1] <= base.position}
         states = len(begun)
         trimmed = _trimmed(reader, base.position, len(events))
         for table, values in (
@@ -139,7 +135,7 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
             ("events", events),
             ("trimmed", [astuple(trimmed)]),
             ("checkpoints", [astuple(base)]),
-            ("states", [_state_row(state) for state in begun.values()]),
+            ("states", begun.values()),
         ):
             insert(database, table, with_crcs(values))
     now = time.time_ns()
@@ -163,8 +159,3 @@ def _trimmed(reader: RecordingReader, position: int, events: int) -> Trimmed:
         max([before.last_stream, *(row[2] for row in openings)]),
         max([before.last_epoch, *(row[4] for row in openings), *owners]),
     )
-
-
-def _state_row(state: StreamState) -> tuple[Any, ...]:
-    x, y = (blob(array, "<f4") for array in (state.tail_x, state.tail_y))
-    return (state.stream, state.position, state.seq, state.state.tobytes(), state.tail_seq, x, y)

@@ -113,18 +113,12 @@ class _Salvage:
 
     def history(self, after: int) -> Iterator[tuple[str, Row]]:
         """Rows of all tables, by position from the one after `after`, up to the first that is missing."""
-        tables = (zip(repeat(table), self._rows_after(table, after), strict=False) for table in HISTORY)
-        for position, (table, row) in enumerate(heapq.merge(*tables, key=_position), start=after + 1):
+        tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
+        later = (item for item in heapq.merge(*tables, key=lambda item: item[1][0]) if item[1][0] > after)
+        for position, (table, row) in enumerate(later, start=after + 1):
             if row[0] != position:
                 return
             yield table, row
-
-    def _rows_after(self, table: str, position: int) -> Iterator[Row]:
-        return (row for row in self.rows(table) if row[0] > position)
-
-
-def _position(item: tuple[str, Row]) -> int:
-    return int(item[1][0])
 
 
 def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
