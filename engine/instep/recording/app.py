@@ -26,7 +26,7 @@ def check(recording: Recording, json: Json = False) -> None:
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.check(recording, _console(), json=json))
+    raise typer.Exit(commands.check(recording, make_console(), json=json))
 
 
 @app.command(examples=["instep recordings info today.instep"])
@@ -34,7 +34,7 @@ def info(recording: Recording, json: Json = False) -> None:
     """Show a recording's model, size, streams, frames and conditions."""
     from instep.recording import commands
 
-    raise typer.Exit(commands.info(recording, _console(), json=json))
+    raise typer.Exit(commands.info(recording, make_console(), json=json))
 
 
 @app.command("list", examples=["instep recordings list /var/lib/instep"])
@@ -45,7 +45,7 @@ def list_folder(
     """List the recordings in a folder, one per line."""
     from instep.recording import commands
 
-    raise typer.Exit(commands.list_folder(folder, _console(), json=json))
+    raise typer.Exit(commands.list_folder(folder, make_console(), json=json))
 
 
 @app.command(examples=["instep recordings repair today.instep --output saved.instep"])
@@ -62,7 +62,7 @@ def repair(
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.repair(recording, output, _console()))
+    raise typer.Exit(commands.repair(recording, output, make_console()))
 
 
 @app.command(
@@ -96,10 +96,11 @@ def cut(
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.cut_out(recording, output, begin, end, _console()))
+    raise typer.Exit(commands.cut_out(recording, output, begin, end, make_console()))
 
 
-def _console() -> Console:
+def make_console() -> Console:
+    """Standard output; `rich` is imported when a command runs."""
     from rich.console import Console
 
     return Console()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -37,16 +38,13 @@ def check(file: Path, console: Console, *, json: bool = False) -> int:
     Returns:
         0 when it is, 1 when it is damaged, 2 when it cannot be read.
     """
-    columns = (TextColumn("checking"), BarColumn(), TaskProgressColumn())
-    shown = console.is_terminal and not json
     try:
-        with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
-            task = bars.add_task("checking", total=1.0)
-            found = inspect(file, lambda share: bars.update(task, completed=share))
+        with progress_bar("checking", console, is_shown=not json) as on_progress:
+            found = inspect(file, on_progress)
     except RecordingError as error:
         return _failed(file, error, console, "whole", json=json)
     if json:
-        _write_json({"file": str(file), "whole": True, **asdict(found)})
+        write_json({"file": str(file), "whole": True, **asdict(found)})
     else:
         _say(console, f"whole: {_holds(found)}", "bold green")
     return WHOLE
@@ -59,7 +57,7 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
     except RecordingError as error:
         return _failed(file, error, console, "read", json=json)
     if json:
-        _write_json(asdict(found))
+        write_json(asdict(found))
         return WHOLE
     known, is_shown = facts(found), console.is_terminal
     indent = max(map(len, known)) + 2
@@ -79,7 +77,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
     except RecordingError as error:
         return _failed(folder, error, console, "read", json=json)
     if json:
-        _write_json([_as_json(listed) for listed in found])
+        write_json([_as_json(listed) for listed in found])
     elif found:
         _in_columns(console, [_HEADINGS, *map(_line, found)])
     else:
@@ -219,15 +217,26 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
 def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:
     damaged = isinstance(error, DamagedRecording)
     if json:
-        _write_json({"file": str(file), what: False, "error": with_advice(error)})
+        write_json({"file": str(file), what: False, "error": with_advice(error)})
     else:
         said = f"not {what}" if what in ("repaired", "cut") else "not read"
         _say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
 
 
-def _write_json(value: Any) -> None:
-    sys.stdout.write(jsonlib.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(value: Any) -> None:
+    """Write a line to standard output, at once."""
+    sys.stdout.write(jsonlib.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress_bar(title: str, console: Console, *, is_shown: bool) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal while the block runs, and the function that takes the share (0 to 1) that is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)) as bars:
+        task = bars.add_task(title, total=1.0)
+        yield lambda share: bars.update(task, completed=share)
 
 
 def _say(console: Console, sentence: str, style: str) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from instep import interrupts
+from instep.recording.app import Json, make_console
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_tools.command_line import CommandLine, Endpoint
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 STATE_EXAMPLES: Final = (
     "instep recordings state today.instep mic-7 --seq 1200",
@@ -31,7 +29,6 @@ ModelFolder = Annotated[
     Path | None,
     typer.Option("--model", metavar="FOLDER", help="The model. Default: where the recording says.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def add_to(engine: CommandLine, recordings: CommandLine) -> None:
@@ -76,7 +73,7 @@ def state(
     from instep.timetravel.state import Look, run
 
     interrupts.raise_again()
-    raise typer.Exit(run(Look(recording, stream, seq, model, out, plot, wanted, json), _console()))
+    raise typer.Exit(run(Look(recording, stream, seq, model, out, plot, wanted, json), make_console()))
 
 
 def replay_from(
@@ -104,7 +101,7 @@ def replay_from(
     from instep.timetravel.replay_from import WhatIf, run
 
     interrupts.raise_again()
-    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json), _console()))
+    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json), make_console()))
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -115,9 +112,3 @@ def _range(text: str) -> tuple[int, int]:
             param_hint="--frames",
         )
     return int(found[1]), int(found[2])
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
-from rich.text import Text
 
-from instep.recording.errors import RecordingError, with_advice
+from instep.recording.errors import RecordingError
 from instep.timetravel.past import Moment, PastFrames, in_words
-from instep.timetravel.state import NOT_DONE, as_snapshot, travelling
+from instep.timetravel.state import as_snapshot, not_done, travelling
 from instep.verify.report import CannotVerify
 from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import InvalidInput
@@ -67,13 +64,7 @@ def run(what: WhatIf, console: Console) -> int:
             rest = past.since(what.seq) if what.continues else None
             taken = as_snapshot(moment, header)
     except (RecordingError, CannotVerify) as error:
-        if what.json:
-            sys.stdout.write(
-                json.dumps({"file": str(what.file), "stream": what.stream, "error": with_advice(error)}) + "\n"
-            )
-        else:
-            console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
-        return NOT_DONE
+        return not_done(what.file, what.stream, error, console, json=what.json)
     return run_undrained(partial(_open, what, moment, taken, rest), Terminal(what.json))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from instep.core.typing import U8
+from instep.recording.commands import progress_bar, write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
@@ -78,14 +76,10 @@ def run(what: Look, console: Console) -> int:
                 save_new(taken, what.out, "--out")
             drawn = "" if what.plot is None else _draw(what, what.plot, past, moment, header)
     except (RecordingError, CannotVerify, CommandProblem) as error:
-        if what.json:
-            _write_json({"file": str(what.file), "stream": what.stream, "error": with_advice(error)})
-        else:
-            console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
-        return NOT_DONE
+        return not_done(what.file, what.stream, error, console, json=what.json)
     norms = _norms(moment.state[None], header.state_spec)
     if what.json:
-        _write_json(_as_json(what, moment, taken, {leaf: float(norm[0]) for leaf, norm in norms.items()}))
+        write_json(_as_json(what, moment, taken, {leaf: float(norm[0]) for leaf, norm in norms.items()}))
         return DONE
     leaves = ", ".join(
         f"{leaf.name} {leaf.dtype} {list(leaf.shape)} with norm {norms[leaf.name][0]:.6g}"
@@ -106,13 +100,20 @@ def travelling(
     file: Path, stream: str, model_folder: Path | None, console: Console, *, quiet: bool
 ) -> Iterator[tuple[Past, RecordingHeader]]:
     """The past of a stream, with the header of its recording; a bar shows on a terminal how far it is read."""
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn())
     with RecordingReader(file) as reader:
         model = recorded_model(reader.header, model_folder)
-        with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
-            task = bars.add_task("reading", total=1.0)
-            past = Past(reader, model, stream, lambda share: bars.update(task, completed=share))
+        with progress_bar("reading", console, is_shown=not quiet) as on_progress:
+            past = Past(reader, model, stream, on_progress)
         yield past, reader.header
+
+
+def not_done(file: Path, stream: str, error: Exception, console: Console, *, json: bool) -> int:
+    """Say why it could not be done; the exit status."""
+    if json:
+        write_json({"file": str(file), "stream": stream, "error": with_advice(error)})
+    else:
+        console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
+    return NOT_DONE
 
 
 def as_snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:
@@ -180,7 +181,3 @@ def _values(rows: U8, spec: StateSpec) -> dict[str, Any]:
     """Each element of the state, [N], by the name of its leaf and its number there."""
     leaves = {name: leaf.reshape(len(rows), -1) for name, leaf in spec.unpack(rows).items()}
     return {f"{name}{at}": leaf[:, at] for name, leaf in leaves.items() for at in range(leaf.shape[1])}
-
-
-def _write_json(fields: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(fields, allow_nan=False, ensure_ascii=False) + "\n")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from instep.recording.commands import facts
+from instep.recording.commands import facts, write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over
 from instep.recording.reader import RecordingReader
@@ -65,7 +63,7 @@ def run(
             model = recorded_model(reader.header, model_folder)
             report = verifier.verify(reader, model, streams, on_progress)
         if json:
-            _write_json(report.as_json())
+            write_json(report.as_json())
         else:
             render(report, console)
         status = MISMATCH if report.mismatches else VERIFIED if report.verified else NOT_CHECKED
@@ -91,7 +89,7 @@ def follow(
 
     def followed() -> int:
         following = Following(file, model_folder, streams)
-        verdict = following.in_json(for_s, _write_json) if json else following.in_words(for_s, console)
+        verdict = following.in_json(for_s, write_json) if json else following.in_words(for_s, console)
         return MISMATCH if verdict == "mismatch" else NOT_CHECKED if verdict == "not checked" else VERIFIED
 
     return _status(file, json, console, followed)
@@ -103,7 +101,7 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) 
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
         if json:
-            _write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
+            write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
         else:
             console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_CHECKED
@@ -112,11 +110,6 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) 
     except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
         return NOT_CHECKED
-
-
-def _write_json(fields: dict[str, object]) -> None:
-    sys.stdout.write(dumps(fields, allow_nan=False) + "\n")
-    sys.stdout.flush()
 
 
 @contextmanager
