@@ -318,7 +318,7 @@ class RecordingReader(RecordingFile):
         initial = self.state(state, opened_position)
         opened = (stream, name, epoch, first_seq, opened_ns, opened_position, initial)
         if closing is None:
-            return StreamInfo(*opened, *[None] * 5)
+            return StreamInfo(*opened)
         position, time_ns, _, frames, reason, state = closing
         return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
 

@@ -31,13 +31,13 @@ class StreamInfo:
     opened_position: int
     initial_state: U8 | None
     """Before its first frame, uint8 [row_bytes]; None for the model's initial state."""
-    closed_ns: int | None
+    closed_ns: int | None = None
     """None where it was still open at the last commit; so are all the fields below."""
-    closed_position: int | None
-    reason: str | None
-    frames: int | None
+    closed_position: int | None = None
+    reason: str | None = None
+    frames: int | None = None
     """The seq that its next frame would have had, as counted at the close."""
-    final_state: U8 | None
+    final_state: U8 | None = None
     """uint8 [row_bytes]; None also where it was not known."""
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 import zlib
 from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
@@ -31,7 +32,7 @@ from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
-from instep.verify.left_out import LeftOut, Reason
+from instep.verify.left_out import Reason, by_reason
 from instep.verify.mismatches import Mismatches, StreamNumbers, WrongOutput, wrong_output
 from instep.verify.portion import FollowedPart, Portion
 from instep.verify.stream_checks import StreamCheck
@@ -107,7 +108,7 @@ class Follower:
         """Streams that count in `streams_total`."""
         self._remembered = (self.mismatches.streams, self._followed)
         self._portion = Portion()
-        self._left_out = LeftOut()
+        self._left_out = Counter[Reason]()
         with RecordingTail(path) as tail:
             newest = tail.newest_checkpoint
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
@@ -118,7 +119,7 @@ class Follower:
             self.applied = tail.frames_until(self.position) if applied is None else applied
             self._note_trimmed(tail)
         self._tail = tail
-        self._checkers = self._make_checkers(tail)  # which takes long: the file is closed by now
+        self._checkers = self._make_checkers(tail, self.position)  # which takes long: the file is closed by now
         self._start = self.seen = max(self.position, self.seen)
         self._uncounted = waiting
         """Of the frames up to `_start`, how many may still count."""
@@ -140,7 +141,7 @@ class Follower:
     @property
     def skipped_by(self) -> dict[str, int]:
         """`skipped` by the reason."""
-        return self._left_out.by_reason(self.skipped)
+        return by_reason(self._left_out, self.skipped)
 
     @property
     def waiting(self) -> int:
@@ -205,20 +206,19 @@ class Follower:
         """Frames behind `seen` are not read at all."""
         self.frames_seen += frames
         self.applied += frames
-        self._left_out.counts[reason] += frames
+        self._left_out[reason] += frames
 
     def _skip_to(self, position: int, tail: RecordingTail) -> None:
         still_open = set(tail.newest_open(_ALL))
         for streams in self._remembered:
             streams.keep(still_open)  # the closings of others may be among what is left out
-        self._left_out.counts[Reason.BEHIND] += self.waiting
+        self._left_out[Reason.BEHIND] += self.waiting
         self._known, self._portion, self.position, self.seen = {}, Portion(), position, max(self.seen, position)
         self._late.clear()
 
-    def _make_checkers(self, tail: RecordingTail, position: int | None = None) -> Checkers:
+    def _make_checkers(self, tail: RecordingTail, position: int) -> Checkers:
         """For the engine that wrote the row at a position."""
-        at = self.position if position is None else position
-        engine = [engine for engine in tail.engines if engine.position <= at][-1]
+        engine = [engine for engine in tail.engines if engine.position <= position][-1]
         return make_checkers(self._model, [engine.header], self._certify, Event())
 
     # ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,7 +247,7 @@ class Follower:
             parts, unseen = [known[number] for number in numbers], int(item.starts[bisect(item.positions, self.seen)])
             self.frames_seen += len(parts) - unseen
             self.applied += len(parts) - unseen
-            self._left_out.counts.update(part for part in parts[unseen:] if isinstance(part, Reason))
+            self._left_out.update(part for part in parts[unseen:] if isinstance(part, Reason))
             for at in range(int(item.starts[bisect(item.positions, self._start)])):
                 if isinstance(part := parts[at], FollowedPart):
                     part.counts_from = int(item.seqs[at]) + 1
@@ -362,7 +362,7 @@ class Follower:
         for span in task.spans():
             seqs = span.starts + np.arange(len(span))[:, None]
             is_new = seqs >= counts_from
-            self._left_out.counts[Reason.NO_OUTPUT] += int((span.valid & ~span.answered & is_new).sum())
+            self._left_out[Reason.NO_OUTPUT] += int((span.valid & ~span.answered & is_new).sum())
             counts = span.answered.copy()
             counts[:, list(found.undecided)] = False
             before = int((counts & ~is_new).sum())
@@ -371,8 +371,7 @@ class Follower:
             self.frames += int(counts.sum()) - before + uncounted
 
     def _stream_check(self, part: FollowedPart, start: int, frames: int) -> StreamCheck:
-        nothing = (None, None, None, None, None)
-        info = StreamInfo(part.number, part.name, 0, part.next_seq, 0, 0, part.state, *nothing)
+        info = StreamInfo(part.number, part.name, 0, part.next_seq, 0, 0, part.state)
         initial = self._checkers.network.state.initial(1)[0] if part.state is None else part.state
         return StreamCheck(info, 0, start, part.next_seq, frames, initial, None)
 

@@ -44,25 +44,19 @@ _WORDS: Final = {
 }
 
 
-class LeftOut:
-    """Counts frames by the reason, as they are read for the first time."""
+def by_reason(counts: Counter[Reason], skipped: int) -> dict[str, int]:
+    """Frames counted as they were read first, adjusted so that they add up to all that were not compared, `skipped`.
 
-    def __init__(self) -> None:
-        self.counts = Counter[Reason]()
-
-    def by_reason(self, skipped: int) -> dict[str, int]:
-        """The counts, adjusted so that they add up to all frames that were not compared.
-
-        Some frames were counted and compared after all, once more streams were followed; for others the reason was not
-        known when they were read.
-        """
-        found, surplus = dict[str, int](), self.counts.total() - skipped
-        for reason in Reason:
-            taken = min(max(0, surplus), self.counts[reason])
-            surplus -= taken
-            found[str(reason)] = self.counts[reason] - taken
-        found[Reason.OTHER] += max(0, -surplus)
-        return {reason: frames for reason, frames in found.items() if frames}
+    Some frames were counted and compared after all, once more streams were followed; for others the reason was not
+    known when they were read.
+    """
+    found, surplus = dict[str, int](), counts.total() - skipped
+    for reason in Reason:
+        taken = min(max(0, surplus), counts[reason])
+        surplus -= taken
+        found[str(reason)] = counts[reason] - taken
+    found[Reason.OTHER] += max(0, -surplus)
+    return {reason: frames for reason, frames in found.items() if frames}
 
 
 def share_compared(frames: int, skipped: int) -> float:
