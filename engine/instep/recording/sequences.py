@@ -32,11 +32,6 @@ class Stretch:
     """After the last frame; None where it was not recorded."""
 
 
-def no_frames(streams: Sequence[StreamInfo]) -> Sequence[int]:
-    """Keep none: for counting and checking only."""
-    return ()
-
-
 def all_frames(streams: Sequence[StreamInfo]) -> Sequence[int]:
     """Keep those of every stream."""
     return range(len(streams))
@@ -50,7 +45,7 @@ class SequenceIndex:
     Args:
         reader: an open recording; every row of its history is read and its CRC checked.
         on_progress: called with the share (0 to 1) of the recording that was read.
-        keep: chooses streams, as indices, whose frames are kept for `sequences`.
+        keep: chooses streams, as indices, whose frames are kept for `sequences`; none by default.
         checkpoints: positions, ascending, where the attributes below are noted.
 
     Attributes:
@@ -73,7 +68,7 @@ class SequenceIndex:
         self,
         reader: RecordingReader,
         on_progress: Callable[[float], None],
-        keep: Callable[[Sequence[StreamInfo]], Sequence[int]] = no_frames,
+        keep: Callable[[Sequence[StreamInfo]], Sequence[int]] = lambda streams: (),
         *,
         checkpoints: Sequence[int] = (),
     ) -> None:

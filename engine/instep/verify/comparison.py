@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -111,18 +111,14 @@ class Comparison:
 
         Leaves without limits must be equal.
         """
-        ours, theirs, first = spec.unpack(recorded[None]), spec.unpack(replayed[None]), 0
-        for leaf in spec.leaves:
-            values, others = ours[leaf.name].reshape(-1), theirs[leaf.name].reshape(-1)
+        for leaf, first, values, others in _leaves(spec, recorded, spec.unpack(replayed[None])):
             elements = np.flatnonzero(bits_differ(values, others))
             self.elements += values.size
-            if len(elements):
-                count = len(elements)
-                distance, lossy = _limit(limits, leaf.name, row)
+            if count := len(elements):
+                distance, lossy = _limit(limits, leaf, row)
                 found = Limits(np.full(count, distance), np.full(count, lossy))
                 both = values[elements], others[elements]
                 self._add(row, *both, found, np.full(count, seq), first + elements, place)
-            first += leaf.elements
 
     def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limits: Limits) -> None:
         """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
@@ -147,12 +143,10 @@ class Comparison:
         place: Place = "final state",
     ) -> None:
         """Compare a state [row_bytes] before the frame `seq` with the reference's, by leaf; limits as above."""
-        ours, first = spec.unpack(recorded[None]), 0
-        for leaf in spec.leaves:
-            values, nearest = ours[leaf.name].reshape(-1), truth[leaf.name].reshape(-1)
-            distance, lossy = _limit(limits, leaf.name, row)
+        for leaf, first, values, nearest in _leaves(spec, recorded, truth):
+            distance, lossy = _limit(limits, leaf, row)
             error: F64 = (values != nearest).astype(np.float64)
-            if leaf.name in limits:
+            if leaf in limits:
                 error = absolute_error(values, nearest.astype(np.float64))
                 if not lossy:
                     self.max_error[row] = max(self.max_error[row], error.max())
@@ -160,7 +154,6 @@ class Comparison:
             if len(beyond):
                 element = int(beyond[0])
                 self._add_miss(row, values[element], nearest[element], lossy, seq, first + element, place)
-            first += leaf.elements
 
     def _add(
         self, row: int, recorded: Values, replayed: Values, limits: Limits, frames: I64, elements: I64, place: Place
@@ -200,6 +193,14 @@ class Comparison:
             ulp = int(ulp_distance(np.array([recorded], np.float32), as_float32(np.array([truth])))[0])
             self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth), ulp)
         self.differs[row] = self.wrong[row] = True
+
+
+def _leaves(spec: StateSpec, recorded: U8, others: Leaves) -> Iterator[tuple[str, int, Values, Values]]:
+    """Each leaf of a state: its name, the index of its first element in the state, and its elements on both sides."""
+    ours, first = spec.unpack(recorded[None]), 0
+    for leaf in spec.leaves:
+        yield leaf.name, first, ours[leaf.name].reshape(-1), others[leaf.name].reshape(-1)
+        first += leaf.elements
 
 
 def _limit(limits: LeafLimits, leaf: str, row: int) -> tuple[float, bool]:
