@@ -27,7 +27,6 @@ from instep.recording.records import (
     StreamState,
 )
 from instep.recording.schema import (
-    CHECKPOINT_EVENT,
     COUNTED,
     END_EVENT,
     ENGINE_EVENT,
@@ -35,7 +34,6 @@ from instep.recording.schema import (
     OWNER_EVENT,
     RECOVERED_EVENT,
     RESET_EVENT,
-    read_checkpoint_frames,
 )
 
 MARKS: Final = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
@@ -192,11 +190,6 @@ class RecordingReader(RecordingFile):
     def checkpoint(self) -> Checkpoint:
         """The newest complete checkpoint; of position 0 when there is none."""
         return (self.checkpoints() or [Checkpoint()])[-1]
-
-    def frames_until(self, position: int) -> int:
-        """How many frames were applied up to a checkpoint's position, trimmed ones too; 0 where no event says so."""
-        completions = (event for event in self.events(position + 1) if event.kind == CHECKPOINT_EVENT)
-        return next((read_checkpoint_frames(event.detail) for event in completions if event.seq == position), 0)
 
     def states(self) -> Iterator[StreamState]:
         """All states, by stream and checkpoint: the last of a stream is its newest; closed streams may be there."""

@@ -14,7 +14,14 @@ from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import MARKS, RecordingReader
 from instep.recording.records import BatchGroup, RecordedEvent
-from instep.recording.schema import ENGINE_EVENT, RECOVERED_EVENT
+from instep.recording.schema import (
+    CHECKPOINT_EVENT,
+    ENGINE_EVENT,
+    RECOVERED_EVENT,
+    TABLES,
+    read_checkpoint_frames,
+    sound_rows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,15 @@ class RecordingTail(RecordingReader):
         if error is not None:
             raise self.damaged(f"the table openings cannot be read: {error}")
         return [row[0] for row in rows]
+
+    def frames_until(self, position: int) -> int:
+        """How many frames were applied up to a checkpoint's position, trimmed ones too; 0 where no event says so."""
+        completed = f"position > ?1 AND kind = '{CHECKPOINT_EVENT}' AND seq = ?1 ORDER BY position LIMIT 1"
+        query = f"SELECT {', '.join((*TABLES['events'], 'crc'))} FROM events WHERE {completed}"
+        rows, error = self._fetch(query, (position,))
+        if error is not None or sound_rows("events", rows) < len(rows):
+            raise self.damaged(f"the event about the checkpoint of position {position} cannot be read")
+        return sum(read_checkpoint_frames(row[5]) for row in rows)
 
     def newest_state(self, stream: int) -> OpenStream | None:
         """A stream in its newest state that the recording holds; None where it has closed."""
