@@ -305,8 +305,18 @@ def run(faults: Faults, example: list[int]) -> World:
     setting = Digits(example[0])
     table = steps_of(faults, 31 - setting.below(32))
     world = World(faults.durability, Sizes(window=1 + setting.below(4), batch=(1, 2, 4)[setting.below(3)]))
+    try:
+        _live(world, table, example, goes_well=setting.flag)
+    except BaseException:
+        if world.node is not None:
+            world.node.kill()  # tasks that have not begun would be warned of in some later test
+        raise
+    return world
+
+
+def _live(world: World, table: list[Step], example: list[int], *, goes_well: bool) -> None:
     world.clients[0].open([world.clients[0].lanes[name] for name in NAMES])
-    if setting.flag:
+    if goes_well:
         world.all_goes_well()
     for number in example[1:]:
         digits = Digits(number)
@@ -316,4 +326,3 @@ def run(faults: Faults, example: list[int]) -> World:
         world.start()
         world.check()
     world.settle()
-    return world

@@ -23,7 +23,7 @@ from tests.delivery.world import World
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
 STEPS = 60
-EXAMPLES = 1000
+EXAMPLES = 400
 
 SETTINGS = {
     "memory": Faults("memory"),
@@ -34,13 +34,13 @@ SETTINGS = {
 
 
 @cache
-def reached(setting: str) -> Counter[str]:
+def reached(setting: str, examples: int = EXAMPLES) -> Counter[str]:
     """Live through the examples of one setting; how often they came to what."""
     seen = Counter[str]()
     lived = 0
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,
@@ -54,13 +54,20 @@ def reached(setting: str) -> Counter[str]:
         lived += 1
 
     lives()
-    assert lived >= EXAMPLES
+    assert lived >= examples
     return seen
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_output_is_that_of_all_frames_before_it(setting: str) -> None:
     assert reached(setting)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_so_it_is_in_many_more_examples(setting: str) -> None:
+    assert reached(setting, 5000)
 
 
 def test_the_examples_reach_what_they_are_for() -> None:
@@ -123,6 +130,38 @@ def test_a_stream_that_ends_while_its_resume_waits_is_not_taken_for_the_next_in_
     world.deliver_to_server(client.connection)
     world.settle()
     assert [lane.state for lane in client.lanes.values()] == [Is.NOTHING, Is.OPEN, Is.OPEN]
+
+
+def test_a_pending_frame_is_not_acknowledged_by_a_takeover() -> None:
+    """Its step fails: it is sent anew, and its output is still there when the reply is lost."""
+    world, client, (lane,) = story("commit", NAMES[:1])
+    client.send([lane], 1, anew=False, politely=True)
+    world.deliver_to_server(client.connection)
+    other = world.clients[1]
+    other.take_over(other.lanes[lane.name])
+    world.deliver_to_server(other.connection)
+    world.fail_step(loses_state=False)
+    world.work(1)
+    world.all_goes_well()
+    world.all_goes_well()
+    other.send([other.lanes[lane.name]], 1, anew=False, politely=True)
+    world.deliver_to_server(other.connection)
+    world.work(1)
+    other.reconnect()
+    world.settle()
+    assert (other.lanes[lane.name].have, lane.state) == (1, Is.REFUSED)
+    assert "OUTPUTS_GONE" not in world.truth.seen
+
+
+def test_a_state_that_is_read_may_be_that_after_a_later_reset() -> None:
+    """Of several streams whose states are read together, one is reset while another still steps."""
+    world, client, lanes = story("memory", NAMES)
+    client.send(lanes[:1], 1, anew=False, politely=True)
+    client.read_states(lanes)
+    client.reset(lanes[1], next(world.truth.values))
+    world.deliver_to_server(client.connection)
+    world.settle()
+    assert {"a state was read", "reset"} <= world.truth.seen
 
 
 def test_a_stream_does_not_step_while_its_state_is_read() -> None:

@@ -236,6 +236,8 @@ class Truth:
                 seq, epoch, _ = self._stand(life) or (0, 0, 0)
                 life.lines[epoch].reset(seq, state)
                 life.changed.add(state)
+                if life.number in self._shown:  # a READ_STATE may still wait for another of its streams
+                    self._shown[life.number].append(life.lines[epoch].cut(len(life.lines[epoch])))
 
     def before_read(self, origin: Origin, handles: Sequence[int], copies: Sequence[str]) -> None:
         """The server is about to decide on a READ_STATE, or on a FORK with names of copies: it shows what is."""
