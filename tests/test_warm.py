@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ import pytest
 
 from instep.models.folder import write_model
 from tests.support.models import SMALL
-from tests.support.warm import WarmProcess, run_instep
+from tests.support.warm import WarmProcess, run_instep, run_program
 
 LEAVE_ONE: Final = """
 import sys
@@ -45,6 +46,27 @@ def test_arguments_folder_environment_and_status_are_those_that_were_given(tmp_p
         process.communicate(timeout=60)
         assert process.returncode == status
         process.send_signal(sent)  # to nobody
+
+
+def test_a_program_runs_in_its_folder_and_a_signal_reaches_it_however_early(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("import sys\nprint(__name__, sys.argv)\n")
+    (tmp_path / "program.py").write_text("import beside, time\nprint(__name__, flush=True)\ntime.sleep(100)\n")
+    for _ in range(10):
+        process = WarmProcess([], program="program.py", cwd=tmp_path)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=50)
+        assert (process.returncode, "KeyboardInterrupt" in stderr) == (1, True), stdout + stderr
+    done = run_program("beside.py", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "__main__ ['beside.py']\n", "")
+
+
+def test_a_status_is_read_by_several_threads(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("raise SystemExit(7)\n")
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            process = WarmProcess([], program="program.py", cwd=tmp_path)
+            assert set(threads.map(process.wait, [50] * 8)) == {7}
+            process.communicate()
 
 
 def test_a_command_that_a_test_leaves_running_ends_with_the_tests(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands of `instep` in processes of their own that need not import anything first.
+"""Commands of `instep`, and programs that use it, in processes of their own that need not import anything first.
 
 One process imports what commands need and does nothing else: it has no thread of Python, no socket and has computed
 nothing. Each command is a fork of it, and else a process like any other, with arguments, a folder, an environment and
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -39,6 +41,7 @@ class WarmProcess:
 
     Args:
         arguments: of the command.
+        program: a Python file that is run instead of `instep`.
         cwd: where it runs; None for the test's folder.
         env: its whole environment; None for the test's.
         output: a file for all that it prints; None for the pipes `stdout` and `stderr`.
@@ -49,12 +52,13 @@ class WarmProcess:
         self,
         arguments: Sequence[str],
         *,
+        program: str | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         output: Path | None = None,
         start_new_session: bool = False,
     ) -> None:
-        self.args = ["instep", *arguments]
+        self.args = [program or "instep", *arguments]
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None
         if output is not None:
@@ -62,20 +66,27 @@ class WarmProcess:
         else:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
-        begun = _Begun(self.args, cwd or Path.cwd(), dict(os.environ if env is None else env), start_new_session)
-        self._process = _context.Process(target=_run, args=(begun, _Files(theirs)), name="instep", daemon=True)
+        ready, to_ready = os.pipe()
+        environment = dict(os.environ if env is None else env)
+        begun = _Begun(self.args, program is not None, cwd or Path.cwd(), environment, start_new_session)
+        files = _Files([*theirs, to_ready])
+        self._process = _context.Process(target=_run, args=(begun, files), name="instep", daemon=True)
+        self._ending = threading.Lock()
         try:
             self._process.start()
         finally:
-            for file in set(theirs):
+            for file in {*theirs, to_ready}:
                 os.close(file)
+        with os.fdopen(ready, "rb") as file:
+            file.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
         assert self._process.pid is not None
         self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
         """Its exit status, or the number of the signal that killed it, negative; None while it runs."""
-        return self._process.exitcode
+        with self._ending:  # the status can be read once only
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         """The same."""
@@ -87,10 +98,11 @@ class WarmProcess:
         Raises:
             subprocess.TimeoutExpired: it still runs.
         """
-        self._process.join(timeout)
-        if self.returncode is None:
+        connection.wait([self._process.sentinel], timeout)
+        status = self.returncode
+        if status is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return self.returncode
+        return status
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it still writes until its end; nothing for a pipe that was set to None.
@@ -128,7 +140,15 @@ class WarmProcess:
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `instep` with these arguments to its end."""
-    process = WarmProcess(arguments, cwd=cwd)
+    return _run_to_its_end(WarmProcess(arguments, cwd=cwd))
+
+
+def run_program(program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python file to its end, which finds torch and `instep` imported."""
+    return _run_to_its_end(WarmProcess([], program=program, cwd=cwd))
+
+
+def _run_to_its_end(process: WarmProcess) -> subprocess.CompletedProcess[str]:
     try:
         stdout, stderr = process.communicate(timeout=100)
     finally:
@@ -140,6 +160,7 @@ def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.
 @dataclass(frozen=True)
 class _Begun:
     words: list[str]
+    is_program: bool
     cwd: Path
     environment: dict[str, str]
     new_session: bool
@@ -161,9 +182,9 @@ def _received(*files: Any) -> _Files:
 
 def _run(begun: _Begun, given: _Files) -> None:
     assert threading.active_count() == 1, "forked from a process with threads"
-    for number, file in zip((1, 2), given.files, strict=True):
+    *outputs, ready = given.files
+    for number, file in zip((1, 2), outputs, strict=True):
         os.dup2(file, number)
-    for file in given.files:
         os.close(file)
     if begun.new_session:
         os.setsid()
@@ -171,4 +192,10 @@ def _run(begun: _Begun, given: _Files) -> None:
     os.environ.clear()
     os.environ.update(begun.environment)
     sys.argv = begun.words
-    instep.__main__.main()
+    os.write(ready, b".")
+    os.close(ready)
+    if begun.is_program:
+        sys.path.insert(0, str(Path(begun.words[0]).parent.resolve()))
+        runpy.run_path(begun.words[0], run_name="__main__")
+    else:
+        instep.__main__.main()

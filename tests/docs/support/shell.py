@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep_tools.app import app as client_app
-from tests.support.warm import WarmProcess, run_instep
+from tests.support.warm import WarmProcess, run_instep, run_program
 
 SCRIPTS = Path(sys.executable).parent
 _DEFAULT = "tcp://127.0.0.1:5757"
@@ -29,9 +29,11 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of this environment to its end."""
+    """Run a command of this environment to its end; a program that needs it finds torch imported."""
     if command[0] == "instep":
         return run_instep(command[1:], cwd)
+    if command[0] == "python" and command[1].endswith(".py"):
+        return run_program(command[1], cwd)
     words = [str(SCRIPTS / command[0]), *command[1:]]
     return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=100, check=False)
 
