@@ -8,9 +8,9 @@ pytestmark = pytest.mark.heavy
 
 
 async def test_nothing_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
-    outcome = await run(tmp_path, kills=20, seed=1)
+    outcome = await run(tmp_path, kills=12, seed=1)
     assert outcome.passed, outcome.line()
-    assert outcome.kills == len(outcome.recovery_s) == 20
+    assert outcome.kills == len(outcome.recovery_s) == 12
 
 
 async def test_nothing_is_lost_when_connections_break(tmp_path: Path) -> None:

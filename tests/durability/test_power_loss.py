@@ -22,7 +22,7 @@ from tests.support.story import WINDOW, Story, Truth, assert_restored, new_engin
 pytestmark = pytest.mark.heavy
 
 ROUNDS = 60
-CRASHES = 220
+CRASHES = 120
 WAL_BYTES = 400_000
 """So that the WAL is copied into the file, and begun again, several times."""
 

@@ -21,7 +21,7 @@ from tests.support.story import Story, assert_restored, new_engine, story_header
 pytestmark = pytest.mark.heavy
 
 ROUNDS = 90
-KILLS, LOSSES = 120, 60
+KILLS, LOSSES = 60, 40
 KEPT = Retention(keep_ns=120_000)
 """The story's clock ticks 1,000 ns for each thing that happens."""
 
