@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from instep.server.server import Server
 from instep.shadow import live
 from instep.streaming.candidate import CandidateStatus
 from instep_client import AsyncClient, ConnectionFailed, Refused
+from tests.support.beside import frames, until
 from tests.support.models import plain, torch_gru
 from tests.support.running import log_into, prepared, running
 
@@ -82,17 +82,6 @@ def found(server: Server) -> CandidateStatus:
     candidate = server.default.candidate
     assert candidate is not None
     return candidate
-
-
-async def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < limit
-        await asyncio.sleep(0.02)
-
-
-def frames(rng: np.random.Generator, *shape: int) -> F32:
-    return rng.standard_normal((*shape, 5)).astype(np.float32)
 
 
 def of_torch(model: Model, x: F32) -> F32:

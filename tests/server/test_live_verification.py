@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from instep.server.server import Server
 from instep.streaming.verification import Verification
 from instep.verify import live
 from instep_client import AsyncClient, AsyncStream
+from tests.support.beside import frames, until
 from tests.support.models import plain
 from tests.support.networks import NETWORKS
 from tests.support.running import prepared, running
@@ -75,17 +74,6 @@ def found(server: Server) -> Verification:
     verification = server.default.verification
     assert verification is not None
     return verification
-
-
-async def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < limit
-        await asyncio.sleep(0.02)
-
-
-def frames(rng: np.random.Generator, *shape: int) -> F32:
-    return rng.standard_normal((*shape, 5)).astype(np.float32)
 
 
 async def step_all(streams: list[AsyncStream], x: F32) -> None:
@@ -381,10 +369,9 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
 
     def nonsense(*_: object) -> list[str]:
         monkeypatch.setattr(live, "command", command)
-        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**24, sep='\\n'); input(); input()"]
+        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**25, sep='\\n'); input(); input()"]
 
     monkeypatch.setattr(live, "command", nonsense)
-    monkeypatch.setattr("instep.server.background._LINE_BYTES", 2**16)
     recording = {"file": tmp_path / "r.instep"}
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:

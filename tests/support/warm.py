@@ -77,8 +77,8 @@ class WarmProcess:
         finally:
             for file in {*theirs, to_ready}:
                 os.close(file)
-        with os.fdopen(ready, "rb") as file:
-            file.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
+        with os.fdopen(ready, "rb") as told:
+            told.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
         assert self._process.pid is not None
         self.pid = self._process.pid
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from instep import background
@@ -29,9 +30,10 @@ from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify import live
+from instep.verify.follow_command import Following
 from instep.verify.following import Follower
 from instep.verify.mismatches import StreamNumbers
-from instep.verify.throttle import Status, Throttle, follow
+from instep.verify.throttle import Patience, Status, Throttle, follow
 from tests.support.forger import Forger
 from tests.support.growing import Story
 from tests.support.verifying import CERTIFY
@@ -442,7 +444,6 @@ def test_one_that_is_late_follows_fewer_streams_and_more_when_it_has_time() -> N
 
 
 def test_looks_are_sliced_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.verify.throttle._PAUSE_S", 0.01)
     story = Story(tmp_path)
     follower, over = story.follower(), Event()
     advance, lags, is_sliced = follower.advance, [0.1, 0.6, 1.5, 0.4, 0.1], list[bool]()
@@ -463,7 +464,7 @@ def test_looks_are_sliced_while_there_is_time(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(follower, "advance", advance_late)
     is_sliced.append(False)
-    follow(follower, told, over, every_s=0, slices=slices)
+    follow(follower, told, over, every_s=0, patience=Patience(pause_s=0.01), slices=slices)
     assert is_sliced[:5] == [False, True, False, False, True], "the first one may have much to read"
 
 
@@ -555,8 +556,6 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
     story.scribe.writer.close()
     with closing(sqlite3.connect(story.path, isolation_level=None, check_same_thread=False)) as database:
         monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.01))
-        monkeypatch.setattr("instep.verify.throttle._RETRY_S", 0.05)
-        monkeypatch.setattr("instep.verify.throttle._UNREADABLE_S", 0.0)
         follower, looks, over, waited = story.follower(), count(), Event(), list[str]()
         advance = follower.advance
 
@@ -573,7 +572,7 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
 
         monkeypatch.setattr(follower, "advance", advance_later)
         database.execute("BEGIN EXCLUSIVE")
-        follow(follower, told, over, every_s=0)
+        follow(follower, told, over, every_s=0, patience=Patience(retry_s=0.05, unreadable_s=0))
         assert next(looks) == 3
         message = f"{story.path} cannot be read now: database is locked; try again"
         assert waited == [message, message, "", ""], "the last one at the end"
@@ -586,25 +585,27 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         assert "database is locked; try again" in capfd.readouterr().err
 
 
-def test_the_command_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
-    advance, looks = Follower.advance, count()
+    advance, file, told = Follower.advance, io.StringIO(), list[dict[str, Any]]()
 
     def advance_later(follower: Follower) -> bool:
-        if next(looks) % 4 < 2:
+        said = file.getvalue() + json.dumps(told)
+        if "it is locked" not in said:
             raise UnavailableRecording("it is locked")
+        os.kill(os.getpid(), signal.SIGINT)
         return advance(follower)
 
     monkeypatch.setattr(Follower, "advance", advance_later)
-    monkeypatch.setattr("instep.verify.throttle._UNREADABLE_S", 0.0)
-    monkeypatch.setattr("instep.verify.throttle._RETRY_S", 0.01)
-    monkeypatch.setattr("instep.verify.follow_command._LINE_EVERY_S", 0.0)
-    monkeypatch.setattr("instep.verify.follow_command._JSON_EVERY_S", 0.0)
-    _, text = followed(story.path, "--for", "1.5")
-    assert re.search(r"^0 streams, 0 frames, 0 mismatches, \d+\.\d s behind\n  it is locked\n", text), text
-    _, text = followed(story.path, "--for", "1.5", "--json")
-    assert "it is locked" in [json.loads(line)["unreadable"] for line in text.splitlines() if "unreadable" in line]
+    following = partial(Following, story.path, None, (), Patience(retry_s=0.01, unreadable_s=0))
+    following().in_words(100, Console(file=file, force_terminal=True, color_system=None, width=80))
+    first, second = file.getvalue().splitlines()[:2]
+    assert re.search(r"0 streams, 0 frames, 0 mismatches, \d+\.\d s behind$", first), first
+    assert second.startswith("  it is locked")
+    file.truncate(0)
+    assert following().in_json(100, told.append) == "exact"
+    assert (told[0]["unreadable"], told[-1]["final"]) == ("it is locked", True)
 
 
 def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path: Path) -> None:

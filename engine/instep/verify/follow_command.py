@@ -19,7 +19,7 @@ from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
 from instep.verify.report import CannotVerify, Verdict
-from instep.verify.throttle import Status, follow
+from instep.verify.throttle import PATIENCE, Patience, Status, follow
 from instep_tools.words import counted
 
 _MOST_REASONS: Final = 2
@@ -36,10 +36,14 @@ class Following:
         file: the recording.
         model_folder: the model; None for where the recording says.
         streams: names or numbers of the streams to follow; none for all.
+        patience: how long it waits between looks.
     """
 
-    def __init__(self, file: Path, model_folder: Path | None, streams: Sequence[str]) -> None:
+    def __init__(
+        self, file: Path, model_folder: Path | None, streams: Sequence[str], patience: Patience = PATIENCE
+    ) -> None:
         self._file = file
+        self._patience = patience
         self._header, model = model_of(file, model_folder)
         with recorded_threads(self._header):
             self._follower = Follower(file, model, wanted=streams)
@@ -86,7 +90,7 @@ class Following:
     def _follow(self, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
         with recorded_threads(self._header), _until_interrupted() as stopped:
             try:
-                follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s)
+                follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s, patience=self._patience)
             except (RecordingError, CannotVerify) as error:
                 if not self._follower.mismatches.total:
                     raise

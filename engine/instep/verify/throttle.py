@@ -27,12 +27,21 @@ _IDLE: Final = 0.4
 """Busy for less than this share of its time, a follower can take on more streams."""
 _MOST_TOLD: Final = 16
 """Mismatches in one status, which has their values; more are told in the statuses that follow at once."""
-_PAUSE_S: Final = 0.2
-"""From one look at the file to the next."""
-_RETRY_S: Final = 1.0
-"""The same after a look at which the file could not be read."""
-_UNREADABLE_S: Final = 10.0
-"""A file that could not be read for longer than this is told of; a passing lock is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a follower waits, and what it waits for."""
+
+    pause_s: float = 0.2
+    """From one look at the file to the next."""
+    retry_s: float = 1.0
+    """The same after a look at which the file could not be read."""
+    unreadable_s: float = 10.0
+    """A file that could not be read for longer than this is told of; a passing lock is not."""
+
+
+PATIENCE: Final = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,7 @@ def follow(
     every_s: float = 1.0,
     for_s: float = math.inf,
     finishes: bool = False,
+    patience: Patience = PATIENCE,
     slices: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Follow until it is stopped or the time is over.
@@ -123,6 +133,7 @@ def follow(
         every_s: how often.
         for_s: how long; everything that was committed by then is checked.
         finishes: check everything that was committed by then when it is stopped, too.
+        patience: how long it waits between looks.
         slices: entered for each look after one that read everything in a moment, so there is time for rests.
 
     Raises:
@@ -158,10 +169,10 @@ def follow(
                 if before >= ends:
                     raise
                 now = time.monotonic()
-                if now - read > _UNREADABLE_S and now - told >= every_s:
+                if now - read > patience.unreadable_s and now - told >= every_s:
                     told = now
                     tell(str(error), now - read)
-                stopped.wait(_RETRY_S)
+                stopped.wait(patience.retry_s)
                 continue
             if now - told >= every_s or len(follower.mismatches.kept) > count:
                 told = now
@@ -169,7 +180,7 @@ def follow(
             if is_all:
                 if before >= ends:
                     return
-                stopped.wait(min(_PAUSE_S, max(0.0, ends - now)))
+                stopped.wait(min(patience.pause_s, max(0.0, ends - now)))
     finally:
         tell()
 
