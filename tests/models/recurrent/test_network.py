@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -135,16 +136,15 @@ def assert_close(network: RecurrentNetwork, one: tuple[F32, U8], other: tuple[F3
         np.testing.assert_allclose(leaf, network.state.unpack(other[1])[name], rtol=rtol, atol=2e-6)
 
 
-@pytest.mark.parametrize("rows", [4, 16, 64])
 @pytest.mark.parametrize("name", list(PLAIN))
-def test_without_frame_layers_the_bits_are_those_of_the_users_own_module(name: str, rows: int) -> None:
+def test_without_frame_layers_the_bits_are_those_of_the_users_own_module(name: str) -> None:
     network = network_of(PLAIN[name])
-    x, states = frames_and_states(network, 20, rows)
-    given = states.copy()
     found = certify(network, (4, 16, 64))
     chosen: Kernel = network.kernel
     kernels: set[Kernel] = {"torch", chosen}
-    for network.kernel in kernels:
+    for network.kernel, rows in product(kernels, (4, 16, 64)):
+        x, states = frames_and_states(network, 20, rows)
+        given = states.copy()
         expected = TorchNetwork(network.model, network.kernel).run(x, states)
         assert same_answers(network.sequence(x, states), expected)
         one_by_one = stepped(network, x, states)
@@ -152,9 +152,9 @@ def test_without_frame_layers_the_bits_are_those_of_the_users_own_module(name: s
         # A kernel that is not chosen was not certified; that of torch is, where the one by hand has its bits.
         if found.whole_sequence and rows in found.buckets and (network.kernel == chosen or expected_alike(network)):
             assert same_answers(one_by_one, expected)
-    assert same_bits(states, given)
-    step = network.bind(rows)
-    assert (step.x.shape[1], step.leaves["h"].shape[2]) == (x.shape[2], network.description.recurrent.hidden_size)
+        assert same_bits(states, given)
+        step = network.bind(rows)
+        assert (step.x.shape[1], step.leaves["h"].shape[2]) == (x.shape[2], network.description.recurrent.hidden_size)
     assert network.row_multiple == 4
 
 
@@ -170,22 +170,20 @@ def test_values_are_those_of_torch_modules(name: str) -> None:
     assert_close(network, network.sequence(x, states), TorchNetwork(network.model).run(x, states))
 
 
-@pytest.mark.parametrize("rows", [32, 64, 256])
 @pytest.mark.parametrize("name", list(DENSE))
-def test_with_frame_layers_stepping_and_the_whole_sequence_have_the_bits_that_are_certified(
-    name: str, rows: int
-) -> None:
+def test_with_frame_layers_stepping_and_the_whole_sequence_have_the_bits_that_are_certified(name: str) -> None:
     network = network_of(DENSE[name])
     found = certify(network, (32, 64, 256))
-    x, states = frames_and_states(network, 12, rows)
-    y, final = network.sequence(x, states)
     few = found.buckets[0]
-    for other in (stepped(network, x, states), network.sequence(np.ascontiguousarray(x[:, -few:]), states[-few:])):
-        count = other[0].shape[1]
-        expected = np.ascontiguousarray(y[:, -count:]), final[-count:]
-        assert_close(network, other, expected)
-        if found.whole_sequence and rows in found.buckets:
-            assert same_answers(other, expected)
+    for rows in (32, 64, 256):
+        x, states = frames_and_states(network, 12, rows)
+        y, final = network.sequence(x, states)
+        for other in (stepped(network, x, states), network.sequence(np.ascontiguousarray(x[:, -few:]), states[-few:])):
+            count = other[0].shape[1]
+            expected = np.ascontiguousarray(y[:, -count:]), final[-count:]
+            assert_close(network, other, expected)
+            if found.whole_sequence and rows in found.buckets:
+                assert same_answers(other, expected)
 
 
 @pytest.mark.parametrize("name", list(DENSE))
