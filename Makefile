@@ -6,7 +6,7 @@ RESETS ?= 100
 COVERAGE ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder --durations=15
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder --durations=15
 COUNTS := $(filter-out 0,$(COVERAGE))
 COUNTED := $(if $(COUNTS),coverage run,python)
 READY := $(VENV)/.ready
