@@ -95,10 +95,10 @@ async def test_a_bug_in_the_rules_fails_the_calls_and_is_logged(
         async with AsyncClient(server.endpoint) as client:
             stream = await client.open("a")
 
-            def bug(now: float) -> None:
+            def bug(session: Session, now: float) -> None:
                 raise RuntimeError("bug")
 
-            monkeypatch.setattr(client._session, "advance", bug)
+            monkeypatch.setattr(Session, "advance", bug)
             with (
                 caplog.at_level(logging.ERROR, "instep_client"),
                 pytest.raises(ConnectionFailed, match=r"the client failed.*RuntimeError\('bug'\)"),

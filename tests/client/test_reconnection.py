@@ -444,10 +444,10 @@ class TestPersonsDecide:
             link.session.step(handle, X[0])
         assert (caught.value.have, caught.value.server_has) == (0, 100)
 
-    def test_other_numerics(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_numerics(self) -> None:
         link = RingLink()
         handle = link.open("a")
-        monkeypatch.setattr(link.server, "_judge", lambda *_: Code.NUMERICS_CHANGED)
+        link.server.refuses[Kind.RESUME] = Code.NUMERICS_CHANGED
         lose(link)
         link.run(link.session.ping(0.0))
         with pytest.raises(NumericsChanged, match="NUMERICS_CHANGED"):

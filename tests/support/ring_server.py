@@ -59,6 +59,8 @@ class RingServer:
         """How many streams may be owned before those that hibernate find no room; None for any number."""
         self.busy_resumes = 0
         """How many RESUMEs are still to be refused with BUSY."""
+        self.refuses: dict[Kind, Code] = {}
+        """Kinds of requests that are refused, and with what; of a RESUME, each stream."""
         self.draining = False
         self.refused_hellos = 0
         """How many HELLOs are still to be refused."""
@@ -91,6 +93,8 @@ class RingServer:
         if kind is Kind.RESUME and self.busy_resumes:
             self.busy_resumes -= 1
             return [(peer, error(request, Code.BUSY, 1000))]
+        if kind in self.refuses and kind is not Kind.RESUME:
+            return [(peer, error(request, self.refuses[kind]))]
         if kind is Kind.RESUME:
             return [(peer, self._resume(peer, header, frames, notices)), *notices]
         answer: Message = getattr(self, f"_{kind.name.lower()}")(peer, header, frames)
@@ -215,6 +219,8 @@ class RingServer:
     def _judge(self, peer: bytes, stream: RingStream | None, name: str, have: int, epoch: int, take_over: bool) -> int:
         if stream is None:
             return Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM
+        if Kind.RESUME in self.refuses:
+            return self.refuses[Kind.RESUME]
         owned = sum(each.owner is not None for each in self.streams.values())
         if stream.owner is None and self.room is not None and owned >= self.room:
             return Code.TOO_MANY_STREAMS

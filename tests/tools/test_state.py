@@ -27,7 +27,7 @@ from instep_tools.app import app
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from tests.support.fake_server import FakeServer, Message, error, reference
+from tests.support.fake_server import FakeServer, Message, reference
 from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.running import running
@@ -208,13 +208,8 @@ def test_a_stream_is_not_taken_for_a_state_that_no_server_takes(place: Place, ow
     assert place.ring.kinds.count(Kind.RESUME) == 0
 
 
-def test_a_reset_that_fails_says_that_the_stream_was_taken(
-    place: Place, owner: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(peer: bytes, header: list[Any], frames: list[bytes]) -> list[bytes]:
-        return error(header[1], Code.TOO_LARGE)
-
-    monkeypatch.setattr(place.ring, "_reset", refuse)
+def test_a_reset_that_fails_says_that_the_stream_was_taken(place: Place, owner: Client) -> None:
+    place.ring.refuses[Kind.RESET] = Code.TOO_LARGE
     result = place.run("reset", "mic", "--take-over")
     assert (result.exit_code, result.stdout) == (2, "")
     note, problem = result.stderr.splitlines()
