@@ -20,7 +20,7 @@ from instep_tools.terminal import Terminal
 EXAMPLES: Final = (
     "instep-client loadtest --streams 1024 --block 256",
     "instep-client loadtest --streams 64 --rate 50 --duration 1m --plot load.png",
-    "instep-client loadtest --slo-ms 20 --rate 50 --processes 2 --connections 4",
+    "instep-client loadtest --slo-ms 20 --rate 50 --processes 2",
     "instep-client loadtest --rate 50 --report load.html",
 )
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -39,7 +39,9 @@ async def loadtest(
     terminal: Terminal,
     stop: Stop,
     streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
-    connections: Annotated[int, typer.Option(min=1, help="Connections they are spread over.")] = 1,
+    connections: Annotated[
+        int | None, typer.Option(min=1, help="Connections they are spread over. (default: one for each process)")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
     mode: Annotated[
         Mode | None,
@@ -119,7 +121,7 @@ async def loadtest(
     is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
     plan = LoadPlan(
         streams=streams,
-        connections=connections,
+        connections=connections or processes,
         processes=processes,
         mode=Mode.OPEN if is_open else Mode.CLOSED,
         rate_hz=REAL_TIME_RATE_HZ if rate is None else rate,

@@ -122,8 +122,9 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
     """
     if not 1 <= plan.processes <= plan.connections <= plan.streams:
         raise CommandProblem(
-            f"{plan.streams} streams, {plan.connections} connections and {plan.processes} processes do not fit: every "
-            "process needs a connection of its own, and every connection a stream"
+            f"{counted(plan.streams, 'stream')}, {counted(plan.connections, 'connection')} and "
+            f"{counted(plan.processes, 'process', 'processes')} do not fit: every process needs a connection of its "
+            "own, and every connection a stream"
         )
     if plan.streams > info.max_streams:
         raise CommandProblem(

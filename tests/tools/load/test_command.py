@@ -198,22 +198,11 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
 )
 def test_loads_are_described_as_they_were_asked_for(arguments: list[str], seconds: float, rate_hz: float) -> None:
     with FakeServer() as server:
-        result = run(
-            *SHORT,
-            *arguments,
-            "--block",
-            "3",
-            "--processes",
-            "2",
-            "--connections",
-            "2",
-            "--json",
-            "-e",
-            server.endpoint,
-        )
+        result = run(*SHORT, *arguments, "--block", "3", "--processes", "2", "--json", "-e", server.endpoint)
         assert server.rules.names == {}
     load = json.loads(result.stdout)["load"]
-    assert (load["mode"], load["rate_hz"], load["block"], load["processes"]) == ("open", rate_hz, 3, 2)
+    assert (load["mode"], load["rate_hz"], load["block"]) == ("open", rate_hz, 3)
+    assert (load["processes"], load["connections"]) == (2, 2)
     assert load["duration_s"] == pytest.approx(seconds)
 
 
@@ -227,6 +216,8 @@ def test_loads_are_described_as_they_were_asked_for(arguments: list[str], second
         (["--duration", "0s"], "it must be more than 0"),
         (["--mode", "closed", "--rate", "5"], "need an open loop"),
         (["--mode", "closed", "--slo-ms", "5"], "need an open loop"),
+        (["--streams", "1", "--processes", "2"], "1 stream, 2 connections and 2 processes do not fit"),
+        (["--processes", "2", "--connections", "1"], "256 streams, 1 connection and 2 processes do not fit"),
         (["--streams", "200000"], "keeps 100000 streams at most; ask for fewer"),
         (["--streams", "200000", "--slo-ms", "5"], "begin the search with fewer"),
     ],
