@@ -22,6 +22,8 @@ class Exit(IntEnum):
     """A load test's own sending was late: it measured the load generator and not the server."""
     INTERRUPTED = 130
     """Ctrl-C: what was sent has been answered and the streams are closed."""
+    TERMINATED = 143
+    """SIGTERM: likewise."""
 
 
 class CommandProblem(Exception):

@@ -1,4 +1,4 @@
-"""What a person sees: messages, progress, one summary line; and how Ctrl-C ends a command in order."""
+"""What a person sees: messages, progress, one summary line; and how Ctrl-C and SIGTERM end a command in order."""
 
 from __future__ import annotations
 
@@ -154,18 +154,27 @@ async def progress(
 
 
 class StoppedBeforeSending(KeyboardInterrupt):
-    """Ctrl-C before there was a connection: nothing is lost, and nothing needs to be said."""
+    """A signal before there was a connection: nothing is lost, and nothing needs to be said.
+
+    Args:
+        status: the exit status that it leads to.
+    """
+
+    def __init__(self, status: Exit) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 Command = Callable[[Terminal, Stop], Awaitable[Exit]]
+_ENDINGS: Final = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 
 
 def run_command(command: Command, terminal: Terminal) -> Exit:
     """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
 
-    The first Ctrl-C requests a stop: the command drains and closes. The second one ends it at once, and so does the
-    first one as long as nothing was sent because there is no connection. An interrupted command is INTERRUPTED, also
-    when it ends with an error, which is said.
+    The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. The second one ends it at once, and so
+    does the first one as long as nothing was sent because there is no connection. The status of such a command is
+    INTERRUPTED or TERMINATED, also when it ends with an error, which is said.
 
     Raises:
         BrokenPipeError: at the end, where nobody read what was written to stdout.
@@ -178,15 +187,15 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
     except (CommandProblem, InstepError) as error:
         terminal.error(str(error))
         return Exit.COULD_NOT_RUN
-    except StoppedBeforeSending:
-        return Exit.INTERRUPTED
+    except StoppedBeforeSending as stopped:
+        return stopped.status
     except KeyboardInterrupt:
         terminal.note("stopped at once; what was sent may not have been answered")
         return Exit.INTERRUPTED
 
 
 def run_undrained(command: Command, terminal: Terminal) -> Exit:
-    """`run_command` for a command that has nothing to drain: the first Ctrl-C cancels it, whatever it waits for."""
+    """`run_command` for a command that has nothing to drain: the first signal cancels it, whatever it waits for."""
 
     async def until_stopped(terminal: Terminal, stop: Stop) -> Exit:
         stop.drains = False
@@ -216,28 +225,34 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     if threading.current_thread() is not threading.main_thread():
         return await command(terminal, stop)
     loop = asyncio.get_running_loop()
-    interrupted, exit_status = False, Exit.INTERRUPTED
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    ending: Exit | None = None
 
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal ending
+        is_interrupt = number == signal.SIGINT
+        ending = _ENDINGS[signal.Signals(number)]
         if not stop.connected:
-            raise StoppedBeforeSending
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise StoppedBeforeSending(ending)
+        signal.signal(number, signal.default_int_handler if is_interrupt else before[signal.SIGTERM])
         if stop.drains:
-            terminal.note("stopping: waiting for the answers (Ctrl-C again ends at once)")
+            name = "Ctrl-C" if is_interrupt else "SIGTERM"
+            terminal.note(f"stopping: waiting for the answers ({name} again ends at once)")
         loop.call_soon_threadsafe(stop.request)
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         exit_status = await command(terminal, stop)
     except (CommandProblem, InstepError) as error:
-        if not interrupted:
+        if ending is None:
             raise
         terminal.error(str(error))
+        return ending
     finally:
-        signal.signal(signal.SIGINT, before)
-    return Exit.INTERRUPTED if interrupted else exit_status
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return exit_status if ending is None else ending
 
 
 def _escape(text: str) -> str:

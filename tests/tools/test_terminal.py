@@ -119,6 +119,9 @@ def test_when_nobody_reads_writing_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         pipe.flush()
 
 
+SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
 def ends_with(outcome: Exit | BaseException) -> tuple[Exit, str]:
     terminal = RememberingTerminal()
 
@@ -140,45 +143,51 @@ def test_how_commands_end() -> None:
         ends_with(ZeroDivisionError())
 
 
-def test_ctrl_c_requests_a_stop_and_the_command_ends_in_order() -> None:
+@SIGNALS
+def test_a_signal_requests_a_stop_and_the_command_ends_in_order(number: signal.Signals, status: int) -> None:
     terminal = RememberingTerminal()
     ended: list[bool] = []
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         stop.connected = True
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         await stop.wait()
         ended.append(True)
         return Exit.FOUND_PROBLEMS
 
-    before = signal.getsignal(signal.SIGINT)
-    assert run_command(command, terminal) == 130
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert run_command(command, terminal) == status
     assert ended == [True]
-    assert "stopping: waiting for the answers" in terminal.complained
-    assert signal.getsignal(signal.SIGINT) is before
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert terminal.complained == f"stopping: waiting for the answers ({name} again ends at once)\n"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@SIGNALS
 @pytest.mark.parametrize("error", [CommandProblem("no such file"), ConnectionFailed("nobody there")])
-def test_a_command_that_fails_after_ctrl_c_was_interrupted(error: Exception) -> None:
+def test_a_command_that_fails_after_a_signal_was_interrupted(
+    error: Exception, number: signal.Signals, status: int
+) -> None:
     terminal = RememberingTerminal()
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         stop.connected = True
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         await stop.wait()
         raise error
 
-    assert run_command(command, terminal) == 130
+    assert run_command(command, terminal) == status
     assert terminal.complained.splitlines()[1:] == [f"error: {error}"]
 
 
-def test_ctrl_c_cancels_a_command_that_has_nothing_to_drain() -> None:
+@SIGNALS
+def test_a_signal_cancels_a_command_that_has_nothing_to_drain(number: signal.Signals, status: int) -> None:
     terminal = RememberingTerminal()
     cleaned_up: list[bool] = []
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         stop.connected = True
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         try:
             await asyncio.Event().wait()
         finally:
@@ -186,7 +195,7 @@ def test_ctrl_c_cancels_a_command_that_has_nothing_to_drain() -> None:
             cleaned_up.append(True)
         return Exit.OK
 
-    assert run_undrained(command, terminal) == 130
+    assert run_undrained(command, terminal) == status
     assert cleaned_up == [True]
     assert terminal.complained == ""
 
@@ -197,6 +206,24 @@ def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         run_undrained(command, RememberingTerminal())
+
+
+def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command() -> None:
+    seen: list[int] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGTERM)
+        await stop.wait()
+        signal.raise_signal(signal.SIGTERM)
+        return Exit.OK
+
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        assert run_command(command, RememberingTerminal()) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 def test_a_second_ctrl_c_ends_it_at_once() -> None:
@@ -213,22 +240,23 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
     assert "stopped at once" in terminal.complained
 
 
-def test_ctrl_c_ends_a_command_at_once_that_has_no_connection_yet() -> None:
+@SIGNALS
+def test_a_signal_ends_a_command_at_once_that_has_no_connection_yet(number: signal.Signals, status: int) -> None:
     terminal = RememberingTerminal()
     cleaned_up: list[bool] = []
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             raise AssertionError("not reached")
         finally:
             cleaned_up.append(True)
 
-    before = signal.getsignal(signal.SIGINT)
-    assert run_command(command, terminal) == 130
+    before = signal.getsignal(number)
+    assert run_command(command, terminal) == status
     assert cleaned_up == [True]
     assert terminal.complained == ""
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_stop_that_nobody_asked_for_from_outside_is_no_interrupt() -> None:

@@ -42,10 +42,11 @@ PARTS = [PART, replace(PART, name="load-1", offset=0.5)]
 
 @pytest.fixture(autouse=True)
 def interrupts() -> Iterator[None]:
-    """`work` ignores Ctrl-C for its whole process, which here is the test's."""
-    before = signal.getsignal(signal.SIGINT)
+    """`work` ignores Ctrl-C and SIGTERM for its whole process, which here is the test's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_results_are_merged() -> None:
@@ -159,7 +160,7 @@ def test_a_worker_ends_with_its_result() -> None:
         ending.join()
     assert ready == READY
     assert isinstance(result, PartResult)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def test_a_worker_that_is_ended_before_the_start_sends_nothing() -> None:
