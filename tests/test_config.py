@@ -518,5 +518,12 @@ class TestWhatIsNoSetting:
         load_config(overrides={"recording.durability": "memory"})
         load_config(overrides={"recording.durability": durability, "recording.file": str(tmp_path / "r")})
 
+    def test_a_folder_of_recordings_must_exist(self, tmp_path: Path) -> None:
+        folder = f"{tmp_path}/recordings/"
+        (problem,) = problems(overrides={"recording.file": folder})
+        assert str(problem).startswith(f"recording.file (flag): there is no folder {folder}; make it")
+        Path(folder).mkdir()
+        assert load_config(overrides={"recording.file": folder}).recording.file == Path(folder)
+
     def test_words_may_be_in_capitals(self) -> None:
         assert load_config(overrides={"log.level": "DEBUG", "log.format": "Json"}).log.level == "debug"

@@ -85,6 +85,7 @@ def explain_config(
     draft = Config().model_copy(update=sections)  # not validated
     problems += laid.problems
     problems += _durability_without_recording(draft, laid)
+    problems += _absent_folder(draft, laid)
     problems += (
         Problem(each.paths[0], sources[each.paths[0]], each.message, each.suggestion)
         for each in contradictions(draft)
@@ -126,6 +127,14 @@ def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Prob
     if given.layer != "file" or given.value != Config().recording.durability:
         message = f"durability {given.value} needs a recording"
         yield Problem(given.path, given.source, message, "name a recording.file (--record FILE), or leave this out")
+
+
+def _absent_folder(draft: Config, laid: _Layers) -> Iterator[Problem]:
+    """A slash at the end asks for a folder of recordings; without that folder a file of its name would be written."""
+    given, place = laid.taken.get("recording.file"), draft.recording.file
+    if given is not None and place is not None and str(given.value).endswith("/") and not place.is_dir():
+        suggestion = "make it, or leave out the slash to record into a file of that name"
+        yield Problem(given.path, given.source, f"there is no folder {given.value}", suggestion)
 
 
 def unknown_variables(environ: Mapping[str, str], endpoint: str) -> list[str]:
