@@ -21,6 +21,7 @@ from instep_tools.formats.text import BAD_LINES_NAMED, BadLine, Line, LineReader
 from instep_tools.outputs import Answers, SentFrames
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import LivingGroup, pipeline
+from instep_tools.problems import CommandProblem
 from instep_tools.signals import SignalPart
 from instep_tools.terminal import Terminal
 
@@ -88,6 +89,9 @@ class LiveRun:
 
         Gives the number of streams. Lines that name no stream go to the streams in turn. A bad line takes its turn: it
         costs its stream this frame and the other streams nothing.
+
+        Raises:
+            CommandProblem: when streams are chosen by name and a line names none.
         """
         reader = LineReader(choice, self.client.info.features)
         streams: dict[str, AsyncStream | None] = {}
@@ -103,7 +107,14 @@ class LiveRun:
                     self._tell_bad_line(number, error, bad_together)
                     turn += 1
                     continue
-                if line is None or not (line.stream is None or fnmatchcase(line.stream, choice.only)):
+                if line is None:
+                    continue
+                if line.stream is None and choice.only != "*":
+                    raise CommandProblem(
+                        "--only chooses streams by their names, and the lines have none: leave it out, or name the "
+                        "stream in a column (--named, or a header with the column stream)"
+                    )
+                if line.stream is not None and not fnmatchcase(line.stream, choice.only):
                     continue
                 bad_together = 0
                 name = self._name_of(line) or names[turn % len(names)]

@@ -12,7 +12,7 @@ from instep_client.protocol.wire import F32
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import ALL_ENDED, Pace
-from instep_tools.problems import BadFile, Exit
+from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.produce import Produce, produce
 from tests.support.fake_server import reference
 from tests.tools.producing import FAST, ProduceRun, lines_of
@@ -108,6 +108,17 @@ async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) ->
         mine = [index for index, other in enumerate(names) if other == name]
         np.testing.assert_array_equal(run.printed()[name], reference(frames[mine])[0])
     assert "of 3 streams" in run.terminal.complained
+    chosen = ProduceRun()
+    assert await chosen(file=tmp_path / "in", choice=Choice(named=True, only="l*")) == Exit.OK
+    assert set(chosen.printed()) == {"left"}
+
+
+async def test_names_cannot_choose_among_lines_without_names(tmp_path: Path, frames: F32) -> None:
+    (tmp_path / "in").write_text(lines_of(frames))
+    run = ProduceRun()
+    with pytest.raises(CommandProblem, match=r"^--only chooses streams by their names, and the lines have none"):
+        await run(file=tmp_path / "in", choice=Choice(only="mic-*"))
+    assert run.terminal.data == ""
 
 
 async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames: F32) -> None:
