@@ -103,8 +103,8 @@ async def produce_command(
         Path | None,
         typer.Argument(
             metavar="FILE",
-            help="Text with one frame a line, NPZ, NPY, Parquet, MCAP, or an engine's recording. None: lines from "
-            "standard input.",
+            help="Text with one frame a line, NPZ, NPY, Parquet, MCAP, or an engine's recording. None, or -: lines "
+            "from standard input.",
         ),
     ] = None,
     signal: Annotated[Signal | None, typer.Option(help="Send a generated signal instead.")] = None,
@@ -143,7 +143,7 @@ async def produce_command(
     what = Produce(
         target=target,
         pace=Pace(rate_hz, frames, seconds, speed),
-        file=file,
+        file=None if file == Path("-") else file,
         choice=_choice(named, columns, time, only),
         signal=signal,
         streams=streams,

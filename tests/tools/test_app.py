@@ -109,9 +109,10 @@ def test_outputs_have_the_names_that_the_model_gives_them(tmp_path: Path) -> Non
     assert saved.read_text().splitlines()[0].endswith('x2,speech,"loud, or not"')
 
 
-def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) -> None:
+@pytest.mark.parametrize("file", [[], ["-"]])
+def test_produce_reads_standard_input_and_names_bad_lines(file: list[str], server: FakeServer) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MAIN, "produce", "--named", "--endpoint", server.endpoint],
+        [sys.executable, "-c", MAIN, "produce", *file, "--named", "--endpoint", server.endpoint],
         input="a 1 2 3\nb 1 2\na 4 5 6\n",
         capture_output=True,
         text=True,
