@@ -28,6 +28,8 @@ def check(found: RecordedStream, written: Written) -> None:
     assert found.seqs.tolist() == [row.seq for row in rows]
     assert (found.inputs.shape, found.outputs.shape) == ((len(rows), 3), (len(rows), 2))
     assert {array.dtype.str for array in (found.inputs, found.outputs)} == {"<f4"}
+    size = f"{len(rows)} frames, 3 inputs and 2 outputs each"
+    assert repr(found) == f"<RecordedStream {found.name!r} stream_id={found.stream_id}: {size}>"
 
 
 @pytest.mark.parametrize("unanswered", [0, 3])
@@ -38,6 +40,7 @@ def test_streams_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unansw
     with instep.recording.open(str(written.path)) as recording:
         assert list(recording) == ["mic-1", NAMES[1], "2", "mic-2"]
         assert (len(recording), recording.header.model_name) == (4, "test")
+        assert repr(recording) == "<OpenedRecording of model 'test': 4 names of streams>"
         assert [recording[name].stream_id for name in recording] == [3, 2, 4, 5]
         assert [found.stream_id for found in recording.openings("mic-1")] == [1, 3]
         assert {name: found.name for name, found in recording.items()} == {name: name for name in recording}

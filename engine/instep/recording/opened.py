@@ -35,6 +35,10 @@ class RecordedStream:
     def __len__(self) -> int:
         return len(self.seqs)
 
+    def __repr__(self) -> str:
+        size = f"{len(self):,} frames, {self.inputs.shape[1]} inputs and {self.outputs.shape[1]} outputs each"
+        return f"<RecordedStream {self.name!r} stream_id={self.stream_id}: {size}>"
+
 
 class OpenedRecording(Closing, Mapping[str, RecordedStream]):
     """The streams of a recording by name, in the order in which they first opened; read-only.
@@ -59,6 +63,9 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         """By name, indices of streams."""
         for at, info in enumerate(self._streams):
             self._openings.setdefault(info.name, []).append(at)
+
+    def __repr__(self) -> str:
+        return f"<OpenedRecording of model {self.header.model_name!r}: {len(self):,} names of streams>"
 
     def __getitem__(self, name: str) -> RecordedStream:
         """The newest opening of this name.
