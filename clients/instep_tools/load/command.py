@@ -98,7 +98,7 @@ class LoadTester:
             trial = await self._measure(replace(plan, streams=streams, connections=connections, processes=processes))
             where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
-            verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, {late_ms} ms of it late by this side"
+            verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, sent {late_ms} ms late"
             self.terminal.note(wrapped(f"{where}: {verdict}{report.problems(trial)}"))
             return trial
 
