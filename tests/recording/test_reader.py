@@ -127,7 +127,9 @@ def test_names_that_look_like_queries_are_only_names(path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"cannot read the recording .*No such file"):
         RecordingReader(tmp_path / "missing.rec")
-    with pytest.raises(RecordingError, match=r"cannot read the recording .*directory"):
+    with pytest.raises(
+        RecordingError, match=r"cannot read the recording (.*): it is a folder; .* `instep recordings list \1`"
+    ):
         RecordingReader(tmp_path)
 
 

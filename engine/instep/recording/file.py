@@ -84,6 +84,11 @@ class RecordingFile(Closing):
         try:
             path.stat()
             alone = not beside and self._is_left_in_wal_mode()
+        except IsADirectoryError:
+            raise RecordingError(
+                f"cannot read the recording {path}: it is a folder; name a file in it, as `instep recordings list "
+                f"{path}` lists them"
+            ) from None
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error.strerror}") from None
         with self._reading("is not a recording, or is damaged"):
