@@ -264,9 +264,10 @@ def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
     [
         (
             "relyu",
-            r"^the activation of after\[0\] is 'relyu': give one of none, relu, .*, or torch's module or function",
+            r"^the activation of after\[0\] is 'relyu': did you mean relu\? If not, give one of none, relu, .*, or "
+            "torch's module or function",
         ),
-        (nn.ReLU, r"^the activation of after\[0\] is <class .*: give one of"),
+        (nn.ReLU, r"^the activation of after\[0\] is the class ReLU: give a module of it, ReLU\(\)$"),
         (None, r"^the activation of after\[0\] is None: give one of"),
         (nn.LeakyReLU(0.2), "^leaky_relu with negative_slope=0.2 cannot be served, only with torch's default of 0.01"),
         (nn.GELU(approximate="tanh"), "^gelu with approximate=tanh cannot be served"),

@@ -140,7 +140,7 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
         (
             NET.state_dict(),
             {"after": [("head", "relyu")]},
-            "activation of `head` in after is 'relyu': give one",
+            "activation of `head` in after is 'relyu': did you mean relu?",
         ),
         (
             NET.state_dict(),

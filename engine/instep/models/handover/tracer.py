@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NoReturn, cast
 
@@ -185,6 +186,10 @@ def activation_of(given: object, place: str) -> Activation:
     if name in ACTIVATIONS:
         return name
     allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        raise ModelError(f"{place} is the class {given.__name__}: give a module of it, {given.__name__}()")
+    if isinstance(given, str) and (close := get_close_matches(given.lower(), ACTIVATIONS, n=1)):
+        allowed = f"did you mean {close[0]}? If not, {allowed}"
     if not callable(given) or isinstance(given, type):
         raise ModelError(f"{place} is {given!r:.80}: {allowed}")
     tracer, x = Tracer(place, allowed), torch.linspace(-3, 3, 12).view(3, 4)
