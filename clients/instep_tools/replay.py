@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import check_plot_path, plot_streams
 from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
+
+LONG_S: Final = 60.0
+"""A replay in real time that takes longer says so before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
         prefix = f"replay-{secrets.token_hex(4)}"
         names = [f"{prefix}-{row}" for row in range(len(sequences))]
         run = PlanRun(client, plan, names, back.take, stop, clock)
+        if what.speed is None and what.rate_hz is None and sequences.times_ns is not None:
+            real_s = np.ptp(sequences.times_ns) / 1e9
+            if real_s > LONG_S:
+                minutes = counted(round(real_s / 60), "minute")
+                terminal.note(f"replaying in real time, which takes {minutes}; --speed max is as fast as possible")
         started = clock.now()
         async with progress(terminal.err, "replaying", len(sequences.frames), "frames", lambda: back.answered):
             with may_give_up(stop):

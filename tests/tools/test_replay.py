@@ -243,6 +243,17 @@ async def test_a_recording_is_run_again_at_its_times(
     assert "all 8 equal the recording" in run.terminal.said
 
 
+@pytest.mark.parametrize(("last_s", "speed", "said"), [(7200, None, True), (7200, 1.0, False), (50, None, False)])
+async def test_a_long_replay_says_that_it_keeps_real_time(
+    tmp_path: Path, last_s: int, speed: float | None, said: bool
+) -> None:
+    (tmp_path / "day.csv").write_text(f"at_s,x0,x1,x2\n0,1,2,3\n{last_s},4,5,6\n")
+    run = Run()
+    assert await run(tmp_path / "day.csv", speed=speed, choice=Choice(time="at_s")) == Exit.OK
+    sentence = "replaying in real time, which takes 120 minutes; --speed max is as fast as possible"
+    assert (sentence in run.terminal.complained.splitlines()) == said
+
+
 async def test_a_recording_with_a_changed_output(tmp_path: Path, rng: np.random.Generator) -> None:
     def forge(y: F32) -> None:
         y[5, 0] += 1
