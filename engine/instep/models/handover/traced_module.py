@@ -263,13 +263,11 @@ def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: s
         elif isinstance(step.what, nn.Linear | nn.LayerNorm):
             layers.append(layer_of_module(step.label, step.what))
         elif isinstance(step.what, nn.BatchNorm1d):
-            if last is None or not last.is_dense:
-                raise ModelError(
-                    f"{step.label} is a BatchNorm1d that does not follow a Linear directly, so it cannot be folded "
-                    "into one; train the network without it, or with it behind a Linear"
-                )
             if step.what.running_mean is None:
                 raise ModelError(f"{step.label} keeps no running statistics; train it with track_running_stats=True")
+            if last is None or not last.is_dense:
+                last = dense(step.label, torch.eye(step.what.num_features, device=step.what.running_mean.device))
+                layers.append(last)
             layers[-1] = last.normalised(step.what)
         else:
             activation = cast("Activation", step.what)
