@@ -184,7 +184,7 @@ def test_archives_that_are_no_step_of_a_batch() -> None:
         (plain, (x, h), {}, None, "the step fixes the batch size (x was exported with 3 rows)"),
         (plain, (x[:1], h[:1]), {}, None, "(x was exported with 1 row): export it with more than one row"),
         (plain, (x,), {"state": h}, ({0: rows}, {0: rows}), "takes other arguments than (x, state); export it"),
-        (OfThree(), (x, h, h), {}, ({0: rows},) * 3, "takes other arguments than (x, state)"),
+        (OfThree(), (x, h, h), {}, ({0: rows},) * 3, "whole sequences as its module: instep.models.save_model(FOLDER"),
         (plain, (x, h), {}, ({0: rows, 1: columns},) * 2, "x has another dynamic size than the batch"),
         (plain, (x.double(), h), {}, ({0: rows},) * 2, "must be a float32 tensor of frames [rows, features]"),
         (plain, (x[:, :, None], h[:, :, None]), {}, ({0: rows},) * 2, "a float32 tensor of frames [rows, features]"),

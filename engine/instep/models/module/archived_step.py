@@ -247,7 +247,8 @@ def _state(tree: Tree) -> Tree:
             return state
     raise ModelError(
         "the step takes other arguments than (x, state); export it with these two, by place: the frames, and all of "
-        "the state in a tensor, tuple or dict"
+        "the state in a tensor, tuple or dict. Hand over a network of whole sequences as its module: "
+        "instep.models.save_model(FOLDER, net)"
     )
 
 
