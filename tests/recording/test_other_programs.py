@@ -131,7 +131,7 @@ def test_a_lock_is_not_damage_and_reading_again_helps(path: Path, monkeypatch: p
             for read in (lambda: list(reader.rows("openings")), lambda: RecordingReader(path)):
                 with pytest.raises(UnavailableRecording, match="cannot be read now: database is locked; try again"):
                     read()
-            assert [listed.problem for listed in list_recordings(path.parent)] == ["unreadable now"]
+            assert list_recordings(path.parent) == {path: "unreadable now"}
             database.execute("ROLLBACK")
     with RecordingReader(path) as reader:
         assert reader.finished

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from instep.recording.cut import Bound, cut
+from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Inspection, Listed, Overview, inspect, list_recordings, look_over
+from instep.recording.inspection import Inspection, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
 from instep_tools.words import COLUMNS, counted
 
@@ -77,9 +78,9 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
     except RecordingError as error:
         return _failed(folder, error, console, "read", json=json)
     if json:
-        write_json([_as_json(listed) for listed in found])
+        write_json([_as_json(path, listed) for path, listed in found.items()])
     elif found:
-        _in_columns(console, [_HEADINGS, *map(_line, found)])
+        _in_columns(console, [_HEADINGS, *(_line(path, listed) for path, listed in found.items())])
     else:
         _say(console, f"{folder} holds no recordings", "yellow")
     return WHOLE
@@ -174,25 +175,24 @@ def facts(found: Overview) -> dict[str, str]:
     }
 
 
-def _line(listed: Listed) -> list[str]:
+def _line(path: Path, found: Overview | str) -> list[str]:
     """A row of the list."""
-    found = listed.overview
-    if found is None:
-        return [listed.path.name, "", "", listed.problem, "", "", "", _megabytes(listed.bytes)]
+    if isinstance(found, str):
+        return [path.name, "", "", found, "", "", "", _megabytes(bytes_on_disk(path))]
     numbers = [f"{number:,}" for number in (found.streams, found.open_streams, found.frames)]
     began = found.began.removesuffix(" UTC").rpartition(":")[0]
     ends = found.ends.partition(":")[0].removesuffix(" in order")
-    return [listed.path.name, began, found.model, ends, *numbers, _megabytes(found.bytes)]
+    return [path.name, began, found.model, ends, *numbers, _megabytes(found.bytes)]
 
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
-def _as_json(listed: Listed) -> dict[str, Any]:
-    if listed.overview is None:
-        return {"file": str(listed.path), "error": listed.problem, "bytes": listed.bytes}
-    return asdict(listed.overview)
+def _as_json(path: Path, found: Overview | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"file": str(path), "error": found, "bytes": bytes_on_disk(path)}
+    return asdict(found)
 
 
 def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:

@@ -120,18 +120,6 @@ class Overview:
     """With the WAL."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One recording, or a file that cannot be read."""
-
-    path: Path
-    overview: Overview | None
-    """None where it cannot be read."""
-    problem: str
-    """Why it cannot be read: damaged, unreadable now, or of another version."""
-    bytes: int
-
-
 def look_over(path: Path) -> Overview:
     """The facts about a recording.
 
@@ -167,8 +155,8 @@ def look_over(path: Path) -> Overview:
         )
 
 
-def list_recordings(folder: Path) -> list[Listed]:
-    """The recordings in a folder, by name.
+def list_recordings(folder: Path) -> dict[Path, Overview | str]:
+    """The recordings in a folder, in the order of their names: the facts, or why one cannot be read, in a few words.
 
     Raises:
         RecordingError: when the folder cannot be read.
@@ -181,7 +169,7 @@ def list_recordings(folder: Path) -> list[Listed]:
                 f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
             ) from None
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
-    return [_listed(path) for path in files]
+    return {path: _listed(path) for path in files}
 
 
 def when(time_ns: int) -> str:
@@ -189,14 +177,13 @@ def when(time_ns: int) -> str:
     return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _listed(path: Path) -> Listed:
-    size = bytes_on_disk(path)
+def _listed(path: Path) -> Overview | str:
     try:
-        return Listed(path, look_over(path), "", size)
+        return look_over(path)
     except UnavailableRecording:
-        return Listed(path, None, "unreadable now", size)
+        return "unreadable now"
     except RecordingError as error:
-        return Listed(path, None, "damaged" if isinstance(error, DamagedRecording) else "of another version", size)
+        return "damaged" if isinstance(error, DamagedRecording) else "of another version"
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
