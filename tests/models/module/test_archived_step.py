@@ -208,3 +208,8 @@ def test_archives_that_are_no_step_of_a_batch() -> None:
         decomposed = torch.export.export(Step(body), (x, h), dynamic_shapes=({0: rows}, {0: rows}))
         torch.export.save(decomposed.run_decompositions(), "net.pt2")
         assert sentence in imported()[1]
+
+
+def test_a_path_that_is_too_long_for_a_file() -> None:
+    with pytest.raises(ModelError, match=r"^cannot read the graph aaa.*: File name too long; put it there, or name"):
+        import_pt2(f"{'a' * 300}.pt2", "net")
