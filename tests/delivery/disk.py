@@ -182,7 +182,7 @@ class MemoryWriter(RecordingWriter):
         self._with_state = set(disk.image["states"])
         self._closed = [row[2] for row in disk.image["closings"].values()]
         self.retention, self.trimmed = KEEP_ALL, Trimmed()
-        self._bytes = self._last_stream = self._last_epoch = 0
+        self._bytes = self._frames = self._last_stream = self._last_epoch = 0
 
     @classmethod
     def create(cls, path: Any, header: RecordingHeader, retention: Retention = KEEP_ALL) -> MemoryWriter:
@@ -204,6 +204,9 @@ class MemoryWriter(RecordingWriter):
 
     def _count_until(self, table: str, position: int) -> int:
         return sum(at <= position for at in self._positions[table])
+
+    def fail_batch(self, time_ns: int, batch: int, detail: str) -> None:
+        self.event(time_ns, FAILED_EVENT, batch, detail)
 
     def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> None:
         self.event(time_ns, CHECKPOINT_EVENT, through, "")
