@@ -164,9 +164,9 @@ async def test_streams_without_a_connection_move_too(
     x = rng.standard_normal((30, 5)).astype(np.float32)
     if policy != "move":
         write_model(folder, DEEPER, overwrite=True)
-    limits = {"hibernate_after_s": hibernate_after_s}
+    limits, transport = {"hibernate_after_s": hibernate_after_s}, {"heartbeat_s": 0.5}
     sections: dict[str, Any] = {"recording": {"file": recordings}, "limits": limits, "engine": EXACT}
-    async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
+    async with running(A, transport=transport, **sections) as server, AsyncClient(server.endpoint) as client:
         async with AsyncClient(server.endpoint) as gone:
             first = await (await gone.open("s")).step(x[:10])
             await gone.close(park=True)

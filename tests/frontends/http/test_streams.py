@@ -116,7 +116,7 @@ async def test_a_stream_that_leaves_memory_while_a_page_is_made_is_on_it_once(
     tmp_path: Path, sort: str, first: str
 ) -> None:
     async with (
-        running(SMALL, recording={"file": tmp_path / "r.instep"}) as server,
+        running(SMALL, recording={"file": tmp_path / "r.instep"}, transport={"heartbeat_s": 0.5}) as server,
         AsyncClient(server.endpoint) as client,
     ):
         async with AsyncClient(server.endpoint) as other:
