@@ -160,7 +160,8 @@ async def test_streams_of_an_unloaded_model_that_no_recording_keeps_end_and_thei
         assert ended.value.code is Code.UNLOADED
         await client.close()
     (tmp_path / "recordings").mkdir()
-    async with running(EARS, engine=EXACT, recording={"file": tmp_path / "recordings"}) as server:
+    recording, transport = {"file": tmp_path / "recordings"}, {"heartbeat_s": 0.5}
+    async with running(EARS, engine=EXACT, recording=recording, transport=transport) as server:
         async with AsyncClient(server.endpoint) as operator:
             await operator.load_model("vowels", folder)
             async with AsyncClient(server.endpoint, model="vowels") as client:

@@ -299,7 +299,8 @@ async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as
     folder: Path, recordings: Path, rng: np.random.Generator
 ) -> None:
     x = rng.standard_normal((3, 5)).astype(np.float32)
-    async with running(A, recording={"file": recordings}, engine={**EXACT, "max_streams": 2}) as server:
+    engine, transport = {**EXACT, "max_streams": 2}, {"heartbeat_s": 0.5}
+    async with running(A, recording={"file": recordings}, engine=engine, transport=transport) as server:
         async with AsyncClient(server.endpoint) as former:
             for name in ("a", "b"):
                 await (await former.open(name)).step(x)

@@ -136,7 +136,8 @@ async def test_once_as_json_says_what_was_sent(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_query_selects_and_sorts(transport: str) -> None:
-    async with running(SEED_SIZED, http=ADMIN) as server, AsyncClient(server.endpoint) as client:
+    sections: dict[str, Any] = {"http": ADMIN, "transport": {"heartbeat_s": 0.5}}
+    async with running(SEED_SIZED, **sections) as server, AsyncClient(server.endpoint) as client:
         for name, frames in (("mic-1", 5), ("mic-2", 30), ("日本 &=#", 7), ("lamp", 1)):
             stream = await client.open(name)
             await stream.step(np.zeros((frames, 3), np.float32))
