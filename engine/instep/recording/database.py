@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from instep.recording.errors import RecordingError
-from instep.recording.schema import APPLICATION_ID, FORMAT_VERSION, PAGE_BYTES, create_statements, row_crc
+from instep.recording.schema import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    HEADER,
+    PAGE_BYTES,
+    TABLES,
+    create_statements,
+    row_crc,
+)
 
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
@@ -74,8 +82,8 @@ def make_tables(database: sqlite3.Connection) -> None:
 
 def insert(database: sqlite3.Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
     """Append rows, with their CRCs, to a table."""
-    columns = database.execute(f"SELECT * FROM {table} LIMIT 0").description
-    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", rows)
+    columns = HEADER if table == "header" else TABLES[table]
+    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))}, ?)", rows)
 
 
 def with_crcs(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -385,7 +385,7 @@ class RowWriter:
         """Frames of the batches after a position whose step did not fail."""
         failed = f"SELECT seq FROM events WHERE kind = '{FAILED_EVENT}' AND position > ?1"
         query = f"SELECT ifnull(sum(size), 0) FROM batches WHERE position > ?1 AND position NOT IN ({failed})"
-        return int(self._read("batches", query, position)[0][0])
+        return int(self._database.execute(query, (position,)).fetchone()[0])
 
     def _count_until(self, table: str, position: int) -> int:
         later = f"SELECT count(*) FROM {table} WHERE position > ?"

@@ -122,6 +122,8 @@ ENGINE_EVENT: Final = "engine"
 RECOVERED_EVENT: Final = "recovered"
 REPAIRED_EVENT: Final = "repaired"
 
+HEADER: Final = {"key": "TEXT PRIMARY KEY", "value": "TEXT NOT NULL"}
+"""The columns of the table `header` before `crc`."""
 HISTORY: Final[dict[str, dict[str, str]]] = {
     "openings": {
         "position": "INTEGER PRIMARY KEY",
@@ -264,10 +266,9 @@ def read_checkpoint_frames(detail: str) -> int:
 
 def create_statements() -> list[str]:
     """The statements that make the empty tables."""
-    header = "CREATE TABLE header (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID"
     tables = (f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())
     return [
-        header,
+        f"CREATE TABLE header ({_columns(HEADER)}) WITHOUT ROWID",
         *tables,
         "CREATE UNIQUE INDEX states_by_stream ON states (stream, position)",
         f"CREATE INDEX owners_by_stream ON events (stream, position) WHERE kind = '{OWNER_EVENT}'",
