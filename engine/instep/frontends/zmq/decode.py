@@ -1,4 +1,4 @@
-"""Messages that peers send, checked field by field before anything of them is used. Pure: frames in, values out."""
+"""Messages that peers send, checked field by field before anything of them is used. Pure: bytes in, values out."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Decoder:
     max_block_frames: int
     max_message_bytes: int
 
-    def step(self, origin: Origin, frames: list[bytes], arrived_ns: int) -> Frames:
+    def step(self, origin: Origin, parts: list[bytes], arrived_ns: int) -> Frames:
         """STEP: everything except the contents of columns and frames. Admission judges those."""
-        request, timesteps, width, features, dtype = unpack_step(frames)
-        header, x = frames
+        request, timesteps, width, features, dtype = unpack_step(parts)
+        header, x = parts
         if dtype != DTYPE_F32:
             raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype}")
         if features != self.features:

@@ -121,14 +121,14 @@ class ZmqFrontend:
     def receive(self, budget_ns: int) -> bool:
         if self.is_paused:
             return False
-        deadline_ns, frames = 0, None
+        deadline_ns, parts = 0, None
         self._all_are_ready = all(served.service.is_ready for served in self.models.values())
-        for routing_id, frames in self.router.receive(_BURST):
+        for routing_id, parts in self.router.receive(_BURST):
             now_ns = time.monotonic_ns()
             deadline_ns = deadline_ns or now_ns + budget_ns
-            if self._take(routing_id, frames, now_ns) or now_ns > deadline_ns:
+            if self._take(routing_id, parts, now_ns) or now_ns > deadline_ns:
                 break
-        return frames is not None
+        return parts is not None
 
     # ── As the server sees it ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,36 +151,36 @@ class ZmqFrontend:
 
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _take(self, routing_id: bytes, frames: list[bytes], now_ns: int) -> bool:
+    def _take(self, routing_id: bytes, parts: list[bytes], now_ns: int) -> bool:
         """Take one message. Errors in it are answered with a message and never raised.
 
         Returns:
             Whether a request on streams was begun, so that the loop has to take a turn before the next message.
         """
         peer = self.outbound.find(routing_id)
-        if frames[0][:1] == _STEP:
-            self._take_step(routing_id, peer, frames, now_ns)
+        if parts[0][:1] == _STEP:
+            self._take_step(routing_id, peer, parts, now_ns)
             return False
         request = 0
-        if peer is None and frames == [b""]:  # ZMQ_PROBE_ROUTER: every client's connection begins with it
+        if peer is None and parts == [b""]:  # ZMQ_PROBE_ROUTER: every client's connection begins with it
             self.outbound.send_unknown(routing_id, encode.error(0, Refusal(Code.HELLO_FIRST)))
             return False
         try:
-            kind, request, _ = header = wire.unpack_header(frames)
+            kind, request, _ = header = wire.unpack_header(parts)
             if peer is None:
                 self._welcome(routing_id, header, now_ns)
                 return False
             peer.last_heard_ns = now_ns
             if (handler := HANDLERS.get(kind)) is not None:
-                return self._begin(handler, peer, header, frames)
-            self._reply_at_once(peer, header, frames, now_ns)
+                return self._begin(handler, peer, header, parts)
+            self._reply_at_once(peer, header, parts, now_ns)
         except (MalformedMessage, Refusal) as error:
             self._refuse(routing_id, peer, request, error)
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
             self._refuse(routing_id, peer, request, MalformedMessage("the header is nested too deep"))
         return False
 
-    def _take_step(self, routing_id: bytes, peer: Peer | None, frames: list[bytes], now_ns: int) -> None:
+    def _take_step(self, routing_id: bytes, peer: Peer | None, parts: list[bytes], now_ns: int) -> None:
         try:
             if peer is None:
                 raise Refusal(Code.HELLO_FIRST)
@@ -188,9 +188,9 @@ class ZmqFrontend:
             served = peer.served
             if not self._all_are_ready:
                 served.refuse_what_is_new()
-            served.service.engine.submit(served.decoder.step(peer, frames, now_ns))
+            served.service.engine.submit(served.decoder.step(peer, parts, now_ns))
         except (MalformedMessage, Refusal) as error:
-            self._refuse(routing_id, peer, request_of_step(frames[0]), error)
+            self._refuse(routing_id, peer, request_of_step(parts[0]), error)
 
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
         if header.kind is Kind.PING:  # asks whether the server knows the connection, as after a HELLO that was refused
@@ -218,7 +218,7 @@ class ZmqFrontend:
             raise Refusal(Code.UNKNOWN_MODEL, f"{model!r:.120}; {meant}it serves {', '.join(map(repr, self.models))}")
         return self.models[model]
 
-    def _reply_at_once(self, peer: Peer, header: Header, frames: list[bytes], now_ns: int) -> None:
+    def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
         match header.kind:
             case Kind.HELLO:
@@ -234,7 +234,7 @@ class ZmqFrontend:
             case Kind.PONG:
                 self.outbound.acknowledge(peer, header.request)
             case Kind.LIST:
-                page = served.service.listing.page(*served.decoder.listing(header, frames[1]), now_ns)
+                page = served.service.listing.page(*served.decoder.listing(header, parts[1]), now_ns)
                 self.outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, served.service.numbers()))
@@ -283,18 +283,18 @@ class ZmqFrontend:
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> bool:
+    def _begin(self, handler: Handler, peer: Peer, header: Header, parts: list[bytes]) -> bool:
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
         self._requests += 1
         peer.requests += 1
-        peer.served.service.tasks.start(self._run(handler, peer, header, frames), partial(self._request_ended, peer))
+        peer.served.service.tasks.start(self._run(handler, peer, header, parts), partial(self._request_ended, peer))
         return True
 
-    async def _run(self, handler: Handler, peer: Peer, header: Header, frames: list[bytes]) -> None:
+    async def _run(self, handler: Handler, peer: Peer, header: Header, parts: list[bytes]) -> None:
         served = peer.served
         try:
-            codes, message = await handler(served, peer, header, frames)
+            codes, message = await handler(served, peer, header, parts)
             served.service.engine.stats.refuse_streams(codes)
             self.outbound.send(peer, message)
             about = {"request": header.kind.name, "connection": peer.number}

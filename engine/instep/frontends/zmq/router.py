@@ -96,16 +96,16 @@ class Router:
         return multipart.ready(self._socket)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """Messages that have arrived: routing id and [header, frames …] of each.
+        """Messages that have arrived: the routing id and the parts of each.
 
-        Of a message with more parts than the protocol knows the first ones are given; the others are thrown away as
-        they are read, in portions.
+        A message with too many parts is cut off behind the first one too many; the rest is read in portions and thrown
+        away.
         """
         if self._is_skipping and not self._skip_rest():
             return
-        for routing_id, frames, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
+        for routing_id, parts, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
             self._is_skipping = not is_whole  # before the yield: the caller may take no more than this message
-            yield routing_id, frames
+            yield routing_id, parts
             if self._is_skipping and not self._skip_rest():
                 return
 

@@ -41,12 +41,12 @@ class Served:
         streams = engine.table.open_count + len(self.service.operations.hibernation)
         return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
 
-    async def open(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def open(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """OPEN."""
         count = self.decoder.count(header.fields[0])
-        names = wire.unpack_names(frames[1], count)
-        states = self.decoder.states(header.fields[1], frames[2], count)
-        first_seqs = self.decoder.first_seqs(header.fields[2], frames[3], count)
+        names = wire.unpack_names(parts[1], count)
+        states = self.decoder.states(header.fields[1], parts[2], count)
+        first_seqs = self.decoder.first_seqs(header.fields[2], parts[3], count)
         self.refuse_what_is_new()
         codes = self.decoder.name_codes(names)
         codes[codes == 0] = self.decoder.state_codes(states, count)[codes == 0]
@@ -60,48 +60,48 @@ class Served:
         granted = opened.spread(codes)
         return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.info.durability)
 
-    async def resume(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def resume(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """RESUME."""
         count = self.decoder.count(header.fields[0])
         take_over = wire.count_field(header.fields[1], "take_over", 1, at_least=0)
-        names = wire.unpack_names(frames[1], count)
-        claims = wire.array_frame(frames[2], wire.CLAIM, (count,), "claims")
+        names = wire.unpack_names(parts[1], count)
+        claims = wire.array_frame(parts[2], wire.CLAIM, (count,), "claims")
         self.refuse_what_is_new()
         resumed = await self.service.operations.resume(origin, names, claims["have"], claims["epoch"], bool(take_over))
         return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.info.durability)
 
-    async def read_state(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def read_state(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """READ_STATE."""
         count = self.decoder.count_with_states(header.fields[0])
         if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
-            read = await self.service.operations.read_states(wire.unpack_names(frames[1], count))
+            read = await self.service.operations.read_states(wire.unpack_names(parts[1], count))
         else:
-            read = await self.service.operations.read_own_states(origin, self.decoder.handles(frames[1], count))
+            read = await self.service.operations.read_own_states(origin, self.decoder.handles(parts[1], count))
         return read.codes, encode.state_read(header.request, read)
 
-    async def reset(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def reset(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """RESET."""
         count = self.decoder.count(header.fields[0])
-        states = self.decoder.states(header.fields[1], frames[2], count)
-        handles = self.decoder.handles(frames[1], count)
+        states = self.decoder.states(header.fields[1], parts[2], count)
+        handles = self.decoder.handles(parts[1], count)
         self.refuse_what_is_new()
         codes = self.decoder.state_codes(states, count)
         codes = await self.service.operations.write_states(origin, handles, states, codes)
         return codes, encode.changed(header.request, codes)
 
-    async def fork(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def fork(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """FORK."""
         count = self.decoder.count_with_states(header.fields[0])
-        names = wire.unpack_names(frames[2], count)
-        handles = self.decoder.handles(frames[1], count)
+        names = wire.unpack_names(parts[2], count)
+        handles = self.decoder.handles(parts[1], count)
         self.refuse_what_is_new()
         forked: Grants = await self.service.operations.fork(origin, handles, names, self.decoder.name_codes(names))
         return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.info.durability)
 
-    async def close(self, origin: Origin, header: Header, frames: list[bytes]) -> Answer:
+    async def close(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
         """CLOSE."""
         count = self.decoder.count_with_states(header.fields[0])
-        closings = wire.array_frame(frames[1], wire.CLOSING, (count,), "closings")
+        closings = wire.array_frame(parts[1], wire.CLOSING, (count,), "closings")
         states, codes = await self.service.operations.close(origin, closings["handle"], closings["have"])
         return codes, encode.closed(header.request, states, codes)
 
