@@ -1,10 +1,11 @@
-"""Damage in the older part of a recording, which a restart does not read, is found while the server serves."""
+"""Damage that does not stop a restart is told: in the WAL at once, in the older part of a recording while it serves."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shlex
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
@@ -80,3 +81,28 @@ def test_a_read_that_never_returns_does_not_keep_the_server_from_ending(tmp_path
     path.open("wb").close()
     assert not hangs
     assert damage == []
+
+
+def damage_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+async def test_a_wal_that_was_damaged_after_a_kill_is_told_by_a_restart_and_a_check(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path, killed = tmp_path / "r.instep", tmp_path / "k.instep"
+    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        for seq in range(20):
+            await client.step(handles, [seq], random_frames(rng, 1), [seq])
+        for suffix in ("", "-wal"):  # as a kill leaves them
+            shutil.copy(f"{path}{suffix}", f"{killed}{suffix}")
+    damage_middle(Path(f"{killed}-wal"))
+    checked = CliRunner().invoke(app, ["recordings", "check", str(killed)])
+    assert "its WAL is damaged after" in " ".join(checked.output.split())
+    lines = [line for line in await lines_of_a_restart(killed, 0) if line["event"] == "recording lost its end"]
+    assert [line["level"] for line in lines] == ["warning"]
+    assert "the commits after that" in lines[0]["reason"]
