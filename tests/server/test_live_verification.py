@@ -292,7 +292,7 @@ async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
 
 
 STATUS: dict[str, Any] = {
-    **dict.fromkeys(("frames", "skipped", "waiting", "streams", "lag_s", "position", "mismatches_total"), 0),
+    **dict.fromkeys(("frames", "skipped", "waiting", "streams", "lag_s", "position", "applied", "mismatches_total"), 0),
     "skipped_by": {},
     "share": 1,
     "mismatches": [],
