@@ -239,8 +239,7 @@ class TurnCall(StreamsRequest[R], TurnRequest):
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
-        if not self.handle.closed:
-            self.connection.flow.release(self.handle)
+        self.connection.flow.release(self.handle)
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
