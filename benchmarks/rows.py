@@ -186,7 +186,7 @@ def engine_and_echo(
 
         def echo_side() -> float:
             handles = np.arange(1, streams + 1, dtype=np.uint64)
-            with BareConnection(echo.endpoint) as connection:
+            with BareConnection(echo.endpoint, model.output_bytes) as connection:
                 return drive(
                     connection, [ClosedLoopStreams(at, handles[at : at + 1], own) for at, own in enumerate(inputs)]
                 )
