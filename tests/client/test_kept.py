@@ -65,10 +65,13 @@ def test_a_chunk_larger_than_the_bound_goes_when_nothing_else_is_unread() -> Non
     assert link.finish(chunk).outputs.shape == (10, 2)
 
 
-def test_nobody_reading_is_an_error_after_the_timeout() -> None:
+@pytest.mark.parametrize("came_before", [False, True])
+def test_nobody_reading_is_an_error_after_the_timeout(came_before: bool) -> None:
     link = limited(credit=1)
     handle = link.open("a")
     link.session.step(handle, X[0], keep=True)
+    if came_before:
+        link.settle()
     held_back = link.session.step(handle, X[1], keep=True)
     link.settle()
     assert link.session.deadline() == link.now + 10.0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from instep_client.openings import OpenCall
+from instep_client.pending import parts
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import Kind
@@ -16,7 +17,7 @@ from tests.support.session_link import Link, X, headers, refuse
 from tests.support.states import floats_of, gru_state
 
 SMALL = replace(INFO, max_message_bytes=2 * 201)
-"""Room for two names, or for 25 states."""
+"""Room for two names."""
 
 
 def sent(messages: list[Message]) -> list[tuple[Kind, bytes]]:
@@ -138,6 +139,14 @@ def test_large_groups_are_opened_and_closed_in_parts() -> None:
     closing = link.session.close(handle)
     assert [header[2] for header in headers(link.advance())] == [2, 2, 1]
     assert floats_of(link.finish(closing), 2, 2).tolist() == states.tolist()
+
+
+def test_parts_fit_into_messages_and_into_the_largest_reply() -> None:
+    link = Link(replace(INFO, max_message_bytes=600))
+    link.session.open([f"{number}".rjust(200, "a") for number in range(3)], None, single=False)
+    assert all(len(message[1]) <= 600 for message in link.advance())
+    large = replace(INFO, state=gru_state(1, 2**20), max_message_bytes=2**30)
+    assert [len(part) * large.state.row_bytes for part in parts(40, large)] == [2**26, 2**26, 2**25]
 
 
 def test_one_refused_part_undoes_the_others() -> None:

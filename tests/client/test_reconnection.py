@@ -628,6 +628,17 @@ class TestOtherCalls:
         assert other.session.table.next_seqs(again).tolist() == [2]
         assert other.finish(other.session.step(again, X[2])).outputs.tolist() == reference(X[:3])[0][2].tolist()
 
+    def test_a_resume_of_which_a_part_was_granted_is_asked_again(self) -> None:
+        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=201)))  # room for one name
+        link.open("a", "b")
+        other = RingLink(link.server, name="other")
+        resume = other.session.resume(["a", "b"], None, 0, True, False)
+        other.advance()
+        other.serve()
+        other.deliver()
+        other.cut()
+        assert other.finish(resume).names == ("a", "b")
+
     def test_a_resume_that_another_one_followed_is_in_doubt(self) -> None:
         link = RingLink()
         epoch = int(link.session.table.epochs(link.open("a"))[0])

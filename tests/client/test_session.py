@@ -23,7 +23,7 @@ from instep_client.protocol.errors import (
 from instep_client.protocol.wire import Kind
 from instep_client.session import Session
 from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
-from tests.support.session_link import Link, headers, refuse
+from tests.support.session_link import Link, headers, refuse, sizes
 
 X = np.ones(3, np.float32)
 
@@ -154,7 +154,7 @@ def test_ping_measures_and_statistics_are_read() -> None:
     link.advance()
     link.serve()
     link.now += 0.25
-    link.settle()
+    link.settle_client()
     assert ping.result() == 0.25
     assert statistics.result() == {"streams_open": 0.0, "blocks": 0.0, "ready": 1.0}
 
@@ -255,6 +255,18 @@ def test_eviction_fails_what_waits_and_what_comes_later_of_that_stream_alone() -
     link.settle()
     assert well.result().outputs.tolist() == [3, 4]
     assert link.session.step(other, X)
+
+
+def test_frames_behind_a_reset_that_an_eviction_has_ended_do_not_wait_for_answers() -> None:
+    link = Link()
+    group = link.open("a", "b")
+    link.session.step(group, [X, X])
+    reset, behind = link.session.reset(group, None), link.session.step(group, [X], rows=[1])
+    assert sizes(link.advance()) == [(1, 2)]
+    link.deliver(evicted([1]))
+    assert isinstance(reset.error, StreamEvicted)
+    assert sizes(link.advance()) == [(1, 1)]
+    assert link.finish(behind)
 
 
 def test_eviction_before_the_welcome_is_nobodys() -> None:

@@ -91,12 +91,15 @@ class TestResume:
         assert set(link.server.streams) == {"a", "b"}  # what was there before is not closed
         assert len(other.finish(other.session.resume(["a", "b"], None, 0, True, False)).rows) == 2
 
-    def test_a_resume_that_nobody_waits_for_leaves_the_stream(self) -> None:
+    @pytest.mark.parametrize("is_granted", [False, True])
+    def test_a_resume_that_nobody_waits_for_leaves_the_stream(self, is_granted: bool) -> None:
         link = RingLink()
         link.open("a")
         other = RingLink(link.server, name="other")
         resume = other.session.resume(["a"], None, 0, True, True)
         other.advance()
+        if is_granted:
+            other.run(resume)
         other.session.cancel(resume)
         other.run(resume)
         assert "a" in link.server.streams

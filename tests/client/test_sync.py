@@ -94,6 +94,18 @@ def test_one_thread_sends_while_another_reads(server: FakeServer) -> None:
         assert read == reference(X)[0].tolist()
 
 
+def test_finishing_wakes_the_thread_that_waits_for_outputs(server: FakeServer) -> None:
+    with Client(server.endpoint) as client:
+        stream = client.open("a")
+        reader = threading.Thread(target=lambda: list(stream), daemon=True)
+        reader.start()
+        while stream._handle.waiter is None:
+            time.sleep(0.001)
+        stream.finish()
+        reader.join(5.0)
+        assert not reader.is_alive()
+
+
 def test_ctrl_c_leaves_a_client_that_can_be_used_and_closed(server: FakeServer) -> None:
     main = threading.main_thread().ident
     assert main is not None

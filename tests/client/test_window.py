@@ -21,6 +21,17 @@ def acks(messages: list[Message]) -> list[list[int]]:
     return [np.frombuffer(columns, COLUMN)["acked"].tolist() for columns, _ in arrays]
 
 
+def test_a_call_that_waits_for_the_window_can_be_withdrawn() -> None:
+    link = Link(replace(INFO, window_frames=4))
+    handle = link.open("a")
+    link.session.step(handle, X[:3])
+    waiting, behind = link.session.step(handle, X[3:5]), link.session.step(handle, X[5])
+    assert sizes(link.advance()) == [(2, 1), (1, 1)]
+    link.session.cancel(waiting)
+    assert sizes(link.advance()) == [(1, 1)]  # there is room for this one
+    assert link.finish(behind)
+
+
 def test_chunks_are_cut_to_half_a_window_and_wait_for_outputs_beyond_it() -> None:
     link = Link(replace(INFO, window_frames=8))
     handle = link.open("a")
