@@ -18,7 +18,7 @@ from instep_client.states import State, as_state
 
 
 class StreamView:
-    """What an `AsyncStream` and a `Stream` tell of themselves without asking the server."""
+    """The properties of an `AsyncStream` and a `Stream`, which need no message to the server."""
 
     _session: Session
     _handle: StreamHandle
@@ -52,7 +52,7 @@ class StreamView:
 
 
 class GroupView:
-    """What an `AsyncGroup` and a `Group` tell of themselves without asking the server."""
+    """The properties of an `AsyncGroup` and a `Group`, which need no message to the server."""
 
     _session: Session
     _handle: StreamHandle

@@ -1,7 +1,7 @@
 """Calls: one object for each thing that the user asked for, completed by the session.
 
 Call
-├── StepCall, in `handles.py`    frames of one stream handle
+├── StepCall, in `handles.py`  frames of one stream handle
 └── Request                    anything else, one class for each kind
     ├── Greeting, Claim, Silence, Farewell  the session's own
     ├── Question, ModelsChange, PingCall, in `requests.py`

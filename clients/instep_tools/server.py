@@ -20,7 +20,7 @@ ROUND_TRIPS: Final = 5
 _NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
 """Why a server that is there takes no connection."""
 _MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean", "batch_fill")
-"""How the numbers end that are more than 0 where there was anything to measure."""
+"""Suffixes of numbers that are 0 only as long as there was nothing to measure."""
 
 
 async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
