@@ -85,6 +85,8 @@ def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
+    titles = [line for line in lines if line and not line.startswith(" ")]
+    assert sorted(set(titles)) == sorted(titles)
     text = " ".join(done.stdout.split())
     assert "256 files may be open, and limits.max_connections of 16,384 needs 16,484" in text
     assert "LimitNOFILE=16484" in text

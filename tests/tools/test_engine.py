@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 
@@ -87,6 +88,8 @@ async def test_a_load_test_of_the_engine() -> None:
 async def test_numbers_that_are_small_not_finite_or_not_measured_are_shown() -> None:
     async with running(SEED_SIZED) as server:
         server.default.candidate = CandidateStatus(Path("new"), "abc", 0.1, largest=math.inf, mean=1.23e-05)
+        while not len(server.default.history):
+            await asyncio.sleep(0.05)
         shown, told = RememberingTerminal(), RememberingTerminal(as_json=True)
         for terminal in (shown, told):
             assert await stats(Target(server.endpoint), terminal, Stop()) == Exit.OK
@@ -95,5 +98,6 @@ async def test_numbers_that_are_small_not_finite_or_not_measured_are_shown() -> 
     assert rows["shadow_largest_difference"].strip() == "not finite"
     assert (rows["latency_us_p99"].strip(), rows["batch_size_mean"].strip(), rows["frames_total"]) == ("–", "–", "0")
     assert "recent_time_s" not in rows
+    assert told.json()["recent_time_s"] > 0
     assert told.json()["latency_us_p99"] == 0
     assert (told.json()["shadow_largest_difference"], told.json()["shadow_mean_difference"]) == (None, 1.23e-05)
