@@ -197,6 +197,24 @@ def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
     assert rig.gone == [rig.slow]
 
 
+def test_a_peer_that_says_that_it_reads_is_not_given_up_while_others_take_all_the_room() -> None:
+    rig = Rig(max_outbox_bytes=10**9, max_total_bytes=100_000)
+    for _ in range(5):
+        rig.outbound.send(rig.slow, MESSAGE)
+    rig.tick(51)
+    for _ in range(45):
+        rig.outbound.send(rig.slow, MESSAGE)
+    for number in range(30):
+        rig.outbound.send(rig.add(b"\0late%d" % number), MESSAGE)
+    rig.outbound.send(rig.slow, MESSAGE)
+    first, last = rig.pings(b"\0slow")
+    rig.now_ns = 1000  # the server was stopped, and the answers to both questions wait
+    rig.outbound.acknowledge(rig.slow, first)
+    assert (rig.gone, len(rig.slow.outbox)) == ([], 1)
+    rig.outbound.acknowledge(rig.slow, last)
+    assert not rig.slow.outbox
+
+
 def test_an_outbox_that_moves_is_not_given_up() -> None:
     rig = Rig()
     rig.router.room = 0

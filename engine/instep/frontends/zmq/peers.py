@@ -40,7 +40,7 @@ class Peer:
     """Messages that ZeroMQ did not take, with the frames that each answers."""
     outbox_bytes: int = 0
     blocked_since_ns: int = 0
-    """When the outbox last moved; counts only while it holds something."""
+    """When the outbox last moved, or the peer last said that it reads; counts only while the outbox holds something."""
     last_probed_ns: int = 0
     sent_bytes: int = 0
     """Bytes handed to ZeroMQ so far."""
@@ -74,8 +74,9 @@ class Outbound:
     A peer may leave `max_unread_bytes` unread, and all peers together half of `max_total_bytes`; beyond the latter a
     peer gets one reply at a time. Everything else, and what ZeroMQ has no room for, waits in the peer's outbox. An
     outbox is bounded by the peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by
-    `max_outbox_bytes`. A peer that exceeds its bound, or whose outbox has not moved for `unreachable_after_ns`, is
-    dropped. Where all outboxes need more than the other half of `max_total_bytes`, the peer with the most is dropped.
+    `max_outbox_bytes`. A peer is dropped when it exceeds its bound, or when for `unreachable_after_ns` its outbox has
+    not moved and the peer has not said that it reads. Where all outboxes need more than the other half of
+    `max_total_bytes`, the peer with the most is dropped.
 
     Args:
         router: the socket.
@@ -198,7 +199,8 @@ class Outbound:
             self.unread_bytes -= sent_bytes - peer.read_bytes
             peer.read_bytes = sent_bytes
             if peer.outbox:
-                self._flush(peer, self._clock())
+                peer.blocked_since_ns = self._clock()
+                self._flush(peer, peer.blocked_since_ns)
 
     def tick(self, now_ns: int, probe_after_ns: int) -> None:
         """Retry blocked peers, drop those that take nothing or never answer, and probe those that have been silent."""
