@@ -374,6 +374,27 @@ def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None
     )
 
 
+def test_frames_whose_step_failed_are_not_among_those_that_are_left_out(tmp_path: Path) -> None:
+    story = Story(tmp_path, retention=Retention(keep_bytes=60_000))
+    streams = [story.open() for _ in range(3)]
+    follower = story.follower(0)
+    story.scribe.step(streams, "failed")
+    story.step(*streams, frames=2)
+    story.checkpoint()
+    follower.skip()
+    assert (follower.frames_seen, follower.skipped_by) == (6, {"behind": 6})
+    story.scribe.step(streams, "failed")
+    story.step(*streams)
+    story.checkpoint()
+    follower.skip()
+    unread = story.frames
+    story.trim()
+    story.step(*streams)
+    advance(follower)
+    assert follower.frames_seen == follower.frames + follower.skipped == story.frames
+    assert follower.skipped_by == {"behind": 9, "unchecked": story.frames - unread - follower.frames}
+
+
 def test_frames_of_closed_streams_and_frames_without_outputs_are_told_apart(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(2)]

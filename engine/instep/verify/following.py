@@ -194,7 +194,9 @@ class Follower:
             first, newest = self.seen + 1, tail.newest_checkpoint
             if newest >= first:
                 self._note_trimmed(tail)
-                self._leave_out(tail.totals(first, newest)[1], Reason.BEHIND)
+                applied = tail.frames_until(newest)  # unlike `totals` without those whose step failed
+                frames = max(0, applied - self.applied) if applied else tail.totals(first, newest)[1]
+                self._leave_out(frames, Reason.BEHIND)
                 self._skip_to(newest, tail)
 
     def _note_trimmed(self, tail: RecordingTail) -> None:
