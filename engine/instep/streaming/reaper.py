@@ -86,12 +86,11 @@ class Reaper:
         table, most = self._table, self._hibernation.limits.max_parked
         if table.owned[table.parked] <= most:
             return
-        parked = table.parked_longest()
-        excess = min(len(parked) - most, self._at_once)
+        excess = min(len(table.parked_since(np.iinfo(np.int64).max)) - most, self._at_once)
         if excess > 0 and self._hibernation.is_possible:
             self._hibernation.hibernate_parked(excess)
         elif excess > 0:
-            self._operations.expire(parked[:excess])
+            self._operations.expire(table.parked_longest()[:excess])
 
     def _evict_idle(self, now_ns: int) -> None:
         limits, table = self._hibernation.limits, self._table
