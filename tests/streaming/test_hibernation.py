@@ -26,6 +26,7 @@ from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL, whole
+from tests.support.states import floats_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
@@ -470,6 +471,36 @@ async def test_a_stream_that_wakes_and_ends_while_its_state_is_read_is_not_told_
         await Checkpoints(kit.engine, kit.states, kit.tasks, 10**15).take()
         may_read.set()
         assert (await reading).codes.tolist() == [Code.UNKNOWN_STREAM]
+
+
+async def test_a_state_is_read_again_where_its_stream_was_awake_meanwhile(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    may_read, x = threading.Event(), random_frames(rng, 5)
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], x[:3])
+        await tick(kit)
+
+        def late(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            found = load_open_streams(path, streams)
+            may_read.wait()
+            return found
+
+        kit.load = late
+        reading = asyncio.ensure_future(kit.operations.read_states(["s"]))
+        await kit.settle()
+        kit.load = load_open_streams
+        resumed = await origin.resume(["s"], have(3), opened.epochs)
+        await step(origin, resumed.handles, [3], x[3:])
+        await tick(kit)
+        assert list(kit.hibernation) == ["s"]
+        may_read.set()
+        read = await reading
+        assert (read.codes.tolist(), read.next_seqs.tolist()) == ([0], [5])
+        np.testing.assert_array_equal(floats_of(read.states, 1, -1)[0], whole(SMALL, x[:, 0])[1])
 
 
 async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(tmp_path: Path) -> None:
