@@ -115,7 +115,7 @@ class Reference(Protocol):
         """Run sequences of different lengths, the longest first.
 
         Args:
-            x: frames [T, R, features].
+            x: frames [T, R, features], float32 or of the reference's dtype.
             state: by leaf, [R, *shape], before them; not changed. Floats have the reference's dtype.
             active: [T], descending: how many of the rows, from the first, have a frame at each timestep.
 

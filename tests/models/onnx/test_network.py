@@ -161,9 +161,9 @@ def test_the_reference_of_a_layer_norm_is_in_float64(tmp_path: Path, rng: np.ran
     step = graph(nodes, {"x": ["rows", 6], "h": ["rows", 6]}, {"y": ["rows", 6], "hn": ["rows", 6]}, {"scale": scale})
     reference = build(imported(tmp_path, step), CPU).reference(np.float64)
     assert reference is not None
-    x = rng.standard_normal((5, 2, 6))
+    x = rng.standard_normal((5, 2, 6)).astype(np.float32)
     y, _ = reference.run(x, {"h": np.zeros((2, 6))}, np.array([2] * 5))
-    summed = torch.from_numpy(x.cumsum(axis=0))
+    summed = torch.from_numpy(x.cumsum(axis=0, dtype=np.float64))
     epsilon = float(np.float32(1e-5))  # which a graph holds
     truth = nn.functional.layer_norm(summed, (6,), torch.from_numpy(scale.astype(np.float64)), eps=epsilon)
     np.testing.assert_allclose(y, truth.numpy(), rtol=0, atol=1e-13)

@@ -77,6 +77,25 @@ def test_the_reference_in_float64_agrees_and_knows_rows_of_different_lengths(rng
     assert after["after.0.has_begun"].all()
 
 
+def test_the_reference_in_float64_rounds_nothing_to_the_float32_of_its_frames(rng: np.random.Generator) -> None:
+    model = listens(
+        small(before=[{"smooth": 0.9}, {"spectrum": "power"}], network={"features": 2, "gru": {"hidden_size": 4}})
+    )
+    reference = build(model, CPU).reference(np.float64)
+    assert reference is not None
+    x, active = rng.standard_normal((9, 2, 3)).astype(np.float32), np.array([2] * 9)
+    state = model.description.state.unpack(model.description.state.initial(2))
+    state = {name: leaf.astype(np.float64) if leaf.dtype.kind == "f" else leaf for name, leaf in state.items()}
+    (y, after), (wide, wide_after) = (reference.run(frames, state, active) for frames in (x, x.astype(np.float64)))
+    assert (y.dtype, wide.dtype) == (np.float64, np.float64)
+    np.testing.assert_array_equal(y, wide)
+    smoothed = x[0].astype(np.float64)
+    for frame in x[1:].astype(np.float64):
+        smoothed = 0.9 * smoothed + (1 - 0.9) * frame
+    for leaves in (after, wide_after):
+        np.testing.assert_allclose(leaves["before.0.smoothed"], smoothed, rtol=0, atol=1e-14)
+
+
 def test_a_context_of_frames_is_those_before_and_zeros_at_first(rng: np.random.Generator) -> None:
     model = listens(small(before=[{"context": 2}], network={"features": 9, "gru": {"hidden_size": 4}}))
     x = rng.standard_normal((6, 4, 3)).astype(np.float32)

@@ -39,6 +39,7 @@ class OnnxReference:
         is_wide = dtype is np.float64
         self._evaluator: ReferenceEvaluator = ReferenceEvaluator(_in_float64(graph) if is_wide else graph)
         self._description = description
+        self._dtype = np.dtype(dtype)
         self._dtypes = {
             tensor.name: np.dtype("float64" if is_wide and tensor.dtype == "float32" else tensor.dtype)
             for tensor in description.graph_inputs
@@ -59,7 +60,7 @@ class OnnxReference:
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
         """Run sequences of different lengths, the longest first; see `Reference.run`."""
         with np.errstate(all="ignore"):  # infinity is a value like any other here
-            return scan(self._step, x, state, active, self._description.outputs)
+            return scan(self._step, x.astype(self._dtype, copy=False), state, active, self._description.outputs)
 
     def _step(self, x: Floats, state: Mapping[str, Any]) -> tuple[Floats, dict[str, Any]]:
         description, rows = self._description, len(x)

@@ -82,7 +82,7 @@ class PipelineNetwork:
         inside = self._network.reference(dtype)
         if inside is None or not all(step.has_reference for _, _, step, _ in self.description.steps()):
             return None
-        return PipelineReference(self.description, inside)
+        return PipelineReference(self.description, inside, dtype)
 
 
 class _Parts:
@@ -154,9 +154,10 @@ class PipelineStep:
 class PipelineReference:
     """A `Reference`."""
 
-    def __init__(self, description: PipelineDescription, network: Reference) -> None:
+    def __init__(self, description: PipelineDescription, network: Reference, dtype: type[np.floating[Any]]) -> None:
         self.independent = network.independent
         self._network = network
+        self._dtype = np.dtype(dtype)
         self._steps: dict[str, list[tuple[str, FrameStep]]] = {place: [] for place in PLACES}
         for place, index, step, _ in description.steps():
             self._steps[place].append((leaf_name(place, index, ""), step))
@@ -165,7 +166,7 @@ class PipelineReference:
         found = dict(state)
         before, after = (self._steps[place] for place in PLACES)
         with np.errstate(over="ignore", invalid="ignore"):
-            frames = self._through(before, x, found, active)
+            frames = self._through(before, x.astype(self._dtype, copy=False), found, active)
             inside = {name: leaf for name, leaf in found.items() if not name.startswith(tuple(f"{p}." for p in PLACES))}
             outputs, states = self._network.run(frames, inside, active)
             found |= states
