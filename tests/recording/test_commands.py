@@ -103,6 +103,15 @@ def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
     assert text.startswith("not read: ")
 
 
+def test_a_name_that_no_file_can_have_is_told_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    for command in (commands.check, commands.info, commands.list_folder):
+        status, text = said(command, path)
+        assert (status, "File name too long" in text, len(text.splitlines())) == (commands.NOT_READ, True, 1)
+    status, text = said(commands.repair, path, tmp_path / "saved.rec")
+    assert (status, "there is no such file" in text) == (commands.NOT_READ, True)
+
+
 def test_info_shows_what_it_is(tmp_path: Path) -> None:
     record(tmp_path / "a.rec")
     status, text = said(commands.info, tmp_path / "a.rec")

@@ -83,6 +83,8 @@ def test_what_is_no_place_for_a_recording(tmp_path: Path) -> None:
         check_place(tmp_path)
     with pytest.raises(RecordingError, match=r"there is no folder .*nodir for the recording x\.instep: make it"):
         check_place(tmp_path / "nodir" / "x.instep")
+    with pytest.raises(RecordingError, match=r"cannot look for the recording .*: File name too long; name another"):
+        check_place(tmp_path / ("x" * 300))
     check_place(tmp_path / "x.instep")
 
 

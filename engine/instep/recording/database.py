@@ -30,9 +30,13 @@ _APPLICATION_ID_OFFSET: Final = 68
 
 def check_place(path: Path) -> None:
     """Raise RecordingError where no recording can be made."""
-    if path.is_dir():
+    try:
+        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+    except OSError as error:
+        raise RecordingError(f"cannot look for the recording {path}: {error.strerror}; name another file") from None
+    if is_folder:
         raise RecordingError(f"{path} is a folder: name a file for the recording, like {path / 'r.instep'}")
-    if not path.parent.is_dir():
+    if not has_folder:
         raise RecordingError(
             f"there is no folder {path.parent} for the recording {path.name}: make it, or name another"
         )

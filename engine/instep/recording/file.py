@@ -79,10 +79,10 @@ class RecordingFile(Closing):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
         # In WAL mode but without a WAL, nobody writes it, and its folder may be read-only.
         try:
             path.stat()
+            beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
             alone = not beside and self._is_left_in_wal_mode()
         except IsADirectoryError:
             raise RecordingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -164,7 +165,7 @@ def list_recordings(folder: Path) -> dict[Path, Overview | str]:
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file() and looks_like_one(path))
     except OSError as error:
-        if folder.is_file():
+        if os.path.isfile(folder):  # Path's raises if it cannot be looked for
             raise RecordingError(
                 f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
             ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ class _Salvage:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path's raises if it cannot be looked for
             raise RecordingError(f"cannot read the recording {path}: there is no such file")
         self.damage: dict[str, str] = {}
         """By table, why reading it ended early."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]
     prepare_numerics(config.engine.threads)
     place = config.recording.file
     try:
-        if place is not None and not place.is_dir():  # before a minute is spent on certifying
+        if place is not None and not os.path.isdir(place):  # before a minute is spent on certifying
             check_place(place)
             check_file(place)
         loaded = _load(config.model.folders)

@@ -87,7 +87,7 @@ def test_the_reference_in_float64_rounds_nothing_to_the_float32_of_its_frames(rn
     state = model.description.state.unpack(model.description.state.initial(2))
     state = {name: leaf.astype(np.float64) if leaf.dtype.kind == "f" else leaf for name, leaf in state.items()}
     (y, after), (wide, wide_after) = (reference.run(frames, state, active) for frames in (x, x.astype(np.float64)))
-    assert (y.dtype, wide.dtype) == (np.float64, np.float64)
+    assert y.dtype == wide.dtype == np.float64
     np.testing.assert_array_equal(y, wide)
     smoothed = x[0].astype(np.float64)
     for frame in x[1:].astype(np.float64):
