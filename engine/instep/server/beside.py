@@ -15,12 +15,12 @@ from instep.streaming.tasks import in_daemon_thread
 R = TypeVar("R")
 
 _TURN_S: Final = 0.0002
-"""After which the thread gives the interpreter's lock back to the loop. Python's own is 5 ms, which every message that
-is served meanwhile could have to wait several times."""
+"""The time after which the thread gives the interpreter's lock back to the loop. Python's own is 5 ms, and a message
+that is served meanwhile could have to wait that long several times."""
 
 
 class Beside:
-    """Does one thing at a time that takes long, with so many threads of torch; the server can end meanwhile."""
+    """Does one long piece of work at a time, with `threads` threads of torch; the server can end meanwhile."""
 
     def __init__(self, threads: int, shutdown: Shutdown) -> None:
         self._threads = threads

@@ -46,7 +46,7 @@ class Origins:
         return True
 
     def add_backlog(self, origin: Origin, frames: int) -> None:
-        """So many more frames of a connected origin are computed, and their replies wait; its credit lacks them."""
+        """Count frames, or fewer where negative, whose replies wait for a connected origin; its credit lacks them."""
         self._tables.origins["backlog"][origin.number] += frames
 
     def is_connected(self, origin: Origin) -> bool:

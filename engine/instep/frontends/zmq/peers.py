@@ -167,7 +167,7 @@ class Outbound:
             self.drop(max(self._blocked, key=attrgetter("outbox_bytes")))
 
     def _grow(self, peer: Peer, size: int, frames: int) -> None:
-        """A peer's outbox holds so many bytes and frames more."""
+        """A peer's outbox has grown by these bytes and frames, or has shrunk where they are negative."""
         peer.outbox_bytes += size
         self.total_bytes += size
         peer.served.service.engine.origins.add_backlog(peer, frames)
