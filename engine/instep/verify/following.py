@@ -5,9 +5,8 @@ on the follower carries the state itself. It reads in short transactions, some r
 for each portion, so that it never keeps the writer from reusing its WAL, trimming, or closing in order.
 
 Where bits must be equal (see `conditions`), a frame is wrong when any bit of its output differs. Elsewhere the states
-drift apart, so each part of a stream is compared from one recorded state to the next, within the bound of the verifier;
-its frames wait for the next checkpoint. A stream that is wrong is told of once and followed no further, until it is
-opened again.
+drift apart, so each part of a stream is compared from one recorded state to the next, within the verifier's bound; its
+frames wait for the next checkpoint. A wrong stream is reported once, and followed again only when it is opened anew.
 """
 
 from __future__ import annotations
@@ -345,8 +344,7 @@ class Follower:
 
     def _is_waiting(self, part: FollowedPart) -> bool:
         """Whether frames of a part that were not compared can be later."""
-        is_followed = self._known.get(part.number) is part
-        return not self._checkers.conditions.step_bits and is_followed
+        return not self._checkers.conditions.step_bits and self._known.get(part.number) is part
 
     def _compare(self, task: Task, parts: list[FollowedPart]) -> None:
         found, states = step_again(task)
