@@ -73,7 +73,7 @@ def serve(
         bool, typer.Option("--accept-numerics-change", help="Continue a recording even if floats may differ now.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Start the server again when a crash (SIGSEGV, SIGABRT) kills it.")
+        bool, typer.Option("--restart", help="Start the server again when a signal kills it, as in a crash.")
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Say what would be served, or why it cannot be; write nothing, and exit.")

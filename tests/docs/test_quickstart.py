@@ -43,4 +43,4 @@ def test_everything_it_tells_to_type_works(tmp_path: Path) -> None:
     assert "258 streams, 13,400 frames" in verified.stdout
     exported = run(export, tmp_path)
     assert exported.returncode == 0, exported.stderr
-    assert len((tmp_path / "today.csv").read_text().splitlines()) == 1 + 13_400
+    assert len((tmp_path / "first.csv").read_text().splitlines()) == 1 + 13_400

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from instep.core.typing import F32, I64
-from instep.runtime.executor import RunResult
+from instep.runtime.executor import ExecutorDied, RunResult
 from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 from instep.server.open_files import allow_open_files
 
@@ -104,8 +104,9 @@ def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: si
 
     one = stepped(also)
     one.begin()
-    with pytest.raises(EOFError, match="has died"):
+    with pytest.raises(ExecutorDied, match="has died" if end is None else "was killed by SIGKILL") as caught:
         one.wait()
+    assert caught.value.killed_by == end
     one.begin()  # nobody is there to take it, which is no error here
 
 

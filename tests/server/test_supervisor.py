@@ -103,6 +103,27 @@ def test_a_crash_undoes_no_reload_whatever_the_file_holds_by_then(
     assert served.until("reloaded")["changed"] == [], "77 was in effect"
 
 
+def test_a_crash_of_the_process_that_steps_costs_a_stream_nothing_but_time(
+    supervised: tuple[Served, str], rng: np.random.Generator
+) -> None:
+    served, endpoint = supervised
+    x, outputs = random_frames(rng, 30)[:, 0], []
+    with Client(endpoint) as client:
+        stream = client.open("s")
+        for number, frame in enumerate(x):
+            if number in (10, 20):
+                first = server_of(served)
+                (steps,) = first.children()
+                steps.send_signal(signal.SIGSEGV if number == 10 else signal.SIGKILL)
+                reason = f"the process that steps was killed by {'SIGSEGV' if number == 10 else 'SIGKILL'}"
+                assert served.until("failed")["reason"] == reason
+                served.until("restarting")
+                served.until("serving")
+                assert server_of(served).pid != first.pid
+            outputs.append(stream.step(frame))
+        np.testing.assert_array_equal(np.array(outputs), whole(SMALL, x)[0])
+
+
 def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[Served, str]) -> None:
     served, _ = supervised
     server = server_of(served)

@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from instep.runtime.executor import StateLost
+from instep.runtime.executor import ExecutorDied, StateLost
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
@@ -125,7 +125,7 @@ class DyingExecutor(HandExecutor):
 
     def take_signal(self) -> None:
         if self.begun:
-            raise EOFError("it has died")
+            raise ExecutorDied("it has died")
 
 
 async def test_a_dead_executor_is_a_bug_that_the_loop_tells(rng: np.random.Generator) -> None:

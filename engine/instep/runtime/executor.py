@@ -47,6 +47,18 @@ class RunResult:
     """The exception of the step after those; None where all were applied."""
 
 
+class ExecutorDied(Exception):
+    """No step can be executed any more.
+
+    Attributes:
+        killed_by: the number of the signal that has killed the process that steps; None for any other end.
+    """
+
+    def __init__(self, sentence: str, killed_by: int | None = None) -> None:
+        super().__init__(sentence)
+        self.killed_by = killed_by
+
+
 class StepExecutor(Protocol):
     """Runs steps in the order of their beginning."""
 
@@ -76,14 +88,14 @@ class StepExecutor(Protocol):
         """The runs that have ended since the last call, in order.
 
         Raises:
-            EOFError: the executor has died.
+            ExecutorDied: it has.
         """
 
     def take_signal(self) -> None:
         """`signal_fd` is readable: take the signal, so that it waits for the next one.
 
         Raises:
-            EOFError: the executor has died.
+            ExecutorDied: it has.
         """
 
     def answered(self) -> None:
@@ -169,7 +181,7 @@ class ThreadExecutor:
         with contextlib.suppress(BlockingIOError):
             os.read(self.signal_fd, 64)
         if self._died is not None:
-            raise EOFError(f"the thread that steps has died: {self._died!r}")
+            raise ExecutorDied(f"the thread that steps has died: {self._died!r}")
 
     def answered(self) -> None:
         """Nothing was put off in the caller's thread."""

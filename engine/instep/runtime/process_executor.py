@@ -30,7 +30,7 @@ import torch
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
-from instep.runtime.executor import Afterwards, RunResult, StateLost, Step, nothing, run_steps
+from instep.runtime.executor import Afterwards, ExecutorDied, RunResult, StateLost, Step, nothing, run_steps
 
 _PLACES: Final = 2
 _TEXT_BYTES: Final = 1024
@@ -79,6 +79,8 @@ class ProcessExecutor:
         self._under_way = 0
         """Runs that the process has."""
         self._results: list[RunResult] = []
+        self._status: int | None = None
+        """With which the process has ended, once that was noticed."""
         commands, self._commands = os.pipe()
         self.signal_fd, outcomes = os.pipe()
         server = os.getpid()
@@ -126,11 +128,22 @@ class ProcessExecutor:
         except BlockingIOError:
             return
         if not outcomes:
-            raise EOFError("the process that steps has died")
+            raise self._death()
         for place, began_ns, ended_ns, steps, failure in _OUTCOME.iter_unpack(outcomes):
             self._under_way -= 1
             error = self._error(place, failure) if failure else None
             self._results.append(RunResult(began_ns, ended_ns, steps, error))
+
+    def _death(self) -> ExecutorDied:
+        if self._status is None:
+            try:
+                self._status = os.waitpid(self._pid, 0)[1]
+            except ChildProcessError:  # where SIGCHLD is ignored, nobody knows
+                self._status = 0
+        if os.WIFSIGNALED(self._status):
+            number = os.WTERMSIG(self._status)
+            return ExecutorDied(f"the process that steps was killed by {signal.Signals(number).name}", number)
+        return ExecutorDied("the process that steps has died")
 
     def _error(self, place: int, failure: int) -> Exception:
         text = self._text[place].tobytes().rstrip(b"\0").decode(errors="replace")

@@ -37,6 +37,7 @@ class _Start:
     accept_numerics_change: bool
     kept: Kept
     service_manager: ServiceManager
+    is_supervised: bool
 
 
 def run(
@@ -54,7 +55,8 @@ def run(
         reread: reads the configuration again, on SIGHUP; it raises ConfigError. None for the same one always.
         on_ready: called with the endpoint once the server answers.
         accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
-        restart: whether to serve in a child process that is started again when a signal kills it.
+        restart: whether to serve in a child process that is started again when a signal kills it, or the process in
+            which it steps.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -74,7 +76,7 @@ def run(
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
-    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager)
+    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager, restart)
     if restart and supervise(log):
         began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
         if changed := [change for _, change in differences(began, config)]:
@@ -125,6 +127,8 @@ async def _serve(
             batches=sum(each.batches_total for each in stats),
             messages_unanswered=server.unanswered_messages,
         )
+    if server.was_crash and start.is_supervised and not stops:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the process that steps, for the supervisor to start the next server
     if server.failure is not None:
         return 1
     return 130 if stops > 1 else 0

@@ -171,6 +171,11 @@ class Server:
         """Why the server had to end, if it had to."""
         return self._shutdown.failure
 
+    @property
+    def was_crash(self) -> bool:
+        """Whether it had to end because a signal has killed a process that steps."""
+        return self._shutdown.was_crash
+
     def configure(self, config: Config) -> None:
         """Use the values of a configuration from now on that can change while the server runs.
 

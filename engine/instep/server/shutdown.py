@@ -6,6 +6,8 @@ import asyncio
 
 import structlog
 
+from instep.runtime.executor import ExecutorDied
+
 
 class Shutdown:
     """The one place that decides that the server ends; a failure is told to the log."""
@@ -16,6 +18,8 @@ class Shutdown:
         """Whether everything that was admitted is still answered."""
         self.failure: str | None = None
         """Why the server had to end, if it had to."""
+        self.was_crash = False
+        """Whether that is a signal that has killed a process that steps."""
         self._log = log
 
     def stop(self, *, drain: bool = True) -> None:
@@ -31,6 +35,10 @@ class Shutdown:
         self.stop(drain=drain)
 
     def bug(self, error: BaseException) -> None:
-        """An exception that no code expects: clients would wait for what it prevented."""
-        self._log.error("bug in the server's loop", exc_info=error)
-        self.fail(f"a bug in the server's loop: {error!r}")
+        """An executor's death, or an exception that no code expects: clients would wait for what it prevented."""
+        if isinstance(error, ExecutorDied):
+            self.was_crash |= self.failure is None and error.killed_by is not None
+            self.fail(str(error))
+        else:
+            self._log.error("bug in the server's loop", exc_info=error)
+            self.fail(f"a bug in the server's loop: {error!r}")

@@ -263,7 +263,7 @@ class Engine:
         """Take the runs that have ended; whether there were any.
 
         Raises:
-            EOFError: the executor has died.
+            ExecutorDied: the executor has.
         """
         if not self._runs:
             return False

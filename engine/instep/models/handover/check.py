@@ -83,7 +83,8 @@ class Check:
         if not self.agrees:
             return (
                 f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
-                "layers than the module: make it again with instep.models.save_model or export_step."
+                "layers than the module: make it again with instep.models.save_model or export_step. If --against "
+                "names a class, or a function that makes a module, that module may have random weights."
             )
         if self._largest_error:
             verdict = "They agree: rounding explains every difference."
