@@ -20,7 +20,7 @@ from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
 from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import PATIENCE, Patience, Status, follow
-from instep_tools.words import counted
+from instep_tools.words import counted, wrapped
 
 _MOST_REASONS: Final = 2
 """In a line."""
@@ -67,7 +67,7 @@ class Following:
         for note in self._follower.notes:
             console.print(Text(f"bits were not required to be equal: {note}", "yellow"), soft_wrap=True)
         if reasons := in_words(self._follower.skipped_by, self._follower.waiting):
-            console.print(Text(f"not compared: {reasons}", "yellow"), soft_wrap=True)
+            console.print(Text(wrapped(f"not compared: {reasons}"), "yellow"), soft_wrap=True)
         style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
         console.print(Text(self._summary(), style), soft_wrap=True)
         return self._verdict
@@ -119,7 +119,7 @@ class Following:
 
 
 def _line(status: Status) -> str:
-    """The state of things in 80 columns; a second line where the file cannot be read or frames are not compared."""
+    """The state of things in 80 columns; more than a line where the file cannot be read or frames are not compared."""
     share = "" if status.share == 1 else f" (1 of {1 / status.share:,.0f})"
     mismatches = counted(status.mismatches_total, "mismatch", "mismatches")
     compared = f"{counted(status.streams, 'stream')}{share}, {counted(status.frames, 'frame')}"
@@ -129,7 +129,8 @@ def _line(status: Status) -> str:
     if not status.skipped and not status.waiting:
         return line
     percent = math.floor(100 * share_compared(status.frames, status.skipped))
-    return f"{line}\n  {percent}% compared; {in_words(status.skipped_by, status.waiting, _MOST_REASONS)}"
+    left_out = in_words(status.skipped_by, status.waiting, _MOST_REASONS)
+    return f"{line}\n{wrapped(f'  {percent}% compared; {left_out}')}"
 
 
 @contextmanager
