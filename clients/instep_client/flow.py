@@ -178,7 +178,7 @@ class Flow:
             self._line.append(handle)
 
     def release(self, handle: StreamHandle) -> None:
-        """What held a handle up is over."""
+        """Let a handle continue that had to wait."""
         handle.is_idle = True
         self._continue(handle)
 

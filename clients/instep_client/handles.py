@@ -1,4 +1,4 @@
-"""What users hold of streams, and what they ask of them: stream handles, frames, and requests that wait for their turn.
+"""Stream handles, and what is sent through them in turn: frames, and requests about their streams.
 
 A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
 which they were made; there is no order between the calls of different stream handles.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StreamHandle:
-    """The rows of one stream or group, what is to be sent through it, in order, and what came of it."""
+    """One stream or group: its rows, the calls that wait to be sent in order, and their outputs."""
 
     unanswered = 0
     """Frames sent and not answered for good (BUSY is not for good)."""

@@ -36,7 +36,7 @@ _ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
 
 
 class StepBlock:
-    """What one STEP carries: a piece of one call, or single frames of many calls side by side."""
+    """The frames of one STEP: a piece of one call, or single frames of many calls side by side."""
 
     def __init__(
         self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
@@ -81,7 +81,7 @@ class StepBlock:
         return part
 
     def renew(self, table: OpenStreams) -> None:
-        """It is sent again: under the present handles, with what has come until now."""
+        """Prepare to send it again, with the present handles and acknowledgements."""
         present = table.columns[self.rows]
         self.columns[:, HANDLE] = present[:, HANDLE]
         self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])

@@ -185,7 +185,7 @@ class OpenStreams:
         self.moved_at[rows] = [seq_of[number] for number in self.numbers[rows].tolist()]
 
     def claims(self, rows: Indices) -> bytes:
-        """What a RESUME says of these rows' streams."""
+        """The claims on the streams of these rows, as a RESUME carries them."""
         claims = np.zeros(len(rows), CLAIM)
         claims["have"], claims["epoch"] = self.acked[rows], self.epoch[rows]
         return claims.tobytes()

@@ -58,7 +58,7 @@ class RecordedSequences:
         return kept.select(np.flatnonzero(lengths).tolist())
 
     def _frames(self, which: npt.NDArray[np.bool_] | I64) -> dict[str, Any]:
-        """What there is for each frame, of some of them."""
+        """The columns of the chosen frames by name; None where the sequences have none."""
         columns = ("frames", "outputs", "answered", "times_ns")
         return {name: None if getattr(self, name) is None else getattr(self, name)[which] for name in columns}
 

@@ -83,7 +83,7 @@ class _Messages:
         self._widths: dict[int, dict[str, int]] = defaultdict(dict)
         """By count of numbers, the topics that have so many; values are those of outputs."""
         self._rows: list[tuple[str, int, int, int, F32, F32]] = []
-        """Stream, its number, seq (-1 where there is none), time, x and y."""
+        """Each has a stream, its number, a seq (-1 for none), a time, x and y."""
 
     def add(self, schema: Any, channel: Any, message: Any) -> None:
         number = channel.id

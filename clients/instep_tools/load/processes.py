@@ -146,7 +146,7 @@ def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
 
 
 def work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
-    """What a process of the load test runs; a Ctrl-C or SIGTERM reaches it as its parent's END."""
+    """Run one process of the load test; a Ctrl-C or SIGTERM reaches it as its parent's END."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which may be sent to the whole process group
         signal.signal(number, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

@@ -1,4 +1,4 @@
-"""What a load test measures: one sample an answered block, and their percentiles."""
+"""The samples of a load test, one for each answered block, and their percentiles."""
 
 from __future__ import annotations
 
