@@ -25,7 +25,7 @@ demo: $(READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps 
 
 test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines that they run
 	$(if $(COUNTS),$(BIN)/coverage erase)
-	@$(MAKE) --no-print-directory -j 2 all-tests check uncompiled
+	@$(MAKE) --no-print-directory -j 2 all-tests check $(if $(COUNTS),uncompiled)
 	$(if $(COUNTS),$(BIN)/coverage combine --quiet)
 	$(if $(COUNTS),$(BIN)/coverage report --skip-covered --fail-under=95)
 
@@ -33,7 +33,7 @@ all-tests: $(READY)
 	$(BIN)/python -c "from instep.streaming.warm_up import warm_up; warm_up()"  # else each worker compiles all kernels
 	$(BIN)/$(COUNTED) -m pytest $(TOGETHER)
 
-uncompiled: check  # whose lines can be counted
+uncompiled: check  # since the lines of compiled kernels cannot be counted
 	NUMBA_DISABLE_JIT=1 $(BIN)/$(COUNTED) -m pytest -q tests/core
 
 test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, a million damaged messages, scale
