@@ -144,7 +144,6 @@ async def test_after_a_fault_nothing_is_answered_and_a_restart_loses_nothing(
         return fired > 0
 
     disk.on_operation = on_operation
-    monkeypatch.setattr("instep.recording.rows.WAL_BYTES", 100_000)
     path = tmp_path / "r.db"
     recording = {"file": path, "durability": durability, "recovery_target_s": 0.001}
     given = Given()

@@ -12,6 +12,7 @@ import pytest
 
 from instep.core.ownership import check_resume
 from instep.core.streams import StreamTable
+from instep.recording.database import DatabaseLimits
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
@@ -47,9 +48,8 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     disk = Disk(f"power-{durability}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        monkeypatch.setattr("instep.recording.rows.WAL_BYTES", WAL_BYTES)
         path = tmp_path_factory.mktemp(durability) / "r.db"
-        writer = RecordingWriter.create(path, story_header(durability))
+        writer = RecordingWriter.create(path, story_header(durability), limits=DatabaseLimits(wal_bytes=WAL_BYTES))
         began = len(disk.operations)
         story = Story(writer, seed=1)
         for _ in range(ROUNDS):

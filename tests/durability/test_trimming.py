@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32
+from instep.recording.database import DatabaseLimits
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.heavy
 
 ROUNDS = 90
 KILLS, LOSSES = 60, 40
-KEPT = Retention(keep_ns=120_000)
+KEPT = Retention(keep_ns=120_000, rows_at_once=5)
 """The story's clock ticks 1,000 ns for each thing that happens."""
 
 
@@ -32,10 +33,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Opera
     disk = Disk("trimming")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        monkeypatch.setattr("instep.recording.rows.WAL_BYTES", 300_000)
-        monkeypatch.setattr("instep.recording.trim.ROWS_AT_ONCE", 5)
         path = tmp_path_factory.mktemp("trimming") / "r.db"
-        writer = RecordingWriter.create(path, story_header("fsync"), KEPT)
+        writer = RecordingWriter.create(path, story_header("fsync"), KEPT, DatabaseLimits(wal_bytes=300_000))
         began = len(disk.operations)
         story = Story(writer, seed=5, trims=True)
         for _ in range(ROUNDS):

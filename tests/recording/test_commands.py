@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from instep.recording import commands
 from instep.recording.app import app
+from instep.recording.database import DatabaseLimits
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.repair import repair as save
@@ -277,9 +278,8 @@ def test_repair_takes_newer_states_of_a_snapshot_under_way_only_with_the_whole_h
 
 @pytest.mark.parametrize("keep", [0.7, 0.9, 0.98])
 def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("instep.recording.database.PAGE_BYTES", 1024)
-        scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER), gru_step(GRU))
+    small = DatabaseLimits(page_bytes=1024)
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER, limits=small), gru_step(GRU))
     scribe.open(1)
     for _ in range(300):
         scribe.step([1])

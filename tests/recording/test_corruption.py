@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep.recording.database import DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect
 from instep.recording.records import StateReset
@@ -49,9 +50,8 @@ def observe(path: Path) -> list[Any]:
 
 def scribble(path: Path, commits: list[list[Any]] | None = None) -> RecordingWriter:
     """Some of everything, committed in many pieces; what was observable after each goes into `commits`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("instep.recording.database.PAGE_BYTES", 1024)  # more pages, more of them inside trees
-        writer = RecordingWriter.create(path, HEADER)
+    small = DatabaseLimits(page_bytes=1024)  # more pages, more of them inside trees
+    writer = RecordingWriter.create(path, HEADER, limits=small)
     scribe = Scribe(writer, gru_step(GRU))
 
     def commit() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.database import check_place, lost_tail, put_wal_away
+from instep.recording.database import DatabaseLimits, check_place, lost_tail, put_wal_away
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
@@ -110,10 +110,9 @@ LAST = 25
 
 
 @pytest.fixture
-def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def killed(tmp_path: Path) -> Path:
     """What a writer left that was killed: a WAL that was begun again once, with older frames at its end."""
-    monkeypatch.setattr("instep.recording.rows.WAL_BYTES", 0)
-    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
+    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER, limits=DatabaseLimits(wal_bytes=0))
     for stream in range(1, 21):
         open_stream(writer, stream, f"s{stream}", stream, 0, 1, None)
         writer.commit()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from instep.recording.database import DatabaseLimits
 from instep.recording.errors import RecordingError, UnavailableRecording
 from instep.recording.inspection import list_recordings
 from instep.recording.lock import lock_path
@@ -32,7 +33,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def writer(path: Path) -> Iterator[RecordingWriter]:
-    writer = RecordingWriter.create(path, HEADER)
+    limits = DatabaseLimits(wal_bytes=100_000, most_wal_bytes=2_000_000)
+    writer = RecordingWriter.create(path, HEADER, limits=limits)
     open_stream(writer, 1, "a", 7, 0, 1, None)
     writer.commit()
     yield writer
@@ -111,9 +113,8 @@ def test_a_lock_that_another_program_lets_go_of_is_waited_for(path: Path, writer
         assert reader.last_position == 3
 
 
-def test_a_lock_that_another_program_keeps_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.recording.writer.LOCK_WAIT_S", 0.01)
-    writer = RecordingWriter.create(path, HEADER)
+def test_a_lock_that_another_program_keeps_is_said(path: Path) -> None:
+    writer = RecordingWriter.create(path, HEADER, limits=DatabaseLimits(lock_wait_s=0.01))
     with closing(sqlite3.connect(path, isolation_level=None)) as outsider:
         outsider.execute("BEGIN IMMEDIATE")
         with pytest.raises(RecordingError, match=r"another program keeps .*a\.rec locked"):
@@ -137,11 +138,7 @@ def test_a_lock_is_not_damage_and_reading_again_helps(path: Path, monkeypatch: p
         assert reader.finished
 
 
-def test_a_read_that_lasts_lets_the_wal_grow_to_a_bound_and_no_further(
-    path: Path, writer: RecordingWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.recording.rows.WAL_BYTES", 100_000)
-    monkeypatch.setattr("instep.recording.rows.MOST_WAL_BYTES", 2_000_000)
+def test_a_read_that_lasts_lets_the_wal_grow_to_a_bound_and_no_further(path: Path, writer: RecordingWriter) -> None:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as outsider:
         outsider.execute("BEGIN")
         outsider.execute("SELECT count(*) FROM header").fetchone()
@@ -150,11 +147,7 @@ def test_a_read_that_lasts_lets_the_wal_grow_to_a_bound_and_no_further(
         assert Path(f"{path}-wal").stat().st_size < 3_000_000
 
 
-def test_reading_a_recording_keeps_no_transaction_open(
-    path: Path, writer: RecordingWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.recording.rows.WAL_BYTES", 100_000)
-    monkeypatch.setattr("instep.recording.rows.MOST_WAL_BYTES", 2_000_000)
+def test_reading_a_recording_keeps_no_transaction_open(path: Path, writer: RecordingWriter) -> None:
     for seq in range(200):
         add_batch(writer, seq)
     writer.commit()

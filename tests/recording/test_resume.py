@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep.recording.database import LIMITS
 from instep.recording.errors import RecordingError
 from instep.recording.lock import is_being_written, lock_path
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
-from instep.recording.rows import WAL_BYTES
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.rows import open_stream, stream_event
@@ -216,12 +216,12 @@ def test_the_wal_stays_small(tmp_path: Path) -> None:
     writer = RecordingWriter.create(path, HEADER)
     open_stream(writer, 1, "a", 1, 0, 1, None)
     for seq in range(10):
-        stream_event(writer, 1, "state", 1, seq, "", np.zeros(WAL_BYTES // 12, np.float32))
+        stream_event(writer, 1, "state", 1, seq, "", np.zeros(LIMITS.wal_bytes // 12, np.float32))
         writer.commit()
         writer.copy_wal()
     size = Path(f"{path}-wal").stat().st_size
-    assert size < 2 * WAL_BYTES
-    assert path.stat().st_size > WAL_BYTES
+    assert size < 2 * LIMITS.wal_bytes
+    assert path.stat().st_size > LIMITS.wal_bytes
     writer.close()
 
 
@@ -229,13 +229,13 @@ def test_the_wal_stays_small_over_writers_that_are_killed(tmp_path: Path) -> Non
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
     for _ in range(16):  # each writes less than is worth a checkpoint
-        writer.event(1, "long", None, "x" * (WAL_BYTES // 4))
+        writer.event(1, "long", None, "x" * (LIMITS.wal_bytes // 4))
         writer.commit()
         writer.copy_wal()
         writer.abandon()
-        assert Path(f"{path}-wal").stat().st_size < 2 * WAL_BYTES
+        assert Path(f"{path}-wal").stat().st_size < 2 * LIMITS.wal_bytes
         writer = RecordingWriter.resume(path, HEADER)
-    assert path.stat().st_size > WAL_BYTES
+    assert path.stat().st_size > LIMITS.wal_bytes
     writer.close()
 
 

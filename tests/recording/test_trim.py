@@ -15,6 +15,7 @@ from rich.console import Console
 
 from instep.models.folder import load_model
 from instep.recording.cut import Bound, cut
+from instep.recording.database import DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
@@ -23,7 +24,7 @@ from instep.recording.recovery import Recovered
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.table import FrameTable
-from instep.recording.trim import Retention, counts_of_events, deletions
+from instep.recording.trim import KEEP_ALL, Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
 from instep_tools.formats.recording import read_recording
@@ -75,12 +76,11 @@ def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None, goes_on: boo
 
 
 @pytest.fixture
-def scribe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scribe:
+def scribe(tmp_path: Path) -> Scribe:
     """Of a recording with small rows and pages, so that little is written for much to happen."""
-    monkeypatch.setattr("instep.recording.database.PAGE_BYTES", 1024)
-    monkeypatch.setattr("instep.recording.rows.PAGE_BYTES", 1024)
     header = make_header(gru_description(GRU), model_folder=str(tmp_path / "model"))
-    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=60 * 1024)), gru_step(GRU))
+    kept, small = Retention(keep_bytes=60 * 1024), DatabaseLimits(page_bytes=1024)
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, kept, small), gru_step(GRU))
     for stream in STREAMS:
         scribe.open(stream)
     return scribe
@@ -364,7 +364,7 @@ def test_no_portion_of_trimming_takes_long_however_many_streams_are_open(tmp_pat
         events = 0
         for count_of_some in counts_of_events(database, position):
             events, most, work = events + count_of_some, max(most, work), 0
-        for portion in deletions(database, position):
+        for portion in deletions(database, position, KEEP_ALL.rows_at_once):
             for statement, rows in portion:
                 database.executemany(statement, rows)
             most, work = max(most, work), 0

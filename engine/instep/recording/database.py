@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +24,30 @@ from instep.recording.schema import (
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
 
-
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
 _APPLICATION_ID_OFFSET: Final = 68
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseLimits:
+    """How far a writer lets the WAL grow, and how long it waits.
+
+    Attributes:
+        page_bytes: of a new file.
+        wal_bytes: the WAL is copied into the file when it holds about this much. The pause, some milliseconds, grows
+            with it.
+        most_wal_bytes: the WAL cannot be reused while another program reads the file: beyond this, it grows no more.
+        lock_wait_s: how long another program may keep the file locked; nothing is recorded, and no frame answered,
+            meanwhile.
+    """
+
+    page_bytes: int = PAGE_BYTES
+    wal_bytes: int = 4 * 2**20
+    most_wal_bytes: int = 2**30
+    lock_wait_s: float = 30.0
+
+
+LIMITS: Final = DatabaseLimits()
 
 
 def check_place(path: Path) -> None:
@@ -74,9 +96,9 @@ def holds_recording(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def make_tables(database: sqlite3.Connection) -> None:
+def make_tables(database: sqlite3.Connection, page_bytes: int = PAGE_BYTES) -> None:
     """Begin a transaction that makes the empty tables; the caller commits it."""
-    database.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    database.execute(f"PRAGMA page_size={page_bytes}")
     database.execute("BEGIN")
     database.execute(f"PRAGMA application_id={APPLICATION_ID}")
     database.execute(f"PRAGMA user_version={FORMAT_VERSION}")

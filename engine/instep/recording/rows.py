@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
-from instep.recording.database import insert, is_in_use, with_crcs
+from instep.recording.database import LIMITS, DatabaseLimits, insert, is_in_use, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.records import Checkpoint, StateRows, Trimmed, blob, state_blobs
 from instep.recording.schema import (
@@ -19,7 +19,6 @@ from instep.recording.schema import (
     FAILED_EVENT,
     HISTORY,
     OWNER_EVENT,
-    PAGE_BYTES,
     STATES_EVENT,
     TABLES,
     Column,
@@ -30,11 +29,6 @@ from instep.recording.schema import (
 )
 from instep.recording.trim import DELETE_STATES, Retention, counts_of_events, deletions
 
-WAL_BYTES: Final = 4 * 2**20
-"""The WAL is copied into the file when it holds about this much. The pause, some milliseconds, grows with it."""
-
-MOST_WAL_BYTES: Final = 2**30
-"""The WAL cannot be reused while another program reads the file: beyond this, it grows no more."""
 _PAGES_A_COMMIT: Final = 4
 """Those that every commit touches, about."""
 _MOST_CLOSED: Final = 4096
@@ -62,16 +56,19 @@ class RowWriter:
         header: RecordingHeader,
         position: int,
         retention: Retention,
+        limits: DatabaseLimits = LIMITS,
     ) -> None:
         self.path = path
         self.header = header
         self.position = position
         self._database = database
+        self._limits = limits
         self.retention = retention
         self._in_transaction = False
         wal = Path(f"{path}-wal")  # what a killed writer left counts too: each start has to read it
         self._bytes_in_wal = wal.stat().st_size if wal.exists() else 0
         self._version = self._data_version()
+        self._page_bytes = int(self._read("header", "PRAGMA page_size")[0][0])
         self._checkpoints = [Checkpoint(*row[:-1]) for row in self._read("checkpoints")]
         trimmed = [Trimmed(*row[:-1]) for row in self._read("trimmed")]
         self.trimmed = trimmed[0] if trimmed else Trimmed()
@@ -274,7 +271,7 @@ class RowWriter:
         yield from self._delete_until(position)
 
     def _delete_until(self, position: int) -> Iterator[None]:
-        for portion in deletions(self._database, position):
+        for portion in deletions(self._database, position, self.retention.rows_at_once):
             for statement, rows in portion:
                 if rows:
                     self._begin()
@@ -285,7 +282,7 @@ class RowWriter:
 
     def _used_bytes(self) -> int:
         pages, free = (self._read("header", f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count"))
-        return int((pages - free) * PAGE_BYTES)
+        return int((pages - free) * self._page_bytes)
 
     def _replace_states(self, through: int, rows: StateRows) -> None:
         streams = rows.streams.tolist()
@@ -312,17 +309,18 @@ class RowWriter:
             self._database.execute("UPDATE newest SET position = ?, states = ?, crc = ?", (*row, row_crc(*row)))
             self._database.execute("COMMIT")
             self._in_transaction = False
-            self._bytes_in_wal += _PAGES_A_COMMIT * PAGE_BYTES
+            self._bytes_in_wal += _PAGES_A_COMMIT * self._page_bytes
 
     def copy_wal(self) -> None:
         """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
-        if not self._in_transaction and self._bytes_in_wal > WAL_BYTES:
+        if not self._in_transaction and self._bytes_in_wal > self._limits.wal_bytes:
             ((_, pages, copied),) = self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._bytes_in_wal = 0
-            if copied < pages and pages * PAGE_BYTES > MOST_WAL_BYTES:
+            size = pages * self._page_bytes
+            if copied < pages and size > self._limits.most_wal_bytes:
                 raise RecordingError(
                     f"another program has been reading {self.path} for so long that its WAL has grown to "
-                    f"{pages * PAGE_BYTES / 2**20:,.0f} MiB: it cannot be reused while that reads"
+                    f"{size / 2**20:,.0f} MiB: it cannot be reused while that reads"
                 )
 
     def _begin(self) -> None:

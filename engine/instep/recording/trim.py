@@ -10,8 +10,6 @@ from typing import Final, TypeAlias
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT
 
-ROWS_AT_ONCE: Final = 128
-"""Rows, or positions, that one transaction deletes: a pause of some milliseconds for what waits to be committed."""
 _SCANNED_AT_ONCE: Final = 1024
 """Rows that are looked at between two transactions."""
 APART_BYTES: Final = 2**28
@@ -27,10 +25,13 @@ class Retention:
     Attributes:
         keep_bytes: about the size of the file; 0 for any size.
         keep_ns: the age, in nanoseconds, at which history goes; 0 for any age.
+        rows_at_once: rows, or positions, that one transaction deletes: a pause of some milliseconds for what waits to
+            be committed.
     """
 
     keep_bytes: int = 0
     keep_ns: int = 0
+    rows_at_once: int = 128
 
     @property
     def is_limited(self) -> bool:
@@ -80,24 +81,25 @@ def counts_of_events(database: sqlite3.Connection, position: int) -> Iterator[in
         yield len(list(database.execute(f"{_EVENTS} AND {_COUNTS}", (position, first, last))))
 
 
-def deletions(database: sqlite3.Connection, position: int) -> Iterator[list[Deletion]]:
+def deletions(database: sqlite3.Connection, position: int, rows_at_once: int) -> Iterator[list[Deletion]]:
     """Deletions of the history up to a position, in portions: each is to be executed before the next is asked for.
 
     A portion is found within milliseconds, and may be empty. A crash in between loses nothing: the next call finds the
     rest.
     """
     for first, last in _ranges(database, "states", "stream", _ALL):
-        for part in _parts(list(database.execute(_OLD_STATES, (position, first, last)))):
+        for part in _parts(list(database.execute(_OLD_STATES, (position, first, last))), rows_at_once):
             yield [(DELETE_STATES, part)]
     for first, last in _ranges(database, "closings", "position", position):
-        for part in _parts(list(database.execute(_ENDED, (first, last)))):
+        for part in _parts(list(database.execute(_ENDED, (first, last))), rows_at_once):
             openings, closings = ([(row[column],) for row in part] for column in (0, 1))
             yield [("DELETE FROM openings WHERE position = ?", openings), (_DELETE_CLOSINGS, closings)]
     for first, last in _ranges(database, "events", "position", position):
-        for part in _parts(list(database.execute(f"{_EVENTS} AND NOT {_COUNTS}", (position, first, last)))):
+        old = list(database.execute(f"{_EVENTS} AND NOT {_COUNTS}", (position, first, last)))
+        for part in _parts(old, rows_at_once):
             yield [("DELETE FROM events WHERE position = ?", part)]
     for table in ("batches", "outputs"):
-        for ends in _ranges(database, table, "position", position, ROWS_AT_ONCE):
+        for ends in _ranges(database, table, "position", position, rows_at_once):
             yield [(f"DELETE FROM {table} WHERE position BETWEEN ? AND ?", [ends])]
 
 
@@ -133,7 +135,7 @@ def _ranges(
         first = end + 1
 
 
-def _parts(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def _parts(rows: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
     """These rows, some at a time; once nothing where there are none, so that others get their turn."""
-    for first in range(0, max(1, len(rows)), ROWS_AT_ONCE):
-        yield rows[first : first + ROWS_AT_ONCE]
+    for first in range(0, max(1, len(rows)), size):
+        yield rows[first : first + size]

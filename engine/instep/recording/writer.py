@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from instep.recording.database import insert, is_in_use, make_tables, put_wal_away, remove_database, with_crcs
+from instep.recording.database import (
+    LIMITS,
+    DatabaseLimits,
+    insert,
+    is_in_use,
+    make_tables,
+    put_wal_away,
+    remove_database,
+    with_crcs,
+)
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
@@ -26,8 +35,6 @@ from instep.recording.schema import (
 )
 from instep.recording.trim import KEEP_ALL, Retention
 
-LOCK_WAIT_S: Final = 30.0
-"""How long another program may keep the file locked; nothing is recorded, and no frame answered, meanwhile."""
 WAL_KEPT_BYTES: Final = 64 * 2**20
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 
@@ -54,6 +61,7 @@ class RecordingWriter(RowWriter):
         header: RecordingHeader,
         position: int,
         retention: Retention,
+        limits: DatabaseLimits,
     ) -> None:
         self.numerics_changed = False
         self._wal: tuple[int, int] | None = None
@@ -66,10 +74,12 @@ class RecordingWriter(RowWriter):
         )
         self._guard.execute("SELECT count(*) FROM header").fetchone()
         self._wal_name = f"{path}-wal"
-        super().__init__(path, database, header, position, retention)
+        super().__init__(path, database, header, position, retention, limits)
 
     @classmethod
-    def create(cls, path: Path, header: RecordingHeader, retention: Retention = KEEP_ALL) -> RecordingWriter:
+    def create(
+        cls, path: Path, header: RecordingHeader, retention: Retention = KEEP_ALL, limits: DatabaseLimits = LIMITS
+    ) -> RecordingWriter:
         """Start a new recording.
 
         Raises:
@@ -85,13 +95,13 @@ class RecordingWriter(RowWriter):
                     )
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
-                make_tables(database)
+                make_tables(database, limits.page_bytes)
                 lock.hold()
                 insert(database, "header", header.rows())
                 insert(database, "newest", with_crcs([(0, 0)]))
                 database.execute("COMMIT")
-                _set_up(database, header)
-                writer = cls(path, lock, database, header, 0, retention)
+                _set_up(database, header, limits)
+                writer = cls(path, lock, database, header, 0, retention, limits)
                 undo.pop_all()
                 return writer
         except (OSError, sqlite3.Error) as error:
@@ -104,6 +114,7 @@ class RecordingWriter(RowWriter):
         header: RecordingHeader,
         accept_numerics_change: bool = False,
         retention: Retention = KEEP_ALL,
+        limits: DatabaseLimits = LIMITS,
     ) -> RecordingWriter:
         """Continue a recording, after its last committed row.
 
@@ -114,6 +125,7 @@ class RecordingWriter(RowWriter):
             header: of the engine that continues it; the file keeps that of the first one.
             accept_numerics_change: continue also where floats may have other bits.
             retention: how much of the history is kept.
+            limits: of the WAL and of waits.
 
         Raises:
             RecordingError: when it is being written, damaged, of another model or of other numerics.
@@ -129,8 +141,8 @@ class RecordingWriter(RowWriter):
                 refuse_other_engine(path, last, header, accept_numerics_change)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
-                _set_up(database, header)
-                writer = cls(path, lock, database, header, position, retention)
+                _set_up(database, header, limits)
+                writer = cls(path, lock, database, header, position, retention, limits)
                 writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
@@ -187,9 +199,9 @@ class RecordingWriter(RowWriter):
         self._lock.release()
 
 
-def _set_up(database: sqlite3.Connection, header: RecordingHeader) -> None:
+def _set_up(database: sqlite3.Connection, header: RecordingHeader, limits: DatabaseLimits) -> None:
     database.execute("PRAGMA journal_mode=WAL")
-    database.execute(f"PRAGMA busy_timeout={round(LOCK_WAIT_S * 1000)}")
+    database.execute(f"PRAGMA busy_timeout={round(limits.lock_wait_s * 1000)}")
     database.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")  # after a long read, the WAL is cut to this
     database.execute("PRAGMA secure_delete=OFF")  # trimmed pages are reused; overwriting them first would cost as much
     database.execute("PRAGMA wal_autocheckpoint=0")  # answers would wait for it, since it comes within a commit
