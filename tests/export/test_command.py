@@ -17,7 +17,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.export import command
 from instep.export.command import Export, run
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch
@@ -199,21 +198,17 @@ def test_nothing_is_left_after_ctrl_c(written: Written, format: Format, monkeypa
             yield batch
 
     monkeypatch.setattr(RecordingReader, "batches", interrupted)
-    monkeypatch.setattr("instep.recording.table.CHUNK_FRAMES", 8)
     with pytest.raises(KeyboardInterrupt):
-        export(written.path, format=format)
+        export(written.path, format=format, chunk_frames=8)
     assert names(written.path.parent) == {"a.rec"}
 
 
-def test_nothing_is_left_of_a_damaged_recording(
-    written: Written, format: Format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.recording.table.CHUNK_FRAMES", 8)
+def test_nothing_is_left_of_a_damaged_recording(written: Written, format: Format) -> None:
     content = bytearray(written.path.read_bytes())
     at = content.rindex(np.array(written.rows[-1].x, "<f4").tobytes())
     content[at] ^= 1
     written.path.write_bytes(content)
-    status, text = export(written.path, format=format)
+    status, text = export(written.path, format=format, chunk_frames=8)
     assert status == 2
     assert "does not match its CRC" in text
     assert text.endswith(f"; what comes before the damage is saved by: instep recordings repair {written.path}\n")
@@ -262,14 +257,11 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
     assert names(written.path.parent) == {"a.rec"}
 
 
-@pytest.mark.parametrize(("patience_s", "shown"), [(0.0, True), (1e9, False)])
-def test_a_bar_for_what_takes_long(
-    written: Written, monkeypatch: pytest.MonkeyPatch, patience_s: float, shown: bool
-) -> None:
-    monkeypatch.setattr(command, "PATIENCE_S", patience_s)
+@pytest.mark.parametrize(("quiet_s", "shown"), [(0.0, True), (1e9, False)])
+def test_a_bar_for_what_takes_long(written: Written, quiet_s: float, shown: bool) -> None:
     file = io.StringIO()
     console = Console(file=file, width=100, force_terminal=True)
-    assert run(Export(written.path, "csv"), console) == 0
+    assert run(Export(written.path, "csv", quiet_s=quiet_s), console) == 0
     assert ("exporting" in file.getvalue()) is shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import pytest
 from rich.console import Console
 
 from instep.export.command import Export, run
-from instep.recording import table
-from instep_tools.formats import mcap_file
+from instep_tools.formats.mcap_file import McapWriter
 from instep_tools.formats.write import WRITERS, Format
 from tests.support.written import FEATURES, NAMES, OUTPUTS, Row, Written, bits, exact, write_recording
 
@@ -26,14 +26,9 @@ def written(tmp_path: Path) -> Written:
     return write_recording(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_FRAMES", 16)
-
-
 def export(written: Written, format: Format, *streams: str) -> Path:
     path = written.path.with_name(f"out.{format}")
-    assert run(Export(written.path, format, path, streams), Console(quiet=True)) == 0
+    assert run(Export(written.path, format, path, streams, chunk_frames=16), Console(quiet=True)) == 0
     return path
 
 
@@ -188,7 +183,7 @@ def test_an_mcap_payload_is_the_packed_bytes_of_protobuf(written: Written) -> No
 
 def test_more_streams_than_mcap_has_channels(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mcap", reason="mcap is not installed")
-    monkeypatch.setattr(mcap_file, "MOST_CHANNELS", 3)
+    monkeypatch.setitem(WRITERS, "mcap", partial(McapWriter, most_channels=3))
     console = Console(record=True, width=300, quiet=False)
     assert run(Export(written.path, "mcap"), console) == 2
     assert "an MCAP file has at most 3 channels, and there are more streams" in console.export_text()

@@ -9,7 +9,7 @@ import pytest
 
 import instep.recording
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
-from instep.recording.opened import RecordedStream
+from instep.recording.opened import OpenedRecording, RecordedStream
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import make_header
@@ -33,11 +33,10 @@ def check(found: RecordedStream, written: Written) -> None:
 
 
 @pytest.mark.parametrize("unanswered", [0, 3])
-def test_streams_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unanswered: int) -> None:
-    monkeypatch.setattr("instep.recording.table.CHUNK_FRAMES", 16)
+def test_streams_by_name(tmp_path: Path, unanswered: int) -> None:
     written = write_recording(tmp_path, unanswered=unanswered)
     before = written.path.read_bytes()
-    with instep.recording.open(str(written.path)) as recording:
+    with OpenedRecording(written.path, chunk_frames=16) as recording:
         assert list(recording) == ["mic-1", NAMES[1], "2", "mic-2"]
         assert (len(recording), recording.header.model_name) == (4, "test")
         assert repr(recording) == "<OpenedRecording of model 'test': 4 names of streams>"

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording import table
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import select_streams
@@ -19,9 +18,10 @@ def table_of(
     reader: RecordingReader,
     wanted: Sequence[str] = (),
     on_progress: Callable[[float], None] = lambda share: None,
+    **limits: int,
 ) -> FrameTable:
     streams = reader.streams()
-    return FrameTable(reader, streams, select_streams(streams, wanted), on_progress)
+    return FrameTable(reader, streams, select_streams(streams, wanted), on_progress, **limits)
 
 
 def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
@@ -57,12 +57,11 @@ def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
     assert exact(all_rows(written.path, "2")[1]) == exact(written.of(4))
 
 
-@pytest.mark.parametrize(("limit", "value"), [("CHUNK_BYTES", 4 * 5 * 10), ("CHUNK_FRAMES", 10)])
-def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
-    monkeypatch.setattr(table, limit, value)
+@pytest.mark.parametrize("limits", [{"chunk_bytes": 4 * 5 * 10}, {"chunk_frames": 10}])
+def test_chunks_are_bounded(tmp_path: Path, limits: dict[str, int]) -> None:
     written = write_recording(tmp_path)
     with RecordingReader(written.path) as reader:
-        frames = table_of(reader)
+        frames = table_of(reader, **limits)
         chunks = list(frames.chunks())
     sizes = [len(chunk) for chunk in chunks]
     assert sum(sizes) == len(written.rows)
@@ -71,10 +70,13 @@ def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lim
     assert exact([row for chunk in chunks for row in rows_of(frames, chunk)]) == exact(written.rows)
 
 
-def test_a_frame_wider_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_BYTES", 1)
+def test_a_frame_wider_than_a_chunk(tmp_path: Path) -> None:
     written = write_recording(tmp_path)
-    assert exact(all_rows(written.path)[1]) == exact(written.rows)
+    with RecordingReader(written.path) as reader:
+        frames = table_of(reader, chunk_bytes=1)
+        chunks = [rows_of(frames, chunk) for chunk in frames.chunks()]
+    assert max(map(len, chunks)) <= 4, "each is a batch"
+    assert exact([row for chunk in chunks for row in chunk]) == exact(written.rows)
 
 
 def test_frames_whose_outputs_were_not_recorded_are_counted_and_have_nan(tmp_path: Path) -> None:

@@ -158,9 +158,10 @@ def _picked(names: list[str], choice: Choice) -> list[int]:
 
 
 class McapWriter(TableWriter):
-    """The table as messages, see above."""
+    """The table as messages, see above, of `most_channels` streams at most."""
 
-    def __init__(self, file: BinaryIO, header: TableHeader) -> None:
+    def __init__(self, file: BinaryIO, header: TableHeader, most_channels: int = MOST_CHANNELS) -> None:
+        self._most_channels = most_channels
         with optional_libraries("MCAP"):
             from google.protobuf import descriptor_pool, message_factory
             from mcap.writer import Writer
@@ -188,10 +189,10 @@ class McapWriter(TableWriter):
         self._writer.finish()
 
     def _new_channel(self, name: str, stream_id: int) -> int:
-        if len(self._channels) == MOST_CHANNELS:
+        if len(self._channels) == self._most_channels:
             raise CommandProblem(
-                f"an MCAP file has at most {MOST_CHANNELS:,} channels, and there are more streams: choose some of "
-                "them, or use another format"
+                f"an MCAP file has at most {self._most_channels:,} channels, and there are more streams: choose "
+                "some of them, or use another format"
             )
         number: int = self._writer.register_channel(name, "protobuf", self._schema, {"stream_id": str(stream_id)})
         self._channels[name, stream_id] = number

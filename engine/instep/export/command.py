@@ -22,7 +22,7 @@ from instep.core.typing import F32
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.records import select_streams
-from instep.recording.table import FrameTable, TableChunk
+from instep.recording.table import CHUNK_FRAMES, FrameTable, TableChunk
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model
 from instep_tools.formats.write import WRITERS, Format, format_of
@@ -33,8 +33,6 @@ from instep_tools.words import counted
 
 EXPORTED: Final = 0
 NOT_EXPORTED: Final = 2
-PATIENCE_S: Final = 2.0
-"""A progress bar appears after so long."""
 _STEP: Final = 0.002
 
 
@@ -54,6 +52,10 @@ class Export:
     """A picture of the first streams."""
     json: bool = False
     """Write one JSON object to standard output and nothing else."""
+    chunk_frames: int = CHUNK_FRAMES
+    """Frames that are read and written at once, about."""
+    quiet_s: float = 2.0
+    """Time after which a terminal shows a progress bar."""
 
 
 def run(what: Export, console: Console) -> int:
@@ -133,9 +135,10 @@ def _export(what: Export, console: Console) -> Exported:
     path = what.output or what.file.with_suffix(f".{kind}")
     with RecordingReader(what.file) as reader, new_file(path) as target:
         picture = None if what.plot is None else FirstFrames(what.plot)
-        with _progress(console, shown=console.is_terminal and not what.json) as on_progress:
+        with _progress(console, what.quiet_s, shown=console.is_terminal and not what.json) as on_progress:
             streams = reader.streams()
-            table = FrameTable(reader, streams, select_streams(streams, what.streams), on_progress)
+            selected = select_streams(streams, what.streams)
+            table = FrameTable(reader, streams, selected, on_progress, chunk_frames=what.chunk_frames)
             header = _header(reader, table)
             names = np.array(table.names, np.object_)
             with WRITERS[kind](target, header) as writer:
@@ -263,7 +266,7 @@ def _write_json(fields: dict[str, object]) -> None:
 
 
 @contextmanager
-def _progress(console: Console, shown: bool) -> Iterator[Callable[[float], None]]:
+def _progress(console: Console, quiet_s: float, shown: bool) -> Iterator[Callable[[float], None]]:
     """A bar for what takes long; what is quick comes without one."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=console, transient=True)
@@ -276,7 +279,7 @@ def _progress(console: Console, shown: bool) -> Iterator[Callable[[float], None]
             if not shown or share - drawn < _STEP:
                 return
             drawn = share
-            if not bars.live.is_started and time.monotonic() - began >= PATIENCE_S:
+            if not bars.live.is_started and time.monotonic() - began >= quiet_s:
                 stack.enter_context(bars)
             bars.update(task, completed=share)
 

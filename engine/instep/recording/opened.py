@@ -13,7 +13,7 @@ from instep.recording.file import Closing
 from instep.recording.reader import RecordingReader
 from instep.recording.records import no_such_stream
 from instep.recording.schema import RecordingHeader
-from instep.recording.table import FrameTable, TableChunk
+from instep.recording.table import CHUNK_FRAMES, FrameTable, TableChunk
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
     the part of the file in which the stream was open; `items()` and `values()` read the file once and hold all streams
     in memory.
 
+    Args:
+        path: the recording.
+        chunk_frames: frames that are read at once, about.
+
     Attributes:
         header: the model's name, fingerprint and sizes, and what the engine had certified.
 
@@ -55,8 +59,9 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
             since it was opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chunk_frames: int = CHUNK_FRAMES) -> None:
         self._reader = RecordingReader(path)
+        self._chunk_frames = chunk_frames
         self.header: RecordingHeader = self._reader.header
         self._streams = self._reader.streams()
         self._openings: dict[str, list[int]] = {}
@@ -116,7 +121,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
 
     def _read(self, selected: Sequence[int]) -> list[RecordedStream]:
         """The streams at these indices, which ascend."""
-        table = FrameTable(self._reader, self._streams, selected)
+        table = FrameTable(self._reader, self._streams, selected, chunk_frames=self._chunk_frames)
         parts = list(table.chunks()) or [_no_rows(table)]
         names = np.concatenate([part.names for part in parts])
         order = np.argsort(names, kind="stable")

@@ -12,10 +12,7 @@ from instep.core.typing import F32, I64, U32, U64
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StreamInfo, find_sorted
 
-CHUNK_BYTES: Final = 16 * 2**20
-"""Floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more."""
 CHUNK_FRAMES: Final = 65_536
-"""The same for narrow frames: the arrays of many small batches weigh more than what is in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +45,8 @@ class FrameTable:
         streams: all that it has.
         selected: which of them, as ascending indices.
         on_progress: called with the share (0 to 1) of the recording that was read.
+        chunk_bytes: floats in a chunk, about; a chunk has as many frames as fit, and up to one batch more.
+        chunk_frames: the same for narrow frames: the arrays of many small batches weigh more than what is in them.
 
     Attributes:
         features: floats in x.
@@ -68,6 +67,9 @@ class FrameTable:
         streams: Sequence[StreamInfo],
         selected: Sequence[int],
         on_progress: Callable[[float], None] = lambda share: None,
+        *,
+        chunk_bytes: int = 16 * 2**20,
+        chunk_frames: int = CHUNK_FRAMES,
     ) -> None:
         reader.check_positions()
         self._reader = reader
@@ -84,6 +86,8 @@ class FrameTable:
         self._closings = [(streams[at].closed_position, streams[at].frames) for at in selected]
         self.features = reader.header.features
         self.outputs = reader.header.outputs
+        fit = chunk_bytes // (4 * (self.features + self.outputs))
+        self._most_frames = max(min(fit, chunk_frames), 1)
         self.streams = [streams[at] for at in selected]
         self.names = [info.name for info in self.streams]
         self.stream_ids = numbers.tolist()
@@ -96,8 +100,6 @@ class FrameTable:
         Raises:
             DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or in another place.
         """
-        fit = CHUNK_BYTES // (4 * (self.features + self.outputs))
-        most = max(min(fit, CHUNK_FRAMES), 1)
         pieces: list[TableChunk] = []
         rows = 0
         for batch in self._reader.batches(self._first, self._last):
@@ -105,7 +107,7 @@ class FrameTable:
             if len(part):
                 pieces.append(part)
                 rows += len(part)
-            if rows >= most:
+            if rows >= self._most_frames:
                 yield self._joined(pieces)
                 pieces, rows = [], 0
             self._on_progress((batch.position - self._first + 1) / (self._last - self._first + 1))
