@@ -17,11 +17,44 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client import Client, ClientClosed, Code, ConnectionFailed, ConnectionRefused, FramesRefused, StreamRefused
+from instep_client import (
+    AsyncClient,
+    Client,
+    ClientClosed,
+    Code,
+    ConnectionFailed,
+    ConnectionRefused,
+    FramesRefused,
+    StreamRefused,
+)
+from instep_client.loop_thread import LoopThread
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, FakeServer, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)
+
+
+class Looked(Exception):
+    pass
+
+
+class Inside:
+    """An array that a client converts in its own thread, and that only looks around there."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.loop, self.thread = asyncio.get_running_loop(), threading.current_thread()
+        raise Looked
+
+
+def inside(client: Client) -> Inside:
+    """The thread of a client, and its event loop."""
+    found = Inside()
+    with pytest.raises(Looked):
+        client.open("never", found)  # type: ignore[arg-type]
+    return found
 
 
 @pytest.fixture
@@ -96,10 +129,11 @@ def test_one_thread_sends_while_another_reads(server: FakeServer) -> None:
 
 def test_finishing_wakes_the_thread_that_waits_for_outputs(server: FakeServer) -> None:
     with Client(server.endpoint) as client:
-        stream = client.open("a")
+        stream, loop = client.open("a"), inside(client).loop
+        others = len(asyncio.all_tasks(loop))
         reader = threading.Thread(target=lambda: list(stream), daemon=True)
         reader.start()
-        while stream._handle.waiter is None:
+        while len(asyncio.all_tasks(loop)) == others:
             time.sleep(0.001)
         stream.finish()
         reader.join(5.0)
@@ -137,8 +171,7 @@ def test_an_interrupt_before_the_wait_has_begun_cancels_as_well(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Client(server.endpoint) as client:
-        loop = client._thread._loop
-        assert loop is not None
+        loop = inside(client).loop
         seen = threading.Event()
 
         def fault(header: list[Any], frames: list[bytes]) -> list[list[bytes]] | None:
@@ -185,16 +218,14 @@ def test_closing_again_does_not_change_how_it_is_closed(server: FakeServer) -> N
     client = Client(server.endpoint)
     client.connect()
     client.open("a")
-    goes_on = threading.Event()
-    assert client._thread._loop is not None
-    client._thread._loop.call_soon_threadsafe(goes_on.wait)
-    with ThreadPoolExecutor(1) as pool:
-        closing = pool.submit(client.close, park=True)
-        while not client._thread._stopping:
-            assert not closing.done()
+    within = inside(client)
+
+    def close_twice() -> None:
+        client.close(park=True)
         client.close()
-        goes_on.set()
-        closing.result()
+
+    within.loop.call_soon_threadsafe(close_twice)
+    within.thread.join(10)
     assert Kind.CLOSE not in server.rules.kinds
     assert list(server.rules.names) == ["a"]
 
@@ -222,23 +253,31 @@ def test_nobody_there() -> None:
 
 
 def test_work_that_the_loop_gave_up_is_told_as_closed(server: FakeServer) -> None:
+    begun = threading.Event()
+
     async def endless() -> None:
+        begun.set()
         await asyncio.Event().wait()
 
-    with Client(server.endpoint) as client, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(client._thread.run, endless())
-        client.ping()
-        client.close()
+    thread = LoopThread(AsyncClient(server.endpoint))
+    thread.start()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(thread.run, endless())
+        assert begun.wait(10)
+        thread.stop()
         with pytest.raises(ClientClosed, match="the client was closed"):
             waiting.result()
 
 
-def crash(client: Client) -> None:
+def crash(client: Client) -> threading.Thread:
+    """Have the thread of a client fail: that thread."""
+
     def leave() -> None:
         raise SystemExit("a callback left")
 
-    assert client._thread._loop is not None
-    client._thread._loop.call_soon_threadsafe(leave)
+    within = inside(client)
+    within.loop.call_soon_threadsafe(leave)
+    return within.thread
 
 
 def test_a_thread_that_crashed_leaves_nobody_waiting(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,7 +289,7 @@ def test_a_thread_that_crashed_leaves_nobody_waiting(server: FakeServer, caplog:
         waiting = [pool.submit(stream.step, X[0]), pool.submit(next, stream)]
         while not server.rules.held:
             client.ping()
-        crash(client)
+        thread = crash(client)
         for future in waiting:
             with pytest.raises(ConnectionFailed, match=r"thread failed .*a callback left.*; make a new client"):
                 future.result()
@@ -258,30 +297,31 @@ def test_a_thread_that_crashed_leaves_nobody_waiting(server: FakeServer, caplog:
         with pytest.raises(ConnectionFailed, match="a callback left"):
             verb()
     client.close()
-    client._thread._thread.join(10)
-    assert not client._thread._thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
     assert "the client's thread failed" in caplog.messages
 
 
-def test_work_that_begins_only_after_the_crash_is_told_of_it(server: FakeServer) -> None:
+def test_work_that_begins_only_after_the_crash_is_told_of_it(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = Client(server.endpoint)
     client.connect()
-    thread = client._thread
-    release = threading.Event()
+    stream, loop = client.open("a"), inside(client).loop
+    call_soon, queued = loop.call_soon_threadsafe, threading.Event()
 
     def leave() -> None:
-        release.wait()
+        queued.wait()
         raise SystemExit("a callback left")
 
+    def queue(*arguments: Any) -> None:
+        call_soon(*arguments)
+        queued.set()  # the work is in the loop's queue, behind the crash
+
+    call_soon(leave)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", queue)
     with ThreadPoolExecutor(1) as pool:
-        stream = client.open("a")
-        assert thread._loop is not None
-        thread._loop.call_soon_threadsafe(leave)
         waiting = pool.submit(next, stream)
-        while not thread._waiting:
-            time.sleep(0.001)
-        with thread._lock:  # the work is in the loop's queue, behind the crash
-            release.set()
         with pytest.raises(ConnectionFailed, match="a callback left"):
             waiting.result()
 
@@ -290,8 +330,7 @@ def test_a_thread_that_crashed_still_closes_its_streams(server: FakeServer) -> N
     client = Client(server.endpoint)
     client.connect()
     client.open("a")
-    crash(client)
-    client._thread._thread.join(10)
+    crash(client).join(10)
     assert server.rules.names == {}
 
 
@@ -299,7 +338,7 @@ def test_a_client_that_nobody_holds_closes_itself(server: FakeServer) -> None:
     client = Client(server.endpoint)
     client.connect()
     stream = client.open("a")
-    thread = client._thread._thread
+    thread = inside(client).thread
     gone = weakref.ref(client)
     del client
     gc.collect()
@@ -315,14 +354,12 @@ def test_a_client_that_nobody_holds_closes_itself(server: FakeServer) -> None:
 def test_a_client_collected_in_its_own_thread_closes_itself(server: FakeServer) -> None:
     client = Client(server.endpoint)
     client.connect()
-    loop_thread = client._thread
-
-    async def collect() -> None:
-        loop_thread.stop()
-
-    loop_thread.run(collect())
-    loop_thread._thread.join(10)
-    assert not loop_thread._thread.is_alive()
+    client.open("a")
+    within = inside(client)
+    within.loop.call_soon_threadsafe(client.close)
+    within.thread.join(10)
+    assert not within.thread.is_alive()
+    assert server.rules.names == {}
     client.close()
 
 
@@ -348,20 +385,27 @@ stream.step([1, 2, 3])
 
 def test_a_loop_that_cannot_even_be_ended_leaves_nobody_waiting(server: FakeServer) -> None:
     script = """
-import sys
+import asyncio, selectors, sys
 from instep_client import Client, ConnectionFailed
 client = Client(sys.argv[1])
 client.connect()
 stream = client.open("a")
-loop = client._thread._loop
 
-def fail(timeout=None):
+def fail(selector, timeout=None):
     raise OSError("the selector is broken")
 
 def break_it():
-    loop._selector.select = fail
+    selectors.DefaultSelector.select = fail
 
-loop.call_soon_threadsafe(loop.call_later, 0.2, break_it)
+class Frame:  # an array that the client converts in its own thread
+    def __array__(self, *_, **__):
+        asyncio.get_running_loop().call_later(0.2, break_it)
+        raise AssertionError
+
+try:
+    stream.step(Frame())
+except AssertionError:
+    pass
 for verb in (lambda: next(stream), client.ping):
     try:
         verb()

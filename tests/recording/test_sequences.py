@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from instep.recording.errors import RecordingError
+from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.writer import RecordingWriter
@@ -26,8 +27,8 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def index_of(path: Path) -> SequenceIndex:
-    with RecordingReader(path) as reader:
+def index_of(path: Path, limits: ReadLimits = READ_LIMITS) -> SequenceIndex:
+    with RecordingReader(path, limits) as reader:
         return SequenceIndex(reader, lambda _: None)
 
 
@@ -50,11 +51,8 @@ def test_sequences_are_what_the_gru_saw_and_said(path: Path) -> None:
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 300, 2**20])
-def test_frames_are_found_however_many_batches_are_read_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
-) -> None:
-    monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 1)
-    monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", bytes_at_once)
+def test_frames_are_found_however_many_batches_are_read_together(tmp_path: Path, bytes_at_once: int) -> None:
+    limits = ReadLimits(bytes_at_once, rows_a_look=1)
     writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
     scribe = Scribe(writer, gru_step(GRU))
     for stream in (7, 3, 5):
@@ -68,14 +66,14 @@ def test_frames_are_found_however_many_batches_are_read_together(
         scribe.step([7, 5], "unanswered")
     writer.commit()
     writer.close()
-    index = index_of(tmp_path / "a.rec")
+    index = index_of(tmp_path / "a.rec", limits)
     assert index.defects == {}
     # Of each stretch: its stream, first frame and number of frames, and how many of them have no outputs.
     expected = [(7, 7, 12, 0), (3, 3, 12, 0), (5, 5, 9, 2), (3, 15, 8, 0), (7, 19, 10, 2)]
     streams = [index.streams[stretch.row].stream for stretch in index.stretches]
     firsts = [stretch.first_seq for stretch in index.stretches]
     assert list(zip(streams, firsts, index.frames, index.unanswered, strict=True)) == expected
-    with RecordingReader(tmp_path / "a.rec") as reader:
+    with RecordingReader(tmp_path / "a.rec", limits) as reader:
         held = SequenceIndex(reader, lambda _: None, all_frames).sequences(np.arange(5))
     for at, (stream, first, count, unanswered) in enumerate(expected):
         x = np.stack([scribe.x[stream][seq] for seq in range(first, first + count)])
@@ -151,17 +149,13 @@ def test_frames_without_any_stream_are_damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_two_frames_of_a_stream_in_one_step_are_a_defect(
-    path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
-) -> None:
-    monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 1)
-    monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", 1)  # the stream whose frame is gone is noticed by itself
+def test_two_frames_of_a_stream_in_one_step_are_a_defect(path: Path, ahead: int) -> None:
     forger = Forger(path, path.parent / "forged.rec")
     batch = next(row for row in forger.rows("batches") if row["size"] >= 2)
     numbers, seqs = forger.column(batch, "streams"), forger.column(batch, "seqs")
     numbers[1], seqs[1] = numbers[0], seqs[0] + ahead
     forger.change_batch(batch, streams=numbers, seqs=seqs)
-    index = index_of(forger.path)
+    index = index_of(forger.path, ReadLimits(1, 1))  # the stream whose frame is gone is noticed by itself
     row = int(numbers[0]) - 1
     assert index.defects[row] == f"two frames were recorded in one step, at frame {seqs[0]}"
     assert index.frames[row] == seqs[0]

@@ -243,15 +243,12 @@ def test_the_process_beside_a_server_works_in_slices(
     assert [json.loads(line)["frames"] for line in capfd.readouterr().out.splitlines()] == [3, 8, 13]
 
 
-def test_streams_that_are_left_out_count_once_although_a_trimmed_history_begins_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("command", "shadow"):
-        monkeypatch.setattr(f"instep.shadow.{module}.MOST_STREAMS", 4)
+def test_streams_that_are_left_out_count_once_although_a_trimmed_history_begins_anew(tmp_path: Path) -> None:
     story = Story(tmp_path, retention=Retention(keep_bytes=100_000))
     streams = [story.open() for _ in range(7)]
     story.step(*streams)
-    shadow = make_shadow(Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True))
+    asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
+    shadow = make_shadow(asked, most_streams=4)
     shadow.follow()
     for dropped in (3, 3, 4):
         newest = story.scribe.writer.position
@@ -265,15 +262,11 @@ def test_streams_that_are_left_out_count_once_although_a_trimmed_history_begins_
         assert (shadow.following, shadow.dropped) == (4, dropped)
 
 
-def test_streams_that_come_and_go_between_two_looks_are_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("command", "shadow"):
-        monkeypatch.setattr(f"instep.shadow.{module}.MOST_STREAMS", 4)
-    monkeypatch.setattr("instep.shadow.shadow.MOST_LISTED", 5)
+def test_streams_that_come_and_go_between_two_looks_are_compared(tmp_path: Path) -> None:
     story = Story(tmp_path)
     staying = [story.open(), story.open()]
-    shadow = make_shadow(Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True))
+    asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
+    shadow = make_shadow(asked, most_streams=4, most_listed=5)
     shadow.follow()
     for number in range(60):
         coming = [story.open(), story.open()]

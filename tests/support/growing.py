@@ -13,6 +13,7 @@ from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify.following import Follower
+from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
 from tests.support.verifying import CERTIFY
@@ -109,6 +110,6 @@ class Story:
             self.step(*chosen, frames=int(self.rng.integers(1, 6)))
         scribe.writer.commit()
 
-    def follower(self, start: int | None = None) -> Follower:
+    def follower(self, start: int | None = None, limits: FollowLimits = FOLLOW_LIMITS) -> Follower:
         """A follower of it."""
-        return Follower(self.path, self.model, start, certify=CERTIFY)
+        return Follower(self.path, self.model, start, certify=CERTIFY, limits=limits)

@@ -10,6 +10,7 @@ from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
+from instep.verify.checkers import CHECK_LIMITS, CheckLimits
 from instep.verify.conditions import find_conditions
 from instep.verify.report import Report
 from tests.support.forger import Forger
@@ -30,10 +31,11 @@ def verify(
     model: Model | None = None,
     on_progress: verifier.Progress = ignore_progress,
     certify: verifier.Certify = CERTIFY,
+    limits: CheckLimits = CHECK_LIMITS,
 ) -> Report:
     """Verify a recording, or another file made with the same model."""
     with RecordingReader(path or recorded.path) as reader:
-        return verifier.verify(reader, model or load_model(recorded.folder), wanted, on_progress, certify)
+        return verifier.verify(reader, model or load_model(recorded.folder), wanted, on_progress, certify, limits)
 
 
 def forge(recorded: Recorded) -> Forger:

@@ -10,7 +10,6 @@ import torch
 from instep.models.base import Reference
 from instep.models.recurrent.reference import RecurrentReference
 from instep.models.ulp import ulp_distance
-from instep.verify import bound as bounds
 from instep.verify.bound import (
     FACTOR,
     FLOOR,
@@ -45,8 +44,7 @@ def test_absolute_error(value: float, truth: float, error: float) -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 200, 2**20])
-def test_the_largest_error_of_each_frame(monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr(bounds, "BLOCK_BYTES", block_bytes)
+def test_the_largest_error_of_each_frame(block_bytes: int) -> None:
     random = np.random.default_rng(0)
     truth = random.standard_normal((7, 3, 4))
     values = (truth + random.uniform(-1e-3, 1e-3, truth.shape)).astype(np.float32)
@@ -54,7 +52,7 @@ def test_the_largest_error_of_each_frame(monkeypatch: pytest.MonkeyPatch, block_
     values[4, 1, 1] = truth[4, 1, 1] = NAN
     truth[5, 0, 2] = -INF
     expected = [[max(map(single_error, values[t, row], truth[t, row])) for row in range(3)] for t in range(7)]
-    assert largest_errors(values, truth).tolist() == expected
+    assert largest_errors(values, truth, block_bytes).tolist() == expected
     assert np.isinf(expected).sum() == 2
 
 

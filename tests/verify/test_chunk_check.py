@@ -14,6 +14,7 @@ import pytest
 from instep.core.typing import U8
 from instep.verify import checkers, verifier
 from instep.verify.bound import FLOOR, ErrorBound, Limits
+from instep.verify.checkers import CheckLimits
 from instep.verify.replay import replay_stepped
 from tests.support import verifying
 from tests.support.recordings import Recorded, make_amplifying_gru, make_gru, record_gru
@@ -138,7 +139,6 @@ def test_torch_is_set_up_in_every_thread_that_computes(tmp_path: Path, monkeypat
 
 def test_an_interrupt_ends_whatever_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), [20] * 40)
-    monkeypatch.setattr(checkers, "PART_FRAMES", 8)  # a frame a part
     finished = threading.Event()
     parts: list[int] = []
 
@@ -163,5 +163,5 @@ def test_an_interrupt_ends_whatever_has_begun(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("instep.verify.verifier.Event", Stopping)
     monkeypatch.setattr(checkers, "replay_stepped", step)
     with pytest.raises(KeyboardInterrupt):
-        verifying.verify(recorded, on_progress=told)
+        verifying.verify(recorded, on_progress=told, limits=CheckLimits(part_frames=8))  # a frame a part
     assert len(parts) <= verifier.MOST_THREADS, "each thread ends the part that it is at"

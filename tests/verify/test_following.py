@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from instep import background
 from instep.cli import app
 from instep.recording.errors import DamagedRecording, UnavailableRecording
+from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
@@ -33,6 +34,7 @@ from instep.verify import live
 from instep.verify.follow_command import Following
 from instep.verify.following import Follower
 from instep.verify.mismatches import StreamNumbers
+from instep.verify.portion import FollowLimits
 from instep.verify.throttle import Patience, Status, Throttle, follow
 from tests.support.forger import Forger
 from tests.support.growing import Story
@@ -108,13 +110,10 @@ def test_frames_that_are_trimmed_before_they_are_read_count_as_unchecked(tmp_pat
     assert Follower(story.path, story.model, certify=CERTIFY).applied == story.frames
 
 
-@pytest.mark.parametrize("at_once", ["many rows", "two rows"])
-def test_every_frame_of_every_stream_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: str) -> None:
-    if at_once == "two rows":
-        monkeypatch.setattr("instep.recording.file.ROWS_A_LOOK", 2)
-        monkeypatch.setattr("instep.recording.file.BYTES_AT_ONCE", 1)
+@pytest.mark.parametrize("reading", [READ_LIMITS, ReadLimits(1, 2)], ids=["many rows", "two rows"])
+def test_every_frame_of_every_stream_is_compared(tmp_path: Path, reading: ReadLimits) -> None:
     story = Story(tmp_path)
-    follower = story.follower()
+    follower = story.follower(limits=FollowLimits(reading=reading))
     for turn in range(300):
         story.anything()
         if turn % 7 == 0:
@@ -198,13 +197,10 @@ def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
     assert calls[1] - calls[0] < 320 - 40, "less than one call each"
 
 
-def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.verify.mismatches.MOST_KEPT", 2)
+def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(5)]
-    follower = story.follower()
+    follower = story.follower(limits=FollowLimits(most_kept=2))
     for row in (1, 2, 3):
         story.corrupts = row
         story.step(*streams)
@@ -547,9 +543,7 @@ def test_the_command_finds_what_was_changed_in_the_file(tmp_path: Path) -> None:
     assert followed(story.path, "--for", "0")[0] == 0
 
 
-def test_a_mismatch_counts_for_more_than_damage_that_is_met_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mismatch_counts_for_more_than_damage_that_is_met_later(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(4)]
     story.corrupts = 2
@@ -559,14 +553,14 @@ def test_a_mismatch_counts_for_more_than_damage_that_is_met_later(
     forger = Forger(story.path, tmp_path / "damaged.rec", fix_crc=False)
     batch, _ = forger.find_frame(3, story.scribe.seqs[3] - 1)
     forger.change_batch(batch, y=forger.column(batch, "y") + 1)
-    monkeypatch.setattr("instep.verify.following.PORTION_BYTES", 100)
-    status, text = followed(forger.path, "--for", "0")
-    assert status == 1, text
+    following = partial(Following, forger.path, None, (), limits=FollowLimits(portion_bytes=100))
+    file, told = io.StringIO(), list[dict[str, Any]]()
+    assert following().in_words(0, Console(file=file)) == "mismatch"
+    text = file.getvalue()
     assert re.search(r"1 mismatch; .*not checked: .*damaged.rec is damaged: .*instep recordings repair", text), text
-    status, text = followed(forger.path, "--for", "0", "--json")
-    last = json.loads(text.splitlines()[-1])
-    assert (status, last["verdict"], last["final"]) == (1, "mismatch", True)
-    assert "is damaged" in last["summary"]
+    assert following().in_json(0, told.append) == "mismatch"
+    assert (told[-1]["verdict"], told[-1]["final"]) == ("mismatch", True)
+    assert "is damaged" in told[-1]["summary"]
 
 
 def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
@@ -647,9 +641,7 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
 
 
 @pytest.mark.parametrize("exactness", ["exact", "tolerance"])
-def test_frames_that_the_next_follower_steps_again_count_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exactness: str
-) -> None:
+def test_frames_that_the_next_follower_steps_again_count_once(tmp_path: Path, exactness: str) -> None:
     story = Story(tmp_path, exactness=exactness)
     streams = [story.open() for _ in range(4)]
     former = story.follower(0)
@@ -663,8 +655,8 @@ def test_frames_that_the_next_follower_steps_again_count_once(
     assert (former.frames, former.waiting, former.skipped) == (52 - waiting, waiting, 0)
     counted, later = former.frames, former
     for portion_bytes in (100, 400, 2**20):
-        monkeypatch.setattr("instep.verify.following.PORTION_BYTES", portion_bytes)
-        later = Follower(story.path, story.model, later.seen, later.waiting, certify=CERTIFY)
+        limits = FollowLimits(portion_bytes)
+        later = Follower(story.path, story.model, later.seen, later.waiting, certify=CERTIFY, limits=limits)
         later.advance()
         counted += later.frames if portion_bytes < 2**20 else 0
         assert (later.seen, later.skipped) == (former.seen, 0)
@@ -675,13 +667,10 @@ def test_frames_that_the_next_follower_steps_again_count_once(
     assert (later.skipped, later.mismatches.total) == (0, 0)
 
 
-def test_each_mismatch_is_told_and_none_again_by_the_next_follower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.verify.mismatches.MOST_KEPT", 35)
+def test_each_mismatch_is_told_and_none_again_by_the_next_follower(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(40)]
-    former, told = story.follower(0), list[int]()
+    former, told = story.follower(0, FollowLimits(most_kept=35)), list[int]()
     for stream in streams:
         story.corrupts = 1
         story.step(stream)

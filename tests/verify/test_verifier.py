@@ -16,7 +16,7 @@ from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import BatchGroup
-from instep.verify import verifier
+from instep.verify.checkers import CheckLimits
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.report import CannotVerify
 from tests.support.forger import Forger
@@ -101,8 +101,7 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     verify(recorded)
     assert max(spans) > 100
     spans.clear()
-    monkeypatch.setattr(verifier, "CALL_BYTES", 100 * 8 * 12)
-    pieces = verify(recorded)
+    pieces = verify(recorded, limits=CheckLimits(call_bytes=100 * 8 * 12))
     assert len(spans) > 5
     assert max(spans) <= 100
     assert verdicts(pieces) == verdicts(whole) == ["exact"] * 6

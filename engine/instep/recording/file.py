@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -34,15 +35,24 @@ UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 
 ROWS_AT_ONCE: Final = 1024
 """Rows that are read in one transaction at most."""
-BYTES_AT_ONCE: Final = 2**19
-"""Bytes of blobs that are read in one transaction, about."""
-ROWS_A_LOOK: Final = 16
-"""Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)
 """Another program locks the file, or this one has too many files open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """How much is read in one transaction, which keeps the WAL from being reused."""
+
+    bytes_at_once: int = 2**19
+    """Bytes of blobs, about."""
+    rows_a_look: int = 16
+    """Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
+
+
+READ_LIMITS: Final = ReadLimits()
 
 
 class Closing:
@@ -66,6 +76,7 @@ class RecordingFile(Closing):
 
     Attributes:
         path: the file.
+        limits: of one transaction.
         header: what the file says of the engine that began it.
         trimmed: where the history was trimmed.
         last_position: the newest row it shows; 0 where there is none.
@@ -77,8 +88,9 @@ class RecordingFile(Closing):
         DamagedRecording: when it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: ReadLimits = READ_LIMITS) -> None:
         self.path = path
+        self.limits = limits
         # In WAL mode but without a WAL, nobody writes it, and its folder may be read-only.
         try:
             path.stat()
@@ -167,19 +179,19 @@ class RecordingFile(Closing):
                 raise self.damaged(f"the row at {key} {rows[sound][0]} (of {table}) does not match its CRC")
             if error is not None:
                 raise self.damaged(f"the rows after {key} {before[0]} (of {table}) cannot be read: {error}")
-            if not rows or len(rows) % ROWS_A_LOOK:
+            if not rows or len(rows) % self.limits.rows_a_look:
                 return  # the query had no more
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end, to the error that ended it, or to about `BYTES_AT_ONCE`."""
+        """The rows of a query up to its end, to the error that ended it, or to about `bytes_at_once`."""
         rows: list[tuple[Any, ...]] = []
-        size = count = 0
+        size, count, look = 0, 0, self.limits.rows_a_look
         try:
             with closing(self._database.execute(query, values)) as cursor:
-                while len(rows) == count and size < BYTES_AT_ONCE:
-                    count += ROWS_A_LOOK
-                    rows.extend(islice(cursor, ROWS_A_LOOK))  # those before an error are kept
-                    size += ROWS_A_LOOK * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
+                while len(rows) == count and size < self.limits.bytes_at_once:
+                    count += look
+                    rows.extend(islice(cursor, look))  # those before an error are kept
+                    size += look * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
         except UNREADABLE as error:
             self._refuse_passing(error)
             return rows, error

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from instep.core.typing import U8
 from instep.recording.errors import DamagedRecording
+from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import MARKS, RecordingReader
 from instep.recording.records import BatchGroup, RecordedEvent
@@ -55,13 +56,14 @@ class RecordingTail(RecordingReader):
     Args:
         path: the recording.
         former: read the same recording before, and saves this one reading all of its events; closed or not.
+        limits: of one transaction; with `former`, its own.
 
     Attributes:
         newest_checkpoint: the position of the newest complete one; 0 for none.
     """
 
-    def __init__(self, path: Path, former: RecordingTail | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, former: RecordingTail | None = None, limits: ReadLimits = READ_LIMITS) -> None:
+        super().__init__(path, limits if former is None else former.limits)
         self._former_marks = None if former is None else (former.last_position, former._marks)
         try:
             with self.at_once():  # the writer may trim the history between two queries

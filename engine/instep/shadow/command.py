@@ -20,13 +20,15 @@ from instep.models.numerics import prepare
 from instep.models.registry import build
 from instep.recording.file import RecordingFile
 from instep.runtime.stepper import Stepper
-from instep.shadow.shadow import MOST_STREAMS, Shadow
+from instep.shadow.shadow import Shadow
 
 COMPARED: Final = 0
 DIFFERS: Final = 1
 NOT_COMPARED: Final = 2
 
 WARM_UP: Final = 256
+MOST_STREAMS: Final = 1024
+MOST_LISTED: Final = 1024
 _PAUSE_S: Final = 0.25
 """Between two readings of the recording."""
 
@@ -78,13 +80,21 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
         shadow.keep_up()
 
 
-def make_shadow(asked: Shadowing, after: int = 0, fingerprint: str | None = None) -> Shadow:
+def make_shadow(
+    asked: Shadowing,
+    after: int = 0,
+    fingerprint: str | None = None,
+    most_streams: int = MOST_STREAMS,
+    most_listed: int = MOST_LISTED,
+) -> Shadow:
     """A candidate that has not followed anything yet.
 
     Args:
         asked: the recording, the candidate's folder, and what is to be compared.
         after: a position of the recording; frames up to there are not compared.
         fingerprint: which version the folder must hold; None for any.
+        most_streams: followed at the same time.
+        most_listed: streams in a report.
 
     Raises:
         ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
@@ -102,5 +112,5 @@ def make_shadow(asked: Shadowing, after: int = 0, fingerprint: str | None = None
     warm_up = asked.warm_up
     if warm_up is None and network.state != header.state_spec:
         warm_up = WARM_UP
-    stepper = Stepper(network, buckets, MOST_STREAMS, torch.device("cpu"))
-    return Shadow(asked.recording, stepper, warm_up, asked.share, after)
+    stepper = Stepper(network, buckets, most_streams, torch.device("cpu"))
+    return Shadow(asked.recording, stepper, warm_up, asked.share, after, most_streams, most_listed)

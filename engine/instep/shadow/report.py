@@ -44,7 +44,7 @@ class Differences:
     quantiles: dict[float, float]
     """By share of frames, within a tenth."""
     streams: Sequence[StreamDifference]
-    """Those that differ most, the most of all first; up to `shadow.MOST_LISTED`."""
+    """Those that differ most, the most of all first; up to `most_listed` of the shadow."""
     streams_total: int
     """How many were compared."""
     dropped: int

@@ -18,10 +18,6 @@ from instep.runtime.stepper import Stepper
 from instep.shadow.report import Differences, StreamDifference
 from instep.streaming.replaying import WarmUpReplay
 
-MOST_STREAMS: Final = 1024
-"""Followed at the same time."""
-MOST_LISTED: Final = 1024
-"""Streams in a report."""
 _LATE_S: Final = 2.0
 """Time that the frames recorded between two looks should take at most."""
 _NEVER: Final = 2**62
@@ -37,15 +33,27 @@ class Shadow(WarmUpReplay):
 
     Args:
         path: the recording of the version that is served.
-        stepper: of the candidate, with `MOST_STREAMS` slots.
+        stepper: of the candidate, with `most_streams` slots.
         warm_up: None to begin with the states of the version that is served; N to begin with the N newest frames of
             each stream, which are not compared.
         share: of the streams; whether one is followed depends on its name alone.
         after: a position of the recording; frames up to there are stepped and not compared.
+        most_streams: followed at the same time.
+        most_listed: streams in a report.
     """
 
-    def __init__(self, path: Path, stepper: Stepper, warm_up: int | None, share: float, after: int) -> None:
-        super().__init__(path, stepper, MOST_STREAMS, warm_up)
+    def __init__(
+        self,
+        path: Path,
+        stepper: Stepper,
+        warm_up: int | None,
+        share: float,
+        after: int,
+        most_streams: int,
+        most_listed: int,
+    ) -> None:
+        super().__init__(path, stepper, most_streams, warm_up)
+        self._most_streams, self._most_listed = most_streams, most_listed
         self.dropped = 0
         """Streams that were given up because the candidate could not keep up, or left out because there were more."""
         self._dropped = set[int]()
@@ -55,10 +63,10 @@ class Shadow(WarmUpReplay):
         self._share = share
         self._after = after
         self._compares = False
-        self._names = [""] * (MOST_STREAMS + 1)
-        self._compared_from: I64 = np.full(MOST_STREAMS + 1, _NEVER, np.int64)
-        self._frames_of: I64 = np.zeros(MOST_STREAMS + 1, np.int64)
-        self._largest_of = np.zeros(MOST_STREAMS + 1)
+        self._names = [""] * (most_streams + 1)
+        self._compared_from: I64 = np.full(most_streams + 1, _NEVER, np.int64)
+        self._frames_of: I64 = np.zeros(most_streams + 1, np.int64)
+        self._largest_of = np.zeros(most_streams + 1)
         self._past: list[StreamDifference] = []
         """Streams whose slots others have now, those that differ most."""
         self._past_count = 0
@@ -69,7 +77,7 @@ class Shadow(WarmUpReplay):
     @property
     def following(self) -> int:
         """Count of streams that are followed now."""
-        return MOST_STREAMS - len(self._free)
+        return self._most_streams - len(self._free)
 
     @property
     def position(self) -> int:
@@ -123,7 +131,7 @@ class Shadow(WarmUpReplay):
             largest=largest,
             mean=self._total / values if values else 0.0,
             quantiles=quantiles,
-            streams=_worst([*self._past, *present]),
+            streams=self._worst([*self._past, *present]),
             streams_total=self._past_count + len(present),
             dropped=self.dropped,
         )
@@ -159,8 +167,8 @@ class Shadow(WarmUpReplay):
         if self._frames_of[slot]:
             self._past.append(self._difference(slot))
             self._past_count += 1
-            if len(self._past) > 2 * MOST_LISTED:
-                self._past = _worst(self._past)
+            if len(self._past) > 2 * self._most_listed:
+                self._past = self._worst(self._past)
         self._names[slot], self._frames_of[slot], self._largest_of[slot] = name, 0, 0
 
     def _began(self, slots: I64, seqs: I64) -> None:
@@ -190,6 +198,5 @@ class Shadow(WarmUpReplay):
     def _difference(self, slot: int) -> StreamDifference:
         return StreamDifference(self._names[slot], int(self._frames_of[slot]), float(self._largest_of[slot]))
 
-
-def _worst(streams: list[StreamDifference]) -> list[StreamDifference]:
-    return sorted(streams, key=lambda each: -each.largest)[:MOST_LISTED]
+    def _worst(self, streams: list[StreamDifference]) -> list[StreamDifference]:
+        return sorted(streams, key=lambda each: -each.largest)[: self._most_listed]

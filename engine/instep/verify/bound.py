@@ -168,18 +168,19 @@ def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
     return error
 
 
-def largest_errors(values: F32, truth: F64) -> F64:
+def largest_errors(values: F32, truth: F64, block_bytes: int = BLOCK_BYTES) -> F64:
     """The largest `absolute_error` of each frame.
 
     Args:
         values: [T, R, outputs].
         truth: [T, R, outputs].
+        block_bytes: of the timesteps that are computed at once.
 
     Returns:
         [T, R].
     """
     largest: F64 = np.empty(truth.shape[:2])
-    for part, room in _blocks(truth):
+    for part, room in _blocks(truth, block_bytes):
         with np.errstate(invalid="ignore"):
             np.subtract(values[part], truth[part], out=room)
         np.abs(room, out=room).max(axis=2, out=largest[part])
@@ -223,9 +224,9 @@ def _magnitudes(values: F64) -> F64:
     return largest
 
 
-def _blocks(values: F64) -> Iterator[tuple[slice, F64]]:
+def _blocks(values: F64, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, F64]]:
     """Split timesteps into blocks that stay in the cache, with one buffer for the values of each in turn."""
-    steps = max(BLOCK_BYTES // max(values[:1].nbytes, 1), 1)
+    steps = max(block_bytes // max(values[:1].nbytes, 1), 1)
     room: F64 = np.empty((steps, *values.shape[1:]))
     for start in range(0, len(values), steps):
         part = slice(start, min(start + steps, len(values)))

@@ -23,8 +23,19 @@ from instep.verify.conditions import Conditions
 from instep.verify.replay import replay_stepped, replay_whole
 from instep.verify.stream_checks import StreamCheck
 
-PART_FRAMES: Final = 4096
-"""Frames computed and compared at once, about: few enough for their values to stay in a cache."""
+
+@dataclass(frozen=True, slots=True)
+class CheckLimits:
+    """How much is computed at once."""
+
+    part_frames: int = 4096
+    """Frames that are computed and compared together, about: few enough for their values to stay in a cache."""
+    call_bytes: int = 96 * 2**20
+    """What one whole-sequence call may take for values in between, in float64, about; they are in float32. Each thread
+    may be in a call."""
+
+
+CHECK_LIMITS: Final = CheckLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,7 @@ class Checkers:
     conditions: Conditions
     stopped: Event
     """Set when nobody waits for the result any more: checkers then end soon, with incomplete comparisons."""
+    limits: CheckLimits = CHECK_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +76,10 @@ class Task:
             yield span
 
     def parts(self, spans: Iterable[Span] | None = None, runs: int = 1) -> Iterator[Span]:
-        """All or some timesteps in parts of about `PART_FRAMES` over all runs, until it is stopped."""
+        """All or some timesteps in parts of about `part_frames` over all runs, until it is stopped."""
+        most = self.checkers.limits.part_frames // max(self.rows * runs, LEAST_ROWS)
         for span in self.spans() if spans is None else spans:
-            for part in span.parts(max(PART_FRAMES // max(self.rows * runs, LEAST_ROWS), 1)):
+            for part in span.parts(max(most, 1)):
                 if self.checkers.stopped.is_set():
                     return
                 yield part

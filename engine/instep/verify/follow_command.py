@@ -18,6 +18,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
+from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import PATIENCE, Patience, Status, follow
 from instep_tools.words import counted, wrapped
@@ -37,16 +38,22 @@ class Following:
         model_folder: the model; None for where the recording says.
         streams: names or numbers of the streams to follow; none for all.
         patience: how long it waits between looks.
+        limits: of what is held.
     """
 
     def __init__(
-        self, file: Path, model_folder: Path | None, streams: Sequence[str], patience: Patience = PATIENCE
+        self,
+        file: Path,
+        model_folder: Path | None,
+        streams: Sequence[str],
+        patience: Patience = PATIENCE,
+        limits: FollowLimits = FOLLOW_LIMITS,
     ) -> None:
         self._file = file
         self._patience = patience
         self._header, model = model_of(file, model_folder)
         with recorded_threads(self._header):
-            self._follower = Follower(file, model, wanted=streams)
+            self._follower = Follower(file, model, wanted=streams, limits=limits)
         self._error = ""
         """Why it ended before its time, although mismatches were found."""
 

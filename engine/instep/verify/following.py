@@ -33,19 +33,15 @@ from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.conditions import find_conditions, recorded_model
 from instep.verify.left_out import Reason, by_reason
 from instep.verify.mismatches import Mismatches, StreamNumbers, WrongOutput, wrong_output
-from instep.verify.portion import FollowedPart, Portion
+from instep.verify.portion import FOLLOW_LIMITS, FollowedPart, FollowLimits, Portion
 from instep.verify.stream_checks import StreamCheck
 from instep.verify.verifier import Certify, make_checkers
 
-PORTION_BYTES: Final = 4 * 2**20
-"""Of frames that are read before they are checked, about."""
 _MOST_AT_FIRST: Final = 2**14
 """Open streams whose states are read at the start; those of others are when they have a frame."""
 _ALL: Final = 2**62
 _SPAN_FRAMES: Final = 2**24
 """More than a portion has: each chunk is one span."""
-_MOST_WAITING_BYTES: Final = 16 * PORTION_BYTES
-"""Where more frames wait for a checkpoint, fewer streams are followed."""
 
 
 class Follower:
@@ -61,6 +57,7 @@ class Follower:
         wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         certify: finds out whether bits must be equal on this machine.
+        limits: of what is held.
 
     Attributes:
         share: the share (0 to 1) of streams that are followed, by a hash of their names.
@@ -88,17 +85,19 @@ class Follower:
         wanted: Sequence[str] = (),
         told: Sequence[tuple[int, int]] = (),
         certify: Certify = find_conditions,
+        limits: FollowLimits = FOLLOW_LIMITS,
     ) -> None:
         self.path = path
         self.share = 1.0
         self.frames = self.streams_total = 0
         self.frames_seen = waiting
         self.lag_s = 0.0
-        self.mismatches = Mismatches(told)
+        self.mismatches = Mismatches(told, limits.most_kept)
         self.differs = False
         self._wanted = frozenset(wanted)
         self._model = model
         self._certify = certify
+        self._limits = limits
         self._known: dict[int, FollowedPart | Reason] = {}
         """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
@@ -108,7 +107,7 @@ class Follower:
         self._remembered = (self.mismatches.streams, self._followed)
         self._portion = Portion()
         self._left_out = Counter[Reason]()
-        with RecordingTail(path) as tail:
+        with RecordingTail(path, limits=limits.reading) as tail:
             newest = tail.newest_checkpoint
             self.position = max(newest if start is None else min(start, newest), tail.trimmed.position)
             if self.position:  # later ones would have newer states, further behind the frames that are read
@@ -231,7 +230,7 @@ class Follower:
             for item in tail.history(self.position + 1):
                 self._take(item, tail)
                 self.position = item.position
-                if self._portion.bytes >= waiting + PORTION_BYTES:
+                if self._portion.bytes >= waiting + self._limits.portion_bytes:
                     return False
         except TrimmedMeanwhile:
             return False
@@ -339,7 +338,7 @@ class Follower:
                 checks = [self._stream_check(part, start, frames) for part, start, frames in places]
                 self._compare(Task(self._checkers, Chunk(sequences, first_seqs, rows, _SPAN_FRAMES), checks), parts)
         self._portion = portion.rest([self._is_waiting(part) for part in portion.parts])
-        if self._portion.bytes > _MOST_WAITING_BYTES:
+        if self._portion.bytes > self._limits.most_waiting_bytes:
             self.lower_share()
 
     def _is_waiting(self, part: FollowedPart) -> bool:

@@ -13,8 +13,6 @@ from instep.verify.checkers import Task
 from instep.verify.replay import replay_stepped
 from instep.verify.report import Divergence
 
-MOST_KEPT: Final = 1024
-"""Mismatches whose values are kept: a broken model has one for each stream."""
 MOST_PAIRS: Final = 2**16
 """Streams of which the next process is told: a status of more would be longer than the server reads."""
 
@@ -89,23 +87,25 @@ class Mismatches:
 
     Args:
         told: streams that were told of before, as `StreamNumbers.pairs`; they do not count again.
+        most_kept: of how many mismatches the values are kept.
 
     Attributes:
-        kept: the first `MOST_KEPT`.
+        kept: the first ones.
         total: how many there are.
         streams: those that a mismatch was found in.
     """
 
-    def __init__(self, told: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, told: Sequence[tuple[int, int]], most_kept: int) -> None:
         self.kept: list[WrongOutput] = []
         self.total = 0
+        self._most_kept = most_kept
         self.streams = StreamNumbers(told)
 
     def add(self, wrong: WrongOutput) -> None:
         """A frame is wrong; it counts unless another one of its stream was."""
         if self.streams.add(wrong.number):
             self.total += 1
-            if len(self.kept) < MOST_KEPT:
+            if len(self.kept) < self._most_kept:
                 self.kept.append(wrong)
 
 

@@ -9,9 +9,25 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from instep.core.typing import F32, I64, U8, Bool
+from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.frames import Sequences
 from instep.recording.records import BatchGroup
 
+
+@dataclass(frozen=True, slots=True)
+class FollowLimits:
+    """How much a follower holds."""
+
+    portion_bytes: int = 4 * 2**20
+    """Of frames that are read before they are checked, about."""
+    most_waiting_bytes: int = 64 * 2**20
+    """Where more frames wait for a checkpoint, fewer streams are followed."""
+    most_kept: int = 1024
+    """Mismatches whose values are kept: a broken model has one for each stream."""
+    reading: ReadLimits = READ_LIMITS
+
+
+FOLLOW_LIMITS: Final = FollowLimits()
 _NOWHERE: Final = -1
 _ALL: Final = 2**62
 

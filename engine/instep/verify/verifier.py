@@ -39,7 +39,7 @@ from instep.recording.inspection import how_it_ends
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.runtime.executor import usable_cores
-from instep.verify.checkers import Checkers
+from instep.verify.checkers import CHECK_LIMITS, Checkers, CheckLimits
 from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
 from instep.verify.chunks import Chunk, plan_chunks
@@ -59,9 +59,6 @@ AHEAD: Final = 2
 """Chunks that are computed or queued while the one before them is finished."""
 LEAST_SHARE: Final = 64
 """Streams are shared out among threads, but a chunk of fewer than this would cost more than it gains."""
-CALL_BYTES: Final = 96 * 2**20
-"""What one whole-sequence call may take for values in between, in float64, about; they are in float32. Each thread may
-be in a call."""
 
 
 def verify(
@@ -70,6 +67,7 @@ def verify(
     wanted: Sequence[str],
     on_progress: Progress,
     certify: Certify = find_conditions,
+    limits: CheckLimits = CHECK_LIMITS,
 ) -> Report:
     """Check every stream of a recording, or those of some names or numbers.
 
@@ -79,6 +77,7 @@ def verify(
         wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
         certify: finds out whether bits must be equal on this machine.
+        limits: of what is computed at once.
 
     Raises:
         CannotVerify: when there is nothing to check.
@@ -95,7 +94,7 @@ def verify(
             checkpoints = StoredCheckpoints(reader)
             reader.check_positions()
             headers = [engine.header for engine in reader.engines]
-            made = pool.submit(make_checkers, model, headers, certify, stopped)  # while the recording is read
+            made = pool.submit(make_checkers, model, headers, certify, stopped, limits)  # while it is read
             initial = model.state.initial(1)[0]
             streams = StreamChecks(reader, wanted, checkpoints, initial, lambda share: on_progress("reading", share))
             streams.require_outputs(wanted)
@@ -120,13 +119,19 @@ def verify(
     )
 
 
-def make_checkers(model: Model, headers: Sequence[RecordingHeader], certify: Certify, stopped: Event) -> Checkers:
+def make_checkers(
+    model: Model,
+    headers: Sequence[RecordingHeader],
+    certify: Certify,
+    stopped: Event,
+    limits: CheckLimits = CHECK_LIMITS,
+) -> Checkers:
     """Build the network, and certify it for recordings of these engines; the first one names the device."""
     network = recorded_network(model, headers[0])
     conditions = certify(headers, network)
     references = network.reference(np.float64), network.reference(np.float32)
     truth, rounded = references if None not in references else (None, None)
-    return Checkers(network, truth, rounded, conditions, stopped)
+    return Checkers(network, truth, rounded, conditions, stopped, limits)
 
 
 def _kind_of(truth: Reference | None) -> ReferenceKind:
@@ -164,7 +169,7 @@ def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
     if sequences is not None:
         in_between = 3 * checkers.network.state.row_bytes // 4  # more than the gates of recurrent layers
         widest = max(sequences.x.shape[1], sequences.y.shape[1], in_between)
-        most_frames = max(CALL_BYTES // (8 * widest), 1)
+        most_frames = max(checkers.limits.call_bytes // (8 * widest), 1)
         first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)
         share = max(len(first_seqs) // _threads(), LEAST_SHARE)
         for rows in plan_chunks(sequences.lengths, min(buckets[-1], share), buckets[0]):
