@@ -352,15 +352,19 @@ def test_a_client_that_nobody_holds_closes_itself(server: FakeServer) -> None:
 
 
 def test_a_client_collected_in_its_own_thread_closes_itself(server: FakeServer) -> None:
-    client = Client(server.endpoint)
-    client.connect()
-    client.open("a")
-    within = inside(client)
-    within.loop.call_soon_threadsafe(client.close)
-    within.thread.join(10)
-    assert not within.thread.is_alive()
-    assert server.rules.names == {}
-    client.close()
+    client = AsyncClient(server.endpoint)
+    thread = LoopThread(client)
+    thread.start()
+    thread.run(client.connect())
+
+    async def collect() -> threading.Thread:
+        thread.stop()
+        return threading.current_thread()
+
+    ended = thread.run(collect())
+    ended.join(10)
+    assert not ended.is_alive()
+    thread.stop()
 
 
 def run_script(script: str, endpoint: str) -> subprocess.CompletedProcess[str]:

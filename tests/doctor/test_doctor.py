@@ -11,8 +11,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +205,11 @@ def test_a_recording_on_a_network_file_system_and_a_slow_and_full_disk(
     (tmp_path / "mounts").write_text(
         f"/dev/root / ext4 rw 0 0\nnas:/x {tmp_path} nfs4 rw 0 0\nproc /proc proc rw 0 0\n"
     )
-    monkeypatch.setattr("instep.doctor.disk._sync_ms", lambda folder: 45.0)
     recording: dict[str, Any] = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**60}
-    findings = Findings()
-    examine_disk(findings, Config.model_validate({"recording": recording}), tmp_path / "mounts")
+    findings, clock = Findings(), count(step=0.045)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        examine_disk(findings, Config.model_validate({"recording": recording}), tmp_path / "mounts")
     network, slow, full = [advice.what for advice in findings.warnings]
     assert "network file system (nfs4)" in network
     assert "takes 45 ms" in slow

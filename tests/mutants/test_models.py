@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from instep.core.typing import I64
-from instep.models.certify import _Probes, _sequence_distance
+from instep.models.certify import Probes, sequence_distance
 from tests.models import test_certify
 from tests.support.broken_rules import BrokenRule, check_is_found
 
@@ -21,15 +21,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def beside_themselves(original: Any, probes: _Probes, bucket: int) -> Iterator[I64]:
-    count = probes._count
+def beside_themselves(original: Any, probes: Probes, bucket: int) -> Iterator[I64]:
+    count = probes.count
     for start in range(0, count, bucket):
         yield (start + np.arange(bucket)) % count
         yield (start + np.arange(bucket) + 1) % count
 
 
-def always_in_the_same_place(original: Any, probes: _Probes, bucket: int) -> Iterator[I64]:
-    count, half = probes._count, bucket // 2
+def always_in_the_same_place(original: Any, probes: Probes, bucket: int) -> Iterator[I64]:
+    count, half = probes.count, bucket // 2
     for start in range(0, count, half):
         yield np.concatenate([(start + np.arange(half)) % count, np.full(bucket - half, count)])
 
@@ -37,25 +37,25 @@ def always_in_the_same_place(original: Any, probes: _Probes, bucket: int) -> Ite
 RULES = (
     BrokenRule(
         "batch sizes with other bits are certified",
-        _Probes.through,
+        Probes.through,
         lambda original, probes, bucket, step: (np.zeros((1, 1), np.uint8), 0),
         [partial(test_certify.test_a_bucket_with_other_bits_throughout_is_dropped_in_favour_of_the_rest, 24)],
     ),
     BrokenRule(
         "a whole sequence with other bits is certified",
-        _sequence_distance,
+        sequence_distance,
         lambda original, model, steps: 0,
         [partial(test_certify.test_a_whole_sequence_with_other_bits_is_noticed, "output")],
     ),
     BrokenRule(
         "rows are only tried beside harmless ones",
-        _Probes._batches,
+        Probes.batches,
         beside_themselves,
         [partial(test_certify.test_a_network_whose_rows_feel_each_other_is_not_exact, test_certify.leak_of_nan)],
     ),
     BrokenRule(
         "rows are only tried in the first half of a batch",
-        _Probes._batches,
+        Probes.batches,
         always_in_the_same_place,
         [test_certify.test_bits_that_depend_on_the_position_in_every_bucket_are_not_exact],
     ),

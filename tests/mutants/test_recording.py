@@ -17,7 +17,7 @@ from instep.recording.file import RecordingFile
 from instep.recording.lock import WriterLock
 from instep.recording.records import refuse_other_engine
 from instep.recording.schema import RecordingHeader, sound_rows
-from instep.recording.writer import RecordingWriter, _set_up
+from instep.recording.writer import RecordingWriter, set_up
 from tests.recording import test_commands, test_records, test_resume, test_writer
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.support.disk import Disk
@@ -41,8 +41,8 @@ def a_lock_of_its_own(original: Any, lock: WriterLock, path: Path) -> None:
     original(lock, path.with_name(f"{path.name}.{next(_NUMBERS)}"))
 
 
-def without_fsync(original: Any, database: sqlite3.Connection, header: RecordingHeader) -> None:
-    original(database, replace(header, durability="commit"))
+def without_fsync(original: Any, database: sqlite3.Connection, header: RecordingHeader, *limits: Any) -> None:
+    original(database, replace(header, durability="commit"), *limits)
 
 
 def a_missing_batch_is_damage(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ RULES = (
         lambda original, writer: None,
         [test_writer.test_what_is_not_committed_is_not_there],
     ),
-    BrokenRule("fsync does not wait for the disk", _set_up, without_fsync, [fsync_syncs_the_wal]),
+    BrokenRule("fsync does not wait for the disk", set_up, without_fsync, [fsync_syncs_the_wal]),
     BrokenRule(
         "two engines write one recording",
         WriterLock.__init__,

@@ -25,14 +25,15 @@ class HeldWriter(RecordingWriter):
 
     gate: threading.Event
     failure: Exception | None = None
-    commits = 0
+    commits = committed = 0
     abandoned = False
 
     def commit(self) -> None:
         assert self.gate.wait(60)
         if self.failure is not None:
             raise self.failure
-        self.commits += self._in_transaction
+        self.commits += self.position > self.committed
+        self.committed = self.position
         super().commit()
 
     def abandon(self) -> None:

@@ -176,24 +176,23 @@ def test_a_thread_that_never_ends_its_step_is_abandoned() -> None:
     may_end.set()
 
 
-@pytest.fixture(autouse=True)
-def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 64 cores, 8 of them for this process, which is in the group `a/b`."""
-    root = tmp_path / "groups"
-    (root / "a" / "b").mkdir(parents=True)
-    membership = tmp_path / "membership"
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A machine with 64 cores, 8 of them for this process, which is in the group `a/b`: its membership, and groups."""
+    membership, groups = tmp_path / "membership", tmp_path / "groups"
+    (groups / "a" / "b").mkdir(parents=True)
     membership.write_text("1:name=systemd:/elsewhere\n0::/a/b\n")
-    monkeypatch.setattr(executor, "MEMBERSHIP", membership)
-    monkeypatch.setattr(executor, "GROUPS", root)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    return root
+    return membership, groups
 
 
-def test_cores_that_the_process_may_not_run_on_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert usable_cores() == 8
+def test_cores_that_the_process_may_not_run_on_do_not_count(
+    machine: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert usable_cores(*machine) == 8
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert usable_cores() == 64
+    assert usable_cores(*machine) == 64
 
 
 @pytest.mark.parametrize(
@@ -208,15 +207,18 @@ def test_cores_that_the_process_may_not_run_on_do_not_count(monkeypatch: pytest.
         ("max 100000", "1600000 100000", 8),
     ],
 )
-def test_a_group_may_have_less_time_than_its_cores_give(groups: Path, outer: str, inner: str, expected: int) -> None:
+def test_a_group_may_have_less_time_than_its_cores_give(
+    machine: tuple[Path, Path], outer: str, inner: str, expected: int
+) -> None:
+    _, groups = machine
     (groups / "a" / "cpu.max").write_text(outer + "\n")
     (groups / "a" / "b" / "cpu.max").write_text(inner + "\n")
-    assert usable_cores() == expected
+    assert usable_cores(*machine) == expected
 
 
-def test_the_groups_of_a_container_begin_at_the_root(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor.MEMBERSHIP.write_text("0::/\n")
+def test_the_groups_of_a_container_begin_at_the_root(machine: tuple[Path, Path]) -> None:
+    membership, groups = machine
+    membership.write_text("0::/\n")
     (groups / "cpu.max").write_text("200000 100000\n")
-    assert usable_cores() == 2
-    monkeypatch.setattr(executor, "MEMBERSHIP", groups / "no such file")
-    assert usable_cores() == 8
+    assert usable_cores(*machine) == 2
+    assert usable_cores(groups / "no such file", groups) == 8

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -24,7 +26,6 @@ from instep.models.errors import ModelError
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.errors import UnavailableRecording
-from instep.recording.file import RecordingFile
 from instep.recording.trim import Retention
 from instep.server.server import Server
 from instep.shadow import live
@@ -172,6 +173,17 @@ async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.ra
         assert make_shadow(place.asked(SERVED, share=0.5)).following == 0
 
 
+def before_each_query(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], None]) -> None:
+    """Do something before each query on what is opened from now on."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+            then(query)
+            return super().execute(query, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+
+
 def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,16 +191,15 @@ def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
     for _ in range(4):
         story.open()
     story.trim()
-    trims_left, fetch = 0, RecordingFile._fetch
+    trims_left = 0
 
-    def fetch_later(recording: RecordingFile, query: str, values: tuple[int, ...]) -> Any:
+    def trim_first(query: str) -> None:
         nonlocal trims_left
         if trims_left and "FROM outputs" in query:
             trims_left -= 1
             story.trim()
-        return fetch(recording, query, values)
 
-    monkeypatch.setattr(RecordingFile, "_fetch", fetch_later)
+    before_each_query(monkeypatch, trim_first)
     asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
     shadow = make_shadow(asked)
     for begins, trims in ((True, 2), (False, 2), (False, 0)):
@@ -313,19 +324,20 @@ def test_frames_that_a_killed_server_left_without_outputs_are_stepped_and_not_co
 def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    story, fetch, calls = Story(tmp_path), RecordingFile._fetch, count()
+    story, calls = Story(tmp_path), count()
     story.step(story.open(), story.open(), frames=20)
     asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
     shadow, looks = make_shadow(asked), 0
 
-    def locked_later(recording: RecordingFile, query: str, values: tuple[int, ...]) -> Any:
-        if next(calls) == looks:
-            raise UnavailableRecording("it is locked")
-        return fetch(recording, query, values)
+    def lock_later(query: str) -> None:
+        if "LIMIT" in query and next(calls) == looks:
+            error = sqlite3.OperationalError("it is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
 
-    monkeypatch.setattr(RecordingFile, "_fetch", locked_later)
+    before_each_query(monkeypatch, lock_later)
     while shadow.follow() == 0:
-        assert str(shadow.unavailable) == "it is locked"
+        assert str(shadow.unavailable) == f"{story.path} cannot be read now: it is locked; try again"
         looks, calls = looks + 1, count()
     assert (shadow.unavailable, shadow.report("").frames, shadow.report("").dropped) == (None, 40, 0)
     assert shadow.report("").largest < 1e-5

@@ -122,7 +122,7 @@ def accuracy(model: Model, utterances: Utterances) -> Accuracy:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
     """Train, save, and say how well it does; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m instep.demo.train", description="Train the demo's model.")
     parser.add_argument(
@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def progress(epoch: int, loss: float) -> None:
         if epoch % 10 == 0:
-            sys.stdout.write(f"epoch {epoch} of {EPOCHS}: loss {loss:.3f}\n")
+            sys.stdout.write(f"epoch {epoch} of {epochs}: loss {loss:.3f}\n")
 
-    gru, head = train(load_utterances("train"), progress=progress)
+    gru, head = train(load_utterances("train"), epochs=epochs, progress=progress)
     try:
         model = save_model(out, gru, after=[(head, "none")], name="speakers", overwrite=True)
     except ModelError as error:

@@ -83,7 +83,7 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     count = _probe_count(model, candidates)
     model.select_step(candidates, count)
     steps = {bucket: model.bind(bucket) for bucket in candidates}
-    probes = _Probes(model, count, steps)
+    probes = Probes(model, count, steps)
     results = {bucket: probes.through(bucket, step) for bucket, step in steps.items()}
     groups: dict[bytes, list[int]] = {}
     for bucket, (answers, spread) in results.items():
@@ -98,7 +98,7 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
         stepping_ulp = max(
             max(spread, _distance(model.state, answers, reference)) for answers, spread in results.values()
         )
-    sequence_ulp = _sequence_distance(model, {bucket: steps[bucket] for bucket in buckets})
+    sequence_ulp = sequence_distance(model, {bucket: steps[bucket] for bucket in buckets})
     return Certification(
         exactness="exact" if groups else "tolerance",
         buckets=tuple(buckets),
@@ -107,12 +107,16 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     )
 
 
-class _Probes:
-    """Rows whose answers are compared, and the rows that are put beside them."""
+class Probes:
+    """Rows whose answers are compared, and the rows that are put beside them.
+
+    Attributes:
+        count: of the rows that are compared.
+    """
 
     def __init__(self, model: RecurrentModel, count: int, steps: Mapping[int, BoundStep]) -> None:
         self._model = model
-        self._count = count
+        self.count = count
         features, state = model.description.features, model.state
         random = np.random.default_rng(0)
         beside = np.array([*_HOSTILE, _PADDING], np.float32)
@@ -131,28 +135,29 @@ class _Probes:
         """
         spec, outputs = self._model.state, self._model.description.outputs
         probes, found = [], []
-        for batch in self._batches(bucket):
+        for batch in self.batches(bucket):
             answered = answers_of(*step_rows(step, spec, self._x[batch], self._state[batch], outputs))
-            is_probe = batch < self._count
+            is_probe = batch < self.count
             probes.append(batch[is_probe])
             found.append(answered[is_probe])
         seen, answered = np.concatenate(probes), np.concatenate(found)
-        answers = np.zeros((self._count, answered.shape[1]), np.uint8)
+        answers = np.zeros((self.count, answered.shape[1]), np.uint8)
         answers[seen] = answered
         return answers, _distance(spec, answered, answers[seen])
 
-    def _batches(self, bucket: int) -> Iterator[I64]:
+    def batches(self, bucket: int) -> Iterator[I64]:
+        """The rows of each batch of this size: probes from 0, up to `count`, and behind them those put beside them."""
         position = np.arange(bucket)
-        for block, start in enumerate(range(0, self._count, bucket)):
-            probes = (start + position) % self._count
-            hostile = self._count + (block + position // 2) % len(_HOSTILE)
+        for block, start in enumerate(range(0, self.count, bucket)):
+            probes = (start + position) % self.count
+            hostile = self.count + (block + position // 2) % len(_HOSTILE)
             yield np.where(position % 2 == 0, probes, hostile)
             yield np.where(position % 2 == 1, probes, hostile)
             yield np.roll(probes, bucket // 2 + 1)
-        yield np.where(position < bucket // 2, position % self._count, self._padding)
+        yield np.where(position < bucket // 2, position % self.count, self._padding)
 
 
-def _sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) -> int | None:
+def sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) -> int | None:
     """Between whole sequences and stepping: long ones over few and some rows, a short one over the most.
 
     None where the model has no whole-sequence call.

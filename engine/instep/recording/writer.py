@@ -100,7 +100,7 @@ class RecordingWriter(RowWriter):
                 insert(database, "header", header.rows())
                 insert(database, "newest", with_crcs([(0, 0)]))
                 database.execute("COMMIT")
-                _set_up(database, header, limits)
+                set_up(database, header, limits)
                 writer = cls(path, lock, database, header, 0, retention, limits)
                 undo.pop_all()
                 return writer
@@ -141,7 +141,7 @@ class RecordingWriter(RowWriter):
                 refuse_other_engine(path, last, header, accept_numerics_change)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
-                _set_up(database, header, limits)
+                set_up(database, header, limits)
                 writer = cls(path, lock, database, header, position, retention, limits)
                 writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
@@ -199,7 +199,8 @@ class RecordingWriter(RowWriter):
         self._lock.release()
 
 
-def _set_up(database: sqlite3.Connection, header: RecordingHeader, limits: DatabaseLimits) -> None:
+def set_up(database: sqlite3.Connection, header: RecordingHeader, limits: DatabaseLimits) -> None:
+    """Make a connection durable as the header says; never faster at the cost of that."""
     database.execute("PRAGMA journal_mode=WAL")
     database.execute(f"PRAGMA busy_timeout={round(limits.lock_wait_s * 1000)}")
     database.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")  # after a long read, the WAL is cut to this

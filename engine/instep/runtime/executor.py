@@ -213,23 +213,23 @@ MEMBERSHIP: Final = Path("/proc/self/cgroup")
 GROUPS: Final = Path("/sys/fs/cgroup")
 
 
-def usable_cores() -> int:
+def usable_cores(membership: Path = MEMBERSHIP, groups: Path = GROUPS) -> int:
     """Cores that this process may run on, and has the time of: its affinity, and its share where groups are limited.
 
     A share is that of a control group of version 2, as containers and systemd set it, rounded down; 1 at least.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *_shares()]))
+    return max(1, min([cores, *_shares(membership, groups)]))
 
 
-def _shares() -> list[int]:
+def _shares(membership: Path, groups: Path) -> list[int]:
     """Whole cores that this process's group and those around it may use, where there is a limit."""
     try:
-        lines = MEMBERSHIP.read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:
         return []
     shares = []
-    for group in [GROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
+    for group in [groups / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
         for place in (group, *group.parents):
             try:
                 quota_us, period_us = (place / "cpu.max").read_text().split()

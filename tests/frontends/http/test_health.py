@@ -109,16 +109,14 @@ async def test_a_bug_is_answered_and_logged() -> None:
     assert (line["path"], type(line["exc_info"])) == ("/api/history", IndexError)
 
 
-async def test_a_port_in_use_is_an_error_unless_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_port_in_use_is_an_error_unless_it_is_the_default() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(CannotServe, match=rf"{endpoint}.*--http off"):
             async with running(SMALL, http={"endpoint": endpoint}):
                 pass
-        monkeypatch.setattr("instep.frontends.http.connections.DEFAULT", endpoint)
         told: list[dict[str, Any]] = []
-        async with running(SMALL, told=told, http={"endpoint": endpoint}) as server:
-            assert server.admin is None
+        assert bind(HttpConfig(endpoint=endpoint), log_into(told), default=endpoint) is None
         (warning,) = [line for line in told if line["level"] == "warning"]
         assert endpoint in warning["reason"]
 

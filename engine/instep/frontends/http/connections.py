@@ -33,11 +33,11 @@ _LINGER_S: Final = 0.5
 _BACKLOG: Final = 128
 
 
-def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket | None:
+def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
     """A socket that listens, or None where there is to be no admin server.
 
-    That the default port is in use is told to the log: another server on this machine has it, and that is no reason not
-    to serve.
+    That the endpoint `default` is in use is told to the log: another server on this machine has it, and that is no
+    reason not to serve.
 
     Raises:
         CannotListen: when an endpoint that was asked for cannot be had.
@@ -63,7 +63,7 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger) -> socket.socket
     except OSError as error:
         listener.close()
         problem = cannot_listen(config.endpoint, error)
-        if config.endpoint != DEFAULT:
+        if config.endpoint != default:
             raise problem from None
         log.warning("no admin server", reason=str(problem))
         return None
