@@ -53,7 +53,7 @@ def inside(client: Client) -> Inside:
     """The thread of a client, and its event loop."""
     found = Inside()
     with pytest.raises(Looked):
-        client.open("never", found)  # type: ignore[arg-type]
+        client.open("never", found)
     return found
 
 

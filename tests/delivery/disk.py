@@ -18,7 +18,7 @@ import numpy as np
 from instep.recording import file as recording_file
 from instep.recording import open_streams
 from instep.recording import recovery as recording_recovery
-from instep.recording.database import with_crcs
+from instep.recording.database import LIMITS, DatabaseLimits, with_crcs
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.records import StateRows, Trimmed
@@ -185,7 +185,9 @@ class MemoryWriter(RecordingWriter):
         self._bytes = self._frames = self._last_stream = self._last_epoch = 0
 
     @classmethod
-    def create(cls, path: Any, header: RecordingHeader, retention: Retention = KEEP_ALL) -> MemoryWriter:
+    def create(
+        cls, path: Any, header: RecordingHeader, retention: Retention = KEEP_ALL, limits: DatabaseLimits = LIMITS
+    ) -> MemoryWriter:
         HEADER[0] = header
         path.commit([("newest", 0, (0, 0, row_crc(0, 0)))])
         return cls(path, header)
@@ -197,6 +199,7 @@ class MemoryWriter(RecordingWriter):
         header: RecordingHeader,
         accept_numerics_change: bool = False,
         retention: Retention = KEEP_ALL,
+        limits: DatabaseLimits = LIMITS,
     ) -> MemoryWriter:
         writer = cls(path, header)
         writer.event(0, RECOVERED_EVENT, writer.position, "another process goes on")

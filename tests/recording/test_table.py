@@ -18,10 +18,18 @@ def table_of(
     reader: RecordingReader,
     wanted: Sequence[str] = (),
     on_progress: Callable[[float], None] = lambda share: None,
-    **limits: int,
+    chunk_bytes: int = 2**20,
+    chunk_frames: int = 2**20,
 ) -> FrameTable:
     streams = reader.streams()
-    return FrameTable(reader, streams, select_streams(streams, wanted), on_progress, **limits)
+    return FrameTable(
+        reader,
+        streams,
+        select_streams(streams, wanted),
+        on_progress,
+        chunk_bytes=chunk_bytes,
+        chunk_frames=chunk_frames,
+    )
 
 
 def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
@@ -57,11 +65,11 @@ def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
     assert exact(all_rows(written.path, "2")[1]) == exact(written.of(4))
 
 
-@pytest.mark.parametrize("limits", [{"chunk_bytes": 4 * 5 * 10}, {"chunk_frames": 10}])
-def test_chunks_are_bounded(tmp_path: Path, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize(("chunk_bytes", "chunk_frames"), [(4 * 5 * 10, 2**20), (2**20, 10)])
+def test_chunks_are_bounded(tmp_path: Path, chunk_bytes: int, chunk_frames: int) -> None:
     written = write_recording(tmp_path)
     with RecordingReader(written.path) as reader:
-        frames = table_of(reader, **limits)
+        frames = table_of(reader, chunk_bytes=chunk_bytes, chunk_frames=chunk_frames)
         chunks = list(frames.chunks())
     sizes = [len(chunk) for chunk in chunks]
     assert sum(sizes) == len(written.rows)
