@@ -130,10 +130,14 @@ def serve(
         "instep verify today.instep --model my-model --stream mic-7 --json",
         "instep verify today.instep --report today.html",
         "instep verify today.instep --follow --for 60",
+        "instep verify monday.instep tuesday.instep",
+        "instep verify /var/lib/instep",
     ]
 )
 def verify(
-    recording: Recording,
+    recordings: Annotated[
+        list[Path], typer.Argument(metavar="FILE|FOLDER", help="The recording; or several, or folders of them.")
+    ],
     model: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="The model's folder. Default: where the recording says.")
     ] = None,
@@ -155,14 +159,25 @@ def verify(
 
     Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. With --follow,
     everything that was compared matched, and the last line counts what was not compared; --json prints an object a
-    second, and a last one with `"final": true`.
+    second, and a last one with `"final": true`. Each of several recordings has a line (with --json, an object), and
+    the worst decides the status.
     """
     if for_s is not None and not follow:
         raise typer.BadParameter("it goes with --follow", param_hint="--for")
     if report is not None and follow:
         raise typer.BadParameter("a page is written of a whole recording, without --follow", param_hint="--report")
 
+    several = len(recordings) > 1 or os.path.isdir(recordings[0])
+    if several and (follow or report is not None):
+        option = "--follow" if follow else "--report"
+        raise typer.BadParameter("it takes one recording: name one file", param_hint=option)
+
     interrupts.raise_again()
+    options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
+    if several:
+        from instep.verify.command import run_all
+
+        raise typer.Exit(run_all(recordings, **options))
     if follow:
         from instep.verify.command import follow as follow_it
 
@@ -172,7 +187,7 @@ def verify(
         from instep.verify.command import run
 
         how = partial(run, page=report)
-    raise typer.Exit(how(recording, model_folder=model, streams=stream, json=json, console=_console()))
+    raise typer.Exit(how(recordings[0], **options))
 
 
 @app.command(

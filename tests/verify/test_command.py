@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from instep.cli import app
 from instep.models.errors import ModelError
@@ -144,3 +144,42 @@ def test_a_mismatch(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> N
     assert verify(forger.path, json=True)[0] == 1
     assert json.loads(capsys.readouterr().out)["mismatches"] == 1
     assert verify(forger.path, streams=["stream-3"])[0] == 0, "the other streams are not touched by it"
+
+
+def test_a_folder_of_recordings_has_a_line_for_each_and_the_worst_status(recorded: Recorded) -> None:
+    def typed(*words: str | Path) -> Result:
+        return CliRunner().invoke(app, ["verify", *map(str, words)])
+
+    good, folder = recorded.path, recorded.path.parent
+    wrong, broken = (folder / name for name in ("b.rec", "c.instep"))
+    assert (
+        typed(folder).stdout == f"{good}: verified: 3 streams, 14 frames, exact, 0 mismatches\nverified: 1 recording\n"
+    )
+    broken.write_text("hello " * 1000)
+    assert typed(good, folder).exit_code == 2
+    forger = Forger(good, wrong)
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    verified = typed(folder)
+    first, second, *details, third, summary = verified.stdout.splitlines()
+    assert verified.exit_code == 1
+    assert first.startswith(f"{good}: verified: ")
+    assert second == f"{wrong}: not verified: 3 streams, 14 frames, 1 mismatch"
+    assert details[0] == "  mismatch in stream 1 (stream-1):"
+    assert third.startswith(f"{broken}: not checked: ")
+    assert summary == "not verified: 3 recordings, 1 with a mismatch, 1 not checked"
+    in_json = typed(good, broken, "--json")
+    assert in_json.exit_code == 2
+    assert [json.loads(line)["verdict"] for line in in_json.stdout.splitlines()] == ["exact", "not checked"]
+
+
+def test_options_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:
+    for option in ("--follow", "--report=page.html"):
+        refused = CliRunner().invoke(app, ["verify", str(tmp_path), option])
+        assert refused.exit_code == 2
+        assert "it takes one recording: name one file" in refused.stderr
+    empty = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert empty.exit_code == 2
+    assert (
+        empty.stdout
+        == f"not checked: {tmp_path} holds no recordings: no file there is named *.instep or begins as one\n"
+    )

@@ -21,6 +21,8 @@ from instep.recording.schema import (
     row_crc,
 )
 
+SUFFIX: Final = ".instep"
+"""A recording that the server names ends in it; one that a user names may not."""
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from instep.recording.database import bytes_on_disk, looks_like_one, lost_tail, remove_database
+from instep.recording.database import SUFFIX, bytes_on_disk, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
@@ -162,15 +162,24 @@ def list_recordings(folder: Path) -> dict[Path, Overview | str]:
     Raises:
         RecordingError: when the folder cannot be read.
     """
+    return {path: _listed(path) for path in recordings_in(folder)}
+
+
+def recordings_in(folder: Path) -> list[Path]:
+    """The recordings in a folder, in the order of their names; also files `*.instep` whose beginning is damaged.
+
+    Raises:
+        RecordingError: when the folder cannot be read.
+    """
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and looks_like_one(path))
+        files = (path for path in folder.iterdir() if path.is_file())
+        return sorted(path for path in files if path.suffix == SUFFIX or looks_like_one(path))
     except OSError as error:
         if os.path.isfile(folder):  # Path's raises if it cannot be looked for
             raise RecordingError(
                 f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
             ) from None
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
-    return {path: _listed(path) for path in files}
 
 
 def when(time_ns: int) -> str:
@@ -184,7 +193,9 @@ def _listed(path: Path) -> Overview | str:
     except UnavailableRecording:
         return "unreadable now"
     except RecordingError as error:
-        return "damaged" if isinstance(error, DamagedRecording) else "of another version"
+        if isinstance(error, DamagedRecording):
+            return "damaged"
+        return "of another version" if looks_like_one(path) else "not a recording"
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:

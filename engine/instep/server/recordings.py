@@ -16,7 +16,7 @@ import structlog
 
 from instep.config import Config
 from instep.models.numerics import numerics
-from instep.recording.database import check_place, holds_recording, lost_tail
+from instep.recording.database import SUFFIX, check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
@@ -72,7 +72,7 @@ def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
         )
     if "/" in name or len(name.encode()) > _MOST_BYTES:
         raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
-    return place / f"{name}.instep"
+    return place / f"{name}{SUFFIX}"
 
 
 def present_recording(file: Path, fingerprint: str) -> Path:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from instep.recording.commands import facts, write_json
+from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.inspection import look_over
+from instep.recording.inspection import look_over, recordings_in
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.conditions import recorded_model
 from instep.verify.follow_command import Following
-from instep.verify.render import render
+from instep.verify.render import render, render_briefly
 from instep.verify.report import CannotVerify
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
+from instep_tools.words import counted
 
 VERIFIED: Final = 0
 MISMATCH: Final = 1
@@ -37,6 +40,7 @@ def run(
     json: bool,
     console: Console,
     page: Path | None = None,
+    briefly: bool = False,
 ) -> int:
     """Verify a recording and print the result.
 
@@ -47,6 +51,7 @@ def run(
         json: write one JSON object to standard output and nothing else.
         console: where everything else goes.
         page: an HTML page to write as well.
+        briefly: print the file and its verdict in one line, and below it what limits the verdict.
 
     Returns:
         The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
@@ -65,7 +70,7 @@ def run(
         if json:
             write_json(report.as_json())
         else:
-            render(report, console)
+            (render_briefly if briefly else render)(report, console)
         status = MISMATCH if report.mismatches else VERIFIED if report.verified else NOT_CHECKED
         if page is not None:
             from instep.verify.page import verify_page
@@ -79,7 +84,41 @@ def run(
                 console.print(Text(f"report in {page}"), soft_wrap=True)
         return status
 
-    return _status(file, json, console, verified)
+    return _status(file, json, console, verified, f"{file}: " if briefly else "")
+
+
+def run_all(
+    places: Sequence[Path], *, model_folder: Path | None, streams: Sequence[str], json: bool, console: Console
+) -> int:
+    """Verify several recordings one after another, and print a line for each and a summary, or a JSON object for each.
+
+    Args:
+        places: files, and folders of which every recording is verified.
+        model_folder: of all of them; None for where each says.
+        streams: names or numbers of the streams to check in each; none for all.
+        json: write one JSON object per recording to standard output and nothing else.
+        console: where everything else goes.
+
+    Returns:
+        The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked, otherwise 0.
+    """
+    try:
+        found = [recordings_in(place) if os.path.isdir(place) else [place] for place in places]
+        for place, files in zip(places, found, strict=True):
+            if not files:
+                raise RecordingError(f"{place} holds no recordings: no file there is named *{SUFFIX} or begins as one")
+    except RecordingError as error:
+        return _failed(places[0], json, console, error)
+    every = list(dict.fromkeys(file for files in found for file in files))
+    options: dict[str, Any] = {"model_folder": model_folder, "streams": streams, "json": json, "console": console}
+    statuses = [run(file, **options, briefly=True) for file in every]
+    differing, unchecked = statuses.count(MISMATCH), statuses.count(NOT_CHECKED)
+    if not json:
+        line = Text(f"verified: {counted(len(every), 'recording')}", "bold green")
+        if differing or unchecked:
+            line = Text(f"not {line}, {differing:,} with a mismatch, {unchecked:,} not checked", "bold red")
+        console.print(line, soft_wrap=True)
+    return MISMATCH if differing else NOT_CHECKED if unchecked else VERIFIED
 
 
 def follow(
@@ -95,21 +134,26 @@ def follow(
     return _status(file, json, console, followed)
 
 
-def _status(file: Path, json: bool, console: Console, check: Callable[[], int]) -> int:
+def _status(file: Path, json: bool, console: Console, check: Callable[[], int], of: str = "") -> int:
     """The exit status of a check, whatever it raises."""
     try:
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
-        if json:
-            write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
-        else:
-            console.print(Text(f"not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
-        return NOT_CHECKED
+        return _failed(file, json, console, error, of)
     except BrokenPipeError:
         raise
-    except Exception:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
+    except Exception as error:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
-        return NOT_CHECKED
+        return _failed(file, json, console, CannotVerify(repr(error)), of) if of else NOT_CHECKED
+
+
+def _failed(file: Path, json: bool, console: Console, error: Exception, of: str = "") -> int:
+    """Say, after `of`, why a recording could not be checked."""
+    if json:
+        write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
+    else:
+        console.print(Text(f"{of}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
+    return NOT_CHECKED
 
 
 @contextmanager

@@ -33,8 +33,24 @@ def render(report: Report, console: Console) -> None:
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
 
+def render_briefly(report: Report, console: Console) -> None:
+    """Print one line with the file and the verdict, and below it problems and notes."""
+    parts = [_summary(report, f"{report.file}: "), *_problems(report)]
+    console.print(Text("\n  ").join(Text("\n  ").join(part.split()) for part in parts), soft_wrap=True, highlight=False)
+
+
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield _streams(report)
+    yield from _problems(report)
+    yield Text(report.checkers())
+    yield _summary(report)
+
+
+def _summary(report: Report, of: str = "") -> Text:
+    return Text(f"{of}{report.summary()}", "bold green" if report.verified else "bold red")
+
+
+def _problems(report: Report) -> Iterator[Text]:
     mismatches = [stream for stream in report.streams if stream.verdict == "mismatch"]
     for stream in mismatches[:FIRST_STREAMS]:
         yield Text(f"mismatch in stream {stream.stream} ({stream.name}):", "red")
@@ -46,8 +62,6 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     if report.unchecked:
         streams = counted(report.unchecked, "stream")
         yield Text(f"not checked: {streams} where neither bits nor the float64 reference decide", "red")
-    yield Text(report.checkers())
-    yield Text(report.summary(), "bold green" if report.verified else "bold red")
 
 
 def remarks(report: Report) -> Iterator[str]:
