@@ -16,7 +16,7 @@ from instep_tools.command_line import AsJson, ModelName, endpoint
 
 def examples(program: str) -> list[str]:
     """Command lines for the help of `instep` or `instep-client`."""
-    return [f"{program} top", f"{program} top http://gpu-1:5780 --token-file token", f"{program} top --once --json"]
+    return [f"{program} top", f"{program} top -e http://gpu-1:5780 --token-file token", f"{program} top --once --json"]
 
 
 def _any_endpoint(text: str) -> str:
@@ -34,12 +34,17 @@ def _any_endpoint(text: str) -> str:
 
 
 def top_command(
+    context: typer.Context,
     where: Annotated[
+        str | None,
+        typer.Argument(metavar="ENDPOINT", help="The same as --endpoint.", show_default=False),
+    ] = None,
+    endpoint: Annotated[
         str,
-        typer.Argument(
-            metavar="ENDPOINT",
+        typer.Option(
+            "--endpoint",
+            "-e",
             envvar="INSTEP_ENDPOINT",
-            callback=_any_endpoint,
             help="Where the server listens: tcp:// or ipc://, or its HTTP endpoint, http://HOST:PORT.",
         ),
     ] = DEFAULT_ENDPOINT,
@@ -65,5 +70,8 @@ def top_command(
     from instep_tools.terminal import Terminal, run_undrained
     from instep_tools.top.command import Top, top
 
-    what = Top(where, model, every, once, token_file)
+    source = context.get_parameter_source("endpoint")
+    if where is not None and source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter(f"{where} was already named: name one endpoint", param_hint="--endpoint")
+    what = Top(_any_endpoint(where or endpoint), model, every, once, token_file)
     raise typer.Exit(run_undrained(partial(top, what), Terminal(as_json)))

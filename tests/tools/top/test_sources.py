@@ -221,9 +221,13 @@ async def test_a_server_with_fewer_numbers_is_shown_with_dashes() -> None:
 
 def test_nobody_answers() -> None:
     for endpoint in ("tcp://127.0.0.1:9", "http://127.0.0.1:9", "http://a..b:9"):
-        result = CliRunner().invoke(app, ["top", endpoint, "--once"])
-        assert result.exit_code == 2
-        assert endpoint in result.stderr
+        for words, variable in (([endpoint], "ftp://h"), (["-e", endpoint], ""), ([], endpoint)):
+            result = CliRunner().invoke(app, ["top", *words, "--once"], env={"INSTEP_ENDPOINT": variable})
+            assert result.exit_code == 2
+            assert endpoint in result.stderr
+    twice = CliRunner().invoke(app, ["top", "tcp://127.0.0.1:9", "--endpoint", "tcp://127.0.0.1:8", "--once"])
+    assert twice.exit_code == 2
+    assert "name one endpoint" in " ".join(twice.stderr.replace("│", " ").split())
     for endpoint, advice in (
         ("http://", "write http://HOST:PORT"),
         ("http://h:0", "write http://HOST:PORT"),
