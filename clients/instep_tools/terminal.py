@@ -10,13 +10,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -151,6 +151,40 @@ async def progress(
     finally:
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)
+
+
+@contextmanager
+def show_progress(*titles: str) -> Iterator[Callable[[str, float], None]]:
+    """Show on stderr how far the work in the block is that runs without an event loop, once it takes over two seconds.
+
+    Bars are drawn on a terminal, and a line is written now and then into a file or a pipe.
+
+    Yields:
+        A function that takes one of the titles and the share (0 to 1) of it that is done.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=console, transient=True)
+    tasks = {title: bars.add_task(title, total=1.0) for title in titles}
+    started = time.monotonic()
+    due = started + QUIET_S
+    with ExitStack() as drawn:
+
+        def show(title: str, share: float) -> None:
+            nonlocal due
+            now = time.monotonic()
+            if now < due and share < 1:
+                return
+            bars.update(tasks[title], completed=share)
+            if now < due:
+                return
+            due = now + (DRAW_S if console.is_terminal else LOG_S)
+            if not console.is_terminal:
+                console.print(f"{title} {share:.0%} · {now - started:.0f} s")
+            elif not bars.live.is_started:
+                drawn.enter_context(bars)
+
+        yield show
 
 
 class StoppedBeforeSending(KeyboardInterrupt):

@@ -257,14 +257,6 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
     assert names(written.path.parent) == {"a.rec"}
 
 
-@pytest.mark.parametrize(("quiet_s", "shown"), [(0.0, True), (1e9, False)])
-def test_a_bar_for_what_takes_long(written: Written, quiet_s: float, shown: bool) -> None:
-    file = io.StringIO()
-    console = Console(file=file, width=100, force_terminal=True)
-    assert run(Export(written.path, "csv", quiet_s=quiet_s), console) == 0
-    assert ("exporting" in file.getvalue()) is shown
-
-
 def test_the_command_line(written: Written) -> None:
     output = written.path.with_name("b.out")
     arguments = ["export", str(written.path), "--format", "csv", "--output", str(output)]

@@ -15,7 +15,7 @@ from instep_client.protocol.errors import ConnectionFailed
 from instep_tools import terminal as terminal_module
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.terminal import Terminal, progress, run_command, run_undrained
+from instep_tools.terminal import Terminal, progress, run_command, run_undrained, show_progress
 from tests.tools.helpers import RememberingTerminal
 
 
@@ -62,7 +62,22 @@ async def test_progress_on_a_terminal_is_a_bar() -> None:
         assert numbers in file.getvalue()
 
 
-async def test_short_work_shows_nothing() -> None:
+@pytest.mark.usefixtures("hasty")
+def test_progress_without_an_event_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_terminal in (False, True):
+        monkeypatch.setenv("FORCE_COLOR" if is_terminal else "NO_COLOR", "1")
+        with show_progress("reading", "replaying") as show:
+            show("reading", 0.5)
+            show("replaying", 1.0)
+        shown = capsys.readouterr().err
+        assert (shown == "reading 50% · 0 s\nreplaying 100% · 0 s\n") is not is_terminal
+        assert "100%" in shown
+
+
+async def test_short_work_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress("reading") as show:
+        show("reading", 1.0)
+    assert capsys.readouterr().err == ""
     terminal = RememberingTerminal()
     async with progress(terminal.err, "working", 20, "frames", lambda: 0.0), terminal.waiting("for nothing"):
         await asyncio.sleep(0)

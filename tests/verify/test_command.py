@@ -85,18 +85,19 @@ def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
     assert result.stderr == ""
 
 
-def test_progress_is_shown_on_a_terminal(recorded: Recorded) -> None:
-    file = io.StringIO()
-    console = Console(file=file, width=100, force_terminal=True)
-    assert run(recorded.path, model_folder=None, streams=[], json=False, console=console) == 0
-    assert "reading" in file.getvalue()
-    assert "replaying" in file.getvalue()
-
-
-def test_no_progress_is_written_into_a_file(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_takes_long_says_in_a_pipe_how_far_it_is(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verify(recorded.path)[0] == 0
-    assert verify(recorded.path, json=True)[0] == 0
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("instep_tools.terminal.QUIET_S", 0.0)
+    monkeypatch.setattr("instep_tools.terminal.LOG_S", 0.0)
+    for command in (["verify"], ["verify", "--json"], ["recordings", "check"], ["export", "--format", "csv"]):
+        shown = CliRunner().invoke(app, [*command, str(recorded.path)])
+        assert shown.exit_code == 0
+        stage = {"verify": "replaying", "recordings": "checking", "export": "exporting"}[command[0]]
+        assert re.search(rf"^{stage} \d+% · \d+ s$", shown.stderr, re.MULTILINE), command
+        assert stage not in shown.stdout
 
 
 def test_an_unknown_stream(recorded: Recorded) -> None:

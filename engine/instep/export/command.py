@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from json import dumps
 from pathlib import Path
 from secrets import token_hex
@@ -15,7 +15,6 @@ from typing import BinaryIO, Final
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from instep.core.typing import F32
@@ -29,11 +28,11 @@ from instep_tools.formats.write import WRITERS, Format, format_of
 from instep_tools.problems import CommandProblem
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import MOST_FRAMES, MOST_STREAMS, check_plot_path, plot_streams
+from instep_tools.terminal import show_progress
 from instep_tools.words import counted
 
 EXPORTED: Final = 0
 NOT_EXPORTED: Final = 2
-_STEP: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,6 @@ class Export:
     """Write one JSON object to standard output and nothing else."""
     chunk_frames: int = CHUNK_FRAMES
     """Frames that are read and written at once, about."""
-    quiet_s: float = 2.0
-    """Time after which a terminal shows a progress bar."""
 
 
 def run(what: Export, console: Console) -> int:
@@ -65,7 +62,7 @@ def run(what: Export, console: Console) -> int:
         The exit status: 0, or 2 when it could not be exported.
     """
     try:
-        done = _export(what, console)
+        done = _export(what)
     except (RecordingError, CommandProblem) as error:
         if what.json:
             _write_json({"file": str(what.file), "exported": False, "error": with_advice(error)})
@@ -130,15 +127,16 @@ class Exported:
         }
 
 
-def _export(what: Export, console: Console) -> Exported:
+def _export(what: Export) -> Exported:
     kind = _format_of(what)
     path = what.output or what.file.with_suffix(f".{kind}")
     with RecordingReader(what.file) as reader, new_file(path) as target:
         picture = None if what.plot is None else FirstFrames(what.plot)
-        with _progress(console, what.quiet_s, shown=console.is_terminal and not what.json) as on_progress:
+        with show_progress("exporting") as on_progress:
             streams = reader.streams()
             selected = select_streams(streams, what.streams)
-            table = FrameTable(reader, streams, selected, on_progress, chunk_frames=what.chunk_frames)
+            on_share = partial(on_progress, "exporting")
+            table = FrameTable(reader, streams, selected, on_share, chunk_frames=what.chunk_frames)
             header = _header(reader, table)
             names = np.array(table.names, np.object_)
             with WRITERS[kind](target, header) as writer:
@@ -263,24 +261,3 @@ def _refuse_existing(path: Path) -> None:
 
 def _write_json(fields: dict[str, object]) -> None:
     sys.stdout.write(dumps(fields, allow_nan=False) + "\n")
-
-
-@contextmanager
-def _progress(console: Console, quiet_s: float, shown: bool) -> Iterator[Callable[[float], None]]:
-    """A bar for what takes long; what is quick comes without one."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=console, transient=True)
-    task = bars.add_task("exporting", total=1.0)
-    began, drawn = time.monotonic(), 0.0
-    with ExitStack() as stack:
-
-        def on_progress(share: float) -> None:
-            nonlocal drawn
-            if not shown or share - drawn < _STEP:
-                return
-            drawn = share
-            if not bars.live.is_started and time.monotonic() - began >= quiet_s:
-                stack.enter_context(bars)
-            bars.update(task, completed=share)
-
-        yield on_progress

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import Inspection, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
+from instep_tools.terminal import show_progress
 from instep_tools.words import COLUMNS, counted
 
 WHOLE: Final = 0
@@ -40,8 +40,8 @@ def check(file: Path, console: Console, *, json: bool = False) -> int:
         0 when it is, 1 when it is damaged, 2 when it cannot be read.
     """
     try:
-        with progress_bar("checking", console, is_shown=not json) as on_progress:
-            found = inspect(file, on_progress)
+        with show_progress("checking") as on_progress:
+            found = inspect(file, partial(on_progress, "checking"))
     except RecordingError as error:
         return _failed(file, error, console, "whole", json=json)
     if json:
@@ -228,15 +228,6 @@ def write_json(value: Any) -> None:
     """Write a line to standard output, at once."""
     sys.stdout.write(jsonlib.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
-
-
-@contextmanager
-def progress_bar(title: str, console: Console, *, is_shown: bool) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal while the block runs, and the function that takes the share (0 to 1) that is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)) as bars:
-        task = bars.add_task(title, total=1.0)
-        yield lambda share: bars.update(task, completed=share)
 
 
 def _say(console: Console, sentence: str, style: str) -> None:

@@ -59,7 +59,7 @@ def run(what: WhatIf, console: Console) -> int:
         The exit status: 0, 1 when outputs differ from the recorded ones, 2 when it could not be done, 130 after Ctrl-C.
     """
     try:
-        with travelling(what.file, what.stream, what.model_folder, console, quiet=what.json) as (past, header):
+        with travelling(what.file, what.stream, what.model_folder) as (past, header):
             moment = past.before(what.seq)
             rest = past.since(what.seq) if what.continues else None
             taken = as_snapshot(moment, header)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from instep.core.typing import U8
-from instep.recording.commands import progress_bar, write_json
+from instep.recording.commands import write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
@@ -27,6 +28,7 @@ from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.problems import CommandProblem
 from instep_tools.state import check_new, plain, save_new, state_lines
 from instep_tools.stream_plot import MOST_FRAMES, Panel, check_plot_path, plot_panels
+from instep_tools.terminal import show_progress
 from instep_tools.words import folded
 
 DONE: Final = 0
@@ -69,7 +71,7 @@ def run(what: Look, console: Console) -> int:
             check_new(what.out, "--out")
         if what.plot is not None:
             check_plot_path(what.plot)
-        with travelling(what.file, what.stream, what.model_folder, console, quiet=what.json) as (past, header):
+        with travelling(what.file, what.stream, what.model_folder) as (past, header):
             moment = past.before(what.seq)
             taken = as_snapshot(moment, header)
             if what.out is not None:
@@ -96,14 +98,12 @@ def run(what: Look, console: Console) -> int:
 
 
 @contextmanager
-def travelling(
-    file: Path, stream: str, model_folder: Path | None, console: Console, *, quiet: bool
-) -> Iterator[tuple[Past, RecordingHeader]]:
-    """The past of a stream, with the header of its recording; a bar shows on a terminal how far it is read."""
+def travelling(file: Path, stream: str, model_folder: Path | None) -> Iterator[tuple[Past, RecordingHeader]]:
+    """The past of a stream, with the header of its recording; it shows how far that is read."""
     with RecordingReader(file) as reader:
         model = recorded_model(reader.header, model_folder)
-        with progress_bar("reading", console, is_shown=not quiet) as on_progress:
-            past = Past(reader, model, stream, on_progress)
+        with show_progress("reading") as on_progress:
+            past = Past(reader, model, stream, partial(on_progress, "reading"))
         yield past, reader.header
 
 

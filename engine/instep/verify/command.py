@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from instep.recording.commands import facts, write_json
@@ -25,6 +23,7 @@ from instep.verify.render import render, render_briefly
 from instep.verify.report import CannotVerify
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
+from instep_tools.terminal import show_progress
 from instep_tools.words import counted
 
 VERIFIED: Final = 0
@@ -49,7 +48,7 @@ def run(
         model_folder: the model; None for where the recording says.
         streams: names or numbers of the streams to check; none for all.
         json: write one JSON object to standard output and nothing else.
-        console: where everything else goes.
+        console: where everything else goes, except the progress, which goes to standard error.
         page: an HTML page to write as well.
         briefly: print the file and its verdict in one line, and below it what limits the verdict.
 
@@ -63,7 +62,7 @@ def run(
             check_report_path(page)
         with (
             RecordingReader(file) as reader,
-            _progress(console, is_shown=console.is_terminal and not json) as on_progress,
+            show_progress(*verifier.STAGES) as on_progress,
         ):
             model = recorded_model(reader.header, model_folder)
             report = verifier.verify(reader, model, streams, on_progress)
@@ -154,11 +153,3 @@ def _failed(file: Path, json: bool, console: Console, error: Exception, of: str 
     else:
         console.print(Text(f"{of}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
     return NOT_CHECKED
-
-
-@contextmanager
-def _progress(console: Console, *, is_shown: bool) -> Iterator[verifier.Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
-        tasks = {stage: bars.add_task(stage, total=1.0) for stage in verifier.STAGES}
-        yield lambda stage, share: bars.update(tasks[stage], completed=share)
