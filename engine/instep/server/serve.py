@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shlex
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,6 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             max_streams=server.config.engine.max_streams,
         )
     is_usual = server.endpoint == TransportConfig().endpoint
-    following = "instep-client ping" if is_usual else "connect a client"
+    following = f"instep-client ping{'' if is_usual else f' -e {shlex.quote(server.endpoint)}'}"
     admin = {} if server.admin is None else {"http": server.admin.url}
     log.info("serving", endpoint=server.endpoint, **admin, next=following)
