@@ -103,7 +103,7 @@ def serve(
     for sentence in unknown_variables(os.environ, loaded.transport.endpoint):
         log.warning("unknown setting", reason=sentence)
     for _, folder in loaded.model.folders:
-        if not folder.exists():
+        if not os.path.exists(folder):  # Path's raises if its name is too long
             problem = f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
             raise _cannot_serve(FileNotFoundError(problem), loaded.log)
         log.info("loading", model=str(folder))  # PyTorch first, which takes seconds

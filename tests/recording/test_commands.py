@@ -328,7 +328,12 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
     assert "never written over" in text
     status, text = said(commands.repair, forger.path, tmp_path / "no folder" / "b.rec")
     assert status == 2
-    assert "cannot write the recording" in text
+    assert "there is no folder" in text
+    for name in ("b" * 300, "b" * 250):  # the second is too long with what SQLite appends
+        status, text = said(commands.repair, forger.path, tmp_path / name)
+        assert (status, "File name too long; name another file" in text) == (2, True)
+        status, text = said(commands.cut_out, tmp_path / "a.rec", tmp_path / name, None, None)
+        assert (status, "File name too long; name another file" in text) == (2, True)
 
 
 def test_as_typed(tmp_path: Path) -> None:

@@ -235,7 +235,8 @@ def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Pat
     for arguments, reasons in (
         (["--exactness", "prefered", "--max-streams", "0"], ["did you mean prefer?", "greater than or equal to 1"]),
         (["--record", str(tmp_path / "no" / "r")], ["there is no folder"]),
-        (["--record", "r" * 300], ["File name too long; name another file"]),
+        (["--record", "r" * 250], ["File name too long; name another file"]),
+        (["m" * 300], ["there is no model folder"]),
     ):
         with serving(model, *arguments) as served:
             *_, last = served.end()

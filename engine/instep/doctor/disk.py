@@ -20,7 +20,7 @@ _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lust
 def examine_disk(findings: Findings, config: Config, mounts: Path = Path("/proc/self/mounts")) -> None:
     """Write a small file, which is removed again, where the recording is, or where `--record FILE` would put one."""
     file = config.recording.file
-    folder = Path.cwd() if file is None else file if file.is_dir() else file.parent
+    folder = Path.cwd() if file is None else file if os.path.isdir(file) else file.parent
     section = findings.section("disk")
     about = "of the recording" if file else "nothing is recorded; --record FILE would record here"
     section.note("folder", str(folder), f"{folder} ({about})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -55,12 +56,13 @@ LIMITS: Final = DatabaseLimits()
 def check_place(path: Path) -> None:
     """Raise RecordingError where no recording can be made."""
     try:
-        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(f"{path}{SUFFIXES[-1]}")  # the longest name that SQLite needs
     except OSError as error:
         raise RecordingError(f"cannot look for the recording {path}: {error.strerror}; name another file") from None
-    if is_folder:
+    if os.path.isdir(path):
         raise RecordingError(f"{path} is a folder: name a file for the recording, like {path / 'r.instep'}")
-    if not has_folder:
+    if not os.path.isdir(path.parent):
         raise RecordingError(
             f"there is no folder {path.parent} for the recording {path.name}: make it, or name another"
         )

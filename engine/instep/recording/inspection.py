@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from instep.recording.database import SUFFIX, bytes_on_disk, looks_like_one, lost_tail, remove_database
+from instep.recording.database import SUFFIX, bytes_on_disk, check_place, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
@@ -209,6 +209,7 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         RecordingError: when the file exists or cannot be written.
         DamagedRecording: when the new file is not a sound recording.
     """
+    check_place(target)
     if target.exists():
         raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
     try:
