@@ -248,6 +248,8 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
                     assert new.info.fingerprint == B.fingerprint
                     fresh = await new.open("s")  # another stream: the versions know nothing of each other
                     np.testing.assert_array_equal(await fresh.step(x), whole(B, x, max_batch_size=16)[0])
+                with pytest.raises(Refused, match=f"already; only the swap .* stayed with {KEPT} are served there"):
+                    await operator.swap_model("ears", folder, "move")
                 swapped_at = [line["event"] for line in told].index("swapped")
                 second = await stream.step(x[20:])
                 assert stream.moved_at is None

@@ -219,7 +219,14 @@ class Loader:
             partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
         )
         if former is not None and prepared.model.fingerprint == former.info.fingerprint:
-            raise CannotServe(f"{folder} holds the version of {name!r} that is served already")
+            reason = f"{folder} holds the version of {name!r} that is served already"
+            if policy.streams is not Streams.KEEP and (stayed := self._former_of(name)):
+                reason += (
+                    "; only the swap that replaces a version can move its streams: those that stayed with "
+                    f"{' and '.join(stayed)} are served there until they are closed, or until "
+                    f"`instep model unload {stayed[0]} --force`"
+                )
+            raise CannotServe(reason)
         moved = None
         if former is not None and policy.streams is not Streams.KEEP:
             check_sizes(former, prepared.network, policy)
@@ -240,6 +247,11 @@ class Loader:
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
         return _Made(make_served(config, foundation, service), foundation.stepper, opened, prepared.not_shadowed)
+
+    def _former_of(self, name: str) -> list[str]:
+        """Names of the versions of a model that were replaced and still have connections or streams."""
+        former = (service.name for service in self._server.services if service.is_former)
+        return [each for each in former if each.rpartition("@")[0] == name]
 
     def _record(self, made: _Made) -> None:
         if made.opened is not None:
