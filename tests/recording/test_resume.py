@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -145,6 +146,15 @@ def test_there_is_one_writer_at_a_time(tmp_path: Path) -> None:
     assert not is_being_written(path)
     RecordingWriter.resume(path, HEADER).close()
     assert not lock_path(path).exists()
+
+
+def test_whoever_looks_for_a_writer_holds_none_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.rec"
+    begun(path, close=True)
+    look = lock_path(path).open("w")
+    fcntl.flock(look, fcntl.LOCK_SH)  # as `is_being_written` does for an instant
+    monkeypatch.setattr("instep.recording.lock.time.sleep", lambda _: look.close())
+    RecordingWriter.resume(path, HEADER).close()
 
 
 def test_the_lock_of_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:

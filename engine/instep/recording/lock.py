@@ -5,9 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
+from typing import Final
 
 from instep.recording.errors import RecordingError
+
+# `is_being_written` must take a shared lock for an instant to see whether there is a writer: a lock of `flock` cannot
+# be asked for, as those of F_GETLK can, and a writer's must stay of the kind that SQLite does not use and that earlier
+# versions look for. So a writer that finds the lock taken tries again before it gives up; another writer keeps it.
+_PATIENCE_S: Final = 0.2
+_RETRY_S: Final = 0.005
 
 
 class WriterLock:
@@ -25,6 +33,7 @@ class WriterLock:
         self.path = lock_path(path)
         self._recording = path
         self._held: int | None = None
+        refused_s = time.monotonic() + _PATIENCE_S
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -32,6 +41,9 @@ class WriterLock:
             except BlockingIOError:
                 holder = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(self._file)
+                if time.monotonic() < refused_s:
+                    time.sleep(_RETRY_S)
+                    continue
                 raise RecordingError(
                     f"{path} is being written by another instep (pid {holder}); stop that one, or choose another file"
                 ) from None
@@ -90,7 +102,7 @@ def lock_path(path: Path) -> Path:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a writer has the recording open just now."""
+    """Whether a writer has the recording open just now; a writer that begins meanwhile waits for this."""
     try:
         file = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
