@@ -17,7 +17,7 @@ import yaml
 from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.model import Model
-from instep.models.module.graph import graph_text, parsed_graph
+from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
 
@@ -25,6 +25,7 @@ DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
+"""Of a file that holds the weights, too: an ONNX graph, or an archive of `torch.export.save`."""
 GRAPHS: Final = {
     ".onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
     ".pt2": "is a program of torch.export and not a model folder: make one of it with `instep model import` and this "
@@ -92,7 +93,7 @@ def load_model(folder: str | Path) -> Model:
         kind = KINDS.get(str(network.get("kind")))
         if kind is not None and kind.graph_is_field:
             file = folder / kind.graph_file
-            network["graph"] = parsed_graph(graph_bytes(file), str(file))
+            network["graph"] = parsed_graph(graph_bytes(file, MAX_JSON_BYTES), str(file))
     name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
@@ -130,16 +131,16 @@ def load_version(folder: Path, features: int, outputs: int, other: str) -> Model
     return model
 
 
-def graph_bytes(path: Path) -> bytes:
-    """The content of a file that holds a graph.
+def graph_bytes(path: Path, most: int = MAX_GRAPH_BYTES) -> bytes:
+    """The content of a file that holds a graph, of at most so many bytes.
 
     Raises:
-        ModelError: when it cannot be read, or is larger than `MAX_GRAPH_BYTES`.
+        ModelError: when it cannot be read, or is larger.
     """
     try:
         check_regular(path)
-        if (size := path.stat().st_size) > MAX_GRAPH_BYTES:
-            raise ModelError(f"the graph {path} has {size:,} bytes, and at most {MAX_GRAPH_BYTES:,} can be served")
+        if (size := path.stat().st_size) > most:
+            raise ModelError(f"the graph {path} has {size:,} bytes, and at most {most:,} can be served")
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot read the graph {path}: {error.strerror}; put it there, or name another") from None

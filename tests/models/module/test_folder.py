@@ -128,8 +128,10 @@ def test_a_graph_that_is_refused(folder: Path, change: Change, sentence: str, mo
         ("{", "graph.json is not JSON"),
         ("[" * 100_000, "graph.json is not JSON"),
         ("[]", "graph: "),
+        (" " * 2**23 + "[]", "graph.json has 8,388,610 bytes, and at most 8,388,608 can be served"),
         (None, "cannot read the graph"),
     ],
+    ids=["open", "nested", "list", "large", "missing"],
 )
 def test_a_file_that_is_no_graph(folder: Path, text: str | None, sentence: str) -> None:
     (folder / "graph.json").unlink()

@@ -33,7 +33,7 @@ from pydantic import (
 
 from instep.models.errors import ModelError
 from instep.models.folder import MAX_GRAPH_BYTES
-from instep.models.module.graph import MAX_NODES
+from instep.models.module.graph import MAX_JSON_BYTES, MAX_NODES
 from instep.models.registry import sentences
 
 SCHEMA: Final = 8
@@ -57,8 +57,6 @@ DTYPES: Final[dict[int, torch.dtype]] = {
 STRIDED: Final = 7
 """The number of the layout that dense tensors have."""
 _FOLDERS: Final = {"weights": "data/weights/", "constants": "data/constants/"}
-_MAX_JSON: Final = 2**23
-"""Bytes of a member; a call takes 1 to 2 kB, and what is made of them to check them, up to 50 times as much."""
 _MAX_MEMBERS: Final = 20_000
 _DIRECTORY_ENTRY: Final = b"PK\x01\x02"
 _ERRORS: Final = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
@@ -285,8 +283,8 @@ class _Members:
     def parsed(self, name: str, form: type[_Form]) -> _Form:
         """A member of JSON."""
         content = self.read(name)
-        if len(content) > _MAX_JSON:
-            raise ModelError(f"{name} has {len(content):,} bytes, and at most {_MAX_JSON:,} are read")
+        if len(content) > MAX_JSON_BYTES:
+            raise ModelError(f"{name} has {len(content):,} bytes, and at most {MAX_JSON_BYTES:,} are read")
         try:
             return form.model_validate(json.loads(content))
         except ValidationError as error:
