@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 import typer
@@ -25,6 +26,8 @@ Where = Annotated[
     typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
 ]
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")]
+
+Freeing = Callable[[Target, Terminal, Stop, "Chosen"], Awaitable[Exit]]
 
 _HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
 
@@ -66,54 +69,60 @@ async def show(
     return Exit.OK
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Streams by name or, without any, all that a list with this prefix and place shows."""
+
+    names: Sequence[str]
+    prefix: str | None
+    place: StreamPlace | None
+
+
+def _of_chosen(command: Freeing) -> Callable[..., Awaitable[Exit]]:
+    """The command with the argument and the options that choose streams."""
+
+    async def run(
+        target: Target,
+        terminal: Terminal,
+        stop: Stop,
+        names: Names = [],  # noqa: B006
+        prefix: Prefix = None,
+        place: Where = None,
+    ) -> Exit:
+        return await command(target, terminal, stop, Chosen(names, prefix, place))
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
 @app.server_command(
     "close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"]
 )
-async def close(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    names: Names = [],  # noqa: B006
-    prefix: Prefix = None,
-    place: Where = None,
-) -> Exit:
+@_of_chosen
+async def close(target: Target, terminal: Terminal, stop: Stop, chosen: Chosen) -> Exit:
     """Close streams by name, or all with a prefix or at a place.
 
     Their states are lost. A client that owns one of them is told that the stream was taken over.
     """
-    return await _free(target, terminal, stop, names, prefix, place, park=False)
+    return await _free(target, terminal, stop, chosen, park=False)
 
 
 @app.server_command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix lab-"])
-async def park(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    names: Names = [],  # noqa: B006
-    prefix: Prefix = None,
-    place: Where = None,
-) -> Exit:
+@_of_chosen
+async def park(target: Target, terminal: Terminal, stop: Stop, chosen: Chosen) -> Exit:
     """Take streams from their clients and leave them parked, for another client to resume.
 
     A client that owns one of them is told that the stream was taken over. The server keeps a parked stream for
     limits.park_s, and then closes it.
     """
-    return await _free(target, terminal, stop, names, prefix, place, park=True)
+    return await _free(target, terminal, stop, chosen, park=True)
 
 
-async def _free(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    names: Sequence[str],
-    prefix: str | None,
-    place: StreamPlace | None,
-    *,
-    park: bool,
-) -> Exit:
-    """Take streams from their owners, who are told, and close or park them: by name, or all that a list shows."""
+async def _free(target: Target, terminal: Terminal, stop: Stop, chosen: Chosen, *, park: bool) -> Exit:
+    """Take streams from their owners, who are told, and close or park them."""
     verb, done = ("park", "parked") if park else ("close", "closed")
-    if not names and prefix is None and place is None:
+    names = chosen.names
+    if not names and chosen.prefix is None and chosen.place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")
     taken: list[str] = []
     missing: list[str] = []
@@ -123,7 +132,7 @@ async def _free(
                 f"the server at {target.endpoint} parks no streams (its limits.park_s is 0): close them"
             )
         if not names:
-            names = [stream.name for stream in await client.list_streams(prefix or "", place)]
+            names = [stream.name for stream in await client.list_streams(chosen.prefix or "", chosen.place)]
         title = "parking" if park else "closing"
         async with progress(terminal.err, title, len(names), "streams", lambda: len(taken) + len(missing)):
             for name in names:
