@@ -45,6 +45,7 @@ def asks(kind: Callable[Concatenate[Connection, P], Q]) -> Callable[Concatenate[
     def verb(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> Q:
         return session.ask(kind(session, *args, **kwargs))
 
+    verb.__doc__ = kind.__doc__
     return verb
 
 
@@ -59,6 +60,7 @@ def queues(
         session.flow.enqueue(request)
         return request
 
+    verb.__doc__ = kind.__doc__
     return verb
 
 
