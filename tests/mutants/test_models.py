@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,17 +20,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def beside_themselves(original: Any, probes: Probes, bucket: int) -> Iterator[I64]:
-    count = probes.count
-    for start in range(0, count, bucket):
-        yield (start + np.arange(bucket)) % count
-        yield (start + np.arange(bucket) + 1) % count
+def beside_themselves(original: Any, probes: Probes, bucket: int) -> I64:
+    starts = np.arange(0, probes.count, bucket)[:, None]
+    batches: I64 = (np.concatenate([starts, starts + 1]) + np.arange(bucket)) % probes.count
+    return batches
 
 
-def always_in_the_same_place(original: Any, probes: Probes, bucket: int) -> Iterator[I64]:
+def always_in_the_same_place(original: Any, probes: Probes, bucket: int) -> I64:
     count, half = probes.count, bucket // 2
-    for start in range(0, count, half):
-        yield np.concatenate([(start + np.arange(half)) % count, np.full(bucket - half, count)])
+    starts = np.arange(0, count, half)[:, None]
+    return np.concatenate([(starts + np.arange(half)) % count, np.full((len(starts), bucket - half), count)], axis=1)
 
 
 RULES = (

@@ -13,7 +13,7 @@ Its numbers are seeded, so a start repeats what the last one found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -22,7 +22,15 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, RecurrentModel, StateSpec
-from instep.models.stepping import answers_of, random_frames, random_states, step_frames, step_rows
+from instep.models.stepping import (
+    answers_of,
+    random_frames,
+    random_states,
+    split_answers,
+    step_batches,
+    step_frames,
+    step_rows,
+)
 from instep.models.ulp import NOT_COMPARABLE, ulp_distance
 
 Exactness: TypeAlias = Literal["exact", "tolerance", "off"]
@@ -134,27 +142,25 @@ class Probes:
             One answer for every probe, as `answers_of`, and the largest distance, in ULP, between two answers to one.
         """
         spec, outputs = self._model.state, self._model.description.outputs
-        probes, found = [], []
-        for batch in self.batches(bucket):
-            answered = answers_of(*step_rows(step, spec, self._x[batch], self._state[batch], outputs))
-            is_probe = batch < self.count
-            probes.append(batch[is_probe])
-            found.append(answered[is_probe])
-        seen, answered = np.concatenate(probes), np.concatenate(found)
+        batches = self.batches(bucket)
+        answered = step_batches(step, spec, self._x, self._state, batches, outputs)
+        is_probe = batches.ravel() < self.count
+        seen, answered = batches.ravel()[is_probe], answered[is_probe]
         answers = np.zeros((self.count, answered.shape[1]), np.uint8)
         answers[seen] = answered
         return answers, _distance(spec, answered, answers[seen])
 
-    def batches(self, bucket: int) -> Iterator[I64]:
-        """The rows of each batch of this size: probes from 0, up to `count`, and behind them those put beside them."""
+    def batches(self, bucket: int) -> I64:
+        """The rows of each batch, [K, bucket]: probes from 0, up to `count`, and behind them those put beside them."""
         position = np.arange(bucket)
-        for block, start in enumerate(range(0, self.count, bucket)):
-            probes = (start + position) % self.count
-            hostile = self.count + (block + position // 2) % len(_HOSTILE)
-            yield np.where(position % 2 == 0, probes, hostile)
-            yield np.where(position % 2 == 1, probes, hostile)
-            yield np.roll(probes, bucket // 2 + 1)
-        yield np.where(position < bucket // 2, position % self.count, self._padding)
+        starts = np.arange(0, self.count, bucket)[:, None]
+        probes = (starts + position) % self.count
+        hostile = self.count + (starts // bucket + position // 2) % len(_HOSTILE)
+        at_even = np.where(position % 2 == 0, probes, hostile)
+        at_odd = np.where(position % 2 == 1, probes, hostile)
+        moved = np.roll(probes, bucket // 2 + 1, axis=1)
+        above_padding = np.where(position < bucket // 2, position % self.count, self._padding)
+        return np.concatenate([at_even, at_odd, moved, above_padding[None]])
 
 
 def sequence_distance(model: RecurrentModel, steps: Mapping[int, BoundStep]) -> int | None:
@@ -214,10 +220,8 @@ def _distance(spec: StateSpec, one: U8, other: U8) -> int:
     """The largest in ULP, of `answers_of`; leaves that are not float32 are equal or not comparable."""
     if np.array_equal(one, other):
         return 0
-    size = one.shape[1] - spec.row_bytes
-    y, other_y = (each[:, :size].view(np.float32) for each in (one, other))
+    (y, leaves), (other_y, others) = (split_answers(spec, each) for each in (one, other))
     distances = [int(ulp_distance(y, other_y).max())]
-    leaves, others = (spec.unpack(each[:, size:]) for each in (one, other))
     for name, leaf in leaves.items():
         if leaf.dtype == np.float32:
             distances.append(int(ulp_distance(leaf, others[name]).max()))

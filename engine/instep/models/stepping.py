@@ -62,20 +62,59 @@ def step_frames(step: BoundStep, spec: StateSpec, x: F32, rows: U8, outputs: int
     return y, read_state(step, spec)
 
 
+def step_batches(step: BoundStep, spec: StateSpec, x: F32, rows: U8, batches: I64, outputs: int) -> U8:
+    """Step one batch after another, each from its own states.
+
+    Args:
+        step: of B rows.
+        spec: of the states.
+        x: frames [R, features].
+        rows: of states before them, uint8 [R, row_bytes].
+        batches: [K, B]: which of the R are in each batch.
+        outputs: values per frame.
+
+    Returns:
+        uint8 [K · B, answer bytes], as `answers_of`.
+    """
+    count = batches.shape[1]
+    answers = np.zeros((batches.size, outputs * x.itemsize + spec.row_bytes), np.uint8)
+    y, after = split_answers(spec, answers)
+    given = [(step.x[:, : x.shape[1]], x), *((step.state[name], leaf) for name, leaf in spec.unpack(rows).items())]
+    found = [(step.y[:, :outputs], y), *((step.new_state[name], leaf) for name, leaf in after.items())]
+    for first, batch in zip(range(0, batches.size, count), batches, strict=True):
+        for tensor, values in given:
+            put(tensor, values[batch])
+        step.run()
+        for tensor, results in found:
+            results[first : first + count] = tensor.cpu().numpy()
+    return answers
+
+
 def answers_of(y: F32, states: U8) -> U8:
     """Outputs [R, ...] and rows of states after them as bytes, one row for each."""
     return np.concatenate([np.ascontiguousarray(y).reshape(len(states), -1).view(np.uint8), states], axis=1)
 
 
-def trial_answers(step: BoundStep, spec: StateSpec, features: int, outputs: int, rows: int) -> U8:
-    """The answers to `rows` random frames, which are the same for every step, and to some again to fill the batch."""
-    random = np.random.default_rng(2)
-    x, states = random_frames(features, random, rows), random_states(spec, random, rows, spec.initial(1))
-    bucket, found = len(step.x), []
-    for first in range(0, rows, bucket):
-        batch = np.arange(first, first + bucket) % rows
-        found.append(answers_of(*step_rows(step, spec, x[batch], states[batch], outputs)))
-    return np.concatenate(found)
+def split_answers(spec: StateSpec, answers: U8) -> tuple[F32, dict[str, npt.NDArray[Any]]]:
+    """The outputs [R, ...] and the leaves after them [R, *shape] in `answers_of`, as views."""
+    size = answers.shape[1] - spec.row_bytes
+    return answers[:, :size].view(np.float32), spec.unpack(answers[:, size:])
+
+
+class Trial:
+    """Random frames, each with a state, to compare steps of a model by: always the same ones."""
+
+    def __init__(self, spec: StateSpec, features: int, outputs: int, rows: int) -> None:
+        random = np.random.default_rng(2)
+        self._spec, self._outputs, self.rows = spec, outputs, rows
+        self._x = random_frames(features, random, rows)
+        self._states = random_states(spec, random, rows, spec.initial(1))
+
+    def answers(self, step: BoundStep) -> U8:
+        """As `answers_of`: to each of the `rows`, and to some again to fill the last batch."""
+        bucket = len(step.x)
+        batches = np.arange(-(-self.rows // bucket) * bucket).reshape(-1, bucket) % self.rows
+        return step_batches(step, self._spec, self._x, self._states, batches, self._outputs)
 
 
 def random_frames(features: int, random: np.random.Generator, count: int) -> F32:

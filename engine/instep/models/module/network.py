@@ -18,7 +18,7 @@ from instep.models.module.cells import BoundCell, cell_calls
 from instep.models.module.description import ModuleDescription
 from instep.models.module.program import Program
 from instep.models.recurrent.cell import BY_HAND, Kernel
-from instep.models.stepping import scan, trial_answers
+from instep.models.stepping import Trial, scan
 
 ROWS: Final = 32
 
@@ -83,13 +83,9 @@ class ModuleNetwork:
 
     def _is_same(self, kernel: Kernel, buckets: Sequence[int], rows: int) -> bool:
         """Whether steps by hand give `rows` random frames the bits that torch's cells give them in these buckets."""
-        features, outputs = self.description.features, self.description.outputs
-        for bucket in buckets:
-            steps = (self._bound(each, bucket) for each in ("graph", kernel))
-            one, other = (trial_answers(step, self.state, features, outputs, rows) for step in steps)
-            if not np.array_equal(one, other):
-                return False
-        return True
+        trial = Trial(self.state, self.description.features, self.description.outputs, rows)
+        both = ((trial.answers(self._bound(each, bucket)) for each in ("graph", kernel)) for bucket in buckets)
+        return all(np.array_equal(one, other) for one, other in both)
 
     def _check(self) -> None:
         for rows in (ROWS, 3 * ROWS):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final
 
 import numpy as np
@@ -32,7 +33,7 @@ from instep.models.recurrent.lstm import Lstm
 from instep.models.recurrent.reference import RecurrentReference
 from instep.models.recurrent.rnn import Rnn
 from instep.models.recurrent.step import RecurrentStep, Weights
-from instep.models.stepping import trial_answers
+from instep.models.stepping import Trial
 
 PADDED_BUCKET: Final = 32
 """Rows of a network with frame layers come in multiples of it: `sigmoid` treats the last elements of an array that does
@@ -41,6 +42,7 @@ PLAIN_BUCKET: Final = 4
 """Rows of a network without: fewer than four use matrix-vector kernels."""
 TRIAL_BUCKETS: Final = (64, 512)
 TRIAL_ROWS: Final = 512
+"""Every trial bucket fills its batches with them, so that answers of different buckets can be compared."""
 
 
 class RecurrentNetwork:
@@ -64,6 +66,8 @@ class RecurrentNetwork:
         self._size = self.description.recurrent.hidden_size
         self._recurrence = _recurrence(self.description.recurrent)
         self._weights = self._padded_weights(WIDTH_MULTIPLE if padded else 1)
+        self._answered: dict[tuple[Kernel, int, int], bytes] = {}
+        """Digests of the answers to a trial by kernel, bucket and rows: some are compared with several others."""
         self.kernel: Kernel = "torch"
         """`select_step` decides."""
         fills_vectors = self._weights.width % self._recurrence.width_multiple == 0
@@ -74,7 +78,8 @@ class RecurrentNetwork:
         """Step by hand where at least `rows` frames get the bits of torch's own step in each bucket."""
         plain = self._plain
         by_hand = BY_HAND if self.may_step_by_hand and plain == self._recurrence.plain else ()
-        self.kernel = next((each for each in by_hand if self._is_same(each, plain, buckets, rows)), plain)
+        trial = self._trial(rows)
+        self.kernel = next((each for each in by_hand if self._is_same(each, plain, buckets, trial)), plain)
 
     def select_quickest(self) -> None:
         """Step by hand on the CPU."""
@@ -119,17 +124,24 @@ class RecurrentNetwork:
         if plain == "torch" or not self.may_step_by_hand:
             return "torch"
         buckets = (self.row_multiple, *TRIAL_BUCKETS)
-        is_one = len({self._answers(plain, bucket, TRIAL_ROWS)[:TRIAL_ROWS].tobytes() for bucket in buckets}) == 1
-        has_its_bits = (self._is_same(each, plain, buckets, TRIAL_ROWS) for each in BY_HAND)
+        trial = self._trial(TRIAL_ROWS)
+        is_one = len({self._answers(plain, bucket, trial) for bucket in buckets}) == 1
+        has_its_bits = (self._is_same(each, plain, buckets, trial) for each in BY_HAND)
         return plain if is_one and any(has_its_bits) else "torch"
 
-    def _is_same(self, kernel: Kernel, plain: Kernel, buckets: Sequence[int], rows: int) -> bool:
-        both = ((self._answers(each, bucket, rows) for each in (kernel, plain)) for bucket in buckets)
-        return all(np.array_equal(one, other) for one, other in both)
+    def _is_same(self, kernel: Kernel, plain: Kernel, buckets: Sequence[int], trial: Trial) -> bool:
+        both = ((self._answers(each, bucket, trial) for each in (kernel, plain)) for bucket in buckets)
+        return all(one == other for one, other in both)
 
-    def _answers(self, kernel: Kernel, bucket: int, rows: int) -> U8:
-        step = RecurrentStep(self._weights, bucket, self._size, kernel)
-        return trial_answers(step, self.state, self.description.features, self.description.outputs, rows)
+    def _trial(self, rows: int) -> Trial:
+        return Trial(self.state, self.description.features, self.description.outputs, rows)
+
+    def _answers(self, kernel: Kernel, bucket: int, trial: Trial) -> bytes:
+        key = kernel, bucket, trial.rows
+        if key not in self._answered:
+            step = RecurrentStep(self._weights, bucket, self._size, kernel)
+            self._answered[key] = sha256(trial.answers(step).data).digest()
+        return self._answered[key]
 
     def _padded_weights(self, multiple: int) -> Weights:
         description, given = self.description, self.model.weights
