@@ -35,10 +35,7 @@ class Distance:
     @classmethod
     def between(cls, one: F32, other: F32) -> Distance:
         """Of two arrays of one shape."""
-        with np.errstate(invalid="ignore"):
-            error = np.abs(one.astype(np.float64) - other)
-        error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
-        return cls(float(np.minimum(error, _FARTHEST).max()), int(ulp_distance(one, other).max()))
+        return cls(_error(one, other), int(ulp_distance(one, other).max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +93,22 @@ def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     Returns:
         None when no order of the axes gives `y` a shape that fits.
     """
-    found = [_compared(network, x, axes, y) for axes in _orders(x, network.description.features)]
-    return min((each for each in found if each is not None), key=lambda each: each.whole.error, default=None)
+    attempts = [each for order in _orders(x, network.description.features) for each in _attempts(network, x, order, y)]
+    if not attempts:
+        return None
+    best = min(attempts, key=lambda each: each.error)
+    frames, whole, arrangement = best.frames, best.whole, best.arrangement
+    stepped = stepped_outputs(network, frames) if best.has_call else whole
+    arranged = arrangement.apply(y, *whole.shape[1:])
+    return Agreement(
+        whole=Distance.between(arranged, whole[-arrangement.steps :]),
+        has_call=best.has_call,
+        stepped=Distance.between(arranged, stepped[-arrangement.steps :]),
+        tolerance=rounding_tolerance(network, frames, whole),
+        rows_axis=best.order[1] - (3 - x.ndim),
+        steps_axis=best.order[0] - (3 - x.ndim),
+        arrangement=arrangement,
+    )
 
 
 def first_output(result: Any, module: str) -> torch.Tensor:
@@ -125,28 +136,37 @@ def _in_three_axes(x: F32) -> F32:
     return x.reshape((1,) * (3 - x.ndim) + x.shape)
 
 
-def _compared(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Agreement | None:
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One order of the axes of a module's input, and one of its outputs."""
+
+    order: Sequence[int]
+    frames: F32
+    whole: F32
+    """The network's outputs for these frames."""
+    has_call: bool
+    arrangement: Arrangement
+    error: float
+
+
+def _attempts(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Iterator[_Attempt]:
     frames = np.ascontiguousarray(_in_three_axes(x).transpose(order))
-    stepped = stepped_outputs(network, frames)
     sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
-    whole = stepped if sequence is None else sequence[0]
+    whole = stepped_outputs(network, frames) if sequence is None else sequence[0]
     steps, rows, outputs = whole.shape
-    tolerance = rounding_tolerance(network, frames, whole)
-    found = [
-        Agreement(
-            whole=Distance.between(arrangement.apply(y, rows, outputs), whole[-arrangement.steps :]),
-            has_call=sequence is not None,
-            stepped=Distance.between(arrangement.apply(y, rows, outputs), stepped[-arrangement.steps :]),
-            tolerance=tolerance,
-            rows_axis=order[1] - (3 - x.ndim),
-            steps_axis=order[0] - (3 - x.ndim),
-            arrangement=arrangement,
-        )
-        for count in sorted({1, steps})
-        for arrangement in (Arrangement(count, each) for each in permutations(range(3)))
-        if y.size == count * rows * outputs
-    ]
-    return min(found, key=lambda each: each.whole.error, default=None)
+    for count in sorted({1, steps}):
+        if y.size == count * rows * outputs:
+            for each in permutations(range(3)):
+                arrangement = Arrangement(count, each)
+                error = _error(arrangement.apply(y, rows, outputs), whole[-count:])
+                yield _Attempt(order, frames, whole, sequence is not None, arrangement, error)
+
+
+def _error(one: F32, other: F32) -> float:
+    with np.errstate(invalid="ignore"):
+        error = np.abs(one.astype(np.float64) - other)
+    error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
+    return float(np.minimum(error, _FARTHEST).max())
 
 
 def stepped_outputs(network: RecurrentModel, frames: F32) -> F32:
