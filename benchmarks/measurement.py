@@ -32,6 +32,7 @@ class Bench:
     Attributes:
         folder: for models and recordings; empty at first and removed afterwards.
         rounds: how many count.
+        warm_up: how many come before them and do not count, 1 or 0.
         seconds: how long each side of a comparison is measured in each round.
         scale: divides the streams and frames of the large loads.
         model: the user's model folder, to be measured instead of the benchmark's own.
@@ -42,6 +43,7 @@ class Bench:
     rounds: int = 7
     seconds: float = 1.5
     scale: int = 1
+    warm_up: int = 1
     model: Path | None = None
     serve: Callable[[Path, Sequence[str]], AbstractContextManager[Server]] = ChildServer
 
@@ -51,13 +53,13 @@ class Bench:
 
 
 def interleave(bench: Bench, sides: Mapping[str, Callable[[], float]]) -> Samples:
-    """Measure every side once in each round, in alternating order; the first round is a warm-up and does not count.
+    """Measure every side once in each round, in alternating order; a warm-up before the first does not count.
 
     Interleaved rounds expose both sides to the same changes of the machine: its heat, its clocks, its other work.
     """
     samples: Samples = {name: [] for name in sides}
     names = list(sides)
-    for number in range(bench.rounds + 1):
+    for number in range(1 - bench.warm_up, bench.rounds + 1):
         for name in names if number % 2 else reversed(names):
             value = sides[name]()
             if number:

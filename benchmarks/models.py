@@ -70,7 +70,7 @@ def fairness(bench: Bench) -> list[Row]:
     folders = [_version(bench, name, seed) for seed, name in enumerate(("fair-a", "fair-b"))]
     samples: Samples = {f"{folder.name}, frames/s": [] for folder in folders}
     with bench.serve(folders[0], [str(folders[1])]) as server:
-        for number in range(bench.rounds + 1):  # the first is a warm-up
+        for number in range(1 - bench.warm_up, bench.rounds + 1):  # 0 is the warm-up
             rates = _rates(server.endpoint, [folder.name for folder in folders], bench.seconds * LONGER)
             for side, rate in zip(samples, rates, strict=True):
                 samples[side] += [rate] if number else []
@@ -128,8 +128,8 @@ async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: 
 def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
     """Frames per second of a load for each of these models, all at the same time."""
     load = [sys.executable, "-m", "instep_tools", "loadtest", "--endpoint", endpoint, "--json"]
-    load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2), "--warmup", "1"]
-    load += ["--duration", str(max(seconds, SHORTEST_S))]
+    load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2)]
+    load += ["--warmup", str(min(seconds, 1.0)), "--duration", str(max(seconds, SHORTEST_S))]
     running = [
         subprocess.Popen([*load, "--model", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for name in names

@@ -185,8 +185,8 @@ def listed(bench: Bench) -> list[Row]:
 
         samples = interleave(bench, {paced_alone: paced, beside: beside_lists})
     what = "p99 of 64 streams at 50 Hz while 100,000 streams are listed, over that without"
-    pages = {"a page, ms": pages_ms[1:]}  # as for the loads, the first round is a warm-up
-    page_ms = median(pages_ms[1:])
+    pages = {"a page, ms": pages_ms[bench.warm_up :]}
+    page_ms = median(pages_ms[bench.warm_up :])
     return [
         compared("listed-p99", what, model.description, samples, beside, paced_alone, 1.2, "at most"),
         Row("listed-page", "a sorted page of 100,000", model.description, "ms", page_ms, 200.0, pages, "at most"),

@@ -26,6 +26,9 @@ def test_sides_alternate_and_the_first_round_does_not_count() -> None:
     samples = interleave(Bench(Path(), rounds=3), {"a": lambda: side("a"), "b": lambda: side("b")})
     assert "".join(measured) == "baabbaab"
     assert samples == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
+    measured.clear()
+    samples = interleave(Bench(Path(), rounds=1, warm_up=0), {"a": lambda: side("a"), "b": lambda: side("b")})
+    assert samples == {"a": [1.0], "b": [2.0]}
 
 
 def test_a_quick_load_is_smaller_but_never_empty() -> None:

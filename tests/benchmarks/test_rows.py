@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import rows
+from benchmarks import rows, watching
 from benchmarks.__main__ import SEPARATE
 from benchmarks.durability import server_arguments
 from benchmarks.measurement import Bench, Row
@@ -16,6 +16,7 @@ from benchmarks.reference import LeftOut
 from benchmarks.rows import MEASUREMENTS
 from instep.models.folder import write_model
 from tests.support.models import with_head
+from tests.support.served import WarmServer
 from tests.support.threaded import ThreadedServer
 
 OWN = with_head(3, 20, 6)
@@ -23,10 +24,12 @@ OWN = with_head(3, 20, 6)
 
 @pytest.mark.parametrize("measure", {**MEASUREMENTS, **SEPARATE}.values(), ids=lambda measure: measure.__name__)
 def test_a_measurement_has_a_positive_value_for_each_side(
-    measure: Callable[[Bench], list[Row]], tmp_path: Path
+    measure: Callable[[Bench], list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, serve=ThreadedServer)
+    monkeypatch.setattr(watching, "ChildServer", WarmServer)
+    warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round
+    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=ThreadedServer)
     for row in measure(bench):
         assert row.value > 0
         for values in row.samples.values():
@@ -40,7 +43,7 @@ def test_a_users_model_is_measured_or_left_out_with_a_reason(
 ) -> None:
     torch.set_num_threads(1)
     write_model(tmp_path / "own", OWN)
-    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, model=tmp_path / "own", serve=ThreadedServer)
+    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=0, model=tmp_path / "own", serve=ThreadedServer)
     if measure in (rows.blocks_2x256, rows.blocks_lstm, rows.blocks_module):
         with pytest.raises(LeftOut, match="with another network of the benchmark's own"):
             measure(bench)
