@@ -6,11 +6,13 @@ import gc
 import os
 import signal
 from collections.abc import Generator
+from functools import cache
 
 import numpy as np
 import pytest
 from coverage import Coverage
 from hypothesis import HealthCheck, settings
+from typer import main, testing
 
 from instep.mkl import prefer_strict_products
 
@@ -24,6 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
 
 for name in [name for name in os.environ if name.startswith("INSTEP_")]:
     del os.environ[name]
+
+# typer's runner builds all commands of a program for each call of one, which takes as long as most calls.
+testing._get_command = cache(main.get_command)  # type: ignore[attr-defined]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
