@@ -191,20 +191,24 @@ def test_percentiles_for_hdr_histograms_plotters(rng: np.random.Generator) -> No
     assert footer[2].startswith("#[Buckets = ")
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_pictures_of_few_and_many_answers(suffix: str) -> None:
-    signature = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+def test_pictures_of_few_and_many_answers() -> None:
+    signatures = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
     many = [(at, 1000 + at, 10, 0, 200, 200, 200, 390, 0, 4) for at in np.arange(0.001, 10, 0.002)]
-    for found in (result(GOOD), result(many, gaps=[(2.0, 3.0)]), result(GOOD[:1], replace(PLAN, mode=Mode.CLOSED))):
-        assert rendered(plot.run([found], info_with()), Path(f"a.{suffix}")).startswith(signature)
-    lost = [
-        text.get_text() for axes in plot.run([result(many, gaps=[(2.0, 3.0)])], info_with()).axes for text in axes.texts
-    ]
+    with_gap = plot.run([result(many, gaps=[(2.0, 3.0)])], info_with())
+    closed = plot.run([result(GOOD[:1], replace(PLAN, mode=Mode.CLOSED))], info_with())
+    figures = (plot.run([result(GOOD)], info_with()), with_gap, closed)
+    for figure, (suffix, signature) in zip(figures, signatures.items(), strict=True):
+        assert rendered(figure, Path(f"a.{suffix}")).startswith(signature)
+    lost = [text.get_text() for axes in with_gap.axes for text in axes.texts]
     assert lost.count("no connection") == 3
-    for slo_ms, streams, title in (
-        (3.0, (1, 2, 4), "at least 4 streams within 3 ms"),
-        (2.9, (1, 2, 4), "no number of streams within 2.9 ms"),
-        (3.0, (1, 2, 8), "2 streams within 3 ms"),
+    for (slo_ms, streams, title), (suffix, signature) in zip(
+        (
+            (3.0, (1, 2, 4), "at least 4 streams within 3 ms"),
+            (2.9, (1, 2, 4), "no number of streams within 2.9 ms"),
+            (3.0, (1, 2, 8), "2 streams within 3 ms"),
+        ),
+        signatures.items(),
+        strict=True,
     ):
         plans = [replace(PLAN, streams=number, slo_ms=slo_ms) for number in streams]
         trials = [result(GOOD, plan) for plan in plans]
