@@ -21,7 +21,7 @@ from benchmarks.measurement import Bench, Row, Samples, compared, interleave
 from benchmarks.reference import LeftOut
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
-from instep_client import AsyncClient, AsyncStream
+from instep_client import AsyncClient, AsyncStream, Code, Refused
 
 STREAMS, CONNECTIONS, RATE_HZ, FEATURES, HIDDEN = 32, 4, 50, 40, 128
 POLICIES: Final = ("keep", "move", "replay:128")
@@ -117,12 +117,23 @@ async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: 
         if folder is None:
             await asyncio.sleep(seconds)
         else:
-            await operator.swap_model(served.name, folder, policy)
+            await _swap(operator, served.name, folder, policy)
         is_over.set()
         await asyncio.gather(*load)  # also those whose answers the swap holds up
         for stream in streams:
             await stream.close()
     return float(np.percentile(latencies_s, 99)) * 1e3
+
+
+async def _swap(operator: AsyncClient, name: str, folder: Path, policy: str) -> None:
+    while True:
+        try:
+            await operator.swap_model(name, folder, policy)
+            return
+        except Refused as refused:
+            if refused.code is not Code.BUSY:
+                raise
+            await asyncio.sleep(0.05)  # the version that has left is still being closed
 
 
 def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
