@@ -12,7 +12,6 @@ import instep.models.numerics
 from instep.models.folder import write_model
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
-from instep.server import assembly
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
 from instep_client.protocol.wire import HAVE_ALL, Code
@@ -101,16 +100,14 @@ async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_t
     assert re.search(r"other bits \(torch .* there, 9\.9 here\).*--accept-numerics-change", said)
     assert path.read_bytes() == before
 
-    make_server = assembly.make_server
-    monkeypatch.setattr(
-        "tests.support.running.make_server", lambda *args: make_server(*args, accept_numerics_change=True)
-    )
     for _ in range(2):  # a restart changes nothing about it
-        async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+        accepting = running(SMALL, recording=recording, accept_numerics_change=True)
+        async with accepting as server, RawClient(server.endpoint) as client:
             await client.hello()
             assert (await client.resume(["s"], [4], [epoch])).codes() == [Code.NUMERICS_CHANGED]
             assert (await client.resume(["s"], [4], [0])).codes() == [Code.NUMERICS_CHANGED]
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
+    accepting = running(SMALL, recording=recording, accept_numerics_change=True)
+    async with accepting as server, RawClient(server.endpoint) as client:
         await client.hello()
         taken = await client.resume(["s"], [HAVE_ALL], [epoch], take_over=True)
         assert (taken.codes(), taken.seqs()) == ([], [4])

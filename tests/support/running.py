@@ -63,6 +63,7 @@ async def running(
     told: list[dict[str, Any]] | None = None,
     device: torch.device = CPU,
     folder: Path = Path("model"),
+    accept_numerics_change: bool = False,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve these models while the block runs; sections as in the configuration file.
@@ -75,6 +76,7 @@ async def running(
         told: what the server logs is put there, with its level.
         device: where the network is.
         folder: where recordings are told that the model is.
+        accept_numerics_change: continue recordings also where floats may have other bits.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
@@ -90,7 +92,7 @@ async def running(
     if exactness is not None:
         ready = [replace(each, certification=exactness) for each in ready]
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper)
+    server = make_server(settings, ready, log, stepper, accept_numerics_change=accept_numerics_change)
     serving = asyncio.create_task(server.serve())
     try:
         yield server
