@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import instep.models.numerics
 from instep.models.folder import write_model
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
 from instep_client.protocol.wire import HAVE_ALL, Code
+from tests.support.forger import Forger
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -84,20 +85,19 @@ async def test_a_recording_of_another_model_is_refused_and_stays_as_it_was(tmp_p
 
 
 async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_told_until_they_take_over(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
     path, recording = tmp_path / "r.db", {"file": tmp_path / "r.db"}
     x = rng.standard_normal((8, F)).astype(np.float32)
     truth, _ = whole(SMALL, x)
-    async with running(SMALL, recording=recording) as server:
+    async with running(SMALL, recording={"file": tmp_path / "here.db"}) as server:
         epoch = await opened_and_stepped(server, x[:4])
-
-    monkeypatch.setattr(
-        "instep.server.recordings.numerics", lambda *given: instep.models.numerics.numerics(*given) | {"torch": "9.9"}
-    )
+    with RecordingReader(tmp_path / "here.db") as reader:
+        numerics = reader.header.numerics
+    Forger(tmp_path / "here.db", path).change_header("numerics", json.dumps(numerics | {"torch": "1.9"}))
     before = path.read_bytes()
     said = await refusal(SMALL, path)
-    assert re.search(r"other bits \(torch .* there, 9\.9 here\).*--accept-numerics-change", said)
+    assert re.search(r"other bits \(torch 1\.9 there, .* here\).*--accept-numerics-change", said)
     assert path.read_bytes() == before
 
     for _ in range(2):  # a restart changes nothing about it
@@ -119,4 +119,4 @@ async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_t
             assert (await other.resume(["s"], [4], [epoch])).codes() == [Code.FENCED]
             assert (await other.resume(["s"], [8], taken.epochs())).codes() == []
     with RecordingReader(path) as reader:
-        assert [engine.header.numerics["torch"] for engine in reader.engines][1:] == ["9.9"]
+        assert [engine.header.numerics["torch"] for engine in reader.engines] == ["1.9", numerics["torch"]]
