@@ -63,7 +63,7 @@ def test_while_it_is_written_it_shows_what_was_committed_when_it_was_opened(tmp_
 
     open_stream(writer, 1, "mic", 1, 0, START_NS, None)
     step(0)
-    first = instep.recording.open(tmp_path / "r.instep")
+    first = instep.recording.open(str(tmp_path / "r.instep"))
     step(1)
     second = instep.recording.open(tmp_path / "r.instep")
     step(2)
