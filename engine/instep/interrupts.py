@@ -52,6 +52,14 @@ def change_nothing() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def signal_name(number: int) -> str:
+    """`SIGSEGV`, or `signal 35` for a signal that Python has no name for, such as most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _has_terminal() -> bool:
     """Whether there is a controlling terminal; the system takes it from a process when the terminal closes."""
     try:
@@ -68,6 +76,6 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 def _end_with_a_sentence(number: int, frame: FrameType | None) -> None:
     try:
-        os.write(2, f"instep was ended by {signal.Signals(number).name}\n".encode())
+        os.write(2, f"instep was ended by {signal_name(number)}\n".encode())
     finally:  # whether or not there is anybody left to read it
         os._exit(128 + number)

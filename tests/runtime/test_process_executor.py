@@ -95,8 +95,10 @@ def test_a_server_with_many_files_open_has_a_process_as_well(
         assert one.wait().error is None
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, None])
-def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: signal.Signals | None) -> None:
+@pytest.mark.parametrize(
+    ("end", "words"), [(signal.SIGKILL, "was killed by SIGKILL"), (36, "was killed by signal 36"), (None, "has died")]
+)
+def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: int | None, words: str) -> None:
     def also(slots: I64, rows: I64) -> None:
         if end is None:
             raise KeyboardInterrupt  # nothing that a step may raise
@@ -104,7 +106,7 @@ def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: si
 
     one = stepped(also)
     one.begin()
-    with pytest.raises(ExecutorDied, match="has died" if end is None else "was killed by SIGKILL") as caught:
+    with pytest.raises(ExecutorDied, match=words) as caught:
         one.wait()
     assert caught.value.killed_by == end
     one.begin()  # nobody is there to take it, which is no error here

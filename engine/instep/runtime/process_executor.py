@@ -30,6 +30,7 @@ import torch
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
+from instep.interrupts import signal_name
 from instep.runtime.executor import Afterwards, ExecutorDied, RunResult, StateLost, Step, nothing, run_steps
 
 _PLACES: Final = 2
@@ -142,7 +143,7 @@ class ProcessExecutor:
                 self._status = 0
         if os.WIFSIGNALED(self._status):
             number = os.WTERMSIG(self._status)
-            return ExecutorDied(f"the process that steps was killed by {signal.Signals(number).name}", number)
+            return ExecutorDied(f"the process that steps was killed by {signal_name(number)}", number)
         return ExecutorDied("the process that steps has died")
 
     def _error(self, place: int, failure: int) -> Exception:

@@ -16,6 +16,8 @@ from typing import Final
 
 import structlog
 
+from instep.interrupts import signal_name
+
 MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
 """More restarts than that within this time would not help."""
@@ -51,7 +53,7 @@ def supervise(log: structlog.stdlib.BoundLogger) -> bool:
         number = os.WTERMSIG(status)
         deaths.append(time.monotonic())
         gives_up = len(deaths) > MOST_RESTARTS and deaths[-1] - deaths[0] < WITHIN_S
-        reason = f"the server was killed by {signal.Signals(number).name}"
+        reason = f"the server was killed by {signal_name(number)}"
         if was_told_to_end or gives_up:
             why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
             log.error("failed", reason=reason + why)
