@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.calls import TimedOutputs
+from instep_client.calls import Call, TimedOutputs
 from instep_client.driver import Driver
 from instep_client.handles import StreamHandle
 from instep_client.protocol.state_spec import U8
@@ -156,18 +156,18 @@ class AsyncStream(_Handle, StreamView):
         Raises:
             FramesRefused: in place of outputs; iterating may go on.
         """
-        outputs = await self.next_outputs()
-        if outputs is None:
+        call = await self.next_call()
+        if call is None:
             raise StopAsyncIteration
-        return outputs
+        return call.result().outputs
 
-    async def next_outputs(self) -> F32 | None:
-        """What iterating gives next, or None at its end."""
+    async def next_call(self) -> Call[TimedOutputs] | None:
+        """The next ended call of `send`, whose outputs iterating gives, or None at its end."""
         while True:
             call = self._session.take(self._handle)
             if call is not None:
                 self._driver.wake()
-                return call.result().outputs
+                return call
             if self._session.outputs_end(self._handle):
                 return None
             await self._driver.wait_news(self._handle)

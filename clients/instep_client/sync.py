@@ -7,13 +7,16 @@ the client and its streams at once; frames that they send in the same moment tra
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import numpy.typing as npt
 
 from instep_client.aio import AsyncClient, IfExists
 from instep_client.aio_streams import AsyncGroup, AsyncStream, GroupView, StreamView
+from instep_client.calls import Call, TimedOutputs
 from instep_client.loop_thread import InThread, LoopThread, blocking
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.snapshots import StreamSnapshot
@@ -142,7 +145,17 @@ class _ThreadHandle(InThread[H], Generic[H]):
 
 
 class Stream(_ThreadHandle[AsyncStream], StreamView):
-    """One stream; see `AsyncStream`, whose verbs these are. It keeps its client alive."""
+    """One stream; see `AsyncStream`, whose verbs these are. It keeps its client alive.
+
+    Ctrl-C while iterating loses no outputs: iterating again gives them. After a Ctrl-C in `step`, `next_seq` tells
+    whether the frames were sent; their outputs are lost. Where that matters, use `send` and iterate.
+    """
+
+    def __init__(self, client: object, thread: LoopThread, handle: AsyncStream) -> None:
+        """Made by a `Client`."""
+        super().__init__(client, thread, handle)
+        self._taken: deque[Call[TimedOutputs] | None] = deque()
+        """Ended calls whose outputs iterating gives next; after a call of `next`, only where that was interrupted."""
 
     step = blocking(AsyncStream.step)
     step_timed = blocking(AsyncStream.step_timed)
@@ -161,10 +174,18 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
 
     def __next__(self) -> F32:
         """The outputs of the next `send`; see `AsyncStream.__anext__`."""
-        outputs = self._thread.run(self._inner.next_outputs())
-        if outputs is None:
+        while True:
+            if not self._taken:
+                self._thread.run(self._take())
+            with suppress(IndexError):  # another thread that iterates was quicker
+                call = self._taken.popleft()
+                break
+        if call is None:
             raise StopIteration
-        return outputs
+        return call.result().outputs
+
+    async def _take(self) -> None:
+        self._taken.append(await self._inner.next_call())
 
     def fork(self, name: str) -> Stream:
         """A new stream that begins with this one's state and seq; see `AsyncStream.fork`."""

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -195,6 +195,28 @@ def test_an_interrupt_before_the_wait_has_begun_cancels_as_well(
         client.ping()  # the answer to the OPEN came before this one's
         client.ping()  # and the CLOSE went out before this one
         assert list(server.rules.names) == []
+
+
+def test_an_interrupt_as_an_output_arrives_loses_none(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Future.result
+
+    def interrupted(future: Future[Any], timeout: float | None = None) -> None:
+        result(future, timeout)  # it has come
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with Client(server.endpoint) as client:
+        stream = client.open("a")
+        for x in X[:3]:
+            stream.send(x)
+        stream.finish()
+        outputs = [next(stream)]
+        for _ in range(2):  # the second one is the end
+            monkeypatch.setattr(Future, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+            outputs += stream
+    np.testing.assert_array_equal(outputs, reference(X[:3])[0])
 
 
 def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
