@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
 
 
 class Exit(IntEnum):
@@ -82,13 +83,18 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
         raise BadFile(f"{path} cannot be {done}: {error.strerror or error}") from None
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written until it is complete: next to it, by a name that is not too long where its own is not."""
+    return path.with_name(f".{path.name[:50]}.{token_hex(4)}.part")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file as a whole, or leave what is there as it is, also when the disk is full.
 
     Raises:
         BadFile: when it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     with reads_or_writes(path, "written"):
         try:
             part.write_bytes(content)

@@ -244,8 +244,9 @@ def test_rows_that_are_missing_are_damage_and_nothing_is_written(written: Writte
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX systems do")
 def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format) -> None:
-    assert export(written.path, format=format, output=written.path.with_name("room"))[0] == 0
-    written.path.with_name("room").unlink()
+    longest_name = written.path.with_name("r" * 255)
+    assert export(written.path, format=format, output=longest_name)[0] == 0
+    longest_name.unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
     try:

@@ -124,7 +124,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path, monkeyp
 
 
 def test_an_older_page_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
-    file = tmp_path / "a.html"
+    file = tmp_path / f"{'a' * 250}.html"  # the longest name that a file may have
     file.write_text("older")
     with files_of_at_most(1000), pytest.raises(BadFile, match="File too large"):
         write_page(file, page())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from json import dumps
 from pathlib import Path
-from secrets import token_hex
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from instep.recording.table import CHUNK_FRAMES, FrameTable, TableChunk
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model
 from instep_tools.formats.write import WRITERS, Format, format_of
-from instep_tools.problems import CommandProblem
+from instep_tools.problems import CommandProblem, part_of
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import MOST_FRAMES, MOST_STREAMS, check_plot_path, plot_streams
 from instep_tools.terminal import show_progress
@@ -240,15 +239,15 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         CommandProblem: when there is such a file already, or it cannot be written.
     """
     _refuse_existing(path)
-    partial = path.with_name(f".{path.name}.{token_hex(4)}.part")
+    unfinished = part_of(path)
     try:
         try:
-            with partial.open("xb") as file:
+            with unfinished.open("xb") as file:
                 yield file
             _refuse_existing(path)
-            partial.rename(path)
+            unfinished.rename(path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise CommandProblem(f"cannot write {path}: {error.strerror or error}") from error
