@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import sqlite3
 from pathlib import Path
@@ -134,7 +136,7 @@ def test_info_shows_what_it_is(tmp_path: Path) -> None:
     assert said(commands.info, tmp_path / "nothing.rec")[0] == 2
 
 
-def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
+def test_list_shows_recordings_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "b.rec")
     record(tmp_path / "a.rec", close=False).writer.abandon()
     (tmp_path / "notes.txt").write_text("hello")
@@ -146,12 +148,23 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path) -> None:
     database = sqlite3.connect(old.path)
     database.execute("PRAGMA user_version=9")
     database.close()
+    (tmp_path / "x.instep").write_text("text")
+    (tmp_path / "y.instep").write_text("text")
+    path_open = Path.open
+
+    def open_mine(path: Path, *how: Any, **also: Any) -> Any:
+        if path.name == "y.instep":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return path_open(path, *how, **also)
+
+    monkeypatch.setattr(Path, "open", open_mine)
     status, text = said(commands.list_folder, tmp_path)
     assert status == 0
-    assert [line.split("  ")[0] for line in text.splitlines()] == ["file", "a.rec", "b.rec", "c.rec", "old.rec"]
+    names = ["a.rec", "b.rec", "c.rec", "old.rec", "x.instep", "y.instep"]
+    assert [line.split("  ")[0] for line in text.splitlines()] == ["file", *names]
     for line, ending in zip(
         text.splitlines()[1:],
-        ["not closed", "closed", "damaged", "of another version"],
+        ["not closed", "closed", "damaged", "of another version", "not a recording", "unreadable now"],
         strict=True,
     ):
         assert f"  {ending}  " in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,7 +195,9 @@ def _listed(path: Path) -> Overview | str:
     except RecordingError as error:
         if isinstance(error, DamagedRecording):
             return "damaged"
-        return "of another version" if looks_like_one(path) else "not a recording"
+        with suppress(OSError):
+            return "of another version" if looks_like_one(path) else "not a recording"
+        return "unreadable now"
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
