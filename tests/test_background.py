@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from instep.models.folder import write_model
+from instep.server.background import Background
+from tests.support.beside import until
+from tests.support.models import SMALL, plain
+from tests.support.running import running
 
 COUNT = """
 import resource, time
@@ -27,3 +38,25 @@ def test_work_in_slices_rests_between_them() -> None:
     assert sliced >= 10, "a rest for each of 30 ms, but for those that a busy machine took"
     assert hurried <= 60, "none after half a second, which has room for 45 of these 200 ms"
     assert whole <= 2, "no rests afterwards"
+
+
+async def test_processes_beside_a_server_let_all_others_go_first_and_end_with_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "candidate", plain(5, 8, seed=9))
+    sections: dict[str, Any] = {
+        "model": {"shadow": tmp_path / "candidate"},
+        "recording": {"file": tmp_path / "r.instep"},
+        "verify": {"live": True},
+    }
+
+    def is_idle(pid: int | None) -> bool:
+        if pid is None:
+            return False
+        return (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_IDLE, 19)
+
+    async with running(SMALL, background=Background(), **sections) as server:
+        checker, candidate = server.default.verification, server.default.candidate
+        assert checker is not None
+        assert candidate is not None
+        await until(lambda: is_idle(checker.pid) and is_idle(candidate.pid))
+        pids = [checker.pid, candidate.pid]
+    assert not any(pid is not None and psutil.pid_exists(pid) for pid in pids)

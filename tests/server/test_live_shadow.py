@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -30,16 +29,14 @@ from instep.server.log import Threshold
 from instep.server.preparation import CannotServe
 from instep.server.reload import Kept, reload
 from instep.server.server import Server
-from instep.shadow import live
 from instep.streaming.candidate import CandidateStatus
 from instep_client import AsyncClient, ConnectionFailed, Refused
-from tests.support.beside import frames, until
+from tests.support.beside import IN_FRESH_INTERPRETERS, frames, until
 from tests.support.models import plain, torch_gru
 from tests.support.running import log_into, prepared, running
 
 EARS = replace(plain(5, 8), name="ears")
 NEWER = replace(plain(5, 8, seed=9), name="ears")
-live_command = live.command
 ENGINE = {"max_batch_size": 16}
 
 
@@ -48,17 +45,6 @@ def perturbed() -> Model:
     weights = {name: tensor.clone() for name, tensor in EARS.weights.items()}
     weights["gru.weight_ih_l0"][19, 2] += 0.25
     return Model("ears", EARS.description, weights)
-
-
-def command(*values: Any) -> list[str]:
-    """As `live.command`, but a busy machine does not keep it from comparing at all."""
-    code = "import sys; from instep.shadow import live; live.run_in_the_background = int; "
-    return [sys.executable, "-c", code + "sys.exit(live.main(sys.argv[1:]))", *live_command(*values)[3:]]
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "command", command)
 
 
 @pytest.fixture
@@ -93,7 +79,7 @@ def of_torch(model: Model, x: F32) -> F32:
 
 async def test_a_candidate_that_is_the_served_model_has_equal_bits(candidate: Path, rng: np.random.Generator) -> None:
     told: list[dict[str, Any]] = []
-    async with running(EARS, told=told, **sections(candidate)) as server:
+    async with running(EARS, told=told, background=IN_FRESH_INTERPRETERS, **sections(candidate)) as server:
         async with AsyncClient(server.endpoint) as client:
             await until(lambda: found(server).is_following)
             assert found(server).pid is not None
@@ -158,13 +144,13 @@ async def test_what_it_finds_is_what_torch_computes_and_survives_the_death_of_it
 
 
 async def test_a_candidate_that_breaks_meanwhile_is_said_and_disturbs_nothing(
-    candidate: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    candidate: Path, rng: np.random.Generator
 ) -> None:
     told: list[dict[str, Any]] = []
     async with running(EARS, told=told, **sections(candidate)) as server:
         async with AsyncClient(server.endpoint) as client:
             await until(lambda: found(server).is_following)
-            monkeypatch.setattr("instep.streaming.candidate._QUIET_S", 1.5)
+            found(server).quiet_s = 1.5
             os.kill(found(server).pid or 0, signal.SIGSTOP)
             await until(lambda: found(server).state == "late")
             write_model(candidate, NEWER, overwrite=True)

@@ -6,8 +6,9 @@ import asyncio
 import json
 import os
 import signal
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,19 @@ from instep.config import Config
 from instep.core.typing import F32, I64
 from instep.models.folder import write_model
 from instep.runtime.stepper import Stepper
+from instep.server.background import Background, Process
 from instep.server.preparation import Prepared
 from instep.server.server import Server
 from instep.streaming.verification import Verification
-from instep.verify import live
 from instep_client import AsyncClient, AsyncStream
-from tests.support.beside import frames, until
+from tests.support.beside import IN_FRESH_INTERPRETERS, frames, start_program, until
 from tests.support.models import plain
 from tests.support.networks import NETWORKS
-from tests.support.running import prepared, running
+from tests.support.running import IN_FORKS, prepared, running
 
 EARS = replace(plain(5, 8), name="ears")
 NEWER = replace(plain(5, 8, seed=9), name="ears")
-live_command = live.command
 VERIFY: dict[str, Any] = {"verify": {"live": True}, "engine": {"max_batch_size": 16}}
-
-
-def command(file: Path) -> list[str]:
-    """As `live.command`, but a busy machine does not keep it from checking at all."""
-    code = "import sys; from instep.verify import live; live.run_in_the_background = int; live.main(sys.argv[1:])"
-    return [sys.executable, "-c", code, *live_command(file)[3:]]
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "command", command)
 
 
 @pytest.fixture
@@ -96,8 +85,10 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(EARS, stepper=wrong_stepper, told=told, folder=folder, recording=recording, **VERIFY) as server:
+    sections = {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    async with running(
+        EARS, stepper=wrong_stepper, told=told, folder=folder, background=IN_FRESH_INTERPRETERS, **sections
+    ) as server:
         async with AsyncClient(server.endpoint) as client:
             streams = [await client.open(f"s{number}") for number in range(4)]
             await step_all(streams, frames(rng, 50, 4))
@@ -302,7 +293,7 @@ STATUS: dict[str, Any] = {
 """What a checker says that has compared nothing."""
 CHECKS_AT_THE_END = f"""
 import pathlib, sys, time
-file = pathlib.Path(sys.argv[1])
+file = pathlib.Path(sys.argv[2])
 print({json.dumps(STATUS)!r}, flush=True)
 sys.stdin.read()
 file.with_suffix(".ending").touch()
@@ -314,14 +305,15 @@ print({json.dumps(STATUS | {"position": 10**9})!r}, flush=True)
 
 
 async def test_the_checkers_of_several_models_end_side_by_side(
-    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr("instep.server.live_verification._FINISH_S", 20.0)
-    monkeypatch.setattr(live, "command", lambda file: [sys.executable, "-c", CHECKS_AT_THE_END, str(file)])
+    background = Background(partial(start_program, CHECKS_AT_THE_END), finish_s=20.0)
     told, models = list[dict[str, Any]](), (EARS, replace(plain(5, 8, seed=9), name="other"))
     (tmp_path / "recordings").mkdir()
     recording = {"file": tmp_path / "recordings"}
-    async with running(*models, folder=folder, told=told, recording=recording, **VERIFY) as server:
+    async with running(
+        *models, folder=folder, told=told, background=background, recording=recording, **VERIFY
+    ) as server:
         for model in models:
             async with AsyncClient(server.endpoint, model=model.name) as client:
                 await (await client.open("s")).step(frames(rng))
@@ -331,12 +323,11 @@ async def test_the_checkers_of_several_models_end_side_by_side(
 
 
 async def test_no_checker_is_started_while_the_server_ends(
-    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr("instep.server.background._FIRST_PAUSE_S", 5.0)
-    monkeypatch.setattr("instep.server.live_verification._FINISH_S", 60.0)
-    told: list[dict[str, Any]] = []
-    async with running(EARS, folder=folder, told=told, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+    background = replace(IN_FORKS, first_pause_s=5.0, finish_s=60.0)
+    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    async with running(EARS, folder=folder, told=told, background=background, **sections) as server:
         async with AsyncClient(server.endpoint) as client:
             _, pid = await checked_stream(server, client, rng)
             os.kill(pid, signal.SIGKILL)
@@ -366,17 +357,16 @@ async def test_a_mismatch_is_told_once_whatever_happens_to_the_checker(
 
 
 async def test_a_checker_that_talks_nonsense_is_replaced(
-    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    told: list[dict[str, Any]] = []
+    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    talk = partial(start_program, "print(17, 'null', '[1]', 'x' * 2**25, sep='\\n'); input(); input()")
 
-    def nonsense(*_: object) -> list[str]:
-        monkeypatch.setattr(live, "command", command)
-        return [sys.executable, "-c", "print(17, 'null', '[1]', 'x' * 2**25, sep='\\n'); input(); input()"]
+    async def start(words: Sequence[str]) -> Process:
+        has_talked = any(line["event"] == "verifying" for line in told)
+        return await (IN_FORKS.start if has_talked else talk)(words)
 
-    monkeypatch.setattr(live, "command", nonsense)
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+    async with running(EARS, folder=folder, told=told, background=Background(start), **sections) as server:
         async with AsyncClient(server.endpoint) as client:
             await step_all([await client.open("s")], frames(rng, 20, 1))
             await until(lambda: found(server).frames_total == 20)
@@ -384,46 +374,40 @@ async def test_a_checker_that_talks_nonsense_is_replaced(
     assert "longer than limit" in line["reason"] or "exceed" in line["reason"], line
 
 
-async def test_a_checker_that_never_reports_is_behind(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", "input(); input()"])
-    async with running(EARS, folder=folder, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+async def test_a_checker_that_never_reports_is_behind(folder: Path, tmp_path: Path) -> None:
+    sections = {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    background = Background(partial(start_program, "input(); input()"))
+    async with running(EARS, folder=folder, background=background, **sections) as server:
         await until(lambda: found(server).lag_s > 2)
         assert (found(server).state, found(server).frames_total) == ("checking", 0)
 
 
-async def test_a_recording_that_cannot_be_read_is_told_of_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[dict[str, Any]] = []
+async def test_a_recording_that_cannot_be_read_is_told_of_once(folder: Path, tmp_path: Path) -> None:
+    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
     statuses = [json.dumps(STATUS | {"unreadable": "it is locked", "lag_s": 20 + late_s}) for late_s in range(3)]
     code = f"print(*{statuses}, sep='\\n', flush=True); input(); input()"
-    monkeypatch.setattr(live, "command", lambda *_: [sys.executable, "-c", code])
-    async with running(EARS, folder=folder, told=told, recording={"file": tmp_path / "r.instep"}, **VERIFY) as server:
+    background = Background(partial(start_program, code))
+    async with running(EARS, folder=folder, told=told, background=background, **sections) as server:
         await until(lambda: found(server).reported_lag_s == 22)
         assert (found(server).state, found(server).as_json()["reason"]) == ("checking", "it is locked")
     (line,) = (line for line in told if line["event"] == "checker waits")
     assert (line["level"], line["reason"]) == ("warning", "it is locked")
 
 
-async def test_a_checker_that_hangs_holds_nobody_up(
-    folder: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+async def test_a_checker_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    told, wal = list[dict[str, Any]](), tmp_path / "r.instep-wal"
+    background = replace(IN_FORKS, most_wal_bytes=3 * 2**20)
+    sections = {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    async with running(EARS, folder=folder, told=told, background=background, **sections) as server:
         async with AsyncClient(server.endpoint) as client:
             stream, former = await checked_stream(server, client, rng)
             os.kill(former, signal.SIGSTOP)
-            await step_all([stream], frames(rng, 200, 1))
+            await step_all([stream], frames(rng, 20, 1))
             await until(lambda: found(server).lag_s > 2)
-            assert found(server).frames_total == 20
-            monkeypatch.setattr("instep.server.background._MOST_WAL_BYTES", 0)
-            await until(lambda: found(server).pid != former)
-            monkeypatch.undo()
-            monkeypatch.setattr(live, "command", command)
-            await until(lambda: found(server).frames_total + found(server).skipped >= 220)
+            assert (found(server).frames_total, found(server).pid) == (20, former)
+            while wal.stat().st_size <= background.most_wal_bytes:
+                await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).pid not in (former, None))
     assert any(line["event"] == "checker killed" for line in told)
 
 

@@ -245,12 +245,11 @@ def test_the_process_beside_a_server_works_in_slices(
         keep_up(shadow)
 
     monkeypatch.setattr(Shadow, "keep_up", sliced)
-    monkeypatch.setattr(live, "run_in_the_background", lambda: None)
     monkeypatch.setattr(live, "end_of_input", Ended)
     monkeypatch.setattr(live, "in_slices", slices)
     story.step(story.open(), frames=3)
-    *_, fingerprint, share, after = live.command(story.path, story.folder, story.model.fingerprint, 1.0, 0)
-    assert live.main([str(story.path), str(story.folder), fingerprint, share, after]) == 0
+    _, *arguments = live.command(story.path, story.folder, story.model.fingerprint, 1.0, 0)
+    assert live.main(arguments) == 0
     assert [json.loads(line)["frames"] for line in capfd.readouterr().out.splitlines()] == [3, 8, 13]
 
 

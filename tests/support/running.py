@@ -20,10 +20,13 @@ from instep.models.model import Model
 from instep.models.registry import build
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
+from instep.server.background import Background
 from instep.server.preparation import Prepared, find_candidate
 from instep.server.server import Server
+from tests.support.warm import start_module
 
 CPU = torch.device("cpu")
+IN_FORKS = Background(start_module)
 
 
 @cache
@@ -64,6 +67,7 @@ async def running(
     device: torch.device = CPU,
     folder: Path = Path("model"),
     accept_numerics_change: bool = False,
+    background: Background = IN_FORKS,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve these models while the block runs; sections as in the configuration file.
@@ -77,6 +81,7 @@ async def running(
         device: where the network is.
         folder: where recordings are told that the model is.
         accept_numerics_change: continue recordings also where floats may have other bits.
+        background: how processes beside the server run.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
@@ -92,7 +97,9 @@ async def running(
     if exactness is not None:
         ready = [replace(each, certification=exactness) for each in ready]
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper, accept_numerics_change=accept_numerics_change)
+    server = make_server(
+        settings, ready, log, stepper, background=background, accept_numerics_change=accept_numerics_change
+    )
     serving = asyncio.create_task(server.serve())
     try:
         yield server

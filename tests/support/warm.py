@@ -10,17 +10,22 @@ Tests of starting, of imports and of the interpreter's options begin a fresh int
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
@@ -30,13 +35,53 @@ from typing import IO, Any
 import instep.__main__
 import instep.cli  # imported by the one process, so that its forks need not
 import instep.server.serve
+import instep.shadow.command
 import instep.verify.command
+from instep.server.background import LINE_BYTES
 
 _context: ForkServerContext = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
 
-class WarmProcess:
+class _Fork:
+    """A process that begins with `begun`; `files` become its standard output, error and, where there are three, input.
+
+    They are closed here.
+    """
+
+    def __init__(self, begun: _Begun, files: Sequence[int]) -> None:
+        ready, to_ready = os.pipe()
+        given = _Files([to_ready, *files])
+        self._process = _context.Process(target=_run, args=(begun, given), name="instep", daemon=True)
+        self._ending = threading.Lock()
+        try:
+            self._process.start()
+        finally:
+            for file in {to_ready, *files}:
+                os.close(file)
+        with os.fdopen(ready, "rb") as told:
+            told.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, or the number of the signal that killed it, negative; None while it runs."""
+        with self._ending:  # the status can be read once only
+            return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ends at this moment
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+class WarmProcess(_Fork):
     """`instep` with these arguments, to be used like `subprocess.Popen` with text in its pipes.
 
     Args:
@@ -66,27 +111,9 @@ class WarmProcess:
         else:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
-        ready, to_ready = os.pipe()
+        main = instep.__main__.main if program is None else partial(_run_file, program)
         environment = dict(os.environ if env is None else env)
-        begun = _Begun(self.args, program is not None, cwd or Path.cwd(), environment, start_new_session)
-        files = _Files([*theirs, to_ready])
-        self._process = _context.Process(target=_run, args=(begun, files), name="instep", daemon=True)
-        self._ending = threading.Lock()
-        try:
-            self._process.start()
-        finally:
-            for file in {*theirs, to_ready}:
-                os.close(file)
-        with os.fdopen(ready, "rb") as told:
-            told.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """Its exit status, or the number of the signal that killed it, negative; None while it runs."""
-        with self._ending:  # the status can be read once only
-            return self._process.exitcode
+        super().__init__(_Begun(main, self.args, start_new_session, cwd or Path.cwd(), environment), theirs)
 
     def poll(self) -> int | None:
         """The same."""
@@ -123,19 +150,42 @@ class WarmProcess:
         self.stdout = self.stderr = None
         return stdout, stderr
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
-        if self.returncode is None:
-            with contextlib.suppress(ProcessLookupError):  # it ends at this moment
-                os.kill(self.pid, number)
-
     def terminate(self) -> None:
         """SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.send_signal(signal.SIGKILL)
+
+class WarmModule(_Fork):
+    """A module with arguments, as a server runs it beside itself: `start_module` makes it."""
+
+    def __init__(self, words: Sequence[str], files: Sequence[int], *streams: tuple[StreamReader, StreamWriter]) -> None:
+        super().__init__(_Begun(partial(_run_module, words), list(words), new_session=True), files)
+        (_, self.stdin), (self.stdout, self._unused) = streams
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status."""
+        while (status := self.returncode) is None:
+            await asyncio.sleep(0.01)
+        self.stdin.close()
+        self._unused.close()
+        return status
+
+
+async def start_module(words: Sequence[str]) -> WarmModule:
+    """As the function of this name in `instep.server.background`, but a busy machine does not keep it from working."""
+    await asyncio.to_thread(_has_imported)  # the loop serves meanwhile
+    (stdin, its_stdin), (stdout, its_stdout) = socket.socketpair(), socket.socketpair()
+    streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
+    output = its_stdout.detach()
+    return WarmModule(words, [output, output, its_stdin.detach()], *streams)
+
+
+@cache
+def _has_imported() -> None:
+    """Wait until the one process can fork."""
+    process = _context.Process(target=int)
+    process.start()
+    process.join()
 
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -159,11 +209,11 @@ def _run_to_its_end(process: WarmProcess) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True)
 class _Begun:
+    main: Callable[[], object]
     words: list[str]
-    is_program: bool
-    cwd: Path
-    environment: dict[str, str]
     new_session: bool
+    cwd: Path = field(default_factory=Path.cwd)
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
 class _Files:
@@ -182,8 +232,8 @@ def _received(*files: Any) -> _Files:
 
 def _run(begun: _Begun, given: _Files) -> None:
     assert threading.active_count() == 1, "forked from a process with threads"
-    *outputs, ready = given.files
-    for number, file in zip((1, 2), outputs, strict=True):
+    ready, *files = given.files
+    for number, file in zip((1, 2, 0), files, strict=False):
         os.dup2(file, number)
         os.close(file)
     if begun.new_session:
@@ -194,8 +244,14 @@ def _run(begun: _Begun, given: _Files) -> None:
     sys.argv = begun.words
     os.write(ready, b".")
     os.close(ready)
-    if begun.is_program:
-        sys.path.insert(0, str(Path(begun.words[0]).parent.resolve()))
-        runpy.run_path(begun.words[0], run_name="__main__")
-    else:
-        instep.__main__.main()
+    begun.main()
+
+
+def _run_file(program: str) -> None:
+    sys.path.insert(0, str(Path(program).parent.resolve()))
+    runpy.run_path(program, run_name="__main__")
+
+
+def _run_module(words: Sequence[str]) -> None:
+    sys.stdin = os.fdopen(0)
+    sys.exit(importlib.import_module(words[0]).main(list(words[1:])))

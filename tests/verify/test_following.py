@@ -594,7 +594,6 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         database.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UnavailableRecording, match="try again"):
             follow(follower, told, Event(), for_s=0)
-        monkeypatch.setattr(live, "run_in_the_background", lambda: None)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}\n")))
         assert live.main([str(story.path)]) == background.AGAIN, "the server starts another process later"
         assert "database is locked; try again" in capfd.readouterr().err

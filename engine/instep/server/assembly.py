@@ -20,6 +20,7 @@ from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.server.background import Background
 from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
@@ -39,19 +40,22 @@ def make_server(
     log: structlog.stdlib.BoundLogger,
     make_stepper: MakeStepper | None = None,
     *,
+    background: Background | None = None,
     accept_numerics_change: bool = False,
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
-    `make_stepper` makes other steppers than usual, for tests. With `accept_numerics_change` recordings are continued
-    although floats may come out with other bits now.
+    For tests, `make_stepper` makes other steppers than usual, and `background` runs processes in another way. With
+    `accept_numerics_change` recordings are continued although floats may come out with other bits now.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     with ExitStack() as undo:
         try:
-            server = _make_server(config, prepared, log, make_stepper, undo, accept_numerics_change)
+            server = _make_server(
+                config, prepared, log, make_stepper, background or Background(), undo, accept_numerics_change
+            )
         except (CannotListen, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -65,6 +69,7 @@ def _make_server(
     prepared: Sequence[Prepared],
     log: structlog.stdlib.BoundLogger,
     make_stepper: MakeStepper | None,
+    background: Background,
     undo: ExitStack,
     accept_numerics_change: bool,
 ) -> Server:
@@ -105,7 +110,7 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
     configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
-    server = Server(config, shutdown, loop, frontend, log, configured)
+    server = Server(config, shutdown, loop, frontend, log, configured, background)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
     if is_loopback(config.transport.endpoint):

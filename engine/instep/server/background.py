@@ -7,27 +7,86 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
-from asyncio.subprocess import PIPE, STDOUT, Process
-from typing import Any, Final
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 from instep.background import CANNOT
 from instep.streaming.service import ModelService
 
-_LINE_BYTES: Final = 2**24
-_FIRST_PAUSE_S: Final = 1.0
+LINE_BYTES: Final = 2**24
+"""A process that writes a longer line is ended."""
 _LONGEST_PAUSE_S: Final = 60.0
 _LOOK_S: Final = 1.0
-_MOST_WAL_BYTES: Final = 2**28
-"""A process that stops in the middle of a read keeps the WAL from being reused, and a WAL of 1 GiB ends the server."""
+
+
+class Process(Protocol):
+    """A child process with pipes; `asyncio.subprocess.Process` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        ...
+
+    @property
+    def stdin(self) -> asyncio.StreamWriter | None:
+        """Its standard input."""
+        ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None:
+        """Its standard output and error."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL; ProcessLookupError is allowed where it has ended."""
+
+    async def wait(self) -> int:
+        """Its exit status, negative for a signal."""
+        ...
+
+
+async def start_module(words: Sequence[str]) -> Process:
+    """Run a module with arguments in a fresh interpreter."""
+    # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", *words),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=STDOUT,
+        limit=LINE_BYTES,
+        start_new_session=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """The way in which a server runs processes beside itself.
+
+    Attributes:
+        start: starts a process: a module's name, and arguments for its `main`. It may raise OSError.
+        first_pause_s: before a process that has ended is followed by another one; each further pause is twice as long.
+        most_wal_bytes: of a recording. A process that stops in the middle of a read keeps the WAL from being reused,
+            and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
+        finish_s: time for checking the newest frames when the server ends in order.
+    """
+
+    start: Callable[[Sequence[str]], Awaitable[Process]] = start_module
+    first_pause_s: float = 1.0
+    most_wal_bytes: int = 2**28
+    finish_s: float = 2.0
 
 
 class BackgroundProcess(ABC):
     """Keeps a process running beside a service that records, and passes on what it reports (`instep.background`)."""
 
-    def __init__(self, service: ModelService) -> None:
+    def __init__(self, service: ModelService, background: Background) -> None:
         self._service = service
+        self._background = background
         self._last_words = ""
         self._is_ending = False
         """Whether no other process is to follow this one."""
@@ -38,7 +97,7 @@ class BackgroundProcess(ABC):
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """The command line of the next process."""
+        """The module that the next process runs, and its arguments."""
 
     @abstractmethod
     def _began(self, pid: int) -> None:
@@ -80,7 +139,7 @@ class BackgroundProcess(ABC):
     # ── Supervision ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
+        pause_s = self._background.first_pause_s
         while True:
             began = time.monotonic()
             try:
@@ -94,7 +153,7 @@ class BackgroundProcess(ABC):
                 return
             reason = f"the process {ended}{self._last_words and f': {self._last_words}'}"
             if time.monotonic() - began > _LONGEST_PAUSE_S:
-                pause_s = _FIRST_PAUSE_S
+                pause_s = self._background.first_pause_s
             self._will_restart(reason, pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -102,11 +161,7 @@ class BackgroundProcess(ABC):
     async def _listen(self) -> int:
         """Run a process until it ends; its exit status, negative for a signal."""
         self._last_words = ""
-        # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
-        process = await asyncio.create_subprocess_exec(
-            *self._command(), stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=_LINE_BYTES, start_new_session=True
-        )
-        self._process = process
+        self._process = process = await self._background.start(self._command())
         guarding = asyncio.create_task(self._guard(process, f"{self._service.file}-wal"))
         self._began(process.pid)
         try:
@@ -120,7 +175,7 @@ class BackgroundProcess(ABC):
             self._ended()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            while process.stdout is not None and await process.stdout.read(_LINE_BYTES):
+            while process.stdout is not None and await process.stdout.read(LINE_BYTES):
                 pass  # `wait` waits for the end of the pipe, which nobody reads on while the reader's buffer is full
             await process.wait()
 
@@ -129,7 +184,7 @@ class BackgroundProcess(ABC):
         while True:
             await asyncio.sleep(_LOOK_S)
             with contextlib.suppress(OSError):
-                if os.stat(wal).st_size > _MOST_WAL_BYTES:
+                if os.stat(wal).st_size > self._background.most_wal_bytes:
                     self._was_killed(f"{wal} has grown, perhaps because it reads")
                     process.kill()
                     return

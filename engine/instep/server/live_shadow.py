@@ -13,7 +13,7 @@ import structlog
 
 from instep.config import ModelConfig
 from instep.models.errors import ModelError
-from instep.server.background import BackgroundProcess
+from instep.server.background import Background, BackgroundProcess
 from instep.server.beside import Beside
 from instep.server.preparation import CannotServe, check_candidates, find_candidate, is_served
 from instep.shadow import live
@@ -27,9 +27,9 @@ _FINGERPRINT: Final = 8
 class LiveShadow(BackgroundProcess):
     """Keeps the candidate running for as long as a service records, and notes in it how its outputs differ."""
 
-    def __init__(self, service: ModelService) -> None:
+    def __init__(self, service: ModelService, background: Background) -> None:
         assert service.candidate is not None
-        super().__init__(service)
+        super().__init__(service, background)
         self._found: CandidateStatus = service.candidate
         self._before = self._found
         """Findings of former processes."""
@@ -97,15 +97,16 @@ def _logged(difference: float) -> float | str:
 class Shadows:
     """The candidates of a server's models, each beside the recording of its model."""
 
-    def __init__(self, beside: Beside, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, beside: Beside, background: Background, log: structlog.stdlib.BoundLogger) -> None:
         self._beside = beside
+        self._background = background
         self._log = log
         self._running: dict[ModelService, LiveShadow] = {}
 
     def begin(self, service: ModelService) -> None:
         """Shadow a model, if it has a candidate."""
         if service.candidate is not None:
-            self._running[service] = LiveShadow(service)
+            self._running[service] = LiveShadow(service, self._background)
 
     async def end(self, service: ModelService, reason: str) -> None:
         """Shadow a model no longer, if anything does."""

@@ -8,23 +8,20 @@ import shlex
 import time
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any
 
-from instep.server.background import BackgroundProcess
+from instep.server.background import Background, BackgroundProcess
 from instep.streaming.service import ModelService
 from instep.streaming.verification import Verification, WrongFrame
 from instep.verify import live
-
-_FINISH_S: Final = 2.0
-"""How long a server that ends in order waits for the newest frames to be checked."""
 
 
 class LiveVerification(BackgroundProcess):
     """Keeps a checking process running for as long as a service records, and notes what it finds in `verification`."""
 
-    def __init__(self, service: ModelService) -> None:
+    def __init__(self, service: ModelService, background: Background) -> None:
         assert service.verification is not None
-        super().__init__(service)
+        super().__init__(service, background)
         self._found: Verification = service.verification
         self._before = Verification()
         """Findings of former processes."""
@@ -34,12 +31,12 @@ class LiveVerification(BackgroundProcess):
             self._next = live.Begin(service.recovery.checkpoint_position)
 
     async def stop(self, *, finishes: bool) -> None:
-        """End the process. Where it `finishes` and is not late, it has `_FINISH_S` to check the newest frames first."""
+        """End the process. Where it `finishes` and is not late, it has a moment to check the newest frames first."""
         self._is_ending = True
-        journal, found = self._service.engine.journal, self._found
-        if finishes and self._process is not None and found.reported_s and found.lag_s < _FINISH_S:
+        journal, found, finish_s = self._service.engine.journal, self._found, self._background.finish_s
+        if finishes and self._process is not None and found.reported_s and found.lag_s < finish_s:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FINISH_S):
+                async with asyncio.timeout(finish_s):
                     await journal.committed(journal.newest)
                     await self._finish()
         await self._end()

@@ -19,6 +19,7 @@ from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
 from instep.recording.recorder import Recorder
+from instep.server.background import Background
 from instep.server.beside import Beside
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
@@ -54,6 +55,7 @@ class Server:
         frontend: ZmqFrontend,
         log: structlog.stdlib.BoundLogger,
         configured: Mapping[str, Version],
+        background: Background,
     ) -> None:
         self.config = config
         self.unanswered_messages = 0
@@ -70,7 +72,8 @@ class Server:
         """Shows this one over HTTP; started and closed with it."""
         self._verifications: dict[ModelService, LiveVerification] = {}
         beside = Beside(config.engine.threads, shutdown)
-        self.shadows = Shadows(beside, log)
+        self._background = background
+        self.shadows = Shadows(beside, background, log)
         self.loader = Loader(self, loop, shutdown, beside, log, configured)
 
     def add(self, served: Served) -> None:
@@ -135,7 +138,7 @@ class Server:
         self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
         self._turns.add(service)
         if service.verification is not None:
-            self._verifications[service] = LiveVerification(service)
+            self._verifications[service] = LiveVerification(service, self._background)
         self.shadows.begin(service)
 
     def _leave(self, service: ModelService) -> None:

@@ -21,7 +21,7 @@ _PAUSE_S: Final = 1.0
 
 
 def command(recording: Path, folder: Path, fingerprint: str, share: float, after: int) -> list[str]:
-    """The command line that follows a recording with the candidate in a folder.
+    """The module and arguments of a process that follows a recording with the candidate in a folder.
 
     Args:
         recording: of the version that is served.
@@ -31,12 +31,11 @@ def command(recording: Path, folder: Path, fingerprint: str, share: float, after
         after: a position of the recording; frames up to there are not compared.
     """
     values = map(str, (recording, folder, fingerprint, share, after))
-    return [sys.executable, "-m", "instep.shadow.live", *values]
+    return ["instep.shadow.live", *values]
 
 
 def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
-    run_in_the_background()
     recording, folder, fingerprint, share, after = arguments
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
@@ -70,4 +69,5 @@ def _tell(shadow: Shadow) -> None:
 
 
 if __name__ == "__main__":
+    run_in_the_background()
     sys.exit(main(sys.argv[1:]))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
-
-_QUIET_S: Final = 10.0
-"""A process that says nothing for longer is late."""
+from typing import Any, Literal
 
 
 @dataclass(slots=True)
@@ -37,6 +34,8 @@ class CandidateStatus:
     """The largest absolute difference of one value; infinity where one is not finite and the other differs."""
     mean: float = 0.0
     """The mean absolute difference of all values."""
+    quiet_s: float = 10.0
+    """A process that says nothing for longer is late."""
 
     @property
     def state(self) -> Literal["starting", "following", "late", "ended"]:
@@ -49,7 +48,7 @@ class CandidateStatus:
             return "ended"
         if not self.reported_s:
             return "starting"
-        return "following" if time.monotonic() - self.reported_s < _QUIET_S else "late"
+        return "following" if time.monotonic() - self.reported_s < self.quiet_s else "late"
 
     @property
     def is_following(self) -> bool:

@@ -36,13 +36,12 @@ class Begin:
 
 
 def command(file: Path) -> list[str]:
-    """The command line that checks a recording."""
-    return [sys.executable, "-m", "instep.verify.live", str(file)]
+    """The module and arguments of a process that checks a recording."""
+    return ["instep.verify.live", str(file)]
 
 
 def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
-    run_in_the_background()
     file, begin = Path(arguments[0]), Begin(**json.loads(sys.stdin.buffer.readline()))
     from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
     from instep.verify.conditions import recorded_threads
@@ -74,4 +73,5 @@ def _tell(told: Begin, streams: StreamNumbers, status: Status) -> None:
 
 
 if __name__ == "__main__":
+    run_in_the_background()
     sys.exit(main(sys.argv[1:]))
