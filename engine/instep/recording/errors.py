@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 from pathlib import Path
+from typing import Final
+
+_FULL: Final = ("disk is full", os.strerror(errno.ENOSPC))
+"""Said by SQLite, and by the system."""
 
 
 class RecordingError(Exception):
@@ -41,6 +47,6 @@ def with_advice(error: Exception) -> str:
     if isinstance(error, DamagedRecording):
         save = f"instep recordings repair {shlex.quote(str(error.path))}"
         return f"{error}; what comes before the damage is saved by: {save}"
-    if "disk is full" in str(error):  # as SQLite says it
+    if any(words in str(error) for words in _FULL):
         return f"{error}; make room, or copy the recording and its -wal file to a larger disk and serve the copy"
     return str(error)

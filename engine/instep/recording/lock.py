@@ -50,8 +50,12 @@ class WriterLock:
             if _is_file_of(self.path, self._file):
                 break
             os.close(self._file)  # its holder took it away as it let go
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, str(os.getpid()).encode(), 0)
+        except OSError:  # the disk is full
+            self.release()
+            raise
 
     def hold(self) -> None:
         """Lock the recording itself.
