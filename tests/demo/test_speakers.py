@@ -25,6 +25,7 @@ from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from tests.support.running import prepared
+from tests.support.served import WarmServer
 from tests.support.warm import WarmProcess
 
 
@@ -47,7 +48,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     for name in ("speakers.recording", "speakers.recording-wal", "speakers.recording-shm", "speakers.png", "mine"):
         (out / name).write_text("from before")
     file = io.StringIO()
-    status = speakers.run(out, Console(file=file, width=80), speed=4.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(speakers, "ChildServer", WarmServer)
+        status = speakers.run(out, Console(file=file, width=80), speed=4.0)
     return Shown(status, file.getvalue(), out)
 
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import zmq
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.served import WarmServer
 from tests.support.traffic import neighbours
 
 NEIGHBOURS = 4
@@ -86,7 +86,7 @@ async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) ->
     # Few streams, because the first frames of a stream make pages of its ring real.
     arguments = ["engine.max_streams=64", "limits.park_s=0", "limits.unreachable_after_s=3"]
     arguments.append("transport.max_message_bytes=1048576")
-    with ChildServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
+    with WarmServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
         process = psutil.Process(server.pid)
         async with neighbours(server.endpoint, WIDE, NEIGHBOURS) as others:
             before = process.memory_info().rss
@@ -105,7 +105,7 @@ async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) ->
 async def test_a_flood_of_the_largest_messages_takes_bounded_memory(tmp_path: Path, kind: Kind) -> None:
     write_model(tmp_path / "model", SMALL)
     arguments = ["transport.max_message_bytes=1048576", "transport.send_high_water_mark=16"]
-    with ChildServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
+    with WarmServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
         process = psutil.Process(server.pid)
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             before = process.memory_info().rss

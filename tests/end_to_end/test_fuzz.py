@@ -15,13 +15,13 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
 from instep_client.protocol.wire import Code, Kind
 from tests.support.fuzzing import FAILURES, INTERESTING_VALUES, REFUSALS, AnswerCheck, MessageMaker, is_answered
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.served import WarmServer
 from tests.support.step_messages import step_header
 from tests.support.traffic import assert_same_bits, neighbours
 
@@ -120,7 +120,7 @@ async def test_many_damaged_messages(tmp_path: Path, messages: int, most_growth_
     write_model(tmp_path / "model", SMALL)
     settings = ["engine.max_streams=300", "transport.heartbeat_s=2", "limits.park_s=1"]
     arguments = [part for setting in settings for part in ("--set", setting)]
-    with ChildServer(tmp_path / "model", arguments) as server:
+    with WarmServer(tmp_path / "model", arguments) as server:
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             fuzzer = Fuzzer(server.endpoint, messages, others.handles, psutil.Process(server.pid))
             fuzzer.start()

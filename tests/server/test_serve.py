@@ -36,7 +36,7 @@ from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
 from tests.support.running import log_into, prepared
-from tests.support.served import serving
+from tests.support.served import WarmServer, serving
 
 QUIET = log_into([])
 
@@ -351,7 +351,7 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
 
 
 def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:
-    with pytest.raises(ChildFailed, match="did not start"), ChildServer(tmp_path / "nothing"):
+    with pytest.raises(ChildFailed, match="did not start"), WarmServer(tmp_path / "nothing"):
         pass
 
 
@@ -362,7 +362,7 @@ def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
 
 
 def test_a_child_server_may_log_more_than_a_pipe_holds(model: Path) -> None:
-    with ChildServer(model, ["--log-level", "debug"]) as child, Client(child.endpoint) as client:
+    with WarmServer(model, ["--log-level", "debug"]) as child, Client(child.endpoint) as client:
         for number in range(600):  # each request is a line of about 150 bytes, and a pipe holds 64 KiB
             client.open(f"s{number}").close()
         assert client.stats()["closed_streams_total"] == 600

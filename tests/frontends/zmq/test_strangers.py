@@ -15,7 +15,6 @@ import msgpack
 import numpy as np
 import zmq
 
-from instep.demo.child_server import ChildServer
 from instep.frontends.zmq.peers import Peer
 from instep.models.folder import write_model
 from instep_client.protocol.wire import Code, Kind
@@ -23,6 +22,7 @@ from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.served import WarmServer
 from tests.support.streaming import random_frames
 
 F, H = 5, 8
@@ -53,7 +53,7 @@ def test_routing_ids_that_strangers_claim_cost_no_ordinary_connection(tmp_path: 
     write_model(tmp_path / "model", SMALL)
     unseeded = subprocess.run([sys.executable, "-c", FIRST_ROUTING_ID], capture_output=True, check=True)
     first = int(unseeded.stdout)
-    with ChildServer(tmp_path / "model") as server, ExitStack() as open_sockets:
+    with WarmServer(tmp_path / "model") as server, ExitStack() as open_sockets:
         context = open_sockets.enter_context(zmq.Context())
         for number in range(CLAIMED):
             claimant = open_sockets.enter_context(context.socket(zmq.DEALER))
@@ -162,7 +162,7 @@ def test_a_message_that_never_ends_is_never_taken_and_costs_memory_but_no_servic
     """libzmq shows a message when its last part has come, and sends none before: this stranger speaks ZMTP itself."""
     write_model(tmp_path / "model", SMALL)
     # A process of its own: one that has run other tests takes memory that they freed, and does not grow.
-    with ChildServer(tmp_path / "model") as server:
+    with WarmServer(tmp_path / "model") as server:
         host, port = server.endpoint.removeprefix("tcp://").split(":")
         asyncio.run(assert_serves(server.endpoint, rng, "before"))
         before = resident_bytes(server.pid)

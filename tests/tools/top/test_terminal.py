@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from psutil import Process
 
-from instep.demo.child_server import ChildServer
 from instep.models.folder import write_model
 from instep.server.server import Server
 from instep_client import AsyncClient
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.running import running
+from tests.support.served import WarmServer
 from tests.support.terminal_program import TerminalProgram, on_terminal
 from tests.tools.top.support import ADMIN, TRANSPORTS, endpoint_of
 
@@ -131,7 +131,7 @@ async def test_a_server_that_comes_and_goes_and_comes_back(tmp_path: Path) -> No
 
 async def test_a_server_that_is_stuck_is_said_at_once_and_counted_from_its_last_answer(tmp_path: Path) -> None:
     write_model(tmp_path / "model", SMALL)
-    with ChildServer(tmp_path / "model") as server:
+    with WarmServer(tmp_path / "model") as server:
         async with on_terminal(["instep_tools", "top", server.endpoint, "--every", "0.2"]) as top:
             await top.until("ready, 0 frames/s")
             os.kill(server.pid, signal.SIGSTOP)
