@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import builtins
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncGroup, AsyncStream, Client
 from tests.docs.support.page import Page
 from tests.support.served import WarmServer
+from tests.support.warm import run_program
 
 pytestmark = pytest.mark.heavy
 
@@ -34,6 +32,8 @@ PRINTED = [
     f"{[100] * 8}\n",
 ]
 """By the code blocks in order."""
+
+WARNINGS_ARE_ERRORS = "import warnings\nwarnings.simplefilter('error')\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +51,22 @@ def test_its_code_runs_and_prints_what_it_should(endpoint: str, tmp_path: Path, 
     code = blocks[number][1]
     assert "tcp://127.0.0.1:5757" in code
     script = tmp_path / "script.py"
-    script.write_text(code.replace("tcp://127.0.0.1:5757", endpoint))
-    result = subprocess.run(
-        [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
+    script.write_text(WARNINGS_ARE_ERRORS + code.replace("tcp://127.0.0.1:5757", endpoint))
+    result = run_program(str(script), tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, PRINTED[number], "")
 
 
-def test_its_commands_run_as_written(endpoint: str, tmp_path: Path) -> None:
+def test_its_commands_run_as_written(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, text),) = PAGE.blocks("bash")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     assert [command[:3] for command in commands] == [
         ["instep-client", "state", verb] for verb in ("read", "snapshot", "restore", "fork", "reset")
     ]
-    main = [sys.executable, "-W", "error", "-m", "instep_tools"]
+    monkeypatch.setenv("INSTEP_ENDPOINT", endpoint)
     with Client(endpoint) as client:
         client.open("mic-7").step(np.ones((5, 3)))
         for command in commands:
-            result = subprocess.run(
-                [*main, *command[1:]],
-                cwd=tmp_path,
-                env={**os.environ, "INSTEP_ENDPOINT": endpoint},
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
+            result = run_program("instep_tools", tmp_path, *command[1:])
             assert (result.returncode, result.stderr) == (0, "")
         for name in ("mic-7", "mic-7-again", "mic-7-copy"):  # the streams that were made or taken are there
             stream = client.resume(name, take_over=True)

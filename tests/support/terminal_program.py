@@ -10,11 +10,11 @@ import pty
 import re
 import signal
 import struct
-import subprocess
-import sys
 import termios
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
+
+from tests.support.warm import WarmProcess
 
 WAIT_S: Final = 60.0
 
@@ -22,7 +22,7 @@ WAIT_S: Final = 60.0
 class TerminalProgram:
     """Collects what a program writes; knows its newest screen, provided that each begins at the upper left corner."""
 
-    def __init__(self, process: subprocess.Popen[bytes], terminal: int, first_settings: list[Any]) -> None:
+    def __init__(self, process: WarmProcess, terminal: int, first_settings: list[Any]) -> None:
         self.process = process
         self.terminal = terminal
         self.first_settings = first_settings
@@ -100,9 +100,8 @@ async def on_terminal(command: Sequence[str], width: int = 80, height: int = 24)
         os.close(program)
 
 
-def _start(command: Sequence[str], terminal: int) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], terminal: int) -> WarmProcess:
     environment = {**os.environ, "TERM": "xterm-256color"}
     for name in ("COLUMNS", "LINES", "NO_COLOR"):
         environment.pop(name, None)
-    line = [sys.executable, "-m", *command]
-    return subprocess.Popen(line, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
+    return WarmProcess(command[1:], program=command[0], env=environment, output=terminal)

@@ -86,10 +86,11 @@ class WarmProcess(_Fork):
 
     Args:
         arguments: of the command.
-        program: a Python file that is run instead of `instep`.
+        program: a Python file or a module that is run instead of `instep`.
         cwd: where it runs; None for the test's folder.
         env: its whole environment; None for the test's.
-        output: a file for all that it prints; None for the pipes `stdout` and `stderr`.
+        output: a file for all that it prints, or an open terminal, which is its standard input, too; None for the pipes
+            `stdout` and `stderr`.
         start_new_session: whether signals to the test's process group pass it by.
     """
 
@@ -100,18 +101,20 @@ class WarmProcess(_Fork):
         program: str | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        output: Path | None = None,
+        output: Path | int | None = None,
         start_new_session: bool = False,
     ) -> None:
         self.args = [program or "instep", *arguments]
         self.stdout: IO[str] | None = None
         self.stderr: IO[str] | None = None
-        if output is not None:
+        if isinstance(output, int):
+            theirs = [os.dup(output) for _ in range(3)]
+        elif output is not None:
             theirs = [os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)] * 2
         else:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
-        main = instep.__main__.main if program is None else partial(_run_file, program)
+        main = instep.__main__.main if program is None else partial(_run_program, program)
         environment = dict(os.environ if env is None else env)
         super().__init__(_Begun(main, self.args, start_new_session, cwd or Path.cwd(), environment), theirs)
 
@@ -193,9 +196,9 @@ def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.
     return _run_to_its_end(WarmProcess(arguments, cwd=cwd))
 
 
-def run_program(program: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a Python file to its end, which finds torch and `instep` imported."""
-    return _run_to_its_end(WarmProcess([], program=program, cwd=cwd))
+def run_program(program: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python file or a module to its end, which finds torch and `instep` imported."""
+    return _run_to_its_end(WarmProcess(arguments, program=program, cwd=cwd))
 
 
 def _run_to_its_end(process: WarmProcess) -> subprocess.CompletedProcess[str]:
@@ -236,6 +239,8 @@ def _run(begun: _Begun, given: _Files) -> None:
     for number, file in zip((1, 2, 0), files, strict=False):
         os.dup2(file, number)
         os.close(file)
+    if len(files) == 3:
+        sys.stdin = os.fdopen(0)
     if begun.new_session:
         os.setsid()
     os.chdir(begun.cwd)
@@ -247,11 +252,13 @@ def _run(begun: _Begun, given: _Files) -> None:
     begun.main()
 
 
-def _run_file(program: str) -> None:
-    sys.path.insert(0, str(Path(program).parent.resolve()))
-    runpy.run_path(program, run_name="__main__")
+def _run_program(program: str) -> None:
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent.resolve()))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def _run_module(words: Sequence[str]) -> None:
-    sys.stdin = os.fdopen(0)
     sys.exit(importlib.import_module(words[0]).main(list(words[1:])))
