@@ -9,8 +9,6 @@ import re
 import resource
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from importlib import metadata
@@ -36,6 +34,7 @@ from instep.models.folder import load_model, write_model
 from instep_client import Client
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.threaded import ThreadedServer
+from tests.support.warm import run_program
 
 ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
 
@@ -74,16 +73,22 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_still_said(tmp_path: Path) -> None:
+LIMITED = """
+import resource
+from instep.__main__ import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+main()
+"""
+
+
+def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_still_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.yaml").write_text("limits:\n  park_z: 3\nengine: {threads: none}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "instep", "doctor", "--config", str(tmp_path / "bad.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "INSTEP_ENDPOINT": Config().transport.endpoint, "INSTEP_MODEL": "ears"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
-    )
+    (tmp_path / "limited.py").write_text(LIMITED)
+    monkeypatch.setenv("INSTEP_ENDPOINT", Config().transport.endpoint)
+    monkeypatch.setenv("INSTEP_MODEL", "ears")
+    done = run_program("limited.py", tmp_path, "doctor", "--config", "bad.yaml")
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80

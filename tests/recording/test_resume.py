@@ -3,10 +3,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from instep.recording.writer import RecordingWriter
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.rows import open_stream, stream_event
 from tests.support.scribe import Scribe
+from tests.support.warm import WarmProcess
 
 GRU = make_gru(3, 4, layers=2)
 HEADER = make_header(gru_description(GRU))
@@ -200,18 +198,19 @@ def test_what_was_called_durable_survives_kill_9(tmp_path: Path, durability: str
     path = tmp_path / "a.rec"
     program = PROGRAM.format(rows=header(durability=durability).rows())
     durable = 0
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as writing:
-        try:
-            assert writing.stdout is not None
-            for _ in range(lines):
-                durable = int(writing.stdout.readline())
-            assert is_being_written(path)
-            with pytest.raises(RecordingError, match=rf"is being written by another instep \(pid {writing.pid}\)"):
-                RecordingWriter.resume(path, HEADER)
-        finally:
-            writing.send_signal(signal.SIGKILL)
-        said = [int(line) for line in writing.stdout.read().splitlines() if re.fullmatch(r"\d+", line)]
-        durable = max([durable, *said[:-1]])  # the last line may be torn
+    (tmp_path / "program.py").write_text(program)
+    writing = WarmProcess([str(path)], program=str(tmp_path / "program.py"))
+    try:
+        assert writing.stdout is not None
+        for _ in range(lines):
+            durable = int(writing.stdout.readline())
+        assert is_being_written(path)
+        with pytest.raises(RecordingError, match=rf"is being written by another instep \(pid {writing.pid}\)"):
+            RecordingWriter.resume(path, HEADER)
+    finally:
+        writing.kill()
+    said = [int(line) for line in writing.communicate()[0].splitlines() if re.fullmatch(r"\d+", line)]
+    durable = max([durable, *said[:-1]])  # the last line may be torn
     with Recovered(path) as recovered:
         assert recovered.last_position >= durable > 0
         batches = [item.batch for item in recovered.replay()]  # type: ignore[union-attr]
