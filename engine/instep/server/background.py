@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from instep.background import CANNOT
+from instep.interrupts import signal_name
 from instep.streaming.service import ModelService
 
 LINE_BYTES: Final = 2**24
@@ -144,7 +144,7 @@ class BackgroundProcess(ABC):
             began = time.monotonic()
             try:
                 status = await self._listen()
-                ended = f"has ended by {signal.Signals(-status).name}" if status < 0 else f"has ended with {status}"
+                ended = f"has ended by {signal_name(-status)}" if status < 0 else f"has ended with {status}"
             except OSError as error:
                 status, ended = 1, f"cannot be started: {error}"
             except Exception as error:  # a bug there or here, for which the server need not end
