@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from instep.cli import app
@@ -28,12 +27,12 @@ from tests.support.archives import (
     MODEL,
     SAMPLES,
     WEIGHTS,
-    CellWithHead,
     Odds,
     imported,
     members,
     rewrite,
     save,
+    save_cell,
 )
 from tests.support.steps import FEATURES
 from tests.support.warm import run_instep
@@ -58,7 +57,7 @@ def pickled(value: Any) -> bytes:
 
 
 def test_no_payload_in_an_archive_runs_whether_it_is_imported_or_refused() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     sound = members()
     pickle.loads(pickle.dumps(Trap()))
     assert Path("ran").exists(), "the trap works"
@@ -199,7 +198,7 @@ CODE: Final = "__import__('pathlib').Path('ran').touch()"
     ],
 )
 def test_an_archive_that_was_changed_is_refused_with_a_sentence(member: str, change: Change, sentence: str) -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole = members()
     content = json.loads(whole[member])
     change(content)
@@ -214,7 +213,7 @@ def test_an_archive_that_was_changed_is_refused_with_a_sentence(member: str, cha
 
 
 def test_names_and_lines_of_code_in_an_archive_are_never_code() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole, code = members(), json.dumps(CODE).encode()
     renamed = {name: content.replace(b'"head.weight"', code) for name, content in whole.items()}
     rewrite(whole | {name: renamed[name] for name in (MODEL, WEIGHTS)})
@@ -233,7 +232,7 @@ def test_names_and_lines_of_code_in_an_archive_are_never_code() -> None:
 
 
 def test_a_long_trace_in_an_archive_is_read_at_once() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole = members()
     content = json.loads(whole[MODEL])
     call("torch.ops.aten.randn_like.default", self=X)(content)
@@ -249,7 +248,7 @@ def test_a_long_trace_in_an_archive_is_read_at_once() -> None:
 
 
 def test_what_torch_logs_of_a_broken_graph_is_not_shown() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole = members()
     content = json.loads(whole[WEIGHTS])
     at(f"{META}/sizes", [{"as_int": 1}] * 2)(content)
@@ -260,7 +259,7 @@ def test_what_torch_logs_of_a_broken_graph_is_not_shown() -> None:
 
 
 def test_an_archive_from_a_machine_with_a_gpu_is_served_on_this_one() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     assert imported("--output", "here")[0] == 0
     cpu, gpu = b'"type": "cpu", "index": null', b'"type": "cuda", "index": 0'
     rewrite({name: content.replace(cpu, gpu) for name, content in members().items()})
@@ -269,7 +268,7 @@ def test_an_archive_from_a_machine_with_a_gpu_is_served_on_this_one() -> None:
 
 
 def test_files_that_are_no_archive_as_torch_writes_it() -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole, original = members(), Path("net.pt2").read_bytes()
 
     def compressed() -> None:
@@ -331,7 +330,7 @@ def test_files_that_are_no_archive_as_torch_writes_it() -> None:
     ],
 )
 def test_of_many_wrong_values_in_a_graph_one_is_enough(path: tuple[str, str], value: Any, sentence: str) -> None:
-    save(CellWithHead(nn.GRUCell), torch.randn(3, FEATURES), torch.zeros(3, 32))
+    save_cell()
     whole = members()
     program = json.loads(whole[MODEL])
     program["graph_module"][path[0]][path[1]] = value

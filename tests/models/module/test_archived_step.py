@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -157,10 +158,9 @@ def test_a_step_that_export_step_refuses_too_is_refused_in_its_words(
     body: Callable[[Any, Any, Any], Any], sentence: str
 ) -> None:
     save(Step(body).train(), torch.randn(3, FEATURES), torch.zeros(3, FEATURES), strict=False)
-    with pytest.raises(ModelError, match=rf"^net.pt2: .*{sentence}") as refused:
-        import_pt2("net.pt2", "net")
-    assert "\n" not in str(refused.value)
-    assert imported()[0] == 2
+    status, said = imported()
+    assert status == 2
+    assert re.search(rf"^net.pt2: .*{sentence}", said), said
     assert not Path("net").exists()
 
 
