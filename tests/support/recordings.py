@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from instep.models.numerics import numerics
 from instep.models.recurrent.cell import Kernel
 from instep.models.recurrent.network import RecurrentNetwork
 from instep.models.registry import parse_description
+from instep.models.stepping import step_rows
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
-from tests.support.models import stepped
 from tests.support.scribe import F32, START_NS, Scribe, Step
 
 
@@ -110,10 +111,11 @@ def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certificati
 
 def served_step(network: RecurrentNetwork) -> Step:
     """One timestep of the network as it is served."""
+    bind, spec, outputs = cache(network.bind), network.state, network.description.outputs
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
-        y, after = stepped(network, x[None], h)
-        return y[0], after
+        y, rows = step_rows(bind(len(x)), spec, x, spec.pack({"h": h.swapaxes(0, 1)}), outputs)
+        return y, spec.unpack(rows)["h"].swapaxes(0, 1)
 
     return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from json import dumps
@@ -13,7 +14,8 @@ import torch
 from rich.console import Console
 
 from instep.config import Config
-from instep.models.certify import candidate_buckets, certify
+from instep.models.base import RecurrentModel
+from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_version
 from instep.models.numerics import prepare
@@ -86,6 +88,7 @@ def make_shadow(
     fingerprint: str | None = None,
     most_streams: int = MOST_STREAMS,
     most_listed: int = MOST_LISTED,
+    certify: Callable[[RecurrentModel, Sequence[int]], Certification] = certify,
 ) -> Shadow:
     """A candidate that has not followed anything yet.
 
@@ -95,6 +98,7 @@ def make_shadow(
         fingerprint: which version the folder must hold; None for any.
         most_streams: followed at the same time.
         most_listed: streams in a report.
+        certify: finds the batch sizes in which the candidate may step.
 
     Raises:
         ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
