@@ -164,11 +164,15 @@ def test_one_wrong_output_is_found_with_the_values(tmp_path: Path, begins: str) 
 @pytest.mark.parametrize("table", ["openings", "batches", "outputs", "closings", "events"])
 def test_damage_is_found_in_each_row_of_those_read_together(tmp_path: Path, table: str) -> None:
     story = Story(tmp_path)
-    for _ in range(60):
+    for _ in range(20):
         story.anything()
+    for stream in sorted(story.scribe.states)[:2]:
+        story.scribe.close(stream)
     story.scribe.writer.close()
     forger = Forger(story.path, tmp_path / "b.rec", fix_crc=False)
-    for row in forger.rows(table):
+    rows = forger.rows(table)
+    assert len(rows) > 1
+    for row in rows:
         forger.change(table, row["position"], time_ns=row["time_ns"] ^ 256)
         with pytest.raises(
             DamagedRecording, match=f"the row at position {row['position']} .of {table}. does not match"
