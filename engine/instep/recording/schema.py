@@ -94,7 +94,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import groupby, islice, repeat
 from struct import Struct
 from struct import error as StructError
@@ -279,7 +279,7 @@ def _columns(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} {declared}" for name, declared in {**columns, "crc": "INTEGER NOT NULL"}.items())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordingHeader:
     """A recording's description of the engine that wrote it."""
 
@@ -313,7 +313,7 @@ class RecordingHeader:
     output_names: tuple[str, ...] = ()
     """The model's names of its outputs, in order; empty where they have none."""
 
-    @property
+    @cached_property
     def state_spec(self) -> StateSpec:
         """The state specification."""
         return StateSpec.decode(self.state)
