@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.served import WarmServer
 from tests.support.step_messages import step_header
+from tests.support.threaded import ThreadedServer
 from tests.support.traffic import assert_same_bits, neighbours
 
 pytestmark = pytest.mark.heavy
@@ -183,18 +185,26 @@ HEADERS = st.one_of(
 MESSAGE_LISTS = st.lists(st.tuples(HEADERS, st.lists(st.binary(max_size=64), max_size=3)), min_size=1, max_size=12)
 
 
-@settings(max_examples=250)
-@given(MESSAGE_LISTS)
-def test_any_message_is_answered_once_and_leaves_a_stream_alone(messages: list[tuple[bytes, list[bytes]]]) -> None:
-    asyncio.run(send_beside_a_stream([[header, *frames] for header, frames in messages]))
+def test_any_message_is_answered_once_and_leaves_a_stream_alone(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    numbers = itertools.count()
+    with ThreadedServer(tmp_path / "model", ["--set", "limits.park_s=0"]) as server:
+
+        @settings(max_examples=250)
+        @given(MESSAGE_LISTS)
+        def any_message(messages: list[tuple[bytes, list[bytes]]]) -> None:
+            sent = [[header, *frames] for header, frames in messages]
+            asyncio.run(send_beside_a_stream(server.endpoint, f"beside-{next(numbers)}", sent))
+
+        any_message()
 
 
-async def send_beside_a_stream(messages: list[list[bytes]]) -> None:
+async def send_beside_a_stream(endpoint: str, name: str, messages: list[list[bytes]]) -> None:
     x = np.random.default_rng(0).standard_normal((4, 1, F)).astype(np.float32)
-    async with running(SMALL) as server, RawClient(server.endpoint) as client, RawClient(server.endpoint) as other:
+    async with RawClient(endpoint) as client, RawClient(endpoint) as other:
         check = AnswerCheck(client.socket.send)
         await other.hello()
-        handles = (await other.open("s")).handles()
+        handles = (await other.open(name)).handles()
         before = await other.step(handles, [0], x[:2])
         await client.hello()
         for message in messages:
