@@ -23,17 +23,18 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
     Raises:
         BadFile: when reading fails, or a line has no end within `MAX_LINE_MIB`.
     """
-    number = 0
-    rest = b""
+    number, rest = 0, bytearray()
     while chunk := await _read_unless_stopped(descriptor, stop):
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, last = chunk.split(b"\n")
         for line in lines:
             number += 1
-            yield number, line
+            yield number, bytes(rest + line)
+            rest.clear()
+        rest += last
         if len(rest) > MAX_LINE_MIB << 20:
             raise BadFile(f"line {number + 1} has no end within {MAX_LINE_MIB} MiB: give text, one frame a line")
     if rest and not stop.requested:
-        yield number + 1, rest
+        yield number + 1, bytes(rest)
 
 
 async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
