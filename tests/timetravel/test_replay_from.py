@@ -49,6 +49,7 @@ class Live:
             copy = await mic.fork("copy")
             await copy.step(self.x[30:35])
             await mic.step(self.x[30:])
+            await client.open("later")  # answered once the recording holds all outputs before it
             await client.close(park=True)
 
     def outputs(self, seq: int, end: int) -> tuple[F32, F32]:
