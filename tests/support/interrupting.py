@@ -38,7 +38,6 @@ def interrupted_at_every_moment(
     cwd: Path,
     step_s: float,
     last_s: float,
-    again_s: float | None = None,
     number: signal.Signals = signal.SIGINT,
 ) -> Iterator[Ending]:
     """Start `module.main` again and again and send it a signal later and later, until `last_s` after its first line.
@@ -49,7 +48,6 @@ def interrupted_at_every_moment(
         cwd: where it runs.
         step_s: from one delay to the next.
         last_s: the last delay.
-        again_s: how long after the first signal to send a second one; None for none.
         number: the signal.
     """
     command = [sys.executable, "-c", LAUNCHER.format(module=module), *arguments]
@@ -61,9 +59,6 @@ def interrupted_at_every_moment(
             assert process.stderr.readline() == "first line\n"
             time.sleep(step * step_s)
             process.send_signal(number)
-            if again_s is not None:
-                time.sleep(again_s)
-                process.send_signal(number)
             said = process.communicate(timeout=60)[1]
         finally:
             if process.poll() is None:
