@@ -203,7 +203,9 @@ class Truth:
         node = self.node
         if node is None:
             return
-        table, lives = node.table, list(self.lives.values())
+        table, lives = node.table, [life for life in self.lives.values() if not life.has_ended]
+        if not lives:
+            return
         slots = table.find([life.name for life in lives])
         ends = (table.closing[slots] | table.lost[slots]).tolist()
         for life, slot, number, is_ending in zip(
