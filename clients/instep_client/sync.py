@@ -185,7 +185,8 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
         return call.result().outputs
 
     async def _take(self) -> None:
-        self._taken.append(await self._inner.next_call())
+        if not self._taken:  # one that was interrupted may have taken a call meanwhile
+            self._taken.append(await self._inner.next_call())
 
     def fork(self, name: str) -> Stream:
         """A new stream that begins with this one's state and seq; see `AsyncStream.fork`."""

@@ -219,6 +219,38 @@ def test_an_interrupt_as_an_output_arrives_loses_none(server: FakeServer, monkey
     np.testing.assert_array_equal(outputs, reference(X[:3])[0])
 
 
+def test_an_interrupt_just_before_an_output_is_taken_leaves_it_to_the_next_iteration(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = Future.result
+    queued, begun, iterates_again = threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        iterates_again.wait()
+
+    def interrupted(future: Future[Any], timeout: float | None = None) -> None:
+        loop.call_soon_threadsafe(hold)  # behind the beginning of the work, and before the work itself
+        queued.set()
+        begun.wait()
+        monkeypatch.setattr(Future, "result", in_time)
+        raise KeyboardInterrupt
+
+    def in_time(future: Future[Any], timeout: float | None = None) -> Any:
+        iterates_again.set()
+        return result(future, 5.0)
+
+    with Client(server.endpoint) as client:
+        stream, loop = client.open("a"), inside(client).loop
+        stream.send(X[0])
+        client.ping()  # by now the output has come
+        loop.call_soon_threadsafe(queued.wait)
+        monkeypatch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        np.testing.assert_array_equal(next(stream), reference(X[:1])[0][0])
+
+
 def test_closing_wakes_the_threads_that_wait(server: FakeServer) -> None:
     with Client(server.endpoint) as client, ThreadPoolExecutor(2) as pool:
         stream = client.open("a")
