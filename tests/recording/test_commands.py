@@ -150,10 +150,11 @@ def test_list_shows_recordings_and_nothing_else(tmp_path: Path, monkeypatch: pyt
     database.close()
     (tmp_path / "x.instep").write_text("text")
     (tmp_path / "y.instep").write_text("text")
+    (tmp_path / "y.rec").write_text("text")
     path_open = Path.open
 
     def open_mine(path: Path, *how: Any, **also: Any) -> Any:
-        if path.name == "y.instep":
+        if path.name in ("y.instep", "y.rec"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return path_open(path, *how, **also)
 

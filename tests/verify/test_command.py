@@ -184,3 +184,5 @@ def test_options_of_one_recording_and_folders_without_any(tmp_path: Path) -> Non
         empty.stdout
         == f"not checked: {tmp_path} holds no recordings: no file there is named *.instep or begins as one\n"
     )
+    in_json = CliRunner().invoke(app, ["verify", str(tmp_path / "a.rec"), str(tmp_path), "--json"])
+    assert (in_json.exit_code, json.loads(in_json.stdout)["file"]) == (2, str(tmp_path))

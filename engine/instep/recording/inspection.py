@@ -166,20 +166,28 @@ def list_recordings(folder: Path) -> dict[Path, Overview | str]:
 
 
 def recordings_in(folder: Path) -> list[Path]:
-    """The recordings in a folder, in the order of their names; also files `*.instep` whose beginning is damaged.
+    """The recordings in a folder, in the order of their names; also files `*.instep` that do not begin as one.
+
+    A file of another name is left out if it cannot be read.
 
     Raises:
         RecordingError: when the folder cannot be read.
     """
     try:
         files = (path for path in folder.iterdir() if path.is_file())
-        return sorted(path for path in files if path.suffix == SUFFIX or looks_like_one(path))
+        return sorted(path for path in files if path.suffix == SUFFIX or _begins_as_one(path))
     except OSError as error:
         if os.path.isfile(folder):  # Path's raises if it cannot be looked for
             raise RecordingError(
                 f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
             ) from None
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
+
+
+def _begins_as_one(path: Path) -> bool:
+    with suppress(OSError):  # it is somebody else's, or gone by now, as the files next to a recording are once it ends
+        return looks_like_one(path)
+    return False
 
 
 def when(time_ns: int) -> str:

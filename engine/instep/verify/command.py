@@ -101,14 +101,16 @@ def run_all(
     Returns:
         The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked, otherwise 0.
     """
-    try:
-        found = [recordings_in(place) if os.path.isdir(place) else [place] for place in places]
-        for place, files in zip(places, found, strict=True):
+    found: list[Path] = []
+    for place in places:
+        try:
+            files = recordings_in(place) if os.path.isdir(place) else [place]
             if not files:
                 raise RecordingError(f"{place} holds no recordings: no file there is named *{SUFFIX} or begins as one")
-    except RecordingError as error:
-        return _failed(places[0], json, console, error)
-    every = list(dict.fromkeys(file for files in found for file in files))
+        except RecordingError as error:
+            return _failed(place, json, console, error)
+        found += files
+    every = list(dict.fromkeys(found))
     options: dict[str, Any] = {"model_folder": model_folder, "streams": streams, "json": json, "console": console}
     statuses = [run(file, **options, briefly=True) for file in every]
     differing, unchecked = statuses.count(MISMATCH), statuses.count(NOT_CHECKED)
