@@ -73,5 +73,5 @@ def top_command(
     source = context.get_parameter_source("endpoint")
     if where is not None and source is not None and source.name == "COMMANDLINE":
         raise typer.BadParameter(f"{where} was already named: name one endpoint", param_hint="--endpoint")
-    what = Top(_any_endpoint(where or endpoint), model, every, once, token_file)
+    what = Top(_any_endpoint(endpoint if where is None else where), model, every, once, token_file)
     raise typer.Exit(run_undrained(partial(top, what), Terminal(as_json)))

@@ -229,6 +229,7 @@ def test_nobody_answers() -> None:
     assert twice.exit_code == 2
     assert "name one endpoint" in " ".join(twice.stderr.replace("│", " ").split())
     for endpoint, advice in (
+        ("", "or http://127.0.0.1:5780"),
         ("http://", "write http://HOST:PORT"),
         ("http://h:0", "write http://HOST:PORT"),
         ("ftp://h", "or http://127.0.0.1:5780"),
