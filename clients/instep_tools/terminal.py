@@ -155,9 +155,10 @@ async def progress(
 
 @contextmanager
 def show_progress(*titles: str) -> Iterator[Callable[[str, float], None]]:
-    """Show on stderr how far the work in the block is that runs without an event loop, once it takes over two seconds.
+    """As `progress`, without an event loop: show on stderr how far the block is, once it takes longer than two seconds.
 
-    Bars are drawn on a terminal, and a line is written now and then into a file or a pipe.
+    Args:
+        titles: what is being done, one after another.
 
     Yields:
         A function that takes one of the titles and the share (0 to 1) of it that is done.

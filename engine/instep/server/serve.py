@@ -129,7 +129,7 @@ async def _serve(
             messages_unanswered=server.unanswered_messages,
         )
     if server.was_crash and start.is_supervised and not stops:
-        os.kill(os.getpid(), signal.SIGKILL)  # as the process that steps, for the supervisor to start the next server
+        os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
     if server.failure is not None:
         return 1
     return 130 if stops > 1 else 0
