@@ -23,7 +23,7 @@ pytestmark = pytest.mark.heavy
 
 ROUNDS = 90
 KILLS, LOSSES = 60, 40
-KEPT = Retention(keep_ns=120_000, rows_at_once=5)
+KEPT = Retention(keep_ns=120_000)
 """The story's clock ticks 1,000 ns for each thing that happens."""
 
 
@@ -34,7 +34,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Opera
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
         path = tmp_path_factory.mktemp("trimming") / "r.db"
-        writer = RecordingWriter.create(path, story_header("fsync"), KEPT, DatabaseLimits(wal_bytes=300_000))
+        limits = DatabaseLimits(wal_bytes=300_000, deleted_at_once=5)
+        writer = RecordingWriter.create(path, story_header("fsync"), KEPT, limits)
         began = len(disk.operations)
         story = Story(writer, seed=5, trims=True)
         for _ in range(ROUNDS):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from instep.models.folder import load_model
 from instep.recording.cut import Bound, cut
-from instep.recording.database import DatabaseLimits
+from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
@@ -24,7 +24,7 @@ from instep.recording.recovery import Recovered
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.table import FrameTable
-from instep.recording.trim import KEEP_ALL, Retention, counts_of_events, deletions
+from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
 from instep_tools.formats.recording import read_recording
@@ -364,7 +364,7 @@ def test_no_portion_of_trimming_takes_long_however_many_streams_are_open(tmp_pat
         events = 0
         for count_of_some in counts_of_events(database, position):
             events, most, work = events + count_of_some, max(most, work), 0
-        for portion in deletions(database, position, KEEP_ALL.rows_at_once):
+        for portion in deletions(database, position, LIMITS.deleted_at_once):
             for statement, rows in portion:
                 database.executemany(statement, rows)
             most, work = max(most, work), 0

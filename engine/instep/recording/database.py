@@ -33,7 +33,7 @@ _APPLICATION_ID_OFFSET: Final = 68
 
 @dataclass(frozen=True, slots=True)
 class DatabaseLimits:
-    """How far a writer lets the WAL grow, and how long it waits.
+    """How far a writer lets the WAL grow, how long it waits, and how much it deletes at once.
 
     Attributes:
         page_bytes: of a new file.
@@ -42,12 +42,15 @@ class DatabaseLimits:
         most_wal_bytes: the WAL cannot be reused while another program reads the file: beyond this, it grows no more.
         lock_wait_s: how long another program may keep the file locked; nothing is recorded, and no frame answered,
             meanwhile.
+        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a pause of some
+            milliseconds for what waits to be committed.
     """
 
     page_bytes: int = PAGE_BYTES
     wal_bytes: int = 4 * 2**20
     most_wal_bytes: int = 2**30
     lock_wait_s: float = 30.0
+    deleted_at_once: int = 128
 
 
 LIMITS: Final = DatabaseLimits()

@@ -271,7 +271,7 @@ class RowWriter:
         yield from self._delete_until(position)
 
     def _delete_until(self, position: int) -> Iterator[None]:
-        for portion in deletions(self._database, position, self.retention.rows_at_once):
+        for portion in deletions(self._database, position, self._limits.deleted_at_once):
             for statement, rows in portion:
                 if rows:
                     self._begin()

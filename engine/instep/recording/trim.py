@@ -25,13 +25,10 @@ class Retention:
     Attributes:
         keep_bytes: about the size of the file; 0 for any size.
         keep_ns: the age, in nanoseconds, at which history goes; 0 for any age.
-        rows_at_once: rows, or positions, that one transaction deletes: a pause of some milliseconds for what waits to
-            be committed.
     """
 
     keep_bytes: int = 0
     keep_ns: int = 0
-    rows_at_once: int = 128
 
     @property
     def is_limited(self) -> bool:
