@@ -522,6 +522,8 @@ class TestWhatIsNoSetting:
         folder = f"{tmp_path}/recordings/"
         (problem,) = problems(overrides={"recording.file": folder})
         assert str(problem).startswith(f"recording.file (flag): there is no folder {folder}; make it")
+        (overlong,) = problems(overrides={"recording.file": f"{tmp_path}/{'r' * 300}/"})
+        assert overlong.message.startswith("there is no folder")
         Path(folder).mkdir()
         assert load_config(overrides={"recording.file": folder}).recording.file == Path(folder)
 

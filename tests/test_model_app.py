@@ -233,6 +233,7 @@ def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
 @pytest.mark.parametrize(
     ("against", "sentence"),
     [
+        ("x" * 300 + ":net", "there is no file xxx"),
         ("net.py", "--against net.py: name a Python file and the module in it, as in net.py:net"),
         ("nets.py:net", "there is no file nets.py; name one and"),
         ("net.pt:net", "net.pt is not a Python file"),

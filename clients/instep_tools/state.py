@@ -28,7 +28,7 @@ from instep_client.states import State
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit, reads_or_writes
+from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, reads_or_writes
 from instep_tools.terminal import Terminal
 
 app: Final = CommandLine(
@@ -228,8 +228,7 @@ def check_new(path: Path, option: str) -> None:
     """Find out before the work, not after it, whether a new file can be made there; `option` names another one."""
     if os.path.lexists(path):
         raise _exists(path, option)
-    if not path.parent.is_dir():
-        raise BadFile(f"{path} cannot be written: there is no folder {path.parent}")
+    check_writable(path)
 
 
 def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:

@@ -231,6 +231,7 @@ async def test_streams_that_the_server_ends_are_told_of_once() -> None:
             "--named, --columns, --time and --only are for files and lines",
         ),
         ({"file": Path("absent")}, "absent cannot be read: No such file"),
+        ({"file": Path("x" * 300)}, "xx cannot be read: File name too long"),
         ({"file": Path("absent.npz")}, "absent.npz cannot be read: No such file"),
         (
             {"signal": Signal.SINE, "format": OutputFormat.CSV, "save": Path("x.csv")},

@@ -130,6 +130,7 @@ def test_a_snapshot_is_a_new_safetensors_file(place: Place, owner: Client, tmp_p
     }
     nowhere = tmp_path / "none" / "c"
     assert place.refused("snapshot", "mic", "--to", nowhere).startswith(f"{nowhere} cannot be written: there is no")
+    assert "File name too long" in place.refused("snapshot", "mic", "--to", tmp_path / ("x" * 300) / "c")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["b", "mic.safetensors"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def holds_lines(path: Path) -> bool:
     Raises:
         BadFile: when it cannot be opened, or is of a kind that cannot be read.
     """
-    return (path.exists() and not path.is_file()) or _reader(path) is read_text
+    return (os.path.exists(path) and not path.is_file()) or _reader(path) is read_text
 
 
 def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def _durability_without_recording(draft: Config, laid: _Layers) -> Iterator[Prob
 def _absent_folder(draft: Config, laid: _Layers) -> Iterator[Problem]:
     """A slash at the end asks for a folder of recordings; without that folder a file of its name would be written."""
     given, place = laid.taken.get("recording.file"), draft.recording.file
-    if given is not None and place is not None and str(given.value).endswith("/") and not place.is_dir():
+    if given is not None and place is not None and str(given.value).endswith("/") and not os.path.isdir(place):
         suggestion = "make it, or leave out the slash to record into a file of that name"
         yield Problem(given.path, given.source, f"there is no folder {given.value}", suggestion)
 

@@ -277,6 +277,7 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
         "folder/model.yaml": "folder is a model folder already",
         "folder": "folder is a model folder already",
         "nothing.pt": "cannot read nothing.pt: No such file or directory",
+        "x" * 300: "cannot read x+: File name too long",
         "nothing.safetensors": "cannot read nothing.safetensors: No such file or directory",
     }.items():
         with pytest.raises(ModelError, match=sentence) as refused:

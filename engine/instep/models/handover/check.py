@@ -211,7 +211,7 @@ def _module(against: str) -> nn.Module:
     file, colon, attribute = against.rpartition(":")
     if not colon or not attribute:
         raise ModelError(f"--against {against}: name a Python file and the module in it, as in net.py:net")
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise ModelError(
             f"--against {against}: there is no file {file}; name one and the module in it, as in net.py:net"
         )

@@ -6,6 +6,7 @@ They do not say in which order the layers run, nor with which activations, so th
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -98,10 +99,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.suffix in GRAPHS:
         raise ModelError(f"{path} {GRAPHS[path.suffix]}")
-    folder = path if path.is_dir() else path.parent
+    is_folder = os.path.isdir(path)  # Path's raises if its name is too long
+    folder = path if is_folder else path.parent
     if path in (folder, folder / WEIGHTS_FILE, folder / DESCRIPTION_FILE) and (folder / DESCRIPTION_FILE).exists():
         raise ModelError(f"{folder} is a model folder already: there is nothing to import; serve it as it is")
-    if path.is_dir():
+    if is_folder:
         raise ModelError(f"{path} is a folder: name a file of weights in it, or an .onnx graph")
     try:
         if path.suffix == ".safetensors":
