@@ -56,7 +56,7 @@ class RecordingTail(RecordingReader):
     Args:
         path: the recording.
         former: read the same recording before, and saves this one reading all of its events; closed or not.
-        limits: of one transaction; with `former`, its own.
+        limits: of one transaction; where `former` is given, its limits are used instead.
 
     Attributes:
         newest_checkpoint: the position of the newest complete one; 0 for none.
