@@ -113,9 +113,10 @@ def test_what_breaks_down_is_no_mismatch(
         raise MemoryError("12 GB")
 
     monkeypatch.setattr("instep.verify.verifier.verify", no_memory)
-    status, _ = verify(recorded.path)
-    assert status == 2
+    assert verify(recorded.path) == (2, "not checked: MemoryError('12 GB')\n")
     assert "MemoryError: 12 GB" in capsys.readouterr().err
+    assert verify(recorded.path, json=True)[0] == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "MemoryError('12 GB')"
 
 
 def test_nothing_recorded(tmp_path: Path) -> None:

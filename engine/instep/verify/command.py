@@ -135,23 +135,23 @@ def follow(
     return _status(file, json, console, followed)
 
 
-def _status(file: Path, json: bool, console: Console, check: Callable[[], int], of: str = "") -> int:
+def _status(file: Path, json: bool, console: Console, check: Callable[[], int], prefix: str = "") -> int:
     """The exit status of a check, whatever it raises."""
     try:
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
-        return _failed(file, json, console, error, of)
+        return _failed(file, json, console, error, prefix)
     except BrokenPipeError:
         raise
     except Exception as error:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
         traceback.print_exc()
-        return _failed(file, json, console, CannotVerify(repr(error)), of) if of else NOT_CHECKED
+        return _failed(file, json, console, CannotVerify(repr(error)), prefix)
 
 
-def _failed(file: Path, json: bool, console: Console, error: Exception, of: str = "") -> int:
-    """Say, after `of`, why a recording could not be checked."""
+def _failed(file: Path, json: bool, console: Console, error: Exception, prefix: str = "") -> int:
+    """Say why a recording could not be checked."""
     if json:
         write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
     else:
-        console.print(Text(f"{of}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
+        console.print(Text(f"{prefix}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
     return NOT_CHECKED

@@ -46,8 +46,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _summary(report)
 
 
-def _summary(report: Report, of: str = "") -> Text:
-    return Text(f"{of}{report.summary()}", "bold green" if report.verified else "bold red")
+def _summary(report: Report, prefix: str = "") -> Text:
+    return Text(f"{prefix}{report.summary()}", "bold green" if report.verified else "bold red")
 
 
 def _problems(report: Report) -> Iterator[Text]:
