@@ -84,7 +84,7 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written until it is complete: next to it, by a name that is not too long where its own is not."""
+    """Where a file is written until it is complete: next to it, under a name that fits whenever its own does."""
     return path.with_name(f".{path.name[:50]}.{token_hex(4)}.part")
 
 

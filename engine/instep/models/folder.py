@@ -132,7 +132,7 @@ def load_version(folder: Path, features: int, outputs: int, other: str) -> Model
 
 
 def graph_bytes(path: Path, most: int = MAX_GRAPH_BYTES) -> bytes:
-    """The content of a file that holds a graph, of at most so many bytes.
+    """The content of a file that holds a graph, of at most `most` bytes.
 
     Raises:
         ModelError: when it cannot be read, or is larger.

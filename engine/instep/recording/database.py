@@ -23,7 +23,7 @@ from instep.recording.schema import (
 )
 
 SUFFIX: Final = ".instep"
-"""A recording that the server names ends in it; one that a user names may not."""
+"""The names that the server gives to recordings end in it; those that users give need not."""
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
 

@@ -11,9 +11,9 @@ from typing import Final
 
 from instep.recording.errors import RecordingError
 
-# `is_being_written` must take a shared lock for an instant to see whether there is a writer: a lock of `flock` cannot
-# be asked for, as those of F_GETLK can, and a writer's must stay of the kind that SQLite does not use and that earlier
-# versions look for. So a writer that finds the lock taken tries again before it gives up; another writer keeps it.
+# Whether somebody holds a lock of `flock` is only seen by taking it. (F_GETLK asks about the other kind, which SQLite
+# uses.) So `is_being_written` holds a shared lock for an instant, and a writer that finds the lock taken tries again
+# for a while before it concludes that another writer has it.
 _PATIENCE_S: Final = 0.2
 _RETRY_S: Final = 0.005
 
@@ -33,7 +33,7 @@ class WriterLock:
         self.path = lock_path(path)
         self._recording = path
         self._held: int | None = None
-        refused_s = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _PATIENCE_S
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -41,7 +41,7 @@ class WriterLock:
             except BlockingIOError:
                 holder = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(self._file)
-                if time.monotonic() < refused_s:
+                if time.monotonic() < deadline:
                     time.sleep(_RETRY_S)
                     continue
                 raise RecordingError(
