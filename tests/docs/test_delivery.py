@@ -316,7 +316,6 @@ def parked_more_than(server: Server, count: int) -> bool:
 async def test_the_longest_parked_goes_when_too_many_are() -> None:
     limits = {"max_parked_streams": 1}
     async with running(MODEL, transport={"heartbeat_s": 0.1}, limits=limits) as server, Client(server.endpoint) as here:
-        await here.hello()
         for name in ("first", "second"):
             async with Client(server.endpoint) as gone:
                 await gone.hello()
@@ -324,6 +323,7 @@ async def test_the_longest_parked_goes_when_too_many_are() -> None:
                 parked_before = server.default.engine.stats.parked_streams_total
             await until(partial(parked_more_than, server, parked_before))
         await until(lambda: server.default.engine.table.open_count == 1)
+        await here.hello()  # not before: it answers no PING while the test waits
         claims = await here.claim(("first", 0, 0), ("second", wire.HAVE_ALL, 0), take_over=1)
         assert last_failures(claims) == [(0, 0, Code.EXPIRED, 0)]
 
