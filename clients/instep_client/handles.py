@@ -1,4 +1,4 @@
-"""Stream handles, and what is sent through them in turn: frames, and requests about their streams.
+"""Stream handles, through which frames and requests about their streams are sent in turn.
 
 A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
 which they were made; there is no order between the calls of different stream handles.

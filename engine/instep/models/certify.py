@@ -116,10 +116,10 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
 
 
 class Probes:
-    """Rows whose answers are compared, and the rows that are put beside them.
+    """Probe rows, whose answers are compared, and the rows beside them in a batch.
 
     Attributes:
-        count: of the rows that are compared.
+        count: the number of probe rows.
     """
 
     def __init__(self, model: RecurrentModel, count: int, steps: Mapping[int, BoundStep]) -> None:
@@ -151,7 +151,7 @@ class Probes:
         return answers, _distance(spec, answered, answers[seen])
 
     def batches(self, bucket: int) -> I64:
-        """The rows of each batch, [K, bucket]: probes from 0, up to `count`, and behind them those put beside them."""
+        """The rows of each batch, [K, bucket]: those below `count` are probes, the others are only beside them."""
         position = np.arange(bucket)
         starts = np.arange(0, self.count, bucket)[:, None]
         probes = (starts + position) % self.count

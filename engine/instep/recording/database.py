@@ -42,8 +42,8 @@ class DatabaseLimits:
         most_wal_bytes: the WAL cannot be reused while another program reads the file: beyond this, it grows no more.
         lock_wait_s: how long another program may keep the file locked; nothing is recorded, and no frame answered,
             meanwhile.
-        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a pause of some
-            milliseconds for what waits to be committed.
+        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a commit that
+            is due meanwhile waits some milliseconds.
     """
 
     page_bytes: int = PAGE_BYTES

@@ -65,7 +65,7 @@ async def start_module(words: Sequence[str]) -> Process:
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """The way in which a server runs processes beside itself.
+    """Settings of the processes that a server runs beside itself.
 
     Attributes:
         start: starts a process: a module's name, and arguments for its `main`. It may raise OSError.

@@ -91,7 +91,7 @@ def prepare_another(
 
 
 def find_candidate(wanted: ModelConfig, name: str, about: Description | About, *, is_only: bool) -> Version | None:
-    """The candidate that a configuration names for a model, perhaps its only one; None where there is none.
+    """The candidate that a configuration names for a model, or None. `is_only`: no other model is served.
 
     Raises:
         ModelError: with a sentence, when it cannot be loaded or has other features or outputs.

@@ -35,7 +35,7 @@ class Shutdown:
         self.stop(drain=drain)
 
     def bug(self, error: BaseException) -> None:
-        """An executor's death, or an exception that no code expects: clients would wait for what it prevented."""
+        """Fail because an executor has died or a bug has raised: clients would otherwise wait for ever."""
         if isinstance(error, ExecutorDied):
             self.was_crash |= self.failure is None and error.killed_by is not None
             self.fail(str(error))

@@ -31,8 +31,8 @@ class CheckLimits:
     part_frames: int = 4096
     """Frames that are computed and compared together, about: few enough for their values to stay in a cache."""
     call_bytes: int = 96 * 2**20
-    """What one whole-sequence call may take for values in between, in float64, about; they are in float32. Each thread
-    may be in a call."""
+    """Memory for the intermediate values of one whole-sequence call, about, as if they were float64; they are float32.
+    Each thread may be in a call."""
 
 
 CHECK_LIMITS: Final = CheckLimits()

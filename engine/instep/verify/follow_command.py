@@ -38,7 +38,7 @@ class Following:
         model_folder: the model; None for where the recording says.
         streams: names or numbers of the streams to follow; none for all.
         patience: how long it waits between looks.
-        limits: of what is held.
+        limits: of the memory for frames and mismatches.
     """
 
     def __init__(

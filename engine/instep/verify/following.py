@@ -57,7 +57,7 @@ class Follower:
         wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         certify: finds out whether bits must be equal on this machine.
-        limits: of what is held.
+        limits: of the memory for frames and mismatches.
 
     Attributes:
         share: the share (0 to 1) of streams that are followed, by a hash of their names.
