@@ -113,3 +113,9 @@ class Story:
     def follower(self, start: int | None = None, limits: FollowLimits = FOLLOW_LIMITS) -> Follower:
         """A follower of it."""
         return Follower(self.path, self.model, start, certify=CERTIFY, limits=limits)
+
+
+def advance(follower: Follower) -> None:
+    """Until it has read and compared everything that is recorded."""
+    while not follower.advance():
+        pass

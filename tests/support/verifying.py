@@ -6,6 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from typer.testing import CliRunner
+
+from instep.cli import app
 from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
@@ -45,3 +48,9 @@ def forge(recorded: Recorded) -> Forger:
 
 def verdicts(report: Report) -> list[str]:
     return [stream.verdict for stream in report.streams]
+
+
+def verify_following(path: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and output of `instep verify --follow`."""
+    result = CliRunner().invoke(app, ["verify", str(path), "--follow", *arguments])
+    return result.exit_code, result.output
