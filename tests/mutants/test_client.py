@@ -20,7 +20,7 @@ from tests.client import (
     test_busy,
     test_exactly_once,
     test_flow,
-    test_reconnection,
+    test_resuming,
     test_rewind,
     test_session,
     test_sleepers,
@@ -54,7 +54,7 @@ RULES = (
         "frames in flight are forgotten with the connection",
         replaces=InFlight.blocks,
         variant=lambda original, in_flight: [],
-        found_by=[test_reconnection.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
+        found_by=[test_resuming.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
     ),
     BrokenRule(
         "a frame that was refused as BUSY fails at once",
@@ -102,14 +102,14 @@ RULES = (
         "a stream is used under the handle of a lost connection",
         replaces=OpenStreams.resumed,
         variant=lambda original, table, rows, grants: None,
-        found_by=[test_reconnection.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
+        found_by=[test_resuming.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
     ),
     BrokenRule(
         "frames that the server lost are passed over in silence",
         replaces=Sleepers.granted,
         variant=nothing_is_lost,
         found_by=[
-            test_reconnection.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
+            test_resuming.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
         ],
     ),
     BrokenRule(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from instep_client.calls import Call
 from instep_client.handles import StreamHandle
+from instep_client.liveness import State
 from instep_client.session import Session
 from tests.support.fake_server import Message
 from tests.support.ring_server import RingServer
@@ -99,3 +100,13 @@ class RingLink:
     def open(self, *names: str, initial: Any = None) -> StreamHandle:
         """A stream handle: a stream for one name, a group for more."""
         return self.finish(self.session.open(names, initial, len(names) == 1))
+
+
+def lose(link: RingLink) -> None:
+    """The server is restarted and says so at the next word."""
+    link.server.restart()
+    link.session.ping(link.now)
+    link.advance()
+    link.serve()
+    link.deliver()
+    assert link.session.state is State.RECONNECTING

@@ -1,0 +1,155 @@
+"""Streams are resumed after a loss of the connection: what becomes of their frames, and what is left to people."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import DataLoss, FramesRefused, NumericsChanged, StreamEvicted
+from instep_client.protocol.wire import Kind
+from tests.support.fake_server import reference
+from tests.support.ring_link import RingLink, lose
+from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.session_link import X
+
+
+class TestFrames:
+    def test_what_was_applied_is_answered_again_and_the_rest_is_applied(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        steps = [link.session.step(handle, x) for x in X[:4]]
+        link.advance()
+        link.serve()
+        link.serve()
+        link.deliver()
+        link.cut()
+        for step, outputs in zip(steps, reference(X[:4])[0], strict=True):
+            assert link.finish(step).outputs.tolist() == outputs.tolist()
+        assert len(link.server.streams["a"].applied) == 4
+        assert link.server.failures == []
+
+    def test_streams_are_claimed_in_parts_that_fit(self) -> None:
+        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
+        group = link.open("a", "b", "c", "d", "e")
+        lose(link)
+        link.finish(link.session.step(group, np.ones((5, 3))))
+        assert link.server.kinds.count(Kind.RESUME) == 3
+
+    def test_a_connection_lost_while_claiming(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        step = link.session.step(handle, X[0])
+        lose(link)
+        kinds = link.server.kinds
+        for claims in range(3):
+            while kinds.count(Kind.RESUME) == claims:
+                deadline = link.session.deadline()
+                assert deadline is not None
+                link.now = deadline
+                link.advance()
+                while link.to_server[link.peer] and kinds.count(Kind.RESUME) == claims:
+                    while link.to_client:
+                        link.deliver()
+                    link.advance()
+                    link.serve()
+            link.cut()
+            link.advance(10.0)
+        assert link.finish(step).outputs.shape == (2,)
+
+    def test_a_refused_frame_stays_refused(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        bad, behind = link.session.step(handle, [np.nan] * 3), link.session.step(handle, X[0])
+        link.advance()
+        link.serve()
+        link.deliver()
+        assert isinstance(bad.error, FramesRefused)
+        link.cut()
+        link.run(behind)
+        assert isinstance(behind.error, FramesRefused)
+        assert link.server.streams["a"].applied == []
+        assert link.finish(link.session.step(handle, X[1])).outputs.shape == (2,)
+
+
+class TestPersonsDecide:
+    def test_streams_that_are_gone_end_and_the_others_go_on(self) -> None:
+        link = RingLink()
+        handles = {name: link.open(name) for name in ("gone", "expired", "taken", "well")}
+        steps = {name: link.session.step(handle, X[0]) for name, handle in handles.items()}
+        del link.server.streams["gone"]
+        link.server.expire("expired")
+        link.server.take_over("taken")
+        lose(link)
+        link.run(*steps.values())
+        codes = {name: step.error.code for name, step in steps.items() if isinstance(step.error, StreamEvicted)}
+        assert codes == {"gone": Code.UNKNOWN_STREAM, "expired": Code.EXPIRED, "taken": Code.FENCED}
+        assert steps["well"].result().outputs.shape == (2,)
+        with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
+            link.session.step(handles["gone"], X[0])
+
+    def test_a_stream_that_was_taken_over_is_told_at_once(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        link.send(link.server.take_over("a"))
+        link.deliver()
+        with pytest.raises(StreamEvicted, match="FENCED"):
+            link.session.step(handle, X[0])
+
+    def test_a_server_that_lost_frames(self) -> None:
+        link = RingLink()
+        handle, other = link.open("a"), link.open("b")
+        link.finish(link.session.step(handle, X[:5]))
+        link.server.forget("a", 2)
+        step = link.session.step(handle, X[5])
+        lose(link)
+        link.run(step)
+        assert isinstance(step.error, DataLoss)
+        assert (step.error.code, step.error.have, step.error.server_has) == (Code.DATA_LOSS, 5, 3)
+        assert link.finish(link.session.step(other, X[0])).outputs.shape == (2,)
+        again = link.finish(link.session.resume(["a"], None, 0, True, True))
+        assert link.session.table.next_seqs(again).tolist() == [3]
+        assert link.finish(link.session.step(again, X[3:5])).outputs.tolist() == reference(X[:5])[0][3:].tolist()
+
+    def test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come(self) -> None:
+        link = RingLink()
+        group = link.open("a", "b")
+        both = link.session.step(group, X[:2])
+        link.advance()
+        one = link.session.step(group, X[2:3], rows=[0])
+        link.advance()
+        link.serve()
+        link.to_client.clear()
+        link.serve()
+        link.deliver()
+        assert one.done
+        link.server.forget("a", 2)
+        lose(link)
+        link.run(both)
+        assert isinstance(both.error, DataLoss)
+        assert [(failure.stream, failure.code) for failure in both.error.failures] == [("a", Code.DATA_LOSS)]
+        assert both.error.outputs is not None
+        assert both.error.outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
+        assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)
+
+    def test_outputs_that_are_gone(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        stream = link.server.streams["a"]
+        stream.next_seq = 100
+        lose(link)
+        link.run(link.session.ping(0.0))
+        with pytest.raises(DataLoss, match="OUTPUTS_GONE") as caught:
+            link.session.step(handle, X[0])
+        assert (caught.value.have, caught.value.server_has) == (0, 100)
+
+    def test_other_numerics(self) -> None:
+        link = RingLink()
+        handle = link.open("a")
+        link.server.refuses[Kind.RESUME] = Code.NUMERICS_CHANGED
+        lose(link)
+        link.run(link.session.ping(0.0))
+        with pytest.raises(NumericsChanged, match="NUMERICS_CHANGED"):
+            link.session.step(handle, X[0])
