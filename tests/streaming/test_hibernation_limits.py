@@ -1,0 +1,224 @@
+"""Who hibernates, who makes room for others, and who expires."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.recording.reader import RecordingReader
+from instep.runtime.executor import InlineExecutor
+from instep_client.protocol.codes import Code
+from tests.support.faulty_states import FaultyStates
+from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick
+from tests.support.models import SMALL, whole
+from tests.support.streaming import failures, random_frames, step, streaming
+from tests.support.traffic import assert_same_bits
+
+
+async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+        kit.record(path)
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["parked"])
+        owned = await origin.open(["owned"])
+        await step(gone, parked.handles, [0], x[:, :1])
+        await step(origin, owned.handles, [0], x[:, 1:])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        await tick(kit, count=3)
+        assert len(kit.hibernation) == 2
+        await tick(kit, after_ns=LATER_NS // 2, count=3)
+        assert len(kit.hibernation) == 2
+        await tick(kit, after_ns=2 * LATER_NS, count=3)
+        assert len(kit.hibernation) == 0
+        resumed = await origin.resume(["parked", "owned"], have(3, 3), np.append(parked.epochs, owned.epochs))
+        assert resumed.codes.tolist() == [Code.EXPIRED] * 2
+        assert not (await origin.open(["parked"])).codes.any(), "the name is free again"
+        assert kit.stats.evicted_by_reason == {"expired": 2}
+    with RecordingReader(path) as reader:
+        ended = {info.name: info for info in reader.streams() if info.reason == "expired"}
+    for column, name in enumerate(("parked", "owned")):
+        final = ended[name].final_state
+        assert final is not None
+        expected = whole(SMALL, x[:, column])[1]
+        assert_same_bits(final.view(np.float32).reshape(expected.shape), expected, name)
+        assert ended[name].frames == 3
+
+
+async def test_without_a_limit_a_connected_owner_keeps_its_streams_and_one_that_left_has_them_parked(
+    tmp_path: Path,
+) -> None:
+    limits = replace(LIMITS, max_idle_ns=0)
+    async with streaming(InlineExecutor, idle=limits) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        await origin.open(["s"])
+        await tick(kit)
+        await tick(kit, after_ns=50 * LATER_NS, count=4)
+        assert len(kit.hibernation) == 1
+        kit.frontend.disconnect(origin)
+        await tick(kit, count=3)  # it is noticed
+        await tick(kit, after_ns=2 * LATER_NS, count=3)
+        assert len(kit.hibernation) == 0
+
+
+async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(6)]
+    async with streaming(InlineExecutor, idle=replace(LIMITS, max_hibernated=2)) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(names)
+        for _ in range(3):
+            await tick(kit)
+        resumed = await origin.resume(names, np.zeros(6, np.uint64), opened.epochs)
+        assert resumed.codes.tolist() == [Code.EXPIRED] * 4 + [0] * 2
+
+
+async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sleeper_stays(tmp_path: Path) -> None:
+    never = replace(LIMITS, hibernate_after_ns=0)
+    async with streaming(InlineExecutor, idle=never, max_streams=3) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["a", "b", "c"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        assert not (await origin.open(["d", "e"])).codes.any()
+        assert "a" in kit.hibernation, "it was parked first"
+        assert not (await origin.resume(["a"], ZERO, parked.epochs[:1])).codes.any()
+        assert sorted(name for name in "abcde" if name in kit.hibernation) == ["b", "c"]
+        refused = await origin.resume(["b"], ZERO, parked.epochs[1:2])
+        assert refused.codes.tolist() == [Code.TOO_MANY_STREAMS]
+        assert (await origin.open(["f"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
+        assert "b" in kit.hibernation
+
+
+async def test_with_a_recording_no_parked_stream_ends_to_make_room(tmp_path: Path, rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, idle=LIMITS, max_streams=2, states=FaultyStates) as kit:
+        kit.hibernation.limits = replace(kit.hibernation.limits, parked_make_room=True)
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        parked = await gone.open(["a", "b"])
+        assert failures(await step(gone, parked.handles, [0, 0], random_frames(rng, 1, 2))) == []
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        kit.faulty.is_broken = True  # their states cannot be read, so they cannot hibernate now
+        assert (await origin.open(["c"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
+        kit.faulty.is_broken = False
+        assert (await origin.resume(["a", "b"], np.zeros(2, np.uint64), parked.epochs)).codes.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("fell_asleep", [2, 4, 9])
+async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Path, fell_asleep: int) -> None:
+    names = [f"s{number}" for number in range(9)]
+    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=2) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(names)
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        for _ in range((fell_asleep + 1) // 2):
+            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
+        assert len(kit.hibernation) == fell_asleep
+        resuming = asyncio.ensure_future(origin.resume(names, np.zeros(9, np.uint64), opened.epochs))
+        while not resuming.done():
+            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
+            await asyncio.sleep(0)
+        assert not (await resuming).codes.any()
+        assert kit.stats.woken_streams_total >= fell_asleep
+
+
+async def test_a_stream_that_was_asked_for_in_time_does_not_expire_while_the_others_of_its_request_wake(
+    tmp_path: Path,
+) -> None:
+    may_read = threading.Event()
+
+    def late(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+        if 2 in streams:
+            may_read.wait()
+        return load_open_streams(path, streams)
+
+    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=1) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        await tick(kit, count=2)
+        assert len(kit.hibernation) == 2
+        kit.load = late
+        resuming = asyncio.ensure_future(origin.resume(["a", "b"], have(0, 0), opened.epochs))
+        while not kit.table.open_count:
+            await asyncio.sleep(0.001)
+        for _ in range(10):
+            kit.reaper.tick(time.monotonic_ns() + 2 * LATER_NS)
+        may_read.set()
+        assert (await resuming).codes.tolist() == [0, 0]
+
+
+async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path, rng: np.random.Generator) -> None:
+    names = [f"s{number}" for number in range(12)]
+    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0), wake_at_once=5) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(names)
+        await step(gone, opened.handles, [0] * 12, random_frames(rng, 1, 12))
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0)
+        opening = asyncio.ensure_future(origin.open([f"t{number}" for number in range(11)]))
+        asleep = {0}
+        while not opening.done():
+            asleep.add(len(kit.hibernation))
+            await asyncio.sleep(0)
+        assert not (await opening).codes.any()
+        assert asleep == {0, 5, 10, 11}
+
+
+async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0, max_parked=1)) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b", "c"])
+        kit.frontend.disconnect(gone)
+        await tick(kit, after_ns=0, count=2)
+        assert (kit.table.open_count, len(kit.hibernation)) == (1, 2)
+        assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
+
+
+async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(tmp_path: Path) -> None:
+    limits = replace(LIMITS, park_ns=SOON_NS)
+    async with streaming(InlineExecutor, idle=limits, reap_at_once=1) as kit:
+        kit.record(tmp_path / "r.instep")
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(["a", "b", "c"])
+        kit.table.last_active_ns[1:4] -= 2 * SOON_NS
+        kit.frontend.disconnect(gone)
+        kit.hibernation.tick(time.monotonic_ns())  # it has parked none of them yet
+        for _ in range(4):
+            kit.hibernation.tick(time.monotonic_ns())
+            await kit.settle()
+        assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
+
+
+async def test_a_stream_that_waits_for_its_first_frame_stays_where_it_ends(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, first_frame_ns=10 * SOON_NS)) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["used", "unused"])
+        await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
+        await tick(kit)
+        assert ("used" in kit.hibernation, "unused" in kit.hibernation) == (True, False)
+        await tick(kit, after_ns=20 * SOON_NS, count=10)
+        assert [event.code for event in origin.events] == [Code.HIBERNATED, Code.NEVER_USED]
