@@ -145,10 +145,10 @@ class TestProblems:
         (found,) = problems(written(tmp_path, {"engine": {"threads": 0}}), {"engine.threads": "2"})
         assert found.path == "engine.threads"
 
-    def test_text_that_is_not_yaml(self) -> None:
-        (found,) = problems(None, {"engine.threads": "[1"})
-        assert (found.path, "not valid YAML" in found.message) == ("engine.threads", True)
-
-    def test_text_with_a_key_twice(self) -> None:
-        (found,) = problems(None, {"engine.threads": "{features: 3, features: 4}"})
-        assert "the key 'features' stands twice" in found.message
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [("[1", "not valid YAML"), ("{features: 3, features: 4}", "the key 'features' stands twice")],
+    )
+    def test_text_that_yaml_does_not_accept(self, text: str, words: str) -> None:
+        (found,) = problems(None, {"engine.threads": text})
+        assert (found.path, words in found.message) == ("engine.threads", True)
