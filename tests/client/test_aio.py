@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,6 @@ from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, INFO, FakeServer, Message, error, goodbye, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as running:
-        yield running
-    gc.collect()  # a socket that was not closed warns now, and warnings are errors
 
 
 def only(kind: Kind, *answers: Callable[[int], list[Message] | None]) -> Any:
