@@ -7,78 +7,33 @@ import sqlite3
 import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from socket import create_server
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
-from instep.recording.reader import RecordingReader
-from instep.streaming.replaying import WarmUpReplay
-from instep_client import AsyncClient, AsyncStream, InvalidInput, Refused
-from instep_client.protocol.wire import Code
-from tests.support.fake_server import FakeServer
-from tests.support.models import plain, whole
+from instep_client import AsyncClient, AsyncStream, Refused
+from tests.support.models import whole
 from tests.support.running import running
 from tests.support.served import serving
-
-A = replace(plain(5, 8), name="ears")
-B = replace(plain(5, 8, seed=9), name="ears")
-DEEPER = replace(plain(5, 8, layers=2), name="ears")
-WIDER = plain(5, 16)
-EXACT = {"max_batch_size": 16}
-KEPT = f"ears@{A.fingerprint[:8]}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The new version."""
-    write_model(tmp_path / "new", B)
-    return tmp_path / "new"
-
-
-@pytest.fixture
-def recordings(tmp_path: Path) -> Path:
-    """Where every version is recorded."""
-    (tmp_path / "recordings").mkdir()
-    return tmp_path / "recordings"
-
-
-def truth(x: F32, moved_at: int) -> F32:
-    """Outputs of A for the frames before `moved_at`, and of B from A's state for the others."""
-    before, state = whole(A, x[:moved_at], max_batch_size=16)
-    return np.concatenate([before, whole(B, x[moved_at:], state, max_batch_size=16)[0]])
-
-
-def replayed_truth(x: F32, first: int, moved_at: int) -> F32:
-    """Outputs of A for the frames before `moved_at`, and of DEEPER, which began with frame `first`, for the others."""
-    after = whole(DEEPER, x[first:], max_batch_size=16)[0][moved_at - first :]
-    return np.concatenate([whole(A, x[:moved_at], max_batch_size=16)[0], after])
-
-
-def replays(recording: Path) -> dict[str, int]:
-    """By name of a stream, the first frame that its first state in a recording holds."""
-    with RecordingReader(recording) as reader:
-        names = {each.stream: each.name for each in reader.streams()}
-        events = [each for each in reader.events() if each.kind == "replayed"]
-        return {names[each.stream or 0]: each.seq or 0 for each in events}
-
-
-def assert_each_verifies_with_its_version(recordings: Path, folder: Path) -> None:
-    """A is in ears.instep, and the new version in the one behind it; no other is there."""
-    write_model(folder.with_name("old"), A)
-    models = {"ears.instep": folder.with_name("old"), "ears@2.instep": folder}
-    assert sorted(each.name for each in recordings.glob("*.instep")) == list(models)
-    for name, model in models.items():
-        result = CliRunner().invoke(app, ["verify", str(recordings / name), "--model", str(model)])
-        assert result.exit_code == 0, result.output
+from tests.support.swapping import (
+    DEEPER,
+    EXACT,
+    KEPT,
+    A,
+    B,
+    assert_each_verifies_with_its_version,
+    replayed_truth,
+    replays,
+    truth,
+)
+from tests.support.swapping import folder as folder
+from tests.support.swapping import recordings as recordings
 
 
 @pytest.mark.parametrize(("policy", "version"), [("move", B), ("replay:50", DEEPER)])
@@ -179,32 +134,6 @@ async def test_streams_without_a_connection_move_too(
         np.testing.assert_array_equal(y, replayed_truth(x, began[policy], 10) if policy in began else truth(x, 10))
 
 
-async def test_a_replay_that_takes_long_fails_only_while_frames_arrive(
-    folder: Path, recordings: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_model(folder, DEEPER, overwrite=True)
-    x = rng.standard_normal((20_000, 5)).astype(np.float32)
-    follow = WarmUpReplay.follow
-
-    def takes_long(replay: WarmUpReplay) -> int:
-        time.sleep(0.6)
-        return follow(replay)
-
-    monkeypatch.setattr(WarmUpReplay, "follow", takes_long)
-    async with running(A, recording={"file": recordings}, engine=EXACT) as server:
-        async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint) as operator:
-            stream = await client.open("s")
-            swapping = asyncio.create_task(operator.swap_model("ears", folder, "replay:6"))
-            while not swapping.done():
-                await stream.step(x[stream.next_seq])
-            with pytest.raises(Refused, match="its frames arrive as quickly as they are replayed"):
-                await swapping
-            moved_at = stream.next_seq
-            await operator.swap_model("ears", folder, "replay:6")
-            y = await stream.step(x[moved_at : moved_at + 5])
-            np.testing.assert_array_equal(y, replayed_truth(x[: moved_at + 5], moved_at - 6, moved_at)[moved_at:])
-
-
 async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
     folder: Path, recordings: Path, rng: np.random.Generator
 ) -> None:
@@ -295,128 +224,6 @@ async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_
     (line,) = [line for line in told if line["event"] == "streams not served"]
     assert "ears.instep is damaged" in line["reason"]
     assert line["next"] == f"instep recordings check {recordings / 'ears.instep'}"
-
-
-async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as_they_are(
-    folder: Path, recordings: Path, rng: np.random.Generator
-) -> None:
-    x = rng.standard_normal((3, 5)).astype(np.float32)
-    engine, transport = {**EXACT, "max_streams": 2}, {"heartbeat_s": 0.5}
-    async with running(A, recording={"file": recordings}, engine=engine, transport=transport) as server:
-        async with AsyncClient(server.endpoint) as former:
-            for name in ("a", "b"):
-                await (await former.open(name)).step(x)
-            await former.close(park=True)
-        while server.default.numbers()["streams_parked"] < 2:
-            await asyncio.sleep(0.01)
-        async with AsyncClient(server.endpoint) as client:
-            for name in ("c", "d"):  # a and b hibernate
-                await (await client.open(name)).step(x)
-            with pytest.raises(Refused, match="there is room in memory for 0"):
-                await client.swap_model("ears", folder, "move")
-            numbers = await client.stats()
-    assert numbers["received_frames_total"] == numbers["frames_total"] == 12
-
-
-async def test_a_version_that_cannot_be_served_changes_nothing(
-    folder: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    x = rng.standard_normal((20, 5)).astype(np.float32)
-    write_model(tmp_path / "same", A)
-    write_model(tmp_path / "wider", WIDER)
-    write_model(tmp_path / "deeper", DEEPER)
-    (tmp_path / "broken").mkdir()
-    async with running(A, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
-        stream = await client.open("s")
-        first = await stream.step(x[:10])
-        for name, path, code, words in (
-            ("ears", tmp_path / "broken", Code.NOT_LOADED, "is not a model folder"),
-            ("ears", tmp_path / "same", Code.NOT_LOADED, "holds the version of 'ears' that is served already"),
-            (
-                "ears",
-                tmp_path / "wider",
-                Code.NOT_LOADED,
-                "number of outputs differs from that of the version that is served (16 instead",
-            ),
-            ("ears", tmp_path / "deeper", Code.NOT_LOADED, "its state differs"),
-            ("eyes", folder, Code.UNKNOWN_MODEL, "it serves 'ears'"),
-        ):
-            with pytest.raises(Refused) as refused:
-                await client.swap_model(name, path, "move")
-            assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
-        with pytest.raises(Refused, match="frames are replayed from a recording"):
-            await client.swap_model("ears", folder, "replay:9")
-        for policy in ("replay", "replay:0", "replay:x", "move:1", "kept"):
-            with pytest.raises(InvalidInput, match="expected keep, move or replay:N"):
-                await client.swap_model("ears", folder, policy)
-        second = await stream.step(x[10:])
-        assert client.info.fingerprint == A.fingerprint
-        await client.swap_model("ears", folder)
-        async with AsyncClient(server.endpoint):  # so that no version is unloaded
-            await client.swap_model("ears", tmp_path / "same")
-            for name, words in ((KEPT, "is a former version"), ("ears", "connections left from an earlier swap")):
-                with pytest.raises(Refused, match=words):
-                    await client.swap_model(name, folder)
-    np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
-
-
-async def test_the_command(folder: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    async with running(A, folder=old, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
-        stream = await client.open("s")
-
-        async def said(*arguments: str, folder: Path = folder) -> tuple[int, str]:
-            command = ["model", "swap", "ears", str(folder), *arguments, "-e", server.endpoint]
-            result = await asyncio.to_thread(CliRunner().invoke, app, command)
-            return result.exit_code, result.output.strip()
-
-        status, text = await said("--streams", "move")
-        assert (status, text.splitlines()) == (
-            0,
-            [
-                f"ears is now version {B.fingerprint[:8]}",
-                "a restart serves what the configuration names, which is not this folder;",
-                f"put it into model.folder to keep it: {folder}",
-                "1 open stream moved to it, states copied",
-                "the server has ears",
-            ],
-        )
-        for arguments, words in (((), "that is served already"), (("--streams", "both"), "expected keep, move or")):
-            status, sentence = await said(*arguments)
-            assert (status, words in sentence) == (2, True), sentence
-        await stream.step(np.zeros(5, np.float32))
-        assert stream.moved_at == 0
-        numbers = await client.stats()
-        assert numbers["server_uptime_s"] > numbers["uptime_s"], "which is that of the version"
-        write_model(old, A)
-        status, text = await said(folder=old)
-        assert (status, f"ears is now version {A.fingerprint[:8]}" in text) == (0, True), text
-        assert "configuration" not in text  # which names that folder
-        assert f"1 open stream of the old version: served as ears@{B.fingerprint[:8]} until closed" in text
-        assert "features" not in text
-        write_model(folder, plain(6, 8), overwrite=True)
-        status, text = await said()
-        assert (status, text.splitlines()[3:]) == (
-            0,
-            [
-                "it takes 6 features and gives 8 outputs; the old version has 5 and 8",
-                f"0 open streams of the old version: served as {KEPT} until closed",
-                f"the server has ears, ears@{B.fingerprint[:8]}, {KEPT}",
-            ],
-        )
-
-
-def test_the_command_says_nothing_of_a_restart_where_an_older_server_does_not(folder: Path) -> None:
-    with FakeServer() as server:
-        result = CliRunner().invoke(app, ["model", "swap", "halving", str(folder), "-e", server.endpoint])
-    assert (result.exit_code, result.output.splitlines()) == (
-        0,
-        [
-            "halving is now version 00",
-            "0 open streams moved to it, states computed from the last frames",
-            "the server has halving",
-        ],
-    )
 
 
 @pytest.mark.long
