@@ -7,8 +7,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
+from safetensors.numpy import load_file
 
 from instep.streaming.candidate import CandidateStatus
+from instep_client import AsyncClient, StreamEvicted
+from instep_client.protocol.errors import InvalidInput
+from instep_tools import state
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.recording import read_recording
@@ -16,14 +21,15 @@ from instep_tools.live import Pace
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.pacing import Stop
-from instep_tools.problems import Exit
+from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.server import stats
 from instep_tools.signals import Signal
-from tests.support.models import SEED_SIZED, whole
+from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.running import running
+from tests.support.steps import eager, exported
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
@@ -101,3 +107,56 @@ async def test_numbers_that_are_small_not_finite_or_not_measured_are_shown() -> 
     assert told.json()["recent_time_s"] > 0
     assert told.json()["latency_us_p99"] == 0
     assert (told.json()["shadow_largest_difference"], told.json()["shadow_mean_difference"]) == (None, 1.23e-05)
+
+
+async def test_a_state_of_single_values_is_json(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, exported("counting").description.features)).astype(np.float32)
+    _, leaves = eager("counting", x, 1)
+    async with running(exported("counting")) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic")
+        await stream.step(x)
+        terminal = RememberingTerminal(as_json=True)
+        assert await state.read(Target(server.endpoint), terminal, Stop(), "mic") == Exit.OK
+    found = terminal.json()["state"]
+    assert found["count"] == leaves[0].item()
+    for given, leaf in zip(found.values(), leaves, strict=True):
+        np.testing.assert_allclose(given, leaf, rtol=1e-5, atol=1e-6)
+
+
+async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal((9, SEED_SIZED.description.features)).astype(np.float32)
+    y, final = whole(SEED_SIZED, x)
+    path, stop = tmp_path / "mic.safetensors", Stop()
+    transport = {"heartbeat_s": 0.1}
+    async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
+        stream = await client.open("mic")
+        await stream.step(x[:5])
+        assert await state.snapshot(Target(server.endpoint), RememberingTerminal(), stop, "mic", path) == Exit.OK
+        terminal = RememberingTerminal(as_json=True)
+        assert await state.fork(Target(server.endpoint), terminal, stop, "mic", "copy") == Exit.OK
+        while (await client.stats())["streams_parked"] != 1:
+            await client.ping()
+        copy = await client.resume("copy", 5, terminal.json()["epoch"])
+        for each in (stream, copy):
+            np.testing.assert_array_equal(await each.step(x[5:]), y[5:])
+            np.testing.assert_array_equal(await each.close(), final)
+    np.testing.assert_array_equal(load_file(path)["state"], whole(SEED_SIZED, x[:5])[1])
+    async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
+        terminal = RememberingTerminal(as_json=True)
+        assert await state.restore(Target(server.endpoint), terminal, stop, path) == Exit.OK
+        restored = await client.resume("mic", epoch=terminal.json()["epoch"])
+        np.testing.assert_array_equal(await restored.step(x[5:]), y[5:])
+        terminal = RememberingTerminal(as_json=True)
+        assert await state.reset(Target(server.endpoint), terminal, stop, "mic", path, True) == Exit.OK
+        assert terminal.json()["seq"] == 9
+        with pytest.raises(StreamEvicted, match="FENCED"):
+            await restored.step(x[5:])
+        again = await client.resume("mic", epoch=terminal.json()["epoch"])
+        np.testing.assert_array_equal(await again.step(x[5:]), y[5:])
+    async with running(SMALL) as server:
+        with pytest.raises(CommandProblem, match="a state is valid only with the weights that made it") as refused:
+            await state.restore(Target(server.endpoint), RememberingTerminal(), stop, path)
+        assert not isinstance(refused.value, InvalidInput)
+        assert server.default.engine.table.open_count == 0
