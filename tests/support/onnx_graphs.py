@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,10 +13,14 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from instep.models.onnx.importer import import_onnx
+from instep.models.onnx.matching import Hints
+
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Shape: TypeAlias = Sequence[int | str | None]
 FLOAT, DOUBLE, INT64, BOOL = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
 OPSET = 17
+ROWS4: Shape = ["rows", 4]
 
 node = helper.make_node
 
@@ -188,3 +193,47 @@ def denoiser(net: Denoiser, *, batch: int | str = "batch", **attributes: Any) ->
     for layer in range(2):
         weights |= recurrent_weights(net.gru, layer, f"{layer}.")
     return graph(nodes, {"x": [batch, "T", features]}, {"y": [batch, "T", features]}, weights)
+
+
+def leaky(
+    middle: list[onnx.NodeProto] | None = None,
+    *,
+    x: Any = ROWS4,
+    h: Any = ROWS4,
+    y: Any = ROWS4,
+    more_inputs: dict[str, Any] | None = None,
+    more_outputs: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None,
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """hn = 0.5 · h + v, y = tanh(hn), where `middle` makes v of x."""
+    nodes = [
+        *(middle or [node("Identity", ["x"], ["v"])]),
+        node("Mul", ["h", "half"], ["kept"]),
+        node("Add", ["kept", "v"], ["hn"]),
+        node("Tanh", ["hn"], ["y"]),
+    ]
+    return graph(
+        nodes,
+        {"x": x, "h": h, **(more_inputs or {})},
+        {"y": y, "hn": h, **(more_outputs or {})},
+        {"half": floats(0.5), **(weights or {})},
+        opset=opset,
+    )
+
+
+def branch(condition: str) -> onnx.NodeProto:
+    """v = -x where the condition holds, otherwise v = x."""
+
+    def only(op: str, name: str) -> onnx.GraphProto:
+        value = helper.make_tensor_value_info(name, FLOAT, ROWS4)
+        return helper.make_graph([node(op, ["x"], [name])], name, [], [value])
+
+    return node("If", [condition], ["v"], then_branch=only("Neg", "v1"), else_branch=only("Identity", "v2"))
+
+
+def imported(path: Path, model: onnx.ModelProto | bytes, **hints: Any) -> Any:
+    """The description of what is found in a graph, whose model folder is `net` under the path."""
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    (path / "net.onnx").write_bytes(content)
+    return import_onnx(path / "net.onnx", path / "net", Hints(**hints)).description
