@@ -254,45 +254,62 @@ async def test_a_model_that_is_loaded_steps_in_the_servers_process(folder: Path)
             assert [service.steps_apart for service in server.services] == [True, False]
 
 
-@pytest.fixture
-def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No model folder is read before this is set."""
-    opened = threading.Event()
+class Reading:
+    """No model folder is read before it `may_begin`."""
 
-    def load(folder: Path) -> Model:
-        assert opened.wait(60)
+    def __init__(self) -> None:
+        self.is_due = threading.Event()
+        self.may_begin = threading.Event()
+
+    def load(self, folder: Path) -> Model:
+        """Instead of the function of the server."""
+        self.is_due.set()
+        assert self.may_begin.wait(60)
         return load_model(folder)
 
-    monkeypatch.setattr("instep.server.preparation.load_model", load)
-    yield opened
-    opened.set()
+    async def until_due(self) -> None:
+        """Wait until the server has taken a request to load a model."""
+        while not self.is_due.is_set():
+            await asyncio.sleep(0.001)
 
 
-async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(folder: Path, gates: threading.Event) -> None:
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
+    """Of the folders of models that are loaded."""
+    reading = Reading()
+    monkeypatch.setattr("instep.server.preparation.load_model", reading.load)
+    yield reading
+    reading.may_begin.set()
+    for thread in threading.enumerate():
+        if thread.name == "instep-loader":
+            thread.join()  # a thread that calls torch while the interpreter ends aborts the process
+
+
+async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(folder: Path, reading: Reading) -> None:
     async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
         loading = asyncio.create_task(operator.load_model("vowels", folder))
-        await operator.ping()  # the server has taken the request before this
+        await reading.until_due()
         limits = server.config.limits.model_copy(update={"park_s": 77.0})
         server.configure(server.config.model_copy(update={"limits": limits}))
-        gates.set()
+        reading.may_begin.set()
         await loading
         async with AsyncClient(server.endpoint, model="vowels") as client:
             assert client.info.park_s == 77
 
 
 async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loaded(
-    folder: Path, gates: threading.Event
+    folder: Path, reading: Reading
 ) -> None:
     told: list[dict[str, Any]] = []
     async with running(EARS, told=told, engine=EXACT, shutdown={"drain_timeout_s": 5.0}) as server:
         async with AsyncClient(server.endpoint, reconnect_s=0) as operator:
             loading = asyncio.create_task(operator.load_model("vowels", folder))
-            await operator.ping()
+            await reading.until_due()
             server.stop()
             with pytest.raises((Refused, ConnectionFailed), match="shutting down"):
                 await loading
     assert [line["reason"] for line in told if line["event"] == "not loaded"] == ["the server is shutting down"]
-    assert not gates.is_set()
+    assert not reading.may_begin.is_set()
 
 
 async def test_the_commands(folder: Path) -> None:
