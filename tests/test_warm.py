@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -18,12 +17,14 @@ from tests.support.models import SMALL
 from tests.support.warm import WarmProcess, run_instep, run_program
 
 LEAVE_ONE: Final = """
-import sys
+import multiprocessing
 from tests.support.warm import WarmProcess
-process = WarmProcess(["serve", sys.argv[1], "--endpoint", "tcp://127.0.0.1:*", "--http", "off"])
-while "serving" not in process.stderr.readline():
-    assert process.poll() is None
-print(process.pid)
+if __name__ == "__main__":
+    multiprocessing.current_process().daemon = False  # a process that is one may not start others
+    process = WarmProcess(["serve", "m", "--endpoint", "tcp://127.0.0.1:*", "--http", "off"])
+    while "serving" not in process.stderr.readline():
+        assert process.poll() is None
+    print(process.pid)
 """
 
 
@@ -71,7 +72,8 @@ def test_a_status_is_read_by_several_threads(tmp_path: Path) -> None:
 
 def test_a_command_that_a_test_leaves_running_ends_with_the_tests(tmp_path: Path) -> None:
     write_model(tmp_path / "m", SMALL)
-    command, root = [sys.executable, "-c", LEAVE_ONE, str(tmp_path / "m")], Path(__file__).parents[1]
-    left = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=root)
+    program = tmp_path / "leave.py"
+    program.write_text(LEAVE_ONE)
+    left = run_program(str(program), tmp_path)  # which need not import anything first, either
     assert left.returncode == 0, left.stderr
     assert not psutil.pid_exists(int(left.stdout))
