@@ -1,0 +1,139 @@
+"""Models that are unloaded from a running server: what becomes of their streams, and of a step that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from instep.core.typing import U64
+from instep.models.folder import write_model
+from instep.runtime.executor import ThreadExecutor
+from instep.server.server import Server
+from instep.streaming.service import ModelService
+from instep_client import AsyncClient, Refused, StreamEvicted
+from instep_client.protocol.wire import Code, Kind
+from tests.support.gate import GATE_VALUE, Gate
+from tests.support.models import plain
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+EARS = replace(plain(5, 8), name="ears")
+VOWELS = replace(plain(3, 16, seed=9), name="vowels")
+EXACT = {"max_batch_size": 16}
+
+
+class Gated(NamedTuple):
+    """A server with a model whose step waits for the gate, an operator, and the model's client."""
+
+    server: Server
+    operator: AsyncClient
+    vowels: ModelService
+    raw: RawClient
+    handles: U64
+    gate: Gate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model that is loaded, and unloaded."""
+    write_model(tmp_path / "vowels", VOWELS)
+    return tmp_path / "vowels"
+
+
+async def test_streams_of_an_unloaded_model_that_no_recording_keeps_end_and_their_owners_are_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
+        await operator.load_model("vowels", folder)
+        client = AsyncClient(server.endpoint, model="vowels", reconnect_s=1)
+        await client.connect()
+        stream = await client.open("v")
+        await stream.step(np.zeros(3, np.float32))
+        async with AsyncClient(server.endpoint, model="vowels") as other:
+            await (await other.open("parked")).step(np.zeros(3, np.float32))
+            await other.close(park=True)
+        with pytest.raises(Refused, match="2 streams of the model 'vowels' are in use"):
+            await operator.unload_model("vowels")
+        await stream.step(np.zeros(3, np.float32))
+        await operator.unload_model("vowels", force=True)
+        with pytest.raises(StreamEvicted) as ended:
+            await stream.step(np.zeros(3, np.float32))
+        assert ended.value.code is Code.UNLOADED
+        await client.close()
+    (tmp_path / "recordings").mkdir()
+    recording, transport = {"file": tmp_path / "recordings"}, {"heartbeat_s": 0.5}
+    async with running(EARS, engine=EXACT, recording=recording, transport=transport) as server:
+        async with AsyncClient(server.endpoint) as operator:
+            await operator.load_model("vowels", folder)
+            async with AsyncClient(server.endpoint, model="vowels") as client:
+                await (await client.open("parked")).step(np.zeros(3, np.float32))
+                await client.close(park=True)
+            while (await operator.list_models())[1].connections:
+                await asyncio.sleep(0.01)
+            await operator.unload_model("vowels")  # the recording keeps a stream that nobody has
+
+
+@contextlib.asynccontextmanager
+async def gated(folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> AsyncIterator[Gated]:
+    """A server that has loaded the model and steps a frame of one of its streams, which waits for the gate."""
+    gate = Gate()
+    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
+    async with running(EARS, engine=EXACT, **sections) as server, AsyncClient(server.endpoint) as operator:
+        await operator.load_model("vowels", folder)
+        vowels = server.services[1]
+        async with RawClient(server.endpoint) as raw:
+            await raw.hello("vowels")
+            handles = (await raw.open("v")).handles()
+            await raw.send(*raw.step_message(handles, [0], np.full((1, 1, 3), GATE_VALUE, np.float32)))
+            while not vowels.engine.is_running:
+                await asyncio.sleep(0.001)
+            try:
+                yield Gated(server, operator, vowels, raw, handles, gate)
+            finally:
+                gate.open()
+
+
+async def test_a_model_that_is_being_unloaded_answers_what_it_has_and_takes_nothing_new(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gated(folder, monkeypatch, shutdown={"drain_timeout_s": 120}) as its:
+        unloading = asyncio.create_task(its.operator.unload_model("vowels", force=True))
+        while not its.vowels.engine.draining:
+            await asyncio.sleep(0.001)
+        refused = await its.raw.step(its.handles, [1], np.zeros((1, 1, 3), np.float32))
+        assert refused.header[2:4] == [
+            Code.SHUTTING_DOWN,
+            "the model 'vowels' is being unloaded and takes nothing new",
+        ]
+        assert not unloading.done()
+        its.gate.open()
+        assert (await its.raw.receive()).kind is Kind.STEPPED
+        await unloading
+
+
+async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_in, stop = list[int](), ThreadExecutor.stop
+
+    def noted(executor: ThreadExecutor, timeout_s: float | None = None) -> None:
+        stopped_in.append(threading.get_ident())
+        stop(executor, timeout_s)
+
+    monkeypatch.setattr(ThreadExecutor, "stop", noted)
+    async with gated(folder, monkeypatch, shutdown={"drain_timeout_s": 0.3}) as its:
+        async with AsyncClient(its.server.endpoint) as busy:
+            ears = await busy.open("s")
+            unloading = asyncio.create_task(its.operator.unload_model("vowels", force=True))
+            while not unloading.done():
+                await ears.step(np.zeros(5, np.float32))
+            await unloading
+        assert stopped_in[0] != threading.get_ident(), "the loop did not wait for it"
