@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
 
 from instep import interrupts
 from instep_tools import INTERRUPTED
@@ -21,6 +24,10 @@ def main() -> None:
         from instep import cli
 
         cli.main()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            _end_without_threads(end.code)
+        raise
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except ModuleNotFoundError as error:
@@ -32,6 +39,18 @@ def main() -> None:
         raise SystemExit(2) from None
     finally:
         interrupts.change_nothing()
+
+
+def _end_without_threads(status: int) -> None:
+    """End the process with this status if a thread is left that nobody waits for: a load, or a step that hangs.
+
+    Python ends such threads when it ends itself, and one that is in torch by then aborts the process.
+    """
+    if any(thread.daemon for thread in threading.enumerate()):
+        with contextlib.suppress(OSError):  # nobody is left to read it
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

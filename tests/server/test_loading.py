@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import msgpack
@@ -18,7 +23,7 @@ from typer.testing import CliRunner
 from instep.cli import app
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
-from instep_client import AsyncClient, ConnectionFailed, Refused
+from instep_client import AsyncClient, Client, ConnectionFailed, Refused
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient
@@ -27,6 +32,23 @@ from tests.support.running import running
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
 EXACT = {"max_batch_size": 16}
+LOAD_FOREVER = """
+import torch
+from instep import __main__
+from instep.server import preparation
+
+load = preparation.load_model
+def load_forever(folder):
+    if folder.name != "vowels":
+        return load(folder)
+    print("loading", flush=True)
+    while True:
+        torch.ones(9, 9) @ torch.ones(9, 9)
+
+preparation.load_model = load_forever
+__main__.main()
+"""
+"""`instep`, where loading the model "vowels" never ends."""
 
 
 @pytest.fixture
@@ -202,6 +224,28 @@ async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loa
                 await loading
     assert [line["reason"] for line in told if line["event"] == "not loaded"] == ["the server is shutting down"]
     assert not reading.may_begin.is_set()
+
+
+def test_a_thread_that_still_loads_a_model_does_not_abort_the_process_at_its_end(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "ears", EARS)
+    command = [sys.executable, "-c", LOAD_FOREVER, "serve", str(tmp_path / "ears")]
+    command += ["--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--log-format", "json"]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process, ThreadPoolExecutor(1) as threads:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            lines = map(json.loads, process.stderr)
+            endpoint = next(line["endpoint"] for line in lines if line["event"] == "serving")
+            with Client(endpoint, reconnect_s=0) as client:
+                loading = threads.submit(client.load_model, "vowels", folder)
+                assert process.stdout.readline() == "loading\n"
+                process.terminate()
+                with pytest.raises((Refused, ConnectionFailed)):
+                    loading.result()
+            said = process.stderr.read().splitlines()
+            assert (json.loads(said[-1])["event"], process.wait()) == ("stopped", 0)
+        finally:
+            process.kill()
 
 
 async def test_the_commands(folder: Path) -> None:
