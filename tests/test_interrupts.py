@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import instep_tools
 from instep import interrupts
 from tests.support.interrupting import interrupted_at_every_moment
 from tests.support.warm import WarmProcess
@@ -57,7 +58,7 @@ def test_a_hangup_ends_other_commands_with_a_sentence_and_serve_not_at_all(tmp_p
 
 @pytest.mark.heavy
 def test_serve_interrupted_twice_ends_quietly(tmp_path: Path) -> None:
-    for again_s in (0.01, 0.1):
+    for again_s in (0.01, 0.1, 0.6):
         process = WarmProcess(SERVE, cwd=tmp_path)
         try:
             assert process.stderr is not None
@@ -98,6 +99,19 @@ def test_only_its_own_handler_is_taken_back() -> None:
     interrupts.end_at_once()
     interrupts.raise_again()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_a_command_that_reports_is_interrupted_once_by_one_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    interrupts.end_at_once()
+    interrupts.raise_again(reports=True)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("handler_kept")

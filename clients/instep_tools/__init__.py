@@ -9,10 +9,36 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 INTERRUPTED = 130
 """The exit status, as shells have it."""
+SAME_SIGNAL_S = 0.5
+"""A signal that comes this soon after the first one is the same one: `timeout`, `make`, `npm` and `uv run` pass on to a
+command what its whole process group has received already."""
+
+
+class EndingSignals:
+    """The signals that ask a command to end: the first one is obeyed in order, and a second one at once.
+
+    Attributes:
+        count: how many have come; one that repeats the first does not count.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first_at = 0.0
+
+    def is_repeat(self) -> bool:
+        """Take note of a signal: whether it is the first one once more, within `SAME_SIGNAL_S`."""
+        now = time.monotonic()
+        if self.count and now - self._first_at < SAME_SIGNAL_S:
+            return True
+        self.count += 1
+        if self.count == 1:
+            self._first_at = now
+        return False
 
 
 def main() -> None:

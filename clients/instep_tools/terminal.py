@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instep_client.protocol.errors import InstepError
+from instep_tools import EndingSignals
 from instep_tools.pacing import Stop, loop_factory
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.words import finite
@@ -207,9 +208,10 @@ _ENDINGS: Final = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINA
 def run_command(command: Command, terminal: Terminal) -> Exit:
     """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
 
-    The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. The second one ends it at once, and so
-    does the first one as long as nothing was sent because there is no connection. The status of such a command is
-    INTERRUPTED or TERMINATED, also when it ends with an error, which is said.
+    The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. The second one ends it at once, unless
+    it comes so soon that it is the first one, passed on once more (`EndingSignals`). The first one ends it at once as
+    long as nothing was sent because there is no connection. The status of such a command is INTERRUPTED or TERMINATED,
+    also when it ends with an error, which is said.
 
     Raises:
         BrokenPipeError: at the end, where nobody read what was written to stdout.
@@ -262,14 +264,20 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     ending: Exit | None = None
+    signals = EndingSignals()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal ending
+        if signals.is_repeat():
+            return
         is_interrupt = number == signal.SIGINT
         ending = _ENDINGS[signal.Signals(number)]
         if not stop.connected:
             raise StoppedBeforeSending(ending)
-        signal.signal(number, signal.default_int_handler if is_interrupt else before[signal.SIGTERM])
+        if signals.count > 1:
+            signal.signal(number, signal.default_int_handler if is_interrupt else before[signal.SIGTERM])
+            signal.raise_signal(number)
+            return
         if stop.drains:
             name = "Ctrl-C" if is_interrupt else "SIGTERM"
             terminal.note(f"stopping: waiting for the answers ({name} again ends at once)")

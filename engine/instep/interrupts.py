@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
-from instep_tools import end_quietly
+from instep_tools import EndingSignals, end_quietly
 
 _had_terminal = False
 _was_hung_up = False
@@ -41,10 +42,14 @@ def has_lost_its_terminal() -> bool:
     return _had_terminal and not _has_terminal()
 
 
-def raise_again() -> None:
-    """From here on Ctrl-C raises where it was `end_at_once`: the command that runs now cleans up behind itself."""
+def raise_again(*, reports: bool = False) -> None:
+    """From here on Ctrl-C raises where it was `end_at_once`: the command that runs now cleans up behind itself.
+
+    Args:
+        reports: the command ends with a report, which the same Ctrl-C must not cut off when it arrives once more.
+    """
     if signal.getsignal(signal.SIGINT) is end_quietly:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise_unless_repeated() if reports else signal.default_int_handler)
 
 
 def change_nothing() -> None:
@@ -67,6 +72,16 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def _raise_unless_repeated() -> Callable[[int, FrameType | None], None]:
+    signals = EndingSignals()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not signals.is_repeat():
+            raise KeyboardInterrupt
+
+    return on_interrupt
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import instep_tools
 from instep.cli import app
 from instep.config import Config, LogConfig
 from instep.demo import MODEL_FOLDER
@@ -249,6 +251,7 @@ def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Pat
 def test_a_second_interrupt_forces_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
     gate = Gate()
     monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
 
@@ -267,6 +270,41 @@ def test_a_second_interrupt_forces_the_end(
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
     assert lines[-1]["messages_unanswered"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_passed_on_once_more_does_not_force_the_end(
+    number: signal.Signals, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    gate = Gate()
+    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
+    answers: list[object] = []
+
+    def interrupt_twice(endpoint: str) -> None:
+        with Client(endpoint) as client:
+            stream = client.open("s")
+            stream.send(np.full(5, GATE_VALUE))
+            client.ping()
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)  # or Python takes the two for one
+            gate.open()
+            answers.append(next(iter(stream)))
+
+    thread: list[threading.Thread] = []
+
+    def on_ready(endpoint: str) -> None:
+        thread.append(threading.Thread(target=interrupt_twice, args=(endpoint,)))
+        thread[0].start()
+
+    config = configured(model, log={"format": "json"}, engine={"steps_in": "thread"})
+    assert serve.run(config, on_ready=on_ready) == 0
+    thread[0].join()
+    assert answers
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
+    assert lines[-1]["messages_unanswered"] == 0
 
 
 def with_ipv6_first(

@@ -11,6 +11,7 @@ import threading
 import pytest
 from rich.console import Console
 
+import instep_tools
 from instep_client.protocol.errors import ConnectionFailed
 from instep_tools import terminal as terminal_module
 from instep_tools.pacing import Stop
@@ -24,6 +25,12 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress from the first moment."""
     for name in ("QUIET_S", "DRAW_S", "LOG_S"):
         monkeypatch.setattr(terminal_module, name, 0.0)
+
+
+@pytest.fixture
+def all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal is another one, however soon it comes."""
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
 
 
 async def looked_at_three_times(terminal: Terminal, total: float) -> None:
@@ -223,6 +230,54 @@ def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
         run_undrained(command, RememberingTerminal())
 
 
+@SIGNALS
+def test_a_signal_that_is_passed_on_once_more_changes_nothing(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    terminal = RememberingTerminal()
+
+    async def drained(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        for again in (number, number, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(again)
+        await stop.wait()
+        return Exit.OK
+
+    async def before_a_connection(terminal: Terminal, stop: Stop) -> Exit:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+        raise AssertionError("not reached")
+
+    assert run_command(drained, terminal) == status
+    assert run_command(before_a_connection, terminal) == status
+    assert terminal.complained.count("\n") == 1
+
+
+@SIGNALS
+@pytest.mark.usefixtures("all_count")
+def test_a_second_signal_of_the_other_kind_ends_it_at_once(number: signal.Signals, status: int) -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(number)
+        await stop.wait()
+        signal.raise_signal(signal.SIGTERM if number == signal.SIGINT else signal.SIGINT)
+        raise AssertionError("not reached")
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    terminal, before = RememberingTerminal(), signal.signal(signal.SIGTERM, end)
+    try:
+        assert run_command(command, terminal) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped at once" in terminal.complained
+
+
+@pytest.mark.usefixtures("all_count")
 def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command() -> None:
     seen: list[int] = []
 
@@ -241,6 +296,7 @@ def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command(
     assert seen == [signal.SIGTERM]
 
 
+@pytest.mark.usefixtures("all_count")
 def test_a_second_ctrl_c_ends_it_at_once() -> None:
     terminal = RememberingTerminal()
 

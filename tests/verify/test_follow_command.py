@@ -143,6 +143,19 @@ def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
     assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
 
 
+def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    told: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        told.append(line)
+
+    assert Following(story.path, None, ()).in_json(100, tell) == "exact"
+    assert told[-1]["final"]
+
+
 def test_for_without_follow_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "a.rec"), "--for", "3"])
     assert result.exit_code == 2

@@ -27,6 +27,7 @@ from instep.server.service_manager import ServiceManager
 from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
+from instep_tools import EndingSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,18 @@ async def _serve(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
     server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
-    stops = 0
+    signals = EndingSignals()
 
     def stop() -> None:
-        nonlocal stops
-        stops += 1
-        if stops == 1:
+        if signals.is_repeat():
+            return
+        if signals.count == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
             start.service_manager.stopping()
-        server.stop(drain=stops == 1)
+        server.stop(drain=signals.count == 1)
 
     def hung_up() -> None:
-        if stops:
+        if signals.count:
             return  # it ends already, and this is no reason to force it
         if interrupts.has_lost_its_terminal():
             stop()
@@ -128,11 +129,11 @@ async def _serve(
             batches=sum(each.batches_total for each in stats),
             messages_unanswered=server.unanswered_messages,
         )
-    if server.was_crash and start.is_supervised and not stops:
+    if server.was_crash and start.is_supervised and not signals.count:
         os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
     if server.failure is not None:
         return 1
-    return 130 if stops > 1 else 0
+    return 130 if signals.count > 1 else 0
 
 
 def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:

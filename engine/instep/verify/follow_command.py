@@ -59,6 +59,10 @@ class Following:
 
     def in_words(self, for_s: float, console: Console) -> Verdict:
         """Follow until Ctrl-C, or for some seconds: a live line on a terminal, or a line now and then, and the end."""
+        with _until_interrupted() as stopped:
+            return self._in_words(stopped, for_s, console)
+
+    def _in_words(self, stopped: Event, for_s: float, console: Console) -> Verdict:
         with Live(console=console, transient=True, auto_refresh=False) as live:
 
             def show(status: Status) -> None:
@@ -70,7 +74,7 @@ class Following:
                 else:
                     console.print(Text(_line(status)), soft_wrap=True)
 
-            self._follow(show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
+            self._follow(stopped, show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
         for note in self._follower.notes:
             console.print(Text(f"bits were not required to be equal: {note}", "yellow"), soft_wrap=True)
         if reasons := in_words(self._follower.skipped_by, self._follower.waiting):
@@ -81,21 +85,25 @@ class Following:
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         """Likewise, as an object a second and one at the end."""
+        with _until_interrupted() as stopped:
+            return self._in_json(stopped, for_s, write)
+
+    def _in_json(self, stopped: Event, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         newest: dict[str, Any] = {}
 
         def tell(status: Status) -> None:
             newest.update(status.as_json())
             write({**newest, "final": False})
 
-        self._follow(tell, _JSON_EVERY_S, for_s)
+        self._follow(stopped, tell, _JSON_EVERY_S, for_s)
         verified = self._verdict in ("exact", "within tolerance")
         about = {"file": str(self._file), "verified": verified, "verdict": self._verdict, "summary": self._summary()}
         everything = [wrong.as_json() for wrong in self._follower.mismatches.kept]
         write({**about, **newest, "mismatches": everything, "final": True})
         return self._verdict
 
-    def _follow(self, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
-        with recorded_threads(self._header), _until_interrupted() as stopped:
+    def _follow(self, stopped: Event, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
+        with recorded_threads(self._header):
             try:
                 follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s, patience=self._patience)
             except (RecordingError, CannotVerify) as error:
@@ -142,7 +150,7 @@ def _line(status: Status) -> str:
 
 @contextmanager
 def _until_interrupted() -> Iterator[Event]:
-    """An event that Ctrl-C sets while the block runs."""
+    """An event that Ctrl-C sets while the block runs; the same one coming once more does not cut off the report."""
     stopped = Event()
     # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
     before = signal.signal(signal.SIGINT, lambda *_: Thread(target=stopped.set).start())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+import instep_tools
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
@@ -395,6 +398,37 @@ async def test_a_search_blames_the_load_generator_for_its_own_lateness() -> None
     assert "could not keep up; this machine is busy: run it" in run.last
     assert "--processes" not in run.last
     assert run.terminal.said.count("invalid") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_keeps_what_it_found_when_one_signal_comes_twice(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `timeout` sends it: to its child, and to the whole process group."""
+    judged(monkeypatch, capacity=1000)
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    sent: list[int] = []
+
+    def end_the_second_try(header: list[Any], frames: list[bytes]) -> None:
+        if header[0] == Kind.STEP and not sent and len(server.rules.blocks) > 10:
+            for _ in range(2):
+                sent.append(number)
+                os.kill(os.getpid(), number)
+                time.sleep(0.02)  # or Python takes the two for one
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sent.append(0))  # a test that fails is not to end all others
+    try:
+        with FakeServer() as server:
+            server.rules.fault = end_the_second_try
+            options = ("--slo-ms", "1e6", "--rate", "50", "--save", tmp_path / "found.json")
+            result = run(*SHORT, *options, "--endpoint", server.endpoint)
+            assert server.rules.names == {}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sent == [number, number]
+    assert result.exit_code == 128 + number
+    assert "at least 4 streams in real time at 50 Hz" in result.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["streams"] == 4
 
 
 async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
