@@ -95,7 +95,8 @@ class LoadTester:
 
         async def attempt(streams: int, processes: int) -> Measured:
             connections = min(max(plan.connections, processes), streams)
-            trial = await self._measure(replace(plan, streams=streams, connections=connections, processes=processes))
+            tried = replace(plan, streams=streams, connections=connections, processes=processes)
+            trial = await self._measure(tried, f"try {len(search.trials) + 1}")
             where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
             verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, sent {late_ms} ms late"
@@ -103,6 +104,7 @@ class LoadTester:
             return trial
 
         self.terminal.note(wrapped(plan.sentence()))
+        self.terminal.note(wrapped(report.effort(plan, limit)))
         search = Search(attempt, slo_ms, plan.processes, self.stop)
         await search.run(plan.streams, limit)
         best = search.best
@@ -115,6 +117,8 @@ class LoadTester:
             level = f"in real time at {plan.rate_hz:g} Hz within p99 of {slo_ms:g} ms"
             p99_ms = three_digits(best.latency.p99 / 1000)
             sentence = f"{least}{counted(best.plan.streams, 'stream')} {level} (p99 {p99_ms} ms)"
+        elif search.trials and search.is_all_invalid:
+            sentence = "the load generator was too slow to find out what the server can do"
         elif search.trials:
             fewest = min(trial.plan.streams for trial in search.trials)
             sentence = f"not even {counted(fewest, 'stream')} stayed within {slo_ms:g} ms at p99 ({plan.rate_hz:g} Hz)"
@@ -127,14 +131,12 @@ class LoadTester:
         values = search_as_json(search.trials, slo_ms, best, search.limited, search.ended)
         return self._tell(values, search.trials, best, sentence, ending)
 
-    async def _measure(self, plan: LoadPlan) -> Measured:
+    async def _measure(self, plan: LoadPlan, title: str = "measuring") -> Measured:
         parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
         answered = counters(len(parts))
         meter = _Meter(lambda: sum(counter.value for counter in answered))
         seconds = plan.warmup_s + plan.duration_s
-        async with progress(
-            self.terminal.err, "measuring", seconds, "s", lambda: min(seconds, meter.seconds), meter.rate
-        ):
+        async with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, meter.seconds), meter.rate):
             return measured(plan, await run_parts(parts, self.test.target, self.stop, self.clock, answered))
 
     def _tell(

@@ -12,9 +12,10 @@ from typing import Final
 from rich.text import Text
 
 from instep_client.protocol.wire import ServerInfo
-from instep_tools.load.plan import Mode
+from instep_tools.load.generator import DRAIN_S
+from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured
-from instep_tools.load.search import advice
+from instep_tools.load.search import advice, tries
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
@@ -111,6 +112,19 @@ def blame(result: Measured) -> str:
     sent = f"it sent {max(0.0, 1 - result.found.unsent / due):.0%} of the frames due, "
     late = f"{three_digits(result.parts['late_us'].p99 / 1000)} ms late at p99"
     return f"measured the load generator, not the server: {sent}{late}; {advice(result.plan.streams)}"
+
+
+def effort(plan: LoadPlan, limit: int) -> str:
+    """How long a search up to this number of streams takes, in one sentence."""
+    fewest, most = tries(plan.streams, limit)
+    seconds = plan.warmup_s + plan.duration_s
+    at_most_s = most * (seconds + DRAIN_S)
+    at_most = f"{at_most_s / 60:.0f} min" if at_most_s >= 120 else f"{at_most_s:.0f} s"
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"searching: {number} {'try' if most == 1 else 'tries'} of {seconds:g} s each, about {at_most} at the most; "
+        "more tries only where the load generator itself is too slow"
+    )
 
 
 def setting(info: ServerInfo) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
-from instep_tools.load.samples import Distribution, SampleArray, distribution
+from instep_tools.load.samples import F64, Distribution, SampleArray, distribution
 from instep_tools.words import finite
 
 PARTS: Final = ("late_us", "away_us", "queue_us", "compute_us", "send_us", "rest_us")
@@ -72,6 +72,25 @@ class Measured:
         late_us = self.parts["late_us"].p99
         return self.found.unsent > 0 or late_us > max(TOLERATED_LATE_US, self.latency.p99 / 2)
 
+    @property
+    def sent_share(self) -> float:
+        """The share of the frames due that this side sent, late or not."""
+        found = self.samples
+        was_answered, had_time = ~np.isnan(found["rest_us"]), found["late_us"] < found["latency_us"]
+        due = found["frames"].sum()
+        return float(found["frames"][was_answered | had_time].sum() / due) if due else 0.0
+
+    @property
+    def own_us(self) -> F64:
+        """This side's own share of each latency: the time until it sent, and the time it stood still afterwards."""
+        own_us: F64 = self.samples["late_us"] + self.samples["held_up_us"]
+        return own_us
+
+    @property
+    def own_p99_us(self) -> float:
+        """99 % of the frames have a smaller share of this side's in their latency."""
+        return distribution(self.own_us, self.samples["frames"]).p99
+
     def verdict(self, slo_ms: float) -> Verdict:
         """Whether every frame was answered, and 99 % of them in time; `invalid` where this side may be the cause.
 
@@ -86,7 +105,7 @@ class Measured:
             return "invalid"
         if found.refused or found.unanswered or found.lost:
             return "not met"
-        own_us = self.samples["late_us"] + self.samples["held_up_us"]
+        own_us = self.own_us
         own_us[own_us <= min(TOLERATED_LATE_US, slo_us / 10)] = 0
         served_us = self.samples["latency_us"] - 2 * own_us
         return "invalid" if distribution(served_us, self.samples["frames"]).p99 <= slo_us else "not met"

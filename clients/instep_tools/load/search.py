@@ -19,10 +19,49 @@ RESOLUTION: Final = 1 / 32
 FAILURES_TO_BELIEVE: Final = 2
 """A size counts as too large when it failed this often: one hiccup of the machine decides nothing."""
 ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
+SENT_MOST: Final = 0.75
+"""A load generator that sent this share of the frames due can send for half of the streams with a third of its time to
+spare. (Short tries end with some frames due that it would have sent.)"""
+NO_LESS_LATE: Final = 0.75
+"""If it is then still as late as this part of what it was before, it is not late because of the number of streams."""
 BUSY: Final = "this machine is busy: run it while the machine is idle, with a lower --rate, or on another machine"
 
 Try = Callable[[int, int], Awaitable[Measured]]
 """Serves that many streams, from that many processes."""
+
+
+def next_size(good: int, bad: int, limit: int, most: int) -> int | None:
+    """The next number of streams to try; None when the answer is known to within `RESOLUTION`.
+
+    Args:
+        good: the largest that met the level; 0 for none.
+        bad: the smallest that did not; more than `limit` for none.
+        limit: the largest that may be tried.
+        most: the largest that is worth trying while none has met the level.
+    """
+    if good >= limit or (bad <= limit and bad - good <= max(1, int(good * RESOLUTION))):
+        return None
+    if bad > limit:
+        return min(2 * good, limit)
+    if good:
+        return min(2 * good, (good + bad) // 2)  # the first of them where `most` was far below `bad`
+    return max(1, min(bad // 2, most))
+
+
+def tries(start: int, limit: int) -> tuple[int, int]:
+    """The smallest and the largest number of tries that a search may take, unless the load generator is too slow."""
+
+    def count_from(good: int, bad: int, streams: int | None) -> tuple[int, int]:
+        if streams is None:
+            return 0, 0
+        met = count_from(streams, bad, next_size(streams, bad, limit, limit))
+        missed = count_from(good, streams, next_size(good, streams, limit, limit))
+        return (
+            min(1 + met[0], FAILURES_TO_BELIEVE + missed[0]),
+            max(1 + met[1], FAILURES_TO_BELIEVE + missed[1]),
+        )
+
+    return count_from(0, limit + 1, start)
 
 
 def advice(streams: int) -> str:
@@ -35,7 +74,9 @@ class Search:
     """A search, and what it has found so far.
 
     A try in which the load generator was late says nothing about the server. It is repeated with twice the processes,
-    up to one a core; where that does not help, no larger number of streams is tried.
+    up to one a core; where that does not help, no larger number of streams is tried. While no number has met the level,
+    the next one is what the load generator could send, or half if that is less. The search ends when fewer streams do
+    not make the load generator less late.
     """
 
     attempt: Try
@@ -56,15 +97,22 @@ class Search:
         met = [trial for trial in self.trials if trial.verdict(self.slo_ms) == "met"]
         return max(met, key=lambda trial: trial.plan.streams, default=None)
 
+    @property
+    def is_all_invalid(self) -> bool:
+        """Whether no try says anything about the server."""
+        return all(trial.verdict(self.slo_ms) == "invalid" for trial in self.trials)
+
     async def run(self, start: int, limit: int) -> None:
-        """Double from `start` while the level is met (halve while it is not), then bisect to within `RESOLUTION`.
+        """Double from `start` while the level is met (halve while it is not), then bisect, as `next_size` says.
 
         Raises:
             InstepError: when the server does not take the first try.
             CommandProblem: when not even the first try can be made.
         """
-        good, bad, streams = 0, limit + 1, start
-        while good < limit and (bad > limit or bad - good > max(1, int(good * RESOLUTION))):
+        good, bad = 0, limit + 1
+        following: int | None = start
+        while following is not None:
+            streams = following
             verdict = await self._judge(streams)
             if verdict is None:
                 return
@@ -72,15 +120,29 @@ class Search:
                 good = streams
             else:
                 bad, self.measured_itself = streams, verdict == "invalid"
-            if bad > limit:
-                streams = min(2 * good, limit)
-            elif good:
-                streams = (good + bad) // 2
-            else:
-                streams = max(1, bad // 2)
+            if not good and self._is_late_anyway():
+                self.ended = f"with {counted(bad, 'stream')} the load generator was as late as with more; {BUSY}"
+                return
+            following = next_size(good, bad, limit, self._could_send(streams) if verdict == "invalid" else limit)
         self.limited = good == limit
         if self.measured_itself:
             self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {advice(bad)}"
+
+    def _could_send(self, streams: int) -> int:
+        """For how many streams this side could send when it tried so many; no less than these where it is not known."""
+        share = max(trial.sent_share for trial in self.trials if trial.plan.streams == streams)
+        return int(streams * share) or streams
+
+    def _is_late_anyway(self) -> bool:
+        """Whether the last two sizes, of which the second is at most half of the first, were invalid, and as late."""
+        newest = self.trials[-1]
+        before = next((trial for trial in self.trials[::-1] if trial.plan.streams != newest.plan.streams), None)
+        if before is None:
+            return False
+        for trial in (before, newest):
+            if trial.verdict(self.slo_ms) != "invalid" or trial.sent_share < SENT_MOST:
+                return False
+        return newest.own_p99_us > NO_LESS_LATE * before.own_p99_us
 
     async def _judge(self, streams: int) -> Verdict | None:
         """What a number of streams comes to; None when the search is over."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -14,70 +12,17 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
-import instep_tools
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
-from instep_tools.app import app
-from instep_tools.connect import Target
 from instep_tools.load import command, generator
-from instep_tools.load.command import LoadTest, LoadTester
-from instep_tools.load.plan import LoadPlan, Mode
-from instep_tools.load.result import Measured, Verdict
-from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.words import three_digits
 from tests.support.fake_server import FakeServer, Message, error
 from tests.support.pages import read_page
 from tests.support.ring_server import RingServer
-from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
-
-PLAN = LoadPlan(
-    streams=6,
-    connections=2,
-    processes=1,
-    mode=Mode.OPEN,
-    rate_hz=20.0,
-    duration_s=1.0,
-    warmup_s=0.5,
-    block=2,
-    steps=1,
-)
-SHORT = ("--streams", "4", "--duration", "0.2s", "--warmup", "0")
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["loadtest", *map(str, arguments)], env={"COLUMNS": "80"})
-
-
-def fits(text: str) -> bool:
-    return all(len(line) <= 80 for line in text.splitlines())
-
-
-class Timed:
-    """One run of the command against a fake server, on a clock that waits for nobody."""
-
-    def __init__(self, as_json: bool = False, max_streams: int = 1000, model: str = "halving") -> None:
-        self.terminal = RememberingTerminal(as_json)
-        self.stop = Stop()
-        self.clock = JumpingClock()
-        self.server = FakeServer(info_with(max_streams=max_streams, model=model))
-
-    async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, **files: Path) -> Exit:
-        with self.server as server:
-            test = LoadTest(Target(server.endpoint), plan, **files)
-            ending = await LoadTester(test, self.terminal, self.stop, self.clock).run()
-            assert server.rules.names == {} or not all_closed, "streams are left open"
-        return ending
-
-    @property
-    def last(self) -> str:
-        """The last sentence that was said, in one line."""
-        said = (self.terminal.complained if self.terminal.as_json else self.terminal.said).splitlines()
-        at = max(number for number, line in enumerate(said) if not line.startswith("  "))
-        return " ".join(" ".join(said[at:]).split())
+from tests.tools.loads import PLAN, SHORT, Timed, fits, run
 
 
 async def test_an_open_loop(tmp_path: Path) -> None:
@@ -340,109 +285,6 @@ def test_progress_in_a_file_says_how_much_is_answered(monkeypatch: pytest.Monkey
     lines = [line for line in result.stderr.splitlines() if line.startswith("measuring ")]
     assert any(re.fullmatch(r"measuring [01]/1 s · [\d,]+ frames/s", line) for line in lines)
     assert any(re.fullmatch(r"measuring [01]/1 s · no answer for \d s", line) for line in lines)
-
-
-def judged(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
-    """Let real runs be judged by their number of streams."""
-
-    def verdict(result: Measured, slo_ms: float) -> Verdict:
-        return "met" if result.plan.streams <= capacity else "not met"
-
-    monkeypatch.setattr(Measured, "verdict", verdict)
-
-
-async def test_a_search_ends_with_the_largest_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judged(monkeypatch, capacity=11)
-    monkeypatch.chdir(tmp_path)  # a long name of the file would not fit
-    run = Timed()
-    plan = replace(PLAN, streams=1, connections=4, slo_ms=1e6)
-    assert await run(plan, plot=Path("s.pdf")) == Exit.OK
-    assert run.last.startswith("11 streams in real time at 20 Hz within p99 of 1e+06 ms (p99 ")
-    tried = re.findall(r"^([\d,]+) .*met: p99 [\d.]+ ms, sent [\d.]+ ms late", run.terminal.complained, re.MULTILINE)
-    assert tried == ["1", "2", "4", "8", "16", "16", "12", "12", "10", "11"]
-    assert run.terminal.said.count("not met") == 4
-    assert fits(run.terminal.said)
-    assert fits(run.terminal.complained)
-    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
-
-
-async def test_a_search_ends_at_the_servers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged(monkeypatch, capacity=1000)
-    run = Timed(as_json=True, max_streams=20)
-    assert await run(replace(PLAN, slo_ms=1e6)) == Exit.OK
-    values = run.terminal.json()
-    assert (values["streams"], values["limited_by_server"], values["slo_ms"]) == (20, True, 1e6)
-    assert values["best"]["load"]["streams"] == 20
-    assert [(trial["load"]["streams"], trial["verdict"]) for trial in values["trials"]] == [
-        (6, "met"),
-        (12, "met"),
-        (20, "met"),
-    ]
-    assert "all the server has room for" in run.last
-
-
-async def test_a_search_that_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged(monkeypatch, capacity=0)
-    run = Timed()
-    assert await run(replace(PLAN, streams=2, slo_ms=1e6)) == Exit.FOUND_PROBLEMS
-    assert run.last == "not even 1 stream stayed within 1e+06 ms at p99 (20 Hz)"
-
-
-async def test_a_search_blames_the_load_generator_for_its_own_lateness() -> None:
-    run = Timed()
-    run.clock.tick_s = 0.05
-    assert await run(replace(PLAN, streams=1, connections=1, slo_ms=50.0)) == Exit.MEASURED_ITSELF
-    assert run.last.startswith(
-        "not even 1 stream stayed within 50 ms at p99 (20 Hz); with 1 stream the load generator "
-    )
-    assert "could not keep up; this machine is busy: run it" in run.last
-    assert "--processes" not in run.last
-    assert run.terminal.said.count("invalid") == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_search_keeps_what_it_found_when_one_signal_comes_twice(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """As `timeout` sends it: to its child, and to the whole process group."""
-    judged(monkeypatch, capacity=1000)
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
-    sent: list[int] = []
-
-    def end_the_second_try(header: list[Any], frames: list[bytes]) -> None:
-        if header[0] == Kind.STEP and not sent and len(server.rules.blocks) > 10:
-            for _ in range(2):
-                sent.append(number)
-                os.kill(os.getpid(), number)
-                time.sleep(0.02)  # or Python takes the two for one
-
-    before = signal.signal(signal.SIGTERM, lambda *_: sent.append(0))  # a test that fails is not to end all others
-    try:
-        with FakeServer() as server:
-            server.rules.fault = end_the_second_try
-            options = ("--slo-ms", "1e6", "--rate", "50", "--save", tmp_path / "found.json")
-            result = run(*SHORT, *options, "--endpoint", server.endpoint)
-            assert server.rules.names == {}
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert sent == [number, number]
-    assert result.exit_code == 128 + number
-    assert "at least 4 streams in real time at 50 Hz" in result.stdout
-    assert json.loads((tmp_path / "found.json").read_text())["streams"] == 4
-
-
-async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
-    run = Timed(as_json=True)
-
-    def end(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-        is_second = len(run.server.rules.blocks) > 6 * 30
-        return [error(header[1], Code.UNKNOWN_STREAM)] if is_second and header[0] == Kind.STEP else None
-
-    run.server.rules.fault = end
-    assert await run(replace(PLAN, slo_ms=1e6), all_closed=False) == Exit.FOUND_PROBLEMS
-    values = run.terminal.json()
-    assert values["streams"] == 6
-    assert "UNKNOWN_STREAM" in values["ended"]
 
 
 def test_bars_end_at_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:

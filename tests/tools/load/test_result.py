@@ -138,6 +138,17 @@ def test_a_level_is_not_missed_by_the_server_where_this_side_was_late(found: Mea
     assert found.verdict(20.0) == verdict
 
 
+def test_what_was_sent_is_told_from_what_was_only_due() -> None:
+    nan = math.nan
+    answered = (1.0, 2000, 500, 0, 100, 100, 100, 1200, 300, 6)
+    unanswered = (1.0, 2000, 1500, nan, nan, nan, nan, nan, 0, 2)
+    unsent = (1.0, 2000, 2000, nan, nan, nan, nan, nan, 0, 2)
+    found = result([answered, unanswered, unsent])
+    assert found.sent_share == 0.8
+    assert result([unsent]).sent_share == result([]).sent_share == 0
+    assert result([answered]).own_p99_us == 800
+
+
 def test_a_load_generator_that_is_too_slow_says_so() -> None:
     assert one(3000, late_us=2000).measured_itself
     assert not one(1000, late_us=900).measured_itself, "less than a millisecond is no finding"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -14,7 +15,7 @@ from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, Verdict
 from instep_tools.load.samples import SAMPLE
-from instep_tools.load.search import FAILURES_TO_BELIEVE, RESOLUTION, Search
+from instep_tools.load.search import FAILURES_TO_BELIEVE, RESOLUTION, Search, tries
 from instep_tools.pacing import Stop
 
 PLAN = LoadPlan(
@@ -38,6 +39,8 @@ class Trial:
     plan: LoadPlan
     found: PartResult
     made_up: Verdict
+    sent_share: float
+    own_p99_us: float
 
     def verdict(self, slo_ms: float) -> Verdict:
         return self.made_up
@@ -51,6 +54,10 @@ class Searched:
     stop: Stop = field(default_factory=Stop)
     asked: list[tuple[int, int]] = field(default_factory=list)
     lost_at: int = 0
+    sends: float = math.inf
+    """How many streams this side can send for."""
+    late_us: Callable[[int], float] = lambda streams: 1000.0 * streams
+    """How late it is with a number of streams, if it can send for them."""
 
     def __post_init__(self) -> None:
         self.search = Search(self.measure, 20.0, 1, self.stop)
@@ -59,7 +66,8 @@ class Searched:
         self.asked.append((streams, processes))
         lost = "the server went away" if len(self.asked) == self.lost_at else ""
         plan = replace(PLAN, streams=streams, processes=processes)
-        return cast(Measured, Trial(plan, PartResult(np.zeros(0, SAMPLE), lost=lost), self.judge(streams, processes)))
+        found, share = PartResult(np.zeros(0, SAMPLE), lost=lost), min(1.0, self.sends / streams)
+        return cast(Measured, Trial(plan, found, self.judge(streams, processes), share, self.late_us(streams)))
 
     async def run(self, start: int, limit: int = 4096) -> int:
         await self.search.run(start, limit)
@@ -85,7 +93,8 @@ async def test_the_answer_is_right_to_the_resolution(capacity: int, start: int, 
     assert searched.search.limited == (capacity >= limit)
     assert searched.search.ended == ""
     assert all(1 <= streams <= limit for streams in searched.sizes)
-    assert len(searched.asked) <= FAILURES_TO_BELIEVE * 25
+    fewest, most = tries(min(start, limit), limit)
+    assert fewest <= len(searched.asked) <= most <= FAILURES_TO_BELIEVE * 25
 
 
 @pytest.mark.parametrize(
@@ -127,9 +136,37 @@ async def test_where_this_side_is_always_late_nothing_is_found(monkeypatch: pyte
     assert await searched.run(4) == 0
     assert searched.asked == [(4, 1), (4, 2), (2, 2), (2, 2), (1, 1), (1, 1)]
     assert searched.search.ended.startswith("with 1 stream the load generator could not keep up")
+    assert searched.search.is_all_invalid
     searched = Searched(lambda streams, processes: "invalid" if len(searched.asked) == 1 else up_to(8)(streams, 1))
     assert await searched.run(4) == 8
     assert (searched.search.measured_itself, searched.search.ended) == (False, "")
+
+
+async def test_it_ends_where_fewer_streams_do_not_make_this_side_less_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    searched = Searched(lambda streams, processes: "invalid", late_us=lambda streams: 12_000 + streams)
+    assert await searched.run(1024) == 0
+    assert searched.asked == [(1024, 1), (1024, 2), (512, 2), (512, 2)]
+    assert searched.search.measured_itself
+    assert searched.search.ended == (
+        "with 512 streams the load generator was as late as with more; this machine is busy: run it while the machine "
+        "is idle, with a lower --rate, or on another machine"
+    )
+
+
+async def test_after_a_try_that_could_not_be_sent_it_tries_what_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+    def judge(streams: int, processes: int) -> Verdict:
+        return "met" if streams <= 100 else "invalid"
+
+    searched = Searched(judge, sends=130.5, late_us=lambda streams: 12_000)
+    assert await searched.run(2000) == 99
+    assert searched.sizes == [2000, 2000, 130, 130, 65, 97, 113, 113, 105, 105, 101, 101, 99]
+    searched = Searched(judge, sends=40.5)
+    assert await searched.run(2000) == 100
+    assert searched.sizes == [2000, 2000, 40, 80, 160, 160, 120, 120, 100, 110, 110, 105, 105, 102, 102]
+    assert searched.search.measured_itself
 
 
 async def test_what_was_found_before_the_end_is_kept() -> None:
