@@ -25,6 +25,8 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 NOBODY: Final[Indices] = np.zeros(0, np.int64)
 
 _FLOAT32: Final = np.dtype(np.float32)
+_SHOWN: Final = 60
+"""Characters of a bad name in a sentence."""
 
 
 def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
@@ -121,10 +123,42 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise InvalidInput("a group's names must be a sequence of strings, not one string")
     names = tuple(names)
-    if not names or not all(isinstance(name, str) and name_is_good(name) for name in names):
-        raise InvalidInput(
-            f"there must be at least one name, and each a string of 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"
-        )
+    if not names:
+        raise InvalidInput("there must be at least one name")
+    for at, name in enumerate(names, 1):
+        if not isinstance(name, str) or not name_is_good(name):
+            which = f" (name {at} of {len(names)})" if len(names) > 1 else ""
+            raise InvalidInput(why_no_name(name, which))
     if len(set(names)) != len(names):
-        raise InvalidInput("two streams of a group may not have the same name")
+        places: dict[str, int] = {}
+        twice, first, second = next(
+            (name, places[name], at) for at, name in enumerate(names, 1) if places.setdefault(name, at) != at
+        )
+        raise InvalidInput(
+            f"two streams of a group may not have the same name: {_shown(twice)} is there twice, "
+            f"names {first} and {second} of {len(names)}"
+        )
     return names
+
+
+def why_no_name(name: object, which: str = "") -> str:
+    """What is wrong with a name that no stream may have; `which` says where it was found."""
+    return (
+        f"{_shown(name)}{which} is not a valid stream name: {_why_bad(name)}; "
+        f"a name is a string of 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"
+    )
+
+
+def _why_bad(name: object) -> str:
+    if not isinstance(name, str):
+        return f"it is of type {type(name).__name__}"
+    if not name:
+        return "it is empty"
+    if unprintable := next((each for each in name if not each.isprintable()), None):
+        return f"it holds {unprintable!a}"
+    return f"it has {len(name.encode())} bytes"
+
+
+def _shown(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import F32
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.produce import Produce, produce
+from instep_tools.signals import Signal
 from tests.support.fake_server import reference
 from tests.tools.producing import FAST, ProduceRun, lines_of
 
@@ -111,6 +113,17 @@ async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) ->
     chosen = ProduceRun()
     assert await chosen(file=tmp_path / "in", choice=Choice(named=True, only="l*")) == Exit.OK
     assert set(chosen.printed()) == {"left"}
+
+
+async def test_a_name_that_no_stream_may_have_is_said(tmp_path: Path, frames: F32) -> None:
+    (tmp_path / "in.csv").write_text("stream,a,b,c\nleft,1,2,3\nri\u00adght,1,2,3\n")
+    run = ProduceRun()
+    assert await run(file=tmp_path / "in.csv", name=None) == Exit.FOUND_PROBLEMS
+    assert run.terminal.complained.startswith(
+        r"error: line 3: 'ri\xadght' is not a valid stream name: it holds '\xad'; "
+    )
+    with pytest.raises(InvalidInput, match=r"^'a{59}… \(name 1 of 2\) is not a valid stream name: it has 302 bytes"):
+        await ProduceRun()(signal=Signal.SINE, streams=2, name="a" * 300)
 
 
 async def test_names_cannot_choose_among_lines_without_names(tmp_path: Path, frames: F32) -> None:

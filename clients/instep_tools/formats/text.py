@@ -14,7 +14,8 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from instep_client.protocol.wire import F32, MAX_NAME_BYTES, name_is_good
+from instep_client.arrays import why_no_name
+from instep_client.protocol.wire import F32, name_is_good
 from instep_tools.formats.columns import LABELS, Choice, Roles, find_roles, unit_ns
 from instep_tools.formats.grouping import sequences_of
 from instep_tools.formats.table import TableHeader, TableRows, TableWriter
@@ -102,7 +103,7 @@ class LineReader:
         else:
             line = self._by_roles(fields, self._roles)
         if line.stream is not None and not name_is_good(line.stream):
-            raise BadLine(f"{line.stream!r:.40} is no stream name: 1 to {MAX_NAME_BYTES} bytes of printable text")
+            raise BadLine(why_no_name(line.stream))
         self.features = len(line.frame)
         return line
 

@@ -68,7 +68,7 @@ def test_the_first_column_names_the_stream() -> None:
         line = read(reader, text)
         assert (line.stream, line.time_ns, line.frame.tolist()) == (name, None, [1, 2])
     for text in ("a" * 201 + " 1 2", "a\x7fb 1 2"):
-        with pytest.raises(BadLine, match="no stream name"):
+        with pytest.raises(BadLine, match="is not a valid stream name: it "):
             reader.read(text)
     with pytest.raises(BadLine, match="it holds no numbers"):
         LineReader(NAMED, 2).read("1")
