@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from instep.cli import app
 from instep.models.errors import ModelError
 from instep.verify.command import run
+from instep_tools import terminal
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 
@@ -168,10 +169,22 @@ def test_a_folder_of_recordings_has_a_line_for_each_and_the_worst_status(recorde
     assert second == f"{wrong}: not verified: 3 streams, 14 frames, 1 mismatch"
     assert details[0] == "  mismatch in stream 1 (stream-1):"
     assert third.startswith(f"{broken}: not checked: ")
-    assert summary == "not verified: 3 recordings, 1 with a mismatch, 1 not checked"
+    assert summary == "not verified: 3 recordings, 1 verified, 1 with a mismatch, 1 not checked"
     in_json = typed(good, broken, "--json")
     assert in_json.exit_code == 2
     assert [json.loads(line)["verdict"] for line in in_json.stdout.splitlines()] == ["exact", "not checked"]
+
+
+def test_the_progress_of_one_recording_among_several_names_it(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("QUIET_S", "LOG_S"):
+        monkeypatch.setattr(terminal, name, 0.0)
+    alone, among_several = (
+        CliRunner().invoke(app, ["verify", str(place)]).stderr for place in (recorded.path, recorded.path.parent)
+    )
+    assert "\nreplaying 100%" in alone
+    assert f"\n{recorded.path.name}: replaying 100%" in among_several
 
 
 def test_options_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:

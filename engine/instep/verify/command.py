@@ -50,7 +50,7 @@ def run(
         json: write one JSON object to standard output and nothing else.
         console: where everything else goes, except the progress, which goes to standard error.
         page: an HTML page to write as well.
-        briefly: print the file and its verdict in one line, and below it what limits the verdict.
+        briefly: as one of several: print the file and its verdict in one line, and below it what limits the verdict.
 
     Returns:
         The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
@@ -60,12 +60,13 @@ def run(
     def verified() -> int:
         if page is not None:
             check_report_path(page)
+        titles = {stage: f"{file.name}: {stage}" if briefly else stage for stage in verifier.STAGES}
         with (
             RecordingReader(file) as reader,
-            show_progress(*verifier.STAGES) as on_progress,
+            show_progress(*titles.values()) as show,
         ):
             model = recorded_model(reader.header, model_folder)
-            report = verifier.verify(reader, model, streams, on_progress)
+            report = verifier.verify(reader, model, streams, lambda stage, share: show(titles[stage], share))
         if json:
             write_json(report.as_json())
         else:
@@ -117,7 +118,8 @@ def run_all(
     if not json:
         line = Text(f"verified: {counted(len(every), 'recording')}", "bold green")
         if differing or unchecked:
-            line = Text(f"not {line}, {differing:,} with a mismatch, {unchecked:,} not checked", "bold red")
+            good = f"{statuses.count(VERIFIED):,} verified"
+            line = Text(f"not {line}, {good}, {differing:,} with a mismatch, {unchecked:,} not checked", "bold red")
         console.print(line, soft_wrap=True)
     return MISMATCH if differing else NOT_CHECKED if unchecked else VERIFIED
 
