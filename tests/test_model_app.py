@@ -53,6 +53,10 @@ def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
     wrong = instep("model", "make", str(tmp_path / "x"), *sizes, "--nonlinearity", "relu")
     assert wrong.exit_code == 2
     assert "--nonlinearity: there is no such key" in wrong.stderr
+    overlong = instep("model", "make", str(tmp_path / ("x" * 101)), *sizes)
+    assert overlong.exit_code == 2
+    assert "a model's name must be 1 to 100 printable characters, not 'xxx" in overlong.stderr
+    assert "; give another, with name= in Python or --name on the command line" in overlong.stderr
 
 
 def test_constant_weights_without_biases(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
         ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: there is no such key"),
         (
             "name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n",
-            "a model's name must be 1 to 100 printable characters, not 5",
+            r"a model's name must be 1 to 100 printable characters, not 5; give one as name in .*/model\.yaml$",
         ),
     ],
 )

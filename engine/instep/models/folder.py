@@ -100,7 +100,7 @@ def load_model(folder: str | Path) -> Model:
         output_names = check_output_names(outputs, description)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    name = check_name(name)
+    name = check_name(name, f"give one as name in {path}")
     check_regular(folder / WEIGHTS_FILE)
     weights = load_weights(folder / WEIGHTS_FILE, description) if description.tensor_shapes() else {}
     kind = kind_of_network(description)
@@ -245,16 +245,15 @@ def _is_name(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
 
 
-def check_name(name: object) -> str:
-    """The name of a model.
+def check_name(name: object, cure: str = "give another, with name= in Python or --name on the command line") -> str:
+    """The name of a model; `cure` says how another one is given.
 
     Raises:
         ModelError: when it is not 1 to 100 printable characters.
     """
     if not _is_name(name):
         raise ModelError(
-            f"a model's name must be 1 to {MAX_NAME_LENGTH} printable characters, not {name!r:.120}; "
-            f"give one as name in {DESCRIPTION_FILE}"
+            f"a model's name must be 1 to {MAX_NAME_LENGTH} printable characters, not {name!r:.120}; {cure}"
         )
     return name
 

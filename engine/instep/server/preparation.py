@@ -83,7 +83,7 @@ def prepare_another(
         CannotServe: with a sentence.
     """
     try:
-        model = replace(load_model(folder), name=check_name(name))
+        model = replace(load_model(folder), name=check_name(name, "load it under another"))
         candidate, reason = _candidate_left(config.model, model, is_only=is_only)
         return replace(_prepared(config, model, folder.resolve(), log, candidate), not_shadowed=reason)
     except ModelError as error:
@@ -214,7 +214,7 @@ def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]
     for name, folder in folders:
         model = load_model(folder)
         if name is not None:
-            model = replace(model, name=check_name(name))
+            model = replace(model, name=check_name(name, "give it another in model.folder"))
         if model.name in loaded:
             raise CannotServe(
                 f"two models are called {model.name!r}: {loaded[model.name][1]} and {folder.resolve()}; give one of "
