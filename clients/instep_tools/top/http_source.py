@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -78,7 +79,7 @@ class HttpSource:
         except TimeoutError:
             raise ConnectionFailed(f"nobody answers at {self.endpoint} within {PATIENCE_S:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter of a host whose name cannot be one
-            raise ConnectionFailed(f"nobody answers at {self.endpoint}: {error}") from None
+            raise ConnectionFailed(f"nobody answers at {self.endpoint}: {_reason(error)}") from None
         head, _, body = answer.partition(b"\r\n\r\n")
         status = re.match(rb"HTTP/1\.\d (\d{3})", head)
         if status is None:
@@ -126,6 +127,13 @@ def checked_url(endpoint: str) -> str:
     except ValueError:
         pass
     raise InvalidInput(f"{endpoint!r} is not an endpoint: write http://HOST:PORT")
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no connection, without numbers and addresses: asyncio has them, uvloop has not."""
+    if number := re.search(r"\[Errno (\d+)\]", str(error)):
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _chosen(models: list[dict[str, Any]], name: str) -> dict[str, Any]:

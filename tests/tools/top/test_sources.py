@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -318,6 +319,15 @@ async def test_other_answers_over_http(answer: bytes, sentence: str) -> None:
         with pytest.raises(InstepError, match=sentence) as found:
             await HttpSource(url, "secret").read(StreamQuery())
     assert not isinstance(found.value, ConnectionFailed)
+
+
+async def test_a_port_at_which_nobody_listens() -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        for host in ("127.0.0.1", "localhost"):
+            url = f"http://{host}:{bound.getsockname()[1]}"
+            with pytest.raises(ConnectionFailed, match=f"^nobody answers at {url}: Connection refused$"):
+                await HttpSource(url).read(StreamQuery())
 
 
 async def test_an_endpoint_of_zeromq_with_an_ipv6_address_leads_to_one_that_can_be_typed() -> None:
