@@ -7,9 +7,10 @@ import ctypes
 import multiprocessing
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
 from typing import Any, Final
@@ -26,6 +27,7 @@ from instep_tools.problems import CommandProblem
 
 READY: Final = "ready"
 END: Final = "end"
+_ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def connector(target: Target) -> Connect:
@@ -92,7 +94,8 @@ async def _run_processes(
     for part, counter in zip(parts, answered, strict=True):
         pipe, theirs = context.Pipe()
         worker = context.Process(target=work, args=(part, target, theirs, counter), daemon=True)
-        worker.start()
+        with _held_back():
+            worker.start()
         theirs.close()
         pipes.append(pipe)
         workers.append(worker)
@@ -134,6 +137,17 @@ async def _run_processes(
                 pipe.close()
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back: here for the block, in a process that begins in it until `work` ignores them."""
+    resource_tracker.ensure_running()  # when it begins, it lets them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 async def _end_on_stop(pipes: Sequence[Connection[Any, Any]], stop: Stop) -> None:
     await stop.wait()
     _tell(pipes, END)
@@ -147,7 +161,7 @@ def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
 
 def work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
     """Run one process of the load test; a Ctrl-C or SIGTERM reaches it as its parent's END."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # which may be sent to the whole process group
+    for number in _ENDINGS:  # which may be sent to the whole process group
         signal.signal(number, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_work(part, target, pipe, answered))

@@ -122,6 +122,24 @@ async def test_a_process_that_dies_ends_all(monkeypatch: pytest.MonkeyPatch) -> 
         await run_parts(PARTS, Target("tcp://127.0.0.1:1"), Stop())
 
 
+async def test_a_signal_to_the_process_group_while_a_process_begins_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "work", signalled)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with FakeServer() as server:
+        result = await run_parts(PARTS, Target(server.endpoint), Stop())
+    assert not result.stopped
+    assert len(result.samples)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+def signalled(*arguments: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.raise_signal(number)
+    work(*arguments)
+
+
 def die(*anything: object) -> None:
     raise SystemExit(9)
 
