@@ -100,7 +100,8 @@ class LoadTester:
             where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
             verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, sent {late_ms} ms late"
-            self.terminal.note(wrapped(f"{where}: {verdict}{report.problems(trial)}"))
+            if not self.stop.requested:  # else it says nothing
+                self.terminal.note(wrapped(f"{where}: {verdict}{report.problems(trial)}"))
             return trial
 
         self.terminal.note(wrapped(plan.sentence()))
