@@ -15,6 +15,7 @@ from instep.demo.child_server import ChildFailed
 from instep.demo.seed import ThreeOutputs, verdict
 from tests.support.models import plain
 from tests.support.running import prepared
+from tests.support.served import WarmServer
 
 ROWS = ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
 """Each row of the batch by timestep; all three features are the same."""
@@ -35,7 +36,9 @@ def by_hand(values: Sequence[float]) -> list[float]:
 @pytest.fixture(scope="module")
 def shown() -> tuple[int, str]:
     file = io.StringIO()
-    status = seed.run(Console(file=file, width=200))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(seed, "ChildServer", WarmServer)
+        status = seed.run(Console(file=file, width=200))
     return status, file.getvalue()
 
 
