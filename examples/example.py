@@ -88,13 +88,18 @@ def _not_installed(package: str) -> NotInstalled:
     return NotInstalled(f"{package} is not installed; examples/README.md says how to install what the examples need")
 
 
+def sounds_of_listeners(example: Example, sound: F32) -> list[F32]:
+    """What each listener hears of a sound: all of it, or from a later moment on."""
+    late = len(sound) // example.hop // (2 * LISTENERS) * example.hop
+    return [sound[number * late :] for number in range(LISTENERS)]
+
+
 def heard_through_a_server(example: Example, sound: F32, folder: Path, recording: Path) -> Comparison:
     """Serve a model folder to listeners who all hear one sound, each from another moment on.
 
     Each is a client of its own, and sends one frame at a time. All of them are connected at once.
     """
-    late = len(sound) // example.hop // (2 * LISTENERS) * example.hop
-    sounds = [sound[number * late :] for number in range(LISTENERS)]
+    sounds = sounds_of_listeners(example, sound)
     with ChildServer(folder, ["--record", str(recording)]) as server:
         answers = asyncio.run(_listen(server.endpoint, [example.frames(heard) for heard in sounds]))
     return Comparison(
