@@ -23,7 +23,6 @@ from examples.example import (
     heard_through_a_server,
     shipped,
     sounds_of_listeners,
-    speech,
 )
 from instep.core.typing import F32, Bool
 from instep.models.folder import load_model
