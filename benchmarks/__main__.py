@@ -68,8 +68,6 @@ def run(console: Console, options: argparse.Namespace) -> int:
         rows = list(_measure(console, options, left_out))
     except (WrongOutput, NotServed, ChildFailed, ModelError) as error:
         return _failed(console, f"not measured: {error}")
-    finally:
-        gc.unfreeze()
     missed = [] if quick else [row.name for row in rows if row.reached is False]
     result: dict[str, Any] = {
         "started": started.isoformat(timespec="seconds"),
