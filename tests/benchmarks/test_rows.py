@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import rows, watching
+from benchmarks import models, rows, watching
 from benchmarks.__main__ import SEPARATE
 from benchmarks.durability import server_arguments
+from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
 from benchmarks.reference import LeftOut
 from benchmarks.rows import MEASUREMENTS
@@ -18,8 +23,17 @@ from instep.models.folder import write_model
 from tests.support.models import with_head
 from tests.support.served import WarmServer
 from tests.support.threaded import ThreadedServer
+from tests.support.warm import WarmProcess
 
 OWN = with_head(3, 20, 6)
+
+
+def begin_warm(command: Sequence[str], *, stdout: int, **_: Any) -> WarmProcess:
+    """As `subprocess.Popen` for a module of Python."""
+    python, option, module, *arguments = command
+    assert (python, option) == (sys.executable, "-m")
+    output = Path(os.devnull) if stdout == subprocess.DEVNULL else None
+    return WarmProcess(arguments, program=module, output=output)
 
 
 @pytest.mark.parametrize("measure", {**MEASUREMENTS, **SEPARATE}.values(), ids=lambda measure: measure.__name__)
@@ -28,6 +42,9 @@ def test_a_measurement_has_a_positive_value_for_each_side(
 ) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(watching, "ChildServer", WarmServer)
+    monkeypatch.setattr(models, "HIDDEN", 16)  # else certifying what is swapped takes longer than all that is measured
+    if measure in (isolation, models.fairness):
+        monkeypatch.setattr(subprocess, "Popen", begin_warm)
     warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round
     bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=ThreadedServer)
     for row in measure(bench):
