@@ -4,10 +4,10 @@ import fcntl
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -17,6 +17,7 @@ from instep.core.typing import F32, I64
 from instep.runtime.executor import ExecutorDied, RunResult
 from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 from instep.server.open_files import allow_open_files
+from tests.support.warm import WarmProcess
 
 DEADLINE_S = 60
 MANY = 1024
@@ -238,12 +239,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("when", ["at rest", "in a step"])
-def test_it_ends_when_the_server_is_killed(when: str) -> None:
+def test_it_ends_when_the_server_is_killed(when: str, tmp_path: Path) -> None:
     if when == "in a step" and sys.platform != "linux":
         pytest.skip("only Linux tells a process of the death of another")
-    with subprocess.Popen([sys.executable, "-c", SERVER, when], stdout=subprocess.PIPE, text=True) as server:
-        output, _ = server.communicate(timeout=DEADLINE_S)  # ends when nobody is left who could write, the process too
-        assert output == "under way\n"
+    (tmp_path / "server.py").write_text(SERVER)
+    server = WarmProcess([when], program=str(tmp_path / "server.py"))
+    output, _ = server.communicate(timeout=DEADLINE_S)  # ends when nobody is left who could write, the process too
+    assert output == "under way\n"
     assert server.returncode == -signal.SIGKILL
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from instep_client import AsyncClient
 from tests.support.onnx_graphs import counting_by_hand, counting_step, graph, gru_step, node
 from tests.support.running import CPU, running
 from tests.support.verifying import ignore_progress
+from tests.support.warm import run_program
 
 torch.manual_seed(3)
 GRU, HEAD = nn.GRU(5, 24), nn.Linear(24, 3)
@@ -275,7 +274,8 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> Non
         f"model = load_model({str(tmp_path / 'net')!r}); assert 'onnx' not in sys.modules\n"
         "build(model, torch.device('cpu'))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (tmp_path / "program.py").write_text(program)
+    found = run_program(str(tmp_path / "program.py"), tmp_path)
     assert found.stderr.splitlines()[-1].endswith(
         'the graph of net needs onnxruntime, which is not installed: pip install "instep[onnx]"'
     )
