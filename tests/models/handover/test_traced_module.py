@@ -42,9 +42,16 @@ def time_first(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.gru(net.encoder(x.transpose(0, 1)))[0]).transpose(0, 1)
 
 
+def after_an_error_in_a_layer(net: Any, x: torch.Tensor) -> Any:
+    with pytest.raises(RuntimeError, match="16"):
+        net.gru(x)
+    return plain(net, x)
+
+
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
+        (after_an_error_in_a_layer, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (plain, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (with_bn, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 gelu"),
         (with_bn_alone, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 tanh → dense 3"),
