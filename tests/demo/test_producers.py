@@ -82,20 +82,20 @@ def test_the_limit_is_raised_as_far_as_needed_and_allowed(
     assert set_to == ([] if raised is None else [raised])
 
 
-LENGTHS = [7 + index % 23 for index in range(370)]
+DEMO_LENGTHS = [7 + index % 23 for index in range(370)]
 
 
 def test_everybody_sends_every_frame_within_the_window() -> None:
-    parts = timetable(LENGTHS)
-    assert [len(part.due_s) for part in parts] == LENGTHS
+    parts = timetable(DEMO_LENGTHS)
+    assert [len(part.due_s) for part in parts] == DEMO_LENGTHS
     for part in parts:
         assert part.due_s[0] >= 0
         assert (np.diff(part.due_s) >= 0).all()
-    assert max(part.due_s[-1] for part in parts) <= max(WINDOW_S, max(LENGTHS) * SLOWEST_S)
+    assert max(part.due_s[-1] for part in parts) <= max(WINDOW_S, max(DEMO_LENGTHS) * SLOWEST_S)
 
 
 def test_speeds_differ_and_starts_are_staggered() -> None:
-    steady = [part.due_s for part in timetable(LENGTHS) if part.chunk == 1]
+    steady = [part.due_s for part in timetable(DEMO_LENGTHS) if part.chunk == 1]
     periods = np.array([due_s[1] - due_s[0] for due_s in steady])
     for due_s, period in zip(steady, periods, strict=True):
         np.testing.assert_allclose(np.diff(due_s), period)
@@ -105,7 +105,7 @@ def test_speeds_differ_and_starts_are_staggered() -> None:
 
 
 def test_a_fifth_sends_in_chunks_when_their_last_frame_is_there() -> None:
-    bursty = [part for part in timetable(LENGTHS) if part.chunk != 1]
+    bursty = [part for part in timetable(DEMO_LENGTHS) if part.chunk != 1]
     assert len(bursty) == 74
     for part in bursty:
         assert part.chunk == BURST_FRAMES
@@ -117,7 +117,9 @@ def test_a_fifth_sends_in_chunks_when_their_last_frame_is_there() -> None:
 
 
 def test_it_is_the_same_each_time_and_scales_with_the_speed() -> None:
-    for once, again, fast in zip(timetable(LENGTHS), timetable(LENGTHS), timetable(LENGTHS, speed=4.0), strict=True):
+    for once, again, fast in zip(
+        timetable(DEMO_LENGTHS), timetable(DEMO_LENGTHS), timetable(DEMO_LENGTHS, speed=4.0), strict=True
+    ):
         assert once.due_s.tolist() == again.due_s.tolist()
         np.testing.assert_allclose(fast.due_s * 4, once.due_s)
         assert once.chunk == fast.chunk
