@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
+from instep.models import certify
 from instep.models.agreement import Distance
 from instep.models.handover.check import Check
 
@@ -17,6 +18,13 @@ RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 
 def instep(*arguments: str) -> Result:
     return RUNNER.invoke(app, list(arguments))
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of other things than batches: to certify large ones takes longer than all the rest of `info`."""
+    candidates = certify.candidate_buckets
+    monkeypatch.setattr(certify, "candidate_buckets", lambda network, largest: candidates(network, min(largest, 64)))
 
 
 def test_make_and_info(tmp_path: Path) -> None:
@@ -35,6 +43,7 @@ def test_make_and_info(tmp_path: Path) -> None:
     assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
     sizes = ("--features", "3", "--hidden", "32", "--layers", "2")
     norms = ("--before", "layer_norm", "--before", "8", "--before", "layer_norm:relu")
@@ -71,6 +80,7 @@ def test_constant_weights_without_biases(tmp_path: Path) -> None:
     assert all(bool((tensor == 0.25).all()) for tensor in model.weights.values())
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_the_same_seed_makes_the_same_weights(tmp_path: Path) -> None:
     fingerprints = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -92,6 +102,7 @@ def test_info_as_json(tmp_path: Path) -> None:
     assert shown["description"]["gru"]["hidden_size"] == 4
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_a_model_that_is_there_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
     make = ("model", "make", str(tmp_path / "m"), "--hidden", "4")
     assert instep(*make, "--features", "3").exit_code == 0
@@ -171,6 +182,7 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "net"
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_weights_are_imported_and_their_outputs_named(imported: Path) -> None:
     assert "outputs: low, mid, high" in instep("model", "info", str(imported)).stdout.splitlines()
     assert json.loads(instep("model", "info", "net", "--json").stdout)["output_names"] == ["low", "mid", "high"]

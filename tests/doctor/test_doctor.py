@@ -37,6 +37,7 @@ from tests.support.threaded import ThreadedServer
 from tests.support.warm import run_program
 
 ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
+SMALL_BATCHES = ("--set", "engine.max_batch_size=16")
 
 
 def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_each_of_several_models_has_facts_of_its_own(tmp_path: Path) -> None:
         write_model(tmp_path / name, replace(SMALL, name=name))
     (tmp_path / "recordings").mkdir()
     folders = [str(tmp_path / name) for name in ("ears", "eyes")]
-    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, *SMALL_BATCHES, "--json"]
     done = CliRunner().invoke(app, ["doctor", *folders, *options])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)["facts"]
@@ -283,7 +284,7 @@ def test_a_recording_that_a_server_writes_is_in_the_way_unless_that_server_answe
     file = str(tmp_path / "r.instep")
 
     def examined(endpoint: str) -> tuple[int, Any]:
-        options = ["--endpoint", endpoint, "--http", "off", "--record", file, "--json"]
+        options = ["--endpoint", endpoint, "--http", "off", "--record", file, *SMALL_BATCHES, "--json"]
         done = CliRunner().invoke(app, ["doctor", str(tmp_path / "model"), *options])
         return done.exit_code, json.loads(done.stdout)
 
@@ -307,7 +308,7 @@ def test_streams_in_the_recording_of_another_version_come_with_the_command_that_
     with ThreadedServer(tmp_path / "old", ["--record", str(file)]) as server, Client(server.endpoint) as client:
         client.open("s")
         client.close(park=True)
-    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, *SMALL_BATCHES, "--json"]
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "new"), *options])
     (warning,) = [each for each in json.loads(done.stdout)["warnings"] if "streams not served" in each["what"]]
     assert warning["cure"].startswith(f"instep serve {tmp_path / 'old'} --record {file} --endpoint ")
