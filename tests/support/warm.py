@@ -1,9 +1,9 @@
 """Commands of `instep`, and programs that use it, in processes of their own that need not import anything first.
 
-One process imports what commands need and does nothing else: it has no thread of Python, no socket and has computed
-nothing. Each command is a fork of it, and else a process like any other, with arguments, a folder, an environment and
-files of its own, to be killed and replaced by a new one. So a start costs what the command itself does (some 0.1 s for
-a server with few buckets to certify), and not the import of torch (2 s).
+One process imports what commands need and loads the compiled kernels, as `warmed.py` says. It has no thread of Python
+and no socket, and torch has computed nothing in it. Each command is a fork of it, and else a process like any other,
+with arguments, a folder, an environment and files of its own, to be killed and replaced by a new one. So a start costs
+what the command itself does (0.3 s for a server of a small model), and not the import of torch (2 s).
 
 Tests of starting, of imports and of the interpreter's options begin a fresh interpreter instead.
 """
@@ -33,14 +33,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import instep.__main__
-import instep.cli  # imported by the one process, so that its forks need not
-import instep.server.serve
-import instep.shadow.command
-import instep.verify.command
 from instep.server.background import LINE_BYTES
 
 _context: ForkServerContext = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__])
+_context.set_forkserver_preload([__name__, "tests.support.warmed"])
 
 
 class _Fork:
