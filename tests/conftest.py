@@ -19,6 +19,7 @@ from instep.mkl import prefer_strict_products
 # Before torch is imported anywhere, and inherited by processes that tests start: several threads on a busy machine
 # make small matrices many times slower, and what the engine uses it sets itself.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # and where a test asks for two, each would spin while it waits
 prefer_strict_products(os.environ)  # as the engine does, but some tests import torch before it
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in the background
