@@ -19,6 +19,11 @@ class HandLoop(asyncio.AbstractEventLoop):
     def __init__(self) -> None:
         self._ready: deque[tuple[asyncio.Handle, Callable[[], object]]] = deque()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no callback waits."""
+        return not self._ready
+
     def run_one(self) -> bool:
         """Run the oldest callback, while this is the running loop; whether there was any."""
         if not self._ready:

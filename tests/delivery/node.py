@@ -80,7 +80,7 @@ class Watcher(Protocol):
         """The server is about to decide on a READ_STATE, or on a FORK with the names of the copies."""
 
     def has_moved(self) -> None:
-        """A callback of the loop has run."""
+        """A callback of the loop has run, or what is done now and then."""
 
 
 class _WatchedEngine(Engine):
@@ -253,8 +253,11 @@ class Node:
         self.router.arrived.append((connection, message))
 
     def run(self) -> None:
-        """Let the loop do everything that there is to do."""
-        self._turns.wake()
+        """Let the loop do everything that there is to do: it takes a turn where the real one is told to."""
+        if self.router.is_readable or self.executor.has_ended:
+            self._turns.wake()
+        if self._loop.is_idle:
+            return
         with self._loop.running():
             while self._loop.run_one():
                 if self._bugs:
@@ -279,6 +282,7 @@ class Node:
         with self._loop.running():
             self._frontend.tick(now_ns)
             self._reaper.tick(now_ns)
+        self._watcher.has_moved()
 
     def notice_gone(self, connection: Connection) -> None:
         """A connection is found to be gone; its streams are parked in the next tick."""
@@ -295,6 +299,7 @@ class Node:
         """All streams with nothing to do have had nothing to do for long."""
         with self._loop.running():
             self.hibernation.tick(self._now_ns + 2 * _HIBERNATE_NS)
+        self._watcher.has_moved()
 
     def kill(self) -> None:
         """The process dies: nothing that it does from now on reaches the network or the disk."""

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from instep.core.tables import SCRATCH_SLOT, rows_of
+from instep.core.tables import NO_OWNER, rows_of
 from instep.streaming.api import Origin
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
@@ -178,8 +178,7 @@ class Truth:
         node = self.node
         if node is None:
             return
-        slots = node.table.open_slots()
-        for slot, number in zip(slots.tolist(), node.table.recording_id[slots].tolist(), strict=True):
+        for number, slot in self._present(node).items():
             if number not in self.lives:
                 origin = node.origins[int(node.table.owner[slot])]
                 assert origin is not None
@@ -203,20 +202,23 @@ class Truth:
         node = self.node
         if node is None:
             return
-        table, lives = node.table, [life for life in self.lives.values() if not life.has_ended]
+        lives = [life for life in self.lives.values() if not life.has_ended]
         if not lives:
             return
-        slots = table.find([life.name for life in lives])
-        ends = (table.closing[slots] | table.lost[slots]).tolist()
-        for life, slot, number, is_ending in zip(
-            lives, slots.tolist(), table.recording_id[slots].tolist(), ends, strict=True
-        ):
-            is_there = slot != SCRATCH_SLOT and number == life.number
-            if not is_there and self._is_asleep(life):
+        present, ending = self._present(node), (node.table.closing | node.table.lost).tolist()
+        for life in lives:
+            slot = present.get(life.number)
+            if slot is None and self._is_asleep(life):
                 self.seen.add("hibernated")
                 life.has_slept = True
-            elif not is_there or is_ending:
+            elif slot is None or ending[slot]:
                 life.has_ended = True
+
+    def _present(self, node: Node) -> dict[int, int]:
+        """The slots of all open streams, by number. As lists: this is asked after every callback."""
+        table = node.table
+        streams = zip(table.recording_id.tolist(), table.owner.tolist(), strict=True)
+        return {number: slot for slot, (number, owner) in enumerate(streams) if owner != NO_OWNER}
 
     def resume_arrives(self, connection: Connection, asked: Asked, *, is_copy: bool) -> None:
         """The server is about to take a RESUME."""
