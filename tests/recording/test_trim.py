@@ -19,7 +19,7 @@ from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Checkpoint, StateRows, Trimmed
+from instep.recording.records import StateRows, Trimmed
 from instep.recording.recovery import Recovered
 from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -31,21 +31,19 @@ from instep_tools.formats.recording import read_recording
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay
-from tests.support.scribe import Scribe
+from tests.support.scribe import F32, Scribe
 
 STREAMS = [1, 2, 3, 4]
 
 
-def used_pages(path: Path) -> int:
-    """Pages of the file that hold anything."""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
-    return int(pages - free)
+def look_at(path: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True))
 
 
-def all_pages(path: Path) -> int:
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        return int(database.execute("PRAGMA page_count").fetchone()[0])
+def count_pages(database: sqlite3.Connection) -> tuple[int, int]:
+    """Pages of the file: all, and those that hold anything."""
+    pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    return pages, pages - free
 
 
 def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None, goes_on: bool = False) -> Iterator[int]:
@@ -75,25 +73,43 @@ def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None, goes_on: boo
         pass
 
 
-@pytest.fixture
-def scribe(tmp_path: Path) -> Scribe:
+GRU = make_gru(3, 4, layers=2)
+
+
+def step(x: F32, h: F32) -> tuple[F32, F32]:
+    """In place of a GRU of that size, which these thousands of steps need not be: every frame changes all states."""
+    after = np.float32(0.5) * h + x.sum(1, keepdims=True)
+    return after[-1], after
+
+
+def small_scribe(folder: Path) -> Scribe:
     """Of a recording with small rows and pages, so that little is written for much to happen."""
-    header = make_header(gru_description(GRU), model_folder=str(tmp_path / "model"))
+    header = make_header(gru_description(GRU), model_folder=str(folder / "model"))
     kept, small = Retention(keep_bytes=60 * 1024), DatabaseLimits(page_bytes=1024)
-    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, kept, small), gru_step(GRU))
+    scribe = Scribe(RecordingWriter.create(folder / "a.rec", header, kept, small), step)
     for stream in STREAMS:
         scribe.open(stream)
     return scribe
 
 
-GRU = make_gru(3, 4, layers=2)
+@pytest.fixture
+def scribe(tmp_path: Path) -> Scribe:
+    return small_scribe(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording that has been trimmed many times, and is closed; to be copied."""
+    scribe = small_scribe(tmp_path_factory.mktemp("trimmed"))
+    for _ in live(scribe, 900):
+        pass
+    scribe.writer.close()
+    return scribe.writer.path
 
 
 def test_the_file_stops_growing(scribe: Scribe) -> None:
-    path, pages, used = scribe.writer.path, list[int](), list[int]()
-    for _ in live(scribe, 2500):
-        pages.append(all_pages(path))
-        used.append(used_pages(path))
+    with look_at(scribe.writer.path) as database:
+        pages, used = np.array([count_pages(database) for _ in live(scribe, 2500)]).T.tolist()
     assert max(used[-500:]) <= 60 + 3, "it holds about what is kept"
     assert min(used[-500:]) >= 60 // 2, "and not much less"
     assert pages[-1] <= max(pages[:1000]) + 2, "pages are used again"
@@ -101,7 +117,7 @@ def test_the_file_stops_growing(scribe: Scribe) -> None:
 
 
 def test_without_a_limit_nothing_is_trimmed(tmp_path: Path) -> None:
-    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU))), gru_step(GRU))
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU))), step)
     scribe.open(1)
     for _ in live(scribe, 50):
         assert not scribe.writer.wants_checkpoint(2**62)
@@ -131,7 +147,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
     assert exported == sum(index.frames) == found.frames
     assert int(read_recording(path).lengths.sum()) == found.frames
     with Recovered(path) as recovered:
-        replayed = replay(recovered, gru_step(GRU))
+        replayed = replay(recovered, step)
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
     for stream, state in scribe.states.items():
         assert replayed.states[stream].tobytes() == state.tobytes()
@@ -183,7 +199,8 @@ def test_a_restart_keeps_the_limit_and_one_without_it_keeps_the_rest(scribe: Scr
         pass
     assert scribe.writer.trimmed.position > first
     inspect(path, lambda _: None)
-    assert used_pages(path) <= 60 + 3
+    with look_at(path) as database:
+        assert count_pages(database)[1] <= 60 + 3
 
 
 def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scribe) -> None:
@@ -196,18 +213,15 @@ def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scri
             list(reader.batches())
 
 
-def test_repair_of_a_trimmed_recording(scribe: Scribe, tmp_path: Path) -> None:
-    for _ in live(scribe, 900):
-        pass
-    scribe.writer.close()
-    whole = inspect(scribe.writer.path, lambda _: None)
-    forger = Forger(scribe.writer.path, tmp_path / "b.rec", fix_crc=False)
+def test_repair_of_a_trimmed_recording(trimmed: Path, tmp_path: Path) -> None:
+    whole = inspect(trimmed, lambda _: None)
+    forger = Forger(trimmed, tmp_path / "b.rec", fix_crc=False)
     forger.change("batches", forger.rows("batches")[-9]["position"], time_ns=7)
     saved = repair(forger.path, tmp_path / "c.rec")
     assert 0 < whole.frames - saved.frames < 60
     found = inspect(tmp_path / "c.rec", lambda _: None)
     assert (found.first_position, found.frames) == (whole.first_position, saved.frames)
-    forger = Forger(scribe.writer.path, tmp_path / "d.rec", fix_crc=False)
+    forger = Forger(trimmed, tmp_path / "d.rec", fix_crc=False)
     state = forger.rows("states")[0]
     forger.change_state(state["stream"], state["position"], tail_seq=state["tail_seq"] + 1)
     with pytest.raises(RecordingError, match="can be saved: the states that it begins with are damaged"):
@@ -224,12 +238,9 @@ def test_repair_of_a_trimmed_recording(scribe: Scribe, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(
-    scribe: Scribe, tmp_path: Path, table: str, columns: dict[str, Any], why: str
+    trimmed: Path, tmp_path: Path, table: str, columns: dict[str, Any], why: str
 ) -> None:
-    for _ in live(scribe, 700):
-        pass
-    scribe.writer.close()
-    forger = Forger(scribe.writer.path, tmp_path / "b.rec")
+    forger = Forger(trimmed, tmp_path / "b.rec")
     forger.change(table, forger.rows(table)[0]["position"], **columns)
     with pytest.raises(RecordingError, match=why):
         inspect(forger.path, lambda _: None)
@@ -239,7 +250,7 @@ def test_what_does_not_fit_is_refused(
 def by_age(tmp_path: Path) -> Scribe:
     """Of a recording that keeps its history for 0.8 ms; its first checkpoint is kept, the next is too near to be."""
     writer = RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU)), Retention(keep_ns=800_000))
-    scribe = Scribe(writer, gru_step(GRU))
+    scribe = Scribe(writer, step)
     for stream in STREAMS:
         scribe.open(stream)
     for _ in range(2):
@@ -297,7 +308,7 @@ def check_that_it_goes_on_after_trimming(scribe: Scribe) -> None:
     scribe.writer.close()
     inspect(scribe.writer.path, lambda _: None)
     with Recovered(scribe.writer.path) as recovered:
-        replayed = replay(recovered, gru_step(GRU))
+        replayed = replay(recovered, step)
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}
 
 
@@ -371,30 +382,3 @@ def test_no_portion_of_trimming_takes_long_however_many_streams_are_open(tmp_pat
         left = [database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("openings", "states")]
     assert [events, *left] == [streams // 2] * 3
     assert most < 100, "in thousands of SQLite's instructions"
-
-
-POINTS = [Checkpoint(position=at * 10, time_ns=at * 100, bytes=at * 1000) for at in range(1, 6)]
-
-
-class TestRetention:
-    @pytest.mark.parametrize(
-        ("retention", "now_ns", "file_bytes", "position"),
-        [
-            (Retention(), 10**9, 10**9, 0),
-            (Retention(keep_ns=250), 400, 0, 10),
-            (Retention(keep_ns=250), 349, 0, 0),
-            (Retention(keep_ns=250), 750, 0, 50),
-            (Retention(keep_bytes=4000), 0, 4000, 0),
-            (Retention(keep_bytes=4000), 0, 4001, 10),
-            (Retention(keep_bytes=4000), 0, 6500, 30),
-            (Retention(keep_bytes=4000), 0, 99_000, 50),
-            (Retention(keep_bytes=4000, keep_ns=250), 600, 5500, 30),
-        ],
-    )
-    def test_due(self, retention: Retention, now_ns: int, file_bytes: int, position: int) -> None:
-        assert retention.due(POINTS, Trimmed(), now_ns, file_bytes) == position
-
-    def test_nothing_is_due_twice(self) -> None:
-        retention = Retention(keep_ns=1)
-        assert retention.due(POINTS, Trimmed(position=50), 10**9, 0) == 0
-        assert retention.due(POINTS[1:], Trimmed(position=20), 10**9, 0) == 50
