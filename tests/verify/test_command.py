@@ -18,7 +18,7 @@ from instep_tools import terminal
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
     def refuse(*_: object) -> None:
         raise ModelError("it needs onnxruntime")
 
+    monkeypatch.undo()  # of `certified_once`
     monkeypatch.setattr(f"instep.{part}", refuse)
     stream = ["stream-1"] if "state" in command else []
     result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])

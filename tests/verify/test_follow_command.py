@@ -29,7 +29,7 @@ from tests.support.growing import Story
 from tests.support.verifying import verify_following
 from tests.support.warm import WarmProcess
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.mark.parametrize("retention", [KEEP_ALL, Retention(keep_bytes=100_000)], ids=["all", "trimmed"])

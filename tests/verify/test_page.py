@@ -19,7 +19,7 @@ from tests.support.pages import ReadPage, read_page
 from tests.support.recordings import Recorded, gru_step, make_gru, record_gru
 from tests.support.scribe import Scribe
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 NAME = "<img src=x onerror=alert(1)>\x1b[31m"
 

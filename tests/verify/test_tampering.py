@@ -18,7 +18,7 @@ from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 LENGTHS = [12, 30, 25, 30]
 STREAM = 2
 Values: TypeAlias = npt.NDArray[Any]
