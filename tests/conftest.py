@@ -81,3 +81,12 @@ def exact_machine() -> None:
     from tests.support.exact import skip_unless_exact  # and torch, which most tests do without
 
     skip_unless_exact()
+
+
+@pytest.fixture
+def certified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process and verify certify each model once, as `tests.support.verifying.verify`."""
+    from instep.verify.conditions import find_conditions
+    from tests.support.recordings import certify_once
+
+    monkeypatch.setattr(find_conditions, "__defaults__", (certify_once,))

@@ -30,7 +30,7 @@ from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
 from tests.support.verifying import CERTIFY
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 FIRST, END = 10, 27
 """Frames of the stream `a`."""

@@ -24,7 +24,7 @@ from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
 from tests.support.verifying import forge, verdicts
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 Row: TypeAlias = dict[str, Any]
 
 

@@ -23,7 +23,7 @@ from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 8, layers=2)
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_the_command_follows_a_file_that_grows(tmp_path: Path, retention: Retent
         story = Story(tmp_path, 1, retention)
         told.append(story)
         ready.set()
-        while not over.wait(0.002):
+        while not over.wait(0.01):
             story.anything()
         story.scribe.writer.commit()
         story.scribe.writer.close()

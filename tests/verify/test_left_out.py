@@ -13,7 +13,7 @@ from instep.verify.following import Follower
 from tests.support.growing import Story, advance
 from tests.support.verifying import CERTIFY, verify_following
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.mark.parametrize("seed", range(4))

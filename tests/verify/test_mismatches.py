@@ -15,7 +15,7 @@ from instep.verify.throttle import follow
 from tests.support.growing import Story, advance
 from tests.support.verifying import CERTIFY
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
+pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(tmp_path: Path) -> None:
