@@ -25,6 +25,8 @@ from instep.verify.command import run
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.scribe import Scribe
 
+pytestmark = pytest.mark.usefixtures("certified_once")
+
 GRU = make_gru(3, 4)
 TICK_NS = 1000
 """Of the scribe's clock, between rows."""

@@ -22,6 +22,8 @@ from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.running import running
 from tests.support.traffic import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("certified_once")
+
 FRAMES = 40
 
 
