@@ -50,11 +50,20 @@ class EngineParts:
 
 
 def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
-    """Room for so many streams of a model, and as many frames of each as the window."""
-    ready = prepared(model)
-    network = ready.network
-    sizes = network.description.features, network.description.outputs
+    """Room for so many streams of a model, and as many frames of each as the window.
+
+    Those of one model and size share a stepper, which takes long to make: making the next one clears all states of it.
+    """
+    sizes = model.description.features, model.description.outputs
     tables = make_tables(max_streams, 4, window, *sizes, 1000, 1000, 1000)
     table = StreamTable(tables, np.ones(max_streams + 1, np.uint32))
-    stepper = Stepper(network, ready.certification.buckets, max_streams, CPU)
+    key = model.fingerprint, max_streams
+    if key not in _STEPPERS:
+        ready = prepared(model)
+        _STEPPERS[key] = Stepper(ready.network, ready.certification.buckets, max_streams, CPU)
+    stepper = _STEPPERS[key]
+    stepper.load(np.arange(1, max_streams + 1), None)
     return EngineParts(tables, table, DirtyTracker(max_streams), stepper)
+
+
+_STEPPERS: dict[tuple[str, int], Stepper] = {}
