@@ -56,7 +56,7 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
             _what_and_when_first,
             renderer,
         ],
-    )
+    ).bind()  # else each line, also one that is left out, would make a logger first
     return logger
 
 
