@@ -37,6 +37,8 @@ WINDOW = 900
 """Messages sent and not answered yet; below the server's `send_high_water_mark`, so that no answer may be dropped."""
 BURST = 500
 NEIGHBOURS = 4
+PAUSE_S = 0.01
+"""Of the neighbours after each block, in which some tens of messages come: without it half of the time is theirs."""
 MORE = int(zmq.SNDMORE)
 """As a plain number: pyzmq's `send_multipart` combines flags of an enum, which takes longer than to send a frame."""
 PATIENCE_S = 30
@@ -123,7 +125,7 @@ async def test_many_damaged_messages(tmp_path: Path, messages: int, most_growth_
     settings = ["engine.max_streams=300", "transport.heartbeat_s=2", "limits.park_s=1"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     with WarmServer(tmp_path / "model", arguments) as server:
-        async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
+        async with neighbours(server.endpoint, SMALL, NEIGHBOURS, pause_s=PAUSE_S) as others:
             fuzzer = Fuzzer(server.endpoint, messages, others.handles, psutil.Process(server.pid))
             fuzzer.start()
             while fuzzer.is_alive():

@@ -278,11 +278,13 @@ class Neighbours:
         model: what is served, without dense layers.
         count: how many streams.
         seed: of what they send.
+        pause_s: how long they rest between two blocks.
     """
 
-    def __init__(self, client: RawClient, model: Model, count: int, seed: int) -> None:
+    def __init__(self, client: RawClient, model: Model, count: int, seed: int, pause_s: float) -> None:
         self._client = client
         self._model = model
+        self._pause_s = pause_s
         self._rng = np.random.default_rng(seed)
         self._x: list[list[F32]] = [[] for _ in range(count)]
         self._y: list[list[F32]] = [[] for _ in range(count)]
@@ -299,7 +301,7 @@ class Neighbours:
         self.handles = handles.tolist()
         while not self._stopped:
             await self._round(handles)
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(self._pause_s)
         closed = await self._client.close(handles)
         finals = closed.floats().reshape(len(handles), *self._model.description.state.leaves[0].shape)
         for index, (x, y) in enumerate(zip(self._x, self._y, strict=True)):
@@ -333,10 +335,12 @@ class Neighbours:
 
 
 @contextlib.asynccontextmanager
-async def neighbours(endpoint: str, model: Model, count: int = 4, seed: int = 0) -> AsyncIterator[Neighbours]:
+async def neighbours(
+    endpoint: str, model: Model, count: int = 4, seed: int = 0, pause_s: float = 0.002
+) -> AsyncIterator[Neighbours]:
     """Keep streams stepping while the block runs; on leaving, check every output and final state bit for bit."""
     async with RawClient(endpoint) as client:
-        streams = Neighbours(client, model, count, seed)
+        streams = Neighbours(client, model, count, seed, pause_s)
         async with asyncio.TaskGroup() as group:
             group.create_task(streams.run())
             await streams.progress()
