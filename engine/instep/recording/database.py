@@ -8,8 +8,12 @@ import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from instep.recording.errors import RecordingError
 from instep.recording.schema import (
@@ -222,10 +226,21 @@ def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str
 
 
 def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
-    """SQLite's checksum of a multiple of 8 bytes, after those of what comes before."""
-    s0, s1 = sums
-    words = iter(struct.unpack(f"{order}{len(data) // 4}I", data))
-    for one, two in zip(words, words, strict=True):
-        s0 = (s0 + one + s1) & 0xFFFFFFFF
-        s1 = (s1 + two + s0) & 0xFFFFFFFF
-    return s0, s1
+    """SQLite's checksum of a multiple of 8 bytes, after those of what comes before.
+
+    It adds each word to the sum of its last two results. So a result is the sum of all words before it, times Fibonacci
+    numbers.
+    """
+    before = np.array([sums[0], (sums[1] - sums[0]) % 2**32], np.uint32)  # as words, these give the sums
+    words = np.concatenate([before, np.frombuffer(data, f"{order}u4")])
+    weights = _fibonacci(len(words))
+    return int(words[:-1] @ weights[1:]), int(words @ weights)
+
+
+@cache
+def _fibonacci(count: int) -> npt.NDArray[np.uint32]:
+    """So many Fibonacci numbers modulo 2**32, the last ones first."""
+    numbers = [1, 1]
+    while len(numbers) < count:
+        numbers.append((numbers[-1] + numbers[-2]) % 2**32)
+    return np.array(numbers[::-1], np.uint32)
