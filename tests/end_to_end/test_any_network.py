@@ -20,7 +20,7 @@ import torch
 
 from instep.core.typing import F32, U8
 from instep.models.base import BoundStep
-from instep.models.stepping import keep_state, load_state, put, read_state
+from instep.models.stepping import keep_state, load_state, read_state
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.server.preparation import Prepared
@@ -133,17 +133,17 @@ async def finish(stream: AsyncStream, copy: Visitor) -> None:
 def alone(ready: Prepared, step: BoundStep, position: int, visitor: Visitor) -> tuple[F32, U8]:
     """Outputs [T, outputs] and the final state [row_bytes] of a stream in one row of a batch of nothing else."""
     rows = len(step.y)
-    position, spec, x = position % rows, ready.network.state, np.zeros((rows, visitor.x.shape[1]), np.float32)
+    position, spec, outputs = position % rows, ready.network.state, np.empty_like(visitor.y)
     states = spec.initial(rows)
     states[position] = visitor.initial
     load_state(step, spec, states)
-    outputs = []
-    for x[position] in visitor.x:
-        put(step.x[:, : x.shape[1]], x)
+    x, y = step.x.numpy(), step.y.numpy()
+    x[...] = 0
+    for x[position, : visitor.x.shape[1]], each in zip(visitor.x, outputs, strict=True):
         step.run()
-        outputs.append(step.y[position, : visitor.y.shape[1]].numpy().copy())
+        each[...] = y[position, : visitor.y.shape[1]]
         keep_state(step)
-    return np.stack(outputs), read_state(step, spec)[position]
+    return outputs, read_state(step, spec)[position]
 
 
 def check_verdicts(ready: Prepared, recording: Path, visitors: Sequence[Visitor]) -> None:
