@@ -61,10 +61,14 @@ class Chance:
     def settle(self) -> None:
         """Everything finds room and nothing breaks, for a minute in which nobody says more than a little at a time."""
         self.link.server.room = None
-        for _ in range(240):
+        end = self.link.now + 60
+        while self.link.now < end:
             self.link.advance(0.25)
-            for _ in range(len(self.link.to_server[self.link.peer])):
+            waiting = len(self.link.to_server[self.link.peer])
+            for _ in range(waiting):
                 self.link.serve()
+            if not waiting and not self.link.to_client:
+                self.link.now = max(self.link.now, min(end, self.link.session.deadline() or end) - 0.25)
             while self.link.to_client:
                 self.link.deliver()
 
