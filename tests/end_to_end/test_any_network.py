@@ -139,9 +139,10 @@ def alone(ready: Prepared, step: BoundStep, position: int, visitor: Visitor) -> 
     load_state(step, spec, states)
     x, y = step.x.numpy(), step.y.numpy()
     x[...] = 0
-    for x[position, : visitor.x.shape[1]], each in zip(visitor.x, outputs, strict=True):
+    for frame, answer in zip(visitor.x, outputs, strict=True):
+        x[position, : len(frame)] = frame
         step.run()
-        each[...] = y[position, : visitor.y.shape[1]]
+        answer[...] = y[position, : len(answer)]
         keep_state(step)
     return outputs, read_state(step, spec)[position]
 
