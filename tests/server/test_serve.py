@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ from typer.testing import CliRunner
 
 import instep_tools
 from instep.cli import app
-from instep.config import Config, LogConfig
+from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.models.certify import Certification
@@ -31,7 +30,6 @@ from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.limits import effective_limits
-from instep.server.log import make_log
 from instep.server.preparation import CannotServe, prepare
 from instep_client import Client
 from instep_tools.app import app as client_app
@@ -184,42 +182,6 @@ def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.Monkey
     by_event = {line["event"]: line for line in told}
     assert by_event["certified"]["step"] == kernel
     assert by_event["smaller batches"]["max_batch_size"] == 8
-
-
-@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
-def test_the_log_on_a_terminal_is_coloured_unless_no_color_is_set(
-    monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool
-) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color is not None:
-        monkeypatch.setenv("NO_COLOR", no_color)
-    terminal, program = pty.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "w") as stderr:
-        monkeypatch.setattr("sys.stderr", stderr)
-        make_log(LogConfig()).info("hello", values=(1, 2), nothing=None, text="a b")
-        shown = screen.read(200).decode()
-    assert ("\x1b" in shown) is coloured
-    assert re.sub(r"\x1b\[\d+m", "", shown).endswith(' info hello values=1,2 nothing=none text="a b"\r\n')
-
-
-def test_a_log_in_a_file_follows_its_name_when_it_is_rotated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file, moved = tmp_path / "log", tmp_path / "log.1"
-    config = LogConfig(file=file, format="json")
-    log = make_log(config)
-    log.info("first")
-    file.rename(moved)
-    log.info("second")
-    log.info("third")
-    file.unlink()
-    log.warning("fourth")
-    make_log(config).info("fifth")
-    events = [[json.loads(line)["event"] for line in each.read_text().splitlines()] for each in (moved, file)]
-    assert events == [["first"], ["fourth", "fifth"]]
-    make_log(LogConfig(file=file)).info("recording", file=os.fsdecode(b"\xff.instep"))
-    assert file.read_text().endswith("info recording file=\\udcff.instep\n")
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_log_file_that_cannot_be_written_and_a_check_write_nothing(model: Path, tmp_path: Path) -> None:
