@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
@@ -48,9 +49,22 @@ def after_an_error_in_a_layer(net: Any, x: torch.Tensor) -> Any:
     return plain(net, x)
 
 
+class Passing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every function, as FlopCounterMode does, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def under_another_mode(net: Any, x: torch.Tensor) -> Any:
+    with Passing():  # type: ignore[no-untyped-call]
+        return plain(net, x)
+
+
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
+        (under_another_mode, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (after_an_error_in_a_layer, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (plain, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (with_bn, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 gelu"),

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError, first_line
@@ -67,12 +67,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Those that are running, outermost first."""
         self._subject = subject
         self._inside_layer = False
-        """Nothing is followed there: a recurrent layer runs thousands of functions, each of which would come past."""
+        self._is_away = False
+        """Inside a layer nothing passes through the tracer: a recurrent one runs thousands of functions."""
         self._origins: dict[int, tuple[torch.Tensor, int]] = {}
         """By id, the tensor itself, so that no other gets its id, and the number of steps that lead to it."""
 
     def __exit__(self, *error: object) -> None:
-        if not self._inside_layer:  # else an error has ended the layer, and nothing is followed any more
+        if not self._is_away:  # else an error has ended the layer
             super().__exit__(*(error or (None, None, None)))  # type: ignore[no-untyped-call]
 
     def follow(self, values: object, steps: int = 0) -> None:
@@ -107,7 +108,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run a function and see what it does with what is followed."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        origin = self.origin((args, kwargs))
+        origin = None if self._inside_layer else self.origin((args, kwargs))
         name = func.overloadpacket.__name__.strip("_") if func.namespace == "aten" else str(func)
         if origin is None or name in _NO_VALUES:
             return result
@@ -155,8 +156,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._modules.append((label, module))
         if not _is_layer(module):
             return
-        self.__exit__()
         self._inside_layer = True
+        if _get_current_dispatch_mode() is self:  # and no other one that the forward has begun inside it
+            self.__exit__()
+            self._is_away = True
         if isinstance(module, RecurrentModule):
             state = (*args[1:], kwargs.get("hx"))
             if self.origin(state) is not None:
@@ -177,7 +180,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._modules.pop()
         if _is_layer(module):
             self._inside_layer = False
-            self.__enter__()  # type: ignore[no-untyped-call]
+            if self._is_away:
+                self._is_away = False
+                self.__enter__()  # type: ignore[no-untyped-call]
             origin = self.origin(args[0] if args else kwargs["input"])
             if origin is not None:
                 self._add(module, f"`{label}`", origin, result)
