@@ -121,7 +121,7 @@ class LoadTester:
         elif search.trials and search.is_all_invalid:
             sentence = "the load generator was too slow to find out what the server can do"
         elif search.trials:
-            fewest = min(trial.plan.streams for trial in search.trials)
+            fewest = min(trial.plan.streams for trial in search.trials if trial.verdict(slo_ms) == "not met")
             sentence = f"not even {counted(fewest, 'stream')} stayed within {slo_ms:g} ms at p99 ({plan.rate_hz:g} Hz)"
         else:
             sentence = "nothing was measured"

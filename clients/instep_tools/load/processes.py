@@ -91,14 +91,6 @@ async def _run_processes(
     loop = asyncio.get_running_loop()
     pipes: list[Connection[Any, Any]] = []
     workers = []
-    for part, counter in zip(parts, answered, strict=True):
-        pipe, theirs = context.Pipe()
-        worker = context.Process(target=work, args=(part, target, theirs, counter), daemon=True)
-        with _held_back():
-            worker.start()
-        theirs.close()
-        pipes.append(pipe)
-        workers.append(worker)
     with ThreadPoolExecutor(len(parts)) as threads:
 
         async def receive(pipe: Connection[Any, Any]) -> Any:
@@ -122,6 +114,14 @@ async def _run_processes(
             return await asyncio.gather(*receiving)  # takes note of every failure, and raises the first
 
         try:
+            for part, counter in zip(parts, answered, strict=True):
+                pipe, theirs = context.Pipe()
+                worker = context.Process(target=work, args=(part, target, theirs, counter), daemon=True)
+                pipes.append(pipe)
+                with _held_back():
+                    worker.start()
+                    workers.append(worker)
+                theirs.close()
             await receive_all()
             _tell(pipes, time.monotonic() + LEAD_S)
             ending = asyncio.create_task(_end_on_stop(pipes, stop))
@@ -140,7 +140,7 @@ async def _run_processes(
 @contextmanager
 def _held_back() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back: here for the block, in a process that begins in it until `work` ignores them."""
-    resource_tracker.ensure_running()  # when it begins, it lets them through
+    resource_tracker.ensure_running()  # starting it in the block would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
     try:
         yield

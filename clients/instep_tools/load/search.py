@@ -44,7 +44,7 @@ def next_size(good: int, bad: int, limit: int, most: int) -> int | None:
     if bad > limit:
         return min(2 * good, limit)
     if good:
-        return min(2 * good, (good + bad) // 2)  # the first of them where `most` was far below `bad`
+        return min(2 * good, (good + bad) // 2)  # doubling, where `most` had jumped far below `bad`
     return max(1, min(bad // 2, most))
 
 
@@ -58,7 +58,7 @@ def tries(start: int, limit: int) -> tuple[int, int]:
         missed = count_from(good, streams, next_size(good, streams, limit, limit))
         return (
             min(1 + met[0], FAILURES_TO_BELIEVE + missed[0]),
-            max(1 + met[1], FAILURES_TO_BELIEVE + missed[1]),
+            FAILURES_TO_BELIEVE + max(met[1], missed[1]),  # a size that is met may fail once before
         )
 
     return count_from(0, limit + 1, start)
@@ -129,7 +129,7 @@ class Search:
             self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {advice(bad)}"
 
     def _could_send(self, streams: int) -> int:
-        """For how many streams this side could send when it tried so many; no less than these where it is not known."""
+        """For how many streams this side could send when it tried so many; `streams` itself where it sent nothing."""
         share = max(trial.sent_share for trial in self.trials if trial.plan.streams == streams)
         return int(streams * share) or streams
 

@@ -114,6 +114,7 @@ async def test_it_doubles_or_halves_then_bisects(capacity: int, start: int, aske
 async def test_one_hiccup_decides_nothing() -> None:
     searched = Searched(lambda streams, processes: "met" if searched.sizes.count(streams) > 1 else "not met")
     assert await searched.run(64, 512) == 512
+    assert tries(64, 512)[1] >= len(searched.asked)
     assert searched.sizes == [64, 64, 128, 128, 256, 256, 512, 512]
 
 

@@ -72,7 +72,7 @@ def test_a_search_says_how_long_it_may_take_and_which_try_it_is_at(monkeypatch: 
     with FakeServer(info_with(max_streams=16)) as server:
         result = run(*SHORT, "--slo-ms", "50", "--rate", "50", "--endpoint", server.endpoint)
     said = " ".join(result.stderr.split())
-    assert "searching: 3 to 10 tries of 0.2 s each, about 52 s at the most; more tries only" in said
+    assert "searching: 3 to 12 tries of 0.2 s each, about 62 s at the most; more tries only" in said
     for number in (1, 2, 3):
         assert re.search(rf"^try {number} \d/0 s · ", result.stderr, re.MULTILINE)
     assert "try 4" not in said
@@ -109,6 +109,16 @@ async def test_a_search_that_begins_with_too_much_to_send_goes_on_with_what_coul
     sizes = [trial["load"]["streams"] for trial in run.terminal.json()["trials"]]
     assert sizes[:2] == [800, 800]
     assert 10 < sizes[2] < 100, "halving would have tried 400 next, and then 200"
+
+
+async def test_only_sizes_that_the_server_missed_are_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr(
+        Measured, "verdict", lambda result, slo_ms: "not met" if result.plan.streams == 8 else "invalid"
+    )
+    run = Timed()
+    await run(replace(PLAN, streams=8, slo_ms=1e6))
+    assert run.last.startswith("not even 8 streams stayed within 1e+06 ms at p99 (20 Hz)")
 
 
 async def test_a_search_ends_where_the_machine_is_busy_whatever_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
