@@ -282,6 +282,7 @@ class Node:
         with self._loop.running():
             self._frontend.tick(now_ns)
             self._reaper.tick(now_ns)
+            self._turns.wake()
         self._watcher.has_moved()
 
     def notice_gone(self, connection: Connection) -> None:

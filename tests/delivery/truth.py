@@ -299,6 +299,17 @@ class Truth:
 
     # ── The server itself ──────────────────────────────────────────────────────────────────────────────────────────
 
+    def check_names(self) -> None:
+        """Each open stream is found by its name."""
+        node = self.node
+        if node is None:
+            return
+        present = self._present(node)
+        for life in self.lives.values():
+            if life.number in present:
+                found = int(node.table.find([life.name])[0])
+                require(found == present[life.number], f"the stream {life.name} is open, and its name leads to {found}")
+
     def check_frame_buffer(self) -> None:
         """The window is kept, and all that may be asked for again is in the frame buffer."""
         node = self.node

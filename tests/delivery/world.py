@@ -293,6 +293,7 @@ class World:
             self._until_quiet()
             self.check()
             if self._is_settled():
+                self.truth.check_names()
                 return
             for client in self.clients:
                 self._go_on(client)

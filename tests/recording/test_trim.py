@@ -78,7 +78,7 @@ GRU = make_gru(3, 4, layers=2)
 
 def step(x: F32, h: F32) -> tuple[F32, F32]:
     """In place of a GRU of that size, which these thousands of steps need not be: every frame changes all states."""
-    after = np.float32(0.5) * h + x.sum(1, keepdims=True)
+    after = np.linspace(0.3, 0.7, 8, dtype=np.float32).reshape(2, 1, 4) * h + x.sum(1, keepdims=True)
     return after[-1], after
 
 

@@ -52,7 +52,7 @@ class EngineParts:
 def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
     """Room for so many streams of a model, and as many frames of each as the window.
 
-    Those of one model and size share a stepper, which takes long to make: making the next one clears all states of it.
+    Those of one model and size share a stepper, which takes long to make: each call clears its states.
     """
     sizes = model.description.features, model.description.outputs
     tables = make_tables(max_streams, 4, window, *sizes, 1000, 1000, 1000)

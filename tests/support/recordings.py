@@ -96,13 +96,13 @@ class Recorded:
     header: RecordingHeader
 
 
-_CERTIFIED: dict[tuple[str, tuple[int, ...]], tuple[Certification, Kernel]] = {}
+_CERTIFIED: dict[tuple[str, tuple[int, ...], int], tuple[Certification, Kernel]] = {}
 
 
 def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certification:
     """`certify`, but once per model and batch sizes: a machine does not change while tests run."""
     assert isinstance(network, RecurrentNetwork)
-    key = (network.fingerprint, tuple(buckets))
+    key = (network.fingerprint, tuple(buckets), torch.get_num_threads())
     if key not in _CERTIFIED:
         _CERTIFIED[key] = certify(network, buckets), network.kernel
     certification, network.kernel = _CERTIFIED[key]
