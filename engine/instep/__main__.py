@@ -47,9 +47,9 @@ def _end_without_threads(status: int) -> None:
     Python ends such threads when it ends itself, and one that is in torch by then aborts the process.
     """
     if any(thread.daemon for thread in threading.enumerate()):
-        with contextlib.suppress(OSError):  # nobody is left to read it
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or nobody reads it
+                stream.flush()
         os._exit(status)
 
 
