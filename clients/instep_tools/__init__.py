@@ -6,39 +6,37 @@ whatever was being imported; hence it imports next to nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-import time
 from types import FrameType
 
 INTERRUPTED = 130
 """The exit status, as shells have it."""
 SAME_SIGNAL_S = 0.5
-"""A signal that comes this soon after the first one is the same one: `timeout`, `make`, `npm` and `uv run` pass on to a
-command what its whole process group has received already."""
+"""A signal that comes this soon after another one is the same one: `timeout`, `npm` and `uv run` pass on to a command
+what its whole process group has received already."""
 
 
 class EndingSignals:
     """The signals that ask a command to end: the first one is obeyed in order, and a second one at once.
 
     Attributes:
-        count: how many have come; one that repeats the first does not count.
+        count: how many have come.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._first_at = 0.0
+        self._newest_s = -math.inf
 
-    def is_repeat(self) -> bool:
-        """Take note of a signal: whether it is the first one once more, within `SAME_SIGNAL_S`."""
-        now = time.monotonic()
-        if self.count and now - self._first_at < SAME_SIGNAL_S:
-            return True
+    def take(self, at_s: float) -> bool:
+        """Take note of a signal that came at this time of `time.monotonic`; False for the newest one once more."""
+        if at_s - self._newest_s < SAME_SIGNAL_S:
+            return False
         self.count += 1
-        if self.count == 1:
-            self._first_at = now
-        return False
+        self._newest_s = at_s
+        return True
 
 
 def main() -> None:

@@ -268,14 +268,16 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal ending
-        if signals.is_repeat():
+        if not signals.take(time.monotonic()):
             return
         is_interrupt = number == signal.SIGINT
         ending = _ENDINGS[signal.Signals(number)]
         if not stop.connected:
             raise StoppedBeforeSending(ending)
         if signals.count > 1:
-            signal.signal(number, signal.default_int_handler if is_interrupt else before[signal.SIGTERM])
+            if is_interrupt:
+                raise KeyboardInterrupt
+            signal.signal(number, before[signal.SIGTERM])
             signal.raise_signal(number)
             return
         if stop.drains:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -57,6 +58,13 @@ def change_nothing() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def end_by_itself() -> None:
+    """From here on Ctrl-C and SIGTERM do nothing where they were `end_at_once`: what was asked for has happened."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (end_quietly, _end_with_a_sentence):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def signal_name(number: int) -> str:
     """`SIGSEGV`, or `signal 35` for a signal that Python has no name for, such as most real-time signals."""
     try:
@@ -78,7 +86,7 @@ def _raise_unless_repeated() -> Callable[[int, FrameType | None], None]:
     signals = EndingSignals()
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if not signals.is_repeat():
+        if signals.take(time.monotonic()):
             raise KeyboardInterrupt
 
     return on_interrupt

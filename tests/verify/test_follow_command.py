@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import instep_tools
 from instep.cli import app
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import KEEP_ALL, Retention
@@ -118,6 +119,7 @@ def test_it_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: 
         return advance(follower)
 
     monkeypatch.setattr(Follower, "advance", advance_later)
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
     following = partial(Following, story.path, None, (), Patience(retry_s=0.01, unreadable_s=0))
     following().in_words(100, Console(file=file, force_terminal=True, color_system=None, width=80))
     first, second = file.getvalue().splitlines()[:2]
@@ -143,7 +145,9 @@ def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
     assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
 
 
-def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report(tmp_path: Path) -> None:
+def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report_and_a_second_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
     told: list[dict[str, Any]] = []
@@ -152,8 +156,12 @@ def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report(tmp_path: Path) -
         signal.raise_signal(signal.SIGINT)
         told.append(line)
 
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
     assert Following(story.path, None, ()).in_json(100, tell) == "exact"
     assert told[-1]["final"]
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        Following(story.path, None, ()).in_json(100, tell)
 
 
 def test_for_without_follow_is_refused(tmp_path: Path) -> None:

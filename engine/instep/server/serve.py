@@ -7,6 +7,7 @@ import gc
 import os
 import shlex
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,19 +99,19 @@ async def _serve(
     server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
     signals = EndingSignals()
 
-    def stop() -> None:
-        if signals.is_repeat():
+    def stop(at_s: float) -> None:
+        if not signals.take(at_s):
             return
         if signals.count == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
             start.service_manager.stopping()
         server.stop(drain=signals.count == 1)
 
-    def hung_up() -> None:
+    def hung_up(at_s: float) -> None:
         if signals.count:
             return  # it ends already, and this is no reason to force it
         if interrupts.has_lost_its_terminal():
-            stop()
+            stop(at_s)
         else:
             reload(server, start.reread, threshold, log, start.kept)
 
@@ -119,7 +120,7 @@ async def _serve(
         start.service_manager.serving(f"serving {', '.join(each.model.name for each in prepared)} at {server.endpoint}")
         start.on_ready(server.endpoint)
         if interrupts.was_hung_up():
-            hung_up()
+            hung_up(time.monotonic())
         with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
             await server.serve()
         stats = [service.engine.stats for service in server.services]
@@ -129,6 +130,7 @@ async def _serve(
             batches=sum(each.batches_total for each in stats),
             messages_unanswered=server.unanswered_messages,
         )
+    interrupts.end_by_itself()
     if server.was_crash and start.is_supervised and not signals.count:
         os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
     if server.failure is not None:

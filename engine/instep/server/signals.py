@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def signals_call(calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+def signals_call(calls: Mapping[signal.Signals, Callable[[float], None]]) -> Iterator[None]:
     """While the block runs, each of these signals makes its call in the running loop, of the main thread.
+
+    A call is told when its signal came, by `time.monotonic`: the loop may be held up.
 
     One that is ignored stays ignored, as SIGHUP under nohup.
 
@@ -21,7 +24,7 @@ def signals_call(calls: Mapping[signal.Signals, Callable[[], None]]) -> Iterator
     loop = asyncio.get_running_loop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(calls[signal.Signals(number)])
+        loop.call_soon_threadsafe(calls[signal.Signals(number)], time.monotonic())
 
     waker, wakes = socket.socketpair()  # a signal that comes just before the loop sleeps must wake it
     with waker, wakes:

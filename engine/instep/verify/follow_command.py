@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from types import FrameType
 from typing import Any, Final
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from instep.verify.left_out import in_words, share_compared
 from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import PATIENCE, Patience, Status, follow
+from instep_tools import EndingSignals
 from instep_tools.words import counted, wrapped
 
 _MOST_REASONS: Final = 2
@@ -150,10 +153,21 @@ def _line(status: Status) -> str:
 
 @contextmanager
 def _until_interrupted() -> Iterator[Event]:
-    """An event that Ctrl-C sets while the block runs; the same one coming once more does not cut off the report."""
-    stopped = Event()
-    # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
-    before = signal.signal(signal.SIGINT, lambda *_: Thread(target=stopped.set).start())
+    """An event that Ctrl-C sets while the block runs; the same one coming once more does not cut off the report.
+
+    A second Ctrl-C does.
+    """
+    stopped, signals = Event(), EndingSignals()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not signals.take(time.monotonic()):
+            return
+        if signals.count > 1:
+            raise KeyboardInterrupt
+        # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
+        Thread(target=stopped.set).start()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield stopped
     finally:
