@@ -117,13 +117,20 @@ async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promi
     open_stream(writer, 1, "s", 1000, 0, 1, None)
     numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, F), np.float32)
     position = writer.add_inputs(1, BUCKET, numbers, seqs, x)
-    writer.add_outputs(1, position, np.zeros((1, 8), np.float32))
+    writer.add_outputs(1, position, np.full((1, 8), 0.25, np.float32))
     writer.commit()
     writer.abandon()
+    epochs = np.array([1000], np.uint64)
     for _ in range(2):  # the second time after an engine that was exact, and ended before it had a checkpoint
         async with streaming(InlineExecutor) as kit:
             recovery = kit.record(path)
             assert recovery is not None
             assert recovery.frames == 1
+            origin = kit.frontend.connect()
+            resumed = await origin.resume(["s"], np.array([0], np.uint64), epochs)
+            epochs = resumed.epochs
+            again = await step(origin, resumed.handles, [0], x[None])
+            assert again.y.tolist() == [[[0.25] * 8]], "a frame that is repeated gets what was answered"
+            assert kit.stats.frames_total == 0
     with RecordingReader(path) as reader:
         assert [engine.header.exactness for engine in reader.engines] == ["tolerance", "exact"]

@@ -209,11 +209,12 @@ class _Replay:
         first = 0
         for step in steps:
             count = int(step.applies.sum())
-            self._compare(step, tables.y[rows[first : first + count]])
+            self._compare(step, rows[first : first + count])
             first += count
 
-    def _compare(self, step: ReplayStep, y: F32) -> None:
-        batch = step.batch
+    def _compare(self, step: ReplayStep, rows: I64) -> None:
+        """Compare the outputs in these rows with the recorded ones, which are what clients were answered."""
+        batch, y = step.batch, self._tables.y[rows]
         if batch.y is None:
             if not step.applies.all():
                 raise RecordingError(
@@ -231,6 +232,8 @@ class _Replay:
                     "is another, or the recording is damaged; --accept-numerics-change continues anyway, and "
                     "clients are told"
                 )
+        else:
+            self._tables.y[rows] = batch.y[step.applies]  # who asks for an output again gets the same bytes
 
     def renumber(self, writer: RecordingWriter) -> None:
         """The numerics have changed: give new epochs that nobody holds, so that every owner is told."""
