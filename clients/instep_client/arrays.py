@@ -142,7 +142,7 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def why_no_name(name: object, which: str = "") -> str:
-    """What is wrong with a name that no stream may have; `which` says where it was found."""
+    """Say why no stream may have this name; `which` tells where it was found."""
     return (
         f"{_shown(name)}{which} is not a valid stream name: {_why_bad(name)}; "
         f"a name is a string of 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"

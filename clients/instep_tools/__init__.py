@@ -15,8 +15,8 @@ from types import FrameType
 INTERRUPTED = 130
 """The exit status, as shells have it."""
 SAME_SIGNAL_S = 0.5
-"""A signal that comes this soon after another one is the same one: `timeout`, `npm` and `uv run` pass on to a command
-what its whole process group has received already."""
+"""A signal that comes this soon after another is the same one: programs such as `timeout`, `npm` and `uv run` pass on a
+signal that the whole process group has already received."""
 
 
 class EndingSignals:

@@ -23,7 +23,7 @@ SENT_MOST: Final = 0.75
 """A load generator that sent this share of the frames due can send for half of the streams with a third of its time to
 spare. (Short tries end with some frames due that it would have sent.)"""
 NO_LESS_LATE: Final = 0.75
-"""If it is then still as late as this part of what it was before, it is not late because of the number of streams."""
+"""If half of the streams leave it this late, as a share of its lateness with all, their number is not the cause."""
 BUSY: Final = "this machine is busy: run it while the machine is idle, with a lower --rate, or on another machine"
 
 Try = Callable[[int, int], Awaitable[Measured]]

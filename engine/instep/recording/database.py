@@ -226,7 +226,7 @@ def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str
 
 
 def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
-    """SQLite's checksum of a multiple of 8 bytes, after those of what comes before.
+    """Continue SQLite's checksum, a pair of sums, over data whose length is a multiple of 8 bytes.
 
     It adds each word to the sum of its last two results. So a result is the sum of all words before it, times Fibonacci
     numbers.
