@@ -14,9 +14,25 @@ import pytest
 import instep_tools
 from instep import interrupts
 from tests.support.interrupting import interrupted_at_every_moment
-from tests.support.warm import WarmProcess
+from tests.support.warm import WarmProcess, run_program
 
 SERVE = ("serve", "--demo", "--endpoint", "tcp://127.0.0.1:*", "--http", "off")
+COPIED = """
+import os, signal
+from instep import __main__
+from instep.server import serve
+
+run = serve.run
+def run_and_copy(*arguments, **options):
+    status = run(*arguments, **options, on_ready=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    return status
+
+serve.run = run_and_copy
+__main__.main()
+"""
+"""`instep`, where signals come just after a server has ended in order."""
 
 
 @pytest.fixture
@@ -71,6 +87,14 @@ def test_serve_interrupted_twice_ends_quietly_and_in_order_where_it_is_one_signa
             process.kill()
         assert "Traceback" not in said
         assert process.returncode in ((0, 130) if again_s > instep_tools.SAME_SIGNAL_S else (0,)), said
+
+
+def test_serve_that_has_ended_is_not_ended_by_a_copy_of_its_signal(tmp_path: Path) -> None:
+    program = tmp_path / "copied.py"
+    program.write_text(COPIED)
+    done = run_program(str(program), tmp_path, *SERVE)
+    assert done.returncode == 0, done.stderr
+    assert "stopped" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.heavy
