@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from instep_client.protocol.errors import InvalidInput
 
-_TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\d{1,5})")
+_TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|\d{1,5})")
 _HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:\d*)?(/.*)?")
 _ADDRESS: Final = re.compile(r"[^\s:/*]+:\d{1,5}")
 EXAMPLES: Final = "tcp://127.0.0.1:5757 or ipc:///path"
@@ -26,8 +26,13 @@ def checked_endpoint(endpoint: str) -> str:
     """
     if isinstance(endpoint, str):
         match = _TCP.fullmatch(endpoint)
-        if match is not None and 1 <= int(match["port"]) <= 65_535:
+        if match is not None and match["port"] != "*" and 1 <= int(match["port"]) <= 65_535:
             return endpoint
+        if match is not None:
+            raise InvalidInput(
+                f"{endpoint!r} is not an endpoint: write the port that the server has, 1 to 65535; one that took any free "
+                "port says in its log which"
+            )
         if re.fullmatch(r"ipc://\S.*", endpoint):
             return endpoint
         if (http := _HTTP.fullmatch(endpoint)) is not None:

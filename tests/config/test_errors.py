@@ -97,7 +97,7 @@ class TestProblems:
             ("transport", "allow_plaintext", 1),
             ("transport", "endpoint", "127.0.0.1:5757"),
             ("transport", "endpoint", "tcp://127.0.0.1"),
-            ("transport", "endpoint", "tcp://127.0.0.1:0"),
+            ("transport", "endpoint", "tcp://127.0.0.1:99999"),
             ("transport", "endpoint", "tcp://a..b:1"),
             ("transport", "endpoint", "tcp://127.0.0.1:65536"),
             ("transport", "endpoint", "udp://127.0.0.1:1"),

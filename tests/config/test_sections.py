@@ -47,6 +47,14 @@ def test_a_configuration_cannot_be_changed() -> None:
         EngineConfig.model_validate({"thread": 2})
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_port_0_is_any_free_port_as_the_asterisk_is(host: str) -> None:
+    for port in ("0", "00000", "*"):
+        assert TransportConfig(endpoint=f"tcp://{host}:{port}").endpoint == f"tcp://{host}:*"
+    with pytest.raises(ValidationError, match="port 0 for any"):
+        TransportConfig(endpoint=f"tcp://{host}:65536")
+
+
 @pytest.mark.parametrize(
     ("endpoint", "expected"),
     [

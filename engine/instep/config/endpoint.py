@@ -16,6 +16,8 @@ _MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
 def checked_endpoint(endpoint: str) -> str:
     """The endpoint, when a socket can be bound to it: `tcp://HOST:PORT` or `ipc://PATH`.
 
+    Port 0 becomes `*`: both stand for any free port.
+
     Raises:
         ValueError: saying what it should look like.
     """
@@ -25,11 +27,10 @@ def checked_endpoint(endpoint: str) -> str:
             raise ValueError(f"the path after ipc:// must be 1 to {_MAX_IPC_PATH_BYTES} bytes long")
         return endpoint
     match = _TCP.fullmatch(endpoint)
-    if match is None or (match["port"] != "*" and not 1 <= int(match["port"]) <= 65_535):
-        raise ValueError(
-            f"{endpoint!r} is not an endpoint: write tcp://127.0.0.1:5757 (port 1 to 65535, or * for any) or ipc:///path"
-        )
-    return endpoint
+    port = 65_536 if match is None else int(match["port"].replace("*", "0"))
+    if port > 65_535:
+        raise ValueError(f"{endpoint!r} is not an endpoint: write tcp://127.0.0.1:5757 (port 0 for any) or ipc:///path")
+    return endpoint if port else f"{endpoint.rpartition(':')[0]}:*"
 
 
 def is_loopback(endpoint: str) -> bool:

@@ -46,7 +46,7 @@ def receive(router: Router) -> tuple[bytes, list[bytes]]:
             return message
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://localhost:*", "tcp://[::1]:*"])
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://127.0.0.1:0", "tcp://localhost:*", "tcp://[::1]:*"])
 def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoint: str) -> None:
     with bound(endpoint) as router:
         host = "127.0.0.1" if "localhost" in endpoint else endpoint[6:-2]
