@@ -126,6 +126,13 @@ def test_limits_are_fitted_to_the_model() -> None:
         effective_limits(config, 512, features=20_000, outputs=1)
 
 
+def test_the_hint_names_the_endpoint_unless_a_command_without_one_goes_there() -> None:
+    here, there = Config().transport.endpoint, "tcp://gpu-1:5757"
+    assert serve.ping_command(here, {}) == serve.ping_command(here, {"INSTEP_ENDPOINT": here}) == "instep-client ping"
+    assert serve.ping_command(here, {"INSTEP_ENDPOINT": there}) == f"instep-client ping -e {here}"
+    assert serve.ping_command("ipc:///a b", {"INSTEP_ENDPOINT": "ipc:///a b"}) == "instep-client ping -e 'ipc:///a b'"
+
+
 def test_the_log_says_what_it_waits_for_and_what_is_served_and_an_interrupt_ends_it_cleanly(
     model: Path, tmp_path: Path
 ) -> None:

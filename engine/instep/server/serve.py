@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -147,7 +147,12 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             exactness=each.certification.exactness,
             max_streams=server.config.engine.max_streams,
         )
-    is_usual = server.endpoint == TransportConfig().endpoint
-    following = f"instep-client ping{'' if is_usual else f' -e {shlex.quote(server.endpoint)}'}"
     admin = {} if server.admin is None else {"http": server.admin.url}
-    log.info("serving", endpoint=server.endpoint, **admin, next=following)
+    log.info("serving", endpoint=server.endpoint, **admin, next=ping_command(server.endpoint, os.environ))
+
+
+def ping_command(endpoint: str, environ: Mapping[str, str]) -> str:
+    """A command that asks this server whether it is ready, as short as it can be in a terminal with these variables."""
+    usual = TransportConfig().endpoint
+    goes_there = endpoint == usual and (environ.get("INSTEP_ENDPOINT") or usual) == usual
+    return f"instep-client ping{'' if goes_there else f' -e {shlex.quote(endpoint)}'}"
