@@ -109,7 +109,7 @@ class LoadTester:
         search = Search(attempt, slo_ms, plan.processes, self.stop)
         await search.run(plan.streams, limit)
         best = search.best
-        if not self.terminal.as_json:
+        if search.trials and not self.terminal.as_json:
             report.show_trials(self.terminal, search.trials, slo_ms)
             if best is not None:
                 report.show_latencies(self.terminal, best)

@@ -51,14 +51,16 @@ def load_page(
     return Page(
         program="instep-client loadtest",
         title=f"{info.model}: {plan.sentence() if plan.slo_ms is None else search}",
-        verdict=_verdict(plan, best, ending),
+        verdict=_verdict(plan, trials, best, ending),
         summary=f"{sentence[:1].upper()}{sentence[1:]}.",
         sections=sections,
         conditions={"command": typed_command("instep-client"), "load": plan.sentence()},
     )
 
 
-def _verdict(plan: LoadPlan, best: Measured | None, ending: Exit) -> Marked:
+def _verdict(plan: LoadPlan, trials: Sequence[Measured], best: Measured | None, ending: Exit) -> Marked:
+    if not trials:
+        return Marked("nothing was measured", "doubt")
     if plan.slo_ms is not None and best is not None:
         least = "" if ending is Exit.OK else "at least "
         found = f"{least}{counted(best.plan.streams, 'stream')} within {plan.slo_ms:g} ms"

@@ -79,6 +79,15 @@ def test_a_search_says_how_long_it_may_take_and_which_try_it_is_at(monkeypatch: 
     assert fits(result.stderr)
 
 
+async def test_a_search_that_is_stopped_in_its_first_try_shows_no_table(tmp_path: Path) -> None:
+    run, page = Timed(), tmp_path / "load.html"
+    run.clock.on_sleep = lambda moment: run.stop.request()
+    assert await run(replace(PLAN, slo_ms=1e6), report=page) == Exit.FOUND_PROBLEMS
+    assert run.last == f"nothing was measured; the search was stopped before its end; report in {page}"
+    assert "frames/s due" not in run.terminal.said
+    assert ">Nothing was measured<" in page.read_text()
+
+
 async def test_a_search_that_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, capacity=0)
     run = Timed()
