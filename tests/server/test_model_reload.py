@@ -105,6 +105,20 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         assert client.info.fingerprint == A.fingerprint
 
 
+async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:
+    new, newer, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (B, C, OTHER)]
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told) as server:
+        reloads = Reloads(server, told)
+        lines = await asyncio.gather(*(reloads(folder) for folder in (new, [new, eyes], [newer, eyes])))
+        assert [line["event"] for line in lines] == 3 * ["models reloaded"]
+        async with asyncio.timeout(20):
+            while len(done := [line for line in told if line["event"] == "models reloaded"]) < 2:
+                await asyncio.sleep(0.01)
+        assert [(line["loaded"], line["swapped"]) for line in done] == [([], ["ears"]), (["eyes"], ["ears"])]
+        assert server.served("ears").info.fingerprint == C.fingerprint
+
+
 async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,8 @@ class Loader:
         self._log = log
         self._configured = configured
         """The models that the configuration named when it was last read, by name."""
+        self._wanted: ModelConfig | None = None
+        """Of a configuration that was read since then."""
 
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model.
@@ -152,12 +154,9 @@ class Loader:
         self._log.info("unloaded", model=name)
 
     def reload(self, wanted: ModelConfig) -> None:
-        """Begin to load, swap and unload models until they are those of another configuration."""
-        if len(self.tasks):
-            reason = "model.folder was not looked at: another model is being loaded, swapped or unloaded; reload again"
-            self._log.error("not reloaded", reason=reason)
-        else:
-            self.tasks.start(self._reload(wanted))
+        """Load, swap and unload models until they are those of a configuration, once what is under way has ended."""
+        self._wanted = wanted
+        self.tick()
 
     async def _reload(self, wanted: ModelConfig) -> None:
         loaded, swapped = list[str](), list[str]()
@@ -198,9 +197,15 @@ class Loader:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
     def tick(self) -> None:
-        """Unload a version that was replaced and that nobody uses any more."""
+        """Follow the newest configuration, or unload a version that was replaced and that nobody uses any more."""
+        if len(self.tasks) or self._shutdown.requested.is_set():
+            return
+        if self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            self.tasks.start(self._reload(wanted))
+            return
         unused = [service for service in self._server.services if service.is_former and service.is_unused]
-        if unused and not len(self.tasks):
+        if unused:
             self.tasks.start(self.unload(unused[0].name))
 
     async def _make(
