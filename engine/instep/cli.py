@@ -248,7 +248,7 @@ def demo(
         raise typer.Exit(run_seed(_console()))
     from instep.demo.speakers import run as run_speakers
 
-    interrupts.raise_again()
+    interrupts.raise_again(reports=True)
     raise typer.Exit(run_speakers(out or Path("demo-out"), _console(), keep=keep))
 
 

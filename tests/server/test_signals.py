@@ -3,17 +3,27 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from instep.server.signals import signals_call
+import instep_tools
+from instep import interrupts
+from instep.server.signals import run_cancellable, signals_call
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handlers() -> list[object]:
     return [signal.getsignal(number) for number in HEARD]
+
+
+@pytest.fixture
+def handlers_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in HEARD}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:
@@ -52,3 +62,57 @@ async def test_a_signal_that_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.parametrize("copies", [0, 2])
+def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
+    copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    cleaned_up = []
+
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(copies):
+                signal.raise_signal(signal.SIGINT)
+                await asyncio.sleep(0)
+            cleaned_up.append(True)
+
+    interrupts.end_at_once()
+    interrupts.raise_again(reports=True)
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(work())
+    assert cleaned_up == [True]
+    assert signal.getsignal(signal.SIGINT) is usual
+    signal.raise_signal(signal.SIGINT)  # one more copy
+
+
+def test_a_second_ctrl_c_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+    cleaned_up = []
+
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            cleaned_up.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(work())
+    assert cleaned_up == []
+
+
+def test_a_run_that_nobody_interrupts_gives_its_result() -> None:
+    async def seven() -> int:
+        return 7
+
+    before = handlers()
+    assert run_cancellable(seven()) == 7
+    assert handlers() == before

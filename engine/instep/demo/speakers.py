@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import shlex
 import shutil
@@ -34,6 +33,7 @@ from instep.demo.train import SPEAKERS, Utterances, accuracy, load_utterances
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
+from instep.server.signals import run_cancellable
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 from instep_tools.plan import most_at_once
@@ -84,7 +84,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
             for line in _load(producers, connections, speed):
                 say(console, line)
-            seconds, stats = asyncio.run(
+            seconds, stats = run_cancellable(
                 _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
             )
             is_received = received_is_recorded(recording, producers, heard)
@@ -97,7 +97,8 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 is_repeating = True
                 while True:
-                    asyncio.run(stream_all(server.endpoint, producers, connections, Heard(lengths, SPEAKERS)))
+                    again = Heard(lengths, SPEAKERS)
+                    run_cancellable(stream_all(server.endpoint, producers, connections, again))
     except KeyboardInterrupt:
         if not is_repeating:
             raise

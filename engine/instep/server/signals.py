@@ -1,4 +1,4 @@
-"""Signals as calls in the event loop."""
+"""Signals as calls in the event loop, and Ctrl-C as the end of one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,49 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+def run_cancellable(work: Coroutine[Any, Any, R]) -> R:
+    """`asyncio.run`, in the main thread: the first Ctrl-C cancels the work, which may clean up, and then raises.
+
+    asyncio does the same, but only with Python's own handler of SIGINT. Here the handler that there is decides what
+    counts as a Ctrl-C: that of `interrupts.raise_again(reports=True)` passes over copies of one.
+    """
+    usual, is_cancelled = signal.getsignal(signal.SIGINT), False
+    if not callable(usual):  # it is ignored
+        return asyncio.run(work)
+
+    async def cancellable() -> R:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
+            nonlocal is_cancelled
+            try:
+                usual(number, frame)
+            except KeyboardInterrupt:
+                if is_cancelled:
+                    raise
+                is_cancelled = True
+                loop.call_soon_threadsafe(task.cancel)
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            return await work
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    try:
+        return asyncio.run(cancellable())
+    finally:
+        if is_cancelled:  # whatever else came of it
+            raise KeyboardInterrupt
 
 
 @contextmanager
