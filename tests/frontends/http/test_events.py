@@ -164,12 +164,12 @@ async def test_a_listener_that_wants_the_whole_log_keeps_nobody_waiting() -> Non
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
         writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
         told = b""
-        longest[0] = 0.0
+        longest[0], began = 0.0, time.thread_time()
         while b"id: %d\n" % MOST not in told[-200_000:]:
             told += await reader.read(2**16)
         writer.close()
         assert told.count(b"event: log\n") == MOST
-        assert longest[0] < 0.02
+        assert longest[0] < (time.thread_time() - began) / 3
 
 
 def port_of(server: Server) -> int:
