@@ -262,13 +262,18 @@ async def test_a_page_of_a_hundred_thousand_streams_is_quick_and_keeps_nobody_wa
     async with administered(engine=engine, limits=limits) as (server, http):
         fill(server, [f"s{number * 7919 % count:06d}" for number in range(count)])
         await http.get("/api/streams?limit=1")
+        table = server.default.engine.table
+        began = time.thread_time()
+        sorted(table.names(table.open_slots()))
+        at_once = time.thread_time() - began
         for asked in ("sort=name", "sort=-name&contains=9", "sort=-rate", "sort=idle&prefix=s00", "sort=seq&limit=500"):
-            began = time.perf_counter()
+            began = time.thread_time()
             async with longest_turn() as longest:
                 page = (await http.get(f"/api/streams?{asked}")).json()
             assert page["total"] == count
-            assert time.perf_counter() - began < 0.2, asked
-            assert longest[0] < 0.010, asked
+            took = time.thread_time() - began
+            assert took < 6 * at_once, asked
+            assert longest[0] < at_once / 2, asked
         assert names(await all_pages(http, prefix="s0999", limit=7)) == [f"s0999{number:02d}" for number in range(100)]
 
 
