@@ -119,6 +119,17 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
         assert server.served("ears").info.fingerprint == C.fingerprint
 
 
+async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path: Path) -> None:
+    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told, folder=old) as server:
+        reloads = Reloads(server, told)
+        for folder in (new, old, new, old):
+            line = await reloads(folder, on_reload="keep")
+            assert line["event"] == "models reloaded", line
+            assert line["swapped"] == ["ears"]
+
+
 async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,10 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
         await client.swap_model("ears", folder)
         async with AsyncClient(server.endpoint):  # so that no version is unloaded
             await client.swap_model("ears", tmp_path / "same")
-            for name, words in ((KEPT, "is a former version"), ("ears", "connections left from an earlier swap")):
+            for name, words in (
+                (KEPT, "is a former version"),
+                ("ears", "connections or streams left from an earlier swap"),
+            ):
                 with pytest.raises(Refused, match=words):
                     await client.swap_model(name, folder)
     np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])

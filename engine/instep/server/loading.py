@@ -119,7 +119,7 @@ class Loader:
             if former.service.is_former:
                 raise CannotServe(f"{name!r} is a former version, kept for the connections that it has")
             if kept_as and any(service.name == check_name(kept_as) for service in self._server.services):
-                raise CannotServe(f"{kept_as!r} has connections left from an earlier swap: unload it first")
+                raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier swap: unload it first")
             made = await self._make(name, folder, log, undo, former, policy)
             if keeps:
                 self._record(made)
@@ -197,16 +197,15 @@ class Loader:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
     def tick(self) -> None:
-        """Follow the newest configuration, or unload a version that was replaced and that nobody uses any more."""
+        """Unload a version that was replaced and that nobody uses any more; then follow the newest configuration."""
         if len(self.tasks) or self._shutdown.requested.is_set():
-            return
-        if self._wanted is not None:
-            wanted, self._wanted = self._wanted, None
-            self.tasks.start(self._reload(wanted))
             return
         unused = [service for service in self._server.services if service.is_former and service.is_unused]
         if unused:
             self.tasks.start(self.unload(unused[0].name))
+        elif self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            self.tasks.start(self._reload(wanted))
 
     async def _make(
         self,
