@@ -150,7 +150,7 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
             engine = server.default.engine
 
             async def trimmed() -> None:
-                """Step, and go on until that was trimmed, too: a checkpoint of now would have no new frame before it."""
+                """Step, and go on until that was trimmed: a checkpoint of now has no new frame before it."""
                 await group.step(frames(rng, 16, 8))
                 newest = engine.journal.newest
                 while not any(line["event"] == "recording trimmed" and line["position"] > newest for line in told):
