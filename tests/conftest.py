@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from typer import main, testing
 
 from instep.mkl import prefer_strict_products
+from tests.support import warm_server
 
 # Before torch is imported anywhere, and inherited by processes that tests start: several threads on a busy machine
 # make small matrices many times slower, and what the engine uses it sets itself.
@@ -38,6 +39,8 @@ settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     """Measure lines in the processes that run tests: one that they start takes 0.75 s longer with it."""
     starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    if starts_workers:
+        warm_server.start()  # for all of them
     for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
         if not starts_workers:
             del os.environ[name]

@@ -1,9 +1,8 @@
 """Commands of `instep`, and programs that use it, in processes of their own that need not import anything first.
 
-One process imports what commands need and loads the compiled kernels, as `warmed.py` says. It has no thread of Python
-and no socket, and torch has computed nothing in it. Each command is a fork of it, and else a process like any other,
-with arguments, a folder, an environment and files of its own, to be killed and replaced by a new one. So a start costs
-what the command itself does (0.3 s for a server of a small model), and not the import of torch (2 s).
+Each is a fork of one process that has imported what commands need (`warm_server.py`), and else a process like any
+other, with arguments, a folder, an environment and files of its own, to be killed and replaced by a new one. So a start
+costs what the command itself does (0.3 s for a server of a small model), and not the import of torch (2 s).
 
 Tests of starting, of imports and of the interpreter's options begin a fresh interpreter instead.
 """
@@ -12,59 +11,51 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache, partial
 from multiprocessing import connection
-from multiprocessing.context import ForkServerContext
-from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import instep.__main__
 from instep.server.background import LINE_BYTES
-
-_context: ForkServerContext = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, "tests.support.warmed"])
+from tests.support.warm_server import Kind, Request, begin
 
 
 class _Fork:
-    """A process that begins with `begun`; `files` become its standard output, error and, where there are three, input.
+    """A process that is a fork of the warm one; `files` are closed here."""
 
-    They are closed here.
-    """
-
-    def __init__(self, begun: _Begun, files: Sequence[int]) -> None:
-        ready, to_ready = os.pipe()
-        given = _Files([to_ready, *files])
-        self._process = _context.Process(target=_run, args=(begun, given), name="instep", daemon=True)
-        self._ending = threading.Lock()
+    def __init__(self, request: Request, files: Sequence[int]) -> None:
         try:
-            self._process.start()
+            self._connection = begin(request, files)
         finally:
-            for file in {to_ready, *files}:
+            for file in set(files):
                 os.close(file)
-        with os.fdopen(ready, "rb") as told:
-            told.read(1)  # until then a fork ignores SIGINT; nothing comes from one that has ended already
-        assert self._process.pid is not None
-        self.pid = self._process.pid
+        self._told = self._connection.makefile("rb", buffering=0)
+        self._ending = threading.Lock()
+        self._status: int | None = None
+        self.pid = int(self._told.readline())
 
     @property
     def returncode(self) -> int | None:
         """Its exit status, or the number of the signal that killed it, negative; None while it runs."""
-        with self._ending:  # the status can be read once only
-            return self._process.exitcode
+        with self._ending:
+            if self._status is None and self._has_ended_within(0.0):
+                self._status = int(self._told.readline())
+            return self._status
+
+    def _has_ended_within(self, timeout: float | None) -> bool:
+        return self._status is not None or bool(connection.wait([self._connection], timeout))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_told"):
+            self._told.close()
+            self._connection.close()  # which ends the process, if it still runs
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
@@ -110,9 +101,9 @@ class WarmProcess(_Fork):
         else:
             (out, to_out), (err, to_err) = os.pipe(), os.pipe()
             self.stdout, self.stderr, theirs = os.fdopen(out), os.fdopen(err), [to_out, to_err]
-        main = instep.__main__.main if program is None else partial(_run_program, program)
-        environment = dict(os.environ if env is None else env)
-        super().__init__(_Begun(main, self.args, start_new_session, cwd or Path.cwd(), environment), theirs)
+        super().__init__(
+            _request("instep" if program is None else "program", self.args, start_new_session, cwd, env), theirs
+        )
 
     def poll(self) -> int | None:
         """The same."""
@@ -124,9 +115,7 @@ class WarmProcess(_Fork):
         Raises:
             subprocess.TimeoutExpired: it still runs.
         """
-        connection.wait([self._process.sentinel], timeout)
-        status = self.returncode
-        if status is None:
+        if not self._has_ended_within(timeout) or (status := self.returncode) is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return status
 
@@ -158,7 +147,7 @@ class WarmModule(_Fork):
     """A module with arguments, as a server runs it beside itself: `start_module` makes it."""
 
     def __init__(self, words: Sequence[str], files: Sequence[int], *streams: tuple[StreamReader, StreamWriter]) -> None:
-        super().__init__(_Begun(partial(_run_module, words), list(words), new_session=True), files)
+        super().__init__(_request("main", words, new_session=True), files)
         (_, self.stdin), (self.stdout, self._unused) = streams
 
     async def wait(self) -> int:
@@ -172,19 +161,11 @@ class WarmModule(_Fork):
 
 async def start_module(words: Sequence[str]) -> WarmModule:
     """As the function of this name in `instep.server.background`, but a busy machine does not keep it from working."""
-    await asyncio.to_thread(_has_imported)  # the loop serves meanwhile
     (stdin, its_stdin), (stdout, its_stdout) = socket.socketpair(), socket.socketpair()
     streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
     output = its_stdout.detach()
-    return WarmModule(words, [output, output, its_stdin.detach()], *streams)
-
-
-@cache
-def _has_imported() -> None:
-    """Wait until the one process can fork."""
-    process = _context.Process(target=int)
-    process.start()
-    process.join()
+    files = [output, output, its_stdin.detach()]
+    return await asyncio.to_thread(WarmModule, words, files, *streams)  # the first fork has to wait for the imports
 
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -206,55 +187,11 @@ def _run_to_its_end(process: WarmProcess) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@dataclass(frozen=True)
-class _Begun:
-    main: Callable[[], object]
-    words: list[str]
-    new_session: bool
-    cwd: Path = field(default_factory=Path.cwd)
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-
-
-class _Files:
-    """Descriptors of open files, which are given to the process when this is."""
-
-    def __init__(self, files: Sequence[int]) -> None:
-        self.files = files
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _received, tuple(DupFd(file) for file in self.files)
-
-
-def _received(*files: Any) -> _Files:
-    return _Files([file.detach() for file in files])
-
-
-def _run(begun: _Begun, given: _Files) -> None:
-    assert threading.active_count() == 1, "forked from a process with threads"
-    ready, *files = given.files
-    for number, file in zip((1, 2, 0), files, strict=False):
-        os.dup2(file, number)
-        os.close(file)
-    if len(files) == 3:
-        sys.stdin = os.fdopen(0)
-    if begun.new_session:
-        os.setsid()
-    os.chdir(begun.cwd)
-    os.environ.clear()
-    os.environ.update(begun.environment)
-    sys.argv = begun.words
-    os.write(ready, b".")
-    os.close(ready)
-    begun.main()
-
-
-def _run_program(program: str) -> None:
-    if program.endswith(".py"):
-        sys.path.insert(0, str(Path(program).parent.resolve()))
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-
-
-def _run_module(words: Sequence[str]) -> None:
-    sys.exit(importlib.import_module(words[0]).main(list(words[1:])))
+def _request(
+    kind: Kind,
+    words: Sequence[str],
+    new_session: bool,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Request:
+    return Request(kind, [*words], str(cwd or Path.cwd()), {**(environment or os.environ)}, new_session)
