@@ -10,7 +10,6 @@ from typing import Any, Final
 import pytest
 import torch
 from torch import nn
-from torch.export.pt2_archive._package import package_pt2
 from torch.nn import functional
 
 from instep.models.errors import ModelError
@@ -198,6 +197,8 @@ def test_archives_that_are_no_step_of_a_batch() -> None:
         status, said = imported()
         assert status == 2
         assert sentence in said
+    from torch.export.pt2_archive._package import package_pt2  # and torch._dynamo, which most test processes do without
+
     whole = torch.export.export(plain, (x, h), dynamic_shapes=({0: rows}, {0: rows}))
     package_pt2("net.pt2", exported_programs={"one": whole, "two": whole})
     assert "net.pt2: the archive holds 2 programs of torch.export; save one step alone" in imported()[1]
