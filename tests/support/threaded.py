@@ -35,6 +35,8 @@ class ThreadedServer:
         self._sections["http"]["endpoint"] = None
         self._folder = model
         self._models = [load_model(model), *map(load_model, others)]
+        self.started: dict[str, str] = {}
+        """Of what a process would have logged."""
         self._ready: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
@@ -42,6 +44,7 @@ class ThreadedServer:
         self._stop, self._loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             async with running(*self._models, folder=self._folder, **self._sections) as server:
+                self.started["exactness"] = server.default.about.exactness
                 self._ready.set_result(server.endpoint)
                 await self._stop.wait()
         except Exception as error:
