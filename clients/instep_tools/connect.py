@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import ClientClosed
 from instep_tools.pacing import LONGEST_NAP_S, Stop
-from instep_tools.terminal import Terminal
+
+if TYPE_CHECKING:
+    from instep_tools.terminal import Terminal  # and rich, which processes of a load test do without
 
 PATIENCE_S: Final = 5.0
 """How long a silent server is waited for."""

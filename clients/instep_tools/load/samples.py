@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.recfunctions import unstructured_to_structured
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -40,7 +39,10 @@ P999_SAMPLES: Final = 1000
 
 def as_samples(numbers: array[float]) -> SampleArray:
     """The fields of samples, one sample behind the other, as an array of `SAMPLE`."""
-    return unstructured_to_structured(np.frombuffer(numbers).reshape(-1, len(SAMPLE.descr)), SAMPLE)
+    samples = np.empty(len(numbers) // len(SAMPLE), SAMPLE)
+    for number, name in enumerate(SAMPLE.names or ()):
+        samples[name] = np.frombuffer(numbers)[number :: len(SAMPLE)]
+    return samples
 
 
 def held_up_us(samples: SampleArray, stalls: Sequence[tuple[float, float]]) -> F64:
