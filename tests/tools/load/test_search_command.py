@@ -113,11 +113,11 @@ async def test_a_search_that_begins_with_too_much_to_send_goes_on_with_what_coul
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     run = Timed(as_json=True)
     run.clock.tick_s = 0.0005
-    plan = replace(PLAN, streams=800, block=1, slo_ms=200.0, warmup_s=0.0)
+    plan = replace(PLAN, streams=200, block=1, slo_ms=200.0, warmup_s=0.0, duration_s=0.5)
     await run(plan)
     sizes = [trial["load"]["streams"] for trial in run.terminal.json()["trials"]]
-    assert sizes[:2] == [800, 800]
-    assert 10 < sizes[2] < 100, "halving would have tried 400 next, and then 200"
+    assert sizes[:2] == [200, 200]
+    assert 10 < sizes[2] < 100, "halving would have tried 100 next"
 
 
 async def test_only_sizes_that_the_server_missed_are_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +140,11 @@ async def test_a_search_ends_where_the_machine_is_busy_whatever_the_load(monkeyp
     run.clock.on_sleep = oversleep
     monkeypatch.setattr(generator, "STALL_S", math.inf)  # those of the machine, in real time
     monkeypatch.setattr(Measured, "verdict", lambda result, slo_ms: "invalid")
-    plan = replace(PLAN, streams=64, rate_hz=100.0, block=1, slo_ms=1e6, warmup_s=0.0)
+    plan = replace(PLAN, streams=16, rate_hz=100.0, block=1, slo_ms=1e6, warmup_s=0.0, duration_s=0.5)
     assert await run(plan) == Exit.MEASURED_ITSELF
-    assert [trial["load"]["streams"] for trial in run.terminal.json()["trials"]] == [64, 64, 32, 32]
+    assert [trial["load"]["streams"] for trial in run.terminal.json()["trials"]] == [16, 16, 8, 8]
     assert run.last.startswith(
-        "the load generator was too slow to find out what the server can do; with 32 streams the load generator was as "
+        "the load generator was too slow to find out what the server can do; with 8 streams the load generator was as "
         "late as with more; this machine is busy: run it while the machine is idle"
     )
 
