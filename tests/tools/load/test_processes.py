@@ -24,6 +24,7 @@ from instep_tools.load.samples import SAMPLE
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem
 from tests.support.fake_server import FakeServer, Message, error
+from tests.tools.load_workers import die, signalled
 
 PLAN = LoadPlan(
     streams=4,
@@ -132,16 +133,6 @@ async def test_a_signal_to_the_process_group_while_a_process_begins_does_not_end
     assert not result.stopped
     assert len(result.samples)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
-
-
-def signalled(*arguments: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.raise_signal(number)
-    work(*arguments)
-
-
-def die(*anything: object) -> None:
-    raise SystemExit(9)
 
 
 class Parent:
