@@ -7,7 +7,6 @@ and beats as often as the drum is struck.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from instep.core.typing import F32, Bool
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from tests.support.threaded import ThreadedServer
+from tests.support.threaded import SmallBatches
 from tests.support.verifying import ignore_progress
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +40,9 @@ FROM_S, TO_S = 6, 9
 """Part of the conversation: silence first, then two people."""
 
 
-class Server(ThreadedServer):
-    """With room in a batch for more rows than there are listeners; certifying 512 takes seconds."""
-
-    def __init__(self, model: Path, arguments: Sequence[str]) -> None:
-        super().__init__(model, [*arguments, "--set", "engine.max_batch_size=32"])
-
-
 @pytest.fixture(autouse=True)
 def served_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("examples.example.ChildServer", Server)
+    monkeypatch.setattr("examples.example.ChildServer", SmallBatches)
     torch.set_num_threads(1)
 
 
