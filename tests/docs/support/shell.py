@@ -29,9 +29,11 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of this environment to its end; a program that needs it finds torch imported."""
+    """Run a command of this environment to its end; our own, and programs, find what they need imported."""
     if command[0] == "instep":
         return run_instep(command[1:], cwd)
+    if command[0] == "instep-client":
+        return run_program("instep_tools", cwd, *command[1:])
     if command[0] == "python" and command[1].endswith(".py"):
         return run_program(command[1], cwd)
     words = [str(SCRIPTS / command[0]), *command[1:]]
