@@ -91,8 +91,8 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
     with FakeServer() as server:
         closed = run(*SHORT, "--endpoint", server.endpoint)
         files = tmp_path / "a.json", tmp_path / "b.json"
-        for file, streams in zip(files, ("3", "6"), strict=True):
-            arguments = ("--save", file, "--plot", tmp_path / "p.svg", "--steps-per-block", "4", "--json")
+        for file, streams, plot in zip(files, ("3", "6"), ((), ("--plot", tmp_path / "p.svg")), strict=True):
+            arguments = ("--save", file, *plot, "--steps-per-block", "4", "--json")
             saved = run(*SHORT, "--streams", streams, *arguments, "--endpoint", server.endpoint)
             assert json.loads(saved.stdout) == json.loads(file.read_text())
     assert (closed.exit_code, saved.exit_code) == (0, 0)

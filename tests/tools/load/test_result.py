@@ -212,24 +212,20 @@ def test_pictures_of_few_and_many_answers() -> None:
         assert rendered(figure, Path(f"a.{suffix}")).startswith(signature)
     lost = [text.get_text() for axes in with_gap.axes for text in axes.texts]
     assert lost.count("no connection") == 3
-    for (slo_ms, streams, title), (suffix, signature) in zip(
-        (
-            (3.0, (1, 2, 4), "at least 4 streams within 3 ms"),
-            (2.9, (1, 2, 4), "no number of streams within 2.9 ms"),
-            (3.0, (1, 2, 8), "2 streams within 3 ms"),
-        ),
-        signatures.items(),
-        strict=True,
+    for slo_ms, streams, title in (
+        (3.0, (1, 2, 4), "at least 4 streams within 3 ms"),
+        (2.9, (1, 2, 4), "no number of streams within 2.9 ms"),
+        (3.0, (1, 2, 8), "2 streams within 3 ms"),
     ):
         plans = [replace(PLAN, streams=number, slo_ms=slo_ms) for number in streams]
         trials = [result(GOOD, plan) for plan in plans]
         if streams[-1] == 8:
             trials[-1:] = [result(GOOD, plans[-1], refused=Counter(BUSY=1))] * 2
         figure = plot.search(trials, info_with())
-        assert rendered(figure, Path(f"a.{suffix}")).startswith(signature)
         subtitle = figure.get_suptitle().splitlines()[-1]
         assert subtitle.startswith(title)
         assert [text.get_text() for text in figure.axes[0].texts] == [f" {slo_ms:g} ms"]
+    assert rendered(figure, Path("a.png")).startswith(signatures["png"])
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
