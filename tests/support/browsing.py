@@ -5,28 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import Browser, BrowserContext, Page
+from playwright.sync_api import BrowserContext, Page
 
 SHOTS = Path(__file__).parents[2] / "test-artefacts"
 
 
 class Pages:
-    """Opens pages, each with a memory of its own."""
+    """Opens pages in tabs of one window, because opening a window takes longer; at the end it forgets what they stored.
 
-    def __init__(self, browser: Browser) -> None:
-        self._browser = browser
-        self._contexts: list[BrowserContext] = []
+    Args:
+        window: in which another tab stays open, for else it would close with the last page.
+    """
+
+    def __init__(self, window: BrowserContext) -> None:
+        self._window = window
+        self._pages: list[Page] = []
         self._complaints: list[str] = []
         self.expected: set[str] = {"ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED"}
         """What the browser may say in its console: first of all that a server was stopped."""
 
     def open(self, url: str, width: int = 1280, height: int = 800, scheme: Literal["light", "dark"] = "light") -> Page:
-        """A page at this address, in a window of this size."""
-        context = self._browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
-        )
-        self._contexts.append(context)
-        page = context.new_page()
+        """A page at this address, of this size."""
+        page = self._window.new_page()
+        self._pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: self._complaints.append(str(error)))
         page.on("dialog", lambda dialog: self._complaints.append(dialog.message))
@@ -36,10 +39,11 @@ class Pages:
 
     def close(self) -> None:
         """Check and close all pages."""
-        for context in self._contexts:
-            for page in context.pages:
-                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            context.close()
+        for page in self._pages:
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            page.evaluate("localStorage.clear()")
+            page.close()
+        self._window.clear_cookies()
         assert self._complaints == []
 
     def _hear(self, kind: str, text: str) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import BrowserContext, expect, sync_playwright
 
 from tests.support.browsing import Pages
 
@@ -17,18 +17,20 @@ expect.set_options(timeout=20_000)  # as long as a busy machine may take
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def window() -> Iterator[BrowserContext]:
     if CHROMIUM is None:
         pytest.skip("the dashboard is tested in Chromium, which is not installed: apt-get install chromium")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield chromium
+        window = chromium.new_context()
+        window.new_page()
+        yield window
         chromium.close()
 
 
 @pytest.fixture
-def pages(browser: Browser) -> Iterator[Pages]:
-    opened = Pages(browser)
+def pages(window: BrowserContext) -> Iterator[Pages]:
+    opened = Pages(window)
     yield opened
     opened.close()

@@ -206,6 +206,7 @@ def test_a_refusal_is_said_in_whole_sentences(server: WarmServer, pages: Pages) 
 
 def test_it_has_two_themes_and_fits_a_telephone(server: WarmServer, pages: Pages) -> None:
     background = "getComputedStyle(document.documentElement).backgroundColor"
+    light = pages.open(server.started["http"], width=400)
     page = pages.open(server.started["http"], width=400, scheme="dark")
     expect(page.locator("#streams-open")).to_have_text(re.compile(r"\d"))
     dark = page.evaluate(background)
@@ -214,8 +215,7 @@ def test_it_has_two_themes_and_fits_a_telephone(server: WarmServer, pages: Pages
     assert page.evaluate(background) != dark
     page.reload()
     assert page.evaluate(background) != dark
-    light = pages.open(server.started["http"], width=400)
-    assert light.evaluate(background) == page.evaluate(background)
+    assert page.evaluate(background) == light.evaluate(background)
 
 
 def test_a_token_opens_the_page_once_and_for_all(folder: Path, tmp_path: Path, pages: Pages) -> None:
