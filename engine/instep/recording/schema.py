@@ -264,15 +264,16 @@ def read_checkpoint_frames(detail: str) -> int:
     return 0 if found is None else int(found[1])
 
 
-def create_statements() -> list[str]:
+@cache
+def create_statements() -> tuple[str, ...]:
     """The statements that make the empty tables."""
     tables = (f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())
-    return [
+    return (
         f"CREATE TABLE header ({_columns(HEADER)}) WITHOUT ROWID",
         *tables,
         "CREATE UNIQUE INDEX states_by_stream ON states (stream, position)",
         f"CREATE INDEX owners_by_stream ON events (stream, position) WHERE kind = '{OWNER_EVENT}'",
-    ]
+    )
 
 
 def _columns(columns: dict[str, str]) -> str:
@@ -352,7 +353,7 @@ class RecordingHeader:
                 isinstance(name, str) for name in header.output_names
             ):
                 raise ValueError("output_names are not one text for each output")
-            StateSpec.decode(header.state)
+            _ = header.state_spec  # raises ValueError for a bad one
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecordingError(f"the header is damaged or incomplete ({error})") from None
         return header
