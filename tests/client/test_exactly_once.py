@@ -173,6 +173,10 @@ def outputs_of(call: StepCall) -> F32:
 def test_with_busy_alone_every_frame_is_applied_in_order_once(
     seed: int, credit_frames: int, busy: float, window: int
 ) -> None:
+    run_with_busy_alone(seed, credit_frames, busy, window)
+
+
+def run_with_busy_alone(seed: int, credit_frames: int, busy: float, window: int) -> None:
     run = Run(seed, credit_frames, busy, fails=0.0, bad=0.0, cancels=0.0, window=window)
     for _ in range(150):
         run.act()

@@ -49,6 +49,12 @@ def whoever_resumes(original: Any, sleepers: Sleepers, now: float) -> Any:
     return original(sleepers, now)
 
 
+def with_busy_alone() -> None:
+    """`test_with_busy_alone_every_frame_is_applied_in_order_once`, but without the search for the simplest example."""
+    for seed in range(20):
+        test_exactly_once.run_with_busy_alone(seed, credit_frames=8, busy=0.6, window=5)
+
+
 RULES = (
     BrokenRule(
         "frames in flight are forgotten with the connection",
@@ -84,7 +90,7 @@ RULES = (
         "a frame that waits behind a refused one is acknowledged",
         replaces=InFlight._acknowledge,
         variant=lambda original, in_flight, block, failures: original(in_flight, block, []),
-        found_by=[test_exactly_once.test_with_busy_alone_every_frame_is_applied_in_order_once],
+        found_by=[with_busy_alone],
     ),
     BrokenRule(
         "an output is acknowledged before those in front of it have arrived",
