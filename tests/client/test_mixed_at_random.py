@@ -49,13 +49,16 @@ class Chance:
         self.link = RingLink(seed=seed)
         self.handles: list[StreamHandle] = [self.link.open("a"), self.link.open("b", "c")]
         self.calls: list[Call[Any]] = []
+        self.openings: list[Opening] = []
+        """Those of the calls that have not ended yet, or only just."""
 
     def act(self) -> None:
         """Do one thing, if it can be done now."""
         (action,) = self.rng.choices(list(ACTIONS), list(ACTIONS.values())) if self.handles else ["open"]
         with contextlib.suppress(InstepError):
             getattr(self, action)()
-        opened = [call.result() for call in self.calls if isinstance(call, Opening) and call.done and not call.error]
+        opened = [call.result() for call in self.openings if call.done and not call.error]
+        self.openings = [call for call in self.openings if not call.done]
         self.handles = [handle for handle in dict.fromkeys([*self.handles, *opened]) if not handle.closed]
 
     def settle(self) -> None:
@@ -86,10 +89,14 @@ class Chance:
 
     def resume(self) -> None:
         name = self.rng.choice(list(self.link.server.streams) or NAMES)
-        self.calls.append(self.link.session.resume([name], None, 0, True, True))
+        self.begin(self.link.session.resume([name], None, 0, True, True))
 
     def open(self) -> None:
-        self.calls.append(self.link.session.open([self.rng.choice(NAMES)], None, True))
+        self.begin(self.link.session.open([self.rng.choice(NAMES)], None, True))
+
+    def begin(self, opening: Opening) -> None:
+        self.calls.append(opening)
+        self.openings.append(opening)
 
     def hibernate(self) -> None:
         owned = [name for name, stream in self.link.server.streams.items() if stream.owner is not None]

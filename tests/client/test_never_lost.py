@@ -29,6 +29,7 @@ class Run:
 
     def __init__(self, seed: int, window: int, faults: float, busy: float) -> None:
         self.dice = Random(seed)
+        self.generator = np.random.default_rng(seed)
         self.server = RingServer(replace(RING_INFO, window_frames=window, credit_frames=40))
         self.link = RingLink(self.server, seed, reconnect_s=1e6)
         self.faults = faults
@@ -46,10 +47,9 @@ class Run:
         """The user steps a stream handle."""
         handle = self.dice.choice(self.handles)
         timesteps = self.dice.choice([1, 1, 1, 2, 5])
-        generator = np.random.default_rng(self.dice.randrange(2**32))
         rows = None if handle.single else self.dice.sample(range(3), self.dice.randint(1, 3))
         columns = 1 if rows is None else len(rows)
-        x = generator.standard_normal((timesteps, columns, 3)).astype(np.float32)
+        x = self.generator.standard_normal((timesteps, columns, 3)).astype(np.float32)
         keep = rows is None and self.dice.random() < 0.3
         self.calls.append(self.link.session.step(handle, x[:, 0] if handle.single else x, rows, keep))
 

@@ -29,15 +29,12 @@ class RingLink:
         self.now = 1000.0
         self.sockets = 0
         self._name = name
+        self.peer = f"{name} 0".encode()
+        """The present socket."""
         self.to_server: dict[bytes, deque[Message]] = {self.peer: deque([_PROBE])}
         """By peer; those of former sockets may still arrive."""
         self.to_client: deque[Message] = deque()
         self.run()
-
-    @property
-    def peer(self) -> bytes:
-        """The present socket."""
-        return f"{self._name} {self.sockets}".encode()
 
     def advance(self, seconds: float = 0.0) -> None:
         """Turn the clock and let the session act."""
@@ -51,6 +48,7 @@ class RingLink:
     def new_socket(self) -> None:
         """What is on its way to the client is lost; what is on its way to the server may arrive."""
         self.sockets += 1
+        self.peer = f"{self._name} {self.sockets}".encode()
         self.to_server[self.peer] = deque([_PROBE])
         self.to_client.clear()
 

@@ -71,12 +71,12 @@ class StagedServer:
         _, request, steps, columns, features, _ = header
         x = np.frombuffer(arrays[1], "<f4").reshape(steps, columns, features)
         assert self.unanswered + steps * columns <= self.info.credit_frames, "the client overdrew its credit"
-        for number in x[:, :, 0].ravel().astype(int).tolist():
+        numbers = x[:, :, 0].astype(int).ravel().tolist()
+        for number in numbers:
             last = self.outcomes.get(number, Code.BUSY)
             assert last in (Code.BUSY, Code.SEQ_GAP), f"frame {number} was sent again after {last}"
         if self._dice.random() < self.busy:
-            for number in x[:, :, 0].ravel().astype(int).tolist():
-                self.outcomes[number] = Code.BUSY
+            self.outcomes.update(dict.fromkeys(numbers, Code.BUSY))
             self.answers.append(error(request, Code.BUSY, self._dice.randint(1, 5000)))
             return
         block = StagedBlock(request, np.full((steps, columns, 1), np.nan, np.float32))
@@ -113,8 +113,8 @@ class StagedServer:
             block.failures.append((column, 0, code, stream.admitted))
             self.outcomes.update(dict.fromkeys(numbers, code))
             return
-        for t, frame in enumerate(x):
-            if not np.isfinite(frame).all():
+        for t, (frame, is_finite) in enumerate(zip(x, np.isfinite(x).all(axis=1).tolist(), strict=True)):
+            if not is_finite:
                 block.failures.append((column, t, Code.NOT_FINITE, stream.admitted))
                 self.outcomes.update(dict.fromkeys(numbers[t:], Code.NOT_FINITE))
                 return
