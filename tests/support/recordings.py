@@ -20,7 +20,6 @@ from instep.models.numerics import numerics
 from instep.models.recurrent.cell import Kernel
 from instep.models.recurrent.network import RecurrentNetwork
 from instep.models.registry import parse_description
-from instep.models.stepping import step_rows
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from tests.support.scribe import F32, START_NS, Scribe, Step
@@ -111,11 +110,14 @@ def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certificati
 
 def served_step(network: RecurrentNetwork) -> Step:
     """One timestep of the network as it is served."""
-    bind, spec, outputs = cache(network.bind), network.state, network.description.outputs
+    bind, outputs = cache(network.bind), network.description.outputs
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
-        y, rows = step_rows(bind(len(x)), spec, x, spec.pack({"h": h.swapaxes(0, 1)}), outputs)
-        return y, spec.unpack(rows)["h"].swapaxes(0, 1)
+        bound = bind(len(x))
+        bound.x.numpy()[:, : x.shape[1]] = x
+        bound.state["h"].numpy()[...] = h.swapaxes(0, 1)
+        bound.run()
+        return bound.y.numpy()[:, :outputs].copy(), bound.new_state["h"].numpy().swapaxes(0, 1).copy()
 
     return step
 
