@@ -157,7 +157,7 @@ VALUES = st.one_of(
     st.sampled_from(INTERESTING_VALUES),
     st.integers(-(2**63), 2**64 - 1),
     st.floats(),
-    st.text(max_size=8),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),  # else Hypothesis tries for 2 s what UTF-8 encodes
     st.binary(max_size=8),
     st.lists(st.integers(0, 3), max_size=3),
 )
