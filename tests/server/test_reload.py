@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
 import signal
-import subprocess
-import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import log_into, running
 from tests.support.served import serving
+from tests.support.warm import WarmProcess
 
 pytestmark = pytest.mark.heavy
 
@@ -130,22 +127,22 @@ def test_without_a_file_a_hangup_changes_nothing_and_says_so(model: Path) -> Non
         assert served.until("reloaded")["changed"] == []
 
 
+ON_ITS_TERMINAL = """
+import fcntl, termios
+from instep.__main__ import main
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+main()
+"""
+"""`instep`, whose terminal hangs up on it when it closes."""
+
+
 def test_when_its_terminal_closes_the_server_ends_in_order(model: Path, tmp_path: Path) -> None:
-    recording = tmp_path / "r.instep"
+    recording, file = tmp_path / "r.instep", tmp_path / "on_its_terminal.py"
+    file.write_text(ON_ITS_TERMINAL)
     terminal, program = pty.openpty()
-
-    def take_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(program, termios.TIOCSCTTY, 0)
-
-    command = [sys.executable, "-m", "instep", "serve", str(model), "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
-    process = subprocess.Popen(
-        [*command, "--record", str(recording)],
-        stdin=program,
-        stdout=program,
-        stderr=program,
-        preexec_fn=take_terminal,
-    )
+    arguments = ["serve", str(model), "--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--record", str(recording)]
+    process = WarmProcess(arguments, program=str(file), output=program, start_new_session=True)
     os.close(program)
     with os.fdopen(terminal, "rb", buffering=0) as screen:
         said = b""

@@ -21,7 +21,7 @@ import instep_tools
 from instep.cli import app
 from instep.config import Config
 from instep.demo import MODEL_FOLDER
-from instep.demo.child_server import ChildFailed, ChildServer
+from instep.demo.child_server import ChildFailed
 from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep.models.recurrent.cell import Kernel
@@ -363,7 +363,7 @@ def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:
 
 
 def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
-    child = ChildServer(model)
+    child = WarmServer(model)
     with pytest.raises(ChildFailed, match="status -9"), child:
         os.kill(child.pid, signal.SIGKILL)
 
