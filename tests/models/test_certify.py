@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -43,6 +43,9 @@ class Tampered(RecurrentNetwork):
         self.rows: dict[int, int] = {}
         self.sequences: list[tuple[int, int]] = []
 
+    def select_step(self, buckets: Sequence[int], rows: int) -> None:
+        """It has one step."""
+
     def bind(self, rows: int) -> RecurrentStep:
         return TamperedStep(self, super().bind(rows), rows)  # type: ignore[return-value]
 
@@ -71,16 +74,16 @@ class TamperedStep:
     def run(self) -> None:
         network = self._network
         network.rows[self._rows] = network.rows.get(self._rows, 0) + self._rows
-        self.new_state["h"].copy_(in_place_of_the_gru(self.x, self.state["h"]))
+        in_place_of_the_gru(self.x, self.state["h"], out=self.new_state["h"])
         self.y.copy_(self.new_state["h"][:, -1])
         if network._tamper_step is not None:
             after, before = (state["h"].transpose(0, 1) for state in (self.new_state, self.state))
             network._tamper_step(self.y, after, self.x, before)
 
 
-def in_place_of_the_gru(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def in_place_of_the_gru(x: torch.Tensor, h: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Frames [B, features] and states [B, layers, hidden] to new states."""
-    return h.mul(0.5).add(x[:, :1, None].mul(0.25))
+    return torch.mul(h, 0.5, out=out).add_(x[:, :1, None] * 0.25)
 
 
 def nudge(values: torch.Tensor) -> None:
