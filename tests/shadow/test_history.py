@@ -38,7 +38,7 @@ def before_each_query(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], Non
 def test_a_history_that_is_trimmed_while_it_is_read_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    story = Story(tmp_path, retention=Retention(keep_bytes=1_000_000))
+    story = Story(tmp_path, retention=Retention(keep_bytes=500_000))
     for _ in range(4):
         story.open()
     story.trim()
