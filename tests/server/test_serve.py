@@ -39,6 +39,8 @@ from tests.support.running import log_into, prepared
 from tests.support.served import WarmServer, serving
 
 QUIET = log_into([])
+UNCERTIFIED: dict[str, Any] = {"exactness": "off"}
+"""For what comes after certification, which would take longer than that."""
 
 
 @pytest.fixture
@@ -234,7 +236,8 @@ def test_a_second_interrupt_forces_the_end(
     def on_ready(endpoint: str) -> None:
         threading.Thread(target=leave_a_frame_unanswered, args=(endpoint,)).start()
 
-    assert serve.run(configured(model, log={"format": "json"}), on_ready=on_ready) == 130
+    config = configured(model, log={"format": "json"}, engine=UNCERTIFIED)
+    assert serve.run(config, on_ready=on_ready) == 130
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
@@ -317,14 +320,14 @@ def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Pat
     """The other one has just begun: there is a lock, and no file yet."""
     lock = WriterLock(tmp_path / "r.instep")
     with pytest.raises(CannotServe, match="is being written by another"):
-        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}))
+        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}, engine=UNCERTIFIED))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.instep-lock"]
     lock.release()
 
 
 def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "wide", plain(1100, 4))
-    limits: dict[str, Any] = {"engine": {"max_batch_size": 1}, "transport": {"max_message_bytes": 4096}}
+    limits: dict[str, Any] = {"engine": UNCERTIFIED, "transport": {"max_message_bytes": 4096}}
     with pytest.raises(CannotServe, match="max_message_bytes"):
         serve.run(configured(tmp_path / "wide", **limits))
 
@@ -353,7 +356,7 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     )
     for recording in ({"file": folder / "r.instep"}, {}):
         with pytest.raises(CannotServe, match=re.escape(sentence)):
-            serve.run(configured(model, engine={"max_streams": 99}, recording=recording))
+            serve.run(configured(model, engine={**UNCERTIFIED, "max_streams": 99}, recording=recording))
         assert list(folder.iterdir()) == []
 
 
@@ -384,7 +387,7 @@ def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path
     def on_ready(endpoint: str) -> None:
         threading.Thread(target=ready, args=(endpoint,)).start()
 
-    assert serve.run(configured(model), on_ready=on_ready) == 0
+    assert serve.run(configured(model, engine=UNCERTIFIED), on_ready=on_ready) == 0
 
 
 def test_a_recording_that_cannot_be_closed_is_a_failure(
@@ -394,6 +397,5 @@ def test_a_recording_that_cannot_be_closed_is_a_failure(
         raise OSError("disk full, injected")
 
     monkeypatch.setattr(RecordingWriter, "close", full)
-    recording = {"file": tmp_path / "r.instep"}
-    status = serve.run(configured(model, recording=recording), on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT))
-    assert status == 1
+    config = configured(model, recording={"file": tmp_path / "r.instep"}, engine=UNCERTIFIED)
+    assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 1
