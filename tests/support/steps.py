@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -174,9 +176,22 @@ def leaves(state: Any) -> list[torch.Tensor]:
 
 @cache
 def exported_folder(name: str) -> Path:
-    """The folder that the step was exported to; once for each process that runs tests."""
-    folder = Path(tempfile.mkdtemp(prefix="instep-step-")) / name
-    export_step(step_of(name), torch.zeros(1, FEATURES), example(name), folder, initial_state="example")
+    """The folder that the step was exported to, by whichever process of a run of the tests asks first."""
+    folder = _folder_of_run() / name
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            export_step(step_of(name), torch.zeros(1, FEATURES), example(name), folder, initial_state="example")
+    return folder
+
+
+@cache
+def _folder_of_run() -> Path:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return Path(tempfile.mkdtemp(prefix="instep-steps-"))
+    folder = Path(tempfile.gettempdir()) / f"instep-steps-{run}"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
