@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, Final
@@ -226,8 +226,7 @@ def refuse_other_engine(
 
 def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
     """The header's values that differ for the engine that continues."""
-    before, after = asdict(last), asdict(now)
-    return {key: after[key] for key in _MAY_DIFFER if after[key] != before[key]}
+    return {key: value for key in _MAY_DIFFER if (value := getattr(now, key)) != getattr(last, key)}
 
 
 def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

@@ -135,7 +135,8 @@ class _Replay:
         """Numbers of the open streams, rising, and the seqs of the states that the recording holds."""
         self._slots_of_numbers: I64 = np.full(len(self._numbers), SCRATCH_SLOT, np.int64)
         """The scratch slot for those that are not in memory."""
-        self._steps: list[ReplayStep] = []
+        self._steps: list[tuple[ReplayStep, I64]] = []
+        """Batches that were added, with the slots of the frames that apply."""
         self._size = 0
         self._taken = np.zeros(len(table.owner), np.bool_)
         self.frames = 0
@@ -167,24 +168,21 @@ class _Replay:
 
     def add(self, step: ReplayStep) -> None:
         """A batch was stepped."""
-        slots = self._slots_of_step(step)
+        slots = self._slots(step.batch.streams[step.applies].astype(np.int64))
         most = self._stepper.buckets[-1]
         if not self._joins or self._size + len(slots) > most or self._taken[slots].any():
             self.flush()
-        self._steps.append(step)
+        self._steps.append((step, slots))
         self._size += len(slots)
         self._taken[slots] = True
 
     def _slots(self, streams: I64) -> I64:
         """Of streams that are open."""
         places = np.searchsorted(self._numbers, streams)
-        missing = np.unique(places[self._slots_of_numbers[places] == SCRATCH_SLOT])
+        missing = places[self._slots_of_numbers[places] == SCRATCH_SLOT]
         if len(missing):
-            self._load(self._numbers[missing])
+            self._load(self._numbers[np.unique(missing)])
         return self._slots_of_numbers[places]
-
-    def _slots_of_step(self, step: ReplayStep) -> I64:
-        return self._slots(step.batch.streams[step.applies].astype(np.int64))
 
     @torch.inference_mode()
     def flush(self) -> None:
@@ -192,12 +190,12 @@ class _Replay:
         steps, self._steps, self._size = self._steps, [], 0
         if not steps:
             return
-        slots = np.concatenate([self._slots_of_step(step) for step in steps])
+        slots = np.concatenate([slots for _, slots in steps])
         self._taken[slots] = False
         table, tables = self._table, self._tables
         rows = rows_of(tables, slots, table.step_seq[slots])
         if len(slots):
-            tables.x[rows] = np.concatenate([step.batch.x[step.applies] for step in steps])
+            tables.x[rows] = np.concatenate([step.batch.x[step.applies] for step, _ in steps])
             self._dirty.mark_dirty(slots)
             most = self._stepper.buckets[-1]
             for first in range(0, len(slots), most):  # a recorded batch may be larger than any that is made now
@@ -207,10 +205,9 @@ class _Replay:
             table.next_seq[slots] = table.step_seq[slots]
             self.frames += len(slots)
         first = 0
-        for step in steps:
-            count = int(step.applies.sum())
-            self._compare(step, rows[first : first + count])
-            first += count
+        for step, own in steps:
+            self._compare(step, rows[first : first + len(own)])
+            first += len(own)
 
     def _compare(self, step: ReplayStep, rows: I64) -> None:
         """Compare the outputs in these rows with the recorded ones, which are what clients were answered."""
