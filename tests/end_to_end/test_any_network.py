@@ -81,7 +81,7 @@ async def served(folder: Path, ready: Prepared, visitors: Sequence[Visitor], rng
 
     async def reach(share: float) -> None:
         while sum(visitor.sent for visitor in visitors) < share * frames:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
 
     with contextlib.closing(Victim(folder, "commit", arguments, ready.model)) as victim:
         await victim.start()
