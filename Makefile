@@ -30,7 +30,7 @@ test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the line
 	$(if $(COUNTS),$(BIN)/coverage report --skip-covered --fail-under=95)
 
 all-tests: $(READY)
-	$(BIN)/python -c "from instep.streaming.warm_up import warm_up; warm_up()"  # else each worker compiles all kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.warmed  # else each worker compiles all kernels
 	$(BIN)/$(COUNTED) -m pytest $(TOGETHER)
 
 uncompiled: check  # since the lines of compiled kernels cannot be counted

@@ -1,6 +1,7 @@
 """What the process that forks commands for tests does before it forks: what most of its forks would do themselves.
 
-It imports what they need, loads the compiled kernels and builds the command line. Nothing of this starts a thread.
+It imports what they need, loads the compiled kernels (or compiles them, where they are not cached yet) and builds the
+command line. Nothing of this starts a thread.
 """
 
 from __future__ import annotations
@@ -9,18 +10,28 @@ import gc
 import importlib
 from functools import cache
 
+import torch
 from typer import main
 
 from instep.cli import app
+from instep.models.folder import make_model
+from instep.models.recurrent.description import DESCRIPTIONS
+from instep.models.registry import build, parse_description
+from instep.runtime.stepper import Stepper
 from instep.streaming.warm_up import warm_up
 
 for module in (
-    *("instep.models.recurrent.network", "instep.export.command", "instep.server.serve", "instep.shadow.command"),
+    *("instep.export.command", "instep.server.serve", "instep.shadow.command"),
     *("instep.verify.command", "instep_client", "instep_tools.app", "pydantic.type_adapter"),
     "torch._dynamo",  # which the optimizers import, in 2 s
 ):
     importlib.import_module(module)
 warm_up()
+for kind in DESCRIPTIONS:
+    description = parse_description({"kind": kind, "features": 1, kind: {"hidden_size": 16}})
+    network = build(make_model(description, init="random", seed=0, name=kind), torch.device("cpu"))
+    network.select_step((16,), 16)
+    Stepper(network, (16,), 1, network.device)
 main.get_command = cache(main.get_command)
 main.get_command(app)
 gc.freeze()  # else a fork that looks for garbage among all that is imported makes a copy of each page of it
