@@ -39,9 +39,10 @@ P999_SAMPLES: Final = 1000
 
 def as_samples(numbers: array[float]) -> SampleArray:
     """The fields of samples, one sample behind the other, as an array of `SAMPLE`."""
-    samples = np.empty(len(numbers) // len(SAMPLE), SAMPLE)
-    for number, name in enumerate(SAMPLE.names or ()):
-        samples[name] = np.frombuffer(numbers)[number :: len(SAMPLE)]
+    columns = np.frombuffer(numbers).reshape(-1, len(SAMPLE.descr)).T
+    samples = np.empty(columns.shape[1], SAMPLE)
+    for name, column in zip(SAMPLE.names or (), columns, strict=True):
+        samples[name] = column
     return samples
 
 
