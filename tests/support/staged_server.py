@@ -113,8 +113,9 @@ class StagedServer:
             block.failures.append((column, 0, code, stream.admitted))
             self.outcomes.update(dict.fromkeys(numbers, code))
             return
-        for t, (frame, is_finite) in enumerate(zip(x, np.isfinite(x).all(axis=1).tolist(), strict=True)):
-            if not is_finite:
+        are_finite = np.all(np.isfinite(x), axis=1)
+        for t, frame in enumerate(x):
+            if not are_finite[t]:
                 block.failures.append((column, t, Code.NOT_FINITE, stream.admitted))
                 self.outcomes.update(dict.fromkeys(numbers[t:], Code.NOT_FINITE))
                 return
