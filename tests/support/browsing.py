@@ -11,40 +11,55 @@ SHOTS = Path(__file__).parents[2] / "test-artefacts"
 
 
 class Pages:
-    """Opens pages in tabs of one window, because opening a window takes longer; at the end it forgets what they stored.
+    """Shows pages in the tabs of one window.
 
-    Args:
-        window: in which another tab stays open, for else it would close with the last page.
+    Tabs that one test has used are used by the next, because to open a tab, let alone a window, takes longer than to
+    load a page. Nothing that a page has stored is left to the next test.
     """
 
     def __init__(self, window: BrowserContext) -> None:
         self._window = window
-        self._pages: list[Page] = []
+        self._idle: list[Page] = []
+        self._shown: list[Page] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self._complaints: list[str] = []
         self.expected: set[str] = {"ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED"}
         """What the browser may say in its console: first of all that a server was stopped."""
 
     def open(self, url: str, width: int = 1280, height: int = 800, scheme: Literal["light", "dark"] = "light") -> Page:
         """A page at this address, of this size."""
-        page = self._window.new_page()
-        self._pages.append(page)
+        page = self._idle.pop() if self._idle else self._new_tab()
+        self._shown.append(page)
+        page.bring_to_front()
         page.set_viewport_size({"width": width, "height": height})
-        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: self._complaints.append(str(error)))
-        page.on("dialog", lambda dialog: self._complaints.append(dialog.message))
-        page.on("console", lambda said: self._hear(said.type, said.text))
+        page.emulate_media(color_scheme=scheme)
         page.goto(url)
         return page
 
     def close(self) -> None:
-        """Check and close all pages."""
-        for page in self._pages:
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        """Check and leave all pages."""
+        too_wide = [
+            page.url for page in self._shown if page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        ]
+        for page in self._shown:
             page.evaluate("localStorage.clear()")
-            page.close()
+            page.unroute_all()
+            page.goto("about:blank")
         self._window.clear_cookies()
-        assert self._complaints == []
+        self._idle, self._shown = [*self._idle, *self._shown], []
+        complaints = self._complaints
+        self._begin()
+        assert (too_wide, complaints) == ([], [])
+
+    def _new_tab(self) -> Page:
+        page = self._window.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: self._complaints.append(str(error)))
+        page.on("dialog", lambda dialog: self._complaints.append(dialog.message))
+        page.on("console", lambda said: self._hear(said.type, said.text))
+        return page
 
     def _hear(self, kind: str, text: str) -> None:
         if kind in ("error", "warning") and not any(each in text for each in self.expected):

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import BrowserContext, expect, sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from tests.support.browsing import Pages
 
@@ -17,20 +17,17 @@ expect.set_options(timeout=20_000)  # as long as a busy machine may take
 
 
 @pytest.fixture(scope="module")
-def window() -> Iterator[BrowserContext]:
+def window() -> Iterator[Pages]:
     if CHROMIUM is None:
         pytest.skip("the dashboard is tested in Chromium, which is not installed: apt-get install chromium")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        window = chromium.new_context()
-        window.new_page()
-        yield window
+        yield Pages(chromium.new_context(reduced_motion="reduce"))
         chromium.close()
 
 
 @pytest.fixture
-def pages(window: BrowserContext) -> Iterator[Pages]:
-    opened = Pages(window)
-    yield opened
-    opened.close()
+def pages(window: Pages) -> Iterator[Pages]:
+    yield window
+    window.close()
