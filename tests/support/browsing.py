@@ -51,7 +51,8 @@ class Pages:
         self._idle, self._shown = [*self._idle, *self._shown], []
         complaints = self._complaints
         self._begin()
-        assert (too_wide, complaints) == ([], [])
+        assert not too_wide, f"scrolls sideways: {too_wide}"
+        assert not complaints, complaints
 
     def _new_tab(self) -> Page:
         page = self._window.new_page()
