@@ -71,12 +71,12 @@ class StagedServer:
         _, request, steps, columns, features, _ = header
         x = np.frombuffer(arrays[1], "<f4").reshape(steps, columns, features)
         assert self.unanswered + steps * columns <= self.info.credit_frames, "the client overdrew its credit"
-        numbers = x[:, :, 0].astype(int).ravel().tolist()
-        for number in numbers:
+        for number in x[:, :, 0].ravel().astype(int).tolist():
             last = self.outcomes.get(number, Code.BUSY)
             assert last in (Code.BUSY, Code.SEQ_GAP), f"frame {number} was sent again after {last}"
         if self._dice.random() < self.busy:
-            self.outcomes.update(dict.fromkeys(numbers, Code.BUSY))
+            for number in x[:, :, 0].ravel().astype(int).tolist():
+                self.outcomes[number] = Code.BUSY
             self.answers.append(error(request, Code.BUSY, self._dice.randint(1, 5000)))
             return
         block = StagedBlock(request, np.full((steps, columns, 1), np.nan, np.float32))
@@ -113,9 +113,8 @@ class StagedServer:
             block.failures.append((column, 0, code, stream.admitted))
             self.outcomes.update(dict.fromkeys(numbers, code))
             return
-        are_finite = np.all(np.isfinite(x), axis=1)
         for t, frame in enumerate(x):
-            if not are_finite[t]:
+            if not np.isfinite(frame).all():
                 block.failures.append((column, t, Code.NOT_FINITE, stream.admitted))
                 self.outcomes.update(dict.fromkeys(numbers[t:], Code.NOT_FINITE))
                 return

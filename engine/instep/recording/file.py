@@ -168,7 +168,7 @@ class RecordingFile(Closing):
         before: tuple[int, ...] = (first - 1,) if len(keys) == 1 else (first - 1, 2**62)
         while True:
             rows, error = self._fetch(query, (*before, until))
-            if table in HISTORY and not self._database.in_transaction:
+            if table in HISTORY:
                 self._check_trimmed()
             found = [row[: len(keys)] for row in rows[: sound_rows(table, rows)]]
             sound = [*map(operator.lt, [before, *found], found), False].index(False)
