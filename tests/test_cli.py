@@ -300,6 +300,12 @@ class TestConfig:
         assert shown["transport.allow_plaintext"] == {"value": False, "source": "default"}
         assert shown["limits.max_idle_s"] == {"value": 3600.0, "source": "default"}
 
+    def test_that_is_wrong_is_an_object_with_json(self) -> None:
+        result = instep("config", "--json", "--set", "log.level=loud")
+        sentence = instep("config", "--set", "log.level=loud").stderr
+        assert (result.exit_code, result.stderr) == (2, sentence)
+        assert json.loads(result.stdout) == {"error": sentence.strip()}
+
     def test_takes_what_serve_takes(self) -> None:
         shown = json.loads(instep("config", "--demo", "--json", "--max-streams", "3", "--allow-plaintext").stdout)
         assert shown["model.folder"] == {"value": str(MODEL_FOLDER), "source": "flag"}

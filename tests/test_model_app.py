@@ -89,6 +89,12 @@ def test_the_same_seed_makes_the_same_weights(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
+def test_info_of_no_model_is_an_error_in_json(tmp_path: Path) -> None:
+    found = instep("model", "info", str(tmp_path / "none"), "--json")
+    assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip()})
+    assert f"cannot read {tmp_path / 'none'}" in found.stderr
+
+
 def test_info_as_json(tmp_path: Path) -> None:
     instep("model", "make", str(tmp_path), "--features", "3", "--hidden", "4", "--bias", "1", "--init", "constant")
     shown = json.loads(instep("model", "info", str(tmp_path), "--json").stdout)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ServerCommand = TypeVar("ServerCommand", bound=Callable[..., Awaitable["Exit"]])
 
+AS_JSON: Final = "instep.as_json"
+"""The key of `Context.meta` that says whether the command that runs has --json."""
 BROKEN_PIPE: Final = 141
 """The exit status where nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
 _PLAIN: Final = {
@@ -140,6 +142,11 @@ class PlainCommand(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         """Arguments and options."""
         return _with_plain_flags(super().get_params(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        ctx.meta[AS_JSON] = bool(ctx.params.get("json") or ctx.params.get("as_json"))
+        return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""

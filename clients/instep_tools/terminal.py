@@ -51,6 +51,7 @@ class Terminal:
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._is_unread = False
+        self._has_result = False
 
     def note(self, sentence: str) -> None:
         """Something worth knowing."""
@@ -59,6 +60,12 @@ class Terminal:
     def error(self, sentence: str) -> None:
         """Something wrong."""
         self.err.print(f"[bold red]error:[/] {_escape(sentence)}")
+
+    def fail(self, sentence: str) -> None:
+        """Why the command failed: an error, and with --json the result, too, unless there is one already."""
+        if self.as_json and not self._has_result:
+            self.result({"error": sentence})
+        self.error(sentence)
 
     def write(self, text: str) -> bool:
         """Data on stdout, at once; False when nobody reads it any more."""
@@ -83,6 +90,7 @@ class Terminal:
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The one JSON object; numbers that are not finite become null, because JSON has no others."""
+        self._has_result = True
         self.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     def table(
@@ -222,7 +230,7 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
         terminal.check_read()
         return status
     except (CommandProblem, InstepError) as error:
-        terminal.error(str(error))
+        terminal.fail(str(error))
         return Exit.COULD_NOT_RUN
     except StoppedBeforeSending as stopped:
         return stopped.status
@@ -292,7 +300,7 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     except (CommandProblem, InstepError) as error:
         if ending is None:
             raise
-        terminal.error(str(error))
+        terminal.fail(str(error))
         return ending
     finally:
         for number, handler in before.items():

@@ -16,7 +16,7 @@ from instep.live_model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
 from instep.timetravel import app as timetravel
-from instep_tools.command_line import CommandLine, PlainCommands, add_version
+from instep_tools.command_line import AS_JSON, CommandLine, PlainCommands, add_version
 from instep_tools.top.app import examples as top_examples
 from instep_tools.top.app import top_command
 
@@ -39,6 +39,10 @@ class _EngineCommands(PlainCommands):
         except Exception as error:
             if not isinstance(error, _users_errors()):
                 raise
+            if ctx.meta.get(AS_JSON):
+                from instep.recording.commands import write_json
+
+                write_json({"error": str(error)})
             raise _failure(error) from error
 
 

@@ -78,6 +78,9 @@ def test_ping_of_a_server_that_takes_no_connection(server: FakeServer, code: Cod
         }
     else:
         assert (result.stdout, result.stderr) == ("", f"error: {code.name}: {SENTENCES[code]}\n")
+        result = run("ping", "--json", "-e", server.endpoint)
+        assert json.loads(result.stdout) == {"error": f"{code.name}: {SENTENCES[code]}"}
+        assert (result.exit_code, result.stderr) == (2, f"error: {code.name}: {SENTENCES[code]}\n")
 
 
 @pytest.mark.parametrize("kind", [Kind.PING, Kind.STATS])

@@ -144,6 +144,18 @@ def test_when_nobody_reads_writing_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
+def test_with_json_a_failure_is_the_result_unless_there_is_one_already() -> None:
+    terminal = RememberingTerminal(as_json=True)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        raise CommandProblem("no such file")
+
+    assert run_command(command, terminal) == 2
+    assert run_command(command, terminal) == 2
+    assert terminal.json() == {"error": "no such file"}
+    assert terminal.complained == 2 * "error: no such file\n"
+
+
 def ends_with(outcome: Exit | BaseException) -> tuple[Exit, str]:
     terminal = RememberingTerminal()
 

@@ -84,7 +84,7 @@ def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
     result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"] == f"{sentence}: it needs onnxruntime"
-    assert result.stderr == ""
+    assert result.stderr == f"{sentence}: it needs onnxruntime\n"
 
 
 def test_what_takes_long_says_in_a_pipe_how_far_it_is(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from json import dumps
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from instep.core.typing import F32
+from instep.recording.commands import write_failure, write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.records import select_streams
@@ -64,12 +63,12 @@ def run(what: Export, console: Console) -> int:
         done = _export(what)
     except (RecordingError, CommandProblem) as error:
         if what.json:
-            _write_json({"file": str(what.file), "exported": False, "error": with_advice(error)})
+            write_failure(error, file=str(what.file), exported=False)
         else:
             console.print(Text(f"not exported: {with_advice(error)}", "bold red"), soft_wrap=True)
         return NOT_EXPORTED
     if what.json:
-        _write_json(done.as_json(what))
+        write_json(done.as_json(what))
     else:
         console.print(Text(done.sentence(), "bold green"), soft_wrap=True, highlight=False)
     return EXPORTED
@@ -256,7 +255,3 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise CommandProblem(f"{path} exists already and is not written over: move it, or name another with --output")
-
-
-def _write_json(fields: dict[str, object]) -> None:
-    sys.stdout.write(dumps(fields, allow_nan=False) + "\n")

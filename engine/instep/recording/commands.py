@@ -217,7 +217,7 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
 def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:
     damaged = isinstance(error, DamagedRecording)
     if json:
-        write_json({"file": str(file), what: False, "error": with_advice(error)})
+        write_failure(error, file=str(file), **{what: False})
     else:
         said = f"not {what}" if what in ("repaired", "cut") else "not read"
         _say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
@@ -228,6 +228,13 @@ def write_json(value: Any) -> None:
     """Write a line to standard output, at once."""
     sys.stdout.write(jsonlib.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def write_failure(error: Exception, **about: Any) -> None:
+    """Say why a command with --json failed: in an object on standard output, and in words on standard error."""
+    sentence = with_advice(error)
+    write_json({**about, "error": sentence})
+    _say(Console(stderr=True), sentence, "bold red")
 
 
 def _say(console: Console, sentence: str, style: str) -> None:

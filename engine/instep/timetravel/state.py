@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from instep.core.typing import U8
-from instep.recording.commands import write_json
+from instep.recording.commands import write_failure, write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
@@ -110,7 +110,7 @@ def travelling(file: Path, stream: str, model_folder: Path | None) -> Iterator[t
 def not_done(file: Path, stream: str, error: Exception, console: Console, *, json: bool) -> int:
     """Say why it could not be done; the exit status."""
     if json:
-        write_json({"file": str(file), "stream": stream, "error": with_advice(error)})
+        write_failure(error, file=str(file), stream=stream)
     else:
         console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
     return NOT_DONE

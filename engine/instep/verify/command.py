@@ -11,7 +11,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from instep.recording.commands import facts, write_json
+from instep.recording.commands import facts, write_failure, write_json
 from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over, recordings_in
@@ -153,7 +153,7 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
 def _failed(file: Path, json: bool, console: Console, error: Exception, prefix: str = "") -> int:
     """Say why a recording could not be checked."""
     if json:
-        write_json({"file": str(file), "verified": False, "verdict": "not checked", "error": with_advice(error)})
+        write_failure(error, file=str(file), verified=False, verdict="not checked")
     else:
         console.print(Text(f"{prefix}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
     return NOT_CHECKED
