@@ -33,6 +33,8 @@ class PlanRun:
     clock: Clock
     all_ended: bool = False
     """Whether it stopped because the server had ended every stream that was open."""
+    sent_frames: int = 0
+    """Frames that were sent, whatever became of them."""
     _groups: dict[int, LivingGroup] = field(default_factory=dict)
     _closing: deque[asyncio.Task[None]] = field(default_factory=deque)
     _open_streams: int = 0
@@ -59,6 +61,7 @@ class PlanRun:
                     group = self._groups[block.cohort] = await self._open(block.cohort)
                 if start is None:  # the first streams open before the clock starts
                     start = self.clock.now() - block.due_s
+                self.sent_frames += block.flat.size
                 await send(block, partial(group.step, self.plan.sequences.frames[block.flat], block.rows))
                 if block.last:
                     del self._groups[block.cohort]

@@ -120,7 +120,7 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
             replayed, what.plot, f"{what.file.name}, answered by {info.model}", output_columns(info, info.outputs)
         )
     comparison = compare(sequences, back.outputs, back.done) if what.check else None
-    return _report(what, terminal, stop, Replayed(sequences, back, run.all_ended, seconds, comparison, drawn, info))
+    return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, drawn, info))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Replayed:
 
     sequences: RecordedSequences
     back: ReplayedOutputs
-    all_ended: bool
+    run: PlanRun
     seconds: float
     comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
@@ -176,9 +176,7 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     line = f"{counted(answered, 'frame')} of {counted(len(done.sequences), 'stream')} in {done.seconds:.1f} s"
     line += f" ({rate:,.0f} frames/s)"
     if not done.whole:
-        why = "the server ended all streams" if done.all_ended else "the server refused them"
-        why = stop.words if stop.requested else why
-        line += f"; {counted(frames - answered, 'frame')} got no answer: {why}"
+        line += f"; {_missing(done, stop)}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"
     if what.save is not None:
@@ -190,6 +188,16 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
     if good:
         return Exit.OK
     return Exit.COULD_NOT_RUN if comparison is not None and not comparison.different else Exit.FOUND_PROBLEMS
+
+
+def _missing(done: Replayed, stop: Stop) -> str:
+    """How many frames have no output, and why."""
+    sent = done.run.sent_frames
+    unsent, unanswered = len(done.sequences.frames) - sent, sent - done.back.answered
+    parts = [f"{counted(unanswered, 'frame')} got no answer"] if unanswered else []
+    parts += [f"{counted(unsent, 'frame')} {'was' if unsent == 1 else 'were'} not sent"] if unsent else []
+    why = "the server ended all streams" if done.run.all_ended else "the server refused them"
+    return f"{', '.join(parts)}: {stop.words if stop.requested else why}"
 
 
 def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:

@@ -281,7 +281,7 @@ async def test_a_stop_drains_closes_and_saves_what_there_is(tmp_path: Path, file
     assert part.lengths.tolist() == [3, 1, 3, 3]
     assert "10 frames of 4 streams" in run.terminal.said
     assert (
-        "4 frames got no answer: stopped, all streams closed; 10 of 14 frames were compared: all 10 equal"
+        "; 4 frames were not sent: stopped, all streams closed; 10 of 14 frames were compared: all 10 equal"
         in run.terminal.said
     )
 
