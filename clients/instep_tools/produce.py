@@ -194,11 +194,18 @@ async def _send_sequences(
 
 def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
     """Raise CommandProblem unless the frames have as many numbers as the model takes."""
-    if sequences.features != info.features:
-        raise CommandProblem(
-            f"{file} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}; "
-            "choose columns with --columns"
-        )
+    if sequences.features == info.features:
+        return
+    is_of_another = sequences.model is not None and sequences.fingerprint != info.fingerprint
+    of = f" was recorded with the model {sequences.model!r} and" if is_of_another else ""
+    cure = ""
+    if sequences.features > info.features:
+        cure = "; choose columns with --columns"
+    elif is_of_another:
+        cure = f"; connect to a server of {sequences.model!r}, by --endpoint or --model"
+    raise CommandProblem(
+        f"{file}{of} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}{cure}"
+    )
 
 
 def distinct(names: tuple[str, ...]) -> list[str]:

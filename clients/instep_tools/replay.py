@@ -111,7 +111,9 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
             with may_give_up(stop):
                 await run.run()
         seconds = clock.now() - started
-    replayed = replace(sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint).keep(back.done)
+    replayed = replace(
+        sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint, model=info.model
+    ).keep(back.done)
     if what.save is not None:
         save_sequences(what.save, replayed, info)
     drawn = ""
@@ -201,15 +203,14 @@ def _missing(done: Replayed, stop: Stop) -> str:
 
 
 def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:
-    check_fits(what.file, sequences, info)
-    if not what.check or sequences.outputs is None:
-        return
-    if sequences.fingerprint is not None and sequences.fingerprint != info.fingerprint:
+    if what.check and sequences.fingerprint is not None and sequences.fingerprint != info.fingerprint:
+        other = "another model" if sequences.model in (None, info.model) else f"{sequences.model!r}, another model"
         raise CommandProblem(
-            f"{what.file} was recorded with another model than {info.model!r}, which the server runs "
+            f"{what.file} was recorded with {other} than {info.model!r}, which the server runs "
             f"(fingerprints {sequences.fingerprint[:12]} and {info.fingerprint[:12]}): there is nothing to compare"
         )
-    if sequences.outputs.shape[1] != info.outputs:
+    check_fits(what.file, sequences, info)
+    if what.check and sequences.outputs is not None and sequences.outputs.shape[1] != info.outputs:
         raise CommandProblem(
             f"{what.file} has {sequences.outputs.shape[1]} outputs a frame, "
             f"the model {info.model!r} gives {info.outputs}"

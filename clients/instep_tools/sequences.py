@@ -38,6 +38,8 @@ class RecordedSequences:
     """The states from which sequences started, by row; where one is not given, from the model's initial state."""
     fingerprint: str | None = None
     """Fingerprint of the model that gave `outputs`, where known."""
+    model: str | None = None
+    """Its name, where known."""
     notes: tuple[str, ...] = ()
     """What is worth knowing about the comparison of outputs, a sentence each."""
 

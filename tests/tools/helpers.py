@@ -142,6 +142,7 @@ def save_table(path: Path, sequences: RecordedSequences) -> None:
     """The sequences in the documented layout of an NPZ, written by numpy alone; states are one float32 array each."""
     lengths = sequences.lengths
     metadata = {"fingerprint": sequences.fingerprint}
+    metadata |= {} if sequences.model is None else {"model": sequences.model}
     if sequences.initial_states:
         shape = next(iter(sequences.initial_states.values())).shape
         rows = [[row, 0, b64encode(state.tobytes()).decode()] for row, state in sequences.initial_states.items()]

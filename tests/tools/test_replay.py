@@ -335,7 +335,23 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
             {"check": True},
             "has 5 outputs a frame, the model 'halving' gives 2",
         ),
-        ({"frames": np.zeros((14, 4), np.float32)}, {}, "has 4 numbers a frame, the model 'halving' takes 3"),
+        (
+            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
+            {"check": True},
+            r"recorded with 'ears', another model than 'halving'.*ffffffffffff and 00.*: there is nothing to compare",
+        ),
+        (
+            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
+            {},
+            "was recorded with the model 'ears' and has 2 numbers a frame, the model 'halving' takes 3; connect to a "
+            "server of 'ears', by --endpoint or --model$",
+        ),
+        ({"frames": np.zeros((14, 2), np.float32)}, {}, "has 2 numbers a frame, the model 'halving' takes 3$"),
+        (
+            {"frames": np.zeros((14, 4), np.float32)},
+            {},
+            "has 4 numbers a frame, the model 'halving' takes 3; choose columns with --columns$",
+        ),
         ({}, {"save": Path("y.txt")}, r"must end in \.csv, \.npz, \.parquet or \.mcap"),
         ({}, {"plot": Path("y.txt")}, r"must end in \.png, \.svg, \.pdf"),
     ],

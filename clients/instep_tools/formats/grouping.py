@@ -97,6 +97,7 @@ def grouped(
         times_ns=None if times_ns is None else times_ns[order],
         initial_states=initial,
         fingerprint=header.about.get("fingerprint"),
+        model=header.about.get("model"),
         notes=_notes(unknown),
     )
     return sequences, keys

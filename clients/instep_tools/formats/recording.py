@@ -92,7 +92,7 @@ def _read(path: Path, database: sqlite3.Connection) -> RecordedSequences:
     begins = {(each.stream, each.first_seq): (each.position, each.time_ns, each.initial_state) for each in openings}
     begins |= {(stream, seq): (at, ns, row) for at, ns, stream, seq, kind, _, row in events if kind == "reset"}
     states = [StartState(*key, row) for key, (_, _, row) in begins.items()]
-    about = {"fingerprint": str(header["model_fingerprint"])}
+    about = {"fingerprint": str(header["model_fingerprint"]), "model": str(header["model_name"])}
     table = TableHeader(about=about, spec=StateSpec.decode(header["state"]), states=states)
     sequences, keys = grouped(path, opened, codes, seqs, times_ns, x, y, answered, table)
     if any(first_seqs[stream] != seq for stream, seq in dict(reversed(keys)).items()):
