@@ -161,7 +161,7 @@ def test_an_export_keeps_frames_times_and_a_changed_bit(
         assert "first difference: stream 'tap', frame 4, element 1: recorded " in differs.stdout
     else:
         assert differs.exit_code == 2
-        assert "was recorded with another model than 'halving'" in differs.stderr
+        assert "was recorded with 'test', another model than 'halving'" in differs.stderr
 
 
 def test_what_produce_saves_is_replayed_and_what_it_prints_is_produced(
