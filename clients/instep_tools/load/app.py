@@ -115,6 +115,11 @@ async def loadtest(
     and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
     if compare is not None:
+        asked = {"mode": mode, "rate": rate, "slo-ms": slo_ms, "block": block, "connections": connections}
+        asked |= {"plot": plot, "hdr": hdr, "save": save, "report": report}
+        given = [f"--{name}" for name, value in asked.items() if value is not None]
+        if given:
+            raise typer.BadParameter(f"it measures nothing: leave out {', '.join(given)}", param_hint="--compare")
         return compare_runs(*compare, terminal)
     if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
         raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")

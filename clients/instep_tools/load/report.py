@@ -29,7 +29,7 @@ ROWS: Final = {
 }
 """The parts of a latency and what the table calls them."""
 PERCENTILE_NAMES: Final = ("p50", "p90", "p99", "p99.9", "max")
-TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99", "")
+TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "late p99 ms", "")
 LONG_SILENCE_S: Final = 1.0
 
 

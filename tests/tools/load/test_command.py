@@ -126,6 +126,10 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
         "the loads differ: streams 3 and 6\n"
     )
     assert run("--compare", files[0], files[0]).stderr == ""
+    ignored = run("--compare", *files, "--slo-ms", "20", "--plot", tmp_path / "p.svg")
+    assert ignored.exit_code == 2
+    said = " ".join(ignored.stderr.replace("│", " ").split())
+    assert "--compare: it measures nothing: leave out --slo-ms, --plot" in said
     found_nothing = ('{"best": null}', "found no load within its level")
     for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
         bad = tmp_path / "bad.json"
