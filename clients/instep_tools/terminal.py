@@ -84,7 +84,9 @@ class Terminal:
             raise BrokenPipeError
 
     def summary(self, line: str, good: bool = True) -> None:
-        """The last line."""
+        """The last line; not where nobody reads the data any more, because such a command ends quietly."""
+        if self._is_unread:
+            return
         console = self.err if self.data_on_stdout else self.out
         console.print(line, markup=False, style="bold green" if good else "bold yellow")
 

@@ -139,6 +139,9 @@ def test_when_nobody_reads_writing_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         assert not terminal.write("text")
         assert terminal.write("more text")
         pipe.flush()
+    terminal.out = terminal.err = Console(file=io.StringIO())
+    terminal.summary("as much as was read")
+    assert terminal.out.file.getvalue() == "", "such a command ends quietly"  # type: ignore[attr-defined]
 
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
