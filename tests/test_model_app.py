@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
@@ -93,6 +94,14 @@ def test_info_of_no_model_is_an_error_in_json(tmp_path: Path) -> None:
     found = instep("model", "info", str(tmp_path / "none"), "--json")
     assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip()})
     assert f"cannot read {tmp_path / 'none'}" in found.stderr
+
+
+def test_a_terminal_gets_an_error_in_lines_of_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = RUNNER.invoke(app, ["model", "info", "none"], env={"FORCE_COLOR": "1"})
+    lines = Text.from_ansi(shown.stderr).plain.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines) == instep("model", "info", "none").stderr.strip()
 
 
 def test_info_as_json(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
             }
         )
     elif comparison is not None and comparison.first is not None:
-        terminal.out.print(comparison.first.sentence(), markup=False)
+        terminal.say(comparison.first.sentence())
     rate = answered / done.seconds if done.seconds > 0 else 0.0
     line = f"{counted(answered, 'frame')} of {counted(len(done.sequences), 'stream')} in {done.seconds:.1f} s"
     line += f" ({rate:,.0f} frames/s)"

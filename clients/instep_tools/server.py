@@ -52,13 +52,12 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
             }
         )
     elif why is not None or info is None:
-        terminal.out.print(f"{target.endpoint}: not ready: {why}", markup=False)
+        terminal.say(f"{target.endpoint}: not ready: {why}")
     else:
-        terminal.out.print(
+        terminal.say(
             f"{target.endpoint}: ready, model {info.model} "
             f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, {info.exactness}, "
-            f"round trip {round_trip_ms:.3f} ms",
-            markup=False,
+            f"round trip {round_trip_ms:.3f} ms"
         )
     return Exit.OK if why is None else Exit.FOUND_PROBLEMS
 

@@ -54,9 +54,7 @@ async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Ex
         terminal.result({"stream": name, "seq": seq, **_of_model(info), "state": plain(state)})
         return Exit.OK
     leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in info.state.leaves)
-    terminal.out.print(
-        f"{name!r} is before frame {seq}; its state is {leaves} of model {info.model}", markup=False, soft_wrap=True
-    )
+    terminal.say(f"{name!r} is before frame {seq}; its state is {leaves} of model {info.model}")
     for line in state_lines(state, info.state):
         terminal.out.print(line, markup=False)
     return Exit.OK

@@ -24,7 +24,7 @@ from instep_client.protocol.errors import InstepError
 from instep_tools import EndingSignals
 from instep_tools.pacing import Stop, loop_factory
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.words import finite
+from instep_tools.words import finite, wrapped
 
 QUIET_S: Final = 2.0
 """Work shorter than this shows no progress."""
@@ -33,6 +33,21 @@ DRAW_S: Final = 0.1
 BAR_COLUMNS: Final = 20
 LOG_S: Final = 5.0
 """How often progress is written where it cannot be redrawn: in a file or a pipe."""
+
+
+def say(console: Console, sentence: str, style: str = "", *, first_style: str = "") -> None:
+    """Print a sentence: in lines of 80 columns on a terminal, and as it is into a file or a pipe.
+
+    Args:
+        console: where to.
+        sentence: it may have lines of its own.
+        style: of all of it.
+        first_style: of its first word.
+    """
+    lines = sentence.split("\n")
+    text = Text("\n".join(map(wrapped, lines) if console.is_terminal else lines), style)
+    text.stylize(first_style, 0, len(sentence.split(" ", 1)[0]))
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 class Terminal:
@@ -55,11 +70,15 @@ class Terminal:
 
     def note(self, sentence: str) -> None:
         """Something worth knowing."""
-        self.err.print(sentence, markup=False)
+        say(self.err, sentence)
 
     def error(self, sentence: str) -> None:
         """Something wrong."""
-        self.err.print(f"[bold red]error:[/] {_escape(sentence)}")
+        say(self.err, f"error: {sentence}", first_style="bold red")
+
+    def say(self, sentence: str) -> None:
+        """A result in words."""
+        say(self.out, sentence)
 
     def fail(self, sentence: str) -> None:
         """Why the command failed: an error, and with --json the result, too, unless there is one already."""
@@ -88,7 +107,7 @@ class Terminal:
         if self._is_unread:
             return
         console = self.err if self.data_on_stdout else self.out
-        console.print(line, markup=False, style="bold green" if good else "bold yellow")
+        say(console, line, "bold green" if good else "bold yellow")
 
     def result(self, values: Mapping[str, Any]) -> None:
         """The one JSON object; numbers that are not finite become null, because JSON has no others."""
@@ -308,7 +327,3 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
         for number, handler in before.items():
             signal.signal(number, handler)
     return exit_status if ending is None else ending
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -315,9 +315,9 @@ def _write_json(value: Any) -> None:
 
 def _failure(error: Exception | str) -> typer.Exit:
     """Say on standard error what went wrong, in red; the exit to raise."""
-    console = _console(stderr=True)
-    for sentence in str(error).splitlines():
-        console.print(sentence, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
+    from instep_tools.terminal import say
+
+    say(_console(stderr=True), str(error), "red")
     return typer.Exit(2)
 
 

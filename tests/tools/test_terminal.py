@@ -10,6 +10,7 @@ import threading
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 import instep_tools
 from instep_client.protocol.errors import ConnectionFailed
@@ -121,6 +122,22 @@ def test_errors_say_what_they_hold() -> None:
     terminal.error("it must be [1, 2] not [red]")
     terminal.note("a [note]")
     assert terminal.complained == "error: it must be [1, 2] not [red]\na [note]\n"
+
+
+def test_sentences_are_wrapped_on_a_terminal_and_nowhere_else() -> None:
+    long = "one sentence that goes on [and on] " + "and on " * 10 + "until its end"
+    for terminal_like in (True, False):
+        terminal = Terminal()
+        terminal.out = terminal.err = Console(file=(file := io.StringIO()), force_terminal=terminal_like, width=100)
+        terminal.out.no_color = True
+        for speak in (terminal.note, terminal.error, terminal.say, terminal.summary):
+            file.seek(0)
+            file.truncate()
+            speak(long)
+            lines = Text.from_ansi(file.getvalue()).plain.splitlines()
+            whole = f"error: {long}" if speak == terminal.error else long
+            assert " ".join(line.strip() for line in lines) == whole
+            assert (len(lines), max(map(len, lines)) <= 80) == ((2, True) if terminal_like else (1, False))
 
 
 def test_a_result_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from typing import BinaryIO, Final
 
 import numpy as np
 from rich.console import Console
-from rich.text import Text
 
 from instep.core.typing import F32
 from instep.recording.commands import write_failure, write_json
@@ -26,7 +25,7 @@ from instep_tools.formats.write import WRITERS, Format, format_of
 from instep_tools.problems import CommandProblem, part_of
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import MOST_FRAMES, MOST_STREAMS, check_plot_path, plot_streams
-from instep_tools.terminal import show_progress
+from instep_tools.terminal import say, show_progress
 from instep_tools.words import counted
 
 EXPORTED: Final = 0
@@ -65,12 +64,12 @@ def run(what: Export, console: Console) -> int:
         if what.json:
             write_failure(error, file=str(what.file), exported=False)
         else:
-            console.print(Text(f"not exported: {with_advice(error)}", "bold red"), soft_wrap=True)
+            say(console, f"not exported: {with_advice(error)}", "bold red")
         return NOT_EXPORTED
     if what.json:
         write_json(done.as_json(what))
     else:
-        console.print(Text(done.sentence(), "bold green"), soft_wrap=True, highlight=False)
+        say(console, done.sentence(), "bold green")
     return EXPORTED
 
 

@@ -21,7 +21,7 @@ from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
 from instep.recording.inspection import Inspection, Overview, inspect, list_recordings, look_over
 from instep.recording.repair import repair as save
-from instep_tools.terminal import show_progress
+from instep_tools.terminal import say, show_progress
 from instep_tools.words import COLUMNS, counted
 
 WHOLE: Final = 0
@@ -47,7 +47,7 @@ def check(file: Path, console: Console, *, json: bool = False) -> int:
     if json:
         write_json({"file": str(file), "whole": True, **asdict(found)})
     else:
-        _say(console, f"whole: {_holds(found)}", "bold green")
+        say(console, f"whole: {_holds(found)}", "bold green")
     return WHOLE
 
 
@@ -67,7 +67,7 @@ def info(file: Path, console: Console, *, json: bool = False) -> int:
         # A long word, such as a path, is cut on a terminal only.
         lines = textwrap.wrap(value, columns, break_long_words=is_shown, break_on_hyphens=False) or [""]
         for label, line in zip_longest([name], lines, fillvalue=""):
-            _say(console, f"{label:<{indent}}{line}", "")
+            _print(console, f"{label:<{indent}}{line}")
     return WHOLE
 
 
@@ -82,7 +82,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
     elif found:
         _in_columns(console, [_HEADINGS, *(_line(path, listed) for path, listed in found.items())])
     else:
-        _say(console, f"{folder} holds no recordings", "yellow")
+        say(console, f"{folder} holds no recordings", "yellow")
     return WHOLE
 
 
@@ -94,7 +94,7 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     """
     try:
         if _is_whole(file):
-            _say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
+            say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
             return WHOLE
         target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
         found = save(file, target)
@@ -104,7 +104,7 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
         f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
         f"({counted(found.positions, 'position')})"
     )
-    _say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
+    say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
     return WHOLE
 
 
@@ -119,7 +119,7 @@ def cut_out(file: Path, output: Path, begin: str | None, end: str | None, consol
         found = cut(file, output, *bounds)
     except RecordingError as error:
         return _failed(file, error, console, "cut", json=False)
-    _say(
+    say(
         console,
         f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file}, "
         f"{counted(found.frames, 'frame')} of {counted(found.streams, 'stream')}",
@@ -211,7 +211,7 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if at in _RIGHT else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        _say(console, "  ".join(cells).rstrip(), "")
+        _print(console, "  ".join(cells).rstrip())
 
 
 def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:
@@ -220,7 +220,7 @@ def _failed(file: Path, error: RecordingError, console: Console, what: str, *, j
         write_failure(error, file=str(file), **{what: False})
     else:
         said = f"not {what}" if what in ("repaired", "cut") else "not read"
-        _say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
+        say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
 
 
@@ -234,8 +234,8 @@ def write_failure(error: Exception, **about: Any) -> None:
     """Say why a command with --json failed: in an object on standard output, and in words on standard error."""
     sentence = with_advice(error)
     write_json({**about, "error": sentence})
-    _say(Console(stderr=True), sentence, "bold red")
+    say(Console(stderr=True), sentence, "bold red")
 
 
-def _say(console: Console, sentence: str, style: str) -> None:
-    console.print(Text(sentence, style), soft_wrap=True, highlight=False)
+def _print(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True, highlight=False)

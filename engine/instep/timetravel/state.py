@@ -28,7 +28,7 @@ from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.problems import CommandProblem
 from instep_tools.state import check_new, plain, save_new, state_lines
 from instep_tools.stream_plot import MOST_FRAMES, Panel, check_plot_path, plot_panels
-from instep_tools.terminal import show_progress
+from instep_tools.terminal import say, show_progress
 from instep_tools.words import folded
 
 DONE: Final = 0
@@ -112,7 +112,7 @@ def not_done(file: Path, stream: str, error: Exception, console: Console, *, jso
     if json:
         write_failure(error, file=str(file), stream=stream)
     else:
-        console.print(Text(with_advice(error), "bold red"), soft_wrap=True)
+        say(console, with_advice(error), "bold red")
     return NOT_DONE
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.text import Text
 
 from instep.recording.commands import facts, write_failure, write_json
 from instep.recording.database import SUFFIX
@@ -23,7 +22,7 @@ from instep.verify.render import render, render_briefly
 from instep.verify.report import CannotVerify
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
-from instep_tools.terminal import show_progress
+from instep_tools.terminal import say, show_progress
 from instep_tools.words import counted
 
 VERIFIED: Final = 0
@@ -78,10 +77,10 @@ def run(
             try:
                 write_page(page, verify_page(report, facts(look_over(file))))
             except (BadFile, RecordingError) as error:  # the result was printed
-                Console(stderr=True).print(Text(str(error), "bold red"), soft_wrap=True)
+                say(Console(stderr=True), str(error), "bold red")
                 return status or NOT_CHECKED
             if not json:
-                console.print(Text(f"report in {page}"), soft_wrap=True)
+                say(console, f"report in {page}")
         return status
 
     return _status(file, json, console, verified, f"{file}: " if briefly else "")
@@ -116,11 +115,12 @@ def run_all(
     statuses = [run(file, **options, briefly=True) for file in every]
     differing, unchecked = statuses.count(MISMATCH), statuses.count(NOT_CHECKED)
     if not json:
-        line = Text(f"verified: {counted(len(every), 'recording')}", "bold green")
+        line, style = f"verified: {counted(len(every), 'recording')}", "bold green"
         if differing or unchecked:
             good = f"{statuses.count(VERIFIED):,} verified"
-            line = Text(f"not {line}, {good}, {differing:,} with a mismatch, {unchecked:,} not checked", "bold red")
-        console.print(line, soft_wrap=True)
+            line = f"not {line}, {good}, {differing:,} with a mismatch, {unchecked:,} not checked"
+            style = "bold red"
+        say(console, line, style)
     return MISMATCH if differing else NOT_CHECKED if unchecked else VERIFIED
 
 
@@ -155,5 +155,5 @@ def _failed(file: Path, json: bool, console: Console, error: Exception, prefix: 
     if json:
         write_failure(error, file=str(file), verified=False, verdict="not checked")
     else:
-        console.print(Text(f"{prefix}not checked: {with_advice(error)}", "bold red"), soft_wrap=True)
+        say(console, f"{prefix}not checked: {with_advice(error)}", "bold red")
     return NOT_CHECKED

@@ -24,6 +24,7 @@ from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import PATIENCE, Patience, Status, follow
 from instep_tools import EndingSignals
+from instep_tools.terminal import say
 from instep_tools.words import counted, wrapped
 
 _MOST_REASONS: Final = 2
@@ -71,7 +72,7 @@ class Following:
             def show(status: Status) -> None:
                 for wrong in status.mismatches:
                     where = f"mismatch in stream {wrong.number} ({wrong.stream}): {wrong.sentence}"
-                    console.print(Text(where, "red"), soft_wrap=True)
+                    say(console, where, "red")
                 if console.is_terminal:
                     live.update(Text(_line(status), "red" if status.mismatches_total else ""), refresh=True)
                 else:
@@ -79,11 +80,11 @@ class Following:
 
             self._follow(stopped, show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
         for note in self._follower.notes:
-            console.print(Text(f"bits were not required to be equal: {note}", "yellow"), soft_wrap=True)
+            say(console, f"bits were not required to be equal: {note}", "yellow")
         if reasons := in_words(self._follower.skipped_by, self._follower.waiting):
             console.print(Text(wrapped(f"not compared: {reasons}"), "yellow"), soft_wrap=True)
         style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
-        console.print(Text(self._summary(), style), soft_wrap=True)
+        say(console, self._summary(), style)
         return self._verdict
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
