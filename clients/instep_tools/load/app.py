@@ -115,7 +115,13 @@ async def loadtest(
     and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
     if compare is not None:
-        asked = {"mode": mode, "rate": rate, "slo-ms": slo_ms, "block": block, "connections": connections}
+        asked: dict[str, object] = {
+            "mode": mode,
+            "rate": rate,
+            "slo-ms": slo_ms,
+            "block": block,
+            "connections": connections,
+        }
         asked |= {"plot": plot, "hdr": hdr, "save": save, "report": report}
         given = [f"--{name}" for name, value in asked.items() if value is not None]
         if given:
