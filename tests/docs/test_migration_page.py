@@ -29,11 +29,11 @@ def test_its_client_runs_as_written(tmp_path: Path) -> None:
     model = make_model(GruDescription(features=40, gru=GruLayers(hidden_size=4)), "random", name="ears")
     write_model(tmp_path / "ears", model)
     with WarmServer(tmp_path / "ears") as server:
-        code = PROGRAMS["instep.py"]
+        code = PROGRAMS["client.py"]
         assert "tcp://127.0.0.1:5757" in code
         (tmp_path / "client.py").write_text(code.replace("tcp://127.0.0.1:5757", server.endpoint))
         result = run(["python", "client.py"], tmp_path)
-    assert (result.stdout, result.stderr) == (dict(PAGE.blocks("text"))["instep.py"], "")
+    assert (result.stdout, result.stderr) == (dict(PAGE.blocks("text"))["client.py"], "")
     ast.parse(PROGRAMS["triton.py"])
 
 
