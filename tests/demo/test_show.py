@@ -48,6 +48,14 @@ async def test_a_pipe_gets_lines_of_progress(at_once: None) -> None:
     assert set(shown.splitlines()) == {"streaming 3/4 frames · 1 stream finished · 50.0% correct"}
 
 
+async def test_progress_has_no_share_before_the_first_decision(at_once: None) -> None:
+    console = Console(file=(file := io.StringIO()), width=80)
+    async with streaming(console, Heard([2, 2], outputs=3), SPEAKERS):
+        while "\n" not in file.getvalue():
+            await asyncio.sleep(0)
+    assert set(file.getvalue().splitlines()) == {"streaming 0/4 frames · 0 streams finished"}
+
+
 def rows(table: Table) -> list[list[str]]:
     file = io.StringIO()
     Console(file=file, width=80).print(table)

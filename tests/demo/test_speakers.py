@@ -130,6 +130,23 @@ def test_a_pipe_gets_no_colours_and_lines_of_80_columns(demo: Shown) -> None:
     assert all(len(line) <= 80 for line in demo.lines if "/" not in line.removeprefix("370 connections"))
 
 
+def test_commands_are_shown_as_they_can_be_typed_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(bin / "python3"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert speakers.program() == f"{bin}/python3 -m instep"
+    (bin / "instep").touch(0o755)
+    assert speakers.program() == ".venv/bin/instep"
+    for elsewhere in (bin, "/"):
+        monkeypatch.chdir(elsewhere)
+        assert speakers.program().endswith("/.venv/bin/instep")
+        assert Path(speakers.program()).exists()
+    monkeypatch.setenv("PATH", str(bin))
+    assert speakers.program() == "instep"
+
+
 def test_throughput_and_latency_are_shown(demo: Shown) -> None:
     assert any(re.fullmatch(r" *5,687( +[\d.,]+){6} *", line) for line in demo.lines)
 

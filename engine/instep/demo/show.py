@@ -28,7 +28,8 @@ def streaming(console: Console, heard: Heard, speakers: I32) -> AbstractAsyncCon
     """The progress of the block that fills `heard`."""
 
     def detail() -> str:
-        return f"{counted(heard.finished, 'stream')} finished · {heard.accuracy_now(speakers):.1%} correct"
+        finished = f"{counted(heard.finished, 'stream')} finished"
+        return f"{finished} · {heard.accuracy_now(speakers):.1%} correct" if heard.frames else finished
 
     return progress(console, "streaming", int(heard.lengths.sum()), "frames", lambda: heard.frames, detail)
 

@@ -93,7 +93,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             draw(heard, utterances.speakers, picture, title)
             if keep:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
-                say(console, f"in a terminal: {_command()} top {server.endpoint}")
+                say(console, f"in a terminal: {program()} top {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 is_repeating = True
                 while True:
@@ -108,10 +108,10 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
         return FAILED
     say(console, "the producers received exactly what was recorded, bit for bit")
     say(console, f"picture: {picture}")
-    say(console, f"verify the recording again: {_command()} verify {shlex.quote(str(recording))}")
+    say(console, f"verify the recording again: {program()} verify {shlex.quote(str(recording))}")
     status = show_verification(recording, console)
     if not keep:
-        say(console, f"to see it on the dashboard, http://{HttpConfig().endpoint}: {_command()} demo --keep")
+        say(console, f"to see it on the dashboard, http://{HttpConfig().endpoint}: {program()} demo --keep")
     return status
 
 
@@ -176,6 +176,12 @@ def show_verification(recording: Path, console: Console) -> int:
     return status
 
 
-def _command() -> str:
-    """How to call this program here."""
-    return "instep" if shutil.which("instep") else f"{shlex.quote(sys.executable)} -m instep"
+def program() -> str:
+    """How to call this program here: by a path where it is not on PATH, as in `make demo`."""
+    if shutil.which("instep"):
+        return "instep"
+    script, here = Path(sys.executable).with_name("instep"), Path.cwd()
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m instep"
+    is_below = script.is_relative_to(here) and script.parent != here
+    return shlex.quote(str(script.relative_to(here) if is_below else script))
