@@ -123,7 +123,7 @@ def effort(plan: LoadPlan, limit: int) -> str:
     number = f"{most}" if fewest == most else f"{fewest} to {most}"
     return (
         f"searching: {number} {'try' if most == 1 else 'tries'} of {seconds:g} s each, about {at_most} at the most; "
-        "what is not met is tried once more, so that one stall does not decide; more tries only where the load "
+        "a size that is not met is tried once more, so that one stall does not decide; more tries only where the load "
         "generator itself is too slow"
     )
 

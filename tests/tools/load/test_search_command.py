@@ -72,7 +72,10 @@ def test_a_search_says_how_long_it_may_take_and_which_try_it_is_at(monkeypatch: 
     with FakeServer(info_with(max_streams=16)) as server:
         result = run(*SHORT, "--slo-ms", "50", "--rate", "50", "--endpoint", server.endpoint)
     said = " ".join(result.stderr.split())
-    assert "searching: 3 to 12 tries of 0.2 s each, about 62 s at the most; what is not met is tried once more" in said
+    assert (
+        "searching: 3 to 12 tries of 0.2 s each, about 62 s at the most; a size that is not met is tried once more"
+        in said
+    )
     for number in (1, 2, 3):
         assert re.search(rf"^try {number} \d/0 s · ", result.stderr, re.MULTILINE)
     assert "try 4" not in said
