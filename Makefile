@@ -63,7 +63,7 @@ clean:  ## Remove .venv and everything made by the targets above
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "instep needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, a minute or two and about 1.2 GB (PyTorch is most of it)."
+	@echo "Setting up $(VENV): once, a minute or two and about 2.1 GB of disk (more where pip chooses PyTorch with CUDA)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -e ".[dev]"
 	-$(BIN)/pip install --disable-pip-version-check --no-deps BeatNet==1.1.3 pyannote.audio==4.0.7  # see examples/README.md
