@@ -196,7 +196,7 @@ def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> No
     """Raise CommandProblem unless the frames have as many numbers as the model takes."""
     if sequences.features == info.features:
         return
-    is_of_another = sequences.model is not None and sequences.fingerprint != info.fingerprint
+    is_of_another = sequences.model is not None and sequences.fingerprint not in (None, info.fingerprint)
     of = f" was recorded with the model {sequences.model!r} and" if is_of_another else ""
     cure = ""
     if sequences.features > info.features:
