@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -14,6 +17,7 @@ import psutil
 import pytest
 
 from instep.models.folder import write_model
+from tests.support import warm_server
 from tests.support.models import SMALL
 from tests.support.warm import WarmProcess, run_instep, run_program
 
@@ -76,3 +80,40 @@ def test_a_command_that_a_test_leaves_running_ends_with_the_tests(tmp_path: Path
     assert left.returncode == 0, left.stderr
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(left.stdout)).wait(60)
+
+
+ASK: Final = """
+import sys, time
+from tests.support.warm import WarmProcess
+process = WarmProcess([], program="sleep.py")
+print(process.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_all_that_was_forked_ends_with_the_tests_however_they_end(tmp_path: Path) -> None:
+    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(100)\n")
+    environment = {name: value for name, value in os.environ.items() if name != warm_server.ADDRESS}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ASK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as tests:
+        assert tests.stdout is not None
+        fork = psutil.Process(int(tests.stdout.readline()))
+        tests.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        fork.wait(60)
+    for _ in range(6000):
+        if not list(tmp_path.glob("warm-*")):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the folder of the socket is left")
+
+
+def test_who_asks_and_goes_keeps_no_other_from_asking(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("print(5)\n")
+    for half in (b"", b"{", b"{}\n", b"[\n"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(warm_server.start())
+            connection.sendall(half)
+    assert run_program("program.py", tmp_path).stdout == "5\n"

@@ -194,4 +194,5 @@ def _request(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Request:
-    return Request(kind, [*words], str(cwd or Path.cwd()), {**(environment or os.environ)}, new_session)
+    variables = os.environ if environment is None else environment
+    return Request(kind, [*words], str(cwd or Path.cwd()), {**variables}, new_session)

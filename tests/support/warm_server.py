@@ -1,9 +1,9 @@
 """One process that imports what commands need, and that forks itself for each of them: `warm.py` asks it to.
 
-It has no thread of Python and no socket of ZeroMQ, and torch has computed nothing in it. All processes of a test run
-share the one whose address is in their environment. Over a connection to it come a request, a line of JSON with the
-files of the process to be; back go two lines, the id of the fork once signals reach it and its exit status, negative
-for a signal. A fork is killed when its connection is closed, and all are when the process ends that began this one.
+It has one thread, in which torch computes, too, and no socket of ZeroMQ. All processes of a test run share the one whose
+address is in their environment. Over a connection to it come a request, a line of JSON with the files of the process to
+be; back go two lines, the id of the fork once signals reach it and its exit status, negative for a signal. A fork is
+killed when its connection is closed, and all are when the process ends that began this one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import multiprocessing.util
 import os
 import runpy
 import selectors
@@ -31,9 +32,13 @@ from typing import Final, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["instep", "program", "main"]
 
-_ADDRESS: Final = "WARM_SERVER"
+ADDRESS: Final = "WARM_SERVER"
 """The variable of the environment with the path of the socket."""
 _REQUEST_BYTES: Final = 2**16
+_RECEIVE_S: Final = 10.0
+"""How long a request may take to arrive."""
+_STOP_S: Final = 10.0
+_ROOT: Final = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -67,24 +72,28 @@ def begin(request: Request, files: Sequence[int]) -> socket.socket:
 def start() -> str:
     """Start the one process, unless there is one; the path of its socket."""
     with _starting:
-        if _ADDRESS not in os.environ:
+        if ADDRESS not in os.environ:
             path = os.path.join(tempfile.mkdtemp(prefix="warm-"), "socket")
             environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(path)
                 listener.listen(100)
                 command = [sys.executable, "-m", __name__, str(listener.fileno()), path]
-                beside = subprocess.Popen(command, stdin=PIPE, env=environment, pass_fds=[listener.fileno()])
-            os.environ[_ADDRESS] = path
-            atexit.register(_stop, beside)
-        return os.environ[_ADDRESS]
+                beside = subprocess.Popen(command, stdin=PIPE, cwd=_ROOT, env=environment, pass_fds=[listener.fileno()])
+            os.environ[ADDRESS] = path
+            atexit.register(_stop, beside, path)
+        return os.environ[ADDRESS]
 
 
 _starting: Final = threading.Lock()
 
 
-def _stop(beside: subprocess.Popen[bytes]) -> None:
-    beside.communicate()
+def _stop(beside: subprocess.Popen[bytes], path: str) -> None:
+    try:
+        beside.communicate(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        beside.kill()
+    shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 # ── In the process ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +134,11 @@ class _Server:
                     self._hung_up(key.data)
                 elif key.fileobj is self._listener:
                     connection, _ = self._listener.accept()
-                    request, files = _received(connection)
+                    try:
+                        request, files = _received(connection)
+                    except (OSError, TypeError, ValueError):  # whoever asked has ended meanwhile
+                        connection.close()
+                        continue
                     if not (pid := os.fork()):
                         self._forget()
                         return request, files, connection
@@ -166,10 +179,18 @@ class _Server:
 
 
 def _received(connection: socket.socket) -> tuple[Request, list[int]]:
+    connection.settimeout(_RECEIVE_S)
     line, files, _, _ = socket.recv_fds(connection, _REQUEST_BYTES, 4)
-    while not line.endswith(b"\n"):
-        line += connection.recv(_REQUEST_BYTES)
-    return Request(**json.loads(line)), files
+    try:
+        while not line.endswith(b"\n"):
+            if not (more := connection.recv(_REQUEST_BYTES)):
+                raise ConnectionResetError
+            line += more
+        return Request(**json.loads(line)), files
+    except (OSError, TypeError, ValueError):
+        for file in files:
+            os.close(file)
+        raise
 
 
 def _run(request: Request, files: list[int], connection: socket.socket) -> int:
@@ -200,6 +221,7 @@ def _run(request: Request, files: list[int], connection: socket.socket) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # ends daemonic processes
     threading._shutdown()  # type: ignore[attr-defined]
     for file_object in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

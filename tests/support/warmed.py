@@ -1,13 +1,14 @@
 """What the process that forks commands for tests does before it forks: what most of its forks would do themselves.
 
 It imports what they need, loads the compiled kernels (or compiles them, where they are not cached yet) and builds the
-command line. Nothing of this starts a thread.
+command line. Nothing of this starts a thread, as long as torch uses one only.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import os
 from functools import cache
 
 import torch
@@ -34,4 +35,5 @@ for kind in DESCRIPTIONS:
     Stepper(network, (16,), 1, network.device)
 main.get_command = cache(main.get_command)
 main.get_command(app)
+assert len(os.listdir("/proc/self/task")) == 1, "a fork would have none of the other threads"
 gc.freeze()  # else a fork that looks for garbage among all that is imported makes a copy of each page of it
