@@ -157,12 +157,16 @@ class TestServe:
         assert result.stderr.splitlines()[1:] == ["the endpoint is taken"]
 
     def test_reports_every_problem_a_line_each_and_serves_nothing(self, server: Stub) -> None:
-        result = instep("serve", "m", "--device", "gpu", "--max-streams", "0", "--set", "limits.max_idel_s=3")
+        settings = [f"--set={each}" for each in ("limits.max_idel_s=3", "limits.park_s", "port", "log.level=loud")]
+        result = instep("serve", "m", "--device", "gpu", "--max-streams", "0", *settings)
         assert result.exit_code == 2
         assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
             "engine.device (flag)",
             "engine.max_streams (flag)",
             "limits.max_idel_s (flag)",
+            "limits.park_s (flag)",
+            "port (flag)",
+            "log.level (flag)",
         ]
         assert result.stdout == ""
         assert server.calls == []
@@ -170,7 +174,7 @@ class TestServe:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--set", "limits.max_idle_s"], "should look like"),
+            (["--set", "limits.max_idle_s"], "it should look like --set limits.max_idle_s=60"),
             (["--set", "log.level=debug", "--set", "log.level=info"], "log.level is set twice"),
             (["--log-level", "debug", "--set", "log.level=info"], "log.level is set twice"),
         ],

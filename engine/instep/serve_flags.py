@@ -57,7 +57,8 @@ class Given:
     """Where a command's configuration comes from, besides the environment."""
 
     file: Path | None
-    overrides: dict[str, str]
+    overrides: dict[str, str | None]
+    """By `section.key`; None where `--set` names a key without a value."""
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,14 +98,12 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     return typed_as(run, command, parameters)
 
 
-def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str]:
+def _overrides(settings: Sequence[str], named: dict[str, str]) -> dict[str, str | None]:
     """The values of `--set` and of the named flags, by `section.key`."""
-    overrides = dict(named)
+    overrides: dict[str, str | None] = dict(named)
     for setting in settings:
         path, equals, text = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{setting!r} should look like limits.max_idle_s=60", param_hint="--set")
         if path in overrides:
             raise typer.BadParameter(f"{path} is set twice", param_hint="--set")
-        overrides[path] = text
+        overrides[path] = text if equals else None
     return overrides

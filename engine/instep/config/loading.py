@@ -44,14 +44,14 @@ class _Given:
 
 def load_config(
     file: Path | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str | None] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Config:
     """The configuration from a YAML file, an environment and flags, strongest last.
 
     Args:
         file: a YAML file; relative paths in it are relative to its folder.
-        overrides: flags, as text by `section.key`.
+        overrides: flags, as text by `section.key`; None for a key that was named without a value.
         environ: variables; those named `INSTEP_<SECTION>__<KEY>` count.
 
     Raises:
@@ -62,7 +62,7 @@ def load_config(
 
 def explain_config(
     file: Path | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str | None] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
     """As `load_config`, and for every `section.key` where its value came from.
@@ -110,6 +110,11 @@ class _Layers:
     def add(self, given: _Given) -> None:
         if given.path not in KEYS:
             self.problems.append(_unknown_key(given))
+            return
+        if given.layer == "flag" and given.value is None:
+            self.broken.add(given.path)
+            suggestion = "it should look like --set limits.max_idle_s=60"
+            self.problems.append(Problem(given.path, given.source, "it has no value", suggestion))
             return
         try:
             value = _checked(given)

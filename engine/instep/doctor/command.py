@@ -18,7 +18,7 @@ QUIET_S: Final = 2.0
 
 def doctor(
     file: Path | None,
-    overrides: Mapping[str, str],
+    overrides: Mapping[str, str | None],
     demo: Path,
     as_json: bool,
     write: Callable[[str], None],

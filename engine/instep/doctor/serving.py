@@ -24,7 +24,7 @@ from instep_client.protocol.errors import InstepError
 PATIENCE_S: Final = 3.0
 
 
-def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str]) -> Config:
+def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str | None]) -> Config:
     """Read the configuration; the defaults where it cannot be used."""
     section = findings.section("configuration")
     section.note("file", str(file) if file else None, str(file or "none"))
