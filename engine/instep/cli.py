@@ -106,10 +106,12 @@ def serve(
         raise _failure(OSError(f"log.file {loaded.log.file} cannot be written: {error.strerror}")) from error
     for sentence in unknown_variables(os.environ, loaded.transport.endpoint):
         log.warning("unknown setting", reason=sentence)
-    for _, folder in loaded.model.folders:
-        if not os.path.exists(folder):  # Path's raises if its name is too long
-            problem = f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
-            raise _cannot_serve(FileNotFoundError(problem), loaded.log)
+    folders = [folder for _, folder in loaded.model.folders]
+    if not all(os.path.exists(folder) for folder in folders):  # Path's raises if its name is too long
+        from instep.server.early import early_problems
+
+        raise _cannot_serve("\n".join(early_problems(loaded, restart=restart)), loaded.log)
+    for folder in folders:
         log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe
@@ -321,7 +323,7 @@ def _failure(error: Exception | str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _cannot_serve(error: Exception, log: LogConfig | None) -> typer.Exit:
+def _cannot_serve(error: Exception | str, log: LogConfig | None) -> typer.Exit:
     """As `_failure`, or as one JSON object where that is how the log is written; in the log's file, too."""
     from instep.server.log import make_log
 

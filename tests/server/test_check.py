@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from instep.config import Config
 from instep.models.folder import write_model
@@ -72,8 +73,10 @@ async def test_a_recording_would_be_continued_and_stays_as_it_is(
     async with running(SMALL, recording={"file": file}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         await client.step((await client.open("s", "t")).handles()[:1], [0], random_frames(rng, 3))
+        capsys.readouterr()
         with pytest.raises(CannotServe, match="being written"):
             check(config)
+        assert said(capsys) == {}, "nothing was certified"
     before = contents(folder)
     capsys.readouterr()
     check(config)
@@ -108,8 +111,11 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
         check(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
     with pytest.raises(CannotServe, match="there is no folder"):
         check(configured(model, recording={"file": tmp_path / "no" / "r.instep"}))
-    with pytest.raises(CannotServe, match="cannot read"):
+    with pytest.raises(CannotServe, match="there is no model folder"):
         check(configured(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CannotServe, match="is not a model folder"):
+        check(configured(tmp_path / "empty"))
     assert contents(tmp_path) == {}
 
 
@@ -117,3 +123,37 @@ def test_a_server_that_is_to_be_restarted_needs_a_port(model: Path) -> None:
     check(configured(model))
     with pytest.raises(CannotServe, match="--restart needs a port"):
         check(configured(model), restart=True)
+
+
+def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (model / "weights.safetensors").write_bytes(b"")  # would be the next problem
+    config = configured(
+        model,
+        engine={"device": "cuda", "exactness": "prefer"},
+        http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"},
+        recording={"file": tmp_path / "no" / "r.instep"},
+    )
+    with pytest.raises(CannotServe) as error:
+        check(config, restart=True)
+    words = ("there is no folder", "http.token_file", "no CUDA device", "--restart needs a port")
+    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 4
+    folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
+    config = configured(model, recording={"file": tmp_path / "r.instep"}).model_copy(update={"model": folders})
+    with pytest.raises(CannotServe, match=r"(?s)there is no model folder .*/no: .*\n.*/r\.instep is not a folder"):
+        check(config)
+    assert said(capsys) == {}, "nothing was certified"
+
+
+def test_several_threads_cannot_be_restarted_which_is_said_before_certifying(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    config = configured(model, engine={"exactness": "prefer", "threads": 2}, transport={"endpoint": endpoint})
+    with pytest.raises(CannotServe, match="--restart forks the server"):
+        check(config, restart=True)
+    assert said(capsys) == {}

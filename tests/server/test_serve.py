@@ -30,7 +30,7 @@ from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.limits import effective_limits
-from instep.server.preparation import CannotServe, prepare
+from instep.server.preparation import CannotServe, check_early, prepare
 from instep_client import Client
 from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
@@ -65,7 +65,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
 def test_the_place_of_a_recording_is_looked_at_before_the_model(tmp_path: Path) -> None:
     record = {"file": tmp_path / "nowhere" / "r.instep"}
     with pytest.raises(CannotServe, match=r"there is no folder .*nowhere for the recording r\.instep: make"):
-        prepare(configured(tmp_path / "no-model", recording=record), QUIET)
+        check_early(configured(tmp_path, recording=record))
 
 
 def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         config = config.model_copy(update={"model": ModelConfig(folder=demo)})
     log = _collecting(findings)
     try:
-        prepared = prepare(config, log)
+        prepared = prepare(config, log, is_served=is_served)
     except (CannotServe, RuntimeError) as error:
         findings.section("models")
         findings.fail(str(error).splitlines()[0], "instep serve --check tries it again")

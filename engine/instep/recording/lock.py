@@ -105,6 +105,12 @@ def lock_path(path: Path) -> Path:
     return Path(f"{path}-lock")
 
 
+def check_not_written(path: Path) -> None:
+    """Raise RecordingError while a writer has the recording open."""
+    if is_being_written(path):
+        raise RecordingError(f"{path} is being written by another instep; stop that one, or choose another file")
+
+
 def is_being_written(path: Path) -> bool:
     """Whether a writer has the recording open just now; a writer that begins meanwhile waits for this."""
     try:

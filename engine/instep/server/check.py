@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +10,18 @@ import structlog
 
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.frontends.http.connections import DEFAULT, bind, cannot_listen
+from instep.frontends.http.connections import bind
 from instep.frontends.http.security import read_token
 from instep.frontends.zmq.router import Router
 from instep.recording.database import check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.lock import is_being_written
+from instep.recording.lock import check_not_written
 from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import effective_limits
 from instep.server.log import make_log
-from instep.server.preparation import CannotServe, Prepared, check_restartable, log_of, prepare
+from instep.server.preparation import CannotServe, Prepared, check_early, log_of, prepare
 from instep.server.recordings import find_recording, recording_header
 
 
@@ -36,10 +34,8 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
         CannotServe: when the server could not start.
     """
     log = make_log(config.log)
-    check_ports(config)
-    prepared = prepare(config, log)
-    if restart:
-        check_restartable(config, prepared)
+    check_early(config, restart=restart)
+    prepared = prepare(config, log, restart=restart)
     check_models(config, prepared, log, accept_numerics_change)
     admin = {"http": _with_port(f"http://{config.http.endpoint}")} if check_endpoints(config, log) else {}
     for each in prepared:
@@ -58,37 +54,6 @@ def _with_port(endpoint: str) -> str:
     """An endpoint, and that its port is a free one where none is named."""
     host, _, port = endpoint.rpartition(":")
     return f"{host}:PORT, a free one" if port in ("0", "*") else endpoint
-
-
-def check_ports(config: Config) -> None:
-    """Refuse ports that another program listens on, before a minute is spent on certifying; nobody can connect to it.
-
-    Raises:
-        CannotServe: when one is in use.
-    """
-    endpoint, http = config.transport.endpoint, config.http.endpoint
-    family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
-    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
-        raise CannotServe(f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?")
-    if http not in (None, DEFAULT) and _is_in_use(http):
-        raise CannotServe(str(cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))))
-
-
-def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return False
-    try:
-        found = socket.getaddrinfo(
-            host.strip("[]*") or None, int(port), family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, place = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:  # whatever else is wrong with it, the bind says
-        return error.errno == errno.EADDRINUSE
-    return False
 
 
 def check_models(
@@ -139,8 +104,7 @@ def _check_recording(
     if not path.is_file() or not path.stat().st_size:
         log.info("would record", file=str(path), durability=config.recording.durability)
         return
-    if is_being_written(path):
-        raise RecordingError(f"{path} is being written by another instep; stop that one, or choose another file")
+    check_not_written(path)
     if tail := lost_tail(path):
         log.warning("recording lost its end", file=str(path), reason=tail)
     with RecordingReader(path) as reader:

@@ -23,7 +23,8 @@ from instep.server.beside import Beside
 from instep.server.loop import Loop
 from instep.server.moving import Moved, catch_up, check_sizes, move
 from instep.server.preparation import CannotServe, Version, prepare_another, versions
-from instep.server.recordings import next_recording, open_recording, present_recording, record, recording_file
+from instep.server.recording_files import next_recording, present_recording, recording_file
+from instep.server.recordings import open_recording, record
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.api import Refusal

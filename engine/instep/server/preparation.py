@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,10 @@ from instep.models.folder import check_name, load_model, load_version
 from instep.models.model import Model
 from instep.models.numerics import prepare as prepare_numerics
 from instep.models.registry import build
-from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
+from instep.recording.lock import check_not_written
+from instep.server.early import early_problems
+from instep.server.recording_files import present_recording, recording_file
 from instep.streaming.service import About
 
 Version: TypeAlias = tuple[Path, str]
@@ -48,25 +49,52 @@ class Prepared:
     """Why the candidate that the configuration names cannot shadow this version."""
 
 
-def prepare(config: Config, log: structlog.stdlib.BoundLogger) -> list[Prepared]:
+def check_early(config: Config, *, restart: bool = False) -> None:
+    """Refuse what is known to fail before anything is loaded.
+
+    Raises:
+        CannotServe: with a line for everything that stands in the way.
+    """
+    if problems := early_problems(config, restart=restart):
+        raise CannotServe("\n".join(problems))
+
+
+def prepare(
+    config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, is_served: bool = False
+) -> list[Prepared]:
     """Load and check every model, choose the device, certify.
+
+    Args:
+        config: names the models.
+        log: is told what takes long, and how exact each model is.
+        restart: as of `serve.run`.
+        is_served: whether a server runs that may be writing the recordings.
 
     Raises:
         CannotServe: with a sentence.
     """
     prepare_numerics(config.engine.threads)
-    place = config.recording.file
     try:
-        if place is not None and not os.path.isdir(place):  # before a minute is spent on certifying
-            check_place(place)
-            check_file(place)
         loaded = _load(config.model.folders)
         is_only = len(loaded) == 1
+        for model, _ in loaded if not is_served else ():
+            if (file := recording_file(config, model.name, is_only=is_only)) is not None:
+                check_not_written(present_recording(file, model.fingerprint))
         check_candidates(config.model, [model.name for model, _ in loaded])
         candidates = [find_candidate(config.model, each.name, each.description, is_only=is_only) for each, _ in loaded]
+        networks = [_network(config, model) for model, _ in loaded]
+        if restart:
+            _check_forkable(config, networks)
         return [
-            _prepared(config, model, path, log_of(model.name, log, is_only=is_only), candidate)
-            for (model, path), candidate in zip(loaded, candidates, strict=True)
+            Prepared(
+                model,
+                path,
+                network,
+                network.device,
+                _certify(config, network, log_of(model.name, log, is_only=is_only)),
+                candidate,
+            )
+            for (model, path), network, candidate in zip(loaded, networks, candidates, strict=True)
         ]
     except (ModelError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
@@ -85,7 +113,9 @@ def prepare_another(
     try:
         model = replace(load_model(folder), name=check_name(name, "load it under another"))
         candidate, reason = _candidate_left(config.model, model, is_only=is_only)
-        return replace(_prepared(config, model, folder.resolve(), log, candidate), not_shadowed=reason)
+        network = _network(config, model)
+        certification = _certify(config, network, log)
+        return Prepared(model, folder.resolve(), network, network.device, certification, candidate, reason)
     except ModelError as error:
         raise CannotServe(str(error)) from None
 
@@ -132,14 +162,12 @@ def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tupl
     return candidate, ""
 
 
-def _prepared(
-    config: Config, model: Model, path: Path, log: structlog.stdlib.BoundLogger, candidate: Version | None
-) -> Prepared:
-    network = build(model, _device(config.engine.device))
+def _network(config: Config, model: Model) -> RecurrentModel:
+    network = build(model, find_device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":
         kind = model.description.kind
         raise CannotServe(f"engine.device is {config.engine.device}, but models of kind {kind} run on the CPU; use cpu")
-    return Prepared(model, path, network, network.device, _certify(config, network, log), candidate)
+    return network
 
 
 def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> structlog.stdlib.BoundLogger:
@@ -147,17 +175,9 @@ def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> st
     return log.bind() if is_only else log.bind(model=name)
 
 
-def check_restartable(config: Config, prepared: Sequence[Prepared]) -> None:
-    """Refuse what `--restart` cannot start again.
-
-    Raises:
-        CannotServe: with a sentence.
-    """
-    if config.transport.endpoint.endswith(":*"):
-        raise CannotServe(
-            "--restart needs a port: clients would not find the next server on whichever port is free then"
-        )
-    if any(each.device.type != "cpu" for each in prepared) or config.engine.threads > 1:
+def _check_forkable(config: Config, networks: Sequence[RecurrentModel]) -> None:
+    """Refuse what `--restart` cannot start again."""
+    if any(each.device.type != "cpu" for each in networks) or config.engine.threads > 1:
         raise CannotServe(
             "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
             "leave it out, and let systemd restart the server"
@@ -225,7 +245,12 @@ def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]
     return list(loaded.values())
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        CannotServe: when this machine has none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
-from itertools import count, takewhile
 from pathlib import Path
-from typing import Final
 
 import structlog
 
 from instep.config import Config
 from instep.models.numerics import numerics
-from instep.recording.database import SUFFIX, check_place, holds_recording, lost_tail
+from instep.recording.database import check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
@@ -27,13 +25,11 @@ from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.server.loop import Loop
 from instep.server.preparation import Prepared
+from instep.server.recording_files import later_recordings, present_recording, recording_file
 from instep.server.services import Foundation
 from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.service import ModelService
-
-_MOST_BYTES: Final = 200
-"""Of a name that becomes a file's; SQLite and the lock add endings to it."""
 
 
 def find_recording(
@@ -54,46 +50,8 @@ def find_recording(
     return present
 
 
-def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
-    """The recording of the first version of a model of that name; None where nothing is recorded.
-
-    It is recording.file, or NAME.instep in that where it is a folder, as it has to be unless the model `is_only`.
-
-    Raises:
-        RecordingError: when several models would need one file, or the name is not one for a file.
-    """
-    place = config.recording.file
-    if place is None or (is_only and not place.is_dir()):
-        return place
-    if not place.is_dir():
-        raise RecordingError(
-            f"{place} is not a folder, and each of several models, or versions of one, is recorded in a file of its "
-            "own: start the server with --record FOLDER, a folder that exists"
-        )
-    if "/" in name or len(name.encode()) > _MOST_BYTES:
-        raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
-    return place / f"{name}{SUFFIX}"
-
-
-def present_recording(file: Path, fingerprint: str) -> Path:
-    """The newest recording of a version of a model, among NAME.instep and NAME@2.instep, NAME@3.instep and so on.
-
-    Each version that replaced another one in a running server has a recording of its own. Where there is none of this
-    version, it is the first file.
-
-    Raises:
-        RecordingError: when one cannot be read.
-    """
-    present = file
-    for later in _later_recordings(file):
-        with RecordingReader(later) as reader:
-            if reader.header.model_fingerprint == fingerprint:
-                present = later
-    return present
-
-
 def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogger) -> None:
-    for other in (first, *_later_recordings(first)):
+    for other in (first, *later_recordings(first)):
         if other == present or not other.is_file() or not other.stat().st_size or is_being_written(other):
             continue
         place = shlex.quote(str(other))
@@ -115,16 +73,6 @@ def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogge
                 reason="they are open in the recording of another version of the model",
                 next=f"instep serve {folder} --record {place} --endpoint tcp://127.0.0.1:PORT",
             )
-
-
-def next_recording(file: Path) -> Path:
-    """Where a version is recorded that replaces another one: the first of those names that is free."""
-    return file.with_stem(f"{file.stem}@{len(list(_later_recordings(file))) + 2}")
-
-
-def _later_recordings(file: Path) -> Iterator[Path]:
-    names = (file.with_stem(f"{file.stem}@{number}") for number in count(2))
-    return takewhile(Path.exists, names)
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:

@@ -18,10 +18,9 @@ from instep import interrupts
 from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
-from instep.server.check import check_ports
 from instep.server.log import Threshold, make_log
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
-from instep.server.preparation import Prepared, check_restartable, prepare
+from instep.server.preparation import Prepared, check_early, prepare
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
 from instep.server.service_manager import ServiceManager
@@ -70,10 +69,8 @@ def run(
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
-    check_ports(config)
-    prepared = prepare(config, log)
-    if restart:
-        check_restartable(config, prepared)
+    check_early(config, restart=restart)
+    prepared = prepare(config, log, restart=restart)
     if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()

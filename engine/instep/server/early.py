@@ -1,0 +1,98 @@
+"""What is known to be wrong with a start before PyTorch and the models are loaded, which takes up to a minute."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+from instep.config import Config
+from instep.frontends import CannotListen
+from instep.frontends.http.connections import DEFAULT, cannot_listen
+from instep.frontends.http.security import read_token
+from instep.recording.database import check_file, check_place
+from instep.recording.errors import RecordingError, with_advice
+from instep.server.recording_files import check_several
+
+
+def early_problems(config: Config, *, restart: bool = False) -> list[str]:
+    """A sentence about everything that stands in the way of a start; nothing is written.
+
+    `restart` is as of `serve.run`.
+    """
+    checks = (_folders, _recording, _ports, _token, _device)
+    problems = [sentence for check in checks for sentence in check(config)]
+    if restart and config.transport.endpoint.endswith(":*"):
+        problems.append("--restart needs a port: clients would not find the next server on whichever port is free then")
+    return problems
+
+
+def _folders(config: Config) -> Iterator[str]:
+    for _, folder in config.model.folders:
+        if not os.path.exists(folder):  # Path's raises if its name is too long
+            yield no_folder(folder)
+
+
+def no_folder(folder: object) -> str:
+    """That there is no such model folder, and what to do."""
+    return f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
+
+
+def _recording(config: Config) -> Iterator[str]:
+    place = config.recording.file
+    if place is None:
+        return
+    is_only = len(config.model.folders) < 2
+    try:
+        check_several(place, is_only=is_only)
+        if not os.path.isdir(place):
+            check_place(place)
+            check_file(place)
+    except RecordingError as error:
+        yield with_advice(error)
+
+
+def _ports(config: Config) -> Iterator[str]:
+    """Ports that another program listens on."""
+    endpoint, http = config.transport.endpoint, config.http.endpoint
+    family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
+    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
+        yield f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?"
+    if http not in (None, DEFAULT) and _is_in_use(http):
+        yield str(cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))))
+
+
+def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return False
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]*") or None, int(port), family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:  # whatever else is wrong with it, the bind says
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _token(config: Config) -> Iterator[str]:
+    try:
+        read_token(config.http)
+    except CannotListen as error:
+        yield str(error)
+
+
+def _device(config: Config) -> Iterator[str]:
+    if not config.engine.device.startswith("cuda"):
+        return
+    from instep.server.preparation import CannotServe, find_device  # PyTorch, which knows the devices
+
+    try:
+        find_device(config.engine.device)
+    except CannotServe as error:
+        yield str(error)
