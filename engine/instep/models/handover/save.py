@@ -44,7 +44,7 @@ def save_model(
     for the layers around it.
 
     The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
-    acts in training only. A batch norm is folded into the Linear before it.
+    acts in training only. A batch norm is folded into the Linear before it, or becomes a dense layer.
 
     Args:
         folder: where to write it; made if it does not exist.
