@@ -262,10 +262,10 @@ async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path,
             await until(lambda: found(server).frames == 20)
             assert found(server).equal == 0
             reloads(tmp_path / ("x" * 300))
-            await until(lambda: len(said("not reloaded")) == 1)
+            await until(lambda: len(said("candidate not reloaded")) == 1)
             reloads({"eers": candidate})
-            await until(lambda: len(said("not reloaded")) == 2)
-            assert "did you mean 'ears'?" in said("not reloaded")[1]
+            await until(lambda: len(said("candidate not reloaded")) == 2)
+            assert "did you mean 'ears'?" in said("candidate not reloaded")[1]
             assert found(server).state == "following"
             os.rename(candidate, tmp_path / "away")
             os.kill(found(server).pid or 0, signal.SIGKILL)
@@ -284,7 +284,7 @@ async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path,
         reloads(candidate, folder=candidate.name)
         await until(lambda: len(said("not shadowed")) == 2)
         reloads(tmp_path / ("y" * 300), folder=candidate.name)
-        await until(lambda: len(said("not reloaded")) == 3)
+        await until(lambda: len(said("candidate not reloaded")) == 3)
         assert len(said("not shadowed")) == 2, "once for each swap"
     assert not any(line["event"] == "restart needed" for line in told)
 

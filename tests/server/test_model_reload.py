@@ -39,7 +39,7 @@ class Reloads:
         reload(self._server, lambda: wanted, Threshold("info"), log_into([]), Kept())
         while True:
             for line in self._told[before:]:
-                if line["event"] in ("models reloaded", "not reloaded"):
+                if line["event"] in ("models reloaded", "models not reloaded"):
                     return line
             await asyncio.sleep(0.01)
 
@@ -80,11 +80,12 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
             (None, "no model to serve"),
         ):
             line = await reloads(wrong)
-            assert (line["event"], words in line["reason"]) == ("not reloaded", True), line
+            assert (line["event"], words in line["reason"]) == ("models not reloaded", True), line
+            assert line["swapped"] == []
             assert await models() == ["ears", "eyes"]
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
-        assert (line["event"], "number of outputs differs" in line["reason"]) == ("not reloaded", True), line
+        assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
 
         folder_of(new, C)  # the same path, another version
@@ -140,7 +141,7 @@ async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_chang
     async with running(A, told=told) as server, AsyncClient(server.endpoint) as client:
         monkeypatch.setattr("instep.server.loading.versions", versions)
         line = await Reloads(server, told)([folder_of(tmp_path / "eyes", OTHER)])
-        assert line["event"] == "not reloaded"
+        assert line["event"] == "models not reloaded"
         assert line["reason"].endswith("MemoryError: Unable to allocate 9 TiB")
         assert [each.name for each in await client.list_models()] == ["ears"]
 

@@ -68,9 +68,11 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         assert [line["event"] for line in told] == ["reloaded", "restart needed"]
         assert told[0]["changed"] == []
         told.clear()
-        models = with_keys(server.config, model__folder=Path("other"))
+        models = with_keys(server.config, model__folder=Path("other"), limits__park_s=9.0)
         reload(server, lambda: models, threshold, log_into(told), Kept())
-        assert [line["changed"] for line in told] == [["model.folder: None → other"]]
+        (line,) = told
+        assert line["changed"] == ["limits.park_s: 100.0 → 9.0"]
+        assert line["under_way"] == ["model.folder: None → other"], "no such folder: this will never be in force"
 
 
 async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(tmp_path: Path) -> None:

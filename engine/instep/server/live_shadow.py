@@ -120,7 +120,7 @@ class Shadows:
         try:
             check_candidates(wanted, names)
         except ModelError as error:
-            self._log.error("not reloaded", reason=str(error))
+            self._log.error("candidate not reloaded", reason=str(error))
             return
         for service in services:
             if service.name not in names:
@@ -132,7 +132,7 @@ class Shadows:
                 return
             except Exception as error:  # no memory, or a folder with things in it that nobody thought of
                 reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-                self._log.error("not reloaded", reason=reason)
+                self._log.error("candidate not reloaded", reason=reason)
                 continue
             present, candidate = service.candidate, found and CandidateStatus(*found, wanted.shadow_share)
             if (present and not present.reason and present.key) == (candidate and candidate.key):

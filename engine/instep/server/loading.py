@@ -181,7 +181,8 @@ class Loader:
                 return
             is_sentence = isinstance(error, CannotServe | ModelError | Refusal)
             why = str(error) if is_sentence else f"{type(error).__name__}: {error}"
-            self._log.error("not reloaded", reason=f"the models were not changed as model.folder has it: {why}")
+            reason = f"model.folder is not in force, only what `reloaded` calls changed: {why}"
+            self._log.error("models not reloaded", swapped=swapped, reason=reason)
             return
         unloaded = [name for name in self._configured if name in served and name not in found]
         for name in unloaded:

@@ -70,7 +70,8 @@ def reload(
 ) -> None:
     """Read the configuration again and use what can change of it; a broken one changes nothing.
 
-    The log says what has changed, at whatever level. `reread` raises ConfigError; `kept` gets the new values.
+    The log says what has changed, at whatever level, and which changes of models are under way: whether they succeed is
+    said later. `reread` raises ConfigError; `kept` gets the new values.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
@@ -81,9 +82,10 @@ def reload(
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
-        used = [path for path in changed if path in (*CHANGEABLE, *MODELS)]
-        log.info("reloaded", changed=[changed[path] for path in used])
-        if left := [path for path in changed if path not in used]:
+        models = [changed[path] for path in changed if path in MODELS]
+        under_way = {"under_way": models} if models else {}
+        log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **under_way)
+        if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         for problem in error.problems:
