@@ -25,12 +25,13 @@ from instep.cli import app
 from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.doctor.disk import examine_disk
-from instep.doctor.findings import Findings, size
+from instep.doctor.findings import Findings
 from instep.doctor.machine import examine_machine
 from instep.doctor.serving import examine_endpoints, examine_models
 from instep.doctor.software import examine_software
 from instep.models.certify import Certification
 from instep.models.folder import load_model, write_model
+from instep.server.memory import size
 from instep_client import Client
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.threaded import ThreadedServer

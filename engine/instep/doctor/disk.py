@@ -10,7 +10,8 @@ from statistics import median
 from typing import Final
 
 from instep.config import Config
-from instep.doctor.findings import Findings, size
+from instep.doctor.findings import Findings
+from instep.server.memory import size
 
 SYNCS: Final = 9
 SLOW_SYNC_MS: Final = 10.0

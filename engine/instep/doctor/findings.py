@@ -92,12 +92,3 @@ def _label(name: str) -> str:
 
 def _wrapped(first: str, text: str) -> list[str]:
     return textwrap.wrap(text, COLUMNS, initial_indent=first, subsequent_indent="    ", break_on_hyphens=False)
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

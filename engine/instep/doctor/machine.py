@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from instep.config import Config
-from instep.doctor.findings import FactSheet, Findings, size
+from instep.doctor.findings import FactSheet, Findings
 from instep.runtime.executor import usable_cores
+from instep.server.memory import memory_limit, read_text, size
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS
 from instep_tools.machine import machine
 
 _FEATURES: Final = ("avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve")
 _GOOD_CLOCKS: Final = ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page", "arch_sys_counter")
-_UNLIMITED: Final = 2**60
-"""Control groups of version 1 say about 2^63 where there is no limit."""
 
 
 def examine_machine(findings: Findings, config: Config, root: Path = Path("/")) -> int:
@@ -30,7 +29,7 @@ def examine_machine(findings: Findings, config: Config, root: Path = Path("/")) 
     _cores(findings, section, root)
     memory = _memory(findings, section, root)
     _open_files(findings, section, config)
-    clock = _read(root / "sys/devices/system/clocksource/clocksource0/current_clocksource")
+    clock = read_text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource")
     section.note("clock_source", clock)
     if clock and clock not in _GOOD_CLOCKS:
         findings.warn(
@@ -55,7 +54,7 @@ def _cores(findings: Findings, section: FactSheet, root: Path) -> None:
             "this process may use one core only: the event loop and the steps share it",
             "give it two or more: by its affinity (taskset), or the CPU limit of its container or service",
         )
-    governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    governor = read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     section.note("governor", governor, governor or "not known")
     if governor == "powersave":
         findings.warn(
@@ -67,9 +66,9 @@ def _cores(findings: Findings, section: FactSheet, root: Path) -> None:
 def _memory(findings: Findings, section: FactSheet, root: Path) -> int:
     known = {
         name: int(rest.split()[0]) * 1024
-        for name, _, rest in (line.partition(":") for line in _read(root / "proc/meminfo").splitlines())
+        for name, _, rest in (line.partition(":") for line in read_text(root / "proc/meminfo").splitlines())
     }
-    total, limit = known.get("MemTotal", 0), _memory_limit(root)
+    total, limit = known.get("MemTotal", 0), memory_limit(root)
     section.note("memory", total, f"{size(total)}, {size(known.get('MemAvailable', 0))} available")
     section.note("memory_limit", limit, "none" if limit is None else f"{size(limit)} (control group)")
     swapped = known.get("SwapTotal", 0) - known.get("SwapFree", 0)
@@ -79,7 +78,7 @@ def _memory(findings: Findings, section: FactSheet, root: Path) -> int:
             f"{size(swapped)} of memory are swapped out: a stream whose state is there waits for the disk",
             "free memory, or keep the server out of it: MemorySwapMax=0 in its unit, or swapoff",
         )
-    huge = _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
+    huge = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = huge[huge.find("[") + 1 : huge.find("]")] if "[" in huge else huge
     section.note("huge_pages", chosen, chosen or "not known")
     if chosen == "always":
@@ -89,26 +88,6 @@ def _memory(findings: Findings, section: FactSheet, root: Path) -> int:
             "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
         )
     return total if limit is None else min(total, limit)
-
-
-def _memory_limit(root: Path) -> int | None:
-    """The smallest limit of this process's control groups, of version 2 or 1."""
-    limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base, name = (
-            ("sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("sys/fs/cgroup", "memory.max")
-        )
-        group = root / base / path.lstrip("/")
-        for place in (group, *group.parents):
-            text = _read(place / name)
-            if text.isdigit() and int(text) < _UNLIMITED:
-                limits.append(int(text))
-            if place == root / base:
-                break
-    return min(limits, default=None)
 
 
 def _open_files(findings: Findings, section: FactSheet, config: Config) -> None:
@@ -127,7 +106,7 @@ def _open_files(findings: Findings, section: FactSheet, config: Config) -> None:
 
 
 def _cpu_flags(root: Path) -> list[str]:
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         name, _, words = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return words.split()
@@ -143,11 +122,3 @@ def _ranges(numbers: list[int]) -> str:
             parts.append(str(number) if begin == at else f"{numbers[begin]}-{number}")
             begin = at + 1
     return ", ".join(parts)
-
-
-def _read(path: Path) -> str:
-    """A file of the system; empty where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

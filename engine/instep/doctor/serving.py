@@ -14,8 +14,9 @@ import structlog
 from instep.config import Config, ConfigError, explain_config, unknown_variables
 from instep.config.endpoint import local_address
 from instep.config.sections import ModelConfig
-from instep.doctor.findings import Findings, size
+from instep.doctor.findings import Findings
 from instep.server.check import check_endpoints, check_models
+from instep.server.memory import exceeds, memory_when_full, size
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep_client import AsyncClient, Refused
 from instep_client.endpoint import nothing_listens
@@ -89,12 +90,11 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
     except CannotServe as error:
         if not is_served or "is being written by another instep" not in str(error):
             findings.fail(str(error), "docs/troubleshooting.md lists such sentences with their causes")
-    needed = sum(_bytes_of(config, each) for each in prepared) + config.limits.max_buffered_bytes
+    needed = memory_when_full(config, prepared)
     findings.section("limits").note("memory_when_full", needed, f"{size(needed)} for all streams, frames and answers")
     if memory_bytes and needed > memory_bytes:
         findings.warn(
-            f"the limits allow {size(needed)}, and {size(memory_bytes)} of memory may be used: the server is killed "
-            "before it reaches them",
+            exceeds(needed, memory_bytes),
             "lower engine.max_streams, limits.window_frames or limits.max_buffered_bytes, or give it more memory",
         )
 
@@ -111,13 +111,6 @@ def _model(findings: Findings, prepared: Prepared, is_named: bool) -> None:
     section.note("exactness", certification.exactness)
     section.note("max_ulp", certification.max_ulp)
     section.note("buckets", list(certification.buckets), ", ".join(map(str, certification.buckets)))
-
-
-def _bytes_of(config: Config, prepared: Prepared) -> int:
-    """Memory of a model's streams when all are open: states, and the frame buffer."""
-    network = prepared.network
-    frame = 4 * (network.description.features + network.description.outputs) + 4
-    return config.engine.max_streams * (network.state.row_bytes + config.limits.window_frames * frame)
 
 
 def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:

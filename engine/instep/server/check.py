@@ -21,6 +21,7 @@ from instep.recording.records import refuse_other_engine
 from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import effective_limits
 from instep.server.log import make_log
+from instep.server.memory import warn_of_memory
 from instep.server.preparation import CannotServe, Prepared, check_early, log_of, prepare
 from instep.server.recordings import find_recording, recording_header
 
@@ -36,6 +37,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     log = make_log(config.log)
     check_early(config, restart=restart)
     prepared = prepare(config, log, restart=restart)
+    warn_of_memory(config, prepared, log)
     check_models(config, prepared, log, accept_numerics_change)
     admin = {"http": _with_port(f"http://{config.http.endpoint}")} if check_endpoints(config, log) else {}
     for each in prepared:

@@ -13,6 +13,7 @@ from instep.frontends.http.connections import DEFAULT, cannot_listen
 from instep.frontends.http.security import read_token
 from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
+from instep.server.memory import memory_at_start, size, usable_memory
 from instep.server.recording_files import check_several
 
 
@@ -21,7 +22,7 @@ def early_problems(config: Config, *, restart: bool = False) -> list[str]:
 
     `restart` is as of `serve.run`.
     """
-    checks = (_folders, _recording, _ports, _token, _device)
+    checks = (_folders, _recording, _ports, _token, _memory, _device)
     problems = [sentence for check in checks for sentence in check(config)]
     if restart and config.transport.endpoint.endswith(":*"):
         problems.append("--restart needs a port: clients would not find the next server on whichever port is free then")
@@ -85,6 +86,15 @@ def _token(config: Config) -> Iterator[str]:
         read_token(config.http)
     except CannotListen as error:
         yield str(error)
+
+
+def _memory(config: Config) -> Iterator[str]:
+    needed, usable = memory_at_start(config), usable_memory()
+    if needed > usable:
+        yield (
+            f"engine.max_streams is {config.engine.max_streams:,}, which takes {size(needed)} of memory before any "
+            f"stream is opened, and {size(usable)} may be used: lower it"
+        )
 
 
 def _device(config: Config) -> Iterator[str]:

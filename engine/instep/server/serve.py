@@ -19,6 +19,7 @@ from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
+from instep.server.memory import warn_of_memory
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
 from instep.server.preparation import Prepared, check_early, prepare
 from instep.server.reload import Kept, differences, reload
@@ -71,6 +72,7 @@ def run(
     log = make_log(config.log, threshold)
     check_early(config, restart=restart)
     prepared = prepare(config, log, restart=restart)
+    warn_of_memory(config, prepared, log)
     if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
