@@ -87,10 +87,14 @@ def unload(
     It refuses while streams are in use. With --force they stop: a recording keeps them for when the model is loaded
     again; without one they end, and their owners are told. Connections to the model end in any case.
     """
+    from instep.models.errors import ModelError
     from instep_client import Client
 
     with Client(endpoint, model="") as client:
-        other = next((model.name for model in client.list_models() if model.name != name), "")
+        served = [model.name for model in client.list_models()]
+    if served == [name]:
+        raise ModelError(f"{name} is the only model: load another one first, or stop the server")
+    other = next((each for each in served if each != name), "")
     with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
         _list(model.name for model in client.unload_model(name, force=force))
 
