@@ -233,8 +233,11 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
 ) -> None:
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "none"), *ANY_PORT, "--json"])
     assert done.exit_code == 1
-    (problem,) = json.loads(done.stdout)["problems"]
-    assert str(tmp_path / "none") in problem["what"]
+    found = json.loads(done.stdout)
+    (problem,) = found["problems"]
+    assert problem["what"] == f"there is no model folder {tmp_path / 'none'}"
+    assert problem["cure"].startswith("correct the path")
+    assert "models" not in found["facts"]
     monkeypatch.setattr(
         "instep.server.preparation.certify", lambda network, buckets: Certification("tolerance", buckets, 4, False)
     )

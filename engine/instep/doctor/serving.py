@@ -16,6 +16,7 @@ from instep.config.endpoint import local_address
 from instep.config.sections import ModelConfig
 from instep.doctor.findings import Findings
 from instep.server.check import check_endpoints, check_models
+from instep.server.early import no_folder
 from instep.server.memory import exceeds, memory_when_full, size
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep_client import AsyncClient, Refused
@@ -76,11 +77,14 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
     is_named = bool(config.model.folders)
     if not is_named:
         config = config.model_copy(update={"model": ModelConfig(folder=demo)})
+    if missing := [folder for _, folder in config.model.folders if not os.path.exists(folder)]:
+        for folder in missing:
+            findings.fail(*no_folder(folder))
+        return
     log = _collecting(findings)
     try:
         prepared = prepare(config, log, is_served=is_served)
     except (CannotServe, RuntimeError) as error:
-        findings.section("models")
         findings.fail(str(error).splitlines()[0], "instep serve --check tries it again")
         return
     for each in prepared:

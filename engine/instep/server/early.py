@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 from instep.config import Config
 from instep.frontends import CannotListen
@@ -32,12 +33,12 @@ def early_problems(config: Config, *, restart: bool = False) -> list[str]:
 def _folders(config: Config) -> Iterator[str]:
     for _, folder in config.model.folders:
         if not os.path.exists(folder):  # Path's raises if its name is too long
-            yield no_folder(folder)
+            yield ": ".join(no_folder(folder))
 
 
-def no_folder(folder: object) -> str:
+def no_folder(folder: Path) -> tuple[str, str]:
     """That there is no such model folder, and what to do."""
-    return f"there is no model folder {folder}: correct the path, or make one with `instep model import`"
+    return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
 
 
 def _recording(config: Config) -> Iterator[str]:
