@@ -254,6 +254,9 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
     Path("net.onnx").touch()
     Path("train.py").write_text("import torch")
     Path("text.txt").write_text("(hello)")
+    torch.save(NET.state_dict(), "whole_state.pt")
+    content = Path("whole_state.pt").read_bytes()
+    Path("cut.pt").write_bytes(content[: len(content) // 10])  # where torch itself says "Invalid argument"
     save_model("folder", NET)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own deprecations
@@ -265,6 +268,7 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
         "array.pt": "holds more than tensors",
         "two.pt": r"holds 2 state dicts \(ema, model\); save the one to serve alone",
         "list.pt": r"holds no state dict; make one with torch.save\(net.state_dict\(\), path\)",
+        "cut.pt": "is damaged or cut short: copy it again, or save the weights again",
         "text.pt": r"is not a file of weights: make one with torch.save\(net.state_dict\(\), path\)",
         "empty.pt": "is not a file of weights: make one",
         "script.pt": "is a TorchScript archive: make one",

@@ -9,10 +9,12 @@ import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
 from warnings import catch_warnings
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -105,6 +107,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{folder} is a model folder already: there is nothing to import; serve it as it is")
     if is_folder:
         raise ModelError(f"{path} is a folder: name a file of weights in it, or an .onnx graph")
+    if _is_cut_short(path):
+        raise ModelError(f"{path} is damaged or cut short: copy it again, or save the weights again")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -128,6 +132,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         kind = "a TorchScript archive" if "TorchScript" in str(error) else "not a file of weights"
         raise ModelError(_NO_WEIGHTS.format(path, kind)) from None
     return _state_dict(content, path)
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a file of `torch.save` begins as a zip archive, whose directory at the end is missing."""
+    with suppress(OSError), path.open("rb") as file:  # whoever reads it says why it cannot be read
+        return file.read(4) == b"PK\x03\x04" and not is_zipfile(path)
+    return False
 
 
 def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
