@@ -86,7 +86,7 @@ def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
     write_model(str(tmp_path), old)
     new = make_model(GruDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
     with pytest.raises(
-        ModelError, match=r"holds a model already; choose another folder, or replace it with overwrite=True, or --o"
+        ModelError, match=r"holds a model already; choose another folder, or replace it with --overwrite \(overwrite=T"
     ):
         write_model(tmp_path, new)
     assert same(load_model(tmp_path), old)

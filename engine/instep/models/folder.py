@@ -224,8 +224,8 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     try:
         if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, graph_name or WEIGHTS_FILE)):
             raise ModelError(
-                f"{folder} holds a model already; choose another folder, or replace it with overwrite=True, or "
-                "--overwrite on the command line"
+                f"{folder} holds a model already; choose another folder, or replace it with --overwrite "
+                "(overwrite=True in Python)"
             )
         folder.mkdir(parents=True, exist_ok=True)
         replaces = (folder / DESCRIPTION_FILE).exists()
