@@ -33,12 +33,13 @@ class PlainFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def leaves_in_words(state: StateSpec) -> str:
-    """The leaves with their shapes, and the dtypes of those that are not float32: `h [64], frames [] int64`."""
-    return ", ".join(
+def state_in_words(state: StateSpec) -> str:
+    """The leaves with shapes, and with dtypes other than float32: `state h [64], frames [] int64`."""
+    leaves = ", ".join(
         f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype.name == "float32" else f" {leaf.dtype.name}")
         for leaf in state.leaves
     )
+    return leaves if [leaf.name for leaf in state.leaves] == ["state"] else f"state {leaves}"
 
 
 def learned_shapes(state: StateSpec) -> dict[str, Shape]:

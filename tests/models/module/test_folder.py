@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from instep.cli import app
+from instep.models.base import Leaf, StateSpec, state_in_words
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build
@@ -196,6 +198,13 @@ def test_a_check_against_another_step(tmp_path: Path, monkeypatch: pytest.Monkey
         found = runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}"])
         assert found.exit_code == 2
         assert sentence in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(["state"], "state [4]"), (["h"], "state h [4]"), (["state", "h"], "state state [4], h [4]")]
+)
+def test_a_state_of_one_leaf_called_state_is_named_once(names: list[str], words: str) -> None:
+    assert state_in_words(StateSpec(tuple(Leaf(name, (4,), np.dtype(np.float32)) for name in names))) == words
 
 
 def test_info_shows_the_leaves_and_tensors() -> None:

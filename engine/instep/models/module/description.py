@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, leaves_in_words
+from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, state_in_words
 from instep.models.module.graph import Graph, Size
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 from instep_tools.words import counted
@@ -73,9 +73,9 @@ class ModuleDescription(PlainFields):
 
     def in_words(self) -> str:
         """`40 features → step of 12 operators, state h [128] → 10 outputs`."""
-        leaves = leaves_in_words(self.state)
+        state = state_in_words(self.state)
         operators = counted(len(self.graph.nodes), "operator")
-        return f"{self.features} features → step of {operators}, state {leaves} → {counted(self.outputs, 'output')}"
+        return f"{self.features} features → step of {operators}, {state} → {counted(self.outputs, 'output')}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, leaves_in_words
+from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, state_in_words
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 ROWS: Final = "rows"
@@ -170,8 +170,8 @@ class OnnxDescription(PlainFields):
     def in_words(self) -> str:
         """`512 features → ONNX graph, state h [2, 128] → 1 output`."""
         plural = "" if self.outputs == 1 else "s"
-        state = leaves_in_words(self.state)
-        return f"{self.features} features → ONNX graph, state {state} → {self.outputs} output{plural}"
+        state = state_in_words(self.state)
+        return f"{self.features} features → ONNX graph, {state} → {self.outputs} output{plural}"
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
         return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}
