@@ -47,6 +47,17 @@ async def test_every_path_but_health_wants_the_token(token_file: Path) -> None:
         await error(http, f"/api/stats?token={TOKEN}", 401)  # only the page takes it, and takes it out of the address
 
 
+async def test_a_browser_without_the_token_gets_a_page_that_says_how_to_show_it(token_file: Path) -> None:
+    browser = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with administered(http={"token_file": token_file}) as (_, http):
+        for path in ("/", "/?token=x"):
+            answer = await http.get(path, headers=browser)
+            assert (answer.status_code, answer.headers["content-type"]) == (401, "text/html; charset=utf-8")
+            assert "open /?token=TOKEN once in a browser" in answer.text
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+        await error(http, "/api/stats", 401, headers=browser)
+
+
 async def test_a_browser_shows_the_token_once_and_gets_a_cookie_that_does_not_hold_it(token_file: Path) -> None:
     async with administered(http={"token_file": token_file}) as (_, http):
         assert "wrong" in await error(http, "/?token=x", 401)

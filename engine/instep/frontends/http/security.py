@@ -99,7 +99,8 @@ class Guard:
         try:
             answer = self._check(scope)
         except HttpError as error:
-            answer = error.response()
+            is_read = scope["path"] == _PAGE and "text/html" in Headers(scope=scope).get("accept", "")
+            answer = error.page() if is_read else error.response()
         await (answer or self._app)(scope, receive, send_safely)
 
     def _check(self, scope: Scope) -> Response | None:
