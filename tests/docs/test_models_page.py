@@ -123,7 +123,7 @@ def test_a_step_that_torch_export_saved_is_imported_as_written(folder: Path) -> 
     exported = run(["python", "exported.py"], folder)
     assert exported.returncode == 0, exported.stderr
     imported = run(COMMANDS[-2], folder)
-    words = "exported: 40 features → step of 3 operators, state state [64] → 3 outputs\n"
+    words = "exported: 40 features → step of 3 operators, state [64] → 3 outputs\n"
     assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
 
 
