@@ -141,6 +141,15 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("hidden", [99_999_999, 10**30])
+def test_a_size_that_no_memory_holds_is_told_in_a_sentence(tmp_path: Path, hidden: int) -> None:
+    result = instep("model", "make", str(tmp_path / "m"), "--features", "12", "--hidden", str(hidden))
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    count = 3 * hidden * (12 + hidden) + 6 * hidden
+    assert result.stderr.startswith(f"no memory for a model of {count:,} weights (")
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     result = instep("model", "info", str(tmp_path))
     assert result.exit_code == 2
