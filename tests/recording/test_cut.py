@@ -145,6 +145,10 @@ def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
         cut(path, tmp_path / "out.rec", Bound("position", 3), Bound("position", 2))
     with pytest.raises(RecordingError, match="the range is empty: it begins at position 9,999,999 and ends at"):
         cut(path, tmp_path / "out.rec", Bound("position", 9_999_999), None)
+    late = Bound("time", scribe.now + 10**9)
+    for end in (None, Bound("position", 20), Bound("time", scribe.now)):
+        with pytest.raises(RecordingError, match=r"the range is empty: it begins at 20\d\d-.* UTC and ends at 20\d\d-"):
+            cut(path, tmp_path / "out.rec", late, end)
     with pytest.raises(RecordingError, match="there is no folder"):
         cut(path, tmp_path / "no" / "out.rec", None, None)
     assert not (tmp_path / "out.rec").exists()

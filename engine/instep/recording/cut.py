@@ -11,7 +11,7 @@ from typing import Literal
 
 from instep.recording.database import insert, make_tables, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.inspection import write_new
+from instep.recording.inspection import when, write_new
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT
@@ -96,6 +96,10 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
     """The checkpoint that the range begins with; of position 0 for the beginning of all."""
     if begin is not None and begin.kind == "position" and begin.value > last:
         raise RecordingError(f"the range is empty: it begins at position {begin.value:,} and ends at {last:,}")
+    if begin is not None and begin.kind == "time":
+        ends = next((row[1] for table in HISTORY for row in reader.rows(table, last, last)), None)
+        if ends is not None and begin.value > ends:
+            raise RecordingError(f"the range is empty: it begins at {when(begin.value)} and ends at {when(ends)}")
     kept = [Checkpoint()] if not reader.trimmed.position else []
     kept += reader.checkpoints()
     # The newest one may lack states: later ones replaced them, or their streams have closed.
