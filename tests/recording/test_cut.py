@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from instep.models.folder import load_model
 from instep.recording.app import app
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import inspect
+from instep.recording.inspection import inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -133,6 +135,34 @@ def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, 
     found = cut(path, tmp_path / "three.rec", Bound("position", left[1]), None)
     assert found.first_position == left[1] + 1
     assert verified(tmp_path / "three.rec", model)
+
+
+def test_a_recording_without_its_beginning_says_so_wherever_it_is_described(
+    scribe: Scribe, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    while scribe.writer.trim(scribe.now + 500 * TICK_NS):
+        pass
+    trimmed, archive, whole = scribe.writer.path, tmp_path / "out.rec", record_gru(tmp_path / "whole", GRU, [2])
+    cut(trimmed, archive, None, None)
+    for path in (trimmed, archive):
+        with RecordingReader(path) as reader:
+            begins = f"begins at position {reader.first_position:,} ({when(reader.checkpoints()[0].time_ns)}); "
+            assert reader.first_position > 1
+        result = CliRunner().invoke(app, ["info", str(path)])
+        shown = " ".join(result.stdout.split())
+        assert f"history {begins}what came before was trimmed or cut off restarts 0 since then" in shown
+        console, page = Console(file=(text := io.StringIO()), width=80), tmp_path / f"{path.stem}.html"
+        options: dict[str, Any] = {"model_folder": model, "streams": [], "console": console}
+        assert run(path, json=False, page=page, **options) == 0
+        assert f"\nthe recording {begins}what came before" in text.getvalue()
+        assert page.read_text().count(begins) == 2, "among the limits of the verdict, and the facts"
+        run(path, json=True, **options)
+        assert json.loads(capsys.readouterr().out)["trimmed"].startswith(begins)
+    run(whole.path, json=True, model_folder=None, streams=[], console=console)
+    assert json.loads(capsys.readouterr().out)["trimmed"] == ""
+    assert "history from the beginning on restarts 0 " in " ".join(
+        CliRunner().invoke(app, ["info", str(whole.path)]).stdout.split()
+    )
 
 
 def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def how_it_ends(reader: RecordingReader) -> str:
     return f"not closed: its engine ended without closing it{f'; {tail}' if tail else ''}"
 
 
+def where_it_begins(reader: RecordingReader) -> str:
+    """A predicate such as "begins at position 1,201 (…)"; empty where nothing was trimmed or left out by a cut."""
+    if not reader.trimmed.position:
+        return ""
+    since = when(reader.checkpoints()[0].time_ns)
+    return f"begins at position {reader.first_position:,} ({since}); what came before was trimmed or cut off"
+
+
 T = TypeVar("T")
 
 
@@ -116,6 +124,8 @@ class Overview:
     """How far the newest states go; 0 for none."""
     first_position: int
     """Above 1 where the history was trimmed."""
+    trimmed: str
+    """Where the history begins, in words; empty where none was trimmed."""
     last_position: int
     bytes: int
     """With the WAL."""
@@ -151,6 +161,7 @@ def look_over(path: Path) -> Overview:
             restarts=sum(event.kind == RECOVERED_EVENT for event in reader.events()),
             checkpoint_position=reader.checkpoint().position,
             first_position=reader.first_position,
+            trimmed=where_it_begins(reader),
             last_position=reader.last_position,
             bytes=bytes_on_disk(path),
         )

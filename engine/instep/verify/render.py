@@ -82,6 +82,8 @@ def remarks(report: Report) -> Iterator[str]:
         frames = counted(report.not_compared, "frame")
         when = "when the engine was killed or the copy was cut"
         yield f"not compared: {frames} whose outputs were not recorded yet {when}"
+    if report.trimmed:
+        yield f"the recording {report.trimmed}"
     if not report.finished:
         yield f"the recording was checked up to its last commit: {report.ending}"
 

@@ -121,6 +121,8 @@ class Report:
     seconds: float
     ending: str = ""
     """How the recording ends, in words."""
+    trimmed: str = ""
+    """Where the recording begins, such as "begins at position 1,201 (…)"; empty where no history was trimmed."""
     elements: dict[Checker, int] = field(default_factory=dict)
     """How many elements of outputs and states each of the two replays compared."""
     whole_sequence: bool = True
@@ -191,6 +193,7 @@ class Report:
             "fingerprint": self.fingerprint,
             "ending": self.ending,
             "finished": self.finished,
+            "trimmed": self.trimmed,
             "frames": self.frames,
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,

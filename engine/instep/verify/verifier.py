@@ -35,7 +35,7 @@ from instep.core.typing import I64
 from instep.models.base import RecurrentModel, Reference
 from instep.models.model import Model
 from instep.models.numerics import threads_as_here
-from instep.recording.inspection import how_it_ends
+from instep.recording.inspection import how_it_ends, where_it_begins
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.runtime.executor import usable_cores
@@ -110,6 +110,7 @@ def verify(
         streams=tuple(join_reports(list(of_stream)) for _, of_stream in groupby(parts, key=attrgetter("stream"))),
         ending=how_it_ends(reader),
         finished=reader.finished,
+        trimmed=where_it_begins(reader),
         notes=(*conditions.step_notes, *conditions.whole_notes),
         buckets=conditions.buckets,
         seconds=time.monotonic() - began,
