@@ -166,7 +166,8 @@ def verify(
     Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. With --follow,
     everything that was compared matched, and the last line counts what was not compared; --json prints an object a
     second, and a last one with `"final": true`. Several recordings are verified one after another, with a line for
-    each (with --json, an object); the status is 1 if any differs, otherwise 2 if any could not be checked.
+    each (with --json, an object); the status is 1 if any differs, otherwise 2 if any could not be checked. Those
+    without frames are passed over, unless all are.
     """
     if for_s is not None and not follow:
         raise typer.BadParameter("it goes with --follow", param_hint="--for")

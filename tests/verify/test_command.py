@@ -177,6 +177,33 @@ def test_a_folder_of_recordings_has_a_line_for_each_and_the_worst_status(recorde
     assert [json.loads(line)["verdict"] for line in in_json.stdout.splitlines()] == ["exact", "not checked"]
 
 
+def test_a_recording_without_frames_among_several_is_named_and_no_failure(recorded: Recorded, tmp_path: Path) -> None:
+    def typed(*words: str | Path) -> tuple[int, list[str]]:
+        result = CliRunner().invoke(app, ["verify", *map(str, words)])
+        return result.exit_code, result.stdout.splitlines()
+
+    folder, good = tmp_path / "all", recorded.path
+    folder.mkdir()
+    empty = record_gru(tmp_path / "empty", make_gru(), [0]).path.rename(folder / "b.rec")
+    none = f"{empty}: empty: it holds no frames"
+    nothing = "not verified: 1 recording, 0 verified, 0 with a mismatch, 0 not checked, 1 empty"
+    assert typed(folder) == (2, [none, nothing])
+    verified = f"{good}: verified: 3 streams, 14 frames, exact, 0 mismatches"
+    assert typed(good, folder) == (0, [verified, none, "verified: 1 recording, 1 empty"])
+    status, lines = typed(good, folder, "--json")
+    assert (status, [json.loads(line)["verdict"] for line in lines]) == (0, ["exact", "empty"])
+    assert not json.loads(lines[1])["verified"]
+    broken = folder / "c.instep"
+    broken.write_text("hello " * 1000)
+    status, lines = typed(good, folder)
+    assert status == 2
+    assert lines[-1] == "not verified: 3 recordings, 1 verified, 0 with a mismatch, 1 not checked, 1 empty"
+    forger = Forger(empty, folder / "d.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    status, lines = typed(good, forger.path)
+    assert (status, lines[1].startswith(f"{forger.path}: not checked: ")) == (2, True), "its frames are missing"
+
+
 def test_the_progress_of_one_recording_among_several_names_it(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from instep.verify import verifier
 from instep.verify.conditions import recorded_model
 from instep.verify.follow_command import Following
 from instep.verify.render import render, render_briefly
-from instep.verify.report import CannotVerify
+from instep.verify.report import CannotVerify, NoFrames
 from instep_tools.page import check_report_path, write_page
 from instep_tools.problems import BadFile
 from instep_tools.terminal import say, show_progress
@@ -28,6 +28,8 @@ from instep_tools.words import counted
 VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
+WITHOUT_FRAMES: Final = -1
+"""Not an exit status: of a recording among several that holds no frames."""
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
 
     Returns:
         The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
-        checked, or the page not be written although everything matched.
+        checked, or the page not be written although everything matched. Of one of several, also `WITHOUT_FRAMES`.
     """
 
     def verified() -> int:
@@ -83,7 +85,19 @@ def run(
                 say(console, f"report in {page}")
         return status
 
-    return _status(file, json, console, verified, f"{file}: " if briefly else "")
+    def checked() -> int:
+        try:
+            return verified()
+        except NoFrames as error:
+            if not briefly:
+                raise
+            if json:
+                write_json({"file": str(file), "verified": False, "verdict": "empty", "error": str(error)})
+            else:
+                say(console, f"{file}: empty: it holds no frames", "dim")
+            return WITHOUT_FRAMES
+
+    return _status(file, json, console, checked, f"{file}: " if briefly else "")
 
 
 def run_all(
@@ -99,7 +113,8 @@ def run_all(
         console: where everything else goes.
 
     Returns:
-        The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked, otherwise 0.
+        The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked or none holds
+        frames, otherwise 0. Those without frames do not count.
     """
     found: list[Path] = []
     for place in places:
@@ -113,15 +128,16 @@ def run_all(
     every = list(dict.fromkeys(found))
     options: dict[str, Any] = {"model_folder": model_folder, "streams": streams, "json": json, "console": console}
     statuses = [run(file, **options, briefly=True) for file in every]
-    differing, unchecked = statuses.count(MISMATCH), statuses.count(NOT_CHECKED)
+    good, differing, unchecked, empty = map(statuses.count, (VERIFIED, MISMATCH, NOT_CHECKED, WITHOUT_FRAMES))
+    status = MISMATCH if differing else NOT_CHECKED if unchecked or not good else VERIFIED
     if not json:
-        line, style = f"verified: {counted(len(every), 'recording')}", "bold green"
-        if differing or unchecked:
-            good = f"{statuses.count(VERIFIED):,} verified"
-            line = f"not {line}, {good}, {differing:,} with a mismatch, {unchecked:,} not checked"
-            style = "bold red"
-        say(console, line, style)
-    return MISMATCH if differing else NOT_CHECKED if unchecked else VERIFIED
+        without = f", {empty:,} empty" if empty else ""
+        if status == VERIFIED:
+            say(console, f"verified: {counted(good, 'recording')}{without}", "bold green")
+        else:
+            parts = f"{good:,} verified, {differing:,} with a mismatch, {unchecked:,} not checked{without}"
+            say(console, f"not verified: {counted(len(every), 'recording')}, {parts}", "bold red")
+    return status
 
 
 def follow(

@@ -26,6 +26,10 @@ class CannotVerify(Exception):
     """The check could not be made; the message is a sentence saying why and what to do."""
 
 
+class NoFrames(CannotVerify):
+    """The recording holds no frames, which is no fault of one among several."""
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """A recorded element that differs from the one computed again."""

@@ -19,7 +19,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo, select_streams
 from instep.recording.sequences import SequenceIndex
 from instep.verify.checkpoints import StoredCheckpoints, StoredState
-from instep.verify.report import CannotVerify, Place, StreamReport, Verdict
+from instep.verify.report import CannotVerify, NoFrames, Place, StreamReport, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,8 @@ class StreamChecks:
     def require_outputs(self, wanted: Sequence[str]) -> None:
         """Raise CannotVerify where the streams, wanted by these words, have no frames with outputs."""
         if not self._index.frames_present:
-            raise CannotVerify(f"{self._path} holds no frames: nothing was recorded, so nothing can be verified")
+            kind = CannotVerify if any(check.problems for check in self.checks) else NoFrames
+            raise kind(f"{self._path} holds no frames: nothing was recorded, so nothing can be verified")
         if not any(check.frames > check.unanswered or check.problems for check in self.checks):
             whose = "the recording has no"
             if wanted:
