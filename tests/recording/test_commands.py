@@ -358,3 +358,11 @@ def test_as_typed(tmp_path: Path) -> None:
     assert runner.invoke(app, ["list", str(tmp_path)]).exit_code == 0
     assert runner.invoke(app, ["repair", str(tmp_path / "a.rec"), "--output", str(tmp_path / "b.rec")]).exit_code == 0
     assert runner.invoke(app, ["check", str(tmp_path / "missing.rec")]).exit_code == 2
+    forger = Forger(tmp_path / "a.rec", tmp_path / "c.rec", fix_crc=False)
+    forger.change("outputs", 15, time_ns=7)
+    repair, saved = ["repair", str(forger.path)], [tmp_path / "as-argument.rec", tmp_path / "as-option.rec"]
+    assert runner.invoke(app, [*repair, str(saved[0])]).exit_code == 0
+    assert runner.invoke(app, [*repair, "--output", str(saved[1])]).exit_code == 0
+    assert history(saved[0])[:14] == history(saved[1])[:14] == history(tmp_path / "a.rec")[:14]
+    twice = runner.invoke(app, [*repair, str(tmp_path / "d.rec"), "--output", str(tmp_path / "e.rec")])
+    assert (twice.exit_code, "the new file is given twice" in twice.stderr) == (2, True)

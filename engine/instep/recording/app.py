@@ -48,12 +48,15 @@ def list_folder(
     raise typer.Exit(commands.list_folder(folder, make_console(), json=json))
 
 
-@app.command(examples=["instep recordings repair today.instep --output saved.instep"])
+@app.command(examples=["instep recordings repair today.instep saved.instep"])
 def repair(
     recording: Recording,
-    output: Annotated[
+    out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The new file. Default: next to the damaged one.", show_default=False),
+        typer.Argument(metavar="OUT", help="The new file. Default: next to the damaged one.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, as an option.", show_default=False)
     ] = None,
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
@@ -62,7 +65,9 @@ def repair(
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.repair(recording, output, make_console()))
+    if out is not None and output is not None:
+        raise typer.BadParameter("the new file is given twice: leave this out", param_hint="--output")
+    raise typer.Exit(commands.repair(recording, out or output, make_console()))
 
 
 @app.command(
