@@ -174,6 +174,11 @@ def verify(
     if report is not None and follow:
         raise typer.BadParameter("a page is written of a whole recording, without --follow", param_hint="--report")
 
+    if (follow or report is not None) and len(recordings) == 1 and os.path.isdir(recordings[0]):
+        from instep.recording.inspection import recordings_in
+
+        if len(only := recordings_in(recordings[0])) == 1:
+            recordings = only
     several = len(recordings) > 1 or os.path.isdir(recordings[0])
     if several and (follow or report is not None):
         option = "--follow" if follow else "--report"

@@ -5,6 +5,7 @@ import json
 import re
 import sqlite3
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -214,6 +215,15 @@ def test_the_progress_of_one_recording_among_several_names_it(
     )
     assert "\nreplaying 100%" in alone
     assert f"\n{recorded.path.name}: replaying 100%" in among_several
+
+
+def test_a_folder_of_one_recording_stands_for_it(recorded: Recorded, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    verified = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
+    assert (verified.exit_code, recorded.path.name in page.read_text()) == (0, True)
+    copyfile(recorded.path, recorded.path.with_name("b.rec"))
+    refused = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
+    assert (refused.exit_code, "it takes one recording: name one file" in refused.stderr) == (2, True)
 
 
 def test_options_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:
