@@ -150,6 +150,27 @@ def test_a_size_that_no_memory_holds_is_told_in_a_sentence(tmp_path: Path, hidde
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_a_model_that_no_memory_steps_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise error
+
+    folder = str(tmp_path / "m")
+    assert instep("model", "make", folder, "--features", "3", "--hidden", "4").exit_code == 0
+    monkeypatch.setattr(certify, "Probes", no_memory)
+    sentence = (
+        "no memory to step 3 features → GRU 4 in batches of up to 512: make the model smaller, or lower "
+        "engine.max_batch_size\n"
+    )
+    for command in (("model", "info", folder), ("serve", folder, "--check", "--endpoint", "tcp://127.0.0.1:*")):
+        result = instep(*command)
+        assert (result.exit_code, result.stderr.endswith(sentence)) == (2, True), result.stderr
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     result = instep("model", "info", str(tmp_path))
     assert result.exit_code == 2

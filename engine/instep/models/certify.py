@@ -22,6 +22,7 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, RecurrentModel, StateSpec
+from instep.models.errors import ModelError, is_no_memory
 from instep.models.stepping import (
     answers_of,
     random_frames,
@@ -87,7 +88,22 @@ def certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     Where no bucket agrees even with itself, all candidates stay, under `tolerance`.
 
     What the model chose in `select_step` stays chosen.
+
+    Raises:
+        ModelError: when there is no memory for a step of the largest batch.
     """
+    try:
+        return _certify(model, candidates)
+    except (MemoryError, RuntimeError) as error:
+        if not is_no_memory(error):
+            raise
+        raise ModelError(
+            f"no memory to step {model.description.in_words()} in batches of up to {candidates[-1]}: make the model "
+            "smaller, or lower engine.max_batch_size"
+        ) from None
+
+
+def _certify(model: RecurrentModel, candidates: Sequence[int]) -> Certification:
     count = _probe_count(model, candidates)
     model.select_step(candidates, count)
     steps = {bucket: model.bind(bucket) for bucket in candidates}
