@@ -1,9 +1,9 @@
 """One process that imports what commands need, and that forks itself for each of them: `warm.py` asks it to.
 
-It has one thread, in which torch computes, too, and no socket of ZeroMQ. All processes of a test run share the one whose
-address is in their environment. Over a connection to it come a request, a line of JSON with the files of the process to
-be; back go two lines, the id of the fork once signals reach it and its exit status, negative for a signal. A fork is
-killed when its connection is closed, and all are when the process ends that began this one.
+It has one thread, in which torch computes, too, and no socket of ZeroMQ. All processes of a test run share the one
+whose address is in their environment. Over a connection to it come a request, a line of JSON with the files of the
+process to be; back go two lines, the id of the fork once signals reach it and its exit status, negative for a signal. A
+fork is killed when its connection is closed, and all are when the process ends that began this one.
 """
 
 from __future__ import annotations
