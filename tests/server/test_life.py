@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import zmq
 
 from instep.frontends.zmq.router import Router
 from instep.recording.open_streams import OpenStream
@@ -212,6 +213,21 @@ async def test_the_end_waits_until_a_late_reader_has_its_replies() -> None:
         server.stop()
         await asyncio.sleep(0.05)
         assert [(await late.receive()).kind for _ in range(7)] == [*[Kind.STEPPED] * 6, Kind.GOODBYE]
+
+
+async def test_the_end_waits_until_a_client_that_was_busy_has_read_its_answer(rng: np.random.Generator) -> None:
+    """When a connection ends, ZeroMQ drops what the client has received and not read yet (IMMEDIATE)."""
+    gate, options = Gate(), {zmq.IMMEDIATE: 1}
+    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint, options=options) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        await client.send(*client.step_message(handles, [0], waiting(rng)))
+        await taken(server)
+        server.stop()
+        gate.open()
+        await asyncio.sleep(0.4)  # meanwhile the client reads nothing
+        async with asyncio.timeout(10):
+            assert (await client.receive()).kind is Kind.STEPPED
 
 
 async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye_and_there_after_a_restart(

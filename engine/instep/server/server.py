@@ -36,7 +36,9 @@ from instep.streaming.tasks import in_daemon_thread
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
-"""How long a drained server waits for peers to take their replies."""
+"""How long a drained server waits for peers to read their replies."""
+_ASK_EVERY: Final = 20
+"""Looks from one time that they are asked to the next, which finds those that have gone meanwhile."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way, and for the recorder."""
 
@@ -266,16 +268,28 @@ class Server:
         while self._shutdown.drains and not self._is_quiet:
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
-        # Replies that a peer does not take are that peer's loss: it resumes its streams when the server is back.
-        for _ in range(round(_LINGER_S / _LOOK_S)):
-            if self._frontend.is_idle or not self._shutdown.drains or time.monotonic() > self._drain_until:
-                break
-            await asyncio.sleep(_LOOK_S)
+        await self._linger()
         if self._shutdown.drains:
             with contextlib.suppress(TimeoutError):  # it only saves the next start a replay
                 async with asyncio.timeout(max(0.0, self._drain_until - time.monotonic())):
                     await asyncio.gather(*(service.checkpoints.take() for service in self.services))
         self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
+
+    async def _linger(self) -> None:
+        """Wait until peers have read their replies.
+
+        When a connection ends, ZeroMQ may drop what the client has received and not read yet. Replies that a peer does
+        not read in time are that peer's loss: it resumes its streams when the server is back.
+        """
+        for look in range(round(_LINGER_S / _LOOK_S)):
+            if not self._shutdown.drains or time.monotonic() > self._drain_until:
+                return
+            if look % _ASK_EVERY == 0:
+                self._frontend.outbound.ask_all()
+                self._turns.wake()  # a send may have taken the signal of an arrival
+            if self._frontend.is_idle and self._frontend.outbound.is_read:
+                return
+            await asyncio.sleep(_LOOK_S)
 
     def _fail_if_late(self) -> None:
         if time.monotonic() > self._drain_until:

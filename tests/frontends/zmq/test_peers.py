@@ -107,6 +107,24 @@ def test_frames_are_on_the_account_of_a_peer_while_their_reply_waits() -> None:
     assert (rig.backlog(), rig.outbound.is_empty, rig.outbound.total_bytes) == ([0, 0], True, 0)
 
 
+def test_those_who_may_not_have_read_everything_are_asked_and_those_who_have_gone_are_forgotten() -> None:
+    rig = Rig()
+    rig.outbound.ask_all()
+    assert (rig.outbound.is_read, rig.router.taken) == (True, [])
+    rig.outbound.send(rig.slow, MESSAGE)
+    rig.outbound.send(rig.fast, MESSAGE)
+    rig.outbound.ask_all()
+    assert (rig.pings(b"\0slow"), rig.pings(b"\0fast"), rig.outbound.is_read) == ([1000], [1000], False)
+    rig.outbound.send(rig.fast, MESSAGE)
+    rig.outbound.acknowledge(rig.fast, 1000)
+    assert not rig.outbound.is_read
+    rig.router.state[b"\0slow"] = Sent.GONE
+    rig.outbound.ask_all()
+    assert (rig.gone, rig.outbound.is_read) == ([rig.slow], False)
+    rig.outbound.acknowledge(rig.fast, 2000)
+    assert rig.outbound.is_read
+
+
 def test_messages_of_a_peer_keep_their_order_and_their_bytes() -> None:
     rig = Rig()
     memory = [bytearray([number]) * 744 for number in range(4)]

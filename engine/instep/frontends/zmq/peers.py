@@ -119,6 +119,11 @@ class Outbound:
         """Whether ZeroMQ has taken everything."""
         return not self._blocked
 
+    @property
+    def is_read(self) -> bool:
+        """Whether every peer that is there has read what it had been sent when it was last asked."""
+        return all(peer.read_bytes == peer.asked_bytes for peer in self._peers.values())
+
     def __len__(self) -> int:
         return len(self._peers)
 
@@ -192,6 +197,12 @@ class Outbound:
         if sent is Sent.HANDED_OVER:
             peer.asked_bytes = peer.sent_bytes
         return sent
+
+    def ask_all(self) -> None:
+        """Ask every peer that may not have read everything; drop those that are gone."""
+        for peer in self.peers():
+            if peer.read_bytes < peer.sent_bytes and self._ask(peer) is Sent.GONE:
+                self.drop(peer)
 
     def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
         """A peer echoed a PING: it has read everything up to there."""
