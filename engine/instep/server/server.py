@@ -38,7 +38,7 @@ _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """How long a drained server waits for peers to read their replies."""
 _ASK_EVERY: Final = 20
-"""Looks from one time that they are asked to the next, which finds those that have gone meanwhile."""
+"""Looks from one time that they are asked to the next, which finds out who has gone meanwhile."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way, and for the recorder."""
 

@@ -108,6 +108,8 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
+        self._asked: list[Peer] = []
+        """Those whom `ask_all` has asked last."""
         self._ask_every_bytes = max_unread_bytes // 2
         self.unread_bytes = 0
         """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
@@ -121,8 +123,8 @@ class Outbound:
 
     @property
     def is_read(self) -> bool:
-        """Whether every peer that is there has read what it had been sent when it was last asked."""
-        return all(peer.read_bytes == peer.asked_bytes for peer in self._peers.values())
+        """Whether all whom `ask_all` has asked last have read what they had been sent by then, or are gone."""
+        return all(peer.is_gone or peer.read_bytes == peer.asked_bytes for peer in self._asked)
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -199,10 +201,9 @@ class Outbound:
         return sent
 
     def ask_all(self) -> None:
-        """Ask every peer that may not have read everything; drop those that are gone."""
-        for peer in self.peers():
-            if peer.read_bytes < peer.sent_bytes and self._ask(peer) is Sent.GONE:
-                self.drop(peer)
+        """Ask every peer that may not have read everything, and whose connection still exists."""
+        unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
+        self._asked = [peer for peer in unread if self._ask(peer) is not Sent.GONE]
 
     def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
         """A peer echoed a PING: it has read everything up to there."""
