@@ -30,8 +30,8 @@ def checked_endpoint(endpoint: str) -> str:
             return endpoint
         if match is not None:
             raise InvalidInput(
-                f"{endpoint!r} is not an endpoint: write the port that the server has, 1 to 65535; one that took any "
-                "free port says in its log which"
+                f"{endpoint!r} is not an endpoint: write the port that the server has, 1 to 65535; a server with "
+                "port 0 logs the port that it took"
             )
         if re.fullmatch(r"ipc://\S.*", endpoint):
             return endpoint

@@ -82,6 +82,7 @@ def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_
         while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
             time.sleep(0.1)
         os.killpg(demo.pid, signal.SIGINT)  # as Ctrl-C in a terminal does it, to the server too
+        time.sleep(0.1)  # else Python takes the two for one
         demo.send_signal(signal.SIGINT)  # as a wrapper around the command passes it on
         said = demo.communicate()[0].splitlines()
     finally:

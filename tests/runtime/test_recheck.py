@@ -64,7 +64,7 @@ class Served:
 
 @cache
 def certified(gate: Gate) -> RecurrentModel:
-    """Leaky integrators, which certification takes for exact with this gate, behind which they are now."""
+    """Leaky integrators; called behind this gate, which certification does not notice."""
     network = build(LEAKY, CPU)
     assert certify(network, BUCKETS).exactness == "exact"
     return network

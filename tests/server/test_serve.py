@@ -128,7 +128,7 @@ def test_limits_are_fitted_to_the_model() -> None:
         effective_limits(config, 512, features=20_000, outputs=1)
 
 
-def test_the_hint_names_the_endpoint_unless_a_command_without_one_goes_there() -> None:
+def test_the_hint_names_the_endpoint_unless_it_is_the_default_one_and_no_variable_names_another() -> None:
     here, there = Config().transport.endpoint, "tcp://gpu-1:5757"
     assert serve.ping_command(here, {}) == serve.ping_command(here, {"INSTEP_ENDPOINT": here}) == "instep-client ping"
     assert serve.ping_command(here, {"INSTEP_ENDPOINT": there}) == f"instep-client ping -e {here}"

@@ -92,8 +92,11 @@ def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
     signal.raise_signal(signal.SIGINT)  # one more copy
 
 
+@pytest.mark.usefixtures("handlers_kept")
 def test_a_second_ctrl_c_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+    interrupts.end_at_once()
+    interrupts.raise_again(reports=True)
     cleaned_up = []
 
     async def work() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import BrowserContext, Page
+from playwright.sync_api import BrowserContext, Error, Page
 
 SHOTS = Path(__file__).parents[2] / "test-artefacts"
 
@@ -40,15 +40,19 @@ class Pages:
 
     def close(self) -> None:
         """Check and leave all pages."""
-        too_wide = [
-            page.url for page in self._shown if page.evaluate("document.documentElement.scrollWidth > innerWidth")
-        ]
-        for page in self._shown:
-            page.evaluate("localStorage.clear()")
-            page.unroute_all()
-            page.goto("about:blank")
+        shown, self._shown, too_wide = self._shown, [], []
+        for page in shown:
+            try:
+                if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                    too_wide.append(page.url)
+                page.evaluate("localStorage.clear(); sessionStorage.clear()")
+                page.unroute_all()
+                page.goto("about:blank")
+            except Error:  # it shows an error, or is closed
+                page.close()
+            else:
+                self._idle.append(page)
         self._window.clear_cookies()
-        self._idle, self._shown = [*self._idle, *self._shown], []
         complaints = self._complaints
         self._begin()
         assert not too_wide, f"scrolls sideways: {too_wide}"

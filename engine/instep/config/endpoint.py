@@ -8,7 +8,7 @@ from typing import Final
 
 _LABEL: Final = "[A-Za-z0-9_-]{1,63}"  # of a longer or empty one Python's resolver raises UnicodeError
 _HOST: Final = rf"{_LABEL}(?:\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+\]"
-_TCP: Final = re.compile(rf"tcp://(?P<host>\*|{_HOST}):(?P<port>\*|\d{{1,5}})")
+_TCP: Final = re.compile(rf"tcp://(?P<host>\*|{_HOST}):(?P<port>\*|[0-9]{{1,5}})")
 _HTTP: Final = re.compile(rf"(?P<host>{_HOST}):(?P<port>\d{{1,5}})")
 _MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
 
@@ -27,10 +27,13 @@ def checked_endpoint(endpoint: str) -> str:
             raise ValueError(f"the path after ipc:// must be 1 to {_MAX_IPC_PATH_BYTES} bytes long")
         return endpoint
     match = _TCP.fullmatch(endpoint)
-    port = 65_536 if match is None else int(match["port"].replace("*", "0"))
-    if port > 65_535:
-        raise ValueError(f"{endpoint!r} is not an endpoint: write tcp://127.0.0.1:5757 (port 0 for any) or ipc:///path")
-    return endpoint if port else f"{endpoint.rpartition(':')[0]}:*"
+    if match is not None and match["port"] == "*":
+        return endpoint
+    if match is None or int(match["port"]) > 65_535:
+        raise ValueError(
+            f"{endpoint!r} is not an endpoint: write tcp://127.0.0.1:5757 (port 1 to 65535, or 0 for any) or ipc:///path"
+        )
+    return endpoint if int(match["port"]) else f"tcp://{match['host']}:*"
 
 
 def is_loopback(endpoint: str) -> bool:

@@ -151,7 +151,10 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
 
 
 def ping_command(endpoint: str, environ: Mapping[str, str]) -> str:
-    """A command that asks this server whether it is ready, as short as it can be in a terminal with these variables."""
+    """A command that asks this server whether it is ready.
+
+    It names the endpoint unless that is the default one, and these variables of the environment name no other.
+    """
     usual = TransportConfig().endpoint
     goes_there = endpoint == usual and (environ.get("INSTEP_ENDPOINT") or usual) == usual
     return f"instep-client ping{'' if goes_there else f' -e {shlex.quote(endpoint)}'}"

@@ -1,4 +1,4 @@
-"""Signals as calls in the event loop, and Ctrl-C as the end of one."""
+"""Signals as calls in the event loop, and Ctrl-C as a cancellation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ R = TypeVar("R")
 
 
 def run_cancellable(work: Coroutine[Any, Any, R]) -> R:
-    """`asyncio.run`, in the main thread: the first Ctrl-C cancels the work, which may clean up, and then raises.
+    """`asyncio.run`, in the main thread: the first Ctrl-C cancels the work, which may clean up.
 
     asyncio does the same, but only with Python's own handler of SIGINT. Here the handler that there is decides what
     counts as a Ctrl-C: that of `interrupts.raise_again(reports=True)` passes over copies of one.
+
+    Raises:
+        KeyboardInterrupt: once the work has ended that was cancelled.
     """
     usual, is_cancelled = signal.getsignal(signal.SIGINT), False
     if not callable(usual):  # it is ignored
