@@ -19,7 +19,7 @@ def test_endpoints(good: str) -> None:
 
 
 BOTH = "tcp://127.0.0.1:5757 or ipc:///path"
-PORT = "the port that the server has, 1 to 65535; one that took any free port says in its log which"
+PORT = "the port that the server has, 1 to 65535; a server with port 0 logs the port that it took"
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def exported_folder(name: str) -> Path:
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            begun = Path(f"{folder}.begun")
+            begun = folder.parent / "begun" / name  # the model has its folder's name
             export_step(step_of(name), torch.zeros(1, FEATURES), example(name), begun, initial_state="example")
             begun.rename(folder)  # only now is it whole
     return folder
