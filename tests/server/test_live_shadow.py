@@ -281,6 +281,7 @@ async def test_a_reload_exchanges_the_candidate(candidate: Path, tmp_path: Path,
         assert server.default.candidate is None
         reloads(candidate)
         await until(lambda: server.default.candidate is not None and found(server).is_following)
+        await until(lambda: len(server.services) == 1)  # the client's connection kept the first version for a while
         reloads(candidate, folder=candidate.name)
         await until(lambda: len(said("not shadowed")) == 2)
         reloads(tmp_path / ("y" * 300), folder=candidate.name)
