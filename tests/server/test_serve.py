@@ -39,8 +39,7 @@ from tests.support.running import log_into, prepared
 from tests.support.served import WarmServer, serving
 
 QUIET = log_into([])
-UNCERTIFIED: dict[str, Any] = {"exactness": "off"}
-"""For what comes after certification, which would take longer than that."""
+UNCERTIFIED: dict[str, Any] = {"exactness": "off"}  # for what comes after certification, which would take longer
 
 
 @pytest.fixture
