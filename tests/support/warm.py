@@ -19,6 +19,7 @@ import threading
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
 from typing import IO
@@ -161,11 +162,17 @@ class WarmModule(_Fork):
 
 async def start_module(words: Sequence[str]) -> WarmModule:
     """As the function of this name in `instep.server.background`, but a busy machine does not keep it from working."""
+    await asyncio.to_thread(_has_imported)  # the loop serves meanwhile
     (stdin, its_stdin), (stdout, its_stdout) = socket.socketpair(), socket.socketpair()
     streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
     output = its_stdout.detach()
-    files = [output, output, its_stdin.detach()]
-    return await asyncio.to_thread(WarmModule, words, files, *streams)  # the first fork has to wait for the imports
+    return WarmModule(words, [output, output, its_stdin.detach()], *streams)
+
+
+@cache
+def _has_imported() -> None:
+    """Wait until the one process can fork."""
+    run_instep(["version"])
 
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
