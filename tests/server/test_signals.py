@@ -19,8 +19,11 @@ def handlers() -> list[object]:
 
 
 @pytest.fixture
-def handlers_kept() -> Iterator[None]:
+def reporting() -> Iterator[None]:
+    """Signals are handled as in a command that ends with a report."""
     before = {number: signal.getsignal(number) for number in HEARD}
+    interrupts.end_at_once()
+    interrupts.raise_again(reports=True)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -64,7 +67,7 @@ async def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.usefixtures("reporting")
 @pytest.mark.parametrize("copies", [0, 2])
 def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
     copies: int, monkeypatch: pytest.MonkeyPatch
@@ -82,8 +85,6 @@ def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
                 await asyncio.sleep(0)
             cleaned_up.append(True)
 
-    interrupts.end_at_once()
-    interrupts.raise_again(reports=True)
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run_cancellable(work())
@@ -92,11 +93,9 @@ def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
     signal.raise_signal(signal.SIGINT)  # one more copy
 
 
-@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.usefixtures("reporting")
 def test_a_second_ctrl_c_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
-    interrupts.end_at_once()
-    interrupts.raise_again(reports=True)
     cleaned_up = []
 
     async def work() -> None:
