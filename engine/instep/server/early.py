@@ -1,4 +1,4 @@
-"""What is known to be wrong with a start before PyTorch and the models are loaded, which takes up to a minute."""
+"""Checks of a start that need neither PyTorch nor a model: loading those takes up to a minute."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _folders(config: Config) -> Iterator[str]:
 
 
 def no_folder(folder: Path) -> tuple[str, str]:
-    """That there is no such model folder, and what to do."""
+    """The sentence about a missing model folder, and its cure."""
     return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
 
 

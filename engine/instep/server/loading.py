@@ -80,7 +80,7 @@ class Loader:
         self._configured = configured
         """The models that the configuration named when it was last read, by name."""
         self._wanted: ModelConfig | None = None
-        """What the newest reload asked for, where that has not begun."""
+        """The configuration of the newest reload, until it begins."""
 
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model.

@@ -1,4 +1,4 @@
-"""The memory that a server needs, and what it may use."""
+"""Memory: the need of a server, and the limit of the machine or container."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def memory_limit(root: Path) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """A file of the system; empty where there is none."""
+    """The text of a system file, or nothing if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -45,8 +45,8 @@ def check_several(place: Path, *, is_only: bool) -> None:
 def present_recording(file: Path, fingerprint: str) -> Path:
     """The newest recording of a version of a model, among NAME.instep and NAME@2.instep, NAME@3.instep and so on.
 
-    Each version that replaced another one in a running server has a recording of its own. Where there is none of this
-    version, it is the first file.
+    Each version that replaced another one in a running server has a recording of its own. A version without one gets
+    the first file.
 
     Raises:
         RecordingError: when one cannot be read.

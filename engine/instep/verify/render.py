@@ -80,8 +80,8 @@ def remarks(report: Report) -> Iterator[str]:
         yield f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}"
     if report.not_compared:
         frames = counted(report.not_compared, "frame")
-        when = "when the engine was killed, its recording failed or the copy was cut"
-        yield f"not compared: {frames} whose inputs are recorded, but whose outputs were not yet {when}"
+        why = "the engine was killed, its recording failed or the copy was cut"
+        yield f"not compared: {frames} whose inputs were recorded, but not their outputs: {why}"
     if report.trimmed:
         yield f"the recording {report.trimmed}"
     if not report.finished:

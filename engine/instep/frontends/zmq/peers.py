@@ -201,7 +201,7 @@ class Outbound:
         return sent
 
     def ask_all(self) -> None:
-        """Ask every peer that may not have read everything, and whose connection still exists."""
+        """Send PING to every connected peer that may have unread messages."""
         unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
         self._asked = [peer for peer in unread if self._ask(peer) is not Sent.GONE]
 
