@@ -194,23 +194,22 @@ def make_model(
             than there is memory for.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
     shapes = description.tensor_shapes()
-    for tensor_name, shape in shapes.items():
+    try:
+        weights = {tensor_name: torch.empty(shape, dtype=torch.float32) for tensor_name, shape in shapes.items()}
+    except (RuntimeError, TypeError):  # torch's own kinds for too much memory, and for a size beyond 64 bits
+        count = sum(map(math.prod, shapes.values()))
+        raise ModelError(
+            f"no memory for a model of {count:,} weights ({count * 4 / 1e9:,.0f} GB): make its layers smaller"
+        ) from None
+    for tensor_name, tensor in weights.items():
         layer, _, kind = tensor_name.rpartition(".")
-        try:
-            tensor = torch.empty(shape, dtype=torch.float32)
-        except (RuntimeError, TypeError):  # torch's own kinds for too much memory, and for a size beyond 64 bits
-            count = sum(map(math.prod, shapes.values()))
-            raise ModelError(
-                f"no memory for a model of {count:,} weights ({count * 4 / 1e9:,.0f} GB): make its layers smaller"
-            ) from None
         if init == "constant":
-            weights[tensor_name] = tensor.fill_(bias if kind.startswith("bias") else weight)
+            tensor.fill_(bias if kind.startswith("bias") else weight)
         else:
             of_layer = (shapes.get(f"{layer}.{name}") for name in ("weight", "weight_hh_l0"))
-            bound = 1 / math.sqrt(next(filter(None, of_layer), shape)[-1])
-            weights[tensor_name] = tensor.uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(next(filter(None, of_layer), shapes[tensor_name])[-1])
+            tensor.uniform_(-bound, bound, generator=generator)
     check_weights(weights, description, "the initialisation")
     return Model(check_name(name), description, weights)
 
