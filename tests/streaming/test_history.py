@@ -41,6 +41,12 @@ def test_rows_are_rates_means_and_gauges_of_their_second() -> None:
     assert history.newest() == {name: values[-1] for name, values in columns.items()}
 
 
+def test_no_row_is_of_less_than_half_a_second() -> None:
+    history = History(lambda: {"frames_total": 1.0}, {})
+    looks_ms = [ms for ms in range(700, 6_000, 10) if not 2_400 <= ms < 3_900 if history.sample(ms * SECOND // 1000)]
+    assert looks_ms == [700, 2_000, 3_900, 5_000], "the loop was busy from 2.4 to 3.9 s"
+
+
 def test_quantiles_are_those_of_the_last_ten_seconds(rng: np.random.Generator) -> None:
     histogram = new_histogram()
     history, seconds = History(dict, {"queue_us": histogram}), list[list[int]]()

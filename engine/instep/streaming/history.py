@@ -71,10 +71,11 @@ class History:
         return min(self._count, ROWS)
 
     def sample(self, now_ns: int) -> bool:
-        """Add a row if a second has passed since the last one; the first call only begins. Whether it looked."""
+        """Add a row if one is due, at each whole second; the first call only begins. Whether it looked."""
         if now_ns < self._due_ns:
             return False
-        self._due_ns = now_ns - now_ns % _EVERY_NS + _EVERY_NS
+        # At a whole second, and not before half of one is over: a rate over less would be that of single batches.
+        self._due_ns = (now_ns + _EVERY_NS // 2) // _EVERY_NS * _EVERY_NS + _EVERY_NS
         now = self._read()
         if self._sampled_ns:
             self._rows[self._count % ROWS] = self._row(now, (now_ns - self._sampled_ns) / 1e9)
