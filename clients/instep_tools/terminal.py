@@ -290,10 +290,17 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         return await command(terminal, stop)
-    loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     ending: Exit | None = None
     signals = EndingSignals()
+
+    def end() -> None:
+        if stop.connected:
+            stop.request()
+        else:
+            task.cancel()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal ending
@@ -302,7 +309,10 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
         is_interrupt = number == signal.SIGINT
         ending = _ENDINGS[signal.Signals(number)]
         if not stop.connected:
-            raise StoppedBeforeSending(ending)
+            if signals.count > 1 or asyncio.current_task(loop) is not None:
+                raise StoppedBeforeSending(ending)
+            loop.call_soon_threadsafe(end)  # a callback of the loop may print what is raised in it, and go on
+            return
         if signals.count > 1:
             if is_interrupt:
                 raise KeyboardInterrupt
@@ -318,6 +328,11 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
         signal.signal(number, on_signal)
     try:
         exit_status = await command(terminal, stop)
+    except asyncio.CancelledError:
+        if ending is None:
+            raise
+        task.uncancel()
+        return ending
     except (CommandProblem, InstepError) as error:
         if ending is None:
             raise

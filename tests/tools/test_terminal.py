@@ -362,6 +362,23 @@ def test_a_signal_ends_a_command_at_once_that_has_no_connection_yet(number: sign
     assert signal.getsignal(number) is before
 
 
+@SIGNALS
+def test_a_signal_that_comes_while_an_exception_would_be_lost_ends_it_too(number: signal.Signals, status: int) -> None:
+    terminal = RememberingTerminal()
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        asyncio.get_running_loop().call_soon(Last)
+        await asyncio.sleep(60)
+        raise AssertionError("not reached")
+
+    assert run_command(command, terminal) == status
+    assert terminal.complained == ""
+
+
 def test_a_stop_that_nobody_asked_for_from_outside_is_no_interrupt() -> None:
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         stop.request()
