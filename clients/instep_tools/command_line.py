@@ -77,7 +77,8 @@ class CommandLine(typer.Typer):
         def register(command: ServerCommand) -> ServerCommand:
             def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
                 from instep_tools.connect import Target
-                from instep_tools.terminal import Terminal, run_command, run_undrained
+                from instep_tools.running import run_command, run_undrained
+                from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
                     return command(Target(endpoint, model), terminal, stop, **own)

@@ -100,7 +100,7 @@ def test_a_shell_completes_commands(program: str, begun: str, completed: str) ->
     assert result.stdout.split() == [completed]
 
 
-ASKED = "import asyncio; from instep_tools.terminal import *; from instep_tools.command_line import CommandLine\n"
+ASKED = "import asyncio; from instep_tools.running import *; from instep_tools.command_line import CommandLine\n"
 RESULT = "async def run(terminal, stop): terminal.result({'a': 1}); return 0\n"
 COMMAND = "app = CommandLine(help='x')\n@app.command()\ndef a(): run_command(run, Terminal(True))\n"
 

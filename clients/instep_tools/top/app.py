@@ -67,7 +67,8 @@ def top_command(
 
     Keys are shown with ?; q quits. With --json, one view is printed as one JSON object.
     """
-    from instep_tools.terminal import Terminal, run_undrained
+    from instep_tools.running import run_undrained
+    from instep_tools.terminal import Terminal
     from instep_tools.top.command import Top, top
 
     source = context.get_parameter_source("endpoint")

@@ -22,9 +22,10 @@ from instep_tools.compare import ReplayComparison, compare
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
+from instep_tools.running import run_undrained
 from instep_tools.sequences import RecordedSequences
 from instep_tools.state import leaving, restored, tell_parked
-from instep_tools.terminal import Terminal, run_undrained
+from instep_tools.terminal import Terminal
 
 _CHUNK: Final = 256
 """Frames sent at once, at most."""

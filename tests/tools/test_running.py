@@ -1,0 +1,257 @@
+"""Commands in an event loop of their own: how they end, by themselves and by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+
+import pytest
+
+import instep_tools
+from instep_client.protocol.errors import ConnectionFailed
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit
+from instep_tools.running import run_command, run_undrained
+from instep_tools.terminal import Terminal
+from tests.tools.helpers import RememberingTerminal
+
+
+@pytest.fixture
+def all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal is another one, however soon it comes."""
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+
+
+SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+def test_with_json_a_failure_is_the_result_unless_there_is_one_already() -> None:
+    terminal = RememberingTerminal(as_json=True)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        raise CommandProblem("no such file")
+
+    assert run_command(command, terminal) == 2
+    assert run_command(command, terminal) == 2
+    assert terminal.json() == {"error": "no such file"}
+    assert terminal.complained == 2 * "error: no such file\n"
+
+
+def ends_with(outcome: Exit | BaseException) -> tuple[Exit, str]:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        await asyncio.sleep(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return run_command(command, terminal), terminal.complained
+
+
+def test_how_commands_end() -> None:
+    assert ends_with(Exit.OK) == (0, "")
+    assert ends_with(Exit.FOUND_PROBLEMS) == (1, "")
+    assert ends_with(CommandProblem("no such file")) == (2, "error: no such file\n")
+    assert ends_with(ConnectionFailed("nobody there")) == (2, "error: nobody there\n")
+    with pytest.raises(ZeroDivisionError):
+        ends_with(ZeroDivisionError())
+
+
+@SIGNALS
+def test_a_signal_requests_a_stop_and_the_command_ends_in_order(number: signal.Signals, status: int) -> None:
+    terminal = RememberingTerminal()
+    ended: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(number)
+        await stop.wait()
+        ended.append(True)
+        return Exit.FOUND_PROBLEMS
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert run_command(command, terminal) == status
+    assert ended == [True]
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert terminal.complained == f"stopping: waiting for the answers ({name} again ends at once)\n"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@SIGNALS
+@pytest.mark.parametrize("error", [CommandProblem("no such file"), ConnectionFailed("nobody there")])
+def test_a_command_that_fails_after_a_signal_was_interrupted(
+    error: Exception, number: signal.Signals, status: int
+) -> None:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(number)
+        await stop.wait()
+        raise error
+
+    assert run_command(command, terminal) == status
+    assert terminal.complained.splitlines()[1:] == [f"error: {error}"]
+
+
+@SIGNALS
+def test_a_signal_cancels_a_command_that_has_nothing_to_drain(number: signal.Signals, status: int) -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(number)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # it may still close what it opened
+            cleaned_up.append(True)
+        return Exit.OK
+
+    assert run_undrained(command, terminal) == status
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+
+
+def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        run_undrained(command, RememberingTerminal())
+
+
+@SIGNALS
+def test_a_signal_that_is_passed_on_once_more_changes_nothing(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+    terminal = RememberingTerminal()
+
+    async def drained(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        for again in (number, number, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(again)
+        await stop.wait()
+        return Exit.OK
+
+    async def before_a_connection(terminal: Terminal, stop: Stop) -> Exit:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+        raise AssertionError("not reached")
+
+    assert run_command(drained, terminal) == status
+    assert run_command(before_a_connection, terminal) == status
+    assert terminal.complained.count("\n") == 1
+
+
+@SIGNALS
+@pytest.mark.usefixtures("all_count")
+def test_a_second_signal_of_the_other_kind_ends_it_at_once(number: signal.Signals, status: int) -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(number)
+        await stop.wait()
+        signal.raise_signal(signal.SIGTERM if number == signal.SIGINT else signal.SIGINT)
+        raise AssertionError("not reached")
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    terminal, before = RememberingTerminal(), signal.signal(signal.SIGTERM, end)
+    try:
+        assert run_command(command, terminal) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped at once" in terminal.complained
+
+
+@pytest.mark.usefixtures("all_count")
+def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command() -> None:
+    seen: list[int] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGTERM)
+        await stop.wait()
+        signal.raise_signal(signal.SIGTERM)
+        return Exit.OK
+
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        assert run_command(command, RememberingTerminal()) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("all_count")
+def test_a_second_ctrl_c_ends_it_at_once() -> None:
+    terminal = RememberingTerminal()
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.connected = True
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    assert run_command(command, terminal) == 130
+    assert "stopped at once" in terminal.complained
+
+
+@SIGNALS
+def test_a_signal_ends_a_command_at_once_that_has_no_connection_yet(number: signal.Signals, status: int) -> None:
+    terminal = RememberingTerminal()
+    cleaned_up: list[bool] = []
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        try:
+            signal.raise_signal(number)
+            raise AssertionError("not reached")
+        finally:
+            cleaned_up.append(True)
+
+    before = signal.getsignal(number)
+    assert run_command(command, terminal) == status
+    assert cleaned_up == [True]
+    assert terminal.complained == ""
+    assert signal.getsignal(number) is before
+
+
+@SIGNALS
+def test_a_signal_that_comes_while_an_exception_would_be_lost_ends_it_too(number: signal.Signals, status: int) -> None:
+    terminal = RememberingTerminal()
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        asyncio.get_running_loop().call_soon(Last)
+        await asyncio.sleep(60)
+        raise AssertionError("not reached")
+
+    assert run_command(command, terminal) == status
+    assert terminal.complained == ""
+
+
+def test_a_stop_that_nobody_asked_for_from_outside_is_no_interrupt() -> None:
+    async def command(terminal: Terminal, stop: Stop) -> Exit:
+        stop.request()
+        return Exit.OK
+
+    assert run_command(command, RememberingTerminal()) == 0
+
+
+def test_commands_run_in_any_thread() -> None:
+    endings: list[Exit] = []
+    thread = threading.Thread(target=lambda: endings.append(ends_with(Exit.OK)[0]))
+    thread.start()
+    thread.join()
+    assert endings == [Exit.OK]
