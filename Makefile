@@ -30,7 +30,6 @@ test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the line
 	$(if $(COUNTS),$(BIN)/coverage report --skip-covered --fail-under=95)
 
 all-tests: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.warmed  # else each worker compiles all kernels
 	$(BIN)/$(COUNTED) -m pytest $(TOGETHER)
 
 uncompiled: check  # since the lines of compiled kernels cannot be counted

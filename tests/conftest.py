@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Measure lines in the processes that run tests: one that they start takes 0.75 s longer with it."""
     starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
     if starts_workers:
-        warm_server.start()  # for all of them
+        warm_server.wait()  # for all of them, else each compiles all kernels
     for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
         if not starts_workers:
             del os.environ[name]

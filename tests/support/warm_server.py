@@ -88,6 +88,14 @@ def start() -> str:
 _starting: Final = threading.Lock()
 
 
+def wait() -> None:
+    """Return once the process can fork; by then all kernels are compiled, for whoever loads them next."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(start())
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)  # it has read that there is no request, and closes
+
+
 def _stop(beside: subprocess.Popen[bytes], path: str) -> None:
     try:
         beside.communicate(timeout=_STOP_S)
