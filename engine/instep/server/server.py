@@ -37,8 +37,8 @@ _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """How long a drained server waits for peers to read their replies."""
-_ASK_EVERY: Final = 20
-"""Looks from one time that they are asked to the next, which finds out who has gone meanwhile."""
+_ASK_EVERY_S: Final = 0.1
+"""From one time that they are asked to the next, which covers what was sent, and who has gone, meanwhile."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way, and for the recorder."""
 
@@ -281,10 +281,11 @@ class Server:
         When a connection ends, ZeroMQ may drop what the client has received and not read yet. Replies that a peer does
         not read in time are that peer's loss: it resumes its streams when the server is back.
         """
-        for look in range(round(_LINGER_S / _LOOK_S)):
-            if not self._shutdown.drains or time.monotonic() > self._drain_until:
-                return
-            if look % _ASK_EVERY == 0:
+        ask_at = time.monotonic()
+        until = min(ask_at + _LINGER_S, self._drain_until)
+        while self._shutdown.drains and (now := time.monotonic()) < until:
+            if now >= ask_at:
+                ask_at = now + _ASK_EVERY_S
                 self._frontend.outbound.ask_all()
                 self._turns.wake()  # a send may have taken the signal of an arrival
             if self._frontend.is_idle and self._frontend.outbound.is_read:

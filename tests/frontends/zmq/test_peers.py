@@ -115,13 +115,29 @@ def test_those_who_may_not_have_read_everything_are_asked_and_those_who_have_gon
     rig.outbound.send(rig.fast, MESSAGE)
     rig.outbound.ask_all()
     assert (rig.pings(b"\0slow"), rig.pings(b"\0fast"), rig.outbound.is_read) == ([1000], [1000], False)
-    rig.outbound.send(rig.fast, MESSAGE)
     rig.outbound.acknowledge(rig.fast, 1000)
+    rig.outbound.send(rig.fast, MESSAGE)
     assert not rig.outbound.is_read
     rig.router.state[b"\0slow"] = Sent.GONE
     rig.outbound.ask_all()
     assert (rig.gone, rig.outbound.is_read) == ([], False)
     rig.outbound.acknowledge(rig.fast, 2000)
+    assert rig.outbound.is_read
+
+
+def test_what_a_peer_is_sent_when_it_has_read_the_rest_is_waited_for_too() -> None:
+    rig = Rig()
+    rig.outbound.send(rig.slow, MESSAGE)
+    rig.router.state[b"\0slow"] = Sent.FULL
+    rig.outbound.send(rig.slow, MESSAGE)
+    rig.outbound.ask_all()
+    assert not rig.outbound.is_read, "it could not be asked"
+    del rig.router.state[b"\0slow"]
+    rig.outbound.ask_all()
+    rig.outbound.acknowledge(rig.slow, 1000)
+    assert (rig.outbound.is_empty, rig.outbound.is_read) == (True, False)
+    rig.outbound.ask_all()
+    rig.outbound.acknowledge(rig.slow, 2000)
     assert rig.outbound.is_read
 
 

@@ -108,8 +108,8 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
-        self._asked: list[Peer] = []
-        """Those whom `ask_all` has asked last."""
+        self._unreachable: list[Peer] = []
+        """Those whom `ask_all` could not ask the last time, because they have disconnected."""
         self._ask_every_bytes = max_unread_bytes // 2
         self.unread_bytes = 0
         """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
@@ -123,8 +123,8 @@ class Outbound:
 
     @property
     def is_read(self) -> bool:
-        """Whether all whom `ask_all` has asked last have read what they had been sent by then, or are gone."""
-        return all(peer.is_gone or peer.read_bytes == peer.asked_bytes for peer in self._asked)
+        """Whether all who were connected at the last `ask_all` are known to have read all that ZeroMQ has taken."""
+        return all(peer.read_bytes == peer.sent_bytes or peer in self._unreachable for peer in self._peers.values())
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -203,7 +203,7 @@ class Outbound:
     def ask_all(self) -> None:
         """Send PING to every connected peer that may have unread messages."""
         unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
-        self._asked = [peer for peer in unread if self._ask(peer) is not Sent.GONE]
+        self._unreachable = [peer for peer in unread if self._ask(peer) is Sent.GONE]
 
     def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
         """A peer echoed a PING: it has read everything up to there."""
