@@ -29,9 +29,9 @@ from instep.doctor.findings import Findings
 from instep.doctor.machine import examine_machine
 from instep.doctor.serving import examine_endpoints, examine_models
 from instep.doctor.software import examine_software
+from instep.memory import size
 from instep.models.certify import Certification
 from instep.models.folder import load_model, write_model
-from instep.server.memory import size
 from instep_client import Client
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.threaded import ThreadedServer

@@ -11,7 +11,7 @@ from typing import Final
 
 from instep.config import Config
 from instep.doctor.findings import Findings
-from instep.server.memory import size
+from instep.memory import size
 
 SYNCS: Final = 9
 SLOW_SYNC_MS: Final = 10.0

@@ -9,8 +9,8 @@ from typing import Final
 
 from instep.config import Config
 from instep.doctor.findings import FactSheet, Findings
+from instep.memory import memory_limit, read_text, size
 from instep.runtime.executor import usable_cores
-from instep.server.memory import memory_limit, read_text, size
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS
 from instep_tools.machine import machine
 

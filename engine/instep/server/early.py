@@ -12,9 +12,10 @@ from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.http.connections import DEFAULT, cannot_listen
 from instep.frontends.http.security import read_token
+from instep.memory import size, usable_memory
 from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
-from instep.server.memory import memory_at_start, size, usable_memory
+from instep.server.memory import memory_at_start
 from instep.server.recording_files import check_several
 
 
