@@ -150,6 +150,16 @@ def test_a_size_that_no_memory_holds_is_told_in_a_sentence(tmp_path: Path, hidde
     assert not (tmp_path / "m").exists()
 
 
+def test_all_weights_together_have_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("model", "make", str(tmp_path / "m"), "--features", "2", "--hidden", "2", "--layers", "3")
+    count = 3 * (3 * 2 * (2 + 2) + 6 * 2)
+    monkeypatch.setattr("instep.models.folder.usable_memory", lambda: 4 * count - 1)
+    result = instep(*arguments)
+    assert (result.exit_code, result.stderr.split(" weights")[0]) == (2, f"no memory for a model of {count}")
+    monkeypatch.setattr("instep.models.folder.usable_memory", lambda: 4 * count)
+    assert instep(*arguments).exit_code == 0
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeGuard
 import torch
 import yaml
 
+from instep.memory import usable_memory
 from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.model import Model
@@ -195,13 +196,12 @@ def make_model(
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = description.tensor_shapes()
-    try:
-        weights = {tensor_name: torch.empty(shape, dtype=torch.float32) for tensor_name, shape in shapes.items()}
-    except (RuntimeError, TypeError):  # torch's own kinds for too much memory, and for a size beyond 64 bits
-        count = sum(map(math.prod, shapes.values()))
+    count = sum(map(math.prod, shapes.values()))
+    if 4 * count > usable_memory():
         raise ModelError(
             f"no memory for a model of {count:,} weights ({count * 4 / 1e9:,.0f} GB): make its layers smaller"
-        ) from None
+        )
+    weights = {tensor_name: torch.empty(shape, dtype=torch.float32) for tensor_name, shape in shapes.items()}
     for tensor_name, tensor in weights.items():
         layer, _, kind = tensor_name.rpartition(".")
         if init == "constant":
