@@ -108,10 +108,10 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
         is_interrupt = number == signal.SIGINT
         ending = _ENDINGS[signal.Signals(number)]
         if not stop.connected:
+            loop.call_soon_threadsafe(end)
             if signals.count > 1 or asyncio.current_task(loop) is not None:
                 raise StoppedBeforeSending(ending)
-            loop.call_soon_threadsafe(end)  # a callback of the loop may print what is raised in it, and go on
-            return
+            return  # a callback of the loop may print what is raised in it, and go on
         if signals.count > 1:
             if is_interrupt:
                 raise KeyboardInterrupt

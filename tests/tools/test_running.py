@@ -225,7 +225,11 @@ def test_a_signal_ends_a_command_at_once_that_has_no_connection_yet(number: sign
 
 
 @SIGNALS
-def test_a_signal_that_comes_while_an_exception_would_be_lost_ends_it_too(number: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize("place", ["callback", "task"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_while_an_exception_would_be_lost_ends_it_too(
+    number: signal.Signals, status: int, place: str
+) -> None:
     terminal = RememberingTerminal()
 
     class Last:
@@ -233,7 +237,10 @@ def test_a_signal_that_comes_while_an_exception_would_be_lost_ends_it_too(number
             signal.raise_signal(number)
 
     async def command(terminal: Terminal, stop: Stop) -> Exit:
-        asyncio.get_running_loop().call_soon(Last)
+        if place == "callback":
+            asyncio.get_running_loop().call_soon(Last)
+        else:
+            Last()
         await asyncio.sleep(60)
         raise AssertionError("not reached")
 
