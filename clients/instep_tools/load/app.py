@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from instep_tools.command_line import positive
+from instep_tools.command_line import options_given, positive
 from instep_tools.connect import Target
 from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, Mode
@@ -38,6 +38,7 @@ async def loadtest(
     target: Target,
     terminal: Terminal,
     stop: Stop,
+    context: typer.Context,
     streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
     connections: Annotated[
         int | None, typer.Option(min=1, help="Connections they are spread over. (default: one for each process)")
@@ -115,16 +116,7 @@ async def loadtest(
     and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
     if compare is not None:
-        asked: dict[str, object] = {
-            "mode": mode,
-            "rate": rate,
-            "slo-ms": slo_ms,
-            "block": block,
-            "connections": connections,
-        }
-        asked |= {"plot": plot, "hdr": hdr, "save": save, "report": report}
-        given = [f"--{name}" for name, value in asked.items() if value is not None]
-        if given:
+        if given := [option for option in options_given(context) if option not in ("--compare", "--json")]:
             raise typer.BadParameter(f"it measures nothing: leave out {', '.join(given)}", param_hint="--compare")
         return compare_runs(*compare, terminal)
     if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):

@@ -126,10 +126,6 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
         "the loads differ: streams 3 and 6\n"
     )
     assert run("--compare", files[0], files[0]).stderr == ""
-    ignored = run("--compare", *files, "--slo-ms", "20", "--plot", tmp_path / "p.svg")
-    assert ignored.exit_code == 2
-    said = " ".join(ignored.stderr.replace("│", " ").split())
-    assert "--compare: it measures nothing: leave out --slo-ms, --plot" in said
     found_nothing = ('{"best": null}', "found no load within its level")
     for content, problem in (("{}", "holds no result of a load test"), (None, "cannot be read"), found_nothing):
         bad = tmp_path / "bad.json"
@@ -139,6 +135,22 @@ def test_a_closed_loop_in_words_json_and_files(tmp_path: Path) -> None:
         refused = run("--compare", files[0], bad)
         assert refused.exit_code == 2
         assert problem in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--slo-ms", "20", "--plot", "p.svg"),
+        ("--streams", "256", "--duration", "10"),
+        ("--processes", "1", "--warmup", "2s", "--steps-per-block", "1"),
+        ("--endpoint", "tcp://127.0.0.1:5757", "--model", ""),
+    ],
+)
+def test_a_comparison_refuses_every_other_option_whatever_its_value(arguments: tuple[str, ...]) -> None:
+    refused = run("--compare", "a.json", "b.json", *arguments)
+    said = " ".join(refused.stderr.replace("│", " ").split())
+    names = ", ".join(argument for argument in arguments if argument.startswith("--"))
+    assert (refused.exit_code, f"--compare: it measures nothing: leave out {names} ╰" in said) == (2, True), said
 
 
 @pytest.mark.parametrize(
