@@ -175,10 +175,13 @@ def verify(
         raise typer.BadParameter("a page is written of a whole recording, without --follow", param_hint="--report")
 
     if (follow or report is not None) and len(recordings) == 1 and os.path.isdir(recordings[0]):
-        from instep.recording.inspection import recordings_in
+        from instep.recording.inspection import holds_frames, recordings_in
 
-        if len(only := recordings_in(recordings[0])) == 1:
-            recordings = only
+        found = recordings_in(recordings[0])
+        if len(found) > 1 and not follow:
+            found = [file for file in found if holds_frames(file)]
+        if len(found) == 1:
+            recordings = found
     several = len(recordings) > 1 or os.path.isdir(recordings[0])
     if several and (follow or report is not None):
         option = "--follow" if follow else "--report"

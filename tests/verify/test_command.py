@@ -221,6 +221,14 @@ def test_a_folder_of_one_recording_stands_for_it(recorded: Recorded, tmp_path: P
     page = tmp_path / "page.html"
     verified = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
     assert (verified.exit_code, recorded.path.name in page.read_text()) == (0, True)
+    empty = record_gru(tmp_path / "empty", make_gru(), [0]).path.rename(recorded.path.with_name("c.rec"))
+    verified = CliRunner().invoke(app, ["verify", str(empty.parent), "--report", str(page)])
+    assert (verified.exit_code, recorded.path.name in page.read_text()) == (0, True), "one without frames is no choice"
+    forger = Forger(empty, empty.with_name("d.rec"))
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    refused = CliRunner().invoke(app, ["verify", str(empty.parent), "--report", str(page)])
+    assert refused.exit_code == 2, "its frames are missing"
+    forger.path.unlink()
     copyfile(recorded.path, recorded.path.with_name("b.rec"))
     refused = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
     assert (refused.exit_code, "it takes one recording: name one file" in refused.stderr) == (2, True)

@@ -195,6 +195,15 @@ def recordings_in(folder: Path) -> list[Path]:
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
 
 
+def holds_frames(path: Path) -> bool:
+    """Whether a recording holds frames, or lacks some that it should hold; also True where it cannot be read."""
+    try:
+        with RecordingReader(path) as reader:
+            return next(reader.batch_groups(), None) is not None or bool(SequenceIndex(reader, lambda _: None).defects)
+    except RecordingError:
+        return True
+
+
 def _begins_as_one(path: Path) -> bool:
     with suppress(OSError):  # it is somebody else's, or gone by now, as the files next to a recording are once it ends
         return looks_like_one(path)
