@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import re
@@ -163,11 +164,17 @@ class PlainCommand(TyperCommand):
 class PlainCommands(TyperGroup):
     """Commands that say in plain words which value of an option cannot be; `help COMMAND` is `COMMAND --help`."""
 
-    def main(self, *args: Any, **settings: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """Run what was typed and exit; quietly, with the status `BROKEN_PIPE`, where nobody reads the output."""
         try:
             try:
-                return super().main(*args, **settings)
+                return super().main(args, *others, **settings)
+            except SystemExit as end:
+                # typer has said on stderr why it cannot run what was typed, and exits instead of raising it
+                sentence = getattr(end.__context__, "format_message", None)
+                if sentence is not None and "--json" in (sys.argv if args is None else args):
+                    typer.echo(json.dumps({"error": sentence()}))
+                raise
             finally:
                 sys.stdout.flush()
         except (BrokenPipeError, SystemExit) as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from instep.cli import app as engine_app
+from instep_tools.app import app as client_app
 from instep_tools.command_line import CommandLine, endpoint, in_plain_words
 
 
@@ -84,6 +87,28 @@ def test_help_shows_examples_as_typed_and_flags_without_a_value() -> None:
     root = CliRunner().invoke(app, ["--help"]).output
     assert "bool" not in root
     assert "Examples" not in CliRunner().invoke(app, ["look", "--help"]).output
+
+
+@pytest.mark.parametrize("app", [client_app, engine_app], ids=["instep-client", "instep"])
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("--colour", "No such option: --colour"),
+        ("servee", "No such command 'servee'."),
+        ("top --colour", "No such option: --colour"),
+        ("top --every", "Option '--every' requires an argument."),
+        ("top --every 0", "Invalid value for '--every': it must be at least 0.1"),
+        ("top --every soon", "Invalid value for '--every': 'soon' is not a number"),
+        ("top one two", "Got unexpected extra argument"),
+    ],
+)
+def test_with_json_what_cannot_be_run_is_the_result_too(app: CommandLine, typed: str, sentence: str) -> None:
+    in_words = CliRunner().invoke(app, typed.split())
+    assert (in_words.exit_code, in_words.stdout) == (2, "")
+    in_json = CliRunner().invoke(app, ["top", "--json", *typed.split()[1:]] if " " in typed else [typed, "--json"])
+    assert in_json.exit_code == 2
+    assert json.loads(in_json.stdout)["error"].startswith(sentence)
+    assert in_json.stderr == in_words.stderr
 
 
 @pytest.mark.parametrize(
