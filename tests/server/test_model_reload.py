@@ -15,7 +15,8 @@ from instep.models.model import Model
 from instep.server.log import Threshold
 from instep.server.reload import Kept, reload
 from instep.server.server import Server
-from instep_client import AsyncClient
+from instep_client import AsyncClient, Refused
+from instep_client.protocol.wire import Code
 from tests.support.models import plain, whole
 from tests.support.running import log_into, running
 
@@ -118,6 +119,30 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
                 await asyncio.sleep(0.01)
         assert [(line["loaded"], line["swapped"]) for line in done] == [([], ["ears"]), (["eyes"], ["ears"])]
         assert server.served("ears").info.fingerprint == C.fingerprint
+
+
+async def test_no_request_comes_between_what_is_under_way_and_a_reload_that_waits(tmp_path: Path) -> None:
+    new, requested = folder_of(tmp_path / "new", B), folder_of(tmp_path / "requested", C)
+    may_end = asyncio.Event()
+
+    async def load_something() -> None:
+        await may_end.wait()
+
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told) as server, AsyncClient(server.endpoint, model="ears") as operator:
+        server.loader.tasks.start(load_something())
+        reloading = asyncio.create_task(Reloads(server, told)(new, on_reload="move"))
+        await asyncio.sleep(0)
+        may_end.set()
+        while len(server.loader.tasks):
+            await asyncio.sleep(0)
+        assert server.loader.is_busy, "the reload has not begun, and is next"
+        with pytest.raises(Refused) as refused:
+            await operator.swap_model("ears", requested, "move")
+        assert refused.value.code is Code.BUSY
+        assert (await reloading)["swapped"] == ["ears"]
+        assert [line["fingerprint"] for line in told if line["event"] == "swapped"] == [B.fingerprint]
+        assert not server.loader.is_busy
 
 
 async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path: Path) -> None:

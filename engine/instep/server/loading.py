@@ -82,6 +82,11 @@ class Loader:
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a change is under way, or a reload waits for its turn, which no request may take."""
+        return len(self.tasks) > 0 or self._wanted is not None
+
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model.
 

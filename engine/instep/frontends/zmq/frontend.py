@@ -255,7 +255,7 @@ class ZmqFrontend:
             raise Refusal(
                 Code.NOT_ALLOWED, "models are loaded, swapped and unloaded only where its endpoint is a loopback one"
             )
-        if len(self.operator.tasks):
+        if self.operator.is_busy:
             raise Refusal(Code.BUSY, "another model is being loaded, swapped or unloaded", _BUSY_RETRY_US)
         peer.served.refuse_what_is_new()
         return self.operator

@@ -18,6 +18,10 @@ class Operator(Protocol):
 
     tasks: Tasks
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a change of models is under way, or waits for its turn."""
+
     async def load(self, name: str, folder: Path) -> None:
         """Serve another model."""
 
