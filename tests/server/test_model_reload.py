@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,28 @@ async def test_no_request_comes_between_what_is_under_way_and_a_reload_that_wait
         assert (await reloading)["swapped"] == ["ears"]
         assert [line["fingerprint"] for line in told if line["event"] == "swapped"] == [B.fingerprint]
         assert not server.loader.is_busy
+
+
+async def test_a_reload_is_compared_with_the_one_that_is_under_way(tmp_path: Path) -> None:
+    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
+    told: list[dict[str, Any]] = []
+    said: list[dict[str, Any]] = []
+    async with running(A, told=told, folder=old, model={"folder": old}) as server:
+        first = server.config
+        second = first.model_validate(first.model_dump() | {"model": {"folder": new}})
+        for wanted in (second, first):
+            reload(server, partial(lambda wanted: wanted, wanted), Threshold("info"), log_into(said), Kept())
+        assert [line["under_way"] for line in said] == [
+            [f"model.folder: {old} → {new}"],
+            [f"model.folder: {new} → {old}"],
+        ]
+        async with asyncio.timeout(20):
+            while len(done := [line for line in told if line["event"] == "models reloaded"]) < 2:
+                await asyncio.sleep(0.01)
+        assert [line["swapped"] for line in done] == 2 * [["ears"]]
+        assert server.served("ears").info.fingerprint == A.fingerprint
+        reload(server, lambda: first, Threshold("info"), log_into(said), Kept())
+        assert "under_way" not in said[-1]
 
 
 async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ class Loader:
         """The models that the configuration named when it was last read, by name."""
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
+        self._followed: ModelConfig | None = None
+        """The configuration of the reload that is under way."""
 
     @property
     def is_busy(self) -> bool:
@@ -159,6 +161,11 @@ class Loader:
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
 
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration that is in force, or will be once the reload that is under way has ended."""
+        return self._followed or self._server.config.model
+
     def reload(self, wanted: ModelConfig) -> None:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended."""
         self._wanted = wanted
@@ -211,8 +218,11 @@ class Loader:
         if unused:
             self.tasks.start(self.unload(unused[0].name))
         elif self._wanted is not None:
-            wanted, self._wanted = self._wanted, None
-            self.tasks.start(self._reload(wanted))
+            self._followed, self._wanted = self._wanted, None
+            self.tasks.start(self._reload(self._followed), self._reload_ended)
+
+    def _reload_ended(self) -> None:
+        self._followed = None
 
     async def _make(
         self,

@@ -77,14 +77,15 @@ def reload(
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
         wanted = reread()
+        models = {"model": server.loader.config}
+        under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
         server.loader.reload(wanted.model)
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
-        models = [changed[path] for path in changed if path in MODELS]
-        under_way = {"under_way": models} if models else {}
-        log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **under_way)
+        also = {"under_way": under_way} if under_way else {}
+        log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **also)
         if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
