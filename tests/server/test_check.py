@@ -15,6 +15,7 @@ import torch
 from instep.config import Config
 from instep.models.folder import write_model
 from instep.server.check import check
+from instep.server.memory import usable_memory
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
@@ -148,16 +149,16 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
 
 
 def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold_are_warned_of(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(CannotServe, match=r"engine\.max_streams is 2,000,000,000, which takes \d+\.\d GiB of memory"):
         check(configured(model, engine={"max_streams": 2_000_000_000}))
     check(configured(model))
     assert "more streams than memory" not in said(capsys)
-    monkeypatch.setattr("instep.server.memory.usable_memory", lambda: 2**20)
-    check(configured(model))
+    check(configured(model, limits={"max_buffered_bytes": 2**60}))
     warned = said(capsys)["more streams than memory"]
-    assert warned["needed_bytes"] > warned["usable_bytes"] == 2**20
+    assert warned["needed_bytes"] > 2**60 > warned["usable_bytes"] == usable_memory()
+    assert warned["reason"].startswith("the limits allow 1048576.0 TiB, and ")
 
 
 def test_several_threads_cannot_be_restarted_which_is_said_before_certifying(
