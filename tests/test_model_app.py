@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 from instep.cli import app
 from instep.models import certify
 from instep.models.agreement import Distance
+from instep.models.folder import write_model
 from instep.models.handover.check import Check
+from tests.support.leaky import LeakyNetwork, LeakyStep, leaky, registered
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 
@@ -163,22 +165,21 @@ def test_all_weights_together_have_to_fit(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_a_model_that_no_memory_steps_is_told_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def no_memory(*arguments: object) -> None:
-        raise error
+def test_a_model_that_no_memory_steps_is_told_in_a_sentence(tmp_path: Path, error: Exception) -> None:
+    class Huge(LeakyNetwork):
+        def bind(self, rows: int) -> LeakyStep:
+            raise error
 
     folder = str(tmp_path / "m")
-    assert instep("model", "make", folder, "--features", "3", "--hidden", "4").exit_code == 0
-    monkeypatch.setattr(certify, "Probes", no_memory)
     sentence = (
-        "no memory to step 3 features → GRU 4 in batches of up to 512: make the model smaller, or lower "
+        "no memory to step 3 leaky integrators in batches of up to 512: make the model smaller, or lower "
         "engine.max_batch_size\n"
     )
-    for command in (("model", "info", folder), ("serve", folder, "--check", "--endpoint", "tcp://127.0.0.1:*")):
-        result = instep(*command)
-        assert (result.exit_code, result.stderr.endswith(sentence)) == (2, True), result.stderr
+    with registered(Huge):
+        write_model(tmp_path / "m", leaky(3))
+        for command in (("model", "info", folder), ("serve", folder, "--check", "--endpoint", "tcp://127.0.0.1:*")):
+            result = instep(*command)
+            assert (result.exit_code, result.stderr.endswith(sentence)) == (2, True), result.stderr
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -104,13 +104,13 @@ class LeakyNetwork:
 
 
 @contextmanager
-def registered() -> Iterator[None]:
-    """The kind is known while the block runs."""
+def registered(network: type[LeakyNetwork] = LeakyNetwork) -> Iterator[None]:
+    """The kind is known while the block runs, and is computed by this class."""
 
     def parse(fields: Mapping[str, Any]) -> LeakyDescription:
         return LeakyDescription(**fields)
 
-    with mock.patch.dict(KINDS, leaky=ModelKind(parse, LeakyNetwork)):
+    with mock.patch.dict(KINDS, leaky=ModelKind(parse, network)):
         yield
 
 
