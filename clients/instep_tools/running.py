@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Final
 
 from instep_client.protocol.errors import InstepError
-from instep_tools import EndingSignals
+from instep_tools import SAME_SIGNAL_S, EndingSignals
 from instep_tools.pacing import Stop, loop_factory
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.terminal import Terminal
@@ -33,11 +33,11 @@ Command = Callable[[Terminal, Stop], Awaitable[Exit]]
 _ENDINGS: Final = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 
 
-def run_command(command: Command, terminal: Terminal) -> Exit:
+def run_command(command: Command, terminal: Terminal, same_signal_s: float = SAME_SIGNAL_S) -> Exit:
     """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
 
     The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. The second one ends it at once, unless
-    it comes so soon that it is the first one, passed on once more (`EndingSignals`). The first one ends it at once as
+    it comes within `same_signal_s`: then it is the first one, passed on once more. The first one ends it at once as
     long as nothing was sent because there is no connection. The status of such a command is INTERRUPTED or TERMINATED,
     also when it ends with an error, which is said.
 
@@ -46,7 +46,7 @@ def run_command(command: Command, terminal: Terminal) -> Exit:
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            status = runner.run(_with_stop(command, terminal))
+            status = runner.run(_with_stop(command, terminal, same_signal_s))
         terminal.check_read()
         return status
     except (CommandProblem, InstepError) as error:
@@ -85,7 +85,7 @@ async def _cancel_at(stop: Stop, task: asyncio.Task[Exit]) -> None:
     task.cancel()
 
 
-async def _with_stop(command: Command, terminal: Terminal) -> Exit:
+async def _with_stop(command: Command, terminal: Terminal, same_signal_s: float) -> Exit:
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         return await command(terminal, stop)
@@ -93,7 +93,7 @@ async def _with_stop(command: Command, terminal: Terminal) -> Exit:
     assert task is not None
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     ending: Exit | None = None
-    signals = EndingSignals()
+    signals = EndingSignals(same_signal_s)
 
     def end() -> None:
         if stop.connected:

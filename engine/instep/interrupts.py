@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from instep_tools import EndingSignals, end_quietly
+from instep_tools import SAME_SIGNAL_S, EndingSignals, end_quietly
 
 _had_terminal = False
 _was_hung_up = False
@@ -43,14 +43,15 @@ def has_lost_its_terminal() -> bool:
     return _had_terminal and not _has_terminal()
 
 
-def raise_again(*, reports: bool = False) -> None:
+def raise_again(*, reports: bool = False, same_signal_s: float = SAME_SIGNAL_S) -> None:
     """From here on Ctrl-C raises where it was `end_at_once`: the command that runs now cleans up behind itself.
 
     Args:
         reports: the command ends with a report, which the same Ctrl-C must not cut off when it arrives once more.
+        same_signal_s: the time within which it does.
     """
     if signal.getsignal(signal.SIGINT) is end_quietly:
-        signal.signal(signal.SIGINT, _raise_unless_repeated() if reports else signal.default_int_handler)
+        signal.signal(signal.SIGINT, _raise_unless_repeated(same_signal_s) if reports else signal.default_int_handler)
 
 
 def change_nothing() -> None:
@@ -82,8 +83,8 @@ def _has_terminal() -> bool:
     return True
 
 
-def _raise_unless_repeated() -> Callable[[int, FrameType | None], None]:
-    signals = EndingSignals()
+def _raise_unless_repeated(same_signal_s: float) -> Callable[[int, FrameType | None], None]:
+    signals = EndingSignals(same_signal_s)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         if signals.take(time.monotonic()):

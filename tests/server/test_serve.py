@@ -17,7 +17,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import instep_tools
 from instep.cli import app
 from instep.config import Config
 from instep.demo import MODEL_FOLDER
@@ -221,7 +220,6 @@ def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Pat
 def test_a_second_interrupt_forces_the_end(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
     gate = Gate()
     monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
 
@@ -236,7 +234,7 @@ def test_a_second_interrupt_forces_the_end(
         threading.Thread(target=leave_a_frame_unanswered, args=(endpoint,)).start()
 
     config = configured(model, log={"format": "json"}, engine=UNCERTIFIED)
-    assert serve.run(config, on_ready=on_ready) == 130
+    assert serve.run(config, on_ready=on_ready, same_signal_s=0.0) == 130
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
@@ -247,7 +245,6 @@ def test_a_second_interrupt_forces_the_end(
 def test_a_signal_that_is_passed_on_once_more_does_not_force_the_end(
     number: signal.Signals, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
     gate = Gate()
     monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
     answers: list[object] = []
@@ -270,7 +267,7 @@ def test_a_signal_that_is_passed_on_once_more_does_not_force_the_end(
         thread[0].start()
 
     config = configured(model, log={"format": "json"}, engine={"steps_in": "thread"})
-    assert serve.run(config, on_ready=on_ready) == 0
+    assert serve.run(config, on_ready=on_ready, same_signal_s=1e9) == 0
     thread[0].join()
     assert answers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -4,10 +4,10 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
-import instep_tools
 from instep import interrupts
 from instep.server.signals import run_cancellable, signals_call
 
@@ -18,15 +18,17 @@ def handlers() -> list[object]:
     return [signal.getsignal(number) for number in HEARD]
 
 
-@pytest.fixture
-def reporting() -> Iterator[None]:
+@contextmanager
+def reporting(same_signal_s: float) -> Iterator[None]:
     """Signals are handled as in a command that ends with a report."""
     before = {number: signal.getsignal(number) for number in HEARD}
     interrupts.end_at_once()
-    interrupts.raise_again(reports=True)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    interrupts.raise_again(reports=True, same_signal_s=same_signal_s)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:
@@ -67,12 +69,8 @@ async def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.usefixtures("reporting")
 @pytest.mark.parametrize("copies", [0, 2])
-def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
-    copies: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(copies: int) -> None:
     cleaned_up = []
 
     async def work() -> None:
@@ -85,17 +83,16 @@ def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(
                 await asyncio.sleep(0)
             cleaned_up.append(True)
 
-    usual = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run_cancellable(work())
-    assert cleaned_up == [True]
-    assert signal.getsignal(signal.SIGINT) is usual
-    signal.raise_signal(signal.SIGINT)  # one more copy
+    with reporting(same_signal_s=1e9):
+        usual = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run_cancellable(work())
+        assert cleaned_up == [True]
+        assert signal.getsignal(signal.SIGINT) is usual
+        signal.raise_signal(signal.SIGINT)  # one more copy
 
 
-@pytest.mark.usefixtures("reporting")
-def test_a_second_ctrl_c_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
+def test_a_second_ctrl_c_ends_the_cleaning_up() -> None:
     cleaned_up = []
 
     async def work() -> None:
@@ -106,7 +103,7 @@ def test_a_second_ctrl_c_ends_the_cleaning_up(monkeypatch: pytest.MonkeyPatch) -
             signal.raise_signal(signal.SIGINT)
             cleaned_up.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
+    with reporting(same_signal_s=0.0), pytest.raises(KeyboardInterrupt):
         run_cancellable(work())
     assert cleaned_up == []
 

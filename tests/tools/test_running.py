@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-import instep_tools
 from instep_client.protocol.errors import ConnectionFailed
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
@@ -16,13 +15,10 @@ from instep_tools.running import run_command, run_undrained
 from instep_tools.terminal import Terminal
 from tests.tools.helpers import RememberingTerminal
 
-
-@pytest.fixture
-def all_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal is another one, however soon it comes."""
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
-
-
+ALL_COUNT = 0.0
+"""A signal is another one, however soon it comes."""
+ONLY_THE_FIRST = 1e9
+"""All others that come are the same one."""
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
@@ -125,10 +121,7 @@ def test_a_cancellation_that_nobody_asked_for_is_no_interrupt() -> None:
 
 
 @SIGNALS
-def test_a_signal_that_is_passed_on_once_more_changes_nothing(
-    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
+def test_a_signal_that_is_passed_on_once_more_changes_nothing(number: signal.Signals, status: int) -> None:
     terminal = RememberingTerminal()
 
     async def drained(terminal: Terminal, stop: Stop) -> Exit:
@@ -145,13 +138,12 @@ def test_a_signal_that_is_passed_on_once_more_changes_nothing(
             signal.raise_signal(number)
         raise AssertionError("not reached")
 
-    assert run_command(drained, terminal) == status
-    assert run_command(before_a_connection, terminal) == status
+    assert run_command(drained, terminal, ONLY_THE_FIRST) == status
+    assert run_command(before_a_connection, terminal, ONLY_THE_FIRST) == status
     assert terminal.complained.count("\n") == 1
 
 
 @SIGNALS
-@pytest.mark.usefixtures("all_count")
 def test_a_second_signal_of_the_other_kind_ends_it_at_once(number: signal.Signals, status: int) -> None:
     async def command(terminal: Terminal, stop: Stop) -> Exit:
         stop.connected = True
@@ -165,13 +157,12 @@ def test_a_second_signal_of_the_other_kind_ends_it_at_once(number: signal.Signal
 
     terminal, before = RememberingTerminal(), signal.signal(signal.SIGTERM, end)
     try:
-        assert run_command(command, terminal) == 130
+        assert run_command(command, terminal, ALL_COUNT) == 130
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "stopped at once" in terminal.complained
 
 
-@pytest.mark.usefixtures("all_count")
 def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command() -> None:
     seen: list[int] = []
 
@@ -184,13 +175,12 @@ def test_a_second_sigterm_ends_it_as_the_first_one_would_have_without_a_command(
 
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        assert run_command(command, RememberingTerminal()) == 143
+        assert run_command(command, RememberingTerminal(), ALL_COUNT) == 143
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
 
 
-@pytest.mark.usefixtures("all_count")
 def test_a_second_ctrl_c_ends_it_at_once() -> None:
     terminal = RememberingTerminal()
 
@@ -201,7 +191,7 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("not reached")
 
-    assert run_command(command, terminal) == 130
+    assert run_command(command, terminal, ALL_COUNT) == 130
     assert "stopped at once" in terminal.complained
 
 

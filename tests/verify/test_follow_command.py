@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import instep_tools
 from instep.cli import app
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import KEEP_ALL, Retention
@@ -119,8 +118,8 @@ def test_it_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: 
         return advance(follower)
 
     monkeypatch.setattr(Follower, "advance", advance_later)
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
-    following = partial(Following, story.path, None, (), Patience(retry_s=0.01, unreadable_s=0))
+    patience = Patience(retry_s=0.01, unreadable_s=0, same_signal_s=1e9)
+    following = partial(Following, story.path, None, (), patience)
     following().in_words(100, Console(file=file, force_terminal=True, color_system=None, width=80))
     first, second = file.getvalue().splitlines()[:2]
     assert re.search(r"0 streams, 0 frames, 0 mismatches, \d+\.\d s behind$", first), first
@@ -146,7 +145,7 @@ def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
 
 
 def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report_and_a_second_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
@@ -156,12 +155,10 @@ def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report_and_a_second_one_
         signal.raise_signal(signal.SIGINT)
         told.append(line)
 
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
-    assert Following(story.path, None, ()).in_json(100, tell) == "exact"
+    assert Following(story.path, None, (), Patience(same_signal_s=1e9)).in_json(100, tell) == "exact"
     assert told[-1]["final"]
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        Following(story.path, None, ()).in_json(100, tell)
+        Following(story.path, None, (), Patience(same_signal_s=0.0)).in_json(100, tell)
 
 
 def test_for_without_follow_is_refused(tmp_path: Path) -> None:

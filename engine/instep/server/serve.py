@@ -28,7 +28,7 @@ from instep.server.service_manager import ServiceManager
 from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
-from instep_tools import EndingSignals
+from instep_tools import SAME_SIGNAL_S, EndingSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class _Start:
     kept: Kept
     service_manager: ServiceManager
     is_supervised: bool
+    signals: EndingSignals
 
 
 def run(
@@ -50,6 +51,7 @@ def run(
     on_ready: Callable[[str], None] = lambda endpoint: None,
     accept_numerics_change: bool = False,
     restart: bool = False,
+    same_signal_s: float = SAME_SIGNAL_S,
 ) -> int:
     """Serve until interrupted.
 
@@ -60,6 +62,7 @@ def run(
         accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
         restart: whether to serve in a child process that is started again when a signal kills it, or the process in
             which it steps.
+        same_signal_s: a signal that comes this soon after another is the same one.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -78,7 +81,8 @@ def run(
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
-    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager, restart)
+    signals = EndingSignals(same_signal_s)
+    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager, restart, signals)
     if restart and supervise(log):
         began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
         if changed := [change for _, change in differences(began, config)]:
@@ -96,7 +100,7 @@ async def _serve(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
     server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
-    signals = EndingSignals()
+    signals = start.signals
 
     def stop(at_s: float) -> None:
         if not signals.take(at_s):

@@ -63,7 +63,7 @@ class Following:
 
     def in_words(self, for_s: float, console: Console) -> Verdict:
         """Follow until Ctrl-C, or for some seconds: a live line on a terminal, or a line now and then, and the end."""
-        with _until_interrupted() as stopped:
+        with _until_interrupted(self._patience.same_signal_s) as stopped:
             return self._in_words(stopped, for_s, console)
 
     def _in_words(self, stopped: Event, for_s: float, console: Console) -> Verdict:
@@ -89,7 +89,7 @@ class Following:
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         """Likewise, as an object a second and one at the end."""
-        with _until_interrupted() as stopped:
+        with _until_interrupted(self._patience.same_signal_s) as stopped:
             return self._in_json(stopped, for_s, write)
 
     def _in_json(self, stopped: Event, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
@@ -153,12 +153,12 @@ def _line(status: Status) -> str:
 
 
 @contextmanager
-def _until_interrupted() -> Iterator[Event]:
+def _until_interrupted(same_signal_s: float) -> Iterator[Event]:
     """An event that Ctrl-C sets while the block runs; the same one coming once more does not cut off the report.
 
     A second Ctrl-C does.
     """
-    stopped, signals = Event(), EndingSignals()
+    stopped, signals = Event(), EndingSignals(same_signal_s)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         if not signals.take(time.monotonic()):

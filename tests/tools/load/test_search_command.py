@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
-import instep_tools
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
+from instep_tools.connect import Target
 from instep_tools.load import generator
+from instep_tools.load.command import LoadTest, LoadTester
 from instep_tools.load.result import Measured, Verdict
 from instep_tools.problems import Exit
+from instep_tools.running import run_command
 from tests.support.fake_server import FakeServer, Message, error
-from tests.tools.helpers import info_with
+from tests.tools.helpers import RememberingTerminal, info_with
 from tests.tools.loads import PLAN, SHORT, Timed, fits, run
 
 
@@ -158,7 +160,6 @@ def test_a_search_keeps_what_it_found_when_one_signal_comes_twice(
 ) -> None:
     """As `timeout` sends it: to its child, and to the whole process group."""
     judged(monkeypatch, capacity=1000)
-    monkeypatch.setattr(instep_tools, "SAME_SIGNAL_S", 1e9)
     sent: list[int] = []
 
     def end_the_second_try(header: list[Any], frames: list[bytes]) -> None:
@@ -172,14 +173,18 @@ def test_a_search_keeps_what_it_found_when_one_signal_comes_twice(
     try:
         with FakeServer() as server:
             server.rules.fault = end_the_second_try
-            options = ("--slo-ms", "1e6", "--rate", "50", "--save", tmp_path / "found.json")
-            result = run(*SHORT, *options, "--endpoint", server.endpoint)
+            plan = replace(
+                PLAN, streams=4, connections=1, rate_hz=50, duration_s=0.2, warmup_s=0, block=None, slo_ms=1e6
+            )
+            test = LoadTest(Target(server.endpoint), plan, save=tmp_path / "found.json")
+            terminal = RememberingTerminal()
+            status = run_command(lambda terminal, stop: LoadTester(test, terminal, stop).run(), terminal, 1e9)
             assert server.rules.names == {}
     finally:
         signal.signal(signal.SIGTERM, before)
     assert sent == [number, number]
-    assert result.exit_code == 128 + number
-    assert "at least 4 streams in real time at 50 Hz" in result.stdout
+    assert status == 128 + number
+    assert "at least 4 streams in real time at 50 Hz" in terminal.said
     assert json.loads((tmp_path / "found.json").read_text())["streams"] == 4
 
 
