@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from instep.config import Config
+from instep.memory import usable_memory
 from instep.models.folder import write_model
 from instep.server.check import check
-from instep.server.memory import usable_memory
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
