@@ -131,7 +131,7 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
 
 
 def _recent(numbers: Numbers, name: str) -> float:
-    """Over the last seconds; since the start in the first second of a model, which has no others."""
+    """Over the last seconds; since the start of a model that has had no whole second yet."""
     return numbers.get(f"recent_{name}", numbers[name])
 
 

@@ -112,7 +112,7 @@ class History:
         return dict(zip(COLUMNS, rows.T.tolist(), strict=True))
 
     def newest(self) -> dict[str, float]:
-        """The newest row, by column; empty in the first second."""
+        """The newest row, by column; empty before the first one."""
         if not self._count:
             return {}
         return dict(zip(COLUMNS, self._rows[(self._count - 1) % ROWS].tolist(), strict=True))
