@@ -196,13 +196,13 @@ def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> No
     """Raise CommandProblem unless the frames have as many numbers as the model takes."""
     if sequences.features == info.features:
         return
-    is_of_another = sequences.model is not None and sequences.fingerprint not in (None, info.fingerprint)
+    is_of_another = sequences.model not in (None, info.model) and sequences.fingerprint not in (None, info.fingerprint)
     of = f" was recorded with the model {sequences.model!r} and" if is_of_another else ""
     cure = ""
-    if sequences.features > info.features:
-        cure = "; choose columns with --columns"
-    elif is_of_another:
+    if is_of_another:
         cure = f"; connect to a server of {sequences.model!r}, by --endpoint or --model"
+    elif sequences.features > info.features:
+        cure = "; choose columns with --columns"
     raise CommandProblem(
         f"{file}{of} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}{cure}"
     )

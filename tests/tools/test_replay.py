@@ -346,6 +346,16 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
             "was recorded with the model 'ears' and has 2 numbers a frame, the model 'halving' takes 3; connect to a "
             "server of 'ears', by --endpoint or --model$",
         ),
+        (
+            {"frames": np.zeros((14, 4), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
+            {},
+            "has 4 numbers a frame, the model 'halving' takes 3; connect to a server of 'ears', by --endpoint",
+        ),
+        (
+            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "halving"},
+            {},
+            r"r\.npz has 2 numbers a frame, the model 'halving' takes 3$",
+        ),
         ({"frames": np.zeros((14, 2), np.float32)}, {}, "has 2 numbers a frame, the model 'halving' takes 3$"),
         (
             {"frames": np.zeros((14, 4), np.float32)},
