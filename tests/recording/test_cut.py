@@ -123,6 +123,33 @@ def test_times(scribe: Scribe, tmp_path: Path) -> None:
     assert (found.first_position, found.last_position) == (points[0] + 1, end)
 
 
+def test_a_time_before_the_clock_went_back(tmp_path: Path, model: Path) -> None:
+    header = make_header(gru_description(GRU), model_fingerprint=load_model(model).fingerprint)
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=1)), gru_step(GRU))
+    scribe.open(1)
+
+    def record(frames: int) -> None:
+        position = [scribe.step([1]) for _ in range(frames)][-1]
+        scribe.checkpoint(position)
+        scribe.writer.commit()
+
+    record(5)
+    early, start = scribe.writer.position, scribe.now
+    record(10)
+    late = scribe.now
+    scribe.set_back(late - start)  # to the time of the first checkpoint
+    record(2)
+    record(1)
+    assert scribe.now < late - 3 * TICK_NS
+    found = cut(tmp_path / "a.rec", tmp_path / "out.rec", Bound("time", late - 3 * TICK_NS), None)
+    part = frames(tmp_path / "out.rec")
+    assert found.first_position <= early
+    assert part.keys() == {(1, seq) for seq in range(5, 18)}
+    assert verified(tmp_path / "out.rec", model)
+    with pytest.raises(RecordingError, match=f"the range is empty: it begins at .* and ends at {when(late - TICK_NS)}"):
+        cut(tmp_path / "a.rec", tmp_path / "no.rec", Bound("time", late), None)
+
+
 def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, model: Path) -> None:
     path, points = scribe.writer.path, checkpoints(scribe.writer.path)
     cut(path, tmp_path / "one.rec", Bound("position", points[0]), None)

@@ -57,6 +57,10 @@ class Scribe:
         self._now += 1000
         return self._now
 
+    def set_back(self, by_ns: int) -> None:
+        """Set the clock back."""
+        self._now -= by_ns
+
     def open(
         self, stream: int, state: F32 | None = None, *, first_seq: int = 0, name: str = "", epoch: int = 0
     ) -> None:

@@ -97,9 +97,7 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
     if begin is not None and begin.kind == "position" and begin.value > last:
         raise RecordingError(f"the range is empty: it begins at position {begin.value:,} and ends at {last:,}")
     if begin is not None and begin.kind == "time":
-        ends = next((row[1] for table in HISTORY for row in reader.rows(table, last, last)), None)
-        if ends is not None and begin.value > ends:
-            raise RecordingError(f"the range is empty: it begins at {when(begin.value)} and ends at {when(ends)}")
+        begin = _beginning(reader, begin, last)
     kept = [Checkpoint()] if not reader.trimmed.position else []
     kept += reader.checkpoints()
     # The newest one may lack states: later ones replaced them, or their streams have closed.
@@ -118,6 +116,22 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
             f"{', '.join(f'{each.position:,}' for each in kept if each.position) or 'no position'}"
         )
     return found
+
+
+def _beginning(reader: RecordingReader, begin: Bound, last: int) -> Bound:
+    """The time at which a range begins, or the position where it does if the clock has gone back since."""
+    ends = next((row[1] for table in HISTORY for row in reader.rows(table, last, last)), None)
+    if ends is None or begin.value <= ends:
+        return begin
+    first = last + 1
+    for table in HISTORY:
+        for position, time_ns, *_ in reader.rows(table, reader.first_position, last):
+            ends = max(ends, time_ns)
+            if time_ns >= begin.value:
+                first = min(first, position)
+    if begin.value > ends:
+        raise RecordingError(f"the range is empty: it begins at {when(begin.value)} and ends at {when(ends)}")
+    return Bound("position", first - 1)
 
 
 def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint, last: int) -> None:
