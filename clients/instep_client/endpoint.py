@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from instep_client.protocol.errors import InvalidInput
 
-_TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|\d{1,5})")
-_HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:\d*)?(/.*)?")
-_ADDRESS: Final = re.compile(r"[^\s:/*]+:\d{1,5}")
+_TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|[0-9]{1,5})")
+_HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:[0-9]*)?(/.*)?")
+_ADDRESS: Final = re.compile(r"[^\s:/*]+:[0-9]{1,5}")
 EXAMPLES: Final = "tcp://127.0.0.1:5757 or ipc:///path"
 DEFAULT_PORT: Final = 5757
 """Of ZeroMQ."""

@@ -34,6 +34,8 @@ PORT = "the port that the server has, 1 to 65535; a server with port 0 logs the 
         ("tcp://host:*", PORT),
         ("tcp://host:65536", PORT),
         ("tcp://*:5757", BOTH),
+        ("tcp://host:٥٧٥٧", BOTH),
+        ("host:٥٧٥٧", BOTH),
         ("tcp://host:5757/", BOTH),
         ("tcp://host:5757\n", BOTH),
         ("inproc://x", BOTH),

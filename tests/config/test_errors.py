@@ -92,6 +92,7 @@ class TestProblems:
             ("engine", "exactness", "exact"),
             ("engine", "device", "gpu"),
             ("engine", "device", "cuda:"),
+            ("engine", "device", "cuda:١"),
             ("engine", "max_queue_delay_us", -1),
             ("transport", "allow_plaintext", "yes please"),
             ("transport", "allow_plaintext", 1),

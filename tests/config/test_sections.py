@@ -33,7 +33,11 @@ class TestTheAdminServer:
 
     @pytest.mark.parametrize(
         "wrong",
-        ["5780", ":1", "127.0.0.1", "127.0.0.1:*", "127.0.0.1:65536", "http://a:1", "::1:1", "a..b:1", f"{64 * 'a'}:1"],
+        [
+            *("5780", ":1", "127.0.0.1", "127.0.0.1:*", "127.0.0.1:65536", "http://a:1", "::1:1", "a..b:1"),
+            f"{64 * 'a'}:1",
+            "127.0.0.1:٥٧٨٠",
+        ],
     )
     def test_has_endpoints_of_its_own(self, wrong: str) -> None:
         (problem,) = problems(overrides={"http.endpoint": wrong})

@@ -9,7 +9,7 @@ from typing import Final
 _LABEL: Final = "[A-Za-z0-9_-]{1,63}"  # of a longer or empty one Python's resolver raises UnicodeError
 _HOST: Final = rf"{_LABEL}(?:\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+\]"
 _TCP: Final = re.compile(rf"tcp://(?P<host>\*|{_HOST}):(?P<port>\*|[0-9]{{1,5}})")
-_HTTP: Final = re.compile(rf"(?P<host>{_HOST}):(?P<port>\d{{1,5}})")
+_HTTP: Final = re.compile(rf"(?P<host>{_HOST}):(?P<port>[0-9]{{1,5}})")
 _MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
 
 

@@ -32,7 +32,7 @@ TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
 def _checked_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
         raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
     return device
 
