@@ -84,7 +84,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
         return
     log = _collecting(findings)
     try:
-        prepared = prepare(config, log, is_served=is_served)
+        prepared = prepare(config, log, is_running=is_served)
     except (CannotServe, RuntimeError) as error:
         findings.fail(str(error).splitlines()[0], "instep serve --check tries it again")
         return

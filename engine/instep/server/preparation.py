@@ -60,7 +60,7 @@ def check_early(config: Config, *, restart: bool = False) -> None:
 
 
 def prepare(
-    config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, is_served: bool = False
+    config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, is_running: bool = False
 ) -> list[Prepared]:
     """Load and check every model, choose the device, certify.
 
@@ -68,7 +68,7 @@ def prepare(
         config: names the models.
         log: is told what takes long, and how exact each model is.
         restart: as of `serve.run`.
-        is_served: whether a server runs that may be writing the recordings.
+        is_running: whether a server runs that may be writing the recordings.
 
     Raises:
         CannotServe: with a sentence.
@@ -77,9 +77,10 @@ def prepare(
     try:
         loaded = _load(config.model.folders)
         is_only = len(loaded) == 1
-        for model, _ in loaded if not is_served else ():
-            if (file := recording_file(config, model.name, is_only=is_only)) is not None:
-                check_not_written(present_recording(file, model.fingerprint))
+        if not is_running:
+            for model, _ in loaded:
+                if (file := recording_file(config, model.name, is_only=is_only)) is not None:
+                    check_not_written(present_recording(file, model.fingerprint))
         check_candidates(config.model, [model.name for model, _ in loaded])
         candidates = [find_candidate(config.model, each.name, each.description, is_only=is_only) for each, _ in loaded]
         networks = [_network(config, model) for model, _ in loaded]
