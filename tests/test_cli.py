@@ -71,6 +71,7 @@ def test_in_a_directory_that_was_deleted_each_command_says_so(
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
     Stub(monkeypatch, "instep.server.preparation")
+    monkeypatch.setattr("instep.server.early.early_problems", lambda *_, **__: [])  # another server may run here
     return Stub(monkeypatch, "instep.server.serve")
 
 
@@ -184,6 +185,16 @@ class TestServe:
         assert result.exit_code == 2
         assert words in result.stderr
         assert server.calls == []
+
+    def test_what_is_wrong_with_a_start_is_said_before_pytorch_is_loaded(self, tmp_path: Path) -> None:
+        script = "import sys; sys.modules['torch'] = None; from instep.cli import main; main()"
+        elsewhere = ["--http", "127.0.0.1:0", "--set", f"http.token_file={tmp_path / 'token'}"]
+        command = [sys.executable, "-c", script, "serve", "m", "--record", str(tmp_path / "no" / "x.instep")]
+        free_port = ["--endpoint", "tcp://127.0.0.1:*", "--restart"]
+        result = subprocess.run([*command, *elsewhere, *free_port], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (2, "")
+        words = ("there is no folder", "http.token_file", "--restart needs a port")
+        assert [each in line for each, line in zip(words, result.stderr.splitlines(), strict=True)] == [True] * 3
 
 
 class TestErrors:

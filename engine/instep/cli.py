@@ -106,12 +106,12 @@ def serve(
         raise _failure(OSError(f"log.file {loaded.log.file} cannot be written: {error.strerror}")) from error
     for sentence in unknown_variables(os.environ, loaded.transport.endpoint):
         log.warning("unknown setting", reason=sentence)
-    folders = [folder for _, folder in loaded.model.folders]
-    if not all(os.path.exists(folder) for folder in folders):  # Path's raises if its name is too long
-        from instep.server.early import early_problems
 
-        raise _cannot_serve("\n".join(early_problems(loaded, restart=restart)), loaded.log)
-    for folder in folders:
+    from instep.server.early import early_problems
+
+    if problems := early_problems(loaded, restart=restart):
+        raise _cannot_serve("\n".join(problems), loaded.log)
+    for _, folder in loaded.model.folders:
         log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
 
     from instep.server.preparation import CannotServe

@@ -139,7 +139,7 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     )
     with pytest.raises(CannotServe) as error:
         check(config, restart=True)
-    words = ("there is no folder", "http.token_file", "no CUDA device", "--restart needs a port")
+    words = ("there is no folder", "http.token_file", "--restart needs a port", "no CUDA device")
     assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 4
     folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
     config = configured(model, recording={"file": tmp_path / "r.instep"}).model_copy(update={"model": folders})

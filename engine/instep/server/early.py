@@ -1,4 +1,7 @@
-"""Checks of a start that need neither PyTorch nor a model: loading those takes up to a minute."""
+"""Checks of a start that need neither PyTorch nor a model: loading those takes up to a minute.
+
+Nothing here may import PyTorch, not even by way of another module.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from instep.server.recording_files import check_several
 
 
 def early_problems(config: Config, *, restart: bool = False) -> list[str]:
-    """A sentence about everything that stands in the way of a start; nothing is written.
+    """A sentence about everything that is known to stand in the way of a start; nothing is written.
 
     `restart` is as of `serve.run`.
     """
-    checks = (_folders, _recording, _ports, _token, _memory, _device)
+    checks = (_folders, _recording, _ports, _token, _memory)
     problems = [sentence for check in checks for sentence in check(config)]
     if restart and config.transport.endpoint.endswith(":*"):
         problems.append("--restart needs a port: clients would not find the next server on whichever port is free then")
@@ -97,14 +100,3 @@ def _memory(config: Config) -> Iterator[str]:
             f"engine.max_streams is {config.engine.max_streams:,}, which takes {size(needed)} of memory before any "
             f"stream is opened, and {size(usable)} may be used: lower it"
         )
-
-
-def _device(config: Config) -> Iterator[str]:
-    if not config.engine.device.startswith("cuda"):
-        return
-    from instep.server.preparation import CannotServe, find_device  # PyTorch, which knows the devices
-
-    try:
-        find_device(config.engine.device)
-    except CannotServe as error:
-        yield str(error)

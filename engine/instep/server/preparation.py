@@ -55,7 +55,12 @@ def check_early(config: Config, *, restart: bool = False) -> None:
     Raises:
         CannotServe: with a line for everything that stands in the way.
     """
-    if problems := early_problems(config, restart=restart):
+    problems = early_problems(config, restart=restart)
+    try:
+        find_device(config.engine.device)
+    except CannotServe as error:
+        problems.append(str(error))
+    if problems:
         raise CannotServe("\n".join(problems))
 
 

@@ -6,9 +6,10 @@ kind of answer is in a file of its own. `Subject` is all that it knows of the se
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from instep.streaming.service import ModelService
+if TYPE_CHECKING:
+    from instep.streaming.service import ModelService
 
 
 class Subject(Protocol):
