@@ -30,19 +30,24 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "candidate_buckets", lambda network, largest: candidates(network, min(largest, 64)))
 
 
-def test_make_and_info(tmp_path: Path) -> None:
+def test_make_and_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "made"
     made = instep(
         *("model", "make", str(folder), "--features", "3", "--hidden", "4", "--layers", "2"),
-        *("--before", "8:relu", "--before", "5:tanh", "--after", "2"),
+        *("--before", "8:relu", "--before", "5:tanh", "--before", "layer_norm", "--after", "2"),
     )
     assert made.exit_code == 0, made.output
-    words = "3 features → dense 8 relu → dense 5 tanh → GRU 4 × 2 layers → dense 2"
+    words = "3 features → dense 8 relu → dense 5 tanh → layer norm → GRU 4 × 2 layers → dense 2"
     assert made.stdout == f"{folder}: {words}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    lines = instep("model", "info", str(folder)).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines[:2]).split() == f"made: {words}".split()
+    monkeypatch.delenv("FORCE_COLOR")
     shown = instep("model", "info", str(folder)).stdout.splitlines()
     assert shown[0] == f"made: {words}"
-    # dense 8·3+8, 5·8+5; GRU 12·(5+4)+24, 12·(4+4)+24; dense 2·4+2
-    assert shown[1].startswith("339 weights; fingerprint ")
+    # dense 8·3+8, 5·8+5; layer norm 2·5; GRU 12·(5+4)+24, 12·(4+4)+24; dense 2·4+2
+    assert shown[1].startswith("349 weights; fingerprint ")
     assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
 

@@ -28,8 +28,9 @@ def three_digits(value: float) -> str:
 
 
 def wrapped(sentence: str) -> str:
-    """The sentence in lines of 80 columns, indented from the second on."""
-    return textwrap.fill(sentence, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    """The sentence in lines of 80 columns, which are indented by two more columns from the second on."""
+    indent = " " * (len(sentence) - len(sentence.lstrip(" ")) + 2)
+    return textwrap.fill(sentence, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def finite(value: Any) -> Any:

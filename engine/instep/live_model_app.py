@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from instep.model_app import Json
+from instep.model_app import Json, say
 from instep.model_app import app as app
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_tools.command_line import Endpoint
@@ -68,11 +68,11 @@ def swap(
     if kept is not None:
         if (new.features, new.outputs) != (kept.features, kept.outputs):
             sizes = f"{counted(new.features, 'feature')} and gives {counted(new.outputs, 'output')}"
-            typer.echo(f"it takes {sizes}; the old version has {kept.features:,} and {kept.outputs:,}")
-        typer.echo(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
+            say(f"it takes {sizes}; the old version has {kept.features:,} and {kept.outputs:,}")
+        say(f"{counted(kept.streams, 'open stream')} of the old version: served as {kept.name} until closed")
     else:
         states = "copied" if streams == "move" else "computed from the last frames"
-        typer.echo(f"{counted(new.streams, 'open stream')} moved to it, states {states}")
+        say(f"{counted(new.streams, 'open stream')} moved to it, states {states}")
     _list(model.name for model in models)
 
 
@@ -151,11 +151,11 @@ def _say_version(name: str, how: str, folder: Path, endpoint: str) -> None:
 
     with Client(endpoint, model=name) as client:
         fingerprint, stats = client.info.fingerprint, client.stats()
-    typer.echo(f"{name} is {how} version {fingerprint[:8]}")
+    say(f"{name} is {how} version {fingerprint[:8]}")
     if stats.get("configured") == 0:  # an older server does not say
-        typer.echo("a restart serves what the configuration names, which is not this folder;")
-        typer.echo(f"put it into model.folder to keep it: {folder.resolve()}")
+        say("a restart serves what the configuration names, which is not this folder;")
+        say(f"put it into model.folder to keep it: {folder.resolve()}")
 
 
 def _list(names: Iterable[str]) -> None:
-    typer.echo(f"the server has {', '.join(names)}")
+    say(f"the server has {', '.join(names)}")

@@ -71,7 +71,7 @@ def make(
 
     made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
     write_model(folder, made, overwrite=overwrite)
-    typer.echo(f"{folder}: {description.in_words()}")
+    say(f"{folder}: {description.in_words()}")
 
 
 @app.command(
@@ -157,7 +157,7 @@ def import_model(
         from instep.models.module.archived_step import import_pt2
 
         model = import_pt2(file, folder, name=name, outputs=names, overwrite=overwrite)
-        typer.echo(f"{folder}: {model.description.in_words()}")
+        say(f"{folder}: {model.description.in_words()}")
         return
     if file.suffix == ".onnx":
         from instep.models.onnx.importer import import_onnx
@@ -171,7 +171,7 @@ def import_model(
             shapes=_assigned("shape", shape, _extents),
         )
         model = import_onnx(file, folder, hints, name=name, outputs=names, overwrite=overwrite)
-        typer.echo(f"{folder}: {model.description.in_words()}")
+        say(f"{folder}: {model.description.in_words()}")
         return
 
     from instep.models.handover.save import save_model
@@ -188,7 +188,7 @@ def import_model(
         leave_out=leave_out,
         overwrite=overwrite,
     )
-    typer.echo(f"{folder}: {model.description.in_words()}")
+    say(f"{folder}: {model.description.in_words()}")
 
 
 @app.command(examples=("instep model check ears --against net.py:net",))
@@ -243,14 +243,23 @@ def info(
         }
         typer.echo(jsonlib.dumps(shown, indent=2))
         return
-    typer.echo(f"{model.name}: {model.description.in_words()}")
-    typer.echo(f"{model.size_in_words}; fingerprint {model.fingerprint}")
+    say(f"{model.name}: {model.description.in_words()}")
+    say(f"{model.size_in_words}; fingerprint {model.fingerprint}")
     sizes = f"in batches of {certified.buckets[0]} to {certified.buckets[-1]}"
-    typer.echo(f"step on this CPU: {network.kernel}, {certified.exactness} {sizes}")
+    say(f"step on this CPU: {network.kernel}, {certified.exactness} {sizes}")
     if model.output_names:
-        typer.echo(f"outputs: {', '.join(model.output_names)}")
+        say(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
+
+
+def say(sentence: str) -> None:
+    """Print a result in words."""
+    from rich.console import Console
+
+    from instep_tools import terminal
+
+    terminal.say(Console(), sentence)
 
 
 def _described(kind: str, fields: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> RecurrentDescription:

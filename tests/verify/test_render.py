@@ -5,7 +5,7 @@ import re
 
 from rich.console import Console
 
-from instep.verify.render import render
+from instep.verify.render import render, render_briefly
 from instep.verify.report import Report, StreamReport
 from tests.verify.test_report import report, stream
 
@@ -78,6 +78,28 @@ def test_why_it_says_less_than_exact_is_said() -> None:
     )
     assert "bits were not required to be equal: torch 2.4 there, 2.5 here" in text
     assert "the recording was checked up to its last commit: killed" in text
+
+
+def test_sentences_are_wrapped_on_a_terminal_and_nowhere_else() -> None:
+    long = "frame 1,234, element 12: recorded -0.12345678, stepped 0.12345679 (4,294,967,295 ULP apart)"
+    found = report(
+        stream(1, "mismatch", problems=(long, "frame 7 is missing")),
+        stream(2, "exact", not_compared=12),
+        trimmed="begins at position 1,201 (2026-11-28 09:16:55 UTC); what came before was trimmed or cut off",
+    )
+    for show in (render, render_briefly):
+        said = {}
+        for width in (80, 300):
+            file = io.StringIO()
+            show(found, Console(file=file, width=width, force_terminal=width == 80, color_system=None))
+            lines = file.getvalue().splitlines()
+            assert (max(map(len, lines)) > 80) == (width > 80)
+            start = next(at for at, line in enumerate(lines) if "mismatch in stream" in line)
+            said[width] = lines[start:]
+        assert " ".join(said[80]).split() == " ".join(said[300]).split()
+        inner = "    " if show is render_briefly else "  "
+        assert [line for line in said[80] if "frame 7" in line] == [f"{inner}frame 7 is missing"]
+        assert next(line for line in said[80] if "ULP apart" in line).startswith(f"{inner}  ")
 
 
 def test_one_stream_is_not_many() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from instep_tools.terminal import say
 from instep_tools.words import counted, finite
 
 _SHOWN: Final = 10
@@ -70,16 +71,15 @@ class Differences:
                 table.add_row(Text(each.name), f"{each.frames:,}", f"{each.largest:.3g}")
             console.print(table)
         if self.streams_total > _SHOWN:
-            console.print(f"and {counted(self.streams_total - _SHOWN, 'more stream')}, which differ less")
+            say(console, f"and {counted(self.streams_total - _SHOWN, 'more stream')}, which differ less")
         if self.dropped:
-            console.print(f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
+            say(console, f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
         if not self.frames:
-            console.print("nothing was compared: no frame of a chosen stream was recorded meanwhile")
+            say(console, "nothing was compared: no frame of a chosen stream was recorded meanwhile")
             return
         quantiles = ", ".join(f"p{round(100 * share)} {value:.3g}" for share, value in self.quantiles.items())
-        console.print(
-            f"|difference| of a frame: {quantiles}, max {self.largest:.3g}; of all values, mean {self.mean:.3g}"
-        )
+        differences = f"|difference| of a frame: {quantiles}, max {self.largest:.3g}"
+        say(console, f"{differences}; of all values, mean {self.mean:.3g}")
         same = self.equal / self.frames
         compared = f"{counted(self.frames, 'frame')} of {counted(self.streams_total, 'stream')}"
-        console.print(f"{compared} were compared; {same:.1%} have equal bits")
+        say(console, f"{compared} were compared; {same:.1%} have equal bits")

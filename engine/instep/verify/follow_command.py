@@ -74,15 +74,16 @@ class Following:
                     where = f"mismatch in stream {wrong.number} ({wrong.stream}): {wrong.sentence}"
                     say(console, where, "red")
                 if console.is_terminal:
-                    live.update(Text(_line(status), "red" if status.mismatches_total else ""), refresh=True)
+                    lines = "\n".join(map(wrapped, _line(status).split("\n")))
+                    live.update(Text(lines, "red" if status.mismatches_total else ""), refresh=True)
                 else:
-                    console.print(Text(_line(status)), soft_wrap=True)
+                    say(console, _line(status))
 
             self._follow(stopped, show, _LIVE_EVERY_S if console.is_terminal else _LINE_EVERY_S, for_s)
         for note in self._follower.notes:
             say(console, f"bits were not required to be equal: {note}", "yellow")
         if reasons := in_words(self._follower.skipped_by, self._follower.waiting):
-            console.print(Text(wrapped(f"not compared: {reasons}"), "yellow"), soft_wrap=True)
+            say(console, f"not compared: {reasons}", "yellow")
         style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
         say(console, self._summary(), style)
         return self._verdict
@@ -138,7 +139,7 @@ class Following:
 
 
 def _line(status: Status) -> str:
-    """The state of things in 80 columns; more than a line where the file cannot be read or frames are not compared."""
+    """The state of things; more than a line where the file cannot be read or frames are not compared."""
     share = "" if status.share == 1 else f" (1 of {1 / status.share:,.0f})"
     mismatches = counted(status.mismatches_total, "mismatch", "mismatches")
     compared = f"{counted(status.streams, 'stream')}{share}, {counted(status.frames, 'frame')}"
@@ -149,7 +150,7 @@ def _line(status: Status) -> str:
         return line
     percent = math.floor(100 * share_compared(status.frames, status.skipped))
     left_out = in_words(status.skipped_by, status.waiting, _MOST_REASONS)
-    return f"{line}\n{wrapped(f'  {percent}% compared; {left_out}')}"
+    return f"{line}\n  {percent}% compared; {left_out}"
 
 
 @contextmanager

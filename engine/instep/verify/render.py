@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Final, Literal
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.report import Report, StreamReport, Verdict
+from instep_tools.terminal import say
 from instep_tools.words import counted
 
 FIRST_STREAMS: Final = 20
@@ -30,13 +32,18 @@ _STYLES: Final[dict[Verdict, str]] = {
 def render(report: Report, console: Console) -> None:
     """Print verdicts, problems and notes, and a summary as the last line."""
     for part in _parts(report):
-        console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
+        if isinstance(part, Text):
+            say(console, part.plain, str(part.style))
+        else:
+            console.print(part, highlight=False)
 
 
 def render_briefly(report: Report, console: Console) -> None:
     """Print one line with the file and the verdict, and below it problems and notes."""
-    parts = [_summary(report, f"{report.file}: "), *_problems(report)]
-    console.print(Text("\n  ").join(Text("\n  ").join(part.split()) for part in parts), soft_wrap=True, highlight=False)
+    summary = _summary(report, f"{report.file}: ")
+    say(console, summary.plain, str(summary.style))
+    for part in _problems(report):
+        say(console, textwrap.indent(part.plain, "  "), str(part.style))
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
