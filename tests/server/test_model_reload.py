@@ -83,11 +83,13 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         ):
             line = await reloads(wrong)
             assert (line["event"], words in line["reason"]) == ("models not reloaded", True), line
-            assert line["swapped"] == []
+            assert (line["loaded"], line["swapped"]) == ([], [])
+            assert line["reason"].startswith("no model has changed, and model.shadow is not in force: ")
             assert await models() == ["ears", "eyes"]
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
+        assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
 
         folder_of(new, C)  # the same path, another version
@@ -106,6 +108,21 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         await reloads({"ears": tmp_path / "by request"})
         assert (await client.stats())["configured"] == 1, "the configuration has caught up"
         assert client.info.fingerprint == A.fingerprint
+
+
+async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path) -> None:
+    old, new, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B, OTHER)]
+    wide, more = folder_of(tmp_path / "wide", plain(5, 9)), folder_of(tmp_path / "more", plain(2, 2))
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told, folder=old) as server:
+        reloads = Reloads(server, told)
+        assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
+        line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
+        assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
+        assert line["reason"].startswith("model.folder is in force only for the models named here, and model.shadow")
+        served = {each.name: each.about.fingerprint for each in server.services}
+        assert served.keys() == {"ears", "eyes", "more"}
+        assert (served["ears"], served["eyes"]) == (B.fingerprint, OTHER.fingerprint)
 
 
 async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:

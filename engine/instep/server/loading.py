@@ -189,12 +189,14 @@ class Loader:
             if not swapped:
                 for name in loaded:
                     await self.unload(name)
+                loaded = []
             if self._shutdown.requested.is_set():
                 return
             is_sentence = isinstance(error, CannotServe | ModelError | Refusal)
             why = str(error) if is_sentence else f"{type(error).__name__}: {error}"
-            reason = f"model.folder is not in force, only what `reloaded` calls changed: {why}"
-            self._log.error("models not reloaded", swapped=swapped, reason=reason)
+            extent = "model.folder is in force only for the models named here" if swapped else "no model has changed"
+            reason = f"{extent}, and model.shadow is not in force: {why}"
+            self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             return
         unloaded = [name for name in self._configured if name in served and name not in found]
         for name in unloaded:
