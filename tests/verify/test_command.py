@@ -193,7 +193,8 @@ def test_a_recording_without_frames_among_several_is_named_and_no_failure(record
     assert typed(good, folder) == (0, [verified, none, "verified: 1 recording, 1 empty"])
     status, lines = typed(good, folder, "--json")
     assert (status, [json.loads(line)["verdict"] for line in lines]) == (0, ["exact", "empty"])
-    assert not json.loads(lines[1])["verified"]
+    reason = f"{empty} holds no frames: nothing was recorded, so nothing can be verified"
+    assert json.loads(lines[1]) == {"file": str(empty), "verified": False, "verdict": "empty", "reason": reason}
     broken = folder / "c.instep"
     broken.write_text("hello " * 1000)
     status, lines = typed(good, folder)

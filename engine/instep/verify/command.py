@@ -92,7 +92,7 @@ def run(
             if not briefly:
                 raise
             if json:
-                write_json({"file": str(file), "verified": False, "verdict": "empty", "error": str(error)})
+                write_json({"file": str(file), "verified": False, "verdict": "empty", "reason": str(error)})
             else:
                 say(console, f"{file}: empty: it holds no frames", "dim")
             return WITHOUT_FRAMES
