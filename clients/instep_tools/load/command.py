@@ -23,7 +23,7 @@ from instep_tools.page import as_html, check_report_path
 from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, write_file
 from instep_tools.stream_plot import check_plot_path, rendered
 from instep_tools.terminal import Terminal, progress
-from instep_tools.words import counted, three_digits, wrapped
+from instep_tools.words import counted, three_digits
 
 SILENT_S: Final = 2.0
 """Without an answer for this time, the progress says so."""
@@ -71,11 +71,11 @@ class LoadTester:
                 check_writable(path)
         async with connected(test.target, "loadtest", self.terminal, self.stop) as client:
             self._info = client.info
-        self.terminal.note(wrapped(report.setting(self._info)))
+        self.terminal.note(report.setting(self._info))
         return await (self._measure_once() if test.plan.slo_ms is None else self._search(test.plan.slo_ms))
 
     async def _measure_once(self) -> Exit:
-        self.terminal.note(wrapped(self.test.plan.sentence()))
+        self.terminal.note(self.test.plan.sentence())
         result = await self._measure(self.test.plan)
         if not self.terminal.as_json and len(result.answered):
             report.show_latencies(self.terminal, result)
@@ -101,11 +101,11 @@ class LoadTester:
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
             verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, sent {late_ms} ms late"
             if not self.stop.requested:  # else it says nothing
-                self.terminal.note(wrapped(f"{where}: {verdict}{report.problems(trial)}"))
+                self.terminal.note(f"{where}: {verdict}{report.problems(trial)}")
             return trial
 
-        self.terminal.note(wrapped(plan.sentence()))
-        self.terminal.note(wrapped(report.effort(plan, limit)))
+        self.terminal.note(plan.sentence())
+        self.terminal.note(report.effort(plan, limit))
         search = Search(attempt, slo_ms, plan.processes, self.stop)
         await search.run(plan.streams, limit)
         best = search.best
@@ -167,7 +167,7 @@ class LoadTester:
             except BadFile as error:
                 self.terminal.error(str(error))
                 ending = ending or Exit.COULD_NOT_RUN
-        self.terminal.summary(wrapped(summary), good=ending is Exit.OK)
+        self.terminal.summary(summary, good=ending is Exit.OK)
         return ending
 
 

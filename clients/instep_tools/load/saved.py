@@ -15,7 +15,7 @@ from instep_tools.load.result import Measured
 from instep_tools.load.samples import percentiles
 from instep_tools.problems import BadFile, Exit, reads_or_writes
 from instep_tools.terminal import Terminal
-from instep_tools.words import three_digits, wrapped
+from instep_tools.words import three_digits
 
 _LATENCIES: Final = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9", "max": "max"}
 """The percentiles of a saved result, and what the table calls them."""
@@ -77,7 +77,7 @@ def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
     for what, differences in differ.items():
         if differences:
             both = ", ".join(f"{name} {mine!s:.12} and {theirs!s:.12}" for name, (mine, theirs) in differences.items())
-            terminal.note(wrapped(f"the {what} differ: {both}"))
+            terminal.note(f"the {what} differ: {both}")
     return Exit.OK
 
 

@@ -47,8 +47,7 @@ async def test_a_search_ends_with_the_largest_load(monkeypatch: pytest.MonkeyPat
     tried = re.findall(r"^([\d,]+) .*met: p99 [\d.]+ ms, sent [\d.]+ ms late", run.terminal.complained, re.MULTILINE)
     assert tried == ["1", "2", "4", "8", "16", "16", "12", "12", "10", "11"]
     assert run.terminal.said.count("not met") == 4
-    assert fits(run.terminal.said)
-    assert fits(run.terminal.complained)
+    assert fits(run.terminal.said.removesuffix(run.last + "\n")), "only sentences are wrapped, and only on a terminal"
     assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -81,7 +80,6 @@ def test_a_search_says_how_long_it_may_take_and_which_try_it_is_at(monkeypatch: 
     for number in (1, 2, 3):
         assert re.search(rf"^try {number} \d/0 s · ", result.stderr, re.MULTILINE)
     assert "try 4" not in said
-    assert fits(result.stderr)
 
 
 async def test_a_search_that_is_stopped_in_its_first_try_shows_no_table(tmp_path: Path) -> None:
