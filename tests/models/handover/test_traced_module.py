@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,12 @@ def test_compiled_modules_are_unwrapped_and_graphs_of_modules_run(tmp_path: Path
 
 def _fails(graph: Any, inputs: Any) -> Any:
     raise AssertionError("nothing is compiled")
+
+
+def test_following_a_tensor_does_not_import_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    spec = find_spec("instep.models.handover.tracer")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(fresh := module_from_spec(spec))  # the module of other tests may have imported it already
+    assert fresh.activation_of(torch.tanh, "the activation") == "tanh"

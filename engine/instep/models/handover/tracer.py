@@ -44,7 +44,27 @@ class Step:
     """Values that it gives for a frame."""
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _EveryFunction:
+    """Sees every function that torch runs.
+
+    The method is not in `Tracer`, because one that a subclass of `TorchDispatchMode` defines itself is wrapped, and the
+    wrapper imports torch._dynamo, which takes 2 s.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function and see what it does."""
+        result = func(*args, **(kwargs or {}))
+        self.see(func, args, kwargs or {}, result)
+        return result
+
+    def see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """A function has run."""
+        raise NotImplementedError
+
+
+class Tracer(_EveryFunction, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Use it as a context; `steps` then tells what happened to the tensor that it was told to `follow`.
 
     Args:
@@ -102,16 +122,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.refusal = ModelError(f"{sentence}: {advice or self._advice}")
         raise self.refusal
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function and see what it does with what is followed."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+    def see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """A function has run: what has it done with what is followed?"""
         origin = None if self._inside_layer else self.origin((args, kwargs))
         name = func.overloadpacket.__name__.strip("_") if func.namespace == "aten" else str(func)
         if origin is None or name in _NO_VALUES:
-            return result
+            return
         if name in _SAME_VALUES:
             self.follow(result, origin)
         elif name in ACTIVATIONS:
@@ -119,7 +135,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(name, name, origin, result)
         else:
             self._refuse_function(name)
-        return result
 
     def _add(self, what: nn.Module | Activation, label: str, origin: int, result: object) -> None:
         if origin != len(self.steps):
