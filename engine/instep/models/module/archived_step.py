@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.func import functional_call
 from torch.fx import traceback
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -212,9 +213,13 @@ class ArchivedStep(nn.Module):
         Raises:
             ModelError: when the step cannot be run, or is too large.
         """
+        without_memory = FakeTensorMode()
         try:
-            with in_silence(), FakeTensorMode(allow_non_fake_inputs=True), _Counted(), torch.no_grad():
-                self(*self.example(ROWS))
+            own: dict[str, torch.Tensor] = {
+                name: without_memory.from_tensor(tensor) for name, tensor in self.state_dict().items()
+            }
+            with in_silence(), without_memory, _Counted(), torch.no_grad():
+                functional_call(self, own, self.example(ROWS), tie_weights=False)
         except ModelError:
             raise
         except Exception as error:
