@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from instep.models.certify import certify
 from instep.models.folder import make_model
@@ -186,14 +186,14 @@ def test_an_lstm_has_the_bits_of_onednn_where_those_without_it_depend_on_the_bat
     assert (network.kernel == "torch") == (expected == "torch"), "whose bits they are does not depend on the sizes"
 
 
-class _Switch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether oneDNN is on whenever torch computes anything."""
+class _Switch(TorchFunctionMode):
+    """Notes whether oneDNN is on whenever a function of torch is called."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = set[bool]()
 
-    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.add(bool(torch.backends.mkldnn.enabled))
         return function(*args, **(kwargs or {}))
 
