@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ def own(sound: F32) -> F32:
     return gains
 
 
+@cache
 def _package() -> tuple[Any, Any]:
     import scipy.signal
 
