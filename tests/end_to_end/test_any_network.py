@@ -30,7 +30,7 @@ from tests.chaos.victim import Victim
 from tests.support.crowd import Visitor, make_visitors, visit
 from tests.support.networks import NETWORKS, Run
 from tests.support.running import prepared
-from tests.support.verifying import ignore_progress
+from tests.support.verifying import CERTIFY, ignore_progress
 
 CLIENTS, AT_ONCE, SLOTS, MAX_BATCH = 5, 12, 70, 32
 """Fewer slots than streams, so that slots change hands, and fewer rows than open streams, so that batches differ."""
@@ -150,7 +150,7 @@ def alone(ready: Prepared, step: BoundStep, position: int, visitor: Visitor) -> 
 def check_verdicts(ready: Prepared, recording: Path, visitors: Sequence[Visitor]) -> None:
     """Verify the recording: bits where they are certified, and otherwise all that huge values do not overflow."""
     with RecordingReader(recording) as reader:
-        report = verify(reader, ready.model, [], ignore_progress)
+        report = verify(reader, ready.model, [], ignore_progress, CERTIFY)
     hostile, is_exact = {visitor.name: visitor.is_hostile for visitor in visitors}, report.verdict == "exact"
     assert {stream.name for stream in report.streams} == {*hostile}
     assert report.mismatches == 0, report.streams

@@ -35,7 +35,7 @@ from instep_tools.sequences import RecordedSequences
 from tests.support.onnx_graphs import gru_step
 from tests.support.pipelines import smoothed
 from tests.support.running import running
-from tests.support.verifying import ignore_progress
+from tests.support.verifying import CERTIFY, ignore_progress
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 FEATURES, HIDDEN, FRAMES, KEEP = 5, 24, 12, 0.75
@@ -118,12 +118,13 @@ def truth(kind: str, x: F32, first: F32 | None = None) -> F32:
 async def test_streams_begin_with_what_the_model_has_learned(
     kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    folder, recording = tmp_path / "net", {"file": tmp_path / "r.instep"}
+    folder = tmp_path / "net"
+    sections: dict[str, Any] = {"recording": {"file": tmp_path / "r.instep"}, "engine": {"max_batch_size": 32}}
     make_folder(kind, folder)
     model = load_model(folder)
     first = trained().h0.detach().numpy()
     x = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
-    async with running(model, recording=recording, folder=folder) as server, AsyncClient(server.endpoint) as client:
+    async with running(model, folder=folder, **sections) as server, AsyncClient(server.endpoint) as client:
         assert client.info.state.leaves[0].initial is None
         await (await client.open("without frames")).close()
         stream = await client.open("s")
@@ -138,13 +139,13 @@ async def test_streams_begin_with_what_the_model_has_learned(
         await reset.reset()
         np.testing.assert_allclose(await reset.step(x), truth(kind, x), rtol=1e-4, atol=1e-5)
         await client.close(park=True)
-    async with running(model, recording=recording, folder=folder) as server, AsyncClient(server.endpoint) as client:
+    async with running(model, folder=folder, **sections) as server, AsyncClient(server.endpoint) as client:
         stream = await client.resume("s", 5, take_over=True)
         y.append(await stream.step(x[5:]))
         await stream.close()
     np.testing.assert_allclose(np.concatenate(y), truth(kind, x), rtol=1e-4, atol=1e-5)
     with RecordingReader(tmp_path / "r.instep") as reader:
-        report = verify(reader, model, [], ignore_progress)
+        report = verify(reader, model, [], ignore_progress, CERTIFY)
     assert report.verified, report.streams
 
 
@@ -174,7 +175,7 @@ async def test_streams_that_move_to_another_version_keep_their_start_and_later_o
                 np.testing.assert_allclose(await stream.step(x), truth("module", x, later), rtol=1e-4, atol=1e-5)
     (file,) = (each for each in recordings.glob("*.instep") if each.name != "net.instep")
     with RecordingReader(file) as reader:
-        report = verify(reader, load_model(new), [], ignore_progress)
+        report = verify(reader, load_model(new), [], ignore_progress, CERTIFY)
     assert report.verified, report.streams
 
 
@@ -185,7 +186,7 @@ async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_si
     frames, given = rng.standard_normal((2 * FRAMES, FEATURES), np.float32), rng.standard_normal(HIDDEN, np.float32)
     lengths = np.array([FRAMES, FRAMES])
     save_table(tmp_path / "spoken.npz", RecordedSequences(("a", "b"), lengths, frames, initial_states={1: given}))
-    async with running(load_model(tmp_path / "net")) as server:
+    async with running(load_model(tmp_path / "net"), engine={"max_batch_size": 32}) as server:
         again = Replay(Target(server.endpoint), tmp_path / "spoken.npz", math.inf, save=tmp_path / "outputs.npz")
         assert await replay(again, RememberingTerminal(), Stop(), JumpingClock()) == Exit.OK
     y = read_sequences(tmp_path / "outputs.npz").outputs

@@ -29,7 +29,7 @@ from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from tests.support.threaded import SmallBatches
-from tests.support.verifying import ignore_progress
+from tests.support.verifying import CERTIFY, ignore_progress
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "examples" / "README.md").read_text()
@@ -64,7 +64,7 @@ def test_a_network_of_a_package_is_served(name: str, tmp_path: Path) -> None:
     assert makes_sense(name, heard.received[0], example.hop)
 
     with RecordingReader(tmp_path / "recording.instep") as reader:
-        report = verifier.verify(reader, load_model(tmp_path / name), [], ignore_progress)
+        report = verifier.verify(reader, load_model(tmp_path / name), [], ignore_progress, CERTIFY)
     assert report.verified, report.as_json()
     assert report.verdict == "exact" or heard.exactness != "exact"
     assert [len(report.streams), sum(stream.frames for stream in report.streams)] == [

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from instep.config import Config
 from instep.models.base import RecurrentModel
-from instep.models.certify import Certification, candidate_buckets, certify
+from instep.models.certify import Certification, candidate_buckets
 from instep.models.model import Model
 from instep.models.registry import build
 from instep.runtime.stepper import Stepper
@@ -23,17 +22,11 @@ from instep.server.assembly import make_server
 from instep.server.background import Background
 from instep.server.preparation import Prepared, find_candidate
 from instep.server.server import Server
+from tests.support.recordings import certify_once
 from tests.support.warm import start_module
 
 CPU = torch.device("cpu")
 IN_FORKS = Background(start_module)
-
-
-@cache
-def certified(network_key: str, max_batch_size: int) -> Certification:
-    """Certification of a network seen before, by its fingerprint and device; `prepared` fills the cache."""
-    network = _NETWORKS[network_key]
-    return certify(network, candidate_buckets(network, max_batch_size))
 
 
 _NETWORKS: dict[str, RecurrentModel] = {}
@@ -45,8 +38,9 @@ def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU
     key = f"{model.fingerprint} {device}"
     if key not in _NETWORKS:
         _NETWORKS[key] = build(model, device)
-    certification = certified(key, max_batch_size)
-    return Prepared(model, Path("model"), _NETWORKS[key], device, certification)
+    network = _NETWORKS[key]
+    certification = certify_once(network, candidate_buckets(network, max_batch_size))
+    return Prepared(model, Path("model"), network, device, certification)
 
 
 def config(**sections: dict[str, Any]) -> Config:
