@@ -6,6 +6,7 @@ The server's own path is in `runtime`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,24 @@ from instep.core.typing import F32, I64, U8
 from instep.models.base import BoundStep, Floats, StateSpec
 
 
+def giver(tensor: torch.Tensor) -> Callable[[npt.NDArray[Any]], object]:
+    """A function that copies an array of its shape into a tensor, wherever that is."""
+    if tensor.device.type == "cpu":
+        return partial(np.copyto, tensor.numpy())
+    return lambda values: tensor.copy_(torch.tensor(values))
+
+
+def finder(tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
+    """A function that returns what a tensor holds, wherever that is: an array that is valid until the next step."""
+    if tensor.device.type == "cpu":
+        array = tensor.numpy()
+        return lambda: array
+    return lambda: tensor.cpu().numpy()
+
+
 def put(tensor: torch.Tensor, values: npt.NDArray[Any]) -> None:
     """Copy an array into a tensor of its shape, wherever that is."""
-    if tensor.device.type == "cpu":
-        tensor.numpy()[...] = values
-    else:
-        tensor.copy_(torch.tensor(values))
+    giver(tensor)(values)
 
 
 def load_state(step: BoundStep, spec: StateSpec, rows: U8) -> None:
@@ -54,10 +67,11 @@ def step_frames(step: BoundStep, spec: StateSpec, x: F32, rows: U8, outputs: int
     """Step a whole batch over frames [T, B, features]: outputs [T, B, outputs] and rows of states after them."""
     y = np.empty((*x.shape[:2], outputs), np.float32)
     load_state(step, spec, rows)
+    give, found = giver(step.x[:, : x.shape[2]]), finder(step.y[:, :outputs])
     for frame, answers in zip(x, y, strict=True):
-        put(step.x[:, : frame.shape[1]], frame)
+        give(frame)
         step.run()
-        answers[...] = step.y[:, :outputs].cpu().numpy()
+        answers[...] = found()
         keep_state(step)
     return y, read_state(step, spec)
 
@@ -79,14 +93,15 @@ def step_batches(step: BoundStep, spec: StateSpec, x: F32, rows: U8, batches: I6
     count = batches.shape[1]
     answers = np.zeros((batches.size, outputs * x.itemsize + spec.row_bytes), np.uint8)
     y, after = split_answers(spec, answers)
-    given = [(step.x[:, : x.shape[1]], x), *((step.state[name], leaf) for name, leaf in spec.unpack(rows).items())]
-    found = [(step.y[:, :outputs], y), *((step.new_state[name], leaf) for name, leaf in after.items())]
+    before = spec.unpack(rows)
+    given = [(giver(step.x[:, : x.shape[1]]), x), *((giver(step.state[name]), before[name]) for name in before)]
+    found = [(finder(step.y[:, :outputs]), y), *((finder(step.new_state[name]), after[name]) for name in after)]
     for first, batch in zip(range(0, batches.size, count), batches, strict=True):
-        for tensor, values in given:
-            put(tensor, values[batch])
+        for give, values in given:
+            give(values[batch])
         step.run()
-        for tensor, results in found:
-            results[first : first + count] = tensor.cpu().numpy()
+        for find, results in found:
+            results[first : first + count] = find()
     return answers
 
 
