@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -37,8 +38,8 @@ WINDOW = 900
 """Messages sent and not answered yet; below the server's `send_high_water_mark`, so that no answer may be dropped."""
 BURST = 500
 NEIGHBOURS = 4
-PAUSE_S = 0.01
-"""Of the neighbours after each block, in which some tens of messages come: without it half of the time is theirs."""
+A_BLOCK = 200
+"""Messages that the fuzzer sends for each block of its neighbours, however slow the machine is."""
 MORE = int(zmq.SNDMORE)
 """As a plain number: pyzmq's `send_multipart` combines flags of an enum, which takes longer than to send a frame."""
 PATIENCE_S = 30
@@ -64,6 +65,12 @@ class Fuzzer(threading.Thread):
     def seen(self) -> set[Code]:
         """Codes that came back."""
         return set(self._check.seen)
+
+    async def send_a_few(self) -> None:
+        """Wait until it has sent some messages more, or ends."""
+        next_block = self.sent + A_BLOCK
+        while self.is_alive() and self.sent < next_block:
+            await asyncio.sleep(0.01)
 
     def run(self) -> None:
         try:
@@ -95,7 +102,7 @@ class Fuzzer(threading.Thread):
                 frames = self._maker.make()
                 self._due += is_answered(frames)
                 self._send(*frames)
-            self.sent += BURST
+                self.sent += 1
             self._drain(self._due - WINDOW)
         self._drain(self._due)
 
@@ -125,17 +132,21 @@ async def test_many_damaged_messages(tmp_path: Path, messages: int, most_growth_
     settings = ["engine.max_streams=300", "transport.heartbeat_s=2", "limits.park_s=1"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     with WarmServer(tmp_path / "model", arguments) as server:
-        async with neighbours(server.endpoint, SMALL, NEIGHBOURS, pause_s=PAUSE_S) as others:
+        async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             fuzzer = Fuzzer(server.endpoint, messages, others.handles, psutil.Process(server.pid))
             fuzzer.start()
+            before, others.pause = others.blocks, fuzzer.send_a_few
             while fuzzer.is_alive():
                 await asyncio.sleep(0.05)
             fuzzer.join()
+            blocks = others.blocks - before
             if fuzzer.failure is not None:
                 raise fuzzer.failure
+            others.pause = partial(asyncio.sleep, 0.01)
             await others.progress()
             await only_the_neighbours_are_left(server.endpoint)
     assert fuzzer.sent == messages
+    assert blocks > messages / A_BLOCK / 10
     # After the warm-up, 84 or 18 bytes a message: less than a list and its one item, or than any one object.
     assert fuzzer.grown_bytes < most_growth_mib * 2**20
     # The fuzzer came far enough to be refused for every reason that it can give.

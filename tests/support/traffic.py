@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgpack
 import numpy as np
@@ -281,13 +282,11 @@ class Neighbours:
         model: what is served, without dense layers.
         count: how many streams.
         seed: of what they send.
-        pause_s: how long they rest between two blocks.
     """
 
-    def __init__(self, client: RawClient, model: Model, count: int, seed: int, pause_s: float) -> None:
+    def __init__(self, client: RawClient, model: Model, count: int, seed: int) -> None:
         self._client = client
         self._model = model
-        self._pause_s = pause_s
         self._rng = np.random.default_rng(seed)
         self._x: list[list[F32]] = [[] for _ in range(count)]
         self._y: list[list[F32]] = [[] for _ in range(count)]
@@ -295,6 +294,10 @@ class Neighbours:
         self._stopped = False
         self.handles: list[int] = []
         """Of the streams, once they are open."""
+        self.blocks = 0
+        """Answered so far."""
+        self.pause: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0.002)
+        """How they rest after each block."""
 
     async def run(self) -> None:
         """Step until `stop`, close, and compare everything with `nn.GRU`."""
@@ -304,7 +307,8 @@ class Neighbours:
         self.handles = handles.tolist()
         while not self._stopped:
             await self._round(handles)
-            await asyncio.sleep(self._pause_s)
+            self.blocks += 1
+            await self.pause()
         closed = await self._client.close(handles)
         finals = closed.floats().reshape(len(handles), *self._model.description.state.leaves[0].shape)
         for index, (x, y) in enumerate(zip(self._x, self._y, strict=True)):
@@ -338,12 +342,10 @@ class Neighbours:
 
 
 @contextlib.asynccontextmanager
-async def neighbours(
-    endpoint: str, model: Model, count: int = 4, seed: int = 0, pause_s: float = 0.002
-) -> AsyncIterator[Neighbours]:
+async def neighbours(endpoint: str, model: Model, count: int = 4, seed: int = 0) -> AsyncIterator[Neighbours]:
     """Keep streams stepping while the block runs; on leaving, check every output and final state bit for bit."""
     async with RawClient(endpoint) as client:
-        streams = Neighbours(client, model, count, seed, pause_s)
+        streams = Neighbours(client, model, count, seed)
         async with asyncio.TaskGroup() as group:
             group.create_task(streams.run())
             await streams.progress()
