@@ -10,7 +10,6 @@ import html
 import io
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from instep_tools.machine import machine, machine_line, versions_line
+from instep_tools.pictures import save
 from instep_tools.problems import BadFile, check_drawable, write_file
 
 if TYPE_CHECKING:
@@ -222,9 +222,8 @@ def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.patch.set_alpha(0)
     drawn = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in any script: the page's letters are not these
-        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        save(figure, drawn, ".svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from instep_client.protocol.wire import F32
+from instep_tools.pictures import save
 from instep_tools.problems import BadFile, check_drawable, write_file
 from instep_tools.sequences import RecordedSequences
 from instep_tools.words import counted
@@ -111,9 +111,7 @@ def plot_panels(path: Path, title: str, first: int, panels: Sequence[Panel]) -> 
 def rendered(figure: Figure, path: Path) -> bytes:
     """The picture in the format that the file's name says."""
     picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
-        figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
+    save(figure, picture, path.suffix)
     return picture.getvalue()
 
 

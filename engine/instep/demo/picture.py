@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from instep.core.typing import F32, I32, I64, Bool
 from instep.demo.producers import F64, Heard, probabilities, right_after
 from instep.demo.train import SPEAKERS
+from instep_tools.pictures import save
 
 BLUE: Final = "#2b6cb0"
 RED: Final = "#c53030"
@@ -45,7 +46,7 @@ def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:
     accuracy, latency = below.subplots(1, 2)
     _accuracy(accuracy, right, heard.lengths)
     _latency(latency, np.concatenate(heard.latency_s) * 1000)
-    figure.savefig(path, format="png", dpi=110)
+    save(figure, path, ".png")
 
 
 def settled_after(right: Bool) -> F64:
