@@ -42,8 +42,22 @@ class Known:
         self.is_lossy = False
         """Whether a crash so far may have taken back what clients were told."""
         self.values = count(1)
+        self._noted: tuple[object, ...] = ()
+        """Which streams the server had, and in which state, when they were last looked at."""
         self.seen: set[str] = set()
         """What has happened so far, in words, for whoever counts what examples reach."""
+
+    def note_changes(self) -> None:
+        """Streams that the server has opened or ended since this was last called, which is after every callback."""
+        if self.node is None:
+            return
+        table = self.node.table
+        columns = [column.tobytes() for column in (table.recording_id, table.owner, table.closing, table.lost)]
+        found = (*columns, *self.node.hibernation)
+        if found != self._noted:
+            self._noted = found
+            self.note_openings()
+            self._note_ends()
 
     def note_openings(self) -> None:
         """Streams that the server has opened."""
@@ -69,7 +83,7 @@ class Known:
         self.seen.add("forked")
         return Line(first, state)
 
-    def note_ends(self) -> None:
+    def _note_ends(self) -> None:
         """Streams that the server has ended, or is about to."""
         node = self.node
         if node is None:
@@ -87,7 +101,7 @@ class Known:
                 life.has_ended = True
 
     def _present(self, node: Node) -> dict[int, int]:
-        """The slots of all open streams, by number. As lists: this is asked after every callback."""
+        """The slots of all open streams, by number."""
         table = node.table
         streams = zip(table.recording_id.tolist(), table.owner.tolist(), strict=True)
         return {number: slot for slot, (number, owner) in enumerate(streams) if owner != NO_OWNER}
@@ -172,6 +186,7 @@ class Known:
     def crashed(self, *, may_lose: bool) -> None:
         """The server is gone. What a lossy crash took back is not held against it afterwards."""
         self.node = None
+        self._noted = ()
         self._copied.clear()
         self._shown.clear()
         self.is_lossy |= may_lose

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from instep.core.streams import StreamTable
-from instep.core.tables import make_tables
+from instep.core.tables import NO_OWNER, make_tables
 from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
@@ -335,9 +335,9 @@ class Node:
 
     def open_slots(self) -> list[int]:
         """Slots of the streams that are open and not closing."""
-        slots = self.table.open_slots()
-        good: list[int] = slots[~self.table.closing[slots] & ~self.table.lost[slots]].tolist()
-        return good
+        table = self.table
+        streams = zip((table.owner != NO_OWNER).tolist(), (table.closing | table.lost).tolist(), strict=True)
+        return [slot for slot, (is_open, is_ending) in enumerate(streams) if is_open and not is_ending]
 
     def _log_failure(self, error: Exception, streams: int) -> None:
         if not isinstance(error, StateLost | StepFailure):

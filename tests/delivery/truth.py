@@ -171,14 +171,11 @@ class Truth(Known):
             require(next_seq <= acked + self.window, "more frames than the window were taken")
             require(next_seq <= len(life.line), "a frame was taken that nobody sent")
             first = min(acked, step_seq)
-            rows = rows_of(tables, np.full(next_seq - first, slot), np.arange(first, next_seq))
-            for seq, row in enumerate(rows.tolist(), first):
-                require(tables.x[row, 0] == life.line.xs[seq], f"the frame buffer has lost the inputs of frame {seq}")
-                if seq < step_seq:
-                    require(
-                        tables.y[row, 0] == life.line.outputs[seq],
-                        f"the frame buffer has lost the output of frame {seq}",
-                    )
+            rows = rows_of(tables, np.array(slot), np.arange(first, next_seq))
+            x, y = tables.x[rows, 0].tolist(), tables.y[rows[: step_seq - first], 0].tolist()
+            lost = f"the frame buffer has lost some of frames {first} to {next_seq - 1}"
+            require(x == life.line.xs[first:next_seq], f"{lost}: their inputs")
+            require(y == life.line.outputs[first:step_seq], f"{lost}: their outputs")
 
     def started(self, node: Node, expected: dict[int, int]) -> None:
         """A server has started on what was durable: every stream stands where its durable frames end, to the bit."""

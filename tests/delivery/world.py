@@ -104,8 +104,7 @@ class World:
 
     def has_moved(self) -> None:
         """See `Watcher`."""
-        self.truth.note_openings()
-        self.truth.note_ends()
+        self.truth.note_changes()
 
     def deliver_to_client(self, connection: Connection, at_most: int = 99) -> bool:
         """Whether anything was delivered."""
