@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVarTuple
 
@@ -18,6 +17,7 @@ class HandLoop(asyncio.AbstractEventLoop):
 
     def __init__(self) -> None:
         self._ready: deque[tuple[asyncio.Handle, Callable[[], object]]] = deque()
+        self._former: list[asyncio.AbstractEventLoop | None] = []
 
     @property
     def is_idle(self) -> bool:
@@ -33,15 +33,14 @@ class HandLoop(asyncio.AbstractEventLoop):
             call()
         return True
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within the block, this is the running loop."""
-        former = asyncio._get_running_loop()
+    def __enter__(self) -> None:
+        """This is the running loop from now on."""
+        self._former.append(asyncio._get_running_loop())
         asyncio._set_running_loop(self)
-        try:
-            yield
-        finally:
-            asyncio._set_running_loop(former)
+
+    def __exit__(self, *error: object) -> None:
+        """The one before is again."""
+        asyncio._set_running_loop(self._former.pop())
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None

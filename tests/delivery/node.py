@@ -52,7 +52,7 @@ from tests.delivery.hand_loop import HandLoop
 from tests.delivery.network import Connection, HandRouter, Network
 from tests.delivery.recurrence import MAX_STREAMS, HandExecutor, Recurrence, StepFailure
 from tests.support.running import log_into
-from tests.support.states import floats_of, gru_state
+from tests.support.states import floats_of
 from tests.support.streaming import ABOUT
 
 _MAX_CONNECTIONS = 64
@@ -156,7 +156,7 @@ class Node:
         self._told: deque[int] = deque()
         self._now_ns = time.monotonic_ns()
         self._loop = HandLoop()  # type: ignore[abstract]
-        with self._loop.running():
+        with self._loop:
             self._assemble(number, disk, sizes)
 
     def _assemble(self, number: int, disk: Disk, sizes: Sizes) -> None:
@@ -214,7 +214,7 @@ class Node:
             log,
             ABOUT,
         )
-        self._frontend.add(Served(service, _info(number, sizes), Decoder(1, gru_state(1, 1), _MAX_FRAMES, 10_000)))
+        self._frontend.add(Served(service, _info(number, sizes), Decoder(1, Recurrence.state, _MAX_FRAMES, 10_000)))
         turns.frontends = [self._frontend]
         turns.add(service)
         self._record(disk, sizes)
@@ -258,7 +258,7 @@ class Node:
             self._turns.wake()
         if self._loop.is_idle:
             return
-        with self._loop.running():
+        with self._loop:
             while self._loop.run_one():
                 if self._bugs:
                     raise self._bugs[0]
@@ -271,7 +271,7 @@ class Node:
 
     def checkpoint(self) -> None:
         """Begin a checkpoint."""
-        with self._loop.running():
+        with self._loop:
             self.tasks.start(self._checkpoints.take())
 
     def tick(self) -> None:
@@ -279,7 +279,7 @@ class Node:
         self._tick(self._now_ns)
 
     def _tick(self, now_ns: int) -> None:
-        with self._loop.running():
+        with self._loop:
             self._frontend.tick(now_ns)
             self._reaper.tick(now_ns)
             self._turns.wake()
@@ -298,7 +298,7 @@ class Node:
 
     def hibernate(self) -> None:
         """All streams with nothing to do have had nothing to do for long."""
-        with self._loop.running():
+        with self._loop:
             self.hibernation.tick(self._now_ns + 2 * _HIBERNATE_NS)
         self._watcher.has_moved()
 
@@ -307,7 +307,7 @@ class Node:
         self.router.close()
         self._turns.stop()
         self.tasks.cancel()
-        with self._loop.running():
+        with self._loop:
             while self._loop.run_one():
                 pass
 
@@ -355,7 +355,7 @@ def _info(number: int, sizes: Sizes) -> ServerInfo:
         fingerprint="f",
         features=1,
         outputs=1,
-        state=gru_state(1, 1),
+        state=Recurrence.state,
         device="none",
         exactness="exact",
         buckets=(sizes.batch,),
