@@ -13,15 +13,14 @@ DPI: Final = 110
 
 
 def save(figure: Figure, file: IO[Any] | Path, suffix: str, **options: Any) -> None:
-    """Write a figure that lays itself out, in the format of this suffix; further options of `savefig`.
+    """Write a figure in the format of this suffix; further options of `savefig`.
 
-    `savefig` draws such a figure twice, the first time only to have it laid out, which is done here without drawing.
+    `savefig` draws a figure that lays itself out twice, once only for its layout, which is made here without drawing.
     """
-    layout = figure.get_layout_engine()
-    assert layout is not None
     figure.dpi = DPI
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
-        layout.execute(figure)
-        figure.set_layout_engine(None)
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(file, format=suffix.removeprefix(".").lower(), dpi=DPI, **options)
