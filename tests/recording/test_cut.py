@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from instep.models.folder import load_model
+from instep.recording import inspection
 from instep.recording.app import app
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import inspect, when
+from instep.recording.inspection import Inspection, inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -236,3 +238,21 @@ def test_as_typed(scribe: Scribe, tmp_path: Path) -> None:
     assert "to 200 of" in result.output.replace("\n", " ")
     assert inspect(out, lambda _: None).frames
     assert runner.invoke(app, ["cut", str(scribe.writer.path), str(out)]).exit_code == 2
+
+
+def test_the_new_file_gets_its_name_once_it_is_complete(
+    scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, looked_through = tmp_path / "out.rec", []
+
+    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+        looked_through.append((path, out.exists()))
+        return inspect(path, on_progress)
+
+    monkeypatch.setattr(inspection, "inspect", look_through)
+    before = set(tmp_path.iterdir())
+    cut(scribe.writer.path, out, None, None)
+    ((part, was_there),) = looked_through
+    assert part.name.startswith(".out.rec.")
+    assert not was_there
+    assert set(tmp_path.iterdir()) == before | {out}

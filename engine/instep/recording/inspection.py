@@ -18,6 +18,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
+from instep_tools.problems import part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ def _listed(path: Path) -> Overview | str:
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
-    """Make a new recording, and look through it; where that fails, the file is removed again.
+    """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
 
     Args:
         target: the new file.
@@ -240,14 +241,24 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         DamagedRecording: when the new file is not a sound recording.
     """
     check_place(target)
-    if target.exists():
-        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
+    _refuse_existing(target)
+    part = part_of(target)
     try:
-        with closing(sqlite3.connect(target, isolation_level=None)) as database:
+        with closing(sqlite3.connect(part, isolation_level=None)) as database:
             written = write(database)
-        return written, inspect(target, lambda _: None)
+        found = inspect(part, lambda _: None)
+        _refuse_existing(target)
+        part.rename(target)
+        return written, found
     except BaseException as error:
-        remove_database(target)
+        remove_database(part)
         if isinstance(error, sqlite3.Error | OSError):
             raise RecordingError(f"cannot write the recording {target}: {error}") from None
+        if isinstance(error, DamagedRecording) and error.path == part:
+            raise DamagedRecording(str(error).replace(str(part), str(target)), target) from None
         raise
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
