@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -15,6 +16,7 @@ import instep_tools
 from instep import interrupts
 from tests.support.interrupting import interrupted_at_every_moment
 from tests.support.warm import WarmProcess, run_program
+from tests.support.written import write_recording
 
 SERVE = ("serve", "--demo", "--endpoint", "tcp://127.0.0.1:*", "--http", "off")
 COPIED = """
@@ -33,6 +35,24 @@ serve.run = run_and_copy
 __main__.main()
 """
 """`instep`, where signals come just after a server has ended in order."""
+
+STOPPED = """
+import os, pkgutil, sys
+from instep import __main__
+
+owner, name, number = sys.argv[1:4]
+del sys.argv[1:4]
+place = pkgutil.resolve_name(owner)
+original = getattr(place, name)
+def stopped(*arguments, **options):
+    for _ in range(2):  # as `timeout` passes on what the whole process group gets
+        os.kill(os.getpid(), int(number))
+    return original(*arguments, **options)
+
+setattr(place, name, stopped)
+__main__.main()
+"""
+"""`instep`, where a signal comes as it calls a function, once more than once."""
 
 
 @pytest.fixture
@@ -102,6 +122,41 @@ def test_other_commands_end_quietly_too(tmp_path: Path) -> None:
     for ending in interrupted_at_every_moment("instep.__main__", ["demo", "seed"], tmp_path, step_s=0.7, last_s=2.1):
         assert "Traceback" not in ending.stderr, ending
         assert ending.status in (0, 130), ending
+
+
+@pytest.mark.parametrize(
+    ("number", "owner", "name", "command", "said", "promised"),
+    [
+        (signal.SIGINT, "instep.recording.inspection", "inspect", "recordings cut a.rec out.rec", "not cut", None),
+        (signal.SIGTERM, "instep.recording.inspection", "inspect", "recordings cut a.rec out.rec", "not cut", None),
+        (signal.SIGTERM, "instep.recording.table:FrameTable", "chunks", "export a.rec", "not exported", None),
+        (
+            signal.SIGINT,
+            "instep.recording.table:FrameTable",
+            "chunks",
+            "export a.rec --json",
+            "not exported",
+            "exported",
+        ),
+        (signal.SIGTERM, "instep.verify.command", "recorded_model", "verify a.rec --json", "not checked", "verified"),
+        (signal.SIGHUP, "instep.verify.command", "recorded_model", "verify a.rec b.rec", "a.rec: not checked", None),
+    ],
+)
+def test_a_stopped_command_leaves_nothing_and_says_so(
+    tmp_path: Path, number: signal.Signals, owner: str, name: str, command: str, said: str, promised: str | None
+) -> None:
+    write_recording(tmp_path)
+    before = set(tmp_path.iterdir())
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = run_program(str(tmp_path / "stopped.py"), tmp_path, owner, name, str(int(number)), *command.split())
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.startswith(f"{said}: stopped by {number.name}")
+    assert done.stderr.count("\n") == 1
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "stopped.py"}
+    if promised is not None:
+        assert json.loads(done.stdout)[promised] is False
+    else:
+        assert done.stdout == ""
 
 
 def test_a_line_ends_behind_what_the_terminal_echoes() -> None:

@@ -187,20 +187,22 @@ def verify(
         option = "--follow" if follow else "--report"
         raise typer.BadParameter("it takes one recording: name one file", param_hint=option)
 
-    interrupts.raise_again()
     options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
     if several:
         from instep.verify.command import run_all
 
+        interrupts.raise_stopped()
         raise typer.Exit(run_all(recordings, **options))
     if follow:
         from instep.verify.command import follow as follow_it
 
+        interrupts.raise_again()
         seconds = math.inf if for_s is None else for_s
         how = partial(follow_it, for_s=seconds)
     else:
         from instep.verify.command import run
 
+        interrupts.raise_stopped()
         how = partial(run, page=report)
     raise typer.Exit(how(recordings[0], **options))
 
@@ -233,7 +235,7 @@ def export(
     """
     from instep.export.command import Export, run
 
-    interrupts.raise_again()
+    interrupts.raise_stopped()
     raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
 
 

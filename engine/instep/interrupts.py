@@ -16,6 +16,18 @@ from instep_tools import SAME_SIGNAL_S, EndingSignals, end_quietly
 
 _had_terminal = False
 _was_hung_up = False
+_stops = EndingSignals()
+
+
+class Stopped(SystemExit):
+    """A signal stops the command, with the exit status that shells have for it; the text says which signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal_name(self.number)}"
 
 
 def end_at_once(*, hangups_wait: bool = False) -> None:
@@ -54,9 +66,21 @@ def raise_again(*, reports: bool = False, same_signal_s: float = SAME_SIGNAL_S) 
         signal.signal(signal.SIGINT, _raise_unless_repeated(same_signal_s) if reports else signal.default_int_handler)
 
 
+def raise_stopped() -> None:
+    """From here on Ctrl-C, SIGTERM and SIGHUP raise `Stopped` where they were `end_at_once`: the command cleans up."""
+    global _stops
+    _stops = EndingSignals()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (end_quietly, _end_with_a_sentence):
+            signal.signal(number, _stop)
+
+
 def change_nothing() -> None:
     """From here on Ctrl-C does nothing: the work is done, the exit status decided, and the process ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def end_by_itself() -> None:
@@ -91,6 +115,11 @@ def _raise_unless_repeated(same_signal_s: float) -> Callable[[int, FrameType | N
             raise KeyboardInterrupt
 
     return on_interrupt
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _stops.take(time.monotonic()):
+        raise Stopped(number)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

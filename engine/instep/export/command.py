@@ -14,7 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from instep.core.typing import F32
-from instep.recording.commands import write_failure, write_json
+from instep.interrupts import Stopped
+from instep.recording.commands import say_stopped, write_failure, write_json
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.records import select_streams
@@ -66,6 +67,10 @@ def run(what: Export, console: Console) -> int:
         else:
             say(console, f"not exported: {with_advice(error)}", "bold red")
         return NOT_EXPORTED
+    except Stopped as stop:
+        about = {"file": str(what.file), "exported": False} if what.json else {}
+        say_stopped(f"not exported: {stop}, and nothing was written", **about)
+        raise
     if what.json:
         write_json(done.as_json(what))
     else:

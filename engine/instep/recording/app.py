@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from instep import interrupts
 from instep_tools.command_line import CommandLine
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def repair(
 
     if out is not None and output is not None:
         raise typer.BadParameter("the new file is given twice: leave this out", param_hint="--output")
+    interrupts.raise_stopped()
     raise typer.Exit(commands.repair(recording, out or output, make_console()))
 
 
@@ -101,6 +103,7 @@ def cut(
     """
     from instep.recording import commands
 
+    interrupts.raise_stopped()
     raise typer.Exit(commands.cut_out(recording, output, begin, end, make_console()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from instep.interrupts import Stopped
 from instep.recording.cut import Bound, cut
 from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
@@ -100,6 +102,9 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
         found = save(file, target)
     except RecordingError as error:
         return _failed(file, error, console, "repaired", json=False)
+    except Stopped as stop:
+        say_stopped(f"not repaired: {stop}, and nothing was written")
+        raise
     kept = (
         f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
         f"({counted(found.positions, 'position')})"
@@ -119,6 +124,9 @@ def cut_out(file: Path, output: Path, begin: str | None, end: str | None, consol
         found = cut(file, output, *bounds)
     except RecordingError as error:
         return _failed(file, error, console, "cut", json=False)
+    except Stopped as stop:
+        say_stopped(f"not cut: {stop}, and nothing was written")
+        raise
     say(
         console,
         f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file}, "
@@ -236,6 +244,14 @@ def write_failure(error: Exception, **about: Any) -> None:
     sentence = with_advice(error)
     write_json({**about, "error": sentence})
     say(Console(stderr=True), sentence, "bold red")
+
+
+def say_stopped(what: str, **about: Any) -> None:
+    """Say on standard error that a signal has stopped a command; of what, in an object as well where some is given."""
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        if about:
+            write_json({**about, "error": what})
+        say(Console(stderr=True), what, "bold red")
 
 
 def _print(console: Console, line: str) -> None:

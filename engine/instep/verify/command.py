@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from instep.recording.commands import facts, write_failure, write_json
+from instep.interrupts import Stopped
+from instep.recording.commands import facts, say_stopped, write_failure, write_json
 from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over, recordings_in
@@ -159,6 +160,10 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
         return _failed(file, json, console, error, prefix)
+    except Stopped as stop:
+        about = {"file": str(file), "verified": False, "verdict": "not checked"} if json else {}
+        say_stopped(f"{prefix}not checked: {stop}", **about)
+        raise
     except BrokenPipeError:
         raise
     except Exception as error:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
