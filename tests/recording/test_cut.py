@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
+from instep.recording.schema import HISTORY
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
@@ -69,6 +71,11 @@ def checkpoints(path: Path) -> list[int]:
         return [each.position for each in reader.checkpoints()]
 
 
+def when_it_began(path: Path) -> int:
+    with RecordingReader(path) as reader:
+        return int(next(row[1] for table in HISTORY for row in reader.rows(table, 1, 1)))
+
+
 def verified(path: Path, model: Path) -> bool:
     console = Console(file=io.StringIO(), width=200)
     return run(path, model_folder=model, streams=[], json=False, console=console) == 0
@@ -94,7 +101,7 @@ def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
     points = checkpoints(path)
     assert len(points) >= 3
     found = cut(path, out, Bound("position", points[1] + 7), Bound("position", points[2] + 40))
-    assert (found.first_position, found.last_position) == (points[1] + 1, points[2] + 40)
+    assert (found.first_position, found.last_position, found.begins_early) == (points[1] + 1, points[2] + 40, True)
     inspection = inspect(out, lambda _: None)
     assert (inspection.first_position, inspection.frames) == (points[1] + 1, found.frames)
     assert inspection.ending == "closed in order"
@@ -110,7 +117,7 @@ def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
 def test_without_bounds_it_is_everything(scribe: Scribe, tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out.rec"
     found = cut(scribe.writer.path, out, None, None)
-    assert (found.first_position, found.last_position) == (1, scribe.writer.position)
+    assert (found.first_position, found.last_position, found.begins_early) == (1, scribe.writer.position, False)
     assert frames(out) == frames(scribe.writer.path)
     assert verified(out, model)
 
@@ -123,6 +130,10 @@ def test_times(scribe: Scribe, tmp_path: Path) -> None:
     end = max(position for position in times if position < points[2])
     found = cut(path, tmp_path / "out.rec", Bound("time", taken[0] + 5), Bound("time", times[end]))
     assert (found.first_position, found.last_position) == (points[0] + 1, end)
+    first_ns = times[points[0] + 1]
+    assert (found.first_ns, found.last_ns, found.begins_early) == (first_ns, times[end], True)
+    found = cut(path, tmp_path / "all.rec", Bound("time", when_it_began(path)), None)
+    assert (found.first_position, found.begins_early) == (1, False)
 
 
 def test_a_time_before_the_clock_went_back(tmp_path: Path, model: Path) -> None:
@@ -204,6 +215,11 @@ def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
         cut(path, tmp_path / "out.rec", Bound("position", 3), Bound("position", 2))
     with pytest.raises(RecordingError, match="the range is empty: it begins at position 9,999,999 and ends at"):
         cut(path, tmp_path / "out.rec", Bound("position", 9_999_999), None)
+    began = when_it_began(path)
+    before = Bound("time", began - 10**9)
+    said = f"the range is empty: it ends at {when(before.value)}, and {path} begins later, at {when(began)}"
+    with pytest.raises(RecordingError, match=re.escape(said)):
+        cut(path, tmp_path / "out.rec", None, before)
     late = Bound("time", scribe.now + 10**9)
     for end in (None, Bound("position", 20), Bound("time", scribe.now)):
         with pytest.raises(RecordingError, match=r"the range is empty: it begins at 20\d\d-.* UTC and ends at 20\d\d-"):
@@ -235,9 +251,17 @@ def test_as_typed(scribe: Scribe, tmp_path: Path) -> None:
     out, runner = tmp_path / "out.rec", CliRunner()
     result = runner.invoke(app, ["cut", str(scribe.writer.path), str(out), "--from", "150", "--to", "200"])
     assert result.exit_code == 0, result.output
-    assert "to 200 of" in result.output.replace("\n", " ")
+    with RecordingReader(out) as reader:
+        first = reader.first_position
+    with RecordingReader(scribe.writer.path) as reader:
+        first_ns, last_ns = (row[1] for at in (first, 200) for table in HISTORY for row in reader.rows(table, at, at))
+    shown = " ".join(result.output.split())
+    assert f"positions {first} to 200 of {scribe.writer.path} ({when(first_ns)} to {when(last_ns)}), " in shown
+    assert "it begins earlier than --from, because a range can begin only where" in shown
     assert inspect(out, lambda _: None).frames
     assert runner.invoke(app, ["cut", str(scribe.writer.path), str(out)]).exit_code == 2
+    whole = runner.invoke(app, ["cut", str(scribe.writer.path), str(tmp_path / "whole.rec")])
+    assert "earlier" not in whole.output
 
 
 def test_the_new_file_gets_its_name_once_it_is_complete(

@@ -62,7 +62,7 @@ def repair(
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
 
-    Exit status 0: it was written, or nothing is damaged. 1 or 2: nothing could be saved.
+    Exit status 0: it was written, or nothing is damaged. 2: nothing could be saved, or the new file not be written.
     """
     from instep.recording import commands
 
@@ -86,7 +86,7 @@ def cut(
         typer.Option(
             "--from",
             metavar="POSITION|TIME",
-            help="Begin at the last checkpoint up to here: 1200, or 2026-11-26T18:30 (UTC).",
+            help="Begin at the last checkpoint that was kept up to here: 1200, or 2026-11-26T18:30 (UTC).",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +99,10 @@ def cut(
 ) -> None:
     """Write a range of a recording to a new recording, which can be verified and exported.
 
-    Exit status 0: it was written. 1 or 2: it was not.
+    A range can begin only where the recording does, or at a checkpoint that was kept: there is one for each 256 MiB,
+    or for each eighth of what `recording.keep_bytes` or `recording.keep_s` keeps. So it may begin earlier than --from.
+
+    Exit status 0: it was written. 1: the recording is damaged. 2: it was not written for another reason.
     """
     from instep.recording import commands
 

@@ -21,7 +21,7 @@ from instep.interrupts import Stopped
 from instep.recording.cut import Bound, cut
 from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Inspection, Overview, inspect, list_recordings, look_over
+from instep.recording.inspection import Inspection, Overview, inspect, list_recordings, look_over, when
 from instep.recording.repair import repair as save
 from instep_tools.terminal import say, show_progress
 from instep_tools.words import COLUMNS, counted
@@ -129,10 +129,18 @@ def cut_out(file: Path, output: Path, begin: str | None, end: str | None, consol
         raise
     say(
         console,
-        f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file}, "
+        f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file} "
+        f"({when(found.first_ns)} to {when(found.last_ns)}), "
         f"{counted(found.frames, 'frame')} of {counted(found.streams, 'stream')}",
         "bold green",
     )
+    if found.begins_early:
+        say(
+            console,
+            "it begins earlier than --from, because a range can begin only where the recording does, or at a "
+            "checkpoint that was kept",
+            "yellow",
+        )
     return WHOLE
 
 

@@ -53,8 +53,13 @@ class Archive:
     first_position: int
     last_position: int
     """Of the source."""
+    first_ns: int
+    last_ns: int
+    """When they were recorded."""
     streams: int
     frames: int
+    begins_early: bool
+    """Whether the range begins before what was asked for."""
 
 
 def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> Archive:
@@ -71,16 +76,22 @@ def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> A
     """
     with RecordingReader(source) as reader:
         last = _last(reader, end)
-        base = _base(reader, begin, last)
+        base = _base(reader, begin, end, last)
         try:
             _, found = write_new(target, lambda database: _write(reader, database, base, last))
         except DamagedRecording as error:
             if error.path != target:
                 raise
-            raise RecordingError(
-                f"{source} is damaged, and so is what was cut out of it: see instep recordings check {source}"
-            ) from None
-    return Archive(base.position + 1, last, found.streams, found.frames)
+            raise DamagedRecording(f"{source} is damaged, and so is what was cut out of it", source) from None
+        first = base.position + 1
+        first_ns, last_ns = _time_at(reader, first), _time_at(reader, last)
+    early = begin is not None and (first if begin.kind == "position" else first_ns) < begin.value
+    return Archive(first, last, first_ns, last_ns, found.streams, found.frames, early)
+
+
+def _time_at(reader: RecordingReader, position: int) -> int:
+    """When a position was recorded; 0 where there is none."""
+    return next((row[1] for table in HISTORY for row in reader.rows(table, position, position)), 0)
 
 
 def _last(reader: RecordingReader, end: Bound | None) -> int:
@@ -92,7 +103,7 @@ def _last(reader: RecordingReader, end: Bound | None) -> int:
     return min(later, default=reader.last_position + 1) - 1
 
 
-def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint:
+def _base(reader: RecordingReader, begin: Bound | None, end: Bound | None, last: int) -> Checkpoint:
     """The checkpoint that the range begins with; of position 0 for the beginning of all."""
     if begin is not None and begin.kind == "position" and begin.value > last:
         raise RecordingError(f"the range is empty: it begins at position {begin.value:,} and ends at {last:,}")
@@ -110,7 +121,13 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
         at = checkpoint.position if begin.kind == "position" else checkpoint.time_ns
         if at <= begin.value and checkpoint.completed <= last:
             found = checkpoint
-    if last <= max(found.position, found.completed):
+    start = max(found.position, found.completed)
+    if last <= start and end is not None and end.kind == "time":
+        since = _time_at(reader, start + 1)
+        raise RecordingError(
+            f"the range is empty: it ends at {when(end.value)}, and {reader.path} begins later, at {when(since)}"
+        )
+    if last <= start:
         raise RecordingError(
             f"the range is empty: {reader.path} begins at position {reader.first_position:,} and has checkpoints at "
             f"{', '.join(f'{each.position:,}' for each in kept if each.position) or 'no position'}"
@@ -120,8 +137,8 @@ def _base(reader: RecordingReader, begin: Bound | None, last: int) -> Checkpoint
 
 def _beginning(reader: RecordingReader, begin: Bound, last: int) -> Bound:
     """The time at which a range begins, or the position where it does if the clock has gone back since."""
-    ends = next((row[1] for table in HISTORY for row in reader.rows(table, last, last)), None)
-    if ends is None or begin.value <= ends:
+    ends = _time_at(reader, last)
+    if not ends or begin.value <= ends:
         return begin
     first = last + 1
     for table in HISTORY:
