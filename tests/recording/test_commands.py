@@ -310,6 +310,26 @@ def test_repair_of_a_file_that_was_cut_off(tmp_path: Path, keep: float) -> None:
     assert "left out: positions" in text
 
 
+def test_repair_that_would_save_no_frame_writes_nothing(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    connection = sqlite3.connect(tmp_path / "a.rec", isolation_level=None)
+    pages = dict(connection.execute("SELECT name, rootpage FROM sqlite_master"))
+    page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+    connection.close()
+    with (tmp_path / "a.rec").open("r+b") as file:
+        for table in ("batches", "outputs", "states"):
+            file.seek((pages[table] - 1) * page_bytes)
+            file.write(bytes(page_bytes))
+    before = set(tmp_path.iterdir())
+    status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "b.rec")
+    assert (status, text) == (
+        2,
+        f"not repaired: nothing of {tmp_path / 'a.rec'} can be saved, neither frames nor states: the rows (of batches, "
+        "outputs, states) cannot be read: database disk image is malformed\n",
+    )
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_repair_of_what_is_whole_writes_nothing(tmp_path: Path) -> None:
     record(tmp_path / "a.rec")
     status, text = said(commands.repair, tmp_path / "a.rec", tmp_path / "b.rec")
@@ -332,7 +352,7 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         elif path.name == "forged.rec":
             Forger(tmp_path / "a.rec", path).change("batches", 3, bucket=5)
         status, text = said(commands.repair, path, tmp_path / "new.rec")
-        assert status in (1, 2)
+        assert status == 2
         assert re.search(why, text), text
         assert not (tmp_path / "new.rec").exists()
     forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)

@@ -92,7 +92,7 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     """Save everything before the first damage into a new file, next to the damaged one by default.
 
     Returns:
-        0 when something was saved or nothing is damaged, 1 or 2 when nothing could be saved.
+        0 when frames or states were saved, or nothing is damaged; 2 when nothing could be saved.
     """
     try:
         if _is_whole(file):

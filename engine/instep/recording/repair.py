@@ -78,8 +78,8 @@ class _Salvage:
         self.path = path
         if not os.path.isfile(path):  # Path's raises if it cannot be looked for
             raise RecordingError(f"cannot read the recording {path}: there is no such file")
-        self.damage: dict[str, str] = {}
-        """By table, why reading it ended early."""
+        self.damage: dict[str, tuple[str, str]] = {}
+        """By table, why reading it ended early: which rows, and what is wrong with them."""
         self._database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None)
         try:
             self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
@@ -105,12 +105,20 @@ class _Salvage:
         try:
             for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}"):
                 if not sound_rows(table, [row]):
-                    self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
+                    self.damage[table] = (f"the row at {key} {row[0]}", "does not match its CRC")
                     return
                 before = row[0]
                 yield row
         except UNREADABLE as error:
-            self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
+            rows = f"the rows after {key} {before}" if before else "the rows"
+            self.damage[table] = (rows, f"cannot be read: {error}")
+
+    def reasons(self) -> str:
+        """The damage in words."""
+        tables: dict[tuple[str, str], list[str]] = {}
+        for table, damage in sorted(self.damage.items()):
+            tables.setdefault(damage, []).append(table)
+        return "; ".join(f"{rows} (of {', '.join(of)}) {what}" for (rows, what), of in sorted(tables.items()))
 
     def history(self, after: int) -> Iterator[tuple[str, Row]]:
         """Rows of all tables, by position from the one after `after`, up to the first that is missing."""
@@ -132,8 +140,10 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
     for table in ("openings", "closings", "events"):
         insert(database, table, [row for row in salvage.rows(table) if row[0] <= first])
     named = first
+    batches = 0
     for table, row in salvage.history(first):
         insert(database, table, [row])
+        batches += table == "batches"
         last = row[0]
         if table == "events" and row[_KIND] == CHECKPOINT_EVENT:
             named = row[_SEQ]
@@ -148,8 +158,12 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
     if found != named:
         left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
         last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
-    damage = sorted(salvage.damage.values())
-    said = "; ".join(left_out) + (f" ({'; '.join(damage)})" if damage else "")
+    reasons = salvage.reasons()
+    if not batches and not states:
+        raise RecordingError(
+            f"nothing of {salvage.path} can be saved, neither frames nor states{f': {reasons}' if reasons else ''}"
+        )
+    said = "; ".join(left_out) + (f" ({reasons})" if reasons else "")
     if left_out:
         last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
     insert(database, "newest", with_crcs([(last, states)]))
