@@ -59,7 +59,7 @@ def test_check_says_in_one_line_what_is_there(tmp_path: Path) -> None:
     assert said(commands.check, tmp_path / "a.rec") == (
         0,
         "whole: 2 streams (1 open), 11 frames, 17 positions; closed in order; 2 frames without outputs; 1 restart; "
-        "states up to position 9\n",
+        "newest checkpoint at position 9\n",
     )
 
 
@@ -69,7 +69,7 @@ def test_check_of_one_being_written_and_of_one_that_was_killed(tmp_path: Path) -
     assert status == 0
     assert "; being written; " in text
     scribe.writer.abandon()
-    assert "; not closed: its engine ended without closing it; " in said(commands.check, tmp_path / "a.rec")[1]
+    assert "; not closed: its server ended without closing it; " in said(commands.check, tmp_path / "a.rec")[1]
 
 
 def test_check_of_damage_and_of_what_is_no_recording(tmp_path: Path) -> None:
@@ -129,9 +129,10 @@ def test_info_shows_what_it_is(tmp_path: Path) -> None:
         "commit",
         "2, 1 of them open",
         "6, with 11 frames",
-        "up to position 9",
+        "newest checkpoint at position 9; a restart replays what comes after it",
+        "1 to 17; each opening, batch, output, closing and event has one",
     ):
-        assert expected in text
+        assert expected in " ".join(text.split())
     assert all(len(line) <= 80 for line in text.splitlines() if str(tmp_path) not in line)
     assert said(commands.info, tmp_path / "nothing.rec")[0] == 2
 

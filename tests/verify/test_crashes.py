@@ -110,7 +110,7 @@ def test_what_was_not_compared_is_said(scribe: Scribe, model: Recorded) -> None:
     )
     assert status == 0
     said = " ".join(file.getvalue().split())
-    assert "not compared: 4 frames whose inputs were recorded, but not their outputs: the engine" in said
+    assert "not compared: 4 frames whose inputs were recorded, but not their outputs: the server" in said
 
 
 def test_the_outputs_are_those_of_nn_gru(scribe: Scribe, model: Recorded) -> None:

@@ -165,7 +165,7 @@ def _holds(found: Inspection) -> str:
     if found.first_position > 1:
         parts.append(f"trimmed, it begins at position {found.first_position:,}")
     if found.checkpoint_position:
-        parts.append(f"states up to position {found.checkpoint_position:,}")
+        parts.append(f"newest checkpoint at position {found.checkpoint_position:,}")
     return "; ".join(parts)
 
 
@@ -186,8 +186,11 @@ def facts(found: Overview) -> dict[str, str]:
         "batches": f"{found.batches:,}, with {found.frames:,} frames",
         "history": found.trimmed or "from the beginning on",
         "restarts": f"{found.restarts:,}{' since then' if found.trimmed else ''}",
-        "states": f"up to position {found.checkpoint_position:,}" if found.checkpoint_position else "none",
-        "positions": f"{found.first_position:,} to {found.last_position:,}",
+        "states": f"newest checkpoint at position {found.checkpoint_position:,}; a restart replays what comes after it"
+        if found.checkpoint_position
+        else "no checkpoint; a restart replays everything",
+        "positions": f"{found.first_position:,} to {found.last_position:,}; each opening, batch, output, closing and "
+        "event has one",
         "bytes": f"{found.bytes:,}",
     }
 

@@ -83,7 +83,7 @@ def how_it_ends(reader: RecordingReader) -> str:
     if reader.finished:
         return "closed in order"
     tail = lost_tail(reader.path)
-    return f"not closed: its engine ended without closing it{f'; {tail}' if tail else ''}"
+    return f"not closed: its server ended without closing it{f'; {tail}' if tail else ''}"
 
 
 def where_it_begins(reader: RecordingReader) -> str:

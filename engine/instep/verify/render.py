@@ -87,7 +87,7 @@ def remarks(report: Report) -> Iterator[str]:
         yield f"and {counted(len(lossy) - FIRST_STREAMS, 'more stream')} in which {why}"
     if report.not_compared:
         frames = counted(report.not_compared, "frame")
-        why = "the engine was killed, its recording failed or the copy was cut"
+        why = "the server was killed, its recording failed or the copy was cut"
         yield f"not compared: {frames} whose inputs were recorded, but not their outputs: {why}"
     if report.trimmed:
         yield f"the recording {report.trimmed}"
