@@ -9,6 +9,9 @@ from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+from typing import Final
+
+_PART: Final = ".part"
 
 
 class Exit(IntEnum):
@@ -85,7 +88,12 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
 
 def part_of(path: Path) -> Path:
     """Where a file is written until it is complete: next to it, under a name that fits whenever its own does."""
-    return path.with_name(f".{path.name[:50]}.{token_hex(4)}.part")
+    return path.with_name(f".{path.name[:50]}.{token_hex(4)}{_PART}")
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is named as one that is not complete."""
+    return path.name.startswith(".") and path.suffix == _PART
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from instep.recording import inspection
 from instep.recording.app import app
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import Inspection, inspect, when
+from instep.recording.inspection import Inspection, inspect, recordings_in, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import HISTORY
@@ -270,13 +270,14 @@ def test_the_new_file_gets_its_name_once_it_is_complete(
     out, looked_through = tmp_path / "out.rec", []
 
     def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
-        looked_through.append((path, out.exists()))
+        looked_through.append((path, out.exists(), recordings_in(tmp_path)))
         return inspect(path, on_progress)
 
     monkeypatch.setattr(inspection, "inspect", look_through)
     before = set(tmp_path.iterdir())
     cut(scribe.writer.path, out, None, None)
-    ((part, was_there),) = looked_through
+    ((part, was_there, listed),) = looked_through
     assert part.name.startswith(".out.rec.")
     assert not was_there
+    assert listed == [scribe.writer.path], "one that is not complete is none yet"
     assert set(tmp_path.iterdir()) == before | {out}

@@ -18,7 +18,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep_tools.problems import part_of
+from instep_tools.problems import is_part, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +180,14 @@ def list_recordings(folder: Path) -> dict[Path, Overview | str]:
 def recordings_in(folder: Path) -> list[Path]:
     """The recordings in a folder, in the order of their names; also files `*.instep` that do not begin as one.
 
-    A file of another name is left out if it cannot be read.
+    A file of another name is left out if it cannot be read, and one that `write_new` has not completed.
 
     Raises:
         RecordingError: when the folder cannot be read.
     """
     try:
         files = (path for path in folder.iterdir() if path.is_file())
-        return sorted(path for path in files if path.suffix == SUFFIX or _begins_as_one(path))
+        return sorted(path for path in files if path.suffix == SUFFIX or (not is_part(path) and _begins_as_one(path)))
     except OSError as error:
         if os.path.isfile(folder):  # Path's raises if it cannot be looked for
             raise RecordingError(
