@@ -83,7 +83,8 @@ class LoadTester:
         if result.measured_itself:
             sentence = f"{report.blame(result)}: {sentence}"
         if self.stop.requested:
-            sentence += f"; stopped after {result.seconds:.1f} s, all streams closed"
+            after = f" after {result.seconds:.1f} s" if len(result.samples) else ""
+            sentence += f"; stopped{after}, all streams closed"
         ending = Exit.OK if result.whole else Exit.FOUND_PROBLEMS
         ending = Exit.MEASURED_ITSELF if result.measured_itself else ending
         return self._tell(result.as_json(), [result], result, sentence, ending)
@@ -150,7 +151,7 @@ class LoadTester:
         test, info, summary = self.test, self._info, sentence
         drawn = [trial for trial in trials if len(trial.samples)]
         files: tuple[tuple[Path | None, str, Callable[[], bytes] | None], ...] = (
-            (test.save, "saved in", lambda: json.dumps(values, indent=2).encode() + b"\n"),
+            (test.save, "saved in", (lambda: json.dumps(values, indent=2).encode() + b"\n") if drawn else None),
             (test.hdr, "percentiles in", partial(saved.as_hgrm, best) if best and len(best.samples) else None),
             (test.plot, "drawn in", partial(_picture, test, drawn, info) if drawn else None),
             (test.report, "report in", partial(_report, test, info, trials, best, sentence, ending)),

@@ -80,6 +80,8 @@ def numbers(result: Measured) -> str:
     if not len(result.answered):
         if result.found.lost:
             return f"nothing was {'answered' if len(result.samples) else 'measured'}: {result.found.lost}"
+        if result.found.stopped and not len(result.samples):
+            return "nothing was measured"
         return "0 frames/s: nothing was answered"
     due = f" of {result.plan.offered_frames_s:,.0f} due" if result.plan.mode is Mode.OPEN else ""
     p50_ms, p99_ms = (three_digits(value / 1000) for value in (result.latency.p50, result.latency.p99))

@@ -63,17 +63,21 @@ def compare(one: Path, other: Path, terminal: Terminal) -> Exit:
     Raises:
         BadFile: when one of them holds none.
     """
-    (server, load, first), (other_server, other_load, second) = _saved_run(one), _saved_run(other)
+    (server, load, first, ended), (other_server, other_load, second, other_ended) = _saved_run(one), _saved_run(other)
     names = [name for name in first if name in second]
     ratios = {name: second[name] / first[name] if first[name] else None for name in names}
     differ = {"servers": _differences(server, other_server), "loads": _differences(load, other_load)}
     if terminal.as_json:
         found = {f"{what}_differ": differences for what, differences in differ.items()}
-        terminal.result({"first": first, "second": second, "ratio": ratios, **found})
+        early = {"first": ended or None, "second": other_ended or None}
+        terminal.result({"first": first, "second": second, "ratio": ratios, **found, "ended_early": early})
         return Exit.OK
     figures = ((name, first[name], second[name], ratios[name]) for name in names)
     rows = ((name, *(three_digits(math.nan if each is None else each) for each in row)) for name, *row in figures)
     terminal.table(("", *(path.name[-MOST_LETTERS:] for path in (one, other)), "ratio"), rows)
+    for path, why in ((one, ended), (other, other_ended)):
+        if why:
+            terminal.note(f"{path}: {why}")
     for what, differences in differ.items():
         if differences:
             both = ", ".join(f"{name} {mine!s:.12} and {theirs!s:.12}" for name, (mine, theirs) in differences.items())
@@ -85,8 +89,8 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     return {name: (one[name], other.get(name)) for name in one if one[name] != other.get(name)}
 
 
-def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
-    """The server, the load and the figures of a run, or of the best try of a search.
+def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float], str]:
+    """The server, the load and the figures of a run, or of the best try of a search, and whether it ended early.
 
     Raises:
         BadFile: when it holds none.
@@ -108,6 +112,12 @@ def _saved_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, fl
         lost = sum(run["refused_frames"].values()) + run["unanswered_frames"] + run["unsent_frames"]
         figures |= {"frames not answered": lost}
         figures = {name: float(value) for name, value in figures.items()}
-        return dict(values["server"]), dict(run["load"]), figures
+        seconds, whole_s = float(run["seconds"]), float(run["load"]["duration_s"])
+        ended = f"it ended after {seconds:.1f} of {whole_s:g} s" if seconds < whole_s else ""
+        if ended and run["error"]:
+            ended += f", {run['error']}"
+        if run is not values and values["ended"]:
+            ended = str(values["ended"])
+        return dict(values["server"]), dict(run["load"]), figures, ended
     except (ValueError, LookupError, TypeError, AttributeError):
         raise BadFile(f"{path} holds no result of a load test; loadtest --save FILE writes one") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -220,11 +221,44 @@ async def test_refusals_are_told_and_are_no_success() -> None:
     assert "refused (TOO_LARGE)" in run.last
 
 
-async def test_a_stop_in_the_warm_up() -> None:
-    run = Timed()
+@pytest.mark.parametrize("slo_ms", [None, 1e6])
+async def test_a_stop_in_the_warm_up_leaves_the_result_of_another_run(tmp_path: Path, slo_ms: float | None) -> None:
+    run, file = Timed(), tmp_path / "base.json"
+    file.write_text("before")
     run.clock.on_sleep = lambda moment: run.stop.request()
-    await run()
-    assert run.last.startswith("0 frames/s: nothing was answered; stopped")
+    assert await run(replace(PLAN, slo_ms=slo_ms), save=file) == Exit.FOUND_PROBLEMS
+    why = "stopped, all streams closed" if slo_ms is None else "the search was stopped before its end"
+    assert run.last == f"nothing was measured; {why}; {file} not written"
+    assert file.read_text() == "before"
+
+
+def test_a_stop_before_the_end_is_told_wherever_the_result_is(tmp_path: Path) -> None:
+    whole, stopped = Timed(), Timed()
+    stopped.clock.on_sleep = lambda moment: stopped.stop.request() if moment > 1001 else None
+    files = tmp_path / "whole.json", tmp_path / "stopped.json"
+    assert asyncio.run(whole(save=files[0])) == asyncio.run(stopped(save=files[1])) == Exit.OK
+    told = re.search("; stopped after ([0-9.]+) s, all streams closed; saved in", stopped.last)
+    assert told
+    seconds = PLAN.duration_s
+    early = f"it ended after {told[1]} of {seconds:g} s"
+    assert shown("--compare", *files) == f"{files[1]}: {early}\n"
+    assert shown("--compare", *files[::-1]) == f"{files[1]}: {early}\n"
+    both = json.loads(run("--compare", *files, "--json").stdout)
+    assert both["ended_early"] == {"first": None, "second": early}
+
+    values = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps(values | {"error": "the server is gone"}))
+    assert shown("--compare", *files) == f"{files[1]}: {early}, the server is gone\n"
+    why = "the search was stopped before its end"
+    best = json.loads(files[0].read_text())
+    files[0].write_text(json.dumps({"server": best["server"], "best": best, "ended": why}))
+    assert shown("--compare", files[0], files[0]) == f"{files[0]}: {why}\n" * 2
+
+
+def shown(*arguments: Any) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0
+    return result.stderr
 
 
 def test_a_full_disk_costs_the_file_and_not_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
