@@ -83,7 +83,9 @@ def numbers(result: Measured) -> str:
         if result.found.stopped and not len(result.samples):
             return "nothing was measured"
         return "0 frames/s: nothing was answered"
-    due = f" of {result.plan.offered_frames_s:,.0f} due" if result.plan.mode is Mode.OPEN else ""
+    # A run that ended early is as long as until its last answer: its rate may be above that of the load.
+    is_due = result.plan.mode is Mode.OPEN and result.seconds == result.plan.duration_s
+    due = f" of {result.plan.offered_frames_s:,.0f} due" if is_due else ""
     p50_ms, p99_ms = (three_digits(value / 1000) for value in (result.latency.p50, result.latency.p99))
     answers = f"{result.answers_s:,.0f} answers/s"
     return f"{result.frames_s:,.0f} frames/s{due}, {answers}, p50 {p50_ms} ms, p99 {p99_ms} ms"

@@ -237,8 +237,8 @@ def test_a_stop_before_the_end_is_told_wherever_the_result_is(tmp_path: Path) ->
     stopped.clock.on_sleep = lambda moment: stopped.stop.request() if moment > 1001 else None
     files = tmp_path / "whole.json", tmp_path / "stopped.json"
     assert asyncio.run(whole(save=files[0])) == asyncio.run(stopped(save=files[1])) == Exit.OK
-    told = re.search("; stopped after ([0-9.]+) s, all streams closed; saved in", stopped.last)
-    assert told
+    told = re.match(r"[\d,]+ frames/s, .*; stopped after ([\d.]+) s, all streams closed; saved in", stopped.last)
+    assert told, "the load that was due is that of the whole run"
     seconds = PLAN.duration_s
     early = f"it ended after {told[1]} of {seconds:g} s"
     assert shown("--compare", *files) == f"{files[1]}: {early}\n"
