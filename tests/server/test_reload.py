@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         (line,) = told
         assert line["changed"] == ["limits.park_s: 100.0 → 9.0"]
         assert line["under_way"] == ["model.folder: None → other"], "no such folder: this will never be in force"
+        for several, text in (((Path("a"), Path("b")), "[a, b]"), ({"x": Path("a"), "y": Path("b")}, "{x: a, y: b}")):
+            told.clear()
+            models = with_keys(models, model__folder=several)
+            reload(server, partial(lambda wanted: wanted, models), Threshold("info"), log_into(told), Kept())
+            assert told[0]["under_way"][0].endswith(f" → {text}")
 
 
 async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(tmp_path: Path) -> None:

@@ -99,7 +99,14 @@ def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
     """The keys whose values differ, each with a text that says how."""
     for (path, before), (_, after) in zip(_values(one), _values(other), strict=True):
         if before != after:
-            yield path, f"{path}: {before} → {after}"
+            yield path, f"{path}: {_in_words(before)} → {_in_words(after)}"
+
+
+def _in_words(value: Any) -> str:
+    """Several folders as they are written in a configuration."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {each}' for name, each in value.items())}}}"
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
