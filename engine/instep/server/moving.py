@@ -22,6 +22,8 @@ from instep_client.protocol.wire import Streams, SwapPolicy
 
 _MOST_PAUSE_S: Final = 1.0
 """Time in which nothing is received, so that what was received before can end and streams can be moved."""
+_SET_BY: Final = "(--streams, model.on_reload)"
+"""Where a swap by request and one by SIGHUP say what becomes of streams."""
 _LOOK_S: Final = 0.0005
 _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
@@ -62,17 +64,17 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         if there != here:
             raise CannotServe(
                 f"its number of {what} differs from that of the version that is served ({here} instead of {there}), so "
-                "no stream can be moved to it: swap it with --streams keep"
+                f"no stream can be moved to it: swap it with keep {_SET_BY}"
             )
     if policy.streams is Streams.MOVE and info.state != network.state:
         raise CannotServe(
             "its state differs from that of the version that is served, so no stream can be moved to it: swap it with "
-            "--streams replay:N, or keep"
+            f"replay:N or keep {_SET_BY}"
         )
     if policy.streams is Streams.REPLAY and former.service.file is None:
         raise CannotServe(
             "frames are replayed from a recording, and the version that is served has none: serve it with --record, or "
-            "swap it with --streams move or keep"
+            f"swap it with move or keep {_SET_BY}"
         )
 
 
@@ -143,7 +145,7 @@ async def _settle(service: ModelService) -> None:
     free = table.slots.free_count
     if len(hibernation) > free:
         raise CannotServe(
-            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: swap it with --streams keep"
+            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: swap it with keep {_SET_BY}"
         )
     until = time.monotonic() + _MOST_PAUSE_S
     while True:
@@ -155,4 +157,4 @@ async def _settle(service: ModelService) -> None:
             return
         await hibernation.wake(list(hibernation))
         if hibernation and time.monotonic() > until:
-            raise CannotServe("streams hibernate that cannot be read: swap it with --streams keep")
+            raise CannotServe(f"streams hibernate that cannot be read: swap it with keep {_SET_BY}")
