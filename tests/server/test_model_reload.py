@@ -84,11 +84,12 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
             line = await reloads(wrong)
             assert (line["event"], words in line["reason"]) == ("models not reloaded", True), line
             assert (line["loaded"], line["swapped"]) == ([], [])
-            assert line["reason"].startswith("no model has changed, and model.shadow is not in force: ")
+            assert line["reason"].startswith("models and candidates are as before: ")
             assert await models() == ["ears", "eyes"]
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
+        assert line["reason"].endswith("no stream can be moved to it: swap it with keep (--streams, model.on_reload)")
         assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
 

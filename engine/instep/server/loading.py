@@ -194,8 +194,10 @@ class Loader:
                 return
             is_sentence = isinstance(error, CannotServe | ModelError | Refusal)
             why = str(error) if is_sentence else f"{type(error).__name__}: {error}"
-            extent = "model.folder is in force only for the models named here" if swapped else "no model has changed"
-            reason = f"{extent}, and model.shadow is not in force: {why}"
+            extent = "models and candidates are as before"
+            if swapped:
+                extent = "model.folder is in force only for the models named here, and model.shadow is not in force"
+            reason = f"{extent}: {why}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             return
         unloaded = [name for name in self._configured if name in served and name not in found]
