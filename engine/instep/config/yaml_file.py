@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from instep.config.errors import Problem
+from instep.yaml_problem import yaml_problem
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,11 +59,8 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     try:
         loader = _Loader(text)
         return loader.get_single_data(), loader.duplicates
-    except yaml.MarkedYAMLError as error:
-        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{where}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(yaml_problem(error)) from None
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     except (AttributeError, LookupError):  # PyYAML's on a tag such as !!bool with a text that is none

@@ -21,6 +21,7 @@ from instep.models.model import Model
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
+from instep.yaml_problem import yaml_problem
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -83,7 +84,7 @@ def load_model(folder: str | Path) -> Model:
     try:
         fields = yaml.load(content, _PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
+        raise ModelError(f"{path} is not YAML: {yaml_problem(error)}; correct it") from None
     except RecursionError:
         raise ModelError(f"{path} has too many levels of brackets or of indentation; correct it") from None
     except (AttributeError, LookupError, TypeError, ValueError):  # PyYAML's on a tag such as !!bool with other text
