@@ -329,7 +329,7 @@ def test_what_cannot_shadow_is_refused_in_a_sentence_before_anything_is_served(c
 
     wide = candidate.parent / "wide"
     write_model(wide, plain(5, 9))
-    assert refused(shadow=wide / "x").startswith(f"model.shadow: cannot read {wide / 'x' / 'model.yaml'}: ")
+    assert refused(shadow=wide / "x").startswith(f"model.shadow: there is no model folder {wide / 'x'}: ")
     assert f"{wide} has 9 outputs, and the model 'ears', which it is to shadow, with 8" in refused(shadow=wide)
     assert "did you mean 'ears'?" in refused(shadow={"eers": candidate})
 

@@ -16,8 +16,8 @@ from instep.config.endpoint import local_address
 from instep.config.sections import ModelConfig
 from instep.doctor.findings import Findings
 from instep.memory import size
+from instep.models.errors import no_folder
 from instep.server.check import check_endpoints, check_models
-from instep.server.early import no_folder
 from instep.server.memory import exceeds, memory_when_full
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep_client import AsyncClient, Refused

@@ -16,7 +16,7 @@ import yaml
 
 from instep.memory import usable_memory
 from instep.models.base import Description
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, no_folder
 from instep.models.model import Model
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, kind_of_network, parse_description
@@ -67,7 +67,7 @@ def load_model(folder: str | Path) -> Model:
     path = folder / DESCRIPTION_FILE
     try:
         if folder.is_file():
-            raise ModelError(_no_folder(folder))
+            raise ModelError(_file_given(folder))
         if folder.is_dir() and not path.exists():
             raise ModelError(
                 f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
@@ -75,6 +75,8 @@ def load_model(folder: str | Path) -> Model:
             )
         check_regular(path)
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(": ".join(no_folder(folder))) from None
     except (OSError, ValueError) as error:  # the latter of a null byte in the path
         why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(
@@ -163,7 +165,7 @@ def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in (fields, fields.get("network")) if isinstance(part, dict)]
 
 
-def _no_folder(file: Path) -> str:
+def _file_given(file: Path) -> str:
     """What to do with a file that is given in place of a model folder."""
     if file.suffix in GRAPHS:
         return f"{file} {GRAPHS[file.suffix]}"

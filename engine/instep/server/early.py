@@ -9,13 +9,13 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.http.connections import DEFAULT, cannot_listen
 from instep.frontends.http.security import read_token
 from instep.memory import size, usable_memory
+from instep.models.errors import no_folder
 from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
 from instep.server.memory import memory_at_start
@@ -38,11 +38,6 @@ def _folders(config: Config) -> Iterator[str]:
     for _, folder in config.model.folders:
         if not os.path.exists(folder):  # Path's raises if its name is too long
             yield ": ".join(no_folder(folder))
-
-
-def no_folder(folder: Path) -> tuple[str, str]:
-    """The sentence about a missing model folder, and its cure."""
-    return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
 
 
 def _recording(config: Config) -> Iterator[str]:
