@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Final
 
+from instep.config import Config
 from instep.doctor.findings import Findings
 
 QUIET_S: Final = 2.0
@@ -59,17 +60,19 @@ def doctor(
         from instep.doctor.serving import examine_config, examine_endpoints, examine_models
         from instep.doctor.software import examine_software
     with step("reading the configuration"):
-        config = examine_config(findings, file, overrides)
+        wanted = examine_config(findings, file, overrides)
+        config = wanted or Config()
     with step("looking at libraries and GPUs"):
         examine_software(findings, config)
     with step("looking at the machine"):
         memory = examine_machine(findings, config)
     with step("syncing the disk"):
         examine_disk(findings, config)
-    with step("asking who answers at the endpoints"):
-        is_served = examine_endpoints(findings, config)
-    with step("certifying the model, and reading its recording where there is one"):
-        examine_models(findings, config, demo, memory, is_served)
+    if wanted is not None:
+        with step("asking who answers at the endpoints"):
+            is_served = examine_endpoints(findings, wanted)
+        with step("certifying the model, and reading its recording where there is one"):
+            examine_models(findings, wanted, demo, memory, is_served)
     if as_json:
         write(json.dumps(findings.as_json(), indent=2))
     else:

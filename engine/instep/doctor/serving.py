@@ -27,8 +27,8 @@ from instep_client.protocol.errors import InstepError
 PATIENCE_S: Final = 3.0
 
 
-def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str | None]) -> Config:
-    """Read the configuration; the defaults where it cannot be used."""
+def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str | None]) -> Config | None:
+    """Read the configuration; None where it cannot be used."""
     section = findings.section("configuration")
     section.note("file", str(file) if file else None, str(file or "none"))
     try:
@@ -38,8 +38,8 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
         for problem in error.problems:
             place = f"{problem.path} ({problem.source})" if problem.path else problem.source
             findings.fail(f"{place}: {problem.message}", problem.suggestion)
-        section.note("used", "defaults", "the defaults, because it has errors")
-        return Config()
+        section.note("used", None, "not before its errors are corrected: models and endpoints are not looked at")
+        return None
     _warn_of_variables(findings, config)
     defaults = Config().model_dump(mode="json")
     for name, keys in config.model_dump(mode="json").items():
