@@ -112,6 +112,10 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
         check(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
     with pytest.raises(CannotServe, match="there is no folder"):
         check(configured(model, recording={"file": tmp_path / "no" / "r.instep"}))
+    (tmp_path / "same").symlink_to(model)
+    for place in (model, tmp_path / "same"):
+        with pytest.raises(CannotServe, match="is a model folder: name another folder, or a file, for the recording"):
+            check(configured(model, recording={"file": place}))
     with pytest.raises(CannotServe, match="there is no model folder"):
         check(configured(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()

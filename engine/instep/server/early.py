@@ -44,9 +44,12 @@ def _recording(config: Config) -> Iterator[str]:
     place = config.recording.file
     if place is None:
         return
-    is_only = len(config.model.folders) < 2
+    folders = [folder for _, folder in config.model.folders]
+    if os.path.realpath(place) in map(os.path.realpath, folders):
+        yield f"{place} is a model folder: name another folder, or a file, for the recording"
+        return
     try:
-        check_several(place, is_only=is_only)
+        check_several(place, is_only=len(folders) < 2)
         if not os.path.isdir(place):
             check_place(place)
             check_file(place)
