@@ -259,7 +259,7 @@ def test_an_import_says_what_the_file_holds_and_which_option_is_wrong(imported: 
     unnamed = instep("model", "import", "net.pt", "--output", "m")
     assert (unnamed.exit_code, unnamed.stdout) == (2, "")
     assert "net.pt has `rnn` (GRU 5→40), `head` (Linear 40→3); weights do not say" in unnamed.stderr
-    assert "or --after head:none on the command line" in unnamed.stderr
+    assert "or --after head:ACTIVATION on the command line" in unnamed.stderr
     without = instep("model", "import", "net.pt", "--output", "m", "--after", "head")
     assert without.exit_code == 2
     assert "'head' should look like head:relu, or head:none" in without.stderr

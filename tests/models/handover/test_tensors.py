@@ -57,10 +57,13 @@ def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refused:
         save_model(tmp_path / "m", NET.state_dict())
     assert str(refused.value) == (
-        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10), `head` (Linear 10→7); weights do not say in "
-        'which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", "none")], '
-        'after=[("head", "none")]), or --before encoder.0:none --after head:none on the command line'
+        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10 × 2 layers), `head` (Linear 10→7); weights do not say in "
+        'which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", '
+        '"ACTIVATION")], after=[("head", "ACTIVATION")]), or --before encoder.0:ACTIVATION --after head:ACTIVATION on '
+        "the command line"
     )
+    with pytest.raises(ModelError, match=r"the activation of `encoder\.0` in before is 'ACTIVATION': .* one of none, "):
+        save_model(tmp_path / "m", NET.state_dict(), [("encoder.0", "ACTIVATION")], [("head", "ACTIVATION")])
     assert not (tmp_path / "m").exists()
 
 
@@ -113,7 +116,7 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
     assert model.description.in_words() == "3 features → layer norm tanh → LSTM 4 × 2 layers → dense 5"
     assert model.description.as_json()["before"][0]["eps"] == nn.LayerNorm(3).eps
     with pytest.raises(
-        ModelError, match=r"has `norm` \(LayerNorm 3\), `lstm` \(LSTM 3→4\), `out` \(Linear 4→5\); weigh"
+        ModelError, match=r"has `norm` \(LayerNorm 3\), `lstm` \(LSTM 3→4 × 2 layers\), `out` \(Linear 4→5\); weigh"
     ):
         save_model(tmp_path / "unnamed", net)
     for nonlinearity in ("tanh", "relu"):

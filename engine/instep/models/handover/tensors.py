@@ -37,6 +37,8 @@ Tensors: TypeAlias = Mapping[str, torch.Tensor]
 _RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (GruLayers, LstmLayers, RnnLayers)}
 """By how many gates a module has."""
 _FRAME_LAYERS: Final = ("Linear", "LayerNorm")
+_UNKNOWN: Final = "ACTIVATION"
+"""In a call to copy: no activation has this name, so that none is chosen by mistake."""
 _DEFAULT_EPS: Final = 1e-5
 """Torch's default for an nn.LayerNorm: a state dict does not hold it."""
 _NO_WEIGHTS: Final = "{} is {}: make one with torch.save(net.state_dict(), path)"
@@ -225,7 +227,9 @@ def _in_words(tensors: Tensors) -> str:
     """A layer and its sizes."""
     match _kind(tensors):
         case "GRU" | "LSTM" | "RNN" as kind:
-            return f"{kind} {tensors['weight_ih_l0'].shape[1]}→{tensors['weight_hh_l0'].shape[1]}"
+            deep = sum(name.startswith("weight_ih_l") for name in tensors)
+            layers = f" × {deep} layers" if deep > 1 else ""
+            return f"{kind} {tensors['weight_ih_l0'].shape[1]}→{tensors['weight_hh_l0'].shape[1]}{layers}"
         case "Linear":
             return f"Linear {tensors['weight'].shape[1]}→{tensors['weight'].shape[0]}"
         case "LSTM with projections":
@@ -307,9 +311,9 @@ def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Mapping[str,
     python, command = "", ""
     for place in ("before", "after"):
         names = [name for name in left if places[name] == place]
-        pairs = ", ".join(f'("{name}", "none")' for name in names)
+        pairs = ", ".join(f'("{name}", "{_UNKNOWN}")' for name in names)
         python += f", {place}=[{pairs}]" if names else ""
-        command += "".join(f" --{place} {name}:none" for name in names)
+        command += "".join(f" --{place} {name}:{_UNKNOWN}" for name in names)
     words = ", ".join(f"`{name}` ({_in_words(tensors)})" for name, tensors in layers.items())
     return (
         f"{source} has {words}; weights do not say in which order layers run and with which activations: "
