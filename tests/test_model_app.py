@@ -284,8 +284,16 @@ def test_a_folder_agrees_with_the_module_that_it_was_made_from(imported: Path, n
 @pytest.mark.parametrize(
     ("served", "alone", "words"),
     [
-        (Distance(0.0, 0), Distance(3e-8, 2), ["They agree bit for bit on these frames. torch rounds", "up to 2 ULP"]),
-        (Distance(6e-8, 3), Distance(0.0, 0), ["They agree: rounding explains every difference. torch", "It does not"]),
+        (
+            Distance(0.0, 0),
+            Distance(3e-8, 2),
+            ["They agree bit for bit on these frames.", " torch rounds", "up to 2 ULP"],
+        ),
+        (
+            Distance(6e-8, 3),
+            Distance(0.0, 0),
+            ["They agree: rounding explains every difference.", " torch", "It does not"],
+        ),
     ],
 )
 def test_a_check_speaks_of_rounding_only_where_there_is_some(
@@ -294,6 +302,7 @@ def test_a_check_speaks_of_rounding_only_where_there_is_some(
     text = " ".join(Check("net", "net.py:net", (32, 64, 5), None, served, alone, 1e-6).lines())
     assert [each for each in words if each not in text] == []
     assert "differently: not" not in text
+    assert text.index(words[0]) < text.index("largest ULP"), "the verdict comes before the figures"
 
 
 def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
@@ -301,6 +310,7 @@ def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
     assert other.exit_code == 1
     assert "They differ by more than rounding" in other.stdout
     assert "alone and in a batch" not in other.stdout
+    assert "same bits in every batch" not in other.stdout
     instep("model", "import", "net.pt", "--output", "relu", "--after", "head:relu")
     shown = instep("model", "check", "relu", "--against", "net.py:net", "--json")
     assert shown.exit_code == 1

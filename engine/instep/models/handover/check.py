@@ -67,6 +67,8 @@ class Check:
         """For people."""
         yield f"{self.model} and {self.against}, on random frames {list(self.frames)}"
         yield ""
+        yield from textwrap.wrap(self._verdict(), 79)
+        yield ""
         yield f"{'':<40}{'largest error':>15}{'largest ULP':>15}"
         for words, distance in (
             ("served as whole sequences", self.whole),
@@ -76,8 +78,9 @@ class Check:
             if distance is not None:
                 yield f"{words:<40}{distance.error:>15.1e}{distance.ulp:>15,}"
         yield f"{'explained by rounding':<40}{self.tolerance:>15.1e}"
-        yield ""
-        yield from textwrap.wrap(self._verdict(), 79)
+        if self.agrees:
+            yield ""
+            yield from textwrap.wrap(self._about_rounding(), 79)
 
     def _verdict(self) -> str:
         if not self.agrees:
@@ -87,9 +90,10 @@ class Check:
                 "names a class, or a function that makes a module, that module may have random weights."
             )
         if self._largest_error:
-            verdict = "They agree: rounding explains every difference."
-        else:
-            verdict = "They agree bit for bit on these frames."
+            return "They agree: rounding explains every difference. Near zero, a small error is many ULP."
+        return "They agree bit for bit on these frames."
+
+    def _about_rounding(self) -> str:
         apart = f"one sequence and a batch of {ROWS} differently"
         if self.alone is not None and self.alone.ulp:
             itself = (
@@ -104,8 +108,7 @@ class Check:
         else:
             itself = f"torch often rounds {apart}. It does not with this module on this machine"
         return (
-            f"{verdict} {itself}. instep gives a frame the same bits in every batch, and those are what "
-            "`instep verify` compares. Near zero, a small error is many ULP."
+            f"{itself}. instep gives a frame the same bits in every batch, and those are what `instep verify` compares."
         )
 
 
