@@ -57,8 +57,8 @@ def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refused:
         save_model(tmp_path / "m", NET.state_dict())
     assert str(refused.value) == (
-        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10 × 2 layers), `head` (Linear 10→7); weights do not say in "
-        'which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", '
+        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10 × 2 layers), `head` (Linear 10→7); weights do "
+        'not say in which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", '
         '"ACTIVATION")], after=[("head", "ACTIVATION")]), or --before encoder.0:ACTIVATION --after head:ACTIVATION on '
         "the command line"
     )
