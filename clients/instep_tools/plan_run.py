@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncGroup
@@ -17,6 +18,9 @@ from instep_client.states import as_state, state_rows
 from instep_tools.pacing import Clock, Stop, wait_until
 from instep_tools.pipeline import LivingGroup, pipeline, task_group
 from instep_tools.plan import Plan, Rows, Send
+
+LONG_WAIT_S: Final = 2.0
+"""The progress names a wait for the next frame that is longer."""
 
 
 @dataclass
@@ -35,6 +39,7 @@ class PlanRun:
     """Whether it stopped because the server had ended every stream that was open."""
     sent_frames: int = 0
     """Frames that were sent, whatever became of them."""
+    _due: float = 0.0
     _groups: dict[int, LivingGroup] = field(default_factory=dict)
     _closing: deque[asyncio.Task[None]] = field(default_factory=deque)
     _open_streams: int = 0
@@ -50,6 +55,7 @@ class PlanRun:
             for block in self.plan.sends:
                 due = None if start is None else start + block.due_s
                 if due is not None and start is not None:
+                    self._due = due
                     late = max(due, self.clock.now()) >= start + seconds
                     if late or not await wait_until(due, self.clock, self.stop):
                         break
@@ -68,6 +74,11 @@ class PlanRun:
                     self._closing.append(closing.create_task(self._close(group)))
             for group in self._groups.values():
                 closing.create_task(self._close(group))
+
+    def waits(self) -> str:
+        """When the next frame is due, if it is long until then; else nothing."""
+        left_s = self._due - self.clock.now()
+        return f"next frame due in {left_s:.0f} s" if left_s > LONG_WAIT_S else ""
 
     async def _open(self, cohort: int) -> LivingGroup:
         """Open a cohort, after streams that are on their way out where there would be too many."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +81,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
                 elif sequences is not None:
                     sequences = _repeated(sequences, what)
                     streams = len(sequences)
-                    async with _progress(what, terminal, answers, len(sequences.frames)):
-                        live.all_ended = await _send_sequences(what, client, sequences, answers, stop, clock)
+                    live.all_ended = await _send_sequences(what, client, sequences, answers, terminal, stop, clock)
                 else:
                     signal = make_signal(what.signal or Signal.SINE, streams, client.info.features)
                     async with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
@@ -174,7 +174,13 @@ def _repeated(sequences: RecordedSequences, what: Produce) -> RecordedSequences:
 
 
 async def _send_sequences(
-    what: Produce, client: AsyncClient, sequences: RecordedSequences, answers: Answers, stop: Stop, clock: Clock
+    what: Produce,
+    client: AsyncClient,
+    sequences: RecordedSequences,
+    answers: Answers,
+    terminal: Terminal,
+    stop: Stop,
+    clock: Clock,
 ) -> bool:
     """Send all of them; whether the server ended all streams before."""
     assert what.file is not None
@@ -188,7 +194,8 @@ async def _send_sequences(
         answers.take(sent, result)
 
     run = PlanRun(client, plan, names, take, stop, clock)
-    await run.run(math.inf if what.pace.seconds is None else what.pace.seconds)
+    async with _progress(what, terminal, answers, len(sequences.frames), run.waits):
+        await run.run(math.inf if what.pace.seconds is None else what.pace.seconds)
     return run.all_ended
 
 
@@ -226,8 +233,10 @@ def _names(name: str | None, streams: int) -> list[str]:
     return [f"{prefix}-{number}" for number in range(streams)]
 
 
-def _progress(what: Produce, terminal: Terminal, answers: Answers, total: float) -> AbstractAsyncContextManager[None]:
+def _progress(
+    what: Produce, terminal: Terminal, answers: Answers, total: float, detail: Callable[[], str] | None = None
+) -> AbstractAsyncContextManager[None]:
     """Where the outputs are printed they are the progress."""
     if what.save is None:
         return nullcontext()
-    return progress(terminal.err, "sending", total, "frames", lambda: answers.frames)
+    return progress(terminal.err, "sending", total, "frames", lambda: answers.frames, detail)

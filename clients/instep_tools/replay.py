@@ -107,7 +107,8 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
                 minutes = counted(round(real_s / 60), "minute")
                 terminal.note(f"replaying in real time, which takes {minutes}; --speed max is as fast as possible")
         started = clock.now()
-        async with progress(terminal.err, "replaying", len(sequences.frames), "frames", lambda: back.answered):
+        total = len(sequences.frames)
+        async with progress(terminal.err, "replaying", total, "frames", lambda: back.answered, run.waits):
             with may_give_up(stop):
                 await run.run()
         seconds = clock.now() - started

@@ -145,10 +145,12 @@ async def progress(
         total: how much there is to do; infinite where it is not known.
         unit: of `total`.
         done: how much is done by now.
-        detail: what to say beside it; how long it takes where there is none.
+        detail: what to say beside it; how long it takes where there is none, or an empty text.
     """
     started = time.monotonic()
-    said = detail or (lambda: f"{time.monotonic() - started:.0f} s")
+
+    def said() -> str:
+        return (detail and detail()) or f"{time.monotonic() - started:.0f} s"
 
     async def show() -> None:
         await asyncio.sleep(QUIET_S)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ import pytest
 
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32
+from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
@@ -104,6 +106,28 @@ async def test_without_a_rate_blocks_are_long(frames: F32) -> None:
     run = ProduceRun()
     assert await run(signal=Signal.SINE, streams=2, pace=Pace(None, 100, None)) == Exit.OK
     assert run.server.rules.blocks == [(32, 2)] * 3 + [(4, 2)]
+
+
+async def test_a_wait_for_the_next_frame_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QUIET_S", "LOG_S"):
+        monkeypatch.setattr(terminal_module, name, 0.02)
+
+    class Waiting(JumpingClock):
+        async def sleep_until(self, moment: float) -> None:
+            await super().sleep_until(moment)
+            await asyncio.sleep(0.005)
+
+    run = ProduceRun()
+    run.clock = Waiting()
+    time_ns = [round(1e9 * at_s) for at_s in (0, 0.1, 8, 8.1)]
+    np.savez(tmp_path / "x.npz", stream=np.array(["a"] * 4), x=np.zeros((4, 3), np.float32), time_ns=time_ns)
+    assert await run(file=tmp_path / "x.npz", save=tmp_path / "y.npz") == Exit.OK
+    lines = run.terminal.complained.splitlines()
+    waits = [re.fullmatch(r"sending 2/4 frames · next frame due in (\d) s", line) for line in lines]
+    left_s = [int(wait[1]) for wait in waits if wait]
+    assert left_s[0] > left_s[-1] >= 2
+    assert left_s == sorted(left_s, reverse=True)
+    assert len(left_s) < len(lines), "a short wait is none"
 
 
 async def test_seconds_end_a_signal() -> None:
