@@ -100,7 +100,7 @@ def test_the_same_seed_makes_the_same_weights(tmp_path: Path) -> None:
 def test_info_of_no_model_is_an_error_in_json(tmp_path: Path) -> None:
     found = instep("model", "info", str(tmp_path / "none"), "--json")
     assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip()})
-    assert f"cannot read {tmp_path / 'none'}" in found.stderr
+    assert f"there is no model folder {tmp_path / 'none'}" in found.stderr
 
 
 def test_a_terminal_gets_an_error_in_lines_of_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
