@@ -96,7 +96,8 @@ async def test_connections_and_requests_are_logged_for_those_who_look(rng: np.ra
     assert by_event["connected"]["level"] == "debug"
     assert by_event["request"]["request"] == "OPEN"
     assert by_event["refused"]["code"] == "MALFORMED"
-    assert by_event["disconnected"]["streams"] == 1
+    gone = [line["streams"] for line in told if line["event"] == "disconnected"]
+    assert gone in ([1], [1, 0]), "the other one may be noticed before the server ends"
     assert by_event["served"]["level"] == "info"
 
 

@@ -158,7 +158,7 @@ def test_a_model_that_is_not_there(recorded: Recorded, place: str, sentence: str
 
 
 def test_a_folder_that_is_no_model(recorded: Recorded, tmp_path: Path) -> None:
-    with pytest.raises(CannotVerify, match=r"the model cannot be loaded: cannot read .*model\.yaml"):
+    with pytest.raises(CannotVerify, match=r"the model cannot be loaded: there is no model folder .*nothing: "):
         recorded_model(recorded.header, tmp_path / "nothing")
 
 
