@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,15 @@ def test_a_command_that_reports_is_interrupted_once_by_one_ctrl_c() -> None:
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_a_command_in_another_thread_changes_no_handler() -> None:
+    interrupts.end_at_once()
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(interrupts.raise_stopped).result()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("handler_kept")

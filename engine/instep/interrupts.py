@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -67,8 +68,13 @@ def raise_again(*, reports: bool = False, same_signal_s: float = SAME_SIGNAL_S) 
 
 
 def raise_stopped() -> None:
-    """From here on Ctrl-C, SIGTERM and SIGHUP raise `Stopped` where they were `end_at_once`: the command cleans up."""
+    """From here on Ctrl-C, SIGTERM and SIGHUP raise `Stopped` where they were `end_at_once`: the command cleans up.
+
+    In another thread than the main one, which no signal reaches, it does nothing.
+    """
     global _stops
+    if threading.current_thread() is not threading.main_thread():
+        return
     _stops = EndingSignals()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (end_quietly, _end_with_a_sentence):
