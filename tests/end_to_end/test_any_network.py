@@ -58,6 +58,10 @@ async def test_each_stream_has_the_bits_that_it_has_alone(tmp_path: Path, name: 
     originals = {f"copy of {visitor.name}": visitor for visitor in visitors}
     for copy in copies:
         assert_equal(ready, copy.y, originals[copy.name].y[-len(copy.y) :], copy)
+    for visitor in (*visitors, *copies):
+        if visitor.closed is not None:
+            assert visitor.final is not None
+            assert_equal_states(ready, visitor.closed, visitor.final, visitor)
     steps = [ready.network.bind(rows) for rows in ready.certification.buckets[:3]]
     for number, visitor in enumerate(visitors):
         y, final = alone(ready, steps[number % len(steps)], number, visitor)
