@@ -1,4 +1,4 @@
-"""What a person sees: messages, progress, one summary line."""
+"""Messages, progress and summaries for people."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def progress(
         total: how much there is to do; infinite where it is not known.
         unit: of `total`.
         done: how much is done by now.
-        detail: what to say beside it; how long it takes where there is none, or an empty text.
+        detail: the text beside it; without one, or if it is empty, the time that has passed.
     """
     started = time.monotonic()
 

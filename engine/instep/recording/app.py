@@ -99,8 +99,8 @@ def cut(
 ) -> None:
     """Write a range of a recording to a new recording, which can be verified and exported.
 
-    A range can begin only where the recording does, or at a checkpoint that was kept: there is one for each 256 MiB,
-    or for each eighth of what `recording.keep_bytes` or `recording.keep_s` keeps. So it may begin earlier than --from.
+    A range can begin only where the recording does, or at a checkpoint that was kept: there is one every 256 MiB, or
+    every eighth of `recording.keep_bytes` or `recording.keep_s`. So it may begin earlier than --from.
 
     Exit status 0: it was written. 1: the recording is damaged. 2: it was not written for another reason.
     """

@@ -90,7 +90,7 @@ def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> A
 
 
 def _time_at(reader: RecordingReader, position: int) -> int:
-    """When a position was recorded; 0 where there is none."""
+    """The time at which a position was recorded, or 0 if it does not exist."""
     return next((row[1] for table in HISTORY for row in reader.rows(table, position, position)), 0)
 
 

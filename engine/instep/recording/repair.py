@@ -79,7 +79,7 @@ class _Salvage:
         if not os.path.isfile(path):  # Path's raises if it cannot be looked for
             raise RecordingError(f"cannot read the recording {path}: there is no such file")
         self.damage: dict[str, tuple[str, str]] = {}
-        """By table, why reading it ended early: which rows, and what is wrong with them."""
+        """By table, why reading it ended early: the rows concerned, and their fault."""
         self._database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, isolation_level=None)
         try:
             self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all

@@ -38,7 +38,7 @@ _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """How long a drained server waits for peers to read their replies."""
 _ASK_EVERY_S: Final = 0.1
-"""From one time that they are asked to the next, which covers what was sent, and who has gone, meanwhile."""
+"""How often they are asked: each time covers replies that were sent, and peers that have gone, since the last one."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way, and for the recorder."""
 

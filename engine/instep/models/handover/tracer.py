@@ -60,7 +60,7 @@ class _EveryFunction:
         return result
 
     def see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """A function has run."""
+        """Called after each function, with what it was given and what it returned."""
         raise NotImplementedError
 
 
@@ -123,7 +123,7 @@ class Tracer(_EveryFunction, TorchDispatchMode):  # type: ignore[no-untyped-call
         raise self.refusal
 
     def see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """A function has run: what has it done with what is followed?"""
+        """Note what a function has done with the tensor that is followed."""
         origin = None if self._inside_layer else self.origin((args, kwargs))
         name = func.overloadpacket.__name__.strip("_") if func.namespace == "aten" else str(func)
         if origin is None or name in _NO_VALUES:
