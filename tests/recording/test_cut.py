@@ -264,6 +264,27 @@ def test_as_typed(scribe: Scribe, tmp_path: Path) -> None:
     assert "earlier" not in whole.output
 
 
+def test_as_json(scribe: Scribe, tmp_path: Path) -> None:
+    source, out, runner = scribe.writer.path, tmp_path / "out.rec", CliRunner()
+    command = ["cut", str(source), str(out), "--from", "150", "--to", "200", "--json"]
+    result = runner.invoke(app, command)
+    found = json.loads(result.stdout)
+    with RecordingReader(out) as reader:
+        first = reader.first_position
+    assert (result.exit_code, list(found)[:3]) == (0, ["file", "cut", "output"])
+    assert (found["file"], found["cut"], found["output"]) == (str(source), True, str(out))
+    assert (found["first_position"], found["last_position"], found["begins_early"]) == (first, 200, True)
+    assert 0 < found["first_ns"] < found["last_ns"]
+    inspected = inspect(out, lambda _: None)
+    assert (found["frames"], found["streams"]) == (inspected.frames, inspected.streams)
+    for arguments, words in ((command, "already exists"), ([*command[:3], "--from", "x", "--json"], "neither a")):
+        result = runner.invoke(app, arguments)
+        found = json.loads(result.stdout)
+        assert (result.exit_code, found["file"], found["cut"]) == (2, str(source), False)
+        assert words in found["error"]
+        assert words in result.stderr
+
+
 def test_the_new_file_gets_its_name_once_it_is_complete(
     scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def repair(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The same, as an option.", show_default=False)
     ] = None,
+    json: Json = False,
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
 
@@ -69,7 +70,7 @@ def repair(
     if out is not None and output is not None:
         raise typer.BadParameter("the new file is given twice: leave this out", param_hint="--output")
     interrupts.raise_stopped()
-    raise typer.Exit(commands.repair(recording, out or output, make_console()))
+    raise typer.Exit(commands.repair(recording, out or output, make_console(), json=json))
 
 
 @app.command(
@@ -96,6 +97,7 @@ def cut(
             "--to", metavar="POSITION|TIME", help="End here. Default: the end of the recording.", show_default=False
         ),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Write a range of a recording to a new recording, which can be verified and exported.
 
@@ -107,7 +109,7 @@ def cut(
     from instep.recording import commands
 
     interrupts.raise_stopped()
-    raise typer.Exit(commands.cut_out(recording, output, begin, end, make_console()))
+    raise typer.Exit(commands.cut_out(recording, output, begin, end, make_console(), json=json))
 
 
 def make_console() -> Console:

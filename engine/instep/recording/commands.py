@@ -88,7 +88,7 @@ def list_folder(folder: Path, console: Console, *, json: bool = False) -> int:
     return WHOLE
 
 
-def repair(file: Path, output: Path | None, console: Console) -> int:
+def repair(file: Path, output: Path | None, console: Console, *, json: bool = False) -> int:
     """Save everything before the first damage into a new file, next to the damaged one by default.
 
     Returns:
@@ -96,15 +96,21 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     """
     try:
         if _is_whole(file):
-            say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
+            if json:
+                write_json({"file": str(file), "repaired": False, "whole": True, "output": None})
+            else:
+                say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
             return WHOLE
         target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
         found = save(file, target)
     except RecordingError as error:
-        return _failed(file, error, console, "repaired", json=False)
+        return _failed(file, error, console, "repaired", json=json)
     except Stopped as stop:
-        say_stopped(f"not repaired: {stop}, and nothing was written")
+        say_stopped(f"not repaired: {stop}, and nothing was written", **_not_done(file, "repaired", json=json))
         raise
+    if json:
+        write_json({"file": str(file), "repaired": True, "whole": False, "output": str(target), **asdict(found)})
+        return WHOLE
     kept = (
         f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
         f"({counted(found.positions, 'position')})"
@@ -113,7 +119,9 @@ def repair(file: Path, output: Path | None, console: Console) -> int:
     return WHOLE
 
 
-def cut_out(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> int:
+def cut_out(
+    file: Path, output: Path, begin: str | None, end: str | None, console: Console, *, json: bool = False
+) -> int:
     """Write a range of a recording to a new file and sum it up.
 
     Returns:
@@ -123,10 +131,13 @@ def cut_out(file: Path, output: Path, begin: str | None, end: str | None, consol
         bounds = [None if text is None else Bound.parse(text) for text in (begin, end)]
         found = cut(file, output, *bounds)
     except RecordingError as error:
-        return _failed(file, error, console, "cut", json=False)
+        return _failed(file, error, console, "cut", json=json)
     except Stopped as stop:
-        say_stopped(f"not cut: {stop}, and nothing was written")
+        say_stopped(f"not cut: {stop}, and nothing was written", **_not_done(file, "cut", json=json))
         raise
+    if json:
+        write_json({"file": str(file), "cut": True, "output": str(output), **asdict(found)})
+        return WHOLE
     say(
         console,
         f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file} "
@@ -237,11 +248,16 @@ def _in_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
 def _failed(file: Path, error: RecordingError, console: Console, what: str, *, json: bool) -> int:
     damaged = isinstance(error, DamagedRecording)
     if json:
-        write_failure(error, file=str(file), **{what: False})
+        write_failure(error, **_not_done(file, what, json=json))
     else:
         said = f"not {what}" if what in ("repaired", "cut") else "not read"
         say(console, with_advice(error) if damaged else f"{said}: {error}", "bold red")
     return DAMAGED if damaged else NOT_READ
+
+
+def _not_done(file: Path, what: str, *, json: bool) -> dict[str, Any]:
+    """What goes into an object beside the error; nothing where no object is wanted."""
+    return {"file": str(file), what: False} if json else {}
 
 
 def write_json(value: Any) -> None:
