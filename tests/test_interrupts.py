@@ -130,7 +130,14 @@ def test_other_commands_end_quietly_too(tmp_path: Path) -> None:
     [
         (signal.SIGINT, "instep.recording.inspection", "inspect", "recordings cut a.rec out.rec", "not cut", None),
         (signal.SIGTERM, "instep.recording.inspection", "inspect", "recordings cut a.rec out.rec", "not cut", None),
-        (signal.SIGINT, "instep.recording.inspection", "inspect", "recordings cut a.rec b.rec --json", "not cut", "cut"),
+        (
+            signal.SIGINT,
+            "instep.recording.inspection",
+            "inspect",
+            "recordings cut a.rec b.rec --json",
+            "not cut",
+            "cut",
+        ),
         (signal.SIGTERM, "instep.recording.table:FrameTable", "chunks", "export a.rec", "not exported", None),
         (
             signal.SIGINT,

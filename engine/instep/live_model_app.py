@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +15,16 @@ from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_tools.command_line import Endpoint
 from instep_tools.words import counted
 
+if TYPE_CHECKING:
+    from instep_client.replies import ServedModel
+
 
 @app.command(examples=("instep model load ears-2 models/ears-new",))
 def load(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What clients will call it.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the model.")],
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    json: Json = False,
 ) -> None:
     """Have the server on this machine serve another model, beside those that it has.
 
@@ -29,8 +34,12 @@ def load(
 
     with Client(endpoint, model="") as client:
         models = client.load_model(name, folder)
-    _say_version(name, "served as", folder, endpoint)
-    _list(model.name for model in models)
+    version = _version(name, folder, endpoint)
+    if json:
+        _print({**version, "models": _as_json(models)})
+        return
+    _say_version(version, "served as")
+    _list(models)
 
 
 @app.command(
@@ -52,6 +61,7 @@ def swap(
         ),
     ] = "keep",
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    json: Json = False,
 ) -> None:
     """Have the server on this machine replace a model by another version of it.
 
@@ -62,9 +72,14 @@ def swap(
     with Client(endpoint, model="") as client:
         before = {model.name for model in client.list_models()}
         models = client.swap_model(name, folder, streams)
-    _say_version(name, "now", folder, endpoint)
+    version = _version(name, folder, endpoint)
     new = next(model for model in models if model.name == name)
     kept = next((model for model in models if model.name not in before), None)
+    if json:
+        became = {"moved_streams": new.streams if kept is None else 0, "old_version": kept and kept.name}
+        _print({**version, **became, "models": _as_json(models)})
+        return
+    _say_version(version, "now")
     if kept is not None:
         if (new.features, new.outputs) != (kept.features, kept.outputs):
             sizes = f"{counted(new.features, 'feature')} and gives {counted(new.outputs, 'output')}"
@@ -73,7 +88,7 @@ def swap(
     else:
         states = "copied" if streams == "move" else "computed from the last frames"
         say(f"{counted(new.streams, 'open stream')} moved to it, states {states}")
-    _list(model.name for model in models)
+    _list(models)
 
 
 @app.command(examples=("instep model unload ears-1", "instep model unload ears-1 --force"))
@@ -81,6 +96,7 @@ def unload(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
     force: Annotated[bool, typer.Option("--force", help="Also while streams are in use.")] = False,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
+    json: Json = False,
 ) -> None:
     """Have the server on this machine answer what a model has admitted, and serve it no longer.
 
@@ -96,7 +112,11 @@ def unload(
         raise ModelError(f"{name} is the only model: load another one first, or stop the server")
     other = next((each for each in served if each != name), "")
     with Client(endpoint, model=other) as client:  # a model is not unloaded over a connection of its own
-        _list(model.name for model in client.unload_model(name, force=force))
+        models = client.unload_model(name, force=force)
+    if json:
+        _print({"models": _as_json(models)})
+        return
+    _list(models)
 
 
 @app.command(
@@ -145,17 +165,34 @@ def shadow(
     raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))
 
 
-def _say_version(name: str, how: str, folder: Path, endpoint: str) -> None:
-    """Which version of a model is served now, and whether a restart serves it, too."""
+def _version(name: str, folder: Path, endpoint: str) -> dict[str, Any]:
+    """Which version of a model is served now, and whether a restart serves it, too; None from an older server."""
     from instep_client import Client
 
     with Client(endpoint, model=name) as client:
-        fingerprint, stats = client.info.fingerprint, client.stats()
-    say(f"{name} is {how} version {fingerprint[:8]}")
-    if stats.get("configured") == 0:  # an older server does not say
+        fingerprint, configured = client.info.fingerprint, client.stats().get("configured")
+    return {
+        "model": name,
+        "fingerprint": fingerprint,
+        "folder": str(folder.resolve()),
+        "configured": None if configured is None else bool(configured),
+    }
+
+
+def _say_version(version: dict[str, Any], how: str) -> None:
+    say(f"{version['model']} is {how} version {version['fingerprint'][:8]}")
+    if version["configured"] is False:
         say("a restart serves what the configuration names, which is not this folder;")
-        say(f"put it into model.folder to keep it: {folder.resolve()}")
+        say(f"put it into model.folder to keep it: {version['folder']}")
 
 
-def _list(names: Iterable[str]) -> None:
-    say(f"the server has {', '.join(names)}")
+def _list(models: Sequence[ServedModel]) -> None:
+    say(f"the server has {', '.join(model.name for model in models)}")
+
+
+def _as_json(models: Sequence[ServedModel]) -> list[dict[str, Any]]:
+    return [model._asdict() for model in models]
+
+
+def _print(values: dict[str, Any]) -> None:
+    typer.echo(jsonlib.dumps(values, indent=2))

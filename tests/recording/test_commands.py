@@ -380,8 +380,13 @@ def test_repair_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (status, found) == (
         0,
         {
-            **{"file": damaged, "repaired": True, "whole": False, "output": repaired},
-            **{"positions": 14, "frames": 11, "streams": 2},
+            "file": damaged,
+            "repaired": True,
+            "whole": False,
+            "output": repaired,
+            "positions": 14,
+            "frames": 11,
+            "streams": 2,
             "left_out": "positions 15 to 17 (the row at position 15 (of outputs) does not match its CRC)",
         },
     )

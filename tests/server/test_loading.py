@@ -260,6 +260,16 @@ async def test_the_commands(folder: Path) -> None:
         assert (status, text.splitlines()[-1]) == (0, "the server has ears, vowels")
         assert text.startswith("vowels is served as version ")
         assert f"put it into model.folder to keep it: {folder}" in text
+        status, text = await said("load", "again", str(folder), "--json")
+        found = json.loads(text)
+        assert (status, found["model"], found["folder"]) == (0, "again", str(folder))
+        assert (found["fingerprint"], found["configured"]) == (load_model(folder).fingerprint, False)
+        assert [each["name"] for each in found["models"]] == ["ears", "vowels", "again"]
+        status, text = await said("load", "again", str(folder), "--json")
+        printed, sentence = text.splitlines()
+        assert (status, json.loads(printed)) == (2, {"error": sentence})
+        status, text = await said("unload", "again", "--json")
+        assert (status, [each["name"] for each in json.loads(text)["models"]]) == (0, ["ears", "vowels"])
         assert await said("unload", "ears") == (0, "the server has vowels")
         status, sentence = await said("unload", "vowels")
         assert (status, sentence) == (2, "vowels is the only model: load another one first, or stop the server")

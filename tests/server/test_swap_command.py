@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,40 @@ async def test_the_command(folder: Path, tmp_path: Path) -> None:
                 f"the server has ears, ears@{B.fingerprint[:8]}, {KEPT}",
             ],
         )
+
+
+async def test_the_command_as_json(folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    async with running(A, folder=old, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
+        await client.open("s")
+
+        async def said(folder: Path, streams: str) -> tuple[int, list[str]]:
+            command = ["model", "swap", "ears", str(folder), "--streams", streams, "--json", "-e", server.endpoint]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command)
+            return result.exit_code, [result.stdout, result.stderr.strip()]
+
+        status, (text, _) = await said(folder, "move")
+        found = json.loads(text)
+        models = found.pop("models")
+        assert (status, found) == (
+            0,
+            {
+                "model": "ears",
+                "fingerprint": B.fingerprint,
+                "folder": str(folder),
+                "configured": False,
+                "moved_streams": 1,
+                "old_version": None,
+            },
+        )
+        assert [(each["name"], each["streams"]) for each in models] == [("ears", 1)]
+        write_model(old, A)
+        status, (text, _) = await said(old, "keep")
+        found = json.loads(text)
+        assert (status, found["fingerprint"], found["configured"]) == (0, A.fingerprint, True)
+        assert (found["moved_streams"], found["old_version"]) == (0, f"ears@{B.fingerprint[:8]}")
+        status, (text, sentence) = await said(folder, "both")
+        assert (status, json.loads(text)) == (2, {"error": sentence})
 
 
 def test_the_command_says_nothing_of_a_restart_where_an_older_server_does_not(folder: Path) -> None:
