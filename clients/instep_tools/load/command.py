@@ -150,11 +150,13 @@ class LoadTester:
             self.terminal.result(values)
         test, info, summary = self.test, self._info, sentence
         drawn = [trial for trial in trials if len(trial.samples)]
+        page = partial(_report, test, info, trials, best, sentence, ending)
+        has_found = bool(drawn) or any(trial.found.refused for trial in trials)
         files: tuple[tuple[Path | None, str, Callable[[], bytes] | None], ...] = (
             (test.save, "saved in", (lambda: json.dumps(values, indent=2).encode() + b"\n") if drawn else None),
             (test.hdr, "percentiles in", partial(saved.as_hgrm, best) if best and len(best.samples) else None),
             (test.plot, "drawn in", partial(_picture, test, drawn, info) if drawn else None),
-            (test.report, "report in", partial(_report, test, info, trials, best, sentence, ending)),
+            (test.report, "report in", page if has_found else None),
         )
         for path, said, content in files:
             if path is None:

@@ -33,8 +33,8 @@ def load_page(
 ) -> Page:
     """The page of one load, or of a search for the largest within a service level.
 
-    `trials` is every load that was tried, at least one unless the command was stopped; `best` is the one to show in
-    full, if any; `sentence` is the summary on the terminal.
+    `trials` is every load that was tried, at least one; `best` is the one to show in full, if any; `sentence` is the
+    summary on the terminal.
     """
     server = {
         "endpoint": endpoint,
@@ -46,21 +46,19 @@ def load_page(
     }
     search = f"the most streams at {plan.rate_hz:g} Hz within {plan.slo_ms or 0:g} ms at the 99th percentile"
     sections = [*([] if best is None else _sections(best)), PageSection("Server", [Facts(server)])]
-    if plan.slo_ms is not None and trials:
+    if plan.slo_ms is not None:
         sections.insert(0, _search(trials, plan.slo_ms))
     return Page(
         program="instep-client loadtest",
         title=f"{info.model}: {plan.sentence() if plan.slo_ms is None else search}",
-        verdict=_verdict(plan, trials, best, ending),
+        verdict=_verdict(plan, best, ending),
         summary=f"{sentence[:1].upper()}{sentence[1:]}.",
         sections=sections,
         conditions={"command": typed_command("instep-client"), "load": plan.sentence()},
     )
 
 
-def _verdict(plan: LoadPlan, trials: Sequence[Measured], best: Measured | None, ending: Exit) -> Marked:
-    if not trials:
-        return Marked("nothing was measured", "doubt")
+def _verdict(plan: LoadPlan, best: Measured | None, ending: Exit) -> Marked:
     if plan.slo_ms is not None and best is not None:
         least = "" if ending is Exit.OK else "at least "
         found = f"{least}{counted(best.plan.streams, 'stream')} within {plan.slo_ms:g} ms"

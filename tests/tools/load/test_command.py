@@ -223,13 +223,14 @@ async def test_refusals_are_told_and_are_no_success() -> None:
 
 @pytest.mark.parametrize("slo_ms", [None, 1e6])
 async def test_a_stop_in_the_warm_up_leaves_the_result_of_another_run(tmp_path: Path, slo_ms: float | None) -> None:
-    run, file = Timed(), tmp_path / "base.json"
-    file.write_text("before")
+    run, file, page = Timed(), tmp_path / "base.json", tmp_path / "base.html"
+    for each in (file, page):
+        each.write_text("before")
     run.clock.on_sleep = lambda moment: run.stop.request()
-    assert await run(replace(PLAN, slo_ms=slo_ms), save=file) == Exit.FOUND_PROBLEMS
+    assert await run(replace(PLAN, slo_ms=slo_ms), save=file, report=page) == Exit.FOUND_PROBLEMS
     why = "stopped, all streams closed" if slo_ms is None else "the search was stopped before its end"
-    assert run.last == f"nothing was measured; {why}; {file} not written"
-    assert file.read_text() == "before"
+    assert run.last == f"nothing was measured; {why}; {file} not written; {page} not written"
+    assert file.read_text() == page.read_text() == "before"
 
 
 def test_a_stop_before_the_end_is_told_wherever_the_result_is(tmp_path: Path) -> None:
