@@ -19,7 +19,7 @@ from instep.models.base import Description
 from instep.models.errors import ModelError, no_folder
 from instep.models.model import Model
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
-from instep.models.registry import KINDS, kind_of_network, parse_description
+from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, save_weights
 from instep.yaml_problem import yaml_problem
 
@@ -230,13 +230,11 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     graphs = [network.pop("graph") for network in _networks(fields) if "graph" in network]
     if model.output_names:
         fields["outputs"] = list(model.output_names)
-    graph_name = kind_of_network(model.description).graph_file
+    kind = kind_of_network(model.description)
+    graph_name = kind.graph_file
+    if not overwrite:
+        check_free(folder, kind)
     try:
-        if not overwrite and any((folder / file).exists() for file in (DESCRIPTION_FILE, graph_name or WEIGHTS_FILE)):
-            raise ModelError(
-                f"{folder} holds a model already; choose another folder, or replace it with --overwrite "
-                "(overwrite=True in Python)"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         replaces = (folder / DESCRIPTION_FILE).exists()
         (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
@@ -246,9 +244,29 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
             for file in {*_FILES} - {graph_name, WEIGHTS_FILE if model.weights else ""}:
                 (folder / file).unlink(missing_ok=True)
     except OSError as error:
-        raise ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place") from None
+        raise _not_written(folder, error) from None
     if model.weights:
         save_weights(folder / WEIGHTS_FILE, model.weights)
+
+
+def check_free(folder: Path, kind: ModelKind) -> None:
+    """Refuse a folder that holds a model, or half of one, where a model of this kind is to be written.
+
+    Raises:
+        ModelError: also when the folder cannot be looked at.
+    """
+    try:
+        if any((folder / file).exists() for file in (DESCRIPTION_FILE, kind.graph_file or WEIGHTS_FILE)):
+            raise ModelError(
+                f"{folder} holds a model already; choose another folder, or replace it with --overwrite "
+                "(overwrite=True in Python)"
+            )
+    except OSError as error:
+        raise _not_written(folder, error) from None
+
+
+def _not_written(folder: Path, error: OSError) -> ModelError:
+    return ModelError(f"cannot write the model folder {folder}: {error.strerror}; choose another place")
 
 
 def _is_name(name: object) -> TypeGuard[str]:

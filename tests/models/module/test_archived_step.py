@@ -105,6 +105,14 @@ def test_names_of_leaves_and_outputs_and_options_of_other_kinds() -> None:
     assert "go with an .onnx graph" in imported("--state", "h=hn")[1].replace("│ ", "")
 
 
+def test_a_folder_that_holds_a_model_is_refused_before_the_file_is_looked_into() -> None:
+    Path("own").mkdir()
+    Path("own/model.yaml").touch()
+    Path("net.pt2").write_text("nothing to export")
+    assert "own holds a model already" in imported("--output", "own")[1]
+    assert "holds a model" not in imported("--output", "own", "--overwrite")[1]
+
+
 class Step(nn.Module):
     """A step whose forward a test gives."""
 

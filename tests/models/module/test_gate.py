@@ -370,3 +370,15 @@ def test_what_is_no_step(tmp_path: Path) -> None:
     step.body = lambda s, x, h: (s.layer(x), h)
     assert "layer.weight of the step holds NaN or infinity" in refusal(step, tmp_path / "m")
     assert step.training, "it is left as it was"
+
+
+def test_a_folder_that_holds_a_model_is_refused_before_the_step_runs(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").touch()
+
+    def body(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+        raise AssertionError("the step ran")
+
+    with pytest.raises(ModelError, match="holds a model already; choose another folder"):
+        export_step(Step(body), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path)
+    with pytest.raises(ModelError, match="the step ran"):
+        export_step(Step(body), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path, overwrite=True)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from instep.models.errors import ModelError
-from instep.models.folder import graph_bytes, write_model
+from instep.models.folder import check_free, graph_bytes, write_model
 from instep.models.model import Model
 from instep.models.module import operators
 from instep.models.module.archive import (
@@ -39,6 +39,7 @@ from instep.models.module.capture import COMPARISONS, DROPPED, by_value, changes
 from instep.models.module.example import ROWS
 from instep.models.module.export import in_silence, model_of_step, refusal
 from instep.models.module.operators import Operator
+from instep.models.registry import KINDS
 from instep_tools.words import counted
 
 _MOST_BYTES: Final = 2**31
@@ -76,6 +77,8 @@ def import_pt2(
     """
     file, folder = Path(file), Path(folder)
     content = graph_bytes(file)
+    if not overwrite:
+        check_free(folder, KINDS["module"])  # before the export, which takes seconds
     try:
         step = ArchivedStep(read_archive(content))
         step.check_sizes()

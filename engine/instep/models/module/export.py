@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import instep
 from instep.models.errors import ModelError, first_line
-from instep.models.folder import check_name, check_output_names, write_model
+from instep.models.folder import check_free, check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model
 from instep.models.module.capture import Capture, checked_tensors
@@ -27,7 +27,7 @@ from instep.models.module.description import ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
 from instep.models.module.network import ModuleNetwork
 from instep.models.module.trial import attributes_of, check_attributes, compare, compare_rows
-from instep.models.registry import sentences
+from instep.models.registry import KINDS, sentences
 from instep.models.weights import check_weights
 
 MOST_ROWS: Final = 4096
@@ -66,6 +66,8 @@ def export_step(
             or cannot be written. Nothing is written then.
     """
     folder = Path(path)
+    if not overwrite:
+        check_free(folder, KINDS["module"])  # before the export, which takes seconds
     name = folder.resolve().name if name is None else name
     model = model_of_step(module, example_x, example_state, name, outputs, initial_state)
     write_model(folder, model, overwrite=overwrite)
