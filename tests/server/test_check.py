@@ -116,6 +116,10 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
     for place in (model, tmp_path / "same"):
         with pytest.raises(CannotServe, match="is a model folder: name another folder, or a file, for the recording"):
             check(configured(model, recording={"file": place}))
+        for inside in (place / "r.instep", place / "recordings" / "r.instep"):
+            sentence = f"{inside} is inside the model folder {model}: name a place outside it for the recording"
+            with pytest.raises(CannotServe, match=re.escape(sentence)):
+                check(configured(model, recording={"file": inside}))
     with pytest.raises(CannotServe, match="there is no model folder"):
         check(configured(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()

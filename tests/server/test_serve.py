@@ -61,9 +61,10 @@ def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: P
 
 
 def test_the_place_of_a_recording_is_looked_at_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
     record = {"file": tmp_path / "nowhere" / "r.instep"}
     with pytest.raises(CannotServe, match=r"there is no folder .*nowhere for the recording r\.instep: make"):
-        check_early(configured(tmp_path, recording=record))
+        check_early(configured(tmp_path / "model", recording=record))
 
 
 def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:

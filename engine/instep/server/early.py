@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 from instep.config import Config
 from instep.frontends import CannotListen
@@ -47,6 +48,10 @@ def _recording(config: Config) -> Iterator[str]:
     folders = [folder for _, folder in config.model.folders]
     if os.path.realpath(place) in map(os.path.realpath, folders):
         yield f"{place} is a model folder: name another folder, or a file, for the recording"
+        return
+    around = list(map(str, Path(os.path.realpath(place)).parents))
+    if inside := [folder for folder in folders if os.path.realpath(folder) in around]:
+        yield f"{place} is inside the model folder {inside[0]}: name a place outside it for the recording"
         return
     try:
         check_several(place, is_only=len(folders) < 2)
