@@ -104,6 +104,8 @@ def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_
     assert "cannot start: engine.threads" in text
     assert f"python {platform.python_version()}" in text
     assert re.search(r" sync \d+\.\d\d ms \(median of 9\) free \d+\.\d GiB", text)
+    assert "the working directory; that of a recording is known once the configuration is correct" in text
+    assert "nothing is recorded" not in text
     assert "INSTEP_ENDPOINT" not in text
     assert "INSTEP_MODEL is for clients; the server's is INSTEP_MODEL__FOLDER" in text
     assert not {"endpoints", "limits"} & set(titles), "those of a configuration that nobody has written"

@@ -67,7 +67,7 @@ def doctor(
     with step("looking at the machine"):
         memory = examine_machine(findings, config)
     with step("syncing the disk"):
-        examine_disk(findings, config)
+        examine_disk(findings, wanted)
     if wanted is not None:
         with step("asking who answers at the endpoints"):
             is_served = examine_endpoints(findings, wanted)

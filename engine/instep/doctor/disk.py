@@ -18,12 +18,17 @@ SLOW_SYNC_MS: Final = 10.0
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
 
 
-def examine_disk(findings: Findings, config: Config, mounts: Path = Path("/proc/self/mounts")) -> None:
-    """Write a small file, which is removed again, where the recording is, or where `--record FILE` would put one."""
-    file = config.recording.file
+def examine_disk(findings: Findings, config: Config | None, mounts: Path = Path("/proc/self/mounts")) -> None:
+    """Write a small file, which is removed again, where the recording is, or where `--record FILE` would put one.
+
+    Without a configuration, because it has errors, that is the working directory.
+    """
+    file = None if config is None else config.recording.file
     folder = Path.cwd() if file is None else file if os.path.isdir(file) else file.parent
     section = findings.section("disk")
     about = "of the recording" if file else "nothing is recorded; --record FILE would record here"
+    if config is None:
+        about = "the working directory; that of a recording is known once the configuration is correct"
     section.note("folder", str(folder), f"{folder} ({about})")
     kind = _file_system(folder, mounts)
     section.note("file_system", kind)
@@ -47,7 +52,7 @@ def examine_disk(findings: Findings, config: Config, mounts: Path = Path("/proc/
             "one, and with commit the recorder falls behind",
             "use a local SSD; durability commit survives a crash of the server without waiting for the disk",
         )
-    if file is not None and free_bytes < config.recording.warn_free_bytes:
+    if config is not None and file is not None and free_bytes < config.recording.warn_free_bytes:
         findings.warn(
             f"{size(free_bytes)} are free for the recording, and a full disk ends the server",
             "make room, or bound the recording with recording.keep_bytes",
