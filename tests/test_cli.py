@@ -53,7 +53,11 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "serve m", "verify a.instep", "model info m", "recordings list", "version"]
+    "command",
+    [
+        *("doctor", "serve m", "verify a.instep", "model info m", "recordings list", "version"),
+        *("doctor --json", "model info m --json"),
+    ],
 )
 def test_in_a_directory_that_was_deleted_each_command_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -66,6 +70,7 @@ def test_in_a_directory_that_was_deleted_each_command_says_so(
         2,
         "the working directory was deleted: change to one that exists\n",
     )
+    assert result.stdout == (json.dumps({"error": result.stderr.strip()}) + "\n" if "--json" in command else "")
 
 
 @pytest.fixture

@@ -33,17 +33,14 @@ class _EngineCommands(PlainCommands):
         try:
             os.getcwd()
         except FileNotFoundError:  # torch cannot be loaded there; MKL ends the process with a misleading sentence
-            raise _failure("the working directory was deleted: change to one that exists") from None
+            gone = "the working directory was deleted: change to one that exists"
+            raise _refusal(gone, as_json="--json" in ctx.args) from None
         try:
             return super().invoke(ctx)
         except Exception as error:
             if not isinstance(error, _users_errors()):
                 raise
-            if ctx.meta.get(AS_JSON):
-                from instep.recording.commands import write_json
-
-                write_json({"error": str(error)})
-            raise _failure(error) from error
+            raise _refusal(str(error), as_json=bool(ctx.meta.get(AS_JSON))) from error
 
 
 app = CommandLine(
@@ -332,6 +329,13 @@ def _failure(error: Exception | str) -> typer.Exit:
 
     say(_console(stderr=True), str(error), "red")
     return typer.Exit(2)
+
+
+def _refusal(sentence: str, *, as_json: bool) -> typer.Exit:
+    """As `_failure`, and on standard output an object with the sentence where one is wanted."""
+    if as_json:
+        typer.echo(jsonlib.dumps({"error": sentence}))
+    return _failure(sentence)
 
 
 def _cannot_serve(error: Exception | str, log: LogConfig | None) -> typer.Exit:
