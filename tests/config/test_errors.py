@@ -93,6 +93,7 @@ class TestProblems:
             ("engine", "device", "gpu"),
             ("engine", "device", "cuda:"),
             ("engine", "device", "cuda:١"),
+            ("engine", "device", "cuda:01"),
             ("engine", "max_queue_delay_us", -1),
             ("transport", "allow_plaintext", "yes please"),
             ("transport", "allow_plaintext", 1),
@@ -119,6 +120,13 @@ class TestProblems:
     def test_wrong_values_in_files_are_named(self, tmp_path: Path, section: str, key: str, value: object) -> None:
         (found,) = problems(written(tmp_path, {section: {key: value}}))
         assert (found.path, found.source) == (f"{section}.{key}", f"file {tmp_path / 'instep.yaml'}")
+
+    def test_a_gpu_that_pytorch_cannot_count_to_is_refused(self) -> None:
+        assert load_config(None, {"engine.device": "cuda:127"}, {}).engine.device == "cuda:127"
+        for device in ("cuda:128", "cuda:256", "cuda:9999"):  # torch.device takes the second for cuda:0
+            (found,) = problems(None, {"engine.device": device})
+            assert found.path == "engine.device"
+            assert f"'{device}' is no device: PyTorch counts them from cuda:0 to cuda:127 only" in found.message
 
     def test_a_wrong_value_is_quoted_and_the_default_told(self) -> None:
         (found,) = problems(None, {"limits.max_idle_s": "soon"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -29,11 +29,16 @@ Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """A timer of libzmq: never off, and within its 16-bit deciseconds."""
+_LAST_CUDA_DEVICE: Final = 127
+"""PyTorch keeps the index in a signed byte, and takes a larger one for another device: cuda:256 is cuda:0 there."""
 
 
 def _checked_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+    found = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,3}))?", device)
+    if found is None:
         raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
+    if int(found[1] or 0) > _LAST_CUDA_DEVICE:
+        raise ValueError(f"{device!r} is no device: PyTorch counts them from cuda:0 to cuda:{_LAST_CUDA_DEVICE} only")
     return device
 
 
