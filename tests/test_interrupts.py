@@ -15,6 +15,7 @@ import pytest
 
 import instep_tools
 from instep import interrupts
+from instep.recording.cut import cut
 from tests.support.interrupting import interrupted_at_every_moment
 from tests.support.warm import WarmProcess, run_program
 from tests.support.written import write_recording
@@ -166,6 +167,20 @@ def test_a_stopped_command_leaves_nothing_and_says_so(
         assert json.loads(done.stdout)[promised] is False
     else:
         assert done.stdout == ""
+
+
+def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None:
+    write_recording(tmp_path)
+    out, others = tmp_path / "out.rec", tmp_path / ".out.rec.2.0123abcd.part"
+    others.touch()
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    before = set(tmp_path.iterdir())
+    killed = ("instep.recording.inspection", "inspect", str(int(signal.SIGKILL)))
+    done = run_program(str(tmp_path / "stopped.py"), tmp_path, *killed, "recordings", "cut", "a.rec", "out.rec")
+    assert done.returncode == -signal.SIGKILL
+    assert any(each.name.startswith(".out.rec.") for each in set(tmp_path.iterdir()) - before)
+    assert cut(tmp_path / "a.rec", out, None, None).frames
+    assert set(tmp_path.iterdir()) == before | {out}
 
 
 def test_a_line_ends_behind_what_the_terminal_echoes() -> None:

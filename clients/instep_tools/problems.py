@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -12,6 +13,9 @@ from secrets import token_hex
 from typing import Final
 
 _PART: Final = ".part"
+_MOST_LETTERS: Final = 50
+"""Of a file's name, its first ones, in the name of its part."""
+_TOKEN_BYTES: Final = 4
 
 
 class Exit(IntEnum):
@@ -88,7 +92,15 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
 
 def part_of(path: Path) -> Path:
     """Where a file is written until it is complete: next to it, under a name that fits whenever its own does."""
-    return path.with_name(f".{path.name[:50]}.{token_hex(4)}{_PART}")
+    return path.with_name(f".{path.name[:_MOST_LETTERS]}.{token_hex(_TOKEN_BYTES)}{_PART}")
+
+
+def parts_left(path: Path) -> list[Path]:
+    """The files that `part_of` has named for a file, by now or before; none where the name of the file is cut."""
+    if len(path.name) > _MOST_LETTERS:
+        return []  # they might be another file's
+    named = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
+    return [each for each in path.parent.iterdir() if named.fullmatch(each.name)]
 
 
 def is_part(path: Path) -> bool:

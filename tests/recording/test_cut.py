@@ -285,6 +285,24 @@ def test_as_json(scribe: Scribe, tmp_path: Path) -> None:
         assert words in result.stderr
 
 
+def test_a_second_run_for_the_same_file_is_refused_meanwhile(
+    scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, refused = tmp_path / "out.rec", []
+
+    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+        with pytest.raises(RecordingError, match=r"out\.rec is being written by another instep \(pid \d+\)") as error:
+            cut(scribe.writer.path, out, None, None)
+        refused.append(error)
+        return inspect(path, on_progress)
+
+    monkeypatch.setattr(inspection, "inspect", look_through)
+    before = set(tmp_path.iterdir())
+    assert cut(scribe.writer.path, out, None, None).frames
+    assert len(refused) == 1
+    assert set(tmp_path.iterdir()) == before | {out}
+
+
 def test_the_new_file_gets_its_name_once_it_is_complete(
     scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from instep.recording.database import SUFFIX, bytes_on_disk, check_place, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
-from instep.recording.lock import is_being_written
+from instep.recording.lock import WriterLock, is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep_tools.problems import is_part, part_of
+from instep_tools.problems import is_part, part_of, parts_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,23 +232,29 @@ def _listed(path: Path) -> Overview | str:
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
     """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
 
+    What another run for the same file has left, because it was killed, is removed.
+
     Args:
         target: the new file.
         write: begins, fills and commits a transaction in the empty database.
 
     Raises:
-        RecordingError: when the file exists or cannot be written.
+        RecordingError: when the file exists, is being written or cannot be written.
         DamagedRecording: when the new file is not a sound recording.
     """
     check_place(target)
     _refuse_existing(target)
     part = part_of(target)
     try:
-        with closing(sqlite3.connect(part, isolation_level=None)) as database:
-            written = write(database)
-        found = inspect(part, lambda _: None)
-        _refuse_existing(target)
-        part.rename(target)
+        with ExitStack() as held:
+            held.callback(WriterLock(target).release)
+            for left in parts_left(target):
+                remove_database(left)
+            with closing(sqlite3.connect(part, isolation_level=None)) as database:
+                written = write(database)
+            found = inspect(part, lambda _: None)
+            _refuse_existing(target)
+            part.rename(target)
         return written, found
     except BaseException as error:
         remove_database(part)
