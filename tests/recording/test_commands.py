@@ -371,37 +371,6 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         assert (status, "File name too long; name another file" in text) == (2, True)
 
 
-def test_repair_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path / "a.rec")
-    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec", fix_crc=False)
-    forger.change("outputs", 15, time_ns=7)
-    damaged, repaired = str(forger.path), str(tmp_path / "b.repaired.rec")
-    status, found = said_json(capsys, commands.repair, forger.path, None)
-    assert (status, found) == (
-        0,
-        {
-            "file": damaged,
-            "repaired": True,
-            "whole": False,
-            "output": repaired,
-            "positions": 14,
-            "frames": 11,
-            "streams": 2,
-            "left_out": "positions 15 to 17 (the row at position 15 (of outputs) does not match its CRC)",
-        },
-    )
-    status, found = said_json(capsys, commands.repair, tmp_path / "a.rec", None)
-    assert (status, found) == (
-        0,
-        {"file": str(tmp_path / "a.rec"), "repaired": False, "whole": True, "output": None},
-    )
-    status, found = said_json(capsys, commands.repair, forger.path, tmp_path / "a.rec")
-    assert (status, sorted(found), found["repaired"]) == (2, ["error", "file", "repaired"], False)
-    assert "never written over" in found["error"]
-    twice = CliRunner().invoke(app, ["repair", damaged, "c.rec", "--output", "d.rec", "--json"])
-    assert (twice.exit_code, list(json.loads(twice.stdout))) == (2, ["error"])
-
-
 def test_as_typed(tmp_path: Path) -> None:
     record(tmp_path / "a.rec")
     runner = CliRunner()
