@@ -10,6 +10,7 @@ TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder --durations=15
 COUNTS := $(filter-out 0,$(COVERAGE))
 COUNTED := $(if $(COUNTS),coverage run,python)
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-demo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test all-tests uncompiled test-long check format bench chaos clean
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
+demo: $(DEMO_READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
 	$(BIN)/instep demo $(if $(filter-out 0,$(KEEP)),--keep)
 
 test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines that they run
@@ -59,11 +60,16 @@ clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find benchmarks clients engine examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "instep needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up $(VENV): once, a minute or two and about 2.1 GB of disk (more where pip chooses PyTorch with CUDA)."
-	$(PYTHON) -m venv $(VENV)
+$(READY): $(DEMO_READY)
+	@echo "Adding to $(VENV) what checks and tests need: once, a minute or two and about 0.9 GB of disk."
 	$(BIN)/pip install --disable-pip-version-check -e ".[dev]"
 	-$(BIN)/pip install --disable-pip-version-check --no-deps BeatNet==1.1.3 pyannote.audio==4.0.7  # see examples/README.md
+	@touch $@
+
+$(DEMO_READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "instep needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV): once, a minute or two and about 1.2 GB of disk (more where pip chooses PyTorch with CUDA)."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -e ".[engine]"
 	@touch $@

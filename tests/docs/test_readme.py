@@ -30,17 +30,35 @@ def test_the_make_targets_it_names_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
+def would_run(*arguments: str) -> str:
+    """What make would run."""
+    return subprocess.run(
+        ["make", "--dry-run", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},  # without what a make around the tests says
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def test_lines_are_counted_where_coverage_is_neither_empty_nor_0() -> None:
     for value, is_counted in (("", False), ("0", False), ("1", True)):
-        printed = subprocess.run(
-            ["make", "--dry-run", "all-tests", f"COVERAGE={value}", "-o", ".venv/.ready"],
-            cwd=ROOT,
-            env={"PATH": os.environ["PATH"]},  # without what a make around the tests says
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        printed = would_run("all-tests", f"COVERAGE={value}", "-o", ".venv/.ready")
         assert ("coverage run -m pytest" in printed) == is_counted, (value, printed)
+
+
+def test_the_demo_installs_only_what_it_needs_and_the_tests_everything_also_after_it(tmp_path: Path) -> None:
+    def installed(target: str) -> list[str]:
+        return re.findall(r'pip install .*-e "(\S+)"', would_run(target, f"VENV={tmp_path}"))
+
+    assert installed("demo") == [".[engine]"]
+    assert installed("all-tests") == [".[engine]", ".[dev]"]
+    (tmp_path / ".ready-demo").touch()
+    assert (installed("demo"), installed("all-tests"), installed("check")) == ([], [".[dev]"], [".[dev]"])
+    (tmp_path / ".ready").touch()
+    assert (installed("demo"), installed("all-tests")) == ([], [])
+    assert f"rm -rf {tmp_path} " in would_run("clean", f"VENV={tmp_path}")
 
 
 def test_what_it_installs_serves() -> None:
