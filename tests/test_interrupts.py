@@ -15,6 +15,7 @@ import pytest
 
 import instep_tools
 from instep import interrupts
+from instep.interrupts import Stopped
 from instep.recording.cut import cut
 from tests.support.interrupting import interrupted_at_every_moment
 from tests.support.warm import WarmProcess, run_program
@@ -183,6 +184,32 @@ def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None
     assert set(tmp_path.iterdir()) == before | {out}
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, ""),
+        (signal.SIGTERM, "instep was ended by SIGTERM\n"),
+        (signal.SIGHUP, "instep was ended by SIGHUP\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("owner", "name", "command"),
+    [
+        ("instep.timetravel.state", "recorded_model", "replay-from a.rec 0 --seq 1"),
+        ("instep.timetravel.state", "recorded_model", "recordings state a.rec 0"),
+        ("instep.shadow.command", "load_version", "model shadow a.rec model"),
+        ("instep.demo.seed", "_serve", "demo seed"),
+    ],
+)
+def test_a_command_that_cleans_up_says_which_signal_has_ended_it(
+    tmp_path: Path, owner: str, name: str, command: str, number: signal.Signals, said: str
+) -> None:
+    write_recording(tmp_path)
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = run_program(str(tmp_path / "stopped.py"), tmp_path, owner, name, str(int(number)), *command.split())
+    assert (done.returncode, done.stderr) == (128 + number, said)
+
+
 def test_a_line_ends_behind_what_the_terminal_echoes() -> None:
     script = "import os, signal\nfrom instep import interrupts\ninterrupts.end_at_once()\nos.kill(os.getpid(), 2)"
     terminal, program = pty.openpty()
@@ -197,25 +224,27 @@ def test_only_its_own_handler_is_taken_back() -> None:
     def theirs(number: int, frame: object) -> None: ...
 
     signal.signal(signal.SIGINT, theirs)
-    interrupts.raise_again()
+    interrupts.raise_stopped()
     assert signal.getsignal(signal.SIGINT) is theirs
     interrupts.end_at_once()
-    interrupts.raise_again()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.usefixtures("handler_kept")
-def test_a_command_that_reports_is_interrupted_once_by_one_ctrl_c() -> None:
-    interrupts.end_at_once()
-    interrupts.raise_again(reports=True, same_signal_s=1e9)
-    with pytest.raises(KeyboardInterrupt):
+    interrupts.raise_stopped()
+    with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", interrupts.ENDINGS)
+@pytest.mark.usefixtures("handler_kept")
+def test_a_command_is_stopped_once_by_one_signal(number: signal.Signals) -> None:
     interrupts.end_at_once()
-    interrupts.raise_again(reports=True, same_signal_s=0.0)
+    interrupts.raise_stopped(same_signal_s=1e9)
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)
+    signal.raise_signal(number)
+    interrupts.end_at_once()
+    interrupts.raise_stopped(same_signal_s=0.0)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):
+            signal.raise_signal(number)
 
 
 @pytest.mark.usefixtures("handler_kept")

@@ -25,6 +25,8 @@ def main() -> None:
 
         cli.main()
     except SystemExit as end:
+        if isinstance(end, interrupts.Stopped):
+            interrupts.tell(end)
         if isinstance(end.code, int):
             _end_without_threads(end.code)
         raise

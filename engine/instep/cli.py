@@ -185,22 +185,15 @@ def verify(
         raise typer.BadParameter("it takes one recording: name one file", param_hint=option)
 
     options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
+    from instep.verify import command
+
+    interrupts.raise_stopped()
     if several:
-        from instep.verify.command import run_all
-
-        interrupts.raise_stopped()
-        raise typer.Exit(run_all(recordings, **options))
+        raise typer.Exit(command.run_all(recordings, **options))
     if follow:
-        from instep.verify.command import follow as follow_it
-
-        interrupts.raise_again()
-        seconds = math.inf if for_s is None else for_s
-        how = partial(follow_it, for_s=seconds)
+        how = partial(command.follow, for_s=math.inf if for_s is None else for_s)
     else:
-        from instep.verify.command import run
-
-        interrupts.raise_stopped()
-        how = partial(run, page=report)
+        how = partial(command.run, page=report)
     raise typer.Exit(how(recordings[0], **options))
 
 
@@ -258,11 +251,11 @@ def demo(
             raise typer.BadParameter("`demo seed` has no dashboard: omit --keep", param_hint="--keep")
         from instep.demo.seed import run as run_seed
 
-        interrupts.raise_again()
+        interrupts.raise_stopped()
         raise typer.Exit(run_seed(_console()))
     from instep.demo.speakers import run as run_speakers
 
-    interrupts.raise_again(reports=True)
+    interrupts.raise_stopped()
     raise typer.Exit(run_speakers(out or Path("demo-out"), _console(), keep=keep))
 
 
@@ -298,7 +291,7 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
     from instep.demo import MODEL_FOLDER
     from instep.doctor.command import doctor
 
-    interrupts.raise_again()
+    interrupts.raise_stopped()
     console = _console(stderr=True)
     raise typer.Exit(doctor(given.file, given.overrides, MODEL_FOLDER, json, typer.echo, console.print))
 

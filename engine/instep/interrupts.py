@@ -6,14 +6,17 @@ imported, or while the process ends. This is imported before anything else, so i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 
 from instep_tools import SAME_SIGNAL_S, EndingSignals, end_quietly
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a command to end."""
 
 _had_terminal = False
 _was_hung_up = False
@@ -21,11 +24,16 @@ _stops = EndingSignals()
 
 
 class Stopped(SystemExit):
-    """A signal stops the command, with the exit status that shells have for it; the text says which signal."""
+    """A signal stops the command, with the exit status that shells have for it; the text says which signal.
+
+    Attributes:
+        is_told: the command has said that it was stopped.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+        self.is_told = False
 
     def __str__(self) -> str:
         return f"stopped by {signal_name(self.number)}"
@@ -56,29 +64,28 @@ def has_lost_its_terminal() -> bool:
     return _had_terminal and not _has_terminal()
 
 
-def raise_again(*, reports: bool = False, same_signal_s: float = SAME_SIGNAL_S) -> None:
-    """From here on Ctrl-C raises where it was `end_at_once`: the command that runs now cleans up behind itself.
-
-    Args:
-        reports: the command ends with a report, which the same Ctrl-C must not cut off when it arrives once more.
-        same_signal_s: the time within which it does.
-    """
-    if signal.getsignal(signal.SIGINT) is end_quietly:
-        signal.signal(signal.SIGINT, _raise_unless_repeated(same_signal_s) if reports else signal.default_int_handler)
-
-
-def raise_stopped() -> None:
+def raise_stopped(same_signal_s: float = SAME_SIGNAL_S) -> None:
     """From here on Ctrl-C, SIGTERM and SIGHUP raise `Stopped` where they were `end_at_once`: the command cleans up.
 
     In another thread than the main one, which no signal reaches, it does nothing.
+
+    Args:
+        same_signal_s: a signal that comes this soon after another is the same one, and raises nothing.
     """
     global _stops
     if threading.current_thread() is not threading.main_thread():
         return
-    _stops = EndingSignals()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    _stops = EndingSignals(same_signal_s)
+    for number in ENDINGS:
         if signal.getsignal(number) in (end_quietly, _end_with_a_sentence):
             signal.signal(number, _stop)
+
+
+def tell(stop: Stopped) -> None:
+    """Say that a signal has stopped the command, unless it has said so, or somebody typed Ctrl-C."""
+    if not stop.is_told and stop.number != signal.SIGINT:
+        with contextlib.suppress(OSError):  # nobody is left to read it
+            _write_sentence(stop.number)
 
 
 def change_nothing() -> None:
@@ -113,16 +120,6 @@ def _has_terminal() -> bool:
     return True
 
 
-def _raise_unless_repeated(same_signal_s: float) -> Callable[[int, FrameType | None], None]:
-    signals = EndingSignals(same_signal_s)
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if signals.take(time.monotonic()):
-            raise KeyboardInterrupt
-
-    return on_interrupt
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
     if _stops.take(time.monotonic()):
         raise Stopped(number)
@@ -133,8 +130,12 @@ def _remember(number: int, frame: FrameType | None) -> None:
     _was_hung_up = True
 
 
+def _write_sentence(number: int) -> None:
+    os.write(2, f"instep was ended by {signal_name(number)}\n".encode())
+
+
 def _end_with_a_sentence(number: int, frame: FrameType | None) -> None:
     try:
-        os.write(2, f"instep was ended by {signal_name(number)}\n".encode())
+        _write_sentence(number)
     finally:  # whether or not there is anybody left to read it
         os._exit(128 + number)

@@ -159,7 +159,7 @@ def shadow(
     from instep import interrupts
     from instep.shadow.command import Shadowing, run
 
-    interrupts.raise_again(reports=True)
+    interrupts.raise_stopped()
     os.nice(19)
     asked = Shadowing(recording, folder, share, seconds, warm_up, tolerance, json)
     raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))

@@ -71,7 +71,8 @@ def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) ->
         assert {stream.reason for stream in reader.streams()} == {"closed"}
 
 
-def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Path, number: signal.Signals) -> None:
     demo = WarmProcess(["demo", "--keep", "--out", str(tmp_path)], start_new_session=True)
     try:
         assert demo.stdout is not None
@@ -81,9 +82,9 @@ def test_it_keeps_streaming_until_it_is_interrupted_and_verifies_everything(tmp_
         assert re.search(r" top tcp://127\.0\.0\.1:\d+$", line.strip())
         while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
             time.sleep(0.1)
-        os.killpg(demo.pid, signal.SIGINT)  # as Ctrl-C in a terminal does it, to the server too
+        os.killpg(demo.pid, number)  # as Ctrl-C in a terminal does it, to the server too
         time.sleep(0.1)  # else Python takes the two for one
-        demo.send_signal(signal.SIGINT)  # as a wrapper around the command passes it on
+        demo.send_signal(number)  # as a wrapper around the command passes it on
         said = demo.communicate()[0].splitlines()
     finally:
         demo.kill()

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from instep.cli import app
 from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed
+from instep.interrupts import Stopped
 from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep.models.recurrent.cell import Kernel
@@ -360,6 +361,19 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
 def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:
     with pytest.raises(ChildFailed, match="did not start"), WarmServer(tmp_path / "nothing"):
         pass
+
+
+def test_a_child_server_ends_when_a_signal_stops_the_wait_for_it(model: Path) -> None:
+    class Stopping(dict[str, Any]):
+        def __ior__(self, said: object) -> Self:  # type: ignore[override, misc]
+            raise Stopped(signal.SIGTERM)
+
+    child = WarmServer(model)
+    child.started = Stopping()
+    with pytest.raises(Stopped), child:
+        pass
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
 
 
 def test_a_child_server_that_dies_is_noticed(model: Path) -> None:

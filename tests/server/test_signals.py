@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from instep import interrupts
+from instep.interrupts import Stopped
 from instep.server.signals import run_cancellable, signals_call
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -20,10 +21,10 @@ def handlers() -> list[object]:
 
 @contextmanager
 def reporting(same_signal_s: float) -> Iterator[None]:
-    """Signals are handled as in a command that ends with a report."""
+    """Signals are handled as in a command that cleans up when one comes."""
     before = {number: signal.getsignal(number) for number in HEARD}
     interrupts.end_at_once()
-    interrupts.raise_again(reports=True, same_signal_s=same_signal_s)
+    interrupts.raise_stopped(same_signal_s)
     try:
         yield
     finally:
@@ -69,30 +70,41 @@ async def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("number", HEARD)
 @pytest.mark.parametrize("copies", [0, 2])
-def test_ctrl_c_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(copies: int) -> None:
+def test_a_signal_cancels_a_run_which_cleans_up_whatever_copies_of_it_come(copies: int, number: signal.Signals) -> None:
     cleaned_up = []
 
     async def work() -> None:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             await asyncio.Event().wait()
         finally:
             for _ in range(copies):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
                 await asyncio.sleep(0)
             cleaned_up.append(True)
 
     with reporting(same_signal_s=1e9):
-        usual = signal.getsignal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        usual = handlers()
+        with pytest.raises(Stopped) as stop:
             run_cancellable(work())
+        assert stop.value.number == number
         assert cleaned_up == [True]
-        assert signal.getsignal(signal.SIGINT) is usual
-        signal.raise_signal(signal.SIGINT)  # one more copy
+        assert handlers() == usual
+        signal.raise_signal(number)  # one more copy
 
 
-def test_a_second_ctrl_c_ends_the_cleaning_up() -> None:
+def test_pythons_own_ctrl_c_cancels_a_run_too() -> None:
+    async def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.Event().wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(work())
+
+
+def test_a_second_signal_ends_the_cleaning_up() -> None:
     cleaned_up = []
 
     async def work() -> None:
@@ -103,7 +115,7 @@ def test_a_second_ctrl_c_ends_the_cleaning_up() -> None:
             signal.raise_signal(signal.SIGINT)
             cleaned_up.append(True)
 
-    with reporting(same_signal_s=0.0), pytest.raises(KeyboardInterrupt):
+    with reporting(same_signal_s=0.0), pytest.raises(Stopped):
         run_cancellable(work())
     assert cleaned_up == []
 

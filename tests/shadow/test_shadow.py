@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.core.typing import F32
+from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.server import Server
@@ -202,6 +204,26 @@ def test_the_process_beside_a_server_works_in_slices(
     assert [json.loads(line)["frames"] for line in capfd.readouterr().out.splitlines()] == [3, 8, 13]
 
 
+@contextmanager
+def stopped_by(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A signal comes as soon as the candidate has followed for a while."""
+    follow, before = Shadow.keep_up, {number: signal.getsignal(number) for number in ENDINGS}
+
+    def and_stop(shadow: Shadow) -> None:
+        follow(shadow)
+        signal.raise_signal(number)
+
+    end_at_once()
+    raise_stopped()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Shadow, "keep_up", and_stop)
+            yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 async def test_what_it_says_and_its_status(
     place: Place, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +251,9 @@ async def test_what_it_says_and_its_status(
             assert words in text
         assert all(len(line) <= 80 for line in text.splitlines())
         assert said(RETRAINED, share=0.0)[0] == NOT_COMPARED
+        with stopped_by(signal.SIGTERM, monkeypatch):
+            status, text = said(SERVED, seconds=None)
+        assert (status, json.loads(text)["frames"]) == (COMPARED, 30)
     niceness: list[int] = []
     monkeypatch.setattr(os, "nice", niceness.append)
     for candidate, words in ((RETRAINED, "nothing was compared"), (plain(5, 9), "has 9 outputs, and")):

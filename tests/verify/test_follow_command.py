@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from instep.cli import app
+from instep.interrupts import ENDINGS
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.verify.follow_command import Following
@@ -129,14 +130,15 @@ def test_it_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: 
     assert (told[0]["unreadable"], told[-1]["final"]) == ("it is locked", True)
 
 
-def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_ends_it_with_a_report(tmp_path: Path, number: signal.Signals) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
     process = WarmProcess(["verify", str(story.path), "--follow", "--json"])
     try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["frames"] == 5
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         *_, last = process.communicate()[0].splitlines()
     finally:
         process.kill()
@@ -144,21 +146,40 @@ def test_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
     assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
 
 
-def test_the_same_ctrl_c_once_more_does_not_cut_off_the_report_and_a_second_one_does(
-    tmp_path: Path,
+@pytest.mark.parametrize("number", ENDINGS)
+def test_the_same_signal_once_more_does_not_cut_off_the_report_and_a_second_one_does(
+    tmp_path: Path, number: signal.Signals
 ) -> None:
     story = Story(tmp_path)
     story.step(story.open(), frames=5)
     told: list[dict[str, Any]] = []
 
     def tell(line: dict[str, Any]) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         told.append(line)
 
     assert Following(story.path, None, (), Patience(same_signal_s=1e9)).in_json(100, tell) == "exact"
     assert told[-1]["final"]
     with pytest.raises(KeyboardInterrupt):
         Following(story.path, None, (), Patience(same_signal_s=0.0)).in_json(100, tell)
+
+
+def test_a_signal_that_is_ignored_does_not_end_it(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    told: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        told.append(line)
+
+    try:
+        assert Following(story.path, None, ()).in_json(1.5, tell) == "exact"
+        assert len(told) > 2, "it has ended before its time"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_for_without_follow_is_refused(tmp_path: Path) -> None:

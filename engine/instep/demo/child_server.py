@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from instep.interrupts import Stopped
+
 _STOP_TIMEOUT_S: Final = 60.0
 _OWN_END_S: Final = 3.0
 """Time that a child which may have been told to end has for that."""
@@ -57,24 +59,31 @@ class ChildServer:
     def __enter__(self) -> Self:
         self._process = self._begin()
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._logged.append(line)
-            if line.startswith("{"):
-                self.started |= json.loads(line)
-            if "endpoint" in self.started:
-                self.endpoint = str(self.started["endpoint"])
-                # A pipe that nobody reads fills up, and then the server's loop waits there for ever.
-                self._reader = threading.Thread(target=self._logged.extend, args=(self._process.stderr,), daemon=True)
-                self._reader.start()
-                return self
+        try:
+            for line in self._process.stderr:
+                self._logged.append(line)
+                if line.startswith("{"):
+                    self.started |= json.loads(line)
+                if "endpoint" in self.started:
+                    break
+        except BaseException:  # a signal has come, perhaps to this process alone
+            self._process.kill()
+            self._process.communicate()
+            raise
+        if "endpoint" in self.started:
+            self.endpoint = str(self.started["endpoint"])
+            # A pipe that nobody reads fills up, and then the server's loop waits there for ever.
+            self._reader = threading.Thread(target=self._logged.extend, args=(self._process.stderr,), daemon=True)
+            self._reader.start()
+            return self
         self._process.communicate()
         raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [self._said()]))}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is KeyboardInterrupt:
-            # Typed at a terminal, it has reached the child, too, and a second one would force it to stop.
+        if kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt)):
+            # A signal of the terminal has reached the child, too, and a second one would force it to stop.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_OWN_END_S)
         if self._process.poll() is None:

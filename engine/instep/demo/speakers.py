@@ -30,6 +30,7 @@ from instep.demo.producers import (
 )
 from instep.demo.show import accuracy_table, say, speed_table, streaming
 from instep.demo.train import SPEAKERS, Utterances, accuracy, load_utterances
+from instep.interrupts import Stopped
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -48,7 +49,7 @@ def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) 
         out: where the recording and the picture go; those of an earlier demo are replaced.
         console: where everything is shown.
         speed: 2 to have every producer send twice as fast.
-        keep: whether to stream the same recordings again and again, until Ctrl-C, before all of it is verified.
+        keep: whether to stream the same recordings again and again, until a signal, before all of it is verified.
 
     Returns:
         The verifier's exit status; `FAILED` also where it did not come so far.
@@ -99,7 +100,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 while True:
                     again = Heard(lengths, SPEAKERS)
                     run_cancellable(stream_all(server.endpoint, producers, connections, again))
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt):
         if not is_repeating:
             raise
 

@@ -69,7 +69,7 @@ def run(what: Export, console: Console) -> int:
         return NOT_EXPORTED
     except Stopped as stop:
         about = {"file": str(what.file), "exported": False} if what.json else {}
-        say_stopped(f"not exported: {stop}, and nothing was written", **about)
+        say_stopped(stop, f"not exported: {stop}, and nothing was written", **about)
         raise
     if what.json:
         write_json(done.as_json(what))

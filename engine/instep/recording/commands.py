@@ -106,7 +106,7 @@ def repair(file: Path, output: Path | None, console: Console, *, json: bool = Fa
     except RecordingError as error:
         return _failed(file, error, console, "repaired", json=json)
     except Stopped as stop:
-        say_stopped(f"not repaired: {stop}, and nothing was written", **_not_done(file, "repaired", json=json))
+        say_stopped(stop, f"not repaired: {stop}, and nothing was written", **_not_done(file, "repaired", json=json))
         raise
     if json:
         write_json({"file": str(file), "repaired": True, "whole": False, "output": str(target), **asdict(found)})
@@ -133,7 +133,7 @@ def cut_out(
     except RecordingError as error:
         return _failed(file, error, console, "cut", json=json)
     except Stopped as stop:
-        say_stopped(f"not cut: {stop}, and nothing was written", **_not_done(file, "cut", json=json))
+        say_stopped(stop, f"not cut: {stop}, and nothing was written", **_not_done(file, "cut", json=json))
         raise
     if json:
         write_json({"file": str(file), "cut": True, "output": str(output), **asdict(found)})
@@ -273,8 +273,9 @@ def write_failure(error: Exception, **about: Any) -> None:
     say(Console(stderr=True), sentence, "bold red")
 
 
-def say_stopped(what: str, **about: Any) -> None:
+def say_stopped(stop: Stopped, what: str, **about: Any) -> None:
     """Say on standard error that a signal has stopped a command; of what, in an object as well where some is given."""
+    stop.is_told = True
     with contextlib.suppress(OSError):  # nobody is left to read it
         if about:
             write_json({**about, "error": what})

@@ -1,4 +1,4 @@
-"""Signals as calls in the event loop, and Ctrl-C as a cancellation."""
+"""Signals as calls in the event loop, or as a cancellation."""
 
 from __future__ import annotations
 
@@ -11,47 +11,49 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from instep.interrupts import ENDINGS, Stopped
+
 R = TypeVar("R")
 
 
 def run_cancellable(work: Coroutine[Any, Any, R]) -> R:
-    """`asyncio.run`, in the main thread: the first Ctrl-C cancels the work, which may clean up.
+    """`asyncio.run`, in the main thread: the first signal that ends the command cancels the work, which may clean up.
 
-    asyncio does the same, but only with Python's own handler of SIGINT. Here the handler that there is decides what
-    counts as a Ctrl-C: that of `interrupts.raise_again(reports=True)` passes over copies of one.
+    The handlers that there are decide what such a signal is: those of `interrupts.raise_stopped` pass over copies.
 
     Raises:
-        KeyboardInterrupt: once the work has ended that was cancelled.
+        Stopped: once the work has ended that was cancelled; or KeyboardInterrupt, from Python's own handler of SIGINT.
     """
-    usual, is_cancelled = signal.getsignal(signal.SIGINT), False
-    if not callable(usual):  # it is ignored
-        return asyncio.run(work)
+    usual = {number: handler for number in ENDINGS if callable(handler := signal.getsignal(number))}
+    stop: Stopped | KeyboardInterrupt | None = None
 
     async def cancellable() -> R:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
-        def on_interrupt(number: int, frame: FrameType | None) -> None:
-            nonlocal is_cancelled
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            nonlocal stop
             try:
-                usual(number, frame)
-            except KeyboardInterrupt:
-                if is_cancelled:
+                usual[signal.Signals(number)](number, frame)
+            except (Stopped, KeyboardInterrupt) as raised:
+                if stop is not None:
                     raise
-                is_cancelled = True
+                stop = raised
                 loop.call_soon_threadsafe(task.cancel)
 
-        signal.signal(signal.SIGINT, on_interrupt)
+        for number in usual:
+            signal.signal(number, on_signal)
         try:
             return await work
         finally:
-            signal.signal(signal.SIGINT, usual)
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
     try:
         return asyncio.run(cancellable())
     finally:
-        if is_cancelled:  # whatever else came of it
-            raise KeyboardInterrupt
+        if stop is not None:  # whatever else came of it
+            raise stop
 
 
 @contextmanager

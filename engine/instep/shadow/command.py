@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from instep.config import Config
+from instep.interrupts import Stopped
 from instep.models.base import RecurrentModel
 from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
@@ -49,7 +50,7 @@ class Shadowing:
 
 
 def run(asked: Shadowing, console: Console) -> int:
-    """Follow a recording with a candidate until the time is over, the recording ends, or Ctrl-C; print how it differs.
+    """Follow a recording with a candidate until the time is over, it ends, or a signal comes; print how it differs.
 
     Returns:
         The exit status: 0 after a comparison, 1 when a value differed by more than the tolerance, 2 when nothing was
@@ -60,7 +61,7 @@ def run(asked: Shadowing, console: Console) -> int:
         RecordingError: when the recording cannot be read.
     """
     shadow = make_shadow(asked)
-    with suppress(KeyboardInterrupt):  # it ends then, and reports
+    with suppress(Stopped):  # it ends then, and reports
         _follow(shadow, asked.seconds)
     report = shadow.report(str(asked.folder))
     if not report.frames and shadow.unavailable is not None:

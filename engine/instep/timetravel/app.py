@@ -72,7 +72,7 @@ def state(
 
     from instep.timetravel.state import Look, run
 
-    interrupts.raise_again()
+    interrupts.raise_stopped()
     raise typer.Exit(run(Look(recording, stream, seq, model, out, plot, wanted, json), make_console()))
 
 
@@ -100,7 +100,7 @@ def replay_from(
 
     from instep.timetravel.replay_from import WhatIf, run
 
-    interrupts.raise_again()
+    interrupts.raise_stopped()
     raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json), make_console()))
 
 

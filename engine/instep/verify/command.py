@@ -144,7 +144,7 @@ def run_all(
 def follow(
     file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, for_s: float, console: Console
 ) -> int:
-    """Verify a recording while it is written, until Ctrl-C or for some seconds; arguments and status as of `run`."""
+    """Verify a recording while it is written, until a signal or for some seconds; arguments and status as of `run`."""
 
     def followed() -> int:
         following = Following(file, model_folder, streams)
@@ -162,7 +162,7 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
         return _failed(file, json, console, error, prefix)
     except Stopped as stop:
         about = {"file": str(file), "verified": False, "verdict": "not checked"} if json else {}
-        say_stopped(f"{prefix}not checked: {stop}", **about)
+        say_stopped(stop, f"{prefix}not checked: {stop}", **about)
         raise
     except BrokenPipeError:
         raise

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from instep.interrupts import ENDINGS
 from instep.recording.errors import RecordingError, with_advice
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
@@ -62,8 +63,8 @@ class Following:
         """Why it ended before its time, although mismatches were found."""
 
     def in_words(self, for_s: float, console: Console) -> Verdict:
-        """Follow until Ctrl-C, or for some seconds: a live line on a terminal, or a line now and then, and the end."""
-        with _until_interrupted(self._patience.same_signal_s) as stopped:
+        """Follow until a signal, or for some seconds: a live line on a terminal, or some lines, and the end."""
+        with _until_told_to_end(self._patience.same_signal_s) as stopped:
             return self._in_words(stopped, for_s, console)
 
     def _in_words(self, stopped: Event, for_s: float, console: Console) -> Verdict:
@@ -90,7 +91,7 @@ class Following:
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         """Likewise, as an object a second and one at the end."""
-        with _until_interrupted(self._patience.same_signal_s) as stopped:
+        with _until_told_to_end(self._patience.same_signal_s) as stopped:
             return self._in_json(stopped, for_s, write)
 
     def _in_json(self, stopped: Event, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
@@ -154,14 +155,14 @@ def _line(status: Status) -> str:
 
 
 @contextmanager
-def _until_interrupted(same_signal_s: float) -> Iterator[Event]:
-    """An event that Ctrl-C sets while the block runs; the same one coming once more does not cut off the report.
+def _until_told_to_end(same_signal_s: float) -> Iterator[Event]:
+    """An event that Ctrl-C, SIGTERM and SIGHUP set while the block runs, but not one that is ignored.
 
-    A second Ctrl-C does.
+    The same signal coming once more does not cut off the report; a second one does.
     """
     stopped, signals = Event(), EndingSignals(same_signal_s)
 
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if not signals.take(time.monotonic()):
             return
         if signals.count > 1:
@@ -169,8 +170,10 @@ def _until_interrupted(same_signal_s: float) -> Iterator[Event]:
         # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
         Thread(target=stopped.set).start()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    heard = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
