@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
+from math import isqrt
 from typing import Final
 
 from instep_client.protocol.errors import InstepError
@@ -44,7 +45,8 @@ def next_size(good: int, bad: int, limit: int, most: int) -> int | None:
     if bad > limit:
         return min(2 * good, limit)
     if good:
-        return min(2 * good, (good + bad) // 2)  # doubling, where `most` had jumped far below `bad`
+        # Where `most` had jumped far below `bad`, perhaps because of a stall, a step halves their ratio.
+        return min(max(2 * good, isqrt(good * bad)), (good + bad) // 2)
     return max(1, min(bad // 2, most))
 
 
@@ -75,8 +77,9 @@ class Search:
 
     A try in which the load generator was late says nothing about the server. It is repeated with twice the processes,
     up to one a core; where that does not help, no larger number of streams is tried. While no number has met the level,
-    the next one is what the load generator could send, or half if that is less. The search ends when fewer streams do
-    not make the load generator less late.
+    the next one is what the load generator could send, or half if that is less. A stall makes that far too little, so
+    the one after it is not its double, but in the middle between both, by their ratio. The search ends when fewer
+    streams do not make the load generator less late.
     """
 
     attempt: Try

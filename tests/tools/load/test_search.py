@@ -15,7 +15,7 @@ from instep_tools.load.generator import PartResult
 from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.load.result import Measured, Verdict
 from instep_tools.load.samples import SAMPLE
-from instep_tools.load.search import FAILURES_TO_BELIEVE, RESOLUTION, Search, tries
+from instep_tools.load.search import FAILURES_TO_BELIEVE, RESOLUTION, Search, next_size, tries
 from instep_tools.pacing import Stop
 
 PLAN = LoadPlan(
@@ -165,8 +165,8 @@ async def test_after_a_try_that_could_not_be_sent_it_tries_what_could(monkeypatc
     assert await searched.run(2000) == 99
     assert searched.sizes == [2000, 2000, 130, 130, 65, 97, 113, 113, 105, 105, 101, 101, 99]
     searched = Searched(judge, sends=40.5)
-    assert await searched.run(2000) == 100
-    assert searched.sizes == [2000, 2000, 40, 80, 160, 160, 120, 120, 100, 110, 110, 105, 105, 102, 102]
+    assert await searched.run(2000) == 99
+    assert searched.sizes == [2000, 2000, 40, 282, 282, 106, 106, 73, 89, 97, 101, 101, 99]
     assert searched.search.measured_itself
 
 
@@ -183,6 +183,37 @@ async def test_a_stall_in_one_of_two_tries_lowers_no_estimate(
     searched = Searched(judge, sends=first, late_us=lambda streams: 12_000)
     await searched.run(2000)
     assert searched.sizes[:3] == [2000, 2000, 800]
+
+
+async def test_after_two_tries_that_stalled_it_does_not_double_from_what_they_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+    def judge(streams: int, processes: int) -> Verdict:
+        return "invalid" if len(searched.asked) <= 2 else up_to(1500)(streams, processes)
+
+    searched = Searched(judge, sends=20)
+    assert await searched.run(2000) == 1494
+    assert searched.search.ended == ""
+    assert searched.sizes == [2000, 2000, 20, 200, 632, 1264, 1632, 1632, 1448, 1540, 1540, 1494]
+
+
+@given(st.integers(1, 4095), st.integers(1, 4095), st.integers(2, 4096))
+def test_a_low_estimate_costs_few_tries(capacity: int, estimate: int, bad: int) -> None:
+    """From a size that held up to one that did not, whichever holds: the answer is right, and found soon."""
+    bad, capacity = max(bad, estimate + 1), max(capacity, estimate)
+    good, tried, smallest_bad = estimate, 0, bad
+    while (size := next_size(good, smallest_bad, 4096, 4096)) is not None:
+        assert good < size < smallest_bad
+        tried += 1
+        if size <= capacity:
+            good = size
+        else:
+            smallest_bad = size
+    truth = min(capacity, bad - 1)
+    assert truth - good <= max(0, good * RESOLUTION)
+    assert tried <= 10, "doubling takes up to 16"
 
 
 async def test_what_was_found_before_the_end_is_kept() -> None:
