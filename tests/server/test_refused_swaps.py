@@ -24,7 +24,7 @@ async def test_a_replay_that_takes_long_fails_only_while_frames_arrive(
     folder: Path, recordings: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(folder, DEEPER, overwrite=True)
-    x = rng.standard_normal((20_000, 5)).astype(np.float32)
+    x = rng.standard_normal((60_000, 5)).astype(np.float32)
     follow = WarmUpReplay.follow
 
     def takes_long(replay: WarmUpReplay) -> int:

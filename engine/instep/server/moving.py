@@ -29,6 +29,10 @@ _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
 _LONG_S: Final = 0.5
 """While nothing is received, it may not take more."""
+_SHORTER: Final = 0.9
+"""A time that is shorter than any before, by this factor, brings a replay nearer."""
+MOST_IN_VAIN: Final = 4
+"""After this many times in a row that brought it no nearer, it cannot catch up; a busy machine may cause some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +82,46 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         )
 
 
+class CatchingUp:
+    """A replay that is done again and again, each time for the frames that were recorded during the time before."""
+
+    def __init__(self) -> None:
+        self._least_s = math.inf
+        self._in_vain = 0
+
+    def is_over(self, frames: int, took_s: float) -> bool:
+        """Whether little is left to do while nothing is received, and one more time would hardly leave less.
+
+        Args:
+            frames: replayed this time.
+            took_s: how long that took.
+
+        Raises:
+            CannotServe: when frames arrive too quickly for that.
+        """
+        if took_s <= _SHORT_S:
+            return True
+        # Without any frames it has caught up, on a machine with too much to do.
+        if took_s >= self._least_s / 2 and (took_s <= _LONG_S or not frames):
+            return True
+        self._in_vain = 0 if took_s < _SHORTER * self._least_s else self._in_vain + 1
+        if self._in_vain == MOST_IN_VAIN:
+            raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
+        self._least_s = min(self._least_s, took_s)
+        return False
+
+
 async def catch_up(replay: WarmUpReplay, beside: Beside) -> None:
     """Replay until little is left to do while nothing is received; the old version serves meanwhile.
 
     Raises:
         CannotServe: when frames arrive too quickly for that.
     """
-    frames, took_s, before_s = 0, 0.0, math.inf
-    while took_s == 0 or _SHORT_S < took_s < before_s / 2:  # as long as each time leaves much less for the next
-        began_s, before_s = time.monotonic(), took_s or math.inf
+    catching_up, is_over = CatchingUp(), False
+    while not is_over:
+        began_s = time.monotonic()
         frames = await beside.do(replay.follow)
-        took_s = time.monotonic() - began_s
-    if frames and took_s > _LONG_S:  # without any it has caught up, on a machine with too much to do
-        raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
+        is_over = catching_up.is_over(frames, time.monotonic() - began_s)
 
 
 async def move(
