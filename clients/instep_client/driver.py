@@ -33,15 +33,18 @@ _SEND_AT: Final = 128
 """Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
 _FIRST_LOOK_S: Final = 0.05
 """How long a server may take to answer before it is looked whether anything listens at its endpoint."""
-_FAREWELL_S: Final = 1.0
-"""The longest that closing waits for the server to have read it."""
+FAREWELL_S: Final = 1.0
 
 
 class Driver:
-    """Runs one session over one socket. One event loop owns it, from `start` to `stop`."""
+    """Runs one session over one socket. One event loop owns it, from `start` to `stop`.
 
-    def __init__(self, session: Session) -> None:
+    Closing waits for up to `farewell_s` until the server has read it.
+    """
+
+    def __init__(self, session: Session, farewell_s: float = FAREWELL_S) -> None:
         self._session = session
+        self._farewell_s = farewell_s
         self._sockets: Sockets
         self.socket: zmq.Socket[bytes] | None = None
         """From `start` to `stop`."""
@@ -98,7 +101,7 @@ class Driver:
             self._act_now()
             if close_all is not None and not close_all.done:
                 close_all.waiter = waiter = self._loop.create_future()
-                await asyncio.wait((waiter,), timeout=_FAREWELL_S)
+                await asyncio.wait((waiter,), timeout=self._farewell_s)
         finally:
             if self._timer is not None:
                 self._timer.cancel()

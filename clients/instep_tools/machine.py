@@ -44,10 +44,10 @@ def versions_line(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in found["versions"].items())
 
 
-def processor() -> str:
+def processor(cpu_info: Path = CPU_INFO) -> str:
     """The processor's model: matrix libraries choose their kernels by it."""
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text().splitlines():
+    if cpu_info.exists():
+        for line in cpu_info.read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()

@@ -71,13 +71,10 @@ def test_a_users_model_is_measured_or_left_out_with_a_reason(
         assert row.model == f"{OWN.name}: {OWN.description.in_words()}"
 
 
-def test_a_users_model_that_is_too_large_for_many_streams_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_model_that_is_too_large_for_many_streams_is_left_out(tmp_path: Path) -> None:
     write_model(tmp_path / "own", OWN)
-    monkeypatch.setattr(rows, "MOST_BYTES", 1_000_000)
     with pytest.raises(LeftOut, match=r"buffers of 100,096 streams take \d\.\d GB"):
-        rows.many_open(Bench(tmp_path, model=tmp_path / "own", serve=ThreadedServer))
+        rows.many_open(Bench(tmp_path, model=tmp_path / "own", serve=ThreadedServer), most_bytes=1_000_000)
 
 
 def test_many_streams_are_open_on_one_side_and_few_on_the_other(tmp_path: Path) -> None:

@@ -372,14 +372,6 @@ async def test_closing_fails_what_waits_and_closes_the_streams(server: FakeServe
     assert server.rules.names == {}
 
 
-async def test_closing_does_not_wait_long_for_a_server_that_hangs(server: FakeServer, monkeypatch: Any) -> None:
-    monkeypatch.setattr("instep_client.driver._FAREWELL_S", 0.05)
-    async with AsyncClient(server.endpoint) as client:
-        await client.open("a")
-        server.rules.fault = lambda header, frames: []
-    gc.collect()
-
-
 async def test_outputs_that_nobody_reads_are_an_error_not_a_hang() -> None:
     with FakeServer(replace(INFO, credit_frames=4)) as server:
         async with AsyncClient(server.endpoint, timeout_s=1.0) as client:

@@ -111,6 +111,18 @@ async def test_a_call_that_has_ended_is_not_waited_for() -> None:
         await driver.stop()
 
 
+async def test_closing_does_not_wait_long_for_a_server_that_hangs() -> None:
+    with FakeServer() as server:
+        session = Session(server.endpoint)
+        driver = Driver(session, farewell_s=0.05)
+        await driver.start(wait=False)
+        await driver.wait(session.open(["a"], None, single=True))
+        server.rules.fault = lambda header, frames: []
+        async with asyncio.timeout(0.9):
+            await driver.stop()
+    gc.collect()
+
+
 async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
     with FakeServer() as server:
         async with AsyncClient(server.endpoint) as client:

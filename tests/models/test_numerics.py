@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from instep.models.numerics import numerics, one_thread, prepare
+from instep_tools.machine import processor
 
 CPU = torch.device("cpu")
 
@@ -74,12 +75,11 @@ def test_preparing_forbids_tf32() -> None:
 
 
 def test_without_cpuinfo_the_platform_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("instep_tools.machine.CPU_INFO", tmp_path / "nothing")
     monkeypatch.setattr(platform, "processor", lambda: "z80")
-    assert numerics(CPU)["processor"] == "z80"
+    assert processor(tmp_path / "nothing") == "z80"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
-    monkeypatch.setattr("instep_tools.machine.CPU_INFO", tmp_path / "cpuinfo")
-    assert numerics(CPU)["processor"] == "Z80 at 4 MHz"
+    assert processor(tmp_path / "cpuinfo") == "Z80 at 4 MHz"
+    assert numerics(CPU)["processor"] == processor()
 
 
 PRODUCT_IN_A_THREAD = """

@@ -137,6 +137,7 @@ class Load:
     stop: Stop
     answered: ctypes.c_uint64 = field(default_factory=ctypes.c_uint64)
     """Counts frames while it runs, the warm-up included."""
+    ping_s: float = PING_S
     _start: float = 0.0
     _counted_from: float = 0.0
     _end: float = 0.0
@@ -204,7 +205,7 @@ class Load:
     async def _find_loss(self) -> str:
         """Why frames were not answered, if it is because the server is gone."""
         try:
-            async with asyncio.timeout(PING_S):
+            async with asyncio.timeout(self.ping_s):
                 for client in self._clients:
                     await client.ping()
         except TimeoutError:

@@ -11,7 +11,6 @@ import pytest
 
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
-from instep_tools.load import generator
 from instep_tools.load.generator import Load, PartResult
 from instep_tools.load.plan import LoadPart, LoadPlan, Mode
 from instep_tools.pacing import Stop
@@ -42,7 +41,7 @@ async def run(
         return clock.time + 0.5
 
     plan = replace(PLAN, streams=sum(map(sum, connections)), **changes)
-    load = Load(LoadPart("load", connections, plan), cast(Any, server.connect), clock, stop or Stop())
+    load = Load(LoadPart("load", connections, plan), cast(Any, server.connect), clock, stop or Stop(), ping_s=0.05)
     return await load.run(ready, drain_s)
 
 
@@ -131,8 +130,7 @@ async def test_a_stop_ends_both_loops_and_closes() -> None:
         assert len(result.samples) == 4
 
 
-async def test_what_is_never_answered_counts_with_the_time_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator, "PING_S", 0.05)
+async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number >= 8 else 0.0)
     result = await run(server, clock)
