@@ -185,15 +185,20 @@ def verify(
         raise typer.BadParameter("it takes one recording: name one file", param_hint=option)
 
     options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
-    from instep.verify import command
-
-    interrupts.raise_stopped()
     if several:
-        raise typer.Exit(command.run_all(recordings, **options))
+        from instep.verify.command import run_all
+
+        interrupts.raise_stopped()
+        raise typer.Exit(run_all(recordings, **options))
     if follow:
-        how = partial(command.follow, for_s=math.inf if for_s is None else for_s)
+        from instep.verify.command import follow as follow_it
+
+        how = partial(follow_it, for_s=math.inf if for_s is None else for_s)
     else:
-        how = partial(command.run, page=report)
+        from instep.verify.command import run
+
+        how = partial(run, page=report)
+    interrupts.raise_stopped()
     raise typer.Exit(how(recordings[0], **options))
 
 
