@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from instep.core.typing import F32, I64, U64
+from instep.recording.errors import RecordingError
 from instep.recording.file import Closing
 from instep.recording.reader import RecordingReader
 from instep.recording.records import no_such_stream
@@ -55,12 +56,13 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         header: the model's name, fingerprint and sizes, and what the engine had certified.
 
     Raises:
-        RecordingError: from every method, when the file is not a recording, is damaged, or its history was trimmed
-            since it was opened.
+        RecordingError: from every method that reads, when the file is not a recording, is damaged, its history was
+            trimmed since it was opened, or this was closed.
     """
 
     def __init__(self, path: Path, chunk_frames: int = CHUNK_FRAMES) -> None:
         self._reader = RecordingReader(path)
+        self._is_closed = False
         self._chunk_frames = chunk_frames
         self.header: RecordingHeader = self._reader.header
         self._streams = self._reader.streams()
@@ -107,6 +109,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
 
     def close(self) -> None:
         """Let go of the file; what was read stays."""
+        self._is_closed = True
         self._reader.close()
 
     def _named(self, name: str) -> list[int]:
@@ -121,6 +124,8 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
 
     def _read(self, selected: Sequence[int]) -> list[RecordedStream]:
         """The streams at these indices, which ascend."""
+        if self._is_closed:
+            raise RecordingError(f"the recording {self._reader.path} was closed: open it again to read more of it")
         table = FrameTable(self._reader, self._streams, selected, chunk_frames=self._chunk_frames)
         parts = list(table.chunks()) or [_no_rows(table)]
         names = np.concatenate([part.names for part in parts])
