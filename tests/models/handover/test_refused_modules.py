@@ -74,6 +74,10 @@ def swallows_exceptions(net: Any, x: torch.Tensor) -> Any:
             "Net.forward uses its input more than once, for `encoder.0` and for `encoder.0`",
         ),
         (lambda net, x: (net.encoder(x), plain(net, net.encoder(x)))[0], "runs|more than once|takes"),
+        (
+            lambda net, x: tuple(map(net.head, [net.gru(net.encoder(x))[0]] * 2)),
+            "uses the output of `gru` more than once, for `head` and for `head`: run each layer once, .* export_step",
+        ),
         (lambda net, x: net.gru(net.encoder(x))[1], "gives the shape|gives other values"),
         (lambda net, x: net.head(net.gru(net.encoder(x))[1][0]), "gives other values than its layers do"),
         (forgets_the_first, "gives other values than its layers do .* they differ by [0-9.]+, where rounding explains"),
@@ -110,6 +114,12 @@ def test_a_forward_that_does_more_or_depends_on_the_length_is_refused_and_nothin
 ) -> None:
     with pytest.raises(ModelError, match=sentence):
         save_model(tmp_path / "m", Net(forward))
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_example_that_the_forward_cannot_take_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^Net.forward fails on the example \[2, 5, 7\] \(.*\); give an example that"):
+        save_model(tmp_path / "m", Net(plain), example=torch.zeros(2, 5, 7))
     assert not (tmp_path / "m").exists()
 
 

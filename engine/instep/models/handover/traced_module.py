@@ -61,7 +61,13 @@ class TracedModule:
             ModelError: when it cannot be run, or computes something that a model folder cannot hold.
         """
         if self._arguments is not None:
-            return self._layers_of(self._arguments)
+            try:
+                return self._layers_of(self._arguments)
+            except _CannotRun as error:
+                shape = list(self._arguments[0].shape)
+                raise ModelError(
+                    f"{self._kind}.forward fails on the example {shape} {error}; give an example that it takes"
+                ) from error
         linears = [part.in_features for part in self._layers.values() if isinstance(part, nn.Linear)]
         failure = ""
         for features in dict.fromkeys([*self._first_sizes(), *linears]):

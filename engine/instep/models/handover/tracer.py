@@ -138,10 +138,11 @@ class Tracer(_EveryFunction, TorchDispatchMode):  # type: ignore[no-untyped-call
 
     def _add(self, what: nn.Module | Activation, label: str, origin: int, result: object) -> None:
         if origin != len(self.steps):
-            giver = self.steps[origin - 1].label if origin else "its input"
+            given = f"the output of {self.steps[origin - 1].label}" if origin else "its input"
             self.refuse(
-                f"{self._subject} uses {giver} more than once, for {self.steps[origin].label} and for {label}",
-                "run each layer once, on what the one before it gives, and return what the last one gives",
+                f"{self._subject} uses {given} more than once, for {self.steps[origin].label} and for {label}",
+                "run each layer once, on the output of the one before it, with one layer for the outputs of several "
+                "heads, or write the network as a step and export it with instep.models.export_step",
             )
         self.steps.append(Step(what, label, next(_tensors(result)).shape[-1]))
         self.follow(result, len(self.steps))
