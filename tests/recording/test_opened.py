@@ -50,7 +50,7 @@ def test_streams_by_name(tmp_path: Path, unanswered: int) -> None:
             with pytest.raises(NoSuchStream, match=r"^the recording has no stream 'mic-3'; did you mean 'mic-2'"):
                 look("mic-3")
     assert written.path.read_bytes() == before
-    assert (list(recording)[0], recording.header.model_name) == ("mic-1", "test")
+    assert (next(iter(recording)), recording.header.model_name) == ("mic-1", "test")
     for read in (recording.values, recording.items, lambda: recording["mic-1"], lambda: recording.openings("mic-1")):
         with pytest.raises(RecordingError, match=r"^the recording .* was closed: open it again") as refused:
             read()

@@ -76,7 +76,7 @@ def swallows_exceptions(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: (net.encoder(x), plain(net, net.encoder(x)))[0], "runs|more than once|takes"),
         (
             lambda net, x: tuple(map(net.head, [net.gru(net.encoder(x))[0]] * 2)),
-            "uses the output of `gru` more than once, for `head` and for `head`: run each layer once, .* export_step",
+            "uses the output of `gru` more than once, for `head` and for `head`: run each layer once, .*export_step",
         ),
         (lambda net, x: net.gru(net.encoder(x))[1], "gives the shape|gives other values"),
         (lambda net, x: net.head(net.gru(net.encoder(x))[1][0]), "gives other values than its layers do"),
