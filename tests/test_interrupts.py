@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
@@ -56,6 +57,16 @@ setattr(place, name, stopped)
 __main__.main()
 """
 """`instep`, where a signal comes as it calls a function, once more than once."""
+IMPORTED = """
+import os, signal
+
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except BaseException:
+    raise ImportError("initialization failed")
+is_complete = True
+"""
+"""A module during whose import a signal comes; it answers what is raised there as packages in C do."""
 
 
 @pytest.fixture
@@ -254,6 +265,24 @@ def test_a_command_in_another_thread_changes_no_handler() -> None:
     with ThreadPoolExecutor(1) as thread:
         thread.submit(interrupts.raise_stopped).result()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_a_signal_that_comes_during_an_import_stops_the_command_once_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "is_imported.py").write_text(IMPORTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    interrupts.end_at_once()
+    interrupts.raise_stopped()
+
+    def import_and_wait() -> None:
+        importlib.import_module("is_imported")
+        time.sleep(60)
+
+    with pytest.raises(interrupts.Stopped):
+        import_and_wait()
+    assert sys.modules.pop("is_imported").is_complete
 
 
 @pytest.mark.usefixtures("handler_kept")

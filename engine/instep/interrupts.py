@@ -17,6 +17,10 @@ from instep_tools import SAME_SIGNAL_S, EndingSignals, end_quietly
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a command to end."""
+_IMPORTER = "<frozen importlib._bootstrap>"
+"""The file of Python's functions that import a module, as the stack names it."""
+_IMPORTING_S = 0.05
+"""A signal that comes while something is imported comes again after this time."""
 
 _had_terminal = False
 _was_hung_up = False
@@ -67,7 +71,8 @@ def has_lost_its_terminal() -> bool:
 def raise_stopped(same_signal_s: float = SAME_SIGNAL_S) -> None:
     """From here on Ctrl-C, SIGTERM and SIGHUP raise `Stopped` where they were `end_at_once`: the command cleans up.
 
-    In another thread than the main one, which no signal reaches, it does nothing.
+    In another thread than the main one, which no signal reaches, it does nothing. A signal that comes while something
+    is imported waits until that has ended.
 
     Args:
         same_signal_s: a signal that comes this soon after another is the same one, and raises nothing.
@@ -121,8 +126,16 @@ def _has_terminal() -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if _stops.take(time.monotonic()):
+    if _is_importing(frame):  # packages in C turn what is raised there into an ImportError of their own
+        threading.Timer(_IMPORTING_S, os.kill, (os.getpid(), number)).start()
+    elif _stops.take(time.monotonic()):
         raise Stopped(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != _IMPORTER:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
