@@ -72,6 +72,7 @@ class PlanRun:
                 if block.last:
                     del self._groups[block.cohort]
                     self._closing.append(closing.create_task(self._close(group)))
+            self._due = 0.0
             for group in self._groups.values():
                 closing.create_task(self._close(group))
 
