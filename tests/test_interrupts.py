@@ -56,7 +56,7 @@ def stopped(*arguments, **options):
 setattr(place, name, stopped)
 __main__.main()
 """
-"""`instep`, where a signal comes as it calls a function, once more than once."""
+"""`instep`, where the same signal comes twice as it calls a function."""
 IMPORTED = """
 import os, signal
 

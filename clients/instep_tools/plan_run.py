@@ -20,7 +20,7 @@ from instep_tools.pipeline import LivingGroup, pipeline, task_group
 from instep_tools.plan import Plan, Rows, Send
 
 LONG_WAIT_S: Final = 2.0
-"""The progress names a wait for the next frame that is longer."""
+"""The progress names a wait for the next frame that is longer than this."""
 
 
 @dataclass
