@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind, ServerInfo
+from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
@@ -252,6 +254,16 @@ async def test_a_long_replay_says_that_it_keeps_real_time(
     assert await run(tmp_path / "day.csv", speed=speed, choice=Choice(time="at_s")) == Exit.OK
     sentence = "replaying in real time, which takes 120 minutes; --speed max is as fast as possible"
     assert (sentence in run.terminal.complained.splitlines()) == said
+
+
+async def test_a_wait_for_the_next_frame_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QUIET_S", "LOG_S"):
+        monkeypatch.setattr(terminal_module, name, 0.0)
+    (tmp_path / "pause.csv").write_text("at_s,x0,x1,x2\n0,1,2,3\n9,4,5,6\n")
+    run = Run()
+    assert await run(tmp_path / "pause.csv", choice=Choice(time="at_s")) == Exit.OK
+    lines = run.terminal.complained.splitlines()
+    assert any(re.fullmatch(r"replaying [01]/2 frames · next frame due in 5 s", line) for line in lines)
 
 
 async def test_a_recording_with_a_changed_output(tmp_path: Path, rng: np.random.Generator) -> None:
