@@ -83,7 +83,7 @@ class LoadTester:
         if result.measured_itself:
             sentence = f"{report.blame(result)}: {sentence}"
         if self.stop.requested:
-            after = f" after {result.seconds:.1f} s" if len(result.samples) else ""
+            after = f" after {result.seconds:.1f} s" if len(result.answered) else ""
             sentence += f"; stopped{after}, all streams closed"
         ending = Exit.OK if result.whole else Exit.FOUND_PROBLEMS
         ending = Exit.MEASURED_ITSELF if result.measured_itself else ending

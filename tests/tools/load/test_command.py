@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
 from instep_tools import terminal as terminal_module
 from instep_tools.load import command, generator
+from instep_tools.load.generator import Load
 from instep_tools.problems import Exit
 from instep_tools.words import three_digits
 from tests.support.fake_server import FakeServer, Message, error
@@ -254,6 +256,17 @@ def test_a_stop_before_the_end_is_told_wherever_the_result_is(tmp_path: Path) ->
     best = json.loads(files[0].read_text())
     files[0].write_text(json.dumps({"server": best["server"], "best": best, "ended": why}))
     assert shown("--compare", files[0], files[0]) == f"{files[0]}: {why}\n" * 2
+
+
+async def test_a_stop_where_nothing_was_answered_names_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Load, "run", partialmethod(Load.run, drain_s=0.0))
+    run = Timed()
+    run.clock.on_sleep = lambda moment: run.stop.request() if moment > 1001 else None
+    run.server.rules.fault = lambda header, frames: [] if header[0] == Kind.STEP else None
+    assert await run(all_closed=False) == Exit.FOUND_PROBLEMS
+    assert re.fullmatch(
+        r"0 frames/s: nothing was answered, \d+ frames unanswered; stopped, all streams closed", run.last
+    )
 
 
 def shown(*arguments: Any) -> str:
