@@ -111,6 +111,20 @@ def test_with_json_what_cannot_be_run_is_the_result_too(app: CommandLine, typed:
     assert in_json.stderr == in_words.stderr
 
 
+@pytest.mark.parametrize("app", [client_app, engine_app], ids=["instep-client", "instep"])
+def test_a_program_looks_for_json_in_its_own_arguments(
+    app: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for flag in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["program", "top", "--colour", *flag])
+        with pytest.raises(SystemExit) as end:
+            app()
+        assert end.value.code == 2
+        said.append(capsys.readouterr().out)
+    assert said == ["", '{"error": "No such option: --colour"}\n']
+
+
 @pytest.mark.parametrize(
     ("program", "begun", "completed"), [("instep", "ser", "serve"), ("instep-client", "prod", "produce")]
 )
