@@ -292,7 +292,19 @@ def test_a_signal_that_comes_during_an_import_stops_the_command_once_that_has_en
     assert sys.modules.pop("is_imported").is_complete
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.usefixtures("handler_kept")
-def test_once_the_work_is_done_nothing_is_interrupted() -> None:
+def test_a_signal_that_is_ignored_stops_no_command(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    interrupts.end_at_once()
+    interrupts.raise_stopped()
+    signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("handler_kept")
+def test_once_the_work_is_done_nothing_is_interrupted(number: signal.Signals) -> None:
+    interrupts.end_at_once()
+    interrupts.raise_stopped()
     interrupts.change_nothing()
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(number)
