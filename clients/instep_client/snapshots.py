@@ -64,7 +64,7 @@ class StreamSnapshot:
             if overwrite:
                 part.replace(target)
             else:
-                _rename_to_new(part, target)
+                rename_to_new(part, target)
         finally:
             part.unlink(missing_ok=True)
         _sync_folder(target.parent)
@@ -164,8 +164,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _rename_to_new(part: Path, target: Path) -> None:
-    """Give a file its name unless there is one of that name.
+def rename_to_new(part: Path, target: Path) -> None:
+    """Give a complete file its name unless there is one of that name; the first name, `part`, may remain.
 
     Raises:
         FileExistsError: when there is.

@@ -6,7 +6,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,26 @@ def test_the_recording_is_not_written_over(written: Written) -> None:
     assert status == 2
     assert "exists already and is not written over" in text
     assert written.path.read_bytes() == before
+
+
+def test_a_file_that_is_made_at_the_last_moment_is_not_written_over(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = written.path.with_name("a.csv")
+
+    def after_theirs(give_name: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
+        def give_it(path: Path, other: Path) -> object:
+            output.write_text("theirs")
+            return give_name(path, other)
+
+        return give_it
+
+    for name in ("rename", "hardlink_to"):
+        monkeypatch.setattr(Path, name, after_theirs(getattr(Path, name)))
+    status, text = export(written.path, format="csv")
+    assert (status, output.read_text()) == (2, "theirs")
+    assert "exists already and is not written over" in text
+    assert names(written.path.parent) == {"a.rec", "a.csv"}
 
 
 def test_a_library_that_is_missing(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.records import select_streams
 from instep.recording.table import CHUNK_FRAMES, FrameTable, TableChunk
+from instep_client.snapshots import rename_to_new
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model
 from instep_tools.formats.write import WRITERS, Format, format_of
@@ -241,21 +242,22 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CommandProblem: when there is such a file already, or it cannot be written.
     """
-    _refuse_existing(path)
+    if os.path.lexists(path):
+        raise _exists(path)
     unfinished = part_of(path)
     try:
         try:
             with unfinished.open("xb") as file:
                 yield file
-            _refuse_existing(path)
-            unfinished.rename(path)
-        except BaseException:
+            try:
+                rename_to_new(unfinished, path)
+            except FileExistsError:
+                raise _exists(path) from None
+        finally:
             unfinished.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise CommandProblem(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise CommandProblem(f"{path} exists already and is not written over: move it, or name another with --output")
+def _exists(path: Path) -> CommandProblem:
+    return CommandProblem(f"{path} exists already and is not written over: move it, or name another with --output")
