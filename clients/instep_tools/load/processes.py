@@ -129,6 +129,10 @@ async def _run_processes(
                 return await receive_all()
             finally:
                 ending.cancel()
+        except (asyncio.CancelledError, KeyboardInterrupt):  # nobody waits for the last answers
+            for worker in workers:
+                worker.kill()
+            raise
         finally:
             _tell(pipes, END)
             for worker in workers:

@@ -24,7 +24,7 @@ from instep_tools.load.samples import SAMPLE
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem
 from tests.support.fake_server import FakeServer, Message, error
-from tests.tools.load_workers import die, signalled
+from tests.tools.load_workers import die, never_end, signalled
 
 PLAN = LoadPlan(
     streams=4,
@@ -121,6 +121,24 @@ async def test_a_process_that_dies_ends_all(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(processes, "work", die)
     with pytest.raises(CommandProblem, match="was killed"):
         await run_parts(PARTS, Target("tcp://127.0.0.1:1"), Stop())
+
+
+async def test_a_cancellation_waits_for_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "work", never_end)
+    answered = counters(len(PARTS))
+    running = asyncio.create_task(run_parts(PARTS, Target("tcp://127.0.0.1:1"), Stop(), answered=answered))
+    while not all(counter.value for counter in answered):
+        await asyncio.sleep(0.01)
+    begun = multiprocessing.active_children()
+    running.cancel()
+    try:
+        ended, _ = await asyncio.wait([running], timeout=10)
+        assert ended == {running}
+        assert running.cancelled()
+        assert multiprocessing.active_children() == []
+    finally:
+        for process in begun:
+            process.kill()
 
 
 async def test_a_signal_to_the_process_group_while_a_process_begins_does_not_end_it(
