@@ -39,11 +39,12 @@ class Reloads:
         config = self._server.config.model_dump() | {"model": {"folder": folder, **model}}
         wanted, before = self._server.config.model_validate(config), len(self._told)
         reload(self._server, lambda: wanted, Threshold("info"), log_into([]), Kept())
-        while True:
-            for line in self._told[before:]:
-                if line["event"] in ("models reloaded", "models not reloaded"):
-                    return line
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while True:
+                for line in self._told[before:]:
+                    if line["event"] in ("models reloaded", "models not reloaded"):
+                        return line
+                await asyncio.sleep(0.01)
 
 
 def folder_of(place: Path, model: Model) -> Path:
@@ -121,9 +122,20 @@ async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path
         line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
         assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
         assert line["reason"].startswith("model.folder is in force only for the models named here, and model.shadow")
-        served = {each.name: each.about.fingerprint for each in server.services}
-        assert served.keys() == {"ears", "eyes", "more"}
-        assert (served["ears"], served["eyes"]) == (B.fingerprint, OTHER.fingerprint)
+
+        def served() -> dict[str, tuple[str, bool]]:
+            return {each.name: (each.about.fingerprint, each.is_configured) for each in server.services}
+
+        more_served = plain(2, 2).fingerprint
+        assert served() == {
+            "ears": (B.fingerprint, True),
+            "eyes": (OTHER.fingerprint, True),
+            "more": (more_served, True),
+        }
+        line = await reloads({"ears": old, "eyes": eyes}, on_reload="move")
+        assert (line["event"], line["loaded"], line["swapped"]) == ("models reloaded", [], ["ears"])
+        assert line["unloaded"] == ["more"]
+        assert served() == {"ears": (A.fingerprint, True), "eyes": (OTHER.fingerprint, True)}
 
 
 async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Loader:
         self._beside = beside
         self._log = log
         self._configured = configured
-        """The models that the configuration named when it was last read, by name."""
+        """The models by name that the configuration named when it was last read, as far as it is in force."""
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
         self._followed: ModelConfig | None = None
@@ -199,20 +199,27 @@ class Loader:
                 extent = "model.folder is in force only for the models named here, and model.shadow is not in force"
             reason = f"{extent}: {why}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
+            if swapped:  # so that a reload of the former configuration takes back what has changed
+                now = {service.name: service.about.fingerprint for service in self._server.services}
+                in_force = {name: version for name, version in found.items() if now.get(name) == version[1]}
+                self._enter({**self._configured, **in_force})
             return
         unloaded = [name for name in self._configured if name in served and name not in found]
         for name in unloaded:
             await self.unload(name)
         self._server.reorder(list(found))
-        self._configured = found
-        for service in self._server.services:
-            _, fingerprint = found.get(service.name, (None, None))
-            service.is_configured = service.about.fingerprint == fingerprint
+        self._enter(found)
         former = self._server.config.model
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         await self._server.shadows.follow(self._server.services, former, wanted, list(found))
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
+
+    def _enter(self, configured: Mapping[str, Version]) -> None:
+        self._configured = configured
+        for service in self._server.services:
+            _, fingerprint = configured.get(service.name, (None, None))
+            service.is_configured = service.about.fingerprint == fingerprint
 
     def tick(self) -> None:
         """Unload a version that was replaced and that nobody uses any more; then follow the newest configuration."""
