@@ -80,6 +80,7 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         for wrong, words in (
             ({"good": good, "more": broken}, "is not a model folder"),
             ({"good": good, "more": long}, "File name too long"),
+            ({"good": good, "a/b": eyes}, "as before: 'a/b': "),
             (None, "no model to serve"),
         ):
             line = await reloads(wrong)
@@ -91,6 +92,7 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
         assert line["reason"].endswith("no stream can be moved to it: swap it with keep (--streams, model.on_reload)")
+        assert line["reason"].startswith("models and candidates are as before: 'ears': its number of outputs differs")
         assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
 
@@ -121,7 +123,10 @@ async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path
         assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
         line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
         assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
-        assert line["reason"].startswith("model.folder is in force only for the models named here, and model.shadow")
+        assert line["reason"].startswith(
+            "model.folder is in force only for what was loaded and swapped, and model.shadow is not: "
+            "'eyes': its number of outputs differs"
+        )
 
         def served() -> dict[str, tuple[str, bool]]:
             return {each.name: (each.about.fingerprint, each.is_configured) for each in server.services}

@@ -172,17 +172,19 @@ class Loader:
         self.tick()
 
     async def _reload(self, wanted: ModelConfig) -> None:
-        loaded, swapped = list[str](), list[str]()
+        loaded, swapped, at = list[str](), list[str](), ""
         try:
             found = await self._beside.do(partial(versions, wanted.folders))
             served = {service.name for service in self._server.services}
             changed = [name for name, version in found.items() if version != self._configured.get(name)]
             for name in changed:
                 if name not in served:
+                    at = f"{name!r}: "
                     await self.load(name, found[name][0])
                     loaded.append(name)
             for name in changed:
                 if name in served and found[name][1] != self._server.served(name).info.fingerprint:
+                    at = f"{name!r}: "
                     await self.swap(name, found[name][0], SwapPolicy.parse(wanted.on_reload))
                     swapped.append(name)
         except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
@@ -192,12 +194,10 @@ class Loader:
                 loaded = []
             if self._shutdown.requested.is_set():
                 return
-            is_sentence = isinstance(error, CannotServe | ModelError | Refusal)
-            why = str(error) if is_sentence else f"{type(error).__name__}: {error}"
             extent = "models and candidates are as before"
             if swapped:
-                extent = "model.folder is in force only for the models named here, and model.shadow is not in force"
-            reason = f"{extent}: {why}"
+                extent = "model.folder is in force only for what was loaded and swapped, and model.shadow is not"
+            reason = f"{extent}: {at}{_why(error)}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             if swapped:  # so that a reload of the former configuration takes back what has changed
                 now = {service.name: service.about.fingerprint for service in self._server.services}
@@ -321,3 +321,10 @@ class Loader:
 def _say_whether_shadowed(made: _Made, log: structlog.stdlib.BoundLogger) -> None:
     if made.not_shadowed:
         log.info("not shadowed", reason=made.not_shadowed)
+
+
+def _why(error: Exception) -> str:
+    """Why a reload failed, without saying that nothing has changed: something may have."""
+    if isinstance(error, Refusal) and error.code is Code.NOT_LOADED:
+        return error.detail
+    return str(error) if isinstance(error, CannotServe | ModelError | Refusal) else f"{type(error).__name__}: {error}"

@@ -100,6 +100,7 @@ class Refusal(Exception):
     def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0, *, sentence: str = "") -> None:
         super().__init__((sentence or SENTENCES[code]) + (f": {detail}" if detail else ""))
         self.code = code
+        self.detail = detail
         self.retry_after_us = retry_after_us
 
 
