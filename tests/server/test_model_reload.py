@@ -91,7 +91,7 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
-        assert line["reason"].endswith("no stream can be moved to it: swap it with keep (--streams, model.on_reload)")
+        assert line["reason"].endswith(": use `--streams keep`, or `model.on_reload: keep`")
         assert line["reason"].startswith("models and candidates are as before: 'ears': its number of outputs differs")
         assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"

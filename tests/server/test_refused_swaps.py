@@ -61,7 +61,7 @@ async def test_a_version_that_has_no_room_for_the_streams_leaves_the_counters_as
         async with AsyncClient(server.endpoint) as client:
             for name in ("c", "d"):  # a and b hibernate
                 await (await client.open(name)).step(x)
-            with pytest.raises(Refused, match="there is room in memory for 0"):
+            with pytest.raises(Refused, match="there is room in memory for 0: use `--streams keep`"):
                 await client.swap_model("ears", folder, "move")
             numbers = await client.stats()
     assert numbers["received_frames_total"] == numbers["frames_total"] == 12
@@ -85,15 +85,23 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
                 "ears",
                 tmp_path / "wider",
                 Code.NOT_LOADED,
-                "number of outputs differs from that of the version that is served (16 instead",
+                "number of outputs differs from that of the version that is served (16 instead of 8), so no "
+                "stream can be moved to it: use `--streams keep`, or `model.on_reload: keep`",
             ),
-            ("ears", tmp_path / "deeper", Code.NOT_LOADED, "its state differs"),
+            (
+                "ears",
+                tmp_path / "deeper",
+                Code.NOT_LOADED,
+                "its state differs from that of the version that is served, so no stream can be moved to it: use "
+                "`--streams replay:N` or `keep`, or `model.on_reload: replay:N` or `keep`",
+            ),
             ("eyes", folder, Code.UNKNOWN_MODEL, "it serves 'ears'"),
         ):
             with pytest.raises(Refused) as refused:
                 await client.swap_model(name, path, "move")
             assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
-        with pytest.raises(Refused, match="frames are replayed from a recording"):
+        cure = r"use `--streams move` or `keep`, or `model\.on_reload: move` or `keep`$"
+        with pytest.raises(Refused, match=f"frames are replayed from a recording.* {cure}"):
             await client.swap_model("ears", folder, "replay:9")
         for policy in ("replay", "replay:0", "replay:x", "move:1", "kept"):
             with pytest.raises(InvalidInput, match="expected keep, move or replay:N"):

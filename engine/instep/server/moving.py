@@ -22,8 +22,6 @@ from instep_client.protocol.wire import Streams, SwapPolicy
 
 _MOST_PAUSE_S: Final = 1.0
 """Time in which nothing is received, so that what was received before can end and streams can be moved."""
-_SET_BY: Final = "(--streams, model.on_reload)"
-"""Where a swap by request and one by SIGHUP say what becomes of streams."""
 _LOOK_S: Final = 0.0005
 _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
@@ -68,17 +66,17 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
         if there != here:
             raise CannotServe(
                 f"its number of {what} differs from that of the version that is served ({here} instead of {there}), so "
-                f"no stream can be moved to it: swap it with keep {_SET_BY}"
+                f"no stream can be moved to it: {_use('keep')}"
             )
     if policy.streams is Streams.MOVE and info.state != network.state:
         raise CannotServe(
-            "its state differs from that of the version that is served, so no stream can be moved to it: swap it with "
-            f"replay:N or keep {_SET_BY}"
+            "its state differs from that of the version that is served, so no stream can be moved to it: "
+            f"{_use('replay:N', 'keep')}"
         )
     if policy.streams is Streams.REPLAY and former.service.file is None:
         raise CannotServe(
             "frames are replayed from a recording, and the version that is served has none: serve it with --record, or "
-            f"swap it with move or keep {_SET_BY}"
+            f"{_use('move', 'keep')}"
         )
 
 
@@ -176,7 +174,7 @@ async def _settle(service: ModelService) -> None:
     free = table.slots.free_count
     if len(hibernation) > free:
         raise CannotServe(
-            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: swap it with keep {_SET_BY}"
+            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: {_use('keep')}"
         )
     until = time.monotonic() + _MOST_PAUSE_S
     while True:
@@ -188,4 +186,10 @@ async def _settle(service: ModelService) -> None:
             return
         await hibernation.wake(list(hibernation))
         if hibernation and time.monotonic() > until:
-            raise CannotServe(f"streams hibernate that cannot be read: swap it with keep {_SET_BY}")
+            raise CannotServe(f"streams hibernate that cannot be read: {_use('keep')}")
+
+
+def _use(*policies: str) -> str:
+    """What to say in a swap by request, and in the configuration of one by SIGHUP."""
+    names = "` or `".join(policies)
+    return f"use `--streams {names}`, or `model.on_reload: {names}`"
