@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,24 @@ async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_chang
         assert line["event"] == "models not reloaded"
         assert line["reason"].endswith("MemoryError: Unable to allocate 9 TiB")
         assert [each.name for each in await client.list_models()] == ["ears"]
+
+
+async def test_a_reload_that_the_end_of_the_server_cuts_short_is_not_called_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def versions(folders: Any) -> None:
+        began.set()
+        may_end.wait(20)
+
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told) as server:
+        monkeypatch.setattr("instep.server.loading.versions", versions)
+        server.loader.reload(server.config.model)
+        assert await asyncio.to_thread(began.wait, 20)
+    may_end.set()
+    assert [line for line in told if line["level"] == "error"] == []
 
 
 async def test_a_version_that_was_swapped_by_request_is_configured_once_the_configuration_names_it(
