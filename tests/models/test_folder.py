@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import itertools
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
+from instep.models.base import Description
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, make_model, write_model
 from instep.models.model import Model
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.weights import load_weights
+from tests.support.steps import exported_folder
 
 DESCRIPTION = GruDescription(
     features=2,
@@ -98,6 +106,89 @@ def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="cannot write the model folder"):
         write_model(tmp_path / "file", new)
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
+    (tmp_path / "other").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files cannot become larger than this, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 600], ids=["no file fits", "only the description fits"])
+def test_a_model_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, size: int) -> None:
+    old, new = [make_model(DESCRIPTION, "random", name="m", seed=seed) for seed in (1, 2)]
+    folder = tmp_path / "old"
+    write_model(folder, old)
+    assert (folder / "model.yaml").stat().st_size < 600 < (folder / "weights.safetensors").stat().st_size
+    (folder / "notes").touch()
+    files = sorted(folder.iterdir())
+    for place, overwrite in ((folder, True), (tmp_path / "new" / "folder", False)):
+        with largest_file(size), pytest.raises(ModelError, match=r"cannot write the model folder .*: File too large"):
+            write_model(place, new, overwrite=overwrite)
+    assert (same(load_model(folder), old), sorted(folder.iterdir())) == (True, files)
+    assert list(tmp_path.iterdir()) == [folder]
+    (folder / "graph.onnx").mkdir()
+    with pytest.raises(ModelError, match=r"old/graph\.onnx is a folder where a model has a file; choose another place"):
+        write_model(folder, new, overwrite=True)
+    assert same(load_model(folder), old)
+
+
+def test_nobody_reads_files_of_two_models_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = DESCRIPTION.model_copy(update={"after": (DenseLayer(size=4),)})
+    gru = [make_model(each, "random", name="m", seed=seed) for seed, each in enumerate((DESCRIPTION, linear))]
+    module = load_model(exported_folder("min_gru"))
+    read = set[str]()
+
+    def reads(name: str) -> None:
+        change = getattr(Path, name)
+
+        def changed(path: Path, *args: Any, **kwargs: Any) -> Any:
+            result = change(path, *args, **kwargs)
+            with suppress(ModelError):
+                read.add(load_model(tmp_path).fingerprint)
+            return result
+
+        monkeypatch.setattr(Path, name, changed)
+
+    write_model(tmp_path, gru[0])
+    for name in ("write_bytes", "write_text", "unlink", "rename", "replace"):
+        reads(name)
+    for old, new in itertools.pairwise((*gru, module, gru[0])):
+        write_model(tmp_path, old, overwrite=True)
+        read.clear()
+        write_model(tmp_path, new, overwrite=True)
+        assert read == {old.fingerprint, new.fingerprint}
+    assert {file.name for file in tmp_path.iterdir()} == {"model.yaml", "weights.safetensors"}
+
+
+@pytest.mark.parametrize("overwrites", [True, False])
+def test_a_model_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrites: bool
+) -> None:
+    old, new = [make_model(DESCRIPTION, "random", name="m", seed=seed) for seed in (1, 2)]
+    write_model(tmp_path, old)
+
+    def meanwhile(path: Path, description: Description) -> dict[str, torch.Tensor]:
+        if overwrites:
+            write_model(tmp_path, new, overwrite=True)
+        else:
+            (tmp_path / "model.yaml").unlink()
+        return load_weights(path, description)
+
+    monkeypatch.setattr("instep.models.folder.load_weights", meanwhile)
+    with pytest.raises(ModelError, match="was written while it was read: try again"):
+        load_model(tmp_path)
 
 
 def test_a_folder_without_a_name_in_it_is_called_as_the_folder(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ The folder of a step module also holds `graph.json`, the description's graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeGuard
 
@@ -20,8 +22,9 @@ from instep.models.errors import ModelError, no_folder
 from instep.models.model import Model
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
-from instep.models.weights import check_weights, load_weights, save_weights
+from instep.models.weights import check_weights, load_weights, weights_bytes
 from instep.yaml_problem import yaml_problem
+from instep_tools.problems import part_of
 
 DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -61,7 +64,7 @@ def load_model(folder: str | Path) -> Model:
     """Read a model folder; its name is the folder's where `model.yaml` gives none.
 
     Raises:
-        ModelError: naming the file, and the key or tensor that is wrong.
+        ModelError: naming the file, and the key or tensor that is wrong; or when the model is replaced meanwhile.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
@@ -74,6 +77,7 @@ def load_model(folder: str | Path) -> Model:
                 "instep.models.save_model or `instep model import`, or name another"
             )
         check_regular(path)
+        written_ns = _written_ns(path)
         content = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(": ".join(no_folder(folder))) from None
@@ -110,6 +114,8 @@ def load_model(folder: str | Path) -> Model:
     kind = kind_of_network(description)
     has_bytes = kind.graph_file and not kind.graph_is_field
     graph = graph_bytes(folder / kind.graph_file) if has_bytes else b""
+    if _written_ns(path) != written_ns:
+        raise ModelError(f"{folder} was written while it was read: try again")
     return Model(name, description, weights, output_names, graph)
 
 
@@ -158,6 +164,10 @@ def check_regular(path: Path) -> None:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ModelError(f"{path} is not a regular file: put the model's file there")
+
+
+def _written_ns(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -224,6 +234,7 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
 
     Raises:
         ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
+            Nothing is written then.
     """
     folder = Path(folder)
     fields = {"name": model.name} | model.description.as_json(defaults=False)
@@ -235,18 +246,41 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     if not overwrite:
         check_free(folder, kind)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replaces = (folder / DESCRIPTION_FILE).exists()
-        (folder / DESCRIPTION_FILE).write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), "utf-8")
+        contents = {WEIGHTS_FILE: weights_bytes(model.weights)} if model.weights else {}
         if graph_name:
-            (folder / graph_name).write_bytes(graph_text(*graphs).encode() if graphs else model.graph)
-        if replaces:
-            for file in {*_FILES} - {graph_name, WEIGHTS_FILE if model.weights else ""}:
-                (folder / file).unlink(missing_ok=True)
+            contents[graph_name] = graph_text(*graphs).encode() if graphs else model.graph
+        contents[DESCRIPTION_FILE] = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).encode()
+        _replace_files(folder, contents)
     except OSError as error:
         raise _not_written(folder, error) from None
-    if model.weights:
-        save_weights(folder / WEIGHTS_FILE, model.weights)
+
+
+def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Put a model's files in place of those of another one, `DESCRIPTION_FILE` last, or leave everything as it is.
+
+    There is no description while the others are put in place, so that nobody takes files of two models for one.
+    """
+    if others := [file for file in (DESCRIPTION_FILE, *_FILES) if (folder / file).is_dir()]:
+        raise ModelError(f"{folder / others[0]} is a folder where a model has a file; choose another place")
+    absent = [each for each in (folder, *folder.parents) if not each.exists()]
+    parts = {name: part_of(folder / name) for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            part.write_bytes(contents[name])
+        if (folder / DESCRIPTION_FILE).exists():
+            for file in (DESCRIPTION_FILE, *({*_FILES} - contents.keys())):
+                (folder / file).unlink(missing_ok=True)
+        for name, part in parts.items():
+            part.replace(folder / name)
+    except BaseException:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()
+        for each in absent:
+            with suppress(OSError):
+                each.rmdir()
+        raise
 
 
 def check_free(folder: Path, kind: ModelKind) -> None:

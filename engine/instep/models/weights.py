@@ -43,17 +43,9 @@ def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor
     return tensors
 
 
-def save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors as one safetensors file, replacing what is there.
-
-    Raises:
-        ModelError: when the file cannot be written.
-    """
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    try:
-        path.write_bytes(content)  # save_file would leave a file that only its owner can read
-    except OSError as error:
-        raise ModelError(f"cannot write the weights {path}: {error.strerror}; choose another place") from None
+def weights_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of a weights file with these tensors."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:

@@ -16,7 +16,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.registry import build, parse_description
 from instep.models.stepping import step_rows
-from instep.models.weights import save_weights
+from instep.models.weights import weights_bytes
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient
@@ -180,5 +180,5 @@ def test_thresholds_are_written_in_model_yaml_as_the_manual_shows_them(tmp_path:
         "after: [hysteresis: {on: 0.6, off: 0.4}]\n"
     )
     same = listens(small(after=[{"hysteresis": {"on": 0.6, "off": 0.4}}]))
-    save_weights(tmp_path / "weights.safetensors", same.weights)
+    (tmp_path / "weights.safetensors").write_bytes(weights_bytes(same.weights))
     assert load_model(tmp_path).fingerprint == same.fingerprint
