@@ -11,5 +11,6 @@ def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     """The end of a sentence, which names the line where PyYAML knows it."""
     if isinstance(error, yaml.MarkedYAMLError):
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        return f"{where}{error.problem or error.context}"
+        problem = error.problem or error.context or ""
+        return f"{where}{error.context}, {problem}" if problem.startswith("but ") else f"{where}{problem}"
     return re.sub(r'in "<[a-z ]+>", ', "at ", " ".join(str(error).split()))

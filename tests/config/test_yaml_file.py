@@ -28,7 +28,7 @@ class TestFiles:
             ("5: {}\n", "the key 5 is not a word"),
             ("on: {}\n", "the key True is not a word"),
             ("limits: {max_idle_s: 2001-99-99}\n", "month"),
-            ("---\n{}\n---\n{}\n", "line 3"),
+            ("---\n{}\n---\n{}\n", "line 3: expected a single document in the stream, but found another document"),
             ("\x00", "special characters are not allowed"),
             (f"limits: {'[' * 3000}{']' * 3000}\n", "nested too deeply"),
             ("limits: {max_idle_s: !!bool soon}\n", "does not fit its tag"),

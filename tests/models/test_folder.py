@@ -234,6 +234,7 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
         ("", "must hold the keys of a network's description"),
         ("features: [1\n", r"is not YAML: line 2: expected ',' or '\]', but got '<stream end>'; correct it$"),
         ("kind: gru\nfeatures: \0\n", r"is not YAML: unacceptable character .* at position 20; correct it$"),
+        ("features: 2\n---\nkind: gru\n", "is not YAML: line 2: expected a single document in the stream, but found "),
         ("[" * 5000, "too many levels of brackets"),
         ("features: !!bool seven\n", "a value that does not fit its tag"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nkind: *b\n", "is not YAML: line 2: anchors and aliases are not used here"),
