@@ -33,6 +33,7 @@ class TestFiles:
             (f"limits: {'[' * 3000}{']' * 3000}\n", "nested too deeply"),
             ("limits: {max_idle_s: !!bool soon}\n", "does not fit its tag"),
             ("limits: {max_idle_s: !!timestamp soon}\n", "does not fit its tag"),
+            ("limits: !!map [a]\n", "line 1: keys with values are expected"),
             ("recording: {file: ~nobody-by-this-name/r.instep}\n", "no home directory"),
         ],
     )

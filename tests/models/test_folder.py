@@ -249,6 +249,13 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
             r"gru\.bidirectional: a bidirectional GRU cannot",
         ),
         ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: there is no such key; correct it, or leave it out"),
+        ("kind: gru\nkind: lstm\n", r"model\.yaml: the key 'kind' stands twice, in lines 1 and 2; keep one of them$"),
+        (
+            "kind: gru\nfeatures: 2\ngru: {hidden_size: 3,\n  hidden_size: 4}\non: 1\non: 2\n",
+            "the key 'hidden_size' stands twice, in lines 3 and 4; the key 'on' stands twice, in lines 5 and 6; keep",
+        ),
+        ("[a]: 2\n", r"is not YAML: line 1: the key \['a'\] is not a word"),
+        ("features: !!map [a]\n", "a value that does not fit its tag"),
         ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: there is no such key"),
         (
             "name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n",

@@ -9,40 +9,11 @@ from typing import Any
 import yaml
 
 from instep.config.errors import Problem
-from instep.yaml_problem import yaml_problem
+from instep.plain_yaml import PlainLoader, yaml_problem
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which keys are words, no key stands twice, and `1e-3` is a number.
-
-    `duplicates` collects one message a repeated key, so that all of them can be reported at once.
-    """
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.duplicates: list[str] = []
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = {}
-        lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                message = f"the key {key!r} is not a word"
-                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
-            if key in lines:
-                self.duplicates.append(f"the key {key!r} stands twice, in lines {lines[key]} and {line}")
-                continue
-            lines[key] = line
-            mapping[key] = self.construct_object(value_node, deep=True)
-        return mapping
+class _Loader(PlainLoader):
+    """A `PlainLoader` that reads `1e-3` as a number, too."""
 
 
 _Loader.add_implicit_resolver(
