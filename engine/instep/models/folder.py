@@ -44,7 +44,7 @@ _FILES: Final = (WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values() if k
 """Files that a model folder may hold next to `model.yaml`."""
 
 
-class _Loader(PlainLoader):
+class _ModelLoader(PlainLoader):
     """A `PlainLoader` that takes all scalar keys for words: YAML 1.1 reads `on` and `off` as true and false."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
@@ -82,7 +82,7 @@ def load_model(folder: str | Path) -> Model:
             "instep.models.save_model or `instep model import` makes one"
         ) from None
     try:
-        loader = _Loader(content)
+        loader = _ModelLoader(content)
         fields = loader.get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not YAML: {yaml_problem(error)}; correct it") from None
