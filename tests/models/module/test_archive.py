@@ -94,7 +94,10 @@ def test_no_payload_in_an_archive_runs_whether_it_is_imported_or_refused() -> No
             words = sentence if "import" in command else "is a program of torch.export and not a model folder"
             assert words in " ".join(result.stderr.split())
     rewrite({f"serialized_{name}.pt": pickled(Trap()) for name in ("state_dict", "constants", "example_inputs")})
-    assert "keeps serialized_state_dict.pt, serialized_constants.pt, serialized_example_inputs.pt as" in imported()[1]
+    assert (
+        "keeps serialized_state_dict.pt, serialized_constants.pt, serialized_example_inputs.pt as"
+        in imported("--overwrite")[1]
+    )
     assert not Path("ran").exists()
 
 
@@ -227,7 +230,7 @@ def test_names_and_lines_of_code_in_an_archive_are_never_code() -> None:
     call("torch.ops.aten.randn_like.default", self=X)(content)
     content["graph_module"]["graph"]["nodes"][0]["metadata"]["stack_trace"] = json.loads(line)
     rewrite(whole | {MODEL: json.dumps(content).encode()})
-    assert f"net.pt2: the step (a.py, line 1: x{CODE}) draws random numbers" in imported()[1]
+    assert f"net.pt2: the step (a.py, line 1: x{CODE}) draws random numbers" in imported("--overwrite")[1]
     assert not Path("ran").exists()
 
 
