@@ -230,20 +230,6 @@ async def test_the_end_waits_until_a_client_that_was_busy_has_read_its_answer(rn
             assert (await client.receive()).kind is Kind.STEPPED
 
 
-async def test_the_end_waits_until_a_client_that_was_busy_has_read_goodbye() -> None:
-    """It has read everything else before, as a client has that is connected for some time."""
-    options, transport = {zmq.IMMEDIATE: 1}, {"heartbeat_s": 0.3}
-    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint, options=options) as client:
-        await client.hello()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.8):
-                await client.receive()  # which answers PING
-        server.stop()
-        await asyncio.sleep(0.4)  # meanwhile the client reads nothing
-        async with asyncio.timeout(10):
-            assert (await client.receive()).kind is Kind.GOODBYE
-
-
 async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye_and_there_after_a_restart(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:

@@ -273,17 +273,13 @@ class Server:
             with contextlib.suppress(TimeoutError):  # it only saves the next start a replay
                 async with asyncio.timeout(max(0.0, self._drain_until - time.monotonic())):
                     await asyncio.gather(*(service.checkpoints.take() for service in self.services))
-        if self._shutdown.drains:
-            self._frontend.go_away(self._why)
-            await self._linger()
         self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
 
     async def _linger(self) -> None:
-        """Wait until peers have read what was sent to them, or have closed their sockets.
+        """Wait until peers have read their replies.
 
         When a connection ends, ZeroMQ may drop what the client has received and not read yet. Replies that a peer does
-        not read in time are that peer's loss: it resumes its streams when the server is back. One that does not read
-        GOODBYE in time notices the end by itself, by the silence that follows.
+        not read in time are that peer's loss: it resumes its streams when the server is back.
         """
         ask_at = time.monotonic()
         until = min(ask_at + _LINGER_S, self._drain_until)
@@ -301,19 +297,16 @@ class Server:
             timeout_s = self.config.shutdown.drain_timeout_s
             self._shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
 
-    @property
-    def _why(self) -> str:
-        return f"the server is shutting down: {self.failure or 'it was asked to'}"
-
     async def _close(self) -> None:
         timeout_s = self.config.shutdown.drain_timeout_s if self._shutdown.drains else _FORCED_JOIN_S
+        reason = f"the server is shutting down: {self.failure or 'it was asked to'}"
         try:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 closing.callback(self._frontend.close)
                 if self.admin is not None:
                     closing.push_async_callback(self.admin.close)
                 self._will_close(self.services, closing, timeout_s)
-                closing.callback(self._frontend.go_away, self._why)
+                closing.callback(self._frontend.go_away, reason)
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
                 closing.callback(self.loader.tasks.cancel)

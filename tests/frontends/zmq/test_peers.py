@@ -359,29 +359,6 @@ def test_the_last_message_follows_what_waits_whatever_the_peer_has_read() -> Non
     assert rig.messages() == [MESSAGE] * (UNREAD // 1000 + 3) + [last]
 
 
-def test_the_last_message_is_sent_once_and_only_pings_ask_whether_it_was_read() -> None:
-    rig = Rig()
-    last: Message = [b"y" * 744]
-    rig.outbound.say_last(last)
-    rig.outbound.say_last(last)
-    rig.outbound.send(rig.slow, MESSAGE)
-    assert rig.messages() == [last, last], "one for each peer"
-    assert not rig.outbound.is_read
-    rig.outbound.ask_all()
-    for peer in (rig.slow, rig.fast):
-        assert rig.pings(peer.routing_id) == [1000]
-        rig.outbound.acknowledge(peer, 1000)
-    assert rig.outbound.is_read
-
-
-def test_whether_the_last_message_was_read_is_not_asked_of_those_who_had_not_read_what_came_before() -> None:
-    rig = Rig()
-    rig.outbound.send(rig.slow, MESSAGE)
-    rig.router.state[rig.fast.routing_id] = Sent.GONE
-    rig.outbound.say_last(MESSAGE)
-    assert rig.outbound.is_read
-
-
 def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
     rig = Rig()
     rig.router.state[b"\0new"] = Sent.FULL

@@ -142,7 +142,7 @@ class ZmqFrontend:
         self.outbound.tick(now_ns, self._probe_after_ns)
 
     def go_away(self, reason: str) -> None:
-        """Tell every peer that the server ends, unless it was told."""
+        """Tell every peer that the server ends."""
         self.outbound.say_last(encode.goodbye(reason))
 
     def close(self) -> None:

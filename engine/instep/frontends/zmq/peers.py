@@ -50,10 +50,6 @@ class Peer:
     """`sent_bytes` up to which it said that it has read."""
     requests: int = 0
     """Its requests on streams that are under way."""
-    was_told_last: bool = False
-    """Whether its last message was sent; only PING follows."""
-    is_given_up: bool = False
-    """Whether it had not read everything by then: it is not waited for any longer."""
     is_gone: bool = False
 
     def deliver(self, reply: Reply) -> None:
@@ -128,10 +124,7 @@ class Outbound:
     @property
     def is_read(self) -> bool:
         """Whether all who were connected at the last `ask_all` are known to have read all that ZeroMQ has taken."""
-        return all(
-            peer.read_bytes == peer.sent_bytes or peer.is_given_up or peer in self._unreachable
-            for peer in self._peers.values()
-        )
+        return all(peer.read_bytes == peer.sent_bytes or peer in self._unreachable for peer in self._peers.values())
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -156,7 +149,7 @@ class Outbound:
 
     def send(self, peer: Peer, message: Message, frames: int = 0) -> None:
         """Send to a peer unless it is gone; `frames` are its backlog until ZeroMQ has taken the message."""
-        if peer.is_gone or peer.was_told_last:
+        if peer.is_gone:
             return
         sent = Sent.FULL if peer.outbox else self._hand_over(peer, message)
         if sent is Sent.GONE:
@@ -255,21 +248,16 @@ class Outbound:
     def say_last(self, message: Message, served: Served | None = None) -> None:
         """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds.
 
-        To the connections of one model, or of all of them; nothing to those that have had such a message.
+        To the connections of one model, or of all of them.
         """
         for peer in self.peers():
-            if peer.was_told_last or (served is not None and peer.served is not served):
+            if served is not None and peer.served is not served:
                 continue
             last = [*(kept for kept, _ in peer.outbox), message]
-            peer.was_told_last, peer.is_given_up = True, peer.read_bytes < peer.sent_bytes
-            self._grow(peer, -peer.outbox_bytes, -sum(frames for _, frames in peer.outbox))
-            self._blocked.pop(peer, None)
             peer.outbox.clear()
             for each in last:
                 if self._router.send(peer.routing_id, each) is not Sent.HANDED_OVER:
                     break
-                peer.sent_bytes += size_bytes(each)
-                self.unread_bytes += size_bytes(each)
 
     def drop(self, peer: Peer) -> None:
         """Forget a connection, unless that was done; `on_gone` takes care of its streams."""
