@@ -29,7 +29,7 @@ _LONG_S: Final = 0.5
 """While nothing is received, it may not take more."""
 _SHORTER: Final = 0.9
 """A time that is shorter than any before, by this factor, brings a replay nearer."""
-MOST_IN_VAIN: Final = 4
+_MOST_IN_VAIN: Final = 4
 """After this many times in a row that brought it no nearer, it cannot catch up; a busy machine may cause some."""
 
 
@@ -103,7 +103,7 @@ class CatchingUp:
         if took_s >= self._least_s / 2 and (took_s <= _LONG_S or not frames):
             return True
         self._in_vain = 0 if took_s < _SHORTER * self._least_s else self._in_vain + 1
-        if self._in_vain == MOST_IN_VAIN:
+        if self._in_vain == _MOST_IN_VAIN:
             raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
         self._least_s = min(self._least_s, took_s)
         return False
