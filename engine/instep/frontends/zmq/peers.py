@@ -108,7 +108,7 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
-        self._unreachable: list[Peer] = []
+        self._unreachable: set[Peer] = set()
         """Those whom `ask_all` could not ask the last time, because they have disconnected."""
         self._ask_every_bytes = max_unread_bytes // 2
         self.unread_bytes = 0
@@ -203,7 +203,7 @@ class Outbound:
     def ask_all(self) -> None:
         """Send PING to every connected peer that may have unread messages."""
         unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
-        self._unreachable = [peer for peer in unread if self._ask(peer) is Sent.GONE]
+        self._unreachable = {peer for peer in unread if self._ask(peer) is Sent.GONE}
 
     def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
         """A peer echoed a PING: it has read everything up to there."""
