@@ -96,7 +96,7 @@ def part_of(path: Path) -> Path:
 
 
 def parts_left(path: Path) -> list[Path]:
-    """The files that `part_of` has named for a file, by now or before; none where its name is as long as those that are cut."""
+    """The files that `part_of` has named for a file, by now or before; none if a longer name may be cut to its own."""
     if len(path.name) >= _MOST_LETTERS:
         return []  # they might be another file's
     named = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
