@@ -177,6 +177,23 @@ def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, 
     assert verified(tmp_path / "three.rec", model)
 
 
+def test_the_source_may_be_trimmed_once_the_range_was_read(
+    scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points, began = checkpoints(scribe.writer.path), when_it_began(scribe.writer.path)
+
+    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+        while scribe.writer.trim(scribe.now + 500 * TICK_NS):
+            pass
+        return inspect(path, on_progress)
+
+    monkeypatch.setattr(inspection, "inspect", look_through)
+    found = cut(scribe.writer.path, tmp_path / "out.rec", None, Bound("position", points[1]))
+    assert scribe.writer.trimmed.position >= found.first_position
+    assert (found.first_position, found.first_ns) == (1, began)
+    assert found.frames == inspect(tmp_path / "out.rec", lambda _: None).frames
+
+
 def test_a_recording_without_its_beginning_says_so_wherever_it_is_described(
     scribe: Scribe, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,14 +77,15 @@ def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> A
     with RecordingReader(source) as reader:
         last = _last(reader, end)
         base = _base(reader, begin, end, last)
+        first = base.position + 1
+        # Read now: once the new file is written, the source may have been trimmed.
+        first_ns, last_ns = _time_at(reader, first), _time_at(reader, last)
         try:
             _, found = write_new(target, lambda database: _write(reader, database, base, last))
         except DamagedRecording as error:
             if error.path != target:
                 raise
             raise DamagedRecording(f"{source} is damaged, and so is what was cut out of it", source) from None
-        first = base.position + 1
-        first_ns, last_ns = _time_at(reader, first), _time_at(reader, last)
     early = begin is not None and (first if begin.kind == "position" else first_ns) < begin.value
     return Archive(first, last, first_ns, last_ns, found.streams, found.frames, early)
 
