@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -136,6 +136,19 @@ def test_times(scribe: Scribe, tmp_path: Path) -> None:
     assert (found.first_position, found.begins_early) == (1, False)
 
 
+@pytest.mark.parametrize("kind", ["position", "time"])
+def test_a_range_of_the_row_that_completes_a_checkpoint_begins_at_the_one_before(
+    scribe: Scribe, tmp_path: Path, kind: Literal["position", "time"]
+) -> None:
+    with RecordingReader(scribe.writer.path) as reader:
+        before, checkpoint = reader.checkpoints()[1:3]
+    row = checkpoint.completed
+    end = Bound("time", checkpoint.time_ns) if kind == "time" else Bound("position", row)
+    found = cut(scribe.writer.path, tmp_path / "out.rec", Bound("position", row), end)
+    assert (found.first_position, found.last_position, found.begins_early) == (before.position + 1, row, True)
+    assert found.last_ns == checkpoint.time_ns
+
+
 def test_a_time_before_the_clock_went_back(tmp_path: Path, model: Path) -> None:
     header = make_header(gru_description(GRU), model_fingerprint=load_model(model).fingerprint)
     scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=1)), gru_step(GRU))
@@ -243,7 +256,22 @@ def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
             cut(path, tmp_path / "out.rec", late, end)
     with pytest.raises(RecordingError, match="there is no folder"):
         cut(path, tmp_path / "no" / "out.rec", None, None)
+    while scribe.writer.trim(scribe.now + 500 * TICK_NS):
+        pass
+    with RecordingReader(path) as reader:
+        checkpoint = reader.checkpoints()[0]
+    for end in (Bound("position", checkpoint.completed), Bound("time", checkpoint.time_ns)):
+        said = f"the range is empty: {path} begins at position {checkpoint.position + 1} and has checkpoints at"
+        with pytest.raises(RecordingError, match=re.escape(said)):
+            cut(path, tmp_path / "out.rec", None, end)
     assert not (tmp_path / "out.rec").exists()
+
+
+def test_a_range_of_a_recording_without_rows_is_empty(tmp_path: Path) -> None:
+    RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU))).abandon()
+    for end in (None, Bound("time", 0)):
+        with pytest.raises(RecordingError, match="the range is empty: .* begins at position 1 and has checkpoints at no"):
+            cut(tmp_path / "a.rec", tmp_path / "out.rec", None, end)
 
 
 @pytest.mark.parametrize(

@@ -120,15 +120,15 @@ def _base(reader: RecordingReader, begin: Bound | None, end: Bound | None, last:
         if begin is None:
             break
         at = checkpoint.position if begin.kind == "position" else checkpoint.time_ns
-        if at <= begin.value and checkpoint.completed <= last:
+        if at <= begin.value and checkpoint.completed < last:
             found = checkpoint
     start = max(found.position, found.completed)
-    if last <= start and end is not None and end.kind == "time":
-        since = _time_at(reader, start + 1)
-        raise RecordingError(
-            f"the range is empty: it ends at {when(end.value)}, and {reader.path} begins later, at {when(since)}"
-        )
     if last <= start:
+        since = _time_at(reader, reader.first_position)
+        if since and last < reader.first_position and end is not None and end.kind == "time":
+            raise RecordingError(
+                f"the range is empty: it ends at {when(end.value)}, and {reader.path} begins later, at {when(since)}"
+            )
         raise RecordingError(
             f"the range is empty: {reader.path} begins at position {reader.first_position:,} and has checkpoints at "
             f"{', '.join(f'{each.position:,}' for each in kept if each.position) or 'no position'}"
