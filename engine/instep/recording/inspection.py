@@ -18,7 +18,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep_tools.problems import is_part, part_of, parts_left
+from instep_tools.problems import is_part, name_new, part_of, parts_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,8 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         DamagedRecording: when the new file is not a sound recording.
     """
     check_place(target)
-    _refuse_existing(target)
+    if os.path.lexists(target):
+        raise _already_there(target)
     part = part_of(target)
     try:
         with ExitStack() as held:
@@ -253,11 +254,12 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
             with closing(sqlite3.connect(part, isolation_level=None)) as database:
                 written = write(database)
             found = inspect(part, lambda _: None)
-            _refuse_existing(target)
-            part.rename(target)
+            name_new(part, target)
         return written, found
     except BaseException as error:
         remove_database(part)
+        if isinstance(error, FileExistsError):
+            raise _already_there(target) from None
         if isinstance(error, sqlite3.Error | OSError):
             raise RecordingError(f"cannot write the recording {target}: {error}") from None
         if isinstance(error, DamagedRecording) and error.path == part:
@@ -265,6 +267,5 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         raise
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise RecordingError(f"{target} already exists; a recording is never written over: choose another name")
+def _already_there(target: Path) -> RecordingError:
+    return RecordingError(f"{target} already exists; a recording is never written over: choose another name")

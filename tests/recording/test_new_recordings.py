@@ -1,0 +1,107 @@
+"""The new files of `cut` and `repair`: they get their names once they are complete, and replace nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from instep.recording import inspection
+from instep.recording.cut import cut
+from instep.recording.errors import RecordingError
+from instep.recording.inspection import Inspection, inspect
+from tests.support.written import write_recording
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_recording(tmp_path).path
+
+
+def while_looked_through(monkeypatch: pytest.MonkeyPatch, happens: Callable[[Path], object]) -> None:
+    """Let something happen to the new file when it is complete and has no name yet."""
+
+    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+        happens(path)
+        return inspect(path, on_progress)
+
+    monkeypatch.setattr(inspection, "inspect", look_through)
+
+
+def has_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # as FAT says it
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_made_meanwhile_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        has_no_links(monkeypatch)
+    kinds: list[Callable[[Path], object]] = [
+        lambda path: path.write_text("mine"),
+        lambda path: path.symlink_to(tmp_path / "nowhere"),
+    ]
+    for at, make in enumerate(kinds):
+        out = tmp_path / f"{at}.rec"
+        while_looked_through(monkeypatch, lambda _: make(out))  # noqa: B023 - called in this round
+        before = set(tmp_path.iterdir())
+        with pytest.raises(RecordingError, match=r"\.rec already exists; a recording is never written over"):
+            cut(source, out, None, None)
+        assert set(tmp_path.iterdir()) == before | {out}
+        assert out.is_symlink() or out.read_text() == "mine"
+
+
+def test_a_file_that_is_made_at_the_last_moment_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.rec"
+
+    def late(give_name: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def call(part: Path, path: Path) -> None:
+            out.write_text("mine")
+            give_name(part, path)
+
+        return call
+
+    for name in ("link", "rename"):
+        monkeypatch.setattr(os, name, late(getattr(os, name)))
+    with pytest.raises(RecordingError, match=r"out\.rec already exists; a recording is never written over"):
+        cut(source, out, None, None)
+    assert out.read_text() == "mine"
+    assert set(tmp_path.iterdir()) == {source, out}
+
+
+def test_on_a_file_system_without_hard_links(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_no_links(monkeypatch)
+    found = cut(source, tmp_path / "out.rec", None, None)
+    assert set(tmp_path.iterdir()) == {source, tmp_path / "out.rec"}
+    assert inspect(tmp_path / "out.rec", lambda _: None).frames == found.frames
+
+
+def test_a_name_that_leads_nowhere_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked: list[Path] = []
+    while_looked_through(monkeypatch, worked.append)
+    (tmp_path / "out.rec").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RecordingError, match="already exists"):
+        cut(source, tmp_path / "out.rec", None, None)
+    assert not worked
+
+
+def test_a_failure_leaves_nothing_of_a_database(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        Path(f"{path}-journal").touch()  # SQLite leaves it where it cannot roll back
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    while_looked_through(monkeypatch, fail)
+    with pytest.raises(RecordingError, match=r"cannot write the recording .*out\.rec: .*Input/output error"):
+        cut(source, tmp_path / "out.rec", None, None)
+    assert set(tmp_path.iterdir()) == {source}
