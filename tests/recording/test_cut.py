@@ -270,7 +270,9 @@ def test_what_cannot_be_cut(scribe: Scribe, tmp_path: Path) -> None:
 def test_a_range_of_a_recording_without_rows_is_empty(tmp_path: Path) -> None:
     RecordingWriter.create(tmp_path / "a.rec", make_header(gru_description(GRU))).abandon()
     for end in (None, Bound("time", 0)):
-        with pytest.raises(RecordingError, match=r"the range is empty: .* begins at position 1 and has .* at no position"):
+        with pytest.raises(
+            RecordingError, match=r"the range is empty: .* begins at position 1 and has .* at no position"
+        ):
             cut(tmp_path / "a.rec", tmp_path / "out.rec", None, end)
 
 
