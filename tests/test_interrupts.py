@@ -18,6 +18,8 @@ import instep_tools
 from instep import interrupts
 from instep.interrupts import Stopped
 from instep.recording.cut import cut
+from instep.recording.inspection import inspect
+from tests.support.forger import Forger
 from tests.support.interrupting import interrupted_at_every_moment
 from tests.support.warm import WarmProcess, run_program
 from tests.support.written import write_recording
@@ -74,6 +76,19 @@ except BaseException:
 is_complete = True
 """
 """A module during whose import a signal comes; it answers what is raised there as packages in C do."""
+
+
+def stopped_as_it_calls(
+    owner: str, name: str, number: signal.Signals, folder: Path, command: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `instep` with a signal that comes as it calls a function."""
+    (folder / "stopped.py").write_text(STOPPED)
+    return run_program(str(folder / "stopped.py"), folder, owner, name, str(int(number)), *command.split())
+
+
+def damage(recording: Path, copy: Path) -> None:
+    """Copy a recording, and damage the copy behind its first frames."""
+    Forger(recording, copy, fix_crc=False).change("outputs", 15, time_ns=7)
 
 
 @pytest.fixture
@@ -226,6 +241,38 @@ def test_a_command_that_cleans_up_says_which_signal_has_ended_it(
     (tmp_path / "stopped.py").write_text(STOPPED)
     done = run_program(str(tmp_path / "stopped.py"), tmp_path, owner, name, str(int(number)), *command.split())
     assert (done.returncode, done.stderr) == (128 + number, said)
+
+
+@pytest.mark.parametrize("command", ["recordings cut a.rec out.rec", "recordings repair damaged.rec out.rec"])
+@pytest.mark.parametrize(("owner", "name"), [("os", "unlink"), ("instep.recording.commands", "say")])
+def test_nothing_stops_a_command_whose_new_file_has_its_name(
+    tmp_path: Path, owner: str, name: str, command: str
+) -> None:
+    """Not while the other name of the file is removed, nor when the command says what it has done."""
+    damage(write_recording(tmp_path).path, tmp_path / "damaged.rec")
+    done = stopped_as_it_calls(owner, name, signal.SIGTERM, tmp_path, command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("out.rec: ")
+    assert inspect(tmp_path / "out.rec", lambda _: None).frames
+
+
+def test_nothing_stops_a_repair_that_says_that_nothing_is_damaged(tmp_path: Path) -> None:
+    write_recording(tmp_path)
+    done = stopped_as_it_calls("instep.recording.commands", "say", signal.SIGTERM, tmp_path, "recordings repair a.rec")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing to repair" in done.stdout
+
+
+@pytest.mark.usefixtures("handler_kept")
+def test_a_command_that_stops_no_more_passes_over_signals() -> None:
+    interrupts.end_at_once()
+    interrupts.raise_stopped()
+    interrupts.stop_no_more()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.raise_signal(number)
+    interrupts.raise_stopped()
+    with pytest.raises(interrupts.Stopped):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_line_ends_behind_what_the_terminal_echoes() -> None:

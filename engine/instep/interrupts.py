@@ -7,6 +7,7 @@ imported, or while the process ends. This is imported before anything else, so i
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -91,6 +92,14 @@ def tell(stop: Stopped) -> None:
     if not stop.is_told and stop.number != signal.SIGINT:
         with contextlib.suppress(OSError):  # nobody is left to read it
             _write_sentence(stop.number)
+
+
+def stop_no_more() -> None:
+    """From here on the signals that raised `Stopped` do nothing: the command is about to have done what it was for."""
+    global _stops
+    passes_over = EndingSignals(math.inf)  # every later signal is the same one as this
+    passes_over.take(time.monotonic())
+    _stops = passes_over
 
 
 def change_nothing() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from instep.interrupts import Stopped
+from instep.interrupts import Stopped, stop_no_more
 from instep.recording.cut import Bound, cut
 from instep.recording.database import bytes_on_disk
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
@@ -96,6 +96,7 @@ def repair(file: Path, output: Path | None, console: Console, *, json: bool = Fa
     """
     try:
         if _is_whole(file):
+            stop_no_more()
             if json:
                 write_json({"file": str(file), "repaired": False, "whole": True, "output": None})
             else:

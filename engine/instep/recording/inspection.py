@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from instep.interrupts import stop_no_more
 from instep.recording.database import SUFFIX, bytes_on_disk, check_place, looks_like_one, lost_tail, remove_database
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
 from instep.recording.lock import WriterLock, is_being_written
@@ -232,7 +233,8 @@ def _listed(path: Path) -> Overview | str:
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
     """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
 
-    What another run for the same file has left, because it was killed, is removed.
+    What another run for the same file has left, because it was killed, is removed. Once the file is to get its name, no
+    signal raises `Stopped`.
 
     Args:
         target: the new file.
@@ -254,6 +256,7 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
             with closing(sqlite3.connect(part, isolation_level=None)) as database:
                 written = write(database)
             found = inspect(part, lambda _: None)
+            stop_no_more()  # from the next line on, "nothing was written" would not be true
             name_new(part, target)
         return written, found
     except BaseException as error:
