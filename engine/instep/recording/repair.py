@@ -37,6 +37,11 @@ _KIND: Final = list(HISTORY["events"]).index("kind")
 _STATE_POSITION: Final = list(BESIDE["states"]).index("position")
 _COMPLETED: Final = list(BESIDE["checkpoints"]).index("completed")
 _SEQ: Final = list(HISTORY["events"]).index("seq")
+_GIVEN: Final = {
+    "openings": list(HISTORY["openings"]).index("initial_state"),
+    "events": list(HISTORY["events"]).index("state"),
+}
+"""By table, the column of a state that a client has given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +142,15 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
     trimmed = list(salvage.rows("trimmed"))
     insert(database, "trimmed", trimmed)
     first = last = trimmed[0][0] if trimmed else 0
+    holds_something = False  # frames, or states
     for table in ("openings", "closings", "events"):
-        insert(database, table, [row for row in salvage.rows(table) if row[0] <= first])
+        rows = [row for row in salvage.rows(table) if row[0] <= first]
+        insert(database, table, rows)
+        holds_something |= any(_gives_state(table, row) for row in rows)
     named = first
-    batches = 0
     for table, row in salvage.history(first):
         insert(database, table, [row])
-        batches += table == "batches"
+        holds_something |= table == "batches" or _gives_state(table, row)
         last = row[0]
         if table == "events" and row[_KIND] == CHECKPOINT_EVENT:
             named = row[_SEQ]
@@ -159,7 +166,7 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
         left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
         last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
     reasons = salvage.reasons()
-    if not batches and not states:
+    if not holds_something and not states:
         raise RecordingError(
             f"nothing of {salvage.path} can be saved, neither frames nor states{f': {reasons}' if reasons else ''}"
         )
@@ -169,6 +176,10 @@ def _write(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
     insert(database, "newest", with_crcs([(last, states)]))
     database.execute("COMMIT")
     return positions, said if left_out else ""
+
+
+def _gives_state(table: str, row: Row) -> bool:
+    return table in _GIVEN and row[_GIVEN[table]] is not None
 
 
 def _copy_states(
