@@ -67,7 +67,7 @@ def test_without_a_given_state_nothing_is_worth_saving(scribe: Scribe, tmp_path:
 
 @pytest.mark.parametrize("has_changed", [True, False])
 def test_states_that_the_history_begins_with_are_saved(scribe: Scribe, tmp_path: Path, has_changed: bool) -> None:
-    scribe.open(1, scribe.random_state())
+    scribe.open(1, None if has_changed else scribe.random_state())
     scribe.open(2)
     scribe.checkpoint(scribe.step([1, 2] if has_changed else [2]))
     scribe.close(2)
