@@ -203,18 +203,44 @@ def test_a_stopped_command_leaves_nothing_and_says_so(
         assert done.stdout == ""
 
 
-def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("instep.recording.commands", "inspect"), ("instep.recording.repair", "insert")],
+    ids=["as it reads", "as it writes"],
+)
+@pytest.mark.parametrize("options", ["", " --json"])
+def test_a_stopped_repair_leaves_nothing_and_says_so(tmp_path: Path, owner: str, name: str, options: str) -> None:
+    damage(write_recording(tmp_path).path, tmp_path / "damaged.rec")
+    before = set(tmp_path.iterdir())
+    command = f"recordings repair damaged.rec out.rec{options}"
+    done = stopped_as_it_calls(owner, name, signal.SIGTERM, tmp_path, command)
+    said = "not repaired: stopped by SIGTERM, and nothing was written"
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, f"{said}\n")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "stopped.py"}
+    if options:
+        assert json.loads(done.stdout) == {"file": "damaged.rec", "repaired": False, "error": said}
+    else:
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "left"),
+    [
+        ("instep.recording.cut", "insert", {".py", ".rec-lock", ".part", ".part-journal"}),
+        ("instep.recording.inspection", "inspect", {".py", ".rec-lock", ".part"}),
+    ],
+    ids=["as it writes", "as it reads"],
+)
+def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path, owner: str, name: str, left: set[str]) -> None:
     write_recording(tmp_path)
     out, others = tmp_path / "out.rec", tmp_path / ".out.rec.2.0123abcd.part"
     others.touch()
-    (tmp_path / "stopped.py").write_text(STOPPED)
     before = set(tmp_path.iterdir())
-    killed = ("instep.recording.inspection", "inspect", str(int(signal.SIGKILL)))
-    done = run_program(str(tmp_path / "stopped.py"), tmp_path, *killed, "recordings", "cut", "a.rec", "out.rec")
+    done = stopped_as_it_calls(owner, name, signal.SIGKILL, tmp_path, "recordings cut a.rec out.rec")
     assert done.returncode == -signal.SIGKILL
-    assert any(each.name.startswith(".out.rec.") for each in set(tmp_path.iterdir()) - before)
+    assert {each.suffix for each in set(tmp_path.iterdir()) - before} == left
     assert cut(tmp_path / "a.rec", out, None, None).frames
-    assert set(tmp_path.iterdir()) == before | {out}
+    assert set(tmp_path.iterdir()) == before | {out, tmp_path / "stopped.py"}
 
 
 @pytest.mark.parametrize(
