@@ -28,14 +28,15 @@ from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
+from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.scribe import Scribe
 
 pytestmark = pytest.mark.usefixtures("certified_once")
 
 GRU = make_gru(3, 4)
-TICK_NS = 1000
-"""Of the scribe's clock, between rows."""
+TICK_NS = 10**9
+"""Of the scribe's clock, between rows: times are told to the second."""
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def scribe(tmp_path: Path, model: Path) -> Scribe:
     header = make_header(gru_description(GRU), model_fingerprint=load_model(model).fingerprint)
     # Nothing is old enough to be trimmed, and an eighth of that is 100 ticks.
     writer = RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_ns=800 * TICK_NS))
-    scribe = Scribe(writer, gru_step(GRU))
+    scribe = Scribe(writer, gru_step(GRU), tick_ns=TICK_NS)
     for stream in (1, 2, 3):
         scribe.open(stream)
     for number in range(120):
@@ -151,7 +152,8 @@ def test_a_range_of_the_row_that_completes_a_checkpoint_begins_at_the_one_before
 
 def test_a_time_before_the_clock_went_back(tmp_path: Path, model: Path) -> None:
     header = make_header(gru_description(GRU), model_fingerprint=load_model(model).fingerprint)
-    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=1)), gru_step(GRU))
+    writer = RecordingWriter.create(tmp_path / "a.rec", header, Retention(keep_bytes=1))
+    scribe = Scribe(writer, gru_step(GRU), tick_ns=TICK_NS)
     scribe.open(1)
 
     def record(frames: int) -> None:
@@ -309,6 +311,23 @@ def test_as_typed(scribe: Scribe, tmp_path: Path) -> None:
     assert runner.invoke(app, ["cut", str(scribe.writer.path), str(out)]).exit_code == 2
     whole = runner.invoke(app, ["cut", str(scribe.writer.path), str(tmp_path / "whole.rec")])
     assert "earlier" not in whole.output
+
+
+def test_a_damaged_recording_is_status_1(scribe: Scribe, tmp_path: Path) -> None:
+    """Also where the damage is seen only in the range that was cut out."""
+    scribe.writer.close()
+    changes: list[tuple[dict[str, Any], bool, str]] = [
+        ({"time_ns": 7}, False, "is damaged: the row at position"),
+        ({"bucket": 5}, True, "is damaged, and so is what was cut out of it"),
+    ]
+    for columns, fix_crc, said in changes:
+        forger = Forger(scribe.writer.path, tmp_path / "b.rec", fix_crc=fix_crc)
+        forger.change("batches", forger.rows("batches")[9]["position"], **columns)
+        result = CliRunner().invoke(app, ["cut", str(forger.path), str(tmp_path / "out.rec")])
+        assert (result.exit_code, f"{forger.path} {said}" in result.output.replace("\n", "")) == (1, True), (
+            result.output
+        )
+        assert not (tmp_path / "out.rec").exists()
 
 
 def test_as_json(scribe: Scribe, tmp_path: Path) -> None:

@@ -30,13 +30,21 @@ class Scribe:
         bucket: rows of every step, padded with zeros.
         seed: of the frames.
         magnitude: of the frames, which stay finite.
+        tick_ns: of the clock, between rows.
 
     Attributes:
         magnitudes: of the frames of some streams.
     """
 
     def __init__(
-        self, writer: RecordingWriter, step: Step, *, bucket: int = 8, seed: int = 0, magnitude: float = 1.0
+        self,
+        writer: RecordingWriter,
+        step: Step,
+        *,
+        bucket: int = 8,
+        seed: int = 0,
+        magnitude: float = 1.0,
+        tick_ns: int = 1000,
     ) -> None:
         self.writer = writer
         self.states: dict[int, F32] = {}
@@ -50,11 +58,12 @@ class Scribe:
         self._magnitude = magnitude
         self.magnitudes: dict[int, float] = {}
         self._now = START_NS
+        self._tick_ns = tick_ns
         self._dirty: set[int] = set()
 
     @property
     def now(self) -> int:
-        self._now += 1000
+        self._now += self._tick_ns
         return self._now
 
     def set_back(self, by_ns: int) -> None:
