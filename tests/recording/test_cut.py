@@ -20,7 +20,7 @@ from instep.recording import inspection
 from instep.recording.app import app
 from instep.recording.cut import Bound, cut
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import Inspection, inspect, recordings_in, when
+from instep.recording.inspection import Inspection, inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import HISTORY
@@ -349,40 +349,3 @@ def test_as_json(scribe: Scribe, tmp_path: Path) -> None:
         assert (result.exit_code, found["file"], found["cut"]) == (2, str(source), False)
         assert words in found["error"]
         assert words in result.stderr
-
-
-def test_a_second_run_for_the_same_file_is_refused_meanwhile(
-    scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, refused = tmp_path / "out.rec", []
-
-    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
-        with pytest.raises(RecordingError, match=r"out\.rec is being written by another instep \(pid \d+\)") as error:
-            cut(scribe.writer.path, out, None, None)
-        refused.append(error)
-        return inspect(path, on_progress)
-
-    monkeypatch.setattr(inspection, "inspect", look_through)
-    before = set(tmp_path.iterdir())
-    assert cut(scribe.writer.path, out, None, None).frames
-    assert len(refused) == 1
-    assert set(tmp_path.iterdir()) == before | {out}
-
-
-def test_the_new_file_gets_its_name_once_it_is_complete(
-    scribe: Scribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, looked_through = tmp_path / "out.rec", []
-
-    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
-        looked_through.append((path, out.exists(), recordings_in(tmp_path)))
-        return inspect(path, on_progress)
-
-    monkeypatch.setattr(inspection, "inspect", look_through)
-    before = set(tmp_path.iterdir())
-    cut(scribe.writer.path, out, None, None)
-    ((part, was_there, listed),) = looked_through
-    assert part.name.startswith(".out.rec.")
-    assert not was_there
-    assert listed == [scribe.writer.path], "one that is not complete is none yet"
-    assert set(tmp_path.iterdir()) == before | {out}

@@ -12,7 +12,7 @@ import pytest
 from instep.recording import inspection
 from instep.recording.cut import cut
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import Inspection, inspect
+from instep.recording.inspection import Inspection, inspect, recordings_in
 from tests.support.written import write_recording
 
 
@@ -36,6 +36,35 @@ def has_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # as FAT says it
 
     monkeypatch.setattr(os, "link", link)
+
+
+def test_a_new_file_gets_its_name_once_it_is_complete(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "out.rec", []
+    while_looked_through(monkeypatch, lambda part: seen.append((part, out.exists(), recordings_in(tmp_path))))
+    cut(source, out, None, None)
+    ((part, was_there, listed),) = seen
+    assert part.name.startswith(".out.rec.")
+    assert not was_there
+    assert listed == [source], "one that is not complete is none yet"
+    assert set(tmp_path.iterdir()) == {source, out}
+
+
+def test_a_second_run_for_the_same_file_is_refused_meanwhile(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, refused = tmp_path / "out.rec", []
+
+    def run_again(part: Path) -> None:
+        with pytest.raises(RecordingError, match=r"out\.rec is being written by another instep \(pid \d+\)") as error:
+            cut(source, out, None, None)
+        refused.append(error)
+
+    while_looked_through(monkeypatch, run_again)
+    assert cut(source, out, None, None).frames
+    assert len(refused) == 1
+    assert set(tmp_path.iterdir()) == {source, out}
 
 
 @pytest.mark.parametrize("links", [True, False])
