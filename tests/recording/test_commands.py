@@ -318,7 +318,7 @@ def test_repair_that_would_save_no_frame_writes_nothing(tmp_path: Path) -> None:
     page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
     connection.close()
     with (tmp_path / "a.rec").open("r+b") as file:
-        for table in ("batches", "outputs", "states"):
+        for table in ("openings", "batches", "outputs", "states"):
             file.seek((pages[table] - 1) * page_bytes)
             file.write(bytes(page_bytes))
     before = set(tmp_path.iterdir())
@@ -326,7 +326,7 @@ def test_repair_that_would_save_no_frame_writes_nothing(tmp_path: Path) -> None:
     assert (status, text) == (
         2,
         f"not repaired: nothing of {tmp_path / 'a.rec'} can be saved, neither frames nor states: the rows (of batches, "
-        "outputs, states) cannot be read: database disk image is malformed\n",
+        "openings, outputs, states) cannot be read: database disk image is malformed\n",
     )
     assert set(tmp_path.iterdir()) == before
 
