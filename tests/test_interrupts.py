@@ -274,7 +274,7 @@ def test_a_command_that_cleans_up_says_which_signal_has_ended_it(
 def test_nothing_stops_a_command_whose_new_file_has_its_name(
     tmp_path: Path, owner: str, name: str, command: str
 ) -> None:
-    """Not while the other name of the file is removed, nor when the command says what it has done."""
+    """Not while the other files that it has made are removed, nor when the command says what it has done."""
     damage(write_recording(tmp_path).path, tmp_path / "damaged.rec")
     done = stopped_as_it_calls(owner, name, signal.SIGTERM, tmp_path, command)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from errno import EEXIST
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
@@ -102,25 +101,6 @@ def parts_left(path: Path) -> list[Path]:
         return []  # they might be another file's
     named = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
     return [each for each in path.parent.iterdir() if named.fullmatch(each.name)]
-
-
-def name_new(part: Path, path: Path) -> None:
-    """Give a complete file its name, and never that of another file, not even of one that was made just now.
-
-    Raises:
-        FileExistsError: when there is a file of that name.
-        OSError: when it cannot get the name for another reason.
-    """
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if os.path.lexists(path):
-            raise FileExistsError(EEXIST, os.strerror(EEXIST), str(path)) from None
-        part.rename(path)
-    else:
-        part.unlink()
 
 
 def is_part(path: Path) -> bool:

@@ -19,7 +19,8 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep_tools.problems import is_part, name_new, part_of, parts_left
+from instep_client.snapshots import rename_to_new
+from instep_tools.problems import is_part, part_of, parts_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,17 +258,18 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
                 written = write(database)
             found = inspect(part, lambda _: None)
             stop_no_more()  # from the next line on, "nothing was written" would not be true
-            name_new(part, target)
+            rename_to_new(part, target)
         return written, found
-    except BaseException as error:
+    except FileExistsError:
+        raise _already_there(target) from None
+    except (sqlite3.Error, OSError) as error:
+        raise RecordingError(f"cannot write the recording {target}: {error}") from None
+    except DamagedRecording as error:
+        if error.path != part:
+            raise
+        raise DamagedRecording(str(error).replace(str(part), str(target)), target) from None
+    finally:
         remove_database(part)
-        if isinstance(error, FileExistsError):
-            raise _already_there(target) from None
-        if isinstance(error, sqlite3.Error | OSError):
-            raise RecordingError(f"cannot write the recording {target}: {error}") from None
-        if isinstance(error, DamagedRecording) and error.path == part:
-            raise DamagedRecording(str(error).replace(str(part), str(target)), target) from None
-        raise
 
 
 def _already_there(target: Path) -> RecordingError:
