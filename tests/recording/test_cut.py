@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
+from instep.recording.repair import repair
 from instep.recording.schema import HISTORY
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
@@ -113,6 +115,16 @@ def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
     with Recovered(out) as recovered:
         for _ in recovered.replay():
             pass  # an engine can go on with it
+
+
+def test_of_a_copy_that_was_cut_off_what_comes_before_can_be_saved(scribe: Scribe, tmp_path: Path) -> None:
+    for _ in range(3000):
+        scribe.step(sorted(scribe.states))
+    scribe.writer.commit()
+    out = tmp_path / "out.rec"
+    found = cut(scribe.writer.path, out, Bound("position", checkpoints(scribe.writer.path)[1]), None)
+    os.truncate(out, out.stat().st_size * 7 // 10)
+    assert repair(out, tmp_path / "saved.rec").frames > found.frames / 2
 
 
 def test_without_bounds_it_is_everything(scribe: Scribe, tmp_path: Path, model: Path) -> None:

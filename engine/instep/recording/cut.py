@@ -7,7 +7,7 @@ import time
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from instep.recording.database import insert, make_tables, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
@@ -15,6 +15,8 @@ from instep.recording.inspection import when, write_new
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT
+
+_SLICE_POSITIONS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,6 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
     make_tables(database)
     insert(database, "header", reader.header.rows())
     states = 0
-    for table in HISTORY:
-        insert(database, table, with_crcs(reader.rows(table, base.position + 1, last)))
     if base.position:
         closings = {row[2] for row in reader.rows("closings", last=base.position)}
         openings = [row for row in reader.openings() if row[0] <= base.position and row[2] not in closings]
@@ -174,6 +174,11 @@ def _write(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoi
             ("states", begun.values()),
         ):
             insert(database, table, with_crcs(values))
+    # In slices, so that a copy that was cut off holds all that came before in every table.
+    for first in range(base.position + 1, last + 1, _SLICE_POSITIONS):
+        for table in HISTORY:
+            rows = reader.rows(table, first, min(first + _SLICE_POSITIONS - 1, last))
+            insert(database, table, with_crcs(rows))
     now = time.time_ns()
     for kind, seq, detail in (
         (CHECKPOINT_EVENT, base.position, "later states were left out"),
