@@ -55,12 +55,19 @@ def check_writable(path: Path) -> None:
             why = "it is a folder"
         elif not path.parent.is_dir():
             why = f"there is no folder {path.parent}"
-        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        elif path.exists() and not os.access(path, os.W_OK):
             why = "you have no permission"
+        elif not is_special(path) and not os.access(path.resolve().parent, os.W_OK):
+            why = "you have no permission to make a file in its folder"
     except OSError as error:  # a name is too long
         why = error.strerror
     if why is not None:
         raise BadFile(f"{path} cannot be written: {why}")
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, which can only be written to and not be replaced."""
+    return path.exists() and not path.is_file()
 
 
 def check_drawable(path: Path, what: str) -> None:
@@ -108,16 +115,33 @@ def is_part(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _PART
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write a file in the block, next to it: at the end it replaces an older one, unless there was a failure.
+
+    A link stays one: the file behind it is replaced. A pipe or a device is written to directly.
+
+    Raises:
+        BadFile: when it cannot be written.
+    """
+    with reads_or_writes(path, "written"):
+        if is_special(path):
+            yield path
+            return
+        target = Path(os.path.realpath(path))
+        part = part_of(target)
+        try:
+            yield part
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file as a whole, or leave what is there as it is, also when the disk is full.
 
     Raises:
         BadFile: when it cannot be written.
     """
-    part = part_of(path)
-    with reads_or_writes(path, "written"):
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with written_aside(path) as part:
+        part.write_bytes(content)

@@ -99,6 +99,8 @@ def _report(
 ) -> Exit:
     good = not (live.bad_lines or answers.refused or live.all_ended or stop.gave_up)
     rate = answers.frames / seconds if seconds > 0 else 0.0
+    file = answers.outputs if isinstance(answers.outputs, SavedOutputs) else None
+    is_saved = file is None or not file.has_failed
     if terminal.as_json:
         terminal.result(
             {
@@ -107,7 +109,7 @@ def _report(
                 "refused_frames": answers.refused,
                 "bad_lines": live.bad_lines,
                 "seconds": seconds,
-                "saved": None if what.save is None else str(what.save),
+                "saved": str(file.path) if file is not None and is_saved else None,
                 "stopped": stop.requested,
                 "all_streams_ended": live.all_ended,
             }
@@ -118,10 +120,12 @@ def _report(
         f"{', ' + counted(live.bad_lines, 'bad line') if live.bad_lines else ''}"
         f"{', ' + counted(answers.refused, 'frame') + ' refused' if answers.refused else ''}"
         f"{f'; {stop.words}' if stop.requested else ''}"
-        f"{'' if what.save is None else f'; saved in {what.save}'}",
-        good=good,
+        f"{'' if file is None else f'; {file.outcome}'}",
+        good=good and is_saved,
     )
-    return Exit.OK if good else Exit.FOUND_PROBLEMS
+    if not good:
+        return Exit.FOUND_PROBLEMS
+    return Exit.OK if is_saved else Exit.COULD_NOT_RUN
 
 
 def _checked(what: Produce, terminal: Terminal) -> OutputFormat:
@@ -153,7 +157,12 @@ def _outputs(
     what: Produce, format: OutputFormat, terminal: Terminal, stop: Stop, info: ServerInfo, stack: ExitStack
 ) -> Outputs:
     if what.save is not None:
-        return stack.enter_context(SavedOutputs(what.save, info))
+
+        def end(problem: CommandProblem) -> None:
+            terminal.error(str(problem))
+            stop.request()
+
+        return stack.enter_context(SavedOutputs(what.save, info, end))
 
     def write(text: str) -> None:
         if not terminal.write(text):  # nobody reads any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -115,15 +116,25 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
     replayed = replace(
         sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint, model=info.model
     ).keep(back.done)
-    if what.save is not None:
-        save_sequences(what.save, replayed, info)
-    drawn = ""
-    if what.plot is not None:
-        drawn = plot_streams(
-            replayed, what.plot, f"{what.file.name}, answered by {info.model}", output_columns(info, info.outputs)
-        )
+    written: dict[Path, str] = {}
+    for path, write in ((what.save, _save), (what.plot, _plot)):
+        if path is not None:
+            try:
+                written[path] = write(what, path, replayed, info)
+            except CommandProblem as problem:
+                terminal.error(str(problem))
     comparison = compare(sequences, back.outputs, back.done) if what.check else None
-    return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, drawn, info))
+    return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, written, info))
+
+
+def _save(what: Replay, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
+    save_sequences(path, replayed, info)
+    return f"saved in {path}"
+
+
+def _plot(what: Replay, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
+    columns = output_columns(info, info.outputs)
+    return plot_streams(replayed, path, f"{what.file.name}, answered by {info.model}", columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +147,8 @@ class Replayed:
     seconds: float
     comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
-    drawn: str
-    """What the picture shows."""
+    written: Mapping[Path, str]
+    """The files that could be written, each with what it holds, to end a sentence."""
     info: ServerInfo
 
     @property
@@ -167,8 +178,8 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
                 "answered_frames": answered,
                 "seconds": done.seconds,
                 "exactness": done.info.exactness,
-                "saved": None if what.save is None else str(what.save),
-                "plot": None if what.plot is None else str(what.plot),
+                "saved": str(what.save) if what.save in done.written else None,
+                "plot": str(what.plot) if what.plot in done.written else None,
                 "stopped": stop.requested,
                 "check": None if comparison is None else comparison.as_json(),
             }
@@ -182,14 +193,14 @@ def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exi
         line += f"; {_missing(done, stop)}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"
-    if what.save is not None:
-        line += f"; saved in {what.save}"
-    if what.plot is not None:
-        line += f"; {done.drawn}"
+    files = [path for path in (what.save, what.plot) if path is not None]
+    for path in files:
+        line += f"; {done.written.get(path, f'{path} not written')}"
     good = done.whole if comparison is None else comparison.complete and not comparison.different
-    terminal.summary(line, good=good)
+    is_written = len(done.written) == len(files)
+    terminal.summary(line, good=good and is_written)
     if good:
-        return Exit.OK
+        return Exit.OK if is_written else Exit.COULD_NOT_RUN
     return Exit.COULD_NOT_RUN if comparison is not None and not comparison.different else Exit.FOUND_PROBLEMS
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, TypeAlias
@@ -26,7 +26,13 @@ from instep_tools.formats.table import (
     optional_libraries,
 )
 from instep_tools.formats.text import TextWriter
-from instep_tools.problems import BadFile, check_writable, reads_or_writes
+from instep_tools.problems import (
+    BadFile,
+    CommandProblem,
+    check_writable,
+    reads_or_writes,
+    written_aside,
+)
 from instep_tools.sequences import RecordedSequences
 
 Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
@@ -76,18 +82,32 @@ def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState
 
 
 class SavedOutputs:
-    """A new file of frames and their outputs, as they come from a live producer; used in a `with` block.
+    """A file of frames and their outputs, as they come from a live producer; used in a `with` block.
 
-    A CSV grows with every answer; other files are complete when the block ends. Rows have no time.
+    It takes the place of an older file when the block ends. Only a new CSV can be watched: it grows with every answer.
+    Rows have no time.
+
+    Args:
+        path: where it is saved.
+        info: of the server.
+        on_failure: called once, with the reason, when it cannot be written any more; what comes later is left out.
+
+    Raises:
+        CommandProblem: when it cannot be begun.
     """
 
-    def __init__(self, path: Path, info: ServerInfo) -> None:
+    def __init__(self, path: Path, info: ServerInfo, on_failure: Callable[[CommandProblem], None]) -> None:
         self.path = path
+        self.has_failed = False
+        self._on_failure = on_failure
         kind = check_output_path(path)
-        self._stack = ExitStack()
-        self._stack.enter_context(reads_or_writes(path, "written"))
-        self._file = self._stack.enter_context(path.open("wb"))
-        self._writer = self._stack.enter_context(WRITERS[kind](self._file, table_header(info)))
+        self._is_watched = kind == "csv" and not path.exists()
+        with ExitStack() as stack:
+            stack.enter_context(reads_or_writes(path, "written"))
+            place = path if self._is_watched else stack.enter_context(written_aside(path))
+            self._file = stack.enter_context(place.open("wb"))
+            self._writer = stack.enter_context(WRITERS[kind](self._file, table_header(info)))
+            self._stack = stack.pop_all()
         self._most = 0 if kind == "csv" else CHUNK_FRAMES
         self._ids: dict[str, int] = {}
         self._rows: list[TableRows] = []
@@ -102,28 +122,47 @@ class SavedOutputs:
         self._rows.append(TableRows(names, ids, seqs, None, frames, outputs))
         self._count += count
         if self._count > self._most:
-            self._flush()
+            with self._told_of_failure():
+                self._flush()
+
+    @property
+    def outcome(self) -> str:
+        """What came of the file, when the block has ended, to end a sentence."""
+        if not self.has_failed:
+            return f"saved in {self.path}"
+        return f"{self.path} {'is incomplete' if self._is_watched else 'not written'}"
 
     def _flush(self) -> None:
-        if self._rows:
+        rows, self._rows, self._count = self._rows, [], 0
+        if rows and not self.has_failed:
             with reads_or_writes(self.path, "written"):
-                self._writer.add(_joined(self._rows))
+                self._writer.add(_joined(rows))
                 self._file.flush()
-        self._rows, self._count = [], 0
+
+    @contextmanager
+    def _told_of_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except CommandProblem as problem:
+            if not self.has_failed:
+                self.has_failed = True
+                self._on_failure(problem)
 
     def __enter__(self) -> SavedOutputs:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with self._stack:
+        with self._told_of_failure(), self._stack:
             self._flush()
+            if self.has_failed:
+                raise BadFile(f"{self.path} is not complete")
 
 
 def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
     """Save whole sequences with the outputs that a server gave, its initial states, and times where they are known.
 
     Raises:
-        BadFile: when it cannot be written.
+        CommandProblem: when it cannot be written; an older file is as it was.
     """
     kind = check_output_path(path)
     states = tuple(
@@ -135,13 +174,13 @@ def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -
     header = table_header(info, sequences.times_ns is not None, states)
     rows = np.repeat(np.arange(len(sequences)), sequences.lengths)
     names = np.array(sequences.names, np.object_)
-    with reads_or_writes(path, "written"), path.open("wb") as file, WRITERS[kind](file, header) as writer:
+    with written_aside(path) as part, part.open("wb") as file, WRITERS[kind](file, header) as writer:
         for first in range(0, len(rows), CHUNK_FRAMES):
-            part = slice(first, first + CHUNK_FRAMES)
-            seqs = np.arange(first, first + len(rows[part])) - sequences.starts[rows[part]]
-            times_ns = None if sequences.times_ns is None else sequences.times_ns[part]
-            labels = (names[rows[part]], rows[part] + 1, seqs.astype(np.uint64), times_ns)
-            writer.add(TableRows(*labels, sequences.frames[part], outputs[part]))
+            chunk = slice(first, first + CHUNK_FRAMES)
+            seqs = np.arange(first, first + len(rows[chunk])) - sequences.starts[rows[chunk]]
+            times_ns = None if sequences.times_ns is None else sequences.times_ns[chunk]
+            labels = (names[rows[chunk]], rows[chunk] + 1, seqs.astype(np.uint64), times_ns)
+            writer.add(TableRows(*labels, sequences.frames[chunk], outputs[chunk]))
 
 
 def _joined(parts: list[TableRows]) -> TableRows:
