@@ -79,7 +79,8 @@ class LoadTester:
         result = await self._measure(self.test.plan)
         if not self.terminal.as_json and len(result.answered):
             report.show_latencies(self.terminal, result)
-        sentence = report.numbers(result) + report.problems(result)
+        found = (report.early_end(result), report.numbers(result))
+        sentence = "; ".join(filter(None, found)) + report.problems(result)
         if result.measured_itself:
             sentence = f"{report.blame(result)}: {sentence}"
         if self.stop.requested:
@@ -101,8 +102,9 @@ class LoadTester:
             where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
             p99_ms, late_ms = (three_digits(each.p99 / 1000) for each in (trial.latency, trial.parts["late_us"]))
             verdict = f"{trial.verdict(slo_ms)}: p99 {p99_ms} ms, sent {late_ms} ms late"
+            early = report.early_end(trial)
             if not self.stop.requested:  # else it says nothing
-                self.terminal.note(f"{where}: {verdict}{report.problems(trial)}")
+                self.terminal.note(f"{where}: {verdict}{report.problems(trial)}{early and f'; {early}'}")
             return trial
 
         self.terminal.note(plan.sentence())

@@ -75,11 +75,20 @@ def trial_rows(trials: Sequence[Measured], slo_ms: float) -> list[list[str]]:
     ]
 
 
+def early_end(result: Measured) -> str:
+    """That it ended before its time, and why, as a part of a sentence; empty where it did not, or was stopped."""
+    if not result.found.lost:
+        return ""
+    if not len(result.answered):
+        return f"nothing was {'answered' if len(result.samples) else 'measured'}: {result.found.lost}"
+    return f"ended after {result.seconds:.1f} of {result.plan.duration_s:g} s: {result.found.lost}"
+
+
 def numbers(result: Measured) -> str:
-    """Throughput and latency in one sentence."""
+    """Throughput and latency as a part of a sentence; empty where nothing was answered and `early_end` says why."""
     if not len(result.answered):
         if result.found.lost:
-            return f"nothing was {'answered' if len(result.samples) else 'measured'}: {result.found.lost}"
+            return ""
         if result.found.stopped and not len(result.samples):
             return "nothing was measured"
         return "0 frames/s: nothing was answered"
@@ -88,7 +97,11 @@ def numbers(result: Measured) -> str:
     due = f" of {result.plan.offered_frames_s:,.0f} due" if is_due else ""
     p50_ms, p99_ms = (three_digits(value / 1000) for value in (result.latency.p50, result.latency.p99))
     answers = f"{result.answers_s:,.0f} answers/s"
-    return f"{result.frames_s:,.0f} frames/s{due}, {answers}, p50 {p50_ms} ms, p99 {p99_ms} ms"
+    latency = f"p50 {p50_ms} ms, p99 {p99_ms} ms"
+    if result.found.lost:
+        included = ", unanswered frames included" if result.found.unanswered else ""
+        return f"until then {result.frames_s:,.0f} frames/s{due}, {answers}; {latency}{included}"
+    return f"{result.frames_s:,.0f} frames/s{due}, {answers}, {latency}"
 
 
 def problems(result: Measured) -> str:
@@ -96,7 +109,8 @@ def problems(result: Measured) -> str:
     found, plan = result.found, result.plan
     parts = [f"{counted(frames, 'frame')} refused ({code})" for code, frames in found.refused.items()]
     if found.unanswered:
-        parts.append(f"{counted(found.unanswered, 'frame')} unanswered")
+        due = f" of the {result.due_frames:,} due" if found.lost and plan.mode is Mode.OPEN else ""
+        parts.append(f"{counted(found.unanswered, 'frame')}{due} unanswered")
     if found.unsent:
         parts.append(f"{counted(found.unsent, 'frame')} not sent")
     period_s = plan.steps / plan.rate_hz if plan.mode is Mode.OPEN else 0.0
@@ -105,8 +119,6 @@ def problems(result: Measured) -> str:
         parts.append(f"{counted(result.reconnections, 'reconnection')}, {result.away_s:.1f} s without a connection")
     elif is_steady and result.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
         parts.append(f"nothing was answered for {result.longest_silence_s:.1f} s")
-    if found.lost and len(result.answered):
-        parts.append(f"ended after {result.seconds:.1f} s: {found.lost}")
     return "".join(f", {part}" for part in parts)
 
 

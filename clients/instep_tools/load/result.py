@@ -67,6 +67,11 @@ class Measured:
         return not found.refused and not missing and len(self.samples) > 0
 
     @property
+    def due_frames(self) -> int:
+        """How many frames were due by the end of the test, or sent in a closed loop."""
+        return int(self.samples["frames"].sum()) + self.found.refused.total()
+
+    @property
     def measured_itself(self) -> bool:
         """Whether this side could not keep up: what it found says nothing about the server."""
         late_us = self.parts["late_us"].p99

@@ -104,12 +104,16 @@ def test_a_server_that_is_gone() -> None:
     nan = math.nan
     waited = [(8.0, 5.5e6, 10.0, 5.4e6, nan, nan, nan, nan, 0, 4)] * 2
     found = result([GOOD[0], *waited], unanswered=8, lost="it is gone", gaps=[(0.5, 8.0)], gone=1)
-    assert report.problems(found) == ", 8 frames unanswered, ended after 0.5 s: it is gone"
+    assert report.early_end(found) == "ended after 0.5 of 10 s: it is gone"
+    assert re.fullmatch(
+        "until then 8 frames/s, 2 answers/s; p50 [^;]+, p99 [^;]+, unanswered frames included", report.numbers(found)
+    )
+    assert report.problems(found) == ", 8 frames of the 12 due unanswered"
     assert (found.parts["away_us"].p99, "away_us" in found.shown) == (5.4e6, True)
     values = found.as_json()
     assert (values["reconnections"], values["without_connection_s"], values["longest_silence_s"]) == (0, 7.5, 7.5)
     nothing = result(waited, unanswered=8, lost="it is gone")
-    assert report.numbers(nothing) + report.problems(nothing) == "nothing was answered: it is gone, 8 frames unanswered"
+    assert (report.early_end(nothing), report.numbers(nothing)) == ("nothing was answered: it is gone", "")
     assert rendered(plot.run([nothing], info_with()), Path("a.png")).startswith(b"\x89PNG")
 
 
