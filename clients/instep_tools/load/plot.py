@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final, TypeAlias
@@ -15,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.plan import Mode
-from instep_tools.load.report import ROWS, numbers
+from instep_tools.load.report import ROWS, early_end, numbers
 from instep_tools.load.result import PARTS, Measured, Verdict
 from instep_tools.load.samples import F64, SampleArray, percentiles
 from instep_tools.load.search import FAILURES_TO_BELIEVE
@@ -24,6 +25,8 @@ from instep_tools.words import counted, three_digits
 MOST_BINS: Final = 60
 FEW_ANSWERS: Final = 2000
 """Up to here, every answer is a dot of its own: of few answers in a bin, the 99th percentile is the largest."""
+TITLE_LETTERS: Final = 110
+"""The most in a line above a picture."""
 LEAST_MS: Final = 1e-3
 """Nothing is faster on a logarithmic axis."""
 BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
@@ -43,9 +46,10 @@ def run(trials: Sequence[Measured], info: ServerInfo) -> Figure:
     [result] = trials
     plan = result.plan
     loop = f"open loop at {plan.rate_hz:g} Hz" if plan.mode is Mode.OPEN else "closed loop"
-    subtitle = numbers(result)
-    if result.measured_itself:
-        subtitle = f"the load generator could not keep up; this says nothing about the server\n{subtitle}"
+    too_slow = "the load generator could not keep up; this says nothing about the server"
+    lines = [too_slow] if result.measured_itself else []
+    lines += [*textwrap.wrap(early_end(result), TITLE_LETTERS), numbers(result)]
+    subtitle = "\n".join(filter(None, lines))
     figure = _figure(
         f"{info.model} · {counted(plan.streams, 'stream')}, {counted(plan.connections, 'connection')}, {loop}",
         subtitle,
@@ -120,7 +124,7 @@ def _bins(result: Measured, answers: int) -> F64:
 
     Of an open loop they are whole periods wide, so that a steady load looks steady.
     """
-    plan, seconds = result.plan, max(result.seconds, 1e-3)
+    plan, seconds = result.plan, max(result.shown_s, 1e-3)
     width = seconds / min(MOST_BINS, max(1, len(result.samples) // answers))
     if plan.mode is Mode.OPEN:
         period = plan.steps / plan.rate_hz
@@ -137,12 +141,15 @@ def _in_bins(samples: SampleArray, edges: F64) -> list[SampleArray]:
 def _along_time(axes: Axes, result: Measured) -> None:
     """The axis of seconds, with the gaps in which a connection was lost."""
     upright: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center", "transform": axes.get_xaxis_transform()}
-    for start, end in result.gaps:
-        if start < result.seconds:
-            end = min(end, result.seconds)
+    shown_s, gaps = result.shown_s, result.gaps
+    if result.found.gone:  # the last gap ends with the test
+        gaps[-1] = gaps[-1][0], shown_s
+    for start, end in gaps:
+        if start < shown_s:
+            end = min(end, shown_s)
             axes.axvspan(start, end, color=GREY, alpha=0.3, linewidth=0)
             axes.text((start + end) / 2, 0.5, "no connection", fontsize=8, **upright)
-    axes.set_xlim(0, max(result.seconds, 1e-3))
+    axes.set_xlim(0, max(shown_s, 1e-3))
     axes.set_xlabel("s")
     axes.grid(alpha=0.3)
 

@@ -134,6 +134,11 @@ class Measured:
         return merged
 
     @property
+    def shown_s(self) -> float:
+        """How much time a picture shows: the planned one where the server went away before."""
+        return self.plan.duration_s if self.found.lost else self.seconds
+
+    @property
     def reconnections(self) -> int:
         """How many connections were lost and came back."""
         return len(self.found.gaps) - self.found.gone

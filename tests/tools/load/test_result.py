@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import StepPatch
 
 from instep_tools.load import plot, report, saved
 from instep_tools.load.generator import PartResult
@@ -115,6 +116,25 @@ def test_a_server_that_is_gone() -> None:
     nothing = result(waited, unanswered=8, lost="it is gone")
     assert (report.early_end(nothing), report.numbers(nothing)) == ("nothing was answered: it is gone", "")
     assert rendered(plot.run([nothing], info_with()), Path("a.png")).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("answers", [400, 3000])
+def test_the_picture_of_a_server_that_is_gone_shows_the_loss(answers: int) -> None:
+    nan = math.nan
+    rows = [(0.5 * number / answers, *GOOD[0][1:]) for number in range(1, answers + 1)]
+    rows += [(8.0, 7e6, 10.0, 6.9e6, nan, nan, nan, nan, 0, 4)]
+    found = result(rows, unanswered=4, lost="it is gone", gaps=[(0.1, 0.2), (0.5, 8.0)], gone=1)
+    figure = plot.run([found], info_with())
+    assert "ended after 0.5 of 10 s: it is gone\nuntil then " in figure.get_suptitle()
+    over_time = [axes for axes in figure.axes if axes.get_xlabel() == "s"]
+    assert len(over_time) == 3
+    for axes in over_time:
+        assert axes.get_xlim() == (0, 10)
+        assert [text.get_position()[0] for text in axes.texts] == pytest.approx([0.15, 5.25])
+    (rates,) = (patch for axes in over_time for patch in axes.patches if isinstance(patch, StepPatch))
+    values, edges, _ = rates.get_data()
+    assert (values[-1], edges[-1] > 9) == (0, True)
+    assert rendered(figure, Path("a.png")).startswith(b"\x89PNG")
 
 
 def test_p999_needs_a_thousand_answers() -> None:
