@@ -147,6 +147,8 @@ class Load:
     _lines: list[_Line] = field(default_factory=list)
     _stalls: list[tuple[float, float]] = field(default_factory=list)
     _waiting: dict[asyncio.Task[None], _Block] = field(default_factory=dict)
+    _left: list[_Block] = field(default_factory=list)
+    """Blocks that were given up without an answer."""
     _slow: int = 0
     _unsent: int = 0
     _gave_up: bool = False
@@ -160,7 +162,6 @@ class Load:
         Raises:
             InstepError: when nobody answers, or a stream cannot be opened.
         """
-        left: list[_Block] = []
         lost, is_gone = "", False
         async with AsyncExitStack() as stack:
             senders = await self._open(stack)
@@ -173,9 +174,9 @@ class Load:
             try:
                 async with task_group() as tasks:
                     await send(senders, tasks)
-                    left = await self._drain(max(0.0, self._end - self.clock.now()) * self._is_closed + drain_s)
+                    await self._drain(max(0.0, self._end - self.clock.now()) * self._is_closed + drain_s)
                 drained = self.clock.now()
-                if left:
+                if self._left:
                     lost = await self._find_loss()
                     is_gone = bool(lost)
             except InstepError as error:
@@ -183,7 +184,7 @@ class Load:
         if is_gone:
             for line in self._lines:
                 line.lose(drained)
-        unanswered = self._add_unanswered(left, drained, is_gone)
+        unanswered = self._add_unanswered(drained, is_gone)
         samples = as_samples(self._samples)
         stalls = [(start - self._counted_from, end - self._counted_from) for start, end in self._stalls]
         samples["held_up_us"] = held_up_us(samples, stalls)
@@ -299,14 +300,12 @@ class Load:
                 now = self.clock.now()
                 self._stalls.append((now - stall_s, now))
 
-    async def _drain(self, timeout_s: float) -> list[_Block]:
-        """Wait for the last answers; the blocks that got none in time."""
+    async def _drain(self, timeout_s: float) -> None:
+        """Wait for the last answers, and give up the blocks that got none in time."""
         if self._waiting:
             await asyncio.wait(list(self._waiting), timeout=timeout_s)
-        left = [block for block in self._waiting.values() if block.frames]
         for task in list(self._waiting):
             task.cancel()
-        return left
 
     async def _send(self, sender: _Sender, block: _Block) -> None:
         counted = block.due >= self._counted_from
@@ -324,6 +323,9 @@ class Load:
             if refused.code in ENDING:
                 raise
             self._refused[refused.code.name] += block.frames * counted
+        except (ConnectionFailed, asyncio.CancelledError):
+            self._left.append(block)
+            raise
         else:
             now = self.clock.now()
             block.answered = True
@@ -345,9 +347,9 @@ class Load:
         at_s = now - self._counted_from
         self._samples.extend((at_s, latency_us, late_us, away_us, *server_us, rest_us, 0.0, block.frames))
 
-    def _add_unanswered(self, left: list[_Block], now: float, is_gone: bool) -> int:
-        """Take a sample of every block that counts; the number of their frames."""
-        left = [block for block in left if block.due >= self._counted_from]
+    def _add_unanswered(self, now: float, is_gone: bool) -> int:
+        """Take a sample of every block that counts and was given up; the number of their frames."""
+        left = [block for block in self._left if block.due >= self._counted_from]
         for block in left:
             away_us = 1e6 * block.line.lost_s(block.sent, now) if is_gone else math.nan
             self._add(block, now, away_us, math.nan, math.nan, math.nan)

@@ -215,7 +215,17 @@ async def test_a_connection_that_is_lost_for_good_ends_the_test(mode: Mode) -> N
     assert len(result.samples) >= 4
     assert server.open_connections == 0
     result = await run(ModelServer(clock, lambda number: lose_the_server(4)), clock, mode=mode)
-    assert (result.lost, len(result.samples)) == ("the server went away", 0)
+    assert (result.lost, len(result.samples), result.unanswered) == ("the server went away", 1, 2)
+    assert np.isnan(result.samples["rest_us"]).all(), "nothing was answered"
+
+
+async def test_what_was_on_its_way_when_the_connection_was_lost_for_good_is_unanswered() -> None:
+    """Blocks 2 and 3 wait until block 4, sent at 0.4 s, finds the connection lost; time is 0.5 s then."""
+    clock = JumpingClock()
+    server = ModelServer(clock, lambda number: math.inf if number in (2, 3) else lose_the_server(number))
+    result = await run(server, clock)
+    assert (result.lost, result.unanswered, result.gone) == ("the server went away", 6, 1)
+    np.testing.assert_allclose(np.sort(result.samples["latency_us"][2:]), [100_000, 200_000, 300_000], atol=1e-3)
 
 
 async def test_the_time_without_a_connection_is_told_apart() -> None:
