@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.text import BAD_LINES_NAMED, BadLine, Line, LineReader
@@ -31,6 +33,15 @@ CHUNK_STEPS: Final = 32
 LINES_ON_THE_WAY: Final = 1024
 
 ALL_ENDED: Final = "the server has ended every stream, so nothing more is sent: run the command again to open new ones"
+
+
+def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
+    """Why a stream is not opened, and what to do on the command line; `is_own_name` where --name can change it."""
+    if refused.code is not Code.NAME_IN_USE:
+        return str(refused)
+    other = "choose another name with --name, or " if is_own_name else ""
+    close = f"instep-client streams close {shlex.quote(refused.stream)}"
+    return f"{refused.code.name}: a stream {refused.stream!r} is open or parked: {other}close it with {close}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class LiveRun:
                     self.all_ended = True
                     break
                 if name not in streams:
-                    streams[name] = await self._open(name)
+                    streams[name] = await self._open(name, is_own_name=line.stream is None)
                 stream = streams[name]
                 if sent[name] == self.pace.frames and all(sent[name] == self.pace.frames for name in names):
                     break
@@ -158,11 +169,11 @@ class LiveRun:
         elif together == BAD_LINES_NAMED + 1:
             self.terminal.error("and so on: the bad lines that follow are counted, until a good one comes")
 
-    async def _open(self, name: str) -> AsyncStream | None:
+    async def _open(self, name: str, is_own_name: bool) -> AsyncStream | None:
         try:
             return await self.client.open(name)
         except StreamRefused as refused:
-            self.terminal.error(f"{refused}; its lines are left out")
+            self.terminal.error(f"{why_not_opened(refused, is_own_name)}; its lines are left out")
             self.answers.refused += 1
             return None
 

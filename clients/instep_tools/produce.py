@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from instep_client.aio import AsyncClient
-from instep_client.protocol.errors import Refused
+from instep_client.protocol.errors import Refused, StreamRefused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.connect import Target, connected, may_give_up
 from instep_tools.feed import read_lines
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import holds_lines, read_sequences
 from instep_tools.formats.write import SavedOutputs, check_output_path
-from instep_tools.live import ALL_ENDED, LiveRun, Pace
+from instep_tools.live import ALL_ENDED, LiveRun, Pace, why_not_opened
 from instep_tools.outputs import Answers, OutputFormat, Outputs, PrintedOutputs, SentFrames
 from instep_tools.pacing import Clock, Stop
 from instep_tools.plan import Send, make_plan
@@ -73,7 +73,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
             live = LiveRun(client, what.pace, answers, terminal, stop, clock)
             started = clock.now()
             streams = what.streams or 1
-            with may_give_up(stop):
+            with may_give_up(stop), _told_how_to_open():
                 if descriptor is not None:
                     names = _names(what.name, streams)
                     async with _progress(what, terminal, answers, math.inf):
@@ -92,6 +92,14 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
     if live.all_ended:
         terminal.error(ALL_ENDED)
     return _report(what, terminal, stop, answers, live, streams, seconds)
+
+
+@contextmanager
+def _told_how_to_open() -> Iterator[None]:
+    try:
+        yield
+    except StreamRefused as refused:
+        raise CommandProblem(why_not_opened(refused)) from None
 
 
 def _report(

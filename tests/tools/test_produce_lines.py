@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +145,33 @@ async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames
         assert await produce(what, run.terminal, run.stop, run.clock) == Exit.FOUND_PROBLEMS
     assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
     assert run.terminal.complained.count("NAME_IN_USE") == 1
-    assert "its lines are left out" in run.terminal.complained
+    assert run.terminal.complained.startswith(
+        "error: NAME_IN_USE: a stream 'b' is open or parked: close it with instep-client streams close b; "
+        "its lines are left out\n"
+    )
+
+
+@pytest.mark.parametrize("what", [{"signal": Signal.SINE}, {"file": Path("in.npy")}, {"file": Path("in.txt")}])
+async def test_a_name_in_use_is_answered_with_what_helps_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: F32, what: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("in.npy", frames)
+    np.savetxt("in.txt", frames)
+    run = ProduceRun()
+    run.server.rules.names["it's-0"] = 999
+    with run.server as server:
+        wanted = Produce(Target(server.endpoint), FAST, name="it's", **what)
+        try:
+            await produce(wanted, run.terminal, run.stop, run.clock)
+            said = run.terminal.complained
+        except CommandProblem as problem:
+            said = str(problem)
+    assert (
+        'NAME_IN_USE: a stream "it\'s-0" is open or parked: choose another name with --name, or close it with ' in said
+    )
+    (closing,) = re.findall("instep-client (streams close '.+-0')", said)
+    assert shlex.split(closing) == ["streams", "close", "it's-0"]
 
 
 async def test_standard_input(monkeypatch: pytest.MonkeyPatch, frames: F32) -> None:
