@@ -88,7 +88,7 @@ class AsyncClient:
 
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
-            ConnectionFailed: when nobody answers within `timeout_s`.
+            ConnectionFailed: when nobody answers within `timeout_s`, or, without `wait`, no host of that name is known.
             Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
         """
         await self._driver.start(self._wait)

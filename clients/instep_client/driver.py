@@ -143,13 +143,18 @@ class Driver:
             self._sockets.act_in_next_turn(self._loop, self)
 
     async def _look(self) -> None:
-        """Fail if nothing listens at the endpoint. A later connection is waited for: servers are restarted."""
+        """Fail if nothing listens at the endpoint or its host is unknown. A later connection is waited for."""
         await asyncio.sleep(_FIRST_LOOK_S)
         endpoint = self._session.endpoint
-        if await nothing_listens(endpoint) and not self._session.greeting.done:
-            self._session.fail(
-                ConnectionRefused, f"nothing listens at {endpoint}: start a server there, or correct the endpoint"
-            )
+        error: type[ConnectionFailed] = ConnectionRefused
+        why = f"nothing listens at {endpoint}: start a server there, or correct the endpoint"
+        try:
+            if not await nothing_listens(endpoint):
+                return
+        except ConnectionFailed as unknown:
+            error, why = ConnectionFailed, str(unknown)
+        if not self._session.greeting.done:
+            self._session.fail(error, why)
             self.wake()
 
     def _connect(self) -> None:

@@ -7,7 +7,7 @@ import re
 import socket
 from typing import Any, Final
 
-from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.errors import ConnectionFailed, InvalidInput
 
 _TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|[0-9]{1,5})")
 _HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:[0-9]*)?(/.*)?")
@@ -51,6 +51,9 @@ async def nothing_listens(endpoint: str) -> bool:
 
     ZeroMQ does not tell: it tries again for ever. What can only be seen by waiting, as a host that drops packets, is
     not waited for here for longer than the system takes.
+
+    Raises:
+        ConnectionFailed: when the operating system knows no host of that name.
     """
     loop = asyncio.get_running_loop()
     addresses: list[tuple[int, Any]]
@@ -61,8 +64,12 @@ async def nothing_listens(endpoint: str) -> bool:
         host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
         try:
             found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):  # ZeroMQ may know more forms, as `eth0;host:port`
-            return False
+        except (OSError, UnicodeError) as error:
+            if ";" not in host and getattr(error, "errno", None) == socket.EAI_NONAME:
+                raise ConnectionFailed(
+                    f"the host name in {endpoint} is not known on this machine: correct the endpoint"
+                ) from None
+            return False  # ZeroMQ may know more forms, as `eth0;host:port`, and some failures pass
         addresses = [(family, address) for family, _, _, _, address in found]
     is_refused = False
     for family, address in addresses:

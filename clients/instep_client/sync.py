@@ -64,7 +64,8 @@ class Client(InThread[AsyncClient]):
 
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
-            ConnectionFailed: when nobody answers within `timeout_s`, or this process has no room for an event loop.
+            ConnectionFailed: when nobody answers within `timeout_s`, without `wait` no host of that name is known, or
+                this process has no room for an event loop.
             Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
         """
         self._thread.start()

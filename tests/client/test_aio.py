@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +308,24 @@ async def test_a_server_that_is_not_there_is_waited_for_only_if_asked(tmp_path: 
         client = AsyncClient(nowhere, timeout_s=0.2, wait=True)
         with pytest.raises(ConnectionFailed, match=f"nobody answers at {nowhere}"):
             await client.connect()
+    gc.collect()
+
+
+async def test_a_host_that_is_not_known_is_waited_for_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = [socket.EAI_NONAME]
+
+    def find(*address: object, **wanted: object) -> None:
+        raise socket.gaierror(reasons[0], "as the system says")
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    unknown = "tcp://nohost.invalid:5757"
+    with pytest.raises(ConnectionFailed, match=f"^the host name in {unknown} is not known on this machine"):
+        await AsyncClient(unknown).connect()
+    with pytest.raises(ConnectionFailed, match=f"nobody answers at {unknown}"):
+        await AsyncClient(unknown, timeout_s=0.2, wait=True).connect()
+    reasons[0] = socket.EAI_AGAIN  # which may pass
+    with pytest.raises(ConnectionFailed, match=f"nobody answers at {unknown}"):
+        await AsyncClient(unknown, timeout_s=0.2).connect()
     gc.collect()
 
 

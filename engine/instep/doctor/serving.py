@@ -22,7 +22,7 @@ from instep.server.memory import exceeds, memory_when_full
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep_client import AsyncClient, Refused
 from instep_client.endpoint import nothing_listens
-from instep_client.protocol.errors import InstepError
+from instep_client.protocol.errors import ConnectionFailed, InstepError
 
 PATIENCE_S: Final = 3.0
 
@@ -162,7 +162,10 @@ def examine_endpoints(findings: Findings, config: Config) -> bool:
 async def _who_answers(endpoint: str) -> str:
     """Who listens at an endpoint to which a server would bind; empty where nobody does."""
     address = local_address(endpoint)
-    if await nothing_listens(address):
+    try:
+        if await nothing_listens(address):
+            return ""
+    except ConnectionFailed:  # there is no such host
         return ""
     client = AsyncClient(address, "instep doctor", PATIENCE_S, reconnect_s=0.0, model="")
     try:
