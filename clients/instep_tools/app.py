@@ -62,7 +62,7 @@ Save = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Save frames and outputs: a .csv, .npz, .parquet or .mcap file.", dir_okay=False),
 ]
-Named = Annotated[bool, typer.Option("--named", help="The first column of each line names its stream.")]
+Named = Annotated[bool, typer.Option("--named", help="The first column of text or Parquet names the stream.")]
 Columns = Annotated[
     str | None, typer.Option(metavar="A,B,…", help="The columns of the frame. (default: x0,x1,… or all that fit)")
 ]

@@ -62,8 +62,6 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
     """
     format = _checked(what, terminal)
     lines = what.signal is None and (what.file is None or holds_lines(what.file))
-    if what.choice.named and not lines:
-        raise CommandProblem("--named is for lines of text: their first column names the stream")
     sequences = None if lines or what.file is None else read_sequences(what.file, what.choice)
     with ExitStack() as stack:
         descriptor = _descriptor(what.file, stack) if lines else None

@@ -27,7 +27,7 @@ class Choice:
     """Which columns and streams of a file are meant."""
 
     named: bool = False
-    """The first column of a text names the stream, whatever its header says."""
+    """The first column of text or Parquet names the stream, whatever the column is called."""
     columns: tuple[str, ...] = ()
     """The columns that are the frame, in this order; empty for those that look like it."""
     time: str | None = None

@@ -37,7 +37,7 @@ def read_parquet(path: Path, choice: Choice) -> RecordedSequences:
             own = {key.removeprefix(PREFIX): text for key, text in texts.items() if key.startswith(PREFIX)}
             header = TableHeader.from_metadata(own)
             names = file.schema_arrow.names
-            roles = find_roles(names, Choice(columns=choice.columns, time=choice.time), header)
+            roles = find_roles(names, choice, header)
             labels = {"stream": roles.stream, "stream_id": roles.stream_id, "seq": roles.seq, "time": roles.time}
             wanted = [at for at in (*labels.values(), *roles.inputs, *roles.outputs) if at is not None]
             table = file.read([names[at] for at in wanted])
@@ -75,7 +75,7 @@ def _numbers(path: Path, name: str, column: Any, kinds: str) -> npt.NDArray[Any]
         what = "whole numbers" if kinds == "iu" else "numbers"
         raise BadFile(
             f"{path}: the column {name!r} must be {what} and have no gaps, it is {column.type}; "
-            "name the frame's columns with --columns"
+            "name the frame's columns with --columns, and give --named if the first column names the stream"
         )
     return found
 

@@ -83,8 +83,8 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
     """
     choice = choice or Choice()
     reader = _reader(path)
-    if choice.named and reader is not read_text:
-        raise CommandProblem("--named is for lines of text: their first column names the stream")
+    if choice.named and reader not in (read_text, read_parquet):
+        raise CommandProblem(f"--named is for text and Parquet, whose first column names the stream: {path} is neither")
     if choice.time and reader not in (read_text, read_parquet):
         raise CommandProblem(f"--time names a column of text or Parquet: {path} has none")
     try:

@@ -108,7 +108,7 @@ def test_bad_arrays_say_what_is_wrong(tmp_path: Path, arrays: dict[str, Any], wh
 def test_choices_that_arrays_do_not_have(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", F32)
     for choice, why in (
-        (Choice(named=True), "--named is for lines of text"),
+        (Choice(named=True), "--named is for text and Parquet, whose first column names the stream"),
         (Choice(time="t"), "--time names a column of text or Parquet"),
         (Choice(columns=("x5",)), "there is no column 'x5'; its columns are x0, x1"),
         (Choice(only="b*"), "no stream's name fits 'b*'; the first one is called 'a'"),

@@ -121,6 +121,11 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
         with pytest.raises(CommandProblem) as failure:
             read_sequences(tmp_path / "p.parquet", choice)
         assert why in str(failure.value)
+    devices = pa.table({"device": pa.array(["left", "right", "left"]), "stream": [7, 8, 9], "f0": [1, 2, 3]})
+    parquet.write_table(devices, tmp_path / "devices.parquet")
+    for choice in (Choice(named=True), Choice(named=True, columns=("f0",))):
+        named = read_sequences(tmp_path / "devices.parquet", choice)
+        assert (named.names, named.frames.tolist()) == (("left", "right"), [[1], [3], [2]])
     parquet.write_table(pa.table({"a": [1.0, 2.0]}), tmp_path / "one.parquet")
     assert read_sequences(tmp_path / "one.parquet").names == ("one",)
 
