@@ -25,6 +25,7 @@ from instep_tools.words import counted
 
 BAD_LINES_NAMED: Final = 5
 """How many bad lines of a file its message names."""
+_SEMICOLONS: Final = ": separate numbers by commas or white space, not by semicolons"
 _FRACTION: Final = re.compile(r"\.(\d+)")
 
 
@@ -99,7 +100,8 @@ class LineReader:
         if self._roles is None:
             line = self._plain(fields)
         elif len(fields) != len(self._names):
-            raise BadLine(f"it has {counted(len(fields), 'column')}, the header has {len(self._names)}")
+            hint = f"{_SEMICOLONS}; decimals need a point" if ";" in self._names[0] else ""
+            raise BadLine(f"it has {counted(len(fields), 'column')}, the header has {len(self._names)}", hint)
         else:
             line = self._by_roles(fields, self._roles)
         if line.stream is not None and not name_is_good(line.stream):
@@ -148,9 +150,24 @@ class LineReader:
             stream_id=0 if roles.stream_id is None else _integer(fields[roles.stream_id]),
             seq=None if roles.seq is None else _integer(fields[roles.seq]),
             time_ns=None if roles.time is None else time_ns(self._names[roles.time], fields[roles.time]),
-            frame=_frame(numbers),
+            frame=self._frame_by_roles(numbers, roles),
             output=output,
         )
+
+    def _frame_by_roles(self, numbers: list[str], roles: Roles) -> F32:
+        try:
+            return _frame(numbers)
+        except BadLine as error:
+            fields = zip(roles.inputs, numbers, strict=True)
+            texts = [self._names[at] for at, field in fields if field and not _is_number(field)]
+            hint = ""
+            if texts and ";" in texts[0]:
+                hint = _SEMICOLONS
+            elif texts and self.features is None and not self.choice.columns:  # no line was good by now
+                hint = "; name the frame's columns with --columns"
+                if texts == self._names[:1] and roles.stream is None:
+                    hint += f", and give --named if {texts[0]!r:.40} names the stream"
+            raise BadLine(error.reason, hint) from None
 
     def _check_count(self, numbers: list[str], fields: list[str]) -> None:
         if not numbers:
@@ -159,7 +176,7 @@ class LineReader:
             return
         hint = ""
         if any(";" in field for field in fields):
-            hint = ": separate numbers by commas or white space, not by semicolons"
+            hint = _SEMICOLONS
         elif self._roles is not None:
             hint = f": the columns are {', '.join(self._names)}; name those of the frame with --columns"
         elif not self.choice.named and len(numbers) - 1 == self.features and not _is_number(fields[0]):

@@ -12,6 +12,7 @@ from instep_tools.formats.text import BadLine, Line, LineReader
 from instep_tools.problems import BadFile, CommandProblem
 
 NAMED = Choice(named=True)
+SEMICOLONS = ": separate numbers by commas or white space, not by semicolons"
 
 
 def read(reader: LineReader, text: str) -> Line:
@@ -194,6 +195,17 @@ def test_whole_files(tmp_path: Path) -> None:
             "a 1\nb x\n",
             "line 1: 'a' is not a number; line 2: 'b' is not a number: if 'a' names the stream, give --named",
         ),
+        (
+            "f0,label,f1\n1,a,2\n3,b,4\n",
+            "line 2: 'a' is not a number; line 3: 'b' is not a number; name the frame's columns with --columns",
+        ),
+        (
+            "device,f0\na,1\n",
+            "name the frame's columns with --columns, and give --named if 'device' names the stream",
+        ),
+        ("f0;f1\n1;2\n", f"line 2: '1;2' is not a number{SEMICOLONS}"),
+        ("f0;f1\n1,5;2,5\n", f"line 2: it has 3 columns, the header has 1{SEMICOLONS}; decimals need a point"),
+        ("1;2\n3;4\n", f"line 2: '3;4' is not a number{SEMICOLONS}"),
         ("time_s,x\n2,0\n1,0\n", "the times of a stream must never go back"),
         ("seq,x\n0,0\n2,0\n", "stream 'a' has frame 2 where frame 1 belongs"),
         ("seq,x\n0,0\n0,0\n", "stream 'a' has frame 0 where frame 1 belongs"),
@@ -209,3 +221,9 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, why: str) -> Non
         read_sequences(tmp_path / "a.csv")
     assert why in str(failure.value)
     assert str(tmp_path / "a.csv") in str(failure.value)
+
+
+def test_a_bad_value_in_a_column_of_numbers_is_no_reason_for_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("f0,f1\n1,2\n3,oh\n")
+    with pytest.raises(BadFile, match=r"line 3: 'oh' is not a number$"):
+        read_sequences(tmp_path / "a.csv")
