@@ -32,6 +32,17 @@ def check(found: RecordedStream, written: Written) -> None:
     assert repr(found) == f"<RecordedStream {found.name!r} stream_id={found.stream_id}: {size}>"
 
 
+def test_one_of_each_is_singular(tmp_path: Path) -> None:
+    number = np.zeros((1, 1), np.float32)
+    found = RecordedStream("mic", 7, number, number, np.zeros(1, np.int64), np.zeros(1, np.uint64))
+    assert repr(found) == "<RecordedStream 'mic' stream_id=7: 1 frame, 1 input and 1 output each>"
+    writer = RecordingWriter.create(tmp_path / "a.rec", make_header(DESCRIPTION))
+    open_stream(writer, 1, "mic", 1, 0, START_NS, None)
+    writer.close()
+    with OpenedRecording(tmp_path / "a.rec") as recording:
+        assert repr(recording) == "<OpenedRecording of model 'test': 1 name of a stream>"
+
+
 @pytest.mark.parametrize("unanswered", [0, 3])
 def test_streams_by_name(tmp_path: Path, unanswered: int) -> None:
     written = write_recording(tmp_path, unanswered=unanswered)

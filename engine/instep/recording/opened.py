@@ -15,6 +15,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import no_such_stream
 from instep.recording.schema import RecordingHeader
 from instep.recording.table import CHUNK_FRAMES, FrameTable, TableChunk
+from instep_tools.words import counted
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class RecordedStream:
         return len(self.seqs)
 
     def __repr__(self) -> str:
-        size = f"{len(self):,} frames, {self.inputs.shape[1]} inputs and {self.outputs.shape[1]} outputs each"
+        inputs, outputs = counted(self.inputs.shape[1], "input"), counted(self.outputs.shape[1], "output")
+        size = f"{counted(len(self), 'frame')}, {inputs} and {outputs} each"
         return f"<RecordedStream {self.name!r} stream_id={self.stream_id}: {size}>"
 
 
@@ -72,7 +74,8 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
             self._openings.setdefault(info.name, []).append(at)
 
     def __repr__(self) -> str:
-        return f"<OpenedRecording of model {self.header.model_name!r}: {len(self):,} names of streams>"
+        names = counted(len(self), "name of a stream", "names of streams")
+        return f"<OpenedRecording of model {self.header.model_name!r}: {names}>"
 
     def __getitem__(self, name: str) -> RecordedStream:
         """The newest opening of this name.
