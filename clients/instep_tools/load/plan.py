@@ -150,15 +150,12 @@ def block_limit(steps: int, info: ServerInfo) -> int:
     Raises:
         CommandProblem: when not even one stream's frames fit.
     """
-    limit = min(
-        info.max_block_frames // steps,
-        info.credit_frames // steps,
-        info.max_message_bytes // (4 * info.features * steps),
-        MAX_BLOCK_STREAMS,
-    )
-    if limit < 1:
-        raise CommandProblem(f"{steps} timesteps do not fit in one block of this server")
-    return limit
+    most_frames = min(info.max_block_frames, info.credit_frames, info.max_message_bytes // (4 * info.features))
+    if steps > most_frames:
+        raise CommandProblem(
+            f"{counted(steps, 'timestep')} do not fit in one block of this server, which takes {most_frames:,} at most"
+        )
+    return min(most_frames // steps, MAX_BLOCK_STREAMS)
 
 
 def _evenly(number: int, parts: int) -> list[int]:

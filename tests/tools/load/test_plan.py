@@ -64,7 +64,7 @@ def test_blocks_stay_within_what_the_server_takes() -> None:
         ({"processes": 4}, "every process needs a connection"),
         ({"streams": 200_000}, "keeps 100000 streams at most"),
         ({"block": 20_000}, "takes at most 16384 streams of 1 timesteps in one block"),
-        ({"steps": 20_000}, "20000 timesteps do not fit in one block"),
+        ({"steps": 20_000}, "20,000 timesteps do not fit in one block of this server, which takes 16,384 at most"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], why: str) -> None:
