@@ -137,7 +137,13 @@ class LoadTester:
 
     async def _measure(self, plan: LoadPlan, title: str = "measuring") -> Measured:
         parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
-        answered = counters(len(parts))
+        try:
+            answered = counters(len(parts))
+        except OSError as error:
+            raise CommandProblem(
+                f"there is no shared memory for the counters of a load test: {error.strerror or error}; look at the "
+                "limit on the size of files (ulimit -f) and at the room in /dev/shm"
+            ) from None
         meter = _Meter(lambda: sum(counter.value for counter in answered))
         seconds = plan.warmup_s + plan.duration_s
         async with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, meter.seconds), meter.rate):

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partialmethod
+from multiprocessing import heap
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from instep_tools.words import three_digits
 from tests.support.fake_server import FakeServer, Message, error
 from tests.support.pages import read_page
 from tests.support.ring_server import RingServer
+from tests.support.small_files import files_of_at_most
 from tests.tools.loads import PLAN, SHORT, Timed, fits, run
 
 
@@ -287,6 +289,17 @@ def test_a_full_disk_costs_the_file_and_not_the_result(tmp_path: Path, monkeypat
     assert f"{tmp_path / 'p.png'} cannot be written: No space left on device" in result.stderr
     assert " frames/s, " in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_shared_memory_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap.BufferWrapper, "_heap", heap.Heap())  # that of earlier tests may have room
+    with FakeServer() as server, files_of_at_most(1000):
+        result = run(*SHORT, "--endpoint", server.endpoint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        "error: there is no shared memory for the counters of a load test: File too large; look at the limit on the "
+        "size of files (ulimit -f) and at the room in /dev/shm"
+    )
 
 
 def test_a_server_that_is_restarted_in_the_middle() -> None:
