@@ -163,12 +163,7 @@ def _outputs(
     what: Produce, format: OutputFormat, terminal: Terminal, stop: Stop, info: ServerInfo, stack: ExitStack
 ) -> Outputs:
     if what.save is not None:
-
-        def end(problem: CommandProblem) -> None:
-            terminal.error(str(problem))
-            stop.request()
-
-        return stack.enter_context(SavedOutputs(what.save, info, end))
+        return stack.enter_context(SavedOutputs(what.save, info, terminal.error, stop.request))
 
     def write(text: str) -> None:
         if not terminal.write(text):  # nobody reads any more

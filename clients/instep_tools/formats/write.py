@@ -90,16 +90,17 @@ class SavedOutputs:
     Args:
         path: where it is saved.
         info: of the server.
-        on_failure: called once, with the reason, when it cannot be written any more; what comes later is left out.
+        tell: called once, with the reason, when it cannot be written any more; what comes later is left out.
+        stop: called then, too, unless everything has come.
 
     Raises:
         CommandProblem: when it cannot be begun.
     """
 
-    def __init__(self, path: Path, info: ServerInfo, on_failure: Callable[[CommandProblem], None]) -> None:
+    def __init__(self, path: Path, info: ServerInfo, tell: Callable[[str], None], stop: Callable[[], None]) -> None:
         self.path = path
         self.has_failed = False
-        self._on_failure = on_failure
+        self._tell, self._stop = tell, stop
         kind = check_output_path(path)
         self._is_watched = kind == "csv" and not path.exists()
         with ExitStack() as stack:
@@ -124,6 +125,8 @@ class SavedOutputs:
         if self._count > self._most:
             with self._told_of_failure():
                 self._flush()
+            if self.has_failed:
+                self._stop()
 
     @property
     def outcome(self) -> str:
@@ -146,7 +149,7 @@ class SavedOutputs:
         except CommandProblem as problem:
             if not self.has_failed:
                 self.has_failed = True
-                self._on_failure(problem)
+                self._tell(str(problem))
 
     def __enter__(self) -> SavedOutputs:
         return self
