@@ -5,9 +5,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
-from instep_tools.formats.write import WRITERS, Format
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.outputs import OutputFormat, PrintedOutputs
 from instep_tools.pacing import Stop
@@ -28,7 +25,6 @@ from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.signals import Signal, make_signal
 from tests.support.fake_server import reference
-from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import JumpingClock, RememberingTerminal
 from tests.tools.producing import FAST, ProduceRun, lines_of
 
@@ -187,45 +183,6 @@ async def test_with_a_file_for_outputs_json_is_one_object(tmp_path: Path) -> Non
     what: dict[str, Any] = {"signal": Signal.STEPS, "streams": 2, "pace": Pace(10.0, 3, None)}
     assert await run(**what, save=tmp_path / "y.csv") == Exit.OK
     assert run.terminal.json() == {**RESULT, "saved": str(tmp_path / "y.csv")}
-
-
-@pytest.mark.parametrize("format", WRITERS)
-async def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path: Path, format: Format) -> None:
-    file, link = tmp_path / f"keep.{format}", tmp_path / f"link.{format}"
-    link.symlink_to(file)
-    file.write_text("older")
-    what: dict[str, Any] = {"signal": Signal.NOISE, "streams": 4, "pace": Pace(None, 640, None), "save": link}
-    run = ProduceRun(as_json=True)
-    with files_of_at_most(30_000):
-        assert await run(**what) == Exit.COULD_NOT_RUN
-    assert f"error: {link} cannot be written: File too large" in run.terminal.complained
-    summary = run.terminal.complained.splitlines()[-1]
-    early = "; stopped, all streams closed" if format == "csv" else ""  # others are written at the end
-    assert re.match(rf"[\d,]+ frames of 4 streams sent and answered in [^;]+{early}; .+ not written", summary)
-    assert run.terminal.json()["stopped"] == (format == "csv")
-    assert run.terminal.json()["saved"] is None
-    assert (file.read_text(), len(os.listdir(tmp_path))) == ("older", 2)
-    assert await ProduceRun()(**what) == Exit.OK
-    assert read_sequences(file).lengths.tolist() == [640] * 4
-    assert (link.is_symlink(), len(os.listdir(tmp_path))) == (True, 2)
-
-
-async def test_a_new_csv_can_be_watched_and_keeps_what_fits(tmp_path: Path) -> None:
-    run, file, sizes = ProduceRun(), tmp_path / "y.csv", [0]
-    run.clock.on_sleep = lambda moment: sizes.append(file.stat().st_size)
-    with files_of_at_most(4000):
-        assert await run(signal=Signal.NOISE, pace=Pace(10.0, 100, None), save=file) == Exit.COULD_NOT_RUN
-    assert len({*sizes}) > 2, "it did not grow"
-    assert run.terminal.said.strip().endswith(f"; {file} is incomplete")
-    assert file.read_text().count("\n") > 5
-
-
-async def test_a_pipe_is_written_to(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "y.csv")
-    with ThreadPoolExecutor() as threads:
-        reading = threads.submit((tmp_path / "y.csv").read_text)
-        assert await ProduceRun()(signal=Signal.NOISE, pace=Pace(None, 50, None), save=tmp_path / "y.csv") == Exit.OK
-        assert len(reading.result().splitlines()) == 51
 
 
 def test_printed_lines_give_every_bit_back(rng: np.random.Generator) -> None:

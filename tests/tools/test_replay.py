@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +18,12 @@ from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
-from instep_tools.formats.write import WRITERS
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
 from tests.support.rows import close_stream, open_stream
-from tests.support.small_files import files_of_at_most
 from tests.support.states import gru_state
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with, save_table
 
@@ -81,20 +78,6 @@ async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: RecordedS
     assert sum(steps * streams for steps, streams in run.server.rules.blocks) == 14
     assert await Run()(file, save=tmp_path / "again.csv") == Exit.OK
     assert len((tmp_path / "again.csv").read_text().splitlines()) == 15
-
-
-@pytest.mark.parametrize("name", [*(f"keep.{format}" for format in WRITERS), "keep.png"])
-async def test_a_file_that_cannot_be_written_costs_neither_the_older_one_nor_the_result(
-    tmp_path: Path, file: Path, name: str
-) -> None:
-    run, keep = Run(), tmp_path / name
-    keep.write_text("older")
-    with files_of_at_most(100):
-        what = "plot" if keep.suffix == ".png" else "save"
-        assert await run(file, check=True, **{what: keep}) == Exit.COULD_NOT_RUN
-    assert run.terminal.complained.endswith(f"error: {keep} cannot be written: File too large\n")
-    assert re.search(r"^14 frames of 4 streams .+; all 14 equal .+ not written$", run.terminal.said, re.MULTILINE)
-    assert (keep.read_text(), sorted(os.listdir(tmp_path))) == ("older", [keep.name, file.name])
 
 
 async def test_equal_outputs(file: Path) -> None:
