@@ -57,7 +57,7 @@ def check_writable(path: Path) -> None:
             why = f"there is no folder {path.parent}"
         elif path.exists() and not os.access(path, os.W_OK):
             why = "you have no permission"
-        elif not is_special(path) and not os.access(path.resolve().parent, os.W_OK):
+        elif not is_special(path) and not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
             why = "you have no permission to make a file in its folder"
     except OSError as error:  # a name is too long
         why = error.strerror

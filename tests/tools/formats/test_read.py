@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import shutil
 import sys
@@ -146,6 +147,12 @@ def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
     with pytest.raises(BadFile, match="cannot be written: File name too long"):
         check_output_path(tmp_path / f"{'y' * 300}.csv")
+    (tmp_path / "circle.csv").symlink_to("circle.csv")
+    assert check_output_path(tmp_path / "circle.csv") == "csv"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(BadFile, match=r"y.csv cannot be written: you have no permission to make a file in its folder"):
+        check_output_path(tmp_path / "y.csv")
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "folder.csv")
     (tmp_path / "folder.csv").rmdir()
     with pytest.raises(BadFile, match=r"^y.csv cannot be written: No such file or directory"):
