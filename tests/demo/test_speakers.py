@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ from rich.console import Console
 
 from instep.demo import MODEL_FOLDER, speakers
 from instep.demo.child_server import ChildFailed
-from instep.demo.producers import Heard, Producer, timetable
+from instep.demo.producers import Heard, Producer, stream_all, timetable
 from instep.demo.speakers import received_is_recorded, show_verification
 from instep.demo.train import load_utterances
+from instep.interrupts import Stopped
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
@@ -92,6 +95,34 @@ def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Pat
     verified = re.fullmatch(r"verified: ([\d,]+) streams, ([\d,]+) frames, .*, 0 mismatches", said[-1])
     assert verified is not None
     assert int(verified[2].replace(",", "")) > 5687 + 370
+
+
+def test_a_second_signal_while_the_server_ends_is_not_taken_for_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, times = Stopped(signal.SIGTERM), Stopped(signal.SIGTERM), list[int]()
+
+    class StoppedAgain(WarmServer):
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        ) -> None:
+            super().__exit__(None, None, None)
+            assert error is first
+            raise second
+
+    async def stream_once(*arguments: Any) -> float:
+        times.append(1)
+        if len(times) > 1:
+            raise first
+        return await stream_all(*arguments)
+
+    monkeypatch.setattr(speakers, "ChildServer", StoppedAgain)
+    monkeypatch.setattr(speakers, "stream_all", stream_once)
+    file = io.StringIO()
+    with pytest.raises(Stopped) as stop:
+        speakers.run(tmp_path, Console(file=file, width=80), speed=4.0, keep=True)
+    assert stop.value is second
+    assert "verified" not in file.getvalue()
 
 
 def frames_of(recording: Path) -> int:

@@ -77,7 +77,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     connections = connections_for(len(producers))  # before the engine starts, which inherits the limit of open files
 
     say(console, f"starting the engine with the model in {folder}")
-    is_repeating = False
+    first: Stopped | KeyboardInterrupt | None = None
     try:
         verified = ["--verify-live"] if keep else []  # the dashboard shows it
         with ChildServer(folder, ["--record", str(recording), *verified], administered=True) as server:
@@ -96,12 +96,15 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
                 say(console, f"in a terminal: {program()} top {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
-                is_repeating = True
-                while True:
-                    again = Heard(lengths, SPEAKERS)
-                    run_cancellable(stream_all(server.endpoint, producers, connections, again))
-    except (Stopped, KeyboardInterrupt):
-        if not is_repeating:
+                try:
+                    while True:
+                        again = Heard(lengths, SPEAKERS)
+                        run_cancellable(stream_all(server.endpoint, producers, connections, again))
+                except (Stopped, KeyboardInterrupt) as stop:
+                    first = stop
+                    raise
+    except (Stopped, KeyboardInterrupt) as stop:
+        if stop is not first:  # before the repeating, or a second one, which has killed the server
             raise
 
     if not is_received:
