@@ -66,6 +66,20 @@ setattr(place, name, stopped)
 __main__.main()
 """
 """`instep`, where the same signal comes twice as it calls a function."""
+REPORTS = """
+import sys, time
+from instep import interrupts
+
+interrupts.end_at_once()
+interrupts.raise_stopped()
+try:
+    sys.stderr.write("ready")
+    time.sleep(60)
+except interrupts.Stopped:
+    print("the report")
+    print("a remark", file=sys.stderr)
+"""
+"""A program that ends with its report once a signal comes."""
 IMPORTED = """
 import os, signal
 
@@ -308,6 +322,24 @@ def test_a_line_ends_behind_what_the_terminal_echoes() -> None:
         with os.fdopen(program, "wb") as stderr:
             assert subprocess.run([sys.executable, "-c", script], stderr=stderr, check=False).returncode == 130
             assert screen.read(10) == b"\r\n"
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_what_goes_to_a_terminal_that_has_closed_is_dropped(tmp_path: Path, to_file: bool) -> None:
+    terminal, program = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as screen, open(tmp_path / "report", "wb") as file:
+        with os.fdopen(program, "wb") as stderr:
+            stdout = file if to_file else stderr
+            process = subprocess.Popen([sys.executable, "-c", REPORTS], stdout=stdout, stderr=stderr)
+        try:
+            assert screen.read(5) == b"ready"
+            screen.close()
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+    assert (tmp_path / "report").read_text() == ("the report\n" if to_file else "")
 
 
 @pytest.mark.usefixtures("handler_kept")

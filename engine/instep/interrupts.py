@@ -7,6 +7,7 @@ imported, or while the process ends. This is imported before anything else, so i
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -102,6 +103,16 @@ def stop_no_more() -> None:
     _stops = passes_over
 
 
+def drop_unread() -> bool:
+    """Send what goes to a terminal that has closed to nowhere, because writing to it fails; whether there was one."""
+    unread = [file for file in (1, 2) if _has_closed(file)]
+    for file in unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file)
+        os.close(nowhere)
+    return bool(unread)
+
+
 def change_nothing() -> None:
     """From here on Ctrl-C does nothing: the work is done, the exit status decided, and the process ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -134,10 +145,20 @@ def _has_terminal() -> bool:
     return True
 
 
+def _has_closed(file: int) -> bool:
+    """Whether this was a terminal; other files, and those that are closed here, give other errors."""
+    try:
+        os.get_terminal_size(file)
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     if _is_importing(frame):  # packages in C turn what is raised there into an ImportError of their own
         threading.Timer(_IMPORTING_S, os.kill, (os.getpid(), number)).start()
     elif _stops.take(time.monotonic()):
+        drop_unread()  # or the report fails that a command ends with
         raise Stopped(number)
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
 import sqlite3
 from pathlib import Path
@@ -18,6 +20,7 @@ from instep.verify.command import run
 from instep_tools import terminal
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
+from tests.support.warm import WarmProcess
 
 pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
@@ -121,6 +124,17 @@ def test_what_breaks_down_is_no_mismatch(
     assert "MemoryError: 12 GB" in capsys.readouterr().err
     assert verify(recorded.path, json=True)[0] == 2
     assert json.loads(capsys.readouterr().out)["error"] == "MemoryError('12 GB')"
+
+
+def test_a_terminal_that_has_closed_is_no_mismatch(recorded: Recorded) -> None:
+    terminal, program = pty.openpty()
+    os.close(terminal)
+    process = WarmProcess(["verify", str(recorded.path)], output=program)
+    try:
+        os.close(program)
+        assert process.wait(60) == 2
+    finally:
+        process.kill()
 
 
 def test_nothing_recorded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import re
 import signal
 from functools import partial
@@ -144,6 +145,24 @@ def test_a_signal_ends_it_with_a_report(tmp_path: Path, number: signal.Signals) 
         process.kill()
     assert process.returncode == 0
     assert json.loads(last)["summary"] == "verified: 1 stream, 5 frames, exact, 0 mismatches"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_its_status_is_the_verdict_when_its_terminal_closes(tmp_path: Path, options: list[str]) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    terminal, program = pty.openpty()
+    process = WarmProcess(["verify", str(story.path), "--follow", *options], output=program)
+    try:
+        os.close(program)
+        with os.fdopen(terminal, "rb", buffering=0) as screen:
+            shown = b""
+            while b"5 frames" not in shown and b'"frames": 5' not in shown:
+                shown += screen.read(1000)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) in (0, 128 + signal.SIGHUP)  # it may notice by itself, just before
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("number", ENDINGS)

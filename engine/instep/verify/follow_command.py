@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from instep.interrupts import ENDINGS
+from instep.interrupts import ENDINGS, drop_unread
 from instep.recording.errors import RecordingError, with_advice
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
@@ -65,9 +65,10 @@ class Following:
     def in_words(self, for_s: float, console: Console) -> Verdict:
         """Follow until a signal, or for some seconds: a live line on a terminal, or some lines, and the end."""
         with _until_told_to_end(self._patience.same_signal_s) as stopped:
-            return self._in_words(stopped, for_s, console)
+            self._in_words(stopped, for_s, console)
+        return self._verdict
 
-    def _in_words(self, stopped: Event, for_s: float, console: Console) -> Verdict:
+    def _in_words(self, stopped: Event, for_s: float, console: Console) -> None:
         with Live(console=console, transient=True, auto_refresh=False) as live:
 
             def show(status: Status) -> None:
@@ -87,14 +88,14 @@ class Following:
             say(console, f"not compared: {reasons}", "yellow")
         style = "bold green" if self._verdict in ("exact", "within tolerance") else "bold red"
         say(console, self._summary(), style)
-        return self._verdict
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         """Likewise, as an object a second and one at the end."""
         with _until_told_to_end(self._patience.same_signal_s) as stopped:
-            return self._in_json(stopped, for_s, write)
+            self._in_json(stopped, for_s, write)
+        return self._verdict
 
-    def _in_json(self, stopped: Event, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
+    def _in_json(self, stopped: Event, for_s: float, write: Callable[[dict[str, Any]], None]) -> None:
         newest: dict[str, Any] = {}
 
         def tell(status: Status) -> None:
@@ -106,7 +107,6 @@ class Following:
         about = {"file": str(self._file), "verified": verified, "verdict": self._verdict, "summary": self._summary()}
         everything = [wrong.as_json() for wrong in self._follower.mismatches.kept]
         write({**about, **newest, "mismatches": everything, "final": True})
-        return self._verdict
 
     def _follow(self, stopped: Event, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
         with recorded_threads(self._header):
@@ -158,7 +158,8 @@ def _line(status: Status) -> str:
 def _until_told_to_end(same_signal_s: float) -> Iterator[Event]:
     """An event that Ctrl-C, SIGTERM and SIGHUP set while the block runs, but not one that is ignored.
 
-    The same signal coming once more does not cut off the report; a second one does.
+    The same signal coming once more does not cut off the report; a second one does. The block also ends once nobody
+    can read what it writes, because the terminal has closed.
     """
     stopped, signals = Event(), EndingSignals(same_signal_s)
 
@@ -174,6 +175,9 @@ def _until_told_to_end(same_signal_s: float) -> Iterator[Event]:
     before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield stopped
+    except OSError:
+        if not drop_unread():
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
