@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from instep_tools import SAME_SIGNAL_S, EndingSignals, end_quietly
@@ -86,6 +87,38 @@ def raise_stopped(same_signal_s: float = SAME_SIGNAL_S) -> None:
     for number in ENDINGS:
         if signal.getsignal(number) in (end_quietly, _end_with_a_sentence):
             signal.signal(number, _stop)
+
+
+@contextlib.contextmanager
+def first_signal_calls(call: Callable[[Stopped | KeyboardInterrupt], object]) -> Iterator[None]:
+    """While the block runs, the first signal that ends the command makes this call; a second one raises as usual.
+
+    The handlers that there are decide what such a signal is: those of `raise_stopped` pass over copies, and they still
+    do so after the block.
+
+    Args:
+        call: told what the signal would have raised.
+    """
+    usual = {number: handler for number in ENDINGS if callable(handler := signal.getsignal(number))}
+    has_called = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal has_called
+        try:
+            usual[signal.Signals(number)](number, frame)
+        except (Stopped, KeyboardInterrupt) as raised:
+            if has_called:
+                raise
+            has_called = True
+            call(raised)
+
+    for number in usual:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def tell(stop: Stopped) -> None:

@@ -3,33 +3,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 
-from instep import interrupts
 from instep.interrupts import Stopped
 from instep.server.signals import run_cancellable, signals_call
+from tests.support.interrupting import reporting
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handlers() -> list[object]:
     return [signal.getsignal(number) for number in HEARD]
-
-
-@contextmanager
-def reporting(same_signal_s: float) -> Iterator[None]:
-    """Signals are handled as in a command that cleans up when one comes."""
-    before = {number: signal.getsignal(number) for number in HEARD}
-    interrupts.end_at_once()
-    interrupts.raise_stopped(same_signal_s)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 async def test_each_signal_is_a_call_in_the_loop_and_the_handlers_before_come_back() -> None:

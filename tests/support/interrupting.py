@@ -1,4 +1,4 @@
-"""Programs that are interrupted at every moment of their lives."""
+"""Signals in tests, and programs that are interrupted at every moment of their lives."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from instep import interrupts
 
 LAUNCHER: Final = """
 import os, signal, sys
@@ -65,3 +68,16 @@ def interrupted_at_every_moment(
                 process.kill()
                 process.communicate()
         yield Ending(step * step_s, process.returncode, said)
+
+
+@contextmanager
+def reporting(same_signal_s: float) -> Iterator[None]:
+    """Signals are handled as in a command that cleans up when one comes."""
+    before = {number: signal.getsignal(number) for number in interrupts.ENDINGS}
+    interrupts.end_at_once()
+    interrupts.raise_stopped(same_signal_s)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,15 +19,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.interrupts import ENDINGS
+from instep.interrupts import ENDINGS, Stopped
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import KEEP_ALL, Retention
+from instep.verify.command import follow
 from instep.verify.follow_command import Following
 from instep.verify.following import Follower
 from instep.verify.portion import FollowLimits
 from instep.verify.throttle import Patience
 from tests.support.forger import Forger
 from tests.support.growing import Story
+from tests.support.interrupting import reporting
 from tests.support.verifying import verify_following
 from tests.support.warm import WarmProcess
 
@@ -120,14 +122,15 @@ def test_it_says_that_the_recording_cannot_be_read(tmp_path: Path, monkeypatch: 
         return advance(follower)
 
     monkeypatch.setattr(Follower, "advance", advance_later)
-    patience = Patience(retry_s=0.01, unreadable_s=0, same_signal_s=1e9)
-    following = partial(Following, story.path, None, (), patience)
-    following().in_words(100, Console(file=file, force_terminal=True, color_system=None, width=80))
+    following = partial(Following, story.path, None, (), Patience(retry_s=0.01, unreadable_s=0))
+    with reporting(same_signal_s=1e9):
+        following().in_words(100, Console(file=file, force_terminal=True, color_system=None, width=80))
     first, second = file.getvalue().splitlines()[:2]
     assert re.search(r"0 streams, 0 frames, 0 mismatches, \d+\.\d s behind$", first), first
     assert second.startswith("  it is locked")
     file.truncate(0)
-    assert following().in_json(100, told.append) == "exact"
+    with reporting(same_signal_s=1e9):
+        assert following().in_json(100, told.append) == "exact"
     assert (told[0]["unreadable"], told[-1]["final"]) == ("it is locked", True)
 
 
@@ -166,7 +169,7 @@ def test_its_status_is_the_verdict_when_its_terminal_closes(tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("number", ENDINGS)
-def test_the_same_signal_once_more_does_not_cut_off_the_report_and_a_second_one_does(
+def test_the_same_signal_once_more_neither_cuts_off_the_report_nor_overturns_it(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     story = Story(tmp_path)
@@ -177,10 +180,34 @@ def test_the_same_signal_once_more_does_not_cut_off_the_report_and_a_second_one_
         signal.raise_signal(number)
         told.append(line)
 
-    assert Following(story.path, None, (), Patience(same_signal_s=1e9)).in_json(100, tell) == "exact"
+    with reporting(same_signal_s=1e9):
+        assert Following(story.path, None, ()).in_json(100, tell) == "exact"
+        signal.raise_signal(number)
     assert told[-1]["final"]
-    with pytest.raises(KeyboardInterrupt):
-        Following(story.path, None, (), Patience(same_signal_s=0.0)).in_json(100, tell)
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_second_signal_ends_it_at_once_and_is_what_it_says(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+
+    def advance(follower: Follower) -> bool:
+        for _ in range(2):
+            signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Follower, "advance", advance)
+    options: dict[str, Any] = {"model_folder": None, "streams": (), "for_s": 100, "console": Console(width=80)}
+    for as_json in (False, True):
+        with reporting(same_signal_s=0.0), pytest.raises(Stopped) as stop:
+            follow(story.path, json=as_json, **options)
+        assert stop.value.code == 128 + number
+        said = capsys.readouterr()
+        assert said.err == f"not checked: stopped by {number.name}\n"
+    *_, last = map(json.loads, said.out.splitlines())
+    assert (last["verdict"], last["error"]) == ("not checked", said.err.strip())
 
 
 def test_a_signal_that_is_ignored_does_not_end_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from instep.interrupts import ENDINGS, Stopped
+from instep.interrupts import Stopped, first_signal_calls
 
 R = TypeVar("R")
 
@@ -19,35 +19,22 @@ R = TypeVar("R")
 def run_cancellable(work: Coroutine[Any, Any, R]) -> R:
     """`asyncio.run`, in the main thread: the first signal that ends the command cancels the work, which may clean up.
 
-    The handlers that there are decide what such a signal is: those of `interrupts.raise_stopped` pass over copies.
-
     Raises:
         Stopped: once the work has ended that was cancelled; or KeyboardInterrupt, from Python's own handler of SIGINT.
     """
-    usual = {number: handler for number in ENDINGS if callable(handler := signal.getsignal(number))}
     stop: Stopped | KeyboardInterrupt | None = None
 
     async def cancellable() -> R:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
+        def cancel(raised: Stopped | KeyboardInterrupt) -> None:
             nonlocal stop
-            try:
-                usual[signal.Signals(number)](number, frame)
-            except (Stopped, KeyboardInterrupt) as raised:
-                if stop is not None:
-                    raise
-                stop = raised
-                loop.call_soon_threadsafe(task.cancel)
+            stop = raised
+            loop.call_soon_threadsafe(task.cancel)
 
-        for number in usual:
-            signal.signal(number, on_signal)
-        try:
+        with first_signal_calls(cancel):
             return await work
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     try:
         return asyncio.run(cancellable())

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from types import FrameType
 from typing import Any, Final
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from instep.interrupts import ENDINGS, drop_unread
+from instep.interrupts import drop_unread, first_signal_calls
 from instep.recording.errors import RecordingError, with_advice
 from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
@@ -24,7 +21,6 @@ from instep.verify.left_out import in_words, share_compared
 from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from instep.verify.report import CannotVerify, Verdict
 from instep.verify.throttle import PATIENCE, Patience, Status, follow
-from instep_tools import EndingSignals
 from instep_tools.terminal import say
 from instep_tools.words import counted, wrapped
 
@@ -64,7 +60,7 @@ class Following:
 
     def in_words(self, for_s: float, console: Console) -> Verdict:
         """Follow until a signal, or for some seconds: a live line on a terminal, or some lines, and the end."""
-        with _until_told_to_end(self._patience.same_signal_s) as stopped:
+        with _until_told_to_end() as stopped:
             self._in_words(stopped, for_s, console)
         return self._verdict
 
@@ -91,7 +87,7 @@ class Following:
 
     def in_json(self, for_s: float, write: Callable[[dict[str, Any]], None]) -> Verdict:
         """Likewise, as an object a second and one at the end."""
-        with _until_told_to_end(self._patience.same_signal_s) as stopped:
+        with _until_told_to_end() as stopped:
             self._in_json(stopped, for_s, write)
         return self._verdict
 
@@ -155,29 +151,16 @@ def _line(status: Status) -> str:
 
 
 @contextmanager
-def _until_told_to_end(same_signal_s: float) -> Iterator[Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set while the block runs, but not one that is ignored.
+def _until_told_to_end() -> Iterator[Event]:
+    """An event that is set by the first signal that ends the command while the block runs; a second one raises.
 
-    The same signal coming once more does not cut off the report; a second one does. The block also ends once nobody
-    can read what it writes, because the terminal has closed.
+    The block also ends once nobody can read what it writes, because the terminal has closed.
     """
-    stopped, signals = Event(), EndingSignals(same_signal_s)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if not signals.take(time.monotonic()):
-            return
-        if signals.count > 1:
-            raise KeyboardInterrupt
-        # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
-        Thread(target=stopped.set).start()
-
-    heard = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heard}
+    stopped = Event()
     try:
-        yield stopped
+        # In a thread: `stopped.wait`, which the signal may interrupt, can hold the lock that `set` needs.
+        with first_signal_calls(lambda raised: Thread(target=stopped.set).start()):
+            yield stopped
     except OSError:
         if not drop_unread():
             raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

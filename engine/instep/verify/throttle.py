@@ -13,7 +13,6 @@ from typing import Any, Final
 from instep.recording.errors import UnavailableRecording
 from instep.verify.following import Follower
 from instep.verify.mismatches import WrongOutput
-from instep_tools import SAME_SIGNAL_S
 
 LATE_S: Final = 2.0
 """Behind the newest commit by more than this, fewer streams are followed."""
@@ -40,8 +39,6 @@ class Patience:
     """The same after a look at which the file could not be read."""
     unreadable_s: float = 10.0
     """A file that could not be read for longer than this is told of; a passing lock is not."""
-    same_signal_s: float = SAME_SIGNAL_S
-    """A Ctrl-C that comes this soon after another is the same one."""
 
 
 PATIENCE: Final = Patience()
