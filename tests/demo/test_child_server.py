@@ -40,7 +40,7 @@ def test_a_signal_while_it_waits_for_the_end_leaves_no_server(tmp_path: Path, fi
     server.__enter__()
     try:
         with pytest.raises(Stopped, match="SIGTERM"):
-            server.__exit__(first and Stopped, first, None)
+            server.__exit__(None if first is None else Stopped, first, None)
         with pytest.raises(ProcessLookupError):
             os.kill(server.pid, 0)
     finally:
