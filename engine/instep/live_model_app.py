@@ -130,7 +130,8 @@ def shadow(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the candidate.")],
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the streams, by their names.")] = 0.1,
     seconds: Annotated[
-        float | None, typer.Option("--for", min=0.0, help="Seconds. Default: until Ctrl-C.", show_default=False)
+        float | None,
+        typer.Option("--for", min=0.0, help="Seconds. Default: until Ctrl-C, SIGTERM or SIGHUP.", show_default=False),
     ] = None,
     warm_up: Annotated[
         int | None,
