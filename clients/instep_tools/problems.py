@@ -14,7 +14,7 @@ from typing import Final
 
 _PART: Final = ".part"
 _MOST_LETTERS: Final = 50
-"""Of a file's name, its first ones, in the name of its part."""
+"""So many letters of a file's name are in the name of its part."""
 _TOKEN_BYTES: Final = 4
 
 

@@ -129,7 +129,7 @@ def tell(stop: Stopped) -> None:
 
 
 def stop_no_more() -> None:
-    """From here on the signals that raised `Stopped` do nothing: the command is about to have done what it was for."""
+    """From here on the signals that raised `Stopped` do nothing: the command is about to complete its work."""
     global _stops
     passes_over = EndingSignals(math.inf)  # every later signal is the same one as this
     passes_over.take(time.monotonic())
@@ -179,7 +179,7 @@ def _has_terminal() -> bool:
 
 
 def _has_closed(file: int) -> bool:
-    """Whether this was a terminal; other files, and those that are closed here, give other errors."""
+    """Whether this is a terminal that has closed; others, and files, give no error or another one."""
     try:
         os.get_terminal_size(file)
     except OSError as error:

@@ -28,9 +28,9 @@ _SHORT_S: Final = 0.01
 _LONG_S: Final = 0.5
 """While nothing is received, it may not take more."""
 _SHORTER: Final = 0.9
-"""A time that is shorter than any before, by this factor, brings a replay nearer."""
+"""A pass has brought the replay nearer if it took less than this part of the shortest one before."""
 _MOST_IN_VAIN: Final = 4
-"""After this many times in a row that brought it no nearer, it cannot catch up; a busy machine may cause some."""
+"""After so many passes in a row that brought it no nearer it cannot catch up; a busy machine may cause fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,18 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
 
 
 class CatchingUp:
-    """A replay that is done again and again, each time for the frames that were recorded during the time before."""
+    """The passes of a replay, each over the frames that were recorded during the one before."""
 
     def __init__(self) -> None:
         self._least_s = math.inf
         self._in_vain = 0
 
     def is_over(self, frames: int, took_s: float) -> bool:
-        """Whether little is left to do while nothing is received, and one more time would hardly leave less.
+        """Whether the replay has caught up: little is left to do, and another pass would hardly leave less.
 
         Args:
-            frames: replayed this time.
-            took_s: how long that took.
+            frames: replayed in this pass.
+            took_s: how long it took.
 
         Raises:
             CannotServe: when frames arrive too quickly for that.
