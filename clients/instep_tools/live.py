@@ -36,7 +36,7 @@ ALL_ENDED: Final = "the server has ended every stream, so nothing more is sent: 
 
 
 def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
-    """Why a stream is not opened, and what to do on the command line; `is_own_name` where --name can change it."""
+    """The reason for a refused OPEN, and a cure that can be typed: --name is one if `is_own_name`."""
     if refused.code is not Code.NAME_IN_USE:
         return str(refused)
     other = "choose another name with --name, or " if is_own_name else ""

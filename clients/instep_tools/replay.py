@@ -148,7 +148,7 @@ class Replayed:
     comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
     written: Mapping[Path, str]
-    """The files that could be written, each with what it holds, to end a sentence."""
+    """For each file that was written, the end of a sentence that names its contents."""
     info: ServerInfo
 
     @property

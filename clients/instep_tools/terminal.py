@@ -145,7 +145,7 @@ async def progress(
         total: how much there is to do; infinite where it is not known.
         unit: of `total`.
         done: how much is done by now.
-        detail: the text beside it; without one, or if it is empty, the time that has passed.
+        detail: the text beside it; by default, and in place of an empty text, the elapsed time.
     """
     started = time.monotonic()
 

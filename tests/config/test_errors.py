@@ -126,7 +126,7 @@ class TestProblems:
         for device in ("cuda:128", "cuda:256", "cuda:9999"):  # torch.device takes the second for cuda:0
             (found,) = problems(None, {"engine.device": device})
             assert found.path == "engine.device"
-            assert f"'{device}' is no device: PyTorch counts them from cuda:0 to cuda:127 only" in found.message
+            assert f"'{device}' is no device: PyTorch supports cuda:0 to cuda:127" in found.message
 
     def test_a_wrong_value_is_quoted_and_the_default_told(self) -> None:
         (found,) = problems(None, {"limits.max_idle_s": "soon"})

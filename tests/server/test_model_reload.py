@@ -125,7 +125,7 @@ async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path
         line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
         assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
         assert line["reason"].startswith(
-            "model.folder is in force only for what was loaded and swapped, and model.shadow is not: "
+            "of model.folder only the models loaded and swapped are in force, and model.shadow is not: "
             "'eyes': its number of outputs differs"
         )
 

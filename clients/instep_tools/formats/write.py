@@ -130,7 +130,7 @@ class SavedOutputs:
 
     @property
     def outcome(self) -> str:
-        """What has become of the file once the block has ended, as the end of a sentence."""
+        """Whether the file was saved, in words that end a sentence; known after the block."""
         if not self.has_failed:
             return f"saved in {self.path}"
         return f"{self.path} {'is incomplete' if self._is_watched else 'not written'}"

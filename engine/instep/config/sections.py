@@ -38,7 +38,7 @@ def _checked_device(device: str) -> str:
     if found is None:
         raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
     if int(found[1] or 0) > _LAST_CUDA_DEVICE:
-        raise ValueError(f"{device!r} is no device: PyTorch counts them from cuda:0 to cuda:{_LAST_CUDA_DEVICE} only")
+        raise ValueError(f"{device!r} is no device: PyTorch supports cuda:0 to cuda:{_LAST_CUDA_DEVICE}")
     return device
 
 

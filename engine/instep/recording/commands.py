@@ -257,7 +257,7 @@ def _failed(file: Path, error: RecordingError, console: Console, what: str, *, j
 
 
 def _not_done(file: Path, what: str, *, json: bool) -> dict[str, Any]:
-    """What goes into an object beside the error; nothing where no object is wanted."""
+    """The fields that stand beside the error in a JSON object; none without `json`."""
     return {"file": str(file), what: False} if json else {}
 
 

@@ -234,8 +234,8 @@ def _listed(path: Path) -> Overview | str:
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
     """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
 
-    What another run for the same file has left, because it was killed, is removed. Once the file is to get its name, no
-    signal raises `Stopped`.
+    Unfinished files of earlier runs for the same target, which were killed, are removed. From just before the file gets
+    its name, no signal raises `Stopped`.
 
     Args:
         target: the new file.

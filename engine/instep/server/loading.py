@@ -196,7 +196,7 @@ class Loader:
                 return
             extent = "models and candidates are as before"
             if swapped:
-                extent = "model.folder is in force only for what was loaded and swapped, and model.shadow is not"
+                extent = "of model.folder only the models loaded and swapped are in force, and model.shadow is not"
             reason = f"{extent}: {at}{_why(error)}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             if swapped:  # so that a reload of the former configuration takes back what has changed

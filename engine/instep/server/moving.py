@@ -190,6 +190,6 @@ async def _settle(service: ModelService) -> None:
 
 
 def _use(*policies: str) -> str:
-    """What to say in a swap by request, and in the configuration of one by SIGHUP."""
+    """Advice to use another policy, for a swap by request and for one by SIGHUP."""
     names = "` or `".join(policies)
     return f"use `--streams {names}`, or `model.on_reload: {names}`"

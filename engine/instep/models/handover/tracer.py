@@ -60,7 +60,7 @@ class _EveryFunction:
         return result
 
     def see(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """Called after each function, with what it was given and what it returned."""
+        """Called after each function with its arguments and its result."""
         raise NotImplementedError
 
 
