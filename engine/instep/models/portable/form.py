@@ -1,0 +1,435 @@
+"""The normal form of a step: how one row of a batch is computed, as primitives over strided views of buffers.
+
+Sizes are numbers, nothing changes in place, and nothing refers to another row. Everything that the bits of a result
+depend on is in here; docs/exactness.md defines each primitive, `definition` computes them in plain loops, and
+`compiler` makes machine code of them. The primitives:
+
+* `MAPS` compute each element from the elements at the same index. All arguments have the shape of the result; a
+  dimension over which one is repeated has the stride 0.
+* `fma_chain(start, a, b)`: a and b have the shape of the result and, after it, the dimensions to sum over. Each element
+  begins as its `start` and becomes `fma(a, b, it)` for every index of those dimensions, the last one fastest.
+* `REDUCTIONS` take one argument of such a shape. `sum` begins at 0 and `prod` at 1, the others with the first element.
+  `argmax` is the first index of the largest element, counted over all reduced dimensions; NaN is the largest.
+* `SCANS` run along the last dimension: each result is that of the elements up to its own.
+* `take(table, index)`: the table has the shape of the result and one more dimension, from which each index picks; an
+  index below 0 counts from the end, and one that is out of range is the nearest in range.
+* `put(index, value)` and `put_add`: the result is the view in which index picks, like a table, and has one dimension
+  more than both arguments. What no index picks stays as it was; of equal indices the last one counts, or all are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from instep.models.errors import ModelError
+
+ARITHMETIC: Final = "portable-1"
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    name: np.dtype(name) for name in ("bool", "int32", "int64", "float32", "float64")
+}
+FLOATS: Final = frozenset(["float32", "float64"])
+_NUMBERS: Final = FLOATS | {"int32", "int64"}
+_WHOLE: Final = frozenset(["bool", "int32", "int64"])
+_ALL: Final = frozenset(DTYPES)
+
+MAPS: Final[Mapping[str, tuple[int, frozenset[str]]]] = {
+    "copy": (1, _ALL),
+    **dict.fromkeys(("add", "sub", "mul", "minimum", "maximum"), (2, _NUMBERS)),
+    "div": (2, FLOATS),
+    "fmod": (2, FLOATS),
+    "copysign": (2, FLOATS),
+    **dict.fromkeys(("floor_divide", "trunc_divide", "remainder"), (2, frozenset(["int32", "int64"]))),
+    "fma": (3, FLOATS),
+    **dict.fromkeys(("neg", "abs"), (1, _NUMBERS)),
+    **dict.fromkeys(("sqrt", "floor", "ceil", "trunc", "round"), (1, FLOATS)),
+    **dict.fromkeys(
+        ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "erf", "sin", "cos", "atan"), (1, frozenset(["float32"]))
+    ),
+    **dict.fromkeys(("and", "or", "xor"), (2, _WHOLE)),
+    "not": (1, _WHOLE),
+}
+"""How many arguments each takes, and of which dtypes; the result has the dtype of the arguments."""
+COMPARISONS: Final = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
+"""Maps of two arguments of one dtype to bool."""
+REDUCTIONS: Final[Mapping[str, frozenset[str]]] = {
+    **dict.fromkeys(("sum", "prod", "amax", "amin", "argmax"), _NUMBERS),
+    **dict.fromkeys(("any", "all"), frozenset(["bool"])),
+}
+SCANS: Final[Mapping[str, frozenset[str]]] = {"cumsum": _NUMBERS, "cumprod": _NUMBERS}
+
+MAX_NODES: Final = 20_000
+MAX_RANK: Final = 16
+MAX_ROW_ELEMENTS: Final = 2**24
+"""Of all buffers of one row."""
+MAX_ITERATIONS: Final = 2**32
+"""Of all nodes together, for one row."""
+
+Number: TypeAlias = float | int | bool
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory of one row, or a tensor of the weights file, which all rows share."""
+
+    dtype: str
+    size: int
+    """Elements."""
+    tensor: str = ""
+    """Its name in the weights file; empty for memory of one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Elements of a buffer. Strides and offset count elements."""
+
+    buffer: int
+    offset: int
+    shape: Shape
+    strides: Shape
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+
+Operand: TypeAlias = View | Number
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One primitive."""
+
+    op: str
+    out: View
+    args: tuple[Operand, ...]
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The arguments that are views."""
+        return tuple(each for each in self.args if isinstance(each, View))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A step.
+
+    All writes to a buffer come before its first read, and no element is read that was not written. `check` makes sure.
+    """
+
+    buffers: tuple[Buffer, ...]
+    inputs: tuple[int, ...]
+    """The buffers of the frame and of each leaf of the state, in order: contiguous."""
+    nodes: tuple[Node, ...]
+    outputs: tuple[View, ...]
+    """The outputs and each leaf of the new state, in order; an element of each leaf for every one of its buffer."""
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def multiply_adds(self) -> int:
+        """Iterations of all nodes for one row, about."""
+        return sum(iterations(node) for node in self.nodes)
+
+    def dtype(self, view: View) -> str:
+        """The dtype of a view's elements."""
+        return self.buffers[view.buffer].dtype
+
+    def to_json(self) -> str:
+        """With one buffer or node in each line."""
+        buffers = [[b.dtype, b.size, *([b.tensor] if b.tensor else [])] for b in self.buffers]
+        nodes = [[n.op, _view_json(n.out), *map(_operand_json, n.args)] for n in self.nodes]
+        parts = [
+            f' "arithmetic": "{ARITHMETIC}"',
+            f' "buffers": {_lines(buffers)}',
+            f' "inputs": {json.dumps(self.inputs)}',
+            f' "nodes": {_lines(nodes)}',
+            f' "outputs": {_lines([_view_json(each) for each in self.outputs])}',
+        ]
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def iterations(node: Node) -> int:
+    """How often the innermost loop of a node runs for one row."""
+    return max([node.out.elements, *(view.elements for view in node.views if node.op != "take")])
+
+
+def _lines(values: Sequence[Any]) -> str:
+    texts = [json.dumps(each, separators=(",", ":")) for each in values]
+    return "[\n  " + ",\n  ".join(texts) + "\n ]" if texts else "[]"
+
+
+def _view_json(view: View) -> list[Any]:
+    return [view.buffer, view.offset, list(view.shape), list(view.strides)]
+
+
+def _operand_json(operand: Operand) -> Any:
+    if isinstance(operand, View):
+        return _view_json(operand)
+    return repr(operand) if isinstance(operand, float) and not math.isfinite(operand) else operand
+
+
+class _Wrong(Exception):
+    """What is wrong with a form."""
+
+
+def parse_form(text: str | bytes, source: str) -> Form:
+    """A form from JSON, not checked; `source` is how sentences call it.
+
+    Raises:
+        ModelError: when it is not one.
+    """
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.get("arithmetic") != ARITHMETIC:
+            found = values.get("arithmetic") if isinstance(values, dict) else None
+            raise _Wrong(f"its arithmetic is {found!r:.40} and not {ARITHMETIC!r}")
+        if set(values) != {"arithmetic", "buffers", "inputs", "nodes", "outputs"}:
+            raise _Wrong("it has other keys than arithmetic, buffers, inputs, nodes and outputs")
+        return Form(
+            tuple(_parse_buffer(each) for each in _list(values["buffers"])),
+            tuple(_int(each) for each in _list(values["inputs"])),
+            tuple(_parse_node(each) for each in _list(values["nodes"])),
+            tuple(_parse_view(each) for each in _list(values["outputs"])),
+        )
+    except (_Wrong, ValueError, RecursionError) as error:
+        raise ModelError(f"{source} is not a normal form ({error}); make the folder again") from None
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise _Wrong(f"{value!r:.60} is not a list")
+    return value
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise _Wrong(f"{value!r:.60} is not a whole number")
+    return value
+
+
+def _parse_buffer(value: Any) -> Buffer:
+    fields = _list(value)
+    if len(fields) not in (2, 3) or not all(isinstance(each, str) for each in (fields[0], *fields[2:])):
+        raise _Wrong(f"{value!r:.60} is not a buffer")
+    return Buffer(fields[0], _int(fields[1]), *fields[2:])
+
+
+def _parse_view(value: Any) -> View:
+    fields = _list(value)
+    if len(fields) != 4:
+        raise _Wrong(f"{value!r:.60} is not a view")
+    shape, strides = (tuple(_int(each) for each in _list(field)) for field in fields[2:])
+    return View(_int(fields[0]), _int(fields[1]), shape, strides)
+
+
+def _parse_node(value: Any) -> Node:
+    fields = _list(value)
+    if len(fields) < 3 or not isinstance(fields[0], str):
+        raise _Wrong(f"{value!r:.60} is not a node")
+    return Node(fields[0], _parse_view(fields[1]), tuple(_parse_operand(each) for each in fields[2:]))
+
+
+def _parse_operand(value: Any) -> Operand:
+    if isinstance(value, list):
+        return _parse_view(value)
+    if value in ("inf", "-inf", "nan"):
+        return float(value)
+    if isinstance(value, bool | int | float):
+        return value
+    raise _Wrong(f"{value!r:.60} is not an argument")
+
+
+def check(form: Form, tensors: Mapping[str, tuple[str, int]], source: str) -> None:
+    """Check everything that code made of a form relies on.
+
+    Args:
+        form: it may come from a stranger.
+        tensors: dtype and elements of each tensor of the weights file.
+        source: how sentences call the form.
+
+    Raises:
+        ModelError: when it cannot be computed.
+    """
+    try:
+        _Checker(form, tensors).run()
+    except _Wrong as error:
+        raise ModelError(f"{source} is not a valid normal form: {error}; make the folder again") from None
+
+
+class _Checker:
+    def __init__(self, form: Form, tensors: Mapping[str, tuple[str, int]]) -> None:
+        self._form, self._tensors = form, tensors
+        self._written: list[npt.NDArray[np.bool_]] = []
+        self._read: set[int] = set()
+
+    def run(self) -> None:
+        form = self._form
+        if len(form.nodes) > MAX_NODES:
+            raise _Wrong(f"it has {len(form.nodes):,} nodes, and {MAX_NODES:,} at most can be compiled")
+        if sum(b.size for b in form.buffers if not b.tensor and b.size > 0) > MAX_ROW_ELEMENTS:
+            raise _Wrong(f"a row would take more than {MAX_ROW_ELEMENTS:,} numbers")
+        for index, buffer in enumerate(form.buffers):
+            self._check_buffer(index, buffer)
+        if len(set(form.inputs)) != len(form.inputs):
+            raise _Wrong("two inputs are one buffer")
+        for index in form.inputs:
+            if not 0 <= index < len(form.buffers) or form.buffers[index].tensor:
+                raise _Wrong(f"input {index} is not a buffer of a row")
+            self._written[index][...] = True
+            self._read.add(index)
+        left = MAX_ITERATIONS
+        for number, node in enumerate(form.nodes):
+            try:
+                self._check_node(node)
+            except _Wrong as error:
+                raise _Wrong(f"node {number} ({node.op:.20}): {error}") from None
+            left -= iterations(node)
+            if left < 0:
+                raise _Wrong(f"a row takes more than {MAX_ITERATIONS:,} steps")
+        if len(form.outputs) != len(form.inputs):
+            raise _Wrong("it does not give the outputs and each leaf of the state")
+        for index, view in zip(form.inputs[1:], form.outputs[1:], strict=True):
+            buffer = form.buffers[index]
+            if view.elements != buffer.size or form.dtype(view) != buffer.dtype:
+                raise _Wrong("a leaf of the new state is not like that of the state")
+        for view in form.outputs:
+            self._check_read(view)
+        if form.dtype(form.outputs[0]) != "float32" or form.buffers[form.inputs[0]].dtype != "float32":
+            raise _Wrong("frames and outputs must be float32")
+
+    def _check_buffer(self, index: int, buffer: Buffer) -> None:
+        if buffer.dtype not in DTYPES or buffer.size < 0:
+            raise _Wrong(f"buffer {index} has the dtype {buffer.dtype:.20} and the size {buffer.size}")
+        if buffer.tensor and self._tensors.get(buffer.tensor) != (buffer.dtype, buffer.size):
+            raise _Wrong(f"buffer {index} is not like the tensor {buffer.tensor:.80} of the weights")
+        self._written.append(np.full(0 if buffer.tensor else buffer.size, False))
+
+    def _elements(self, view: View) -> npt.NDArray[np.bool_]:
+        """Of the mask of what was written; repeated dimensions once."""
+        size = self._form.buffers[view.buffer].size
+        if len(view.shape) != len(view.strides) or len(view.shape) > MAX_RANK or any(n < 0 for n in view.shape):
+            raise _Wrong("a view has no valid shape")
+        if view.elements == 0:
+            return np.empty(0, bool)
+        reach = [(n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)]
+        first = view.offset + sum(each for each in reach if each < 0)
+        last = view.offset + sum(each for each in reach if each > 0)
+        if first < 0 or last >= size:
+            raise _Wrong(f"elements {first} to {last} of a buffer of {size} are used")
+        mask = self._written[view.buffer]
+        if not len(mask):
+            return mask
+        shape = [1 if stride == 0 else n for n, stride in zip(view.shape, view.strides, strict=True)]
+        if math.prod(shape) > MAX_ROW_ELEMENTS:
+            raise _Wrong("a view has more elements than a row may have")
+        return np.lib.stride_tricks.as_strided(mask[view.offset :], shape, view.strides)
+
+    def _check_read(self, view: View) -> None:
+        self._check_place(view)
+        self._read.add(view.buffer)
+        if not self._elements(view).all():
+            raise _Wrong("it reads what was not written")
+
+    def _check_write(self, node: Node, view: View) -> None:
+        self._check_place(view)
+        if self._form.buffers[view.buffer].tensor or view.buffer in self._read:
+            raise _Wrong("it writes to what is given, or was read before")
+        elements = self._elements(view)
+        reach = 0
+        for stride, n in sorted((abs(stride), n) for n, stride in zip(view.shape, view.strides, strict=True) if n > 1):
+            if stride <= reach:
+                raise _Wrong("it may write to one element twice")
+            reach += (n - 1) * stride
+        if node.op in ("put", "put_add"):
+            if not elements.all():
+                raise _Wrong("it puts into what was not written")
+        else:
+            elements[...] = True
+
+    def _check_place(self, view: View) -> None:
+        if not 0 <= view.buffer < len(self._form.buffers):
+            raise _Wrong(f"there is no buffer {view.buffer}")
+
+    def _check_node(self, node: Node) -> None:
+        for view in node.views:
+            self._check_read(view)
+        if node.op in ("put", "put_add"):
+            self._check_place(node.out)
+        self._check_write(node, node.out)
+        dtypes = [self._form.dtype(view) for view in node.views]
+        check_types(node, self._form.dtype(node.out), dtypes)
+        _check_shapes(node)
+
+
+def check_types(node: Node, out: str, views: Sequence[str]) -> None:
+    """Check the dtypes of a node's result and of its arguments that are views."""
+    op, numbers = node.op, [each for each in node.args if not isinstance(each, View)]
+    kinds, given = set(views), len(node.args)
+    if op in MAPS:
+        count, allowed = MAPS[op]
+        fits = given == count and out in allowed and kinds <= {out}
+    elif op in COMPARISONS:
+        fits = given == 2 and out == "bool" and len(kinds) == 1
+        out = next(iter(kinds), "")
+    elif op == "cast":
+        fits = given == 1 and len(views) == 1
+    elif op == "where":
+        fits = given == 3 and isinstance(node.args[0], View) and views[0] == "bool" and set(views[1:]) <= {out}
+    elif op == "fma_chain":
+        fits = given == 3 and all(isinstance(each, View) for each in node.args[1:]) and out in FLOATS and kinds == {out}
+    elif op in REDUCTIONS:
+        fits = given == len(views) == 1 and kinds <= REDUCTIONS[op]
+        fits = fits and out == ("int64" if op == "argmax" else views[0])
+    elif op in SCANS:
+        fits = given == len(views) == 1 and out in SCANS[op] and kinds == {out}
+    elif op == "take":
+        fits = given == len(views) == 2 and views[0] == out and views[1] == "int64"
+    elif op in ("put", "put_add"):
+        value = views[1] if isinstance(node.args[-1], View) and len(views) > 1 else out
+        fits = given == 2 and isinstance(node.args[0], View) and views[0] == "int64" and value == out
+        fits = fits and (op == "put" or out in _NUMBERS)
+    else:
+        raise _Wrong("there is no such primitive")
+    if not fits:
+        raise _Wrong(f"it cannot compute {out} from {', '.join(views)} and {len(numbers)} numbers")
+    for number in numbers:
+        is_fitting = type(number) is bool if out == "bool" else type(number) is int or out in FLOATS
+        if not is_fitting or (type(number) is int and not -(2**63) <= number < 2**63):
+            raise _Wrong(f"{number!r:.40} is not a number of the dtype {out}")
+        if out == "int32" and not -(2**31) <= number < 2**31:
+            raise _Wrong(f"{number!r:.40} is not a number of the dtype {out}")
+
+
+def _check_shapes(node: Node) -> None:
+    out, shapes = node.out.shape, [view.shape for view in node.views]
+    rank = len(out)
+    if node.op == "fma_chain":
+        start, a, b = node.args
+        assert isinstance(a, View)
+        assert isinstance(b, View)
+        fits = a.shape == b.shape and a.shape[:rank] == out and (not isinstance(start, View) or start.shape == out)
+    elif node.op in REDUCTIONS:
+        fits = shapes[0][:rank] == out and (node.op in ("sum", "prod") or math.prod(shapes[0][rank:]) > 0)
+    elif node.op == "take":
+        table, index = shapes
+        fits = table[:-1] == out == index and table[-1] > 0
+    elif node.op in ("put", "put_add"):
+        fits = all(shape == out[:-1] for shape in shapes) and rank > 0 and out[-1] > 0
+    else:
+        fits = all(shape == out for shape in shapes) and (node.op not in SCANS or rank > 0)
+    if not fits:
+        raise _Wrong(f"it cannot compute the shape {list(out)} from {shapes!r:.200}")
