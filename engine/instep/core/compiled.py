@@ -42,7 +42,8 @@ def _cache_folder() -> str:
     return ""
 
 
-_CACHE_FOLDER: Final = _cache_folder()
+CACHE_FOLDER: Final = _cache_folder()
+"""Empty where no folder can be written."""
 
 
 def kernel(function: F) -> F:
@@ -51,7 +52,7 @@ def kernel(function: F) -> F:
     Kernels make no arrays and return none. So they count no references to arrays (numba's `_nrt`), which took two
     thirds of the time of `admit`: each use of a column of `Tables` counted one up and down.
     """
-    usual, _config.CACHE_DIR = _config.CACHE_DIR, _CACHE_FOLDER  # read by the decorator
+    usual, _config.CACHE_DIR = _config.CACHE_DIR, CACHE_FOLDER  # read by the decorator
     try:
         compiled = _njit(cache=True, nogil=True, _nrt=False)(function)
     except RuntimeError:  # no folder for the cache can be written: compile at each start

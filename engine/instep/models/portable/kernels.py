@@ -1,0 +1,267 @@
+"""Routines that the code of every step calls: products with weights, and rows moved into lanes and back.
+
+Weights are in panels: for each `columns` outputs in turn a line of the values that their sums begin with, and a line of
+weights for every input. The layout is the same whether lanes are rows (`dense_many`, a weight in every lane) or outputs
+(`dense_few`, some rows together, so that each weight is read once). Either way a sum is one chain in the order of the
+inputs. Inputs have up to three dimensions, each with a stride, as those of a convolution have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Final
+
+from llvmlite import ir
+
+from instep.models.portable.lanes import F32, I8, I32, I64, POINTER, Lanes, Value
+from instep.models.portable.machine import Library, Processor, cached, host, object_code
+
+LEVELS: Final = 3
+"""Dimensions of the inputs of a product."""
+_MEMORY: Final = {"1": I8, "4": F32, "8": I64}
+FEW_ROWS: Final = (1, 2, 3, 4, 6, 8)
+"""For how many rows there is code; others take that of the next larger number, and compute rows that nobody reads."""
+DENSE: Final = (POINTER, POINTER, POINTER, POINTER, *(I64,) * (2 * LEVELS + 3))
+"""x, panels, out, start, the size and stride of each dimension of the inputs, outputs, the strides of out and start."""
+MOVE: Final = (POINTER, POINTER, I64, I64)
+"""Addresses of rows, lanes, elements of a row, rows."""
+
+
+def names(processor: Processor) -> dict[str, Sequence[object]]:
+    """The routines' names and the types of their arguments."""
+    few = [rows for rows in FEW_ROWS if rows <= processor.few]
+    return {
+        **{f"dense_many_{kind}": DENSE for kind in ("fixed", "more")},
+        **{f"dense_few_{kind}_{rows}": (*DENSE, I64) for kind in ("fixed", "more") for rows in few},
+        **{f"{way}_{size}": MOVE for way in ("to_lanes", "to_rows") for size in _MEMORY},
+    }
+
+
+def symbol(name: str, processor: Processor) -> str:
+    """A routine's name in machine code: another one for each way to compile it."""
+    return f"instep_{name}_{processor.lanes}x{processor.columns}"
+
+
+@cache
+def routines() -> Library:
+    """The routines for the processor that runs this."""
+    processor = host()
+    text = str(module(processor))
+    return Library(cached("kernels", processor, lambda: object_code(text, processor)), {})
+
+
+def symbols() -> dict[str, int]:
+    """Their addresses, by the names that code calls them by."""
+    library, processor = routines(), host()
+    return {symbol(name, processor): library.address(symbol(name, processor)) for name in names(processor)}
+
+
+def module(processor: Processor) -> ir.Module:
+    """All routines, for any processor."""
+    found = ir.Module("kernels")
+    found.triple = processor.triple
+    write_all(found, processor)
+    return found
+
+
+def write_all(module: ir.Module, processor: Processor) -> None:
+    """Add the routines to a module."""
+    for kind in ("fixed", "more"):
+        _write_many(module, processor, kind)
+        for rows in FEW_ROWS:
+            if rows <= processor.few:
+                _write_few(module, processor, kind, rows)
+    for size in _MEMORY:
+        for way in ("to_lanes", "to_rows"):
+            _write_move(module, processor, way, size)
+
+
+class _Dense(Lanes):
+    """A product; reads the arguments that both kinds have."""
+
+    def __init__(
+        self, module: ir.Module, name: str, processor: Processor, arguments: Sequence[object], count: int
+    ) -> None:
+        super().__init__(module, symbol(name, processor), arguments, count)
+        self.panel = processor.columns
+        (self.x, self.w, self.out, self.start, *numbers) = self.function.args[: len(DENSE)]
+        self.dims = list(zip(numbers[0 : 2 * LEVELS : 2], numbers[1 : 2 * LEVELS : 2], strict=True))
+        self.outputs, self.out_stride, self.start_stride = numbers[2 * LEVELS :]
+        b, inputs = self.b, self.i(1)
+        for size, _ in self.dims:
+            inputs = b.mul(inputs, size)
+        self.panel_size = b.mul(b.add(inputs, self.i(1)), self.i(self.panel))
+
+    def chain(self, line: Value, add: Callable[[Value, Value], None]) -> None:
+        """For each input in order, `add` the offset of x and the address of its line of weights."""
+        b, place = self.b, self.room(POINTER)
+        b.store(line, place)
+        (outer, outer_stride), (middle, middle_stride), (inner, inner_stride) = self.dims
+        with self.loop(outer) as i, self.loop(middle) as j:
+            offset = b.add(b.mul(i, outer_stride), b.mul(j, middle_stride))
+            begin = b.load(place, typ=POINTER)
+            with self.loop(inner) as k:
+                add(b.add(offset, b.mul(k, inner_stride)), self.at(begin, b.mul(k, self.i(self.panel)), F32))
+            b.store(self.at(begin, b.mul(inner, self.i(self.panel)), F32), place)
+
+
+def _write_many(module: ir.Module, processor: Processor, kind: str) -> None:
+    """All lanes at once; strides count elements, each of which is a vector."""
+    code = _Dense(module, f"dense_many_{kind}", processor, DENSE, processor.lanes)
+    b, width, align = code.b, code.panel, min(64, 4 * processor.lanes)
+    vector = code.vector(F32)
+    with code.loop(code.outputs, step=width) as first:
+        panel = code.at(code.w, b.mul(b.sdiv(first, code.i(width)), code.panel_size), F32)
+        sums = [code.room(vector) for _ in range(width)]
+        left = b.sub(code.outputs, first)
+        for j, total in enumerate(sums):
+            if kind == "fixed":
+                b.store(code.splat(code.get(code.at(panel, code.i(j), F32), F32, 4)), total)
+            else:
+                b.store(code.const(0), total)
+                with b.if_then(b.icmp_signed(">", left, code.i(j))):
+                    index = b.mul(b.add(first, code.i(j)), code.start_stride)
+                    b.store(code.get(code.at(code.start, index, vector), vector, align), total)
+
+        def add(offset: Value, line: Value) -> None:
+            value = code.get(code.at(code.x, offset, vector), vector, align)
+            for j, total in enumerate(sums):
+                weight = code.splat(code.get(code.at(line, code.i(j), F32), F32, 4))
+                b.store(code.fma(weight, value, b.load(total, typ=vector)), total)
+
+        code.chain(code.at(panel, code.i(width), F32), add)
+        for j, total in enumerate(sums):
+            with b.if_then(b.icmp_signed(">", left, code.i(j))):
+                index = b.mul(b.add(first, code.i(j)), code.out_stride)
+                code.put(b.load(total, typ=vector), code.at(code.out, index, vector), align)
+    b.ret_void()
+
+
+def _write_few(module: ir.Module, processor: Processor, kind: str, rows: int) -> None:
+    """Some rows with outputs in lanes; the last argument is the bytes from one row to the next."""
+    code = _Dense(module, f"dense_few_{kind}_{rows}", processor, (*DENSE, I64), processor.columns)
+    b, width, vector = code.b, code.panel, code.vector(F32)
+    row_bytes = code.function.args[len(DENSE)]
+    xs, outs, starts = (
+        [code.at(base, b.mul(row_bytes, code.i(r))) for r in range(rows)] for base in (code.x, code.out, code.start)
+    )
+
+    def tile(block: Value, panels: int) -> None:
+        lines = [code.at(code.w, b.mul(b.add(block, code.i(g)), code.panel_size), F32) for g in range(panels)]
+        sums = [[code.room(vector) for _ in range(rows)] for _ in range(panels)]
+        for g, (line, totals) in enumerate(zip(lines, sums, strict=True)):
+            column = b.mul(b.add(block, code.i(g)), code.i(width))
+            for r, total in enumerate(totals):
+                if kind == "fixed":
+                    b.store(code.get(line, vector, 4), total)
+                else:
+                    _move_columns(code, starts[r], code.start_stride, column, total, load=True)
+        others = [b.sub(b.ptrtoint(line, I64), b.ptrtoint(lines[0], I64)) for line in lines]
+
+        def add(offset: Value, line: Value) -> None:
+            values = [code.splat(code.get(code.at(x, offset, F32), F32, 4)) for x in xs]
+            for other, totals in zip(others, sums, strict=True):
+                weights = code.get(code.at(line, other), vector, 4)
+                for value, total in zip(values, totals, strict=True):
+                    b.store(code.fma(weights, value, b.load(total, typ=vector)), total)
+
+        code.chain(code.at(lines[0], code.i(width), F32), add)
+        for g, totals in enumerate(sums):
+            column = b.mul(b.add(block, code.i(g)), code.i(width))
+            for r, total in enumerate(totals):
+                _move_columns(code, outs[r], code.out_stride, column, total, load=False)
+
+    blocks = b.sdiv(b.add(code.outputs, code.i(width - 1)), code.i(width))
+    most = min(8, max(1, processor.registers // rows))
+    place = code.room(I64)
+    b.store(code.i(0), place)
+    for panels in sorted({most, max(1, most // 2), 1}, reverse=True):
+        begin = b.load(place, typ=I64)
+        end = b.add(begin, b.mul(b.sdiv(b.sub(blocks, begin), code.i(panels)), code.i(panels)))
+        with code.loop(end, start=begin, step=panels) as block:
+            tile(block, panels)
+        b.store(end, place)
+    b.ret_void()
+
+
+def _move_columns(code: _Dense, base: Value, stride: Value, column: Value, value: Value, *, load: bool) -> None:
+    """Load or store the columns of a panel that exist: at once where they are neighbours and all there."""
+    b, width, vector = code.b, code.panel, code.vector(F32)
+    left = b.sub(code.outputs, column)
+    is_whole = b.and_(b.icmp_signed(">=", left, code.i(width)), b.icmp_signed("==", stride, code.i(1)))
+    with b.if_else(is_whole) as (whole, part):
+        with whole:
+            place = code.at(base, column, F32)
+            if load:
+                b.store(code.get(place, vector, 4), value)
+            else:
+                code.put(b.load(value, typ=vector), place, 4)
+        with part:
+            room = code.room(vector)
+            b.store(code.const(0) if load else b.load(value, typ=vector), room)
+            with code.loop(code.least(left, code.i(width))) as k:
+                there = code.at(base, b.mul(b.add(column, k), stride), F32)
+                here = code.at(room, k, F32)
+                one, other = (there, here) if load else (here, there)
+                code.put(code.get(one, F32, 4), other, 4)
+            if load:
+                b.store(code.get(room, vector, 64), value)
+
+
+def _write_move(module: ir.Module, processor: Processor, way: str, size: str) -> None:
+    """Rows at given addresses to [elements][lanes], or back."""
+    code = Lanes(module, symbol(f"{way}_{size}", processor), MOVE, processor.lanes)
+    b, kind, lanes, width = code.b, _MEMORY[size], processor.lanes, int(size)
+    addresses, memory, count, rows = code.function.args
+    into = way == "to_lanes"
+
+    def row(number: Value) -> Value:
+        return code.get(code.at(addresses, number, I64), POINTER, 8)
+
+    def one_by_one(start: Value) -> None:
+        with code.loop(rows) as r:
+            mine = row(r)
+            with code.loop(count, start=start) as k:
+                here, there = code.at(mine, k, kind), code.at(memory, b.add(b.mul(k, code.i(lanes)), r), kind)
+                one, other = (here, there) if into else (there, here)
+                code.put(code.get(one, kind, width), other, width)
+
+    if size != "4" or lanes == 1:
+        one_by_one(code.i(0))
+        b.ret_void()
+        return
+    vector = code.vector(F32)
+    with b.if_else(b.icmp_signed("==", rows, code.i(lanes))) as (whole, part):
+        with whole:
+            mine = [row(code.i(r)) for r in range(lanes)]
+            blocks = b.mul(b.sdiv(count, code.i(lanes)), code.i(lanes))
+            with code.loop(blocks, step=lanes) as k:
+                ours = [code.at(each, k, F32) for each in mine]
+                theirs = [code.at(memory, b.add(k, code.i(j)), vector) for j in range(lanes)]
+                source, target = (ours, theirs) if into else (theirs, ours)
+                for value, place in zip(
+                    _transposed(code, [code.get(p, vector, 4) for p in source]), target, strict=True
+                ):
+                    code.put(value, place, 4)
+            one_by_one(blocks)
+        with part:
+            one_by_one(code.i(0))
+    b.ret_void()
+
+
+def _transposed(code: Lanes, vectors: list[Value]) -> list[Value]:
+    """Vectors [i][j] as [j][i]: halves change places at every power of two."""
+    count, step = len(vectors), 1
+    while step < count:
+        after = list(vectors)
+        for i in range(count):
+            if not i & step:
+                one, other = vectors[i], vectors[i | step]
+                low = [c if not c & step else count + (c ^ step) for c in range(count)]
+                high = [c | step if not c & step else count + c for c in range(count)]
+                for at, order in ((i, low), (i | step, high)):
+                    mask = ir.Constant(ir.VectorType(I32, count), order)
+                    after[at] = code.b.shuffle_vector(one, other, mask)
+        vectors, step = after, 2 * step
+    return vectors

@@ -1,0 +1,173 @@
+"""Machine code from LLVM's intermediate language, for the processor at hand or another one, and its cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from instep.core.compiled import CACHE_FOLDER
+from instep.models.errors import ModelError
+
+_FEW: Final = 8
+"""With vectors of 16 floats; half as many with vectors of 8, whose registers are fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What code is made for. None of it decides a bit.
+
+    Attributes:
+        triple: LLVM's name of architecture and system.
+        name: LLVM's name of the processor.
+        features: that it has, as LLVM writes them.
+        lanes: rows that are computed at once.
+        columns: outputs of a product that are computed at once: floats in a vector.
+        registers: vectors for sums.
+        few: up to that many rows are computed one by one, with vectors over the elements of a row.
+    """
+
+    triple: str
+    name: str
+    features: str
+    lanes: int = 16
+    columns: int = 16
+    registers: int = 24
+    few: int = _FEW
+
+    @property
+    def has_fma(self) -> bool:
+        """Whether it has fused multiply-adds; without them code calls a function for each, 7 to 30 times slower."""
+        return "86" not in self.triple or "+fma," in f"{self.features},"
+
+    @property
+    def is_x86(self) -> bool:
+        """Whether its architecture is x86-64."""
+        return "86" in self.triple
+
+
+@cache
+def host() -> Processor:
+    """The processor that runs this."""
+    features = llvm.get_host_cpu_features()
+    wide = {} if features.get("avx512f", False) else {"lanes": 8, "columns": 8, "registers": 12, "few": _FEW // 2}
+    return Processor(llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten(), **wide)
+
+
+def object_code(text: str, processor: Processor) -> bytes:
+    """Compile a module."""
+    parsed, machine = _optimized(text, processor)
+    code: bytes = machine.emit_object(parsed)
+    return code
+
+
+def assembly(text: str, processor: Processor) -> str:
+    """The same as text, for people and tests."""
+    parsed, machine = _optimized(text, processor)
+    code: str = machine.emit_assembly(parsed)
+    return code
+
+
+def _optimized(text: str, processor: Processor) -> tuple[Any, Any]:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(processor.triple).create_target_machine(
+        cpu=processor.name,
+        features=processor.features,
+        opt=3,
+        jit=True,
+        codemodel="jitdefault" if processor.is_x86 else "default",
+    )
+    parsed = llvm.parse_assembly(text)
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = options.slp_vectorization = False
+    options.loop_vectorization = True  # where there is one lane; it keeps the order of every sum
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    return parsed, machine
+
+
+class Library:
+    """Compiled functions in this process.
+
+    Args:
+        code: of `object_code`.
+        symbols: addresses of functions that it calls and does not have, by name.
+    """
+
+    def __init__(self, code: bytes, symbols: Mapping[str, int]) -> None:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        for name, address in symbols.items():
+            llvm.add_symbol(name, address)
+        processor = host()
+        machine = llvm.Target.from_triple(processor.triple).create_target_machine(
+            cpu=processor.name, features=processor.features, jit=True
+        )
+        empty = llvm.parse_assembly(f'target triple = "{processor.triple}"')
+        self._engine = llvm.create_mcjit_compiler(empty, machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """The address of a function."""
+        found: int = self._engine.get_function_address(name)
+        return found
+
+    def function(self, name: str, *arguments: Any) -> Any:
+        """A function that returns nothing; a call releases the interpreter's lock."""
+        return ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
+
+
+def cached(key: str, processor: Processor, make: Any) -> bytes:
+    """The object code of this key and processor, from the cache or by `make`.
+
+    The key must name everything that the code depends on besides the sources of this package.
+
+    Raises:
+        ModelError: where LLVM cannot compile it.
+    """
+    parts = (key, repr(processor), llvmlite.__version__, str(llvm.llvm_version_info), _sources())
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40] + ".o"
+    path = Path(CACHE_FOLDER) / name if CACHE_FOLDER else None
+    if path is not None:
+        with suppress(OSError):
+            return path.read_bytes()
+    try:
+        code: bytes = make()
+    except RuntimeError as error:
+        raise ModelError(f"LLVM cannot compile the step ({error!s:.200}); report it with the model folder") from None
+    if path is not None:
+        with suppress(OSError):
+            _write(path, code)
+    return code
+
+
+def _write(path: Path, code: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(code)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+@cache
+def _sources() -> str:
+    """A digest of the sources that write code."""
+    here = Path(__file__).parent
+    names = ("lanes.py", "kernels.py", "compiler.py", "machine.py")
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
