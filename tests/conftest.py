@@ -14,20 +14,12 @@ from coverage import Coverage
 from hypothesis import HealthCheck, settings
 from typer import main, testing
 
-from instep.mkl import prefer_strict_products
-from tests.support import warm_server
+from tests.support import environment, warm_server
 
-# Before torch is imported anywhere, and inherited by processes that tests start: several threads on a busy machine
-# make small matrices many times slower, and what the engine uses it sets itself.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "passive"  # and where a test asks for two, each would spin while it waits
-prefer_strict_products(os.environ)  # as the engine does, but some tests import torch before it
+environment.set_up()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-for name in [name for name in os.environ if name.startswith("INSTEP_")]:
-    del os.environ[name]
 
 # typer's runner builds all commands of a program for each call of one, which takes as long as most calls.
 testing._get_command = cache(main.get_command)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.chaos.chaos import MOST_RECOVERY_S, run
+from tests.support import environment
 
 
 def main() -> int:
@@ -22,6 +22,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides when")
     parser.add_argument("--durability", choices=["commit", "fsync"], default="commit")
     told = parser.parse_args()
+    environment.set_up()
+    from tests.chaos.chaos import MOST_RECOVERY_S, run  # and torch, which reads the environment
+
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("breaking", total=told.kills + told.resets)
         outcome = asyncio.run(
