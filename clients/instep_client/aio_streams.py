@@ -225,8 +225,8 @@ class AsyncGroup(_Handle, GroupView):
 
         Raises:
             FramesRefused: when some were not applied; its `outputs` hold the others'.
-            StreamEvicted: when one of the streams has ended. If that came to light by the answer, its `outputs` hold
-                the others'; otherwise it is None and nothing was sent. Leave the stream out with `rows`.
+            StreamEvicted: when one of the streams has ended. If it ended after the call, `outputs` hold the others'; if
+                it had ended before, `outputs` is None and nothing was sent. Leave the stream out with `rows`.
             InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
         """
         return (await self.step_timed(x, rows)).outputs

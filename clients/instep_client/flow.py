@@ -126,7 +126,7 @@ class Flow:
         return is_known
 
     def end(self, reasons: EndedRows) -> None:
-        """Streams have ended: what waits for them fails; what groups have on the way will be answered."""
+        """Streams have ended: what waits for them fails, except the steps of groups, which go on for the others."""
         handles: dict[StreamHandle, None] = {}
         for (code, sentence), rows in reasons.items():
             self._table.end(np.array(rows, np.int64), code, sentence)
@@ -257,24 +257,27 @@ class Flow:
         return True
 
     def _next_block(self, call: StepCall) -> StepBlock | None:
-        """The block of a call's next piece, without the streams that were rewound since the call was made.
+        """The block of a call's next piece, without the streams that were rewound or ended since the call was made.
 
         The next seqs of its streams move on.
         """
+        table = self._table
         timesteps, columns = call.next_piece()
         call.advance()
         where = np.arange(columns.start, columns.stop)
         rows, x = call.rows[where], call.x[timesteps, columns]
-        if call.handle.rewound_at > call.stamp:
-            fresh = self._table.rewound_at[rows] < call.stamp
+        if call.handle.rewound_at > call.stamp or call.handle.has_ended:
+            fresh = (table.rewound_at[rows] < call.stamp) & (table.ended[rows] == 0)
             for index in np.flatnonzero(~fresh).tolist():
-                expected = int(self._table.seqs[rows[index]])
-                call.refuse(int(where[index]), FailedFrames(expected, Code.SEQ_GAP, BEHIND, expected))
+                expected = int(table.seqs[rows[index]])
+                code = Code(int(table.ended[rows[index]]) or Code.SEQ_GAP)
+                sentence = table.sentences.get(code, BEHIND)
+                call.refuse(int(where[index]), FailedFrames(expected, code, sentence, expected))
                 call.left -= len(x)
             if not np.any(fresh):
                 return None
             where, rows, x = where[fresh], rows[fresh], np.ascontiguousarray(x[:, fresh])
-        return StepBlock((call,), rows, self._table.take_columns(rows, len(x)), x, timesteps.start, where)
+        return StepBlock((call,), rows, table.take_columns(rows, len(x)), x, timesteps.start, where)
 
     def _settle(self) -> None:
         """Act on what answers have said."""
@@ -294,8 +297,13 @@ class Flow:
             self._continue(call.handle)
 
     def _end_unsent(self, handle: StreamHandle) -> None:
-        """Some streams of a handle have ended: its calls about them that wait to be sent fail."""
-        for call in list(handle.steps):
+        """Some streams of a handle have ended: its waiting calls fail, except the steps of a group.
+
+        `_next_block` sends those without the ended streams. If a step failed here, its caller would repeat it for the
+        other streams, but steps made in the meantime would be sent first, and a step that was partly sent would be
+        applied twice.
+        """
+        for call in list(handle.steps) if handle.single else ():
             error = self._table.why_any_ended(call.rows)
             if error is not None:
                 self._abort(call, error)

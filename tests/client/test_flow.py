@@ -12,7 +12,7 @@ from instep_client.handles import StreamHandle
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FrameFailure, InstepError, InvalidInput, StreamEvicted
 from instep_client.protocol.wire import ServerInfo
-from tests.support.fake_server import F32, INFO, error, reference, stepped
+from tests.support.fake_server import F32, INFO, error, evicted, reference, stepped
 from tests.support.session_link import BAD, Link, X, blocks, ending, limited, refusal, refuse, sizes
 
 
@@ -258,6 +258,51 @@ def test_a_stream_that_the_server_does_not_know_has_ended() -> None:
     with pytest.raises(StreamEvicted):
         link.session.step(handle, X[0])
     assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)
+
+
+def test_steps_of_a_group_keep_their_order_when_a_stream_ends_before_they_are_sent() -> None:
+    link = Link()
+    group = link.open("a", "b")
+    first = link.session.step(group, X[:2])
+    link.rules.end([2])
+    link.deliver(evicted([2], Code.STATE_LOST))
+    second = link.session.step(group, X[2:3], rows=[0])
+    assert blocks(link.advance()) == [([(1, 0)], [[0]]), ([(1, 1)], [[6]])]
+    link.settle()
+    error, outputs = ending(first)
+    assert error.failures == (FrameFailure("b", 0, Code.STATE_LOST, 0),)
+    assert np.isnan(outputs[1]).all()
+    truth, _ = reference(X[[0, 2]])
+    assert [outputs[0].tolist(), second.result().outputs[0].tolist()] == truth.tolist()
+
+
+def test_the_rest_of_a_chunk_is_sent_without_a_stream_that_has_ended() -> None:
+    link = limited(credit=8, block=2)
+    group = link.open("a", "b")
+    x = np.stack([X[:6], X[6:12]], axis=1)
+    step = link.session.step(group, x)
+    assert sizes(link.advance()) == [(1, 2)] * 4
+    link.rules.end([2])
+    link.deliver(evicted([2]))
+    link.settle()
+    assert link.rules.blocks == [(1, 2)] * 4 + [(1, 1)] * 2
+    error, outputs = ending(step)
+    assert [(f.stream, f.seq, f.code) for f in error.failures] == [("b", 0, Code.IDLE)]
+    assert outputs[:, 0].tolist() == reference(x[:, 0])[0].tolist()
+    assert np.isnan(outputs[:, 1]).all()
+    assert int(link.session.table.next_seqs(group)[0]) == 6
+
+
+def test_a_step_of_a_group_that_waits_ends_when_all_its_streams_have_ended() -> None:
+    link = Link()
+    group = link.open("a", "b")
+    step = link.session.step(group, X[:2])
+    link.rules.end([1, 2])
+    link.deliver(evicted([1, 2]))
+    assert link.advance() == []
+    error, outputs = ending(step)
+    assert [f.stream for f in error.failures] == ["a", "b"]
+    assert np.isnan(outputs).all()
 
 
 @pytest.mark.parametrize("x", [np.zeros(2), np.zeros((1, 1, 3)), ["a", "b", "c"]])

@@ -286,16 +286,17 @@ def test_eviction_of_one_of_a_group_lets_the_others_step() -> None:
     link.advance()
     link.rules.end([2])
     link.deliver(evicted([2], Code.STATE_LOST))
-    with pytest.raises(StreamEvicted, match=r"STATE_LOST.*\(stream 'b'\)"):
-        waiting.result()
     with pytest.raises(StreamEvicted, match=r"\(stream 'b'\)"):
         link.session.step(group, np.ones((3, 3)))
     link.settle()
-    refused: Any = sent.error
-    assert [(f.stream, f.code) for f in refused.failures] == [("b", Code.STATE_LOST)]
-    assert refused.outputs[[0, 2]].tolist() == [[3, 4], [3, 4]]
-    assert np.isnan(refused.outputs[1]).all()
-    assert unconcerned.result().outputs.shape == (2, 2)
+    for call, outputs in ((sent, [3, 4]), (waiting, [4.5, 5.5])):
+        with pytest.raises(StreamEvicted, match=r"STATE_LOST.*\(stream 'b'"):
+            call.result()
+        refused: Any = call.error
+        assert [(f.stream, f.code) for f in refused.failures] == [("b", Code.STATE_LOST)]
+        assert refused.outputs[[0, 2]].tolist() == [outputs, outputs]
+        assert np.isnan(refused.outputs[1]).all()
+    assert unconcerned.result().outputs.tolist() == [[5.25, 6.25], [5.25, 6.25]]
 
 
 def test_leaving_closes_the_streams_and_hears_that_the_server_knows() -> None:
