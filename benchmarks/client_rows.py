@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.load import Inputs, all_in_flight
 from benchmarks.measurement import Bench, Row, compared, interleave
-from benchmarks.reference import BenchmarkModel, WrongOutput, measured, truth
+from benchmarks.reference import MAX_ROWS, BenchmarkModel, WrongOutput, measured, truth
 from instep.core.typing import F32
 from instep_client import AsyncClient, AsyncStream
 from instep_client.states import state_rows
@@ -71,7 +71,7 @@ async def _step_in_tasks(endpoint: str, model: BenchmarkModel, x: F32, connectio
         deadline = began + seconds
         newest = await asyncio.gather(*map(_step_until, streams, frames, [deadline] * len(streams)))
         rate = sum(stream.next_seq for stream in streams) / (time.perf_counter() - began)
-        await _check_and_close(streams, model, x, newest, clients[0].info.buckets)
+        await _check_and_close(streams, model, x, newest)
     return rate
 
 
@@ -85,12 +85,12 @@ async def _step_until(stream: AsyncStream, frames: F32, deadline: float) -> F32:
 
 
 async def _check_and_close(
-    streams: Sequence[AsyncStream], model: BenchmarkModel, x: F32, newest: Sequence[F32], buckets: Sequence[int]
+    streams: Sequence[AsyncStream], model: BenchmarkModel, x: F32, newest: Sequence[F32]
 ) -> None:
-    for first in range(0, len(streams), buckets[-1]):
-        part = slice(first, first + buckets[-1])
+    for first in range(0, len(streams), MAX_ROWS):
+        part = slice(first, first + MAX_ROWS)
         counts = np.array([stream.next_seq for stream in streams[part]])
-        outputs, states = truth(model.truth, x[:, part], counts, 1, buckets)
+        outputs, states = truth(model.truth, x[:, part], counts)
         finals = [state_rows(await stream.close(), model.state, None) for stream in streams[part]]
         if not (np.array_equal(outputs[0], np.stack(newest[part])) and np.array_equal(states, np.concatenate(finals))):
             raise WrongOutput("streams of the client differ from the network, so no figure of this row counts")

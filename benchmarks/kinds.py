@@ -12,7 +12,6 @@ from benchmarks.reference import (
     LeftOut,
     Network,
     TorchBatch,
-    as_certified,
     own_network,
     torch_layers,
 )
@@ -65,5 +64,5 @@ def step_module(bench: Bench) -> BenchmarkModel:
 
 
 def _model(folder: Path, words: str, network: Network) -> BenchmarkModel:
-    certified = as_certified(load_model(folder))
-    return BenchmarkModel(folder, words, FEATURES, certified.state, network, own_network(certified))
+    model = load_model(folder)
+    return BenchmarkModel(folder, words, FEATURES, model.state, network, own_network(model))

@@ -25,6 +25,10 @@ class Server(Protocol):
         ...
 
 
+def _on_cpu(model: Path, arguments: Sequence[str]) -> ChildServer:
+    return ChildServer(model, ["--device", "cpu", *arguments])
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
     """The settings that all rows of one run share.
@@ -45,7 +49,7 @@ class Bench:
     scale: int = 1
     warm_up: int = 1
     model: Path | None = None
-    serve: Callable[[Path, Sequence[str]], AbstractContextManager[Server]] = ChildServer
+    serve: Callable[[Path, Sequence[str]], AbstractContextManager[Server]] = _on_cpu
 
     def scaled(self, number: int, least: int) -> int:
         """The size of a load in this run."""

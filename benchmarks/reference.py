@@ -1,7 +1,8 @@
 """The network alone: the bare loops that serving is compared with, and the outputs that are right.
 
-For the benchmark's own models both are torch's `nn.GRU` or `nn.LSTM`, or the module whose step is served, with the
-weights of the served model. For a user's model both are the model's own step, in this process and without an engine.
+Serving is compared with torch's `nn.GRU` or `nn.LSTM`, or with the module whose step is served, with the weights of the
+served model; for a user's model with the model's own step. Outputs are compared with those of the model's own step, in
+this process and without an engine.
 """
 
 from __future__ import annotations
@@ -21,17 +22,13 @@ from benchmarks.connection import BareConnection
 from benchmarks.load import F64, ClosedLoopStreams, Drive, Inputs, open_streams
 from benchmarks.measurement import Bench
 from instep.core.typing import F32, I64, U8, Bool
-from instep.models.base import RecurrentModel
-from instep.models.certify import candidate_buckets
 from instep.models.folder import load_model, make_model, write_model
 from instep.models.model import Model
+from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import GruDescription, GruLayers
-from instep.models.registry import build
-from instep.models.stepping import keep_state, load_state, read_state
 from instep_client.protocol.state_spec import StateSpec
 
 Array: TypeAlias = npt.NDArray[Any]
-CPU: Final = torch.device("cpu")
 MAX_ROWS: Final = 256
 """In one batch of the servers that are measured."""
 
@@ -114,25 +111,27 @@ def torch_layers(layers: torch.nn.RNNBase) -> Network:
 class OwnBatch:
     """A `Batch` of a model as the engine steps it, on the CPU."""
 
-    def __init__(self, model: RecurrentModel, rows: int) -> None:
-        self._spec, self._outputs = model.state, model.description.outputs
-        self._step = model.bind(rows)
-        load_state(self._step, self._spec, self._spec.initial(rows))
+    def __init__(self, model: PortableNetwork, rows: int) -> None:
+        self._x, self._y = (
+            np.zeros((rows, width), np.float32) for width in (model.description.features, model.description.outputs)
+        )
+        self._states = model.state.initial(rows)
+        self._rows = model.bind(self._x, self._states, self._y)
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         """One step of the model."""
-        self._step.x[:, : x.shape[1]].copy_(x)
-        self._step.run()
-        keep_state(self._step)
-        return self._step.y[:, : self._outputs]
+        self._x[:] = x.numpy()
+        self._rows.run_all(len(x))
+        return torch.from_numpy(self._y)
 
     def states(self) -> U8:
         """As the engine keeps them."""
-        return read_state(self._step, self._spec)
+        return self._states.copy()
 
 
-def own_network(model: RecurrentModel) -> Network:
-    """A model of instep's, from its initial state."""
+def own_network(served: Model) -> Network:
+    """A model as the engine steps it, from its initial state."""
+    model = PortableNetwork(served)
 
     def run(x: F32) -> None:
         if model.sequence(x, model.state.initial(x.shape[1])) is None:
@@ -152,7 +151,7 @@ class BenchmarkModel:
     network: Network
     """What serving is compared with: the quickest way to step."""
     truth: Network
-    """The reference that outputs are compared with: a way to step that gives the bits that are served."""
+    """The reference that outputs are compared with, bit for bit."""
 
     @classmethod
     def of(cls, bench: Bench, name: str, features: int = 40, hidden: int = 128, layers: int = 1) -> BenchmarkModel:
@@ -169,22 +168,20 @@ class BenchmarkModel:
         gru = torch.nn.GRU(features, hidden, layers)
         gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
         sizes = str(hidden) if layers == 1 else f"{layers}×{hidden}"
-        words, network = f"GRU {features}→{sizes}, float32", torch_layers(gru.eval())
-        return cls(bench.folder / name, words, features, description.state, network, network)
+        words, folder = f"GRU {features}→{sizes}, float32", bench.folder / name
+        return cls(folder, words, features, description.state, torch_layers(gru.eval()), own_network(model))
 
     @classmethod
     def _own(cls, folder: Path) -> BenchmarkModel:
         model = load_model(folder)
-        quickest = build(model, CPU)
-        quickest.select_quickest()
-        description = model.description
+        description, network = model.description, own_network(model)
         return cls(
             folder=folder,
             description=f"{model.name}: {description.in_words()}",
             features=description.features,
             state=description.state,
-            network=own_network(quickest),
-            truth=own_network(as_certified(model)),
+            network=network,
+            truth=network,
         )
 
     @property
@@ -200,14 +197,6 @@ class BenchmarkModel:
         """The same, for streams that each send messages of their own."""
         x = self.inputs(timesteps, streams)
         return [Inputs.of(x[:, stream : stream + 1]) for stream in range(streams)]
-
-
-@torch.inference_mode()
-def as_certified(model: Model) -> RecurrentModel:
-    """The model, stepped as certification chooses: an LSTM has other bits before that."""
-    network = build(model, CPU)
-    network.select_step(candidate_buckets(network, MAX_ROWS), network.least_probes)
-    return network
 
 
 @torch.inference_mode()
@@ -241,7 +230,7 @@ def whole(network: Network, x: F32, frames: int) -> float:
 
 
 @torch.inference_mode()
-def truth(network: Network, x: F32, counts: I64, last: int = 1, buckets: Sequence[int] = ()) -> tuple[F32, U8]:
+def truth(network: Network, x: F32, counts: I64, last: int = 1) -> tuple[F32, U8]:
     """The outputs and states of a network, stepped from its initial state.
 
     Args:
@@ -249,17 +238,14 @@ def truth(network: Network, x: F32, counts: I64, last: int = 1, buckets: Sequenc
         x: inputs [timesteps, streams, features], repeated after the last.
         counts: how many frames each stream has sent [streams].
         last: how many outputs to return.
-        buckets: ascending batch sizes that the engine certified to give equal bits. The streams are stepped in a batch
-            of the first that is large enough, padded with zeros, because torch may give other bits in other sizes.
 
     Returns:
         The last outputs [last, streams, outputs], zeros where a stream has fewer; final states [streams, row_bytes].
     """
     streams = len(counts)
-    rows = next((bucket for bucket in buckets if bucket >= streams), streams)
-    inputs = torch.from_numpy(np.pad(x, ((0, 0), (0, rows - streams), (0, 0))) if rows > streams else x)
-    batch = network.batch(rows)
-    states = batch.states()[:streams]
+    inputs = torch.from_numpy(x)
+    batch = network.batch(streams)
+    states = batch.states()
     outputs = np.zeros((last, streams, network.outputs), np.float32)
     first_needed = int(counts.min()) - last
     for timestep in range(int(counts.max())):
@@ -270,34 +256,30 @@ def truth(network: Network, x: F32, counts: I64, last: int = 1, buckets: Sequenc
             if len(ends):
                 states[ends] = batch.states()[ends]
             near = np.flatnonzero((remaining >= 0) & (remaining < last))
-            outputs[last - 1 - remaining[near], near] = y[:streams].numpy()[near]
+            outputs[last - 1 - remaining[near], near] = y.numpy()[near]
     return outputs, states
 
 
-def check_and_close(
-    connection: BareConnection, groups: Sequence[ClosedLoopStreams], network: Network, *, exact: bool = True
-) -> None:
-    """Close the streams and compare each one's final state and newest outputs with the network's.
+def check_and_close(connection: BareConnection, groups: Sequence[ClosedLoopStreams], network: Network) -> None:
+    """Close the streams and compare each one's final state and newest outputs with the network's, bit for bit.
 
-    Nothing is in flight. With `exact` they are compared bit for bit, where the server promises bits; otherwise within
-    rounding errors.
+    Nothing is in flight.
 
     Raises:
         WrongOutput: where anything differs.
     """
     wrong = total = 0
-    exact &= connection.info.exactness == "exact"
-    spec, buckets = connection.info.state, connection.info.buckets
-    for batch in _batches(groups, buckets[-1]):
+    spec = connection.info.state
+    for batch in _batches(groups):
         steps = batch[0].inputs.steps
         counts = np.concatenate([np.full(len(group.handles), group.answered * steps) for group in batch])
-        outputs, states = truth(network, _inputs(batch), counts, steps, buckets)
+        outputs, states = truth(network, _inputs(batch), counts, steps)
         served_states = connection.close(np.concatenate([group.handles for group in batch]))
         served_outputs = np.concatenate([group.outputs(network.outputs) for group in batch], axis=1)
-        right = _equal(served_outputs, outputs, exact).all(axis=(0, 2))
+        right = _equal(served_outputs, outputs).all(axis=(0, 2))
         expected = spec.unpack(states)
         for name, served in spec.unpack(served_states).items():
-            right &= _equal(served, expected[name], exact).reshape(len(counts), -1).all(axis=1)
+            right &= _equal(served, expected[name]).reshape(len(counts), -1).all(axis=1)
         wrong += int((~right).sum())
         total += len(counts)
     if wrong:
@@ -311,11 +293,10 @@ def measured(
     drive: Drive,
     *,
     once: bool = False,
-    exact: bool = True,
 ) -> float:
     """What a loop measures over a new connection with new streams of these inputs.
 
-    With `once` the inputs are sent once; otherwise they are repeated. `exact` is as for `check_and_close`.
+    With `once` the inputs are sent once; otherwise they are repeated.
 
     Raises:
         WrongOutput: when the outputs are not the network's.
@@ -326,24 +307,22 @@ def measured(
         connection.hello()
         groups = open_streams(connection, inputs, once=once)
         found = drive(connection, groups)
-        check_and_close(connection, groups, model.truth, exact=exact)
+        check_and_close(connection, groups, model.truth)
     return found
 
 
-def _equal(served: Array, expected: Array, exact: bool) -> Bool:
-    if not exact:
-        return np.isclose(served, expected, rtol=1e-4, atol=1e-5)
+def _equal(served: Array, expected: Array) -> Bool:
     size = served.dtype.itemsize
     bits = (np.ascontiguousarray(array).view(f"u{size}") for array in (served, expected))
     return np.asarray(np.equal(*bits))
 
 
-def _batches(groups: Sequence[ClosedLoopStreams], most_rows: int) -> Iterator[list[ClosedLoopStreams]]:
+def _batches(groups: Sequence[ClosedLoopStreams]) -> Iterator[list[ClosedLoopStreams]]:
     """Groups that can be stepped together: they started at the same input, and repeat theirs at the same time."""
     batch: list[ClosedLoopStreams] = []
     for group in groups:
         rows = sum(len(each.handles) for each in batch) + len(group.handles)
-        if batch and (rows > most_rows or group.first != batch[0].first):
+        if batch and (rows > MAX_ROWS or group.first != batch[0].first):
             yield batch
             batch = []
         batch.append(group)

@@ -41,7 +41,7 @@ from benchmarks.reference import (
 )
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
-from instep.verify.conditions import recorded_model
+from instep.verify.recorded_model import recorded_model
 from instep.verify.verifier import verify
 
 STREAMS, BLOCK, TIMESTEPS = 1024, 256, 128
@@ -116,25 +116,6 @@ def _over_bare(bench: Bench, model: BenchmarkModel, beside: dict[str, Callable[[
             ),
         }
         return interleave(bench, sides | beside)
-
-
-def exact_off(bench: Bench) -> list[Row]:
-    """The cost of certified batch sizes. The server that promises no bits is checked within rounding errors."""
-    model = BenchmarkModel.of(bench, "exact-off")
-    inputs = block_inputs(model)
-    required, off, drive = "exact, frames/s", "exactness off, frames/s", all_in_flight(bench.seconds)
-    arguments = ["--max-streams", str(STREAMS), "--exactness"]
-    with (
-        bench.serve(model.folder, [*arguments, "require"]) as exact_server,
-        bench.serve(model.folder, [*arguments, "off"]) as other_server,
-    ):
-        sides = {
-            required: lambda: measured(exact_server.endpoint, model, inputs, drive),
-            off: lambda: measured(other_server.endpoint, model, inputs, drive, exact=False),
-        }
-        samples = interleave(bench, sides)
-    what = "the same load, exact over `exactness: off`"
-    return [compared("exact-off", what, model.description, samples, required, off, 0.95)]
 
 
 MANY: Final = 100_096
@@ -299,7 +280,7 @@ def recording_lengths(longest: int) -> I64:
 
 
 def verification(bench: Bench) -> list[Row]:
-    """All that `instep verify` does, including certification, against one call over the whole."""
+    """All that `instep verify` does, against one call over the whole."""
     streams, timesteps, verified = 256, bench.scaled(1000, 40), "verified, frames/s"
     model, file = BenchmarkModel.of(bench, "verify"), bench.folder / "verify.instep"
     x = model.inputs(timesteps, streams)
@@ -347,7 +328,6 @@ MEASUREMENTS: Final[dict[str, Callable[[Bench], list[Row]]]] = {
     "tasks-256": tasks_256,
     "connections-500": connections_500,
     "many-open": many_open,
-    "exact-off": exact_off,
     "chunks": chunks,
     "verify": verification,
     "start": start,

@@ -48,7 +48,7 @@ class Comparison:
     """What the listeners have received, one array each, and what the package computes."""
 
     exactness: str
-    """What the server said when it had certified the network on this machine."""
+    """What the server says of the network's bits: `exact` on a CPU."""
     received: list[F32]
     own: list[F32]
 

@@ -68,20 +68,3 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(20_240_229)
-
-
-@pytest.fixture(scope="session")
-def exact_machine() -> None:
-    """For tests that require equal bits: skipped where this machine does not certify that they repeat."""
-    from tests.support.exact import skip_unless_exact  # and torch, which most tests do without
-
-    skip_unless_exact()
-
-
-@pytest.fixture
-def certified_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this process and verify certify each model once, as `tests.support.verifying.verify`."""
-    from instep.verify.conditions import find_conditions
-    from tests.support.recordings import certify_once
-
-    monkeypatch.setattr(find_conditions, "__defaults__", (certify_once,))

@@ -27,7 +27,7 @@ from tests.support.traffic import assert_same_bits
 
 FREE_PORTS = ("--endpoint", "tcp://127.0.0.1:*", "--http", "off")
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
-KINDS = {"gru": "gru", "lstm": "lstm", "module": "min_gru", "onnx": "onnx", "pipeline": "pipeline"}
+KINDS = {"gru": "gru", "lstm": "lstm", "module": "min_gru", "pipeline": "pipeline"}
 Spoil: TypeAlias = Callable[[Path], Any]
 
 
@@ -75,6 +75,15 @@ def graph(change: Callable[[dict[str, Any]], Any]) -> Spoil:
         fields = json.loads((folder / "graph.json").read_text())
         change(fields)
         (folder / "graph.json").write_text(json.dumps(fields))
+
+    return spoil
+
+
+def form(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        values = json.loads((folder / "normal.json").read_text())
+        change(values)
+        (folder / "normal.json").write_text(json.dumps(values))
 
     return spoil
 
@@ -139,21 +148,22 @@ FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     "no graph of a step": ("module", no_file("graph.json"), "graph.json: No such file or directory"),
     "a number for a graph": ("module", text("graph.json", "NaN"), "graph: nan is wrong, it should be a valid dict"),
     "brackets in a call": ("module", calls("aten.abs.default", nested(300)), "graph.nodes.0.args.0.list.0.list"),
-    "a vast tensor": ("module", calls("aten.zeros.default", [10**13]), "does not run"),
-    "an output from nowhere": ("module", graph(lambda g: g.update(y={"node": "no"})), "{'node': 'no'}, which means"),
+    "an output from nowhere": ("module", form(lambda f: f["outputs"][0].__setitem__(0, 999)), "there is no buffer 999"),
+    "a view beyond its buffer": ("module", form(lambda f: f["outputs"][0].__setitem__(1, 10**6)), "of a buffer of"),
+    "a vast buffer": ("module", form(lambda f: f["buffers"].append(["float32", 10**13])), "a row would take more than"),
     "a leaf of another size": (
         "module",
         described(state=[leaf(shape=[10**12])]),
         "yaml: an extent of leaf state is 10",
     ),
     "two leaves of a name": ("module", described(state=[leaf(), leaf()]), "yaml: two leaves are called state"),
+    "no normal form": ("module", no_file("normal.json"), "cannot read the graph"),
+    "half of a normal form": ("module", cut("normal.json", 0.6), "is not JSON"),
+    "no frame": ("module", described(features=None), "features: it is missing; add it"),
     "no leaf": ("module", described(state=[]), "yaml: a state has 1 to 32 leaves, this one 0"),
-    "no graph in ONNX": ("onnx", no_file("graph.onnx"), "cannot read the graph"),
-    "half of a graph in ONNX": ("onnx", cut("graph.onnx", 0.6), "is not an ONNX graph, or is damaged; export it again"),
-    "no frame": ("onnx", described(frame=None), "frame: it is missing; add it"),
     "no network": ("pipeline", described(network=None), "network: it is missing; add it"),
     "a list for a network": ("pipeline", described(network=[1]), "network: it must hold the keys of a network that"),
-    "no graph inside": ("pipeline", described(network__kind="module"), "graph.json: No such file or directory"),
+    "no normal form inside": ("pipeline", described(network__kind="module"), "names no normal form"),
     "a vast context": (
         "pipeline",
         described(before=[{"context": {"values": 10**12}}]),
@@ -232,7 +242,7 @@ def test_each_is_refused_with_a_sentence_and_a_running_server_notices_nothing(
             make(Path(file))
             check_refusal(file, sentence, "model", "import", file, "--output", "made")
             assert not Path("made").exists(), file
-    assert_same_bits(np.concatenate(y), whole(SMALL, x, max_batch_size=256)[0], "what was served meanwhile")
+    assert_same_bits(np.concatenate(y), whole(SMALL, x)[0], "what was served meanwhile")
     assert not Path("ran").exists()
 
 

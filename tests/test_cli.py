@@ -89,7 +89,7 @@ class TestServe:
     def test_every_flag_sets_its_key(self, server: Stub, tmp_path: Path) -> None:
         result = instep(
             *("serve", str(tmp_path), "--endpoint", "tcp://0.0.0.0:1", "--allow-plaintext", "--device", "cpu"),
-            *("--exactness", "require", "--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
+            *("--max-streams", "5", "--max-batch-size", "6", "--max-queue-delay-us", "7"),
             *("--http", "127.0.0.1:0"),
             *("--max-idle-s", "8", "--record", str(tmp_path / "r"), "--verify-live", "--log-level", "debug"),
             *("--log-format", "json"),
@@ -103,7 +103,6 @@ class TestServe:
             "engine": {
                 **default["engine"],
                 "device": "cpu",
-                "exactness": "require",
                 "max_streams": 5,
                 "max_batch_size": 6,
                 "max_queue_delay_us": 7,

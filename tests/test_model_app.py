@@ -10,24 +10,13 @@ from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
-from instep.models import certify
-from instep.models.agreement import Distance
-from instep.models.folder import write_model
 from instep.models.handover.check import Check
-from tests.support.leaky import LeakyNetwork, LeakyStep, leaky, registered
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 
 
 def instep(*arguments: str) -> Result:
     return RUNNER.invoke(app, list(arguments))
-
-
-@pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of other things than batches: to certify large ones takes longer than all the rest of `info`."""
-    candidates = certify.candidate_buckets
-    monkeypatch.setattr(certify, "candidate_buckets", lambda network, largest: candidates(network, min(largest, 64)))
 
 
 def test_make_and_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +40,6 @@ def test_make_and_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  gru.weight_ih_l0 [12, 5]" in shown[2:]
 
 
-@pytest.mark.usefixtures("small_batches")
 def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
     sizes = ("--features", "3", "--hidden", "32", "--layers", "2")
     norms = ("--before", "layer_norm", "--before", "8", "--before", "layer_norm:relu")
@@ -62,11 +50,9 @@ def test_other_kinds_are_made_and_said_how_they_step(tmp_path: Path) -> None:
         made = instep("model", "make", str(tmp_path / kind), *sizes, "--kind", kind, *options)
         assert (made.exit_code, made.stdout) == (0, f"{tmp_path / kind}: 3 features → {words}\n"), made.output
         shown = json.loads(instep("model", "info", str(tmp_path / kind), "--json").stdout)
-        assert shown["step"] in ("fused", "addmm", "torch", "native")
+        assert shown["arithmetic"] == "portable-1"
         lines = instep("model", "info", str(tmp_path / kind)).stdout.splitlines()
-        (step,) = (line for line in lines if line.startswith("step on"))
-        first, *_, last = shown["batch_sizes"]
-        assert step == f"step on this CPU: {shown['step']}, {shown['exactness']} in batches of {first} to {last}"
+        assert "portable-1: the same bits in every batch, on every processor with FMA" in lines
     wrong = instep("model", "make", str(tmp_path / "x"), *sizes, "--nonlinearity", "relu")
     assert wrong.exit_code == 2
     assert "--nonlinearity: there is no such key" in wrong.stderr
@@ -88,7 +74,6 @@ def test_constant_weights_without_biases(tmp_path: Path) -> None:
     assert all(bool((tensor == 0.25).all()) for tensor in model.weights.values())
 
 
-@pytest.mark.usefixtures("small_batches")
 def test_the_same_seed_makes_the_same_weights(tmp_path: Path) -> None:
     fingerprints = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -124,7 +109,6 @@ def test_info_as_json(tmp_path: Path) -> None:
     assert shown["description"]["gru"]["hidden_size"] == 4
 
 
-@pytest.mark.usefixtures("small_batches")
 def test_a_model_that_is_there_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
     make = ("model", "make", str(tmp_path / "m"), "--hidden", "4")
     assert instep(*make, "--features", "3").exit_code == 0
@@ -165,26 +149,6 @@ def test_all_weights_together_have_to_fit(tmp_path: Path, monkeypatch: pytest.Mo
     assert (result.exit_code, result.stderr.split(" weights")[0]) == (2, f"no memory for a model of {count}")
     monkeypatch.setattr("instep.models.folder.usable_memory", lambda: 4 * count)
     assert instep(*arguments).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
-)
-def test_a_model_that_no_memory_steps_is_told_in_a_sentence(tmp_path: Path, error: Exception) -> None:
-    class Huge(LeakyNetwork):
-        def bind(self, rows: int) -> LeakyStep:
-            raise error
-
-    folder = str(tmp_path / "m")
-    sentence = (
-        "no memory to step 3 leaky integrators in batches of up to 512: make the model smaller, or lower "
-        "engine.max_batch_size\n"
-    )
-    with registered(Huge):
-        write_model(tmp_path / "m", leaky(3))
-        for command in (("model", "info", folder), ("serve", folder, "--check", "--endpoint", "tcp://127.0.0.1:*")):
-            result = instep(*command)
-            assert (result.exit_code, result.stderr.endswith(sentence)) == (2, True), result.stderr
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
@@ -243,7 +207,6 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "net"
 
 
-@pytest.mark.usefixtures("small_batches")
 def test_weights_are_imported_and_their_outputs_named(imported: Path) -> None:
     assert "outputs: low, mid, high" in instep("model", "info", str(imported)).stdout.splitlines()
     assert json.loads(instep("model", "info", "net", "--json").stdout)["output_names"] == ["low", "mid", "high"]
@@ -272,37 +235,22 @@ def test_a_folder_agrees_with_the_module_that_it_was_made_from(imported: Path, n
     found = instep("model", "check", "net", "--against", f"net.py:{name}")
     assert found.exit_code == 0, found.output
     assert all(len(line) <= 80 for line in found.stdout.splitlines())
-    for words in ("served as whole sequences", "served frame by frame", "the module itself, alone", "They agree"):
+    for words in ("served  ", "the module itself, alone", "They agree"):
         assert words in found.stdout
     shown = json.loads(instep("model", "check", "net", "--against", f"net.py:{name}", "--json").stdout)
     assert shown["agrees"] is True
     assert shown["frames"] == [32, 64, 5]
-    for way in ("whole", "stepped", "alone"):
-        assert 0 <= shown[way]["error"] < 1e-6 < shown["tolerance"] < 1e-4
+    for way in ("error", "alone"):
+        assert 0 <= shown[way] < 1e-6 < shown["tolerance"] < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("served", "alone", "words"),
-    [
-        (
-            Distance(0.0, 0),
-            Distance(3e-8, 2),
-            ["They agree bit for bit on these frames.", " torch rounds", "up to 2 ULP"],
-        ),
-        (
-            Distance(6e-8, 3),
-            Distance(0.0, 0),
-            ["They agree: rounding explains every difference.", " torch", "It does not"],
-        ),
-    ],
+    ("error", "words"),
+    [(0.0, "They agree bit for bit on these frames."), (6e-8, "They agree: rounding explains every difference.")],
 )
-def test_a_check_speaks_of_rounding_only_where_there_is_some(
-    served: Distance, alone: Distance, words: list[str]
-) -> None:
-    text = " ".join(Check("net", "net.py:net", (32, 64, 5), None, served, alone, 1e-6).lines())
-    assert [each for each in words if each not in text] == []
-    assert "differently: not" not in text
-    assert text.index(words[0]) < text.index("largest ULP"), "the verdict comes before the figures"
+def test_a_check_speaks_of_rounding_only_where_there_is_some(error: float, words: str) -> None:
+    text = " ".join(Check("net", "net.py:net", (32, 64, 5), error, 3e-8, 1e-6).lines())
+    assert text.index(words) < text.index("largest error"), "the verdict comes before the figures"
 
 
 def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
@@ -314,7 +262,7 @@ def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
     instep("model", "import", "net.pt", "--output", "relu", "--after", "head:relu")
     shown = instep("model", "check", "relu", "--against", "net.py:net", "--json")
     assert shown.exit_code == 1
-    assert json.loads(shown.stdout)["whole"]["error"] > 0.1
+    assert json.loads(shown.stdout)["error"] > 0.1
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class AsyncClient:
     When the connection is lost, or the server is restarted, the client connects again, resumes its streams and sends
     again what was not answered. Calls that wait just take longer: every frame is applied once, and every output comes
     once and in order. Only what a person must decide is raised: that a stream has ended meanwhile (StreamEvicted), that
-    the server lost frames (DataLoss), that it computes other bits now (NumericsChanged), that an opening is in doubt or
-    that no server came back in time (ConnectionFailed).
+    the server lost frames (DataLoss), that an opening is in doubt or that no server came back in time
+    (ConnectionFailed).
     """
 
     def __init__(
@@ -180,7 +180,6 @@ class AsyncClient:
         Raises:
             StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none, FENCED when its epoch is newer.
             DataLoss: when the server holds less than the user, or no longer what comes next.
-            NumericsChanged: when the server was restarted with other numerics.
             ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
             InvalidInput: for a bad name or number.
         """

@@ -109,8 +109,8 @@ class AsyncStream(_Handle, StreamView):
 
     A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
 
-    Every method raises StreamEvicted once the stream has ended (DataLoss and NumericsChanged are of that kind),
-    ConnectionFailed once the server is gone for good, and ClientClosed after `close`.
+    Every method raises StreamEvicted once the stream has ended (DataLoss is of that kind), ConnectionFailed once the
+    server is gone for good, and ClientClosed after `close`.
     """
 
     async def step(self, x: npt.ArrayLike) -> F32:

@@ -34,7 +34,7 @@ _IN_USE: Final = (
     'a stream of this name is open or parked: continue it (if_exists="resume"), or close it and begin anew '
     '(if_exists="replace")'
 )
-_SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE, Code.NUMERICS_CHANGED})
+_SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE})
 
 
 class Opening(StreamsRequest[StreamHandle]):

@@ -79,11 +79,7 @@ def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
     """The server's description of itself."""
     values: list[Any] = []
     for (name, kind), value in zip(ServerInfo.__annotations__.items(), header.fields, strict=False):
-        if name == "buckets":
-            if type(value) is not tuple:
-                raise MalformedMessage("buckets must be an array")
-            values.append(tuple(wire.count_field(bucket, "a bucket", _MOST) for bucket in value))
-        elif name == "state":
+        if name == "state":
             try:
                 values.append(StateSpec.decode(value))
             except InvalidStateSpec as error:

@@ -29,7 +29,6 @@ ENDING: Final = frozenset(
         Code.FOREIGN_STREAM,
         Code.DATA_LOSS,
         Code.OUTPUTS_GONE,
-        Code.NUMERICS_CHANGED,
     }
 )
 """Codes after which a stream can never be stepped again."""

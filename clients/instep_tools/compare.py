@@ -59,7 +59,7 @@ class ReplayComparison:
         compared = "" if self.complete else f"{self.frames:,} of {counted(self.total, 'frame')} were compared: "
         if not self.different:
             return f"{compared}all {self.frames:,} equal the recording, bit for bit"
-        note = "" if exactness == "exact" else f" (the server is not exact but {exactness!r})"
+        note = "" if exactness == "exact" else " (the server is not exact)"
         return (
             f"{compared}{self.different:,} of {self.frames:,} frames differ from the recording, "
             f"in {counted(self.streams_different, 'stream')}{note}"

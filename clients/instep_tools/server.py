@@ -19,7 +19,7 @@ ROUND_TRIPS: Final = 5
 
 _NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
 """Why a server that is there takes no connection."""
-_MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean", "batch_fill")
+_MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean")
 """Suffixes of numbers that are 0 only as long as there was nothing to measure."""
 
 
@@ -56,8 +56,8 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     else:
         terminal.say(
             f"{target.endpoint}: ready, model {info.model} "
-            f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, {info.exactness}, "
-            f"round trip {round_trip_ms:.3f} ms"
+            f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, "
+            f"{info.exactness} ({info.arithmetic}), round trip {round_trip_ms:.3f} ms"
         )
     return Exit.OK if why is None else Exit.FOUND_PROBLEMS
 

@@ -11,7 +11,17 @@ from instep import interrupts
 from instep_tools import INTERRUPTED
 
 EXTRAS = (
-    *("matplotlib", "numba", "prometheus_client", "pydantic", "rich", "safetensors", "starlette", "structlog"),
+    *(
+        "llvmlite",
+        "matplotlib",
+        "numba",
+        "prometheus_client",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "starlette",
+        "structlog",
+    ),
     *("torch", "typer", "uvicorn", "yaml"),
 )
 """Packages that only the extra `engine` installs."""

@@ -70,9 +70,6 @@ Streams = Annotated[
 def serve(
     given: Given,
     *,
-    accept_numerics_change: Annotated[
-        bool, typer.Option("--accept-numerics-change", help="Continue a recording even if floats may differ now.")
-    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start the server again when a signal kills it, as in a crash.")
     ] = False,
@@ -118,11 +115,11 @@ def serve(
         if check:
             from instep.server.check import check as check_it
 
-            check_it(loaded, accept_numerics_change=accept_numerics_change, restart=restart)
+            check_it(loaded, restart=restart)
             raise typer.Exit(0)
         from instep.server.serve import run
 
-        raise typer.Exit(run(loaded, reread=read, accept_numerics_change=accept_numerics_change, restart=restart))
+        raise typer.Exit(run(loaded, reread=read, restart=restart))
     except expected as error:
         raise _cannot_serve(error, loaded.log) from error
 
@@ -158,7 +155,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Replay a recording and compare every output, bit for bit where the machine allows it.
+    """Compute a recording again, on any machine, and compare every output, bit for bit.
 
     Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. With --follow,
     everything that was compared matched, and the last line counts what was not compared; --json prints an object a
@@ -290,7 +287,7 @@ def show_config(given: Given, *, json: Json = False) -> None:
 def doctor_command(given: Given, *, json: Json = False) -> None:
     """Say what a maintainer would ask for: versions, machine, model, disk; and warn of what will hurt, with its cure.
 
-    It takes the options of `instep serve`, certifies the model (the demo's where none is named), and serves nothing.
+    It takes the options of `instep serve`, compiles the model (the demo's where none is named), and serves nothing.
     Exit status 0: a server could start. 1: it could not.
     """
     from instep.demo import MODEL_FOLDER

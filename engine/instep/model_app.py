@@ -214,20 +214,15 @@ def check(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:
-    """Check a model folder, list its contents, and say how this machine's CPU steps it."""
+    """Check a model folder, list its contents, and say in which arithmetic a CPU steps it."""
     import torch
 
-    from instep.config import Config
-    from instep.models.certify import candidate_buckets, certify
     from instep.models.folder import load_model
-    from instep.models.numerics import prepare
+    from instep.models.network import IN_WORDS
     from instep.models.registry import build
 
-    engine = Config().engine
-    prepare(engine.threads)
     model = load_model(folder)
     network = build(model, torch.device("cpu"))
-    certified = certify(network, candidate_buckets(network, engine.max_batch_size))
     shapes = {name: list(tensor.shape) for name, tensor in model.weights.items()}
     if json:
         shown = {
@@ -237,16 +232,13 @@ def info(
             "description": model.description.as_json(),
             "output_names": list(model.output_names),
             "tensors": shapes,
-            "step": network.kernel,
-            "exactness": certified.exactness,
-            "batch_sizes": list(certified.buckets),
+            "arithmetic": network.arithmetic,
         }
         typer.echo(jsonlib.dumps(shown, indent=2))
         return
     say(f"{model.name}: {model.description.in_words()}")
     say(f"{model.size_in_words}; fingerprint {model.fingerprint}")
-    sizes = f"in batches of {certified.buckets[0]} to {certified.buckets[-1]}"
-    say(f"step on this CPU: {network.kernel}, {certified.exactness} {sizes}")
+    say(IN_WORDS)
     if model.output_names:
         say(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():

@@ -38,7 +38,6 @@ _FLAGS: Final = (
     _Flag("transport.endpoint", "--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH."),
     _Flag("transport.allow_plaintext", "--allow-plaintext", "", "Listen for other machines without encryption."),
     _Flag("engine.device", "--device", "DEVICE", "auto, cpu, cuda or cuda:N."),
-    _Flag("engine.exactness", "--exactness", "MODE", "require, prefer or off."),
     _Flag("engine.max_streams", "--max-streams", "N", "Streams open at once."),
     _Flag("engine.max_batch_size", "--max-batch-size", "N", "Streams in one step."),
     _Flag("engine.max_queue_delay_us", "--max-queue-delay-us", "N", "Microseconds to wait for a fuller batch."),

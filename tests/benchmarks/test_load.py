@@ -7,11 +7,11 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zmq
 
 from benchmarks.connection import BareConnection, NotServed
@@ -25,15 +25,15 @@ from benchmarks.load import (
     round_trips,
     waking_on_time,
 )
-from benchmarks.reference import WrongOutput, check_and_close, torch_layers, truth
+from benchmarks.reference import WrongOutput, check_and_close, own_network, truth
 from instep.core.typing import F32, U8, U64
 from instep_client.protocol import wire
 from instep_client.protocol.step_messages import unpack_stepped
 from instep_client.protocol.wire import Kind
-from tests.support.models import SMALL, torch_gru, whole
+from tests.support.models import SMALL, whole
 from tests.support.running import running
 
-GRU = torch_layers(torch_gru(SMALL))
+NETWORK = own_network(SMALL)
 FEATURES, HIDDEN = 5, 8
 
 
@@ -64,7 +64,7 @@ async def test_blocks_in_closed_loop_repeat_their_inputs() -> None:
         while min(group.answered for group in groups) <= 7:  # however long the machine takes
             assert closed_loop(connection, groups, 2, 0.1) > 0
         assert all(group.sent == group.answered for group in groups)
-        check_and_close(connection, groups, GRU)
+        check_and_close(connection, groups, NETWORK)
 
     await driven(drive)
 
@@ -80,7 +80,7 @@ async def test_groups_take_turns_within_a_call_and_from_call_to_call() -> None:
         closed_loop(connection, groups, 2, 0.1)
         counts = [group.answered for group in groups]
         assert max(counts) - min(counts) <= 4
-        check_and_close(connection, groups, GRU)
+        check_and_close(connection, groups, NETWORK)
 
     await driven(drive)
 
@@ -95,7 +95,7 @@ async def test_recordings_in_chunks_are_sent_once_and_whole() -> None:
         for group in groups:
             expected, _ = whole(SMALL, group.inputs.x[:, 0])
             np.testing.assert_array_equal(group.outputs(HIDDEN)[:, 0], expected[-4:])
-        check_and_close(connection, groups, GRU)
+        check_and_close(connection, groups, NETWORK)
 
     await driven(drive)
 
@@ -105,13 +105,13 @@ async def test_round_trips_and_open_loop_of_single_frames() -> None:
         [stream] = open_streams(connection, of_each(random_x(7, 1)))
         times = round_trips(connection, stream, 0.1)
         assert len(times) == stream.answered > 0
-        check_and_close(connection, [stream], GRU)
+        check_and_close(connection, [stream], NETWORK)
         streams = open_streams(connection, of_each(random_x(7, 10)))
         latencies = open_loop(connection, streams, rate_hz=100, seconds=0.1)
         assert len(latencies) == 100
         assert latencies.min() > 0
         assert [each.answered for each in streams] == [10] * 10
-        check_and_close(connection, streams, GRU)
+        check_and_close(connection, streams, NETWORK)
 
     await driven(drive)
 
@@ -122,7 +122,7 @@ async def test_latencies_count_from_when_a_frame_was_due() -> None:
         latencies = open_loop(connection, streams, rate_hz=1e6, seconds=1e-5)  # all 40 are due at once
         assert len(latencies) == 40
         assert latencies[-4:].min() > latencies[:4].max()  # the last of each stream waited for the others
-        check_and_close(connection, streams, GRU)
+        check_and_close(connection, streams, NETWORK)
 
     await driven(drive)
 
@@ -133,10 +133,10 @@ async def test_a_wrong_bit_is_noticed(where: str, monkeypatch: pytest.MonkeyPatc
         x = random_x(7, 16)
         groups = open_streams(connection, [Inputs.of(x[:, :8]), Inputs.of(x[:, 8:])])
         closed_loop(connection, groups, 2, 0.02)
-        gru = torch_gru(SMALL)
+        model = SMALL
         if where == "weights":
-            with torch.no_grad():
-                next(gru.parameters())[0] += 1e-3
+            name, first = next(iter(SMALL.weights.items()))
+            model = replace(SMALL, weights={**SMALL.weights, name: first + 1e-3})
         elif where == "inputs":
             groups[1].inputs.x[0, 3, 0] += 1e-3
         elif where == "final state":
@@ -153,23 +153,8 @@ async def test_a_wrong_bit_is_noticed(where: str, monkeypatch: pytest.MonkeyPatc
             newest.view(np.int32)[0, 3, 0] ^= 1
             groups[1].last = newest.tobytes()
         wrong = 16 if where == "weights" else 1
-        with pytest.raises(WrongOutput, match=f"^{wrong} of 16 streams differ from nn.GRU"):
-            check_and_close(connection, groups, torch_layers(gru))
-
-    await driven(drive)
-
-
-async def test_rounding_errors_are_allowed_only_where_no_bits_are_promised() -> None:
-    def drive(connection: BareConnection) -> None:
-        for difference, allowed in ((1e-7, True), (1e-2, False)):
-            groups = open_streams(connection, [Inputs.of(random_x(7, 8))])
-            closed_loop(connection, groups, 1, 0.02)
-            groups[0].last = (groups[0].outputs(HIDDEN) + np.float32(difference)).tobytes()
-            if allowed:
-                check_and_close(connection, groups, GRU, exact=False)
-            else:
-                with pytest.raises(WrongOutput):
-                    check_and_close(connection, groups, GRU, exact=False)
+        with pytest.raises(WrongOutput, match=f"^{wrong} of 16 streams differ from the model"):
+            check_and_close(connection, groups, own_network(model))
 
     await driven(drive)
 
@@ -234,7 +219,7 @@ def test_the_echo_answers_every_message_with_one_of_a_servers_sizes() -> None:
 def test_the_truth_is_that_of_each_stream_after_its_own_count() -> None:
     x = random_x(5, 3)
     counts = np.array([3, 7, 2])  # the second repeats its inputs
-    outputs, states = truth(GRU, x, counts, last=2, buckets=(32,))
+    outputs, states = truth(NETWORK, x, counts, last=2)
     for at, count in enumerate(counts.tolist()):
         y, h = whole(SMALL, np.concatenate([x, x])[:count, at])
         np.testing.assert_array_equal(outputs[:, at], y[-2:])

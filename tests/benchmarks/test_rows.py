@@ -22,7 +22,7 @@ from benchmarks.rows import MEASUREMENTS
 from instep.models.folder import write_model
 from tests.support.models import with_head
 from tests.support.served import WarmServer
-from tests.support.threaded import SmallBatches, ThreadedServer
+from tests.support.threaded import ThreadedServer
 from tests.support.warm import WarmProcess
 
 OWN = with_head(3, 20, 6)
@@ -42,12 +42,10 @@ def test_a_measurement_has_a_positive_value_for_each_side(
 ) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(watching, "ChildServer", WarmServer)
-    monkeypatch.setattr(models, "HIDDEN", 16)  # else certifying what is swapped takes longer than all that is measured
     if measure in (isolation, models.fairness):
         monkeypatch.setattr(subprocess, "Popen", begin_warm)
     warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round
-    serve = SmallBatches if measure is models.swap else ThreadedServer
-    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=serve)
+    bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=ThreadedServer)
     for row in measure(bench):
         assert row.value > 0
         for values in row.samples.values():

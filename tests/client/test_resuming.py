@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import DataLoss, FramesRefused, NumericsChanged, StreamEvicted
+from instep_client.protocol.errors import DataLoss, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import reference
 from tests.support.ring_link import RingLink, lose
@@ -144,12 +144,3 @@ class TestPersonsDecide:
         with pytest.raises(DataLoss, match="OUTPUTS_GONE") as caught:
             link.session.step(handle, X[0])
         assert (caught.value.have, caught.value.server_has) == (0, 100)
-
-    def test_other_numerics(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        link.server.refuses[Kind.RESUME] = Code.NUMERICS_CHANGED
-        lose(link)
-        link.run(link.session.ping(0.0))
-        with pytest.raises(NumericsChanged, match="NUMERICS_CHANGED"):
-            link.session.step(handle, X[0])

@@ -30,7 +30,7 @@ X = np.ones(3, np.float32)
 
 def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
     link = Link(greet=False)
-    assert headers(link.advance()) == [[Kind.HELLO, 1, 5, "test", ""]]
+    assert headers(link.advance()) == [[Kind.HELLO, 1, 6, "test", ""]]
     with pytest.raises(ClientClosed, match="not connected"):
         _ = link.session.info
     with pytest.raises(ClientClosed, match="not connected"):
@@ -63,7 +63,7 @@ def test_another_protocol_version_is_no_welcome() -> None:
     link = Link(greet=False)
     link.advance()
     link.deliver(welcome(1, replace(INFO, protocol_version=2)))
-    with pytest.raises(MalformedMessage, match="protocol version 2, this client 5"):
+    with pytest.raises(MalformedMessage, match="protocol version 2, this client 6"):
         link.session.greeting.result()
 
 

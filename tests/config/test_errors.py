@@ -88,8 +88,8 @@ class TestProblems:
             ("engine", "threads", 0),
             ("engine", "threads", None),
             ("engine", "max_batch_size", 4097),
-            ("engine", "exactness", False),
-            ("engine", "exactness", "exact"),
+            ("recording", "durability", False),
+            ("recording", "durability", "exact"),
             ("engine", "device", "gpu"),
             ("engine", "device", "cuda:"),
             ("engine", "device", "cuda:١"),
@@ -135,7 +135,7 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("path", "value", "meant"),
         [
-            ("engine.exactness", "prefered", "prefer"),
+            ("recording.durability", "comit", "commit"),
             ("log.level", "Warn", "warning"),
             ("engine.steps_in", "cores", ""),
         ],

@@ -44,7 +44,7 @@ class TestText:
             ("limits.max_idle_s", "1e-3", 0.001),
             ("limits.max_idle_s", "5", 5.0),
             ("transport.allow_plaintext", "true", True),
-            ("engine.exactness", "off", "off"),  # YAML would make False of it
+            ("http.endpoint", "off", None),  # YAML would make False of it
             ("recording.file", "/123", Path("/123")),
             ("log.level", "debug", "debug"),
             ("engine.device", "cuda:1", "cuda:1"),

@@ -112,13 +112,6 @@ def test_an_older_epoch_is_fenced_before_it_learns_anything_else(table: StreamTa
     assert decided(table, 0, 100).codes.tolist() == [Code.FENCED]
 
 
-def test_an_owner_that_was_fenced_by_other_numerics_is_told_so(table: StreamTable) -> None:
-    table.renumbered[:] = True
-    assert decided(table, 30, 100).codes.tolist() == [Code.NUMERICS_CHANGED]
-    assert decided(table, 30, 100, take_over=True).codes.tolist() == [0]
-    assert decided(table, 30, 101).codes.tolist() == [0]
-
-
 @pytest.mark.parametrize("have", [31, 2**63, 2**64 - 2])
 def test_outputs_that_the_server_does_not_know_of_are_data_loss(table: StreamTable, have: int) -> None:
     refused = decided(table, have, 101)

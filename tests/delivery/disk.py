@@ -89,7 +89,7 @@ class Disk:
         expected = {row[2]: row[5] for row in self.image["openings"].values()}
         for position, row in sorted(self.image["batches"].items()):
             if position not in failed:
-                for stream, seq in zip(np.frombuffer(row[4], "<u4"), np.frombuffer(row[5], "<u8"), strict=True):
+                for stream, seq in zip(np.frombuffer(row[3], "<u4"), np.frombuffer(row[4], "<u8"), strict=True):
                     expected[int(stream)] = int(seq) + 1
         for row in self.image["closings"].values():
             del expected[row[2]]
@@ -119,9 +119,9 @@ class Disk:
             elif table == "events" and row[4] == RESET_EVENT:
                 self.resets.append((row[2], row[3], int(np.frombuffer(row[6] or bytes(4), "<f4")[0])))
             elif table == "batches":
-                streams, seqs, width = np.frombuffer(row[4], "<u4"), np.frombuffer(row[5], "<u8"), len(row[6]) // row[3]
+                streams, seqs, width = np.frombuffer(row[3], "<u4"), np.frombuffer(row[4], "<u8"), len(row[5]) // row[2]
                 for at, (stream, seq) in enumerate(zip(streams.tolist(), seqs.tolist(), strict=True)):
-                    self.frames[stream, seq] = row[6][at * width : (at + 1) * width]
+                    self.frames[stream, seq] = row[5][at * width : (at + 1) * width]
 
 
 class MemoryReader(RecordingReader):
@@ -173,7 +173,6 @@ class MemoryWriter(RecordingWriter):
         newest = disk.image["newest"].values()
         self.path = disk
         self.header = header
-        self.numerics_changed = False
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk
         self._changes: list[Change] = []
@@ -197,7 +196,6 @@ class MemoryWriter(RecordingWriter):
         cls,
         path: Any,
         header: RecordingHeader,
-        accept_numerics_change: bool = False,
         retention: Retention = KEEP_ALL,
         limits: DatabaseLimits = LIMITS,
     ) -> MemoryWriter:
@@ -267,10 +265,7 @@ HEADER: list[RecordingHeader] = [
         outputs=1,
         state=gru_state(1, 1).encode(),
         model_fingerprint="f",
-        numerics={},
-        exactness="exact",
-        buckets=(4,),
-        max_ulp=0,
+        arithmetic="portable-1",
         durability="commit",
     )
 ]

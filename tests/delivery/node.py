@@ -27,7 +27,6 @@ from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import StateLost
-from instep.runtime.recheck import Recheck
 from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin, StatesRead
 from instep.streaming.checkpoints import Checkpoints
@@ -45,7 +44,6 @@ from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
-from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory
 from tests.delivery.hand_loop import HandLoop
@@ -176,7 +174,6 @@ class Node:
             tables,
             table,
             self.origins,
-            stepper.buckets,
             self.executor,
             journal,
             EngineLimits(sizes.batch, 0, _MAX_FRAMES),
@@ -200,7 +197,6 @@ class Node:
         self._frontend = ZmqFrontend(router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([]))
         listing = Listing(table, self.hibernation)
         log = log_into([])
-        withdrawal = Withdrawal(Recheck(stepper, tables, 0), engine, log)
         service = ModelService(
             "exact",
             engine,
@@ -208,7 +204,6 @@ class Node:
             self._reaper,
             states,
             self._checkpoints,
-            withdrawal,
             listing,
             self.tasks,
             log,
@@ -221,7 +216,7 @@ class Node:
         turns.start()
 
     def _record(self, disk: Disk, sizes: Sizes) -> None:
-        header = replace(HEADER[0], durability=disk.durability, buckets=(sizes.batch,))
+        header = replace(HEADER[0], durability=disk.durability)
         path: Any = disk
         stepper: Any = self.stepper
         writer: RecordingWriter
@@ -230,15 +225,7 @@ class Node:
             writer = MemoryWriter.create(path, header)
         else:
             with files_in_memory():
-                writer, recovery = resume_recording(
-                    path,
-                    header,
-                    self.tables,
-                    self.table,
-                    self.journal.dirty,
-                    stepper,
-                    accept_numerics_change=False,
-                )
+                writer, recovery = resume_recording(path, header, self.tables, self.table, self.journal.dirty, stepper)
             last_stream = recovery.last_stream
             self.hibernation.restarted(recovery.hibernated)
             self._hibernated = recovery.hibernated
@@ -358,7 +345,7 @@ def _info(number: int, sizes: Sizes) -> ServerInfo:
         state=Recurrence.state,
         device="none",
         exactness="exact",
-        buckets=(sizes.batch,),
+        arithmetic="portable-1",
         max_streams=MAX_STREAMS,
         max_message_bytes=10_000,
         max_block_frames=_MAX_FRAMES,

@@ -83,7 +83,7 @@ class Recurrence:
     state = gru_state(1, 1)
 
     def __init__(self, max_batch_size: int) -> None:
-        self.buckets = (max_batch_size,)
+        self.max_batch_size = max_batch_size
         self.executor: HandExecutor
         self.failure: Exception | None = None
         """Raised by a step, instead of stepping."""

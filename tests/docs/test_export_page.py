@@ -68,7 +68,7 @@ def test_its_programs_print_what_they_should(folder: Path) -> None:
             assert run(["instep", "export", "today.instep", "--format", kind], folder).returncode == 0
     metadata, recording = (code for _, code in PAGE.blocks("python"))
     for code, printed in (
-        (metadata, "small\nexact\n"),
+        (metadata, "small\nportable-1\n"),
         (recording, "['mic-7', 'mic-8'] small\n(5, 3) (5, 4) float32 4 5\n"),
     ):
         (folder / "program.py").write_text(code)

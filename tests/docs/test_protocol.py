@@ -160,7 +160,7 @@ async def test_the_examples_are_one_conversation() -> None:
             first, second = (Translated(context, server.endpoint, words) for _ in range(2))
             ask = first.ask
             welcome = msgpack.unpackb((await ask("HELLO"))[0])
-            varying = {"boot_id", "device", "exactness", "buckets"}
+            varying = {"boot_id", "device"}
             for name, said, shown in zip(
                 ("kind", "request", *ServerInfo.__slots__[:-1]), welcome, PAGE.examples["WELCOME"].said, strict=True
             ):

@@ -30,15 +30,14 @@ from instep.doctor.machine import examine_machine
 from instep.doctor.serving import examine_endpoints, examine_models
 from instep.doctor.software import examine_software
 from instep.memory import size
-from instep.models.certify import Certification
 from instep.models.folder import load_model, write_model
+from instep.models.network import PortableNetwork
 from instep_client import Client
 from tests.support.models import SEED_SIZED, SMALL
 from tests.support.threaded import ThreadedServer
 from tests.support.warm import run_program
 
 ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
-SMALL_BATCHES = ("--set", "engine.max_batch_size=16")
 
 
 def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     software = facts["software"]
     assert (software["python"], software["torch"]) == (platform.python_version(), torch.__version__)
     assert (software["libzmq"], software["sqlite"]) == (zmq.zmq_version(), sqlite3.sqlite_version)
-    assert facts["numerics"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert (facts["arithmetic"]["arithmetic"], facts["arithmetic"]["fma"]) == ("portable-1", True)
     assert facts["gpu"]["devices"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = facts["machine"]
     assert (machine["cores"], machine["affinity"]) == (os.cpu_count(), sorted(os.sched_getaffinity(0)))
@@ -63,8 +62,7 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     demo = load_model(MODEL_FOLDER)
     model = facts[f"model {demo.name}"]
     assert (model["fingerprint"], model["folder"]) == (demo.fingerprint, str(MODEL_FOLDER.resolve()))
-    assert model["exactness"] in ("exact", "tolerance")
-    assert model["buckets"] == sorted(model["buckets"])
+    assert (model["exactness"], model["arithmetic"]) == ("exact", "portable-1")
     assert facts["limits"]["memory_when_full"] > 256 * 2**20
     assert model["would_record"] == {"file": str(tmp_path / "r.instep"), "durability": "commit"}
     assert facts["endpoints"] == {
@@ -241,13 +239,11 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
     assert problem["what"] == f"there is no model folder {tmp_path / 'none'}"
     assert problem["cure"].startswith("correct the path")
     assert "models" not in found["facts"]
-    monkeypatch.setattr(
-        "instep.server.preparation.certify", lambda network, buckets: Certification("tolerance", buckets, 4, False)
-    )
+    monkeypatch.setattr(PortableNetwork, "arithmetic", "torch")  # as on a GPU
     findings = Findings()
     examine_models(findings, Config(), MODEL_FOLDER, 2**40, is_served=False)
     (warning,) = findings.warnings
-    assert warning.what == "not exact: batches differ on this machine: up to 4 ULP were seen in one step"
+    assert warning.what.startswith("not exact: on a GPU torch's operators serve, within a tolerance")
     assert "docs/exactness.md" in warning.cure
     assert findings.problems == []
 
@@ -257,7 +253,7 @@ def test_each_of_several_models_has_facts_of_its_own(tmp_path: Path) -> None:
         write_model(tmp_path / name, replace(SMALL, name=name))
     (tmp_path / "recordings").mkdir()
     folders = [str(tmp_path / name) for name in ("ears", "eyes")]
-    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, *SMALL_BATCHES, "--json"]
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
     done = CliRunner().invoke(app, ["doctor", *folders, *options])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)["facts"]
@@ -291,7 +287,7 @@ def test_a_recording_that_a_server_writes_is_in_the_way_unless_that_server_answe
     file = str(tmp_path / "r.instep")
 
     def examined(endpoint: str) -> tuple[int, Any]:
-        options = ["--endpoint", endpoint, "--http", "off", "--record", file, *SMALL_BATCHES, "--json"]
+        options = ["--endpoint", endpoint, "--http", "off", "--record", file, "--json"]
         done = CliRunner().invoke(app, ["doctor", str(tmp_path / "model"), *options])
         return done.exit_code, json.loads(done.stdout)
 
@@ -315,7 +311,7 @@ def test_streams_in_the_recording_of_another_version_come_with_the_command_that_
     with ThreadedServer(tmp_path / "old", ["--record", str(file)]) as server, Client(server.endpoint) as client:
         client.open("s")
         client.close(park=True)
-    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, *SMALL_BATCHES, "--json"]
+    options = ["--record", str(tmp_path / "recordings"), *ANY_PORT, "--json"]
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "new"), *options])
     (warning,) = [each for each in json.loads(done.stdout)["warnings"] if "streams not served" in each["what"]]
     assert warning["cure"].startswith(f"instep serve {tmp_path / 'old'} --record {file} --endpoint ")

@@ -155,10 +155,7 @@ def test_an_engine_goes_on_with_it_to_the_bit(
         assert all(batch.y is not None for batch in reader.batches())
 
 
-async def test_its_clients_go_on_with_it(
-    recording: Path, header: RecordingHeader, streams: dict[str, Known], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.server.recordings.numerics", lambda *_: dict(header.numerics))
+async def test_its_clients_go_on_with_it(recording: Path, header: RecordingHeader, streams: dict[str, Known]) -> None:
     model = load_model(MODEL_FOLDER)
     assert header.model_fingerprint == model.fingerprint
     names = sorted(OPEN)

@@ -14,7 +14,6 @@ from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
-from instep_client.protocol.wire import HAVE_ALL, Code
 from tests.support.forger import Forger
 from tests.support.models import SMALL, plain, whole
 from tests.support.raw import RawClient
@@ -84,39 +83,21 @@ async def test_a_recording_of_another_model_is_refused_and_stays_as_it_was(tmp_p
     assert path.read_bytes() == before
 
 
-async def test_other_numerics_are_refused_unless_accepted_and_then_clients_are_told_until_they_take_over(
+async def test_a_recording_that_began_in_another_arithmetic_is_continued_and_nobody_is_told(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    path, recording = tmp_path / "r.db", {"file": tmp_path / "r.db"}
+    """As one of a GPU is on a CPU."""
+    path, other = tmp_path / "r.db", "torch 1.9 on cuda:0"
     x = rng.standard_normal((8, F)).astype(np.float32)
     truth, _ = whole(SMALL, x)
     async with running(SMALL, recording={"file": tmp_path / "here.db"}) as server:
         epoch = await opened_and_stepped(server, x[:4])
-    with RecordingReader(tmp_path / "here.db") as reader:
-        numerics = reader.header.numerics
-    Forger(tmp_path / "here.db", path).change_header("numerics", json.dumps(numerics | {"torch": "1.9"}))
-    before = path.read_bytes()
-    said = await refusal(SMALL, path)
-    assert re.search(r"other bits \(torch 1\.9 there, .* here\).*--accept-numerics-change", said)
-    assert path.read_bytes() == before
-
-    for _ in range(2):  # a restart changes nothing about it
-        accepting = running(SMALL, recording=recording, accept_numerics_change=True)
-        async with accepting as server, RawClient(server.endpoint) as client:
-            await client.hello()
-            assert (await client.resume(["s"], [4], [epoch])).codes() == [Code.NUMERICS_CHANGED]
-            assert (await client.resume(["s"], [4], [0])).codes() == [Code.NUMERICS_CHANGED]
-    accepting = running(SMALL, recording=recording, accept_numerics_change=True)
-    async with accepting as server, RawClient(server.endpoint) as client:
+    Forger(tmp_path / "here.db", path).change_header("arithmetic", json.dumps(other))
+    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
         await client.hello()
-        taken = await client.resume(["s"], [HAVE_ALL], [epoch], take_over=True)
-        assert (taken.codes(), taken.seqs()) == ([], [4])
-        assert taken.epochs()[0] > epoch
-        reply = await client.step(taken.handles(), [4], x[4:, None], [4])
+        resumed = await client.resume(["s"], [4], [epoch])
+        assert (resumed.codes(), resumed.seqs()) == ([], [4])
+        reply = await client.step(resumed.handles(), [4], x[4:, None], [4])
         np.testing.assert_array_equal(reply.floats().reshape(4, H), truth[4:])
-        async with RawClient(server.endpoint) as other:
-            await other.hello()
-            assert (await other.resume(["s"], [4], [epoch])).codes() == [Code.FENCED]
-            assert (await other.resume(["s"], [8], taken.epochs())).codes() == []
     with RecordingReader(path) as reader:
-        assert [engine.header.numerics["torch"] for engine in reader.engines] == ["1.9", numerics["torch"]]
+        assert [engine.header.arithmetic for engine in reader.engines] == [other, "portable-1"]

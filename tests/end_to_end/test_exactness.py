@@ -17,7 +17,7 @@ from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.recurrent.description import DenseLayer, FrameLayer, GruDescription, GruLayers
 from instep.server.preparation import Prepared
-from tests.support.models import SEED_SIZED, gru_of, in_one_call, plain, stepped, torch_gru, with_head
+from tests.support.models import SEED_SIZED, gru_of, plain, with_head
 from tests.support.raw import RawClient
 from tests.support.running import prepared, running
 from tests.support.traffic import Producer, Recorded, assert_same_bits, make_recordings
@@ -48,10 +48,6 @@ MODELS: dict[str, tuple[Model, list[int]]] = {
 """Each model with the lengths of recordings that it is given."""
 
 
-def has_dense(model: Model) -> bool:
-    return bool(gru_of(model).before or gru_of(model).after)
-
-
 def by_length(recordings: Sequence[Recorded]) -> Iterator[list[Recorded]]:
     groups: dict[int, list[Recorded]] = defaultdict(list)
     for recording in recordings:
@@ -67,31 +63,13 @@ def stacked(model: Model, group: Sequence[Recorded]) -> tuple[torch.Tensor, torc
     return torch.from_numpy(x), torch.from_numpy(np.stack(initial, axis=1))
 
 
-@torch.inference_mode()
-def as_certified(ready: Prepared, group: Sequence[Recorded]) -> tuple[F32, F32]:
-    """Outputs and final states of whole recordings, in the largest batch that is certified to give the served bits.
-
-    Without dense layers `nn.GRU` itself computes them, else the network in the shapes that are served: over whole
-    recordings in one call, or frame by frame where only that is certified.
-    """
-    rows, is_whole = ready.certification.buckets[-1], ready.certification.whole_sequence
-    gru = None if has_dense(ready.model) else torch_gru(ready.model)
-    outputs, finals = [], []
-    for first in range(0, len(group), rows):
-        part = group[first : first + rows]
-        x, h = stacked(ready.model, [*part, *[part[0]] * (rows - len(part))])
-        if gru is None:
-            y, final = (in_one_call if is_whole else stepped)(ready.network, x.numpy(), h.numpy())
-        else:
-            pieces = []
-            length = len(x) if is_whole else 1
-            for at in range(0, len(x), length):
-                answers, h = gru(x[at : at + length], h)
-                pieces.append(answers)
-            y, final = torch.cat(pieces).numpy(), h.numpy()
-        outputs.append(y[:, : len(part)])
-        finals.append(final[:, : len(part)])
-    return np.concatenate(outputs, axis=1), np.concatenate(finals, axis=1)
+def by_definition(ready: Prepared, group: Sequence[Recorded]) -> tuple[F32, F32]:
+    """Outputs and final states of whole recordings of one length."""
+    x, h = stacked(ready.model, group)
+    definition = ready.network.definition()
+    assert definition is not None
+    y, after = definition.run(x.numpy(), {"h": h.numpy().swapaxes(0, 1)}, np.full(len(x), len(group)))
+    return y, after["h"].swapaxes(0, 1)
 
 
 @torch.inference_mode()
@@ -126,7 +104,7 @@ def whole_of_modules(model: Model, group: Sequence[Recorded]) -> tuple[F64, F64]
 @pytest.mark.parametrize("name", MODELS)
 async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_recording(name: str) -> None:
     model, lengths = MODELS[name]
-    ready = prepared(model, max_batch_size=64)
+    ready = prepared(model)
     rng = np.random.default_rng(len(name))
     recordings = make_recordings(rng, model, STREAMS, lengths)
     # Fewer slots than streams, so that slots change hands; fewer rows than open streams, so that batches differ.
@@ -146,10 +124,9 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
 
     for group in by_length(recordings):
         y, final = np.stack([each.y for each in group], axis=1), np.stack([final_of(each) for each in group], axis=1)
-        if ready.certification.exactness == "exact":
-            expected_y, expected_final = as_certified(ready, group)
-            assert_same_bits(y, expected_y, f"outputs of {[recording.name for recording in group]}")
-            assert_same_bits(final, expected_final, f"final states of {[recording.name for recording in group]}")
+        expected_y, expected_final = by_definition(ready, group)
+        assert_same_bits(y, expected_y, f"outputs of {[recording.name for recording in group]}")
+        assert_same_bits(final, expected_final, f"final states of {[recording.name for recording in group]}")
         close_y, close_final = whole_of_modules(model, group)
         np.testing.assert_allclose(y, close_y, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(final, close_final, rtol=1e-4, atol=1e-5)

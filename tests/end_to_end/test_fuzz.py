@@ -94,7 +94,7 @@ class Fuzzer(threading.Thread):
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
-        self._send(msgpack.packb([Kind.HELLO, 2, 5, "fuzzer", ""]))
+        self._send(msgpack.packb([Kind.HELLO, 2, 6, "fuzzer", ""]))
         self._due += 2
         self._maker.connected()
         for _ in range(A_CONNECTION // BURST):

@@ -1,4 +1,4 @@
-"""Many connections, and many streams on one: all served, and every output as `nn.GRU` computes it."""
+"""Many connections, and many streams on one: all served, with the bits of the definition and the values of `nn.GRU`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from instep.core.typing import F32
 from instep_client import AsyncClient, AsyncStream
 from tests.support.models import SMALL, torch_gru
-from tests.support.running import running
+from tests.support.running import prepared, running
 from tests.support.traffic import assert_same_bits
 
 F, H = 5, 8
@@ -24,10 +24,16 @@ FILES_PER_CONNECTION = 4
 
 
 @torch.inference_mode()
-def whole_of_all(x: F32) -> tuple[F32, F32]:
-    """`nn.GRU` over the whole recordings of all streams: [T, N, F] → [T, N, H] and [N, 1, H]."""
-    y, final = torch_gru(SMALL)(torch.from_numpy(x))
-    return y.numpy(), final.transpose(0, 1).contiguous().numpy()
+def check(x: F32, y: F32, finals: F32) -> None:
+    """Compare with the definition, and with `nn.GRU` over whole recordings [T, N, F] → [T, N, H] and [N, 1, H]."""
+    network = prepared(SMALL).network
+    definition, initial = network.definition(), network.state.initial(x.shape[1])
+    assert definition is not None
+    truth, after = definition.run(x, network.state.unpack(initial), np.full(len(x), x.shape[1]))
+    assert_same_bits(y, truth, "outputs")
+    assert_same_bits(finals, after["h"], "final states")
+    close, _ = torch_gru(SMALL)(torch.from_numpy(x))
+    np.testing.assert_allclose(y, close.numpy(), rtol=0, atol=2e-5)
 
 
 @pytest.fixture
@@ -61,9 +67,7 @@ async def test_two_thousand_connections_of_one_stream_each(rng: np.random.Genera
             served = await asyncio.gather(*(produce(each, x[:, at].copy()) for at, each in enumerate(streams)))
         finally:
             await asyncio.gather(*(client.close() for client in clients))
-    truth, finals = whole_of_all(x)
-    assert_same_bits(np.stack([y for y, _ in served], axis=1), truth, "outputs")
-    assert_same_bits(np.stack([final for _, final in served]), finals, "final states")
+    check(x, np.stack([y for y, _ in served], axis=1), np.stack([final for _, final in served]))
 
 
 async def test_twenty_thousand_streams_on_one_connection(rng: np.random.Generator) -> None:
@@ -80,6 +84,4 @@ async def test_twenty_thousand_streams_on_one_connection(rng: np.random.Generato
                 y[6:, half] = await group.step(x[6:, half], rows=half)
             finals = await group.close()
         assert server.default.engine.table.open_count == 0
-    truth, whole_finals = whole_of_all(x)
-    assert_same_bits(y, truth, "outputs")
-    assert_same_bits(finals, whole_finals, "final states")
+    check(x, y, finals)

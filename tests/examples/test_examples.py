@@ -28,8 +28,8 @@ from instep.core.typing import F32, Bool
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from tests.support.threaded import SmallBatches
-from tests.support.verifying import CERTIFY, ignore_progress
+from tests.support.threaded import ThreadedServer
+from tests.support.verifying import ignore_progress
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "examples" / "README.md").read_text()
@@ -42,7 +42,7 @@ FROM_S, TO_S = 6, 9
 
 @pytest.fixture(autouse=True)
 def served_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("examples.example.ChildServer", SmallBatches)
+    monkeypatch.setattr("examples.example.ChildServer", ThreadedServer)
     torch.set_num_threads(1)
 
 
@@ -64,9 +64,9 @@ def test_a_network_of_a_package_is_served(name: str, tmp_path: Path) -> None:
     assert makes_sense(name, heard.received[0], example.hop)
 
     with RecordingReader(tmp_path / "recording.instep") as reader:
-        report = verifier.verify(reader, load_model(tmp_path / name), [], ignore_progress, CERTIFY)
+        report = verifier.verify(reader, load_model(tmp_path / name), [], ignore_progress)
     assert report.verified, report.as_json()
-    assert report.verdict == "exact" or heard.exactness != "exact"
+    assert (report.verdict, heard.exactness) == ("exact", "exact")
     assert [len(report.streams), sum(stream.frames for stream in report.streams)] == [
         LISTENERS,
         sum(map(len, heard.received)),
@@ -97,11 +97,11 @@ def test_the_page_shows_what_the_command_prints(
     status = main()
     out, err = capsys.readouterr()
     assert status == 0, out + err
-    if "; exact" in out:
-        said = re.sub(r"(?<=outputs: ).*", "0.0e+00", out)  # not on every processor
-        said = said.replace(f" {frames_of(example, second)} frames", f" {frames_of(example, sound):,} frames")
-        assert said.startswith(shown[1])
-        assert said.endswith(shown[2])
+    difference = r"(?<=outputs: ).*"  # from onnxruntime, which differs by processor
+    said = re.sub(difference, "", out)
+    said = said.replace(f" {frames_of(example, second)} frames", f" {frames_of(example, sound):,} frames")
+    assert said.startswith(re.sub(difference, "", shown[1]))
+    assert said.endswith(shown[2])
 
 
 def test_a_missing_package_is_named() -> None:

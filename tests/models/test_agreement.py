@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instep.models.agreement import Distance, agreement
+from instep.models.agreement import agreement, distance
 from instep.models.registry import build
 from tests.support.leaky import by_hand, leaky, registered
 from tests.support.models import with_head
@@ -34,7 +34,7 @@ def test_the_order_of_the_axes_is_found(order: tuple[int, ...], last: bool) -> N
     found = agreement(build(MODEL, CPU), x.permute(order).numpy(), y.permute(order).numpy())
     assert found is not None
     assert found.agrees
-    assert max(found.whole.error, found.stepped.error) < 1e-6 < found.tolerance < 1e-4
+    assert found.error < 1e-6 < found.tolerance < 1e-4
     assert (found.steps_axis, found.rows_axis) == (order.index(0), order.index(1))
     np.testing.assert_array_equal(found.arrangement.apply(y.permute(order).numpy(), 4, 3), y.numpy())
 
@@ -84,18 +84,21 @@ def test_outputs_agree_in_proportion_to_their_size(size: float) -> None:
 
 
 def test_distances() -> None:
-    x = np.array([1, -np.inf, 0], np.float32)
-    assert Distance.between(x, x) == Distance(0.0, 0)
-    assert Distance.between(x, np.nextafter(x, np.float32(5))) == Distance(1.7976931348623157e308, 1)
-    assert Distance.between(x[:1], np.array([np.nan], np.float32)) == Distance(1.7976931348623157e308, 2**32)
+    x, most = np.array([1, -np.inf, 0], np.float32), float(np.finfo(np.float64).max)
+    assert distance(x, x) == 0
+    assert distance(x[:1], np.nextafter(x[:1], np.float32(5))) == 2.0**-23
+    assert distance(x, np.nextafter(x, np.float32(5))) == most, "one of two is finite"
+    assert distance(x[:1], np.array([np.nan], np.float32)) == most
 
 
-def test_a_kind_without_whole_sequences_and_without_a_reference_is_compared_too(rng: np.random.Generator) -> None:
+def test_a_kind_without_a_module_of_torch_and_a_reference_is_compared_too(rng: np.random.Generator) -> None:
     with registered():
         model = leaky(3)
         x = rng.standard_normal((6, 2, 3)).astype(np.float32)
         y = np.stack([by_hand(model, x[:, row])[0] for row in range(2)], axis=1)
-        found = agreement(build(model, CPU), x, y)
+        found, other = (agreement(build(model, CPU), x, given) for given in (y, y + np.float32(1e-3)))
     assert found is not None
     assert found.agrees
-    assert found.whole == found.stepped
+    assert found.error == 0
+    assert other is not None
+    assert not other.agrees

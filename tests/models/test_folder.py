@@ -138,8 +138,8 @@ def test_a_model_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, si
             write_model(place, new, overwrite=overwrite)
     assert (same(load_model(folder), old), sorted(folder.iterdir())) == (True, files)
     assert list(tmp_path.iterdir()) == [folder]
-    (folder / "graph.onnx").mkdir()
-    with pytest.raises(ModelError, match=r"old/graph\.onnx is a folder where a model has a file; choose another place"):
+    (folder / "graph.json").mkdir()
+    with pytest.raises(ModelError, match=r"old/graph\.json is a folder where a model has a file; choose another place"):
         write_model(folder, new, overwrite=True)
     assert same(load_model(folder), old)
 

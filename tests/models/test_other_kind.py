@@ -1,4 +1,4 @@
-"""The engine with a model that is not a GRU: nothing outside `models/recurrent` may know what one is."""
+"""A kind of model that the engine does not have: a description, a normal form, and a line in the registry."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from instep.core.typing import F32
-from instep.models.certify import candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
+from instep.models.network import PortableNetwork
 from instep.models.registry import build, parse_description
 from instep.recording.reader import RecordingReader
 from instep.runtime.stepper import Stepper
 from instep_client import AsyncClient
-from tests.support.leaky import SLOTS, LeakyNetwork, by_hand, leaky, registered
+from tests.support.leaky import SLOTS, by_hand, leaky, registered
 from tests.support.running import CPU, running
 
 MODEL = leaky(3)
@@ -33,61 +34,36 @@ def test_its_folder_is_read_back(tmp_path: Path) -> None:
     write_model(tmp_path, MODEL)
     found = load_model(tmp_path)
     assert (found.description, found.fingerprint) == (MODEL.description, MODEL.fingerprint)
-    assert isinstance(build(found, CPU), LeakyNetwork)
+    assert isinstance(build(found, CPU), PortableNetwork)
+
+
+def test_a_network_that_does_not_come_from_torch_is_always_on_the_cpu() -> None:
+    network = build(MODEL, torch.device("cuda"))
+    assert (network.device, network.arithmetic) == (CPU, "portable-1")
 
 
 def test_a_kind_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ModelError, match=r"there is no kind of model 'reservoir'; expected gru, .*leaky"):
         parse_description({"kind": "reservoir", "features": 3})
+    with pytest.raises(ModelError, match=r"there is no kind of model 'onnx'; import the graph again with `instep mode"):
+        parse_description({"kind": "onnx", "features": 3})
 
 
-def test_certification_needs_no_call_for_whole_sequences() -> None:
-    network = build(MODEL, CPU)
-    candidates = candidate_buckets(network, 64)
-    found = certify(network, candidates)
-    assert (found.exactness, found.buckets, found.max_ulp, found.whole_sequence) == ("exact", candidates, 0, False)
-
-
-def test_a_leaf_that_is_no_float_is_certified_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = build(MODEL, CPU)
-    bind = network.bind
-
-    def miscounts(rows: int) -> object:
-        step = bind(rows)
-        run = step.run
-
-        def wrong() -> None:
-            run()
-            step.new_state["frames"][rows // 2] += 1
-
-        step.run = wrong  # type: ignore[method-assign]
-        return step
-
-    monkeypatch.setattr(network, "bind", miscounts)
-    assert certify(network, (4, 8, 16)).exactness == "tolerance"
-
-
-def test_what_shows_only_in_states_that_streams_reach_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = build(MODEL, CPU)
-    bind = network.bind
-
-    def differs_later(rows: int) -> object:
-        step = bind(rows)
-        run = step.run
-
-        def wrong() -> None:
-            run()
-            step.new_state["level"][step.state["frames"] > 3 + 5] += rows
-
-        step.run = wrong  # type: ignore[method-assign]
-        return step
-
-    monkeypatch.setattr(network, "bind", differs_later)
-    assert len(certify(network, (4, 8, 16)).buckets) == 1
+def test_without_a_module_of_torch_and_a_reference_the_definition_is_left() -> None:
+    network, x = build(MODEL, CPU), np.ones((5, 2, 3), np.float32)
+    rows = SPEC.initial(2)
+    assert (network.sequence(x, rows), network.reference(np.float64)) == (None, None)
+    definition = network.definition()
+    assert definition is not None
+    y, after = definition.run(x, SPEC.unpack(rows), np.array([2, 2, 2, 1, 1]))
+    expected, level, _ = by_hand(MODEL, x[:, 0])
+    np.testing.assert_array_equal(y[:, 0], expected)
+    np.testing.assert_array_equal(after["level"][0], level)
+    assert after["frames"].tolist() == [3 + 5, 3 + 3]
 
 
 def test_it_is_stepped_over_its_slots(rng: np.random.Generator) -> None:
-    steps = Stepper(build(MODEL, CPU), (4, 8), 10, CPU)
+    steps = Stepper(build(MODEL, CPU), 8, 10, CPU)
     steps.load(SLOTS, None)
     given = SPEC.initial(1)
     SPEC.unpack(given)["level"][:] = 7

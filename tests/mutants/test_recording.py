@@ -15,7 +15,7 @@ import pytest
 from instep.recording import commands
 from instep.recording.file import RecordingFile
 from instep.recording.lock import WriterLock
-from instep.recording.records import refuse_other_engine
+from instep.recording.records import refuse_other_model
 from instep.recording.schema import RecordingHeader, sound_rows
 from instep.recording.writer import RecordingWriter, set_up
 from tests.recording import test_commands, test_records, test_resume, test_writer
@@ -94,9 +94,9 @@ RULES = (
     ),
     BrokenRule(
         "an engine continues the recording of another model",
-        refuse_other_engine,
+        refuse_other_model,
         lambda original, *arguments: None,
-        [test_records.test_another_model_is_always_refused],
+        [test_records.test_only_another_model_is_refused],
     ),
 )
 

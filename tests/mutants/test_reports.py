@@ -15,11 +15,9 @@ from tests.timetravel import test_state
 from tests.timetravel.test_state import Story
 from tests.tools import test_page
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
 
-
-def states_are_those_of_torch(tmp_path: Path) -> None:
-    test_state.test_every_state_across_checkpoints_and_resets_is_that_of_torch(Story(tmp_path))
+def states_are_those_of_the_definition(tmp_path: Path) -> None:
+    test_state.test_every_state_across_checkpoints_and_resets_is_that_of_the_definition(Story(tmp_path))
 
 
 def what_is_forged_is_no_ground(tmp_path: Path) -> None:
@@ -47,9 +45,9 @@ RULES = (
         "the state before a reset passes for that before the frame",
         Past._find,
         before_the_reset,
-        [states_are_those_of_torch],
+        [states_are_those_of_the_definition],
     ),
-    BrokenRule("a state lacks the last frame", Past.before, one_frame_too_few, [states_are_those_of_torch]),
+    BrokenRule("a state lacks the last frame", Past.before, one_frame_too_few, [states_are_those_of_the_definition]),
     BrokenRule(
         "a state is computed although other outputs were recorded",
         Past._span,
@@ -72,7 +70,7 @@ RULES = (
 
 
 def test_the_scenarios_pass_otherwise(tmp_path: Path) -> None:
-    for number, scenario in enumerate((states_are_those_of_torch, what_is_forged_is_no_ground)):
+    for number, scenario in enumerate((states_are_those_of_the_definition, what_is_forged_is_no_ground)):
         (tmp_path / str(number)).mkdir()
         scenario(tmp_path / str(number))
 

@@ -351,7 +351,7 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         elif path.name == "text.rec":
             path.write_text("frames" * 100)
         elif path.name == "forged.rec":
-            Forger(tmp_path / "a.rec", path).change("batches", 3, bucket=5)
+            Forger(tmp_path / "a.rec", path).change("batches", 3, size=0)
         status, text = said(commands.repair, path, tmp_path / "new.rec")
         assert status == 2
         assert re.search(why, text), text

@@ -43,7 +43,7 @@ def observe(path: Path) -> list[Any]:
                 )
                 continue
             batch = item.batch
-            found.append((batch.position, batch.bucket, batch.streams.tolist(), batch.seqs.tolist()))
+            found.append((batch.position, batch.streams.tolist(), batch.seqs.tolist()))
             found.append((batch.x.tobytes(), None if batch.y is None else batch.y.tobytes(), item.applies.tolist()))
     return found
 

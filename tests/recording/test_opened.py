@@ -75,7 +75,7 @@ def test_while_it_is_written_it_shows_what_was_committed_when_it_was_opened(tmp_
 
     def step(seq: int) -> None:
         x = np.full((1, 3), seq, np.float32)
-        batch = writer.add_inputs(START_NS, 8, np.array([1], np.uint32), np.array([seq], np.uint64), x)
+        batch = writer.add_inputs(START_NS, np.array([1], np.uint32), np.array([seq], np.uint64), x)
         writer.add_outputs(START_NS, batch, x[:, :2])
         writer.commit()
 

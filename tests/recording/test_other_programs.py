@@ -43,7 +43,7 @@ def writer(path: Path) -> Iterator[RecordingWriter]:
 
 def add_batch(writer: RecordingWriter, seq: int, width: int = 3) -> None:
     position = writer.add_inputs(
-        1, 8, np.array([1], np.uint32), np.array([seq], np.uint64), np.zeros((1, width), np.float32)
+        1, np.array([1], np.uint32), np.array([seq], np.uint64), np.zeros((1, width), np.float32)
     )
     writer.add_outputs(1, position, np.zeros((1, 4), np.float32))
 

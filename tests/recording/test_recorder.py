@@ -77,7 +77,7 @@ def start(path: Path, queue_batches: int = 2, late_s: float = LATE_S) -> tuple[H
 def add(recorder: Recorder, seq: int) -> int:
     x, y = np.full((1, 3), seq, np.float32), np.zeros((1, 4), np.float32)
     streams, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
-    ticket = recorder.put(lambda writer: writer.add_inputs(seq, 4, streams, seqs, x), batches=1)
+    ticket = recorder.put(lambda writer: writer.add_inputs(seq, streams, seqs, x), batches=1)
     return recorder.put(lambda writer: writer.add_outputs(seq, ticket, y))
 
 
@@ -277,7 +277,7 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     opened = open_stream(recorder, 1, "a", 7, 0, 1, None)
     columns = np.array([1], np.uint32), np.array([0], np.uint64), np.zeros((1, 3), np.float32)
-    inputs = recorder.put(lambda writer: writer.add_inputs(1, 4, *columns), batches=1)
+    inputs = recorder.put(lambda writer: writer.add_inputs(1, *columns), batches=1)
     failed = recorder.put(lambda writer: writer.fail_batch(1, inputs, "step_failed"))
     outputs = add(recorder, 0)
     nothing = np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32)

@@ -153,7 +153,6 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
         assert replayed.states[stream].tobytes() == state.tobytes()
 
 
-@pytest.mark.usefixtures("certified_once")
 def test_it_is_verified_from_the_states_that_are_left(tmp_path: Path) -> None:
     gru = make_gru(3, 4)
     model = record_gru(tmp_path, gru, [1])

@@ -24,7 +24,7 @@ def small_batch(writer: RecordingWriter, seq: int = 0, streams: tuple[int, ...] 
     size = len(streams)
     x = np.arange(size * 3, dtype=np.float32).reshape(size, 3)
     y = (np.arange(size * 4) / 8).reshape(size, 4).astype(np.float32)
-    batch = writer.add_inputs(START_NS, 4, np.array(streams, np.uint32), np.full(size, seq, np.uint64), x)
+    batch = writer.add_inputs(START_NS, np.array(streams, np.uint32), np.full(size, seq, np.uint64), x)
     writer.add_outputs(START_NS, batch, y)
 
 
@@ -40,7 +40,7 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
 
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-    assert database.execute("PRAGMA user_version").fetchone() == (1,)
+    assert database.execute("PRAGMA user_version").fetchone() == (2,)
     assert database.execute("PRAGMA page_size").fetchone() == (16384,)
     openings = database.execute("SELECT position, stream, name, epoch, first_seq, initial_state FROM openings")
     assert openings.fetchall() == [
@@ -48,13 +48,13 @@ def test_plain_sql_reads_what_was_written(tmp_path: Path) -> None:
         (2, 2, "mic-2", 101, 7, np.full(4, 0.5, "<f4").tobytes()),
     ]
     (batch,) = database.execute("SELECT * FROM batches").fetchall()
-    assert batch[:4] == (3, START_NS, 4, 2)
-    assert batch[4:7] == (
+    assert batch[:3] == (3, START_NS, 2)
+    assert batch[3:6] == (
         np.array([1, 2], "<u4").tobytes(),
         np.array([0, 0], "<u8").tobytes(),
         np.arange(6, dtype="<f4").tobytes(),
     )
-    assert batch[7] == row_crc(*batch[:7])
+    assert batch[6] == row_crc(*batch[:6])
     (outputs,) = database.execute("SELECT * FROM outputs").fetchall()
     assert outputs[:4] == (4, START_NS, 3, (np.arange(8, dtype="<f4") / 8).tobytes())
     assert outputs[4] == row_crc(*outputs[:4])

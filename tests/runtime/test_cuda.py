@@ -1,4 +1,4 @@
-"""The same on a GPU; where there is none, nothing here is known."""
+"""Models on a GPU, by torch's operators; where there is none, nothing here is known."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from instep.core.tables import make_tables
 from instep.core.typing import F32
-from instep.models.certify import candidate_buckets, certify
 from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import RecurrentNetwork
-from instep.runtime.recheck import Recheck
+from instep.models.registry import build
+from instep.models.torch_network import TorchNetwork
 from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.states import floats_of, rows_of
+from tests.support.steps import FEATURES, STEPS, eager, exported
+from tests.support.torch_network import TorchNetwork as ModulesOfTorch
 from tests.support.traffic import Producer, make_recordings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
@@ -47,20 +47,22 @@ def model(request: pytest.FixtureRequest) -> Model:
     return MODELS[request.param]
 
 
+def network_of(model: Model) -> TorchNetwork:
+    network = build(model, CUDA)
+    assert isinstance(network, TorchNetwork)
+    assert (network.arithmetic, network.definition()) == ("torch", None)
+    return network
+
+
 def whole(model: Model, x: F32) -> tuple[F32, F32]:
-    """One call of the network over whole sequences, on the GPU: x [T, R, features]."""
-    network = RecurrentNetwork(model, CUDA)
-    rows = -(-x.shape[1] // network.row_multiple) * network.row_multiple
-    padded = np.zeros((len(x), rows, x.shape[2]), np.float32)
-    padded[:, : x.shape[1]] = x
-    y, final = network.sequence(padded, network.state.initial(rows))
-    return y[:, : x.shape[1]], network.state.unpack(final)["h"][: x.shape[1]]
+    """The truth by torch's modules on the CPU: x [T, R, features] to outputs and states [R, layers, hidden]."""
+    spec = model.description.state
+    y, final = ModulesOfTorch(model).run(x, spec.initial(x.shape[1]))
+    return y, spec.unpack(final)["h"]
 
 
 def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model, rng: np.random.Generator) -> None:
-    network = RecurrentNetwork(model, CUDA)
-    found = certify(network, candidate_buckets(network, 64))
-    steps = Stepper(network, found.buckets, 64, CUDA)
+    steps = Stepper(network_of(model), 64, 64, CUDA)
     x = rng.standard_normal((9, 20, model.description.features)).astype(np.float32)
     y = np.zeros((9, 20, model.description.outputs), np.float32)
     at = np.zeros(20, np.int64)
@@ -71,35 +73,34 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(model: Model,
         y[at[chosen], chosen] = answers
         at[chosen] += 1
     truth_y, truth_h = whole(model, x)
-    states = floats_of(steps.read(np.arange(1, 21)), *truth_h.shape[1:])
-    if found.exactness == "exact" and found.whole_sequence:
-        np.testing.assert_array_equal(y, truth_y)
-        np.testing.assert_array_equal(states, truth_h)
     np.testing.assert_allclose(y, truth_y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(states, truth_h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        floats_of(steps.read(np.arange(1, 21)), *truth_h.shape[1:]), truth_h, rtol=1e-5, atol=1e-6
+    )
+    assert not steps.read(np.arange(21, 65)).any(), "padding touches no other stream"
 
 
-def test_a_recheck_finds_nothing_where_batches_are_exact(model: Model, rng: np.random.Generator) -> None:
-    """A graph served the rows; a recheck steps them without one."""
-    network = RecurrentNetwork(model, CUDA)
-    found = certify(network, candidate_buckets(network, 64))
-    if found.exactness != "exact":
-        pytest.skip("batches are not exact on this GPU")
-    tables = make_tables(64, 1, 1, model.description.features, model.description.outputs, 8, 8, 8)
-    recheck = Recheck(Stepper(network, found.buckets, 64, CUDA), tables, 1)
-    for _ in range(100):
-        slots = rng.permutation(64)[: rng.integers(1, 65)] + 1
-        tables.x[slots] = rng.standard_normal((len(slots), model.description.features))
-        recheck.step(slots, slots)  # with a window of 1, a slot's row is its number
-        recheck.run()
-    assert recheck.frames > 100
-    assert recheck.mismatches == 0
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_module_is_stepped_by_its_graph(name: str, rng: np.random.Generator) -> None:
+    model = exported(name)
+    steps, slots = Stepper(network_of(model), 16, 20, CUDA), np.array([7, 4, 20])
+    steps.load(np.arange(1, 21), None)
+    x = rng.standard_normal((9, 3, FEATURES)).astype(np.float32)
+    y = np.zeros((9, 3, model.description.outputs), np.float32)
+    for frames, answers in zip(x, y, strict=True):
+        steps.step(slots, np.arange(3), frames, answers)
+    found = steps.state.unpack(steps.read(slots))
+    for stream in range(3):
+        truth, final = eager(name, x[:, stream], 1)
+        np.testing.assert_allclose(y[:, stream], truth, rtol=1e-4, atol=1e-5)
+        for leaf, values in zip(final, found.values(), strict=True):
+            np.testing.assert_allclose(values[stream], leaf, rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
     model = MODELS["plain"]
     prepare(1)
-    steps = Stepper(RecurrentNetwork(model, CUDA), (16, 32), 40, CUDA)
+    steps = Stepper(network_of(model), 32, 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)
     steps.load(slots, rows_of(states))
@@ -124,5 +125,5 @@ async def test_what_is_streamed_is_what_the_network_computes(model: Model, rng: 
         await Producer(client, recordings, model, rng, at_once=20).run()
     for recording in recordings:
         if recording.initial is None:
-            truth, _ = whole(model, recording.x[:, None].repeat(32, axis=1))
+            truth, _ = whole(model, recording.x[:, None])
             np.testing.assert_allclose(recording.y, truth[:, 0], rtol=1e-5, atol=1e-6)

@@ -146,16 +146,6 @@ def test_stopping_finishes_what_has_begun_and_may_come_twice(
 # ── The thread ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_torch_is_set_up_in_the_thread_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(executor, "threads_as_here", lambda: lambda: events.append(threading.current_thread().name))
-    runs = ThreadExecutor(lambda slots, rows: events.append("step"))
-    runs.begin(np.array([1]), np.array([[1]]), 0)
-    ended(runs, 1)
-    runs.stop()
-    assert events == ["instep-steps", "step"]
-
-
 @pytest.mark.parametrize("death", [SystemExit, KeyboardInterrupt])
 def test_a_thread_that_dies_says_so(death: type[BaseException]) -> None:
     def step(slots: I64, rows: I64) -> None:

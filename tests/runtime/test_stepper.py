@@ -1,22 +1,23 @@
+"""Streams stepped over their slots: the truth is the definition over whole recordings, or the user's own module."""
+
+from __future__ import annotations
+
 import numpy as np
-import pytest
 
 from instep.core.typing import F32, I64
 from instep.models.model import Model
-from instep.models.recurrent.step import RecurrentStep
-from instep.runtime.state_store import StateStore
 from instep.runtime.stepper import Stepper
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import CPU, prepared
 from tests.support.states import floats_of, rows_of
+from tests.support.steps import FEATURES, eager, exported
 
 F, H = 5, 8
 
 
 def stepper(model: Model) -> Stepper:
     """With 64 slots."""
-    ready = prepared(model, 64)
-    return Stepper(ready.network, ready.certification.buckets, 64, CPU)
+    return Stepper(prepared(model).network, 64, 64, CPU)
 
 
 def read(steps: Stepper, slots: I64, layers: int = 1) -> F32:
@@ -41,7 +42,7 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.rando
         outputs[at[chosen], chosen] = step(steps, chosen + 1, x[at[chosen], chosen])
         at[chosen] += 1
     for stream in range(20):
-        y, final = whole(model, x[:, stream], max_batch_size=64)
+        y, final = whole(model, x[:, stream])
         np.testing.assert_array_equal(outputs[:, stream], y)
         np.testing.assert_array_equal(read(steps, np.array([stream + 1]), 2)[0], final)
 
@@ -52,31 +53,48 @@ def test_every_layer_has_its_own_state(rng: np.random.Generator) -> None:
     x = rng.standard_normal((3, 2, F)).astype(np.float32)
     y = np.stack([step(steps, np.array([7, 4]), frames) for frames in x])
     for stream, slot in enumerate((7, 4)):
-        expected, final = whole(model, x[:, stream], max_batch_size=64)
+        expected, final = whole(model, x[:, stream])
         np.testing.assert_array_equal(y[:, stream], expected)
         np.testing.assert_array_equal(read(steps, np.array([slot]), 2)[0], final)
 
 
-def test_padding_rows_touch_no_stream(rng: np.random.Generator) -> None:
-    steps = stepper(SMALL)
-    full = np.arange(5, 5 + steps.buckets[0])  # fills the rows that are padding later
-    step(steps, full, np.ones((len(full), F), np.float32))
-    everyone = np.arange(1, 65)
-    steps.load(everyone, rows_of(rng.standard_normal((64, 1, H))))
-    before = read(steps, everyone)
-    x = rng.standard_normal((1, F)).astype(np.float32)
-    step(steps, np.array([9]), x)
-    after = read(steps, everyone)
-    changed = np.flatnonzero((before != after).any(axis=(1, 2))) + 1
-    assert changed.tolist() == [9]
-    np.testing.assert_array_equal(after[8], whole(SMALL, x, before[8], max_batch_size=64)[1])
+def test_leaves_of_every_dtype_are_stepped_where_they_are(rng: np.random.Generator) -> None:
+    steps, slots = stepper(exported("counting")), np.array([9, 2, 64])
+    steps.load(slots, None)
+    x = 2 * rng.standard_normal((12, 3, FEATURES)).astype(np.float32)
+    y = np.stack([step(steps, slots, frames) for frames in x])
+    found = steps.state.unpack(steps.read(slots))
+    for stream in range(3):
+        truth, final = eager("counting", x[:, stream], 1)
+        np.testing.assert_allclose(y[:, stream], truth, rtol=1e-5, atol=1e-6)
+        for leaf, values in zip(final, found.values(), strict=True):
+            np.testing.assert_allclose(values[stream], leaf, rtol=1e-5, atol=1e-5)
 
 
-def test_what_padding_computes_never_grows(rng: np.random.Generator) -> None:
-    steps = stepper(SMALL)
-    for _ in range(3):
-        step(steps, np.array([1]), rng.standard_normal((1, F)).astype(np.float32))
-    assert not steps.read(np.array([0])).any()
+def test_a_step_touches_only_the_streams_and_rows_that_it_is_given(rng: np.random.Generator) -> None:
+    steps, everyone = stepper(SMALL), np.arange(1, 65)
+    for count in (1, 3, 20):
+        steps.load(everyone, rows_of(rng.standard_normal((64, 1, H))))
+        before = read(steps, everyone)
+        slots, rows = rng.permutation(everyone)[:count], rng.permutation(40)[:count]
+        x, y = rng.standard_normal((40, F)).astype(np.float32), np.full((40, H), np.nan, np.float32)
+        steps.step(slots, rows, x, y)
+        after = read(steps, everyone)
+        changed = np.flatnonzero((before != after).any(axis=(1, 2))) + 1
+        assert changed.tolist() == sorted(slots)
+        assert np.flatnonzero(~np.isnan(y).all(axis=1)).tolist() == sorted(rows)
+        for slot, row in zip(slots, rows, strict=True):
+            expected, final = whole(SMALL, x[row : row + 1], before[slot - 1])
+            np.testing.assert_array_equal(y[row], expected[0])
+            np.testing.assert_array_equal(after[slot - 1], final)
+        assert not steps.read(np.array([0])).any(), "no stream has slot 0"
+
+
+def test_frames_and_outputs_may_be_in_other_arrays_each_time(rng: np.random.Generator) -> None:
+    steps, slots = stepper(SMALL), np.array([5])
+    x = rng.standard_normal((4, 1, F)).astype(np.float32)
+    y = np.concatenate([step(steps, slots, frames.copy()) for frames in x])
+    np.testing.assert_array_equal(y, whole(SMALL, x[:, 0])[0])
 
 
 def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:
@@ -88,39 +106,3 @@ def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> Non
     steps.load(slots[:1], None)
     assert not steps.read(slots[:1]).any()
     np.testing.assert_array_equal(read(steps, slots[1:]), states[1:])
-
-
-def test_a_loading_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = stepper(SMALL)
-    slots = np.arange(1, 5)
-    step(steps, slots, rng.standard_normal((4, F)).astype(np.float32))
-    before = steps.read(slots)
-
-    def fails(*_: object) -> None:
-        raise RuntimeError("injected")
-
-    monkeypatch.setattr(StateStore, "write", fails)
-    with pytest.raises(RuntimeError, match="injected"):
-        steps.load(slots, rows_of(np.ones((4, 1, H))))
-    np.testing.assert_array_equal(steps.read(slots), before)
-
-
-def test_a_step_that_raises_changes_no_state(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = stepper(SMALL)
-    slots = np.arange(1, 5)
-    steps.load(slots, rows_of(rng.standard_normal((4, 1, H))))
-    before = steps.read(slots)
-
-    def fails(*_: object) -> None:
-        raise RuntimeError("injected")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RecurrentStep, "run", fails)
-        with pytest.raises(RuntimeError, match="injected"):
-            step(steps, slots, np.zeros((4, F), np.float32))
-    np.testing.assert_array_equal(steps.read(slots), before)
-
-
-def test_buckets_are_the_smallest_that_fit() -> None:
-    steps = Stepper(prepared(SMALL, 64).network, (4, 8, 48, 64), 64, CPU)
-    assert [steps.bucket(size) for size in (1, 4, 5, 33, 64)] == [4, 4, 8, 48, 64]

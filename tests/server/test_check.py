@@ -15,6 +15,7 @@ import torch
 from instep.config import Config
 from instep.memory import usable_memory
 from instep.models.folder import write_model
+from instep.models.network import IN_WORDS
 from instep.server.check import check
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
@@ -30,11 +31,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def configured(model: Path, **sections: dict[str, Any]) -> Config:
-    """Nothing is certified unless a test says so: that takes most of a check."""
-    engine = {"exactness": "off", **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
     common = {"transport": transport, "http": {"endpoint": "off", **sections.pop("http", {})}}
-    common |= {"model": {"folder": model}, "engine": engine, "log": {"format": "json"}}
+    common |= {"model": {"folder": model}, "log": {"format": "json"}}
     return Config.model_validate({**common, **sections})
 
 
@@ -48,12 +47,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_it_says_what_would_be_served(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "r.instep"
-    check(configured(model, recording={"file": file}, engine={"max_streams": 7, "exactness": "prefer"}))
+    check(configured(model, recording={"file": file}, engine={"max_streams": 7}))
     lines = said(capsys)
     assert lines["would record"]["file"] == str(file)
     assert lines["can serve"]["model"] == SMALL.name
     assert lines["can serve"]["max_streams"] == 7
-    assert lines["can serve"]["exactness"] == lines["certified"]["exactness"]
+    assert lines["can serve"]["exactness"] == "exact"
+    assert lines["compiled"]["arithmetic"] == IN_WORDS
     assert "http" not in lines["can serve"], "it is off"
     check(configured(model, http={"endpoint": "127.0.0.1:0"}))
     would = said(capsys)["can serve"]
@@ -70,14 +70,14 @@ async def test_a_recording_would_be_continued_and_stays_as_it_is(
     folder = tmp_path / "recordings"
     folder.mkdir()
     file = folder / "r.instep"
-    config = configured(model, recording={"file": file}, engine={"max_batch_size": 256, "exactness": "prefer"})
+    config = configured(model, recording={"file": file}, engine={"max_batch_size": 256})
     async with running(SMALL, recording={"file": file}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         await client.step((await client.open("s", "t")).handles()[:1], [0], random_frames(rng, 3))
         capsys.readouterr()
         with pytest.raises(CannotServe, match="being written"):
             check(config)
-        assert said(capsys) == {}, "nothing was certified"
+        assert said(capsys) == {}, "nothing was compiled"
     before = contents(folder)
     capsys.readouterr()
     check(config)
@@ -141,7 +141,7 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     (model / "weights.safetensors").write_bytes(b"")  # would be the next problem
     config = configured(
         model,
-        engine={"device": "cuda", "exactness": "prefer"},
+        engine={"device": "cuda"},
         http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"},
         recording={"file": tmp_path / "no" / "r.instep"},
     )
@@ -153,7 +153,7 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     config = configured(model, recording={"file": tmp_path / "r.instep"}).model_copy(update={"model": folders})
     with pytest.raises(CannotServe, match=r"(?s)there is no model folder .*/no: .*\n.*/r\.instep is not a folder"):
         check(config)
-    assert said(capsys) == {}, "nothing was certified"
+    assert said(capsys) == {}, "nothing was compiled"
 
 
 def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold_are_warned_of(
@@ -169,13 +169,13 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     assert warned["reason"].startswith("the limits allow 1048576.0 TiB, and ")
 
 
-def test_several_threads_cannot_be_restarted_which_is_said_before_certifying(
+def test_several_threads_cannot_be_restarted_which_is_said_before_compiling(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    config = configured(model, engine={"exactness": "prefer", "threads": 2}, transport={"endpoint": endpoint})
+    config = configured(model, engine={"threads": 2}, transport={"endpoint": endpoint})
     with pytest.raises(CannotServe, match="--restart forks the server"):
         check(config, restart=True)
     assert said(capsys) == {}

@@ -23,7 +23,6 @@ from tests.support.beside import IN_FRESH_INTERPRETERS, frames, until
 from tests.support.live_verifying import EARS, VERIFY, checked_stream, found, step_all
 from tests.support.live_verifying import folder as folder
 from tests.support.models import plain
-from tests.support.networks import NETWORKS
 from tests.support.running import running
 
 NEWER = replace(plain(5, 8, seed=9), name="ears")
@@ -42,7 +41,7 @@ class WrongStepper(Stepper):
 
 
 def wrong_stepper(each: Prepared, config: Config) -> Stepper:
-    return WrongStepper(each.network, each.certification.buckets, config.engine.max_streams, each.device)
+    return WrongStepper(each.network, config.engine.max_batch_size, config.engine.max_streams, each.device)
 
 
 async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
@@ -78,32 +77,6 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
     (alarm,) = (line for line in told if line["event"] == "mismatch")
     assert (alarm["level"], alarm["stream"], alarm["seq"]) == ("error", "s2", 50)
     assert "instep verify" in alarm["next"]
-
-
-async def test_a_network_that_is_not_exact_is_verified_within_a_tolerance(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    model = NETWORKS["onnx numbered rows"].model()
-    write_model(tmp_path / "model", model)
-    recording = {"file": tmp_path / "r.instep", "recovery_target_s": 0.01}
-    sections: dict[str, Any] = {"recording": recording, **VERIFY}
-    async with (
-        running(model, stepper=wrong_stepper, folder=tmp_path / "model", **sections) as server,
-        AsyncClient(server.endpoint) as client,
-    ):
-        assert client.info.exactness == "tolerance"
-        streams = [await client.open(f"s{number}") for number in range(4)]
-        await until(lambda: found(server).reported_s > 0)
-        while found(server).frames_total < 100:
-            await step_all(streams, frames(rng, 10, 4))
-            await asyncio.sleep(0.05)
-        assert (found(server).state, found(server).mismatches_total) == ("verified", 0)
-        assert "the engine ran with exactness tolerance, which promises no bits" in found(server).notes
-        WrongStepper.is_due = True
-        while not found(server).mismatches_total:
-            await step_all(streams, frames(rng, 10, 4))
-            await asyncio.sleep(0.05)
-        assert found(server).state == "mismatch"
 
 
 async def numbers(server: Server) -> dict[str, float]:
@@ -243,7 +216,6 @@ async def test_what_cannot_be_verified_is_said_and_served(
     assert [line["event"] for line in told if line["level"] == "error"] == ["cannot verify"]
 
 
-def test_there_must_be_something_to_compare(tmp_path: Path) -> None:
-    for sections in ({}, {"recording": {"file": tmp_path / "r"}, "engine": {"exactness": "off"}}):
-        with pytest.raises(ValueError, match="live verification"):
-            Config.model_validate({"verify": {"live": True}, **sections})
+def test_there_must_be_something_to_compare() -> None:
+    with pytest.raises(ValueError, match="live verification"):
+        Config.model_validate({"verify": {"live": True}})

@@ -78,7 +78,7 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             serving = asyncio.create_task(serve())
             before = len(served)
             assert [each.name for each in await operator.load_model("vowels", folder)] == ["ears", "vowels"]
-            assert len(served) > before, "frames are stepped while another model is certified"
+            assert len(served) > before, "frames are stepped while another model is compiled"
             client = AsyncClient(server.endpoint, model="vowels")
             await client.connect()
             unused = AsyncClient(server.endpoint, model="vowels", reconnect_s=0)
@@ -100,9 +100,9 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             await client.close()
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
-    truth, _ = whole(VOWELS, x, max_batch_size=16)
+    truth, _ = whole(VOWELS, x)
     np.testing.assert_array_equal(np.concatenate([first, second]), truth)
-    np.testing.assert_array_equal(np.array(served), whole(EARS, other[: len(served)], max_batch_size=16)[0])
+    np.testing.assert_array_equal(np.array(served), whole(EARS, other[: len(served)])[0])
     events = [line["event"] for line in told if line.get("model") == "vowels"]
     assert [event for event in events if event in ("loaded", "unloaded", "recovered")] == [
         "loaded",

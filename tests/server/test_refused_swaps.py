@@ -117,4 +117,4 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
             ):
                 with pytest.raises(Refused, match=words):
                     await client.swap_model(name, folder)
-    np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
+    np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x)[0])

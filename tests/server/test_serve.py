@@ -9,6 +9,8 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +24,10 @@ from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed
 from instep.interrupts import Stopped
-from instep.models.certify import Certification
+from instep.models.errors import ModelError
 from instep.models.folder import write_model
-from instep.models.recurrent.cell import Kernel
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import IN_WORDS
+from instep.models.portable.machine import host
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
@@ -35,11 +37,10 @@ from instep_client import Client
 from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, plain, whole
-from tests.support.running import log_into, prepared
+from tests.support.running import log_into
 from tests.support.served import WarmServer, serving
 
 QUIET = log_into([])
-UNCERTIFIED: dict[str, Any] = {"exactness": "off"}  # for what comes after certification, which would take longer
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one(
 
 
 def test_the_demos_model_can_be_served() -> None:
-    (ready,) = prepare(configured(MODEL_FOLDER, engine={"exactness": "off"}), QUIET)
+    (ready,) = prepare(configured(MODEL_FOLDER), QUIET)
     assert (ready.model.description.features, ready.model.description.outputs) == (12, 9)
 
 
@@ -98,34 +99,30 @@ def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: py
         prepare(configured(model, engine={"device": "cuda:3"}), QUIET)
 
 
-def test_exactness_may_be_required_preferred_or_off(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inexact = Certification("tolerance", (4, 8), max_ulp=3, whole_sequence=False)
-    monkeypatch.setattr("instep.server.preparation.certify", lambda *_: inexact)
-    with pytest.raises(CannotServe, match="3 ULP"):
-        prepare(configured(model, engine={"exactness": "require"}), QUIET)
-    told: list[dict[str, Any]] = []
-    assert prepare(configured(model, engine={"exactness": "prefer"}), log_into(told))[0].certification is inexact
-    assert [line["event"] for line in told] == ["certifying", "certified", "not exact", "smaller batches"]
-    assert told[2]["max_ulp"] == 3
-    told.clear()
-    (off,) = prepare(configured(model, engine={"exactness": "off", "max_batch_size": 8}), log_into(told))
-    assert (off.certification.exactness, off.certification.buckets, told) == ("off", (4, 8), [])
+def test_a_processor_without_fma_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = replace(host(), triple="x86_64-unknown-linux-gnu", features="+avx2,-fma")
+    monkeypatch.setattr("instep.server.preparation.host", lambda: without)
+    for refuse in (check_early, partial(prepare, log=QUIET)):
+        with pytest.raises(CannotServe, match=r"no fused multiply-add \(FMA\), .*`instep verify` works here, slowly"):
+            refuse(configured(model, engine={"device": "cpu"}))
 
 
-@pytest.mark.parametrize(("hidden", "kernel"), [(16, "fused"), (8, "torch")])
-def test_without_certification_the_quicker_step_is_used(tmp_path: Path, hidden: int, kernel: str) -> None:
-    write_model(tmp_path / "m", plain(5, hidden))
-    assert prepare(configured(tmp_path / "m", engine={"exactness": "off"}), QUIET)[0].network.kernel == kernel
+def test_arithmetic_that_gives_other_bits_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs() -> None:
+        raise ModelError("this machine computes other bits")
+
+    monkeypatch.setattr("instep.server.preparation.check_arithmetic", differs)
+    with pytest.raises(CannotServe, match="this machine computes other bits"):
+        prepare(configured(model), QUIET)
 
 
 def test_limits_are_fitted_to_the_model() -> None:
     config = Config.model_validate({"transport": {"max_message_bytes": 65_536}})
-    limits = effective_limits(config, 512, features=100, outputs=10)
-    assert limits.max_batch_size == 512
+    limits = effective_limits(config, features=100, outputs=10)
     assert limits.max_block_frames * (100 * 4 + 24) <= 65_536
     assert limits.credit_frames >= limits.max_block_frames
     with pytest.raises(CannotServe, match="raise it"):
-        effective_limits(config, 512, features=20_000, outputs=1)
+        effective_limits(config, features=20_000, outputs=1)
 
 
 def test_the_hint_names_the_endpoint_unless_it_is_the_default_one_and_no_variable_names_another() -> None:
@@ -139,19 +136,16 @@ def test_the_log_says_what_it_waits_for_and_what_is_served_and_an_interrupt_ends
     model: Path, tmp_path: Path
 ) -> None:
     recording = tmp_path / "r.instep"
-    certification = prepared(SMALL, 512).certification
     with serving(model, "--record", str(recording)) as served:
         endpoint = served.until("serving")["endpoint"]
         lines = {line["event"]: line for line in served.lines}
         assert [event for event in lines if event != "compiling"] == [
-            *("loading", "certifying", "certified", "recording", "ready", "serving")
+            *("loading", "compiled", "recording", "ready", "serving")
         ]
         assert all(list(line)[:3] == ["timestamp", "level", "event"] for line in lines.values())
         assert lines["loading"]["model"] == str(model)
-        assert lines["certified"]["exactness"] == lines["ready"]["exactness"] == certification.exactness
-        assert lines["certified"]["batch_sizes"] == list(certification.buckets)
-        assert lines["certified"]["step"] == "torch", "its width does not fill vectors"
-        assert lines["certified"]["seconds"] > 0
+        assert lines["compiled"]["arithmetic"] == IN_WORDS
+        assert lines["ready"]["exactness"] == "exact"
         assert lines["recording"] == {**lines["recording"], "file": str(recording), "durability": "commit"}
         assert CliRunner().invoke(client_app, lines["serving"]["next"].split()[1:]).exit_code == 0
         ready = {"model": SMALL.name, "device": "cpu", "max_streams": 4096}
@@ -175,22 +169,9 @@ def test_lines_for_people_are_short(model: Path, capsys: pytest.CaptureFixture[s
     assert serve.run(configured(model), on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
     said = capsys.readouterr().err.splitlines()
     assert max(map(len, said)) <= 120, said
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ info certifying max_batch_size=512", said[0])
+    when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    assert re.fullmatch(rf"{when} info compiled arithmetic=\"portable-1: .*\"", said[0])
     assert "\x1b" not in "".join(said)
-
-
-@pytest.mark.parametrize("kernel", ["fused", "torch"])
-def test_the_log_says_which_step_is_used(model: Path, monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
-    def certified(network: RecurrentNetwork, _: object) -> Certification:
-        network.kernel = kernel
-        return Certification("exact", (4, 8), max_ulp=0, whole_sequence=True)
-
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr("instep.server.preparation.certify", certified)
-    prepare(configured(model), log_into(told))
-    by_event = {line["event"]: line for line in told}
-    assert by_event["certified"]["step"] == kernel
-    assert by_event["smaller batches"]["max_batch_size"] == 8
 
 
 def test_a_log_file_that_cannot_be_written_and_a_check_write_nothing(model: Path, tmp_path: Path) -> None:
@@ -206,7 +187,7 @@ def test_a_log_file_that_cannot_be_written_and_a_check_write_nothing(model: Path
 
 def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Path) -> None:
     for arguments, reasons in (
-        (["--exactness", "prefered", "--max-streams", "0"], ["did you mean prefer?", "greater than or equal to 1"]),
+        (["--durability", "comit", "--max-streams", "0"], ["greater than or equal to 1", "did you mean commit?"]),
         (["--record", str(tmp_path / "no" / "r")], ["there is no folder"]),
         (["--record", "r" * 250], ["File name too long; name another file"]),
         (["m" * 300], ["there is no model folder"]),
@@ -235,7 +216,7 @@ def test_a_second_interrupt_forces_the_end(
     def on_ready(endpoint: str) -> None:
         threading.Thread(target=leave_a_frame_unanswered, args=(endpoint,)).start()
 
-    config = configured(model, log={"format": "json"}, engine=UNCERTIFIED)
+    config = configured(model, log={"format": "json"})
     assert serve.run(config, on_ready=on_ready, same_signal_s=0.0) == 130
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -285,7 +266,7 @@ def with_ipv6_first(
     return [each for each in found if family in (0, each[0])]
 
 
-def test_an_endpoint_in_use_is_refused_before_the_model_is_certified(
+def test_an_endpoint_in_use_is_refused_before_the_model_is_compiled(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as taken:
@@ -300,7 +281,7 @@ def test_an_endpoint_in_use_is_refused_before_the_model_is_certified(
         endpoint = endpoint.replace("127.0.0.1", "localhost")
         with pytest.raises(CannotServe, match=f"cannot bind tcp://{endpoint}: Address already in use"):
             serve.run(configured(model, transport={"endpoint": f"tcp://{endpoint}"}))
-    assert "certifying" not in capsys.readouterr().err
+    assert "compiled" not in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_recording_is_left_alone(
@@ -311,21 +292,21 @@ def test_a_file_that_is_no_recording_is_left_alone(
     with pytest.raises(CannotServe, match="not a recording"):
         serve.run(configured(model, recording={"file": file}))
     assert file.read_bytes() == b"mine"
-    assert "certifying" not in capsys.readouterr().err
+    assert "compiled" not in capsys.readouterr().err
 
 
 def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Path) -> None:
     """The other one has just begun: there is a lock, and no file yet."""
     lock = WriterLock(tmp_path / "r.instep")
     with pytest.raises(CannotServe, match="is being written by another"):
-        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}, engine=UNCERTIFIED))
+        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.instep-lock"]
     lock.release()
 
 
 def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "wide", plain(1100, 4))
-    limits: dict[str, Any] = {"engine": UNCERTIFIED, "transport": {"max_message_bytes": 4096}}
+    limits: dict[str, Any] = {"transport": {"max_message_bytes": 4096}}
     with pytest.raises(CannotServe, match="max_message_bytes"):
         serve.run(configured(tmp_path / "wide", **limits))
 
@@ -354,7 +335,7 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     )
     for recording in ({"file": folder / "r.instep"}, {}):
         with pytest.raises(CannotServe, match=re.escape(sentence)):
-            serve.run(configured(model, engine={**UNCERTIFIED, "max_streams": 99}, recording=recording))
+            serve.run(configured(model, engine={"max_streams": 99}, recording=recording))
         assert list(folder.iterdir()) == []
 
 
@@ -398,7 +379,7 @@ def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path
     def on_ready(endpoint: str) -> None:
         threading.Thread(target=ready, args=(endpoint,)).start()
 
-    assert serve.run(configured(model, engine=UNCERTIFIED), on_ready=on_ready) == 0
+    assert serve.run(configured(model), on_ready=on_ready) == 0
 
 
 def test_a_recording_that_cannot_be_closed_is_a_failure(
@@ -408,5 +389,5 @@ def test_a_recording_that_cannot_be_closed_is_a_failure(
         raise OSError("disk full, injected")
 
     monkeypatch.setattr(RecordingWriter, "close", full)
-    config = configured(model, recording={"file": tmp_path / "r.instep"}, engine=UNCERTIFIED)
+    config = configured(model, recording={"file": tmp_path / "r.instep"})
     assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 1

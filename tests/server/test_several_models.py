@@ -208,7 +208,7 @@ async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_oth
 
 
 def several(folders: object, **sections: dict[str, object]) -> Config:
-    engine = {"exactness": "off", "max_batch_size": 8}
+    engine = {"max_batch_size": 8}
     transport = {"endpoint": "tcp://127.0.0.1:*"}
     common = {"engine": engine, "transport": transport, "http": {"endpoint": "off"}}
     return Config.model_validate({"model": {"folder": folders}, **common, **sections})
@@ -219,7 +219,7 @@ def test_models_of_one_name_are_refused_until_the_configuration_names_them(folde
     write_model(tmp_path / "newer", replace(plain(5, 8, seed=8), name="ears"))
     with pytest.raises(CannotServe, match=r"two models are called 'ears': .*/ears and .*/newer; give one of them"):
         prepare(several([folders[0], tmp_path / "newer"]), quiet)
-    (tmp_path / "c.yaml").write_text("model: {folder: {old: ears, new: newer}}\nengine: {exactness: 'off'}\n")
+    (tmp_path / "c.yaml").write_text("model: {folder: {old: ears, new: newer}}\n")
     named = prepare(load_config(tmp_path / "c.yaml"), quiet)
     assert [(each.model.name, each.model_path.name) for each in named] == [("old", "ears"), ("new", "newer")]
     with pytest.raises(CannotServe, match="a model's name must be"):

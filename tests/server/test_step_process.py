@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from instep.config import Config, EngineConfig
-from instep.models.recurrent.step import RecurrentStep
+from instep.core.typing import I64
+from instep.models.portable.network import Rows
 from instep.server import execution
 from instep.server.execution import steps_in_process
 from instep.server.preparation import CannotServe
@@ -76,14 +77,14 @@ async def test_a_server_that_polls_gives_the_same_outputs(rng: np.random.Generat
 async def test_a_failed_step_is_answered_and_the_streams_go_on(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RecurrentStep.run
+    run = Rows.run
 
-    def fails(self: RecurrentStep) -> None:
-        if bool((self.x[:, 0] == POISON).any()):
+    def fails(self: Rows, slots: I64, rows: I64) -> None:
+        if POISON in self._tables[0][rows, 0]:
             raise RuntimeError("injected")
-        run(self)
+        run(self, slots, rows)
 
-    monkeypatch.setattr(RecurrentStep, "run", fails)  # the process is forked with it
+    monkeypatch.setattr(Rows, "run", fails)  # the process is forked with it
     x = rng.standard_normal((6, 2, F)).astype(np.float32)
     bad = x.copy()
     bad[3, 0, 0] = POISON
@@ -117,7 +118,7 @@ async def test_the_death_of_the_process_ends_the_server() -> None:
 async def test_a_step_that_never_ends_ends_with_the_server(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
-    monkeypatch.setattr(RecurrentStep, "run", lambda _: time.sleep(600))  # the process is forked with it
+    monkeypatch.setattr(Rows, "run", lambda *_: time.sleep(600))  # the process is forked with it
     failure = DEATH if is_killed else "draining took longer than shutdown.drain_timeout_s = 0.05"
     before = children()
     async with (
@@ -183,7 +184,7 @@ def test_single_frames_are_stepped_in_the_loop_where_a_process_would_share_its_c
     cores: int, steps_in: str, records: bool, forks: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "usable_cores", lambda: cores)
-    sections = {"engine": {"steps_in": steps_in}, "recording": {"file": "r.instep"} if records else {}}
-    asked = Config.model_validate(sections)
-    assert execution.max_light_batch(asked, 512, forks) == most
-    assert execution.max_light_batch(asked, 64, forks) == min(most, 64)
+    for max_batch_size in (512, 64):
+        engine = {"steps_in": steps_in, "max_batch_size": max_batch_size}
+        asked = Config.model_validate({"engine": engine, "recording": {"file": "r.instep"} if records else {}})
+        assert execution.max_light_batch(asked, forks) == min(most, max_batch_size)

@@ -101,7 +101,7 @@ async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_o
             moved = sum(stream.next_seq - (stream.moved_at or 0) for stream in streams.values())
             assert numbers["frames_total"] == moved, "what the new version has computed"
             late = await clients[3].open("late")
-            np.testing.assert_array_equal(await late.step(x[0, :9]), whole(version, x[0, :9], max_batch_size=16)[0])
+            np.testing.assert_array_equal(await late.step(x[0, :9]), whole(version, x[0, :9])[0])
             assert late.moved_at is None
         async with running(version, **sections):  # clients resume by themselves
             for number in range(1, 12, 2):  # nothing more can be sent through the others
@@ -156,7 +156,7 @@ async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
         for stream, which, first, at in ((often, 4, 100, 130), (once, 5, 0, 20), (copy, 5, 20, 40), (empty, 3, 0, 0)):
             assert stream.moved_at == at
             y = await stream.step(x[which, at:])
-            np.testing.assert_array_equal(y, whole(DEEPER, x[which, first:], max_batch_size=16)[0][at - first :])
+            np.testing.assert_array_equal(y, whole(DEEPER, x[which, first:])[0][at - first :])
     assert replays(recordings / "ears@2.instep") == {"often": 100, "once": 0, "copy": 20, "empty": 0}
     assert_each_verifies_with_its_version(recordings, folder)
 
@@ -176,7 +176,7 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
                 async with AsyncClient(server.endpoint, model="ears") as new:
                     assert new.info.fingerprint == B.fingerprint
                     fresh = await new.open("s")  # another stream: the versions know nothing of each other
-                    np.testing.assert_array_equal(await fresh.step(x), whole(B, x, max_batch_size=16)[0])
+                    np.testing.assert_array_equal(await fresh.step(x), whole(B, x)[0])
                 with pytest.raises(Refused, match=f"already; only the swap .* stayed with {KEPT} are served there"):
                     await operator.swap_model("ears", folder, "move")
                 swapped_at = [line["event"] for line in told].index("swapped")
@@ -188,7 +188,7 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
                         KEPT,
                     }:
                         await asyncio.sleep(0.02)
-            np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x, max_batch_size=16)[0])
+            np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x)[0])
         async with AsyncClient(server.endpoint) as operator:
             while [each.name for each in await operator.list_models()] != ["ears"]:
                 await asyncio.sleep(0.02)

@@ -16,12 +16,8 @@ from rich.console import Console
 from instep.models.errors import ModelError
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import Retention
-from instep.shadow import command
-from instep.shadow.command import Shadowing, run
+from instep.shadow.command import Shadowing, make_shadow, run
 from tests.support.growing import Story
-from tests.support.recordings import certify_once
-
-make_shadow = partial(command.make_shadow, certify=certify_once)
 
 
 def before_each_query(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], None]) -> None:

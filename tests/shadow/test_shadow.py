@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -26,20 +25,18 @@ from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.server import Server
-from instep.shadow import command, live
-from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, run
+from instep.shadow import live
+from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
 from instep.shadow.report import Differences
 from instep.shadow.shadow import Shadow
 from instep_client import AsyncClient, AsyncStream
 from tests.support.growing import Story
 from tests.support.models import plain, whole
-from tests.support.recordings import certify_once
 from tests.support.running import running
 
 SERVED = plain(5, 8)
 RETRAINED = plain(5, 8, seed=9)
 DEEPER = plain(5, 8, layers=2)
-make_shadow = partial(command.make_shadow, certify=certify_once)
 
 
 @dataclass

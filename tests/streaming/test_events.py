@@ -22,13 +22,13 @@ from tests.support.streaming import random_frames
 
 def test_events_are_numbered_and_found_by_number_and_stream() -> None:
     log, began_s = EventLog(), time.time()
-    log.add("withdrawn", detail="why")
+    log.add("swapped", detail="why")
     log.add_all("opened", ["a", "b"], "connection 3", np.array([0, 7]))
     log.add_all("parked", [])
     log.add("closed", "a", seq=9)
     events = log.since(0)
     assert [event[:1] + event[2:] for event in events] == [
-        (1, "withdrawn", "", "why", None),
+        (1, "swapped", "", "why", None),
         (2, "opened", "a", "connection 3", 0),
         (3, "opened", "b", "connection 3", 7),
         (4, "closed", "a", "", 9),

@@ -18,15 +18,15 @@ SECOND = 10**9
 
 
 def test_rows_are_rates_means_and_gauges_of_their_second() -> None:
-    now: dict[str, float] = {"frames_total": 100, "batches_total": 10, "padded_rows_total": 200}
+    now: dict[str, float] = {"frames_total": 100, "batches_total": 10}
     history, began_s = History(lambda: dict(now), {}), time.time()
     assert history.newest() == {}
     assert history.sample(5 * SECOND)
     assert len(history) == 0
-    now |= {"frames_total": 400, "batches_total": 30, "padded_rows_total": 600, "loop_busy_s_total": 0.25}
+    now |= {"frames_total": 400, "batches_total": 30, "loop_busy_s_total": 0.25}
     assert not history.sample(5 * SECOND + SECOND // 2)
     assert history.sample(6 * SECOND)
-    now |= {"frames_total": 480, "batches_total": 40, "padded_rows_total": 700, "streams_open": 7}
+    now |= {"frames_total": 480, "batches_total": 40, "streams_open": 7}
     assert history.sample(8 * SECOND), "two seconds later, the loop was busy"
     assert history.sample(9 * SECOND)
     columns = history.columns()
@@ -34,7 +34,6 @@ def test_rows_are_rates_means_and_gauges_of_their_second() -> None:
     assert columns["frames_per_s"] == [300, 40, 0]
     assert columns["batches_per_s"] == [20, 5, 0]
     assert columns["batch_size_mean"] == [15, 8, 0]
-    assert columns["batch_fill"] == [0.75, 0.8, 0]
     assert columns["loop_busy"] == [0.25, 0, 0]
     assert columns["streams_open"] == [0, 7, 7]
     assert all(began_s <= time_s <= time.time() for time_s in columns["time_s"])

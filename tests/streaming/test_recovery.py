@@ -22,7 +22,6 @@ from tests.support.running import config, prepared, running
 from tests.support.streaming import random_frames, step, streaming
 
 F = 5
-BUCKET = prepared(SMALL).certification.buckets[0]
 MANY = 20_000_000
 """Streams that were opened in the life of a recording, of which three are left."""
 NUMBERS = [MANY, 7, MANY - 5]
@@ -36,7 +35,7 @@ async def test_memory_is_for_the_streams_that_are_open_and_not_for_all_that_ever
     for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
         count = len(streams)
         x = np.full((count, F), seq + 1, np.float32)
-        writer.add_inputs(1, BUCKET, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
+        writer.add_inputs(1, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
     writer.commit()
     writer.abandon()
     async with streaming(InlineExecutor) as kit:
@@ -94,7 +93,7 @@ async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path)
     open_stream(writer, 1, "s", 1000, 0, 1, None)
     for seq in range(3):
         numbers, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
-        writer.add_inputs(1, BUCKET, numbers, seqs, np.ones((1, F), np.float32))
+        writer.add_inputs(1, numbers, seqs, np.ones((1, F), np.float32))
     writer.commit()
     writer.abandon()
     async with running(SMALL, recording=recording):
@@ -111,17 +110,15 @@ def _checkpoint(path: Path) -> int:
 async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promises_them(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
     promised = recording_header(prepared(SMALL), config(recording={"file": path}))
-    if promised.exactness != "exact":
-        pytest.skip("this machine does not certify that bits repeat")
-    writer = RecordingWriter.create(path, replace(promised, exactness="tolerance"))
+    writer = RecordingWriter.create(path, replace(promised, arithmetic="torch 1.9 on cuda:0"))
     open_stream(writer, 1, "s", 1000, 0, 1, None)
     numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, F), np.float32)
-    position = writer.add_inputs(1, BUCKET, numbers, seqs, x)
+    position = writer.add_inputs(1, numbers, seqs, x)
     writer.add_outputs(1, position, np.full((1, 8), 0.25, np.float32))
     writer.commit()
     writer.abandon()
     epochs = np.array([1000], np.uint64)
-    for _ in range(2):  # the second time after an engine that was exact, and ended before it had a checkpoint
+    for _ in range(2):  # the second time after an engine that promised them, and ended before it had a checkpoint
         async with streaming(InlineExecutor) as kit:
             recovery = kit.record(path)
             assert recovery is not None
@@ -133,4 +130,4 @@ async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promi
             assert again.y.tolist() == [[[0.25] * 8]], "a frame that is repeated gets what was answered"
             assert kit.stats.frames_total == 0
     with RecordingReader(path) as reader:
-        assert [engine.header.exactness for engine in reader.engines] == ["tolerance", "exact"]
+        assert [engine.header.arithmetic for engine in reader.engines] == ["torch 1.9 on cuda:0", "portable-1"]

@@ -31,9 +31,7 @@ class EngineParts:
 
     def resume(self, path: Path, header: RecordingHeader) -> tuple[RecordingWriter, Recovery]:
         """Put the open streams of a recording into it, those too that would hibernate."""
-        writer, recovery = resume_recording(
-            path, header, self.tables, self.table, self.dirty, self.stepper, accept_numerics_change=False
-        )
+        writer, recovery = resume_recording(path, header, self.tables, self.table, self.dirty, self.stepper)
         try:
             streams = load_open_streams(path, recovery.hibernated.values())
         except BaseException:
@@ -59,8 +57,7 @@ def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
     table = StreamTable(tables, np.ones(max_streams + 1, np.uint32))
     key = model.fingerprint, max_streams
     if key not in _STEPPERS:
-        ready = prepared(model)
-        _STEPPERS[key] = Stepper(ready.network, ready.certification.buckets, max_streams, CPU)
+        _STEPPERS[key] = Stepper(prepared(model).network, 256, max_streams, CPU)
     stepper = _STEPPERS[key]
     stepper.load(np.arange(1, max_streams + 1), None)
     return EngineParts(tables, table, DirtyTracker(max_streams), stepper)

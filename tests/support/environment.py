@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 
-from instep.mkl import prefer_strict_products
-
 
 def set_up() -> None:
-    """Change `os.environ`. Call it before torch is imported anywhere: OpenMP and MKL read it only once."""
+    """Change `os.environ`. Call it before torch is imported anywhere: OpenMP reads it only once."""
     # Several threads on a busy machine make small matrices many times slower, and a process with threads cannot be
     # forked (`warmed.py`). What the engine uses it sets itself.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"  # and where a test asks for two, each would spin while it waits
-    prefer_strict_products(os.environ)  # as the engine does, but some tests import torch before it
     for name in [name for name in os.environ if name.startswith("INSTEP_")]:
         del os.environ[name]

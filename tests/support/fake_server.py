@@ -30,6 +30,7 @@ from instep_client.protocol.wire import (
     GRANT,
     LISTING,
     MODEL,
+    PROTOCOL_VERSION,
     UNKNOWN,
     Kind,
     Place,
@@ -44,7 +45,7 @@ Handler: TypeAlias = Callable[[bytes, list[bytes]], list[tuple[bytes, Message]]]
 Fault: TypeAlias = Callable[[list[Any], list[bytes]], list[Message] | None]
 
 INFO = ServerInfo(
-    protocol_version=5,
+    protocol_version=PROTOCOL_VERSION,
     boot_id="boot",
     model="halving",
     fingerprint="00",
@@ -53,7 +54,7 @@ INFO = ServerInfo(
     state=gru_state(2, 2),
     device="none",
     exactness="exact",
-    buckets=(4, 8),
+    arithmetic="portable-1",
     max_streams=100_000,
     max_message_bytes=16 * 2**20,
     max_block_frames=16_384,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -33,18 +33,18 @@ class Gate:
 
     def stepper(self, ready: Prepared, config: Config) -> Stepper:
         """A stepper behind this gate."""
-        return self.bare_stepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+        return self.bare_stepper(ready.network, config.engine.max_batch_size, config.engine.max_streams, ready.device)
 
     def bare_stepper(
         self,
         model: RecurrentModel,
-        buckets: Sequence[int],
+        max_batch_size: int,
         max_streams: int,
         device: torch.device,
         zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> Stepper:
         """The same, from what `Stepper` itself takes."""
-        return _GatedStepper(self, model, buckets, max_streams, device, zeros)
+        return _GatedStepper(self, model, max_batch_size, max_streams, device, zeros)
 
 
 class _GatedStepper(Stepper):
@@ -52,12 +52,12 @@ class _GatedStepper(Stepper):
         self,
         gate: Gate,
         model: RecurrentModel,
-        buckets: Sequence[int],
+        max_batch_size: int,
         max_streams: int,
         device: torch.device,
         zeros: Callable[[tuple[int, ...]], F32],
     ) -> None:
-        super().__init__(model, buckets, max_streams, device, zeros)
+        super().__init__(model, max_batch_size, max_streams, device, zeros)
         self._gate = gate
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:

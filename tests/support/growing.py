@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from instep.models.folder import load_model
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import PortableNetwork
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify.following import Follower
 from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
-from tests.support.verifying import CERTIFY
 
 
 class Story:
@@ -32,8 +30,7 @@ class Story:
         model = record_gru(where / "model", make_gru(3, 8, layers=2), [1], changes=changes)
         self.model = load_model(model.folder)
         self.folder = model.folder
-        self.network = RecurrentNetwork(self.model, torch.device("cpu"))
-        bucket = next(bucket for bucket in model.header.buckets if bucket >= 8)
+        self.network = PortableNetwork(self.model)
         self.path = where / "a.rec"
         writer = RecordingWriter.create(self.path, model.header, retention)
         self.rng = np.random.default_rng(seed)
@@ -41,7 +38,7 @@ class Story:
         """Which of the rows of the next step get another output, counted from 1; 0 for none."""
         self.rounds_otherwise = False
         """Whether outputs and states are one unit in the last place off."""
-        self.scribe = Scribe(writer, self._step(served_step(self.network)), bucket=bucket, seed=seed)
+        self.scribe = Scribe(writer, self._step(served_step(self.network)), seed=seed)
         self.frames = 0
         """That were applied."""
         self._last = self._position = 0
@@ -112,7 +109,7 @@ class Story:
 
     def follower(self, start: int | None = None, limits: FollowLimits = FOLLOW_LIMITS) -> Follower:
         """A follower of it."""
-        return Follower(self.path, self.model, start, certify=CERTIFY, limits=limits)
+        return Follower(self.path, self.model, start, limits=limits)
 
 
 def advance(follower: Follower) -> None:

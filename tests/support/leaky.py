@@ -1,25 +1,26 @@
-"""A second kind of model: leaky integrators that also count their frames, stepped in numpy.
+"""Another kind of model: leaky integrators that also count their frames.
 
-Its state has two leaves of different dtypes, its step does not work in place, and it has no call for whole sequences
-and no reference: what the engine does with it, it does for any kind.
+Its state has two leaves of different dtypes, and it has no module of torch and no reference: what the engine does with
+it, it does for any kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 
 from instep.core.typing import F32, I64
 from instep.models.base import Leaf, Shape, StateSpec
 from instep.models.folder import make_model
 from instep.models.model import Model
+from instep.models.portable.builder import Builder, narrow, select
+from instep.models.portable.form import Form
 from instep.models.registry import KINDS, ModelKind
 from instep_client.protocol.state_spec import DTYPES
 
@@ -54,63 +55,32 @@ class LeakyDescription:
         return asdict(self)
 
 
-class LeakyStep:
-    def __init__(self, network: LeakyNetwork, rows: int) -> None:
-        self._keep, self._gain = network.description.keep, network.gain
-        features = network.description.features
-        self.x = torch.zeros(rows, features)
-        self.y = torch.zeros(rows, features + 1)
-        self.state = {"level": torch.zeros(rows, features), "frames": torch.zeros(rows, dtype=torch.int64)}
-        self.new_state = {name: torch.zeros_like(leaf) for name, leaf in self.state.items()}
-
-    def run(self) -> None:
-        level, frames = self.state["level"].numpy(), self.state["frames"].numpy()
-        with np.errstate(all="ignore"):
-            now = np.float32(self._keep) * level + self._gain * self.x.numpy()
-        self.new_state["level"].numpy()[...] = now
-        self.new_state["frames"].numpy()[...] = frames + 1
-        self.y.numpy()[:, :-1] = now
-        self.y.numpy()[:, -1] = frames + 1
-
-
-class LeakyNetwork:
-    row_multiple = 1
-    least_probes = 8
-    kernel = "numpy"
-
-    def __init__(self, model: Model, device: torch.device) -> None:
-        assert isinstance(model.description, LeakyDescription)
-        self.description: LeakyDescription = model.description
-        self.fingerprint = model.fingerprint
-        self.state = self.description.state
-        self.device = device
-        self.gain: F32 = model.weights["gain"].numpy()
-        self.multiply_adds = 2 * self.description.features
-
-    def select_step(self, buckets: Sequence[int], rows: int) -> None:
-        pass
-
-    def select_quickest(self) -> None:
-        pass
-
-    def bind(self, rows: int) -> LeakyStep:
-        return LeakyStep(self, rows)
-
-    def sequence(self, x: Any, state: Any) -> None:
-        return None
-
-    def reference(self, dtype: Any) -> None:
-        return None
+def normal_form(model: Model) -> tuple[Form, dict[str, Any]]:
+    """The step, and no tensors but the weights."""
+    description = model.description
+    assert isinstance(description, LeakyDescription)
+    b, shape = Builder(), (description.features,)
+    x, frames, level = b.input("float32", shape), b.input("int64", ()), b.input("float32", shape)
+    gained = b.map("mul", b.tensor("gain", "float32", shape), x)
+    now = b.map("add", b.map("mul", description.keep, level), gained)
+    count = b.map("add", frames, 1)
+    y = b.fresh("float32", (description.features + 1,))
+    b.map("copy", now, out=narrow(y, 0, 0, description.features))
+    b.map("copy", b.cast(count, "float32"), out=select(y, 0, description.features))
+    return b.form([y, count, now]), {}
 
 
 @contextmanager
-def registered(network: type[LeakyNetwork] = LeakyNetwork) -> Iterator[None]:
-    """The kind is known while the block runs, and is computed by this class."""
+def registered() -> Iterator[None]:
+    """The kind is known while the block runs."""
 
     def parse(fields: Mapping[str, Any]) -> LeakyDescription:
         return LeakyDescription(**fields)
 
-    with mock.patch.dict(KINDS, leaky=ModelKind(parse, network)):
+    def none(*_: object) -> None:
+        return None
+
+    with mock.patch.dict(KINDS, leaky=ModelKind(parse, normal_form, none, none)):
         yield
 
 

@@ -1,7 +1,7 @@
 """The networks for which everything that is promised of any recurrent network is shown.
 
-A new kind is one entry of `NETWORKS`. Each comes with its truth: torch or onnxruntime called directly, and nothing of
-the engine.
+A new kind is one entry of `NETWORKS`. Each comes with torch or onnxruntime called directly, and nothing of the engine:
+the same within rounding errors. Bits are those of the network's definition.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32, U8
-from instep.models.certify import Exactness
 from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.onnx.importer import import_onnx
 from instep.models.registry import parse_description
 from instep.server.preparation import Prepared
-from tests.support.onnx_graphs import FLOAT, Shape, floats, graph, gru_step, ints, node
+from tests.support.onnx_graphs import Shape, graph, gru_step, node
 from tests.support.pipelines import LISTENS, listens, whole_signal
 from tests.support.steps import example, exported, leaves, step_of
 from tests.support.torch_network import TorchNetwork
@@ -42,13 +41,9 @@ class ServedNetwork:
 
     model: Callable[[], Model]
     steps: Callable[[Prepared], Run] | None = None
-    """Computes frame after frame, with the bits that are served where these are certified."""
+    """Computes frame after frame."""
     sequence: Callable[[Prepared], Run] | None = None
     """Computes whole sequences, from the initial state at least."""
-    sequence_has_bits: bool = False
-    """Whether those are the bits of steps where that is certified; otherwise they are equal within rounding errors."""
-    exactness: Exactness | None = None
-    """What is certified on every processor; None where it depends on the processor."""
 
 
 # ── Layers of torch ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -61,11 +56,11 @@ def _layers(kind: str, **layers: Any) -> Model:
 
 
 def _torch(ready: Prepared) -> Run:
-    return TorchNetwork(ready.model, ready.network.kernel).run  # type: ignore[arg-type]
+    return TorchNetwork(ready.model).run
 
 
 def _recurrent(kind: str, **layers: Any) -> ServedNetwork:
-    return ServedNetwork(partial(_layers, kind, **layers), _torch, _torch, sequence_has_bits=True)
+    return ServedNetwork(partial(_layers, kind, **layers), _torch, _torch)
 
 
 # ── Steps of torch ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,7 +104,6 @@ def _gru() -> onnx.ModelProto:
 
 
 def _softplus() -> onnx.ModelProto:
-    """A step whose bits depend on the batch on many processors."""
     rows: Shape = ["rows", 7]
     nodes = [
         node("Gemm", ["x", "A"], ["mixed"]),
@@ -121,32 +115,6 @@ def _softplus() -> onnx.ModelProto:
     return graph(nodes, {"x": ["rows", FEATURES], "h": rows}, {"y": rows, "hn": rows}, weights)
 
 
-def _numbered_rows() -> onnx.ModelProto:
-    """A step that adds the number of a row and subtracts it, which rounds each row of any batch in another way."""
-    rows: Shape = ["rows", 7]
-    nodes = [
-        node("Shape", ["x"], ["shape"], end=1),
-        node("Squeeze", ["shape"], ["count"]),
-        node("Range", ["zero", "count", "one"], ["range"]),
-        node("Unsqueeze", ["range", "last"], ["column"]),
-        node("Cast", ["column"], ["numbers"], to=FLOAT),
-        node("Gemm", ["x", "A", "h"], ["mixed"]),
-        node("Add", ["mixed", "numbers"], ["moved"]),
-        node("Sub", ["moved", "numbers"], ["back"]),
-        node("Sigmoid", ["back"], ["gate"]),
-        node("Add", ["gate", "offset"], ["hn"]),
-        node("Tanh", ["hn"], ["y"]),
-    ]
-    weights = {
-        "A": np.random.default_rng(3).standard_normal((FEATURES, 7)).astype(np.float32),
-        "zero": np.array(0),
-        "one": np.array(1),
-        "last": ints(1),
-        "offset": floats(1),
-    }
-    return graph(nodes, {"x": ["rows", FEATURES], "h": rows}, {"y": rows, "hn": rows}, weights)
-
-
 @cache
 def _imported(make: Callable[[], onnx.ModelProto]) -> Model:
     folder = Path(tempfile.mkdtemp(prefix="instep-onnx-"))
@@ -154,10 +122,10 @@ def _imported(make: Callable[[], onnx.ModelProto]) -> Model:
     return import_onnx(folder / "net.onnx", folder / "net")
 
 
-def _onnxruntime(rows_axis: int, ready: Prepared) -> Run:
+def _onnxruntime(make: Callable[[], onnx.ModelProto], rows_axis: int, ready: Prepared) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(ready.model.graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(make().SerializeToString(), options, providers=["CPUExecutionProvider"])
     spec = ready.network.state
 
     def run(x: F32, rows: U8) -> tuple[F32, U8]:
@@ -171,8 +139,8 @@ def _onnxruntime(rows_axis: int, ready: Prepared) -> Run:
     return run
 
 
-def _onnx(make: Callable[[], onnx.ModelProto], rows_axis: int, exactness: Exactness | None = None) -> ServedNetwork:
-    return ServedNetwork(partial(_imported, make), partial(_onnxruntime, rows_axis), exactness=exactness)
+def _onnx(make: Callable[[], onnx.ModelProto], rows_axis: int) -> ServedNetwork:
+    return ServedNetwork(partial(_imported, make), partial(_onnxruntime, make, rows_axis))
 
 
 # ── All of them ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +160,5 @@ NETWORKS: Final[dict[str, ServedNetwork]] = {
     "selective_state_space": _exported("selective_state_space"),
     "onnx": _onnx(_gru, rows_axis=1),
     "onnx softplus": _onnx(_softplus, rows_axis=0),
-    "onnx numbered rows": _onnx(_numbered_rows, rows_axis=0, exactness="tolerance"),
     "pipeline": ServedNetwork(partial(listens, LISTENS), sequence=_signals),
 }

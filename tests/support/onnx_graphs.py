@@ -13,8 +13,11 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from instep.models.model import Model
+from instep.models.onnx.description import OnnxDescription
+from instep.models.onnx.graph import open_session
 from instep.models.onnx.importer import import_onnx
-from instep.models.onnx.matching import Hints
+from instep.models.onnx.matching import Hints, describe
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Shape: TypeAlias = Sequence[int | str | None]
@@ -232,8 +235,12 @@ def branch(condition: str) -> onnx.NodeProto:
     return node("If", [condition], ["v"], then_branch=only("Neg", "v1"), else_branch=only("Identity", "v2"))
 
 
-def imported(path: Path, model: onnx.ModelProto | bytes, **hints: Any) -> Any:
-    """The description of what is found in a graph, whose model folder is `net` under the path."""
+def described(model: onnx.ModelProto, **hints: Any) -> OnnxDescription:
+    return describe(open_session(model.SerializeToString(), "net"), Hints(**hints), "net")
+
+
+def imported(path: Path, model: onnx.ModelProto | bytes, **hints: Any) -> Model:
+    """What is found in a graph; its model folder is `net` under the path."""
     content = model if isinstance(model, bytes) else model.SerializeToString()
     (path / "net.onnx").write_bytes(content)
-    return import_onnx(path / "net.onnx", path / "net", Hints(**hints)).description
+    return import_onnx(path / "net.onnx", path / "net", Hints(**hints))

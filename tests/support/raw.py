@@ -125,7 +125,7 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 5, model: str = "") -> list[bytes]:
+    def hello_message(self, version: int = 6, model: str = "") -> list[bytes]:
         """A HELLO."""
         return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw", model])]
 

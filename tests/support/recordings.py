@@ -1,28 +1,28 @@
-"""Recordings of networks as they are served, in batch sizes that this machine certifies."""
+"""Recordings of networks as they are served."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from instep.models.base import RecurrentModel
-from instep.models.certify import Certification, certify
 from instep.models.folder import write_model
 from instep.models.handover.save import save_model
 from instep.models.model import Model
-from instep.models.module.network import ModuleNetwork
-from instep.models.numerics import numerics
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import PortableNetwork
+from instep.models.portable.form import ARITHMETIC
 from instep.models.registry import parse_description
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from tests.support.scribe import F32, START_NS, Scribe, Step
+
+NO_BITS: Final[dict[str, Any]] = {"arithmetic": "torch on cuda:0"}
+"""The header of an engine that promised no bits."""
 
 
 def gru_description(gru: torch.nn.GRU) -> dict[str, Any]:
@@ -52,10 +52,7 @@ def make_header(description: dict[str, Any], **changes: Any) -> RecordingHeader:
         "outputs": parsed.outputs,
         "state": parsed.state.encode(),
         "model_fingerprint": "ab" * 32,
-        "numerics": {"torch": torch.__version__, "threads": "1"},
-        "exactness": "exact",
-        "buckets": (4, 8, 16),
-        "max_ulp": 0,
+        "arithmetic": ARITHMETIC,
         "durability": "commit",
     }
     return RecordingHeader(**{**fields, **changes})
@@ -76,14 +73,9 @@ def make_amplifying_gru() -> torch.nn.GRU:
 
 
 def gru_step(gru: torch.nn.GRU) -> Step:
-    """One timestep of torch's own nn.GRU."""
-
-    def step(x: F32, h: F32) -> tuple[F32, F32]:
-        with torch.inference_mode():
-            y, after = gru(torch.from_numpy(x)[None], torch.from_numpy(h))
-        return y[0].numpy(), after.numpy()
-
-    return step
+    """One timestep of a network that is one nn.GRU, as it is served."""
+    weights = {f"gru.{name}": tensor.detach() for name, tensor in gru.state_dict().items()}
+    return served_step(PortableNetwork(Model("test", parse_description(gru_description(gru)), weights)))
 
 
 @dataclass(frozen=True)
@@ -95,32 +87,12 @@ class Recorded:
     header: RecordingHeader
 
 
-_CERTIFIED: dict[tuple[str, str, tuple[int, ...], int], tuple[Certification, str]] = {}
-
-
-def certify_once(network: RecurrentModel, buckets: Sequence[int]) -> Certification:
-    """`certify`, but once per model and batch sizes: a machine does not change while tests run."""
-    key = (network.fingerprint, str(network.device), tuple(buckets), torch.get_num_threads())
-    if key not in _CERTIFIED:
-        _CERTIFIED[key] = certify(network, buckets), network.kernel
-    certification, kernel = _CERTIFIED[key]
-    if isinstance(network, RecurrentNetwork | ModuleNetwork):
-        network.kernel = kernel  # type: ignore[assignment]
-    elif network.kernel != kernel:  # the choice of a network inside it
-        return certify(network, buckets)
-    return certification
-
-
-def served_step(network: RecurrentNetwork) -> Step:
-    """One timestep of the network as it is served."""
-    bind, outputs = cache(network.bind), network.description.outputs
+def served_step(network: RecurrentModel) -> Step:
+    """One timestep of a network with the state `h`, as it is served."""
 
     def step(x: F32, h: F32) -> tuple[F32, F32]:
-        bound = bind(len(x))
-        bound.x.numpy()[:, : x.shape[1]] = x
-        bound.state["h"].numpy()[...] = h.swapaxes(0, 1)
-        bound.run()
-        return bound.y.numpy()[:, :outputs].copy(), bound.new_state["h"].numpy().swapaxes(0, 1).copy()
+        y, states = network.step(x, network.state.pack({"h": np.ascontiguousarray(h.swapaxes(0, 1))}))
+        return y, network.state.unpack(states)["h"].swapaxes(0, 1).copy()
 
     return step
 
@@ -129,7 +101,7 @@ def record_gru(
     where: Path, gru: torch.nn.GRU, lengths: Sequence[int], *, changes: dict[str, Any] | None = None, **how: Any
 ) -> Recorded:
     """As `record_model`, a network that is one nn.GRU."""
-    return _record(where, save_model(where / "model", gru), lengths, (4, 8, 16), changes or {}, how)
+    return _record(where, save_model(where / "model", gru), lengths, changes or {}, how)
 
 
 def record_model(
@@ -137,31 +109,20 @@ def record_model(
 ) -> Recorded:
     """Record a model as it is served (`how` as in `record`); its folder lies beside the recording."""
     write_model(where / "model", model)
-    return _record(where, model, lengths, (32, 64), changes or {}, how)
+    return _record(where, model, lengths, changes or {}, how)
 
 
 def _record(
-    where: Path,
-    model: Model,
-    lengths: Sequence[int],
-    buckets: tuple[int, ...],
-    changes: dict[str, Any],
-    how: dict[str, Any],
+    where: Path, model: Model, lengths: Sequence[int], changes: dict[str, Any], how: dict[str, Any]
 ) -> Recorded:
-    network = RecurrentNetwork(model, torch.device("cpu"))
-    certification = certify_once(network, buckets)
     fields: dict[str, Any] = {
         "model_name": model.name,
         "model_folder": str(where / "model"),
         "model_fingerprint": model.fingerprint,
-        "numerics": {**numerics(torch.device("cpu")), "threads": "1"},
-        "exactness": certification.exactness,
-        "buckets": certification.buckets,
         **changes,
     }
     header = make_header(model.description.as_json(), **fields)
-    fitting = [bucket for bucket in certification.buckets if bucket >= 8]
-    record(where / "a.rec", header, served_step(network), lengths, **{"bucket": fitting[0], **how})
+    record(where / "a.rec", header, served_step(PortableNetwork(model)), lengths, **how)
     return Recorded(where / "a.rec", where / "model", header)
 
 
@@ -171,7 +132,7 @@ def record(
     step: Step,
     lengths: Sequence[int],
     *,
-    bucket: int = 8,
+    most: int = 8,
     seed: int = 0,
     initial: Sequence[int] = (),
     leave_open: Sequence[int] = (),
@@ -186,7 +147,7 @@ def record(
         header: of the recording.
         step: what computes.
         lengths: frames of each stream; stream numbers count from 1 in this order.
-        bucket: rows of every step, padded with zeros.
+        most: frames in a step.
         seed: of the frames and of who is in which batch.
         initial: indices of streams that start from a random state.
         leave_open: indices of streams that are not closed.
@@ -195,12 +156,12 @@ def record(
         finish: close the recording; otherwise the writer still has it open, everything committed.
     """
     writer = RecordingWriter.create(path, header)
-    scribe = Scribe(writer, step, bucket=bucket, seed=seed, magnitude=magnitude)
+    scribe = Scribe(writer, step, seed=seed, magnitude=magnitude)
     for at in range(len(lengths)):
         scribe.open(at + 1, scribe.random_state() if at in initial else None)
     done = np.zeros(len(lengths), np.int64)
     while len(pending := np.flatnonzero(done < np.asarray(lengths))):
-        chosen = scribe.rng.permutation(pending)[: scribe.rng.integers(1, bucket + 1)]
+        chosen = scribe.rng.permutation(pending)[: scribe.rng.integers(1, most + 1)]
         if mix_up is not None and mix_up[0] in chosen and done[mix_up[0]] == mix_up[2]:
             scribe.states[mix_up[0] + 1] = scribe.states[mix_up[1] + 1]
         scribe.step((chosen + 1).tolist())

@@ -37,13 +37,11 @@ def replay(recovered: Recovered, step: Step) -> Replayed:
             found.states[item.stream] = zeros if item.state is None else floats_of(item.state[None], LAYERS, SIZE)[0]
             continue
         batch = item.batch
-        x = np.zeros((batch.bucket, batch.x.shape[1]), np.float32)
-        x[: len(batch.x)] = batch.x
-        h = np.zeros((LAYERS, batch.bucket, SIZE), np.float32)
+        h = np.zeros((LAYERS, len(batch.x), SIZE), np.float32)
         applied = np.flatnonzero(item.applies).tolist()
         for row in applied:
             h[:, row] = found.states[int(batch.streams[row])]
-        y, after = step(x, h)
+        y, after = step(batch.x, h)
         for row in applied:
             stream_id = int(batch.streams[row])
             assert found.seqs[stream_id] == batch.seqs[row]

@@ -14,7 +14,6 @@ import torch
 
 from instep.config import Config
 from instep.models.base import RecurrentModel
-from instep.models.certify import Certification, candidate_buckets
 from instep.models.model import Model
 from instep.models.registry import build
 from instep.runtime.stepper import Stepper
@@ -22,7 +21,6 @@ from instep.server.assembly import make_server
 from instep.server.background import Background
 from instep.server.preparation import Prepared, find_candidate
 from instep.server.server import Server
-from tests.support.recordings import certify_once
 from tests.support.warm import start_module
 
 CPU = torch.device("cpu")
@@ -32,15 +30,13 @@ IN_FORKS = Background(start_module)
 _NETWORKS: dict[str, RecurrentModel] = {}
 
 
-def prepared(model: Model, max_batch_size: int = 256, device: torch.device = CPU) -> Prepared:
-    """The model, ready to be served; certified once for each test run."""
+def prepared(model: Model, device: torch.device = CPU) -> Prepared:
+    """The model, ready to be served; compiled once for each test run."""
     torch.set_num_threads(1)
     key = f"{model.fingerprint} {device}"
     if key not in _NETWORKS:
         _NETWORKS[key] = build(model, device)
-    network = _NETWORKS[key]
-    certification = certify_once(network, candidate_buckets(network, max_batch_size))
-    return Prepared(model, Path("model"), network, device, certification)
+    return Prepared(model, Path("model"), _NETWORKS[key], device)
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -59,12 +55,10 @@ def config(**sections: dict[str, Any]) -> Config:
 async def running(
     *models: Model,
     stepper: Callable[[Prepared, Config], Stepper] | None = None,
-    exactness: Certification | None = None,
     failure: str | None = None,
     told: list[dict[str, Any]] | None = None,
     device: torch.device = CPU,
     folder: Path = Path("model"),
-    accept_numerics_change: bool = False,
     background: Background = IN_FORKS,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
@@ -73,31 +67,25 @@ async def running(
     Args:
         models: what is served.
         stepper: makes another stepper than usual.
-        exactness: serve as if certified so.
         failure: why the server is expected to stop by itself.
         told: what the server logs is put there, with its level.
         device: where the network is.
         folder: where recordings are told that the model is.
-        accept_numerics_change: continue recordings also where floats may have other bits.
         background: how processes beside the server run.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
     ready = [
         replace(
-            prepared(model, settings.engine.max_batch_size, device),
+            prepared(model, device),
             model=model,
             model_path=folder,
             candidate=find_candidate(settings.model, model.name, model.description, is_only=len(models) == 1),
         )
         for model in models
     ]
-    if exactness is not None:
-        ready = [replace(each, certification=exactness) for each in ready]
     log = log_into([] if told is None else told)
-    server = make_server(
-        settings, ready, log, stepper, background=background, accept_numerics_change=accept_numerics_change
-    )
+    server = make_server(settings, ready, log, stepper, background=background)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

@@ -27,7 +27,6 @@ class Scribe:
     Args:
         writer: where it records.
         step: what computes.
-        bucket: rows of every step, padded with zeros.
         seed: of the frames.
         magnitude: of the frames, which stay finite.
         tick_ns: of the clock, between rows.
@@ -41,7 +40,6 @@ class Scribe:
         writer: RecordingWriter,
         step: Step,
         *,
-        bucket: int = 8,
         seed: int = 0,
         magnitude: float = 1.0,
         tick_ns: int = 1000,
@@ -54,7 +52,6 @@ class Scribe:
         self.x: dict[int, dict[int, F32]] = {}
         self.rng = np.random.default_rng(seed)
         self._step = step
-        self.bucket = bucket
         self._magnitude = magnitude
         self.magnitudes: dict[int, float] = {}
         self._now = START_NS
@@ -88,22 +85,20 @@ class Scribe:
     def step(self, streams: Sequence[int], outcome: Outcome = "computed") -> int:
         """One batch of these streams; its position."""
         header, size = self.writer.header, len(streams)
-        x = np.zeros((self.bucket, header.features), np.float32)
         magnitudes = np.array([self.magnitudes.get(stream, self._magnitude) for stream in streams])
         largest = np.finfo(np.float32).max
-        x[:size] = np.clip(magnitudes[:, None] * self.rng.standard_normal((size, header.features)), -largest, largest)
-        layers, hidden = header.state_spec.leaves[0].shape
-        h = np.zeros((layers, self.bucket, hidden), np.float32)
-        h[:, :size] = np.stack([self.states[stream] for stream in streams], axis=1)
+        frames = magnitudes[:, None] * self.rng.standard_normal((size, header.features))
+        x = np.clip(frames, -largest, largest).astype(np.float32)
+        h = np.stack([self.states[stream] for stream in streams], axis=1)
         seqs = [self.seqs[stream] for stream in streams]
         numbers = np.array(streams, np.uint32)
-        batch = self.writer.add_inputs(self.now, self.bucket, numbers, np.array(seqs, np.uint64), x[:size])
+        batch = self.writer.add_inputs(self.now, numbers, np.array(seqs, np.uint64), x)
         if outcome == "failed":
             self.writer.fail_batch(self.now, batch, "step_failed: out of luck")
             return batch
         y, after = self._step(x, h)
         if outcome == "computed":
-            self.writer.add_outputs(self.now, batch, y[:size])
+            self.writer.add_outputs(self.now, batch, y)
         for at, stream in enumerate(streams):
             self.states[stream] = np.ascontiguousarray(after[:, at])
             self.x[stream][seqs[at]], self.y[stream][seqs[at]] = x[at], y[at]

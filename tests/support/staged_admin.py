@@ -159,8 +159,7 @@ def model(name: str) -> dict[str, Any]:
         "kind": "gru",
         "device": "cpu",
         "exactness": "exact",
-        "exactness_detail": "the same bits in every batch size in use, as certified at the start",
-        "buckets": [32, 64, 128, 256],
+        "arithmetic": "portable-1",
         "features": 40,
         "outputs": 128,
         "max_streams": 4_096,
@@ -181,7 +180,6 @@ def vary(numbers: dict[str, float], time_s: float) -> None:
         "recent_latency_us_p50": queue + compute + send,
         "recent_latency_us_p99": 1_400 + 900 * noise**4,
         "recent_batch_size_mean": 212 + 12 * wave,
-        "recent_batch_fill": 0.83 + 0.05 * wave,
         "recent_loop_busy": 0.34 + 0.06 * noise,
         "recent_executor_busy": 0.71 + 0.08 * wave,
     }

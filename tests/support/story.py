@@ -1,4 +1,4 @@
-"""An engine's life as it is written down, and the truth about every moment of it, from `nn.GRU`."""
+"""An engine's life as it is written down, and the truth about every moment of it, from the definition."""
 
 from __future__ import annotations
 
@@ -108,11 +108,9 @@ class Story:
         self._dirty: set[int] = set()
         self._y: dict[int, list[F32]] = {}
         self._cache: dict[int, dict[str, Truth]] = {}
-        ready = prepared(SMALL)
-        self._buckets = ready.certification.buckets
-        self._x = np.zeros((self._buckets[-1], FEATURES), np.float32)
-        self._outputs = np.zeros((self._buckets[-1], HIDDEN), np.float32)
-        self._stepper = Stepper(ready.network, self._buckets, MOST_OPENINGS, CPU)
+        self._x = np.zeros((MOST_OPENINGS, FEATURES), np.float32)
+        self._outputs = np.zeros((MOST_OPENINGS, HIDDEN), np.float32)
+        self._stepper = Stepper(prepared(SMALL).network, MOST_OPENINGS, MOST_OPENINGS, CPU)
 
     # ── What happens ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -267,9 +265,8 @@ class Story:
 
     def _inputs(self, streams: list[int]) -> F32:
         x = self._rng.standard_normal((len(streams), FEATURES)).astype(np.float32)
-        bucket = self._stepper.bucket(len(streams))
         seqs = np.array([self._seq(stream) for stream in streams], np.uint64)
-        self._last_inputs = self.writer.add_inputs(self._now(), bucket, np.array(streams, np.uint32), seqs, x)
+        self._last_inputs = self.writer.add_inputs(self._now(), np.array(streams, np.uint32), seqs, x)
         return x
 
     def _answer(self, count: int | None = None) -> None:

@@ -23,7 +23,6 @@ from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
-from instep.runtime.recheck import Recheck
 from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.loop import Loop
 from instep.server.recordings import recording_header
@@ -43,13 +42,12 @@ from instep.streaming.service import About, ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks
-from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, log_into, prepared
 
-ABOUT = About("0" * 64, "gru", "cpu", "exact", 0, False, (1,), 1, 1, 1, "memory")
+ABOUT = About("0" * 64, "gru", "cpu", "exact", "portable-1", 1, 1, 1, "memory")
 """Of engines that no process serves."""
 PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
@@ -98,9 +96,6 @@ class HandExecutor:
 
     def take_signal(self) -> None:
         """There is none."""
-
-    def answered(self) -> None:
-        """Nothing was put off."""
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing runs."""
@@ -176,8 +171,7 @@ class StreamingEngine:
         self.recorder: Recorder | None = None
         self.recording = Path()
         self._model = model
-        ready = prepared(model)
-        network = ready.network
+        network = prepared(model).network
         sizes = (
             size["max_streams"],
             size["max_origins"],
@@ -187,7 +181,7 @@ class StreamingEngine:
         )
         self.tables = tables = make_tables(*sizes, size["max_pending"], size["max_block"], size["credit"])
         self.table = StreamTable(tables, np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000)
-        self.stepper = Stepper(network, ready.certification.buckets, size["max_streams"], CPU)
+        self.stepper = Stepper(network, size["max_batch_size"], size["max_streams"], CPU)
         self.executor = executor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y))
         self.failures: list[Exception] = []
         """Failed steps, and states that could not be read or written."""
@@ -202,7 +196,6 @@ class StreamingEngine:
             tables,
             self.table,
             self.origins,
-            self.stepper.buckets,
             self.executor,
             Journal(tables, self.table, self.loop.wake),
             engine_limits,
@@ -236,7 +229,6 @@ class StreamingEngine:
             self.reaper,
             self.states,
             Checkpoints(self.engine, self.states, self.tasks, 10**18),
-            Withdrawal(Recheck(self.stepper, tables, 0), self.engine, log),
             Listing(self.table, self.hibernation),
             self.tasks,
             log,
@@ -253,9 +245,7 @@ class StreamingEngine:
         journal, recovery = self.engine.journal, None
         self.recording = path
         if path.exists():
-            writer, recovery = resume_recording(
-                path, header, self.tables, self.table, journal.dirty, self.stepper, accept_numerics_change=False
-            )
+            writer, recovery = resume_recording(path, header, self.tables, self.table, journal.dirty, self.stepper)
         else:
             writer = RecordingWriter.create(path, header)
         running = asyncio.get_running_loop()

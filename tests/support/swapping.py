@@ -39,14 +39,14 @@ def recordings(tmp_path: Path) -> Path:
 
 def truth(x: F32, moved_at: int) -> F32:
     """Outputs of A for the frames before `moved_at`, and of B from A's state for the others."""
-    before, state = whole(A, x[:moved_at], max_batch_size=16)
-    return np.concatenate([before, whole(B, x[moved_at:], state, max_batch_size=16)[0]])
+    before, state = whole(A, x[:moved_at])
+    return np.concatenate([before, whole(B, x[moved_at:], state)[0]])
 
 
 def replayed_truth(x: F32, first: int, moved_at: int) -> F32:
     """Outputs of A for the frames before `moved_at`, and of DEEPER, which began with frame `first`, for the others."""
-    after = whole(DEEPER, x[first:], max_batch_size=16)[0][moved_at - first :]
-    return np.concatenate([whole(A, x[:moved_at], max_batch_size=16)[0], after])
+    after = whole(DEEPER, x[first:])[0][moved_at - first :]
+    return np.concatenate([whole(A, x[:moved_at])[0], after])
 
 
 def replays(recording: Path) -> dict[str, int]:

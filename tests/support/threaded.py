@@ -14,14 +14,14 @@ from tests.support.running import running
 
 FLAGS = {
     "--max-streams": "engine.max_streams",
-    "--exactness": "engine.exactness",
+    "--device": "engine.device",
     "--record": "recording.file",
     "--durability": "recording.durability",
 }
 
 
 class ThreadedServer:
-    """As `ChildServer`, but for its process: a model is certified once a test run."""
+    """As `ChildServer`, but for its process: a model is compiled once a test run."""
 
     def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
         overrides = {"engine.busy_poll_us": "0"}  # its thread would take the time of the test's own
@@ -60,10 +60,3 @@ class ThreadedServer:
     def __exit__(self, *error: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
-
-
-class SmallBatches(ThreadedServer):
-    """With at most 32 rows in a batch: certifying 512 takes a second or two for each model."""
-
-    def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
-        super().__init__(model, [*arguments, "--set", "engine.max_batch_size=32"])

@@ -1,4 +1,4 @@
-"""A recurrent model as torch's own modules, with nothing padded: what tests take for the truth."""
+"""A recurrent model as torch's own modules: what tests take for the truth, within rounding errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32, U8
-from instep.models.base import StateSpec
+from instep.models.base import LEARNED, StateSpec
 from instep.models.model import Model
-from instep.models.recurrent.cell import Kernel
 from instep.models.recurrent.description import Activation, DenseLayer, FrameLayer, RecurrentDescription
 
 ACTIVATIONS: Final[dict[Activation, nn.Module]] = {
@@ -30,28 +29,22 @@ KINDS: Final[dict[str, Any]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
 
 class TorchNetwork(nn.Module):
-    """It has the parameters of the model under the model's names.
+    """It has the parameters of the model, which is of a recurrent kind, under the model's names."""
 
-    Args:
-        model: of a recurrent kind.
-        kernel: the network's; an LSTM has the bits of torch's own with oneDNN only where it is `torch`.
-    """
-
-    def __init__(self, model: Model, kernel: Kernel = "torch") -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         description = recurrent_of(model)
         layers = description.recurrent
         options = {"nonlinearity": layers.nonlinearity} if description.kind == "rnn" else {}  # type: ignore[attr-defined]
         self.description = description
         self.kind = description.kind
-        self.kernel = kernel
         self.before = _modules(description.before, description.features)
         module = KINDS[self.kind](
             description.recurrent_inputs, layers.hidden_size, layers.num_layers, bias=layers.bias, **options
         )
         self.add_module(self.kind, module)
         self.after = _modules(description.after, layers.hidden_size)
-        self.load_state_dict(dict(model.weights))
+        self.load_state_dict({name: each for name, each in model.weights.items() if not name.startswith(LEARNED)})
         self.eval()
 
     @torch.inference_mode()
@@ -59,10 +52,9 @@ class TorchNetwork(nn.Module):
         """Whole sequences, as `RecurrentModel.sequence`; the outputs have the dtype, and the states are float32."""
         spec = self.description.state
         self.to(dtype)
-        with torch.backends.mkldnn.flags(enabled=self.kind != "lstm" or self.kernel == "torch", allow_tf32=None):
-            values = _run(self.before, self.description.before, torch.from_numpy(x).to(dtype))
-            values, state = self.get_submodule(self.kind)(values, _given(spec, rows, dtype))
-            y = _run(self.after, self.description.after, values)
+        values = _run(self.before, self.description.before, torch.from_numpy(x).to(dtype))
+        values, state = self.get_submodule(self.kind)(values, _given(spec, rows, dtype))
+        y = _run(self.after, self.description.after, values)
         leaves = state if isinstance(state, tuple) else (state,)
         after = {
             leaf.name: each.transpose(0, 1).float().numpy() for leaf, each in zip(spec.leaves, leaves, strict=True)

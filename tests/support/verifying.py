@@ -1,10 +1,8 @@
-"""Verifying recordings in tests, with one certification per model."""
+"""Verifying recordings in tests."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Final
 
 from typer.testing import CliRunner
 
@@ -14,12 +12,9 @@ from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.checkers import CHECK_LIMITS, CheckLimits
-from instep.verify.conditions import find_conditions
 from instep.verify.report import Report
 from tests.support.forger import Forger
-from tests.support.recordings import Recorded, certify_once
-
-CERTIFY: Final[verifier.Certify] = partial(find_conditions, certify=certify_once)
+from tests.support.recordings import Recorded
 
 
 def ignore_progress(stage: verifier.Stage, share: float) -> None:
@@ -33,12 +28,11 @@ def verify(
     path: Path | None = None,
     model: Model | None = None,
     on_progress: verifier.Progress = ignore_progress,
-    certify: verifier.Certify = CERTIFY,
     limits: CheckLimits = CHECK_LIMITS,
 ) -> Report:
     """Verify a recording, or another file made with the same model."""
     with RecordingReader(path or recorded.path) as reader:
-        return verifier.verify(reader, model or load_model(recorded.folder), wanted, on_progress, certify, limits)
+        return verifier.verify(reader, model or load_model(recorded.folder), wanted, on_progress, limits)
 
 
 def forge(recorded: Recorded) -> Forger:

@@ -31,8 +31,7 @@ warm_up()
 for kind in DESCRIPTIONS:
     description = parse_description({"kind": kind, "features": 1, kind: {"hidden_size": 16}})
     network = build(make_model(description, init="random", seed=0, name=kind), torch.device("cpu"))
-    network.select_step((16,), 16)
-    Stepper(network, (16,), 1, network.device)
+    Stepper(network, 16, 1, network.device)
 main.get_command = cache(main.get_command)
 main.get_command(app)
 assert len(os.listdir("/proc/self/task")) == 1, "a fork would have none of the other threads"

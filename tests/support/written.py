@@ -85,7 +85,7 @@ def write_recording(
         streams = chosen.astype(np.uint32) + 1
         if step == stranger_at:
             streams[0] = 77
-        batch = writer.add_inputs(time_ns, 8, streams.astype(np.uint32), done[chosen].astype(np.uint64), x)
+        batch = writer.add_inputs(time_ns, streams.astype(np.uint32), done[chosen].astype(np.uint64), x)
         if step < steps - unanswered:
             writer.add_outputs(START_NS, batch, y)
         done[chosen] += 1

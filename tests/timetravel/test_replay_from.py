@@ -22,8 +22,6 @@ from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.running import running
 from tests.support.traffic import assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("certified_once")
-
 FRAMES = 40
 
 
@@ -55,7 +53,7 @@ class Live:
             await client.close(park=True)
 
     def outputs(self, seq: int, end: int) -> tuple[F32, F32]:
-        """What torch computes for frames of `mic`, and the state after them."""
+        """What the definition computes for frames of `mic`, and the state after them."""
         first, state = [part for part in self.parts if part[0] <= seq][-1]
         if seq > first:
             state = whole(SMALL, self.x[first:seq], state)[1]
@@ -72,7 +70,7 @@ class Live:
 
 
 @pytest.fixture
-async def live(tmp_path: Path, rng: np.random.Generator, exact_machine: None) -> AsyncIterator[Live]:
+async def live(tmp_path: Path, rng: np.random.Generator) -> AsyncIterator[Live]:
     write_model(tmp_path / "model", SMALL)
     async with running(
         SMALL,
@@ -86,7 +84,7 @@ async def live(tmp_path: Path, rng: np.random.Generator, exact_machine: None) ->
         yield found
 
 
-async def test_states_of_a_served_stream_are_those_of_torch_whatever_happened_to_it(live: Live) -> None:
+async def test_states_of_a_served_stream_are_those_of_the_definition_whatever_happened_to_it(live: Live) -> None:
     for name, seqs in (("mic", (0, 4, 9, 12, 15, 18, 20, 33, 40)), ("copy", (30, 33, 35))):
         for seq in seqs:
             result = await live.run("recordings", "state", live.recording, name, "--seq", str(seq), "--json")

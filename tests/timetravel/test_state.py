@@ -1,4 +1,4 @@
-"""`instep recordings state`: the state before any frame is that of torch's own GRU over the frames before it."""
+"""`instep recordings state`: the state before any frame is that of the definition over the frames before it."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import load_model
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import PortableNetwork
 from instep.recording.reader import RecordingReader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.timetravel.past import NoSuchMoment, NotExact, Past
-from instep.verify.conditions import Conditions
 from instep_client import StreamSnapshot
 from tests.support.forger import Forger
 from tests.support.models import whole
 from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
-from tests.support.verifying import CERTIFY
-
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 FIRST, END = 10, 27
 """Frames of the stream `a`."""
@@ -44,13 +39,12 @@ class Story:
     def __init__(self, folder: Path) -> None:
         self.recorded: Recorded = record_gru(folder, make_gru(3, 8, layers=2), [1])
         self.model = load_model(self.recorded.folder)
-        network = RecurrentNetwork(self.model, torch.device("cpu"))
+        network = PortableNetwork(self.model)
         self.path = folder / "story.instep"
-        bucket = next(bucket for bucket in self.recorded.header.buckets if bucket >= 8)
         writer = RecordingWriter.create(
             self.path, self.recorded.header, Retention(keep_bytes=1)
         )  # every checkpoint stays
-        scribe = self.scribe = Scribe(writer, served_step(network), bucket=bucket)
+        scribe = self.scribe = Scribe(writer, served_step(network))
         self.opened, self.written = scribe.random_state(), scribe.random_state()
         scribe.open(1, self.opened, first_seq=FIRST, name="a")
         scribe.open(2, name="twice")
@@ -78,7 +72,7 @@ class Story:
         self.parts: Sequence[tuple[int, F32]] = ((FIRST, self.opened), (16, self.written), (20, self.opened))
 
     def truth(self, seq: int) -> F32:
-        """The state of `a` before a frame, by torch."""
+        """The state of `a` before a frame, by the definition."""
         first, state = [part for part in self.parts if part[0] <= seq][-1]
         if seq == first:
             return state
@@ -92,9 +86,9 @@ def story(tmp_path: Path) -> Story:
 
 
 @contextmanager
-def past_of(path: Path, model_folder: Path, word: str, certify: Any = CERTIFY) -> Iterator[Past]:
+def past_of(path: Path, model_folder: Path, word: str) -> Iterator[Past]:
     with RecordingReader(path) as reader:
-        yield Past(reader, load_model(model_folder), word, lambda share: None, certify)
+        yield Past(reader, load_model(model_folder), word, lambda share: None)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -105,7 +99,7 @@ def bits(state: Any) -> bytes:
     return np.asarray(state, np.float32).tobytes()
 
 
-def test_every_state_across_checkpoints_and_resets_is_that_of_torch(story: Story) -> None:
+def test_every_state_across_checkpoints_and_resets_is_that_of_the_definition(story: Story) -> None:
     with past_of(story.path, story.recorded.folder, "a") as past:
         for seq in range(FIRST, END + 1):
             assert past.before(seq).state.tobytes() == bits(story.truth(seq)), seq
@@ -213,12 +207,13 @@ def test_what_is_not_recorded_is_refused_with_what_is(story: Story, tmp_path: Pa
             past.states(20, 25)
 
 
-def test_a_machine_without_the_bits_gives_only_states_that_were_recorded(story: Story) -> None:
-    uncertain = Conditions((8,), ("this machine differs from the one that recorded: torch 1 there, 2 here",), ())
-    with past_of(story.path, story.recorded.folder, "a", lambda headers, network: uncertain) as past:
+def test_an_engine_without_a_promise_of_bits_gives_only_states_that_were_recorded(story: Story, tmp_path: Path) -> None:
+    forger = Forger(story.path, tmp_path / "forged.instep")
+    forger.change_header("arithmetic", json.dumps("torch on cuda:0"))
+    with past_of(forger.path, story.recorded.folder, "a") as past:
         for seq in (FIRST, 15, 16, 20, 21):
             assert past.before(seq).state.tobytes() == bits(story.truth(seq))
-        with pytest.raises(NotExact, match=r"torch 1 there, 2 here\. The one before frame 16 was recorded"):
+        with pytest.raises(NotExact, match=r"torch on cuda:0, which promises no bits\. The one before frame 16 was"):
             past.before(18)
 
 

@@ -39,12 +39,12 @@ def run(*arguments: str | Path, **environment: str) -> Result:
 def test_ping(server: FakeServer) -> None:
     result = run("ping", "--endpoint", server.endpoint)
     assert (result.exit_code, result.stderr) == (0, "")
-    start = f"{server.endpoint}: ready, model halving (3 to 2, 00) on none, exact, round trip "
+    start = f"{server.endpoint}: ready, model halving (3 to 2, 00) on none, exact (portable-1), round trip "
     assert re.fullmatch(re.escape(start) + r"\d+\.\d{3} ms\n", result.stdout)
     assert len(result.stdout.splitlines()) == 1
     result = run("ping", "--json", INSTEP_ENDPOINT=server.endpoint)
     values = json.loads(result.stdout)
-    assert values["server"]["buckets"] == [4, 8]
+    assert values["server"]["arithmetic"] == "portable-1"
     assert values["round_trip_ms"] > 0
     assert (values["ready"], values["why"]) == (True, None)
 

@@ -35,7 +35,7 @@ def test_one_bit_is_a_difference_and_is_found() -> None:
     assert (result.first.stream, result.first.frame, result.first.element) == ("b", 1, 1)
     assert result.first.sentence().endswith("recorded 7.0, now 7.0000005")
     assert result.sentence("exact") == "2 of 5 frames differ from the recording, in 1 stream"
-    assert "not exact but 'tolerance'" in result.sentence("tolerance")
+    assert "(the server is not exact)" in result.sentence("tolerance")
     assert json.loads(json.dumps(result.as_json()))["first"]["element"] == 1
 
 

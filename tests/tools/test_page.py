@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from instep_tools.machine import typed_command
+from instep_tools.machine import processor, typed_command
 from instep_tools.page import (
     COLOURS,
     LARGEST_BYTES,
@@ -66,6 +67,13 @@ def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None
     typed = typed_command("instep")
     assert shlex.split(typed) == ["instep", *sys.argv[1:]]
     assert typed.startswith("instep verify 'to day.instep' --stream ")
+
+
+def test_without_cpuinfo_the_platform_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(platform, "processor", lambda: "z80")
+    assert processor(tmp_path / "nothing") == "z80"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 at 4 MHz\nflags: a:b\n")
+    assert processor(tmp_path / "cpuinfo") == "Z80 at 4 MHz"
 
 
 def test_machine_versions_and_command_are_on_every_page(tmp_path: Path) -> None:

@@ -206,10 +206,7 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         outputs=2,
         state=gru_state(2, 2).encode(),
         model_fingerprint="00",
-        numerics={},
-        exactness="exact",
-        buckets=(4,),
-        max_ulp=0,
+        arithmetic="portable-1",
         durability="memory",
     )
     writer = RecordingWriter.create(path, header)
@@ -224,7 +221,7 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
         if seq == 0:
             open_stream(writer, stream, "mic", stream, 0, time_ns, state if stream == 2 else None)
         ids, seqs = np.array([stream], np.uint32), np.array([seq], np.uint64)
-        batch = writer.add_inputs(time_ns, 4, ids, seqs, x[frame : frame + 1])
+        batch = writer.add_inputs(time_ns, ids, seqs, x[frame : frame + 1])
         writer.add_outputs(time_ns, batch, y[frame : frame + 1])
         if seq == 3:
             close_stream(writer, stream, time_ns, "closed", 4, None)

@@ -9,7 +9,6 @@ import torch
 
 from instep.models.base import Reference
 from instep.models.recurrent.reference import RecurrentReference
-from instep.models.ulp import ulp_distance
 from instep.verify.bound import (
     FACTOR,
     FLOOR,
@@ -21,6 +20,7 @@ from instep.verify.bound import (
     largest_errors,
 )
 from tests.support.recordings import gru_description
+from tests.support.ulp import ulp_distance
 
 NAN, INF = float("nan"), float("inf")
 

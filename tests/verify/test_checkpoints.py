@@ -9,22 +9,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import PortableNetwork
 from instep.recording.errors import DamagedRecording
 from instep.recording.schema import TABLES
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
 from tests.support import verifying
 from tests.support.forger import Forger, key_of
-from tests.support.recordings import Recorded, make_gru, record_gru, served_step
+from tests.support.recordings import NO_BITS, Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
 from tests.support.verifying import forge, verdicts
 
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 Row: TypeAlias = dict[str, Any]
 
 
@@ -36,9 +34,8 @@ def scribe(tmp_path: Path) -> Scribe:
 
 def start(tmp_path: Path, **changes: Any) -> Scribe:
     model = record_gru(tmp_path / "model", make_gru(3, 8, layers=2), [1], changes=changes)
-    network = RecurrentNetwork(load_model(model.folder), torch.device("cpu"))
-    bucket = next(bucket for bucket in model.header.buckets if bucket >= 8)
-    return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network), bucket=bucket)
+    network = PortableNetwork(load_model(model.folder))
+    return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network))
 
 
 def lively(scribe: Scribe) -> Scribe:
@@ -116,7 +113,7 @@ def test_a_frame_of_a_checkpoint_with_another_bit_is_a_mismatch(scribe: Scribe, 
 
 
 def test_where_bits_are_not_required_states_are_compared_within_the_bound(tmp_path: Path) -> None:
-    recorded = finished(lively(start(tmp_path, exactness="off")))
+    recorded = finished(lively(start(tmp_path, **NO_BITS)))
     for by, verdict in ((1e-7, "within tolerance"), (1e-3, "mismatch")):
         forger = forge(recorded)
         state = np.frombuffer(state_row(forger, 2)["state"], np.float32).copy()

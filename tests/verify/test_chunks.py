@@ -18,13 +18,13 @@ def stored(rows: I64, lengths: list[int], x: F32, y: F32, answered: Bool) -> Seq
 
 def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
     lengths = np.random.default_rng(0).integers(0, 300, 1000)
-    chunks = list(plan_chunks(lengths, 64, 4))
+    chunks = list(plan_chunks(lengths, 64))
     assert sorted(np.concatenate(chunks).tolist()) == np.flatnonzero(lengths).tolist()
     for chunk in chunks:
         inside = lengths[chunk]
         assert (np.diff(inside) <= 0).all()
         assert len(chunk) <= 64
-    full = [chunk for chunk in chunks if len(chunk) > 4]
+    full = [chunk for chunk in chunks if len(chunk) > LEAST_ROWS]
     assert all(lengths[chunk][-1] >= LEAST_FILL * lengths[chunk][0] for chunk in full)
 
 
@@ -34,17 +34,17 @@ def test_every_sequence_is_in_one_chunk_the_longest_first() -> None:
         ([], []),
         ([0, 0], []),
         ([5], [[0]]),
-        ([1, 100, 1, 100, 1, 1, 1], [[1, 3, 0, 2], [4, 5, 6]]),  # fewer than four rows gain nothing
+        ([1, 100, *[1] * 9], [[1, 0, *range(2, 8)], [8, 9, 10]]),  # fewer rows gain nothing
         ([9000] * 65, [[*range(64)], [64]]),
     ],
 )
 def test_small_plans(lengths: list[int], chunks: list[list[int]]) -> None:
-    plan = plan_chunks(np.array(lengths, np.int64), 64, 4)
+    plan = plan_chunks(np.array(lengths, np.int64), 64)
     assert [chunk.tolist() for chunk in plan] == chunks
 
 
-def test_large_chunks_fill_buckets_where_sequences_are_left() -> None:
-    plan = plan_chunks(np.full(250, 100, np.int64), 70, 4)
+def test_large_chunks_fill_vectors_where_sequences_are_left() -> None:
+    plan = plan_chunks(np.full(250, 100, np.int64), 70)
     assert [len(chunk) for chunk in plan] == [64, 64, 64, 58]
 
 
@@ -52,8 +52,8 @@ def test_large_chunks_fill_buckets_where_sequences_are_left() -> None:
     ("lengths", "most_frames", "blocks"),
     [
         ([9, 8, 8, 7], 100, [4]),
-        ([9, 8, 8, 7, 7, 7], 18, [2, 2, 2]),
-        ([9, 8, 8, 7, 7, 7, 1], 5, [2, 2, 2, 1]),  # too long for a span: then the least
+        ([9, 8, 8, 7] * 5, 81, [9, 10, 1]),
+        ([9, *[8] * 16, 1], 5, [8, 8, 2]),  # too long for a span: then the least
         ([5] * 40, 170, [32, 8]),
         ([5] * 40, 200, [40]),
         ([5] * 40, 100, [16, 16, 8]),
@@ -67,7 +67,7 @@ def test_blocks_are_the_rows_of_a_chunk_as_far_as_they_fit(
     sequences = stored(np.arange(len(lengths)), lengths, x, -x, np.ones(len(x), np.bool_))
     first_seqs = np.arange(len(lengths)) * 100
     chunk = Chunk(sequences, first_seqs, np.arange(len(lengths)), most_frames)
-    found = list(chunk.blocks(2))
+    found = list(chunk.blocks())
     assert [len(block.rows) for block in found] == blocks
     assert np.concatenate([block.rows for block in found]).tolist() == chunk.rows.tolist()
     for block in found:
@@ -105,7 +105,7 @@ def test_spans_hold_every_frame_once(most_frames: int) -> None:
         assert span.valid.sum(axis=1).tolist() == span.active.tolist()
         assert not span.x[~span.valid].any()
         assert not span.answered[~span.valid].any()
-        assert len(span.active) * LEAST_ROWS <= max(most_frames, LEAST_ROWS)
+        assert span.valid.size <= max(most_frames, len(chunk.rows))
         for timestep, row in np.argwhere(span.valid).tolist():
             seq = int(span.starts[row]) + timestep
             at = (timestep, row)

@@ -16,13 +16,12 @@ from typer.testing import CliRunner, Result
 
 from instep.cli import app
 from instep.models.errors import ModelError
+from instep.models.portable.machine import Processor
 from instep.verify.command import run
 from instep_tools import terminal
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
 from tests.support.warm import WarmProcess
-
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.fixture
@@ -41,7 +40,11 @@ def test_a_good_recording(recorded: Recorded) -> None:
     status, text = verify(recorded.path)
     assert status == 0
     *_, checkers, verdict = text.splitlines()
-    assert re.fullmatch(r"replayed in steps and as whole sequences; at most \d\.\de-0\d from float64", checkers)
+    assert re.fullmatch(
+        r"compiled step: every frame, bit for bit; definition: every frame, bit for bit; torch's own module: at most "
+        r"\d\.\de-0\d away, as rounding explains; float64: at most \d\.\de-0\d away",
+        checkers,
+    )
     assert verdict == "verified: 3 streams, 14 frames, exact, 0 mismatches"
 
 
@@ -69,26 +72,31 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "command", [["verify"], ["verify", "--follow", "--for", "0"], ["recordings", "state"]], ids=str
 )
-@pytest.mark.parametrize(
-    ("part", "sentence"),
-    [
-        ("verify.conditions.build", "the model cannot be computed here"),
-        ("models.recurrent.network.RecurrentNetwork.bind", "the model cannot be certified here"),
-    ],
-)
 def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str], part: str, sentence: str
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     def refuse(*_: object) -> None:
-        raise ModelError("it needs onnxruntime")
+        raise ModelError("LLVM cannot compile it")
 
-    monkeypatch.undo()  # of `certified_once`
-    monkeypatch.setattr(f"instep.{part}", refuse)
+    monkeypatch.setattr("instep.verify.recorded_model.build", refuse)
     stream = ["stream-1"] if "state" in command else []
     result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])
     assert result.exit_code == 2
-    assert json.loads(result.stdout)["error"] == f"{sentence}: it needs onnxruntime"
-    assert result.stderr == f"{sentence}: it needs onnxruntime\n"
+    sentence = "the model cannot be computed here: LLVM cannot compile it"
+    assert json.loads(result.stdout)["error"] == sentence
+    assert result.stderr == f"{sentence}\n"
+
+
+def test_on_a_processor_without_fma_it_says_that_it_is_slow(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(recorded.path)[0] == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("instep.verify.command.host", lambda: Processor("x86_64-linux", "x86-64-v2", "+avx,-fma"))
+    sentence = "this processor has no fused multiply-adds (FMA): computing again takes 7 to 30 times as long\n"
+    assert (verify(recorded.path)[0], capsys.readouterr().err) == (0, sentence)
+    both = CliRunner().invoke(app, ["verify", str(recorded.path), str(recorded.path.parent)])
+    assert (both.exit_code, both.stderr) == (0, sentence)
 
 
 def test_what_takes_long_says_in_a_pipe_how_far_it_is(

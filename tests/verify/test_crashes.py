@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.models.recurrent.network import RecurrentNetwork
+from instep.models.network import PortableNetwork
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
@@ -23,7 +23,6 @@ from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 8, layers=2)
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 @pytest.fixture
@@ -33,9 +32,8 @@ def model(tmp_path: Path) -> Recorded:
 
 @pytest.fixture
 def scribe(tmp_path: Path, model: Recorded) -> Scribe:
-    network = RecurrentNetwork(load_model(model.folder), torch.device("cpu"))
-    bucket = next(bucket for bucket in model.header.buckets if bucket >= 8)
-    return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network), bucket=bucket)
+    network = PortableNetwork(load_model(model.folder))
+    return Scribe(RecordingWriter.create(tmp_path / "a.rec", model.header), served_step(network))
 
 
 def verify(path: Path, model: Recorded, *wanted: str) -> Report:

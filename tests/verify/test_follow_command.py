@@ -33,8 +33,6 @@ from tests.support.interrupting import reporting
 from tests.support.verifying import verify_following
 from tests.support.warm import WarmProcess
 
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
-
 
 @pytest.mark.parametrize("retention", [KEEP_ALL, Retention(keep_bytes=100_000)], ids=["all", "trimmed"])
 def test_the_command_follows_a_file_that_grows(tmp_path: Path, retention: Retention) -> None:

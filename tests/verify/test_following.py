@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from cProfile import Profile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep.models.registry import build
 from instep.recording.errors import DamagedRecording
 from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.records import RecordedEvent
@@ -19,9 +21,7 @@ from instep.verify.following import Follower
 from instep.verify.portion import FollowLimits
 from tests.support.forger import Forger
 from tests.support.growing import Story, advance
-from tests.support.verifying import CERTIFY
-
-pytestmark = pytest.mark.usefixtures("exact_machine")
+from tests.support.recordings import NO_BITS
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -118,9 +118,9 @@ def test_damage_is_found_in_each_row_of_those_read_together(tmp_path: Path, tabl
         with pytest.raises(
             DamagedRecording, match=f"the row at position {row['position']} .of {table}. does not match"
         ):
-            advance(Follower(forger.path, story.model, 0, certify=CERTIFY))
+            advance(Follower(forger.path, story.model, 0))
         forger.change(table, row["position"], time_ns=row["time_ns"])
-    follower = Follower(forger.path, story.model, 0, certify=CERTIFY)
+    follower = Follower(forger.path, story.model, 0)
     advance(follower)
     assert (follower.frames, follower.mismatches.kept) == (story.frames, [])
 
@@ -142,23 +142,24 @@ def test_small_batches_cost_little_python_work_each(tmp_path: Path) -> None:
     assert calls[1] - calls[0] < 320 - 40, "less than one call each"
 
 
-def test_the_file_is_closed_while_the_machine_is_certified(tmp_path: Path) -> None:
+def test_the_file_is_closed_while_the_network_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(tmp_path)
     story.scribe.writer.close()  # SQLite closes no file that the same process holds locks on
     found: list[bool] = []
 
-    def certify(*arguments: Any) -> Any:
+    def compile_it(*arguments: Any) -> Any:
         links = Path("/proc/self/fd").iterdir()
         found.append(str(story.path) in map(os.path.realpath, links))
-        return CERTIFY(*arguments)
+        return build(*arguments)
 
-    Follower(story.path, story.model, certify=certify)
+    monkeypatch.setattr("instep.verify.recorded_model.build", compile_it)
+    Follower(story.path, story.model)
     assert found == [False]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: Path, seed: int) -> None:
-    story = Story(tmp_path, seed, exactness="tolerance")
+    story = Story(tmp_path, seed, **NO_BITS)
     story.rounds_otherwise = True
     follower = story.follower()
     for turn in range(300):
@@ -169,7 +170,7 @@ def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: 
     advance(follower)
     assert follower.mismatches.kept == []
     assert follower.differs
-    assert "exactness tolerance" in follower.notes[0]
+    assert follower.notes == ("the engine computed with torch on cuda:0, which promises no bits",)
     assert 0.5 * story.frames < follower.frames <= story.frames
     skipped = follower.skipped
     story.step(*sorted(story.scribe.states)[:8], frames=5)
@@ -185,12 +186,12 @@ def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: 
     assert [(wrong.number, wrong.seq) for wrong in follower.mismatches.kept] == [(streams[1], seq)]
 
 
-def test_an_engine_that_withdraws_its_promise_is_held_to_the_bound_from_there_on(tmp_path: Path) -> None:
+def test_an_engine_on_another_device_is_held_to_the_bound_from_there_on(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(3)]
     follower = story.follower()
     story.step(*streams, frames=5)
-    story.scribe.writer.event(story.scribe.now, "engine", None, '{"exactness": "tolerance"}')
+    story.scribe.writer.event(story.scribe.now, "engine", None, json.dumps(NO_BITS))
     story.rounds_otherwise = True
     for _ in range(3):
         story.step(*streams, frames=5)
@@ -217,9 +218,9 @@ def test_failed_batches_are_forgotten_behind_the_newest_checkpoint(tmp_path: Pat
     assert sum(type(each) is RecordedEvent for each in gc.get_objects()) < before + 20
 
 
-@pytest.mark.parametrize("exactness", ["exact", "tolerance"])
-def test_frames_that_the_next_follower_steps_again_count_once(tmp_path: Path, exactness: str) -> None:
-    story = Story(tmp_path, exactness=exactness)
+@pytest.mark.parametrize("changes", [{}, NO_BITS], ids=["bits", "no bits"])
+def test_frames_that_the_next_follower_steps_again_count_once(tmp_path: Path, changes: dict[str, Any]) -> None:
+    story = Story(tmp_path, **changes)
     streams = [story.open() for _ in range(4)]
     former = story.follower(0)
     story.step(*streams, frames=5)
@@ -228,12 +229,12 @@ def test_frames_that_the_next_follower_steps_again_count_once(tmp_path: Path, ex
     story.scribe.reset(streams[1], story.scribe.random_state())
     story.step(*streams, frames=3)
     advance(former)
-    waiting = {"exact": 0, "tolerance": 4 * 8 - 5}[exactness]
+    waiting = 4 * 8 - 5 if changes else 0
     assert (former.frames, former.waiting, former.skipped) == (52 - waiting, waiting, 0)
     counted, later = former.frames, former
     for portion_bytes in (100, 400, 2**20):
         limits = FollowLimits(portion_bytes)
-        later = Follower(story.path, story.model, later.seen, later.waiting, certify=CERTIFY, limits=limits)
+        later = Follower(story.path, story.model, later.seen, later.waiting, limits=limits)
         later.advance()
         counted += later.frames if portion_bytes < 2**20 else 0
         assert (later.seen, later.skipped) == (former.seen, 0)

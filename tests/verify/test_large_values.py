@@ -7,27 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from instep.models.folder import load_model, make_model
+from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.writer import RecordingWriter
-from tests.support.recordings import Recorded, make_gru, record_gru, record_model, served_step
+from tests.support.recordings import NO_BITS, Recorded, make_gru, record_gru, record_model, served_step
 from tests.support.scribe import Scribe
 from tests.support.verifying import forge, verdicts, verify
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
 LARGEST = float(np.finfo(np.float32).max)
 HUGE = 1e39  # frames of this magnitude are clipped to ±LARGEST, most of them
-NO_BITS = {"exactness": "off"}
 
 
 def record_lively(where: Path, model: Recorded, act: Callable[[Scribe], None]) -> Recorded:
-    network = RecurrentNetwork(load_model(model.folder), torch.device("cpu"))
-    bucket = next(bucket for bucket in model.header.buckets if bucket >= 16)
+    network = PortableNetwork(load_model(model.folder))
     writer = RecordingWriter.create(where / "b.rec", model.header)
-    act(Scribe(writer, served_step(network), bucket=bucket))
+    act(Scribe(writer, served_step(network)))
     writer.close()
     return Recorded(where / "b.rec", model.folder, model.header)
 
@@ -118,7 +114,7 @@ def test_a_large_value_that_float32_rounds_as_float64_is_still_compared(tmp_path
     # Wrong alike: recording and replay leave the gates out, but the frames are of a size that the reference judges.
     model = record_gru(tmp_path, make_gru(3, 4), [1])
     other = load_model(record_gru(tmp_path / "other", make_gru(3, 4, seed=9), [1]).folder)
-    network = RecurrentNetwork(other, torch.device("cpu"))
+    network = PortableNetwork(other)
     writer = RecordingWriter.create(tmp_path / "b.rec", model.header)
     scribe = Scribe(writer, served_step(network), magnitude=1e4)
     scribe.open(1)

@@ -11,9 +11,8 @@ from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.verify.following import Follower
 from tests.support.growing import Story, advance
-from tests.support.verifying import CERTIFY, verify_following
-
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
+from tests.support.recordings import NO_BITS
+from tests.support.verifying import verify_following
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -31,7 +30,7 @@ def test_frames_that_are_trimmed_before_they_are_read_count_as_unchecked(tmp_pat
     advance(former)
     assert (former.frames, former.skipped) == (3, 0)
     much()
-    later = Follower(story.path, story.model, former.seen, former.waiting, former.applied, certify=CERTIFY)
+    later = Follower(story.path, story.model, former.seen, former.waiting, former.applied)
     followers = [former, later]
     for turn in range(8):
         for follower in followers[: 2 - turn % 2]:
@@ -47,7 +46,7 @@ def test_frames_that_are_trimmed_before_they_are_read_count_as_unchecked(tmp_pat
         assert sum(follower.skipped_by.values()) == follower.skipped == follower.frames_seen - follower.frames
         assert follower.skipped_by["unchecked"] > 0
         assert follower.mismatches.kept == []
-    assert Follower(story.path, story.model, certify=CERTIFY).applied == story.frames
+    assert Follower(story.path, story.model).applied == story.frames
 
 
 def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: Path) -> None:
@@ -74,7 +73,7 @@ def test_a_share_of_the_streams_is_stable_and_its_frames_are_compared(tmp_path: 
 def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
     story = Story(tmp_path)
     streams = [story.open() for _ in range(4)]
-    follower = Follower(story.path, story.model, wanted=["stream-2", "4"], certify=CERTIFY)
+    follower = Follower(story.path, story.model, wanted=["stream-2", "4"])
     story.step(*streams, frames=5)
     advance(follower)
     assert (follower.streams, follower.frames) == (2, 10)
@@ -82,7 +81,7 @@ def test_only_the_streams_that_are_named(tmp_path: Path) -> None:
 
 
 def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None:
-    story = Story(tmp_path, exactness="tolerance")
+    story = Story(tmp_path, **NO_BITS)
     streams = [story.open() for _ in range(2)]
     follower = story.follower()
     story.step(*streams, frames=5)
@@ -92,7 +91,7 @@ def test_each_reason_why_frames_are_not_compared_is_told(tmp_path: Path) -> None
     advance(follower)
     assert (follower.frames, follower.skipped, follower.waiting) == (10, 0, 0)
     story.step(*streams)
-    story.scribe.writer.event(story.scribe.now, "engine", None, '{"exactness": "exact"}')
+    story.scribe.writer.event(story.scribe.now, "engine", None, '{"arithmetic": "portable-1"}')
     story.step(*streams, frames=3)
     advance(follower)
     assert follower.skipped_by == {"state_too_old": 6, "other": 2}, "until the next checkpoint"

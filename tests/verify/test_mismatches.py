@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 from threading import Event
 
-import pytest
-
 from instep.verify.following import Follower
 from instep.verify.mismatches import StreamNumbers
 from instep.verify.portion import FollowLimits
 from instep.verify.throttle import follow
 from tests.support.growing import Story, advance
-from tests.support.verifying import CERTIFY
-
-pytestmark = pytest.mark.usefixtures("exact_machine", "certified_once")
 
 
 def test_the_values_of_a_few_mismatches_are_kept_and_the_others_counted(tmp_path: Path) -> None:
@@ -61,7 +56,7 @@ def test_a_stream_that_was_told_of_is_not_followed_until_it_opens_again(tmp_path
     told = former.mismatches.streams.pairs()
     assert told == [(wrong.number, 0)]
     assert len(json.dumps(StreamNumbers([(2**32 - at, 2**40) for at in range(10**6)]).pairs())) < 2**22
-    later = Follower(story.path, story.model, former.position, told=told, certify=CERTIFY)
+    later = Follower(story.path, story.model, former.position, told=told)
     story.step(*streams, frames=5)
     advance(later)
     assert (later.mismatches.total, later.frames, later.streams) == (0, 15, 3)
@@ -80,7 +75,7 @@ def test_each_mismatch_is_told_and_none_again_by_the_next_follower(tmp_path: Pat
     follow(former, lambda status: told.extend(wrong.number for wrong in status.mismatches), Event(), for_s=0)
     assert told == streams[:35]
     assert (former.mismatches.total, len(former.mismatches.streams)) == (40, 40)
-    later = Follower(story.path, story.model, former.position, told=former.mismatches.streams.pairs(), certify=CERTIFY)
+    later = Follower(story.path, story.model, former.position, told=former.mismatches.streams.pairs())
     story.step(*streams[1:9], frames=5)
     advance(later)
     assert (later.mismatches.total, later.frames) == (0, 0), "although all is read again, as there is no checkpoint"

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.models.ulp import NOT_COMPARABLE
-from instep.verify.report import Divergence, Report, StreamReport, Verdict, join_reports
+from instep.verify.report import Checker, Coverage, Divergence, Report, StreamReport, Verdict, join_reports
 
 
 def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
     fields: dict[str, Any] = {
         "problems": ("frame 3 is missing",) if verdict == "mismatch" else (),
         "divergence": None,
-        "max_ulp": 0,
         "max_error": 1.25e-7 * number,
         "not_compared": 0,
     }
@@ -29,7 +27,6 @@ def report(*streams: StreamReport, **changes: Any) -> Report:
         "fingerprint": "ab",
         "finished": True,
         "notes": (),
-        "buckets": (4, 8),
         "seconds": 1.23456,
     }
     return Report(streams=streams, **{**fields, **changes})
@@ -69,24 +66,46 @@ def test_what_was_not_checked_is_not_verified() -> None:
 def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:
     one = float(np.float32(0.1))
     next_one = float(np.nextafter(np.float32(0.1), np.float32(1)))
-    found = Divergence("stepped", "output", 7, 3, one, next_one, 1)
-    assert found.sentence() == "frame 7, element 3: recorded 0.1, stepped 0.10000001 (1 ULP apart)"
-    state = Divergence("float64 reference", "final state", 7, 3, one, 0.1000000123456, 1)
+    found = Divergence("stepped", "output", 7, 3, one, next_one)
+    assert found.sentence() == "frame 7, element 3: recorded 0.1, stepped 0.10000001"
+    state = Divergence("float64 reference", "final state", 7, 3, one, 0.1000000123456)
     assert state.sentence() == (
-        "final state before frame 7, element 3: recorded 0.1, float64 reference 0.1000000123456 (1 ULP apart)"
+        "final state before frame 7, element 3: recorded 0.1, float64 reference 0.1000000123456"
     )
-    nan = Divergence("whole sequence", "output", 0, 0, float("nan"), 1.0, NOT_COMPARABLE)
-    assert nan.sentence() == "frame 0, element 0: recorded nan, whole sequence 1.0 (one is not a number)"
+    nan = Divergence("definition", "output", 0, 0, float("nan"), 1.0)
+    assert nan.sentence() == "frame 0, element 0: recorded nan, definition 1.0"
+
+
+def test_how_far_it_was_checked_is_said_in_one_line() -> None:
+    elements: dict[Checker, int] = {"stepped": 30, "definition": 12, "torch": 30}
+    streams = (stream(1, "exact", max_distance=2.5e-7), stream(2, "exact"), stream(3, "empty", 0))
+    found = report(*streams, elements=elements, definition=Coverage(1, 4))
+    assert found.checkers() == (
+        "compiled step: every frame, bit for bit; definition: 4 of 20 frames in 1 of 2 streams, bit for bit; torch's "
+        "own module: at most 2.5e-07 away, as rounding explains; float64: at most 3.8e-07 away"
+    )
+    everything = report(*streams, definition=Coverage(2, 20), reference="none")
+    assert everything.checkers() == "compiled step: every frame, bit for bit; definition: every frame, bit for bit"
+    near = report(stream(1, "within tolerance", max_difference=1e-7), notes=("why",), reference="same graph")
+    assert near.checkers() == (
+        "compiled step: every frame, at most 1.0e-07 away; the same graph in float64: at most 1.2e-07 away"
+    )
+    wrong = report(stream(1, "mismatch", max_difference=0.5, max_distance=0.5), elements=elements)
+    assert wrong.checkers() == (
+        "compiled step: every frame, at most 5.0e-01 away; definition: 0 of 10 frames in 0 of 1 stream; torch's own "
+        "module: at most 5.0e-01 away; float64: at most 1.2e-07 away"
+    )
 
 
 def test_json_holds_everything_even_what_json_cannot_say() -> None:
-    divergence = Divergence("stepped", "output", 7, 3, float("nan"), 0.5, NOT_COMPARABLE)
+    divergence = Divergence("stepped", "output", 7, 3, float("nan"), 0.5)
     found = report(
-        stream(1, "mismatch", divergence=divergence, max_error=float("inf"), max_ulp=3),
+        stream(1, "mismatch", divergence=divergence, max_error=float("inf"), max_difference=0.25),
         stream(2, "exact", not_compared=4),
         notes=("why",),
         finished=False,
-        elements={"stepped": 3, "whole sequence": 1},
+        elements={"stepped": 3, "torch": 1},
+        definition=Coverage(1, 2),
     )
     fields = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert fields["verified"] is False
@@ -97,7 +116,10 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
     assert fields["max_error"] == "inf"
     assert fields["notes"] == ["why"]
     assert fields["seconds"] == 1.235
-    assert fields["elements"] == {"stepped": 3, "whole sequence": 1}
+    assert fields["elements"] == {"stepped": 3, "torch": 1}
+    assert fields["definition"] == {"streams": 1, "frames": 2}
+    assert (fields["max_difference"], fields["max_distance"]) == (0.25, 0.0)
+    assert report(stream(1, "exact"), reference="none").as_json()["max_distance"] is None
     assert fields["streams"][0]["first_divergence"] == {
         "checker": "stepped",
         "place": "output",
@@ -105,7 +127,6 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
         "element": 3,
         "recorded": "nan",
         "replayed": 0.5,
-        "ulp": NOT_COMPARABLE,
     }
     assert fields["streams"][1] == {
         "stream": 2,
@@ -115,22 +136,23 @@ def test_json_holds_everything_even_what_json_cannot_say() -> None:
         "verdict": "exact",
         "problems": [],
         "first_divergence": None,
-        "max_ulp": 0,
+        "max_difference": 0.0,
+        "max_distance": 0.0,
         "max_error": 2.5e-7,
         "lossy_from": None,
     }
 
 
 def test_stretches_of_a_stream_become_one() -> None:
-    near = Divergence("stepped", "output", 7, 3, 0.25, 0.5, 1)
-    far = Divergence("stepped", "output", 40, 3, 0.25, 0.5, 9)
+    near = Divergence("stepped", "output", 7, 3, 0.25, 0.5)
+    far = Divergence("stepped", "output", 40, 3, 0.25, 0.5)
     parts = (
         stream(5, "empty", 0),
-        stream(5, "within tolerance", 20, divergence=near, max_ulp=1),
-        stream(5, "mismatch", 10, divergence=far, max_ulp=9, not_compared=2, problems=("far",)),
+        stream(5, "within tolerance", 20, divergence=near, max_difference=0.25),
+        stream(5, "mismatch", 10, divergence=far, max_difference=0.5, not_compared=2, problems=("far",)),
         stream(5, "exact", 3, not_compared=1, max_error=0.5),
     )
-    assert join_reports(parts) == StreamReport(5, "mic-5", 33, 3, "mismatch", ("far",), far, 9, 0.5)
+    assert join_reports(parts) == StreamReport(5, "mic-5", 33, 3, "mismatch", ("far",), far, 0.5, 0.0, 0.5)
     lossy = [stream(5, "exact", lossy_from=seq) for seq in (None, 9, 12)]
     assert join_reports(lossy).lossy_from == 9
     assert join_reports(parts[:2]).verdict == "within tolerance"

@@ -21,8 +21,6 @@ from instep.verify.following import Follower
 from instep.verify.throttle import Patience, Status, Throttle, follow
 from tests.support.growing import Story
 
-pytestmark = pytest.mark.usefixtures("exact_machine")
-
 
 class Slow:
     """A follower that is as late as a test says."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from instep.core.typing import F32, U8
 from instep.models.folder import load_model, make_model
+from instep.models.network import DefinitionReference, PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
-from instep.models.recurrent.network import RecurrentNetwork
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import BatchGroup
 from instep.verify.checkers import CheckLimits
-from instep.verify.replay import replay_stepped, replay_whole
-from instep.verify.report import CannotVerify
+from instep.verify.replay import replay_stepped
+from instep.verify.report import CannotVerify, Coverage, Report
 from tests.support.forger import Forger
 from tests.support.recordings import (
+    NO_BITS,
     Recorded,
     make_gru,
     record,
@@ -31,9 +34,6 @@ from tests.support.recordings import (
 from tests.support.verifying import verdicts, verify
 
 LENGTHS = [12, 0, 30, 1, 7, 30, 3]
-
-
-pytestmark = pytest.mark.usefixtures("exact_machine")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,10 @@ def test_honest_recordings_are_exact(tmp_path: Path, features: int, hidden: int,
     assert 0 < report.max_error < 1e-5
     elements = sum(LENGTHS) * hidden
     states = 5 * layers * hidden  # of the closed streams that have frames
-    assert report.elements == {"stepped": elements + states, "whole sequence": elements}
-    assert {stream.max_ulp for stream in report.streams} == {0}
+    computed = {"stepped": elements + states, "definition": elements + states, "torch": elements}
+    assert report.elements == {**computed, "float64 reference": elements + states}
+    assert report.definition == Coverage(6, sum(LENGTHS))
+    assert (report.max_difference, 0 < report.max_distance < 1e-5) == (0, True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -83,8 +85,8 @@ def test_forged_frames_of_any_value_are_mismatches(tmp_path: Path, value: float)
         forger.change_batch(batch, **{column: values})
         report = verify(Recorded(forger.path, recorded.folder, recorded.header))
         assert [stream.stream for stream in report.streams if stream.verdict == "mismatch"] == [3]
-        # Only stepping can say that outputs are not those of an input that is too large for float32.
-        assert len(report.streams[2].problems) == (3 if column == "y" else 1)
+        # Only bits can say that outputs are not those of an input that is too large for float32.
+        assert len(report.streams[2].problems) == (4 if column == "y" else 2)
         json.dumps(report.as_json(), allow_nan=False)
 
 
@@ -92,17 +94,18 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     recorded = record_gru(tmp_path, make_gru(layers=2), [50, 49, 20, 20, 20, 3], initial=[0, 2])
     whole = verify(recorded)
     spans: list[int] = []
+    sequence = PortableNetwork.sequence
 
-    def counted(network: RecurrentNetwork, buckets: tuple[int, ...], x: Any, h: Any) -> Any:
+    def counted(network: PortableNetwork, x: F32, states: U8) -> Any:
         spans.append(x.shape[0] * x.shape[1])
-        return replay_whole(network, buckets, x, h)
+        return sequence(network, x, states)
 
-    monkeypatch.setattr("instep.verify.checkers.replay_whole", counted)
+    monkeypatch.setattr(PortableNetwork, "sequence", counted)
     verify(recorded)
     assert max(spans) > 100
     spans.clear()
     pieces = verify(recorded, limits=CheckLimits(call_bytes=100 * 8 * 12))
-    assert len(spans) > 5
+    assert len(spans) > 2
     assert max(spans) <= 100
     assert verdicts(pieces) == verdicts(whole) == ["exact"] * 6
     assert pieces.max_error == whole.max_error
@@ -158,7 +161,7 @@ def test_one_of_the_wanted_that_is_not_there_is_not_a_pass(tmp_path: Path) -> No
 def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(), [3])
     live = tmp_path / "live.rec"
-    network = RecurrentNetwork(load_model(recorded.folder), torch.device("cpu"))
+    network = PortableNetwork(load_model(recorded.folder))
     writer = record(live, recorded.header, served_step(network), [5, 6], leave_open=[0, 1], finish=False)
     report = verify(Recorded(live, recorded.folder, recorded.header))
     assert report.verdict == "exact"
@@ -168,72 +171,114 @@ def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_pa
     assert verify(Recorded(live, recorded.folder, recorded.header)).finished
 
 
-def nudge_output(recorded: Recorded, stream: int, seq: int, ulps: int) -> Recorded:
+def nudge_output(recorded: Recorded, stream: int, seq: int, digits: int) -> Recorded:
+    """So many units in the last place off."""
     forger = Forger(recorded.path, recorded.path.with_name("nudged.rec"))
     batch, at = forger.find_frame(stream, seq)
     y = forger.column(batch, "y")
-    y.view(np.int32)[at, 2] += ulps
+    y.view(np.int32)[at, 2] += digits
     forger.change_batch(batch, y=y)
     return Recorded(forger.path, recorded.folder, recorded.header)
 
 
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"exactness": "off"}, "the engine ran with exactness off, which promises no bits"),
-        ({"exactness": "tolerance"}, "the engine ran with exactness tolerance, which promises no bits"),
-        ({"numerics": {"torch": "0.1", "threads": "1"}}, "this machine differs from the one that recorded"),
-    ],
-)
-def test_within_tolerance_where_bits_are_not_promised(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
-    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=changes)
+def test_within_tolerance_where_bits_are_not_promised(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=NO_BITS)
     untouched = verify(recorded)
     assert untouched.verdict == "exact", "equal bits are exact whatever was promised"
-    assert untouched.notes[0].startswith(why)
-    near = verify(nudge_output(recorded, 3, 8, ulps=2))
+    assert untouched.notes == ("the engine computed with torch on cuda:0, which promises no bits",)
+    assert (untouched.definition, untouched.elements["definition"]) == (Coverage(), 0)
+    near = verify(nudge_output(recorded, 3, 8, digits=2))
     assert near.verdict == "within tolerance"
     assert verdicts(near).count("within tolerance") == 1
     bad = near.streams[2]
     assert bad.divergence is not None
-    assert (bad.divergence.frame, bad.divergence.element, bad.divergence.ulp, bad.max_ulp) == (8, 2, 2, 2)
+    assert (bad.divergence.frame, bad.divergence.element, 0 < bad.max_difference < 1e-6) == (8, 2, True)
     assert bad.problems == ()
-    far = verify(nudge_output(recorded, 3, 8, ulps=20_000))
+    far = verify(nudge_output(recorded, 3, 8, digits=20_000))
     assert verdicts(far).count("mismatch") == 1
     assert len(far.streams[2].problems) == 3, "all three ways see it"
 
 
-def test_one_ulp_is_a_mismatch_where_bits_are_promised(tmp_path: Path) -> None:
-    report = verify(nudge_output(record_gru(tmp_path, make_gru(), LENGTHS), 3, 8, ulps=1))
+def problems_of(report: Report) -> dict[int, list[str]]:
+    """By number, the checkers that found the first wrong value of each stream."""
+    found: dict[int, list[str]] = {}
+    for stream in report.streams:
+        for problem in stream.problems:
+            (checker,) = re.findall(r"recorded \S+, (.*) \S+$", problem)
+            found.setdefault(stream.stream, []).append(checker)
+    return found
+
+
+def test_one_wrong_bit_is_found_by_the_compiled_step_and_by_the_definition(tmp_path: Path) -> None:
+    report = verify(nudge_output(record_gru(tmp_path, make_gru(), LENGTHS), 3, 8, digits=1))
     assert verdicts(report) == ["exact", "empty", "mismatch", *["exact"] * 4]
+    assert problems_of(report) == {3: ["stepped", "definition"]}
     stream = report.streams[2]
-    assert [problem.split(":")[0] for problem in stream.problems] == ["frame 8, element 2"] * 2
+    assert {problem.split(":")[0] for problem in stream.problems} == {"frame 8, element 2"}
     assert stream.divergence is not None
-    assert (stream.divergence.checker, stream.divergence.ulp) == ("stepped", 1)
+    assert stream.divergence.checker == "stepped"
+
+
+def test_the_definition_alone_finds_a_wrong_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiled step is wrong: what it has served is what it computes again, and near enough to torch and float64.
+    step = PortableNetwork.step
+
+    def off_by_one_bit(network: PortableNetwork, x: F32, states: U8) -> tuple[F32, U8]:
+        y, after = step(network, x, states)
+        y.view(np.int32)[:, 1] ^= 1
+        return y, after
+
+    monkeypatch.setattr(PortableNetwork, "step", off_by_one_bit)
+    report = verify(record_gru(tmp_path, make_gru(), LENGTHS))
+    assert verdicts(report) == ["mismatch", "empty", *["mismatch"] * 5]
+    assert problems_of(report) == {number: ["definition"] for number in (1, 3, 4, 5, 6, 7)}
+    divergence = report.streams[0].divergence
+    assert divergence is not None
+    assert (divergence.checker, divergence.frame, divergence.element) == ("definition", 0, 1)
+
+
+def test_a_state_that_is_wrong_in_the_compiled_step_is_found_by_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PortableNetwork.step
+
+    def off_by_one_bit(network: PortableNetwork, x: F32, states: U8) -> tuple[F32, U8]:
+        y, after = step(network, x, states)
+        after[:, 8] ^= 1
+        return y, after
+
+    monkeypatch.setattr(PortableNetwork, "step", off_by_one_bit)
+    report = verify(record_gru(tmp_path, make_gru(), [1, 1]))
+    assert problems_of(report) == {1: ["definition"], 2: ["definition"]}
+    assert report.streams[0].problems[0].startswith("final state before frame 1, element 2:")
 
 
 def test_each_way_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), LENGTHS)
+    right: Any = PortableNetwork.sequence
 
-    def off_by_one_bit(run: Any) -> Any:
-        def wrong(*arguments: Any) -> Any:
-            y, h = run(*arguments)
-            y[2, 0].view(np.int32)[1] += 1
-            return y, h
+    def off_by_one_bit(*arguments: Any) -> Any:
+        y, h = replay_stepped(*arguments)
+        y[2, 0].view(np.int32)[1] += 1
+        return y, h
 
-        return wrong
+    def far_off(*arguments: Any) -> Any:
+        y, h = right(*arguments)
+        y[2, 0, 1] += 0.01
+        return y, h
 
-    ways: list[tuple[Any, str]] = [(replay_stepped, "stepped"), (replay_whole, "whole sequence")]
-    for run, way in ways:
+    for part, wrong, way in (
+        ("instep.verify.checkers.replay_stepped", off_by_one_bit, "stepped"),
+        ("instep.models.network.PortableNetwork.sequence", far_off, "torch"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"instep.verify.checkers.{run.__name__}", off_by_one_bit(run))
-            report = verify(recorded)
-        wrong = [stream for stream in report.streams if stream.verdict == "mismatch"]
-        assert wrong
-        assert all(len(stream.problems) == 1 for stream in wrong)
-        assert all(f", {way} " in stream.problems[0] for stream in wrong)
+            patch.setattr(part, wrong)
+            found = problems_of(verify(recorded))
+        assert found
+        assert {tuple(checkers) for checkers in found.values()} == {(way,)}
 
 
-def test_the_reference_notices_when_server_and_replay_are_wrong_alike(
+def test_torch_and_the_reference_notice_when_server_and_replay_are_wrong_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The network swaps two gates: what it streams is what it replays, bit for bit, but it is not the model.
@@ -243,20 +288,45 @@ def test_the_reference_notices_when_server_and_replay_are_wrong_alike(
             reset, update, new = parameter.chunk(3)
             parameter.copy_(torch.cat([update, reset, new]))
     recorded = record_gru(tmp_path, gru, [1])
-    other = load_model(record_gru(tmp_path / "other", swapped, [1]).folder)
-    wrong = RecurrentNetwork(other, torch.device("cpu"))
+    wrong = PortableNetwork(load_model(record_gru(tmp_path / "other", swapped, [1]).folder))
     record(tmp_path / "b.rec", recorded.header, served_step(wrong), LENGTHS)
-    monkeypatch.setattr(RecurrentNetwork, "bind", wrong.bind)
-    monkeypatch.setattr(RecurrentNetwork, "sequence", wrong.sequence)
+    monkeypatch.setattr(PortableNetwork, "step", lambda network, x, states: wrong._step.run(x, states))
+    monkeypatch.setattr(
+        PortableNetwork, "definition", lambda network: DefinitionReference(wrong.form, wrong._tensors, wrong.state)
+    )
     report = verify(Recorded(tmp_path / "b.rec", recorded.folder, recorded.header))
     assert verdicts(report) == ["mismatch", "empty", *["mismatch"] * 5]
-    for stream in report.streams:
-        assert all("float64 reference" in problem for problem in stream.problems)
+    assert {tuple(checkers) for checkers in problems_of(report).values()} == {("torch", "float64 reference")}
+
+
+@pytest.mark.parametrize("lengths", [[40] * 40, [4000]], ids=["many streams", "one stream"])
+def test_the_definition_takes_as_long_as_stepping_and_the_report_says_how_far_it_came(
+    tmp_path: Path, lengths: list[int]
+) -> None:
+    recorded = record_gru(tmp_path, make_gru(), lengths, most=40)
+    short, long = (verify(recorded, limits=CheckLimits(definition_s=seconds)) for seconds in (0.0, 60.0))
+    total = sum(lengths)
+    assert long.definition == Coverage(len(lengths), total)
+    assert long.by_definition == "every frame"
+    streams, frames = short.definition
+    assert 0 < frames < total
+    assert 0 < streams <= len(lengths)
+    assert f"definition: {frames:,} of {total:,} frames in {streams} of {len(lengths)} stream" in short.checkers()
+    assert short.verified
+
+
+def test_the_definition_begins_with_streams_from_all_over_the_recording(tmp_path: Path) -> None:
+    recorded = record_gru(tmp_path, make_gru(), [3] * 256, most=256)
+    for number, checkers in ((1, ["stepped", "definition"]), (129, ["stepped", "definition"]), (2, ["stepped"])):
+        forged = nudge_output(recorded, number, 0, digits=1)
+        report = verify(forged, limits=CheckLimits(definition_s=0.0))
+        assert problems_of(report) == {number: checkers}
+        assert report.definition.streams < 128
 
 
 def test_final_states_are_compared(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(layers=2), LENGTHS)
-    for number, problems in ((3, 1), (2, 1)):
+    for number, problems in ((3, 2), (2, 1)):
         forger = Forger(recorded.path, tmp_path / "forged.rec")
         closing = next(row for row in forger.rows("closings") if row["stream"] == number)
         state = np.frombuffer(closing["final_state"], np.float32).copy()
@@ -281,14 +351,18 @@ def test_a_final_state_on_which_server_and_replay_agree_is_held_against_the_refe
     wrong[2] += 1e-4
     forger.change("closings", closing["position"], final_state=wrong.tobytes())
 
-    def wrong_alike(*arguments: Any) -> Any:
-        y, states = replay_stepped(*arguments)
-        for state in states.view(np.float32):
-            if np.array_equal(state, right):
-                state[:] = wrong
-        return y, states
+    def wrong_alike(run: Any) -> Any:
+        def wrong_run(*arguments: Any) -> Any:
+            y, states = run(*arguments)
+            for state in states["h"].reshape(-1, 8) if isinstance(states, dict) else states.view(np.float32):
+                if np.array_equal(state, right):
+                    state[:] = wrong
+            return y, states
 
-    monkeypatch.setattr("instep.verify.checkers.replay_stepped", wrong_alike)
+        return wrong_run
+
+    monkeypatch.setattr("instep.verify.checkers.replay_stepped", wrong_alike(replay_stepped))
+    monkeypatch.setattr(DefinitionReference, "run", wrong_alike(DefinitionReference.run))
     report = verify(Recorded(forger.path, recorded.folder, recorded.header))
     assert verdicts(report) == ["exact", "empty", "exact", "exact", "mismatch", "exact", "exact"]
     stream = report.streams[4]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-PROTOCOL_VERSION: Final = 5
+PROTOCOL_VERSION: Final = 6
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
@@ -86,7 +86,6 @@ class Code(IntEnum):
     CONFLICT = 111
     WINDOW_FULL = 112
     OUTPUTS_GONE = 113
-    NUMERICS_CHANGED = 114
     ACK_AHEAD = 115
     NEVER_USED = 116
     FRAMES_PENDING = 117
@@ -135,8 +134,6 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.CONFLICT: "a frame of this seq was applied with other values; it was not applied again",
     Code.WINDOW_FULL: "the frame is beyond the stream's window; take and acknowledge earlier outputs first",
     Code.OUTPUTS_GONE: "outputs after those that the client holds are no longer kept, and cannot be sent again",
-    Code.NUMERICS_CHANGED: "the server was restarted with other numerics: from here on the bits may differ; take the "
-    "stream over to continue anyway",
     Code.ACK_AHEAD: "the message acknowledges an output that has not been computed yet",
     Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",

@@ -10,8 +10,7 @@
         ├── StreamRefused         opening, resuming, changing or closing a stream was refused
         ├── FramesRefused         frames of a step were not applied; `failures` says which, `outputs` holds the rest
         └── StreamEvicted         the stream has ended here: idle, expired, taken over, or its state was lost
-            ├── DataLoss          the server does not hold what this client was given, or not what it still misses
-            └── NumericsChanged   the server was restarted with other numerics
+            └── DataLoss          the server does not hold what this client was given, or not what it still misses
 
 A connection that is lost is made anew without any of these, for as long as the client's `reconnect_s` says; what is
 raised then is what a person must decide. Every message is a sentence that says whose fault it is and what to do.
@@ -143,17 +142,8 @@ class DataLoss(StreamEvicted):
         self.server_has = server_has
 
 
-class NumericsChanged(StreamEvicted):
-    """The server was restarted with other numerics, and the bits of coming outputs may differ.
-
-    Resume the stream with `take_over` to go on all the same.
-    """
-
-
 def stream_ended(code: Code, sentence: str, stream: str, have: int, server_has: int) -> StreamEvicted:
     """The exception that says why a stream has ended."""
     if code.name in ("DATA_LOSS", "OUTPUTS_GONE"):
         return DataLoss(code, sentence, stream, have, server_has)
-    if code.name == "NUMERICS_CHANGED":
-        return NumericsChanged(code, sentence, stream)
     return StreamEvicted(code, sentence, stream)

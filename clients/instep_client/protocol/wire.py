@@ -199,9 +199,9 @@ class ServerInfo:
     """The state specification: `[name, shape, dtype, initial value]` for each leaf."""
     device: str
     exactness: str
-    """`exact`, `tolerance` or `off`."""
-    buckets: tuple[int, ...]
-    """Padded batch sizes in use."""
+    """`exact`: a frame has the same bits in every batch and on every processor. `tolerance`: it need not."""
+    arithmetic: str
+    """`portable-1`, or such as `torch 2.13 on cuda:0`, which promises no bits."""
     max_streams: int
     max_message_bytes: int
     """The largest raw frame the server takes; a larger one makes it drop the connection."""

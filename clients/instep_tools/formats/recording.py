@@ -22,7 +22,7 @@ from instep_tools.problems import BadFile
 from instep_tools.sequences import RecordedSequences
 
 APPLICATION_ID: Final = 0x696E7374
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 def read_recording(path: Path) -> RecordedSequences:
@@ -130,18 +130,18 @@ def _frames(
     path: Path, database: sqlite3.Connection, features: int, outputs: int, failed: set[int], first: int
 ) -> tuple[npt.NDArray[Any], ...]:
     """The frames of batches from the position `first` on, by stream, seq, time, x, y, and whether they have one."""
-    rows = _rows(path, database, "batches", "position, time_ns, bucket, size, streams, seqs, x")
+    rows = _rows(path, database, "batches", "position, time_ns, size, streams, seqs, x")
     rows = [row for row in rows if row[0] not in failed and row[0] >= first]
     if not rows:
         raise BadFile(f"{path} holds no frames")
     answers = {batch: y for _, _, batch, y in _rows(path, database, "outputs", "position, time_ns, batch, y")}
-    sizes = np.array([row[3] for row in rows])
+    sizes = np.array([row[2] for row in rows])
     nothing = np.full((int(sizes.max()), outputs), np.nan, "<f4").tobytes()
-    streams = np.frombuffer(b"".join(row[4] for row in rows), "<u4").astype(np.int64)
-    seqs = np.frombuffer(b"".join(row[5] for row in rows), "<u8").astype(np.int64)
+    streams = np.frombuffer(b"".join(row[3] for row in rows), "<u4").astype(np.int64)
+    seqs = np.frombuffer(b"".join(row[4] for row in rows), "<u8").astype(np.int64)
     times_ns = np.repeat(np.array([row[1] for row in rows], np.int64), sizes)
-    x = np.frombuffer(b"".join(row[6] for row in rows), "<f4").reshape(-1, features)
-    y = np.frombuffer(b"".join(answers.get(row[0], nothing[: 4 * row[3] * outputs]) for row in rows), "<f4")
+    x = np.frombuffer(b"".join(row[5] for row in rows), "<f4").reshape(-1, features)
+    y = np.frombuffer(b"".join(answers.get(row[0], nothing[: 4 * row[2] * outputs]) for row in rows), "<f4")
     answered = np.repeat(np.array([row[0] in answers for row in rows]), sizes)
     if not len(streams) == len(seqs) == len(times_ns) == len(x) == len(y) / outputs:
         raise BadFile(f"{path} is damaged: the columns of a batch differ in length")

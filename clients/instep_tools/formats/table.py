@@ -44,7 +44,7 @@ class TableHeader:
     timed: bool = True
     """Whether rows have a time."""
     about: Mapping[str, str] = field(default_factory=dict)
-    """The model's name, its fingerprint, exactness, and versions of the software."""
+    """The model's name, its fingerprint, the arithmetic, and the version of instep."""
     spec: StateSpec | None = None
     """The layout of the states."""
     states: Sequence[StartState] = ()
@@ -82,13 +82,10 @@ class TableHeader:
         return cls(inputs, outputs, True, about, spec, states)
 
 
-def about_model(
-    model: str, fingerprint: str, exactness: str, instep: str | None = None, torch: str | None = None
-) -> dict[str, str]:
+def about_model(model: str, fingerprint: str, arithmetic: str, instep: str | None = None) -> dict[str, str]:
     """The entries of `TableHeader.about`; the version of instep is this one's where it is not given."""
-    values = {"model": model, "fingerprint": fingerprint, "exactness": exactness}
-    values["version"] = version("instep") if instep is None else instep
-    return values if torch is None else {**values, "torch": torch}
+    values = {"model": model, "fingerprint": fingerprint, "arithmetic": arithmetic}
+    return {**values, "version": version("instep") if instep is None else instep}
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState
         input_columns(info.features),
         output_columns(info, info.outputs),
         timed,
-        about_model(info.model, info.fingerprint, info.exactness),
+        about_model(info.model, info.fingerprint, info.arithmetic),
         info.state,
         states,
     )

@@ -42,6 +42,7 @@ def load_page(
         "fingerprint": info.fingerprint,
         "device": info.device,
         "exactness": info.exactness,
+        "arithmetic": info.arithmetic,
         "durability": info.durability,
     }
     search = f"the most streams at {plan.rate_hz:g} Hz within {plan.slo_ms or 0:g} ms at the 99th percentile"

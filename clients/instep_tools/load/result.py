@@ -205,5 +205,5 @@ def search_as_json(
 
 def server_as_json(info: ServerInfo) -> dict[str, Any]:
     """What was measured."""
-    names = ("model", "fingerprint", "features", "outputs", "device", "exactness")
+    names = ("model", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic")
     return {name: getattr(info, name) for name in names}

@@ -19,7 +19,7 @@ from instep_tools.top.full_screen import FullScreen
 from instep_tools.top.http_source import HttpSource
 from instep_tools.top.screen import Picture, draw
 from instep_tools.top.snapshot import Snapshot, SnapshotRates, Source, StreamQuery, as_json, rates_between
-from instep_tools.top.view import View
+from instep_tools.top.view import ScreenView
 from instep_tools.top.zmq_source import LEAST_APART_S, ZmqSource
 
 HISTORY: Final = 600
@@ -85,7 +85,7 @@ class _Watch:
     def __init__(self, source: Source, what: Top) -> None:
         self._source = source
         self._what = what
-        self._view = View(StreamQuery(model=what.model))
+        self._view = ScreenView(StreamQuery(model=what.model))
         self._base: Snapshot | None = None
         """Where the rates begin."""
         self._now: Snapshot | None = None

@@ -160,9 +160,8 @@ def _snapshot(
         query=query,
         models=[_totals(each["name"], each["numbers"]) for each in stats["models"]],
         model=ObservedModel(
-            **_some(model, "name", "fingerprint", "features", "outputs", "device", "exactness"),
+            **_some(model, "name", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic"),
             **_some(model, "max_streams", "durability"),
-            buckets=tuple(model["buckets"]),
             numbers=Numbers(
                 {name: math.nan if value is None else float(value) for name, value in model["numbers"].items()}
             ),

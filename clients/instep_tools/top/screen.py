@@ -14,7 +14,7 @@ from rich.text import Text
 from instep_client.protocol.codes import Code
 from instep_tools.top.snapshot import Numbers, ObservedModel, Snapshot, SnapshotRates
 from instep_tools.top.text import amount, fitted, percent, period, plain, scaled, short, sparkline
-from instep_tools.top.view import KEYS, View
+from instep_tools.top.view import KEYS, ScreenView
 from instep_tools.words import counted, three_digits
 
 _LABEL: Final = 11
@@ -35,7 +35,7 @@ class Picture:
     """Everything that is drawn."""
 
     endpoint: str
-    view: View
+    view: ScreenView
     now: Snapshot | None = None
     rates: SnapshotRates | None = None
     history: Sequence[float] = ()
@@ -104,10 +104,10 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     about = f", {model.features} to {model.outputs} on {model.device}, {model.exactness}"
     name = plain(model.name)
     lines = [_line("model", fitted(name, min(cell_len(name), width - _LABEL - len(about))), about)]
-    fill, is_answering = _measured(numbers, "batch_fill"), _recent(numbers, "latency_us_p50") > 0
+    is_answering = _recent(numbers, "latency_us_p50") > 0
     rows = (
         ("frames/s", per_s.get("frames_total", math.nan), ""),
-        ("batches/s", per_s.get("batches_total", math.nan), f"{percent(fill)} full"),
+        ("batches/s", per_s.get("batches_total", math.nan), ""),
         ("batch size", _measured(numbers, "batch_size_mean"), f"{short(numbers['frames_pending'])} pending"),
     )
     left = [f"{label:<{_LABEL}}{short(number):>8}{beside:>{_LEFT - _LABEL - 8}}" for label, number, beside in rows]

@@ -79,8 +79,8 @@ class ObservedModel:
     outputs: int
     device: str
     exactness: str
-    """`exact`, `tolerance` or `off`."""
-    buckets: tuple[int, ...]
+    """`exact` or `tolerance`."""
+    arithmetic: str
     max_streams: int
     durability: str
     numbers: Numbers

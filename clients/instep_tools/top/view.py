@@ -26,7 +26,7 @@ _OTHER_KEYS: Final = re.compile(r"\x1b[\[O][\d;]*[^\d;]")
 """Sequences that arrows and other keys without a meaning here send."""
 
 
-class View:
+class ScreenView:
     """Everything that keys change."""
 
     def __init__(self, query: StreamQuery) -> None:

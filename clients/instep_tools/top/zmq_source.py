@@ -66,7 +66,6 @@ class ZmqSource:
             self._selected_for, self._selected = query, select(self._streams, query)
         info, (streams, matched) = client.info, self._selected
         newest = {info.model: int(numbers["frames_total"])} if "frames_total" in numbers else {}  # the list's is older
-        is_withdrawn = info.exactness == "exact" and numbers["exact"] == 0
         return Snapshot(
             time_s=now,
             query=query,
@@ -80,8 +79,8 @@ class ZmqSource:
                 features=info.features,
                 outputs=info.outputs,
                 device=info.device,
-                exactness="tolerance" if is_withdrawn else info.exactness,
-                buckets=info.buckets,
+                exactness=info.exactness,
+                arithmetic=info.arithmetic,
                 max_streams=info.max_streams,
                 durability=info.durability,
                 numbers=numbers,

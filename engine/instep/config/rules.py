@@ -42,12 +42,6 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
         if config.recording.file is None and getattr(getattr(config, section), key):
             suggestion = f"name a recording.file (--record FILE), or {undo}"
             yield Contradiction((path, "recording.file"), f"{why}, and nothing is recorded", suggestion)
-    if config.verify.live and config.engine.exactness == "off":
-        yield Contradiction(
-            ("verify.live", "engine.exactness"),
-            "live verification compares frames with what certification promises of them, and engine.exactness is off",
-            "set engine.exactness to prefer or require, or set this to false",
-        )
     model = config.model
     if model.shadow is not None and not isinstance(model.shadow, dict) and len(model.folders) > 1:
         yield Contradiction(

@@ -120,8 +120,6 @@ class EngineConfig(Section):
 
     device: Annotated[str, AfterValidator(_checked_device)] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    exactness: Literal["require", "prefer", "off"] = "prefer"
-    recheck_every: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1000
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
     steps_in: Literal["auto", "process", "thread", "inline"] = "auto"

@@ -11,7 +11,6 @@ from instep.core.typing import I32, I64
 
 _PARTS: Final = 8  # entries for each doubling
 ENTRIES: Final = _PARTS * 61
-FILL_PARTS: Final = 1024
 
 
 @inlined
@@ -37,23 +36,18 @@ def add_to(histogram: I64, value: int, times: int) -> None:
 
 
 @kernel
-def add_steps(
-    compute_us: I64, batch_size: I64, batch_fill: I64, streams: int, bucket: int, step_ns: int, steps: int
-) -> None:
+def add_steps(compute_us: I64, batch_size: I64, streams: int, step_ns: int, steps: int) -> None:
     """Count steps of one run in their histograms.
 
     Args:
         compute_us: of what a step took.
         batch_size: of the streams of a batch, less one: so a batch of 2^k streams is the largest of its entry.
-        batch_fill: of the 1024ths of a padded batch that are streams, rounded up, and less one for the same reason.
         streams: of each batch.
-        bucket: streams and padding of each batch.
         step_ns: what each step took.
         steps: how many.
     """
     _add(compute_us, step_ns // 1000, steps)
     _add(batch_size, streams - 1, steps)
-    _add(batch_fill, -(-FILL_PARTS * streams // bucket) - 1, steps)
 
 
 @kernel

@@ -71,7 +71,7 @@ def check_resume(
     codes[claimed < oldest] = Code.OUTPUTS_GONE
     if not take_over:
         codes[holds_more] = Code.DATA_LOSS
-        codes[~is_owner] = np.where(table.renumbered[slots], Code.NUMERICS_CHANGED, Code.FENCED)[~is_owner]
+        codes[~is_owner] = Code.FENCED
     for index in np.flatnonzero(~is_there).tolist():
         codes[index] = Code.EXPIRED if names[index] in expired else Code.UNKNOWN_STREAM
     good = codes == 0

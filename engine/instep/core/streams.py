@@ -37,7 +37,6 @@ class StreamTable:
         self.unanswered: I32 = streams["unanswered"]
         self.closing: Bool = streams["closing"].view(np.bool_)
         self.lost: Bool = streams["lost"].view(np.bool_)
-        self.renumbered: Bool = streams["renumbered"].view(np.bool_)
         self.last_active_ns: I64 = streams["last_active_ns"]
         self.epoch: U64 = np.zeros(rows, np.uint64)
         self.former_epoch: U64 = np.zeros(rows, np.uint64)
@@ -115,7 +114,7 @@ class StreamTable:
         for column in (self.first_seq, self.next_seq, self.step_seq, self.acked):
             column[granted] = first
         self.unanswered[granted] = 0
-        for flag in (self.closing, self.lost, self.renumbered):
+        for flag in (self.closing, self.lost):
             flag[granted] = False
         self.last_active_ns[granted] = now_ns
         self._first_generation[granted] = self.slots.generations(granted)
@@ -153,7 +152,6 @@ class StreamTable:
         self._move(slots, owner)
         self._new_epochs(slots, former_epochs)
         self.granted_to[slots] = arrival
-        self.renumbered[slots] = False
         self.last_active_ns[slots] = now_ns
 
     def park(self, slots: I64, now_ns: int) -> None:

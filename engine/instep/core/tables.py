@@ -44,8 +44,7 @@ STREAM: Final = np.dtype(
         ("queued", "u1"),  # it is in a ready queue
         ("closing", "u1"),
         ("lost", "u1"),  # its state can no longer be trusted; it is closing
-        ("renumbered", "u1"),  # a restart with other numerics took it from its owner
-        ("reserved", "u1"),
+        ("reserved", "<u2"),
     ]
 )
 
@@ -240,10 +239,3 @@ def rows_of(tables: Tables, slots: I64, seqs: I64) -> I64:
     """
     rows: I64 = seqs % tables.counts[WINDOW] * tables.counts[STRIDE] + slots
     return rows
-
-
-def seqs_of(tables: Tables, slots: I64, rows: I64) -> I64:
-    """Seqs of frames that are being stepped, by slot and row of the frame buffer: int64 [N], [N] → [N]."""
-    first: I64 = tables.streams["step_seq"][slots]
-    seqs: I64 = first + (rows // tables.counts[STRIDE] - first) % tables.counts[WINDOW]
-    return seqs

@@ -1,6 +1,7 @@
 """`instep demo seed`: the first experiment, and the same once more over ZeroMQ.
 
-A GRU over whole sequences, then one timestep at a time with the state carried, then served: three tables, equal.
+A GRU over whole sequences, then one timestep at a time with the state carried, then served: three tables, equal. In
+instep's own arithmetic they are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import nn
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.show import say
 from instep.models.handover.save import save_model
+from instep.models.model import Model
+from instep.models.network import PortableNetwork
 from instep.models.numerics import prepare
-from instep.models.ulp import ulp_distance
-from instep_client import Client, InstepError, ServerInfo
+from instep.models.stepping import step_frames
+from instep_client import Client, InstepError
 
 EQUAL: Final = 0
 DIFFERENT: Final = 1
@@ -70,18 +73,22 @@ class ThreeOutputs:
         return shown[0] == shown[1] == shown[2]
 
     @property
-    def most_ulp(self) -> int:
-        """How far values of the first two are from those served, at most; 0 exactly where all bits are equal."""
-        served = self.served.numpy()
-        return max(int(ulp_distance(each.numpy(), served).max()) for each in (self.whole, self.stepped))
+    def equal_bits(self) -> bool:
+        """Whether they are the same bits."""
+        whole, stepped, served = (each.numpy().tobytes() for each in (self.whole, self.stepped, self.served))
+        return whole == stepped == served
+
+    @property
+    def distance(self) -> float:
+        """How far values of the first two are from those served, at most."""
+        return max(float((each - self.served).abs().max()) for each in (self.whole, self.stepped))
 
 
 def run(console: Console) -> int:
     """Show the three tables, and whether they are equal.
 
     Returns:
-        `EQUAL` when they are equal as printed and, where the engine certified that they are, bit for bit; else
-        `DIFFERENT`.
+        `EQUAL` when they are equal as printed and, in instep's arithmetic, bit for bit; else `DIFFERENT`.
     """
     prepare(threads=1)
     gru = SimpleGRU(INPUT_SIZE, NUM_HIDDENS).eval()
@@ -96,17 +103,14 @@ def run(console: Console) -> int:
     _say_timesteps(console, stepped)
     say(console, "\nServed over ZeroMQ, one frame at a time, the state kept by the engine", "bold")
     try:
-        served, info = _serve(gru, x)
+        model, served = _serve(gru, x)
     except (ChildFailed, InstepError) as error:
         say(console, str(error), "bold red")
         return DIFFERENT
     _say_timesteps(console, served)
-    # torch computes a batch of 2 with other kernels than the batches that the engine certifies.
-    rows = next(bucket for bucket in info.buckets if bucket >= BATCH_SIZE)
-    batch = x.repeat(-(-rows // BATCH_SIZE), 1, 1)[:rows]
-    whole_rows, stepped_rows = (way(gru, batch)[:, :BATCH_SIZE] for way in (whole_sequence, one_timestep_at_a_time))
-    tables = ThreeOutputs(whole, stepped, served), ThreeOutputs(whole_rows, stepped_rows, served)
-    equal, sentence = verdict(*tables, rows, info.exactness)
+    equal, sentence = verdict(
+        ThreeOutputs(whole, stepped, served), ThreeOutputs(*in_own_arithmetic(PortableNetwork(model), x), served)
+    )
     say(console, "\nwhole sequence, one timestep at a time, served:")
     say(console, sentence, "bold green" if equal else "bold red")
     return EQUAL if equal else DIFFERENT
@@ -130,35 +134,35 @@ def one_timestep_at_a_time(gru: SimpleGRU, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def _serve(gru: SimpleGRU, x: torch.Tensor) -> tuple[torch.Tensor, ServerInfo]:
-    """The same from an engine: a stream for each row of the batch, a message for each timestep."""
+def in_own_arithmetic(network: PortableNetwork, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in `portable-1`: whole sequences by the definition, and one timestep at a time by the compiled step."""
+    frames, states = x.transpose(0, 1).contiguous().numpy(), network.state.initial(len(x))
+    timesteps, rows, _ = frames.shape
+    whole, _ = network.definition().run(frames, network.state.unpack(states), np.full(timesteps, rows))
+    stepped, _ = step_frames(network, frames, states)
+    return torch.from_numpy(whole), torch.from_numpy(stepped)
+
+
+def _serve(gru: SimpleGRU, x: torch.Tensor) -> tuple[Model, torch.Tensor]:
+    """The model, and the same from an engine that serves it: a stream for each row, a message for each timestep."""
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), gru.rnn, name="seed")
-        with ChildServer(Path(folder)) as server, Client(server.endpoint, "seed") as client:
+        model = save_model(Path(folder), gru.rnn, name="seed")
+        with ChildServer(Path(folder), ["--device", "cpu"]) as server, Client(server.endpoint, "seed") as client:
             streams = client.open_group([f"row-{row}" for row in range(len(x))])
             outputs = [streams.step(frames) for frames in x.transpose(0, 1).numpy()]
             streams.close()
-            return torch.from_numpy(np.stack(outputs)), client.info
+            return model, torch.from_numpy(np.stack(outputs))
 
 
-def verdict(printed: ThreeOutputs, certified: ThreeOutputs, rows: int, exactness: str) -> tuple[bool, str]:
+def verdict(printed: ThreeOutputs, own: ThreeOutputs) -> tuple[bool, str]:
     """Whether the tables are as equal as they should be, and a sentence.
 
-    `printed` is as the experiment computes them, `certified` computed in `rows` rows, a batch size that the engine
-    certified; `exactness` is what it certified.
+    The first two of `printed` were computed by torch, those of `own` in `portable-1`.
     """
     as_printed = "equal to 4 decimals, as printed" if printed.equal_as_printed else "NOT equal to 4 decimals"
-    two_rows = f"the experiment's own {BATCH_SIZE} rows: " + _distance(printed)
-    if exactness != "exact":
-        return printed.equal_as_printed, f"{as_printed};\nthe engine certified no equal bits here;\n{two_rows}"
-    as_certified = f"in {rows} rows, as certified: {_distance(certified)}"
-    return printed.equal_as_printed and certified.most_ulp == 0, f"{as_printed};\n{as_certified};\n{two_rows}"
-
-
-def _distance(tables: ThreeOutputs) -> str:
-    if tables.most_ulp == 0:
-        return "equal bit for bit"
-    return f"up to {tables.most_ulp:,} ULP apart"
+    bits = "equal bit for bit" if own.equal_bits else f"NOT equal bit for bit, up to {own.distance:.1e} apart"
+    sentence = f"{as_printed};\nin portable-1: {bits};\ntorch's nn.GRU is up to {printed.distance:.1e} away from it"
+    return printed.equal_as_printed and own.equal_bits, sentence
 
 
 def _say_timesteps(console: Console, outputs: torch.Tensor) -> None:

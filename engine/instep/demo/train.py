@@ -26,6 +26,7 @@ from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.registry import build
+from instep.models.stepping import step_frames
 
 DATA: Final = Path(__file__).parent / "data"
 FEATURES: Final = 12
@@ -108,13 +109,8 @@ def accuracy(model: Model, utterances: Utterances) -> Accuracy:
     network = build(model, torch.device("cpu"))
     x, lengths = _padded(utterances)
     frames, count, _ = x.shape
-    rows = -(-count // network.row_multiple) * network.row_multiple
-    padded = np.zeros((frames, rows, FEATURES), np.float32)
-    padded[:, :count] = x.numpy()
-    whole = network.sequence(padded, network.state.initial(rows))
-    assert whole is not None, "a GRU has a call for whole sequences"
-    decided = torch.from_numpy(whole[0][:, :count].argmax(2))
-    right = decided == torch.from_numpy(utterances.speakers)
+    y, _ = step_frames(network, x.numpy(), network.state.initial(count))
+    right = torch.from_numpy(y.argmax(2)) == torch.from_numpy(utterances.speakers)
     spoken = torch.arange(frames)[:, None] < lengths
     return Accuracy(
         last_frame=right[lengths - 1, torch.arange(count)].double().mean().item(),

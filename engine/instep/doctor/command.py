@@ -30,7 +30,7 @@ def doctor(
     Args:
         file: the configuration.
         overrides: settings, by `section.key`.
-        demo: the model that is certified where no other is named.
+        demo: the model that is examined where no other is named.
         as_json: one JSON object instead of text.
         write: takes the lines of the result.
         progress: takes a sentence when something takes longer than two seconds.
@@ -71,7 +71,7 @@ def doctor(
     if wanted is not None:
         with step("asking who answers at the endpoints"):
             is_served = examine_endpoints(findings, wanted)
-        with step("certifying the model, and reading its recording where there is one"):
+        with step("compiling the model, and reading its recording where there is one"):
             examine_models(findings, wanted, demo, memory, is_served)
     if as_json:
         write(json.dumps(findings.as_json(), indent=2))

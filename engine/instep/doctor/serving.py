@@ -1,4 +1,4 @@
-"""Facts about the server that would start: configuration, certified models, endpoint."""
+"""Facts about the server that would start: configuration, models, endpoint."""
 
 from __future__ import annotations
 
@@ -58,15 +58,14 @@ def _warn_of_variables(findings: Findings, config: Config) -> None:
 
 
 _CURES: Final = {
-    "not exact": "docs/exactness.md says why; engine.exactness prefer serves within that distance, require refuses to",
-    "smaller batches": "lower engine.max_batch_size to that, or accept it: larger batches are split",
+    "not exact": "engine.device cpu serves with the same bits in every batch and on every processor: docs/exactness.md",
     "recording lost its end": "instep recordings repair FILE writes everything before the damage to a new file",
 }
 """By the event that a start would log, for those that do not say themselves what is next."""
 
 
 def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes: int, is_served: bool) -> None:
-    """Load and certify the models, and look through what of their recordings a start reads.
+    """Load and compile the models, and look through what of their recordings a start reads.
 
     Args:
         findings: where the results go.
@@ -106,16 +105,14 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
 
 def _model(findings: Findings, prepared: Prepared, is_named: bool) -> None:
     section = findings.section(f"model {prepared.model.name}")
-    network, certification = prepared.network, prepared.certification
+    network = prepared.network
     section.note("folder", str(prepared.model_path), f"{prepared.model_path}{'' if is_named else ' (none was named)'}")
     section.note("fingerprint", prepared.model.fingerprint, prepared.model.fingerprint[:12])
     section.note("kind", network.description.kind)
     section.note("sizes", [network.description.features, network.description.outputs])
     section.note("device", str(prepared.device))
-    section.note("step", network.kernel)
-    section.note("exactness", certification.exactness)
-    section.note("max_ulp", certification.max_ulp)
-    section.note("buckets", list(certification.buckets), ", ".join(map(str, certification.buckets)))
+    section.note("exactness", prepared.exactness)
+    section.note("arithmetic", prepared.arithmetic)
 
 
 def _collecting(findings: Findings) -> structlog.stdlib.BoundLogger:

@@ -1,4 +1,4 @@
-"""The software: versions, how torch was built, threads, GPUs."""
+"""The software: versions, switches of libraries, GPUs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 
 from instep.config import Config
 from instep.doctor.findings import Findings
+from instep.models.network import IN_WORDS
+from instep.models.portable.form import ARITHMETIC
+from instep.models.portable.machine import host
 from instep.runtime.executor import usable_cores
 from instep_tools.machine import machine
 
 _OTHERS: Final = ("numba", "pydantic", "starlette", "uvicorn", "onnxruntime", "uvloop")
 """Besides those of `instep_tools.machine`."""
-_SWITCHES: Final = ("MKL_CBWR", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_DISABLE_JIT", "LD_PRELOAD")
+_SWITCHES: Final = ("OMP_NUM_THREADS", "NUMBA_DISABLE_JIT", "LD_PRELOAD")
 
 
 def examine_software(findings: Findings, config: Config) -> None:
@@ -33,29 +36,19 @@ def examine_software(findings: Findings, config: Config) -> None:
             section.note(name, None, "not installed")
     _old_versions(findings)
 
-    section = findings.section("numerics")
-    build = dict(
-        re.findall(r"\b(BLAS_INFO|CPU capability usage|USE_MKLDNN|USE_OPENMP)[=:] ?(\w+)", torch.__config__.show())
-    )
-    section.note("torch_build", build, ", ".join(f"{name} {value}" for name, value in build.items()))
-    section.note("cpu_capability", torch.backends.cpu.get_cpu_capability())
-    section.note("mkl", torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
-    section.note("threads_of_torch", torch.get_num_threads())
+    section = findings.section("arithmetic")
+    section.note("arithmetic", ARITHMETIC, IN_WORDS)
+    section.note("fma", host().has_fma, "yes" if host().has_fma else "no")
     section.note("engine.threads", config.engine.threads)
     switches = {name: os.environ[name] for name in _SWITCHES if os.environ.get(name)}
     section.note(
         "environment", switches, ", ".join(f"{name}={value}" for name, value in switches.items()) or "nothing set"
     )
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
-        findings.warn(
-            "torch uses no vector instructions of this processor: steps are several times as slow",
-            "run on a processor with AVX2, or pass its features through to the virtual machine (-cpu host)",
-        )
     if config.engine.threads > usable_cores():
         findings.warn(
-            f"engine.threads is {config.engine.threads}, and {usable_cores()} cores may be used: the threads of a step "
-            "wait for each other",
-            "lower engine.threads; 1 is fastest for hidden sizes up to several hundred",
+            f"engine.threads is {config.engine.threads}, and {usable_cores()} cores may be used: the threads of "
+            "PyTorch wait for each other",
+            "lower engine.threads",
         )
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         findings.warn(

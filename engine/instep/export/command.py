@@ -183,7 +183,7 @@ def _header(reader: RecordingReader, table: FrameTable) -> TableHeader:
         for reset in reader.resets()
         if reset.stream in chosen
     ]
-    about = about_model(of.model_name, of.model_fingerprint, of.exactness, of.instep_version, of.numerics.get("torch"))
+    about = about_model(of.model_name, of.model_fingerprint, of.arithmetic, of.instep_version)
     inputs, outputs = input_columns(table.features), output_columns(of, table.outputs)
     return TableHeader(inputs, outputs, about=about, spec=of.state_spec, states=states)
 

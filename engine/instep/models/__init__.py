@@ -1,8 +1,8 @@
-"""Models: the protocol that kinds of models implement, their folders and weights, and certification of batch sizes.
+"""Models: the protocol that kinds of models implement, their folders and weights, and how they are computed.
 
 `save_model`, `export_step` and `load_model` are there for users; everything else is imported from the modules. `base`,
-`registry`, `errors`, `ulp` and the descriptions need no torch, so that a command can check a configuration without the
-two seconds that importing torch takes; hence nothing is imported before it is asked for.
+`registry`, `errors` and the descriptions need no torch, so that a command can check a configuration without the two
+seconds that importing torch takes; hence nothing is imported before it is asked for.
 """
 
 from __future__ import annotations

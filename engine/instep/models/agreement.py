@@ -15,27 +15,11 @@ from instep.models.base import Floats, RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.numerics import one_thread
 from instep.models.stepping import step_frames
-from instep.models.ulp import ulp_distance
 
 FACTOR: Final = 16
 FLOOR: Final = 8 * 2.0**-23
 """A float32 result may be off by this many times what the reference loses in float32, and this part of the largest."""
 _FARTHEST: Final = float(np.finfo(np.float64).max)
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """The largest differences between the outputs of two ways of computing them."""
-
-    error: float
-    """The largest float64 where only one of two values is finite."""
-    ulp: int
-    """In units in the last place."""
-
-    @classmethod
-    def between(cls, one: F32, other: F32) -> Distance:
-        """Of two arrays of one shape."""
-        return cls(_error(one, other), int(ulp_distance(one, other).max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +41,8 @@ class Arrangement:
 class Agreement:
     """A module's outputs compared with those of the served network."""
 
-    whole: Distance
-    """From the network's outputs for whole sequences; where it has no call for them, as `stepped`."""
-    has_call: bool
-    """Whether the network has such a call."""
-    stepped: Distance
-    """From those for one frame at a time."""
+    error: float
+    """The largest difference from the network's outputs for one frame at a time."""
     tolerance: float
     """The largest error that rounding in float32 explains."""
     rows_axis: int
@@ -75,7 +55,7 @@ class Agreement:
     @property
     def agrees(self) -> bool:
         """Whether rounding explains all differences."""
-        return max(self.whole.error, self.stepped.error) <= self.tolerance
+        return self.error <= self.tolerance
 
 
 @one_thread()
@@ -97,14 +77,11 @@ def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     if not attempts:
         return None
     best = min(attempts, key=lambda each: each.error)
-    frames, whole, arrangement = best.frames, best.whole, best.arrangement
-    stepped = stepped_outputs(network, frames) if best.has_call else whole
-    arranged = arrangement.apply(y, *whole.shape[1:])
+    frames, stepped, arrangement = best.frames, best.stepped, best.arrangement
+    arranged = arrangement.apply(y, *stepped.shape[1:])
     return Agreement(
-        whole=Distance.between(arranged, whole[-arrangement.steps :]),
-        has_call=best.has_call,
-        stepped=Distance.between(arranged, stepped[-arrangement.steps :]),
-        tolerance=rounding_tolerance(network, frames, whole),
+        error=distance(arranged, stepped[-arrangement.steps :]),
+        tolerance=rounding_tolerance(network, frames, stepped),
         rows_axis=best.order[1] - (3 - x.ndim),
         steps_axis=best.order[0] - (3 - x.ndim),
         arrangement=arrangement,
@@ -142,27 +119,26 @@ class _Attempt:
 
     order: Sequence[int]
     frames: F32
-    whole: F32
+    stepped: F32
     """The network's outputs for these frames."""
-    has_call: bool
     arrangement: Arrangement
     error: float
 
 
 def _attempts(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Iterator[_Attempt]:
     frames = np.ascontiguousarray(_in_three_axes(x).transpose(order))
-    sequence = network.sequence(frames, network.state.initial(frames.shape[1]))
-    whole = stepped_outputs(network, frames) if sequence is None else sequence[0]
-    steps, rows, outputs = whole.shape
+    stepped = stepped_outputs(network, frames)
+    steps, rows, outputs = stepped.shape
     for count in sorted({1, steps}):
         if y.size == count * rows * outputs:
             for each in permutations(range(3)):
                 arrangement = Arrangement(count, each)
-                error = _error(arrangement.apply(y, rows, outputs), whole[-count:])
-                yield _Attempt(order, frames, whole, sequence is not None, arrangement, error)
+                error = distance(arrangement.apply(y, rows, outputs), stepped[-count:])
+                yield _Attempt(order, frames, stepped, arrangement, error)
 
 
-def _error(one: F32, other: F32) -> float:
+def distance(one: F32, other: F32) -> float:
+    """The largest difference; the largest float64 where only one of two values is finite."""
     with np.errstate(invalid="ignore"):
         error = np.abs(one.astype(np.float64) - other)
     error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
@@ -171,12 +147,7 @@ def _error(one: F32, other: F32) -> float:
 
 def stepped_outputs(network: RecurrentModel, frames: F32) -> F32:
     """Outputs [T, R, outputs] for frames [T, R, features], one step for each frame."""
-    steps, rows, features = frames.shape
-    bucket = -(-rows // network.row_multiple) * network.row_multiple
-    padded = np.zeros((steps, bucket, features), np.float32)
-    padded[:, :rows] = frames
-    state, outputs = network.state.initial(bucket), network.description.outputs
-    return step_frames(network.bind(bucket), network.state, padded, state, outputs)[0][:, :rows]
+    return step_frames(network, frames, network.state.initial(frames.shape[1]))[0]
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:

@@ -1,12 +1,12 @@
 """The interface of a kind of model: a state specification, a step over a batch, and ways to check it.
 
-A kind is one folder or file and one line in `registry`. Everything else (state store, stepper, certification,
-recording, verifier) works through these protocols and knows no kind.
+A kind is one folder or file and one line in `registry`. Everything else (state store, stepper, recording, verifier)
+works through these protocols and knows no kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -79,32 +79,6 @@ class Description(Protocol):
         """As plain JSON values, always with `kind`; the registry reads it back with or without defaults."""
 
 
-class BoundStep(Protocol):
-    """The step of one batch size, on buffers that stay where they are. One thread at a time may use it.
-
-    Fill `x` and `state`, call `run`, read `y` and `new_state`; they are valid until the next `run`.
-    """
-
-    @property
-    def x(self) -> torch.Tensor:
-        """Frames, float32 [rows, at least features]; columns beyond `features` stay zero."""
-
-    @property
-    def state(self) -> Mapping[str, torch.Tensor]:
-        """By leaf, [rows, *shape], before the frame: views that need not be contiguous."""
-
-    @property
-    def y(self) -> torch.Tensor:
-        """Outputs, float32 [rows, at least outputs]; columns beyond `outputs` mean nothing."""
-
-    @property
-    def new_state(self) -> Mapping[str, torch.Tensor]:
-        """As `state`, after the frame; the very tensors of `state` where the step works in place."""
-
-    def run(self) -> None:
-        """Step every row. On a GPU it only enqueues, so that it can be captured in a graph."""
-
-
 class Reference(Protocol):
     """The network computed in another way than by its step."""
 
@@ -126,10 +100,7 @@ class Reference(Protocol):
 
 
 class RecurrentModel(Protocol):
-    """A model on a device, for inference only; it holds no stream's state. Any thread may use it.
-
-    Call it under `torch.inference_mode()` for speed; it builds no graph without it either.
-    """
+    """A model on a device, for inference only; it holds no stream's state. Any thread may use it."""
 
     @property
     def description(self) -> Description:
@@ -145,46 +116,36 @@ class RecurrentModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where it steps."""
 
     @property
-    def row_multiple(self) -> int:
-        """Batch sizes are a multiple of it: 1 where certification may try every size."""
+    def arithmetic(self) -> str:
+        """`portable-1`, with the same bits in every batch and on every processor, or `torch` without that promise."""
 
-    @property
-    def multiply_adds(self) -> int:
-        """Of one row in one step, about: certification bounds its work by it."""
+    def step(self, x: F32, states: U8) -> tuple[F32, U8]:
+        """Step any number of rows.
 
-    @property
-    def least_probes(self) -> int:
-        """Rows that certification steps in every batch size at least, however long that takes."""
+        Args:
+            x: frames, float32 [R, features].
+            states: uint8 [R, row_bytes]; not changed.
 
-    @property
-    def kernel(self) -> str:
-        """A word for how it steps, for logs and for what bits depend on."""
-
-    def select_step(self, buckets: Sequence[int], rows: int) -> None:
-        """Choose the quickest way to step that gives the bits of the plain one in all these buckets.
-
-        Certification calls it once, before anything is bound; `rows` is how many frames to compare per bucket.
+        Returns:
+            Outputs, float32 [R, outputs], and the states after the frames.
         """
 
-    def select_quickest(self) -> None:
-        """Choose the quickest way to step, whatever its bits: for engines without exactness."""
-
-    def bind(self, rows: int) -> BoundStep:
-        """The step of a batch of `rows`, on buffers of its own."""
-
-    def sequence(self, x: F32, state: U8) -> tuple[F32, U8] | None:
-        """T frames of every row in one call: outputs [T, R, outputs] and rows of states after them.
+    def sequence(self, x: F32, states: U8) -> tuple[F32, U8] | None:
+        """T frames of every row, computed by the user's kind of module in torch: the same within rounding.
 
         Args:
             x: float32 [T, R, features].
-            state: rows of bytes [R, row_bytes]; not changed.
+            states: uint8 [R, row_bytes]; not changed.
 
         Returns:
-            None where the network has no such call; then a sequence is a scan over steps.
+            Outputs [T, R, outputs] and the states after them; None where there is no such module.
         """
+
+    def definition(self) -> Reference | None:
+        """The arithmetic as a second program, in float32 with the bits of the step; None without a promise of bits."""
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
         """The reference in float64, or in float32 to measure what rounding alone does; None without one."""

@@ -17,11 +17,3 @@ def no_folder(folder: Path) -> tuple[str, str]:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or else its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def is_no_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so with a RuntimeError, and only its words tell it from others."""
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )

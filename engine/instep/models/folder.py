@@ -1,6 +1,6 @@
-"""A model on disk: a folder with `model.yaml` (the description, and a name) and `weights.safetensors` or a graph.
+"""A model on disk: a folder with `model.yaml` (the description, and a name) and `weights.safetensors`.
 
-The folder of a step module also holds `graph.json`, the description's graph.
+The folder of a step also holds `normal.json`, its normal form, and `graph.json` where it came from torch.
 
 `make_model` makes one from a description alone, `write_model` writes and `load_model` reads one.
 """
@@ -40,7 +40,7 @@ GRAPHS: Final = {
 """What to do with files of other kinds than weights, by their suffix."""
 
 
-_FILES: Final = (WEIGHTS_FILE, *(kind.graph_file for kind in KINDS.values() if kind.graph_file))
+_FILES: Final = (WEIGHTS_FILE, *(file for kind in KINDS.values() for file in kind.files))
 """Files that a model folder may hold next to `model.yaml`."""
 
 
@@ -96,9 +96,14 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(f"{path}: {'; '.join(loader.duplicates)}; keep one of them")
     for network in _networks(fields):
         kind = KINDS.get(str(network.get("kind")))
-        if kind is not None and kind.graph_is_field:
-            file = folder / kind.graph_file
-            network["graph"] = parsed_graph(graph_bytes(file, MAX_JSON_BYTES), str(file))
+        for name, key in kind.files.items() if kind is not None else ():
+            if key == "form" and key not in network:
+                raise ModelError(
+                    f"{path} names no normal form, by which a step is served: make the folder again with "
+                    "instep.models.export_step or `instep model import`"
+                )
+            if network.get(key) == name:
+                network[key] = parsed_graph(graph_bytes(folder / name, MAX_JSON_BYTES), str(folder / name))
     name, outputs = fields.pop("name", folder.resolve().name), fields.pop("outputs", ())
     try:
         description = parse_description(fields)
@@ -108,12 +113,9 @@ def load_model(folder: str | Path) -> Model:
     name = check_name(name, f"give one as name in {path}")
     check_regular(folder / WEIGHTS_FILE)
     weights = load_weights(folder / WEIGHTS_FILE, description) if description.tensor_shapes() else {}
-    kind = kind_of_network(description)
-    has_bytes = kind.graph_file and not kind.graph_is_field
-    graph = graph_bytes(folder / kind.graph_file) if has_bytes else b""
     if _written_ns(path) != written_ns:
         raise ModelError(f"{folder} was written while it was read: try again")
-    return Model(name, description, weights, output_names, graph)
+    return Model(name, description, weights, output_names)
 
 
 def load_version(folder: Path, features: int, outputs: int, other: str) -> Model:
@@ -235,17 +237,19 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
     """
     folder = Path(folder)
     fields = {"name": model.name} | model.description.as_json(defaults=False)
-    graphs = [network.pop("graph") for network in _networks(fields) if "graph" in network]
+    files = {}
+    for network in _networks(fields):
+        for name, key in kind_of_network(model.description).files.items():
+            if network.get(key) is not None:
+                files[name], network[key] = network[key], name
     if model.output_names:
         fields["outputs"] = list(model.output_names)
     kind = kind_of_network(model.description)
-    graph_name = kind.graph_file
     if not overwrite:
         check_free(folder, kind)
     try:
         contents = {WEIGHTS_FILE: weights_bytes(model.weights)} if model.weights else {}
-        if graph_name:
-            contents[graph_name] = graph_text(*graphs).encode() if graphs else model.graph
+        contents |= {name: graph_text(values).encode() for name, values in files.items()}
         contents[DESCRIPTION_FILE] = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).encode()
         _replace_files(folder, contents)
     except OSError as error:
@@ -287,7 +291,7 @@ def check_free(folder: Path, kind: ModelKind) -> None:
         ModelError: also when the folder cannot be looked at.
     """
     try:
-        if any((folder / file).exists() for file in (DESCRIPTION_FILE, kind.graph_file or WEIGHTS_FILE)):
+        if any((folder / file).exists() for file in (DESCRIPTION_FILE, *(kind.files or [WEIGHTS_FILE]))):
             raise ModelError(
                 f"{folder} holds a model already; choose another folder, or replace it with --overwrite "
                 "(overwrite=True in Python)"

@@ -23,18 +23,15 @@ class Model:
     """On the CPU, by the names of `Description.tensor_shapes`."""
     output_names: tuple[str, ...] = ()
     """One for each output, in order; empty where they have none."""
-    graph: bytes = b""
-    """The content of the kind's graph file; empty where it has none."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, hex, over the description, every tensor and the graph; names do not count."""
+        """sha256, hex, over the description and every tensor; names do not count."""
         text = json.dumps(self.description.as_json(), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode())
         for name in self.description.tensor_shapes():
             values = self.weights[name].numpy()
             digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-        digest.update(self.graph)
         return digest.hexdigest()
 
     @property
@@ -55,5 +52,5 @@ class Model:
 
     @property
     def size_in_words(self) -> str:
-        """`77,507 weights`, or for a graph `1,280,395 bytes`."""
-        return f"{len(self.graph):,} bytes" if self.graph else f"{self.weight_count:,} weights"
+        """`77,507 weights`."""
+        return f"{self.weight_count:,} weights"

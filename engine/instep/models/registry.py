@@ -1,30 +1,32 @@
-"""The kinds of models: a name, the class of their descriptions, and the function that puts one on a device.
+"""The kinds of models: a name, the class of their descriptions, and what can be made of a model of the kind.
 
 A description needs no torch, so that a command can check a configuration without the two seconds that importing torch
-takes; `build` imports it when it is called.
+takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from instep.models.base import Description, RecurrentModel
+from instep.models.base import Description, RecurrentModel, Reference
 from instep.models.errors import ModelError
 from instep.models.module.description import ModuleDescription
-from instep.models.onnx.description import OnnxDescription
 from instep.models.pipeline.description import PipelineDescription
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
+from instep.models.recurrent.description import RecurrentDescription
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from instep.models.model import Model
+    from instep.models.portable.form import Form
+    from instep.models.torch_network import Forward, TorchNetwork
 
 DEFAULT_KIND: Final = "gru"
 _MOST_CLAUSES: Final = 12
@@ -33,39 +35,97 @@ _MOST_CLAUSES: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:
-    """One kind of model."""
+    """One kind of model. All but the description is imported when it is asked for."""
 
     parse: Callable[[Mapping[str, Any]], Description]
     """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
-    build: Callable[[Model, torch.device], RecurrentModel]
-    """Puts a model on a device."""
-    graph_file: str = ""
-    """The file beside `model.yaml` that holds the network's graph; empty where there is none."""
+    normal_form: Callable[[Model], tuple[Form, Mapping[str, torch.Tensor]]]
+    """The form of a model, and tensors that it takes besides the model's weights."""
+    forward: Callable[[Model, torch.device], Forward | None]
+    """The model as a module of torch, if there is one."""
+    reference: Callable[[Model, type[np.floating[Any]]], Reference | None]
+    """See `RecurrentModel.reference`."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """JSON files beside `model.yaml`, with the fields of the description that they hold."""
 
-    @property
-    def graph_is_field(self) -> bool:
-        """Whether that file is JSON, the field `graph` of the description; otherwise its bytes are `Model.graph`."""
-        return self.graph_file.endswith(".json")
+
+def _recurrent(parse: Callable[[Mapping[str, Any]], Description]) -> ModelKind:
+    def normal_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
+        from instep.models.recurrent.normal import form_of
+
+        assert isinstance(model.description, RecurrentDescription)
+        return form_of(model.description), {}
+
+    def forward(model: Model, device: torch.device) -> Forward:
+        from instep.models.recurrent.module import RecurrentModule
+
+        return RecurrentModule(model, device)
+
+    def reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
+        from instep.models.recurrent.reference import RecurrentReference
+
+        weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+        return RecurrentReference(model.description.as_json(), weights, dtype)
+
+    return ModelKind(parse, normal_form, forward, reference)
 
 
-def _network(module: str, name: str) -> Callable[[Model, torch.device], RecurrentModel]:
-    """A class of `instep.models` that is imported when it is called."""
+def _step_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
+    assert isinstance(model.description, ModuleDescription)
+    return model.description.form, {}
 
-    def build(model: Model, device: torch.device) -> RecurrentModel:
-        network: RecurrentModel = getattr(import_module(f"instep.models.{module}"), name)(model, device)
-        return network
 
-    return build
+def _step_forward(model: Model, device: torch.device) -> Forward | None:
+    from instep.models.module.network import GraphModule
+
+    assert isinstance(model.description, ModuleDescription)
+    return None if model.description.graph_step is None else GraphModule(model, device)
+
+
+def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
+    from instep.models.module.network import GraphReference
+    from instep.models.network import DefinitionReference
+    from instep.models.portable.network import as_arrays
+
+    assert isinstance(model.description, ModuleDescription)
+    if model.description.graph_step is not None:
+        return GraphReference(model, dtype)
+    return DefinitionReference(model.description.form, as_arrays(model.weights), model.state, dtype)
+
+
+def _pipeline_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
+    from instep.models.pipeline.network import form_of
+
+    return form_of(model)
+
+
+def _pipeline_forward(model: Model, device: torch.device) -> Forward | None:
+    from instep.models.pipeline.network import PipelineModule, inside
+
+    network = torch_network(inside(model), device)
+    return None if network is None else PipelineModule(model, network)
+
+
+def _pipeline_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference | None:
+    from instep.models.pipeline.network import PipelineReference, inside
+
+    assert isinstance(model.description, PipelineDescription)
+    network = reference(inside(model), dtype)
+    if network is None or not all(step.has_reference for _, _, step, _ in model.description.steps()):
+        return None
+    return PipelineReference(model.description, network, dtype)
 
 
 KINDS: Final[dict[str, ModelKind]] = {
-    **{
-        kind: ModelKind(each.model_validate, _network("recurrent.network", "RecurrentNetwork"))
-        for kind, each in RECURRENT.items()
-    },
-    "module": ModelKind(ModuleDescription.model_validate, _network("module.network", "ModuleNetwork"), "graph.json"),
-    "pipeline": ModelKind(PipelineDescription.model_validate, _network("pipeline.network", "PipelineNetwork")),
-    "onnx": ModelKind(OnnxDescription.model_validate, _network("onnx.network", "OnnxNetwork"), "graph.onnx"),
+    **{kind: _recurrent(each.model_validate) for kind, each in RECURRENT.items()},
+    "module": ModelKind(
+        ModuleDescription.model_validate,
+        _step_form,
+        _step_forward,
+        _step_reference,
+        {"normal.json": "form", "graph.json": "graph"},
+    ),
+    "pipeline": ModelKind(PipelineDescription.model_validate, _pipeline_form, _pipeline_forward, _pipeline_reference),
 }
 
 
@@ -77,7 +137,9 @@ def parse_description(fields: Mapping[str, Any]) -> Description:
     """
     kind = fields.get("kind", DEFAULT_KIND)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ModelError(f"kind: there is no kind of model {kind!r:.80}; expected {', '.join(KINDS)}")
+        expected = f"expected {', '.join(KINDS)}"
+        cure = "import the graph again with `instep model import`" if kind == "onnx" else expected
+        raise ModelError(f"kind: there is no kind of model {kind!r:.80}; {cure}")
     try:
         return KINDS[kind].parse(fields)
     except ValidationError as error:
@@ -90,13 +152,38 @@ def kind_of_network(description: Description) -> ModelKind:
     return KINDS[network.kind]
 
 
-def build(model: Model, device: torch.device) -> RecurrentModel:
-    """The model on a device, ready to certify and to step; a kind may know only the CPU, and is there then.
+def normal_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
+    """The normal form of a model, and tensors that it takes besides the model's weights."""
+    return KINDS[model.description.kind].normal_form(model)
+
+
+def reference(model: Model, dtype: type[np.floating[Any]]) -> Reference | None:
+    """See `RecurrentModel.reference`."""
+    return KINDS[model.description.kind].reference(model, dtype)
+
+
+def torch_network(model: Model, device: torch.device) -> TorchNetwork | None:
+    """A model with torch's operators; None where it did not come from torch.
 
     Raises:
         ModelError: when a graph cannot be computed here.
     """
-    return KINDS[model.description.kind].build(model, device)
+    from instep.models.torch_network import TorchNetwork
+
+    forward = KINDS[model.description.kind].forward(model, device)
+    return None if forward is None else TorchNetwork(model, device, forward)
+
+
+def build(model: Model, device: torch.device) -> RecurrentModel:
+    """The model on a device, ready to step; one that did not come from torch is always on the CPU.
+
+    Raises:
+        ModelError: when it cannot be computed here.
+    """
+    from instep.models.network import PortableNetwork
+
+    network = torch_network(model, device) if device.type != "cpu" else None
+    return PortableNetwork(model) if network is None else network
 
 
 def sentences(error: ValidationError) -> str:

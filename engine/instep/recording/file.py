@@ -263,9 +263,9 @@ class RecordingFile(Closing):
         if application != APPLICATION_ID:
             raise RecordingError(f"{self.path} is not a recording: it is another kind of database, or empty")
         if version != FORMAT_VERSION:
+            advice = "record anew" if version < FORMAT_VERSION else "use the instep that wrote it"
             raise RecordingError(
-                f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}; use the "
-                "instep that wrote it"
+                f"{self.path} has format version {version}, and this instep reads version {FORMAT_VERSION}: {advice}"
             )
         self._check_schema()
         try:

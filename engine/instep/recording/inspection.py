@@ -114,8 +114,7 @@ class Overview:
     fingerprint: str
     instep_version: str
     durability: str
-    exactness: str
-    numerics: dict[str, str]
+    arithmetic: str
     """Of the engine that wrote last."""
     streams: int
     open_streams: int
@@ -155,8 +154,7 @@ def look_over(path: Path) -> Overview:
             fingerprint=header.model_fingerprint,
             instep_version=engine.instep_version,
             durability=engine.durability,
-            exactness=engine.exactness,
-            numerics=dict(engine.numerics),
+            arithmetic=engine.arithmetic,
             streams=len(streams),
             open_streams=sum(info.closed_position is None for info in streams),
             batches=batches,

@@ -25,8 +25,6 @@ class OpenStream:
     """The one its owner held before, 0 for none or somebody else's."""
     granted_seq: int
     """The frame that was due next when it was given."""
-    renumbered: bool
-    """Whether a restart with other numerics took it from its owner, and nobody has taken it over since."""
     first_seq: int
     """The one it opened with."""
     seq: int
@@ -58,7 +56,7 @@ def read_open_stream(reader: RecordingReader, stream: int) -> OpenStream:
     if opening is None:
         raise reader.damaged(f"the table openings has no row of stream {stream}")
     position, _, _, name, epoch, first_seq, initial = opening
-    owner = (int(epoch), 0, int(first_seq), False)
+    owner = (int(epoch), 0, int(first_seq))
     taken = reader.newest_row("events", f"kind = '{OWNER_EVENT}' AND stream = ?", stream)
     if taken is not None:
         at, _, _, seq, _, detail, _ = taken

@@ -55,7 +55,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         chunk_frames: frames that are read at once, about.
 
     Attributes:
-        header: the model's name, fingerprint and sizes, and what the engine had certified.
+        header: the model's name, fingerprint and sizes, and the arithmetic.
 
     Raises:
         RecordingError: from every method that reads, when the file is not a recording, is damaged, its history was

@@ -55,7 +55,7 @@ class RecordingReader(RecordingFile):
         for event in self._marks:
             if event.kind == ENGINE_EVENT:
                 changes = json.loads(event.detail)
-                changes |= {key: tuple(changes[key]) for key in ("buckets", "output_names") if key in changes}
+                changes |= {key: tuple(changes[key]) for key in ("output_names",) if key in changes}
                 engines.append(RecordedEngine(event.position, replace(engines[-1].header, **changes)))
         return tuple(engines)
 
@@ -292,10 +292,6 @@ class RecordingReader(RecordingFile):
         """Positions of the events `recovered`."""
         return [event.position for event in self._marks if event.kind == RECOVERED_EVENT]
 
-    @cached_property
-    def _buckets(self) -> frozenset[int]:
-        return frozenset(bucket for engine in self.engines for bucket in engine.header.buckets)
-
     def _check_unanswered(self, position: int, next_computed: int | None) -> None:
         """A batch has no outcome: no later one may have, unless another process went on in between."""
         at = bisect_right(self._failed, position)
@@ -316,15 +312,10 @@ class RecordingReader(RecordingFile):
         return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
 
     def _group(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> BatchGroup:
-        positions, times_ns, buckets, sizes, streams, seqs, x = zip(*rows, strict=True)
-        for position, bucket, size in zip(positions, buckets, sizes, strict=True):
-            if not 0 < size <= bucket:
-                raise self.damaged(f"the batch at position {position} holds {size} frames in a bucket of {bucket}")
-            if bucket not in self._buckets:
-                raise self.damaged(
-                    f"the batch at position {position} was stepped in a bucket of {bucket}, which is none of the "
-                    "engine's"
-                )
+        positions, times_ns, sizes, streams, seqs, x = zip(*rows, strict=True)
+        for position, size in zip(positions, sizes, strict=True):
+            if size < 1:
+                raise self.damaged(f"the batch at position {position} holds {size} frames")
         starts: I64 = np.cumsum((0, *sizes), dtype=np.int64)
         features, width = self.header.features, self.header.outputs
 
@@ -338,7 +329,6 @@ class RecordingReader(RecordingFile):
         return BatchGroup(
             positions,
             times_ns,
-            buckets,
             starts,
             joined(streams, "<u4", 1),
             joined(seqs, "<u8", 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -47,7 +47,6 @@ class RecordedBatch:
 
     position: int
     time_ns: int
-    bucket: int
     streams: U32
     """uint32 [B]."""
     seqs: U64
@@ -64,7 +63,6 @@ class BatchGroup:
 
     positions: tuple[int, ...]
     times_ns: tuple[int, ...]
-    buckets: tuple[int, ...]
     starts: I64
     """int64 [batches + 1]: where the frames of each batch begin, and where the last ones end."""
     streams: U32
@@ -84,7 +82,6 @@ class BatchGroup:
         return BatchGroup(
             self.positions[of],
             self.times_ns[of],
-            self.buckets[of],
             self.starts[first : last + 1] - self.starts[first],
             self.streams[frames],
             self.seqs[frames],
@@ -99,7 +96,6 @@ class BatchGroup:
         return BatchGroup(
             tuple(self.positions[at] for at in of),
             tuple(self.times_ns[at] for at in of),
-            tuple(self.buckets[at] for at in of),
             np.cumsum((0, *counts[of]), dtype=np.int64),
             self.streams[wanted],
             self.seqs[wanted],
@@ -109,7 +105,7 @@ class BatchGroup:
 
     def batches(self) -> Iterator[RecordedBatch]:
         """One by one."""
-        each = zip(self.positions, self.times_ns, self.buckets, strict=True)
+        each = zip(self.positions, self.times_ns, strict=True)
         for columns, (start, end) in zip(each, pairwise(self.starts.tolist()), strict=True):
             y = None if self.y is None else self.y[start:end]
             yield RecordedBatch(*columns, self.streams[start:end], self.seqs[start:end], self.x[start:end], y)
@@ -203,39 +199,22 @@ def find_sorted(values: I64, wanted: I64) -> tuple[I64, Bool]:
     return places, values[places] == wanted
 
 
-_MAY_DIFFER: Final = ("instep_version", "numerics", "exactness", "buckets", "max_ulp", "durability", "output_names")
+_MAY_DIFFER: Final = ("instep_version", "arithmetic", "durability", "output_names")
 
 
-def refuse_other_engine(
-    path: Path, last: RecordingHeader, now: RecordingHeader, accept_numerics_change: bool = False
-) -> None:
-    """Raise RecordingError for another model, or where floats have other bits: streams would not continue exactly."""
+def refuse_other_model(path: Path, last: RecordingHeader, now: RecordingHeader) -> None:
+    """Raise RecordingError where an engine would continue the recording of another model."""
     if now.model_fingerprint != last.model_fingerprint:
         raise RecordingError(
             f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
             f"this engine serves {now.model_name!r} ({now.model_fingerprint[:12]}…); move the file to another folder, "
             "which begins a new recording, or choose another file"
         )
-    if now.numerics != last.numerics and not accept_numerics_change:
-        raise RecordingError(
-            f"{path} was written where floats come out with other bits "
-            f"({'; '.join(differing(last.numerics, now.numerics))}), so its streams would not continue exactly; "
-            "accept that with --accept-numerics-change, or choose another file"
-        )
 
 
 def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
     """The header's values that differ for the engine that continues."""
     return {key: value for key in _MAY_DIFFER if (value := getattr(now, key)) != getattr(last, key)}
-
-
-def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """The differences, in words."""
-    return [
-        f"{key} {there.get(key, 'unknown')} there, {here.get(key, 'unknown')} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
 
 
 def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:

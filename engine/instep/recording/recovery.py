@@ -16,7 +16,7 @@ from instep.recording.file import Closing
 from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedBatch, StateReset, find_sorted
-from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RecordingHeader, read_owner_detail
+from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
 _UNKNOWN: Final = -1
@@ -27,7 +27,7 @@ class ReplayStep:
     """A batch to step again."""
 
     batch: RecordedBatch
-    """Whole, so that the call can be the one that the engine made."""
+    """Whole, with the frames that do not apply."""
     applies: Bool
     """bool [B]: False for frames that a state holds already, and for those of streams that have closed since."""
 
@@ -72,18 +72,22 @@ class Recovered(Closing):
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
         """Load open streams by number, each in its newest state; the replay continues from there."""
-        return [read_open_stream(self._reader, stream) for stream in streams]
+        found = [read_open_stream(self._reader, stream) for stream in streams]
+        for stream, at in zip(found, np.searchsorted(self._numbers, [stream.stream for stream in found]), strict=True):
+            if (stream.seq, stream.epoch) != (self._held[at], self._epochs[at]):  # indices have no CRCs
+                raise self._reader.damaged(f"an index leads to other rows of stream {stream.stream} than the newest")
+        return found
 
-    def seqs(self) -> tuple[I64, I64]:
-        """The numbers of the open streams, rising, and the seqs of their newest states: int64 [N] each."""
-        is_open = self._closed_at == _NEVER
-        return self._numbers[is_open], self._held[is_open]
+    def open_streams(self) -> I64:
+        """The numbers of the open streams, rising: int64 [N]."""
+        numbers: I64 = self._numbers[self._closed_at == _NEVER]
+        return numbers
 
-    def engines(self) -> list[RecordingHeader]:
-        """Headers of the engines that wrote what is replayed."""
+    def arithmetics(self) -> set[str]:
+        """Those of the engines that wrote what is replayed."""
         engines = self._reader.engines
         before = [at for at, engine in enumerate(engines) if engine.position <= self.checkpoint_position]
-        return [engine.header for engine in engines[before[-1] :]]
+        return {engine.header.arithmetic for engine in engines[before[-1] :]}
 
     def replay(self) -> Iterator[ReplayStep | StateReset]:
         """Batches and resets since the checkpoint, in order; read once, and to the end, or not all was checked.
@@ -127,10 +131,11 @@ class Recovered(Closing):
             reader.state(initial, position)
             names[stream] = name
             self.last_stream, self.last_epoch = max(self.last_stream, stream), max(self.last_epoch, epoch)
-            columns.extend((stream, position, first_seq))
+            columns.extend((stream, position, first_seq, epoch))
         # Indexed by place among the streams in this file: the numbers themselves rise without end.
-        rows = np.array(columns, np.int64).reshape(-1, 3)
-        self._numbers, self._opened_at, first_seqs = np.ascontiguousarray(rows[np.argsort(rows[:, 0])].T)
+        rows = np.array(columns, np.int64).reshape(-1, 4)
+        columns_by_number = np.ascontiguousarray(rows[np.argsort(rows[:, 0])].T)
+        self._numbers, self._opened_at, first_seqs, self._epochs = columns_by_number
         """The numbers of the streams that open here, rising: what follows is by the place of each in it."""
         self._closed_at: I64 = np.full(len(names), _NEVER, np.int64)
         self._held: I64 = first_seqs.copy()
@@ -167,14 +172,15 @@ class Recovered(Closing):
                     read_owner_detail(event.detail)
                 except ValueError:
                     raise self._reader.damaged(f"the event at position {event.position} names no owner") from None
-                owned.extend((event.position, event.stream or 0))
+                owned.extend((event.position, event.stream or 0, event.seq or 0))
                 self.last_epoch = max(self.last_epoch, event.seq or 0)
             elif event.kind == CHECKPOINT_EVENT:
                 newest = event.seq or 0
-        rows = np.array(owned, np.int64).reshape(-1, 2)
-        _, are_known = find_sorted(self._numbers, rows[:, 1])
+        rows = np.array(owned, np.int64).reshape(-1, 3)
+        places, are_known = find_sorted(self._numbers, rows[:, 1])
         for position in rows[~are_known, 0].tolist():
             raise self._reader.damaged(f"the event at position {position} is of no stream")
+        self._epochs[places] = rows[:, 2]  # in the order of the events: the newest one stays
         return newest, np.array(positions, np.int64)
 
     def _read_states(self) -> None:

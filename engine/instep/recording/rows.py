@@ -125,12 +125,11 @@ class RowWriter:
         self._last_stream = max([self._last_stream, *streams.tolist()])
         self._last_epoch = max([self._last_epoch, *epochs.tolist()])
 
-    def add_inputs(self, time_ns: int, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
+    def add_inputs(self, time_ns: int, streams: U32, seqs: U64, x: F32) -> int:
         """A step begins; its outcome follows, in the order of the steps.
 
         Args:
             time_ns: nanoseconds since 1970.
-            bucket: the padded batch size.
             streams: uint32 [B], each at most once.
             seqs: uint64 [B].
             x: float32 [B, features].
@@ -141,7 +140,7 @@ class RowWriter:
         size = len(streams)
         assert seqs.shape == (size,)
         assert x.shape == (size, self.header.features)
-        self._insert("batches", time_ns, int(bucket), size, blob(streams, "<u4"), blob(seqs, "<u8"), blob(x, "<f4"))
+        self._insert("batches", time_ns, size, blob(streams, "<u4"), blob(seqs, "<u8"), blob(x, "<f4"))
         self._frames += size
         return self.position
 

@@ -1,6 +1,6 @@
 """The recording file: one SQLite database, readable with any SQL tool.
 
-`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 1.
+`PRAGMA application_id` is 0x696E7374 (`inst`), `PRAGMA user_version` is the format version, 2.
 
 Everything that happens gets the next **position**, counted from 1 over the tables of the history: sorted by position,
 the rows of all of them are the one ordered history of the engine, and a missing position is a lost row. Rows of the
@@ -10,7 +10,7 @@ consistent recording.
 | history | one row for | columns after `position` |
 | --- | --- | --- |
 | `openings` | a stream that opened | `time_ns`, `stream`, `name`, `epoch`, `first_seq`, `initial_state`, `crc` |
-| `batches` | a step that begins | `time_ns`, `bucket`, `size`, `streams`, `seqs`, `x`, `crc` |
+| `batches` | a step that begins | `time_ns`, `size`, `streams`, `seqs`, `x`, `crc` |
 | `outputs` | a step that was computed | `time_ns`, `batch`, `y`, `crc` |
 | `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` |
 | `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `state`, `crc` |
@@ -27,8 +27,8 @@ consistent recording.
   client called it, and may come again after a close. `epoch` numbers its first ownership.
 * A batch holds `size` frames, at most one a stream, as columns: `streams` is uint32 `[size]`, `seqs` uint64 `[size]`,
   `x` float32 `[size, features]` and, in `outputs`, `y` float32 `[size, outputs]`, all little-endian and without
-  padding; row `i` of each belongs to the same frame. `bucket` is the padded batch size of the step. `seqs` count the
-  frames of a stream from `first_seq`, without gaps.
+  padding; row `i` of each belongs to the same frame. `seqs` count the frames of a stream from `first_seq`, without
+  gaps.
 * `batch` is the position of the batch whose outputs these are. Every batch ends in a row of `outputs` or in an event
   `failed`, and these come in the order of the batches. A batch without either was under way when the engine was killed:
   after it there is either no outcome of any batch, or first an event `recovered`. Its frames were applied. The frames
@@ -58,7 +58,7 @@ consistent recording.
 | --- | --- | --- |
 | `failed` | NULL, position of a batch | its step failed, none of its frames was applied; `detail` says why |
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for the initial one |
-| `owner` | stream, epoch | a new owner, none after other numerics; `detail`: the epoch it held or 0, its next frame |
+| `owner` | stream, epoch | a new owner; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
 | `replayed` | stream, seq | as it came from another version, its `initial_state` held the frames from this one on |
 | `states` | NULL, position | part of the checkpoint of this position was written, the rest follows |
@@ -107,7 +107,7 @@ Durability: TypeAlias = Literal["memory", "commit", "fsync"]
 Column: TypeAlias = int | str | bytes | None
 """A value of a row."""
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
@@ -137,7 +137,6 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
     "batches": {
         "position": "INTEGER PRIMARY KEY",
         "time_ns": "INTEGER NOT NULL",
-        "bucket": "INTEGER NOT NULL",
         "size": "INTEGER NOT NULL",
         "streams": "BLOB NOT NULL",
         "seqs": "BLOB NOT NULL",
@@ -201,7 +200,6 @@ TABLES: Final = {**HISTORY, **BESIDE}
 COUNTED: Final = ("openings", "closings", "events")
 """The tables whose rows a checkpoint counts."""
 
-_RENUMBERED: Final = " with other numerics"
 _BYTES: Final[dict[type, Callable[[Any], bytes]]] = {
     int: Struct("<q").pack,
     str: str.encode,
@@ -235,22 +233,19 @@ def _encode_nullable(encode: Callable[[Any], Any], value: Column) -> Any:
 _ENCODERS: Final = {table: _encoders(columns) for table, columns in TABLES.items()}
 
 
-def owner_detail(former_epoch: int, seq: int, renumbered: bool = False) -> str:
-    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with.
-
-    With `renumbered` the stream has no owner: a restart with other numerics took it.
-    """
-    return f"held {former_epoch}, goes on at {seq}{_RENUMBERED if renumbered else ''}"
+def owner_detail(former_epoch: int, seq: int) -> str:
+    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with."""
+    return f"held {former_epoch}, goes on at {seq}"
 
 
-def read_owner_detail(detail: str) -> tuple[int, int, bool]:
+def read_owner_detail(detail: str) -> tuple[int, int]:
     """The parts of an owner event's detail.
 
     Raises:
         ValueError: when it is not such a detail.
     """
-    held, _, seq = detail.removeprefix("held ").removesuffix(_RENUMBERED).partition(", goes on at ")
-    return int(held), int(seq), detail.endswith(_RENUMBERED)
+    held, _, seq = detail.removeprefix("held ").partition(", goes on at ")
+    return int(held), int(seq)
 
 
 def checkpoint_detail(states: int, frames: int) -> str:
@@ -301,14 +296,8 @@ class RecordingHeader:
     """The state specification, as `StateSpec.encode` gives it."""
     model_fingerprint: str
     """sha256 over the description and the weights, hex."""
-    numerics: dict[str, str]
-    """Everything that the bits of a float depend on: library version, device, threads, flags."""
-    exactness: str
-    """`exact`, `tolerance` or `off`: what the engine had certified of itself."""
-    buckets: tuple[int, ...]
-    """Padded batch sizes in use."""
-    max_ulp: int
-    """The largest distance between buckets that certification saw, in units in the last place."""
+    arithmetic: str
+    """`portable-1`, whose bits are the same everywhere, or such as `torch 2.13 on cuda:0`, which promises none."""
     durability: Durability
     """How durable a frame was before it was answered: `memory`, `commit` or `fsync`."""
     output_names: tuple[str, ...] = ()
@@ -339,7 +328,6 @@ class RecordingHeader:
                 if crc != row_crc(key, value):
                     raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
             fields = {key: json.loads(value) for key, value, _ in rows}
-            fields["buckets"] = tuple(fields["buckets"])
             output_names = tuple(fields["description"].pop("output_names", ()))
             if missing := _field_types().keys() - fields.keys() - {"output_names"}:
                 raise LookupError(f"{min(missing)} is missing")

@@ -24,7 +24,7 @@ from instep.recording.database import (
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
-from instep.recording.records import changed_values, refuse_other_engine
+from instep.recording.records import changed_values, refuse_other_model
 from instep.recording.rows import RowWriter
 from instep.recording.schema import (
     END_EVENT,
@@ -48,9 +48,6 @@ class RecordingWriter(RowWriter):
     with `synchronous=FULL`); otherwise that may cost the last commits. Neither ever tears the file.
 
     Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
-
-    Attributes:
-        numerics_changed: whether floats have other bits here than in the recording that was continued.
     """
 
     def __init__(
@@ -63,7 +60,6 @@ class RecordingWriter(RowWriter):
         retention: Retention,
         limits: DatabaseLimits,
     ) -> None:
-        self.numerics_changed = False
         self._wal: tuple[int, int] | None = None
         """Device and inode of the WAL."""
         self._lock = lock
@@ -112,7 +108,6 @@ class RecordingWriter(RowWriter):
         cls,
         path: Path,
         header: RecordingHeader,
-        accept_numerics_change: bool = False,
         retention: Retention = KEEP_ALL,
         limits: DatabaseLimits = LIMITS,
     ) -> RecordingWriter:
@@ -123,12 +118,11 @@ class RecordingWriter(RowWriter):
         Args:
             path: the recording.
             header: of the engine that continues it; the file keeps that of the first one.
-            accept_numerics_change: continue also where floats may have other bits.
             retention: how much of the history is kept.
             limits: of the WAL and of waits.
 
         Raises:
-            RecordingError: when it is being written, damaged, of another model or of other numerics.
+            RecordingError: when it is being written, damaged or of another model.
         """
         try:
             with ExitStack() as undo:
@@ -138,7 +132,7 @@ class RecordingWriter(RowWriter):
                     lock.hold()
                 with RecordingReader(path) as reader:
                     last, position = reader.engines[-1].header, reader.last_position
-                refuse_other_engine(path, last, header, accept_numerics_change)
+                refuse_other_model(path, last, header)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
                 set_up(database, header, limits)
@@ -146,7 +140,6 @@ class RecordingWriter(RowWriter):
                 writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
                 if changes := changed_values(last, header):
-                    writer.numerics_changed = "numerics" in changes
                     writer.event(time.time_ns(), ENGINE_EVENT, None, dumps(changes, sort_keys=True))
                 undo.pop_all()
                 return writer

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
-import torch
-
 from instep.core.typing import I64
-from instep.models.numerics import threads_as_here
 
 
 class StateLost(Exception):
@@ -26,12 +23,6 @@ class StateLost(Exception):
 
 Step: TypeAlias = Callable[[I64, I64], None]
 """Steps the streams of slots, int64 [B], with the frames in rows, int64 [B]."""
-Afterwards: TypeAlias = Callable[[], None]
-"""Called by an executor once a run's result is out, where it steps; it raises nothing."""
-
-
-def nothing() -> None:
-    """Do nothing afterwards."""
 
 
 @dataclass(slots=True)
@@ -98,9 +89,6 @@ class StepExecutor(Protocol):
             ExecutorDied: it has.
         """
 
-    def answered(self) -> None:
-        """The frames of runs that have ended were answered: do what was put off in the caller's thread until then."""
-
     def stop(self, timeout_s: float | None = None) -> None:
         """Let it finish what has begun, then end it; after the timeout it is abandoned or killed. May come twice."""
 
@@ -123,9 +111,8 @@ class InlineExecutor:
     capacity = 1
     signal_fd = None
 
-    def __init__(self, step: Step, afterwards: Afterwards = nothing) -> None:
+    def __init__(self, step: Step) -> None:
         self._step = step
-        self._afterwards = afterwards
         self._results: list[RunResult] = []
 
     @property
@@ -142,9 +129,6 @@ class InlineExecutor:
     def take_signal(self) -> None:
         """There is none."""
 
-    def answered(self) -> None:
-        self._afterwards()
-
     def stop(self, timeout_s: float | None = None) -> None:
         """Nothing is under way."""
 
@@ -154,15 +138,13 @@ class ThreadExecutor:
 
     capacity = 2
 
-    def __init__(self, step: Step, afterwards: Afterwards = nothing) -> None:
+    def __init__(self, step: Step) -> None:
         self._step = step
-        self._afterwards = afterwards
         self._runs: queue.SimpleQueue[tuple[I64, I64] | None] = queue.SimpleQueue()
         self._results: deque[RunResult] = deque()
         self._died: BaseException | None = None
         self.signal_fd, self._signal = os.pipe()
         os.set_blocking(self.signal_fd, False)
-        self._set_threads = threads_as_here()
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="instep-steps", daemon=True)
         self._thread.start()
@@ -183,9 +165,6 @@ class ThreadExecutor:
         if self._died is not None:
             raise ExecutorDied(f"the thread that steps has died: {self._died!r}")
 
-    def answered(self) -> None:
-        """Nothing was put off in the caller's thread."""
-
     def stop(self, timeout_s: float | None = None) -> None:
         if self._is_stopped:
             return
@@ -198,12 +177,9 @@ class ThreadExecutor:
 
     def _run(self) -> None:
         try:
-            self._set_threads()
-            with torch.inference_mode():  # once, not for each step, which would be longer by it
-                while (run := self._runs.get()) is not None:
-                    self._results.append(run_steps(self._step, *run))
-                    os.write(self._signal, b"\0")
-                    self._afterwards()
+            while (run := self._runs.get()) is not None:
+                self._results.append(run_steps(self._step, *run))
+                os.write(self._signal, b"\0")
         except BaseException as error:
             self._died = error
             os.write(self._signal, b"\0")

@@ -1,10 +1,10 @@
 # ruff: noqa: D102 - see `StepExecutor`
 """Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
 
-The process is forked, so it has the network and its certification just as the server has them; states and frame buffer
-are shared memory. The two talk through pipes with a few bytes a run: the number of a place in shared memory that holds
-the batch, and the outcome. Closing the pipe ends the process after the run that is under way; on Linux the kernel kills
-it as soon as the server is gone, even in the middle of a step.
+The process is forked, so it has the network just as the server has it; states and frame buffer are shared memory. The
+two talk through pipes with a few bytes a run: the number of a place in shared memory that holds the batch, and the
+outcome. Closing the pipe ends the process after the run that is under way; on Linux the kernel kills it as soon as the
+server is gone, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
 from instep.interrupts import signal_name
-from instep.runtime.executor import Afterwards, ExecutorDied, RunResult, StateLost, Step, nothing, run_steps
+from instep.runtime.executor import ExecutorDied, RunResult, StateLost, Step, run_steps
 
 _PLACES: Final = 2
 _TEXT_BYTES: Final = 1024
@@ -60,7 +59,6 @@ class ProcessExecutor:
         step: steps a batch; everything it changes that the server reads is shared memory.
         max_batch_size: the largest batch.
         busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
-        afterwards: see `Afterwards`; called where the run was executed.
 
     Raises:
         OSError: the process cannot be forked.
@@ -68,11 +66,8 @@ class ProcessExecutor:
 
     capacity = _PLACES
 
-    def __init__(
-        self, step: Step, max_batch_size: int, busy_poll_ns: int = 0, *, afterwards: Afterwards = nothing
-    ) -> None:
+    def __init__(self, step: Step, max_batch_size: int, busy_poll_ns: int = 0) -> None:
         self._step = step
-        self._afterwards = afterwards
         self._slots: I64 = shared_zeros((_PLACES, max_batch_size), "i8")
         self._rows: I64 = shared_zeros((_PLACES, MOST_STEPS, max_batch_size), "i8")
         self._text = shared_zeros((_PLACES, _TEXT_BYTES), "u1")
@@ -152,9 +147,6 @@ class ProcessExecutor:
             return StateLost(text)
         return StepFailed(text)
 
-    def answered(self) -> None:
-        self._afterwards()
-
     def stop(self, timeout_s: float | None = None) -> None:
         """See `StepExecutor`; after the timeout the process is killed."""
         if self._pid == 0:
@@ -184,11 +176,9 @@ class ProcessExecutor:
             _die_with(server)
             _close_all_but(0, 1, 2, commands, outcomes)
             runs = _Commands(commands, busy_poll_ns)
-            with torch.inference_mode():  # once, not for each step, which would be longer by it
-                while commands_read := runs.read():
-                    for place, steps, size in _COMMAND.iter_unpack(commands_read):
-                        os.write(outcomes, self._run(place, steps, size))
-                        self._afterwards()
+            while commands_read := runs.read():
+                for place, steps, size in _COMMAND.iter_unpack(commands_read):
+                    os.write(outcomes, self._run(place, steps, size))
             status = 0
         except BrokenPipeError:
             pass  # the server is gone

@@ -1,19 +1,23 @@
-"""One step of the network over one batch: stage, gather, step, scatter."""
+"""One step of the network over one batch of streams."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 
 from instep.core.typing import F32, I64, U8, float32_zeros
 from instep.models.base import RecurrentModel, StateSpec
-from instep.models.stepping import step_rows
-from instep.runtime.batches import GraphBatch, HostBatch, stage, unstage
+from instep.models.network import PortableNetwork
+from instep.models.torch_network import TorchNetwork
+from instep.runtime.batches import GraphBatch
 from instep.runtime.state_store import StateStore
+
+_SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Of batches for which a graph is captured on a GPU."""
 
 
 class StateAccess(Protocol):
@@ -31,13 +35,14 @@ class StateAccess(Protocol):
 
 
 class Stepper:
-    """The model, the states of all streams, and room for a batch of each bucket.
+    """The model, the states of all streams, and memory to step them.
 
-    Steps run wherever the executor runs them. Everything else runs in the loop's thread, on streams that are in no run.
+    Steps run wherever the executor runs them, one at a time. Everything else runs in the loop's thread, on streams that
+    are in no run.
 
     Args:
         model: what is stepped.
-        buckets: the padded batch sizes to use, rising.
+        max_batch_size: the most streams in one step.
         max_streams: slots run from 1 to this.
         device: where states and weights live.
         zeros: see `StateStore`.
@@ -46,34 +51,24 @@ class Stepper:
     def __init__(
         self,
         model: RecurrentModel,
-        buckets: Sequence[int],
+        max_batch_size: int,
         max_streams: int,
         device: torch.device,
         zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
     ) -> None:
         self.model = model
         self.state = model.state
-        self.buckets = tuple(buckets)
+        self.max_batch_size = max_batch_size
         self._store = StateStore(model.state, max_streams, device, zeros)
-        self._batches: dict[int, HostBatch | GraphBatch]
-        if device.type == "cuda":
-            pool = torch.cuda.graph_pool_handle()
-            self._batches = {bucket: GraphBatch(model, self._store, bucket, pool) for bucket in buckets}
+        self._steps: _OnCpu | _OnGpu
+        if isinstance(model, TorchNetwork):
+            self._steps = _OnGpu(model, self._store, max_batch_size)
         else:
-            self._batches = {bucket: HostBatch(model, self._store, bucket) for bucket in buckets}
-
-        # Compiled now, or loaded from the cache, and not while the first frame waits.
-        nothing, batch = np.empty(0, np.int64), self._batches[self.buckets[0]]
-        stage(nothing, nothing, np.empty((0, model.description.features), np.float32), batch.slots, batch.x)
-        outputs = np.empty((1, model.description.outputs), np.float32)
-        unstage(outputs, nothing, outputs)
-
-    def bucket(self, size: int) -> int:
-        """The smallest bucket that holds a batch of this size."""
-        return self.buckets[bisect_left(self.buckets, size)]
+            assert isinstance(model, PortableNetwork)
+            self._steps = _OnCpu(model, self._store)
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
-        """Step the streams in `slots` with one frame each; for speed under `torch.inference_mode()`.
+        """Step the streams in `slots` with one frame each.
 
         Args:
             slots: int64 [B], distinct.
@@ -83,26 +78,8 @@ class Stepper:
 
         Raises:
             StateLost: when states may have been written in part, or have advanced without their outputs.
-            Exception: whatever the model raised; no state has changed.
         """
-        size = len(slots)
-        batch = self._batches[self.bucket(size)]
-        stage(slots, rows, inputs, batch.slots, batch.x)
-        unstage(batch.run(size), rows, outputs)
-
-    @torch.inference_mode()
-    def step_again(self, bucket: int, x: F32, states: U8) -> tuple[F32, U8]:
-        """Step a whole batch that is no stream's, where the others are stepped; changes no stream.
-
-        Args:
-            bucket: one of `buckets`.
-            x: float32 [bucket, features].
-            states: uint8 [bucket, row_bytes].
-
-        Returns:
-            Outputs [bucket, outputs] and states after the frames, copies.
-        """
-        return step_rows(self._batches[bucket].step, self.state, x, states, self.model.description.outputs)
+        self._steps.run(slots, rows, inputs, outputs)
 
     @torch.inference_mode()
     def load(self, slots: I64, rows: U8 | None) -> None:
@@ -116,3 +93,31 @@ class Stepper:
     def read(self, slots: I64) -> U8:
         """The states of slots as rows of bytes, uint8 [N, row_bytes], a copy."""
         return self._store.read(slots)
+
+
+class _OnCpu:
+    """Frames, states and outputs are read and written where they are, in any number of rows."""
+
+    def __init__(self, model: PortableNetwork, store: StateStore) -> None:
+        self._model = model
+        self._states: U8 = store.rows.numpy()
+        self._tables: tuple[F32, F32] = (np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+
+    def run(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
+        if self._tables[0] is not inputs or self._tables[1] is not outputs:
+            self._tables = inputs, outputs
+            self._rows = self._model.bind(inputs, self._states, outputs)
+        self._rows.run(slots, rows)
+
+
+class _OnGpu:
+    """Batches are padded to the sizes for which graphs were captured."""
+
+    def __init__(self, model: TorchNetwork, store: StateStore, max_batch_size: int) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        self._sizes = [*(size for size in _SIZES if size < max_batch_size), max_batch_size]
+        self._batches = [GraphBatch(model, store, size, pool) for size in self._sizes]
+
+    def run(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
+        batch = self._batches[bisect_left(self._sizes, len(slots))]
+        outputs[rows] = batch.run(slots, inputs[rows])

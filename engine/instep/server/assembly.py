@@ -41,21 +41,17 @@ def make_server(
     make_stepper: MakeStepper | None = None,
     *,
     background: Background | None = None,
-    accept_numerics_change: bool = False,
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
-    For tests, `make_stepper` makes other steppers than usual, and `background` runs processes in another way. With
-    `accept_numerics_change` recordings are continued although floats may come out with other bits now.
+    For tests, `make_stepper` makes other steppers than usual, and `background` runs processes in another way.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     with ExitStack() as undo:
         try:
-            server = _make_server(
-                config, prepared, log, make_stepper, background or Background(), undo, accept_numerics_change
-            )
+            server = _make_server(config, prepared, log, make_stepper, background or Background(), undo)
         except (CannotListen, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -71,7 +67,6 @@ def _make_server(
     make_stepper: MakeStepper | None,
     background: Background,
     undo: ExitStack,
-    accept_numerics_change: bool,
 ) -> Server:
     # Memory, and the processes that share it: before the socket, whose threads must not be forked.
     foundations: list[Foundation] = []
@@ -104,7 +99,7 @@ def _make_server(
     for foundation, service in zip(foundations, services, strict=True):
         if service.file is None:
             continue
-        writer, recovery = open_recording(config, foundation, service, accept_numerics_change=accept_numerics_change)
+        writer, recovery = open_recording(config, foundation, service)
         undo.callback(writer.discard if recovery is None else writer.abandon)
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:

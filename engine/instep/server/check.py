@@ -17,7 +17,7 @@ from instep.recording.database import check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.recording.reader import RecordingReader
-from instep.recording.records import refuse_other_engine
+from instep.recording.records import refuse_other_model
 from instep.recording.recovery import Recovered, ReplayStep
 from instep.server.limits import effective_limits
 from instep.server.log import make_log
@@ -26,10 +26,10 @@ from instep.server.preparation import CannotServe, Prepared, check_early, log_of
 from instep.server.recordings import find_recording, recording_header
 
 
-def check(config: Config, *, accept_numerics_change: bool = False, restart: bool = False) -> None:
-    """Load and certify the models, look through what of their recordings a start reads, and try the endpoints.
+def check(config: Config, *, restart: bool = False) -> None:
+    """Load and compile the models, look through what of their recordings a start reads, and try the endpoints.
 
-    The log says what would be served. `accept_numerics_change` and `restart` are as of `serve.run`.
+    The log says what would be served. `restart` is as of `serve.run`.
 
     Raises:
         CannotServe: when the server could not start.
@@ -38,7 +38,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
     check_early(config, restart=restart)
     prepared = prepare(config, log, restart=restart)
     warn_of_memory(config, prepared, log)
-    check_models(config, prepared, log, accept_numerics_change)
+    check_models(config, prepared, log)
     admin = {"http": _with_port(f"http://{config.http.endpoint}")} if check_endpoints(config, log) else {}
     for each in prepared:
         log.info(
@@ -47,7 +47,7 @@ def check(config: Config, *, accept_numerics_change: bool = False, restart: bool
             **admin,
             model=each.model.name,
             device=str(each.device),
-            exactness=each.certification.exactness,
+            exactness=each.exactness,
             max_streams=config.engine.max_streams,
         )
 
@@ -58,12 +58,7 @@ def _with_port(endpoint: str) -> str:
     return f"{host}:PORT, a free one" if port in ("0", "*") else endpoint
 
 
-def check_models(
-    config: Config,
-    prepared: Sequence[Prepared],
-    log: structlog.stdlib.BoundLogger,
-    accept_numerics_change: bool = False,
-) -> None:
+def check_models(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
     """Fit the limits to the models, and look through what of their recordings a start reads.
 
     Raises:
@@ -73,10 +68,10 @@ def check_models(
     try:
         for each in prepared:
             network = each.network.description
-            effective_limits(config, each.certification.buckets[-1], network.features, network.outputs)
+            effective_limits(config, network.features, network.outputs)
             of_model = log_of(each.model.name, log, is_only=is_only)
             if (file := find_recording(config, each, of_model, is_only=is_only)) is not None:
-                _check_recording(file, config, each, of_model, accept_numerics_change)
+                _check_recording(file, config, each, of_model)
     except RecordingError as error:
         raise CannotServe(with_advice(error)) from None
 
@@ -97,9 +92,7 @@ def check_endpoints(config: Config, log: structlog.stdlib.BoundLogger) -> bool:
         raise CannotServe(str(error)) from None
 
 
-def _check_recording(
-    path: Path, config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, accept_numerics_change: bool
-) -> None:
+def _check_recording(path: Path, config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger) -> None:
     check_place(path)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
@@ -110,7 +103,7 @@ def _check_recording(
     if tail := lost_tail(path):
         log.warning("recording lost its end", file=str(path), reason=tail)
     with RecordingReader(path) as reader:
-        refuse_other_engine(path, reader.engines[-1].header, recording_header(prepared, config), accept_numerics_change)
+        refuse_other_model(path, reader.engines[-1].header, recording_header(prepared, config))
     with Recovered(path) as recovered:
         frames = sum(int(step.applies.sum()) for step in recovered.replay() if isinstance(step, ReplayStep))
     log.info("would continue", file=str(path), streams=len(recovered.names), frames_to_replay=frames)

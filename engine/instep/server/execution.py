@@ -8,9 +8,8 @@ from typing import Final
 import torch
 
 from instep.config import Config, EngineConfig
-from instep.runtime.executor import InlineExecutor, StepExecutor, ThreadExecutor, usable_cores
+from instep.runtime.executor import InlineExecutor, Step, StepExecutor, ThreadExecutor, usable_cores
 from instep.runtime.process_executor import ProcessExecutor
-from instep.runtime.recheck import Recheck
 from instep.server.preparation import CannotServe
 
 _FEW_CORES: Final = 2
@@ -39,7 +38,7 @@ def steps_in_process(engine: EngineConfig, device: torch.device) -> bool:
     return engine.steps_in == "auto" and not any(obstacles.values()) and usable_cores() > 1
 
 
-def max_light_batch(config: Config, max_batch_size: int, forks: bool) -> int:
+def max_light_batch(config: Config, forks: bool) -> int:
     """The most single frames in a batch, where the loop itself steps those; 0 where it does not.
 
     It does where a process for steps would share its cores.
@@ -47,7 +46,7 @@ def max_light_batch(config: Config, max_batch_size: int, forks: bool) -> int:
     steps_inline = config.engine.steps_in == "inline"
     if forks:
         steps_inline = config.recording.file is None and usable_cores() <= _FEW_CORES
-    return min(_LIGHT_BATCH, max_batch_size) if steps_inline else 0
+    return min(_LIGHT_BATCH, config.engine.max_batch_size) if steps_inline else 0
 
 
 def busy_poll_ns(config: Config) -> int:
@@ -60,7 +59,7 @@ def busy_poll_ns(config: Config) -> int:
     return 0 if has_no_core else config.engine.busy_poll_us * 1000
 
 
-def make_executor(config: Config, recheck: Recheck, max_batch_size: int, forks: bool) -> StepExecutor:
+def make_executor(config: Config, step: Step, forks: bool) -> StepExecutor:
     """The executor that the configuration asks for.
 
     Raises:
@@ -69,14 +68,9 @@ def make_executor(config: Config, recheck: Recheck, max_batch_size: int, forks: 
     engine = config.engine
     if not forks:
         executor = InlineExecutor if engine.steps_in == "inline" else ThreadExecutor
-        return executor(recheck.step, recheck.run)
+        return executor(step)
     try:
         # Twice as long as the loop: it waits for the loop.
-        return ProcessExecutor(
-            recheck.step,
-            max_batch_size,
-            2 * busy_poll_ns(config),
-            afterwards=recheck.run,
-        )
+        return ProcessExecutor(step, engine.max_batch_size, 2 * busy_poll_ns(config))
     except OSError as error:
         raise CannotServe(f"no process for the steps can be started ({error}); set engine.steps_in to thread") from None

@@ -16,16 +16,15 @@ _ENVELOPE_BYTES = 1024
 class EffectiveLimits:
     """The limits that may be smaller for a model than they are configured."""
 
-    max_batch_size: int
     max_block_frames: int
     credit_frames: int
 
 
-def effective_limits(config: Config, max_batch_size: int, features: int, outputs: int) -> EffectiveLimits:
+def effective_limits(config: Config, features: int, outputs: int) -> EffectiveLimits:
     """Fit the limits of the configuration to a model.
 
     A block's frames and their answer must both fit into one message of `transport.max_message_bytes`; a connection's
-    credit is bounded by the bytes its unread answers may take. `max_batch_size` is the largest bucket in use.
+    credit is bounded by the bytes its unread answers may take.
 
     Raises:
         CannotServe: when not even one frame fits.
@@ -38,7 +37,6 @@ def effective_limits(config: Config, max_batch_size: int, features: int, outputs
             f"{width_bytes + 24} bytes and {_ENVELOPE_BYTES} more; raise it"
         )
     return EffectiveLimits(
-        max_batch_size=min(config.engine.max_batch_size, max_batch_size),
         max_block_frames=min(config.limits.max_block_frames, fitting),
         credit_frames=min(config.limits.credit_frames, 2 * fitting),
     )

@@ -272,9 +272,7 @@ class Loader:
         service.is_configured = name in self._configured and self._configured[name][0] == prepared.model_path
         opened = None
         if file is not None:
-            opened = writer, recovery = await self._beside.do(
-                partial(open_recording, config, foundation, service, accept_numerics_change=False)
-            )
+            opened = writer, recovery = await self._beside.do(partial(open_recording, config, foundation, service))
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")

@@ -143,7 +143,6 @@ async def move(
         await beside.do(replay.follow)
         await _settle(old)  # streams may have gone to sleep meanwhile
     # From here on nothing waits, so nothing changes.
-    old.withdrawal.tick(time.monotonic())  # its recording says what its last recheck has found
     engine, table = new.engine, new.engine.table
     slots = table.open_slots()
     names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()

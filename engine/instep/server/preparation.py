@@ -1,12 +1,11 @@
-"""Everything that is decided before the socket is bound: the model, the device, and how exact it is."""
+"""Everything that is decided before the socket is bound: the models, compiled, and the device."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import structlog
 import torch
@@ -14,11 +13,14 @@ import torch
 from instep.config import Config, ModelConfig
 from instep.frontends.http.answers import meant
 from instep.models.base import Description, RecurrentModel
-from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, load_model, load_version
 from instep.models.model import Model
+from instep.models.network import IN_WORDS
 from instep.models.numerics import prepare as prepare_numerics
+from instep.models.portable.form import ARITHMETIC
+from instep.models.portable.machine import host
+from instep.models.portable.self_check import check_arithmetic
 from instep.models.registry import build
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
@@ -28,6 +30,13 @@ from instep.streaming.service import About
 
 Version: TypeAlias = tuple[Path, str]
 """A model's folder and fingerprint."""
+
+
+_NO_FMA: Final = (
+    "this processor has no fused multiply-add (FMA), without which a step takes 7 to 30 times as long: serve on x86-64 "
+    "with FMA (Intel since Haswell, AMD since Piledriver) or on ARM; `instep verify` works here, slowly"
+)
+_ON_GPU: Final = "on a GPU torch's operators serve, within a tolerance and without a promise of bits"
 
 
 class CannotServe(Exception):
@@ -42,11 +51,21 @@ class Prepared:
     model_path: Path
     network: RecurrentModel
     device: torch.device
-    certification: Certification
     candidate: Version | None = None
     """What is to shadow it."""
     not_shadowed: str = ""
     """Why the candidate that the configuration names cannot shadow this version."""
+
+    @property
+    def exactness(self) -> Literal["exact", "tolerance"]:
+        """As `About.exactness`."""
+        return "exact" if self.network.arithmetic == ARITHMETIC else "tolerance"
+
+    @property
+    def arithmetic(self) -> str:
+        """As `RecordingHeader.arithmetic`."""
+        word = self.network.arithmetic
+        return word if word == ARITHMETIC else f"{word} {torch.__version__.partition('+')[0]} on {self.device}"
 
 
 def check_early(config: Config, *, restart: bool = False) -> None:
@@ -67,11 +86,11 @@ def check_early(config: Config, *, restart: bool = False) -> None:
 def prepare(
     config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, is_running: bool = False
 ) -> list[Prepared]:
-    """Load and check every model, choose the device, certify.
+    """Load, check and compile every model, and choose the device.
 
     Args:
         config: names the models.
-        log: is told what takes long, and how exact each model is.
+        log: is told of the arithmetic of each model.
         restart: as of `serve.run`.
         is_running: whether a server runs that may be writing the recordings.
 
@@ -88,18 +107,12 @@ def prepare(
                     check_not_written(present_recording(file, model.fingerprint))
         check_candidates(config.model, [model.name for model, _ in loaded])
         candidates = [find_candidate(config.model, each.name, each.description, is_only=is_only) for each, _ in loaded]
-        networks = [_network(config, model) for model, _ in loaded]
         if restart:
-            _check_forkable(config, networks)
+            _check_forkable(config)
+        check_arithmetic()
+        networks = [_network(config, model, log_of(model.name, log, is_only=is_only)) for model, _ in loaded]
         return [
-            Prepared(
-                model,
-                path,
-                network,
-                network.device,
-                _certify(config, network, log_of(model.name, log, is_only=is_only)),
-                candidate,
-            )
+            Prepared(model, path, network, network.device, candidate)
             for (model, path), network, candidate in zip(loaded, networks, candidates, strict=True)
         ]
     except (ModelError, RecordingError) as error:
@@ -109,7 +122,7 @@ def prepare(
 def prepare_another(
     config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger, *, is_only: bool
 ) -> Prepared:
-    """Load, check and certify a model for a server that has others already, in a thread beside them.
+    """Load, check and compile a model for a server that has others already, in a thread beside them.
 
     Its candidate is left out where it cannot shadow this version. `is_only`: the configuration names no other model.
 
@@ -119,9 +132,8 @@ def prepare_another(
     try:
         model = replace(load_model(folder), name=check_name(name, "load it under another"))
         candidate, reason = _candidate_left(config.model, model, is_only=is_only)
-        network = _network(config, model)
-        certification = _certify(config, network, log)
-        return Prepared(model, folder.resolve(), network, network.device, certification, candidate, reason)
+        network = _network(config, model, log)
+        return Prepared(model, folder.resolve(), network, network.device, candidate, reason)
     except ModelError as error:
         raise CannotServe(str(error)) from None
 
@@ -168,11 +180,15 @@ def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tupl
     return candidate, ""
 
 
-def _network(config: Config, model: Model) -> RecurrentModel:
+def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) -> RecurrentModel:
     network = build(model, find_device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":
         kind = model.description.kind
         raise CannotServe(f"engine.device is {config.engine.device}, but models of kind {kind} run on the CPU; use cpu")
+    if network.arithmetic == ARITHMETIC:
+        log.info("compiled", arithmetic=IN_WORDS)
+    else:
+        log.warning("not exact", reason=_ON_GPU)
     return network
 
 
@@ -181,42 +197,13 @@ def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> st
     return log.bind() if is_only else log.bind(model=name)
 
 
-def _check_forkable(config: Config, networks: Sequence[RecurrentModel]) -> None:
+def _check_forkable(config: Config) -> None:
     """Refuse what `--restart` cannot start again."""
-    if any(each.device.type != "cpu" for each in networks) or config.engine.threads > 1:
+    if find_device(config.engine.device).type != "cpu" or config.engine.threads > 1:
         raise CannotServe(
             "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
             "leave it out, and let systemd restart the server"
         )
-
-
-def _certify(config: Config, network: RecurrentModel, log: structlog.stdlib.BoundLogger) -> Certification:
-    buckets = candidate_buckets(network, config.engine.max_batch_size)
-    if config.engine.exactness == "off":
-        network.select_quickest()
-        return Certification("off", buckets, max_ulp=0, whole_sequence=False)
-    log.info("certifying", max_batch_size=config.engine.max_batch_size)
-    began = time.perf_counter()
-    certification = certify(network, buckets)
-    seconds = round(time.perf_counter() - began, 2)
-    log.info(
-        "certified",
-        exactness=certification.exactness,
-        batch_sizes=certification.buckets,
-        step=network.kernel,
-        seconds=seconds,
-    )
-    largest, differ = certification.buckets[-1], f"up to {certification.max_ulp} ULP were seen in one step"
-    if certification.exactness != "exact":
-        if config.engine.exactness == "require":
-            raise CannotServe(
-                f"engine.exactness is `require`, but on this machine batches differ from one another: {differ}; "
-                "`prefer` serves within that distance and logs it"
-            )
-        log.warning("not exact", max_ulp=certification.max_ulp, reason=f"batches differ on this machine: {differ}")
-    if largest < config.engine.max_batch_size:
-        log.warning("smaller batches", max_batch_size=largest, reason="larger ones do not give the same bits here")
-    return certification
 
 
 def versions(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Version]:
@@ -255,11 +242,11 @@ def find_device(name: str) -> torch.device:
     """The device of that name.
 
     Raises:
-        CannotServe: when this machine has none.
+        CannotServe: when this machine has none, or it is a CPU without fused multiply-adds.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cpu" and not host().has_fma:
+        raise CannotServe(_NO_FMA)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CannotServe(f"engine.device is {name}, but torch finds no CUDA device here; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 
 from instep.config import Config
-from instep.models.numerics import numerics
 from instep.recording.database import check_place, holds_recording, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.lock import is_being_written
@@ -77,7 +76,6 @@ def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogge
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
     """The header of a recording of this model."""
-    certification = prepared.certification
     return RecordingHeader(
         instep_version=version("instep"),
         created_ns=time.time_ns(),
@@ -88,17 +86,14 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
         outputs=prepared.model.description.outputs,
         state=prepared.model.description.state.encode(),
         model_fingerprint=prepared.model.fingerprint,
-        numerics=numerics(prepared.device, prepared.network.kernel),
-        exactness=certification.exactness,
-        buckets=certification.buckets,
-        max_ulp=certification.max_ulp,
+        arithmetic=prepared.arithmetic,
         durability=config.recording.durability,
         output_names=prepared.model.output_names,
     )
 
 
 def open_recording(
-    config: Config, foundation: Foundation, service: ModelService, *, accept_numerics_change: bool
+    config: Config, foundation: Foundation, service: ModelService
 ) -> tuple[RecordingWriter, Recovery | None]:
     """A new recording of a service, or the one that is there, with its streams put back.
 
@@ -122,8 +117,7 @@ def open_recording(
         engine.table,
         engine.journal.dirty,
         foundation.stepper,
-        accept_numerics_change=accept_numerics_change,
-        retention=retention,
+        retention,
     )
     seconds = round(recovery.seconds, 4)
     log.info("recovered", streams=recovery.streams, frames_replayed=recovery.frames, seconds=seconds)

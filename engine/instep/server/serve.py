@@ -37,7 +37,6 @@ class _Start:
 
     reread: Callable[[], Config]
     on_ready: Callable[[str], None]
-    accept_numerics_change: bool
     kept: Kept
     service_manager: ServiceManager
     is_supervised: bool
@@ -49,7 +48,6 @@ def run(
     *,
     reread: Callable[[], Config] | None = None,
     on_ready: Callable[[str], None] = lambda endpoint: None,
-    accept_numerics_change: bool = False,
     restart: bool = False,
     same_signal_s: float = SAME_SIGNAL_S,
 ) -> int:
@@ -59,7 +57,6 @@ def run(
         config: the configuration.
         reread: reads the configuration again, on SIGHUP; it raises ConfigError. None for the same one always.
         on_ready: called with the endpoint once the server answers.
-        accept_numerics_change: whether to go on with a recording although floats may come out with other bits now.
         restart: whether to serve in a child process that is started again when a signal kills it, or the process in
             which it steps.
         same_signal_s: a signal that comes this soon after another is the same one.
@@ -82,7 +79,7 @@ def run(
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
     signals = EndingSignals(same_signal_s)
-    start = _Start(reread or (lambda: config), on_ready, accept_numerics_change, Kept(), manager, restart, signals)
+    start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, signals)
     if restart and supervise(log):
         began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
         if changed := [change for _, change in differences(began, config)]:
@@ -99,7 +96,7 @@ async def _serve(
         log.warning(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
-    server = make_server(config, prepared, log, accept_numerics_change=start.accept_numerics_change)
+    server = make_server(config, prepared, log)
     signals = start.signals
 
     def stop(at_s: float) -> None:
@@ -147,7 +144,7 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             "ready",
             model=each.model.name,
             device=str(each.device),
-            exactness=each.certification.exactness,
+            exactness=each.exactness,
             max_streams=server.config.engine.max_streams,
         )
     admin = {} if server.admin is None else {"http": server.admin.url}

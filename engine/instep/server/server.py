@@ -246,18 +246,10 @@ class Server:
                 self._frontend.tick(now_ns)
                 for served in list(self._frontend.models.values()):
                     served.service.tick(now_ns)
-                    if reason := served.service.withdrawal.tick(now_ns / 1e9):
-                        self._withdraw_exact(served, reason)
                 self.loader.tick()
                 self._turns.wake()
             except Exception as error:
                 self._shutdown.bug(error)
-
-    def _withdraw_exact(self, served: Served, reason: str) -> None:
-        served.info = replace(served.info, exactness="tolerance")
-        self._frontend.inform(served)
-        if self.config.engine.exactness == "require":
-            self._shutdown.fail(f"engine.exactness is `require`, but {reason}", drain=True)
 
     @property
     def _is_quiet(self) -> bool:

@@ -17,13 +17,12 @@ import structlog
 from instep.config import Config
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
-from instep.core.typing import U32, float32_zeros
+from instep.core.typing import I64, U32, float32_zeros
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.runtime.executor import StepExecutor
 from instep.runtime.process_executor import shared_zeros
-from instep.runtime.recheck import Recheck
 from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch
 from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
@@ -44,7 +43,6 @@ from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.verification import Verification
-from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 
 _MOST_NAMES: Final = 100
@@ -61,7 +59,6 @@ class Foundation:
     limits: EffectiveLimits
     tables: Tables
     stepper: Stepper
-    recheck: Recheck
     executor: StepExecutor
     forks: bool
     """Whether the executor is a process."""
@@ -79,8 +76,8 @@ def lay_foundation(
         CannotServe: when the limits cannot serve this model, or the process cannot be started.
         MemoryError, RuntimeError: when there is no room; torch raises the latter.
     """
-    network, buckets = prepared.network, prepared.certification.buckets
-    limits = effective_limits(config, buckets[-1], network.description.features, network.description.outputs)
+    network = prepared.network
+    limits = effective_limits(config, network.description.features, network.description.outputs)
     max_streams, zeros = config.engine.max_streams, shared_zeros if forks else float32_zeros
     if tables is None:
         tables = make_tables(
@@ -95,11 +92,12 @@ def lay_foundation(
             zeros,
         )
     if stepper is None:
-        stepper = Stepper(network, buckets, max_streams, prepared.device, zeros)
-    recheck_every = config.engine.recheck_every if prepared.certification.exactness == "exact" else 0
-    recheck = Recheck(stepper, tables, recheck_every, zeros)
-    executor = make_executor(config, recheck, buckets[-1], forks)
-    return Foundation(prepared, limits, tables, stepper, recheck, executor, forks)
+        stepper = Stepper(network, config.engine.max_batch_size, max_streams, prepared.device, zeros)
+
+    def step(slots: I64, rows: I64) -> None:
+        stepper.step(slots, rows, tables.x, tables.y)
+
+    return Foundation(prepared, limits, tables, stepper, make_executor(config, step, forks), forks)
 
 
 def make_service(
@@ -137,16 +135,15 @@ def make_service(
         tables,
         table,
         origins,
-        stepper.buckets,
         foundation.executor,
         Journal(tables, table, wake),
         EngineLimits(
-            limits.max_batch_size,
+            config.engine.max_batch_size,
             config.engine.max_queue_delay_us * 1000,
             limits.max_block_frames,
-            max_light_batch(config, limits.max_batch_size, foundation.forks),
+            max_light_batch(config, foundation.forks),
         ),
-        EngineStats(is_exact=foundation.prepared.certification.exactness == "exact"),
+        EngineStats(),
         events,
         log_failure,
         asyncio.get_running_loop().call_later,
@@ -162,7 +159,6 @@ def make_service(
         reaper=Reaper(engine, operations),
         states=states,
         checkpoints=Checkpoints(engine, states, tasks, round(config.recording.recovery_target_s * 1e9)),
-        withdrawal=Withdrawal(foundation.recheck, engine, log),
         listing=Listing(table, hibernation),
         tasks=tasks,
         log=log,
@@ -175,15 +171,13 @@ def make_service(
 
 
 def _about(config: Config, foundation: Foundation) -> About:
-    prepared, certification = foundation.prepared, foundation.prepared.certification
+    prepared = foundation.prepared
     return About(
         fingerprint=prepared.model.fingerprint,
         kind=prepared.network.description.kind,
         device=str(prepared.device),
-        exactness=certification.exactness,
-        max_ulp=certification.max_ulp,
-        is_required=config.engine.exactness == "require",
-        buckets=certification.buckets,
+        exactness=prepared.exactness,
+        arithmetic=prepared.arithmetic,
         features=prepared.network.description.features,
         outputs=prepared.network.description.outputs,
         max_streams=config.engine.max_streams,
@@ -207,7 +201,7 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
         state=network.state,
         device=about.device,
         exactness=about.exactness,
-        buckets=about.buckets,
+        arithmetic=about.arithmetic,
         max_streams=about.max_streams,
         max_message_bytes=max_message_bytes,
         max_block_frames=limits.max_block_frames,

@@ -27,12 +27,12 @@ class Shutdown:
         self.drains = self.drains and drain
         self.requested.set()
 
-    def fail(self, reason: str, *, drain: bool = False) -> None:
-        """Something the server cannot work without is broken: end it, at once or drained."""
+    def fail(self, reason: str) -> None:
+        """Something the server cannot work without is broken: end it at once."""
         if self.failure is None:
             self.failure = reason
             self._log.error("failed", reason=reason)
-        self.stop(drain=drain)
+        self.stop(drain=False)
 
     def bug(self, error: BaseException) -> None:
         """Fail because an executor has died or a bug has raised: clients would otherwise wait for ever."""

@@ -1,6 +1,6 @@
 """`instep serve --restart`: a process that starts the server again when a signal kills it.
 
-The supervisor loads and certifies the model, forks the server, and waits. It has no thread and no socket, so there is
+The supervisor loads and compiles the model, forks the server, and waits. It has no thread and no socket, so there is
 little in it that can die, and the next server is a fork of it that need not load anything again.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from json import dumps
@@ -15,8 +14,6 @@ from rich.console import Console
 
 from instep.config import Config
 from instep.interrupts import Stopped
-from instep.models.base import RecurrentModel
-from instep.models.certify import Certification, candidate_buckets, certify
 from instep.models.errors import ModelError
 from instep.models.folder import load_version
 from instep.models.numerics import prepare
@@ -89,7 +86,6 @@ def make_shadow(
     fingerprint: str | None = None,
     most_streams: int = MOST_STREAMS,
     most_listed: int = MOST_LISTED,
-    certify: Callable[[RecurrentModel, Sequence[int]], Certification] = certify,
 ) -> Shadow:
     """A candidate that has not followed anything yet.
 
@@ -99,7 +95,6 @@ def make_shadow(
         fingerprint: which version the folder must hold; None for any.
         most_streams: followed at the same time.
         most_listed: streams in a report.
-        certify: finds the batch sizes in which the candidate may step.
 
     Raises:
         ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
@@ -113,9 +108,8 @@ def make_shadow(
     if fingerprint not in (None, model.fingerprint):
         raise ModelError(f"{asked.folder} holds another version now than when the server began to shadow with it")
     network = build(model, torch.device("cpu"))
-    buckets = certify(network, candidate_buckets(network, engine.max_batch_size)).buckets
     warm_up = asked.warm_up
     if warm_up is None and network.state != header.state_spec:
         warm_up = WARM_UP
-    stepper = Stepper(network, buckets, most_streams, torch.device("cpu"))
+    stepper = Stepper(network, engine.max_batch_size, most_streams, torch.device("cpu"))
     return Shadow(asked.recording, stepper, warm_up, asked.share, after, most_streams, most_listed)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,7 +62,6 @@ class _Run:
 
     slots: I64
     rows: I64
-    bucket: int
     lsns: list[int]
     expected_ns: int
 
@@ -85,9 +83,8 @@ class Engine:
     between turns, so every frame submitted before them is admitted before them; this is the only place that orders
     frames and operations.
 
-    `buckets` are padded batch sizes, rising. `log_failure` is told of failed steps, and of states that could not be
-    read or written: the error and the number of streams. `call_later` runs something after a number of seconds, and
-    `wake` lets the loop take a turn.
+    `log_failure` is told of failed steps, and of states that could not be read or written: the error and the number of
+    streams. `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
     """
 
     def __init__(
@@ -95,7 +92,6 @@ class Engine:
         tables: Tables,
         table: StreamTable,
         origins: Origins,
-        buckets: Sequence[int],
         executor: StepExecutor,
         journal: Journal,
         limits: EngineLimits,
@@ -122,7 +118,6 @@ class Engine:
         """While True, nothing more arrives that a batch could be held for."""
         self.expected_ns = 0
         """How long the runs under way are expected to take, from their beginning."""
-        self._buckets = buckets
         self._limits = limits
         self.log_failure = log_failure
         self._call_later = call_later
@@ -131,7 +126,7 @@ class Engine:
         self._runs: deque[_Run] = deque()
         self._results: deque[_Complete] = deque()
         self._step_ns: dict[int, int] = {}
-        """By bucket, how long each step of its newest run took."""
+        """How long each step of the newest run took, by the power of two that its batch size is below."""
         self._is_holding = False
         self._delivery = Delivery(tables, origins, stats, limits.max_reply_frames)
 
@@ -224,24 +219,20 @@ class Engine:
 
     def _begin(self, most_streams: int, most_steps: int, loop_ns_per_frame: int) -> None:
         """Begin a run; the loop is busy with the messages of each frame for `loop_ns_per_frame`, at least."""
-        bucket = self._bucket(min(int(self.tables.counts[READY]), most_streams))
-        # Of a bucket that was not stepped yet one step, to see how long it takes.
-        step_ns = self._step_ns.get(bucket, _LONGEST_RUN_NS)
+        ready = min(int(self.tables.counts[READY]), most_streams)
+        # Where no batch of about that size was stepped yet, one step, to see how long it takes.
+        step_ns = self._step_ns.get(ready.bit_length(), _LONGEST_RUN_NS)
         most_steps = max(1, min(most_steps, _LONGEST_RUN_NS // max(step_ns, 1)))
         tables = self.tables
         size, steps = begin_run(self.packed, most_streams, most_steps)
         if not size:
             return  # all of them are held
         slots, rows = tables.run_slots[:size].copy(), tables.run_rows[: steps * size].reshape(steps, size).copy()
-        bucket = self._bucket(size)  # not all that were ready may step
-        lsns = self.journal.inputs(slots, rows, bucket)
-        expected_ns = len(rows) * self._step_ns.get(bucket, 0)
+        lsns = self.journal.inputs(slots, rows)
+        expected_ns = len(rows) * self._step_ns.get(size.bit_length(), 0)
         self.expected_ns += expected_ns
-        self._runs.append(_Run(slots, rows, bucket, lsns, expected_ns))
+        self._runs.append(_Run(slots, rows, lsns, expected_ns))
         self.executor.begin(slots, rows, expected_ns, rows.size * loop_ns_per_frame)
-
-    def _bucket(self, size: int) -> int:
-        return self._buckets[bisect_left(self._buckets, size)]
 
     def _holds_batch(self) -> bool:
         """Whether to wait for a fuller batch; the timer wakes the loop."""
@@ -281,8 +272,8 @@ class Engine:
         if steps:
             count = finish_run(self.packed, slots, steps, result.ended_ns, result.error is None)
             numbers = self.tables.complete[:count].copy()
-            self._step_ns[run.bucket] = step_ns = (result.ended_ns - result.began_ns) // steps
-            self.stats.stepped(len(slots), run.bucket, steps, step_ns)
+            self._step_ns[len(slots).bit_length()] = step_ns = (result.ended_ns - result.began_ns) // steps
+            self.stats.stepped(len(slots), steps, step_ns)
             if self.journal.is_recording:
                 for lsn, rows in zip(run.lsns, run.rows[:steps], strict=False):
                     self.journal.outputs(lsn, rows, step_ns)
@@ -317,7 +308,6 @@ class Engine:
             has_delivered = True
         if has_delivered:
             self.waiters.check()
-            self.executor.answered()
 
     # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
 

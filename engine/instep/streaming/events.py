@@ -24,7 +24,6 @@ EventKind: TypeAlias = Literal[
     "refused",
     "lost",
     "moved",
-    "withdrawn",
     "mismatch",
     "checkpoint",
     "swapped",

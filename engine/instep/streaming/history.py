@@ -24,10 +24,7 @@ _RATES: Final = {
     "executor_busy": "executor_busy_s_total",
 }
 """Column → the counter whose growth each second it is."""
-_MEANS: Final = {
-    "batch_size_mean": ("frames_total", "batches_total"),
-    "batch_fill": ("frames_total", "padded_rows_total"),
-}
+_MEANS: Final = {"batch_size_mean": ("frames_total", "batches_total")}
 """Column → the counters whose growth is divided."""
 _GAUGES: Final = (
     "streams_open",

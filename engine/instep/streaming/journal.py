@@ -8,7 +8,6 @@ everything that it rests on: no client is told of an output, a state, a stream o
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
@@ -24,7 +23,6 @@ from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.schema import (
-    ENGINE_EVENT,
     OWNER_EVENT,
     PARKED_EVENT,
     REPLAYED_EVENT,
@@ -156,7 +154,7 @@ class Journal:
 
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def inputs(self, slots: I64, rows: I64, bucket: int) -> list[int]:
+    def inputs(self, slots: I64, rows: I64) -> list[int]:
         """A run is about to begin, of slots int64 [B] and rows int64 [steps, B]; the lsn of each step."""
         if self._recorder is None:
             return [0] * len(rows)
@@ -164,17 +162,15 @@ class Journal:
         streams = self._table.recording_id[slots]
         seqs = self._table.step_seq[slots].astype(np.uint64)
         lsns = [
-            self._batch(bucket, streams, seqs + np.uint64(at), self._tables.x[rows_of_step])
+            self._batch(streams, seqs + np.uint64(at), self._tables.x[rows_of_step])
             for at, rows_of_step in enumerate(rows)
         ]
         self.last_inputs = lsns[-1]
         return lsns
 
-    def _batch(self, bucket: int, streams: U32, seqs: U64, x: F32) -> int:
+    def _batch(self, streams: U32, seqs: U64, x: F32) -> int:
         time_ns = time.time_ns()
-        return self._put(
-            lambda writer: writer.add_inputs(time_ns, bucket, streams, seqs, x), batches=1, is_awaited=self._waits
-        )
+        return self._put(lambda writer: writer.add_inputs(time_ns, streams, seqs, x), batches=1, is_awaited=self._waits)
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
         """The batch of that lsn was computed. Replies rest on its inputs, so nothing waits for this record."""
@@ -188,11 +184,6 @@ class Journal:
         """The step of that lsn failed: none of its frames was applied."""
         time_ns = time.time_ns()
         return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
-
-    def withdraw_exact(self) -> None:
-        """From here on, and looking back, the engine does not promise that bits are the same in every batch."""
-        time_ns, changes = time.time_ns(), json.dumps({"exactness": "tolerance"})
-        self._put(lambda writer: writer.event(time_ns, ENGINE_EVENT, None, changes))
 
     def begin_checkpoint(self) -> int:
         """A checkpoint begins; the lsn up to which its states contain every batch."""

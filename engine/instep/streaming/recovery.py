@@ -14,10 +14,11 @@ from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import SCRATCH_SLOT, Tables, rows_of
 from instep.core.typing import F32, I64
+from instep.models.portable.form import ARITHMETIC
 from instep.recording.errors import RecordingError
 from instep.recording.records import StateReset
 from instep.recording.recovery import Recovered, ReplayStep
-from instep.recording.schema import OWNER_EVENT, RecordingHeader, owner_detail
+from instep.recording.schema import RecordingHeader
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
@@ -50,38 +51,23 @@ def resume_recording(
     table: StreamTable,
     dirty: DirtyTracker,
     stepper: Stepper,
-    *,
-    accept_numerics_change: bool,
     retention: Retention = KEEP_ALL,
 ) -> tuple[RecordingWriter, Recovery]:
     """Continue the open streams of a recording in an engine that serves nobody yet, and continue writing it.
 
     Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
-    `header` is what the engine says of itself now, and `dirty` is told of the states that the recording lacks. With
-    `accept_numerics_change` it is continued although floats may have other bits; clients are told.
+    `header` is what the engine says of itself now, and `dirty` is told of the states that the recording lacks.
 
     Raises:
-        RecordingError: when the recording is being written, damaged, of another model or of other numerics, more
-            streams have to be stepped again than fit, or the replay gives other outputs than were recorded although
-            both engines are exact.
+        RecordingError: when the recording is being written, damaged or of another model, more streams have to be
+            stepped again than fit, or the replay gives other outputs than were recorded in `portable-1`.
     """
     began = time.perf_counter()
-    writer = RecordingWriter.resume(path, header, accept_numerics_change, retention)
-    changed, is_exact = writer.numerics_changed, header.exactness == "exact"
+    writer = RecordingWriter.resume(path, header, retention)
     try:
         with Recovered(path) as recovered:
-            same_bits = all(
-                (each.exactness, each.numerics) == ("exact", header.numerics) for each in recovered.engines()
-            )
-            replay = _Replay(
-                recovered,
-                tables,
-                table,
-                dirty,
-                stepper,
-                check_outputs=is_exact and same_bits,
-                joins=is_exact,
-            )
+            has_same_bits = recovered.arithmetics() == {header.arithmetic} == {ARITHMETIC}
+            replay = _Replay(recovered, tables, table, dirty, stepper, check_outputs=has_same_bits)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
             for item in recovered.replay():
                 if isinstance(item, StateReset):
@@ -89,8 +75,6 @@ def resume_recording(
                 else:
                     replay.add(item)
             replay.flush()
-            if changed:
-                replay.renumber(writer)
             for position, y in replay.missing:
                 writer.add_outputs(time.time_ns(), position, y)
             writer.commit()
@@ -120,7 +104,6 @@ class _Replay:
         stepper: Stepper,
         *,
         check_outputs: bool,
-        joins: bool,
     ) -> None:
         self._recovered = recovered
         self._path = recovered.path
@@ -129,10 +112,7 @@ class _Replay:
         self._dirty = dirty
         self._stepper = stepper
         self._check_outputs = check_outputs
-        self._joins = joins
-        """Whether a batch may be stepped in another bucket than it was: only where all have the same bits."""
-        self._numbers, self._seqs = recovered.seqs()
-        """Numbers of the open streams, rising, and the seqs of the states that the recording holds."""
+        self._numbers = recovered.open_streams()
         self._slots_of_numbers: I64 = np.full(len(self._numbers), SCRATCH_SLOT, np.int64)
         """The scratch slot for those that are not in memory."""
         self._steps: list[tuple[ReplayStep, I64]] = []
@@ -169,8 +149,7 @@ class _Replay:
     def add(self, step: ReplayStep) -> None:
         """A batch was stepped."""
         slots = self._slots(step.batch.streams[step.applies].astype(np.int64))
-        most = self._stepper.buckets[-1]
-        if not self._joins or self._size + len(slots) > most or self._taken[slots].any():
+        if self._size + len(slots) > self._stepper.max_batch_size or self._taken[slots].any():
             self.flush()
         self._steps.append((step, slots))
         self._size += len(slots)
@@ -197,7 +176,7 @@ class _Replay:
         if len(slots):
             tables.x[rows] = np.concatenate([step.batch.x[step.applies] for step, _ in steps])
             self._dirty.mark_dirty(slots)
-            most = self._stepper.buckets[-1]
+            most = self._stepper.max_batch_size
             for first in range(0, len(slots), most):  # a recorded batch may be larger than any that is made now
                 part = slice(first, first + most)
                 self._stepper.step(slots[part], rows[part], tables.x, tables.y)
@@ -225,24 +204,9 @@ class _Replay:
                 which = np.flatnonzero(step.applies)[differs][0]
                 raise RecordingError(
                     f"stepping the batch at position {batch.position} of {self._path} again gives other outputs than "
-                    f"were recorded, first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the machine "
-                    "is another, or the recording is damaged; --accept-numerics-change continues anyway, and "
-                    "clients are told"
+                    f"were recorded, first for frame {batch.seqs[which]} of stream {batch.streams[which]}: the file "
+                    "was changed, or a machine is faulty; `instep verify` says what differs, and another file begins "
+                    "a new recording"
                 )
         else:
             self._tables.y[rows] = batch.y[step.applies]  # who asks for an output again gets the same bytes
-
-    def renumber(self, writer: RecordingWriter) -> None:
-        """The numerics have changed: give new epochs that nobody holds, so that every owner is told."""
-        table = self._table
-        is_loaded = self._slots_of_numbers != SCRATCH_SLOT
-        slots = self._slots_of_numbers[is_loaded]
-        table.hand_over(slots, table.parked, time.monotonic_ns())
-        table.renumbered[slots] = True
-        epochs = np.arange(table.last_epoch + 1, table.last_epoch + 1 + len(self._numbers))
-        epochs[is_loaded] = table.epoch[slots]
-        table.last_epoch += len(self._numbers)
-        seqs = self._seqs.copy()
-        seqs[is_loaded] = table.granted_seq[slots]
-        details = (owner_detail(0, seq, renumbered=True) for seq in seqs.tolist())
-        writer.stream_events(time.time_ns(), OWNER_EVENT, self._numbers, epochs, details)

@@ -239,7 +239,10 @@ class WarmUpReplay:
         begins = self._nexts[slots] == _NOT_BEGUN
         if (self._nexts[slots] != seqs)[~begins].any():
             raise tail.damaged("frames of an open stream are missing")
-        if self._is_waiting[slots].any() or sum(len(each.seqs) for each in self._waiting) >= self._stepper.buckets[-1]:
+        if (
+            self._is_waiting[slots].any()
+            or sum(len(each.seqs) for each in self._waiting) >= self._stepper.max_batch_size
+        ):
             self._step()
         self._firsts[slots[begins]] = seqs[begins]
         self._nexts[slots] = seqs + 1
@@ -254,13 +257,13 @@ class WarmUpReplay:
             self._step()
 
     def _step(self) -> None:
-        """Step the frames that wait, as many at once as the network is certified for."""
+        """Step the frames that wait."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
         slots, seqs, x = (np.concatenate(columns) for columns in list(zip(*waiting, strict=True))[:3])
         self._is_waiting[slots] = False
-        rows, most = np.arange(len(slots)), self._stepper.buckets[-1]
+        rows, most = np.arange(len(slots)), self._stepper.max_batch_size
         y = np.empty((len(slots), self._stepper.model.description.outputs), np.float32)
         for first in range(0, len(slots), most):
             part = slice(first, first + most)

@@ -25,7 +25,6 @@ from instep.streaming.recovery import Recovery
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep.streaming.verification import Verification
-from instep.streaming.withdrawal import Withdrawal
 from instep_client.protocol.codes import Code
 
 
@@ -36,13 +35,10 @@ class About:
     fingerprint: str
     kind: str
     device: str
-    exactness: Literal["exact", "tolerance", "off"]
-    """As certified; a recheck may withdraw it."""
-    max_ulp: int
-    """The largest distance that certification measured."""
-    is_required: bool
-    """Whether `engine.exactness` is `require`."""
-    buckets: tuple[int, ...]
+    exactness: Literal["exact", "tolerance"]
+    """Whether a frame has the same bits in every batch, on every processor."""
+    arithmetic: str
+    """As `RecordingHeader.arithmetic`."""
     features: int
     outputs: int
     max_streams: int
@@ -64,8 +60,6 @@ class ModelService:
     reaper: Reaper
     states: StreamStates
     checkpoints: Checkpoints
-    withdrawal: Withdrawal
-    """Of `exact`, when a recheck finds other bits."""
     listing: Listing
     tasks: Tasks
     """Requests and whatever else waits for this engine or its recording."""
@@ -163,6 +157,7 @@ class ModelService:
         return {
             "ready": float(self.is_ready),
             "configured": float(self.is_configured),
+            "exact": float(self.about.exactness == "exact"),
             "server_uptime_s": (time.monotonic_ns() - self.server_began_ns) / 1e9,
             **engine.stats.values(),
             "received_frames_total": float(counts[RECEIVED_FRAMES]),

@@ -101,7 +101,6 @@ def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, str
     table.epoch[slots] = np.array([stream.epoch for stream in streams], np.uint64)
     table.former_epoch[slots] = np.array([stream.former_epoch for stream in streams], np.uint64)
     table.granted_seq[slots] = np.array([stream.granted_seq for stream in streams], np.int64)
-    table.renumbered[slots] = np.array([stream.renumbered for stream in streams], np.bool_)
     table.step_seq[slots] = table.next_seq[slots] = np.array([stream.seq for stream in streams], np.int64)
     table.acked[slots] = np.array([stream.tail_seq for stream in streams], np.int64)
     for slot, stream in zip(slots.tolist(), streams, strict=True):

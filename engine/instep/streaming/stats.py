@@ -22,20 +22,12 @@ class EngineStats:
 
     frames_total: int = 0
     batches_total: int = 0
-    padded_rows_total: int = 0
-    """Rows of all batches, padding included."""
     messages_total: int = 0
     """STEP messages answered."""
     busy_total: int = 0
     refused_messages_total: int = 0
     """Messages of every kind that were refused as a whole, also of connections that have not said HELLO."""
     step_failures_total: int = 0
-    rechecked_frames_total: int = 0
-    """Frames that were stepped again in another bucket."""
-    recheck_mismatches_total: int = 0
-    """Of them, those that came out with other bits."""
-    recheck_failures_total: int = 0
-    """Rechecks that raised, so that nothing was compared."""
     opened_streams_total: int = 0
     closed_streams_total: int = 0
     parked_streams_total: int = 0
@@ -44,8 +36,6 @@ class EngineStats:
     woken_streams_total: int = 0
     evicted_streams_total: int = 0
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
-    is_exact: bool = False
-    """Whether frames are promised the same bits in every bucket."""
     began_ns: int = field(default_factory=time.monotonic_ns)
     executor_busy_ns: int = 0
     """Time that runs took."""
@@ -67,15 +57,12 @@ class EngineStats:
     """Microseconds that transactions of the recording took; the recorder's thread adds them."""
     batch_size: I64 = field(default_factory=new_histogram)
     """Streams of a batch, less one; see `add_steps`."""
-    batch_fill: I64 = field(default_factory=new_histogram)
-    """1024ths of a padded batch that are streams, less one; see `add_steps`."""
 
-    def stepped(self, streams: int, bucket: int, steps: int, step_ns: int) -> None:
-        """A run ended: its streams, its padded batch size, its steps, and the nanoseconds of each step."""
+    def stepped(self, streams: int, steps: int, step_ns: int) -> None:
+        """A run ended: its streams, its steps, and the nanoseconds of each step."""
         self.batches_total += steps
         self.frames_total += streams * steps
-        self.padded_rows_total += bucket * steps
-        add_steps(self.compute_us, self.batch_size, self.batch_fill, streams, bucket, step_ns, steps)
+        add_steps(self.compute_us, self.batch_size, streams, step_ns, steps)
 
     def replied(self, arrived_ns: I64, numbers: I32, now_ns: int, send_ns: int) -> None:
         """Messages, int32 [M], were answered now, `send_ns` after their step; `arrived_ns` is int64, by message."""
@@ -108,7 +95,6 @@ class EngineStats:
         values["loop_busy_s_total"] = self.loop_busy_ns / 1e9
         values["executor_busy_s_total"] = self.executor_busy_ns / 1e9
         values["uptime_s"] = (time.monotonic_ns() - self.began_ns) / 1e9
-        values["exact"] = float(self.is_exact)
         values["batch_size_mean"] = self.frames_total / max(1, self.batches_total)
         for name, histogram in self.durations().items():
             values[f"{name}_p50"] = quantile(histogram, 0.50)

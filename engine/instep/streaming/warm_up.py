@@ -46,7 +46,6 @@ def warm_up() -> None:
         tables,
         table,
         origins,
-        (1,),
         InlineExecutor(_step),
         journal,
         limits,

@@ -16,10 +16,9 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo
 from instep.verify.checkpoints import StoredCheckpoints
-from instep.verify.conditions import find_conditions, recorded_network, recorded_threads
+from instep.verify.recorded_model import recorded_network, why_not_bits
 from instep.verify.replay import replay_stepped
 from instep.verify.stream_checks import StreamCheck, StreamChecks
-from instep.verify.verifier import Certify
 from instep_tools.words import counted
 
 Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]
@@ -33,7 +32,7 @@ class NoSuchMoment(RecordingError):
 
 
 class NotExact(RecordingError):
-    """This machine need not, or does not, compute the recorded bits; the message says why."""
+    """The recorded bits are not, or need not be, those that stepping again gives; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +82,13 @@ class Past:
         model: the recorded one.
         word: name or number of the stream.
         on_progress: called with the share (0 to 1) of the recording that was read.
-        certify: finds out whether this machine computes the recorded bits; only asked where frames must be stepped.
 
     Raises:
         NoSuchStream: when there is no such stream.
         RecordingError: when the recording is damaged.
     """
 
-    def __init__(
-        self,
-        reader: RecordingReader,
-        model: Model,
-        word: str,
-        on_progress: Callable[[float], None],
-        certify: Certify = find_conditions,
-    ) -> None:
+    def __init__(self, reader: RecordingReader, model: Model, word: str, on_progress: Callable[[float], None]) -> None:
         checkpoints = StoredCheckpoints(reader)
         reader.check_positions()
         initial = model.state.initial(1)[0]
@@ -106,16 +97,15 @@ class Past:
         self._reader = reader
         self._sequences = streams.sequences
         self._openings = [list(checks) for _, checks in groupby(streams.checks, attrgetter("info.stream"))]
-        self._certify = certify
-        self._buckets: tuple[int, ...] = ()
-        self._network = recorded_network(model, reader.header)
+        self._notes = why_not_bits([engine.header for engine in reader.engines])
+        self._network = recorded_network(model)
 
     def before(self, seq: int | None = None) -> Moment:
         """The stream before a frame, after a reset or write that took place there; None for after its last frame.
 
         Raises:
             NoSuchMoment: when the frame is not recorded.
-            NotExact: when frames must be stepped and this machine does not compute the recorded bits.
+            NotExact: when frames must be stepped and that need not give, or does not give, the recorded bits.
             RecordingError: when frames are missing before it.
         """
         checks, at = self._find(seq)
@@ -204,13 +194,16 @@ class Past:
     def _step(self, check: StreamCheck, state: U8, first: int, end: int, after: U8 | None = None) -> tuple[U8, int]:
         """The state before frame `end`, given that before `first`, and how many outputs were compared."""
         compared = 0
+        if first < end and self._notes:
+            raise NotExact(
+                f"the state cannot be computed exactly: {'; '.join(self._notes)}. The one before frame "
+                f"{check.first_seq} was recorded, and needs no computing"
+            )
         for at in range(first, end, _AT_ONCE):
             stop = min(end, at + _AT_ONCE)
-            span, kept = self._span(check, at, stop), None if after is None else after[at - first : stop - first]
-            with recorded_threads(self._reader.header):
-                buckets, active = self._certified(check), np.ones(stop - at, np.int64)
-                kept = None if kept is None else kept[:, None]
-                y, states = replay_stepped(self._network, buckets, span.x[:, None], state[None], active, kept)
+            span, kept = self._span(check, at, stop), None if after is None else after[at - first : stop - first, None]
+            active = np.ones(stop - at, np.int64)
+            y, states = replay_stepped(self._network, span.x[:, None], state[None], active, kept)
             state = states[0]
             differs = (y[:, 0].view(np.uint32) != span.y.view(np.uint32)).any(axis=1) & span.answered
             if differs.any():
@@ -220,19 +213,6 @@ class Past:
                 )
             compared += int(span.answered.sum())
         return state, compared
-
-    def _certified(self, check: StreamCheck) -> tuple[int, ...]:
-        """The batch sizes that give the recorded bits here; certified at the first call."""
-        if not self._buckets:
-            headers = [engine.header for engine in self._reader.engines]
-            conditions = self._certify(headers, self._network)
-            if not conditions.step_bits:
-                raise NotExact(
-                    f"the state cannot be computed exactly here: {'; '.join(conditions.step_notes)}. The one before "
-                    f"frame {check.first_seq} was recorded, and needs no computing"
-                )
-            self._buckets = conditions.buckets
-        return self._buckets
 
 
 def _joined(spans: list[PastFrames]) -> PastFrames:

@@ -19,7 +19,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.timetravel.past import Moment, NoSuchMoment, Past, in_words
-from instep.verify.conditions import recorded_model
+from instep.verify.recorded_model import recorded_model
 from instep.verify.report import CannotVerify
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.snapshots import StreamSnapshot

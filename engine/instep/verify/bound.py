@@ -159,7 +159,7 @@ class ErrorBound:
 def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
     """|values - truth|, elementwise; 0 where both overflow alike or both are NaN, inf where only one does or is."""
     with np.errstate(invalid="ignore"):
-        error: F64 = np.abs(values - truth)
+        error: F64 = np.abs(np.subtract(values, truth, dtype=np.float64))
     odd = ~np.isfinite(error)
     if odd.any():
         value, nearest = values[odd], as_float32(np.broadcast_to(truth, error.shape)[odd])
@@ -168,7 +168,7 @@ def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
     return error
 
 
-def largest_errors(values: F32, truth: F64, block_bytes: int = BLOCK_BYTES) -> F64:
+def largest_errors(values: F32, truth: npt.NDArray[Any], block_bytes: int = BLOCK_BYTES) -> F64:
     """The largest `absolute_error` of each frame.
 
     Args:
@@ -182,7 +182,7 @@ def largest_errors(values: F32, truth: F64, block_bytes: int = BLOCK_BYTES) -> F
     largest: F64 = np.empty(truth.shape[:2])
     for part, room in _blocks(truth, block_bytes):
         with np.errstate(invalid="ignore"):
-            np.subtract(values[part], truth[part], out=room)
+            np.subtract(values[part], truth[part], out=room, dtype=np.float64)
         np.abs(room, out=room).max(axis=2, out=largest[part])
     odd = ~np.isfinite(largest)
     if odd.any():
@@ -190,7 +190,7 @@ def largest_errors(values: F32, truth: F64, block_bytes: int = BLOCK_BYTES) -> F
     return largest
 
 
-def as_float32(truth: F64) -> F32:
+def as_float32(truth: npt.NDArray[Any]) -> F32:
     """Rounded to float32; infinity beyond its range."""
     with np.errstate(over="ignore"):
         return truth.astype(np.float32)
@@ -224,7 +224,7 @@ def _magnitudes(values: F64) -> F64:
     return largest
 
 
-def _blocks(values: F64, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, F64]]:
+def _blocks(values: npt.NDArray[Any], block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, F64]]:
     """Split timesteps into blocks that stay in the cache, with one buffer for the values of each in turn."""
     steps = max(block_bytes // max(values[:1].nbytes, 1), 1)
     room: F64 = np.empty((steps, *values.shape[1:]))

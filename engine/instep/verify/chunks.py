@@ -10,21 +10,22 @@ import numpy as np
 from instep.core.typing import F32, I64, Bool
 from instep.recording.frames import Sequences
 
+MOST_ROWS: Final = 256
+"""Sequences side by side, at most."""
 WHOLE_ROWS: Final = 16
-"""Larger chunks are a multiple of it, where sequences are left for the next: most are padded to one anyway."""
+"""Larger chunks are a multiple of it, where sequences are left for the next: so many rows fill the widest vectors."""
 LEAST_ROWS: Final = 8
-"""A call costs at least as much memory as for this number of rows, because it is padded to a bucket."""
+"""Fewer rows side by side take about as long."""
 LEAST_FILL: Final = 0.75
 """A sequence shorter than this share of the longest one in a chunk goes into the next chunk."""
 
 
-def plan_chunks(lengths: I64, most_rows: int, least_rows: int) -> Iterator[I64]:
+def plan_chunks(lengths: I64, most_rows: int = MOST_ROWS) -> Iterator[I64]:
     """Split sequences into chunks of similar length.
 
     Args:
         lengths: frames of each sequence; those without frames are left out.
         most_rows: per chunk.
-        least_rows: a chunk of fewer rows costs as much, since rows are padded to it.
 
     Yields:
         Indices into `lengths`, the longest first.
@@ -35,7 +36,7 @@ def plan_chunks(lengths: I64, most_rows: int, least_rows: int) -> Iterator[I64]:
     while first < len(order):
         longest = int(lengths[order[first]])
         similar = int((lengths[order[first : first + most_rows]] >= LEAST_FILL * longest).sum())
-        rows = min(most_rows, max(similar, least_rows))
+        rows = min(most_rows, max(similar, LEAST_ROWS))
         if first + rows < len(order):
             rows = _rounded(rows)
         yield order[first : first + rows]
@@ -53,7 +54,7 @@ class Chunk:
         sequences: where their frames are.
         first_seqs: the seq of the first frame of every sequence.
         rows: indices of sequences, the longest first.
-        most_frames: per span, counting at least `LEAST_ROWS` rows; a chunk of fewer frames is one span.
+        most_frames: per span; a chunk of fewer frames is one span.
 
     Attributes:
         rows: as above.
@@ -66,7 +67,7 @@ class Chunk:
         self._all_first_seqs = first_seqs
         self._most_frames = most_frames
         self._starts = sequences.starts[rows]
-        self._steps = max(most_frames // max(len(rows), LEAST_ROWS), 1)
+        self._steps = max(most_frames // len(rows), 1)
         self.rows = rows
         self.first_seqs: I64 = first_seqs[rows]
         self.lengths: I64 = sequences.lengths[rows]
@@ -75,16 +76,16 @@ class Chunk:
         """A chunk of some of its rows: indices, ascending."""
         return Chunk(self._sequences, self._all_first_seqs, self.rows[rows], self._most_frames)
 
-    def blocks(self, least_rows: int) -> Iterator[Chunk]:
-        """Chunks of consecutive rows, each with as many as fit into one span, but at least `least_rows`.
+    def blocks(self) -> Iterator[Chunk]:
+        """Chunks of consecutive rows, each with as many as fit into one span, but at least `LEAST_ROWS`.
 
-        A chunk of fewer than `LEAST_ROWS` rows, or of a very long sequence, may still be several spans.
+        A chunk of that few rows may still be several spans.
         """
         first = 0
         while first < len(self.rows):
-            rows = max(self._most_frames // int(self.lengths[first]), least_rows)
+            rows = max(self._most_frames // int(self.lengths[first]), LEAST_ROWS)
             if first + rows < len(self.rows):
-                rows = max(_rounded(rows), least_rows)
+                rows = _rounded(rows)
             yield self.only(np.arange(first, min(first + rows, len(self.rows))))
             first += rows
 

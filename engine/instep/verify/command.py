@@ -11,14 +11,15 @@ from typing import Any, Final
 from rich.console import Console
 
 from instep.interrupts import Stopped, drop_unread
+from instep.models.portable.machine import host
 from instep.recording.commands import facts, say_stopped, write_failure, write_json
 from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over, recordings_in
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from instep.verify.conditions import recorded_model
 from instep.verify.follow_command import Following
+from instep.verify.recorded_model import recorded_model
 from instep.verify.render import render, render_briefly
 from instep.verify.report import CannotVerify, NoFrames
 from instep_tools.page import check_report_path, write_page
@@ -126,6 +127,7 @@ def run_all(
         except RecordingError as error:
             return _failed(place, json, console, error)
         found += files
+    _say_if_slow()
     every = list(dict.fromkeys(found))
     options: dict[str, Any] = {"model_folder": model_folder, "streams": streams, "json": json, "console": console}
     statuses = [run(file, **options, briefly=True) for file in every]
@@ -156,6 +158,8 @@ def follow(
 
 def _status(file: Path, json: bool, console: Console, check: Callable[[], int], prefix: str = "") -> int:
     """The exit status of a check, whatever it raises."""
+    if not prefix:
+        _say_if_slow()
     try:
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
@@ -170,6 +174,12 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
         drop_unread()
         traceback.print_exc()
         return _failed(file, json, console, CannotVerify(repr(error)), prefix)
+
+
+def _say_if_slow() -> None:
+    if not host().has_fma:
+        sentence = "this processor has no fused multiply-adds (FMA): computing again takes 7 to 30 times as long"
+        say(Console(stderr=True), sentence, "yellow")
 
 
 def _failed(file: Path, json: bool, console: Console, error: Exception, prefix: str = "") -> int:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import StateSpec
-from instep.models.ulp import NOT_COMPARABLE, bits_differ, ulp_distance
-from instep.verify.bound import F64, LeafLimits, Leaves, Limits, absolute_error, as_float32, largest_errors
+from instep.verify.bound import F64, LeafLimits, Leaves, Limits, absolute_error, largest_errors
 from instep.verify.report import Checker, Divergence, Place
 
 Values: TypeAlias = npt.NDArray[Any]
 """Elements of one leaf, or outputs."""
-_FARTHEST: Final = 2**31
 
 
 class Comparison:
     """How some streams' recorded values differ from those that one checker computed.
 
     An element is wrong when any bit differs, where bits are required, and otherwise when it is farther off than its
-    limit. Where the limit is lossy (see `bound`), an element beyond it is not wrong but undecided; so it is in a whole
-    sequence even if bits are required, because padding turns into NaN there for good when a dense layer overflows.
+    limit. Where the limit is lossy (see `bound`), an element beyond it is not wrong but undecided.
 
     Args:
         checker: the name of the checker.
@@ -32,13 +29,12 @@ class Comparison:
         bits_required: whether bits must be equal.
 
     Attributes:
-        differs: [R]: whether any bit differs (for the reference: whether any element is beyond its limit).
+        differs: [R]: whether any bit differs; of `add_distance`, whether any element is beyond its limit.
         wrong: [R]: whether any element is wrong.
         first: by row, the first wrong element; where there is none, the first that differs.
         undecided: by row, the seq of the first frame that is undecided.
-        max_ulp: [R].
-        max_error: [R]: largest absolute difference.
-        elements: how many elements were compared; replays only.
+        max_error: [R]: largest absolute difference, but of elements that are undecided.
+        elements: how many elements were compared.
     """
 
     def __init__(self, checker: Checker, rows: int, bits_required: bool) -> None:
@@ -48,7 +44,6 @@ class Comparison:
         self.wrong: Bool = np.zeros(rows, np.bool_)
         self.first: dict[int, Divergence] = {}
         self.undecided: dict[int, int] = {}
-        self.max_ulp: I64 = np.zeros(rows, np.int64)
         self.max_error: F64 = np.zeros(rows)
         self.elements = 0
 
@@ -66,7 +61,7 @@ class Comparison:
     def replace(self, rows: I64, other: Comparison) -> None:
         """Replace everything found in `rows`, except the count of elements, by another comparison of them."""
         self.differs[rows], self.wrong[rows] = other.differs, other.wrong
-        self.max_ulp[rows], self.max_error[rows] = other.max_ulp, other.max_error
+        self.max_error[rows] = other.max_error
         for at, row in enumerate(rows.tolist()):
             self.first.pop(row, None)
             if at in other.first:
@@ -85,14 +80,10 @@ class Comparison:
             valid: [T, R]: whether there is something to compare.
             limits: of [T, R].
         """
-        unequal = recorded.view(np.uint32) != replayed.view(np.uint32)
-        frames = unequal.any(axis=2) & valid
+        differ = _bits_differ(recorded, replayed) & valid[:, :, None]
         self.elements += int(valid.sum()) * recorded.shape[2]
-        for row in np.flatnonzero(frames.any(axis=0)).tolist():
-            differ = bits_differ(recorded[:, row], replayed[:, row])
-            at, elements = np.nonzero(differ & valid[:, row, None])
-            if not len(elements):
-                continue
+        for row in np.flatnonzero(differ.any(axis=(0, 2))).tolist():
+            at, elements = np.nonzero(differ[:, row])
             values = recorded[at, row, elements], replayed[at, row, elements]
             found = Limits(limits.distance[at, row], limits.lossy[at, row])
             self._add(row, *values, found, starts[row] + at, elements, "output")
@@ -112,7 +103,7 @@ class Comparison:
         Leaves without limits must be equal.
         """
         for leaf, first, values, others in _leaves(spec, recorded, spec.unpack(replayed[None])):
-            elements = np.flatnonzero(bits_differ(values, others))
+            elements = np.flatnonzero(_bits_differ(values, others))
             self.elements += values.size
             if count := len(elements):
                 distance, lossy = _limit(limits, leaf, row)
@@ -120,8 +111,9 @@ class Comparison:
                 both = values[elements], others[elements]
                 self._add(row, *both, found, np.full(count, seq), first + elements, place)
 
-    def add_truth(self, starts: I64, recorded: F32, truth: F64, valid: Bool, limits: Limits) -> None:
-        """Compare outputs with the float64 reference's; arguments as in `add_replay`."""
+    def add_distance(self, starts: I64, recorded: F32, truth: Values, valid: Bool, limits: Limits) -> None:
+        """Compare outputs with those of another program, whose bits count for nothing; arguments as in `add_replay`."""
+        self.elements += int(valid.sum()) * recorded.shape[2]
         error = np.where(valid, largest_errors(recorded, truth), 0)
         self.max_error = np.maximum(self.max_error, np.where(limits.lossy, 0, error).max(axis=0))
         beyond = error > limits.distance
@@ -144,6 +136,7 @@ class Comparison:
     ) -> None:
         """Compare a state [row_bytes] before the frame `seq` with the reference's, by leaf; limits as above."""
         for leaf, first, values, nearest in _leaves(spec, recorded, truth):
+            self.elements += values.size
             distance, lossy = _limit(limits, leaf, row)
             error: F64 = (values != nearest).astype(np.float64)
             if leaf in limits:
@@ -159,26 +152,20 @@ class Comparison:
         self, row: int, recorded: Values, replayed: Values, limits: Limits, frames: I64, elements: I64, place: Place
     ) -> None:
         """Add the elements of a row that differ, in order."""
-        ulps = _ulps(recorded, replayed)
         error = absolute_error(recorded, replayed.astype(np.float64))
         if recorded.dtype.kind != "f":
             error = np.maximum(error, 1)  # they differ, though float64 may not tell
-        self.max_ulp[row] = max(self.max_ulp[row], ulps.max())
-        self.max_error[row] = max(self.max_error[row], error.max())
         beyond = error > limits.distance
-        required: Bool = np.full(len(ulps), self.bits_required)
-        if self.checker == "whole sequence":
-            required &= ~limits.lossy
-        undecided = beyond & limits.lossy & ~required
+        undecided = beyond & limits.lossy & (not self.bits_required)
         if undecided.any():
             self.undecided.setdefault(row, int(frames[np.argmax(undecided)]))
-        wrong = (beyond & ~limits.lossy) | required
+        self.max_error[row] = max(self.max_error[row], np.where(undecided, 0, error).max())
+        wrong = (beyond & ~limits.lossy) | self.bits_required
         newly_wrong = bool(wrong.any()) and not self.wrong[row]
         if newly_wrong or not self.differs[row]:
             at = int(np.argmax(wrong))
             values = float(recorded[at]), float(replayed[at])
-            found = Divergence(self.checker, place, int(frames[at]), int(elements[at]), *values, int(ulps[at]))
-            self.first[row] = found
+            self.first[row] = Divergence(self.checker, place, int(frames[at]), int(elements[at]), *values)
         self.differs[row] = True
         self.wrong[row] |= newly_wrong
 
@@ -190,8 +177,7 @@ class Comparison:
             self.undecided.setdefault(row, frame)
             return
         if not self.wrong[row]:
-            ulp = int(ulp_distance(np.array([recorded], np.float32), as_float32(np.array([truth])))[0])
-            self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth), ulp)
+            self.first[row] = Divergence(self.checker, place, frame, element, float(recorded), float(truth))
         self.differs[row] = self.wrong[row] = True
 
 
@@ -209,9 +195,8 @@ def _limit(limits: LeafLimits, leaf: str, row: int) -> tuple[float, bool]:
     return (0.0, False) if found is None else (float(found.distance[row]), bool(found.lossy[row]))
 
 
-def _ulps(one: Values, other: Values) -> I64:
-    """Distances of values that differ; of those that are no float32, how far apart they are."""
-    if one.dtype == np.float32:
-        return ulp_distance(one, other)
-    apart = np.ceil(np.abs(one.astype(np.float64) - other.astype(np.float64)))
-    return np.where(np.isnan(apart), NOT_COMPARABLE, np.clip(apart, 1, _FARTHEST)).astype(np.int64)
+def _bits_differ(one: Values, other: Values) -> Bool:
+    """Elementwise, of one shape and dtype."""
+    bits = f"u{one.itemsize}"
+    differ: Bool = one.view(bits) != other.view(bits)
+    return differ

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from instep.interrupts import drop_unread, first_signal_calls
+from instep.models.numerics import one_thread
 from instep.recording.errors import RecordingError, with_advice
-from instep.verify.conditions import recorded_threads
 from instep.verify.following import Follower, model_of
 from instep.verify.left_out import in_words, share_compared
 from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
@@ -52,9 +52,7 @@ class Following:
     ) -> None:
         self._file = file
         self._patience = patience
-        self._header, model = model_of(file, model_folder)
-        with recorded_threads(self._header):
-            self._follower = Follower(file, model, wanted=streams, limits=limits)
+        self._follower = Follower(file, model_of(file, model_folder), wanted=streams, limits=limits)
         self._error = ""
         """Why it ended before its time, although mismatches were found."""
 
@@ -105,13 +103,13 @@ class Following:
         write({**about, **newest, "mismatches": everything, "final": True})
 
     def _follow(self, stopped: Event, on_status: Callable[[Status], None], every_s: float, for_s: float) -> None:
-        with recorded_threads(self._header):
-            try:
+        try:
+            with one_thread():
                 follow(self._follower, on_status, stopped, every_s=every_s, for_s=for_s, patience=self._patience)
-            except (RecordingError, CannotVerify) as error:
-                if not self._follower.mismatches.total:
-                    raise
-                self._error = with_advice(error)  # what was found before counts for more
+        except (RecordingError, CannotVerify) as error:
+            if not self._follower.mismatches.total:
+                raise
+            self._error = with_advice(error)  # what was found before counts for more
 
     @property
     def _verdict(self) -> Verdict:

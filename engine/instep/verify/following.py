@@ -4,7 +4,7 @@ A stream is followed from where its state is known: its opening, a reset, or a s
 on the follower carries the state itself. It reads in short transactions, some rows at a time, and opens the file anew
 for each portion, so that it never keeps the writer from reusing its WAL, trimming, or closing in order.
 
-Where bits must be equal (see `conditions`), a frame is wrong when any bit of its output differs. Elsewhere the states
+Where the engine computes in `portable-1`, a frame is wrong when any bit of its output differs. Elsewhere the states
 drift apart, so each part of a stream is compared from one recorded state to the next, within the verifier's bound; its
 frames wait for the next checkpoint. A wrong stream is reported once, and followed again only when it is opened anew.
 """
@@ -16,6 +16,7 @@ import zlib
 from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Final
@@ -26,16 +27,16 @@ from instep.core.typing import I64, U8
 from instep.models.model import Model
 from instep.recording.errors import RecordingError, TrimmedMeanwhile
 from instep.recording.records import BatchGroup, RecordedEvent, StreamInfo
-from instep.recording.schema import CHECKPOINT_EVENT, ENGINE_EVENT, RESET_EVENT, RecordingHeader
+from instep.recording.schema import CHECKPOINT_EVENT, ENGINE_EVENT, RESET_EVENT
 from instep.recording.tail import Closed, Item, Opened, RecordingTail
-from instep.verify.checkers import Checkers, Task, check_with_bound, step_again
+from instep.verify.checkers import Task, step_again, step_with_bound
 from instep.verify.chunks import Chunk, plan_chunks
-from instep.verify.conditions import find_conditions, recorded_model
 from instep.verify.left_out import Reason, by_reason
 from instep.verify.mismatches import Mismatches, StreamNumbers, WrongOutput, wrong_output
 from instep.verify.portion import FOLLOW_LIMITS, FollowedPart, FollowLimits, Portion
+from instep.verify.recorded_model import recorded_model, why_not_bits
 from instep.verify.stream_checks import StreamCheck
-from instep.verify.verifier import Certify, make_checkers
+from instep.verify.verifier import make_checkers
 
 _MOST_AT_FIRST: Final = 2**14
 """Open streams whose states are read at the start; those of others are when they have a frame."""
@@ -56,7 +57,6 @@ class Follower:
         applied: how many frames were applied up to `start` since the recording began; None where it is a checkpoint's.
         wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
-        certify: finds out whether bits must be equal on this machine.
         limits: of the memory for frames and mismatches.
 
     Attributes:
@@ -84,7 +84,6 @@ class Follower:
         applied: int | None = None,
         wanted: Sequence[str] = (),
         told: Sequence[tuple[int, int]] = (),
-        certify: Certify = find_conditions,
         limits: FollowLimits = FOLLOW_LIMITS,
     ) -> None:
         self.path = path
@@ -95,8 +94,6 @@ class Follower:
         self.mismatches = Mismatches(told, limits.most_kept)
         self.differs = False
         self._wanted = frozenset(wanted)
-        self._model = model
-        self._certify = certify
         self._limits = limits
         self._known: dict[int, FollowedPart | Reason] = {}
         """By number, open streams that were met, or why they are not followed."""
@@ -117,7 +114,7 @@ class Follower:
             self.applied = tail.frames_until(self.position) if applied is None else applied
             self._note_trimmed(tail)
         self._tail = tail
-        self._checkers = self._make_checkers(tail, self.position)  # which takes long: the file is closed by now
+        self._checkers = make_checkers(model, _notes(tail, self.position), Event())  # the file is closed by now
         self._start = self.seen = max(self.position, self.seen)
         self._uncounted = waiting
         """Of the frames up to `_start`, how many may still count."""
@@ -129,7 +126,7 @@ class Follower:
     @property
     def notes(self) -> tuple[str, ...]:
         """Why bits need not be equal; empty where they must."""
-        return self._checkers.conditions.step_notes
+        return self._checkers.notes
 
     @property
     def skipped(self) -> int:
@@ -180,7 +177,7 @@ class Follower:
             return
         self._former_share, self.share = self.share, min(1.0, 2 * self.share)
         self._known = {number: part for number, part in self._known.items() if isinstance(part, FollowedPart)}
-        if not self._checkers.conditions.step_bits:  # all begin again from there
+        if not self._checkers.bits_required:  # all begin again from there
             self._known, self._portion, self._former_share = {}, Portion(), 0.0
         self._late.clear()
         with RecordingTail(self.path, self._tail) as tail:
@@ -215,11 +212,6 @@ class Follower:
         self._left_out[Reason.BEHIND] += self.waiting
         self._known, self._portion, self.position, self.seen = {}, Portion(), position, max(self.seen, position)
         self._late.clear()
-
-    def _make_checkers(self, tail: RecordingTail, position: int) -> Checkers:
-        """For the engine that wrote the row at a position."""
-        engine = [engine for engine in tail.engines if engine.position <= position][-1]
-        return make_checkers(self._model, [engine.header], self._certify, Event())
 
     # ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,9 +264,9 @@ class Follower:
             self._anchor(tail)
         elif item.kind == ENGINE_EVENT:
             self._check()
-            drifted = not self._checkers.conditions.step_bits
-            self._checkers = self._make_checkers(tail, item.position)
-            if drifted and self._checkers.conditions.step_bits:
+            drifted = not self._checkers.bits_required
+            self._checkers = replace(self._checkers, notes=_notes(tail, item.position))
+            if drifted and self._checkers.bits_required:
                 self._known, self._portion = {}, Portion()
 
     def _joined(self, number: int, seq: int, tail: RecordingTail) -> FollowedPart | Reason:
@@ -305,7 +297,7 @@ class Follower:
         for number in self._late:
             self._known.pop(number, None)
         self._late.clear()
-        if not self._checkers.conditions.step_bits:
+        if not self._checkers.bits_required:
             for part in self._portion.parts:
                 found = tail.newest_state(part.number) if part.anchor is None and not part.is_over else None
                 if found is not None and found.seq > part.next_seq:
@@ -325,14 +317,14 @@ class Follower:
 
     def _check(self) -> None:
         """Compare the frames of the portion that can be compared."""
-        portion, conditions = self._portion, self._checkers.conditions
+        portion, bits_required = self._portion, self._checkers.bits_required
         if portion.parts:
-            sequences, defects = portion.sequences(self._tail.header.outputs, up_to_anchors=not conditions.step_bits)
+            sequences, defects = portion.sequences(self._tail.header.outputs, up_to_anchors=not bits_required)
             for part, seq, expected_seq in defects:
                 sentence = f"frame {seq} was recorded where frame {expected_seq} belongs"
                 self._tell(WrongOutput(part.name, part.number, seq, [], [], sentence), part)
             first_seqs: I64 = np.array([part.next_seq for part in portion.parts], np.int64)
-            for rows in plan_chunks(sequences.lengths, conditions.buckets[-1], conditions.buckets[0]):
+            for rows in plan_chunks(sequences.lengths):
                 parts = [portion.parts[row] for row in rows.tolist()]
                 places = zip(parts, sequences.starts[rows].tolist(), sequences.lengths[rows].tolist(), strict=True)
                 checks = [self._stream_check(part, start, frames) for part, start, frames in places]
@@ -343,13 +335,13 @@ class Follower:
 
     def _is_waiting(self, part: FollowedPart) -> bool:
         """Whether frames of a part that were not compared can be later."""
-        return not self._checkers.conditions.step_bits and self._known.get(part.number) is part
+        return not self._checkers.bits_required and self._known.get(part.number) is part
 
     def _compare(self, task: Task, parts: list[FollowedPart]) -> None:
         found, states = step_again(task)
         if not found.bits_required and (rows := np.flatnonzero(found.wrong).astype(np.int64)).size:
             again = Task(self._checkers, task.chunk.only(rows), [task.checks[row] for row in rows.tolist()])
-            found.replace(rows, check_with_bound(again)[0])
+            found.replace(rows, step_with_bound(again))
         self.differs |= bool(found.differs.any())
         for row, (part, check) in enumerate(zip(parts, task.checks, strict=True)):
             part.next_seq, part.state = check.next_seq, states[row].copy()
@@ -383,15 +375,20 @@ class Follower:
             self.mismatches.streams.close(part.number, self.position)
 
 
-def model_of(path: Path, folder: Path | None) -> tuple[RecordingHeader, Model]:
-    """The header of a recording, and its model, from `folder` or from where the recording says.
+def model_of(path: Path, folder: Path | None) -> Model:
+    """The model of a recording, from `folder` or from where the recording says.
 
     Raises:
         RecordingError: when the recording cannot be read.
         CannotVerify: when the model cannot be found.
     """
     with RecordingTail(path) as tail:
-        return tail.header, recorded_model(tail.header, folder)
+        return recorded_model(tail.header, folder)
+
+
+def _notes(tail: RecordingTail, position: int) -> tuple[str, ...]:
+    """Why the bits of the engine that wrote the row at a position need not be equal."""
+    return why_not_bits([engine.header for engine in tail.engines if engine.position <= position][-1:])
 
 
 def _is_sampled(name: str, share: float) -> bool:

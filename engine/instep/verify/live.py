@@ -43,18 +43,17 @@ def command(file: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Follow a recording until standard input ends; the exit status."""
     file, begin = Path(arguments[0]), Begin(**json.loads(sys.stdin.buffer.readline()))
+    from instep.models.numerics import one_thread
     from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
-    from instep.verify.conditions import recorded_threads
     from instep.verify.following import Follower, model_of
     from instep.verify.report import CannotVerify
     from instep.verify.throttle import follow
 
     stopped = end_of_input()
     try:
-        header, model = model_of(file, None)
-        with recorded_threads(header):
-            told = [(number, closing) for number, closing in begin.wrong]
-            follower = Follower(file, model, begin.position, begin.waiting, begin.applied, told=told)
+        told = [(number, closing) for number, closing in begin.wrong]
+        follower = Follower(file, model_of(file, None), begin.position, begin.waiting, begin.applied, told=told)
+        with one_thread():
             tell = partial(_tell, begin, follower.mismatches.streams)
             follow(follower, tell, stopped, finishes=True, slices=in_slices)
     except UnavailableRecording as error:

@@ -113,8 +113,7 @@ def wrong_output(task: Task, row: int, divergence: Divergence) -> WrongOutput:
     """The frame of a task's row that was found to be wrong, with its output as computed again."""
     check, frames = task.checks[row], divergence.frame - task.checks[row].first_seq + 1
     span = next(task.chunk.only(np.array([row])).spans())
-    network, buckets = task.checkers.network, task.checkers.conditions.buckets
     state, alone = task.initial_states()[[row]], np.ones(frames, np.int64)
-    y, _ = replay_stepped(network, buckets, span.x[:frames], state, alone)
+    y, _ = replay_stepped(task.checkers.network, span.x[:frames], state, alone)
     expected, got = y[-1, 0].tolist(), span.y[frames - 1, 0].tolist()
     return WrongOutput(check.info.name, check.info.stream, divergence.frame, expected, got, divergence.sentence())

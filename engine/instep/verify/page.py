@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.render import HEADINGS, NUMBERS, cells, remarks
 from instep.verify.report import WORST_FIRST, Report, StreamReport, Verdict
 from instep_tools.machine import typed_command
@@ -30,7 +29,7 @@ TONES: Final[Mapping[Verdict, Tone]] = {
 _COLOURS: Final[Mapping[Tone, str]] = {"good": GOOD, "doubt": DOUBT, "bad": BAD, "": SOFT}
 _TRUTH: Final = {
     "independent": "the same equations, written a second time and computed in float64 from the original weights",
-    "same graph": "the served graph itself, computed in float64",
+    "same graph": "the graph in the model folder, computed in float64",
     "none": "nothing: this kind of model has no float64 reference",
 }
 
@@ -62,55 +61,54 @@ def _sections(report: Report, recording: Mapping[str, str]) -> Iterator[PageSect
     wrong = [stream for stream in report.streams if stream.verdict == "mismatch"]
     if wrong:
         yield PageSection("Mismatches", list(_mismatches(wrong)))
-    yield PageSection("The three checks", [_checks(report)])
+    yield PageSection("The four checks", [_checks(report)])
     if limits := [_sentence(remark) for remark in remarks(report)]:
         yield PageSection("Limits of the verdict", [Marked(limit, "doubt") for limit in limits])
     yield PageSection("Streams", list(_streams(report)))
-    yield PageSection("Certification of this machine", [Facts(_certification(report))])
     yield PageSection("Recording", [Facts(recording)])
 
 
 def _mismatches(wrong: list[StreamReport]) -> Iterator[Part]:
-    headings = ("stream", "name", "where", "element", "expected", "recorded", "ULP", "found by")
+    headings = ("stream", "name", "where", "element", "expected", "recorded", "found by")
     rows = []
     for stream in wrong:
         if (found := stream.divergence) is not None:
             where = f"frame {found.frame:,}" if found.place == "output" else f"{found.place} before {found.frame:,}"
-            ulp = "NaN" if found.ulp >= NOT_COMPARABLE else f"{found.ulp:,}"
             values = (f"{found.replayed:.9g}", f"{found.recorded:.9g}")
-            rows.append((str(stream.stream), stream.name, where, str(found.element), *values, ulp, found.checker))
+            rows.append((str(stream.stream), stream.name, where, str(found.element), *values, found.checker))
     if rows:
         yield "The first wrong value of each stream, as the check computes it and as it was recorded."
-        yield Table(headings, rows, ("stream", "element", "expected", "recorded", "ULP"), "streams with a mismatch")
+        yield Table(headings, rows, ("stream", "element", "expected", "recorded"), "streams with a mismatch")
     problems = [(str(stream.stream), stream.name, _sentence(each)) for stream in wrong for each in stream.problems]
     yield Table(("stream", "name", "problem"), problems, ("stream",), "problems")
 
 
 def _checks(report: Report) -> Table:
-    bits = "equal bits" if not report.notes else "equal bits where certified, else within the bound of rounding"
-    whole = (
-        "with one call of the network over all frames of a stream"
-        if report.whole_sequence
-        else "not made: this kind has no such call"
-    )
-    stepped, in_one = (f"{report.elements.get(checker, 0):,}" for checker in ("stepped", "whole sequence"))
-    distance = "–" if report.reference == "none" else f"at most {report.max_error:.1e} away"
-    rows = (
+    within = "within the bound of rounding"
+    bits = f"{within}, twice" if report.notes else "equal bits"
+    everything = f"every frame, {report.elements.get('stepped', 0):,} values"
+    rows = [
+        ("stepped", "the compiled step, frame by frame", bits, everything, f"{report.max_difference:.1e}"),
+        ("definition", "a second program of the same arithmetic", "equal bits", report.by_definition, "–"),
         (
-            "stepped",
-            "with the network stepped again, frame by frame, from the recorded state",
-            bits,
-            f"{stepped} values",
+            "torch",
+            "torch's own module, in whole sequences",
+            f"{within}, twice",
+            "every frame",
+            f"{report.max_distance:.1e}",
         ),
-        ("whole sequence", whole, bits, f"{in_one} values"),
-        ("float64 reference", f"with {_TRUTH[report.reference]}", "within the bound of rounding", distance),
-    )
-    return Table(("check", "recorded outputs and states are compared", "required", "compared"), rows)
+        ("float64 reference", _TRUTH[report.reference], within, "every frame", f"{report.max_error:.1e}"),
+    ]
+    is_made = (True, not report.notes, bool(report.elements.get("torch")), report.reference != "none")
+    rows = [row if made else (*row[:2], "–", "not compared", "–") for row, made in zip(rows, is_made, strict=True)]
+    headings = ("check", "recorded outputs and states are compared with", "required", "compared", "largest distance")
+    return Table(headings, rows)
 
 
 def _streams(report: Report) -> Iterator[Part]:
     worst_first = sorted(
-        report.streams, key=lambda each: (WORST_FIRST.index(each.verdict), -each.max_ulp, -_known(each.max_error))
+        report.streams,
+        key=lambda each: (WORST_FIRST.index(each.verdict), -_known(each.max_difference), -_known(each.max_error)),
     )
     rows: list[list[Cell]] = [
         [*cells(report, stream), Marked(stream.verdict, TONES[stream.verdict])] for stream in worst_first
@@ -151,15 +149,6 @@ def _errors(streams: list[StreamReport]) -> Chart | None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(TONES), frameon=False, borderaxespad=0.2)
     some = f" ({len(places):,} of {count:,} streams)" if len(places) < count else ""
     return Chart(figure, f"Largest error of each stream: its recorded values against the float64 reference{some}")
-
-
-def _certification(report: Report) -> dict[str, Cell]:
-    sizes = ", ".join(map(str, report.buckets))
-    facts: dict[str, Cell] = {"stepped in batches of": sizes}
-    facts["bits"] = Marked("must equal the recorded ones", "good")
-    if report.notes:
-        facts["bits"] = Marked("; ".join(report.notes), "doubt")
-    return facts
 
 
 def _known(error: float) -> float:

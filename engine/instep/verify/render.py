@@ -10,15 +10,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from instep.models.ulp import NOT_COMPARABLE
 from instep.verify.report import Report, StreamReport, Verdict
 from instep_tools.terminal import say
 from instep_tools.words import counted
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""
-HEADINGS: Final = ("stream", "name", "frames", "max ULP", "vs. float64", "verdict")
-NUMBERS: Final = ("stream", "frames", "max ULP", "vs. float64")
+HEADINGS: Final = ("stream", "name", "frames", "vs. torch", "vs. float64", "verdict")
+NUMBERS: Final = ("stream", "frames", "vs. torch", "vs. float64")
 """The headings of columns of numbers."""
 _STYLES: Final[dict[Verdict, str]] = {
     "exact": "green",
@@ -76,11 +75,11 @@ def remarks(report: Report) -> Iterator[str]:
     for note in report.notes:
         yield f"bits were not required to be equal: {note}"
     if report.reference == "same graph":
-        yield "the float64 reference is the served graph: a mistake in that does not show"
+        yield "the float64 reference computes the graph in the model folder: a mistake in that does not show"
     lossy = [stream for stream in report.streams if stream.lossy_from is not None]
     why = "frames or states are too large for float32, so the float64 reference bounds nothing"
     if report.reference == "none":
-        why = "bits differ, and there is no float64 reference that would bound by how much they may"
+        why = "bits differ, and no float64 reference bounds by how much they may"
     for stream in lossy[:FIRST_STREAMS]:
         yield f"stream {stream.stream} ({stream.name}), from frame {stream.lossy_from} on: {why}"
     if len(lossy) > FIRST_STREAMS:
@@ -114,11 +113,6 @@ def _streams(report: Report) -> RenderableType:
 
 def cells(report: Report, stream: StreamReport) -> list[str]:
     """The row of a stream under `HEADINGS`, except the verdict."""
+    distance = f"{stream.max_distance:.1e}" if report.elements.get("torch") else "–"
     error = "–" if report.reference == "none" else f"{stream.max_error:.1e}"
-    return [str(stream.stream), stream.name, f"{stream.frames:,}", _distance(stream.max_ulp), error]
-
-
-def _distance(ulp: int) -> str:
-    if ulp >= NOT_COMPARABLE:
-        return "NaN"
-    return f"{ulp:,}" if ulp < 1_000_000 else f"{ulp:.0e}"
+    return [str(stream.stream), stream.name, f"{stream.frames:,}", distance, error]

@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from instep.models.ulp import NOT_COMPARABLE
 from instep_tools.words import counted
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
-Checker: TypeAlias = Literal["stepped", "whole sequence", "float64 reference"]
+Checker: TypeAlias = Literal["stepped", "definition", "torch", "float64 reference"]
+"""The compiled step, the definition of its arithmetic, torch's own module over whole sequences, or the reference."""
 ReferenceKind: TypeAlias = Literal["independent", "same graph", "none"]
 """Whether the float64 reference is written again from the equations, or is the served graph in float64."""
 Place: TypeAlias = Literal["output", "final state", "checkpoint"]
@@ -43,16 +43,13 @@ class Divergence:
     recorded: float
     replayed: float
     """In the float64 reference, with its full precision."""
-    ulp: int
-    """Distance of the two as float32, in units in the last place."""
 
     def sentence(self) -> str:
         """As a sentence."""
         where = f"frame {self.frame}" if self.place == "output" else f"{self.place} before frame {self.frame}"
-        apart = "one is not a number" if self.ulp >= NOT_COMPARABLE else f"{self.ulp:,} ULP apart"
         recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
         other = str(self.replayed if self.checker == "float64 reference" else np.float32(self.replayed))
-        return f"{where}, element {self.element}: recorded {recorded}, {self.checker} {other} ({apart})"
+        return f"{where}, element {self.element}: recorded {recorded}, {self.checker} {other}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON, which has no NaN: values that are not finite become strings."""
@@ -74,8 +71,10 @@ class StreamReport:
     """Why it is a mismatch, as sentences."""
     divergence: Divergence | None = None
     """The first one; also of a stream within tolerance, whose bits differ."""
-    max_ulp: int = 0
-    """Largest distance between recorded and replayed outputs or states, over both replays."""
+    max_difference: float = 0.0
+    """Largest distance from the compiled step."""
+    max_distance: float = 0.0
+    """Largest distance from torch's own module, up to `lossy_from`."""
     max_error: float = 0.0
     """Largest distance from the float64 reference, up to `lossy_from`."""
     lossy_from: int | None = None
@@ -84,7 +83,8 @@ class StreamReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        fields = asdict(self) | {"max_error": _json_number(self.max_error)}
+        distances = ("max_difference", "max_distance", "max_error")
+        fields = asdict(self) | {name: _json_number(getattr(self, name)) for name in distances}
         del fields["divergence"]
         return fields | {"first_divergence": None if self.divergence is None else self.divergence.as_json()}
 
@@ -102,10 +102,18 @@ def join_reports(parts: Sequence[StreamReport]) -> StreamReport:
         verdict=next(verdict for verdict in WORST_FIRST if verdict in verdicts),
         problems=tuple(problem for part in parts for problem in part.problems),
         divergence=next(iter((*wrong, *divergences)), None),
-        max_ulp=max(part.max_ulp for part in parts),
+        max_difference=max(part.max_difference for part in parts),
+        max_distance=max(part.max_distance for part in parts),
         max_error=max(part.max_error for part in parts),
         lossy_from=min((part.lossy_from for part in parts if part.lossy_from is not None), default=None),
     )
+
+
+class Coverage(NamedTuple):
+    """How far a checker came that need not compare everything."""
+
+    streams: int = 0
+    frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +128,15 @@ class Report:
     """Whether the recording was closed in order; otherwise it was checked up to its last commit."""
     notes: tuple[str, ...]
     """Why bits were not required to be equal, where they were not."""
-    buckets: tuple[int, ...]
-    """Batch sizes the streams were stepped in."""
     seconds: float
     ending: str = ""
     """How the recording ends, in words."""
     trimmed: str = ""
     """Where the recording begins, such as "begins at position 1,201 (…)"; empty where no history was trimmed."""
     elements: dict[Checker, int] = field(default_factory=dict)
-    """How many elements of outputs and states each of the two replays compared."""
-    whole_sequence: bool = True
-    """Whether the network has a call for whole sequences, and so a second replay."""
+    """How many elements of outputs and states each checker compared."""
+    definition: Coverage = field(default_factory=Coverage)
+    """What was compared with the definition."""
     reference: ReferenceKind = "independent"
 
     @property
@@ -152,6 +158,16 @@ class Report:
     def unchecked(self) -> int:
         """Streams whose outputs could be neither confirmed nor refuted."""
         return sum(stream.verdict == "not checked" for stream in self.streams)
+
+    @property
+    def max_difference(self) -> float:
+        """Largest distance from the compiled step."""
+        return max((stream.max_difference for stream in self.streams), default=0.0)
+
+    @property
+    def max_distance(self) -> float:
+        """Largest distance from torch's own module."""
+        return max((stream.max_distance for stream in self.streams), default=0.0)
 
     @property
     def max_error(self) -> float:
@@ -180,11 +196,27 @@ class Report:
 
     def checkers(self) -> str:
         """How the outputs were checked, in one line."""
-        replays = "in steps and as whole sequences" if self.whole_sequence else "in steps"
-        if self.reference == "none":
-            return f"replayed {replays}; this kind of model has no float64 reference"
-        truth = "float64" if self.reference == "independent" else "the same graph in float64"
-        return f"replayed {replays}; at most {self.max_error:.1e} from {truth}"
+        are_equal = not self.notes and not self.mismatches
+        stepped = "bit for bit" if are_equal else f"at most {self.max_difference:.1e} away"
+        found = [f"compiled step: every frame, {stepped}"]
+        if not self.notes:
+            found.append(f"definition: {self.by_definition}{', bit for bit' if are_equal else ''}")
+        if self.elements.get("torch"):
+            explained = "" if self.mismatches or self.reference == "none" else ", as rounding explains"
+            found.append(f"torch's own module: at most {self.max_distance:.1e} away{explained}")
+        if self.reference != "none":
+            truth = "float64" if self.reference == "independent" else "the same graph in float64"
+            found.append(f"{truth}: at most {self.max_error:.1e} away")
+        return "; ".join(found)
+
+    @property
+    def by_definition(self) -> str:
+        """What was compared with the definition, in words."""
+        streams, frames = self.definition
+        if frames == self.frames:
+            return "every frame"
+        with_frames = sum(stream.frames > 0 for stream in self.streams)
+        return f"{frames:,} of {counted(self.frames, 'frame')} in {streams:,} of {counted(with_frames, 'stream')}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -202,12 +234,13 @@ class Report:
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
             "unchecked": self.unchecked,
+            "max_difference": _json_number(self.max_difference),
+            "max_distance": _json_number(self.max_distance) if self.elements.get("torch") else None,
             "max_error": None if self.reference == "none" else _json_number(self.max_error),
             "notes": list(self.notes),
-            "buckets": list(self.buckets),
             "seconds": round(self.seconds, 3),
             "elements": self.elements,
-            "whole_sequence": self.whole_sequence,
+            "definition": self.definition._asdict(),
             "reference": self.reference,
             "streams": [stream.as_json() for stream in self.streams],
         }

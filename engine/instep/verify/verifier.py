@@ -1,19 +1,19 @@
-"""Verification: replay a whole recording with three checkers and compare with what was served.
+"""Verification: compute a whole recording again in four ways, and compare with what was served.
 
-1. **Stepped**: frame by frame in the engine's buckets, from the recorded initial state, streams side by side.
-2. **Whole sequence**: one call over all frames of a stream, as in the first experiment, by the network as it is served.
-   (A sequence too long for memory goes in several calls, the state carried.) A kind of model may have no such call.
-3. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
-   of a graph is the served graph in float64, which bounds what rounding does, and the report says so. A kind may have
-   none: then equal bits decide, and where bits need not be equal and are too far apart, the stream is not checked.
+1. **Stepped**: every frame by the compiled step, from the recorded initial state, streams side by side.
+2. **Definition**: by the second program of the same arithmetic, as many frames as it computes in about the time of 1.
+3. **torch**: whole sequences by torch's own module, if the kind of model has one. (A sequence too long for memory goes
+   in several calls, the state carried.)
+4. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
+   of a graph is the graph in float64, which bounds what rounding does, and the report says so. A kind may have none.
 
-This machine is certified first. Bits must be equal in 1 and 2 where the engine had certified that they are and this
-machine certifies the same; otherwise they must be within twice the bound, since each side may be off by one. In 3, they
-must always be within the bound. Where frames or states are too large for the bound to mean anything (see `bound`),
-equal bits are enough, and the report names the first such frame; where bits need not be equal either, the stream counts
-as not checked.
+Where the engine computed in `portable-1`, bits must be equal in 1 and 2, whichever machines recorded and verify. Other
+engines promise no bits: 1 must be within twice the bound, since each side may be off by one, and 2 is left out. In 3,
+values must always be within twice the bound, and in 4 within the bound. Where frames or states are too large for the
+bound to mean anything (see `bound`), or there is no reference, equal bits are enough, and the report names the first
+such frame; where bits need not be equal either, the stream counts as not checked.
 
-Final states and those of checkpoints are compared in 1 and 3. Every frame of a stream must be there, once and
+Final states and those of checkpoints are compared in 1, 2 and 4. Every frame of a stream must be there, once and
 in order, and so must every state of a checkpoint. A stream is checked anew from every reset of its state. Frames
 whose outputs were not recorded, because the engine was killed while it computed them, are replayed but not compared.
 """
@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import groupby, islice
+from dataclasses import replace
+from functools import partial
+from itertools import count, groupby, islice
 from operator import attrgetter
 from threading import Event
 from typing import Final, Literal, TypeAlias
@@ -32,26 +34,33 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from instep.core.typing import I64
-from instep.models.base import RecurrentModel, Reference
+from instep.models.base import Reference
 from instep.models.model import Model
-from instep.models.numerics import threads_as_here
+from instep.models.numerics import one_thread, threads_as_here
 from instep.recording.inspection import how_it_ends, where_it_begins
 from instep.recording.reader import RecordingReader
-from instep.recording.schema import RecordingHeader
 from instep.runtime.executor import usable_cores
-from instep.verify.checkers import CHECK_LIMITS, Checkers, CheckLimits
+from instep.verify.checkers import CHECK_LIMITS, Checkers, CheckLimits, Task, check_definition
 from instep.verify.checkpoints import StoredCheckpoints
 from instep.verify.chunk_check import ChunkCheck
-from instep.verify.chunks import Chunk, plan_chunks
-from instep.verify.conditions import Conditions, find_conditions, recorded_network, recorded_threads
-from instep.verify.report import Checker, ReferenceKind, Report, StreamReport, join_reports
+from instep.verify.chunks import MOST_ROWS, WHOLE_ROWS, Chunk, plan_chunks
+from instep.verify.comparison import Comparison
+from instep.verify.recorded_model import recorded_network, why_not_bits
+from instep.verify.report import (
+    Checker,
+    Coverage,
+    Divergence,
+    ReferenceKind,
+    Report,
+    StreamReport,
+    join_reports,
+)
 from instep.verify.stream_checks import StreamChecks
 
-Stage: TypeAlias = Literal["reading", "replaying"]
-STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying")
+Stage: TypeAlias = Literal["reading", "replaying", "definition"]
+STAGES: Final[tuple[Stage, ...]] = ("reading", "replaying", "definition")
 Progress: TypeAlias = Callable[[Stage, float], None]
 """Called with the stage and the share (0 to 1) of it that is done."""
-Certify: TypeAlias = Callable[[Sequence[RecordingHeader], RecurrentModel], Conditions]
 
 MOST_THREADS: Final = 4
 """More threads, even on more cores, would only take their caches from each other."""
@@ -66,7 +75,6 @@ def verify(
     model: Model,
     wanted: Sequence[str],
     on_progress: Progress,
-    certify: Certify = find_conditions,
     limits: CheckLimits = CHECK_LIMITS,
 ) -> Report:
     """Check every stream of a recording, or those of some names or numbers.
@@ -76,7 +84,6 @@ def verify(
         model: the recorded model; the caller compares it with the one that the header names.
         wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
-        certify: finds out whether bits must be equal on this machine.
         limits: of what is computed at once.
 
     Raises:
@@ -86,95 +93,133 @@ def verify(
     """
     began = time.monotonic()
     stopped = Event()
-    with (
-        recorded_threads(reader.header),
-        ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool,
-    ):
+    with one_thread(), ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool:
         try:
             checkpoints = StoredCheckpoints(reader)
             reader.check_positions()
-            headers = [engine.header for engine in reader.engines]
-            made = pool.submit(make_checkers, model, headers, certify, stopped, limits)  # while it is read
+            notes = why_not_bits([engine.header for engine in reader.engines])
+            made = pool.submit(make_checkers, model, notes, stopped, limits)  # while it is read
             initial = model.state.initial(1)[0]
             streams = StreamChecks(reader, wanted, checkpoints, initial, lambda share: on_progress("reading", share))
             streams.require_outputs(wanted)
-            checkers = made.result()
-            parts, elements = _check(checkers, streams, pool, lambda share: on_progress("replaying", share))
+            check = _Check(made.result(), streams, pool)
+            stepped_s = check.replay(lambda share: on_progress("replaying", share))
+            definition = check.compare_definition(stepped_s, lambda share: on_progress("definition", share))
         finally:
             stopped.set()
-    conditions = checkers.conditions
     return Report(
         file=reader.path,
         model_name=model.name,
         fingerprint=model.fingerprint,
-        streams=tuple(join_reports(list(of_stream)) for _, of_stream in groupby(parts, key=attrgetter("stream"))),
+        streams=tuple(
+            join_reports(list(of_stream)) for _, of_stream in groupby(check.reports, key=attrgetter("stream"))
+        ),
         ending=how_it_ends(reader),
         finished=reader.finished,
         trimmed=where_it_begins(reader),
-        notes=(*conditions.step_notes, *conditions.whole_notes),
-        buckets=conditions.buckets,
+        notes=check.checkers.notes,
         seconds=time.monotonic() - began,
-        elements=elements,
-        whole_sequence=conditions.has_whole,
-        reference=_kind_of(checkers.truth),
+        elements=check.elements,
+        definition=definition,
+        reference=_kind_of(check.checkers.truth),
     )
 
 
-def make_checkers(
-    model: Model,
-    headers: Sequence[RecordingHeader],
-    certify: Certify,
-    stopped: Event,
-    limits: CheckLimits = CHECK_LIMITS,
-) -> Checkers:
-    """Build the network, and certify it for recordings of these engines; the first one names the device."""
-    network = recorded_network(model, headers[0])
-    conditions = certify(headers, network)
+def make_checkers(model: Model, notes: tuple[str, ...], stopped: Event, limits: CheckLimits = CHECK_LIMITS) -> Checkers:
+    """Build the network, to compare within the bound where `notes` say why bits need not be equal."""
+    network = recorded_network(model)
     references = network.reference(np.float64), network.reference(np.float32)
     truth, rounded = references if None not in references else (None, None)
-    return Checkers(network, truth, rounded, conditions, stopped, limits)
+    return Checkers(network, truth, rounded, notes, stopped, limits)
 
 
 def _kind_of(truth: Reference | None) -> ReferenceKind:
     return "none" if truth is None else "independent" if truth.independent else "same graph"
 
 
-def _check(
-    checkers: Checkers, streams: StreamChecks, pool: Executor, on_progress: Callable[[float], None]
-) -> tuple[list[StreamReport], dict[Checker, int]]:
-    """The report on every check, in order, and how many elements each of the two replays compared."""
-    reports: dict[int, StreamReport] = {
-        at: check.report_without_frames() for at, check in enumerate(streams.checks) if not check.frames
-    }
-    elements: dict[Checker, int] = {"stepped": 0, "whole sequence": 0}
-    chunks = _chunks(checkers, streams)
-    total, done = sum(check.frames for check in streams.checks), 0
-    begun: deque[tuple[Chunk, ChunkCheck]] = deque()
-    while True:
-        for chunk in islice(chunks, AHEAD + 1 - len(begun)):
-            checks = [streams.checks[row] for row in chunk.rows.tolist()]
-            begun.append((chunk, ChunkCheck(checkers, chunk, checks, pool)))
-        if not begun:
-            return [reports[at] for at in range(len(streams.checks))], elements
-        chunk, check = begun.popleft()
-        reports.update(zip(chunk.rows.tolist(), check.finish(), strict=True))
-        for comparison in (check.stepped, check.whole):
-            elements[comparison.checker] += comparison.elements
-        done += int(chunk.lengths.sum())
-        on_progress(done / total)
+class _Check:
+    """All checks of a recording.
+
+    Attributes:
+        reports: one for each of `streams.checks`, in order.
+        elements: how many elements each checker compared.
+    """
+
+    def __init__(self, checkers: Checkers, streams: StreamChecks, pool: Executor) -> None:
+        self.checkers = checkers
+        self._checks, self._sequences = streams.checks, streams.sequences
+        self._pool = pool
+        self._first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)
+        self.reports: list[StreamReport] = [check.report_without_frames() for check in streams.checks]
+        self.elements: dict[Checker, int] = {"stepped": 0, "definition": 0, "torch": 0, "float64 reference": 0}
+
+    def replay(self, on_progress: Callable[[float], None]) -> float:
+        """Check everything in all ways but by the definition; how long stepping took, in seconds."""
+        share = max(len(self._checks) // _threads(), LEAST_SHARE)
+        lengths: I64 = np.array([check.frames for check in self._checks], np.int64)
+        chunks = map(self._chunk, plan_chunks(lengths, min(MOST_ROWS, share)))
+        total, done, stepped_s = int(lengths.sum()), 0, 0.0
+        begun: deque[tuple[Chunk, ChunkCheck]] = deque()
+        while True:
+            for chunk in islice(chunks, AHEAD + 1 - len(begun)):
+                checks = [self._checks[row] for row in chunk.rows.tolist()]
+                begun.append((chunk, ChunkCheck(self.checkers, chunk, checks, self._pool)))
+            if not begun:
+                return stepped_s
+            chunk, check = begun.popleft()
+            for row, report in zip(chunk.rows.tolist(), check.finish(), strict=True):
+                self.reports[row] = report
+            for comparison in (check.stepped, check.torch, check.reference):
+                self.elements[comparison.checker] += comparison.elements
+            stepped_s += check.stepped_s
+            done += int(chunk.lengths.sum())
+            on_progress(done / total)
+
+    def compare_definition(self, stepped_s: float, on_progress: Callable[[float], None]) -> Coverage:
+        """Compare with the definition for about as long as stepping took, whatever is next in `_spread_out`."""
+        if not self.checkers.bits_required:
+            return Coverage()
+        rows = _spread_out([at for at, check in enumerate(self._checks) if check.frames])
+        parts = (rows[first : first + WHOLE_ROWS] for first in range(0, len(rows), WHOLE_ROWS))
+        chunks = [sorted(part, key=lambda at: -self._checks[at].frames) for part in parts]
+        began, time_s = time.monotonic(), max(stepped_s / _threads(), self.checkers.limits.definition_s)
+        check = partial(self._check_definition, ends_s=began + time_s)
+        streams, total = set[int](), 0
+        for done, (chunk, (found, frames)) in enumerate(
+            zip(chunks, self._pool.map(check, chunks, count()), strict=True), 1
+        ):
+            for row, divergence in found.first.items():
+                self._add_mismatch(chunk[row], divergence)
+            self.elements["definition"] += found.elements
+            streams.update(self._checks[chunk[row]].info.stream for row in np.flatnonzero(frames).tolist())
+            total += int(frames.sum())
+            on_progress(min(1.0, max(done / len(chunks), (time.monotonic() - began) / time_s)))
+        return Coverage(len(streams), total)
+
+    def _check_definition(self, rows: list[int], number: int, ends_s: float) -> tuple[Comparison, I64]:
+        task = Task(self.checkers, self._chunk(np.array(rows)), [self._checks[at] for at in rows])
+        return check_definition(task, ends_s, at_least=int(not number))
+
+    def _add_mismatch(self, at: int, divergence: Divergence) -> None:
+        report = self.reports[at]
+        problems = (*report.problems, divergence.sentence())
+        self.reports[at] = replace(
+            report, verdict="mismatch", problems=problems, divergence=report.divergence or divergence
+        )
+
+    def _chunk(self, rows: I64) -> Chunk:
+        """Frames of some checks, in bounded pieces."""
+        assert self._sequences is not None, "checks without frames are in no chunk"
+        in_between = 3 * self.checkers.network.state.row_bytes // 4  # more than the gates of recurrent layers
+        widest = max(self._sequences.x.shape[1], self._sequences.y.shape[1], in_between)
+        most_frames = max(self.checkers.limits.call_bytes // (8 * widest), 1)
+        return Chunk(self._sequences, self._first_seqs, rows, most_frames)
 
 
-def _chunks(checkers: Checkers, streams: StreamChecks) -> Iterator[Chunk]:
-    """All frames once, in bounded pieces."""
-    sequences, buckets = streams.sequences, checkers.conditions.buckets
-    if sequences is not None:
-        in_between = 3 * checkers.network.state.row_bytes // 4  # more than the gates of recurrent layers
-        widest = max(sequences.x.shape[1], sequences.y.shape[1], in_between)
-        most_frames = max(checkers.limits.call_bytes // (8 * widest), 1)
-        first_seqs: I64 = np.array([check.first_seq for check in streams.checks], np.int64)
-        share = max(len(first_seqs) // _threads(), LEAST_SHARE)
-        for rows in plan_chunks(sequences.lengths, min(buckets[-1], share), buckets[0]):
-            yield Chunk(sequences, first_seqs, rows, most_frames)
+def _spread_out(rows: list[int]) -> list[int]:
+    """The first, the middle, the quarters and so on: every beginning of this order is spread over all of them."""
+    order = sorted(range(len(rows)), key=lambda at: f"{at:032b}"[::-1])
+    return [rows[at] for at in order]
 
 
 def _threads() -> int:

@@ -29,7 +29,7 @@ RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
 EPOCH = 0x187B_0000_0000_0000
 """The page's epochs are this and those after it."""
 INFO = ServerInfo(
-    protocol_version=5,
+    protocol_version=wire.PROTOCOL_VERSION,
     boot_id="5f1d0c9a3b7e2468",
     model="seed",
     fingerprint=SEED.fingerprint,
@@ -38,7 +38,7 @@ INFO = ServerInfo(
     state=gru_state(1, 4),
     device="cpu",
     exactness="exact",
-    buckets=(4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    arithmetic="portable-1",
     max_streams=4096,
     max_message_bytes=16 * 2**20,
     max_block_frames=16_384,

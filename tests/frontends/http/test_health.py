@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from instep.config import HttpConfig
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.http.connections import bind
-from instep.models.certify import Certification
 from instep.server.preparation import CannotServe
 from instep.streaming.service import ModelService
 from instep_client.aio import AsyncClient
@@ -34,7 +33,7 @@ async def test_says_what_it_serves() -> None:
         assert (model["features"], model["outputs"], model["device"]) == (5, 8, "cpu")
         assert model["numbers"]["streams_open"] == 1
         assert model["numbers"]["frames_total"] == 3
-        assert model["exactness"] == server.default.about.exactness
+        assert (model["exactness"], model["arithmetic"]) == ("exact", "portable-1")
 
 
 async def test_the_last_ten_minutes_are_columns_of_one_row_a_second() -> None:
@@ -74,16 +73,6 @@ async def test_is_ready_until_it_drains() -> None:
         assert answer.status_code == 503
         assert SMALL.name in answer.json()["error"]["message"]
         assert (await http.get("/healthz")).status_code == 200
-
-
-async def test_is_not_ready_where_exactness_is_required_and_withdrawn() -> None:
-    off = Certification("exact", (32,), 0, False)
-    async with administered(engine={"exactness": "require"}, exactness=off) as (server, http):
-        assert (await http.get("/readyz")).status_code == 200
-        server.default.engine.stats.is_exact = False
-        answer = await http.get("/readyz")
-        assert answer.status_code == 503
-        assert "`require`" in answer.json()["error"]["message"]
 
 
 class BadSubject:

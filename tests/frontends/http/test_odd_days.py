@@ -38,7 +38,7 @@ def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: St
     other = model("denoise")
     got = {"stream": HOSTILE, "seq": 48_213, "expected": [0.5, 0.12345678, 0.0], "got": [0.5, 0.12345679, -0.0]}
     other["verification"] |= {"state": "mismatch", "mismatches": 1, "mismatch": got}
-    other |= {"exactness": "tolerance", "exactness_detail": "up to 3 ULP"}
+    other |= {"exactness": "tolerance", "arithmetic": "torch 2.13.0 on cuda:0"}
     admin.models.append(other)
     for width in (400, 1280):
         page = pages.open(admin.url, width=width)
@@ -116,7 +116,7 @@ def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages)
 
 def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -> None:
     admin.streams, admin.log, admin.history_rows = [], [], 0
-    admin.models[0] |= {"recording": None, "verification": None, "durability": "memory", "exactness": "off"}
+    admin.models[0] |= {"recording": None, "verification": None, "durability": "memory"}
     nothing = ("streams_open", "streams_parked", "frames_total", "recent_frames_per_s")
     admin.models[0]["numbers"] = dict.fromkeys(nothing, 0.0)
     page = pages.open(admin.url)

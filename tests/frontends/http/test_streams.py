@@ -182,7 +182,7 @@ class SlowStepper(Stepper):
 
 
 def slow(ready: Prepared, config: Config) -> Stepper:
-    return SlowStepper(ready.network, ready.certification.buckets, config.engine.max_streams, ready.device)
+    return SlowStepper(ready.network, config.engine.max_batch_size, config.engine.max_streams, ready.device)
 
 
 async def test_a_trace_holds_no_inputs_of_a_frame_that_waits() -> None:

@@ -101,9 +101,9 @@ MALFORMED: list[tuple[list[bytes], Code, str]] = [
     ([header(Kind.LIST, 0, 1, 0), b"x" * 201], Code.MALFORMED, "at most 200 bytes"),
     ([header(Kind.LIST, 0, 1, 0), b"\xff"], Code.MALFORMED, "UTF-8"),
     ([header(Kind.HELLO, 1, "x", "")], Code.WRONG_VERSION, "version"),
-    ([header(Kind.HELLO, 5, 5, "")], Code.MALFORMED, "client's name"),
-    ([header(Kind.HELLO, 5, "x", 5)], Code.MALFORMED, "model's name"),
-    ([header(Kind.HELLO, 5, "x", "another")], Code.MALFORMED, "belongs to the model"),
+    ([header(Kind.HELLO, 6, 5, "")], Code.MALFORMED, "client's name"),
+    ([header(Kind.HELLO, 6, "x", 5)], Code.MALFORMED, "model's name"),
+    ([header(Kind.HELLO, 6, "x", "another")], Code.MALFORMED, "belongs to the model"),
 ]
 
 
@@ -139,7 +139,7 @@ async def test_the_refusal_of_a_step_names_its_request(client: RawClient, featur
 
 async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
     async with RawClient(server.endpoint, identity=b"alice") as client:
-        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 5, "raw", ""]))
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 6, "raw", ""]))
         assert reply.code is Code.MALFORMED
         assert "routing id" in reply.sentence
 
@@ -201,7 +201,7 @@ async def test_no_more_connections_than_the_limit() -> None:
     async with running(SMALL, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
-            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 5, "raw", ""]))
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 6, "raw", ""]))
             assert reply.code is Code.BUSY
             assert reply.sentence == (
                 "the server has 1 connections, as many as limits.max_connections allows; try again later"

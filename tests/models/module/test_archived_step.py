@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from torch.nn import functional
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.module.archived_step import import_pt2
-from instep.models.module.network import ModuleNetwork
+from instep.models.network import PortableNetwork
+from instep.models.stepping import step_frames
 from tests.support.archives import CellWithHead, Odds, imported, save, zeros
-from tests.support.running import CPU
 from tests.support.steps import FEATURES, STEPS, Counting, example, leaves, repeated, step_of
 
 ROWS: Final = 32
@@ -53,7 +54,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_an_imported_step_has_the_bits_of_the_module(name: str) -> None:
+def test_an_imported_step_computes_what_the_module_does(name: str) -> None:
     make, begin = SERVED[name]
     torch.manual_seed(3)
     module, state = make().eval(), repeated(begin(), 3)
@@ -61,19 +62,20 @@ def test_an_imported_step_has_the_bits_of_the_module(name: str) -> None:
     status, said = imported()
     assert status == 0, said
     assert "net: 5 features → step of " in said
-    step = ModuleNetwork(load_model("net"), CPU).bind(ROWS)
-    state = repeated(state, ROWS)
+    network, state = PortableNetwork(load_model("net")), repeated(state, ROWS)
+    rows = network.state.initial(ROWS)
     with torch.inference_mode():
         for x in torch.randn(12, ROWS, FEATURES):
+            graph, given = network.sequence(x[None].numpy(), rows), rows
             y, state = module(x, state)
             parts = list(y.values()) if isinstance(y, dict) else [y]
-            step.x.copy_(x)
-            step.run()
             truth = torch.cat([part.reshape(ROWS, -1) for part in parts], 1)
-            assert torch.equal(step.y, truth)
-            for own, new, leaf in zip(step.state.values(), step.new_state.values(), leaves(state), strict=True):
-                assert torch.equal(new, leaf)
-                own.copy_(new)
+            found, rows = network.step(x.numpy(), given)
+            np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
+            for new, leaf in zip(network.state.unpack(rows).values(), leaves(state), strict=True):
+                np.testing.assert_allclose(new, leaf, rtol=1e-5, atol=1e-5)
+            assert graph is not None
+            np.testing.assert_allclose(graph[0][0], truth, rtol=1e-5, atol=1e-5)
 
 
 def test_an_imported_gru_cell_computes_what_nn_gru_does_over_the_sequence() -> None:
@@ -85,14 +87,10 @@ def test_an_imported_gru_cell_computes_what_nn_gru_does_over_the_sequence() -> N
     assert imported("--name", "ears", "--outputs", "a, b,c")[0] == 0
     model = load_model("net")
     assert (model.name, model.output_names) == ("ears", ("a", "b", "c"))
-    step, x, outputs = ModuleNetwork(model, CPU).bind(ROWS), torch.randn(50, ROWS, FEATURES), []
-    for frame in x:
-        step.x.copy_(frame)
-        step.run()
-        outputs.append(step.y.clone())
-        step.state["state"].copy_(step.new_state["state"])
+    network, x = PortableNetwork(model), torch.randn(50, ROWS, FEATURES)
+    y, _ = step_frames(network, x.numpy(), network.state.initial(ROWS))
     with torch.inference_mode():
-        torch.testing.assert_close(torch.stack(outputs), module.head(gru(x)[0]), rtol=0, atol=2e-6)
+        torch.testing.assert_close(torch.from_numpy(y), module.head(gru(x)[0]), rtol=0, atol=2e-6)
 
 
 def test_names_of_leaves_and_outputs_and_options_of_other_kinds() -> None:
@@ -148,7 +146,7 @@ def casts(self: Any, x: torch.Tensor, h: torch.Tensor) -> Any:
         (lambda s, x, h: (functional.dropout(x, 0.5, True), h), "dropout"),
         (lambda s, x, h: (x[(x > 0).nonzero()[:, 0]].sum() + x, h), "lets values in a tensor decide how many elements"),
         (lambda s, x, h: (x + x[x > 0].sum(), h), "lets values in a tensor decide how many elements"),
-        (lambda s, x, h: (x - x.mean(0), h), r"combines the rows of a batch \(mean\)"),
+        (lambda s, x, h: (x - x.mean(0), h), "the rows of a batch influence one another in the step"),
         (lambda s, x, h: (x.masked_scatter(x > 0, h), h), "calls aten.masked_scatter, which cannot be served"),
         (lambda s, x, h: (x + torch.empty_like(x), h), "whatever the memory holds"),
         (lambda s, x, h: (torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), h), "calls cond, .* use torch.where"),

@@ -1,8 +1,11 @@
-"""Exported steps: the module's own bits in a certified batch, its float64 in the reference, and its folder."""
+"""Exported steps: the module's values, the same bits in every batch, the module's float64, and the folder."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from instep.core.typing import F32
+from instep.core.typing import F32, U8
 from instep.models import export_step
-from instep.models.certify import candidate_buckets, certify
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
-from instep.models.module.network import ModuleNetwork
-from instep.models.registry import build, parse_description
-from instep.models.stepping import step_rows
-from tests.support.running import CPU, prepared
+from instep.models.network import PortableNetwork
+from instep.models.portable.form import parse_form
+from instep.models.registry import parse_description, torch_network
+from instep.models.stepping import step_frames
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
 
 
@@ -29,55 +31,49 @@ def frames(rng: np.random.Generator, count: int = 12) -> F32:
     return rng.standard_normal((count, FEATURES)).astype(np.float32)
 
 
-def network_of(name: str) -> ModuleNetwork:
-    network = prepared(exported(name), 128).network
-    assert isinstance(network, ModuleNetwork)
-    return network
+@cache
+def network_of(name: str) -> PortableNetwork:
+    return PortableNetwork(exported(name))
+
+
+def assert_leaves_close(network: PortableNetwork, rows: U8, truth: Sequence[torch.Tensor]) -> None:
+    for leaf, found in zip(truth, network.state.unpack(rows).values(), strict=True):
+        np.testing.assert_allclose(found[0], leaf.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_frame_has_the_bits_of_the_module_in_every_certified_batch(name: str, rng: np.random.Generator) -> None:
+def test_a_frame_gives_what_the_module_does(name: str, rng: np.random.Generator) -> None:
     network, x = network_of(name), frames(rng)
-    certification = prepared(exported(name), 128).certification
-    assert not certification.whole_sequence
-    for bucket in certification.buckets:
-        step, rows = network.bind(bucket), network.state.initial(bucket)
-        expected, final = eager(name, x, bucket)
-        alone, _ = eager(name, x, 1)
-        for frame, truth, close in zip(x, expected, alone, strict=True):
-            batch = rng.standard_normal((bucket, FEATURES)).astype(np.float32)
-            batch[bucket // 2] = frame  # beside other streams
-            y, rows = step_rows(step, network.state, batch, rows, network.description.outputs)
-            if certification.exactness == "exact":
-                np.testing.assert_array_equal(y[bucket // 2], truth)
-            np.testing.assert_allclose(y[bucket // 2], close, rtol=1e-4, atol=1e-5)
-        for leaf, found in zip(final, network.state.unpack(rows).values(), strict=True):
-            np.testing.assert_allclose(found[bucket // 2], leaf.numpy(), rtol=1e-4, atol=1e-5)
+    truth, final = eager(name, x, 1)
+    rows = network.state.initial(1)
+    whole = network.sequence(x[:, None], rows)
+    assert whole is not None
+    for y, after in (step_frames(network, x[:, None], rows), whole):
+        np.testing.assert_allclose(y[:, 0], truth, rtol=1e-4, atol=1e-5)
+        assert_leaves_close(network, after, final)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_what_was_certified_holds_for_other_rows_too(name: str) -> None:
-    certification, network = prepared(exported(name), 128).certification, network_of(name)
-    if certification.exactness != "exact":
-        pytest.skip("not exact on this machine")
-    rng, spec = np.random.default_rng(99), network.state
-    largest = certification.buckets[-1]
-    x = (rng.choice([0.1, 1, 3], (largest, 1)) * rng.standard_normal((largest, FEATURES))).astype(np.float32)
-    states = spec.initial(largest)
-    for _ in range(20):
-        y, after = step_rows(network.bind(largest), spec, x, states, network.description.outputs)
-        for bucket in certification.buckets[:-1]:
-            rows = rng.permutation(largest)[:bucket]
-            found = step_rows(network.bind(bucket), spec, x[rows], states[rows], network.description.outputs)
-            np.testing.assert_array_equal(found[0], y[rows])
-            np.testing.assert_array_equal(found[1], after[rows])
-        x, states = rng.permutation(x), after
+def test_bits_are_those_of_the_definition_in_every_batch(name: str, rng: np.random.Generator) -> None:
+    network = network_of(name)
+    x, rows = rng.standard_normal((6, 50, FEATURES)).astype(np.float32), network.state.initial(50)
+    x *= rng.choice([0.1, 1, 3], (50, 1)).astype(np.float32)
+    y, after = step_frames(network, x, rows)
+    found, leaves = network.definition().run(x, network.state.unpack(rows), np.full(len(x), 50))
+    assert found.tobytes() == y.tobytes()
+    assert network.state.pack(leaves).tobytes() == after.tobytes()
+    for count in (1, 3, 8, 17, 32):
+        chosen = rng.permutation(50)[:count]
+        part, rest = step_frames(network, np.ascontiguousarray(x[:, chosen]), rows[chosen])
+        assert part.tobytes() == np.ascontiguousarray(y[:, chosen]).tobytes(), count
+        assert rest.tobytes() == after[chosen].tobytes(), count
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_reference_is_the_module_in_float64(name: str, rng: np.random.Generator) -> None:
     network, x = network_of(name), frames(rng)
     reference = network.reference(np.float64)
+    assert reference is not None
     assert not reference.independent
     initial = {
         leaf: value.astype(np.float64) if value.dtype.kind == "f" else value
@@ -116,7 +112,9 @@ def test_references_run_sequences_of_different_lengths(rng: np.random.Generator)
             name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf
             for name, leaf in network.state.unpack(network.state.initial(3)).items()
         }
-        y, states = network.reference(dtype).run(x.astype(dtype), initial, np.array([3, 2, 2, 1]))
+        reference = network.reference(dtype)
+        assert reference is not None
+        y, states = reference.run(x.astype(dtype), initial, np.array([3, 2, 2, 1]))
         assert states["count"].tolist() == [11, 10, 8]
         for row, length in enumerate([4, 3, 1]):
             expected, final = eager("counting", x[:length, row], 1)
@@ -127,7 +125,12 @@ def test_references_run_sequences_of_different_lengths(rng: np.random.Generator)
 
 def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     folder, model = exported_folder("counting"), exported("counting")
-    assert sorted(path.name for path in folder.iterdir()) == ["graph.json", "model.yaml", "weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "graph.json",
+        "model.yaml",
+        "normal.json",
+        "weights.safetensors",
+    ]
     fields = yaml.safe_load((folder / "model.yaml").read_text())
     assert fields["kind"] == "module"
     assert [leaf.get("initial", 0) for leaf in fields["state"]] == [7, -1, 0, 0]
@@ -136,8 +139,16 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     assert {node["op"].split(".")[0] for node in graph["nodes"]} <= {"aten", "int", "getitem"}
     (scale,) = load_file(folder / "weights.safetensors").values()
     torch.testing.assert_close(scale, step_of("counting").get_buffer("scale"), rtol=0, atol=0)
-    assert model.description.in_words() == (
-        "5 features → step of 21 operators, state count [] int64, ring [3], loud [] bool, total [] float64 → 4 outputs"
+    form = parse_form((folder / "normal.json").read_bytes(), "normal.json")
+    (x, *leaves) = [(form.buffers[at].dtype, form.buffers[at].size) for at in form.inputs]
+    assert x == ("float32", FEATURES)
+    assert leaves == [("int64", 1), ("float32", 3), ("bool", 1), ("float64", 1)]
+    assert [view.elements for view in form.outputs] == [4, 1, 3, 1, 1]
+    assert {buffer.tensor for buffer in form.buffers} >= {"", "scale"}
+    assert re.fullmatch(
+        r"5 features → step of \d+ operators, "
+        r"state count \[\] int64, ring \[3\], loud \[\] bool, total \[\] float64 → 4 outputs",
+        model.description.in_words(),
     )
 
 
@@ -151,18 +162,27 @@ class TakingTurns(nn.Module):
 def test_a_leaf_may_become_another_one(tmp_path: Path, rng: np.random.Generator) -> None:
     state = {"a": torch.full((1, 2), 1.0), "b": torch.full((1, 2), 5.0)}
     model = export_step(TakingTurns(), torch.zeros(1, 2), state, tmp_path / "m", initial_state="example")
-    network, x = ModuleNetwork(model, CPU), rng.integers(9, size=(3, 32, 2)).astype(np.float32)
+    network, x = PortableNetwork(model), rng.integers(9, size=(3, 32, 2)).astype(np.float32)
     truth, rows, spec = x + np.array([1, 5, 1])[:, None, None], network.state.initial(32), network.state
+    reference = network.reference(np.float64)
+    assert reference is not None
     before = {name: leaf.astype(np.float64) for name, leaf in spec.unpack(rows).items()}
-    y, after = network.reference(np.float64).run(x.astype(np.float64), before, np.array([32, 32, 20]))
+    y, after = reference.run(x.astype(np.float64), before, np.array([32, 32, 20]))
     np.testing.assert_array_equal(y[:, :20], truth[:, :20])
     assert [after["a"][row, 0] for row in (0, 19, 20, 31)] == [5, 5, 1, 1]
     assert [after["b"][row, 0] for row in (0, 19, 20, 31)] == [1, 1, 5, 5]
-    step = network.bind(32)
-    for frame, expected in zip(x, truth, strict=True):
-        found, rows = step_rows(step, spec, frame, rows, 2)
-        np.testing.assert_array_equal(found, expected)
-    assert {name: leaf[0, 0] for name, leaf in spec.unpack(rows).items()} == {"a": 5, "b": 1}
+    whole = network.sequence(x, rows)
+    assert whole is not None
+    for found, final in (step_frames(network, x, rows), whole):
+        np.testing.assert_array_equal(found, truth)
+        assert {name: leaf[0, 0] for name, leaf in spec.unpack(final).items()} == {"a": 5, "b": 1}
+    step = torch_network(model, torch.device("cpu")).bind(32)  # type: ignore[union-attr]
+    for name, leaf in spec.unpack(rows).items():
+        step.state[name].copy_(torch.tensor(leaf))
+    for frame, outputs in zip(x, truth, strict=True):
+        step.x.copy_(torch.from_numpy(frame))
+        step.run()
+        np.testing.assert_array_equal(step.y, outputs)
 
 
 def test_outputs_in_a_dict_are_joined_and_named() -> None:
@@ -192,7 +212,7 @@ class Recurrent(nn.Module):
         query = (cell + self.embedding(state["place"])).unsqueeze(1)
         seen = nn.functional.scaled_dot_product_attention(query, keys, keys).squeeze(1)
         new = {"h": h.transpose(0, 1), "c": c.transpose(0, 1), "cell": cell, "keys": keys}
-        size = torch.fft.rfft(cell.abs().topk(4, dim=1).values).abs()[:, 0]  # indices that nothing needs
+        size = torch.fft.rfft(cell.abs().cummax(dim=1).values).abs()[:, 0]  # indices that nothing needs
         return (self.last(seen), size), new | {"place": (state["place"] + 1) % 3}
 
 
@@ -206,12 +226,11 @@ def test_layers_of_torch_in_a_step(tmp_path: Path, rng: np.random.Generator) -> 
     )
     assert module.training
     assert (model.name, model.output_names) == ("all", ("left", "right", "size"))
-    network = ModuleNetwork(load_model(tmp_path / "m"), CPU)
-    certify(network, candidate_buckets(network, 64))
-    step, rows, state = network.bind(32), network.state.initial(32), begin(32)
+    network = PortableNetwork(load_model(tmp_path / "m"))
+    rows, state = network.state.initial(32), begin(32)
     with torch.inference_mode():
         for x in rng.standard_normal((7, 32, 4)).astype(np.float32):
-            y, rows = step_rows(step, network.state, x, rows, 3)
+            y, rows = network.step(x, rows)
             (left, size), state = module.eval()(torch.from_numpy(x), state)
             np.testing.assert_allclose(y, torch.cat([left, size[:, None]], 1), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(network.state.unpack(rows)["place"], state["place"])
@@ -233,14 +252,13 @@ def test_a_pipeline_may_hold_a_step_module(tmp_path: Path, rng: np.random.Genera
     description = {"kind": "pipeline", "features": FEATURES, "network": inside.description.as_json()}
     smoothed = Model("p", parse_description({**description, "after": [{"smooth": 0.5}]}), inside.weights)
     write_model(tmp_path / "p", smoothed)
-    assert "graph" not in (tmp_path / "p" / "model.yaml").read_text()
+    described = yaml.safe_load((tmp_path / "p" / "model.yaml").read_text())["network"]
+    assert (described["form"], described["graph"]) == ("normal.json", "graph.json")
     found = load_model(tmp_path / "p")
     assert (found.description, found.fingerprint) == (smoothed.description, smoothed.fingerprint)
-    served, plain = build(found, CPU).bind(32), network.bind(32)
-    rows, alone = found.description.state.initial(32), network.state.initial(32)
-    kept: Any = None
-    for frame in x:
-        y, rows = step_rows(served, found.description.state, frame, rows, 3)
-        inner, alone = step_rows(plain, network.state, frame, alone, 3)
-        kept = inner if kept is None else (kept + inner) / 2
-        np.testing.assert_allclose(y, kept, rtol=1e-5, atol=1e-6)
+    y, _ = step_frames(PortableNetwork(found), x, found.state.initial(32))
+    inner, _ = step_frames(network, x, network.state.initial(32))
+    kept = inner[0]
+    for frame, outputs in zip(inner, y, strict=True):
+        kept = (kept + frame) / 2
+        np.testing.assert_allclose(outputs, kept, rtol=1e-5, atol=1e-6)

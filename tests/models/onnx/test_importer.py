@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import yaml
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from instep.cli import app
+from instep.core.typing import F32
+from instep.models.errors import ModelError
 from instep.models.folder import load_model
+from instep.models.onnx.description import Extents
 from instep.models.onnx.matching import Hints, pairs
 from instep.models.registry import build
-from tests.support.onnx_graphs import FLOAT, INT64, ROWS4, branch, counting_step, graph, imported, ints, leaky, node
+from tests.support.onnx_graphs import (
+    FLOAT,
+    INT64,
+    ROWS4,
+    Shape,
+    branch,
+    counting_step,
+    described,
+    graph,
+    imported,
+    ints,
+    leaky,
+    node,
+)
 from tests.support.running import CPU
+
+
+def stepped(folder: Path, x: F32, state: Mapping[str, Any]) -> tuple[F32, Any]:
+    """Outputs, and the one leaf after them."""
+    network = build(load_model(folder), CPU)
+    y, rows = network.step(x, network.state.pack(state))
+    (after,) = network.state.unpack(rows).values()
+    return y, after
 
 
 @pytest.mark.parametrize(
@@ -47,19 +73,23 @@ def test_state_is_matched_by_name(inputs: str, outputs: str, expected: str) -> N
 
 
 def test_what_is_found_is_written_down(tmp_path: Path) -> None:
-    found = imported(tmp_path, counting_step())
-    assert found.as_json(defaults=False) == {
-        "kind": "onnx",
-        "frame": {"tensor": "x", "shape": ["rows", 1, 3]},
-        "answer": {"tensor": "y", "shape": ["rows", 1, 3]},
-        "leaves": [
-            {"name": "sum", "input": "sum", "output": "sum_out", "shape": [3, "rows"], "dtype": "float64"},
-            {"name": "count", "input": "count", "output": "count_out", "shape": ["rows"], "dtype": "int64"},
-            {"name": "peak", "input": "peak", "output": "peak_out", "shape": ["rows", 1], "dtype": "bool"},
-            {"name": "last", "input": "last", "output": "last_out", "shape": ["rows", 1, 3]},
+    model = imported(tmp_path, counting_step())
+    assert yaml.safe_load((tmp_path / "net" / "model.yaml").read_text()) == {
+        "name": "net",
+        "kind": "module",
+        "features": 3,
+        "state": [
+            {"name": "sum", "shape": [3], "dtype": "float64"},
+            {"name": "count", "shape": [], "dtype": "int64"},
+            {"name": "peak", "shape": [1], "dtype": "bool"},
+            {"name": "last", "shape": [1, 3]},
         ],
+        "form": "normal.json",
     }
-    assert load_model(tmp_path / "net").description == found
+    files = {path.name for path in (tmp_path / "net").iterdir()}
+    assert files == {"model.yaml", "normal.json", "weights.safetensors"}
+    again = load_model(tmp_path / "net")
+    assert (again.description, again.fingerprint) == (model.description, model.fingerprint)
 
 
 def test_what_names_and_shapes_do_not_say_is_given(tmp_path: Path) -> None:
@@ -77,17 +107,11 @@ def test_what_names_and_shapes_do_not_say_is_given(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["model", "import", str(path), "--answer", "y", "--state", "h=hn", *options])
     assert result.exit_code == 0, result.output
     folder = tmp_path / "net"
-    assert result.stdout == f"{folder}: 4 features → ONNX graph, state h [4] → 4 outputs\n"
-    network = build(load_model(folder), CPU)
-    step = network.bind(3)
-    x = torch.arange(12.0).view(3, 4)
-    step.x.copy_(x)
-    step.state["h"].fill_(0.25)
-    step.run()
-    torch.testing.assert_close(step.new_state["h"], 0.125 - 1.5 * x)
-    torch.testing.assert_close(step.y, torch.tanh(0.125 - 1.5 * x))
-    shown = CliRunner().invoke(app, ["model", "info", str(folder)]).stdout
-    assert f"{path.stat().st_size:,} bytes; fingerprint " in shown
+    assert result.stdout == f"{folder}: 4 features → step of 5 operators, state h [4] → 4 outputs\n"
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    y, h = stepped(folder, x, {"h": np.full((3, 4), 0.25, np.float32)})
+    np.testing.assert_allclose(h, 0.125 - 1.5 * x, rtol=1e-6)
+    np.testing.assert_allclose(y, np.tanh(0.125 - 1.5 * x), rtol=1e-6)
 
 
 def test_timesteps_of_a_step_are_one(tmp_path: Path) -> None:
@@ -101,9 +125,21 @@ def test_timesteps_of_a_step_are_one(tmp_path: Path) -> None:
         {"y": [None, None, 6], "hn": [1, None, 6]},
         {"one": ints(1), "W": np.ones((1, 18, 4), np.float32), "R": np.ones((1, 18, 6), np.float32)},
     )
-    found = imported(tmp_path, gru)
+    found = described(gru)
     assert (found.frame.shape, found.answer.shape) == ((1, "rows", 4), (1, "rows", 6))
     assert found.leaves[0].shape == (1, "rows", 6)
+    assert imported(tmp_path, gru).description.state.leaves[0].shape == (1, 6)
+
+
+@pytest.mark.parametrize("shape", [[1, 4], ["batch", "F"]])
+def test_a_graph_of_one_row_is_described(shape: Shape) -> None:
+    """Its shapes are fixed in the graph, or by hints."""
+    shapes: dict[str, Extents] = {} if shape == [1, 4] else {"x": (1, 4), "h": (1, 4)}
+    found = described(leaky(x=shape, h=shape, y=shape), shapes=shapes)
+    assert (found.frame.shape, found.answer.shape, found.leaves[0].shape) == ((1, 4), (1, 4), (1, 4))
+    assert not found.is_batched
+    with pytest.raises(ModelError, match=r"input 'x' of net has the fixed shape \[1, 4\]"):
+        described(leaky(), shapes={"x": (1, 4)})
 
 
 def test_float64_frames_and_outputs_are_converted(tmp_path: Path) -> None:
@@ -113,19 +149,15 @@ def test_float64_frames_and_outputs_are_converted(tmp_path: Path) -> None:
         {"x": (ROWS4, double), "h": (ROWS4, double)},
         {"y": (ROWS4, double), "hn": (ROWS4, double)},
     )
-    description = imported(tmp_path, wide)
-    assert description.frame.dtype == description.leaves[0].dtype == "float64"
-    step = build(load_model(tmp_path / "net"), CPU).bind(2)
-    step.x.fill_(0.1)
-    step.run()
-    assert step.y.dtype == torch.float32
-    assert step.y[0, 0].item() == step.new_state["h"][0, 0].item() == np.float64(np.float32(0.1))
+    assert described(wide).frame.dtype == "float64"
+    imported(tmp_path, wide)
+    y, h = stepped(tmp_path / "net", np.full((2, 4), 0.1, np.float32), {"h": np.zeros((2, 4))})
+    assert (y.dtype.name, h.dtype.name) == ("float32", "float64")
+    assert y[0, 0] == h[0, 0] == np.float64(np.float32(0.1))
 
 
 def test_a_branch_on_what_is_always_the_same_is_served(tmp_path: Path) -> None:
     given = leaky([branch("flag")], more_inputs={"flag": ([], TensorProto.BOOL)})
-    assert imported(tmp_path, given, constants={"flag": 1}).constants[0].value == 1
-    step = build(load_model(tmp_path / "net"), CPU).bind(1)
-    step.x.fill_(2)
-    step.run()
-    assert step.new_state["h"].tolist() == [[-2.0] * 4]
+    imported(tmp_path, given, constants={"flag": 1})
+    _, h = stepped(tmp_path / "net", np.full((1, 4), 2, np.float32), {"h": np.zeros((1, 4), np.float32)})
+    assert h.tolist() == [[-2.0] * 4]

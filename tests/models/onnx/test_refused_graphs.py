@@ -108,9 +108,10 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
         r"Dropout \('v'\) gives random values or is in training mode",
     ),
     "fixed batch": (
-        lambda: leaky(x=[1, 4], h=[1, 4], y=[1, 4]),
-        r"input 'x' of .* has the fixed shape \[1, 4\]: export",
+        lambda: leaky(x=[2, 4], h=[2, 4], y=[2, 4]),
+        r"input 'x' of .* has the fixed shape \[2, 4\]: export",
     ),
+    "fixed batch of the state": (lambda: leaky(h=[1, 4]), r"input 'h' of .* has the fixed shape \[1, 4\]: export it"),
     "fixed batch of frames": (lambda: leaky(x=[1, 4]), r"input 'x' of .* has the fixed shape \[1, 4\]: export it with"),
     "fixed batch inside": (
         lambda: leaky([node("Reshape", ["x", "to"], ["v"])], weights={"to": ints(2, 4)}),
@@ -165,7 +166,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     ),
     "rows picked out": (
         lambda: leaky(picked()),
-        r"with NonZero \('n'\), values of one row decide what happens to the others",
+        r"NonZero \('n'\) cannot be served: write it with other operators",
     ),
     "functions that fill the memory": (
         lambda: with_functions(60, 2),
@@ -181,15 +182,18 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
                 node("Gather", ["x", "i"], ["v"]),
             ]
         ),
-        r"with Gather \('v'\), values of one row decide",
+        "onnxruntime cannot run .* with 1 row: .* Gather node",
     ),
-    "one row branches for all": (lambda: leaky(any_above()), r"with If \('v'\), values of one row decide"),
-    "until all rows end": (lambda: leaky(endless()), r"Loop \('v'\) runs until values of rows end it"),
+    "one row branches for all": (
+        lambda: leaky(any_above()),
+        r"If \('v'\) cannot be served: its input 'flag' depends on the frame or the state",
+    ),
+    "until all rows end": (lambda: leaky(endless()), r"Loop \('v'\) cannot be served: write it with other operators"),
     "dynamic quantisation": (
         lambda: leaky(
             [node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]), node("DequantizeLinear", ["q", "s", "z"], ["v"])]
         ),
-        r"with DynamicQuantizeLinear \('q, s, z'\), values of one row decide",
+        r"DynamicQuantizeLinear \('q, s, z'\) cannot be served: write it with other operators",
     ),
 }
 

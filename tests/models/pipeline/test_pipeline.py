@@ -1,4 +1,4 @@
-"""Steps around a network: the truth is torch's own `stft` and `nn.GRU` over whole signals, or a loop in Python."""
+"""Steps around a network: the truth is torch's `stft` and `nn.GRU` over whole signals, a loop, or the reference."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from instep.core.typing import F32
-from instep.models.base import RecurrentModel
-from instep.models.certify import candidate_buckets, certify
+from instep.core.typing import F32, U8
+from instep.models.base import StateSpec
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
-from instep.models.registry import build, parse_description
-from instep.models.stepping import step_rows
+from instep.models.network import PortableNetwork
+from instep.models.registry import parse_description
+from instep.models.stepping import step_frames
 from instep.models.weights import weights_bytes
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient
 from tests.support.pipelines import CONTEXT, HOP, LISTENS, gru_inside, listens, whole_signal
-from tests.support.running import CPU, running
+from tests.support.running import running
 from tests.support.verifying import ignore_progress
 
 
@@ -29,42 +29,84 @@ def small(**parts: Any) -> dict[str, Any]:
     return {"kind": "pipeline", "features": 3, "network": {"features": 3, "gru": {"hidden_size": 4}}, **parts}
 
 
-def stepped(network: RecurrentModel, x: F32) -> F32:
-    """Frames [T, R, features] one after another."""
-    step, rows, outputs = network.bind(x.shape[1]), network.state.initial(x.shape[1]), []
-    for frame in x:
-        y, rows = step_rows(step, network.state, frame, rows, network.description.outputs)
-        outputs.append(y)
-    return np.stack(outputs)
+def stepped(network: PortableNetwork, x: F32) -> F32:
+    """Frames [T, R, features] one after another, from the initial state."""
+    return step_frames(network, x, network.state.initial(x.shape[1]))[0]
 
 
 def test_overlapping_windows_spectra_and_smoothing_are_those_of_the_whole_signal(rng: np.random.Generator) -> None:
     model = listens(LISTENS)
-    network = build(model, CPU)
-    x = rng.standard_normal((30, network.row_multiple, HOP)).astype(np.float32)
+    network = PortableNetwork(model)
+    x = rng.standard_normal((30, 6, HOP)).astype(np.float32)
     y = stepped(network, x)
     for row in (0, 5):
         np.testing.assert_allclose(y[:, row], whole_signal(model, x[:, row]), atol=2e-6)
 
 
-def test_batch_sizes_and_whole_sequences_have_the_bits_that_are_certified(rng: np.random.Generator) -> None:
-    network = build(listens(LISTENS), CPU)
-    found = certify(network, candidate_buckets(network, 128))
-    x = rng.standard_normal((9, found.buckets[-1], HOP)).astype(np.float32)
-    if found.exactness == "exact":
-        y = stepped(network, x)
-        for bucket in found.buckets:
-            np.testing.assert_array_equal(stepped(network, x[:, -bucket:]), y[:, -bucket:])
-    x = x[:, : found.buckets[0]]
-    whole = network.sequence(x, network.state.initial(found.buckets[0]))
+SPECTRA: dict[str, dict[str, Any]] = {
+    "listens": LISTENS,
+    **{
+        f"{scale} {window} {size}": {
+            "kind": "pipeline",
+            "features": size,
+            "before": [{"spectrum": {"scale": scale, "window": window}}],
+            "network": {"kind": "rnn", "features": size // 2 + 1, "rnn": {"hidden_size": 4}},
+        }
+        for scale, window, size in (("magnitude", "hamming", 15), ("power", "none", 32), ("log_power", "hann", 21))
+    },
+    "everything": {
+        "kind": "pipeline",
+        "features": 3,
+        "before": [{"smooth": 0.3}, {"context": 2}, {"smooth": 0.9}, {"context": {"values": 4}}],
+        "network": {
+            "kind": "lstm",
+            "features": 13,
+            "lstm": {"hidden_size": 6, "num_layers": 2},
+            "initial_state": "learned",
+        },
+        "after": [{"spectrum": "magnitude"}, {"context": 1}, {"smooth": 0.5}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_normal_form_the_module_of_torch_and_the_reference_agree(name: str, rng: np.random.Generator) -> None:
+    network = PortableNetwork(listens(SPECTRA[name]))
+    x, rows = rng.standard_normal((12, 7, network.description.features)).astype(np.float32), network.state.initial(7)
+    y, after = step_frames(network, x, rows)
+    whole, reference = network.sequence(x, rows), network.reference(np.float64)
     assert whole is not None
-    compare = np.testing.assert_array_equal if found.whole_sequence else np.testing.assert_allclose
-    compare(whole[0], stepped(network, x))
+    assert reference is not None
+    truth, final = reference.run(x.astype(np.float64), widened(network.state, rows), np.full(12, 7))
+    for outputs, states in ((y, after), whole):
+        np.testing.assert_allclose(outputs, truth, rtol=1e-4, atol=2e-5)
+        for leaf, values in network.state.unpack(states).items():
+            np.testing.assert_allclose(values, final[leaf], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_bits_are_those_of_the_definition_in_every_batch(name: str, rng: np.random.Generator) -> None:
+    network = PortableNetwork(listens(SPECTRA[name]))
+    x, rows = rng.standard_normal((9, 40, network.description.features)).astype(np.float32), network.state.initial(40)
+    y, after = step_frames(network, x, rows)
+    found, leaves = network.definition().run(x, network.state.unpack(rows), np.full(9, 40))
+    assert found.tobytes() == y.tobytes()
+    assert network.state.pack(leaves).tobytes() == after.tobytes()
+    for first, last in ((0, 1), (5, 8), (7, 24), (0, 33)):
+        assert stepped(network, x[:, first:last]).tobytes() == np.ascontiguousarray(y[:, first:last]).tobytes()
+
+
+def widened(spec: StateSpec, rows: U8) -> dict[str, Any]:
+    """Leaves of the reference in float64."""
+    return {
+        name: leaf.astype(np.float64) if leaf.dtype.kind == "f" else leaf.copy()
+        for name, leaf in spec.unpack(rows).items()
+    }
 
 
 def test_the_reference_in_float64_agrees_and_knows_rows_of_different_lengths(rng: np.random.Generator) -> None:
     model = listens(LISTENS)
-    reference = build(model, CPU).reference(np.float64)
+    reference = PortableNetwork(model).reference(np.float64)
     assert reference is not None
     x = rng.standard_normal((12, 2, HOP)).astype(np.float32)
     state = {
@@ -81,7 +123,7 @@ def test_the_reference_in_float64_rounds_nothing_to_the_float32_of_its_frames(rn
     model = listens(
         small(before=[{"smooth": 0.9}, {"spectrum": "power"}], network={"features": 2, "gru": {"hidden_size": 4}})
     )
-    reference = build(model, CPU).reference(np.float64)
+    reference = PortableNetwork(model).reference(np.float64)
     assert reference is not None
     x, active = rng.standard_normal((9, 2, 3)).astype(np.float32), np.array([2] * 9)
     state = model.description.state.unpack(model.description.state.initial(2))
@@ -104,12 +146,12 @@ def test_a_context_of_frames_is_those_before_and_zeros_at_first(rng: np.random.G
         y, _ = gru_inside(model, 9, 4)(
             torch.from_numpy(np.concatenate([padded[:-2], padded[1:-1], padded[2:]], axis=2))
         )
-    np.testing.assert_allclose(stepped(build(model, CPU), x), y.numpy(), atol=1e-6)
+    np.testing.assert_allclose(stepped(PortableNetwork(model), x), y.numpy(), atol=1e-6)
 
 
 def test_hysteresis_switches_at_its_thresholds_and_has_no_reference(rng: np.random.Generator) -> None:
     model = listens(small(after=[{"hysteresis": {"on": 0.1, "off": -0.1}}]))
-    network = build(model, CPU)
+    network = PortableNetwork(model)
     x = rng.standard_normal((40, 4, 3)).astype(np.float32)
     with torch.inference_mode():
         values = gru_inside(model, 3, 4)(torch.from_numpy(x))[0].numpy()
@@ -119,6 +161,11 @@ def test_hysteresis_switches_at_its_thresholds_and_has_no_reference(rng: np.rand
         expected.append(is_on)
     assert 0 < np.mean(expected) < 1
     np.testing.assert_array_equal(stepped(network, x), np.array(expected, np.float32))
+    rows = network.state.initial(4)
+    whole, defined = network.sequence(x, rows), network.definition().run(x, network.state.unpack(rows), np.full(40, 4))
+    assert whole is not None
+    for y in (whole[0], defined[0]):
+        np.testing.assert_array_equal(y, np.array(expected, np.float32))
     assert network.reference(np.float64) is None
 
 
@@ -141,8 +188,7 @@ async def test_it_is_served_continued_and_verified(tmp_path: Path, rng: np.rando
             np.testing.assert_allclose(y, whole_signal(model, frames), atol=2e-6)
     with RecordingReader(tmp_path / "r.instep") as reader:
         report = verifier.verify(reader, load_model(tmp_path / "model"), (), ignore_progress)
-    is_exact = certify(build(model, CPU), candidate_buckets(build(model, CPU), 256)).whole_sequence
-    assert {stream.verdict for stream in report.streams} == {"exact" if is_exact else "within tolerance"}
+    assert {stream.verdict for stream in report.streams} == {"exact"}
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,7 @@ def header(features: int = 2, hidden: int = 3) -> RecordingHeader:
         outputs=hidden,
         state=gru_state(2, hidden).encode(),
         model_fingerprint="f" * 64,
-        numerics={},
-        exactness="exact",
-        buckets=(4,),
-        max_ulp=0,
+        arithmetic="portable-1",
         durability="commit",
     )
 
@@ -44,7 +41,6 @@ def begin(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]
     value = np.array([frame[2] for frame in frames], np.float32)
     return writer.add_inputs(
         START_NS + ms * MS,
-        4,
         np.array([frame[0] for frame in frames], np.uint32),
         np.array([frame[1] for frame in frames], np.uint64),
         np.stack([value, value + 0.5], axis=1),
@@ -179,7 +175,7 @@ def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
             sql("CREATE TABLE topics (id)", "CREATE TABLE messages (id)", "PRAGMA application_id = 0"),
             "r.db is a ROS 2 bag in SQLite: convert it, by `mcap convert ",
         ),
-        (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 1"),
+        (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 2"),
     ],
 )
 def test_damage_is_found(

@@ -94,7 +94,7 @@ def record(path: Path, rng: np.random.Generator, *, with_states: bool) -> Record
         inputs, outputs = (
             np.stack([of[stream][seq] for stream, seq in zip(streams, seqs, strict=True)]) for of in (x, y)
         )
-        batch = writer.add_inputs(now_ns, 4, np.array(streams, np.uint32), np.array(seqs, np.uint64), inputs)
+        batch = writer.add_inputs(now_ns, np.array(streams, np.uint32), np.array(seqs, np.uint64), inputs)
         writer.add_outputs(now_ns, batch, outputs)
         for stream in streams:
             done[stream] += 1
@@ -151,7 +151,7 @@ def test_an_export_keeps_frames_times_and_a_changed_bit(
     forged = RecordingWriter.create(other / "r.instep", make_header(DESCRIPTION, state=INFO.state.encode()))
     open_stream(forged, 1, "tap", 1, 0, START_NS, None)
     for seq, (x, y) in enumerate(zip(recorded.x[3], recorded.y[3], strict=True)):
-        batch = forged.add_inputs(START_NS, 4, np.array([1], np.uint32), np.array([seq], np.uint64), x[None])
+        batch = forged.add_inputs(START_NS, np.array([1], np.uint32), np.array([seq], np.uint64), x[None])
         forged.add_outputs(START_NS, batch, y[None])
     forged.close()
     export(other / "r.instep", "--output", other / f"e.{format}")

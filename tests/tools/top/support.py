@@ -31,7 +31,6 @@ NUMBERS = Numbers(
         "verify_mismatches_total": 0.0,
         "verify_lag_s": 0.4,
         "verify_share": 0.25,
-        "recent_batch_fill": 0.975,
         "recent_loop_busy": 1.0,
         **{
             f"recent_{phase}_us_{quantile}": 9_999_999.0
@@ -49,7 +48,7 @@ MODEL = ObservedModel(
     outputs=1024,
     device="cuda:0",
     exactness="tolerance",
-    buckets=(1, 4096),
+    arithmetic="torch 2.13.0 on cuda:0",
     max_streams=4_000_000,
     durability="commit",
     numbers=NUMBERS,

@@ -13,7 +13,7 @@ from rich.console import Console
 from instep_tools.top.screen import Picture, draw
 from instep_tools.top.snapshot import SORTS, ModelTotals, Numbers, StreamQuery, rates_between, select
 from instep_tools.top.text import fitted, period, plain, scaled, short, sparkline
-from instep_tools.top.view import View
+from instep_tools.top.view import ScreenView
 from tests.tools.top.support import NUMBERS, snapshot, stream
 
 PHASES = ("queue", "compute", "send", "latency")
@@ -38,7 +38,7 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
         snapshot(10.0, streams),
         snapshot(11.0, streams, query=StreamQuery(sort="pending"), frames_total=123_456_789_012.0 + 5e6),
     )
-    view = View(StreamQuery())
+    view = ScreenView(StreamQuery())
     view.helping = helping
     picture = Picture("tcp://127.0.0.1:5757", view, now, rates_between(before, now), [1.0, 5e6] * 40)
     lines = shown(picture, width, height)
@@ -57,7 +57,7 @@ def test_the_largest_numbers_fit(width: int, height: int, helping: bool) -> None
 @pytest.mark.parametrize("height", range(1, 16))
 @pytest.mark.parametrize("helping", [False, True])
 def test_a_low_terminal_shows_what_fits_and_the_keys(height: int, helping: bool) -> None:
-    view = View(StreamQuery())
+    view = ScreenView(StreamQuery())
     view.helping = helping
     picture = Picture("tcp://h:1", view, snapshot(1.0, [stream(f"mic-{number}") for number in range(50)]))
     lines = shown(picture, 80, height)
@@ -82,13 +82,13 @@ def test_the_numbers_are_where_they_belong() -> None:
         verify_mismatches_total=2,
     )
     lines = shown(
-        Picture("ipc:///run/instep", View(StreamQuery()), now, rates_between(before, now)), 80, 24, keys=False
+        Picture("ipc:///run/instep", ScreenView(StreamQuery()), now, rates_between(before, now)), 80, 24, keys=False
     )
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert text["instep"] == "top ipc:///run/instep up 3d 3h"
     assert text["server"] == "ready, 2.00G frames/s, 6.00M streams, 32,768 connections, loop 100%"
     assert text["models"] == "ears 1.00G/s wake-word-detector 1.00G/s"
-    assert text["batches/s"] == "300 98% full p50 0.120 0.250 0.0400 10,000"
+    assert text["batches/s"] == "300 p50 0.120 0.250 0.0400 10,000"
     assert text["streams"] == "4.00M open of 4.00M, 999,999 of them parked; 1.00M hibernating"
     assert text["verified"] == "123G frames, 50% compared, 2 streams differ, 0.4 s behind"
     assert text["mic"] == "connected 50 1,234 3 0.2 s 1h 0m"
@@ -99,7 +99,7 @@ def test_one_of_a_kind_is_singular() -> None:
     now = replace(
         snapshot(1.0, [], (), StreamQuery(), verify_mismatches_total=1), models=[ModelTotals("ears", 1, 1, 100)]
     )
-    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+    lines = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24, keys=False)
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert text["server"] == "ready, – frames/s, 1 stream, 1 connection, loop 100%"
     assert ", 1 stream differs, " in text["verified"]
@@ -109,7 +109,7 @@ def test_a_candidate_has_a_line_where_there_is_one() -> None:
     def line(**numbers: float) -> str:
         of_candidate = {f"shadow_{name}": value for name, value in numbers.items()}
         now = snapshot(1.0, [], (), StreamQuery(), **of_candidate)
-        lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+        lines = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24, keys=False)
         return next((line for line in lines if line.startswith("shadow")), "")
 
     assert line() == ""
@@ -124,11 +124,11 @@ def test_a_candidate_has_a_line_where_there_is_one() -> None:
 
 def test_where_nothing_was_answered_lately_there_are_dashes_and_no_zeros() -> None:
     idle = {f"recent_{phase}_us_{quantile}": 0.0 for phase in PHASES for quantile in ("p50", "p99")}
-    idle |= {"recent_batch_fill": 0.0, "recent_batch_size_mean": 0.0, "recent_commit_us_p99": 0.0}
+    idle |= {"recent_batch_size_mean": 0.0, "recent_commit_us_p99": 0.0}
     now = snapshot(1.0, [], (), StreamQuery(), **idle)
-    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+    lines = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24, keys=False)
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
-    assert text["batches/s"] == "– – full p50 – – – –"
+    assert text["batches/s"] == "– p50 – – – –"
     assert text["batch"] == "size – 131,072 pending p99 – – – –"
     assert text["recording"].endswith("commits – ms (p99)")
 
@@ -139,7 +139,7 @@ def test_a_number_that_the_server_lacks_is_a_dash() -> None:
     def lines_without(*absent: str) -> list[str]:
         numbers = Numbers({name: value for name, value in whole.model.numbers.items() if name not in absent})
         now = replace(whole, model=replace(whole.model, numbers=numbers))
-        lines = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24, keys=False)
+        lines = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24, keys=False)
         assert "nan" not in "".join(lines).lower()
         return lines
 
@@ -155,7 +155,7 @@ def test_a_number_that_the_server_lacks_is_a_dash() -> None:
 
 @pytest.mark.parametrize("name", [*HOSTILE, *WIDE], ids=ascii)
 def test_no_name_disturbs_the_terminal(name: str) -> None:
-    view = View(StreamQuery(contains=name))
+    view = ScreenView(StreamQuery(contains=name))
     view.typing = True
     now = snapshot(1.0, [stream(name), stream("next")], (name, "other"), StreamQuery(contains=name))
     picture = Picture(f"tcp://{name}:1", view, now, None, lost=f"no answer: {name}")
@@ -174,17 +174,19 @@ def cell_columns(text: str, columns: int) -> int:
 
 def test_of_many_models_the_one_that_is_shown_is_among_those_in_sight() -> None:
     now = snapshot(1.0, [], [f"model-{number}" for number in range(50)] + ["wake-word-detector"])
-    models = shown(Picture("tcp://h:1", View(StreamQuery()), now), 80, 24)[2]
+    models = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24)[2]
     assert models.endswith("model-48 –/s  model-49 –/s  wake-word-detector –/s ")
     assert cell_len(models) <= 80
 
 
 def test_a_lost_server_is_named_and_its_last_numbers_stay() -> None:
     now = snapshot(1.0, [stream("mic")])
-    lines = shown(Picture("tcp://h:1", View(StreamQuery()), now, None, lost="no answer for 12 s: nobody there"), 80, 24)
+    lines = shown(
+        Picture("tcp://h:1", ScreenView(StreamQuery()), now, None, lost="no answer for 12 s: nobody there"), 80, 24
+    )
     assert lines[1] == "no answer for 12 s: nobody there"
     assert any(line.startswith("mic ") for line in lines)
-    assert shown(Picture("tcp://h:1", View(StreamQuery())), 80, 24)[0].startswith("instep top  tcp://h:1")
+    assert shown(Picture("tcp://h:1", ScreenView(StreamQuery())), 80, 24)[0].startswith("instep top  tcp://h:1")
 
 
 def test_rates_are_differences_and_none_where_a_counter_began_anew() -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from instep.models.certify import Certification
 from instep.models.folder import write_model
 from instep_client import AsyncClient
 from instep_client.endpoint import checked_endpoint
@@ -241,18 +240,6 @@ def test_nobody_answers() -> None:
         said = " ".join(result.stderr.replace("│", " ").split())
         assert "is not an endpoint" in said
         assert advice in said
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_exactness_that_was_withdrawn_is_not_shown_any_more(transport: str) -> None:
-    certified = Certification("exact", (8,), max_ulp=0, whole_sequence=False)
-    async with running(SEED_SIZED, http=ADMIN, exactness=certified) as server:
-        async with closing(source_of(Top(endpoint_of(server, transport)))) as source:
-            assert (await source.read(StreamQuery())).model.exactness == "exact"
-            server.default.engine.stats.is_exact = False
-            async with asyncio.timeout(60):
-                while (await source.read(StreamQuery())).model.exactness != "tolerance":
-                    await asyncio.sleep(0.05)
 
 
 async def test_the_token_of_an_admin_server(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
-from instep.core.histogram import ENTRIES, FILL_PARTS, entry_of
+from instep.core.histogram import ENTRIES, entry_of
 from instep.core.typing import I64
 from instep.streaming.service import ModelService
 
@@ -38,7 +38,6 @@ class Scale:
 DURATION: Final = Scale([10 * 2**doubling for doubling in range(18)], 1_000_000)
 """Microseconds, from 10 to 1.3 million."""
 SIZE: Final = Scale([2**doubling for doubling in range(11)], 1, is_less_one=True)
-FILL: Final = Scale([FILL_PARTS * eighths // 8 for eighths in range(1, 9)], FILL_PARTS, is_less_one=True)
 
 Labelled: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
 

@@ -11,8 +11,7 @@ from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from instep.frontends.http.families import DURATION, FILL, SIZE, Labelled, Metric, ModelNumbers
-from instep.frontends.http.status import exactness
+from instep.frontends.http.families import DURATION, SIZE, Labelled, Metric, ModelNumbers
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
 
@@ -51,7 +50,7 @@ def _shadow(model: ModelNumbers) -> Labelled:
 
 def _build(model: ModelNumbers) -> Labelled:
     about = model.service.about
-    labels = about.fingerprint, exactness(model.service), about.device, _version("instep"), _version("torch")
+    labels = about.fingerprint, about.exactness, about.arithmetic, about.device, _version("instep")
     return [(labels, 1.0)]
 
 
@@ -65,12 +64,12 @@ def _version(package: str) -> str:
 METRICS: Final = (
     Metric(
         "instep_build_info",
-        "Always 1; its labels say what is served, where, and how exact it is now.",
+        "Always 1; its labels say what is served, where, and how exact it is.",
         _build,
-        ("model", "fingerprint", "exactness", "device", "version", "torch"),
+        ("model", "fingerprint", "exactness", "arithmetic", "device", "version"),
     ),
     Metric("instep_ready", "1 while the model takes new connections, streams and frames, 0 otherwise."),
-    Metric("instep_exact", "1 while frames are promised the same bits in every batch, 0 otherwise."),
+    Metric("instep_exact", "1 where frames have the same bits in every batch and on every processor, 0 otherwise."),
     Metric("instep_uptime_seconds", "Time since the server started the model.", "uptime_s"),
     # Frames
     Metric("instep_frames_total", "Frames stepped."),
@@ -80,12 +79,8 @@ METRICS: Final = (
     Metric("instep_repeated_frames_total", "Frames that had been applied before and were only answered again."),
     Metric("instep_frames_pending", "Frames admitted and not yet computed."),
     Metric("instep_batches_total", "Steps of the network."),
-    Metric("instep_padded_rows_total", "Rows of all steps, padding included."),
     Metric("instep_step_failures_total", "Steps that failed."),
     Metric("instep_batch_size", "Streams of a batch.", scale=SIZE),
-    Metric(
-        "instep_batch_fill_ratio", "Streams of a batch divided by its rows, padding included.", "batch_fill", scale=FILL
-    ),
     # Time
     Metric("instep_latency_seconds", "From the arrival of a STEP message to its answer.", "latency_us", scale=DURATION),
     Metric(
@@ -158,8 +153,6 @@ METRICS: Final = (
     Metric("instep_replay_seconds", "How long a restart would step the frames that no checkpoint holds.", "replay_s"),
     Metric("instep_recovery_seconds", "How long the start took to continue the recording.", "recovery_s"),
     # Exactness
-    Metric("instep_rechecked_frames_total", "Frames that were stepped again in another batch size."),
-    Metric("instep_recheck_mismatches_total", "Rechecked frames that came out with other bits."),
     Metric("instep_verified_frames_total", "Frames that live verification has computed again and compared."),
     Metric(
         "instep_verify_mismatches_total",

@@ -16,12 +16,6 @@ _FRESH_S: Final = 0.2
 """Time for which an object is given out again, however often it is asked for."""
 
 
-def exactness(service: ModelService) -> str:
-    """`exact`, `tolerance` or `off`, now: a recheck may have withdrawn what was certified."""
-    is_off = service.about.exactness == "off"
-    return "exact" if service.engine.stats.is_exact else "off" if is_off else "tolerance"
-
-
 class ServerStatus:
     """Builds the object of /api/stats, once for everybody who asks at the same time."""
 
@@ -40,8 +34,6 @@ class ServerStatus:
                 problems.append(f"the recording of the model {service.name!r} has failed")
             elif service.engine.draining and not self._subject.is_draining:
                 problems.append(f"the model {service.name!r} is being unloaded")
-            if service.about.is_required and exactness(service) != "exact":
-                problems.append(f"the model {service.name!r} is not exact, and engine.exactness is `require`")
         return problems
 
     def stats(self) -> bytes:
@@ -72,9 +64,8 @@ class ServerStatus:
             "fingerprint": about.fingerprint,
             "kind": about.kind,
             "device": about.device,
-            "exactness": exactness(service),
-            "exactness_detail": _detail(service),
-            "buckets": about.buckets,
+            "exactness": about.exactness,
+            "arithmetic": about.arithmetic,
             "features": about.features,
             "outputs": about.outputs,
             "max_streams": about.max_streams,
@@ -84,17 +75,6 @@ class ServerStatus:
             "shadow": None if service.candidate is None else service.candidate.as_json(),
             "numbers": service.numbers(),
         }
-
-
-def _detail(service: ModelService) -> str:
-    match exactness(service):
-        case "exact":
-            return "the same bits in every batch size in use, as certified at the start"
-        case "off":
-            return "not certified: engine.exactness is off"
-    if service.about.exactness == "exact":
-        return "certified at the start, and withdrawn when a recheck found other bits"
-    return f"batches differ on this machine: up to {service.about.max_ulp} ULP were seen in one step"
 
 
 def _recording(service: ModelService) -> dict[str, Any] | None:

@@ -102,12 +102,6 @@ class ZmqFrontend:
                 self.outbound.send(peer, encode.welcome(0, served.info))
                 self.outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
 
-    def inform(self, served: Served) -> None:
-        """Tell the connections of a model that its description has changed."""
-        for peer in self.outbound.peers():
-            if peer.served is served:
-                self.outbound.send(peer, encode.welcome(0, served.info))
-
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models.agreement import Distance, agreement, first_output, rounding_tolerance, stepped_outputs
+from instep.models.agreement import agreement, distance, first_output, rounding_tolerance, stepped_outputs
 from instep.models.base import StateSpec
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import load_model
@@ -41,23 +41,17 @@ class Check:
     against: str
     frames: tuple[int, ...]
     """The shape of the random frames."""
-    whole: Distance | None
-    """Served as whole sequences; None where the model has no call for them."""
-    stepped: Distance
-    """Served one frame at a time."""
-    alone: Distance | None
-    """Of the module from itself, one sequence alone and in the batch; None where they do not agree."""
+    error: float
+    """The largest difference from the outputs that are served."""
+    alone: float | None
+    """The same of the module from itself, one sequence alone and in the batch; None where they do not agree."""
     tolerance: float
     """The largest error that rounding explains."""
 
     @property
     def agrees(self) -> bool:
         """Whether rounding explains all differences."""
-        return self._largest_error <= self.tolerance
-
-    @property
-    def _largest_error(self) -> float:
-        return max(each.error for each in (self.whole, self.stepped) if each is not None)
+        return self.error <= self.tolerance
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -69,18 +63,11 @@ class Check:
         yield ""
         yield from textwrap.wrap(self._verdict(), 79)
         yield ""
-        yield f"{'':<40}{'largest error':>15}{'largest ULP':>15}"
-        for words, distance in (
-            ("served as whole sequences", self.whole),
-            ("served frame by frame", self.stepped),
-            ("the module itself, alone and in a batch", self.alone),
-        ):
-            if distance is not None:
-                yield f"{words:<40}{distance.error:>15.1e}{distance.ulp:>15,}"
+        yield f"{'':<40}{'largest error':>15}"
+        for words, error in (("served", self.error), ("the module itself, alone and in a batch", self.alone)):
+            if error is not None:
+                yield f"{words:<40}{error:>15.1e}"
         yield f"{'explained by rounding':<40}{self.tolerance:>15.1e}"
-        if self.agrees:
-            yield ""
-            yield from textwrap.wrap(self._about_rounding(), 79)
 
     def _verdict(self) -> str:
         if not self.agrees:
@@ -89,26 +76,11 @@ class Check:
                 "layers than the module: make it again with instep.models.save_model or export_step. If --against "
                 "names a class, or a function that makes a module, that module may have random weights."
             )
-        if self._largest_error:
-            return "They agree: rounding explains every difference. Near zero, a small error is many ULP."
-        return "They agree bit for bit on these frames."
-
-    def _about_rounding(self) -> str:
-        apart = f"one sequence and a batch of {ROWS} differently"
-        if self.alone is not None and self.alone.ulp:
-            itself = (
-                f"torch rounds {apart}, because it adds up in another order: this module's outputs alone and in a "
-                f"batch are up to {self.alone.ulp:,} ULP apart"
-            )
-        elif "STRICT" in os.environ.get("MKL_CBWR", ""):
-            itself = (
-                f"torch usually rounds {apart}. It does not in this process, where instep asks Intel's library for its "
-                "strict mode (MKL_CBWR)"
-            )
-        else:
-            itself = f"torch often rounds {apart}. It does not with this module on this machine"
+        if not self.error:
+            return "They agree bit for bit on these frames."
         return (
-            f"{itself}. instep gives a frame the same bits in every batch, and those are what `instep verify` compares."
+            "They agree: rounding explains every difference. The outputs that are served have the same bits in every "
+            "batch and on every processor; those of the module depend on both."
         )
 
 
@@ -128,25 +100,23 @@ def check(folder: Path, against: str) -> Check:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, STEPS, model.description.features, generator=generator)
-    if isinstance(model.description, ModuleDescription):
+    if isinstance(model.description, ModuleDescription) and model.description.graph is not None:
         return _check_step(str(folder), model, against, module, x)
     y = _outputs(module, x.to(device), against)
     network = build(model, torch.device("cpu"))
-    network.select_quickest()  # rounding is allowed for
     found = agreement(network, x.numpy(), y)
     if found is None:
         raise ModelError(
             f"{against} gives the shape {list(y.shape)} for frames {list(x.shape)}, and {folder} gives "
             f"{model.description.outputs} values for each frame: name the module that {folder} was made from"
         )
-    whole = found.whole if found.has_call else None
-    checked = Check(str(folder), against, tuple(x.shape), whole, found.stepped, None, found.tolerance)
+    checked = Check(str(folder), against, tuple(x.shape), found.error, None, found.tolerance)
     if not checked.agrees:
         return checked
     outputs, rows = model.description.outputs, x.shape[found.rows_axis]
     alone = _outputs(module, x.narrow(found.rows_axis, 0, 1).to(device), against)
     together = found.arrangement.apply(y, rows, outputs)[:, :1]
-    return replace(checked, alone=Distance.between(found.arrangement.apply(alone, 1, outputs), together))
+    return replace(checked, alone=distance(found.arrangement.apply(alone, 1, outputs), together))
 
 
 def _check_step(folder: str, model: Model, against: str, module: nn.Module, x: torch.Tensor) -> Check:
@@ -163,9 +133,8 @@ def _check_step(folder: str, model: Model, against: str, module: nn.Module, x: t
         model=folder,
         against=against,
         frames=tuple(x.shape),
-        whole=None,
-        stepped=Distance.between(y, served),
-        alone=Distance.between(alone, y[:, :1]),
+        error=distance(y, served),
+        alone=distance(alone, y[:, :1]),
         tolerance=rounding_tolerance(network, frames.numpy(), served),
     )
 

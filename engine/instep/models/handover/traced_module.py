@@ -126,7 +126,6 @@ class TracedModule:
         with evaluating(self._module):
             y = first_output(self._module(x.clone(), *self._arguments[1:]), self._kind)
         network = build(model, torch.device("cpu"))
-        network.select_quickest()  # rounding is allowed for
         found = agreement(network, x.cpu().numpy(), y.float().cpu().numpy())
         if found is None:
             raise ModelError(
@@ -137,7 +136,7 @@ class TracedModule:
         if not found.agrees:
             raise ModelError(
                 f"{self._kind}.forward gives other values than its layers do in the order in which it runs them "
-                f"({model.description.in_words()}): on frames {list(x.shape)} they differ by {found.whole.error:.2g}, "
+                f"({model.description.in_words()}): on frames {list(x.shape)} they differ by {found.error:.2g}, "
                 f"where rounding explains {found.tolerance:.2g}; return the values of its last layer for each frame, "
                 "or for the last frame of each sequence, however long it is"
             )

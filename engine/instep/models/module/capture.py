@@ -1,8 +1,8 @@
 """From an exported program to a graph of plain data, through the gate.
 
-The gate refuses what would make one stream's frames depend on another's, or on what ran before: numbers drawn at
-random, sizes that depend on values, statistics and changes that outlive the call, and operators that combine rows. It
-sees what the graph shows; `trial` runs the step to find some of what it does not show.
+The gate refuses what would make a stream's frames depend on what ran before: numbers drawn at random, sizes that depend
+on values, statistics and changes that outlive the call. It sees what the graph shows; `trial` runs the step to find
+some of what it does not show, such as rows that influence one another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from instep.models.module import operators
 from instep.models.module.graph import references
 from instep.models.module.operators import Operator, argument, is_allowed, may_alias, name_of, trains, written
 from instep.models.module.program import encoded
-from instep.models.module.rows import Rows, row_axes
 
 DROPPED: Final = frozenset(
     [
@@ -81,10 +80,8 @@ class Capture:
         self._references: dict[fx.Node, Any] = {}
         self._given: dict[fx.Node, str] = {}
         """What may share memory with an argument or a tensor, and how sentences call that."""
-        self._roots: dict[fx.Node, fx.Node] = {}
-        """Of views: whose memory they may be."""
-        self._varying: set[fx.Node] = set()
-        """Values that depend on the frames or states of streams."""
+        self.lines: dict[str, str] = {}
+        """The lines of the user's code that make the calls, by the names of nodes."""
         self._add_inputs(program, leaves, prefix)
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -101,7 +98,6 @@ class Capture:
     def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
         inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         self._batch = inputs[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
-        self._rows = Rows(self._batch)
         names = iter(["", *leaves])
         for spec in program.graph_signature.input_specs:
             node = inputs[spec.arg.name]
@@ -109,7 +105,6 @@ class Capture:
                 leaf = next(names)
                 self._references[node] = {"state": leaf} if leaf else {"x": True}
                 self._given[node] = f"leaf {leaf} of the state" if leaf else "its frames x"
-                self._varying.add(node)
                 continue
             name = (spec.target or spec.arg.name).removeprefix(prefix)
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -140,7 +135,8 @@ class Capture:
                 return
             if name == "lift_fresh_copy":
                 target, name = torch.ops.aten.clone.default, "clone"
-            self._check_rows(node, target, name)
+            if may_alias(target) and node.args and isinstance(node.args[0], fx.Node):
+                self._follow(node, node.args[0])
             called = f"aten.{name}.{target._overloadname}"
         elif target in _NUMBERS:
             called = _NUMBERS[target]
@@ -153,6 +149,7 @@ class Capture:
         else:
             raise ModelError(unknown(_where(node), getattr(target, "__name__", str(target))))
         self._references[node] = {"node": node.name}
+        self.lines[node.name] = _where(node)
         self.nodes.append({"name": node.name, "op": called, **self._arguments(node, target)})
 
     def _arguments(self, node: fx.Node, target: Any) -> dict[str, Any]:
@@ -192,34 +189,10 @@ class Capture:
             if isinstance(target, fx.Node) and target in self._given and name not in _IDENTITIES:
                 raise ModelError(changes(self._given[target], _where(node)))
 
-    def _check_rows(self, node: fx.Node, op: Operator, name: str) -> None:
-        """Refuse operators that combine rows, where their shapes show it."""
-        if may_alias(op) and node.args and isinstance(node.args[0], fx.Node):
-            self._follow(node, node.args[0])
-        if name in operators.CREATION or not any(self._root(each) in self._varying for each in node.all_input_nodes):
-            if self._rows.note(node, op, name):
-                raise ModelError(_mixes(node, name))
-            return
-        for at in written(op):
-            target = node.args[at]
-            if isinstance(target, fx.Node):
-                self._varying.add(self._root(target))
-        self._varying.add(self._root(node))
-        results = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
-        if any(len(row_axes(each)) != 1 for each in results if isinstance(each, torch.Tensor)):
-            raise ModelError(_mixes(node, name))
-        if self._rows.mix(node, op, name):
-            raise ModelError(_mixes(node, name))
-
     def _follow(self, node: fx.Node, of: fx.Node) -> None:
         """Note that a node may share the memory of another one."""
-        self._roots[node] = self._root(of)
-        self._rows.follow(node, of)
         if of in self._given:
             self._given[node] = self._given[of]
-
-    def _root(self, node: fx.Node) -> fx.Node:
-        return self._roots.get(node, node)
 
     def _drop_unused(self) -> None:
         """Leave out what no result needs, and tensors that only this would use."""
@@ -303,13 +276,6 @@ def by_value(where: str) -> str:
     return (
         f"{where} lets values in a tensor decide how many elements there are or which way to go, as a mask, "
         "nonzero and .item() do, and rows of other streams would decide along: use torch.where over all elements"
-    )
-
-
-def _mixes(node: fx.Node, name: str) -> str:
-    return (
-        f"{_where(node)} combines the rows of a batch ({name}), and each row is another stream: "
-        "work along the other dimensions only"
     )
 
 

@@ -23,10 +23,11 @@ from instep.models.folder import check_free, check_name, check_output_names, wri
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model
 from instep.models.module.capture import Capture, checked_tensors
-from instep.models.module.description import ModuleDescription
+from instep.models.module.description import GraphStep, ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
-from instep.models.module.network import ModuleNetwork
-from instep.models.module.trial import attributes_of, check_attributes, compare, compare_rows
+from instep.models.module.trial import attributes_of, check_attributes, compare
+from instep.models.network import PortableNetwork
+from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
 from instep.models.weights import check_weights
 
@@ -106,10 +107,8 @@ def model_of_step(
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
         model = _model(program, example, name, outputs, f"step.{tensors_in}")
-        network = ModuleNetwork(model, torch.device("cpu"))
-        compare(example, network)
+        compare(example, PortableNetwork(model))
         check_attributes(mine, attributes)
-        compare_rows(example, network)
     return model
 
 
@@ -126,7 +125,7 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
     captured = Capture(program, leaves, prefix)
     dtypes = checked_tensors(captured.tensors)
     try:
-        description = ModuleDescription.model_validate(
+        step = GraphStep.model_validate(
             {
                 "features": example.features,
                 "state": [leaf.model_dump() for leaf in example.leaves],
@@ -142,9 +141,11 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
                 },
             }
         )
+        traced = form_of_module(step, captured.tensors, captured.lines)
+        description = ModuleDescription(features=step.features, state=step.leaves, form=traced.form, graph=step.graph)
     except ValidationError as error:
         raise ModelError(f"the step cannot be served: {sentences(error)}") from None
-    tensors = captured.tensors | example.learned()
+    tensors = captured.tensors | traced.constants | example.learned()
     check_weights(tensors, description, "the step")
     names = check_output_names(list(outputs) or list(example.output_names), description)
     return Model(check_name(name), description, tensors, names)

@@ -38,7 +38,7 @@ class GraphTensor(PlainFields):
     dtype: TensorType = "float32"
 
 
-class Node(PlainFields):
+class OperatorCall(PlainFields):
     """One call: `op` is `aten.linear.default`, an integer operation such as `int.mul`, or `getitem`."""
 
     name: str = Field(min_length=1, max_length=400)
@@ -53,7 +53,7 @@ class Graph(PlainFields):
     outputs: Annotated[int, Field(ge=1, strict=True)]
     """Values per frame that the step answers."""
     tensors: tuple[GraphTensor, ...]
-    nodes: Annotated[tuple[Node, ...], Field(max_length=MAX_NODES)]
+    nodes: Annotated[tuple[OperatorCall, ...], Field(max_length=MAX_NODES)]
     y: JsonValue
     """The outputs, [rows, outputs]."""
     new_state: dict[str, JsonValue]

@@ -61,7 +61,7 @@ ALLOWED: Final = frozenset(
     " ".join((_ELEMENTWISE, _ACTIVATIONS, _LAYERS, _SPECTRA, _REDUCTIONS, _SHAPES, _INDEXING, _CREATION)).split()
 )
 _IN_PLACE: Final = ALLOWED | frozenset(_ONLY_IN_PLACE.split())
-ELEMENTWISE: Final = frozenset(_ELEMENTWISE.split())
+SHAPES: Final = frozenset(_SHAPES.split())
 CREATION: Final = frozenset(_CREATION.split())
 """Their values depend on no value of their arguments."""
 NUMBERS: Final[dict[str, Callable[..., Any]]] = {

@@ -10,9 +10,8 @@ import torch
 from torch import fx, nn
 
 from instep.models.errors import ModelError, first_line
-from instep.models.module.cells import BoundCell, CellCall
-from instep.models.module.description import ModuleDescription
-from instep.models.module.graph import Node
+from instep.models.module.description import GraphStep
+from instep.models.module.graph import OperatorCall
 from instep.models.module.operators import Operator, may_alias, resolve, trains, written
 
 _DTYPES: Final = {
@@ -29,7 +28,6 @@ class Program:
         weights: by name, on the CPU.
         device: where it runs.
         double: compute in float64 what the graph computes in float32.
-        cells: by the names of their nodes, those that are stepped by hand.
 
     Raises:
         ModelError: when the graph calls anything but allowed operators, refers to nothing, or changes what it is given.
@@ -37,12 +35,11 @@ class Program:
 
     def __init__(
         self,
-        description: ModuleDescription,
+        description: GraphStep,
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
         *,
         double: bool = False,
-        cells: Mapping[str, CellCall] | None = None,
     ) -> None:
         self._device = device
         self._double = double
@@ -57,9 +54,6 @@ class Program:
         for leaf in description.leaves:
             self._add_input("state", leaf.name, f"the leaf {leaf.name} of the state")
         self._add_input("rows", "", "rows")
-        self._cells = cells or {}
-        for name in self._cells:
-            self._add_input("cell", name, "")
         for node in graph.nodes:
             self._add_call(node)
         self._graph.output(
@@ -71,26 +65,28 @@ class Program:
         self._forward = forward
         self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
 
-    def __call__(
-        self, x: torch.Tensor, leaves: Sequence[torch.Tensor], cells: Sequence[BoundCell] = ()
-    ) -> tuple[torch.Tensor, ...]:
+    def __call__(self, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape].
 
         Args:
             x: frames [rows, features].
             leaves: of the state [rows, *shape].
-            cells: one for each that is stepped by hand, in order.
 
         Raises:
             ModelError: when an operator cannot compute them.
         """
         try:
-            return self._forward(*self.weights, x, *leaves, len(x), *cells)
+            return self._forward(*self.weights, x, *leaves, len(x))
         except (IndexError, RuntimeError) as error:
             raise ModelError(
-                f"an operator of the step fails ({first_line(error):.200}), and then it fails for every "
-                "stream in the batch: keep numbers that choose elements in range, as with .clamp(0, size - 1)"
+                f"an operator of the step fails ({first_line(error):.200}): keep numbers that choose elements in "
+                "range, as with .clamp(0, size - 1)"
             ) from error
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Of (*tensors, x, *leaves, rows), with the outputs and the leaves of the new state as its result."""
+        return self._graph
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
@@ -100,15 +96,10 @@ class Program:
         self._values[kind, name] = node
         self._given[node] = words
 
-    def _add_call(self, node: Node) -> None:
+    def _add_call(self, node: OperatorCall) -> None:
         function = resolve(node.op)
         args, kwargs = tuple(map(self._decoded, node.args)), {k: self._decoded(v) for k, v in node.kwargs.items()}
-        if node.name in self._cells:
-            x, states = args[:2]
-            states = states if isinstance(states, list) else [states]
-            call = self._graph.call_method("run", (self._values["cell", node.name], x, states))
-        else:
-            call = self._graph.call_function(function, args, kwargs)
+        call = self._graph.call_function(function, args, kwargs)
         if isinstance(function, Operator):
             self._check_call(function, node, args, kwargs)
             first = next(iter([*args, *kwargs.values()]), None)
@@ -122,7 +113,7 @@ class Program:
             raise ModelError(f"the graph has two nodes called {node.name!r:.80}; make the folder again")
         self._values["node", node.name] = call
 
-    def _check_call(self, function: Operator, node: Node, args: Any, kwargs: Any) -> None:
+    def _check_call(self, function: Operator, node: OperatorCall, args: Any, kwargs: Any) -> None:
         declared = {argument.name for argument in function._schema.arguments}
         if not set(kwargs) <= declared or len(args) > len(declared):
             raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")

@@ -1,19 +1,22 @@
-"""The step in eager torch compared with its graph, to find what a graph does not show.
+"""The step in eager torch compared with what is served, to find what a graph does not show.
 
-torch.export turns everything that is not a tensor into a constant, such as a counter that the step keeps in Python.
-So the step runs for some frames beside its graph; and rows of a batch are changed to see that the others do not notice.
+torch.export turns everything that is not a tensor into a constant, such as a counter that the step keeps in Python; and
+a step that mixes the rows of a batch is served as if each were alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from instep.models.errors import ModelError
+from instep.core.typing import F32, U8
+from instep.models.errors import ModelError, first_line
 from instep.models.module.example import ROWS, Example
-from instep.models.module.network import ModuleNetwork
+from instep.models.network import PortableNetwork
+from instep_tools.words import counted
 
 STEPS: Final = 6
 TOLERANCE: Final = 2e-5
@@ -55,50 +58,71 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def compare(example: Example, network: ModuleNetwork) -> None:
-    """Run the step and its graph over some frames.
+def compare(example: Example, network: PortableNetwork) -> None:
+    """Run the step, what is served of it and its graph: one row at first, where nothing can be mixed, then several.
 
     Raises:
         ModelError: when they differ.
     """
     generator = torch.Generator().manual_seed(1)
     names = ["y", *(f"leaf {leaf.name}" for leaf in example.leaves)]
-    for rows in (ROWS, 2 * ROWS):
+    for rows in (1, ROWS):
         leaves = example.initial(rows)
         for _ in range(STEPS):
             x = example.frames(rows, generator)
-            given = network.run_once(x, leaves)
-            results = example.flat(x, *(leaf.clone() for leaf in leaves))
-            for name, one, other in zip(names, results, given, strict=True):
-                if not _close(one, other):
-                    raise ModelError(
-                        f"{name} of the step and of its graph differ after some frames: the step depends on something "
-                        "besides x and the state, such as a count or the time in Python; put it into the state or the "
-                        "frames"
-                    )
+            graph, served = _of_graph(network, x, leaves), _served(network, x, leaves)
+            results = _of_module(example, x, leaves)
+            for name, result, of_graph, given in zip(names, results, graph, served, strict=True):
+                if not _close(result, of_graph):
+                    raise ModelError(_differs(name, "graph"))
+                if not _close(result, given):
+                    raise ModelError(_differs(name, "normal form") if rows == 1 else _mixes(name))
             leaves = list(results[1:])
 
 
-def compare_rows(example: Example, network: ModuleNetwork) -> None:
-    """Step a batch again with half of its rows replaced.
-
-    Raises:
-        ModelError: when the other rows differ.
-    """
-    generator = torch.Generator().manual_seed(2)
-    leaves = example.initial(2 * ROWS)
-    for _ in range(STEPS):
-        x = example.frames(2 * ROWS, generator)
-        _, *leaves = network.run_once(x, leaves)
-    one = network.run_once(x, leaves)
-    fewer = [torch.cat([leaf[:ROWS], leaf[:ROWS]]) for leaf in leaves]
-    other = network.run_once(torch.cat([x[:ROWS], -5 * x[:ROWS]]), fewer)
-    if not all(_close(a[:ROWS], b[:ROWS]) for a, b in zip(one, other, strict=True)):
+def _of_module(example: Example, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    try:
+        results: Sequence[torch.Tensor] = example.flat(x, *(leaf.clone() for leaf in leaves))
+    except Exception as error:
         raise ModelError(
-            "the rows of a batch influence one another in the step, and each row is another stream: work along the "
-            "other dimensions only; a layer that takes a sequence wants x.unsqueeze(1), since it takes [rows, "
-            "features] for one sequence"
-        )
+            f"the step fails in a batch of {counted(len(x), 'row')} ({first_line(error):.200}), and batches have any "
+            "number of rows"
+        ) from error
+    return results
+
+
+def _of_graph(network: PortableNetwork, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    found = network.sequence(x[None].numpy(), _packed(network, leaves))
+    assert found is not None
+    return _unpacked(network, found[0][0], found[1])
+
+
+def _served(network: PortableNetwork, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _unpacked(network, *network.step(x.numpy(), _packed(network, leaves)))
+
+
+def _packed(network: PortableNetwork, leaves: Sequence[torch.Tensor]) -> U8:
+    names = [leaf.name for leaf in network.state.leaves]
+    return network.state.pack({name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)})
+
+
+def _unpacked(network: PortableNetwork, y: F32, rows: U8) -> list[torch.Tensor]:
+    return [torch.from_numpy(y), *(torch.from_numpy(leaf.copy()) for leaf in network.state.unpack(rows).values())]
+
+
+def _differs(name: str, other: str) -> str:
+    return (
+        f"{name} of the step and of its {other} differ after some frames: the step depends on something besides x "
+        "and the state, such as a count or the time in Python; put it into the state or the frames"
+    )
+
+
+def _mixes(name: str) -> str:
+    return (
+        f"the rows of a batch influence one another in the step, and each row is another stream: {name} of a row is "
+        f"another in a batch of {ROWS} than alone. Work along the other dimensions only; a layer that takes a sequence "
+        "wants x.unsqueeze(1), since it takes [rows, features] for one sequence"
+    )
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

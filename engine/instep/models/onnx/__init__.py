@@ -1,1 +1,1 @@
-"""Graphs in ONNX: step graphs that onnxruntime computes, and recurrent nodes that become a kind of their own."""
+"""Graphs in ONNX: step graphs become steps in their normal form, and recurrent layers models of their kinds."""

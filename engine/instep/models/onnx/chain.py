@@ -19,11 +19,10 @@ from instep.models.handover.layers import SERVED, Chain, FrameLayer
 from instep.models.onnx.graph import label
 from instep.models.onnx.layer_nodes import LAYERS, RECURRENT, InTheWay, LayerNodes
 from instep.models.onnx.matching import Hints
-from instep.models.onnx.rows import check_rows
 from instep.models.registry import build
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 _LAYOUT: Final = frozenset(("Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _TIMESTEPS: Final = 24
@@ -52,7 +51,7 @@ class _Reader:
         self._graph = graph
         self._frame = frame
         self._source = source
-        self._of_frames = check_rows(graph, {frame}, source)
+        self._of_frames = _depending_on(frame, graph.graph)
         self._layers = LayerNodes(graph, self._of_frames)
         self._producers = self._layers.producers
 
@@ -123,6 +122,15 @@ def _answer(session: Any, hints: Hints, source: str) -> str:
     return hints.answer or outputs[0]
 
 
+def _depending_on(frame: str, graph: GraphProto) -> set[str]:
+    """The tensors that depend on the frames' values; shapes do not."""
+    found = {frame}
+    for node in graph.node:
+        if node.op_type not in ("Shape", "Size") and found & {*node.input}:
+            found |= {*node.output}
+    return found
+
+
 def _check(chain: Chain, session: Any, frame: Any, answer: str, source: str) -> None:
     """Compare what would be served with what the graph gives for random sequences."""
     network = build(chain.model("check"), torch.device("cpu"))
@@ -135,7 +143,7 @@ def _check(chain: Chain, session: Any, frame: Any, answer: str, source: str) -> 
         raise ModelError(f"onnxruntime cannot run {source} for frames {list(x.shape)}: {error!s:.300}") from None
     found = agreement(network, x, y)
     if found is None or not found.agrees:
-        how = "its outputs have another shape" if found is None else f"they differ by {found.whole.error:.1e}"
+        how = "its outputs have another shape" if found is None else f"they differ by {found.error:.1e}"
         raise ModelError(
             f"the layers of {source} do not give what the graph gives, {how}: a change of layout between them may mix "
             "timesteps, or an initial state is not zero; hand over the torch module instead"

@@ -1,23 +1,29 @@
 """The description of a step graph in ONNX: which of its inputs and outputs are the frame, the answer and the state."""
-# ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, state_in_words
+from instep.models.base import Leaf, PlainFields, Shape, StateSpec
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 ROWS: Final = "rows"
 Extent: TypeAlias = Annotated[int, Field(ge=1, strict=True)] | Literal["rows"]
 Extents: TypeAlias = tuple[Extent, ...]
-"""The shape of a tensor of the graph; `rows` is the axis that counts the rows of a batch."""
+"""The shape of a tensor of the graph; `rows` is the axis that counts the rows of a batch, if the graph has one."""
 Dtype: TypeAlias = Literal["float32", "float64", "int64", "bool"]
+DTYPE_NAMES: Final[dict[str, Dtype]] = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+"""Names of dtypes by onnxruntime's."""
 TensorName: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -34,8 +40,8 @@ class Tensor(NamedTuple):
 
 
 def _with_one_axis_of_rows(shape: Extents) -> Extents:
-    if shape.count(ROWS) != 1:
-        raise PydanticCustomError("rows", "one extent must be `rows`, the axis that counts the rows of a batch")
+    if shape.count(ROWS) > 1:
+        raise PydanticCustomError("rows", "only one extent may be `rows`, the axis that counts the rows of a batch")
     return shape
 
 
@@ -43,7 +49,8 @@ Batched: TypeAlias = Annotated[Extents, AfterValidator(_with_one_axis_of_rows)]
 
 
 def _row_shape(shape: Extents) -> Shape:
-    return tuple(extent for extent in shape if extent != ROWS)
+    """Without the axis of rows. A graph of one row does not say which that is, so all axes of extent 1 are left out."""
+    return tuple(extent for extent in shape if extent != ROWS and (extent != 1 or ROWS in shape))
 
 
 class Vectors(PlainFields):
@@ -57,7 +64,7 @@ class Vectors(PlainFields):
     @field_validator("shape")
     @classmethod
     def _rows_come_first(cls, shape: Extents) -> Extents:
-        if any(extent != 1 for extent in shape[: shape.index(ROWS)]):
+        if ROWS in shape and any(extent != 1 for extent in shape[: shape.index(ROWS)]):
             raise PydanticCustomError("rows", "only axes of extent 1 may come before `rows`")
         return shape
 
@@ -80,14 +87,11 @@ class GraphLeaf(PlainFields):
     output: TensorName
     shape: Batched
     dtype: Dtype = "float32"
-    initial: float | Literal["learned"] = 0.0
-    """The value of every element before the first frame; a weights file holds an array that is learned."""
 
     @property
     def of_row(self) -> Leaf:
         """The leaf of a stream's state."""
-        initial = None if self.initial == "learned" else self.initial
-        return Leaf(self.name, _row_shape(self.shape), DTYPES[self.dtype], initial)
+        return Leaf(self.name, _row_shape(self.shape), DTYPES[self.dtype])
 
     @property
     def before(self) -> Tensor:
@@ -116,9 +120,8 @@ class Constant(PlainFields):
 
 
 class OnnxDescription(PlainFields):
-    """`graph.onnx` maps frames and states to answers and states; this says which tensor is which."""
+    """Which tensors of a graph are the frame, the answer, the leaves and constants."""
 
-    kind: Literal["onnx"] = "onnx"
     frame: Vectors
     answer: Vectors
     leaves: tuple[GraphLeaf, ...]
@@ -130,6 +133,11 @@ class OnnxDescription(PlainFields):
             name, count = Counter(tensor.name for tensor in tensors).most_common(1)[0]
             if count > 1:
                 raise PydanticCustomError("twice", "{name} is mapped twice", {"name": name})
+        shapes = [self.answer.shape, *(leaf.shape for leaf in self.leaves)]
+        if any((ROWS in shape) != self.is_batched for shape in shapes):
+            raise PydanticCustomError(
+                "rows", "frame, answer and leaves must all have an axis of `rows`, or none of them"
+            )
         try:
             _ = self.state
         except InvalidStateSpec as error:
@@ -137,12 +145,14 @@ class OnnxDescription(PlainFields):
         return self
 
     @property
-    def features(self) -> int:
-        return self.frame.size
+    def is_batched(self) -> bool:
+        """Whether the graph computes any number of rows, not only one."""
+        return ROWS in self.frame.shape
 
     @property
-    def outputs(self) -> int:
-        return self.answer.size
+    def features(self) -> int:
+        """Values of a frame."""
+        return self.frame.size
 
     @property
     def state(self) -> StateSpec:
@@ -159,19 +169,3 @@ class OnnxDescription(PlainFields):
     def graph_outputs(self) -> list[Tensor]:
         """The outputs of the graph that are used: the answer, then the state."""
         return [self.answer.in_graph, *(leaf.after for leaf in self.leaves)]
-
-    def tensor_shapes(self) -> dict[str, Shape]:
-        """What learned leaves begin with; the weights are part of the graph."""
-        return learned_shapes(self.state)
-
-    def tensor_dtype(self, tensor: str) -> str:
-        return {LEARNED + leaf.name: leaf.dtype for leaf in self.leaves}[tensor]
-
-    def in_words(self) -> str:
-        """`512 features → ONNX graph, state h [2, 128] → 1 output`."""
-        plural = "" if self.outputs == 1 else "s"
-        state = state_in_words(self.state)
-        return f"{self.features} features → ONNX graph, {state} → {self.outputs} output{plural}"
-
-    def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=not defaults)}

@@ -1,7 +1,8 @@
 """Finding out which inputs and outputs of a step graph are the frame, the answer and the state.
 
 State is matched by name: `h` with `hn`, `state_in` with `state_out`, `past_key` with `new_key`. Whatever is found is
-tried: the graph runs with two numbers of rows, and every row must give the same in both.
+tried: the graph runs with two numbers of rows, and every row must give the same in both. A graph whose shapes are all
+fixed is one of a single row, and runs once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from instep.models.errors import ModelError
-from instep.models.onnx.description import ROWS, Extents, OnnxDescription, Tensor
+from instep.models.onnx.description import DTYPE_NAMES, ROWS, Extents, OnnxDescription, Tensor
 from instep.models.onnx.graph import explain
-from instep.models.onnx.network import DTYPE_NAMES
 from instep.models.registry import sentences
 
 _IN: Final = "in|input|prev|previous|past|old|init|initial"
@@ -42,7 +42,7 @@ class Hints:
     constants: Mapping[str, float] = field(default_factory=dict)
     """Inputs with what each of their values always is."""
     shapes: Mapping[str, Extents] = field(default_factory=dict)
-    """Of inputs whose shapes the graph leaves open."""
+    """Of inputs whose shapes the graph leaves open; without `rows` for a graph of one row."""
 
 
 def pairs(inputs: Sequence[str], outputs: Sequence[str], hints: Hints) -> dict[str, str]:
@@ -80,23 +80,29 @@ def describe(session: Any, hints: Hints, source: str) -> OnnxDescription:
     answer = _answer(outputs, state, hints, source)
     leaves = {name: _leaf_shape(inputs[name], hints, source) for name in state}
     constants = {name: _constant_shape(inputs[name], hints, source) for name in hints.constants}
-    symbols = {inputs[name].shape[shape.index(ROWS)] for name, shape in leaves.items()}
+    symbols = {inputs[name].shape[shape.index(ROWS)] for name, shape in leaves.items() if ROWS in shape}
     failures = []
     for shape in _frame_shapes(inputs[frame], symbols, hints, source):
+        _check_batched({frame: shape} | leaves, source)
         values = _random_inputs(inputs, {frame: shape} | leaves | constants, hints.constants)
         try:
-            few, many = (session.run([answer, *state.values()], values(rows)) for rows in _TRIED_ROWS)
+            tried = _TRIED_ROWS if ROWS in shape else (1,)
+            results = [session.run([answer, *state.values()], values(rows)) for rows in tried]
         except Exception as error:  # onnxruntime's errors have no common class
             failures.append(explain(error))
             continue
-        answered = _answered_shape(answer, few[0], many[0], source)
+        few, many = results[0], results[-1]
+        answered = _answered_shape(answer, few[0], many[0], source) if ROWS in shape else few[0].shape
         _check_leaves(state, leaves, many[1:], source)
-        _check_rows(few, many, [answered, *leaves.values()], source)
+        if ROWS in shape:
+            _check_rows(few, many, [answered, *leaves.values()], source)
         shapes = {frame: shape, answer: answered} | leaves | constants
         return _description(inputs | outputs, shapes, frame, answer, state, hints.constants, source)
+    if ROWS not in shape:
+        raise ModelError(f"onnxruntime cannot run {source} with one row, so another --shape is needed: {failures[0]}")
     raise ModelError(
         f"{source} cannot run with {_TRIED_ROWS[0]} rows, so something in it has a fixed batch size, or --shape is "
-        f"needed: {failures[0]}"
+        f"needed, with 1 in place of `rows` for every input where the graph computes only one row: {failures[0]}"
     )
 
 
@@ -139,10 +145,11 @@ def check_names(hints: Hints, inputs: Sequence[str], outputs: Sequence[str], sou
 
 def _check_shapes(hints: Hints, inputs: Mapping[str, Any], outputs: Mapping[str, Any], source: str) -> None:
     for name, shape in hints.shapes.items():
-        if len(shape) != len(inputs[name].shape) or shape.count(ROWS) != 1:
+        if len(shape) != len(inputs[name].shape) or (shape.count(ROWS) != 1 and (ROWS in shape or 1 not in shape)):
             raise ModelError(
                 f"input {name!r:.80} of {source} has the shape {_in_words(inputs[name].shape)}, not "
-                f"{_in_words(shape)}: give an extent for each axis, `rows` for the one that counts the rows of a batch"
+                f"{_in_words(shape)}: give an extent for each axis, and for the one that counts the rows of a batch "
+                "`rows`, or 1 where the graph computes only one row"
             )
     for what, infos in (("input", inputs), ("output", outputs)):
         for info in infos.values():
@@ -155,30 +162,26 @@ def _check_shapes(hints: Hints, inputs: Mapping[str, Any], outputs: Mapping[str,
 
 def _frame(inputs: Mapping[str, Any], state: Mapping[str, str], hints: Hints, source: str) -> str:
     left = [name for name in inputs if name not in state and name not in hints.constants and name != hints.frame]
-    if hints.frame is not None and not left:
-        return hints.frame
     open_ones = [name for name in left if not all(isinstance(extent, int) for extent in inputs[name].shape)]
-    constants = [name for name in left if name not in open_ones]
-    if len(open_ones) > 1 or (hints.frame is not None and open_ones):
-        names = ", ".join(map(repr, open_ones))
+    found = open_ones or [name for name in left if inputs[name].shape]  # a graph of one row leaves no shape open
+    found = found if hints.frame is None else [hints.frame, *open_ones]
+    if len(found) > 1:
+        names = ", ".join(map(repr, found if hints.frame is None else open_ones))
         raise ModelError(
             f"{source} has inputs that are neither its frame nor match an output: {names:.300}; say which one is the "
             "frame with --frame NAME, and which output takes the place of another with --state INPUT=OUTPUT"
         )
-    if not open_ones and hints.frame is None:
-        if len(constants) == 1 and inputs[constants[0]].shape:
-            raise ModelError(_fixed(inputs[constants[0]], source))
+    if not found:
         raise ModelError(
-            f"every input of {source} has an output of a similar name, or no batch dimension, so none is the frame: "
+            f"every input of {source} has an output of a similar name, or is a single number, so none is the frame: "
             f"say which one is with --frame NAME; the inputs are {', '.join(inputs):.300}"
         )
-    if constants:
-        name = constants[0]
+    if constants := [name for name in left if name not in found]:
         raise ModelError(
-            f"input {name!r:.80} of {source} has no batch dimension and matches no output: say what it always is, as "
-            f"in --constant {name}=16000"
+            f"input {constants[0]!r:.80} of {source} has no batch dimension and matches no output: say what it always "
+            f"is, as in --constant {constants[0]}=16000"
         )
-    return hints.frame or open_ones[0]
+    return found[0]
 
 
 def _answer(outputs: Mapping[str, Any], state: Mapping[str, str], hints: Hints, source: str) -> str:
@@ -202,8 +205,6 @@ def _leaf_shape(info: Any, hints: Hints, source: str) -> Extents:
     if info.name in hints.shapes:
         return hints.shapes[info.name]
     dynamic = [axis for axis, extent in enumerate(info.shape) if not isinstance(extent, int)]
-    if not dynamic:
-        raise ModelError(_fixed(info, source))
     if len(dynamic) > 1:
         raise ModelError(_open(info, source))
     return tuple(ROWS if axis in dynamic else extent for axis, extent in enumerate(info.shape))
@@ -223,18 +224,23 @@ def _frame_shapes(info: Any, symbols: set[str | None], hints: Hints, source: str
     dynamic = [axis for axis, extent in enumerate(info.shape) if not isinstance(extent, int)]
     named = [axis for axis in dynamic if info.shape[axis] in symbols and info.shape[axis]]
     if not dynamic:
-        raise ModelError(_fixed(info, source))
+        yield tuple(info.shape)
+        return
     if len(dynamic) > 1 and dynamic[-1] == len(info.shape) - 1:
         raise ModelError(_open(info, source))
     for rows in named if len(named) == 1 else dynamic:
         yield tuple(ROWS if axis == rows else 1 if axis in dynamic else each for axis, each in enumerate(info.shape))
 
 
-def _fixed(info: Any, source: str) -> str:
-    return (
-        f"input {info.name!r:.80} of {source} has the fixed shape {_in_words(info.shape)}: export it with a dynamic "
-        "batch dimension (dynamic_axes or dynamic_shapes of torch.onnx.export)"
-    )
+def _check_batched(shapes: Mapping[str, Extents], source: str) -> None:
+    """Check that all inputs that differ by row have an axis of rows, or none has one. The first is the frame."""
+    fixed = [name for name, shape in shapes.items() if ROWS not in shape]
+    shape = next(iter(shapes.values()))
+    if 0 < len(fixed) < len(shapes) or (fixed and shape[:1] != (1,)):
+        raise ModelError(
+            f"input {fixed[0]!r:.80} of {source} has the fixed shape {_in_words(shapes[fixed[0]])}: export it with a "
+            "dynamic batch dimension (dynamic_axes or dynamic_shapes of torch.onnx.export), or all inputs for one row"
+        )
 
 
 def _open(info: Any, source: str) -> str:

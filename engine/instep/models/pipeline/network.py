@@ -1,4 +1,4 @@
-"""A pipeline on a device: the steps around a network of another kind, in one batch."""
+"""A pipeline: the steps around a network of another kind, in its normal form, in torch, and as a reference."""
 # ruff: noqa: D102 - see the protocols in `base`
 
 from __future__ import annotations
@@ -9,146 +9,87 @@ from typing import Any
 import numpy as np
 import torch
 
-from instep.core.typing import F32, I64, U8
-from instep.models.base import BoundStep, Floats, RecurrentModel, Reference, StateSpec
+from instep.core.typing import I64
+from instep.models import registry
+from instep.models.base import Floats, Reference
 from instep.models.model import Model
 from instep.models.pipeline.description import PLACES, PipelineDescription, leaf_name
-from instep.models.pipeline.steps import FrameStep, Spectrum, States
+from instep.models.pipeline.steps import FrameStep, States
+from instep.models.portable.builder import Builder
+from instep.models.portable.form import Form, View
 from instep.models.stepping import scan
-
-_SPECTRUM_ROWS = 32
-"""Rows come in multiples of it where a logarithm or a root is taken: the last elements of an array that does not fill
-its vectors go through other code."""
+from instep.models.torch_network import Leaves, TorchNetwork
 
 
-class PipelineNetwork:
-    """A `RecurrentModel`. What certification chooses, it chooses for the network inside."""
-
-    def __init__(self, model: Model, device: torch.device) -> None:
-        from instep.models.registry import build
-
-        assert isinstance(model.description, PipelineDescription)
-        self.description: PipelineDescription = model.description
-        self.fingerprint = model.fingerprint
-        self.state: StateSpec = model.state
-        inside = Model(model.name, self.description.network, model.weights, graph=model.graph)
-        network: RecurrentModel = build(inside, device)
-        self._network = network
-        self.device = network.device
-        takes_spectra = any(isinstance(step, Spectrum) for _, _, step, _ in self.description.steps())
-        self.row_multiple = int(np.lcm(network.row_multiple, _SPECTRUM_ROWS if takes_spectra else 1))
-        of_steps = sum(step.multiply_adds(inputs) for _, _, step, inputs in self.description.steps())
-        self.least_probes = network.least_probes
-        self.multiply_adds = network.multiply_adds + of_steps
-
-    @property
-    def kernel(self) -> str:
-        return self._network.kernel
-
-    def select_step(self, buckets: Sequence[int], rows: int) -> None:
-        """Let the network inside choose; the steps have one way."""
-        self._network.select_step(buckets, rows)
-
-    def select_quickest(self) -> None:
-        """Let the network inside choose."""
-        self._network.select_quickest()
-
-    def bind(self, rows: int) -> PipelineStep:
-        return PipelineStep(self.description, self._network.bind(rows), rows, self.device)
-
-    def sequence(self, x: F32, state: U8) -> tuple[F32, U8] | None:
-        """The steps frame by frame, the network in one call between them; see `RecurrentModel.sequence`."""
-        count = x.shape[1]
-        rows = -(-count // self.row_multiple) * self.row_multiple
-        leaves = {name: leaf.copy() for name, leaf in self.state.unpack(state).items()}
-        before, after = (_Parts(self.description, place, rows, self.device) for place in PLACES)
-        before.load(leaves, count)
-        after.load(leaves, count)
-        inside = self._network.state
-        whole = self._network.sequence(
-            before.run_all(x, rows), inside.pack({each.name: leaves[each.name] for each in inside.leaves})
-        )
-        if whole is None:
-            return None
-        y = after.run_all(whole[0], rows)
-        return y, self.state.pack(inside.unpack(whole[1]) | before.states(count) | after.states(count))
-
-    def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
-        """The definitions in numpy around the network's own reference.
-
-        None where the network has none, and where a step makes a large difference of a small one: a value next to the
-        threshold of `hysteresis` may differ by 1 after it, and nothing would be wrong.
-        """
-        inside = self._network.reference(dtype)
-        if inside is None or not all(step.has_reference for _, _, step, _ in self.description.steps()):
-            return None
-        return PipelineReference(self.description, inside, dtype)
+def inside(model: Model) -> Model:
+    """The network of a pipeline, as a model."""
+    assert isinstance(model.description, PipelineDescription)
+    return Model(model.name, model.description.network, model.weights)
 
 
-class _Parts:
-    """The steps of one place on buffers for `rows` rows."""
+def form_of(model: Model) -> tuple[Form, dict[str, torch.Tensor]]:
+    """The normal form, and the tensors of steps."""
+    description = model.description
+    assert isinstance(description, PipelineDescription)
+    b = Builder()
+    x = b.input("float32", (description.features,))
+    leaves = {leaf.name: b.input(leaf.dtype.name, leaf.shape) for leaf in description.state.leaves}
+    network = inside(model)
+    form, constants = registry.normal_form(network)
+    tensors = dict(constants)
+    new: dict[str, View] = {}
 
-    def __init__(self, description: PipelineDescription, place: str, rows: int, device: torch.device) -> None:
-        self.out: torch.Tensor | None = None
-        """[rows, values] after the last step; None where there is none."""
-        self.state: dict[str, torch.Tensor] = {}
-        self._parts: list[tuple[FrameStep, torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]] = []
+    def through(place: str, x: View) -> View:
         for at, index, step, inputs in description.steps():
             if at == place:
-                self.out = torch.zeros(rows, step.outputs(inputs), device=device)
-                state = {
-                    leaf.name: torch.zeros(rows, *leaf.shape, dtype=getattr(torch, leaf.dtype.name), device=device)
-                    for leaf in step.leaves(inputs)
-                }
-                self.state |= {leaf_name(place, index, name): tensor for name, tensor in state.items()}
-                self._parts.append((step, self.out, state, step.constants(inputs, device)))
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        for step, out, state, constants in self._parts:
-            step.run(x, out, state, *constants)
-            x = out
+                names = {leaf.name: leaf_name(place, index, leaf.name) for leaf in step.leaves(inputs)}
+                own = {leaf_name(place, index, key): value for key, value in step.tensors(inputs).items()}
+                tensors.update({name: torch.from_numpy(value) for name, value in own.items()})
+                views = [b.tensor(name, value.dtype.name, value.shape) for name, value in own.items()]
+                x, after = step.write(b, x, {name: leaves[full] for name, full in names.items()}, *views)
+                new.update({names[name]: leaf for name, leaf in after.items()})
         return x
 
-    def run_all(self, x: F32, rows: int) -> F32:
-        """Frames [T, R, values], one after another, in batches that are padded to `rows`."""
-        if self.out is None:
-            return x
-        timesteps, count, values = x.shape
-        frame = torch.zeros(rows, values, device=self.out.device)
-        found = np.empty((timesteps, count, self.out.shape[1]), np.float32)
-        for given, taken in zip(x, found, strict=True):
-            frame[:count] = torch.from_numpy(given).to(frame.device)
-            taken[...] = self.run(frame)[:count].cpu().numpy()
-        return found
-
-    def load(self, leaves: States, count: int) -> None:
-        for name, tensor in self.state.items():
-            tensor[:count] = torch.from_numpy(leaves[name]).to(tensor.device)
-
-    def states(self, count: int) -> States:
-        return {name: tensor[:count].cpu().numpy().copy() for name, tensor in self.state.items()}
+    x = through("before", x)
+    of_network = [leaf.name for leaf in network.state.leaves]
+    y, *after = b.inline(form, [x, *(leaves[name] for name in of_network)])
+    new.update(zip(of_network, after, strict=True))
+    y = through("after", y)
+    return b.form([y, *(new[name] for name in leaves)]), tensors
 
 
-class PipelineStep:
-    """A `BoundStep`; the states of the steps change in place."""
+class PipelineModule:
+    """A `Forward`; the network inside computes frame after frame only where its kind does."""
 
-    @torch.inference_mode(False)  # what is made in that mode can only be changed in it
-    def __init__(self, description: PipelineDescription, network: BoundStep, rows: int, device: torch.device) -> None:
+    def __init__(self, model: Model, network: TorchNetwork) -> None:
+        assert isinstance(model.description, PipelineDescription)
         self._network = network
-        self._before, self._after = (_Parts(description, place, rows, device) for place in PLACES)
-        self.x = torch.zeros(rows, description.features, device=device) if description.before else network.x
-        of_steps = self._before.state | self._after.state
-        self.state = {**network.state, **of_steps}
-        self.new_state = {**network.new_state, **of_steps}
-        self._input = network.x[:, : description.network.features]
-        self._output = network.y[:, : description.network.outputs]
-        self.y = self._output if self._after.out is None else self._after.out
+        self._names = [leaf.name for leaf in network.state.leaves]
+        self._steps: dict[str, list[tuple[FrameStep, dict[str, str], tuple[torch.Tensor, ...]]]] = {
+            place: [] for place in PLACES
+        }
+        for place, index, step, inputs in model.description.steps():
+            names = {leaf.name: leaf_name(place, index, leaf.name) for leaf in step.leaves(inputs)}
+            tensors = tuple(torch.from_numpy(each).to(network.device) for each in step.tensors(inputs).values())
+            self._steps[place].append((step, names, tensors))
 
-    def run(self) -> None:
-        if self._before.out is not None:
-            self._input.copy_(self._before.run(self.x))
-        self._network.run()
-        self._after.run(self._output)
+    def __call__(self, x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        state = dict(leaves)
+        x = self._through("before", x, state)
+        y, after = self._network.forward(x, {name: state[name] for name in self._names})
+        state |= after
+        return self._through("after", y, state), state
+
+    def _through(self, place: str, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        for step, names, tensors in self._steps[place]:
+            own = {name: state[full] for name, full in names.items()}
+            found = []
+            for frame in x:
+                y, own = step.run(frame, own, *tensors)
+                found.append(y)
+            x = torch.stack(found)
+            state |= {names[name]: leaf for name, leaf in own.items()}
+        return x
 
 
 class PipelineReference:

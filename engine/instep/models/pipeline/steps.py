@@ -1,13 +1,13 @@
 """What a pipeline does with the values of a frame before the network, and with the network's outputs after it.
 
-A step is one class here and one line in `STEPS`. It describes itself without torch, runs over the rows of a batch in
-torch, and once more in numpy, from its definition, for the independent reference. The two share no code.
+A step is one class here and one line in `STEPS`. It describes itself without torch, and it is written three times: in
+primitives for one row, in torch for the rows of a batch, and in numpy for the independent reference. They share no
+code.
 """
 # ruff: noqa: D102 - see `FrameStep`
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
@@ -17,6 +17,9 @@ import numpy.typing as npt
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from instep.models.base import Leaf, PlainFields
+from instep.models.pipeline.angles import exact_cosines, exact_sines
+from instep.models.portable.builder import Builder, narrow
+from instep.models.portable.form import View
 from instep_client.protocol.state_spec import DTYPES
 
 if TYPE_CHECKING:
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 Values: TypeAlias = npt.NDArray[Any]
 """[rows, values], float64 or float32 as the reference's dtype."""
 States: TypeAlias = dict[str, npt.NDArray[Any]]
-Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
+Tensors: TypeAlias = "dict[str, torch.Tensor]"
+Views: TypeAlias = dict[str, View]
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 Number: TypeAlias = Annotated[StrictFloat | StrictInt, Field(ge=-1e30, le=1e30)]
 """Far within float32."""
@@ -48,32 +52,25 @@ class FrameStep(PlainFields, ABC):
         """Its part of a stream's state."""
         return ()
 
-    def multiply_adds(self, inputs: int) -> int:
-        """Of one frame, about."""
-        return inputs
-
     @abstractmethod
     def in_words(self) -> str:
         """`context 3`."""
 
-    def constants(self, inputs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What `run` needs besides, made once."""
-        return ()
+    def tensors(self, inputs: int) -> dict[str, npt.NDArray[np.float32]]:
+        """What it computes with, the same on every machine."""
+        return {}
 
     @abstractmethod
-    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
-        """Step a frame of every row.
-
-        Args:
-            x: [rows, inputs].
-            out: contiguous, [rows, outputs].
-            state: by leaf, [rows, *shape]; changes in place.
-            constants: those above.
-        """
+    def write(self, b: Builder, x: View, state: Views, *tensors: View) -> tuple[View, Views]:
+        """Add its primitives for one row: values [inputs] and leaves [*shape] to values and leaves after the frame."""
 
     @abstractmethod
+    def run(self, x: torch.Tensor, state: Tensors, *tensors: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        """The same in torch: values [rows, inputs] and leaves [rows, *shape] to those after the frame."""
+
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
-        """The same in numpy: values and states after a frame of every row."""
+        """The same in numpy, where `has_reference` is set: values and states after a frame of every row."""
+        raise NotImplementedError
 
 
 class Context(FrameStep):
@@ -106,12 +103,18 @@ class Context(FrameStep):
     def in_words(self) -> str:
         return f"context of {self.values} values" if self.values else f"context of {self.frames} frames"
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
-        context = state["context"]
-        size = context.shape[1]
-        out[:, :size].copy_(context)
-        out[:, size:].copy_(x)
-        context.copy_(out[:, x.shape[1] :])
+    def write(self, b: Builder, x: View, state: Views, *tensors: View) -> tuple[View, Views]:
+        size, inputs = state["context"].shape[0], x.shape[0]
+        both = b.fresh("float32", (size + inputs,))
+        b.map("copy", state["context"], out=narrow(both, 0, 0, size))
+        b.map("copy", x, out=narrow(both, 0, size, inputs))
+        return both, {"context": narrow(both, 0, inputs, size)}
+
+    def run(self, x: torch.Tensor, state: Tensors, *tensors: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        import torch
+
+        both = torch.cat([state["context"], x], 1)
+        return both, {"context": both[:, x.shape[1] :]}
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         both = np.concatenate([state["context"], x], axis=1)
@@ -138,28 +141,39 @@ class Spectrum(FrameStep):
     def outputs(self, inputs: int) -> int:
         return inputs // 2 + 1
 
-    def multiply_adds(self, inputs: int) -> int:
-        return 5 * inputs * max(1, round(math.log2(inputs)))
-
     def in_words(self) -> str:
         return f"{self.scale.replace('_', ' ')} spectrum"
 
-    def constants(self, inputs: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        import torch
-
+    def tensors(self, inputs: int) -> dict[str, npt.NDArray[np.float32]]:
+        """The window, and cosines and sines of every frequency, [n // 2 + 1, n] each."""
+        cosines = exact_cosines(inputs)
         raised = _RAISED[self.window]
-        return (torch.hamming_window(inputs, True, raised, 1 - raised, device=device),)
+        window = raised - (1 - raised) * cosines
+        turns = np.outer(np.arange(self.outputs(inputs)), np.arange(inputs)) % inputs
+        sines = exact_sines(inputs)
+        return {
+            "window": window.astype(np.float32),
+            "cosines": cosines[turns].astype(np.float32),
+            "sines": sines[turns].astype(np.float32),
+        }
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+    def write(self, b: Builder, x: View, state: Views, *tensors: View) -> tuple[View, Views]:
+        window, cosines, sines = tensors
+        windowed = b.map("mul", x, window)
+        re, im = b.dense(windowed, cosines, 0.0), b.dense(windowed, sines, 0.0)
+        power = b.map("fma", re, re, b.map("mul", im, im))
+        if self.scale == "magnitude":
+            return b.map("sqrt", power), {}
+        return (b.map("log", b.map("add", power, float(self.floor))) if self.scale == "log_power" else power), {}
+
+    def run(self, x: torch.Tensor, state: Tensors, *tensors: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         import torch
 
-        (window,) = constants
-        found = torch.view_as_real(torch.fft.rfft(x * window)).square_()
-        torch.add(found[..., 0], found[..., 1], out=out)
+        found = torch.view_as_real(torch.fft.rfft(x * tensors[0])).square()
+        power = found[..., 0] + found[..., 1]
         if self.scale == "magnitude":
-            out.sqrt_()
-        elif self.scale == "log_power":
-            out.add_(self.floor).log_()
+            return power.sqrt(), {}
+        return ((power + self.floor).log() if self.scale == "log_power" else power), {}
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         size = x.shape[1]
@@ -193,14 +207,18 @@ class Smooth(FrameStep):
     def in_words(self) -> str:
         return f"smooth {self.keep:g}"
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
+    def write(self, b: Builder, x: View, state: Views, *tensors: View) -> tuple[View, Views]:
+        fresh = b.map("mul", x, float(1 - self.keep))
+        blend = b.map("fma", state["smoothed"], float(self.keep), fresh)
+        y = b.map("where", state["has_begun"], blend, x)
+        return y, {"smoothed": y, "has_begun": b.map("copy", True, out=b.fresh("bool", ()))}
+
+    def run(self, x: torch.Tensor, state: Tensors, *tensors: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         import torch
 
-        # Not `lerp` or `add(alpha=)`: whether they round once or twice depends on where an element is.
-        blend = state["smoothed"].mul_(self.keep).add_(x * (1 - self.keep))
-        torch.where(state["has_begun"].unsqueeze(1), blend, x, out=out)
-        state["smoothed"].copy_(out)
-        state["has_begun"].fill_(True)
+        blend = state["smoothed"] * self.keep + x * (1 - self.keep)
+        y = torch.where(state["has_begun"].unsqueeze(1), blend, x)
+        return y, {"smoothed": y, "has_begun": torch.ones_like(state["has_begun"])}
 
     def refer(self, x: Values, state: States) -> tuple[Values, States]:
         blend = self.keep * state["smoothed"] + (1 - self.keep) * x
@@ -232,14 +250,14 @@ class Hysteresis(FrameStep):
     def in_words(self) -> str:
         return f"hysteresis {self.on:g}/{self.off:g}"
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, state: Tensors, *constants: torch.Tensor) -> None:
-        is_on = state["is_on"]
-        is_on.logical_and_((x <= self.off).logical_not_()).logical_or_(x >= self.on)
-        out.copy_(is_on)
+    def write(self, b: Builder, x: View, state: Views, *tensors: View) -> tuple[View, Views]:
+        stays = b.map("and", state["is_on"], b.map("not", b.map("le", x, float(self.off))))
+        is_on = b.map("or", stays, b.map("ge", x, float(self.on)))
+        return b.cast(is_on, "float32"), {"is_on": is_on}
 
-    def refer(self, x: Values, state: States) -> tuple[Values, States]:
-        is_on = (x >= self.on) | (state["is_on"].astype(bool) & ~(x <= self.off))
-        return is_on.astype(x.dtype), {"is_on": is_on.astype(state["is_on"].dtype)}
+    def run(self, x: torch.Tensor, state: Tensors, *tensors: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        is_on = (state["is_on"] & ~(x <= self.off)) | (x >= self.on)
+        return is_on.float(), {"is_on": is_on}
 
 
 STEPS: Final[dict[str, type[FrameStep]]] = {step.name: step for step in (Context, Spectrum, Smooth, Hysteresis)}

@@ -129,6 +129,26 @@ class Builder:
         out = self.fresh(self.dtype(weight), (outputs,))
         return self.emit("fma_chain", out, start, broadcast(x, (outputs, inputs)), weight)
 
+    def inline(self, form: Form, inputs: Sequence[View]) -> list[View]:
+        """Add a form whose inputs are these views; returns its outputs."""
+        moved: dict[int, int] = {}
+        for index, view in zip(form.inputs, inputs, strict=True):
+            whole = View(view.buffer, 0, (view.elements,), (1,))
+            is_whole = replace(view, shape=whole.shape, strides=whole.strides) == whole
+            is_whole = is_whole and view.strides == contiguous(view.shape)
+            is_whole = is_whole and self.buffers[view.buffer].size == form.buffers[index].size
+            moved[index] = view.buffer if is_whole else self.map("copy", view).buffer
+        for index, buffer in enumerate(form.buffers):
+            if buffer.tensor:
+                moved[index] = self.tensor(buffer.tensor, buffer.dtype, (buffer.size,)).buffer
+            elif index not in moved:
+                moved[index] = len(self.buffers)
+                self.buffers.append(buffer)
+        for node in form.nodes:
+            args = [replace(each, buffer=moved[each.buffer]) if isinstance(each, View) else each for each in node.args]
+            self.emit(node.op, replace(node.out, buffer=moved[node.out.buffer]), *args)
+        return [replace(view, buffer=moved[view.buffer]) for view in form.outputs]
+
     def form(self, outputs: Sequence[View]) -> Form:
         """The form of everything that these results need; buffers are numbered anew."""
         needed, kept = {view.buffer for view in outputs}, list[Node]()

@@ -1,15 +1,13 @@
 """From a form to machine code: a function for each group of nodes, and `run`, which calls them for all rows.
 
-There are two ways for the same arithmetic. `lanes` rows at once, where each element is a vector with a row in each lane;
-and a few rows, one by one, where LLVM may put neighbouring elements of a row into the lanes. `run` takes the first for
-as many rows as there are, and the second for the rest.
+The same arithmetic is written in two ways: for `lanes` rows at once, where each element is a vector with a row in each
+lane, and for a few rows one by one, where LLVM may put neighbouring elements of a row into the lanes. `run` steps as
+many rows as it can in the first way, and a small rest in the second.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,40 +19,41 @@ from llvmlite import ir
 
 from instep.models.errors import ModelError
 from instep.models.portable import kernels
-from instep.models.portable.form import DTYPES, REDUCTIONS, SCANS, Form, Node, Operand, View
-from instep.models.portable.lanes import F32, I32, I64, KINDS, POINTER, SIZES, STORED, VOID, Lanes, Value
+from instep.models.portable.form import COMPARISONS, DTYPES, REDUCTIONS, SCANS, Form, Node, Operand, View
+from instep.models.portable.lanes import I32, I64, KINDS, POINTER, SIZES, STORED, VOID, Lanes, Value
 from instep.models.portable.machine import Library, Processor, cached, host, object_code
-from instep.models.portable.plan import ONE_NAN, Panel, Plan, is_map, plan, same_place
+from instep.models.portable.plan import ONE_NAN, WeightPanel, is_map, plan, same_place
 
 MAX_UNITS: Final = 5000
+MAX_REPEATED: Final = 16
+"""How much larger than its tensors the panels of a step may be; padding alone can make them 4 times as large."""
 _USUAL_MODE: Final = 0x1F80
 """Of x86: round to nearest, keep denormals, no traps."""
 PORT: Final = 3
-"""Numbers for each input and output: the address of the first row, bytes from row to row, the address of row numbers."""
+"""Numbers for each input and output: the first row's address, bytes from row to row, the address of row numbers."""
 
 
 class Compiled:
-    """A step, compiled for this processor, with weights.
+    """A step, compiled, with weights.
 
     Any number of threads may `run` it, each with memory of its own.
     """
 
-    def __init__(self, form: Form, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-        """`tensors` have the dtypes and sizes that the form names.
+    def __init__(self, form: Form, tensors: Mapping[str, npt.NDArray[Any]], processor: Processor | None = None) -> None:
+        """`tensors` have the dtypes and sizes that the form names; code for another `processor` must run on this one.
 
         Raises:
             ModelError: when it is too large to be compiled.
         """
-        processor = host()
-        code = Code(form, processor)
-        library = Library(cached(form.digest, processor, lambda: object_code(code.text(), processor)), kernels.symbols())
+        code = StepCode(form, processor or host())
+        library = _host_library(code, form.digest) if processor is None else _whole_library(code, form.digest)
         self.input_sizes = [form.buffers[index].size for index in form.inputs]
         self.dtypes = [DTYPES[form.buffers[index].dtype] for index in form.inputs]
         self.output_sizes = [view.elements for view in form.outputs]
         self.memory_bytes = code.memory_bytes
         """What `run` needs in each thread."""
         self._library = library
-        self._weights = code.weights(tensors, library)
+        self._weights = code.weights(tensors, library.function("once", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long))
         self._run = library.function(
             "run", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
         )
@@ -71,7 +70,19 @@ class Compiled:
         self._run(memory, self._weights.ctypes.data, ports, first, rows)
 
 
-class Code:
+def _host_library(code: StepCode, key: str) -> Library:
+    """With the routines of `kernels` that all steps share."""
+    made = cached(key, code.processor, lambda: object_code(code.text(), code.processor))
+    return Library(made, kernels.symbols())
+
+
+def _whole_library(code: StepCode, key: str) -> Library:
+    """With routines of its own."""
+    text = str(code.module(with_kernels=True))
+    return Library(cached(f"{key} and kernels", code.processor, lambda: object_code(text, code.processor)), {})
+
+
+class StepCode:
     """The code of a form for a processor.
 
     Raises:
@@ -81,15 +92,20 @@ class Code:
     def __init__(self, form: Form, processor: Processor) -> None:
         self.plan = plan(form)
         self._form, self._processor = form, processor
-        if (units := len(self.plan.groups)) > MAX_UNITS:
+        if (units := len(self.plan.groups) + len(self.plan.once)) > MAX_UNITS:
             raise ModelError(
                 f"the step takes {units:,} parts, of which {MAX_UNITS:,} at most are compiled: make it smaller, or let "
                 "loops in it run over fewer elements"
             )
-        self.places, at = dict[Panel, int](), self.plan.weight_bytes
+        self.places, at = dict[WeightPanel, int](), self.plan.weight_bytes
         for panel in self.plan.panels:
             self.places[panel], at = at, at + panel.size(processor.columns)
-        self._weight_bytes = at
+        if at > MAX_REPEATED * self.plan.weight_bytes + 2**26:
+            raise ModelError(
+                f"the step's products use each weight many times over, which takes {at / 1e9:,.1f} GB: store what they "
+                "use as a tensor, or repeat less of it"
+            )
+        self.weight_bytes = at
         self.memory_bytes = self.plan.row_bytes * max(processor.lanes, processor.few)
 
     def text(self) -> str:
@@ -111,7 +127,7 @@ class Code:
                 _Unit(self, found, f"unit_{lanes}_{number}", lanes).write(number, group)
                 for number, group in enumerate(self.plan.groups)
             ]
-        _Run(self, found).write(units)
+        _RunFunction(self, found).write(units)
         return found
 
     @property
@@ -126,33 +142,42 @@ class Code:
         return [(self.plan.places[b], self.plan.buffers[b].size, self.plan.buffers[b].dtype) for b in buffers]
 
     def _write_once(self, module: ir.Module) -> None:
-        unit = _Unit(self, module, "once", 1)
-        for node in self.plan.once:
+        # Arithmetic is never written next to a change of its mode: LLVM does not know that their order matters.
+        once = Lanes(module, "once", _UNIT, 1)
+        restore = _in_usual_mode(once, self._processor)
+        for number, node in enumerate(self.plan.once):
+            unit = _Unit(self, module, f"once_{number}", 1)
             unit.write_node(node)
-        unit.b.ret_void()
+            unit.b.ret_void()
+            once.b.call(unit.function, once.function.args)
+        restore()
+        once.b.ret_void()
 
-    def weights(self, tensors: Mapping[str, npt.NDArray[Any]], library: Library) -> npt.NDArray[np.uint8]:
-        """The weights' memory: tensors, what depends on them alone, and panels."""
-        memory = aligned_bytes(self._weight_bytes)
+    def weights(
+        self, tensors: Mapping[str, npt.NDArray[Any]], once: Callable[[int, int, int], object]
+    ) -> npt.NDArray[np.uint8]:
+        """The weights' memory: tensors, what depends on them alone (computed by the code's `once`), and panels."""
+        memory = aligned_bytes(self.weight_bytes)
         for index, buffer in enumerate(self.plan.buffers):
             if buffer.tensor:
                 values = np.ascontiguousarray(tensors[buffer.tensor]).reshape(-1)
                 place = self.plan.places[index]
                 memory[place : place + values.nbytes] = values.view(np.uint8)
-        library.function("once", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)(0, memory.ctypes.data, 1)
+        once(0, memory.ctypes.data, 1)
         for panel, place in self.places.items():
             self._pack(panel, memory, place)
         return memory
 
-    def _pack(self, panel: Panel, memory: npt.NDArray[np.uint8], place: int) -> None:
+    def _pack(self, panel: WeightPanel, memory: npt.NDArray[np.uint8], place: int) -> None:
         columns, others = self._processor.columns, math.prod(panel.others)
         weights = self._array(panel.weight, memory)
         outputs = weights.shape[-1]
         inputs = weights.reshape(others, -1, outputs)
-        begins = self._array(panel.start, memory) if isinstance(panel.start, View) else panel.start or 0.0
+        begins = self._array(panel.start, memory) if isinstance(panel.start, View) else float(panel.start or "0")
         blocks = -(-outputs // columns)
         lines = np.zeros((others, 1 + inputs.shape[1], blocks * columns), np.float32)
-        lines[:, 0, :outputs] = begins.reshape(others, outputs) if isinstance(begins, np.ndarray) else begins
+        with np.errstate(over="ignore"):
+            lines[:, 0, :outputs] = begins.reshape(others, outputs) if isinstance(begins, np.ndarray) else begins
         lines[:, 1:, :outputs] = inputs
         packed = lines.reshape(others, -1, blocks, columns).transpose(0, 2, 1, 3)
         memory[place : place + packed.nbytes] = np.ascontiguousarray(packed).view(np.uint8).reshape(-1)
@@ -177,7 +202,7 @@ _UNIT: Final = (POINTER, POINTER, I64)
 class _Unit(Lanes):
     """The function of a group: for `lanes` rows at once, or for one row after another where that is 1."""
 
-    def __init__(self, code: Code, module: ir.Module, name: str, lanes: int) -> None:
+    def __init__(self, code: StepCode, module: ir.Module, name: str, lanes: int) -> None:
         super().__init__(module, name, _UNIT, lanes)
         self._code, self._plan = code, code.plan
         self._memory, self._weights, self._rows = self.function.args
@@ -279,6 +304,7 @@ class _Unit(Lanes):
             values: dict[int, Value] = {}
             for node in group:
                 dtypes = [self._dtype(each) for each in node.views] or [self._dtype(node.out)]
+                of_numbers = dtypes[0] if node.op in COMPARISONS else self._dtype(node.out)
                 arguments = []
                 for each in node.args:
                     if isinstance(each, View) and self._is_made(each, made):
@@ -288,7 +314,7 @@ class _Unit(Lanes):
                             loaded[each] = self._load(each, at[each])
                         arguments.append(loaded[each])
                     else:
-                        arguments.append(self.const(each, dtypes[-1]))
+                        arguments.append(self.const(each, of_numbers))
                 value = self._mapped(node, arguments, dtypes)
                 values[node.out.buffer] = value
                 if node in stored:
@@ -314,14 +340,15 @@ class _Unit(Lanes):
         if block is not None and a.strides[block] != 0:
             a, b = b, a
         views = [node.out, a, b, *([start] if isinstance(start, View) else [])]
-        outer = [
-            (sizes[dim], tuple(view.strides[dim] for view in views)) for dim in range(rank) if dim != block
-        ]
+        outer = [(sizes[dim], tuple(view.strides[dim] for view in views)) for dim in range(rank) if dim != block]
         reduced = [(a.shape[dim], (a.strides[dim], b.strides[dim])) for dim in range(rank, len(a.shape))]
         count = 1 if block is None else sizes[block]
         width = min(count, 8)
         with self.loops(outer, len(views)) as indices:
-            for begin, stop, many in ((0, count // width * width, width), (count // width * width, count, count % width)):
+            for begin, stop, many in (
+                (0, count // width * width, width),
+                (count // width * width, count, count % width),
+            ):
                 if begin == stop:
                     continue
                 with self.loop(self.i(stop), start=self.i(begin), step=many) as first:
@@ -363,9 +390,7 @@ class _Unit(Lanes):
         rank, dtype = len(node.out.shape), self._dtype(x)
         outer = [(n, (x.strides[dim], node.out.strides[dim])) for dim, n in enumerate(node.out.shape)]
         sizes = x.shape[rank:]
-        reduced = [
-            (n, (x.strides[rank + dim], math.prod(sizes[dim + 1 :]))) for dim, n in enumerate(sizes)
-        ]
+        reduced = [(n, (x.strides[rank + dim], math.prod(sizes[dim + 1 :]))) for dim, n in enumerate(sizes)]
         step: Callable[[str, Value, Value], Value] = {
             "sum": self._add, "prod": self._mul, "amax": self._maximum, "amin": self._minimum,
             "argmax": self._maximum, "any": self._or, "all": self._and,
@@ -373,7 +398,9 @@ class _Unit(Lanes):
         kind, b = self.vector(KINDS[dtype]), self.b
         with self.loops(outer, 2) as (of_x, of_out):
             total, best = self.room(kind), self.room(self.vector(I64))
-            first = self.const(0 if node.op == "sum" else 1, dtype) if node.op in ("sum", "prod") else self._load(x, of_x)
+            first = (
+                self.const(0 if node.op == "sum" else 1, dtype) if node.op in ("sum", "prod") else self._load(x, of_x)
+            )
             b.store(first, total)
             b.store(self.const(0, "int64"), best)
             with self.loops(reduced, 2) as (at, number):
@@ -425,7 +452,9 @@ class _Unit(Lanes):
             stored = self.vector(STORED[dtype])
             found = ir.Constant(stored, ir.Undefined)
             for lane in range(self.count):
-                one = self._load_lane(table, b.add(of_table, b.mul(self.lane(chosen, lane), self.i(table.strides[-1]))), lane)
+                one = self._load_lane(
+                    table, b.add(of_table, b.mul(self.lane(chosen, lane), self.i(table.strides[-1]))), lane
+                )
                 found = one if self.count == 1 else b.insert_element(found, one, ir.Constant(I32, lane))
             self._store(self._as_value(found, dtype), node.out, of_out)
 
@@ -471,10 +500,9 @@ class _Unit(Lanes):
             (n, (*(view.strides[dim] for view in views), product.strides[dim]))
             for dim, n in enumerate(product.out.shape[:-1])
         ]
-        kind = "fixed" if product.start is None else "more"
         with self.loops(dims, len(views) + 1) as (of_x, of_out, *of_start, of_panel):
             x, out = self._place(product.x, of_x), self._place(product.out, of_out)
-            start = self._place(product.start, of_start[0]) if product.start else out
+            start = self._place(product.start, of_start[0]) if product.start else ir.Constant(POINTER, None)
             weights = self.at(self._weights, self._bytes(of_panel, each, code.places[panel]))
             numbers = [
                 *(number for pair in inputs for number in pair),
@@ -484,24 +512,9 @@ class _Unit(Lanes):
             ]
             arguments = [x, weights, out, start, *map(self.i, numbers)]
             if self.count > 1:
-                b.call(self._routine(f"dense_many_{kind}"), arguments)
-                continue_at = None
+                b.call(self._routine("dense_many"), arguments)
             else:
-                continue_at = b.append_basic_block("done")
-                self._call_few(kind, arguments, continue_at)
-
-    def _call_few(self, kind: str, arguments: Sequence[Value], done: Any) -> None:
-        b = self.b
-        sizes = [rows for rows in kernels.FEW_ROWS if rows <= self._code.processor.few]
-        switch = b.switch(self._rows, done)
-        for rows in range(1, self._code.processor.few + 1):
-            case = b.append_basic_block(f"rows{rows}")
-            switch.add_case(self.i(rows), case)
-            b.position_at_end(case)
-            enough = min(size for size in sizes if size >= rows)
-            b.call(self._routine(f"dense_few_{kind}_{enough}"), [*arguments, self.i(self._plan.row_bytes)])
-            b.branch(done)
-        b.position_at_end(done)
+                b.call(self._routine("dense_few"), [*arguments, self.i(self._plan.row_bytes), self._rows])
 
     def _routine(self, name: str) -> Any:
         return self.module.globals[kernels.symbol(name, self._code.processor)]
@@ -518,17 +531,17 @@ def _neighbours_joined(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tupl
     return found
 
 
-class _Run(Lanes):
-    """`run(memory, weights, ports, first, rows)`, in the usual mode of the processor's arithmetic, and then as before."""
+class _RunFunction(Lanes):
+    """`run(memory, weights, ports, first, rows)`, in the usual mode of arithmetic, restored after."""
 
-    def __init__(self, code: Code, module: ir.Module) -> None:
+    def __init__(self, code: StepCode, module: ir.Module) -> None:
         super().__init__(module, "run", (POINTER, POINTER, POINTER, I64, I64), 1)
         self._code = code
 
     def write(self, units: Mapping[int, Sequence[Any]]) -> None:
         """`units` are the functions of all groups, by their number of lanes."""
         _, _, _, first, rows = self.function.args
-        restore = self._usual_mode()
+        restore = _in_usual_mode(self, self._code.processor)
         processor, b = self._code.processor, self.b
         end = b.add(first, rows)
         place = self.room(I64)
@@ -600,21 +613,25 @@ class _Run(Lanes):
         known = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         self.b.call(known, [to, of, self.i(count), ir.Constant(ir.IntType(1), 0)])
 
-    def _usual_mode(self) -> Callable[[], None]:
-        """Other libraries may have told the processor to flush denormals or to round otherwise. Returns how to restore."""
-        b = self.b
-        if self._code.processor.is_x86:
-            before, usual = self.room(I32), self.room(I32)
-            read, write = (
-                ir.Function(self.module, ir.FunctionType(VOID, [POINTER]), f"llvm.x86.sse.{name}")
-                for name in ("stmxcsr", "ldmxcsr")
-            )
-            b.call(read, [before])
-            b.store(ir.Constant(I32, _USUAL_MODE), usual)
-            b.call(write, [usual])
-            return lambda: b.call(write, [before])
-        read = ir.Function(self.module, ir.FunctionType(I64, []), "llvm.aarch64.get.fpcr")
-        write = ir.Function(self.module, ir.FunctionType(VOID, [I64]), "llvm.aarch64.set.fpcr")
-        mode = b.call(read, [])
-        b.call(write, [self.i(0)])
-        return lambda: b.call(write, [mode])
+
+def _in_usual_mode(code: Lanes, processor: Processor) -> Callable[[], None]:
+    """Round to nearest and keep denormals, whatever other libraries have asked for. Returns how to restore that."""
+    b = code.b
+
+    def function(kind: Any, name: str) -> Any:
+        return code.module.globals.get(name) or ir.Function(code.module, kind, name)
+
+    if processor.is_x86:
+        before, usual = code.room(I32), code.room(I32)
+        read, write = (
+            function(ir.FunctionType(VOID, [POINTER]), f"llvm.x86.sse.{name}") for name in ("stmxcsr", "ldmxcsr")
+        )
+        b.call(read, [before])
+        b.store(ir.Constant(I32, _USUAL_MODE), usual)
+        b.call(write, [usual])
+        return lambda: b.call(write, [before])
+    read = function(ir.FunctionType(I64, []), "llvm.aarch64.get.fpcr")
+    write = function(ir.FunctionType(VOID, [I64]), "llvm.aarch64.set.fpcr")
+    mode = b.call(read, [])
+    b.call(write, [code.i(0)])
+    return lambda: b.call(write, [mode])

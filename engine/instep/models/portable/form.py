@@ -68,6 +68,8 @@ SCANS: Final[Mapping[str, frozenset[str]]] = {"cumsum": _NUMBERS, "cumprod": _NU
 
 MAX_NODES: Final = 20_000
 MAX_RANK: Final = 16
+MAX_EXTENT: Final = 2**40
+"""Of the size, the strides and the offset of a view, so that no address overflows."""
 MAX_ROW_ELEMENTS: Final = 2**24
 """Of all buffers of one row."""
 MAX_ITERATIONS: Final = 2**32
@@ -193,7 +195,18 @@ def parse_form(text: str | bytes, source: str) -> Form:
         ModelError: when it is not one.
     """
     try:
-        values = json.loads(text)
+        return form_of_values(json.loads(text), source)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source} is not a normal form ({error}); make the folder again") from None
+
+
+def form_of_values(values: Any, source: str) -> Form:
+    """A form from the values of its JSON, not checked; `source` is how sentences call it.
+
+    Raises:
+        ModelError: when it is not one.
+    """
+    try:
         if not isinstance(values, dict) or values.get("arithmetic") != ARITHMETIC:
             found = values.get("arithmetic") if isinstance(values, dict) else None
             raise _Wrong(f"its arithmetic is {found!r:.40} and not {ARITHMETIC!r}")
@@ -205,7 +218,7 @@ def parse_form(text: str | bytes, source: str) -> Form:
             tuple(_parse_node(each) for each in _list(values["nodes"])),
             tuple(_parse_view(each) for each in _list(values["outputs"])),
         )
-    except (_Wrong, ValueError, RecursionError) as error:
+    except _Wrong as error:
         raise ModelError(f"{source} is not a normal form ({error}); make the folder again") from None
 
 
@@ -300,14 +313,14 @@ class _Checker:
             left -= iterations(node)
             if left < 0:
                 raise _Wrong(f"a row takes more than {MAX_ITERATIONS:,} steps")
-        if len(form.outputs) != len(form.inputs):
+        if len(form.outputs) != len(form.inputs) or not form.inputs:
             raise _Wrong("it does not give the outputs and each leaf of the state")
+        for view in form.outputs:
+            self._check_read(view)
         for index, view in zip(form.inputs[1:], form.outputs[1:], strict=True):
             buffer = form.buffers[index]
             if view.elements != buffer.size or form.dtype(view) != buffer.dtype:
                 raise _Wrong("a leaf of the new state is not like that of the state")
-        for view in form.outputs:
-            self._check_read(view)
         if form.dtype(form.outputs[0]) != "float32" or form.buffers[form.inputs[0]].dtype != "float32":
             raise _Wrong("frames and outputs must be float32")
 
@@ -322,6 +335,8 @@ class _Checker:
         """Of the mask of what was written; repeated dimensions once."""
         size = self._form.buffers[view.buffer].size
         if len(view.shape) != len(view.strides) or len(view.shape) > MAX_RANK or any(n < 0 for n in view.shape):
+            raise _Wrong("a view has no valid shape")
+        if max(math.prod(max(n, 1) for n in view.shape), *map(abs, (view.offset, *view.strides))) > MAX_EXTENT:
             raise _Wrong("a view has no valid shape")
         if view.elements == 0:
             return np.empty(0, bool)
@@ -349,12 +364,13 @@ class _Checker:
         if self._form.buffers[view.buffer].tensor or view.buffer in self._read:
             raise _Wrong("it writes to what is given, or was read before")
         elements = self._elements(view)
-        reach = 0
-        for stride, n in sorted((abs(stride), n) for n, stride in zip(view.shape, view.strides, strict=True) if n > 1):
-            if stride <= reach:
+        reach, is_put = 0, node.op in ("put", "put_add")
+        strides = [(abs(stride), n) for n, stride in zip(view.shape, view.strides, strict=True) if n > 1]
+        for stride, n in sorted(each for each in strides if each[0] or not is_put):
+            if stride <= reach and view.elements:
                 raise _Wrong("it may write to one element twice")
             reach += (n - 1) * stride
-        if node.op in ("put", "put_add"):
+        if is_put:
             if not elements.all():
                 raise _Wrong("it puts into what was not written")
         else:
@@ -426,7 +442,7 @@ def _check_shapes(node: Node) -> None:
         fits = shapes[0][:rank] == out and (node.op in ("sum", "prod") or math.prod(shapes[0][rank:]) > 0)
     elif node.op == "take":
         table, index = shapes
-        fits = table[:-1] == out == index and table[-1] > 0
+        fits = table[:-1] == out == index and table != () and table[-1] > 0
     elif node.op in ("put", "put_add"):
         fits = all(shape == out[:-1] for shape in shapes) and rank > 0 and out[-1] > 0
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from llvmlite import ir
 
@@ -23,17 +23,19 @@ _MEMORY: Final = {"1": I8, "4": F32, "8": I64}
 FEW_ROWS: Final = (1, 2, 3, 4, 6, 8)
 """For how many rows there is code; others take that of the next larger number, and compute rows that nobody reads."""
 DENSE: Final = (POINTER, POINTER, POINTER, POINTER, *(I64,) * (2 * LEVELS + 3))
-"""x, panels, out, start, the size and stride of each dimension of the inputs, outputs, the strides of out and start."""
+"""x, panels, out, start (or null where it is in the panels), the size and stride of each dimension of the inputs,
+outputs, the strides of out and start."""
+DENSE_FEW: Final = (*DENSE, I64, I64)
+"""Also the bytes from one row to the next, and rows."""
 MOVE: Final = (POINTER, POINTER, I64, I64)
 """Addresses of rows, lanes, elements of a row, rows."""
 
 
 def names(processor: Processor) -> dict[str, Sequence[object]]:
     """The routines' names and the types of their arguments."""
-    few = [rows for rows in FEW_ROWS if rows <= processor.few]
     return {
-        **{f"dense_many_{kind}": DENSE for kind in ("fixed", "more")},
-        **{f"dense_few_{kind}_{rows}": (*DENSE, I64) for kind in ("fixed", "more") for rows in few},
+        "dense_many": DENSE,
+        "dense_few": DENSE_FEW,
         **{f"{way}_{size}": MOVE for way in ("to_lanes", "to_rows") for size in _MEMORY},
     }
 
@@ -67,11 +69,8 @@ def module(processor: Processor) -> ir.Module:
 
 def write_all(module: ir.Module, processor: Processor) -> None:
     """Add the routines to a module."""
-    for kind in ("fixed", "more"):
-        _write_many(module, processor, kind)
-        for rows in FEW_ROWS:
-            if rows <= processor.few:
-                _write_few(module, processor, kind, rows)
+    _write_many(module, processor)
+    _write_few(module, processor)
     for size in _MEMORY:
         for way in ("to_lanes", "to_rows"):
             _write_move(module, processor, way, size)
@@ -89,6 +88,7 @@ class _Dense(Lanes):
         self.dims = list(zip(numbers[0 : 2 * LEVELS : 2], numbers[1 : 2 * LEVELS : 2], strict=True))
         self.outputs, self.out_stride, self.start_stride = numbers[2 * LEVELS :]
         b, inputs = self.b, self.i(1)
+        self.has_start = b.icmp_unsigned("!=", b.ptrtoint(self.start, I64), self.i(0))
         for size, _ in self.dims:
             inputs = b.mul(inputs, size)
         self.panel_size = b.mul(b.add(inputs, self.i(1)), self.i(self.panel))
@@ -106,23 +106,39 @@ class _Dense(Lanes):
             b.store(self.at(begin, b.mul(inner, self.i(self.panel)), F32), place)
 
 
-def _write_many(module: ir.Module, processor: Processor, kind: str) -> None:
+def _write_many(module: ir.Module, processor: Processor) -> None:
     """All lanes at once; strides count elements, each of which is a vector."""
-    code = _Dense(module, f"dense_many_{kind}", processor, DENSE, processor.lanes)
+    code = _Dense(module, "dense_many", processor, DENSE, processor.lanes)
     b, width, align = code.b, code.panel, min(64, 4 * processor.lanes)
     vector = code.vector(F32)
     with code.loop(code.outputs, step=width) as first:
         panel = code.at(code.w, b.mul(b.sdiv(first, code.i(width)), code.panel_size), F32)
         sums = [code.room(vector) for _ in range(width)]
-        left = b.sub(code.outputs, first)
+        is_whole = b.icmp_signed(">=", b.sub(code.outputs, first), code.i(width))
+
+        def each_column(base: Value, stride: Value, write: Callable[[Value, Value], None]) -> None:
+            """Call `write` with the sum and the address of each column that exists."""
+
+            def one(j: int) -> None:
+                write(sums[j], code.at(base, b.mul(b.add(first, code.i(j)), stride), vector))
+
+            with b.if_else(is_whole) as (whole, part):
+                with whole:
+                    for j in range(width):
+                        one(j)
+                with part:
+                    for j in range(width):
+                        with b.if_then(b.icmp_signed("<", b.add(first, code.i(j)), code.outputs)):
+                            one(j)
+
         for j, total in enumerate(sums):
-            if kind == "fixed":
-                b.store(code.splat(code.get(code.at(panel, code.i(j), F32), F32, 4)), total)
-            else:
-                b.store(code.const(0), total)
-                with b.if_then(b.icmp_signed(">", left, code.i(j))):
-                    index = b.mul(b.add(first, code.i(j)), code.start_stride)
-                    b.store(code.get(code.at(code.start, index, vector), vector, align), total)
+            b.store(code.splat(code.get(code.at(panel, code.i(j), F32), F32, 4)), total)
+        with b.if_then(code.has_start):
+            each_column(
+                code.start,
+                code.start_stride,
+                lambda total, place: b.store(code.get(place, vector, align), total),
+            )
 
         def add(offset: Value, line: Value) -> None:
             value = code.get(code.at(code.x, offset, vector), vector, align)
@@ -131,82 +147,105 @@ def _write_many(module: ir.Module, processor: Processor, kind: str) -> None:
                 b.store(code.fma(weight, value, b.load(total, typ=vector)), total)
 
         code.chain(code.at(panel, code.i(width), F32), add)
-        for j, total in enumerate(sums):
-            with b.if_then(b.icmp_signed(">", left, code.i(j))):
-                index = b.mul(b.add(first, code.i(j)), code.out_stride)
-                code.put(b.load(total, typ=vector), code.at(code.out, index, vector), align)
+        each_column(code.out, code.out_stride, lambda total, place: code.put(b.load(total, typ=vector), place, align))
     b.ret_void()
 
 
-def _write_few(module: ir.Module, processor: Processor, kind: str, rows: int) -> None:
-    """Some rows with outputs in lanes; the last argument is the bytes from one row to the next."""
-    code = _Dense(module, f"dense_few_{kind}_{rows}", processor, (*DENSE, I64), processor.columns)
-    b, width, vector = code.b, code.panel, code.vector(F32)
+def _write_few(module: ir.Module, processor: Processor) -> None:
+    """Calls the function for as many rows as there are."""
+    tiles = {rows: _write_rows(module, processor, rows) for rows in FEW_ROWS if rows <= processor.few}
+    code = Lanes(module, symbol("dense_few", processor), DENSE_FEW, 1)
+    *arguments, count = code.function.args
+    done = code.b.append_basic_block("done")
+    switch = code.b.switch(count, done)
+    for rows in range(1, processor.few + 1):
+        case = code.b.append_basic_block(f"rows{rows}")
+        switch.add_case(code.i(rows), case)
+        code.b.position_at_end(case)
+        code.b.call(tiles[min(each for each in tiles if each >= rows)], arguments)
+        code.b.branch(done)
+    code.b.position_at_end(done)
+    code.b.ret_void()
+
+
+def _write_rows(module: ir.Module, processor: Processor, rows: int) -> Any:
+    """Some rows with outputs in lanes: tiles of as many panels as there are registers for, and of one for the rest."""
+    code = _Dense(module, f"rows_{rows}", processor, DENSE_FEW[:-1], processor.columns)
+    code.function.linkage = "internal"
+    b, vector = code.b, code.vector(F32)
     row_bytes = code.function.args[len(DENSE)]
-    xs, outs, starts = (
-        [code.at(base, b.mul(row_bytes, code.i(r))) for r in range(rows)] for base in (code.x, code.out, code.start)
-    )
+    xs = [code.at(code.x, b.mul(row_bytes, code.i(r))) for r in range(rows)]
+    most = min(8, max(1, processor.registers // rows))
+    room = code.room(vector, most * rows)
 
     def tile(block: Value, panels: int) -> None:
         lines = [code.at(code.w, b.mul(b.add(block, code.i(g)), code.panel_size), F32) for g in range(panels)]
-        sums = [[code.room(vector) for _ in range(rows)] for _ in range(panels)]
-        for g, (line, totals) in enumerate(zip(lines, sums, strict=True)):
-            column = b.mul(b.add(block, code.i(g)), code.i(width))
-            for r, total in enumerate(totals):
-                if kind == "fixed":
-                    b.store(code.get(line, vector, 4), total)
-                else:
-                    _move_columns(code, starts[r], code.start_stride, column, total, load=True)
+        sums = [code.room(vector) for _ in range(panels * rows)]
+        for number, total in enumerate(sums):
+            first = code.get(lines[number // rows], vector, 4)
+            b.store(first, total)
+            b.store(first, code.at(room, code.i(number), vector))
+        with b.if_then(code.has_start):
+            _move_columns(code, (code.start, code.start_stride, row_bytes), block, (panels, rows), room, load=True)
+            for number, total in enumerate(sums):
+                b.store(b.load(code.at(room, code.i(number), vector), typ=vector), total)
         others = [b.sub(b.ptrtoint(line, I64), b.ptrtoint(lines[0], I64)) for line in lines]
 
         def add(offset: Value, line: Value) -> None:
             values = [code.splat(code.get(code.at(x, offset, F32), F32, 4)) for x in xs]
-            for other, totals in zip(others, sums, strict=True):
+            for g, other in enumerate(others):
                 weights = code.get(code.at(line, other), vector, 4)
-                for value, total in zip(values, totals, strict=True):
+                for value, total in zip(values, sums[g * rows :], strict=False):
                     b.store(code.fma(weights, value, b.load(total, typ=vector)), total)
 
-        code.chain(code.at(lines[0], code.i(width), F32), add)
-        for g, totals in enumerate(sums):
-            column = b.mul(b.add(block, code.i(g)), code.i(width))
-            for r, total in enumerate(totals):
-                _move_columns(code, outs[r], code.out_stride, column, total, load=False)
+        code.chain(code.at(lines[0], code.i(code.panel), F32), add)
+        for number, total in enumerate(sums):
+            b.store(b.load(total, typ=vector), code.at(room, code.i(number), vector))
+        _move_columns(code, (code.out, code.out_stride, row_bytes), block, (panels, rows), room, load=False)
 
-    blocks = b.sdiv(b.add(code.outputs, code.i(width - 1)), code.i(width))
-    most = min(8, max(1, processor.registers // rows))
+    blocks = b.sdiv(b.add(code.outputs, code.i(code.panel - 1)), code.i(code.panel))
     place = code.room(I64)
     b.store(code.i(0), place)
-    for panels in sorted({most, max(1, most // 2), 1}, reverse=True):
+    for panels in sorted({most, *([most // 2] if rows < 3 else []), 1}, reverse=True):
         begin = b.load(place, typ=I64)
         end = b.add(begin, b.mul(b.sdiv(b.sub(blocks, begin), code.i(panels)), code.i(panels)))
         with code.loop(end, start=begin, step=panels) as block:
             tile(block, panels)
         b.store(end, place)
     b.ret_void()
+    return code.function
 
 
-def _move_columns(code: _Dense, base: Value, stride: Value, column: Value, value: Value, *, load: bool) -> None:
-    """Load or store the columns of a panel that exist: at once where they are neighbours and all there."""
-    b, width, vector = code.b, code.panel, code.vector(F32)
-    left = b.sub(code.outputs, column)
-    is_whole = b.and_(b.icmp_signed(">=", left, code.i(width)), b.icmp_signed("==", stride, code.i(1)))
-    with b.if_else(is_whole) as (whole, part):
-        with whole:
-            place = code.at(base, column, F32)
-            if load:
-                b.store(code.get(place, vector, 4), value)
-            else:
-                code.put(b.load(value, typ=vector), place, 4)
-        with part:
-            room = code.room(vector)
-            b.store(code.const(0) if load else b.load(value, typ=vector), room)
-            with code.loop(code.least(left, code.i(width))) as k:
-                there = code.at(base, b.mul(b.add(column, k), stride), F32)
-                here = code.at(room, k, F32)
-                one, other = (there, here) if load else (here, there)
-                code.put(code.get(one, F32, 4), other, 4)
-            if load:
-                b.store(code.get(room, vector, 64), value)
+def _move_columns(
+    code: _Dense,
+    rows_at: tuple[Value, Value, Value],
+    block: Value,
+    tile: tuple[int, int],
+    room: Value,
+    *,
+    load: bool,
+) -> None:
+    """Load or store a tile, [panels, rows] vectors in `room`: only columns that exist.
+
+    `rows_at` is where the first row is, the stride of its columns, and the bytes to the next row.
+    """
+    (base, stride, row_bytes), (panels, rows), b = rows_at, tile, code.b
+    width, vector = code.panel, code.vector(F32)
+    with code.loop(code.i(panels)) as g, code.loop(code.i(rows)) as r:
+        column = b.mul(b.add(block, g), code.i(width))
+        left = code.least(b.sub(code.outputs, column), code.i(width))
+        row = code.at(base, b.mul(r, row_bytes))
+        mine = code.at(room, b.add(b.mul(g, code.i(rows)), r), vector)
+        is_whole = b.and_(b.icmp_signed("==", left, code.i(width)), b.icmp_signed("==", stride, code.i(1)))
+        with b.if_else(is_whole) as (whole, part):
+            with whole:
+                place = code.at(row, column, F32)
+                source, target = (place, mine) if load else (mine, place)
+                code.put(code.get(source, vector, 4), target, 4)
+            with part, code.loop(left) as k:
+                place = code.at(row, b.mul(b.add(column, k), stride), F32)
+                source, target = (place, code.at(mine, k, F32)) if load else (code.at(mine, k, F32), place)
+                code.put(code.get(source, F32, 4), target, 4)
 
 
 def _write_move(module: ir.Module, processor: Processor, way: str, size: str) -> None:
@@ -224,8 +263,10 @@ def _write_move(module: ir.Module, processor: Processor, way: str, size: str) ->
             mine = row(r)
             with code.loop(count, start=start) as k:
                 here, there = code.at(mine, k, kind), code.at(memory, b.add(b.mul(k, code.i(lanes)), r), kind)
-                one, other = (here, there) if into else (there, here)
-                code.put(code.get(one, kind, width), other, width)
+                if into:
+                    code.put(code.get(here, kind, 1), there, width)
+                else:
+                    code.put(code.get(there, kind, width), here, 1)
 
     if size != "4" or lanes == 1:
         one_by_one(code.i(0))
@@ -240,10 +281,9 @@ def _write_move(module: ir.Module, processor: Processor, way: str, size: str) ->
                 ours = [code.at(each, k, F32) for each in mine]
                 theirs = [code.at(memory, b.add(k, code.i(j)), vector) for j in range(lanes)]
                 source, target = (ours, theirs) if into else (theirs, ours)
-                for value, place in zip(
-                    _transposed(code, [code.get(p, vector, 4) for p in source]), target, strict=True
-                ):
-                    code.put(value, place, 4)
+                vectors = [code.get(each, vector, 1) for each in source]
+                for value, place in zip(_transposed(code, vectors), target, strict=True):
+                    code.put(value, place, 1)
             one_by_one(blocks)
         with part:
             one_by_one(code.i(0))

@@ -1,4 +1,4 @@
-"""Code for one element of each row: a scalar program whose values are vectors, with another row in each lane.
+"""StepCode for one element of each row: a scalar program whose values are vectors, with another row in each lane.
 
 No operation crosses lanes, so how many there are decides no bit. With one lane the values are plain scalars. Operations
 are written without any fast-math flag; LLVM may then neither reorder nor contract them. `definition` computes the same
@@ -17,15 +17,23 @@ from llvmlite import ir
 Value: TypeAlias = Any
 """One of llvmlite's values, which it does not type."""
 
-F32, F64, I1, I8, I32, I64 = ir.FloatType(), ir.DoubleType(), ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32, F64, I1, I8, I32, I64 = (
+    ir.FloatType(),
+    ir.DoubleType(),
+    ir.IntType(1),
+    ir.IntType(8),
+    ir.IntType(32),
+    ir.IntType(64),
+)
 VOID, POINTER = ir.VoidType(), ir.PointerType()
 KINDS: Final[Mapping[str, Any]] = {"bool": I1, "int32": I32, "int64": I64, "float32": F32, "float64": F64}
 """Of values in registers."""
-STORED: Final = KINDS | {"bool": I8}
+STORED: Final[Mapping[str, Any]] = {**KINDS, "bool": I8}
 SIZES: Final = {"bool": 1, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
 """Bytes in memory."""
 FLOATS: Final = ("float32", "float64")
 _BITS: Final = {"float32": "int32", "float64": "int64"}
+_INFINITY: Final = {"float32": 0x7F800000, "float64": 0x7FF0 << 48}
 _QUIET_NAN: Final = {"float32": 0x7FC00000, "float64": 0x7FF8 << 48}
 _COMPARISONS: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
@@ -43,6 +51,16 @@ _EXP: Final = (
 )
 _ERF_LARGE: Final = (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1)
 _ERF_SMALL: Final = (4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
+_ATAN: Final = (
+    0.00292069139,
+    -0.0163679253,
+    0.0432118587,
+    -0.0755221471,
+    0.106660053,
+    -0.142110556,
+    0.199937731,
+    -0.333331525,
+)
 
 
 class Lanes:
@@ -136,7 +154,9 @@ class Lanes:
                     continue
                 index = stack.enter_context(self.loop(self.i(size)))
                 moved = [self.b.mul(index, self.i(stride)) if stride else None for stride in strides]
-                sums = [each if more is None else self.b.add(each, more) for each, more in zip(sums, moved, strict=True)]
+                sums = [
+                    each if more is None else self.b.add(each, more) for each, more in zip(sums, moved, strict=True)
+                ]
             yield tuple(sums)
 
     def least(self, one: Value, other: Value) -> Value:
@@ -153,7 +173,7 @@ class Lanes:
         return self.b.call(known, values)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
-        """x · y + z, rounded once."""
+        """X · y + z, rounded once."""
         return self.intrinsic("fma", x, y, z)
 
     # ── Maps ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,9 +215,7 @@ class Lanes:
             return b.fpext(value, kind) if to == "float64" else b.fptrunc(value, kind)
         if of in FLOATS:
             name = f"llvm.fptosi.sat.{_type_name(kind)}.{_type_name(value.type)}"
-            known = self.module.globals.get(name) or ir.Function(
-                self.module, ir.FunctionType(kind, [value.type]), name
-            )
+            known = self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(kind, [value.type]), name)
             return b.call(known, [value])
         if to in FLOATS:
             return b.sitofp(value, kind)
@@ -207,8 +225,12 @@ class Lanes:
         """The one NaN that is stored in place of any other."""
         if dtype not in FLOATS:
             return x
-        nan = self.b.bitcast(self.const(_QUIET_NAN[dtype], _BITS[dtype]), x.type)
-        return self.b.select(self._is_nan(x), nan, x)
+        # On integers: for LLVM one NaN of floats is as good as another, and it leaves out a choice between the two.
+        b, bits = self.b, _BITS[dtype]
+        whole = b.bitcast(x, self.vector(KINDS[bits]))
+        magnitude = b.and_(whole, self.const(2 ** (8 * SIZES[bits] - 1) - 1, bits))
+        is_nan = b.icmp_signed(">", magnitude, self.const(_INFINITY[dtype], bits))
+        return b.bitcast(b.select(is_nan, self.const(_QUIET_NAN[dtype], bits), whole), x.type)
 
     def _is_nan(self, x: Value) -> Value:
         return self.b.fcmp_unordered("uno", x, x)
@@ -395,9 +417,7 @@ class Lanes:
         bits = b.bitcast(b.select(tiny, b.fmul(x, self.const(8388608.0)), x), ints)
         e = b.and_(b.sub(bits, self.const(0x3F2AAAAB, "int32")), self.const(-0x800000, "int32"))
         f = b.fsub(b.bitcast(b.sub(bits, e), x.type), self.const(1))
-        i = self.fma(
-            b.sitofp(e, x.type), self.const(2.0**-23), b.select(tiny, self.const(-23), self.const(0))
-        )
+        i = self.fma(b.sitofp(e, x.type), self.const(2.0**-23), b.select(tiny, self.const(-23), self.const(0)))
         s = b.fmul(f, f)
         even = self._horner(s, -0.130310059, -0.121483512, -0.166846126, -0.249996200)
         odd = self._horner(s, 0.140869141, 0.139814854, 0.200120345)
@@ -424,6 +444,16 @@ class Lanes:
         large = self._with_sign(dtype, b.fsub(self.const(1), self._exp(dtype, r)), x)
         small = self.fma(self._horner(s, -5.96761703e-4, *_ERF_SMALL), x, x)
         return b.select(b.fcmp_unordered(">", t, self.const(0.927734375)), large, small)
+
+    def _atan(self, dtype: str, x: Value) -> Value:
+        b, one = self.b, self.const(1)
+        t = self.intrinsic("fabs", x)
+        is_large = b.fcmp_ordered(">", t, one)
+        z = b.select(is_large, b.fdiv(one, t), t)
+        s = b.fmul(z, z)
+        r = self.fma(b.fmul(self._horner(s, *_ATAN), s), z, z)
+        away = self.fma(self.const(1.68325555), self.const(0.933189452), b.fneg(r))  # the product is π/2
+        return self._with_sign(dtype, b.select(is_large, away, r), x)
 
     def _sin(self, dtype: str, x: Value) -> Value:
         return self._sine(x, 0)

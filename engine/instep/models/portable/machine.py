@@ -127,7 +127,9 @@ class Library:
 
     def function(self, name: str, *arguments: Any) -> Any:
         """A function that returns nothing; a call releases the interpreter's lock."""
-        return ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
+        found: Any = ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
+        found.library = self  # whose memory it is
+        return found
 
 
 def cached(key: str, processor: Processor, make: Any) -> bytes:
@@ -169,5 +171,5 @@ def _write(path: Path, code: bytes) -> None:
 def _sources() -> str:
     """A digest of the sources that write code."""
     here = Path(__file__).parent
-    names = ("lanes.py", "kernels.py", "compiler.py", "machine.py")
+    names = ("plan.py", "lanes.py", "kernels.py", "compiler.py", "machine.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

@@ -33,13 +33,13 @@ def same_place(one: View, other: View) -> bool:
 
 
 @dataclass(frozen=True)
-class Panel:
+class WeightPanel:
     """Weights of a product as `kernels` takes them."""
 
     weight: View
     """[others…, inputs…, outputs]."""
-    start: View | float | None
-    """[others…, outputs], or one number for all; None where rows have their own."""
+    start: View | str | None
+    """[others…, outputs], or one number for all, as text, since -0.0 equals 0.0; None where rows have their own."""
     inputs: int
     """How many of the dimensions are inputs."""
 
@@ -65,13 +65,13 @@ class Product:
     """[others…, outputs]."""
     start: View | None
     """Like `out`; None where it is in the panel."""
-    panel: Panel
+    panel: WeightPanel
     strides: tuple[int, ...]
     """How far one index of each of the dimensions `others` is in those of the panel."""
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """The result of `plan`."""
 
     buffers: list[Buffer]
@@ -91,12 +91,12 @@ class Plan:
     """Without panels."""
     products: dict[int, Product] = field(default_factory=dict)
     """By the group's number."""
-    panels: dict[Panel, None] = field(default_factory=dict)
+    panels: dict[WeightPanel, None] = field(default_factory=dict)
     """In order."""
 
 
-def plan(form: Form) -> Plan:
-    """Plan the computation of a checked form."""
+def plan(form: Form) -> StepPlan:
+    """StepPlan the computation of a checked form."""
     buffers, nodes, outputs = list(form.buffers), list(form.nodes), list[View]()
     for view in form.outputs:
         buffers.append(Buffer(form.dtype(view), view.elements))
@@ -120,7 +120,7 @@ def plan(form: Form) -> Plan:
     for index in sorted(shared):
         places[index], weight_bytes = weight_bytes, weight_bytes + _bytes(buffers[index])
     row_places, row_bytes = _placed(groups, buffers, kept, form.inputs, results)
-    found = Plan(
+    found = StepPlan(
         buffers, places | row_places, frozenset(shared), once, groups, kept, outputs, row_bytes, weight_bytes
     )
     for number, group in enumerate(groups):
@@ -185,9 +185,7 @@ def _grow(
             if not is_map(node) or _space(node) != shape or node.out.buffer in made:
                 continue
             inside = [view for view in node.views if view.buffer in made]
-            if all(
-                len(written[view.buffer]) == 1 and same_place(view, made[view.buffer].out) for view in inside
-            ):
+            if all(len(written[view.buffer]) == 1 and same_place(view, made[view.buffer].out) for view in inside):
                 ready.remove(number)
                 heapq.heapify(ready)
                 group.append(number)
@@ -253,7 +251,7 @@ def _placed(
     return places, top + _ALIGNED
 
 
-def _product(plan: Plan, node: Node) -> Product | None:
+def _product(plan: StepPlan, node: Node) -> Product | None:
     """A product as a call of `kernels`, where one factor is weights that many outputs differ by."""
     start, one, other = node.args
     assert isinstance(one, View)
@@ -278,26 +276,28 @@ def _product(plan: Plan, node: Node) -> Product | None:
 
     def view(of: View, dims: Sequence[int], more: Sequence[tuple[int, int]] = ()) -> View:
         sizes = [(node.out.shape[dim], of.strides[dim]) for dim in dims]
-        return replace(
-            of, shape=tuple(n for n, _ in (*sizes, *more)), strides=tuple(s for _, s in (*sizes, *more))
-        )
+        return replace(of, shape=tuple(n for n, _ in (*sizes, *more)), strides=tuple(s for _, s in (*sizes, *more)))
 
     of_weights = [(n, s) for n, _, s in inputs]
     last = (node.out.shape[column], weight.strides[column])
-    begin = None if not is_fixed else float(start) if not isinstance(start, View) else view(start, [*mine, column])
-    panel = Panel(view(weight, mine, [*of_weights, last]), begin, len(inputs))
+    begin = (
+        None if not is_fixed else repr(float(start)) if not isinstance(start, View) else view(start, [*mine, column])
+    )
+    panel = WeightPanel(view(weight, mine, [*of_weights, last]), begin, len(inputs))
     plan.panels.setdefault(panel)
     return Product(
         view(x, others, [(n, s) for n, s, _ in inputs]),
         view(node.out, [*others, column]),
         view(start, [*others, column]) if isinstance(start, View) and not is_fixed else None,
         panel,
-        tuple(math.prod(node.out.shape[d] for d in mine[mine.index(dim) + 1 :]) if dim in mine else 0 for dim in others),
+        tuple(
+            math.prod(node.out.shape[d] for d in mine[mine.index(dim) + 1 :]) if dim in mine else 0 for dim in others
+        ),
     )
 
 
 def _merged(x: View, weight: View, rank: int) -> list[tuple[int, int, int]]:
-    """The reduced dimensions (size, stride in x, stride in the weights), neighbours as one where that changes nothing."""
+    """The reduced dimensions (size, stride in x, stride in the weights), joined where that changes nothing."""
     found: list[tuple[int, int, int]] = []
     for dim in range(rank, len(x.shape)):
         size, of_x, of_weight = x.shape[dim], x.strides[dim], weight.strides[dim]
@@ -308,4 +308,3 @@ def _merged(x: View, weight: View, rank: int) -> list[tuple[int, int, int]]:
         else:
             found.append((size, of_x, of_weight))
     return found
-

@@ -1,7 +1,7 @@
 """An independent reference: the network written again, in numpy, from the equations.
 
-It follows the documentation of torch's modules and shares nothing with the step: no torch, no padding, no bucket, no
-code of the other modules; only the description and the weights as they were trained. With x the frame, h and c the
+It follows the documentation of torch's modules and shares nothing with the step: neither torch nor code of the other
+modules; only the description and the weights as they were trained. With x the frame, h and c the
 states before it, σ the logistic function and ⊙ the elementwise product:
 
     GRU     r  = σ(W_ir x + b_ir + W_hr h + b_hr)

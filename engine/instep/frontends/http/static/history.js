@@ -2,7 +2,7 @@
 
 const ROWS = 600;
 const GAP_S = 3; // seconds without a row, after which a line is broken
-const OF_ANSWERS = /^(latency|queue|compute|send|batch)_(us|fill|size)/;
+const OF_ANSWERS = /^(latency|queue|compute|send|batch)_(us|size)/;
 
 export class History {
   times = [];

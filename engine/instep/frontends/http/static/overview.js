@@ -21,9 +21,8 @@ const CHARTS = [
     series: ["queue", "compute", "send"].map((part) => ({ label: part, key: part, column: `${part}_us_p50` })),
   },
   {
-    title: "Batch fill and time busy", room: "narrow", axis: percent, value: percent, top: 1,
+    title: "Time busy", room: "narrow", axis: percent, value: percent, top: 1,
     series: [
-      { label: "batch fill", key: "blue", column: "batch_fill" },
       { label: "executor", key: "orange", column: "executor_busy" },
       { label: "event loop", key: "violet", column: "loop_busy" },
     ],
@@ -81,20 +80,17 @@ export class Overview {
     }
 
     const size = recent("batch_size_mean");
-    const fill = recent("batch_fill");
-    setText("batch", fill > 0 ? `${count(Math.round(size))} / ${count(Math.round(size / fill))}` : "–");
-    setText("fill", fill > 0 ? percent(fill) : "–");
+    setText("batch", size > 0 ? count(Math.round(size)) : "–");
     setText("batches-rate", count(recent("batches_per_s")));
     setText("pending", count(numbers.frames_pending));
-    meter("fill-meter", fill);
 
     this.#showTrust(model);
   }
 
-  #showTrust({ exactness, exactness_detail, verification, shadow, numbers, recording, durability }) {
-    const exact = { exact: ["good", "Exact"], tolerance: ["fair", "Within tolerance"], off: ["off", "Not certified"] };
+  #showTrust({ exactness, arithmetic, verification, shadow, numbers, recording, durability }) {
+    const exact = { exact: ["good", "Exact"], tolerance: ["fair", "Within tolerance"] };
     badge("exactness", ...(exact[exactness] ?? ["off", exactness]));
-    setText("exactness-detail", exactness_detail ?? "");
+    setText("exactness-detail", arithmetic);
 
     badge("verification", ...verificationBadge(verification));
     setText("verification-detail", verificationDetail(verification));

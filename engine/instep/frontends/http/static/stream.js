@@ -58,7 +58,7 @@ function facts(record) {
   return pairs;
 }
 
-const LEVELS = { lost: "bad", mismatch: "bad", refused: "warn", fenced: "warn", evicted: "warn", withdrawn: "warn" };
+const LEVELS = { lost: "bad", mismatch: "bad", refused: "warn", fenced: "warn", evicted: "warn" };
 const SHOWN = 100;
 
 /** The newest first; what happened to many streams at once is one entry, of the first of them and their number. */

@@ -1,0 +1,271 @@
+"""Machine code computes what the definition does: each primitive with each dtype, and forms of unusual shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute, reshape
+from instep.models.portable.form import COMPARISONS, DTYPES, FLOATS, MAPS, REDUCTIONS, SCANS, Form, View
+from tests.models.portable.guarded import Values, check_form, hard_inputs
+
+SIZE = 12
+ROWS = 37
+"""Some are computed in lanes, and a rest one by one."""
+PARTS = (1, 2, 5)
+
+
+class Sample:
+    """A form over two leaves of each dtype, whose results become two more, since each leaf takes long to compile."""
+
+    def __init__(self) -> None:
+        self.b = Builder()
+        self.frame = self.b.input("float32", (SIZE,))
+        self.leaves = {dtype: self.b.input(dtype, (SIZE,)) for dtype in DTYPES}
+        self.others = {dtype: self.b.input(dtype, (SIZE,)) for dtype in DTYPES}
+        self._results: dict[tuple[str, int], list[View]] = {}
+
+    def add(self, result: View) -> None:
+        """Every second result goes to one leaf, so that neighbours can be computed in one loop."""
+        dtype = self.b.dtype(result)
+        number = sum(len(each) for (of, _), each in self._results.items() if of == dtype)
+        self._results.setdefault((dtype, number % 2), []).append(result)
+
+    def map(self, op: str, dtype: str) -> None:
+        """With views, with repeated ones, and with a number on either side."""
+        b, x, y = self.b, self.leaves[dtype], self.others[dtype]
+        number = True if dtype == "bool" else 1 if dtype not in FLOATS else -1.75
+        backwards = View(y.buffer, SIZE - 1, (SIZE,), (-1,))
+        count = 2 if op in COMPARISONS else MAPS[op][0]
+        if count == 1:
+            self.add(b.map(op, x))
+            self.add(b.map(op, View(x.buffer, 1, (5,), (2,))))
+        elif count == 2:
+            for pair in ((x, backwards), (number, x), (narrow(y, 0, 3, 1), number)):
+                self.add(b.map(op, *pair))
+        else:
+            z = self.frame if dtype == "float32" else narrow(x, 0, 2, 1)
+            for three in ((x, backwards, z), (number, x, number)):
+                self.add(b.map(op, *three))
+
+    def check(self, tensors: dict[str, Values] | None = None) -> None:
+        b, given = self.b, [self.frame, *self.leaves.values(), *self.others.values()]
+        for (dtype, _), results in self._results.items():
+            total = sum(each.elements for each in results)
+            b.input(dtype, (total,))
+            given.append(b.fresh(dtype, (total,)))
+            at = 0
+            for each in results:
+                b.map("copy", each, out=View(given[-1].buffer, at, each.shape, contiguous(each.shape)))
+                at += each.elements
+        form = b.form(given)
+        check_form(form, tensors or {}, hard_inputs(form, ROWS), PARTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps(dtype: str) -> None:
+    sample = Sample()
+    for op, (_, dtypes) in MAPS.items():
+        if dtype in dtypes:
+            sample.map(op, dtype)
+    for op in sorted(COMPARISONS):
+        sample.map(op, dtype)
+    sample.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_casts_and_where(dtype: str) -> None:
+    sample = Sample()
+    b, x, y, condition = sample.b, sample.leaves[dtype], sample.others[dtype], sample.leaves["bool"]
+    for to in DTYPES:
+        if to != dtype:
+            sample.add(b.cast(x, to))
+    one, other = (True, False) if dtype == "bool" else (3, -4) if dtype not in FLOATS else (0.1, -2.5)
+    for arguments in ((x, y), (x, other), (one, y), (one, other)):
+        sample.add(b.emit("where", b.fresh(dtype, (SIZE,)), condition, *arguments))
+    sample.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions_and_scans(dtype: str) -> None:
+    sample = Sample()
+    b, x = sample.b, sample.leaves[dtype]
+    grid = reshape(x, (3, 4))
+    windows = View(x.buffer, 0, (3, 2, 5), (3, 1, 1))
+    for view, dims in ((x, [0]), (grid, [0]), (grid, [1]), (permute(grid, (1, 0)), [0, 1]), (windows, [1, 2])):
+        for op, dtypes in REDUCTIONS.items():
+            if dtype in dtypes:
+                sample.add(b.reduce(op, view, dims))
+        for op, dtypes in SCANS.items():
+            if dtype in dtypes:
+                sample.add(b.emit(op, b.fresh(dtype, view.shape), view))
+    sample.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_take_and_put(dtype: str) -> None:
+    """Indices are of all sizes; those out of range are the nearest in range."""
+    sample = Sample()
+    b, x, y = sample.b, sample.leaves[dtype], sample.others[dtype]
+    index = sample.leaves["int64"]
+    fixed, table = b.tensor("fixed", "int64", (4,)), b.tensor("table", dtype, (3, 5))
+    tensors = {"fixed": np.array([-1, 2, 7, -9]), "table": _some((3, 5), dtype)}
+    sample.add(b.emit("take", b.fresh(dtype, (SIZE,)), broadcast(x, (SIZE, SIZE)), index))
+    backwards = View(x.buffer, SIZE - 1, (3, 4), (-4, -1))
+    sample.add(b.emit("take", b.fresh(dtype, (3,)), backwards, narrow(index, 0, 0, 3)))
+    sample.add(b.emit("take", b.fresh(dtype, (4,)), broadcast(x, (4, SIZE)), fixed))
+    sample.add(b.emit("take", b.fresh(dtype, (3,)), table, narrow(index, 0, 2, 3)))
+    sample.add(b.emit("take", b.fresh(dtype, (3,)), table, narrow(fixed, 0, 1, 3)))
+    for op in ("put", "put_add")[: 1 if dtype == "bool" else 2]:
+        number = {"bool": True, "float32": 0.3, "float64": 0.3}.get(dtype, 7)
+        for value in (y, number):
+            out = b.map("copy", x)
+            sample.add(out)
+            b.emit(op, broadcast(reshape(out, (1, SIZE)), (SIZE, SIZE)), index, value)
+        turned = b.map("copy", x)
+        sample.add(turned)
+        b.emit(op, permute(reshape(turned, (3, 4)), (1, 0)), narrow(index, 0, 4, 4), narrow(y, 0, 4, 4))
+        given = b.map("copy", x)
+        sample.add(given)
+        b.emit(op, broadcast(reshape(given, (1, SIZE)), (4, SIZE)), fixed, narrow(y, 0, 0, 4))
+    sample.check(tensors)
+
+
+def _some(shape: tuple[int, ...], dtype: str) -> Values:
+    values = np.random.default_rng(3).standard_normal(shape) * 4
+    return (values > 0) if dtype == "bool" else values.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+def test_chains(dtype: str) -> None:
+    """Products with weights of many shapes, and of rows with rows."""
+    sample, random = Sample(), np.random.default_rng(4)
+    b, x, y = sample.b, sample.leaves[dtype], sample.others[dtype]
+    tensors: dict[str, Values] = {}
+
+    def weights(*shape: int) -> View:
+        name = f"w{len(tensors)}"
+        tensors[name] = random.standard_normal(shape).astype(dtype)
+        return b.tensor(name, dtype, shape)
+
+    for outputs in (1, 3, 4, 17, 40):
+        bias = weights(outputs)
+        for start in (bias, 0.25, broadcast(narrow(y, 0, 5, 1), (outputs,))):
+            sample.add(b.dense(x, weights(outputs, SIZE), start))
+        turned = permute(weights(SIZE, outputs), (1, 0))
+        sample.add(b.dense(View(x.buffer, SIZE - 1, (SIZE,), (-1,)), turned, bias))
+    # several rows of x with one matrix, and each with one of its own
+    for others in (0, 1):
+        one = weights(*((3,) if others else ()), 9, 4)
+        spread = View(one.buffer, 0, (3, 9, 4), (36 * others, 4, 1))
+        factor = broadcast(reshape(x, (3, 1, 4)), (3, 9, 4))
+        for start in (0.0, broadcast(reshape(narrow(y, 0, 0, 3), (3, 1)), (3, 9)), weights(3, 9)):
+            sample.add(b.emit("fma_chain", b.fresh(dtype, (3, 9), (1, 3)), start, factor, spread))
+    # a convolution over two channels, [outputs, places, channels, taps], and one of four reduced dimensions
+    taps = weights(6, 2, 3)
+    shape = (6, 4, 2, 3)
+    signal, kernel = View(x.buffer, 0, shape, (0, 1, 6, 1)), View(taps.buffer, 0, shape, (6, 0, 3, 1))
+    sample.add(b.emit("fma_chain", b.fresh(dtype, (6, 4)), 1.5, signal, kernel))
+    deep = (5, 2, 2, 2, 2)
+    signal, kernel = View(x.buffer, 11, deep, (0, -1, -3, -2, -4)), View(taps.buffer, 1, deep, (1, 7, 3, 4, 9))
+    sample.add(b.emit("fma_chain", b.fresh(dtype, (5,)), -0.0, signal, kernel))
+    # which all begin at the number that is given, although -0.0 equals 0.0
+    tensors["ones"] = np.ones((5, SIZE), dtype)
+    zeros = b.map("mul", b.map("minimum", b.map("abs", x), 1.0), -0.0)
+    for start in (0.0, -0.0, np.nan, 1e300):
+        sample.add(b.dense(zeros, b.tensor("ones", dtype, (5, SIZE)), start))
+    # of rows alone, and of weights alone
+    outer = View(x.buffer, 0, (3, 4, 2), (4, 0, 1)), View(y.buffer, 1, (3, 4, 2), (0, 2, 1))
+    sample.add(b.emit("fma_chain", b.fresh(dtype, (3, 4)), 0.5, *outer))
+    sample.add(b.dense(weights(7), weights(5, 7), weights(5)))
+    sample.check(tensors)
+
+
+# ── Unusual forms ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_built(b: Builder, outputs: list[View], tensors: dict[str, Values] | None = None) -> Form:
+    form = b.form(outputs)
+    check_form(form, tensors or {}, hard_inputs(form, ROWS), PARTS)
+    return form
+
+
+def test_inputs_that_are_outputs_unchanged() -> None:
+    b = Builder()
+    given = [b.input("float32", (3,)), *(b.input(dtype, (5,)) for dtype in DTYPES)]
+    check_built(b, given)
+    b = Builder()
+    x, one, other = (b.input("float32", (4,)) for _ in range(3))
+    check_built(b, [x, other, one])
+    check_built(b, [View(one.buffer, 3, (7,), (0,)), x, View(x.buffer, 3, (2, 2), (-1, -2))])
+
+
+def test_outputs_that_are_constant() -> None:
+    b = Builder()
+    b.input("float32", (2,))
+    state = b.input("bool", (2,))
+    weight = b.tensor("weight", "float32", (2, 2))
+    fixed = b.emit("add", b.fresh("float32", (3,)), 1.0, 2.5)
+    truth = b.emit("copy", b.fresh("bool", state.shape), True)
+    check_built(b, [fixed, truth])
+    tensors = {"weight": np.array([[1, np.nan], [-0.0, 4]], np.float32)}
+    check_built(b, [permute(weight, (1, 0)), b.map("not", state)], tensors)
+    check_built(b, [b.reduce("sum", b.map("div", weight, 3.0), [1]), state], tensors)
+
+
+def test_scalars_and_empty_shapes() -> None:
+    b = Builder()
+    x, h = b.input("float32", ()), b.input("float64", ())
+    empty = b.map("exp", View(x.buffer, 0, (0,), (1,)))
+    total = b.reduce("sum", empty, [0])
+    product = b.reduce("prod", View(h.buffer, 0, (2, 0, 3), (0, 0, 0)), [0, 1, 2])
+    none = b.emit("fma_chain", b.fresh("float32", ()), 0.25, empty, empty)
+    y = b.map("add", b.map("add", total, none), b.reduce("sum", View(x.buffer, 0, (5,), (0,)), [0]))
+    check_built(b, [b.map("mul", y, x), b.map("add", product, h)])
+    b = Builder()
+    x, h, grid = b.input("float32", (0,)), b.input("float32", (0,)), b.input("int64", (0, 3))
+    weight = b.tensor("weight", "float32", (6, 0))
+    check_built(b, [b.dense(x, weight, 1.5), b.map("neg", h), grid], {"weight": np.zeros((6, 0), np.float32)})
+
+
+def test_views_that_run_backwards_and_results_in_parts() -> None:
+    b = Builder()
+    x, h = b.input("float32", (6,)), b.input("float32", (6,))
+    y = b.fresh("float32", (13,))
+    b.map("sub", View(x.buffer, 5, (6,), (-1,)), h, out=View(y.buffer, 11, (6,), (-2,)))
+    b.map("mul", x, View(h.buffer, 5, (6,), (-1,)), out=View(y.buffer, 0, (6,), (2,)))
+    b.emit("copy", View(y.buffer, 12, (), ()), -7.5)
+    grid = b.map("tanh", View(y.buffer, 12, (2, 3), (-6, -2)))
+    check_built(b, [y, reshape(b.map("add", grid, View(x.buffer, 1, (2, 3), (-1, 2))), (6,))])
+
+
+def test_many_nodes_in_a_row() -> None:
+    b = Builder()
+    x, h = b.input("float32", (5,)), b.input("float32", (5,))
+    y, grid = x, h
+    for number in range(60):
+        y = b.map("fma", y, grid, 0.75 + number / 100)
+        grid = b.emit("copy", b.fresh("float32", (5,)), View(y.buffer, 4, (5,), (-1,)))
+        if number % 7 == 0:
+            y = b.map("sub", y, b.reduce("amax", grid, [0], keep=True))
+    assert len(check_built(b, [y, grid]).nodes) > 120
+
+
+def test_one_dimension_in_views_of_different_rank() -> None:
+    b = Builder()
+    x, h = b.input("float32", (1, 4, 1)), b.input("float32", (4,))
+    one = b.map("neg", x)
+    flat = View(one.buffer, 0, (4,), (1,))
+    wide = b.map("add", flat, h)
+    y = b.map("mul", one, View(wide.buffer, 0, (1, 4, 1), (9, 1, 9)))
+    check_built(b, [y, b.map("sub", wide, flat)])
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+@pytest.mark.parametrize("op", ["sqrt", "sub", "div", "mul", "fmod", "fma", "copy", "neg"])
+def test_a_nan_that_was_just_computed_is_the_one_nan_and_has_no_sign(op: str, dtype: str) -> None:
+    """Whatever NaN a processor makes of infinities and roots, alone in a loop with what follows."""
+    b = Builder()
+    frame, x, y = b.input("float32", (2,)), b.input(dtype, (23,)), b.input(dtype, (23,))
+    made = [b.map(op, *(x, y, x)[: MAPS[op][0]]) for _ in range(2)]
+    check_built(b, [frame, made[0], b.map("copysign", 1.0, made[1])])

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from instep.core.typing import F32, F64
+from instep.models.portable import definition
+from tests.support.ulp import ulp_distance
+
+Function = Callable[[F32], F32]
+
+# Patterns of every exponent and both signs, all kinds of NaN, and the neighbours of each place where a formula changes.
+_PLACES = (0.0, 2.0**-126, 0.5, 0.927734375, 1.0, 1.5707964, 20.0, 60.0, 87.0, 88.72284, 1e5, math.inf)
+BITS = np.concatenate(
+    [
+        np.arange(0, 2**32, 262_139, dtype=np.uint64).astype(np.uint32),
+        *(
+            np.arange(-20, 21, dtype=np.int64).astype(np.uint32) + np.float32(place).view(np.uint32)
+            for place in _PLACES
+        ),
+        *(
+            np.arange(-20, 21, dtype=np.int64).astype(np.uint32) + np.float32(-place).view(np.uint32)
+            for place in _PLACES
+        ),
+    ]
+)
+X: F32 = BITS.view(np.float32)
+
+_EXACT: dict[str, tuple[Callable[[F64], Any], float, float, float]] = {
+    "exp": (np.exp, 1.1, -87, math.inf),
+    "expm1": (np.expm1, 1.4, -math.inf, math.inf),
+    "log": (np.log, 0.9, -math.inf, math.inf),
+    "log1p": (np.log1p, 1.6, -math.inf, math.inf),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 2.5, -87, math.inf),
+    "tanh": (np.tanh, 2.6, -math.inf, math.inf),
+    "erf": (lambda x: torch.special.erf(torch.from_numpy(x)).numpy(), 1.1, -math.inf, math.inf),
+    "sin": (np.sin, 1.6, -1e5, 1e5),
+    "cos": (np.cos, 1.6, -1e5, 1e5),
+    "atan": (np.arctan, 1.5, -math.inf, math.inf),
+}
+"""In float64; how many ulp a function may be off at most, and from where to where."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
+
+
+def f4(*values: float) -> F32:
+    return np.array(values, np.float32)
+
+
+def function(name: str) -> Function:
+    found: Function = getattr(definition, name)
+    return found
+
+
+@pytest.mark.parametrize("name", _EXACT)
+def test_a_function_is_within_its_bound_of_float64(name: str) -> None:
+    exactly, bound, least, most = _EXACT[name]
+    x = X[np.isnan(X) | (np.clip(X, least, most) == X)]
+    found, exact = function(name)(x), exactly(x.astype(np.float64))
+    nearest = exact.astype(np.float32)
+    assert found.dtype == np.float32
+    assert np.array_equal(np.isnan(found), np.isnan(exact))
+    assert np.array_equal(np.isinf(found), np.isinf(nearest))
+    finite = np.isfinite(nearest)
+    away = np.abs(found[finite] - exact[finite]) / np.spacing(np.abs(nearest[finite])).astype(np.float64)
+    assert away.max() <= bound
+
+
+@pytest.mark.parametrize("name", _EXACT)
+def test_a_function_is_near_that_of_torch(name: str) -> None:
+    x = X[np.abs(X) < 50]
+    theirs = getattr(torch.special if name in ("expm1", "log1p", "erf") else torch, name)(torch.from_numpy(x))
+    np.testing.assert_allclose(function(name)(x), theirs.numpy(), rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("exp", [-math.inf, math.inf, -87.01, 88.73, -0.0], [0.0, math.inf, 0.0, math.inf, 1.0]),
+        ("expm1", [-math.inf, math.inf, -100.0, -0.0, 1e-45], [-1.0, math.inf, -1.0, 0.0, 1e-45]),
+        ("log", [0.0, -0.0, math.inf, 1.0, -1e-45], [-math.inf, -math.inf, math.inf, 0.0, math.nan]),
+        ("log1p", [-1.0, -0.0, math.inf, -1.5, 1e-45], [-math.inf, 0.0, math.inf, math.nan, 1e-45]),
+        ("sigmoid", [-math.inf, math.inf, -87.01, -0.0], [0.0, 1.0, 0.0, 0.5]),
+        ("tanh", [-math.inf, math.inf, -0.0, 30.0], [-1.0, 1.0, -0.0, 1.0]),
+        ("erf", [-math.inf, math.inf, -0.0, 9.0], [-1.0, 1.0, -0.0, 1.0]),
+        ("sin", [-0.0, 100_000.0, 100_008.0, math.inf], [0.0, 0.0357488, math.nan, math.nan]),
+        ("cos", [-0.0, -100_000.0, -100_008.0, math.inf], [1.0, -0.9993608, math.nan, math.nan]),
+        ("atan", [-math.inf, math.inf, -0.0, 1e-45], [-1.5707964, 1.5707964, -0.0, 1e-45]),
+    ],
+)
+def test_a_function_at_its_ends(name: str, given: list[float], expected: list[float]) -> None:
+    found, awaited = function(name)(f4(*given, math.nan)), f4(*expected, math.nan)
+    assert ulp_distance(np.abs(found), np.abs(awaited)).max() == 0
+    numbers = ~np.isnan(found)
+    assert np.array_equal(np.signbit(found[numbers]), np.signbit(awaited[numbers]))
+
+
+def test_no_bit_of_any_function_has_changed() -> None:
+    """The bits of `portable-1` are promised: recordings are verified by them."""
+    digest = hashlib.sha256()
+    for name in _EXACT:
+        found = function(name)(X)
+        digest.update(np.where(np.isnan(found), np.float32(np.nan), found).astype("<f4").tobytes())
+    assert digest.hexdigest()[:16] == "676367fd654c5369"
+
+
+@pytest.mark.parametrize("name", _EXACT)
+def test_shape_and_order_of_the_arrays_change_nothing(name: str) -> None:
+    x = X[:: len(X) // 600][:600].reshape(20, 30)
+    expected = function(name)(x.reshape(-1)).reshape(20, 30)
+    for found in (function(name)(x.T).T, function(name)(np.repeat(x, 2, 1)[:, ::2])):
+        assert np.array_equal(found, expected, equal_nan=True)
