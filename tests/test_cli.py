@@ -119,12 +119,12 @@ class TestServe:
     def test_reads_the_file_and_the_environment(
         self, server: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "c.yaml").write_text("model: {folder: m}\nengine: {threads: 2, max_streams: 2}\n")
-        monkeypatch.setenv("INSTEP_ENGINE__THREADS", "3")
+        (tmp_path / "c.yaml").write_text("model: {folder: m}\nengine: {max_batch_size: 2, max_streams: 2}\n")
+        monkeypatch.setenv("INSTEP_ENGINE__MAX_BATCH_SIZE", "3")
         result = instep("serve", "--config", str(tmp_path / "c.yaml"), "--max-streams", "4")
         assert result.exit_code == 0, result.output
         (((config,), _),) = server.calls
-        assert (config.model.folder, config.engine.threads, config.engine.max_streams) == (
+        assert (config.model.folder, config.engine.max_batch_size, config.engine.max_streams) == (
             tmp_path.resolve() / "m",
             3,
             4,
@@ -299,13 +299,13 @@ class TestDemo:
 class TestConfig:
     def test_shows_every_value_and_where_it_came_from(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "c.yaml"
-        file.write_text("engine: {threads: 2}\n")
+        file.write_text("engine: {max_batch_size: 2}\n")
         monkeypatch.setenv("INSTEP_LOG__LEVEL", "debug")
         result = instep("config", "--config", str(file), "--set", "log.format=json")
         assert result.exit_code == 0, result.output
         rows = {tuple(line.split(maxsplit=2)) for line in result.stdout.splitlines()}
         assert rows >= {
-            ("engine.threads", "2", f"file {file}"),
+            ("engine.max_batch_size", "2", f"file {file}"),
             ("log.level", '"debug"', "INSTEP_LOG__LEVEL"),
             ("log.format", '"json"', "flag"),
             ("transport.endpoint", '"tcp://127.0.0.1:5757"', "default"),

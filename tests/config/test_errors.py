@@ -50,7 +50,7 @@ class TestProblems:
         [
             ("limits.max_idel_s", "did you mean limits.max_idle_s?"),
             ("engine.max_idle_s", "did you mean limits.max_idle_s?"),
-            ("threads", "did you mean engine.threads?"),
+            ("max_batch_size", "did you mean engine.max_batch_size?"),
             ("xyzzy", "configs/default.yaml lists every key"),
         ],
     )
@@ -82,11 +82,11 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("section", "key", "value"),
         [
-            ("engine", "threads", "1"),
-            ("engine", "threads", True),
-            ("engine", "threads", 1.0),
-            ("engine", "threads", 0),
-            ("engine", "threads", None),
+            ("engine", "max_batch_size", "1"),
+            ("engine", "max_batch_size", True),
+            ("engine", "max_batch_size", 1.0),
+            ("engine", "max_batch_size", 0),
+            ("engine", "max_batch_size", None),
             ("engine", "max_batch_size", 4097),
             ("recording", "durability", False),
             ("recording", "durability", "exact"),
@@ -151,13 +151,13 @@ class TestProblems:
         assert len(str(found)) < 250
 
     def test_a_wrong_value_is_a_problem_even_where_a_stronger_place_overrides_it(self, tmp_path: Path) -> None:
-        (found,) = problems(written(tmp_path, {"engine": {"threads": 0}}), {"engine.threads": "2"})
-        assert found.path == "engine.threads"
+        (found,) = problems(written(tmp_path, {"engine": {"max_batch_size": 0}}), {"engine.max_batch_size": "2"})
+        assert found.path == "engine.max_batch_size"
 
     @pytest.mark.parametrize(
         ("text", "words"),
         [("[1", "not valid YAML"), ("{features: 3, features: 4}", "the key 'features' stands twice")],
     )
     def test_text_that_yaml_does_not_accept(self, text: str, words: str) -> None:
-        (found,) = problems(None, {"engine.threads": text})
-        assert (found.path, words in found.message) == ("engine.threads", True)
+        (found,) = problems(None, {"engine.max_batch_size": text})
+        assert (found.path, words in found.message) == ("engine.max_batch_size", True)

@@ -29,8 +29,8 @@ class TestPrecedence:
         assert (config.recording.file, config.model.folder) == (None, None)
 
     def test_the_environment_of_the_process_is_not_read_unless_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("INSTEP_ENGINE__THREADS", "7")
-        assert load_config().engine.threads == 1
+        monkeypatch.setenv("INSTEP_ENGINE__MAX_BATCH_SIZE", "7")
+        assert load_config().engine.max_batch_size == 512
 
     def test_variables_of_others_and_without_a_double_underscore_are_left_alone(self) -> None:
         assert load_config(None, None, {"INSTEP_HOME": "x", "OTHER__KEY": "x", "XINSTEP_A__B": "x"}) == Config()
@@ -40,7 +40,7 @@ class TestText:
     @pytest.mark.parametrize(
         ("path", "text", "value"),
         [
-            ("engine.threads", "4", 4),
+            ("engine.max_batch_size", "4", 4),
             ("limits.max_idle_s", "1e-3", 0.001),
             ("limits.max_idle_s", "5", 5.0),
             ("transport.allow_plaintext", "true", True),

@@ -46,7 +46,7 @@ class TestTheAdminServer:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Config().engine.threads = 2
+        Config().engine.max_batch_size = 2
     with pytest.raises(ValidationError, match="Extra inputs"):
         EngineConfig.model_validate({"thread": 2})
 

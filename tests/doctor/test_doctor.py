@@ -84,7 +84,7 @@ main()
 def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_still_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bad.yaml").write_text("limits:\n  park_z: 3\nengine: {threads: none}\n")
+    (tmp_path / "bad.yaml").write_text("limits:\n  park_z: 3\nengine: {max_batch_size: none}\n")
     (tmp_path / "limited.py").write_text(LIMITED)
     monkeypatch.setenv("INSTEP_ENDPOINT", Config().transport.endpoint)
     monkeypatch.setenv("INSTEP_MODEL", "ears")
@@ -99,7 +99,7 @@ def test_a_low_limit_of_files_and_a_bad_configuration_are_named_and_the_rest_is_
     assert "LimitNOFILE=16484" in text
     assert "cannot start: limits.park_z (file" in text
     assert "did you mean limits.park_s?" in text
-    assert "cannot start: engine.threads" in text
+    assert "cannot start: engine.max_batch_size" in text
     assert f"python {platform.python_version()}" in text
     assert re.search(r" sync \d+\.\d\d ms \(median of 9\) free \d+\.\d GiB", text)
     assert "the working directory; that of a recording is known once the configuration is correct" in text
@@ -160,13 +160,9 @@ def test_what_hurts_on_other_machines(
 
 def test_few_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instep.doctor.machine.usable_cores", lambda: 1)
-    monkeypatch.setattr("instep.doctor.software.usable_cores", lambda: 1)
     findings = Findings()
-    config = FEW.model_copy(update={"engine": FEW.engine.model_copy(update={"threads": 4})})
-    examine_machine(findings, config, system(tmp_path))
-    examine_software(findings, config)
+    examine_machine(findings, FEW, system(tmp_path))
     assert ["one core only" in advice.what for advice in findings.warnings[:1]] == [True]
-    assert any("engine.threads is 4, and 1 cores" in advice.what for advice in findings.warnings)
 
 
 @pytest.mark.parametrize(

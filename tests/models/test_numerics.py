@@ -20,7 +20,7 @@ def _same_threads_afterwards() -> Iterator[None]:
 
 
 def test_one_thread_computes_and_as_many_as_before_do_afterwards() -> None:
-    prepare(2)
+    torch.set_num_threads(2)
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
@@ -29,7 +29,7 @@ def test_one_thread_computes_and_as_many_as_before_do_afterwards() -> None:
 def test_preparing_forbids_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
-    prepare(torch.get_num_threads())
+    prepare()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 

@@ -43,7 +43,7 @@ MODELS = {"plain": plain(6, 16), "two layers": plain(6, 32, layers=2), "dense": 
 
 @pytest.fixture(params=list(MODELS))
 def model(request: pytest.FixtureRequest) -> Model:
-    prepare(1)
+    prepare()
     return MODELS[request.param]
 
 
@@ -99,7 +99,7 @@ def test_a_step_module_is_stepped_by_its_graph(name: str, rng: np.random.Generat
 
 def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
     model = MODELS["plain"]
-    prepare(1)
+    prepare()
     steps = Stepper(network_of(model), 32, 40, CUDA)
     states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
     slots = np.arange(1, 41)

@@ -167,15 +167,3 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     warned = said(capsys)["more streams than memory"]
     assert warned["needed_bytes"] > 2**60 > warned["usable_bytes"] == usable_memory()
     assert warned["reason"].startswith("the limits allow 1048576.0 TiB, and ")
-
-
-def test_several_threads_cannot_be_restarted_which_is_said_before_compiling(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    config = configured(model, engine={"threads": 2}, transport={"endpoint": endpoint})
-    with pytest.raises(CannotServe, match="--restart forks the server"):
-        check(config, restart=True)
-    assert said(capsys) == {}

@@ -116,10 +116,10 @@ def test_a_hangup_reloads_the_file_also_when_it_comes_before_the_server_is_ready
     file.write_text("limits: {park_s: 7}\n")
     with serving(model, "--config", str(file), "--set", "limits.max_idle_s=8", start_new_session=True) as served:
         served.until("loading")
-        file.write_text("limits: {park_s: 9, max_idle_s: 9}\nengine: {threads: 2}\n")
+        file.write_text("limits: {park_s: 9, max_idle_s: 9}\nengine: {max_batch_size: 2}\n")
         served.process.send_signal(signal.SIGHUP)
         assert served.until("reloaded")["changed"] == ["limits.park_s: 7.0 → 9.0"]
-        assert served.until("restart needed")["keys"] == ["engine.threads"]
+        assert served.until("restart needed")["keys"] == ["engine.max_batch_size"]
         file.write_text("limits: [\n")
         served.process.send_signal(signal.SIGHUP)
         assert "not valid YAML" in served.until("not reloaded")["reason"]

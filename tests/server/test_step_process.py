@@ -146,7 +146,6 @@ def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -
     assert not steps_in_process(EngineConfig(steps_in="thread"), CPU)
     obstacles = [
         (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
-        (EngineConfig(threads=2), CPU, "engine.threads is above 1"),
     ]
     for engine, device, why in obstacles:
         assert not steps_in_process(engine, device)

@@ -119,7 +119,6 @@ class EngineConfig(Section):
     """Where and how the network is stepped."""
 
     device: Annotated[str, AfterValidator(_checked_device)] = "auto"
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
     steps_in: Literal["auto", "process", "thread", "inline"] = "auto"

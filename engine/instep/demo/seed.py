@@ -90,7 +90,7 @@ def run(console: Console) -> int:
     Returns:
         `EQUAL` when they are equal as printed and, in instep's arithmetic, bit for bit; else `DIFFERENT`.
     """
-    prepare(threads=1)
+    prepare()
     gru = SimpleGRU(INPUT_SIZE, NUM_HIDDENS).eval()
     init_weights(gru)
     x = torch.tensor(X, dtype=torch.float32)

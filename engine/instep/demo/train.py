@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
         "--out", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
     )
     out: Path = parser.parse_args(arguments).out
-    prepare(threads=1)
+    prepare()
 
     def progress(epoch: int, loss: float) -> None:
         if epoch % 10 == 0:

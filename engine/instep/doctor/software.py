@@ -16,7 +16,6 @@ from instep.doctor.findings import Findings
 from instep.models.network import IN_WORDS
 from instep.models.portable.form import ARITHMETIC
 from instep.models.portable.machine import host
-from instep.runtime.executor import usable_cores
 from instep_tools.machine import machine
 
 _OTHERS: Final = ("numba", "pydantic", "starlette", "uvicorn", "onnxruntime", "uvloop")
@@ -39,17 +38,10 @@ def examine_software(findings: Findings, config: Config) -> None:
     section = findings.section("arithmetic")
     section.note("arithmetic", ARITHMETIC, IN_WORDS)
     section.note("fma", host().has_fma, "yes" if host().has_fma else "no")
-    section.note("engine.threads", config.engine.threads)
     switches = {name: os.environ[name] for name in _SWITCHES if os.environ.get(name)}
     section.note(
         "environment", switches, ", ".join(f"{name}={value}" for name, value in switches.items()) or "nothing set"
     )
-    if config.engine.threads > usable_cores():
-        findings.warn(
-            f"engine.threads is {config.engine.threads}, and {usable_cores()} cores may be used: the threads of "
-            "PyTorch wait for each other",
-            "lower engine.threads",
-        )
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         findings.warn(
             "NUMBA_DISABLE_JIT is set: the hot path runs as ordinary Python, some hundred times as slow",

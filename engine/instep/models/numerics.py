@@ -9,12 +9,9 @@ from functools import partial
 import torch
 
 
-def prepare(threads: int) -> None:
-    """Set this process up to step networks: torch's threads, and full float32 products on GPUs (no TF32).
-
-    The server and the verifier call it once, so that both compute in the same way.
-    """
-    torch.set_num_threads(threads)
+def prepare() -> None:
+    """Have torch use one thread here, and full float32 products on GPUs (no TF32)."""
+    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

@@ -20,10 +20,9 @@ that is served meanwhile could have to wait that long several times."""
 
 
 class Beside:
-    """Does one long piece of work at a time, with `threads` threads of torch; the server can end meanwhile."""
+    """Does one long piece of work at a time; the server can end meanwhile."""
 
-    def __init__(self, threads: int, shutdown: Shutdown) -> None:
-        self._threads = threads
+    def __init__(self, shutdown: Shutdown) -> None:
         self._shutdown = shutdown
 
     async def do(self, work: Callable[[], R]) -> R:
@@ -34,7 +33,7 @@ class Beside:
         """
 
         def run() -> R:
-            prepare_numerics(self._threads)  # torch counts threads by thread
+            prepare_numerics()  # torch counts threads by thread
             return work()
 
         usual = sys.getswitchinterval()

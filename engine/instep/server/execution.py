@@ -28,7 +28,6 @@ def steps_in_process(engine: EngineConfig, device: torch.device) -> bool:
     obstacles = {
         f"the device is {device}": device.type != "cpu",
         "this system has no fork": not hasattr(os, "fork"),
-        "engine.threads is above 1, and threads are lost in a fork": engine.threads > 1,
     }
     if engine.steps_in == "process":
         for obstacle, is_there in obstacles.items():

@@ -97,7 +97,7 @@ def prepare(
     Raises:
         CannotServe: with a sentence.
     """
-    prepare_numerics(config.engine.threads)
+    prepare_numerics()
     try:
         loaded = _load(config.model.folders)
         is_only = len(loaded) == 1
@@ -199,10 +199,10 @@ def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> st
 
 def _check_forkable(config: Config) -> None:
     """Refuse what `--restart` cannot start again."""
-    if find_device(config.engine.device).type != "cpu" or config.engine.threads > 1:
+    if find_device(config.engine.device).type != "cpu":
         raise CannotServe(
-            "--restart forks the server with its model loaded, which needs engine.device cpu and engine.threads 1; "
-            "leave it out, and let systemd restart the server"
+            "--restart forks the server with its model loaded, which needs engine.device cpu; leave "
+            "it out, and let systemd restart the server"
         )
 
 

@@ -73,7 +73,7 @@ class Server:
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
         self._verifications: dict[ModelService, LiveVerification] = {}
-        beside = Beside(config.engine.threads, shutdown)
+        beside = Beside(shutdown)
         self._background = background
         self.shadows = Shadows(beside, background, log)
         self.loader = Loader(self, loop, shutdown, beside, log, configured)

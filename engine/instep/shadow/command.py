@@ -101,7 +101,7 @@ def make_shadow(
         RecordingError: when the recording cannot be read.
     """
     engine = Config().engine
-    prepare(engine.threads)
+    prepare()
     with RecordingFile(asked.recording) as recording:
         header = recording.header
     model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")

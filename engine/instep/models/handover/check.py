@@ -94,7 +94,7 @@ def check(folder: Path, against: str) -> Check:
     Raises:
         ModelError: the folder cannot be read, the file fails or has no such module, or the module takes other frames.
     """
-    prepare(1)
+    prepare()
     model = load_model(folder)
     module = _module(against)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
