@@ -1,4 +1,4 @@
-"""StepCode for many processors, as far as this one can run it, and for ARM in an emulator."""
+"""Code for many processors, as far as this one can run it, and for ARM in an emulator."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ int main(int count, char **names) {
 
 
 class Emulator:
-    """StepCode for ARM, run by `qemu-aarch64`."""
+    """Code for ARM, run by `qemu-aarch64`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -252,3 +252,15 @@ def test_weights_are_made_ready_in_the_usual_mode(mode: Callable[[], Any]) -> No
     with mode():
         step = CompiledStep(net.form, tensors, net.state)
     check_equal(step.run(net.x, net.states), usual)
+
+
+def test_tables_of_another_kind_are_refused() -> None:
+    form, tensors = sample_form()
+    step = CompiledStep(form, tensors, STATE)
+    x, states = np.zeros((2, step.features), np.float32), STATE.initial(2)
+    wrong: tuple[Any, ...] = (x[:, 1:], x.astype(np.float64), np.zeros((2, 2 * step.features), np.float32)[:, ::2])
+    for table in wrong:
+        with pytest.raises(ValueError, match="a table"):
+            step.bind(table, states, np.zeros((2, step.outputs), np.float32))
+    with pytest.raises(ValueError, match="2 frames for 1 states"):
+        step.run(x, states[:1])

@@ -65,6 +65,14 @@ def test_a_form_is_the_same_after_json() -> None:
     assert '"inf"' in form.to_json()
 
 
+def test_a_form_with_nan_is_like_itself_read_again() -> None:
+    form = form_of(node("copy", line(OUT, 6), math.nan))
+    again = parse_form(form.to_json(), "the form")
+    assert again == form
+    assert hash(again) == hash(form)
+    assert again != form_of(node("copy", line(OUT, 6), math.inf))
+
+
 def test_each_part_of_a_form_changes_its_digest() -> None:
     form = example()
     values = json.loads(form.to_json())
@@ -185,6 +193,9 @@ SHAPE, TYPES, VIEW = "cannot compute the shape", "cannot compute", "no valid sha
 GIVEN, UNWRITTEN = "writes to what is given", "reads what was not written"
 REFUSED: dict[str, tuple[Form, str]] = {
     "after the end": (form_of(node("copy", line(OUT, 4), line(X, 4, 1, 1))), "elements 1 to 4 of a buffer of 4"),
+    "nothing of what nothing was written to": (form_of(node("sum", scalar(OUT), line(DOUBLES, 0))), UNWRITTEN),
+    "an output without end": (form_of(outputs=(line(X, 2**36, 0), line(STATE, 2))), "a row would take more than"),
+    "loops around nothing": (form_of(node("copy", View(OUT, 0, (2**38, 0), (0, 1)), 0.0)), "a row takes more than"),
     "before the start": (form_of(node("copy", line(OUT, 4), line(X, 4, -1, 2))), "elements -1 to 2 of a buffer of 4"),
     "beyond a tensor": (form_of(node("copy", line(OUT, 4), line(WEIGHT, 4, 4))), "elements 0 to 12 of a buffer of 12"),
     "written beyond": (form_of(node("copy", line(OUT, 7), 1.0)), "elements 0 to 6 of a buffer of 6"),

@@ -33,7 +33,7 @@ many = settings(few, max_examples=400)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_cached() -> Iterator[None]:
-    """StepCode of many forms that are never seen again."""
+    """Code of many forms that are never seen again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "CACHE_FOLDER", "")
         yield

@@ -118,12 +118,13 @@ def _by_row(tensor: _Tensor, values: Array) -> Array:
 
 
 def _check(found: Array, wanted: Array, name: str, source: str) -> None:
+    tolerance = _TOLERANCE if wanted.dtype.kind == "f" else 0.0
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     with np.errstate(all="ignore"):
         away = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))
     largest = np.abs(wanted).max(initial=1, where=np.isfinite(wanted))
     worst = float(np.nan_to_num(away, nan=np.inf).max(initial=0))
-    if worst > _TOLERANCE * largest:
+    if worst > tolerance * largest:
         raise ModelError(
             f"output {name!r:.80} of {source} differs by {worst:.1e} from onnxruntime's, whose values reach "
             f"{largest:.1e}: the results of a row may depend on the rows beside it; if they do not, please report this"

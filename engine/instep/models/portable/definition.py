@@ -13,7 +13,7 @@ Every operation is rounded once, as IEEE 754 says, and denormals are kept. What 
   each, and `copysign` takes the sign of a NaN for positive.
 * Integers wrap. A divisor of 0 counts as 1, and division by -1 negates, so the least number stays as it is.
 * `cast` from float to integer cuts the fraction off and saturates; NaN becomes 0. NaN as a bool is true.
-* `exp` is 0 below -87, and so is the exponential within expm1 and sigmoid; within tanh it is 0 below -40. Beyond 1e5,
+* `exp` is 0 below -87, and so is the exponential within expm1 and sigmoid; within tanh it is 0 below -40. Beyond 2^46,
   sin and cos are NaN. Of -0, expm1, log1p and sin are +0.
 * Comparisons order False before True.
 * A number among the arguments is first rounded to the dtype of the views: `np.float32(number)`.
@@ -117,6 +117,7 @@ def fma(a: Any, b: Any, c: Any) -> Values:
 # `portable-1`; each constant is the float32 nearest to its decimal.
 
 _ROUNDER: Final = F(12582912)  # 1.5 * 2**23: adding it rounds to a whole number, which the low bits then hold
+_WIDE_ROUNDER: Final = np.float64(6755399441055744)  # 1.5 * 2**52
 _MOST: Final = F(88.72283935546875)  # whose exponential is the largest that is finite
 _EXP: Final = (1.98527617612853646e-4, 1.39304355252534151e-3, 8.33336077630519867e-3, 4.16664853692054749e-2,
                1.66666671633720398e-1, 0.5)  # fmt: skip
@@ -222,25 +223,25 @@ def erf(x: F32) -> F32:
 
 
 def _sine(x: F32, quarters: int) -> F32:
-    """The sine of x and `quarters` quarters of a turn; pi/2 is subtracted in three parts."""
-    shifted = fma(x, F(0.636619747), _ROUNDER)
-    n = shifted - _ROUNDER
-    quadrant = shifted.view(np.int32) + np.int32(quarters)
-    r = fma(n, F(-1.57079601287841796875), x)
-    r = fma(n, F(-3.1391647326017846e-07), r)
-    r = fma(n, F(-5.390302529957765e-15), r)
+    """The sine of x and `quarters` quarters of a turn; pi/2 is subtracted in float64, in two parts."""
+    wide = x.astype(np.float64)
+    shifted = fma(wide, np.float64(0.6366197723675814), _WIDE_ROUNDER)
+    n = shifted - _WIDE_ROUNDER
+    quadrant = shifted.view(np.int64) + quarters
+    rest = fma(n, np.float64(-6.123233995736766e-17), fma(n, np.float64(-1.5707963267948966), wide))
+    r = rest.astype(F)
     s = r * r
     value = np.where(quadrant & 1, _polynomial(s, _COS), fma(_polynomial(s, _SIN) * s, r, r))
-    return np.where(np.abs(x) <= F(1e5), np.where(quadrant & 2, -value, value), F(np.nan))
+    return np.where(np.abs(x) <= F(2.0**46), np.where(quadrant & 2, -value, value), F(np.nan))
 
 
 def sin(x: F32) -> F32:
-    """Sine; NaN beyond 1e5."""
+    """Sine; NaN beyond 2^46."""
     return _sine(x, 0)
 
 
 def cos(x: F32) -> F32:
-    """Cosine; NaN beyond 1e5."""
+    """Cosine; NaN beyond 2^46."""
     return _sine(x, 1)
 
 

@@ -122,9 +122,9 @@ class Node:
         return tuple(each for each in self.args if isinstance(each, View))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Form:
-    """A step.
+    """A step. Forms are equal if their JSON is, so that a NaN among their numbers is like another.
 
     All writes to a buffer come before its first read, and no element is read that was not written. `check` makes sure.
     """
@@ -135,6 +135,12 @@ class Form:
     nodes: tuple[Node, ...]
     outputs: tuple[View, ...]
     """The outputs and each leaf of the new state, in order; an element of each leaf for every one of its buffer."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Form) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @cached_property
     def digest(self) -> str:
@@ -166,7 +172,8 @@ class Form:
 
 def iterations(node: Node) -> int:
     """How often the innermost loop of a node runs for one row."""
-    return max([node.out.elements, *(view.elements for view in node.views if node.op != "take")])
+    views = (node.out, *(view for view in node.views if node.op != "take"))
+    return max(math.prod(max(n, 1) for n in view.shape) for view in views)
 
 
 def _lines(values: Sequence[Any]) -> str:
@@ -288,12 +295,15 @@ class _Checker:
         self._form, self._tensors = form, tensors
         self._written: list[npt.NDArray[np.bool_]] = []
         self._read: set[int] = set()
+        self._begun: set[int] = set()
+        """Buffers of a row that something was written to, if only no elements."""
 
     def run(self) -> None:
         form = self._form
         if len(form.nodes) > MAX_NODES:
             raise _Wrong(f"it has {len(form.nodes):,} nodes, and {MAX_NODES:,} at most can be compiled")
-        if sum(b.size for b in form.buffers if not b.tensor and b.size > 0) > MAX_ROW_ELEMENTS:
+        row = sum(b.size for b in form.buffers if not b.tensor and b.size > 0)
+        if row + sum(view.elements for view in form.outputs) > MAX_ROW_ELEMENTS:
             raise _Wrong(f"a row would take more than {MAX_ROW_ELEMENTS:,} numbers")
         for index, buffer in enumerate(form.buffers):
             self._check_buffer(index, buffer)
@@ -304,7 +314,8 @@ class _Checker:
                 raise _Wrong(f"input {index} is not a buffer of a row")
             self._written[index][...] = True
             self._read.add(index)
-        left = MAX_ITERATIONS
+            self._begun.add(index)
+        left = MAX_ITERATIONS - sum(view.elements for view in form.outputs)
         for number, node in enumerate(form.nodes):
             try:
                 self._check_node(node)
@@ -356,7 +367,8 @@ class _Checker:
     def _check_read(self, view: View) -> None:
         self._check_place(view)
         self._read.add(view.buffer)
-        if not self._elements(view).all():
+        elements, buffer = self._elements(view), self._form.buffers[view.buffer]
+        if not elements.all() or not (buffer.tensor or view.buffer in self._begun):
             raise _Wrong("it reads what was not written")
 
     def _check_write(self, node: Node, view: View) -> None:
@@ -364,6 +376,7 @@ class _Checker:
         if self._form.buffers[view.buffer].tensor or view.buffer in self._read:
             raise _Wrong("it writes to what is given, or was read before")
         elements = self._elements(view)
+        self._begun.add(view.buffer)
         reach, is_put = 0, node.op in ("put", "put_add")
         strides = [(abs(stride), n) for n, stride in zip(view.shape, view.strides, strict=True) if n > 1]
         for stride, n in sorted(each for each in strides if each[0] or not is_put):

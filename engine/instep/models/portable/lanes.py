@@ -1,4 +1,4 @@
-"""StepCode for one element of each row: a scalar program whose values are vectors, with another row in each lane.
+"""Code for one element of each row: a scalar program whose values are vectors, with another row in each lane.
 
 No operation crosses lanes, so how many there are decides no bit. With one lane the values are plain scalars. Operations
 are written without any fast-math flag; LLVM may then neither reorder nor contract them. `definition` computes the same
@@ -39,6 +39,8 @@ _COMPARISONS: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
 
 _ROUNDS: Final = 12582912.0
 """1.5 · 2^23: adding it to a small float32 rounds that to a whole number."""
+_ROUNDS_WIDE: Final = 6755399441055744.0
+"""1.5 · 2^52, which does the same to a float64."""
 _LARGEST_EXPONENT: Final = 88.72283935546875
 """The largest float32 whose exponential is finite."""
 _EXP: Final = (
@@ -462,14 +464,15 @@ class Lanes:
         return self._sine(x, 1)
 
     def _sine(self, x: Value, quarters: int) -> Value:
-        """The sine of x and some quarters of a turn; π/2 in three parts is good for some 1e5, and beyond it is NaN."""
-        b = self.b
-        shifted = self.fma(x, self.const(0.636619747), self.const(_ROUNDS))
-        j = b.fsub(shifted, self.const(_ROUNDS))
-        q = b.add(b.bitcast(shifted, self.vector(I32)), self.const(quarters, "int32"))
-        r = self.fma(j, self.const(-1.57079601287841796875), x)
-        r = self.fma(j, self.const(-3.1391647326017846e-07), r)
-        r = self.fma(j, self.const(-5.390302529957765e-15), r)
+        """The sine of x and some quarters of a turn, which are taken off in float64; NaN beyond its digits."""
+        b, of = self.b, "float64"
+        wide = b.fpext(x, self.vector(F64))
+        shifted = self.fma(wide, self.const(2 / math.pi, of), self.const(_ROUNDS_WIDE, of))
+        j = b.fsub(shifted, self.const(_ROUNDS_WIDE, of))
+        q = b.trunc(b.bitcast(shifted, self.vector(I64)), self.vector(I32))
+        q = b.add(q, self.const(quarters, "int32"))
+        r = self.fma(j, self.const(-math.pi / 2, of), wide)
+        r = b.fptrunc(self.fma(j, self.const(-6.123233995736766e-17, of), r), self.vector(F32))
         s = b.fmul(r, r)
         u = self._horner(s, 2.86567956e-6, -1.98559923e-4, 8.33338592e-3, -1.66666672e-1)
         sine = self.fma(b.fmul(u, s), r, r)
@@ -477,7 +480,7 @@ class Lanes:
         one, two, zero = (self.const(each, "int32") for each in (1, 2, 0))
         found = b.select(b.icmp_signed("!=", b.and_(q, one), zero), cosine, sine)
         found = b.select(b.icmp_signed("!=", b.and_(q, two), zero), b.fneg(found), found)
-        far = b.fcmp_unordered(">", self.intrinsic("fabs", x), self.const(1e5))
+        far = b.fcmp_unordered(">", self.intrinsic("fabs", x), self.const(2.0**46))
         return b.select(far, self.const(math.nan), found)
 
 

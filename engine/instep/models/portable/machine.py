@@ -19,6 +19,8 @@ import llvmlite.binding as llvm
 from instep.core.compiled import CACHE_FOLDER
 from instep.models.errors import ModelError
 
+_DIGEST_BYTES: Final = 32
+"""A cached file begins with the sha256 of the code behind it."""
 _FEW: Final = 8
 """With vectors of 16 floats; half as many with vectors of 8, whose registers are fewer."""
 
@@ -145,7 +147,9 @@ def cached(key: str, processor: Processor, make: Any) -> bytes:
     path = Path(CACHE_FOLDER) / name if CACHE_FOLDER else None
     if path is not None:
         with suppress(OSError):
-            return path.read_bytes()
+            kept = path.read_bytes()
+            if hashlib.sha256(kept[_DIGEST_BYTES:]).digest() == kept[:_DIGEST_BYTES]:  # else a start would crash
+                return kept[_DIGEST_BYTES:]
     try:
         code: bytes = make()
     except RuntimeError as error:
@@ -160,7 +164,9 @@ def _write(path: Path, code: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(code)
+            file.write(hashlib.sha256(code).digest() + code)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         os.unlink(temporary)
@@ -171,5 +177,5 @@ def _write(path: Path, code: bytes) -> None:
 def _sources() -> str:
     """A digest of the sources that write code."""
     here = Path(__file__).parent
-    names = ("plan.py", "lanes.py", "kernels.py", "compiler.py", "machine.py")
+    names = ("form.py", "builder.py", "plan.py", "lanes.py", "kernels.py", "compiler.py", "machine.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

@@ -43,7 +43,19 @@ class CompiledStep:
             inputs: float32 [any, features].
             states: uint8 [any, row_bytes], changed in place.
             outputs: float32 [any, outputs].
+
+        Raises:
+            ValueError: for tables of other dtypes or widths.
         """
+        for table, dtype, width in (
+            (inputs, np.float32, self.features),
+            (states, np.uint8, self.state.row_bytes),
+            (outputs, np.float32, self.outputs),
+        ):
+            if table.dtype != dtype or table.ndim != 2 or table.shape[1] != width or table.strides[1] != table.itemsize:
+                raise ValueError(
+                    f"a table of {table.dtype} {table.shape}, where rows of {width} {dtype.__name__} belong"
+                )
         return Rows(self._code, self.state, inputs, states, outputs)
 
     def run(self, x: F32, states: U8) -> tuple[F32, U8]:
@@ -52,6 +64,8 @@ class CompiledStep:
         Returns:
             Outputs [R, outputs] and the states after the frames, as copies.
         """
+        if len(states) != len(x):
+            raise ValueError(f"{len(x)} frames for {len(states)} states")
         y, after = np.empty((len(x), self.outputs), np.float32), states.copy()
         self.bind(np.ascontiguousarray(x), after, y).run_all(len(x))
         return y, after

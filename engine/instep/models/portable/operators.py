@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import fx
 
-from instep.models.errors import ModelError
+from instep.models.errors import ModelError, first_line
 from instep.models.module.capture import changes, unknown
 from instep.models.module.operators import Operator, name_of, written
 from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute
@@ -70,7 +70,7 @@ class Lowering:
                     values[node] = operator.attrgetter(str(node.target))(self._module)
                 case "call_function":
                     self._where = node.stack_trace or "the step"
-                    values[node] = self._call(node, args, kwargs)
+                    values[node] = self._called(node, args, kwargs)
                 case "output":
                     return list(args[0])
         raise AssertionError("a graph ends with its output")
@@ -78,6 +78,14 @@ class Lowering:
     def refuse(self, why: str) -> ModelError:
         """The error that an operator cannot be lowered."""
         return ModelError(f"{self._where} calls {self._name} {why}")
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            return self._call(node, args, kwargs)
+        except ModelError:
+            raise
+        except Exception as error:  # such as torch's on a view of memory that is laid out in another way
+            raise self.refuse(f"in a way that has no portable form ({first_line(error):.200})") from error
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target

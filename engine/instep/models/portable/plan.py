@@ -17,6 +17,8 @@ ONE_NAN: Final = "one_nan"
 """A map of plans only: a copy with one NaN in place of all others."""
 _IS_MAP: Final = MAPS.keys() | COMPARISONS | {"cast", "where", ONE_NAN}
 _ALIGNED: Final = 64
+MOST_MAPS: Final = 64
+"""In one loop: LLVM takes more than proportionally longer for more."""
 DENSE_LEAST: Final = 4
 """Outputs of a product with weights that are worth a panel."""
 
@@ -96,7 +98,7 @@ class StepPlan:
 
 
 def plan(form: Form) -> StepPlan:
-    """StepPlan the computation of a checked form."""
+    """Plan the computation of a checked form."""
     buffers, nodes, outputs = list(form.buffers), list(form.nodes), list[View]()
     for view in form.outputs:
         buffers.append(Buffer(form.dtype(view), view.elements))
@@ -178,7 +180,7 @@ def _grow(
     made = {nodes[group[0]].out.buffer: nodes[group[0]]}
     shape = _space(nodes[group[0]])
     grew = True
-    while grew:
+    while grew and len(group) < MOST_MAPS:
         grew = False
         for number in sorted(ready):
             node = nodes[number]
@@ -259,6 +261,8 @@ def _product(plan: StepPlan, node: Node) -> Product | None:
     if plan.buffers[node.out.buffer].dtype != "float32" or (one.buffer in plan.shared) == (other.buffer in plan.shared):
         return None
     x, weight = (other, one) if one.buffer in plan.shared else (one, other)
+    if not (node.out.elements and weight.elements):
+        return None
     rank = len(node.out.shape)
     columns = [dim for dim in range(rank) if x.strides[dim] == 0 and weight.strides[dim] != 0]
     if not columns:
