@@ -70,22 +70,17 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
     return spoil
 
 
-def graph(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+def graph(change: Callable[[dict[str, Any]], Any], file: str = "graph.json") -> Spoil:
     def spoil(folder: Path) -> None:
-        fields = json.loads((folder / "graph.json").read_text())
+        fields = json.loads((folder / file).read_text())
         change(fields)
-        (folder / "graph.json").write_text(json.dumps(fields))
+        (folder / file).write_text(json.dumps(fields))
 
     return spoil
 
 
 def form(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    def spoil(folder: Path) -> None:
-        values = json.loads((folder / "normal.json").read_text())
-        change(values)
-        (folder / "normal.json").write_text(json.dumps(values))
-
-    return spoil
+    return graph(change, "normal.json")
 
 
 def no_file(file: str) -> Spoil:

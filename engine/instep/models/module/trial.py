@@ -1,4 +1,4 @@
-"""The step in eager torch compared with what is served, to find what a graph does not show.
+"""The step in eager torch compared with what is served, to find errors that the graph does not show.
 
 torch.export turns everything that is not a tensor into a constant, such as a counter that the step keeps in Python; and
 a step that mixes the rows of a batch is served as if each were alone.

@@ -32,7 +32,7 @@ class UnservedOperator(Exception):
 
 
 class OnnxNode:
-    """A node with its attributes and what it is given.
+    """A node with its attributes and the values of its inputs.
 
     Args:
         proto: as it is in the graph.

@@ -57,7 +57,7 @@ class FrameStep(PlainFields, ABC):
         """`context 3`."""
 
     def tensors(self, inputs: int) -> dict[str, npt.NDArray[np.float32]]:
-        """What it computes with, the same on every machine."""
+        """Its constants by name; equal on every machine."""
         return {}
 
     @abstractmethod

@@ -51,7 +51,7 @@ class Compiled:
         self.dtypes = [DTYPES[form.buffers[index].dtype] for index in form.inputs]
         self.output_sizes = [view.elements for view in form.outputs]
         self.memory_bytes = code.memory_bytes
-        """What `run` needs in each thread."""
+        """The working memory of `run`, for each thread."""
         self._library = library
         self._weights = code.weights(tensors, library.function("once", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long))
         self._run = library.function(

@@ -130,7 +130,7 @@ class Library:
     def function(self, name: str, *arguments: Any) -> Any:
         """A function that returns nothing; a call releases the interpreter's lock."""
         found: Any = ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
-        found.library = self  # whose memory it is
+        found.library = self  # its code is freed with the library
         return found
 
 
