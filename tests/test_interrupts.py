@@ -74,7 +74,8 @@ interrupts.end_at_once()
 interrupts.raise_stopped()
 try:
     sys.stderr.write("ready")
-    time.sleep(60)
+    while True:
+        time.sleep(0.1)  # a signal that comes just before a sleep is handled after it
 except interrupts.Stopped:
     print("the report")
     print("a remark", file=sys.stderr)
