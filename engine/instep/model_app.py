@@ -80,7 +80,6 @@ def make(
         "instep model import net.safetensors --after head:none",
         "instep model import ears.pt --after fc:softmax --leave-out decoder",
         "instep model import vad.onnx --shape input=rows,576 --constant sr=16000",
-        "instep model import step.pt2 --outputs yes,no",
     ),
 )
 def import_model(
@@ -88,7 +87,7 @@ def import_model(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A state dict (.pt of torch.save, or .safetensors), or a graph (.onnx, or .pt2 of torch.export.save).",
+            help="A state dict (.pt of torch.save, or .safetensors), or a graph (.onnx).",
         ),
     ],
     output: Annotated[
@@ -138,7 +137,7 @@ def import_model(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a model folder of the weights of a trained network, or of a graph: ONNX, or a step of torch.export.
+    """Make a model folder of the weights of a trained network, or of a graph in ONNX.
 
     Name the layers of weights and their activations, in order: weights alone do not say. Without options, it says what
     the file holds. Nothing in it is executed.
@@ -147,18 +146,12 @@ def import_model(
     """
     folder = output or file.with_suffix("")
     names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
-    if file.suffix in (".onnx", ".pt2") and (recurrent or nonlinearity or before or after or leave_out):
+    if file.suffix == ".onnx" and (recurrent or nonlinearity or before or after or leave_out):
         raise typer.BadParameter(
             "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
         )
     if file.suffix != ".onnx" and (frame or answer or state or constant or shape):
         raise typer.BadParameter("--frame, --answer, --state, --constant and --shape go with an .onnx graph")
-    if file.suffix == ".pt2":
-        from instep.models.module.archived_step import import_pt2
-
-        model = import_pt2(file, folder, name=name, outputs=names, overwrite=overwrite)
-        say(f"{folder}: {model.description.in_words()}")
-        return
     if file.suffix == ".onnx":
         from instep.models.onnx.importer import import_onnx
         from instep.models.onnx.matching import Hints

@@ -119,15 +119,6 @@ def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> No
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_a_step_that_torch_export_saved_is_imported_as_written(folder: Path) -> None:
-    assert len([line for line in PROGRAMS["exported.py"].splitlines() if line]) < 20
-    exported = run(["python", "exported.py"], folder)
-    assert exported.returncode == 0, exported.stderr
-    imported = run(COMMANDS[-2], folder)
-    words = "exported: 40 features → step of 16 operators, state [64] → 3 outputs\n"
-    assert (imported.returncode, imported.stdout) == (0, words), imported.stderr
-
-
 def test_its_graph_is_imported_as_written(folder: Path) -> None:
     exported = run(["python", "lstm.py"], folder)
     assert exported.returncode == 0, exported.stderr

@@ -30,11 +30,11 @@ DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
-"""Of a file that holds the weights, too: an ONNX graph, or an archive of `torch.export.save`."""
+"""Of an ONNX graph, with its weights."""
 GRAPHS: Final = {
     ".onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
-    ".pt2": "is a program of torch.export and not a model folder: make one of it with `instep model import` and this "
-    "file, if it is one step",
+    ".pt2": "is a program of torch.export and not a model folder: hand the module that it was made from to "
+    "instep.models.export_step",
     ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
 }
 """What to do with files of other kinds than weights, by their suffix."""

@@ -25,7 +25,7 @@ from instep.models.module.graph import references
 from instep.models.module.operators import Operator, argument, is_allowed, may_alias, name_of, trains, written
 from instep.models.module.program import encoded
 
-DROPPED: Final = frozenset(
+_DROPPED: Final = frozenset(
     [
         "_assert_async",
         "_assert_scalar",
@@ -35,7 +35,7 @@ DROPPED: Final = frozenset(
     ]
 )
 """They check, and compute nothing; what they check either holds for every batch or depends on values."""
-COMPARISONS: Final = frozenset(["ge", "le", "gt", "lt", "eq", "ne"])
+_COMPARISONS: Final = frozenset(["ge", "le", "gt", "lt", "eq", "ne"])
 """Of sizes, for those checks."""
 _IDENTITIES: Final = frozenset(
     ["alias", "alpha_dropout", "detach", "detach_", "dropout", "dropout_", "feature_dropout", "lift_fresh"]
@@ -63,13 +63,12 @@ class Capture:
     Args:
         program: what torch.export made of it, with a dynamic batch.
         leaves: the names of the state's leaves.
-        prefix: of the names of its tensors, left out.
 
     Raises:
         ModelError: when the gate refuses it.
     """
 
-    def __init__(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
+    def __init__(self, program: ExportedProgram, leaves: Sequence[str]) -> None:
         self.outputs: int
         """Values per row of `y`."""
         self.y: Any
@@ -82,7 +81,7 @@ class Capture:
         """What may share memory with an argument or a tensor, and how sentences call that."""
         self.lines: dict[str, str] = {}
         """The lines of the user's code that make the calls, by the names of nodes."""
-        self._add_inputs(program, leaves, prefix)
+        self._add_inputs(program, leaves)
         for node in program.graph.nodes:
             if node.op == "call_function":
                 self._add(node)
@@ -95,7 +94,7 @@ class Capture:
         self.outputs = int(results[0].meta["val"].shape[1])
         self._drop_unused()
 
-    def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str], prefix: str) -> None:
+    def _add_inputs(self, program: ExportedProgram, leaves: Sequence[str]) -> None:
         inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         self._batch = inputs[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
         names = iter(["", *leaves])
@@ -106,7 +105,7 @@ class Capture:
                 self._references[node] = {"state": leaf} if leaf else {"x": True}
                 self._given[node] = f"leaf {leaf} of the state" if leaf else "its frames x"
                 continue
-            name = (spec.target or spec.arg.name).removeprefix(prefix)
+            name = (spec.target or spec.arg.name).removeprefix("step.")
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 raise ModelError(f"the step uses {name}, which is no tensor; leave it out")
             held = program.constants if spec.kind == InputKind.CONSTANT_TENSOR or not spec.persistent else {}
@@ -121,9 +120,10 @@ class Capture:
         target: Any = node.target
         if isinstance(target, Operator):
             name = name_of(target)
-            if name in DROPPED:
+            if name in _DROPPED:
                 return
-            self._check(node, target, name)
+            _check_call(node, target, name)
+            self._check_written(node, target)
             if name == "sym_size" and str(node.meta["val"]) == str(self._batch):
                 self._references[node] = {"rows": True}
                 return
@@ -143,8 +143,8 @@ class Capture:
             if called == "getitem" and isinstance(node.args[0], fx.Node):
                 self._follow(node, node.args[0])
             elif _depends_on_values(node):
-                raise ModelError(by_value(_where(node)))
-        elif getattr(target, "__name__", "") in COMPARISONS:
+                raise ModelError(_by_value(_where(node)))
+        elif getattr(target, "__name__", "") in _COMPARISONS:
             return
         else:
             raise ModelError(unknown(_where(node), getattr(target, "__name__", str(target))))
@@ -179,14 +179,10 @@ class Capture:
             return [self._reference(each) for each in value]
         return encoded(value)
 
-    def _check(self, node: fx.Node, op: Operator, name: str) -> None:
-        """Refuse what no step may do, whatever its shapes are."""
-        if _depends_on_values(node):
-            raise ModelError(by_value(_where(node)))
-        check_call(op, node.args, node.kwargs, _where(node))
+    def _check_written(self, node: fx.Node, op: Operator) -> None:
         for at in written(op):
             target = node.args[at]
-            if isinstance(target, fx.Node) and target in self._given and name not in _IDENTITIES:
+            if isinstance(target, fx.Node) and target in self._given and name_of(op) not in _IDENTITIES:
                 raise ModelError(changes(self._given[target], _where(node)))
 
     def _follow(self, node: fx.Node, of: fx.Node) -> None:
@@ -207,21 +203,11 @@ class Capture:
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
 
 
-def check_call(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Refuse an operator that no step may call, or not with these arguments.
-
-    Args:
-        op: the operator.
-        args: as a graph has them; only plain values matter.
-        kwargs: the others, by name.
-        where: the line that calls it, as `source_line` gives it.
-
-    Raises:
-        ModelError: naming the line.
-    """
-    name = name_of(op)
-    if name in _VALUES_AS_SIZES:
-        raise ModelError(by_value(where))
+def _check_call(node: fx.Node, op: Operator, name: str) -> None:
+    """Refuse an operator that no step may call, or not with these arguments."""
+    where, args, kwargs = _where(node), node.args, node.kwargs
+    if _depends_on_values(node) or name in _VALUES_AS_SIZES:
+        raise ModelError(_by_value(where))
     if torch.Tag.nondeterministic_seeded in op.tags and name not in _SEEDED:
         raise ModelError(
             f"{where} draws random numbers ({name}), so a frame could never be computed again; "
@@ -255,24 +241,18 @@ def _depends_on_values(node: fx.Node) -> bool:
     return any(symbol.startswith(("u", "zu")) for size in sizes for symbol in _symbols(size))
 
 
-def source_line(stack_trace: str | None) -> str:
+def _where(node: fx.Node) -> str:
     """How sentences call the line of the user's code that a call comes from."""
-    # Line by line, since a stranger's trace may be megabytes long and .* would scan them again for each match.
-    lines = pairwise((stack_trace or "").split("\n"))
+    lines = pairwise(node.meta.get("stack_trace", "").split("\n"))
     found = [(*match.groups(), code) for line, code in lines if (match := _SOURCE.match(line))]
     if not found:
         return "the step"
     of_user = [each for each in found if not each[0].startswith(_TORCH)]
-    file, line, code = ("".join(filter(str.isprintable, part)) for part in (of_user or found)[-1])
+    file, line, code = (of_user or found)[-1]
     return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
 
 
-def _where(node: fx.Node) -> str:
-    return source_line(node.meta.get("stack_trace"))
-
-
-def by_value(where: str) -> str:
-    """Why sizes that depend on values cannot be served."""
+def _by_value(where: str) -> str:
     return (
         f"{where} lets values in a tensor decide how many elements there are or which way to go, as a mask, "
         "nonzero and .item() do, and rows of other streams would decide along: use torch.where over all elements"

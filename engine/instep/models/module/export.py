@@ -70,34 +70,13 @@ def export_step(
     if not overwrite:
         check_free(folder, KINDS["module"])  # before the export, which takes seconds
     name = folder.resolve().name if name is None else name
-    model = model_of_step(module, example_x, example_state, name, outputs, initial_state)
-    write_model(folder, model, overwrite=overwrite)
-    return model
-
-
-def model_of_step(
-    module: nn.Module,
-    example_x: torch.Tensor,
-    example_state: Any,
-    name: str,
-    outputs: Sequence[str],
-    initial_state: Literal["zeros", "example"],
-    tensors_in: str = "",
-) -> Model:
-    """The model of a step module, checked; see `export_step`.
-
-    The names of its tensors leave out `tensors_in`, which all of them begin with.
-
-    Raises:
-        ModelError: the step does something that cannot be served.
-    """
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         kind = "TorchScript" if isinstance(module, nn.Module) else f"one {type(module).__name__}"
         raise ModelError(f"the step is {kind}; give an nn.Module whose forward is y, new_state = step(x, state)")
     if initial_state not in ("zeros", "example"):
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    with evaluating(module), in_silence():
+    with evaluating(module), _in_silence():
         mine = _copied(module).cpu()
         attributes = attributes_of(mine)
         example = example_of(mine, example_x, example_state)
@@ -106,9 +85,10 @@ def model_of_step(
         check_attributes(mine, attributes)
         fresh = example_of(_copied(module).cpu(), example_x, example_state)
         program = _exported(fresh)
-        model = _model(program, example, name, outputs, f"step.{tensors_in}")
+        model = _model(program, example, name, outputs)
         compare(example, PortableNetwork(model))
         check_attributes(mine, attributes)
+    write_model(folder, model, overwrite=overwrite)
     return model
 
 
@@ -120,9 +100,9 @@ def _refuse_other_starts(example: Example) -> None:
         )
 
 
-def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str], prefix: str) -> Model:
+def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
     leaves = [leaf.name for leaf in example.leaves]
-    captured = Capture(program, leaves, prefix)
+    captured = Capture(program, leaves)
     dtypes = checked_tensors(captured.tensors)
     try:
         step = GraphStep.model_validate(
@@ -161,10 +141,10 @@ def _exported(example: Example) -> ExportedProgram:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(refusal(error)) from error
+        raise ModelError(_refusal(error)) from error
 
 
-def refusal(error: Exception) -> str:
+def _refusal(error: Exception) -> str:
     """Why torch.export gave up, in the user's words."""
     text = str(error)
     if "data-dependent" in text:
@@ -207,7 +187,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def in_silence() -> Iterator[None]:
+def _in_silence() -> Iterator[None]:
     """Without what torch.export writes for those who work on it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -26,8 +26,7 @@ Size: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
 MAX_NODES: Final = 20_000
 MAX_JSON_BYTES: Final = 2**23
-"""Of a graph as JSON; checking it takes up to 50 times as much memory. A call takes 100 to 250 bytes in `graph.json`,
-so that `MAX_NODES` fit, and 1 to 2 kB in an archive of `torch.export.save`."""
+"""Of a graph as JSON, in which a call takes 100 to 250 bytes; checking it takes up to 50 times as much memory."""
 
 
 class GraphTensor(PlainFields):

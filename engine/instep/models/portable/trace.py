@@ -70,7 +70,7 @@ def form_of_module(
     Args:
         description: with its graph.
         weights: by name.
-        where: the lines of the user's code, as `source_line` gives them, by the names of the graph's nodes.
+        where: the lines of the user's code, by the names of the graph's nodes.
 
     Raises:
         ModelError: when the step does something that has no portable form; it names the line.
