@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -129,7 +127,6 @@ def serve(
         "instep verify today.instep",
         "instep verify today.instep --model my-model --stream mic-7 --json",
         "instep verify today.instep --report today.html",
-        "instep verify today.instep --follow --for 60",
         "instep verify monday.instep tuesday.instep",
         "instep verify /var/lib/instep",
     ]
@@ -146,57 +143,35 @@ def verify(
         Path | None,
         typer.Option("--report", metavar="FILE.html", help="Also write a page with all of it, to attach or to send."),
     ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Compare what is written, from the newest checkpoint on, until Ctrl-C.")
-    ] = False,
-    for_s: Annotated[
-        float | None,
-        typer.Option("--for", metavar="SECONDS", min=0, help="End --follow this long after it has loaded."),
-    ] = None,
     json: Json = False,
 ) -> None:
     """Compute a recording again, on any machine, and compare every output, bit for bit.
 
-    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. With --follow,
-    everything that was compared matched, and the last line counts what was not compared; --json prints an object a
-    second, and a last one with `"final": true`. Several recordings are verified one after another, with a line for
-    each (with --json, an object); the status is 1 if any differs, otherwise 2 if any could not be checked. Those
-    without frames are passed over, unless all are.
+    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. Several
+    recordings are verified one after another, with a line for each (with --json, an object); the status is 1 if any
+    differs, otherwise 2 if any could not be checked. Those without frames are passed over, unless all are.
     """
-    if for_s is not None and not follow:
-        raise typer.BadParameter("it goes with --follow", param_hint="--for")
-    if report is not None and follow:
-        raise typer.BadParameter("a page is written of a whole recording, without --follow", param_hint="--report")
-
-    if (follow or report is not None) and len(recordings) == 1 and os.path.isdir(recordings[0]):
+    if report is not None and len(recordings) == 1 and os.path.isdir(recordings[0]):
         from instep.recording.inspection import holds_frames, recordings_in
 
         found = recordings_in(recordings[0])
-        if len(found) > 1 and not follow:
+        if len(found) > 1:
             found = [file for file in found if holds_frames(file)]
         if len(found) == 1:
             recordings = found
     several = len(recordings) > 1 or os.path.isdir(recordings[0])
-    if several and (follow or report is not None):
-        option = "--follow" if follow else "--report"
-        raise typer.BadParameter("it takes one recording: name one file", param_hint=option)
+    if several and report is not None:
+        raise typer.BadParameter("it takes one recording: name one file", param_hint="--report")
 
     options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
+    interrupts.raise_stopped()
     if several:
         from instep.verify.command import run_all
 
-        interrupts.raise_stopped()
         raise typer.Exit(run_all(recordings, **options))
-    if follow:
-        from instep.verify.command import follow as follow_it
+    from instep.verify.command import run
 
-        how = partial(follow_it, for_s=math.inf if for_s is None else for_s)
-    else:
-        from instep.verify.command import run
-
-        how = partial(run, page=report)
-    interrupts.raise_stopped()
-    raise typer.Exit(how(recordings[0], **options))
+    raise typer.Exit(run(recordings[0], page=report, **options))
 
 
 @app.command(

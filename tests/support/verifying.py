@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from typer.testing import CliRunner
-
-from instep.cli import app
 from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
@@ -42,9 +39,3 @@ def forge(recorded: Recorded) -> Forger:
 
 def verdicts(report: Report) -> list[str]:
     return [stream.verdict for stream in report.streams]
-
-
-def verify_following(path: Path, *arguments: str) -> tuple[int, str]:
-    """Exit status and output of `instep verify --follow`."""
-    result = CliRunner().invoke(app, ["verify", str(path), "--follow", *arguments])
-    return result.exit_code, result.output

@@ -69,9 +69,7 @@ def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.Captur
     assert "cannot read the recording" in fields["error"]
 
 
-@pytest.mark.parametrize(
-    "command", [["verify"], ["verify", "--follow", "--for", "0"], ["recordings", "state"]], ids=str
-)
+@pytest.mark.parametrize("command", [["verify"], ["recordings", "state"]], ids=str)
 def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
@@ -257,11 +255,10 @@ def test_a_folder_of_one_recording_stands_for_it(recorded: Recorded, tmp_path: P
     assert (refused.exit_code, "it takes one recording: name one file" in refused.stderr) == (2, True)
 
 
-def test_options_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:
-    for option in ("--follow", "--report=page.html"):
-        refused = CliRunner().invoke(app, ["verify", str(tmp_path), option])
-        assert refused.exit_code == 2
-        assert "it takes one recording: name one file" in refused.stderr
+def test_an_option_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["verify", str(tmp_path), "--report=page.html"])
+    assert refused.exit_code == 2
+    assert "it takes one recording: name one file" in refused.stderr
     empty = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert empty.exit_code == 2
     assert (

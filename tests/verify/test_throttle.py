@@ -112,7 +112,7 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
         assert waited == [message, message, "", ""], "the last one at the end"
         database.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UnavailableRecording, match="try again"):
-            follow(follower, told, Event(), for_s=0)
+            follow(follower, told, over, finishes=True)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{}\n")))
         assert live.main([str(story.path)]) == background.AGAIN, "the server starts another process later"
         assert "database is locked; try again" in capfd.readouterr().err

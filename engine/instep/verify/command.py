@@ -18,7 +18,6 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import look_over, recordings_in
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
-from instep.verify.follow_command import Following
 from instep.verify.recorded_model import recorded_model
 from instep.verify.render import render, render_briefly
 from instep.verify.report import CannotVerify, NoFrames
@@ -141,19 +140,6 @@ def run_all(
             parts = f"{good:,} verified, {differing:,} with a mismatch, {unchecked:,} not checked{without}"
             say(console, f"not verified: {counted(len(every), 'recording')}, {parts}", "bold red")
     return status
-
-
-def follow(
-    file: Path, *, model_folder: Path | None, streams: Sequence[str], json: bool, for_s: float, console: Console
-) -> int:
-    """Verify a recording while it is written, until a signal or for some seconds; arguments and status as of `run`."""
-
-    def followed() -> int:
-        following = Following(file, model_folder, streams)
-        verdict = following.in_json(for_s, write_json) if json else following.in_words(for_s, console)
-        return MISMATCH if verdict == "mismatch" else NOT_CHECKED if verdict == "not checked" else VERIFIED
-
-    return _status(file, json, console, followed)
 
 
 def _status(file: Path, json: bool, console: Console, check: Callable[[], int], prefix: str = "") -> int:

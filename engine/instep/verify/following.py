@@ -32,7 +32,7 @@ from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.verify.checkers import Task, step_again, step_with_bound
 from instep.verify.chunks import Chunk, plan_chunks
 from instep.verify.left_out import Reason, by_reason
-from instep.verify.mismatches import Mismatches, StreamNumbers, WrongOutput, wrong_output
+from instep.verify.mismatches import Mismatches, WrongOutput, wrong_output
 from instep.verify.portion import FOLLOW_LIMITS, FollowedPart, FollowLimits, Portion
 from instep.verify.recorded_model import recorded_model, why_not_bits
 from instep.verify.stream_checks import StreamCheck
@@ -55,7 +55,6 @@ class Follower:
             Frames up to there do not count, though some are stepped again.
         waiting: of these frames, how many were read and neither compared nor left out; that many count.
         applied: how many frames were applied up to `start` since the recording began; None where it is a checkpoint's.
-        wanted: names or numbers of the streams to follow; none for all.
         told: streams that were told of before as wrong, as `StreamNumbers.pairs`; they are not followed.
         limits: of the memory for frames and mismatches.
 
@@ -64,7 +63,6 @@ class Follower:
         frames: how many frames were compared.
         frames_seen: how many frames were committed since the start, up to `seen`.
         applied: how many were applied since the recording began.
-        streams_total: how many streams were followed at some time.
         position: everything in the recording up to here was read.
         seen: the newest position that was ever read; beyond `position` where some is read again.
         lag_s: seconds since everything that is not read yet was committed.
@@ -82,26 +80,21 @@ class Follower:
         start: int | None = None,
         waiting: int = 0,
         applied: int | None = None,
-        wanted: Sequence[str] = (),
         told: Sequence[tuple[int, int]] = (),
         limits: FollowLimits = FOLLOW_LIMITS,
     ) -> None:
         self.path = path
         self.share = 1.0
-        self.frames = self.streams_total = 0
+        self.frames = 0
         self.frames_seen = waiting
         self.lag_s = 0.0
         self.mismatches = Mismatches(told, limits.most_kept)
         self.differs = False
-        self._wanted = frozenset(wanted)
         self._limits = limits
         self._known: dict[int, FollowedPart | Reason] = {}
         """By number, open streams that were met, or why they are not followed."""
         self._late = set[int]()
         """Of these, the ones whose recorded state was too old when they were met."""
-        self._followed = StreamNumbers()
-        """Streams that count in `streams_total`."""
-        self._remembered = (self.mismatches.streams, self._followed)
         self._portion = Portion()
         self._left_out = Counter[Reason]()
         with RecordingTail(path, limits=limits.reading) as tail:
@@ -206,9 +199,8 @@ class Follower:
         self._left_out[reason] += frames
 
     def _skip_to(self, position: int, tail: RecordingTail) -> None:
-        still_open = set(tail.newest_open(_ALL))
-        for streams in self._remembered:
-            streams.keep(still_open)  # the closings of others may be among what is left out
+        # The closings of others may be among what is left out.
+        self.mismatches.streams.keep(set(tail.newest_open(_ALL)))
         self._left_out[Reason.BEHIND] += self.waiting
         self._known, self._portion, self.position, self.seen = {}, Portion(), position, max(self.seen, position)
         self._late.clear()
@@ -252,15 +244,13 @@ class Follower:
                 has_ended = was_checked and isinstance(part, FollowedPart)
                 self._known[item.stream] = Reason.CLOSED if has_ended else part
         elif isinstance(item, Closed):
-            for streams in self._remembered:
-                streams.close(item.stream, item.position)
+            self.mismatches.streams.close(item.stream, item.position)
             if isinstance(ended := self._known.pop(item.stream, None), FollowedPart):
                 ended.is_over = True
         elif item.kind == RESET_EVENT:
             self._reset(item, tail)
         elif item.kind == CHECKPOINT_EVENT:
-            for streams in self._remembered:
-                streams.forget(item.seq or 0)
+            self.mismatches.streams.forget(item.seq or 0)
             self._anchor(tail)
         elif item.kind == ENGINE_EVENT:
             self._check()
@@ -304,13 +294,10 @@ class Follower:
                     part.anchor = found.seq, found.state
 
     def _part(self, number: int, name: str, seq: int, state: U8 | None) -> FollowedPart | Reason:
-        if self._wanted and self._wanted.isdisjoint((name, str(number))):
-            return Reason.NOT_NAMED
         if number in self.mismatches.streams:
             return Reason.DIFFERS
         if not _is_sampled(name, self.share):
             return Reason.NOT_SAMPLED
-        self.streams_total += self._followed.add(number)
         return FollowedPart(number, name, state, seq)
 
     # ── Checking ───────────────────────────────────────────────────────────────────────────────────────────────────

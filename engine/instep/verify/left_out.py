@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from enum import StrEnum
-from typing import Final
 
 
 class Reason(StrEnum):
@@ -19,8 +17,6 @@ class Reason(StrEnum):
     """It was left out to catch up with the writer."""
     DIFFERS = "differs"
     """A mismatch was found in its stream before."""
-    NOT_NAMED = "not_named"
-    """The user named other streams."""
     CLOSED = "closed"
     """Its stream had closed when it was met, and a closed one has no recorded state."""
     NO_OUTPUT = "no_output"
@@ -29,19 +25,6 @@ class Reason(StrEnum):
     """The history was trimmed before the frame was read: nobody can check it any more."""
     OTHER = "other"
     """A state behind it is the first that is known of its stream; or the checkpoint that it waited for never came."""
-
-
-_WORDS: Final = {
-    Reason.NOT_SAMPLED: "not sampled",
-    Reason.STATE_TOO_OLD: "state too old",
-    Reason.BEHIND: "left out to catch up",
-    Reason.DIFFERS: "after a mismatch",
-    Reason.NOT_NAMED: "of streams not named",
-    Reason.CLOSED: "of closed streams",
-    Reason.NO_OUTPUT: "without an output",
-    Reason.UNCHECKED: "trimmed before they were read",
-    Reason.OTHER: "for other reasons",
-}
 
 
 def by_reason(counts: Counter[Reason], skipped: int) -> dict[str, int]:
@@ -57,22 +40,3 @@ def by_reason(counts: Counter[Reason], skipped: int) -> dict[str, int]:
         found[str(reason)] = counts[reason] - taken
     found[Reason.OTHER] += max(0, -surplus)
     return {reason: frames for reason, frames in found.items() if frames}
-
-
-def share_compared(frames: int, skipped: int) -> float:
-    """Of frames that were compared or left out; 1 where there are none."""
-    return frames / (frames + skipped) if skipped else 1.0
-
-
-def in_words(skipped_by: Mapping[str, int], waiting: int, most: int | None = None) -> str:
-    """`1,200 not sampled, 30 state too old, 5 waiting for a checkpoint`, the most frequent first.
-
-    Args:
-        skipped_by: frames by the reason.
-        waiting: frames that are compared once a checkpoint is there.
-        most: reasons; None for all.
-    """
-    counts = [(frames, _WORDS[Reason(reason)]) for reason, frames in skipped_by.items()]
-    if waiting:
-        counts.append((waiting, "waiting for a checkpoint"))
-    return ", ".join(f"{frames:,} {words}" for frames, words in sorted(counts, reverse=True)[:most])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from threading import Event
 from typing import Any, Final
 
@@ -119,19 +119,17 @@ def follow(
     stopped: Event,
     *,
     every_s: float = 1.0,
-    for_s: float = math.inf,
     finishes: bool = False,
     patience: Patience = PATIENCE,
     slices: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
-    """Follow until it is stopped or the time is over.
+    """Follow until it is stopped.
 
     Args:
         follower: what is at the beginning.
         on_status: called every so often, also while the recording cannot be read, and once more at the end.
         stopped: ends it.
         every_s: how often.
-        for_s: how long; everything that was committed by then is checked.
         finishes: check everything that was committed by then when it is stopped, too.
         patience: how long it waits between looks.
         slices: entered for each look after one that read everything in a moment, so there is time for rests.
@@ -142,7 +140,7 @@ def follow(
         CannotVerify: when the model cannot be computed here.
     """
     told = read = time.monotonic()
-    throttle, count, ends, is_all = Throttle(follower, told), 0, told + for_s, False
+    throttle, count, ends, is_all = Throttle(follower, told), 0, inf, False
 
     def tell(unreadable: str = "", unread_s: float = 0.0) -> None:
         nonlocal count
