@@ -240,7 +240,6 @@ class TestErrors:
         [
             (["model", "make", "m", "--features", "abc"], ["--features", "'abc'"]),
             (["model", "make", "m", "--features", "3", "--hidden", "4.5"], ["--hidden", "'4.5'"]),
-            (["demo", "sead"], ["'sead' is not one of", "Did you mean 'seed'?"]),
         ],
     )
     def test_of_values_name_the_flag_and_the_value_in_plain_words(self, arguments: list[str], words: list[str]) -> None:
@@ -281,19 +280,8 @@ class TestDemo:
         speakers = Stub(monkeypatch, "instep.demo.speakers")
         speakers.answer = 1
         assert instep("demo").exit_code == 1
-        assert instep("demo", "speakers", "--out", "there").exit_code == 1
+        assert instep("demo", "--out", "there").exit_code == 1
         assert [args[0] for args, _ in speakers.calls] == [Path("demo-out"), Path("there")]
-
-    def test_or_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seed = Stub(monkeypatch, "instep.demo.seed")
-        seed.answer = 4
-        assert instep("demo", "seed").exit_code == 4
-        result = instep("demo", "seed", "--out", "there")
-        assert (result.exit_code, len(seed.calls)) == (2, 1)
-        assert "`demo seed` writes no files: omit --out" in " ".join(result.output.replace("│", " ").split())
-
-    def test_and_nothing_else(self) -> None:
-        assert instep("demo", "sead").exit_code == 2
 
 
 class TestConfig:

@@ -168,13 +168,6 @@ def test_serve_that_has_ended_is_not_ended_by_a_copy_of_its_signal(tmp_path: Pat
     assert "stopped" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.heavy
-def test_other_commands_end_quietly_too(tmp_path: Path) -> None:
-    for ending in interrupted_at_every_moment("instep.__main__", ["demo", "seed"], tmp_path, step_s=0.7, last_s=2.1):
-        assert "Traceback" not in ending.stderr, ending
-        assert ending.status in (0, 130), ending
-
-
 @pytest.mark.parametrize(
     ("number", "owner", "name", "command", "said", "promised"),
     [
@@ -272,7 +265,6 @@ def test_the_next_run_removes_what_a_killed_one_has_left(tmp_path: Path, owner: 
         ("instep.timetravel.state", "recorded_model", "replay-from a.rec 0 --seq 1"),
         ("instep.timetravel.state", "recorded_model", "recordings state a.rec 0"),
         ("instep.shadow.command", "load_version", "model shadow a.rec model"),
-        ("instep.demo.seed", "_serve", "demo seed"),
     ],
 )
 def test_a_command_that_cleans_up_says_which_signal_has_ended_it(

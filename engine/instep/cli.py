@@ -206,34 +206,21 @@ def export(
     raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
 
 
-@app.command(examples=["instep demo", "instep demo --keep", "instep demo seed"])
+@app.command(examples=["instep demo", "instep demo --keep"])
 def demo(
-    which: Annotated[
-        Literal["speakers", "seed"],
-        typer.Argument(help="Recorded speech through a trained network, or the first experiment."),
-    ] = "speakers",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where pictures and the recording go. (default: demo-out)")
-    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the picture and the recording go.")] = Path(
+        "demo-out"
+    ),
     *,
     keep: Annotated[bool, typer.Option("--keep", help="Keep streaming until Ctrl-C, so that the dashboard moves.")] = (
         False
     ),
 ) -> None:
     """Run the end-to-end demo: stream recorded speech, draw a picture, verify every output."""
-    if which == "seed":
-        if out is not None:
-            raise typer.BadParameter("`demo seed` writes no files: omit --out", param_hint="--out")
-        if keep:
-            raise typer.BadParameter("`demo seed` has no dashboard: omit --keep", param_hint="--keep")
-        from instep.demo.seed import run as run_seed
-
-        interrupts.raise_stopped()
-        raise typer.Exit(run_seed(_console()))
     from instep.demo.speakers import run as run_speakers
 
     interrupts.raise_stopped()
-    raise typer.Exit(run_speakers(out or Path("demo-out"), _console(), keep=keep))
+    raise typer.Exit(run_speakers(out, _console(), keep=keep))
 
 
 @app.command("config", examples=["instep config --config instep.yaml", "instep config --max-streams 100000 --json"])

@@ -1,4 +1,4 @@
-"""The main job on recorded speech, from hundreds of producers to the verifier's verdict, and the first experiment."""
+"""The main job on recorded speech, from hundreds of producers to the verifier's verdict."""
 
 from __future__ import annotations
 

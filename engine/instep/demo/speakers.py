@@ -11,35 +11,46 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from instep.config.sections import HttpConfig
-from instep.core.typing import I32
+from instep.core.typing import I64, Bool
 from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed, ChildServer
 from instep.demo.picture import draw
 from instep.demo.producers import (
     FASTEST_S,
     SLOWEST_S,
+    SPEAKERS,
     Heard,
     Producer,
-    connections_for,
+    load_utterances,
+    make_producers,
     right_after,
     stream_all,
-    timetable,
 )
-from instep.demo.show import accuracy_table, say, speed_table, streaming
-from instep.demo.train import SPEAKERS, Utterances, accuracy, load_utterances
 from instep.interrupts import Stopped
-from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
+from instep.server.open_files import allow_open_files
 from instep.server.signals import run_cancellable
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
-from instep_tools.plan import most_at_once
+from instep_tools.terminal import progress
 
 FAILED: Final = 1
+AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
+"""Numbers of frames after which the table says how many decisions are right."""
+_FILES_A_CONNECTION: Final = 2
+"""ZeroMQ's socket, and what wakes the event loop for it."""
+_OTHER_FILES: Final = 150
+
+
+def say(console: Console, sentence: str, style: str | None = None) -> None:
+    """A line, as it is."""
+    console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) -> int:
@@ -66,30 +77,34 @@ def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) 
 
 def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     recording, picture = out / "speakers.recording", out / "speakers.png"
-    _make_room(recording)
-    utterances, folder = load_utterances("test"), MODEL_FOLDER
-    lengths = [len(frames) for frames in utterances.frames]
-    producers = [
-        Producer(f"utterance-{number}", frames, part)
-        for number, (frames, part) in enumerate(zip(utterances.frames, timetable(lengths, speed), strict=True), start=1)
-    ]
-    heard = Heard(lengths, SPEAKERS)
-    connections = connections_for(len(producers))  # before the engine starts, which inherits the limit of open files
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", "-wal", "-shm"):  # the engine never writes over a recording by itself
+        recording.with_name(recording.name + suffix).unlink(missing_ok=True)
+    utterances = load_utterances()
+    producers = make_producers(utterances.frames, speed)
+    heard = Heard(producers, SPEAKERS)
+    # Before the engine starts, which inherits the limit of open files.
+    files = allow_open_files(len(producers) * _FILES_A_CONNECTION + _OTHER_FILES)
+    connections = max(1, min(len(producers), (files - _OTHER_FILES) // _FILES_A_CONNECTION))
 
-    say(console, f"starting the engine with the model in {folder}")
+    say(console, f"starting the engine with the model in {MODEL_FOLDER}")
     first: Stopped | KeyboardInterrupt | None = None
     try:
         verified = ["--verify-live"] if keep else []  # the dashboard shows it
-        with ChildServer(folder, ["--record", str(recording), *verified], administered=True) as server:
+        with ChildServer(MODEL_FOLDER, ["--record", str(recording), *verified], administered=True) as server:
             said = server.started
             say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
-            for line in _load(producers, connections, speed):
-                say(console, line)
-            seconds, stats = run_cancellable(
-                _stream(server.endpoint, producers, connections, heard, utterances.speakers, console)
+            say(
+                console, f"streaming {len(producers)} recordings of nine speakers saying /ae/, {heard.frames:,} frames,"
             )
+            rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
+            say(console, f"from {connections} connections, {rates} each")
+            seconds, stats = run_cancellable(_stream(server.endpoint, producers, connections, heard, console))
             is_received = received_is_recorded(recording, producers, heard)
-            _show(heard, utterances, seconds, stats, console)
+            right = right_after(heard.outputs, utterances.speakers)
+            console.print(accuracy_table(right))
+            say(console, f"speakers named correctly at the last frame: {right[:, -1].mean():.2%}")
+            console.print(speed_table(heard, seconds, stats))
             title = f"{len(producers)} recordings of nine speakers, streamed frame by frame"
             draw(heard, utterances.speakers, picture, title)
             if keep:
@@ -98,7 +113,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 try:
                     while True:
-                        again = Heard(lengths, SPEAKERS)
+                        again = Heard(producers, SPEAKERS)
                         run_cancellable(stream_all(server.endpoint, producers, connections, again))
                 except (Stopped, KeyboardInterrupt) as stop:
                     first = stop
@@ -119,41 +134,43 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     return status
 
 
-def _show(heard: Heard, utterances: Utterances, seconds: float, stats: dict[str, float], console: Console) -> None:
-    right = right_after(heard.outputs, utterances.speakers)
-    trained = accuracy(load_model(MODEL_FOLDER), utterances).last_frame
-    console.print(accuracy_table(right))
-    say(console, f"speakers named correctly at the last frame: {right[:, -1].mean():.2%} as streamed here,")
-    say(console, f"{trained:.2%} by the trained model over whole recordings")
-    console.print(speed_table(heard, seconds, stats))
-
-
-def _make_room(recording: Path) -> None:
-    """Take away what an earlier demo recorded: the engine never writes over a recording by itself."""
-    recording.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("", "-wal", "-shm"):
-        recording.with_name(recording.name + suffix).unlink(missing_ok=True)
-
-
-def _load(producers: Sequence[Producer], connections: int, speed: float) -> tuple[str, str]:
-    frames = sum(len(producer.frames) for producer in producers)
-    firsts, lasts = np.transpose([producer.part.due_s[[0, -1]] for producer in producers])
-    at_once = most_at_once(firsts, lasts, np.ones(len(producers), np.int64))
-    rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
-    return (
-        f"streaming {len(producers)} recordings of nine speakers saying /ae/, {frames:,} frames, from",
-        f"{connections} connections, {rates} each, up to {at_once} at once",
-    )
-
-
 async def _stream(
-    endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard, speakers: I32, console: Console
+    endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard, console: Console
 ) -> tuple[float, dict[str, float]]:
     """The seconds it took, and the server's own numbers after it."""
-    async with streaming(console, heard, speakers):
+
+    def finished() -> str:
+        return f"{int((heard.answered == heard.lengths).sum())} finished"
+
+    async with progress(console, "streaming", heard.frames, "frames", lambda: int(heard.answered.sum()), finished):
         seconds = await stream_all(endpoint, producers, connections, heard)
     async with AsyncClient(endpoint, "demo") as client:
         return seconds, await client.stats()
+
+
+def accuracy_table(right: Bool) -> Table:
+    """How many decisions are right after some numbers of frames."""
+    recordings, longest = right.shape
+    shown = [count for count in AFTER if count < longest]
+    table = Table(title=f"correct decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
+    table.add_column("heard")
+    for heading in (*map(str, shown), "all"):
+        table.add_column(heading, justify="right")
+    counts: I64 = right.sum(axis=0)[[*(count - 1 for count in shown), -1]]
+    table.add_row("correct", *map(str, counts))
+    table.add_row("accuracy", *(f"{count / recordings:.1%}" for count in counts))
+    return table
+
+
+def speed_table(heard: Heard, seconds: float, stats: dict[str, float]) -> Table:
+    """Throughput, and latency as the producers saw it."""
+    latency_ms = np.percentile(np.concatenate(heard.latency_s) * 1000, (50, 99, 100))
+    table = Table(title="latency from when each frame was due, the producers' timers included", box=box.SIMPLE)
+    for heading in ("frames", "seconds", "frames/s", "frames/step", "p50 ms", "p99 ms", "slowest ms"):
+        table.add_column(heading, justify="right")
+    rate, batch = f"{heard.frames / seconds:,.0f}", f"{stats['batch_size_mean']:.1f}"
+    table.add_row(f"{heard.frames:,}", f"{seconds:.1f}", rate, batch, *(f"{value:,.1f}" for value in latency_ms))
+    return table
 
 
 def received_is_recorded(recording: Path, producers: Sequence[Producer], heard: Heard) -> bool:
@@ -182,10 +199,8 @@ def show_verification(recording: Path, console: Console) -> int:
 
 def program() -> str:
     """How to call this program here: by a path where it is not on PATH, as in `make demo`."""
-    if shutil.which("instep"):
-        return "instep"
     script, here = Path(sys.executable).with_name("instep"), Path.cwd()
-    if not script.exists():
-        return f"{shlex.quote(sys.executable)} -m instep"
+    if shutil.which("instep") or not script.exists():
+        return "instep"
     is_below = script.is_relative_to(here) and script.parent != here
     return shlex.quote(str(script.relative_to(here) if is_below else script))

@@ -1,6 +1,6 @@
 """Trains the demo's model: it says at every frame who of nine speakers is talking.
 
-    python -m instep.demo.train --out FOLDER
+    python -m examples.speakers --out FOLDER
 
 A GRU(12 → 64) and a linear head learn from every frame of the training recordings, standardised and with noise added.
 The standardisation is then folded into the GRU's input weights, so the served model takes frames as recorded. Numbers
@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
-from instep.core.typing import F32, I32
+from instep.demo.producers import SPEAKERS, Utterances, load_utterances
 from instep.models.errors import ModelError
 from instep.models.handover.save import save_model
 from instep.models.model import Model
@@ -28,42 +27,14 @@ from instep.models.numerics import prepare
 from instep.models.registry import build
 from instep.models.stepping import step_frames
 
-DATA: Final = Path(__file__).parent / "data"
+TRAIN: Final = Path(__file__).parent / "data" / "japanese_vowels_train.npz"
 FEATURES: Final = 12
 HIDDEN_SIZE: Final = 64
-SPEAKERS: Final = 9
 EPOCHS: Final = 60
 BATCH_UTTERANCES: Final = 30
 LEARNING_RATE: Final = 0.01
 NOISE: Final = 0.6
 """Standard deviation of the noise added to standardised frames."""
-
-
-@dataclass(frozen=True, eq=False)
-class Utterances:
-    """Recordings and their speakers."""
-
-    frames: tuple[F32, ...]
-    """One array [T, 12] an utterance."""
-    speakers: I32
-    """0 to 8, one an utterance."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Shares of right decisions, 0 to 1."""
-
-    last_frame: float
-    """Over the utterances, deciding at each one's last frame."""
-    all_frames: float
-    """Over every frame of every utterance."""
-
-
-def load_utterances(split: Literal["train", "test"]) -> Utterances:
-    """The recordings that ship with the package: 270 to train with, 370 to test."""
-    with np.load(DATA / f"japanese_vowels_{split}.npz", allow_pickle=False) as arrays:
-        frames = np.split(arrays["frames"], np.cumsum(arrays["lengths"])[:-1])
-        return Utterances(tuple(frames), arrays["speaker"])
 
 
 def train(
@@ -104,23 +75,20 @@ def train(
     return gru, head
 
 
-def accuracy(model: Model, utterances: Utterances) -> Accuracy:
-    """How often the model, run as it is served, names the right speaker."""
+def accuracy(model: Model, utterances: Utterances) -> tuple[float, float]:
+    """Shares of right decisions of the model as it is served: at the last frames, and over all frames."""
     network = build(model, torch.device("cpu"))
     x, lengths = _padded(utterances)
     frames, count, _ = x.shape
     y, _ = step_frames(network, x.numpy(), network.state.initial(count))
     right = torch.from_numpy(y.argmax(2)) == torch.from_numpy(utterances.speakers)
     spoken = torch.arange(frames)[:, None] < lengths
-    return Accuracy(
-        last_frame=right[lengths - 1, torch.arange(count)].double().mean().item(),
-        all_frames=right[spoken].double().mean().item(),
-    )
+    return right[lengths - 1, torch.arange(count)].double().mean().item(), right[spoken].double().mean().item()
 
 
 def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
     """Train, save, and say how well it does; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m instep.demo.train", description="Train the demo's model.")
+    parser = argparse.ArgumentParser(prog="python -m examples.speakers", description="Train the demo's model.")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
     )
@@ -131,16 +99,15 @@ def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
         if epoch % 10 == 0:
             sys.stdout.write(f"epoch {epoch} of {epochs}: loss {loss:.3f}\n")
 
-    gru, head = train(load_utterances("train"), epochs=epochs, progress=progress)
+    gru, head = train(load_utterances(TRAIN), epochs=epochs, progress=progress)
     try:
         model = save_model(out, gru, after=[(head, "none")], name="speakers", overwrite=True)
     except ModelError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    reached = accuracy(model, load_utterances("test"))
+    last_frame, all_frames = accuracy(model, load_utterances())
     sys.stdout.write(
-        f"{out}: test accuracy {reached.last_frame:.4f} on the last frame, "
-        f"{reached.all_frames:.4f} averaged over all frames\n"
+        f"{out}: test accuracy {last_frame:.4f} on the last frame, {all_frames:.4f} averaged over all frames\n"
     )
     return 0
 
