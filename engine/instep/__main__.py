@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 
@@ -29,14 +30,17 @@ EXTRAS = (
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
-    interrupts.end_at_once(hangups_wait=sys.argv[1:2] == ["serve"])
+    interrupts.end_at_once()
+    if sys.argv[1:2] == ["serve"]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until the server can reload
     try:
         from instep import cli
 
         cli.main()
     except SystemExit as end:
-        if isinstance(end, interrupts.Stopped):
-            interrupts.tell(end)
+        if isinstance(end, interrupts.Stopped) and not end.is_told:
+            with contextlib.suppress(OSError):  # its terminal has closed
+                sys.stderr.write(f"{end}\n")
         if isinstance(end.code, int):
             _end_without_threads(end.code)
         raise
@@ -50,7 +54,7 @@ def main() -> None:
         sys.stderr.write('pip install "instep[engine]", or pip install -e ".[engine]" in a checkout\n')
         raise SystemExit(2) from None
     finally:
-        interrupts.change_nothing()
+        interrupts.stop_no_more()
 
 
 def _end_without_threads(status: int) -> None:

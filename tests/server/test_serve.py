@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -217,45 +216,11 @@ def test_a_second_interrupt_forces_the_end(
         threading.Thread(target=leave_a_frame_unanswered, args=(endpoint,)).start()
 
     config = configured(model, log={"format": "json"})
-    assert serve.run(config, on_ready=on_ready, same_signal_s=0.0) == 130
+    assert serve.run(config, on_ready=on_ready) == 130
     gate.open()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
     assert lines[-1]["messages_unanswered"] == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_is_passed_on_once_more_does_not_force_the_end(
-    number: signal.Signals, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gate = Gate()
-    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
-    answers: list[object] = []
-
-    def interrupt_twice(endpoint: str) -> None:
-        with Client(endpoint) as client:
-            stream = client.open("s")
-            stream.send(np.full(5, GATE_VALUE))
-            client.ping()
-            for _ in range(2):
-                os.kill(os.getpid(), number)
-                time.sleep(0.05)  # or Python takes the two for one
-            gate.open()
-            answers.append(next(iter(stream)))
-
-    thread: list[threading.Thread] = []
-
-    def on_ready(endpoint: str) -> None:
-        thread.append(threading.Thread(target=interrupt_twice, args=(endpoint,)))
-        thread[0].start()
-
-    config = configured(model, log={"format": "json"}, engine={"steps_in": "thread"})
-    assert serve.run(config, on_ready=on_ready, same_signal_s=1e9) == 0
-    thread[0].join()
-    assert answers
-    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [line["event"] for line in lines[-3:]] == ["serving", "stopping", "stopped"]
-    assert lines[-1]["messages_unanswered"] == 0
 
 
 def with_ipv6_first(

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ import instep_tools
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, SENTENCES, Code, Kind
 from instep_tools.app import app
 from tests.support.fake_server import INFO, FakeServer, error, goodbye, reference
-from tests.support.interrupting import interrupted_at_every_moment
 
 MAIN = "from instep_tools import main; main()"
 
@@ -204,14 +202,6 @@ def test_help_names_every_command_and_the_endpoint() -> None:
         assert DEFAULT_ENDPOINT in text
         assert "INSTEP_ENDPOINT" in text
         assert "INSTEP_MODEL" in text
-
-
-@pytest.mark.parametrize("command", ["ping", "produce"])
-def test_it_ends_quietly_whenever_it_is_interrupted_while_nobody_answers(command: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        arguments = (command, "--endpoint", f"tcp://127.0.0.1:{silent.getsockname()[1]}")
-        for ending in interrupted_at_every_moment("instep_tools", arguments, tmp_path, step_s=0.12, last_s=0.6):
-            assert (ending.status, ending.stderr) == (130, "")
 
 
 @pytest.fixture

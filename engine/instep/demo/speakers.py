@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shlex
 import shutil
@@ -35,7 +36,6 @@ from instep.interrupts import Stopped
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.server.open_files import allow_open_files
-from instep.server.signals import run_cancellable
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 from instep_tools.terminal import progress
@@ -99,7 +99,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             )
             rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
             say(console, f"from {connections} connections, {rates} each")
-            seconds, stats = run_cancellable(_stream(server.endpoint, producers, connections, heard, console))
+            seconds, stats = asyncio.run(_stream(server.endpoint, producers, connections, heard, console))
             is_received = received_is_recorded(recording, producers, heard)
             right = right_after(heard.outputs, utterances.speakers)
             console.print(accuracy_table(right))
@@ -114,7 +114,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 try:
                     while True:
                         again = Heard(producers, SPEAKERS)
-                        run_cancellable(stream_all(server.endpoint, producers, connections, again))
+                        asyncio.run(stream_all(server.endpoint, producers, connections, again))
                 except (Stopped, KeyboardInterrupt) as stop:
                     first = stop
                     raise

@@ -7,14 +7,12 @@ import gc
 import os
 import shlex
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 import torch
 
-from instep import interrupts
 from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
@@ -25,10 +23,8 @@ from instep.server.preparation import Prepared, check_early, prepare
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
 from instep.server.service_manager import ServiceManager
-from instep.server.signals import signals_call
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
-from instep_tools import SAME_SIGNAL_S, EndingSignals
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +36,7 @@ class _Start:
     kept: Kept
     service_manager: ServiceManager
     is_supervised: bool
-    signals: EndingSignals
+    has_terminal: bool
 
 
 def run(
@@ -49,7 +45,6 @@ def run(
     reread: Callable[[], Config] | None = None,
     on_ready: Callable[[str], None] = lambda endpoint: None,
     restart: bool = False,
-    same_signal_s: float = SAME_SIGNAL_S,
 ) -> int:
     """Serve until interrupted.
 
@@ -59,7 +54,6 @@ def run(
         on_ready: called with the endpoint once the server answers.
         restart: whether to serve in a child process that is started again when a signal kills it, or the process in
             which it steps.
-        same_signal_s: a signal that comes this soon after another is the same one.
 
     Returns:
         0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
@@ -78,8 +72,7 @@ def run(
     warm_up()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
-    signals = EndingSignals(same_signal_s)
-    start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, signals)
+    start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
     if restart and supervise(log):
         began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
         if changed := [change for _, change in differences(began, config)]:
@@ -97,45 +90,56 @@ async def _serve(
             "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
         )
     server = make_server(config, prepared, log)
-    signals = start.signals
+    stops = 0
 
-    def stop(at_s: float) -> None:
-        if not signals.take(at_s):
-            return
-        if signals.count == 1:
+    def stop() -> None:
+        nonlocal stops
+        stops += 1
+        if stops == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
             start.service_manager.stopping()
-        server.stop(drain=signals.count == 1)
+        server.stop(drain=stops == 1)
 
-    def hung_up(at_s: float) -> None:
-        if signals.count:
+    def hung_up() -> None:
+        if stops:
             return  # it ends already, and this is no reason to force it
-        if interrupts.has_lost_its_terminal():
-            stop(at_s)
+        if start.has_terminal and not _has_terminal():
+            stop()
         else:
             reload(server, start.reread, threshold, log, start.kept)
 
-    with signals_call({signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hung_up}):
-        _say_what_is_served(server, prepared, log)
-        start.service_manager.serving(f"serving {', '.join(each.model.name for each in prepared)} at {server.endpoint}")
-        start.on_ready(server.endpoint)
-        if interrupts.was_hung_up():
-            hung_up(time.monotonic())
-        with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
-            await server.serve()
-        stats = [service.engine.stats for service in server.services]
-        log.info(
-            "stopped",
-            frames=sum(each.frames_total for each in stats),
-            batches=sum(each.batches_total for each in stats),
-            messages_unanswered=server.unanswered_messages,
-        )
-    interrupts.end_by_itself()
-    if server.was_crash and start.is_supervised and not signals.count:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, stop)
+    for number, call in ((signal.SIGTERM, stop), (signal.SIGHUP, hung_up)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
+            loop.add_signal_handler(number, call)
+    _say_what_is_served(server, prepared, log)
+    start.service_manager.serving(f"serving {', '.join(each.model.name for each in prepared)} at {server.endpoint}")
+    start.on_ready(server.endpoint)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
+        await server.serve()
+    stats = [service.engine.stats for service in server.services]
+    log.info(
+        "stopped",
+        frames=sum(each.frames_total for each in stats),
+        batches=sum(each.batches_total for each in stats),
+        messages_unanswered=server.unanswered_messages,
+    )
+    if server.was_crash and start.is_supervised and not stops:
         os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
     if server.failure is not None:
         return 1
-    return 130 if signals.count > 1 else 0
+    return 130 if stops > 1 else 0
+
+
+def _has_terminal() -> bool:
+    """Whether there is a controlling terminal; the system takes it from a process when the terminal closes."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:

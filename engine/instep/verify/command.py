@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from instep.interrupts import Stopped, drop_unread
+from instep.interrupts import Stopped
 from instep.models.portable.machine import host
 from instep.recording.commands import facts, say_stopped, write_failure, write_json
 from instep.recording.database import SUFFIX
@@ -157,7 +157,6 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
     except BrokenPipeError:
         raise
     except Exception as error:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
-        drop_unread()
         traceback.print_exc()
         return _failed(file, json, console, CannotVerify(repr(error)), prefix)
 
