@@ -158,7 +158,7 @@ def test_bytes_are_compared_before_window_and_finite_values(core: CoreStreams) -
     far.send((a, 0, 0), x=frames([1, 2, 3, 4]))
     far.step_all()
     assert far.send((a, 0, 0), x=frames([1, 2, 3, 5, 6])) == [Code.CONFLICT]
-    assert far.send((a, 0, 0), x=frames([1, 2, 3, 4, math.nan])) == [Code.WINDOW_FULL]
+    assert far.send((a, 0, 0), x=frames([1, 2, 3, 4, math.nan])) == [Code.NOT_FINITE]
 
 
 def test_a_frame_whose_answer_is_pending_is_not_answered_twice(core: CoreStreams) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import pytest
 
 from instep.core.typing import F32
+from instep.streaming.api import StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of, rows_of
@@ -126,6 +128,33 @@ async def test_a_read_shows_the_state_before_the_frame_of_its_seq_whatever_is_pe
         (seq,) = read.next_seqs.tolist()
         assert 0 <= seq <= 4
     np.testing.assert_array_equal(floats_of(read.states, 1, H)[0], whole(SMALL, x[:seq, 0])[1])
+
+
+@pytest.mark.parametrize("copies", [False, True])
+async def test_a_read_of_several_streams_shows_no_write_that_was_sent_behind_it(
+    copies: bool, rng: np.random.Generator
+) -> None:
+    x = random_frames(rng, 1)
+    async with streaming(copy_at_once=1) as kit:
+        origin = kit.frontend.connect()
+        busy, idle = (await origin.open(["busy", "idle"])).handles[:, None]
+        both, none = np.concatenate([busy, idle]), np.zeros(1, np.int32)
+
+        async def copy() -> StatesRead:
+            await kit.frontend.ask(lambda: kit.operations.fork(origin, both, ["a", "b"], np.zeros(2, np.int32)))
+            return await kit.frontend.ask(lambda: kit.operations.read_states(["a", "b"]))
+
+        async def write() -> list[int]:
+            request = kit.operations.write_states(origin, idle, rows_of(ONES), none)
+            return list((await kit.frontend.ask(lambda: request)).tolist())
+
+        reading = copy() if copies else origin.read_states(both)
+        _, read, written, after = await kit.all_done(
+            step(origin, busy, [0], x), reading, write(), origin.read_states(idle)
+        )
+    assert written == [0]
+    assert not floats_of(read.states[1:], 1, H).any()
+    np.testing.assert_array_equal(floats_of(after.states, 1, H)[0], ONES[0])
 
 
 async def test_frames_of_a_stream_that_came_together_are_admitted_one_message_after_another(

@@ -144,10 +144,10 @@ class CoreModel:
             if at < stream.next_seq:
                 if stream.inputs[at] != frame:
                     column.code = Code.CONFLICT
-            elif at >= acked + self.window:
-                column.code = Code.WINDOW_FULL
             elif not all(math.isfinite(value) for (value,) in struct.iter_unpack("f", frame)):
                 column.code = Code.NOT_FINITE
+            elif at >= acked + self.window:
+                column.code = Code.WINDOW_FULL
             if column.code:
                 break
             column.length += 1

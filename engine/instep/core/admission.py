@@ -150,10 +150,10 @@ def _admit_column(
             for value in range(features):
                 if held[value] != frame[value]:
                     code = _CONFLICT
-        elif seq + step >= acked + window:
-            code = _WINDOW_FULL
         elif not _is_finite(frame):
             code = _NOT_FINITE
+        elif seq + step >= acked + window:
+            code = _WINDOW_FULL
         if code:
             length = step
             break

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Final
 
 import numpy as np
@@ -31,17 +32,31 @@ class StreamStates:
         self.spec = access.state
         self._engine = engine
         self._at_once = at_once
+        self._numbers = count(1)
+        self._turns: dict[int, set[int]] = {}
+        """Numbers of those who have streams or wait for them, each with all that it waits for."""
+        self._newest: I64 = np.zeros(len(engine.table.owner), np.int64)
+        """By slot: the number of who wanted it last."""
 
     @asynccontextmanager
     async def settled(self, slots: I64) -> AsyncIterator[None]:
-        """While the block runs, these streams are in no run, and begin none."""
-        packed = self._engine.packed
+        """While the block runs, these streams are in no run and begin none, and nobody else reads or writes them.
+
+        Those who want the same streams get their turns in the order in which they asked.
+        """
+        packed, number = self._engine.packed, next(self._numbers)
+        earlier = self._turns.keys() & set(np.unique(self._newest[slots]).tolist())
+        earlier.update(*(self._turns[turn] for turn in earlier))  # one of them may be cancelled before its turn
+        self._turns[number], self._newest[slots] = earlier, number
         self._engine.hold(slots)
         try:
-            await self._engine.waiters.until(lambda: not are_running(packed, slots))
+            await self._engine.waiters.until(lambda: earlier.isdisjoint(self._turns) and not are_running(packed, slots))
             yield
         finally:
-            self._release(slots)
+            del self._turns[number]
+            self._engine.release(slots)
+            self._engine.waiters.check()  # closings and other turns wait for it
+            self._engine.wake()
 
     async def read(self, slots: I64) -> tuple[I64, U8, Bool]:
         """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""
@@ -64,25 +79,18 @@ class StreamStates:
 
     async def load(self, slots: I64, states: U8 | None) -> int:
         """Set the states of streams with nothing pending, which do not step meanwhile; how many were set."""
-        self._engine.hold(slots)
-        count = 0
-        try:
-            while count < len(slots):
-                if count:
-                    await asyncio.sleep(0)
-                part = slice(count, count + self._at_once)
-                self.access.load(slots[part], None if states is None else states[part])
-                count = min(part.stop, len(slots))
-        except Exception as error:
-            self._engine.log_failure(error, len(slots))
-        finally:
-            self._release(slots)
-        return count
-
-    def _release(self, slots: I64) -> None:
-        self._engine.release(slots)
-        self._engine.waiters.check()  # closings wait for it
-        self._engine.wake()
+        done = 0
+        async with self.settled(slots):
+            try:
+                while done < len(slots):
+                    if done:
+                        await asyncio.sleep(0)
+                    part = slice(done, done + self._at_once)
+                    self.access.load(slots[part], None if states is None else states[part])
+                    done = min(part.stop, len(slots))
+            except Exception as error:
+                self._engine.log_failure(error, len(slots))
+        return done
 
 
 def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, streams: Sequence[OpenStream]) -> I64:

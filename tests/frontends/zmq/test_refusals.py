@@ -137,8 +137,9 @@ async def test_the_refusal_of_a_step_names_its_request(client: RawClient, featur
     assert (await client.ask(step_header(2**40, 1, 1, F)[:-1], b"")).request == 0
 
 
-async def test_a_self_chosen_identity_is_refused(server: Server) -> None:
-    async with RawClient(server.endpoint, identity=b"alice") as client:
+@pytest.mark.parametrize("identity", [b"alice", b"\0alice", b"\0abc"])
+async def test_a_self_chosen_identity_is_refused(server: Server, identity: bytes) -> None:
+    async with RawClient(server.endpoint, identity=identity) as client:
         reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 6, "raw", ""]))
         assert reply.code is Code.MALFORMED
         assert "routing id" in reply.sentence

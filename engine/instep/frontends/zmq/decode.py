@@ -18,6 +18,8 @@ from instep_client.protocol.wire import Code, Header
 
 _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64
+_AUTOMATIC_ID_BYTES: Final = 5
+"""Of the routing ids that ZeroMQ makes up; the first byte is 0."""
 
 
 def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
@@ -27,7 +29,7 @@ def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
         raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
     text(name, "the client's name")
     text(model, "the model's name")
-    if routing_id[0] != 0:
+    if routing_id[0] != 0 or len(routing_id) != _AUTOMATIC_ID_BYTES:
         raise MalformedMessage("set no routing id (ZMQ_IDENTITY): the server names connections itself")
     return name, model
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Peer:
     """Bytes handed to ZeroMQ so far."""
     asked_bytes: int = 0
     """`sent_bytes` when the peer was last asked whether it reads."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """Numbers of the PINGs that it has not answered, oldest first, each with `sent_bytes` as it was then."""
     read_bytes: int = 0
     """`sent_bytes` up to which it said that it has read."""
     requests: int = 0
@@ -68,7 +71,7 @@ class Outbound:
     """Sends messages without ever waiting for a peer.
 
     ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads
-    them. So bytes are counted here, and now and then a PING is sent, numbered by the bytes sent so far; the PONG that
+    them. So bytes are counted here, and now and then a PING is sent, with a number that nobody can guess; the PONG that
     echoes it says that the peer has read up to there.
 
     A peer may leave `max_unread_bytes` unread, and all peers together half of `max_total_bytes`; beyond the latter a
@@ -195,9 +198,11 @@ class Outbound:
         return sent
 
     def _ask(self, peer: Peer) -> Sent:
-        sent = self._router.send(peer.routing_id, encode.ping(peer.sent_bytes))
+        is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
+        number = next(reversed(peer.asked)) if is_asked else secrets.randbits(62)
+        sent = self._router.send(peer.routing_id, encode.ping(number))
         if sent is Sent.HANDED_OVER:
-            peer.asked_bytes = peer.sent_bytes
+            peer.asked[number] = peer.asked_bytes = peer.sent_bytes
         return sent
 
     def ask_all(self) -> None:
@@ -205,9 +210,11 @@ class Outbound:
         unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
         self._unreachable = {peer for peer in unread if self._ask(peer) is Sent.GONE}
 
-    def acknowledge(self, peer: Peer, sent_bytes: int) -> None:
-        """A peer echoed a PING: it has read everything up to there."""
-        if peer.read_bytes < sent_bytes <= peer.asked_bytes:
+    def acknowledge(self, peer: Peer, number: int) -> None:
+        """A peer echoed the PING of this number: it has read everything up to there."""
+        sent_bytes = peer.asked.get(number, 0)
+        if sent_bytes > peer.read_bytes:
+            peer.asked = {other: bytes_then for other, bytes_then in peer.asked.items() if bytes_then > sent_bytes}
             self.unread_bytes -= sent_bytes - peer.read_bytes
             peer.read_bytes = sent_bytes
             if peer.outbox:
