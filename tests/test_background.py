@@ -10,10 +10,9 @@ from typing import Any
 
 import psutil
 
-from instep.models.folder import write_model
 from instep.server.background import Background
 from tests.support.beside import until
-from tests.support.models import SMALL, plain
+from tests.support.models import SMALL
 from tests.support.running import running
 
 COUNT = """
@@ -41,12 +40,7 @@ def test_work_in_slices_rests_between_them() -> None:
 
 
 async def test_processes_beside_a_server_let_all_others_go_first_and_end_with_it(tmp_path: Path) -> None:
-    write_model(tmp_path / "candidate", plain(5, 8, seed=9))
-    sections: dict[str, Any] = {
-        "model": {"shadow": tmp_path / "candidate"},
-        "recording": {"file": tmp_path / "r.instep"},
-        "verify": {"live": True},
-    }
+    sections: dict[str, Any] = {"recording": {"file": tmp_path / "r.instep"}, "verify": {"live": True}}
 
     def is_idle(pid: int | None) -> bool:
         if pid is None:
@@ -54,9 +48,9 @@ async def test_processes_beside_a_server_let_all_others_go_first_and_end_with_it
         return (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_IDLE, 19)
 
     async with running(SMALL, background=Background(), **sections) as server:
-        checker, candidate = server.default.verification, server.default.candidate
+        checker = server.default.verification
         assert checker is not None
-        assert candidate is not None
-        await until(lambda: is_idle(checker.pid) and is_idle(candidate.pid))
-        pids = [checker.pid, candidate.pid]
-    assert not any(pid is not None and psutil.pid_exists(pid) for pid in pids)
+        await until(lambda: is_idle(checker.pid))
+        pid = checker.pid
+    assert pid is not None
+    assert not psutil.pid_exists(pid)

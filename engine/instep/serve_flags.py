@@ -34,7 +34,6 @@ class _Flag(NamedTuple):
 
 
 _FLAGS: Final = (
-    _Flag("model.shadow", "--shadow", "FOLDER", "Compare a candidate on 10 % of the streams; needs --record."),
     _Flag("transport.endpoint", "--endpoint", "ENDPOINT", "tcp://HOST:PORT or ipc://PATH."),
     _Flag("transport.allow_plaintext", "--allow-plaintext", "", "Listen for other machines without encryption."),
     _Flag("engine.device", "--device", "DEVICE", "auto, cpu, cuda or cuda:N."),

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from instep.frontends.http import connections, events, listing, security
-from instep.streaming.candidate import CandidateStatus
 from instep.streaming.events import EventKind
 from instep.streaming.verification import Verification
 from instep_client import AsyncClient
@@ -52,11 +51,6 @@ async def test_every_example_has_the_keys_of_the_answer(tmp_path: Path) -> None:
 def test_what_live_verification_says_is_explained() -> None:
     explained = PAGE.sections["Statistics"].partition("* `verification`")[2]
     assert Verification().as_json().keys() <= set(re.findall(r"`(\w+)`", explained))
-
-
-def test_what_a_candidate_says_is_explained() -> None:
-    explained = PAGE.sections["Statistics"].partition("* `shadow`")[2]
-    assert CandidateStatus(Path(), "", 1.0).as_json().keys() <= set(re.findall(r"`(\w+)`", explained))
 
 
 def test_every_kind_of_event_is_listed() -> None:

@@ -87,13 +87,13 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
             line = await reloads(wrong)
             assert (line["event"], words in line["reason"]) == ("models not reloaded", True), line
             assert (line["loaded"], line["swapped"]) == ([], [])
-            assert line["reason"].startswith("models and candidates are as before: ")
+            assert line["reason"].startswith("models are as before: ")
             assert await models() == ["ears", "eyes"]
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
         assert line["reason"].endswith(": use `--streams keep`, or `model.on_reload: keep`")
-        assert line["reason"].startswith("models and candidates are as before: 'ears': its number of outputs differs")
+        assert line["reason"].startswith("models are as before: 'ears': its number of outputs differs")
         assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
 
@@ -125,8 +125,7 @@ async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path
         line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
         assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
         assert line["reason"].startswith(
-            "of model.folder only the models loaded and swapped are in force, and model.shadow is not: "
-            "'eyes': its number of outputs differs"
+            "of model.folder only the models loaded and swapped are in force: 'eyes': its number of outputs differs"
         )
 
         def served() -> dict[str, tuple[str, bool]]:

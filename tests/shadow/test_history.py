@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from instep.models.errors import ModelError
 from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import Retention
 from instep.shadow.command import Shadowing, make_shadow, run
@@ -160,22 +159,3 @@ def test_a_recording_that_cannot_be_read_for_a_while_is_followed_afterwards(
     looks, calls = 0, count(-3)
     with pytest.raises(UnavailableRecording, match="it is locked"):
         run(asked, Console(file=StringIO()))
-
-
-def test_a_process_that_takes_over_compares_no_frame_again(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    streams = [story.open(), story.open()]
-    asked = Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=None, tolerance=None, json=True)
-    story.step(*streams, frames=7)
-    former = make_shadow(asked)
-    former.follow()
-    assert former.report("").frames == 14
-    story.corrupts = 2
-    story.step(*streams, frames=5)
-    later = make_shadow(asked, former.position)
-    later.follow()
-    report = later.report("")
-    assert report.frames == 10
-    assert report.largest == pytest.approx(0.25, abs=1e-5)
-    with pytest.raises(ModelError, match="holds another version now"):
-        make_shadow(asked, fingerprint="0")

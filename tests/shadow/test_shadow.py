@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
-from itertools import count
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,12 +23,10 @@ from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.server import Server
-from instep.shadow import live
 from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
 from instep.shadow.report import Differences
 from instep.shadow.shadow import Shadow
 from instep_client import AsyncClient, AsyncStream
-from tests.support.growing import Story
 from tests.support.models import plain, whole
 from tests.support.running import running
 
@@ -168,37 +164,6 @@ async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.ra
         assert report.frames == report.equal == 10 * (first + left)
         assert sorted(each.frames for each in report.streams) == [10] * (first - left) + [20] * left
         assert make_shadow(place.asked(SERVED, share=0.5)).following == 0
-
-
-def test_the_process_beside_a_server_works_in_slices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    story, looks, is_sliced = Story(tmp_path), count(), list[bool]()
-
-    class Ended(Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            return next(looks) == 2
-
-    @contextmanager
-    def slices() -> Iterator[None]:
-        story.step(1, frames=5)
-        is_sliced.append(True)
-        yield
-        is_sliced.append(False)
-
-    keep_up = Shadow.keep_up
-
-    def sliced(shadow: Shadow) -> None:
-        assert is_sliced[-1]
-        keep_up(shadow)
-
-    monkeypatch.setattr(Shadow, "keep_up", sliced)
-    monkeypatch.setattr(live, "end_of_input", Ended)
-    monkeypatch.setattr(live, "in_slices", slices)
-    story.step(story.open(), frames=3)
-    _, *arguments = live.command(story.path, story.folder, story.model.fingerprint, 1.0, 0)
-    assert live.main(arguments) == 0
-    assert [json.loads(line)["frames"] for line in capfd.readouterr().out.splitlines()] == [3, 8, 13]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from instep.models.registry import build
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
 from instep.server.background import Background
-from instep.server.preparation import Prepared, find_candidate
+from instep.server.preparation import Prepared
 from instep.server.server import Server
 from tests.support.warm import start_module
 
@@ -75,15 +75,7 @@ async def running(
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
-    ready = [
-        replace(
-            prepared(model, device),
-            model=model,
-            model_path=folder,
-            candidate=find_candidate(settings.model, model.name, model.description, is_only=len(models) == 1),
-        )
-        for model in models
-    ]
+    ready = [replace(prepared(model, device), model=model, model_path=folder) for model in models]
     log = log_into([] if told is None else told)
     server = make_server(settings, ready, log, stepper, background=background)
     serving = asyncio.create_task(server.serve())

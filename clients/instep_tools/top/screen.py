@@ -125,8 +125,6 @@ def _model(now: Snapshot, rates: SnapshotRates | None, history: Sequence[float],
     lines.append(_line("refused", *_refused(numbers, per_s)))
     lines.append(_line("recording", _recording(model)))
     lines.append(_line("verified", *_verified(numbers)))
-    if "shadow_frames_total" in numbers:
-        lines.append(_line("shadow", _shadow(numbers)))
     return lines
 
 
@@ -178,18 +176,6 @@ def _verified(numbers: Numbers) -> list[str | tuple[str, str]]:
     if skipped != 0:
         of = f", {percent(100 * frames // (frames + skipped) / 100)} compared"
     return [f"{short(frames)} frames{of}, ", found, behind]
-
-
-def _shadow(numbers: Mapping[str, float]) -> str:
-    frames, is_down = numbers["shadow_frames_total"], not numbers["shadow_following"]
-    if not frames:
-        return "nothing compared yet" + ", down" * is_down
-    equal = math.floor(100 * numbers["shadow_equal_frames_total"] / frames)
-    largest, mean = numbers["shadow_largest_difference"], numbers["shadow_mean_difference"]
-    apart = f"off by up to {largest:.2g}, mean {mean:.2g}" if largest else "no difference"
-    if not math.isfinite(largest):
-        apart = "some values are not finite"
-    return f"{short(frames)} frames, {equal}% equal, {apart}" + ", down" * is_down
 
 
 def _streams(now: Snapshot, width: int) -> list[Text]:

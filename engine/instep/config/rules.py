@@ -25,7 +25,6 @@ _NEED_A_RECORDING: Final = (
     ("recording.keep_bytes", "recording.keep_bytes trims a recording", "set this to 0"),
     ("recording.keep_s", "recording.keep_s trims a recording", "set this to 0"),
     ("verify.live", "live verification replays the recording", "set this to false"),
-    ("model.shadow", "a candidate is compared with what the recording holds", "leave this out"),
 )
 """Keys that do something only with a recording: what that is, and how to do without it."""
 
@@ -42,13 +41,6 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
         if config.recording.file is None and getattr(getattr(config, section), key):
             suggestion = f"name a recording.file (--record FILE), or {undo}"
             yield Contradiction((path, "recording.file"), f"{why}, and nothing is recorded", suggestion)
-    model = config.model
-    if model.shadow is not None and not isinstance(model.shadow, dict) and len(model.folders) > 1:
-        yield Contradiction(
-            ("model.shadow", "model.folder"),
-            f"there are {len(model.folders)} models, and {model.shadow} is not said to be for one of them",
-            f"write {{NAME: {model.shadow}}} with the name of the model",
-        )
 
 
 def _reachable(config: Config) -> Iterator[Contradiction]:

@@ -60,13 +60,6 @@ def _paths(value: object) -> object:
     raise ValueError(f"{value!r:.60} is neither a folder nor several, as [A, B] or {{NAME: A, OTHER: B}}")
 
 
-def _path_or_named(value: object) -> object:
-    """As `_paths`, but several only by name."""
-    if isinstance(value, list | tuple):
-        raise ValueError(f"{value!r:.60} does not say which model each folder is for: write {{NAME: FOLDER}}")
-    return _paths(value)
-
-
 def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
     """The JSON form that `_paths` takes; pydantic's own way warns of several."""
     if isinstance(folder, dict):
@@ -93,10 +86,6 @@ class ModelConfig(Section):
         PlainValidator(_paths),
         PlainSerializer(_as_text, when_used="json"),
     ] = None
-    shadow: Annotated[
-        Path | dict[str, Path] | None, PlainValidator(_path_or_named), PlainSerializer(_as_text, when_used="json")
-    ] = None
-    shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
 
     @property
@@ -107,12 +96,6 @@ class ModelConfig(Section):
         if isinstance(self.folder, Path):
             return [(None, self.folder)]
         return list(self.folder.items()) if isinstance(self.folder, dict) else [(None, each) for each in self.folder]
-
-    def candidate(self, name: str, *, is_only: bool) -> Path | None:
-        """The folder of the candidate that shadows the model of that name, the only one perhaps; None without one."""
-        if isinstance(self.shadow, dict):
-            return self.shadow.get(name)
-        return self.shadow if is_only else None
 
 
 class EngineConfig(Section):

@@ -51,8 +51,6 @@ class _Made:
     stepper: Stepper
     opened: _Opened
     """The file that will be its recording."""
-    not_shadowed: str
-    """Why the candidate of the configuration cannot shadow it; empty where there is none, or it does."""
 
 
 class Loader:
@@ -105,7 +103,6 @@ class Loader:
             self._record(made)
             self._server.add(made.served)
         log.info("loaded", folder=str(folder))
-        _say_whether_shadowed(made, log)
 
     async def swap(self, name: str, folder: Path, policy: SwapPolicy) -> None:
         """Serve another version of a model under its name.
@@ -136,14 +133,11 @@ class Loader:
                 moved = await self._move(former, made, policy, log)
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
-        if keeps:  # not before: if this is cancelled, nothing that is served may be undone
-            await self._server.shadows.end(former.service, "another version is served now")
-        else:
+        if not keeps:  # not before: if this is cancelled, nothing that is served may be undone
             await moved.end(former.service, made.served.service)
             await self._server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
         log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=str(policy))
-        _say_whether_shadowed(made, log)
 
     async def unload(self, name: str, *, force: bool = True) -> None:
         """Serve a model no longer.
@@ -194,9 +188,9 @@ class Loader:
                 loaded = []
             if self._shutdown.requested.is_set():
                 return
-            extent = "models and candidates are as before"
+            extent = "models are as before"
             if swapped:
-                extent = "of model.folder only the models loaded and swapped are in force, and model.shadow is not"
+                extent = "of model.folder only the models loaded and swapped are in force"
             reason = f"{extent}: {at}{_why(error)}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             if swapped:  # so that a reload of the former configuration takes back what has changed
@@ -209,9 +203,7 @@ class Loader:
             await self.unload(name)
         self._server.reorder(list(found))
         self._enter(found)
-        former = self._server.config.model
         self._server.config = self._server.config.model_copy(update={"model": wanted})
-        await self._server.shadows.follow(self._server.services, former, wanted, list(found))
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
@@ -247,9 +239,7 @@ class Loader:
         """A model that nobody uses yet; `former` is the version that it replaces."""
         config = self._server.config
         file = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long
-        prepared = await self._beside.do(
-            partial(prepare_another, config, name, folder, log, is_only=name in self._configured)
-        )
+        prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
         if former is not None and prepared.model.fingerprint == former.info.fingerprint:
             reason = f"{folder} holds the version of {name!r} that is served already"
             if policy.streams is not Streams.KEEP and (stayed := self._former_of(name)):
@@ -276,7 +266,7 @@ class Loader:
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        return _Made(make_served(config, foundation, service), foundation.stepper, opened, prepared.not_shadowed)
+        return _Made(make_served(config, foundation, service), foundation.stepper, opened)
 
     def _former_of(self, name: str) -> list[str]:
         """Names of the versions of a model that were replaced and still have connections or streams."""
@@ -314,11 +304,6 @@ class Loader:
                 log.warning("not loaded", reason=reason)
                 raise Refusal(Code.NOT_LOADED, reason) from None
             undo.pop_all()
-
-
-def _say_whether_shadowed(made: _Made, log: structlog.stdlib.BoundLogger) -> None:
-    if made.not_shadowed:
-        log.info("not shadowed", reason=made.not_shadowed)
 
 
 def _why(error: Exception) -> str:

@@ -10,11 +10,10 @@ from typing import Final, Literal, TypeAlias
 import structlog
 import torch
 
-from instep.config import Config, ModelConfig
-from instep.frontends.http.answers import meant
-from instep.models.base import Description, RecurrentModel
+from instep.config import Config
+from instep.models.base import RecurrentModel
 from instep.models.errors import ModelError
-from instep.models.folder import check_name, load_model, load_version
+from instep.models.folder import check_name, load_model
 from instep.models.model import Model
 from instep.models.network import IN_WORDS
 from instep.models.numerics import prepare as prepare_numerics
@@ -26,7 +25,6 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.server.early import early_problems
 from instep.server.recording_files import present_recording, recording_file
-from instep.streaming.service import About
 
 Version: TypeAlias = tuple[Path, str]
 """A model's folder and fingerprint."""
@@ -51,10 +49,6 @@ class Prepared:
     model_path: Path
     network: RecurrentModel
     device: torch.device
-    candidate: Version | None = None
-    """What is to shadow it."""
-    not_shadowed: str = ""
-    """Why the candidate that the configuration names cannot shadow this version."""
 
     @property
     def exactness(self) -> Literal["exact", "tolerance"]:
@@ -105,79 +99,30 @@ def prepare(
             for model, _ in loaded:
                 if (file := recording_file(config, model.name, is_only=is_only)) is not None:
                     check_not_written(present_recording(file, model.fingerprint))
-        check_candidates(config.model, [model.name for model, _ in loaded])
-        candidates = [find_candidate(config.model, each.name, each.description, is_only=is_only) for each, _ in loaded]
         if restart:
             _check_forkable(config)
         check_arithmetic()
         networks = [_network(config, model, log_of(model.name, log, is_only=is_only)) for model, _ in loaded]
         return [
-            Prepared(model, path, network, network.device, candidate)
-            for (model, path), network, candidate in zip(loaded, networks, candidates, strict=True)
+            Prepared(model, path, network, network.device)
+            for (model, path), network in zip(loaded, networks, strict=True)
         ]
     except (ModelError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
 
 
-def prepare_another(
-    config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger, *, is_only: bool
-) -> Prepared:
+def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
     """Load, check and compile a model for a server that has others already, in a thread beside them.
-
-    Its candidate is left out where it cannot shadow this version. `is_only`: the configuration names no other model.
 
     Raises:
         CannotServe: with a sentence.
     """
     try:
         model = replace(load_model(folder), name=check_name(name, "load it under another"))
-        candidate, reason = _candidate_left(config.model, model, is_only=is_only)
         network = _network(config, model, log)
-        return Prepared(model, folder.resolve(), network, network.device, candidate, reason)
+        return Prepared(model, folder.resolve(), network, network.device)
     except ModelError as error:
         raise CannotServe(str(error)) from None
-
-
-def find_candidate(wanted: ModelConfig, name: str, about: Description | About, *, is_only: bool) -> Version | None:
-    """The candidate that a configuration names for a model, or None. `is_only`: no other model is served.
-
-    Raises:
-        ModelError: with a sentence, when it cannot be loaded or has other features or outputs.
-    """
-    if (folder := wanted.candidate(name, is_only=is_only)) is None:
-        return None
-    try:
-        model = load_version(folder, about.features, about.outputs, f"the model {name!r}, which it is to shadow,")
-    except ModelError as error:
-        raise ModelError(f"model.shadow: {error}") from None
-    return folder, model.fingerprint
-
-
-def check_candidates(wanted: ModelConfig, names: Sequence[str]) -> None:
-    """Refuse candidates for other models than those of these names.
-
-    Raises:
-        ModelError: with a sentence.
-    """
-    for name in wanted.shadow if isinstance(wanted.shadow, dict) else ():
-        if name not in names:
-            raise ModelError(f"model.shadow names the model {name!r}, which is not served: {meant(name, names)}")
-
-
-def is_served(candidate: Path) -> str:
-    """Why the candidate in a folder that holds the served version cannot shadow that."""
-    return f"{candidate} is the version that is served now"
-
-
-def _candidate_left(wanted: ModelConfig, model: Model, *, is_only: bool) -> tuple[Version | None, str]:
-    """The candidate that is to shadow another version of a model, or why it cannot any more."""
-    try:
-        candidate = find_candidate(wanted, model.name, model.description, is_only=is_only)
-    except ModelError as error:
-        return None, str(error)
-    if candidate is not None and candidate[1] == model.fingerprint:
-        return None, is_served(candidate[0])
-    return candidate, ""
 
 
 def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) -> RecurrentModel:

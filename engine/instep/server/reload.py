@@ -30,7 +30,7 @@ CHANGEABLE: Final = (
     "log.summary_s",
 )
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
-MODELS: Final = ("model.folder", "model.shadow", "model.shadow_share")
+MODELS: Final = ("model.folder",)
 """They change, too, but it takes a while: see `Loader.reload`."""
 
 _KEPT_BYTES: Final = 2048

@@ -23,7 +23,6 @@ from instep.server.background import Background
 from instep.server.beside import Beside
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
-from instep.server.live_shadow import Shadows
 from instep.server.live_verification import LiveVerification
 from instep.server.loading import Loader
 from instep.server.loop import HeldUp, Loop
@@ -75,7 +74,6 @@ class Server:
         self._verifications: dict[ModelService, LiveVerification] = {}
         beside = Beside(shutdown)
         self._background = background
-        self.shadows = Shadows(beside, background, log)
         self.loader = Loader(self, loop, shutdown, beside, log, configured)
 
     def add(self, served: Served) -> None:
@@ -141,7 +139,6 @@ class Server:
         self._turns.add(service)
         if service.verification is not None:
             self._verifications[service] = LiveVerification(service, self._background)
-        self.shadows.begin(service)
 
     def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
@@ -318,8 +315,6 @@ class Server:
         verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
         closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
         for service in services:
-            reason = "the server ends" if self.is_draining else "this version of the model is served no longer"
-            closing.push_async_callback(self.shadows.end, service, reason)
             closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_verifications(self, verifications: Sequence[LiveVerification], *, finishes: bool) -> None:

@@ -27,7 +27,6 @@ from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch
 from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
 from instep.server.preparation import Prepared
-from instep.streaming.candidate import CandidateStatus
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.events import EventKind, EventLog
@@ -130,7 +129,7 @@ def make_service(
     else:
         table, origins, events = former.engine.table, former.engine.origins, former.events
         tombstones = former.operations.hibernation.tombstones
-    tasks, candidate = Tasks(on_bug), foundation.prepared.candidate
+    tasks = Tasks(on_bug)
     engine = Engine(
         tables,
         table,
@@ -166,7 +165,6 @@ def make_service(
         steps_apart=foundation.forks,
         file=file,
         verification=Verification() if config.verify.live else None,
-        candidate=None if candidate is None else CandidateStatus(*candidate, config.model.shadow_share),
     )
 
 

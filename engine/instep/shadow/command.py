@@ -14,7 +14,6 @@ from rich.console import Console
 
 from instep.config import Config
 from instep.interrupts import Stopped
-from instep.models.errors import ModelError
 from instep.models.folder import load_version
 from instep.models.numerics import prepare
 from instep.models.registry import build
@@ -80,19 +79,11 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
         shadow.keep_up()
 
 
-def make_shadow(
-    asked: Shadowing,
-    after: int = 0,
-    fingerprint: str | None = None,
-    most_streams: int = MOST_STREAMS,
-    most_listed: int = MOST_LISTED,
-) -> Shadow:
+def make_shadow(asked: Shadowing, most_streams: int = MOST_STREAMS, most_listed: int = MOST_LISTED) -> Shadow:
     """A candidate that has not followed anything yet.
 
     Args:
         asked: the recording, the candidate's folder, and what is to be compared.
-        after: a position of the recording; frames up to there are not compared.
-        fingerprint: which version the folder must hold; None for any.
         most_streams: followed at the same time.
         most_listed: streams in a report.
 
@@ -105,11 +96,9 @@ def make_shadow(
     with RecordingFile(asked.recording) as recording:
         header = recording.header
     model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")
-    if fingerprint not in (None, model.fingerprint):
-        raise ModelError(f"{asked.folder} holds another version now than when the server began to shadow with it")
     network = build(model, torch.device("cpu"))
     warm_up = asked.warm_up
     if warm_up is None and network.state != header.state_spec:
         warm_up = WARM_UP
     stepper = Stepper(network, engine.max_batch_size, most_streams, torch.device("cpu"))
-    return Shadow(asked.recording, stepper, warm_up, asked.share, after, most_streams, most_listed)
+    return Shadow(asked.recording, stepper, warm_up, asked.share, most_streams, most_listed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from bisect import bisect
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +11,6 @@ import numpy as np
 
 from instep.core.typing import F32, I64
 from instep.recording.errors import UnavailableRecording
-from instep.recording.records import BatchGroup
 from instep.recording.tail import Closed, Item, Opened, RecordingTail
 from instep.runtime.stepper import Stepper
 from instep.shadow.report import Differences, StreamDifference
@@ -37,7 +35,6 @@ class Shadow(WarmUpReplay):
         warm_up: None to begin with the states of the version that is served; N to begin with the N newest frames of
             each stream, which are not compared.
         share: of the streams; whether one is followed depends on its name alone.
-        after: a position of the recording; frames up to there are stepped and not compared.
         most_streams: followed at the same time.
         most_listed: streams in a report.
     """
@@ -48,12 +45,11 @@ class Shadow(WarmUpReplay):
         stepper: Stepper,
         warm_up: int | None,
         share: float,
-        after: int,
         most_streams: int,
         most_listed: int,
     ) -> None:
         super().__init__(path, stepper, most_streams, warm_up)
-        self._most_streams, self._most_listed = most_streams, most_listed
+        self._most_listed = most_listed
         self.dropped = 0
         """Streams that were given up because the candidate could not keep up, or left out because there were more."""
         self._dropped = set[int]()
@@ -61,8 +57,6 @@ class Shadow(WarmUpReplay):
         self.unavailable: UnavailableRecording | None = None
         """Why the recording could not be read at the last look."""
         self._share = share
-        self._after = after
-        self._compares = False
         self._names = [""] * (most_streams + 1)
         self._compared_from: I64 = np.full(most_streams + 1, _NEVER, np.int64)
         self._frames_of: I64 = np.zeros(most_streams + 1, np.int64)
@@ -77,12 +71,7 @@ class Shadow(WarmUpReplay):
     @property
     def following(self) -> int:
         """Count of streams that are followed now."""
-        return self._most_streams - len(self._free)
-
-    @property
-    def position(self) -> int:
-        """Everything in the recording up to here was taken in."""
-        return self._read_to
+        return len(self._slots)
 
     def follow(self) -> int:
         """As that of the base, but while another program locks the recording, nothing is stepped until a later call."""
@@ -137,14 +126,7 @@ class Shadow(WarmUpReplay):
         )
 
     def _take(self, item: Item, tail: RecordingTail) -> None:
-        if not self._compares and item.position > self._after:
-            if isinstance(item, BatchGroup) and (known := bisect(item.positions, self._after)):
-                super()._take(item.part(0, known), tail)
-                item = item.part(known, len(item.positions))
-            self._step()
-            self._compares = True
         super()._take(item, tail)
-
         if isinstance(item, Closed):
             self._dropped.discard(item.stream)
 
@@ -175,7 +157,7 @@ class Shadow(WarmUpReplay):
         self._compared_from[slots] = seqs
 
     def _stepped(self, slots: I64, seqs: I64, y: F32, recorded: F32) -> None:
-        counts = (seqs >= self._compared_from[slots]) & self._compares
+        counts = seqs >= self._compared_from[slots]
         slots, y, recorded = slots[counts], y[counts], recorded[counts]
         if not len(slots):
             return

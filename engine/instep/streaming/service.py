@@ -13,7 +13,6 @@ from instep.core.tables import CREDIT_STALLS, RECEIVED_FRAMES, REPEATED_FRAMES
 from instep.recording.database import bytes_on_disk
 from instep.recording.recorder import Recorder
 from instep.recording.scrub import Scrub
-from instep.streaming.candidate import CandidateStatus
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventLog
@@ -75,8 +74,6 @@ class ModelService:
     """How it continued an older recording, where there was one."""
     verification: Verification | None = None
     """Findings of the process that checks the recording meanwhile, where there is to be one."""
-    candidate: CandidateStatus | None = None
-    """Findings of the candidate that shadows the model, where there is one."""
     scrub: Scrub | None = None
     """Looks for damage in what the recovery did not read of that recording."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
@@ -171,7 +168,6 @@ class ModelService:
             "frames_pending": float(engine.pending_frames),
             **self._recorded(),
             **({} if self.verification is None else self.verification.numbers()),
-            **({} if self.candidate is None else self.candidate.numbers()),
         }
 
     def _recorded(self) -> dict[str, float]:

@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from instep.core.histogram import add_steps, add_to, new_histogram
 from instep.frontends.http.metrics import METRICS, exposition
 from instep.server.server import Server
-from instep.streaming.candidate import CandidateStatus
 from instep.streaming.verification import Verification
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL
@@ -108,7 +107,7 @@ async def test_every_metric_has_its_type_and_unit_and_what_does_not_exist_has_no
     for name, family in families.items():
         if name.startswith("instep_"):
             assert family.type == types.pop(name)
-    of_others = ("recording_bytes", "recording_free", "recovery", "checkpoint", "replay", "verif", "shadow")
+    of_others = ("recording_bytes", "recording_free", "recovery", "checkpoint", "replay", "verif")
     assert all(name.removeprefix("instep_").startswith(of_others) for name in types), types
     for metric in METRICS:
         assert metric.help.endswith(".")
@@ -126,19 +125,6 @@ async def test_live_verification_is_shown_where_it_is_on() -> None:
     assert [value(families, f"instep_verify_{name}") for name in names] == [1, 20, 5, 3]
     assert value(families, "instep_verified_frames_total") == 70
     assert value(families, "instep_verify_lag_seconds") == 0
-
-
-async def test_a_candidate_is_shown_where_there_is_one() -> None:
-    async with running(SMALL) as server:
-        assert not any("shadow" in name for name in scraped(server))
-        server.default.candidate = CandidateStatus(
-            Path("new"), "abc", 0.1, frames=70, equal=20, largest=np.inf, mean=0.5, dropped=2, streams=3
-        )
-        families = scraped(server)
-    names = ("frames_total", "equal_frames_total", "largest_difference", "mean_difference", "streams")
-    assert [value(families, f"instep_shadow_{name}") for name in names] == [70, 20, np.inf, 0.5, 3]
-    assert value(families, "instep_shadow_dropped_streams_total") == 2
-    assert value(families, "instep_shadow_following", fingerprint="abc") == 0
 
 
 @pytest.mark.parametrize("scale", [3, 50, 2_000, 900_000])

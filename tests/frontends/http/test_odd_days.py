@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
-from instep.streaming.candidate import CandidateStatus
 from tests.support.browsing import Pages, keep
 from tests.support.staged_admin import StagedAdmin, event, model
 
@@ -74,19 +72,6 @@ def test_a_badge_is_not_green_where_frames_are_not_compared(admin: StagedAdmin, 
     expect(page.locator("#verification")).to_have_attribute("data-level", "fair")
     words = "4,100,000 frames not compared (4,000,000 not sampled, 100,000 state too old)"
     expect(page.locator("#verification-detail")).to_contain_text(words)
-
-
-def test_a_candidate_is_described_where_there_is_one(admin: StagedAdmin, pages: Pages) -> None:
-    page = pages.open(admin.url)
-    expect(page.locator("#verification")).to_have_attribute("data-level", "good")
-    expect(page.locator("#candidate")).to_be_hidden()
-    found = CandidateStatus(Path("new"), "9f31c2d4a86b", 0.1, frames=12_345, equal=12_344, largest=1.2345e-3, mean=2e-7)
-    admin.models[0]["shadow"] = found.as_json() | {"state": "following"}
-    same = "Candidate 9f31c2d4: 99 % of 12,345 frames equal; "
-    expect(page.locator("#candidate")).to_have_text(f"{same}differs by up to 0.0012, mean 2.0e-7")
-    admin.models[0]["shadow"] |= {"largest": None, "mean": None, "state": "ended", "reason": "no folder"}
-    expect(page.locator("#candidate")).to_have_text(f"{same}some values are not finite; ended: no folder")
-    expect(page.locator("#verification")).to_have_attribute("data-level", "good")
 
 
 def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages) -> None:

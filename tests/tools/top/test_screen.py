@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from io import StringIO
 
@@ -103,23 +102,6 @@ def test_one_of_a_kind_is_singular() -> None:
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert text["server"] == "ready, – frames/s, 1 stream, 1 connection, loop 100%"
     assert ", 1 stream differs, " in text["verified"]
-
-
-def test_a_candidate_has_a_line_where_there_is_one() -> None:
-    def line(**numbers: float) -> str:
-        of_candidate = {f"shadow_{name}": value for name, value in numbers.items()}
-        now = snapshot(1.0, [], (), StreamQuery(), **of_candidate)
-        lines = shown(Picture("tcp://h:1", ScreenView(StreamQuery()), now), 80, 24, keys=False)
-        return next((line for line in lines if line.startswith("shadow")), "")
-
-    assert line() == ""
-    assert line(frames_total=0, following=0) == "shadow     nothing compared yet, down"
-    found = {"frames_total": 123_456, "equal_frames_total": 123_455, "mean_difference": 1e-9, "following": 1}
-    same = "shadow     123,456 frames, 99% equal, off by up to 1.2e-05, mean 1e-09"
-    assert line(**found, largest_difference=1.234e-5) == same
-    assert line(**(found | {"following": 0}), largest_difference=1.234e-5) == f"{same}, down"
-    assert line(**found, largest_difference=0).endswith("99% equal, no difference")
-    assert line(**found, largest_difference=math.inf).endswith("99% equal, some values are not finite")
 
 
 def test_where_nothing_was_answered_lately_there_are_dashes_and_no_zeros() -> None:

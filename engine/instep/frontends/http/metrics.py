@@ -43,11 +43,6 @@ def _room(model: ModelNumbers) -> Labelled:
     return [((), float(len(model.service.engine.table.owner) - 1))]
 
 
-def _shadow(model: ModelNumbers) -> Labelled:
-    candidate = model.service.candidate
-    return [] if candidate is None else [((candidate.fingerprint,), float(candidate.is_following))]
-
-
 def _build(model: ModelNumbers) -> Labelled:
     about = model.service.about
     labels = about.fingerprint, about.exactness, about.arithmetic, about.device, _version("instep")
@@ -169,27 +164,6 @@ METRICS: Final = (
         "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",
     ),
-    # A candidate
-    Metric(
-        "instep_shadow_following",
-        "1 while the candidate of that fingerprint is compared, 0 while it starts, is late or has ended.",
-        _shadow,
-        ("model", "fingerprint"),
-    ),
-    Metric("instep_shadow_streams", "Streams that the candidate follows."),
-    Metric(
-        "instep_shadow_dropped_streams_total",
-        "Streams that were left out or given up because the candidate could not keep up.",
-    ),
-    Metric(
-        "instep_shadow_frames_total",
-        "Frames of which the candidate's outputs were compared with those that were served.",
-    ),
-    Metric("instep_shadow_equal_frames_total", "Compared frames whose outputs have the same bits."),
-    Metric(
-        "instep_shadow_largest_difference", "The largest absolute difference of one value since the candidate began."
-    ),
-    Metric("instep_shadow_mean_difference", "The mean absolute difference of all values since the candidate began."),
 )
 
 

@@ -72,7 +72,6 @@ class ServerStatus:
             "durability": about.durability,
             "recording": _recording(service),
             "verification": None if service.verification is None else service.verification.as_json(),
-            "shadow": None if service.candidate is None else service.candidate.as_json(),
             "numbers": service.numbers(),
         }
 

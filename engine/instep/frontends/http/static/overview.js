@@ -87,15 +87,13 @@ export class Overview {
     this.#showTrust(model);
   }
 
-  #showTrust({ exactness, arithmetic, verification, shadow, numbers, recording, durability }) {
+  #showTrust({ exactness, arithmetic, verification, numbers, recording, durability }) {
     const exact = { exact: ["good", "Exact"], tolerance: ["fair", "Within tolerance"] };
     badge("exactness", ...(exact[exactness] ?? ["off", exactness]));
     setText("exactness-detail", arithmetic);
 
     badge("verification", ...verificationBadge(verification));
     setText("verification-detail", verificationDetail(verification));
-    byId("candidate").hidden = !shadow;
-    if (shadow) setText("candidate", candidateDetail(shadow));
 
     const refused = refusals(numbers);
     const total = refused.reduce((sum, [, number]) => sum + number, 0);
@@ -175,19 +173,6 @@ function verificationDetail(verification) {
     parts.push(`${count(skipped)} frames not compared${words && ` (${words})`}`);
   }
   return parts.join("; ");
-}
-
-function candidateDetail({ state, reason, fingerprint, frames, equal, largest, mean }) {
-  const parts = [];
-  if (frames) {
-    parts.push(`${floored(equal / frames)} of ${count(frames)} frames equal`);
-    if (largest === 0) parts.push("no difference");
-    else if (largest === null) parts.push("some values are not finite");
-    else parts.push(`differs by up to ${largest.toPrecision(2)}, mean ${mean.toPrecision(2)}`);
-  } else parts.push("nothing compared yet");
-  if (state === "ended") parts.push(`ended: ${reason}`);
-  else if (state !== "following") parts.push(state); // it is starting, or late
-  return `Candidate ${fingerprint.slice(0, 8)}: ${parts.join("; ")}`;
 }
 
 /** Which values differ, in words. Zeros may differ in their signs, and JSON knows only finite numbers. */
