@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +21,10 @@ import numpy as np
 from benchmarks.connection import NotServed
 from benchmarks.measurement import Bench, Row, Samples, compared, interleave
 from benchmarks.reference import LeftOut
+from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
-from instep_client import AsyncClient, AsyncStream, Code, Refused
+from instep_client import AsyncClient, AsyncStream
 
 STREAMS, CONNECTIONS, RATE_HZ, FEATURES, HIDDEN = 32, 4, 50, 40, 128
 POLICIES: Final = ("keep", "move", "replay:128")
@@ -37,15 +40,19 @@ LONGER: Final = 2.0
 
 def swap(bench: Bench) -> list[Row]:
     """A paced load while its model is swapped, by each policy, against the same load while nothing happens."""
-    versions = cycle([_version(bench, "swap-b", seed=2), _version(bench, "swap-a", seed=1)])
-    recordings = bench.folder / "recordings"
+    folder, seeds = _version(bench, "swapped", seed=1), cycle([2, 1])
+    recordings, config = bench.folder / "recordings", bench.folder / "swap.yaml"
     recordings.mkdir()
+    config.write_text("{}")
     quiet = "quiet, p99 ms"
-    with bench.serve(bench.folder / "swap-a", ["--record", str(recordings)]) as server:
+    with ChildServer(folder, ["--device", "cpu", "--record", str(recordings), "--config", str(config)]) as server:
 
         def latency(policy: str | None) -> float:
-            folder = None if policy is None else next(versions)
-            return asyncio.run(_latency_ms(server.endpoint, folder, policy or "", bench.seconds * LONGER))
+            if policy is not None:
+                config.write_text(f"model: {{on_reload: {policy}}}")
+                _version(bench, "swapped", next(seeds))
+            pid = None if policy is None else server.pid
+            return asyncio.run(_latency_ms(server.endpoint, pid, bench.seconds * LONGER))
 
         sides = {quiet: partial(latency, None)}
         sides |= {f"{policy}, p99 ms": partial(latency, policy) for policy in POLICIES}
@@ -83,12 +90,13 @@ def _version(bench: Bench, name: str, seed: int) -> Path:
     if bench.model is not None:
         raise LeftOut("it needs two models, and the run has one")
     description = GruDescription(features=FEATURES, gru=GruLayers(hidden_size=HIDDEN))
-    write_model(bench.folder / name, make_model(description, init="random", seed=seed, name=name))
+    model = make_model(description, init="random", seed=seed, name=name)
+    write_model(bench.folder / name, model, overwrite=True)
     return bench.folder / name
 
 
-async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: float) -> float:
-    """The p99, in milliseconds, of a load for some seconds or, where there is a folder, until it is swapped in."""
+async def _latency_ms(endpoint: str, pid: int | None, seconds: float) -> float:
+    """The p99, in milliseconds, of a load for some seconds or, given a server's id, until it has swapped its model."""
     latencies_s: list[float] = []
     is_over = asyncio.Event()
 
@@ -106,18 +114,17 @@ async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: 
         for client in (operator, *clients):
             await stack.enter_async_context(client)
         while True:
-            served, *former = await operator.list_models()
-            if not former:
+            if len(await operator.list_models()) == 1:
                 break
             await asyncio.sleep(0.05)  # until the version has left that was kept before
         streams = [await clients[number % CONNECTIONS].open(f"s{number}") for number in range(STREAMS)]
         load = [asyncio.create_task(paced(stream)) for stream in streams]
         await asyncio.sleep(seconds)
         latencies_s.clear()
-        if folder is None:
+        if pid is None:
             await asyncio.sleep(seconds)
         else:
-            await _swap(operator, served.name, folder, policy)
+            await _reload(endpoint, pid)
         is_over.set()
         await asyncio.gather(*load)  # also those whose answers the swap holds up
         for stream in streams:
@@ -125,15 +132,15 @@ async def _latency_ms(endpoint: str, folder: Path | None, policy: str, seconds: 
     return float(np.percentile(latencies_s, 99)) * 1e3
 
 
-async def _swap(operator: AsyncClient, name: str, folder: Path, policy: str) -> None:
-    while True:
-        try:
-            await operator.swap_model(name, folder, policy)
-            return
-        except Refused as refused:
-            if refused.code is not Code.BUSY:
-                raise
-            await asyncio.sleep(0.05)  # the version that has left is still being closed
+async def _reload(endpoint: str, pid: int) -> None:
+    async def fingerprint() -> str:
+        async with AsyncClient(endpoint) as client:
+            return client.info.fingerprint
+
+    before = await fingerprint()
+    os.kill(pid, signal.SIGHUP)
+    while await fingerprint() == before:  # noqa: ASYNC110 - what happens there sets no event here
+        await asyncio.sleep(0.05)
 
 
 def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from instep_client.aio_streams import AsyncGroup, AsyncStream
 from instep_client.driver import Driver
 from instep_client.liveness import OPEN
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
-from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo, SwapPolicy
+from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
 from instep_client.replies import ListedStream, ServedModel
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
@@ -256,57 +255,6 @@ class AsyncClient:
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, the one for clients that name none first."""
         return await self._driver.wait(self._session.models())
-
-    async def load_model(self, name: str, folder: str | Path) -> list[ServedModel]:
-        """Have the server load another model, beside serving; it takes some seconds. Only on the server's machine.
-
-        Returns:
-            All of its models.
-
-        Raises:
-            Refused: NOT_LOADED when it cannot be; NOT_ALLOWED where the server can be reached from other machines.
-            ConnectionFailed: when the connection was lost meanwhile and the model may have been loaded.
-        """
-        return await self._driver.wait(self._session.load_model(name, folder))
-
-    async def swap_model(self, name: str, folder: str | Path, streams: str = "keep") -> list[ServedModel]:
-        """Have the server replace a model by another version of it, beside serving. Only on the server's machine.
-
-        With "keep", live connections and their streams stay with the old version, which is called NAME@FINGERPRINT
-        from then on and is unloaded when nobody uses it any more. With "move", all streams continue in the new version
-        from the states that they have; with "replay:N", from those that the new version has after their last N recorded
-        frames. `moved_at` of a stream says from which seq on.
-
-        Returns:
-            All of its models.
-
-        Raises:
-            InvalidInput: for another word.
-            Refused: NOT_LOADED when it cannot be served, or the streams cannot be moved; UNKNOWN_MODEL when there is
-                no model of that name; NOT_ALLOWED where the server can be reached from other machines.
-            ConnectionFailed: when the connection was lost meanwhile and the model may have been replaced.
-        """
-        try:
-            policy = SwapPolicy.parse(streams)
-        except ValueError as error:
-            raise InvalidInput(str(error)) from None
-        return await self._driver.wait(self._session.swap_model(name, folder, policy))
-
-    async def unload_model(self, name: str, *, force: bool = False) -> list[ServedModel]:
-        """Have the server unload a model: it answers what it has admitted, and ends the connections to the model.
-
-        It refuses that while streams are in use, unless with `force`. A recording keeps the streams for when the model
-        is loaded again; without one they end, and their owners are told (UNLOADED).
-
-        Returns:
-            The models that it still has.
-
-        Raises:
-            Refused: UNKNOWN_MODEL when there is none; NOT_ALLOWED while streams are in use, for the model of this
-                client, which may be the only one, and where the server can be reached from other machines.
-            ConnectionFailed: when the connection was lost meanwhile and the model may have been unloaded.
-        """
-        return await self._driver.wait(self._session.unload_model(name, force))
 
     async def ping(self) -> float:
         """The seconds that a message takes to the server and back."""

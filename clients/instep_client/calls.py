@@ -4,7 +4,7 @@ Call
 ├── StepCall, in `handles.py`  frames of one stream handle
 └── Request                    anything else, one class for each kind
     ├── Greeting, Claim, Silence, Farewell  the session's own
-    ├── Question, ModelsChange, PingCall, in `requests.py`
+    ├── Question, PingCall, in `requests.py`
     └── StreamsRequest         about streams, one message for each part of them
         ├── ReadStateCall, in `requests.py`
         ├── OpenCall, ResumeCall, in `openings.py`

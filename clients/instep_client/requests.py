@@ -23,14 +23,13 @@ from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
-    ConnectionFailed,
     InstepError,
     StreamEvicted,
     StreamRefused,
 )
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
-from instep_client.replies import ColumnError, ErrorReply, ServedModel
+from instep_client.replies import ColumnError, ErrorReply
 from instep_client.streams import ENDING
 
 R = TypeVar("R")
@@ -59,24 +58,6 @@ class Question(Request[R]):
 
     def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         self.finish(self._decode(header, frames))
-
-
-class ModelsChange(Question[list[ServedModel]]):
-    """A LOAD, SWAP or UNLOAD, which must not be sent twice; the result is all models that the server has then."""
-
-    def __init__(self, connection: Connection, kind: Kind, *fields: int | str) -> None:
-        super().__init__(connection, kind, Kind.SERVED, replies.served, *fields)
-
-    def lost(self) -> bool:
-        """Nobody can tell whether it was done."""
-        self.fail(
-            ConnectionFailed(
-                f"the connection was lost before the server answered {self.kind.name}, which it may have done all the "
-                f"same: `instep-client models` shows the models that it has ({self.connection.attempts.why})"
-            )
-        )
-        self.connection.pending.woken.append(self)
-        return False
 
 
 class PingCall(Request[float]):

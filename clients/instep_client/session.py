@@ -16,7 +16,6 @@ what its replies mean; its class is in `requests.py`, `openings.py` or `changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy.typing as npt
@@ -30,9 +29,9 @@ from instep_client.handles import StepCall, StreamHandle, TurnRequest
 from instep_client.liveness import ENDED, OPEN, RECONNECTING
 from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
 from instep_client.protocol.errors import ClientClosed, InvalidInput
-from instep_client.protocol.wire import MAX_NAME_BYTES, Kind, SwapPolicy
+from instep_client.protocol.wire import MAX_NAME_BYTES, Kind
 from instep_client.replies import ListedStream, ServedModel
-from instep_client.requests import ModelsChange, PingCall, Question, ReadStateCall
+from instep_client.requests import PingCall, Question, ReadStateCall
 
 P = ParamSpec("P")
 Q = TypeVar("Q", bound=Request[Any])
@@ -192,19 +191,6 @@ class Session(Connection):
     def models(self) -> Question[list[ServedModel]]:
         """Ask for the server's models."""
         return self.ask(Question(self, Kind.MODELS, Kind.SERVED, replies.served))
-
-    def load_model(self, name: str, folder: str | Path) -> ModelsChange:
-        """Ask the server, which is on this machine, to load a model from a folder."""
-        return self.ask(ModelsChange(self, Kind.LOAD, name, str(Path(folder).absolute())))
-
-    def swap_model(self, name: str, folder: str | Path, policy: SwapPolicy) -> ModelsChange:
-        """Ask the server, which is on this machine, for another version of a model."""
-        fields = (name, str(Path(folder).absolute()), int(policy.streams), policy.frames)
-        return self.ask(ModelsChange(self, Kind.SWAP, *fields))
-
-    def unload_model(self, name: str, force: bool) -> ModelsChange:
-        """Ask the server to unload a model."""
-        return self.ask(ModelsChange(self, Kind.UNLOAD, name, int(force)))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> Question[tuple[list[ListedStream], int]]:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""

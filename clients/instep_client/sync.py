@@ -98,9 +98,6 @@ class Client(InThread[AsyncClient]):
     snapshot = blocking(AsyncClient.snapshot)
     list_streams = blocking(AsyncClient.list_streams)
     list_models = blocking(AsyncClient.list_models)
-    load_model = blocking(AsyncClient.load_model)
-    swap_model = blocking(AsyncClient.swap_model)
-    unload_model = blocking(AsyncClient.unload_model)
     ping = blocking(AsyncClient.ping)
     stats = blocking(AsyncClient.stats)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from instep import interrupts
-from instep.live_model_app import app as model_app
+from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
 from instep.serve_flags import Given, takes_settings
 from instep.timetravel import app as timetravel

@@ -1,4 +1,4 @@
-"""The commands `instep model` that work on model folders, as typed: make, import, check and show one."""
+"""The commands `instep model`, as typed: make, import, check, show a model folder, and compare one on live streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-app = CommandLine(help="Make a model folder, import one, check it, look into it, or have a server load it.")
+app = CommandLine(help="Make a model folder, import one, check it, look into it, or compare it on live streams.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")]
@@ -236,6 +236,53 @@ def info(
         say(f"outputs: {', '.join(model.output_names)}")
     for name, shape in shapes.items():
         typer.echo(f"  {name} {shape}")
+
+
+@app.command(
+    examples=(
+        "instep model shadow ears.instep models/ears-new --for 600",
+        "instep model shadow ears.instep models/ears-new --tolerance 0.01 --json",
+    )
+)
+def shadow(
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording that a server writes.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the candidate.")],
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the streams, by their names.")] = 0.1,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--for", min=0.0, help="Seconds. Default: until Ctrl-C, SIGTERM or SIGHUP.", show_default=False),
+    ] = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Begin with this many frames of each stream, uncompared, instead of its state. Default: the state, or "
+            "256 frames where the candidate's states are others.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="The largest difference that is no failure.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare a candidate's outputs with those that a server gives, on a share of its streams, while it serves.
+
+    The candidate runs in this process, at the lowest priority, on the frames in the server's recording. It never
+    answers, and the server does not know of it. Exit status 0: frames were compared. 1: a value differed by more than
+    --tolerance. 2: nothing was compared.
+    """
+    import os
+
+    from rich.console import Console
+
+    from instep import interrupts
+    from instep.shadow.command import Shadowing, run
+
+    interrupts.raise_stopped()
+    os.nice(19)
+    asked = Shadowing(recording, folder, share, seconds, warm_up, tolerance, json)
+    raise typer.Exit(run(asked, Console(highlight=False, soft_wrap=True)))
 
 
 def say(sentence: str) -> None:

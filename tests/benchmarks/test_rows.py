@@ -41,7 +41,8 @@ def test_a_measurement_has_a_positive_value_for_each_side(
     measure: Callable[[Bench], list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(watching, "ChildServer", WarmServer)
+    for module in (models, watching):
+        monkeypatch.setattr(module, "ChildServer", WarmServer)
     if measure in (isolation, models.fairness):
         monkeypatch.setattr(subprocess, "Popen", begin_warm)
     warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round

@@ -10,7 +10,7 @@ import pytest
 
 from instep_client.calls import Call
 from instep_client.protocol.errors import ConnectionFailed, InstepError, StreamEvicted, StreamRefused
-from instep_client.protocol.wire import Kind, SwapPolicy
+from instep_client.protocol.wire import Kind
 from tests.support.fake_server import reference
 from tests.support.ring_link import RingLink, lose
 from tests.support.ring_server import RING_INFO, RingServer
@@ -34,22 +34,6 @@ def test_questions_are_asked_again() -> None:
     seqs, states = calls[2].result()
     assert seqs.tolist() == [2]
     assert floats_of(states, 2, 2)[0].tolist() == reference(X[:2])[1].tolist()
-
-
-def test_changes_of_models_are_not_asked_for_again() -> None:
-    link = RingLink()
-    move = SwapPolicy.parse("move")
-    calls: list[Call[Any]] = [
-        link.session.load_model("ears", "/m"),
-        link.session.swap_model("ears", "/m", move),
-        link.session.unload_model("ears", force=True),
-    ]
-    link.advance()
-    link.cut()
-    link.run(link.session.ping(link.now))
-    for call, kind in zip(calls, ("LOAD", "SWAP", "UNLOAD"), strict=True):
-        with pytest.raises(ConnectionFailed, match=f"before the server answered {kind}, which it may have done"):
-            call.result()
 
 
 def test_an_opening_that_was_not_done_is_done() -> None:

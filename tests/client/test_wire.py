@@ -37,9 +37,6 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.CHANGED, 6, (2, ()), "94 4c 06 02 90"),
     (Kind.LISTED, 7, (2, 300), "94 4d 07 02 cd012c"),
     (Kind.MODELS, 8, (), "92 0c 08"),
-    (Kind.LOAD, 9, ("a", "/b"), "94 0d 09 a1 61 a2 2f62"),
-    (Kind.UNLOAD, 10, ("a", 1), "94 0e 0a a1 61 01"),
-    (Kind.SWAP, 11, ("a", "/b", 2, 9), "96 0f 0b a1 61 a2 2f62 02 09"),
     (Kind.SERVED, 8, (2,), "93 4e 08 02"),
     (Kind.MOVED, 0, (1, "ab"), "94 4f 00 01 a2 6162"),
 ]

@@ -35,6 +35,7 @@ from instep_tools.sequences import RecordedSequences
 from tests.support.onnx_graphs import gru_step
 from tests.support.pipelines import smoothed
 from tests.support.running import running
+from tests.support.swapping import reload_models
 from tests.support.verifying import ignore_progress
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
@@ -166,7 +167,7 @@ async def test_streams_that_move_to_another_version_keep_their_start_and_later_o
     async with running(load_model(old), folder=old, **sections) as server, AsyncClient(server.endpoint) as client:
         used, unused = await client.open("used"), await client.open("unused")
         y = [await used.step(x[:4])]
-        await client.swap_model("net", new, "move")
+        assert not await reload_models(server, {"net": new}, "move")
         y.append(await used.step(x[4:]))
         np.testing.assert_allclose(np.concatenate(y), truth("module", x, former), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(await unused.step(x), truth("module", x, former), rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from tests.support.live_verifying import EARS, VERIFY, checked_stream, found, st
 from tests.support.live_verifying import folder as folder
 from tests.support.models import plain
 from tests.support.running import running
+from tests.support.swapping import reload_models
 
 NEWER = replace(plain(5, 8, seed=9), name="ears")
 
@@ -162,17 +163,17 @@ async def test_each_model_has_its_checker_and_takes_it_along(
     recording = {"file": tmp_path / "recordings"}
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint, model="ears") as client:
-            await client.load_model("other", tmp_path / "newer")
+            assert not await reload_models(server, {"ears": folder, "other": tmp_path / "newer"})
             first = server.default
             pids = [service.verification.pid for service in server.services if service.verification is not None]
             stream = await client.open("s")
             await step_all([stream], frames(rng, 40, 1))
-            await client.swap_model("ears", tmp_path / "newer", "move")
+            assert not await reload_models(server, {"ears": tmp_path / "newer", "other": tmp_path / "newer"}, "move")
             await step_all([stream], frames(rng, 40, 1))
             assert server.default is not first
             await until(lambda: found(server).frames_total == 40)
             assert found(server).state == "verified"
-            await client.unload_model("other")
+            assert not await reload_models(server, tmp_path / "newer")
             await until(lambda: not any(is_alive(pid) for pid in pids))
     assert sum(line["event"] == "verifying" for line in told) == 3
     assert not any(line["level"] in ("error", "warning") for line in told)

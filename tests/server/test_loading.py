@@ -1,33 +1,30 @@
-"""Models that are loaded into a running server and unloaded from it, while streams of others go on."""
+"""Models that a reload loads into a running server and unloads from it, while streams of others go on."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
-from instep_client import AsyncClient, Client, ConnectionFailed, Refused
-from instep_client.protocol.wire import Code, Kind
+from instep_client import AsyncClient, ConnectionFailed, Refused
+from instep_client.protocol.wire import Code
 from tests.support.models import plain, whole
-from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.swapping import reload_models
 
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
@@ -54,8 +51,14 @@ __main__.main()
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The model that is loaded."""
+    write_model(tmp_path / "ears", EARS)
     write_model(tmp_path / "vowels", VOWELS)
     return tmp_path / "vowels"
+
+
+def with_ears(folder: Path) -> dict[str, Path]:
+    """The model that is loaded and the one that is served."""
+    return {"ears": folder.parent / "ears", "vowels": folder}
 
 
 async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_another_is_served(
@@ -67,7 +70,7 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
     (tmp_path / "recordings").mkdir()
     recording = {"file": tmp_path / "recordings"}
     async with running(EARS, told=told, recording=recording, engine=EXACT) as server:
-        async with AsyncClient(server.endpoint) as operator, AsyncClient(server.endpoint) as busy:
+        async with AsyncClient(server.endpoint) as busy:
             ears = await busy.open("s")
             served: list[Any] = []
 
@@ -77,7 +80,8 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
 
             serving = asyncio.create_task(serve())
             before = len(served)
-            assert [each.name for each in await operator.load_model("vowels", folder)] == ["ears", "vowels"]
+            assert not await reload_models(server, with_ears(folder))
+            assert [each.name for each in await busy.list_models()] == ["ears", "vowels"]
             assert len(served) > before, "frames are stepped while another model is compiled"
             client = AsyncClient(server.endpoint, model="vowels")
             await client.connect()
@@ -85,9 +89,8 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             await unused.connect()
             stream = await client.open("v")
             first = await stream.step(x[:10])
-            with pytest.raises(Refused, match="1 streams of the model 'vowels' are in use"):
-                await operator.unload_model("vowels")
-            assert [each.name for each in await operator.unload_model("vowels", force=True)] == ["ears"]
+            assert not await reload_models(server, tmp_path / "ears")
+            assert [each.name for each in await busy.list_models()] == ["ears"]
             stepping = asyncio.create_task(stream.step(x[10:]))
             with pytest.raises(ConnectionFailed, match="the model 'vowels' is unloaded"):
                 await unused.ping()
@@ -95,7 +98,7 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             with pytest.raises(Refused) as refused:
                 await AsyncClient(server.endpoint, model="vowels").connect()
             assert refused.value.code is Code.UNKNOWN_MODEL
-            await operator.load_model("vowels", folder)
+            assert not await reload_models(server, with_ears(folder))
             second = await stepping  # the client has asked for its model until it was there again
             await client.close()
             serving.cancel()
@@ -112,60 +115,34 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
     ]
 
 
-async def test_a_model_that_cannot_be_loaded_or_unloaded_changes_nothing(folder: Path, tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_loaded_changes_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     pipe = tmp_path / "pipe"
     write_model(pipe, VOWELS)
     (pipe / "weights.safetensors").unlink()
     os.mkfifo(pipe / "weights.safetensors")
-    async with running(EARS, engine=EXACT) as server, RawClient(server.endpoint) as raw:
-        await raw.hello()
-        refused_raw = await raw.ask(msgpack.packb([Kind.LOAD, raw.next_request(), "x", "models/vowels"]))
-        assert refused_raw.header[2] == Code.NOT_LOADED
-        assert "'models/vowels' is relative: name the folder by its absolute path" in refused_raw.header[3]
-    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as client:
-        for name, path, code, words in (
-            ("ears", folder, Code.NOT_LOADED, "is served already"),
-            ("x", tmp_path / "broken", Code.NOT_LOADED, "is not a model folder"),
-            ("", folder, Code.NOT_LOADED, "a model's name must be"),
-            ("x", "/a\0b", Code.NOT_LOADED, "null byte"),
-            ("x", pipe, Code.NOT_LOADED, "is not a regular file"),
-        ):
-            with pytest.raises(Refused) as refused:
-                await client.load_model(name, path)
-            assert (refused.value.code, words in refused.value.sentence) == (code, True), refused.value.sentence
-        for name, code in (("ears", Code.NOT_ALLOWED), ("eras", Code.UNKNOWN_MODEL), ("", Code.UNKNOWN_MODEL)):
-            with pytest.raises(Refused) as refused:
-                await client.unload_model(name)
-            assert refused.value.code is code
-        assert [each.name for each in await client.list_models()] == ["ears"]
     (tmp_path / "vowels.instep").write_bytes(b"not a recording")
     async with running(EARS, recording={"file": tmp_path}, engine=EXACT) as server:
-        async with AsyncClient(server.endpoint) as client:
-            open_files = []
-            for _ in range(3):
-                with pytest.raises(Refused, match="is not a recording"):
-                    await client.load_model("vowels", folder)
-                open_files.append(len(os.listdir("/proc/self/fd")))
-            assert len(set(open_files)) == 1, "the pipe of the executor that was made for it is closed"
+        open_files = []
+        for path, words in (
+            (tmp_path / "broken", "is not a model folder"),
+            (pipe, "is not a regular file"),
+            *[(folder, "is not a recording")] * 3,
+        ):
+            assert words in await reload_models(server, with_ears(path))
+            open_files.append(len(os.listdir("/proc/self/fd")))
+        assert [service.name for service in server.services] == ["ears"]
+        assert len(set(open_files[2:])) == 1, "the pipe of the executor that was made for it is closed"
     async with running(EARS, recording={"file": tmp_path / "r.instep"}, engine=EXACT) as server:
-        async with AsyncClient(server.endpoint) as client:
-            with pytest.raises(Refused, match="is not a folder, and each of several models"):
-                await client.load_model("vowels", folder)
-    transport = {"endpoint": "tcp://0.0.0.0:*", "allow_plaintext": True}
-    async with running(EARS, transport=transport, engine=EXACT) as server:
-        async with AsyncClient(server.endpoint.replace("0.0.0.0", "127.0.0.1")) as client:
-            with pytest.raises(Refused, match="NOT_ALLOWED"):
-                await client.load_model("vowels", folder)
+        assert "each of several models" in await reload_models(server, with_ears(folder))
 
 
 async def test_a_model_that_is_loaded_steps_in_the_servers_process(folder: Path) -> None:
     """Where the loop does not poll meanwhile, see test_loop.py."""
     async with running(EARS, engine={**EXACT, "steps_in": "process"}) as server:
-        async with AsyncClient(server.endpoint) as operator:
-            assert [service.steps_apart for service in server.services] == [True]
-            await operator.load_model("vowels", folder)
-            assert [service.steps_apart for service in server.services] == [True, False]
+        assert [service.steps_apart for service in server.services] == [True]
+        assert not await reload_models(server, with_ears(folder))
+        assert [service.steps_apart for service in server.services] == [True, False]
 
 
 class Reading:
@@ -200,13 +177,13 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
 
 
 async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(folder: Path, reading: Reading) -> None:
-    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
-        loading = asyncio.create_task(operator.load_model("vowels", folder))
+    async with running(EARS, engine=EXACT) as server:
+        loading = asyncio.create_task(reload_models(server, with_ears(folder)))
         await reading.until_due()
         limits = server.config.limits.model_copy(update={"park_s": 77.0})
         server.configure(server.config.model_copy(update={"limits": limits}))
         reading.may_begin.set()
-        await loading
+        assert not await loading
         async with AsyncClient(server.endpoint, model="vowels") as client:
             assert client.info.park_s == 77
 
@@ -216,60 +193,30 @@ async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loa
 ) -> None:
     told: list[dict[str, Any]] = []
     async with running(EARS, told=told, engine=EXACT, shutdown={"drain_timeout_s": 5.0}) as server:
-        async with AsyncClient(server.endpoint, reconnect_s=0) as operator:
-            loading = asyncio.create_task(operator.load_model("vowels", folder))
-            await reading.until_due()
-            server.stop()
-            with pytest.raises((Refused, ConnectionFailed), match="shutting down"):
-                await loading
-    assert [line["reason"] for line in told if line["event"] == "not loaded"] == ["the server is shutting down"]
+        loading = asyncio.create_task(reload_models(server, with_ears(folder)))
+        await reading.until_due()
+        server.stop()
+        await loading
+    assert [line for line in told if line["level"] == "error"] == [], "and that is no failure"
     assert not reading.may_begin.is_set()
 
 
 def test_a_thread_that_still_loads_a_model_does_not_abort_the_process_at_its_end(folder: Path, tmp_path: Path) -> None:
-    write_model(tmp_path / "ears", EARS)
-    command = [sys.executable, "-c", LOAD_FOREVER, "serve", str(tmp_path / "ears")]
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: {{folder: {tmp_path / 'ears'}}}")
+    command = [sys.executable, "-c", LOAD_FOREVER, "serve", "--config", str(file)]
     command += ["--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--log-format", "json"]
-    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process, ThreadPoolExecutor(1) as threads:
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stderr is not None
             lines = map(json.loads, process.stderr)
-            endpoint = next(line["endpoint"] for line in lines if line["event"] == "serving")
-            with Client(endpoint, reconnect_s=0) as client:
-                loading = threads.submit(client.load_model, "vowels", folder)
-                assert process.stdout.readline() == "loading\n"
-                process.terminate()
-                with pytest.raises((Refused, ConnectionFailed)):
-                    loading.result()
+            assert any(line["event"] == "serving" for line in lines)
+            file.write_text(f"model: {{folder: [{tmp_path / 'ears'}, {folder}]}}")
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == "loading\n"
+            process.terminate()
             said = process.stderr.read().splitlines()
             assert (json.loads(said[-1])["event"], process.wait()) == ("stopped", 0)
         finally:
             process.kill()
-
-
-async def test_the_commands(folder: Path) -> None:
-    async with running(EARS, engine=EXACT) as server:
-
-        async def said(*arguments: str) -> tuple[int, str]:
-            command = ["model", *arguments, "-e", server.endpoint]
-            result = await asyncio.to_thread(CliRunner().invoke, app, command)
-            return result.exit_code, result.output.strip()
-
-        status, text = await said("load", "vowels", str(folder))
-        assert (status, text.splitlines()[-1]) == (0, "the server has ears, vowels")
-        assert text.startswith("vowels is served as version ")
-        assert f"put it into model.folder to keep it: {folder}" in text
-        status, text = await said("load", "again", str(folder), "--json")
-        found = json.loads(text)
-        assert (status, found["model"], found["folder"]) == (0, "again", str(folder))
-        assert (found["fingerprint"], found["configured"]) == (load_model(folder).fingerprint, False)
-        assert [each["name"] for each in found["models"]] == ["ears", "vowels", "again"]
-        status, text = await said("load", "again", str(folder), "--json")
-        printed, sentence = text.splitlines()
-        assert (status, json.loads(printed)) == (2, {"error": sentence})
-        status, text = await said("unload", "again", "--json")
-        assert (status, [each["name"] for each in json.loads(text)["models"]]) == (0, ["ears", "vowels"])
-        assert await said("unload", "ears") == (0, "the server has vowels")
-        status, sentence = await said("unload", "vowels")
-        assert (status, sentence) == (2, "vowels is the only model: load another one first, or stop the server")

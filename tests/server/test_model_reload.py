@@ -17,8 +17,7 @@ from instep.models.model import Model
 from instep.server.log import Threshold
 from instep.server.reload import Kept, reload
 from instep.server.server import Server
-from instep_client import AsyncClient, Refused
-from instep_client.protocol.wire import Code
+from instep_client import AsyncClient
 from tests.support.models import plain, whole
 from tests.support.running import log_into, running
 
@@ -92,7 +91,6 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         wide = folder_of(tmp_path / "wide", plain(5, 9))
         line = await reloads({"eyes": eyes, "good": good, "ears": wide}, on_reload="move")
         assert (line["event"], "number of outputs differs" in line["reason"]) == ("models not reloaded", True), line
-        assert line["reason"].endswith(": use `--streams keep`, or `model.on_reload: keep`")
         assert line["reason"].startswith("models are as before: 'ears': its number of outputs differs")
         assert line["loaded"] == []
         assert await models() == ["ears", "eyes"], "what had been loaded was unloaded again"
@@ -106,13 +104,6 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         line = await reloads({"ears": new})
         assert (line["loaded"], line["swapped"], line["unloaded"]) == ([], [], ["eyes"])
         assert await models() == ["ears"]
-        await client.swap_model("ears", folder_of(tmp_path / "by request", A), "move")
-        line = await reloads({"ears": new, "eyes": eyes})
-        assert (line["loaded"], line["swapped"]) == (["eyes"], []), "what was swapped by request stays"
-        assert (await client.stats())["configured"] == 0
-        await reloads({"ears": tmp_path / "by request"})
-        assert (await client.stats())["configured"] == 1, "the configuration has caught up"
-        assert client.info.fingerprint == A.fingerprint
 
 
 async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path) -> None:
@@ -155,30 +146,6 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
                 await asyncio.sleep(0.01)
         assert [(line["loaded"], line["swapped"]) for line in done] == [([], ["ears"]), (["eyes"], ["ears"])]
         assert server.served("ears").info.fingerprint == C.fingerprint
-
-
-async def test_no_request_comes_between_what_is_under_way_and_a_reload_that_waits(tmp_path: Path) -> None:
-    new, requested = folder_of(tmp_path / "new", B), folder_of(tmp_path / "requested", C)
-    may_end = asyncio.Event()
-
-    async def load_something() -> None:
-        await may_end.wait()
-
-    told: list[dict[str, Any]] = []
-    async with running(A, told=told) as server, AsyncClient(server.endpoint, model="ears") as operator:
-        server.loader.tasks.start(load_something())
-        reloading = asyncio.create_task(Reloads(server, told)(new, on_reload="move"))
-        await asyncio.sleep(0)
-        may_end.set()
-        while len(server.loader.tasks):
-            await asyncio.sleep(0)
-        assert server.loader.is_busy, "the reload has not begun, and is next"
-        with pytest.raises(Refused) as refused:
-            await operator.swap_model("ears", requested, "move")
-        assert refused.value.code is Code.BUSY
-        assert (await reloading)["swapped"] == ["ears"]
-        assert [line["fingerprint"] for line in told if line["event"] == "swapped"] == [B.fingerprint]
-        assert not server.loader.is_busy
 
 
 async def test_a_reload_is_compared_with_the_one_that_is_under_way(tmp_path: Path) -> None:
@@ -245,28 +212,3 @@ async def test_a_reload_that_the_end_of_the_server_cuts_short_is_not_called_a_fa
         assert await asyncio.to_thread(began.wait, 20)
     may_end.set()
     assert [line for line in told if line["level"] == "error"] == []
-
-
-async def test_a_version_that_was_swapped_by_request_is_configured_once_the_configuration_names_it(
-    tmp_path: Path,
-) -> None:
-    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
-    async with (
-        running(A, folder=old) as server,
-        AsyncClient(server.endpoint, model="ears") as former,
-        AsyncClient(server.endpoint, model="ears") as operator,
-    ):
-        await former.open("s")
-
-        def configured() -> dict[str, bool]:
-            return {service.name: service.is_configured for service in server.services}
-
-        assert configured() == {"ears": True}
-        await operator.swap_model("ears", new)
-        kept = f"ears@{A.fingerprint[:8]}"
-        assert configured() == {"ears": False, kept: True}
-        wanted = server.config.model_validate(server.config.model_dump() | {"model": {"folder": new}}).model
-        server.loader.reload(wanted)
-        while server.config.model != wanted:
-            await asyncio.sleep(0.01)
-        assert configured() == {"ears": True, kept: False}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sqlite3
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, closing
+from functools import partial
 from pathlib import Path
 from socket import create_server
 from typing import Any
@@ -17,10 +19,10 @@ import pytest
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
-from instep_client import AsyncClient, AsyncStream, Refused
+from instep_client import AsyncClient, AsyncStream
 from tests.support.models import whole
 from tests.support.running import running
-from tests.support.served import serving
+from tests.support.served import Served, serving
 from tests.support.swapping import (
     DEEPER,
     EXACT,
@@ -28,6 +30,7 @@ from tests.support.swapping import (
     A,
     B,
     assert_each_verifies_with_its_version,
+    reload_models,
     replayed_truth,
     replays,
     truth,
@@ -76,7 +79,8 @@ async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_o
                 asyncio.create_task(in_lockstep(number) if number % 2 else pipelined(number)) for number in range(12)
             ]
             await asyncio.sleep(0.3)
-            assert [each.name for each in await clients[3].swap_model("ears", folder, policy)] == ["ears"]
+            assert not await reload_models(server, folder, policy)
+            assert [each.name for each in await clients[3].list_models()] == ["ears"]
             await asyncio.sleep(0.3)
             is_over.set()
             await asyncio.gather(*load)
@@ -127,7 +131,7 @@ async def test_streams_without_a_connection_move_too(
             await gone.close(park=True)
         while [each.place for each in await client.list_streams()] != [place]:
             await asyncio.sleep(0.01)
-        await client.swap_model("ears", folder, policy)
+        assert not await reload_models(server, folder, policy)
         stream = await client.resume("s", have=10, take_over=True)
         y = np.concatenate([first, await stream.step(x[10:])])
         began = {"replay:6": 4, "replay:60": 0}
@@ -152,7 +156,7 @@ async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
         await often.step(x[4, 100:130])
         copy = await once.fork("copy")
         await copy.step(x[5, 20:40])
-        await client.swap_model("ears", folder, "replay:100")
+        assert not await reload_models(server, folder, "replay:100")
         for stream, which, first, at in ((often, 4, 100, 130), (once, 5, 0, 20), (copy, 5, 20, 40), (empty, 3, 0, 0)):
             assert stream.moved_at == at
             y = await stream.step(x[which, at:])
@@ -172,13 +176,12 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
             async with AsyncClient(server.endpoint) as old:
                 stream = await old.open("s")
                 first = await stream.step(x[:20])
-                assert [each.name for each in await operator.swap_model("ears", folder)] == ["ears", KEPT]
+                assert not await reload_models(server, folder)
+                assert [each.name for each in await operator.list_models()] == ["ears", KEPT]
                 async with AsyncClient(server.endpoint, model="ears") as new:
                     assert new.info.fingerprint == B.fingerprint
                     fresh = await new.open("s")  # another stream: the versions know nothing of each other
                     np.testing.assert_array_equal(await fresh.step(x), whole(B, x)[0])
-                with pytest.raises(Refused, match=f"already; only the swap .* stayed with {KEPT} are served there"):
-                    await operator.swap_model("ears", folder, "move")
                 swapped_at = [line["event"] for line in told].index("swapped")
                 second = await stream.step(x[20:])
                 assert stream.moved_at is None
@@ -203,9 +206,9 @@ async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_
 ) -> None:
     sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": EXACT}
     async with running(A, **sections) as server:
-        async with AsyncClient(server.endpoint) as operator, AsyncClient(server.endpoint) as old:
+        async with AsyncClient(server.endpoint) as old:
             await old.open_group(["a", "b"])
-            await operator.swap_model("ears", folder)
+            assert not await reload_models(server, folder)
             async with AsyncClient(server.endpoint, model="ears") as new:
                 await new.open("c")
                 await new.close(park=True)
@@ -232,13 +235,22 @@ def test_a_swap_triples_the_99th_percentile_of_the_latency_at_most(folder: Path,
     write_model(tmp_path / "old", A)
     with closing(create_server(("127.0.0.1", 0))) as probe:
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    with serving(tmp_path / "old", endpoint=endpoint) as served:
+    file = tmp_path / "c.yaml"
+
+    def swap(served: Served, version: Path) -> None:
+        file.write_text(f"model: {{folder: {{ears: {version}}}, on_reload: move}}")
+        served.process.send_signal(signal.SIGHUP)
+        served.until("models reloaded")
+
+    file.write_text(f"model: {{folder: {{ears: {tmp_path / 'old'}}}}}")
+    with serving(None, "--config", str(file), endpoint=endpoint) as served:
         served.until("serving")
-        ratios = asyncio.run(ratios_of_latencies(endpoint, [folder, tmp_path / "old", folder]))
+        swaps = [partial(swap, served, version) for version in (folder, tmp_path / "old", folder)]
+        ratios = asyncio.run(ratios_of_latencies(endpoint, swaps))
     assert min(ratios) <= 3, ratios
 
 
-async def ratios_of_latencies(endpoint: str, versions: list[Path]) -> list[float]:
+async def ratios_of_latencies(endpoint: str, swaps: Sequence[Callable[[], None]]) -> list[float]:
     """Of each swap: the 99th percentile while it lasts over that in the two seconds before it."""
     latencies_s: list[float] = []
 
@@ -254,12 +266,12 @@ async def ratios_of_latencies(endpoint: str, versions: list[Path]) -> list[float
         await during
         return float(np.percentile(latencies_s, 99))
 
-    async with AsyncClient(endpoint) as client, AsyncClient(endpoint) as operator:
+    async with AsyncClient(endpoint) as client:
         load = [asyncio.create_task(paced(await client.open(f"s{number}"))) for number in range(32)]
         ratios = []
-        for version in versions:
+        for swap in swaps:
             before = await percentile(asyncio.sleep(2))
-            ratios.append(await percentile(operator.swap_model("ears", version, "move")) / before)
+            ratios.append(await percentile(asyncio.to_thread(swap)) / before)
         for each in load:
             each.cancel()
         await asyncio.gather(*load, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Models that are unloaded from a running server: what becomes of their streams, and of a step that hangs."""
+"""Models that a reload unloads: what becomes of their streams, and of a step that hangs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from instep.models.folder import write_model
 from instep.runtime.executor import ThreadExecutor
 from instep.server.server import Server
 from instep.streaming.service import ModelService
-from instep_client import AsyncClient, Refused, StreamEvicted
+from instep_client import AsyncClient, StreamEvicted
 from instep_client.protocol.wire import Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain
 from tests.support.raw import RawClient
 from tests.support.running import running
+from tests.support.swapping import reload_models
 
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
@@ -31,10 +32,9 @@ EXACT = {"max_batch_size": 16}
 
 
 class Gated(NamedTuple):
-    """A server with a model whose step waits for the gate, an operator, and the model's client."""
+    """A server with a model whose step waits for the gate, and the model's client."""
 
     server: Server
-    operator: AsyncClient
     vowels: ModelService
     raw: RawClient
     handles: U64
@@ -42,52 +42,36 @@ class Gated(NamedTuple):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The model that is loaded, and unloaded."""
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """The model that stays, and the one that is loaded and unloaded."""
+    write_model(tmp_path / "ears", EARS)
     write_model(tmp_path / "vowels", VOWELS)
-    return tmp_path / "vowels"
+    return {"ears": tmp_path / "ears", "vowels": tmp_path / "vowels"}
 
 
 async def test_streams_of_an_unloaded_model_that_no_recording_keeps_end_and_their_owners_are_told(
-    folder: Path, tmp_path: Path
+    folders: dict[str, Path],
 ) -> None:
-    async with running(EARS, engine=EXACT) as server, AsyncClient(server.endpoint) as operator:
-        await operator.load_model("vowels", folder)
+    async with running(EARS, engine=EXACT) as server:
+        assert not await reload_models(server, folders)
         client = AsyncClient(server.endpoint, model="vowels", reconnect_s=1)
         await client.connect()
         stream = await client.open("v")
         await stream.step(np.zeros(3, np.float32))
-        async with AsyncClient(server.endpoint, model="vowels") as other:
-            await (await other.open("parked")).step(np.zeros(3, np.float32))
-            await other.close(park=True)
-        with pytest.raises(Refused, match="2 streams of the model 'vowels' are in use"):
-            await operator.unload_model("vowels")
-        await stream.step(np.zeros(3, np.float32))
-        await operator.unload_model("vowels", force=True)
+        assert not await reload_models(server, folders["ears"])
         with pytest.raises(StreamEvicted) as ended:
             await stream.step(np.zeros(3, np.float32))
         assert ended.value.code is Code.UNLOADED
         await client.close()
-    (tmp_path / "recordings").mkdir()
-    recording, transport = {"file": tmp_path / "recordings"}, {"heartbeat_s": 0.5}
-    async with running(EARS, engine=EXACT, recording=recording, transport=transport) as server:
-        async with AsyncClient(server.endpoint) as operator:
-            await operator.load_model("vowels", folder)
-            async with AsyncClient(server.endpoint, model="vowels") as client:
-                await (await client.open("parked")).step(np.zeros(3, np.float32))
-                await client.close(park=True)
-            while (await operator.list_models())[1].connections:
-                await asyncio.sleep(0.01)
-            await operator.unload_model("vowels")  # the recording keeps a stream that nobody has
 
 
 @contextlib.asynccontextmanager
-async def gated(folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> AsyncIterator[Gated]:
+async def gated(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, **sections: Any) -> AsyncIterator[Gated]:
     """A server that has loaded the model and steps a frame of one of its streams, which waits for the gate."""
     gate = Gate()
     monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
-    async with running(EARS, engine=EXACT, **sections) as server, AsyncClient(server.endpoint) as operator:
-        await operator.load_model("vowels", folder)
+    async with running(EARS, engine=EXACT, **sections) as server:
+        assert not await reload_models(server, folders)
         vowels = server.services[1]
         async with RawClient(server.endpoint) as raw:
             await raw.hello("vowels")
@@ -96,16 +80,16 @@ async def gated(folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) 
             while not vowels.engine.is_running:
                 await asyncio.sleep(0.001)
             try:
-                yield Gated(server, operator, vowels, raw, handles, gate)
+                yield Gated(server, vowels, raw, handles, gate)
             finally:
                 gate.open()
 
 
 async def test_a_model_that_is_being_unloaded_answers_what_it_has_and_takes_nothing_new(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with gated(folder, monkeypatch, shutdown={"drain_timeout_s": 120}) as its:
-        unloading = asyncio.create_task(its.operator.unload_model("vowels", force=True))
+    async with gated(folders, monkeypatch, shutdown={"drain_timeout_s": 120}) as its:
+        unloading = asyncio.create_task(reload_models(its.server, folders["ears"]))
         while not its.vowels.engine.draining:
             await asyncio.sleep(0.001)
         refused = await its.raw.step(its.handles, [1], np.zeros((1, 1, 3), np.float32))
@@ -116,11 +100,11 @@ async def test_a_model_that_is_being_unloaded_answers_what_it_has_and_takes_noth
         assert not unloading.done()
         its.gate.open()
         assert (await its.raw.receive()).kind is Kind.STEPPED
-        await unloading
+        assert not await unloading
 
 
 async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_in, stop = list[int](), ThreadExecutor.stop
 
@@ -129,11 +113,11 @@ async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
         stop(executor, timeout_s)
 
     monkeypatch.setattr(ThreadExecutor, "stop", noted)
-    async with gated(folder, monkeypatch, shutdown={"drain_timeout_s": 0.3}) as its:
+    async with gated(folders, monkeypatch, shutdown={"drain_timeout_s": 0.3}) as its:
         async with AsyncClient(its.server.endpoint) as busy:
             ears = await busy.open("s")
-            unloading = asyncio.create_task(its.operator.unload_model("vowels", force=True))
+            unloading = asyncio.create_task(reload_models(its.server, folders["ears"]))
             while not unloading.done():
                 await ears.step(np.zeros(5, np.float32))
-            await unloading
+            assert not await unloading
         assert stopped_in[0] != threading.get_ident(), "the loop did not wait for it"

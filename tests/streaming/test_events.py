@@ -18,6 +18,7 @@ from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.streaming import random_frames
+from tests.support.swapping import reload_models
 
 
 def test_events_are_numbered_and_found_by_number_and_stream() -> None:
@@ -91,7 +92,7 @@ async def test_a_swap_keeps_the_log_and_the_history(tmp_path: Path) -> None:
         while not len(server.default.history):
             await asyncio.sleep(0.05)
         before = server.default.history.columns()["time_s"][0]
-        await client.swap_model(former.name, tmp_path / "new", "move")
+        assert not await reload_models(server, {former.name: tmp_path / "new"}, "move")
         assert server.default.history.columns()["time_s"][0] == before, "the history continues"
         log = server.default.events
         assert [event[2:] for event in log.since(0, "s")] == [

@@ -263,8 +263,6 @@ class FakeRules:
         record = np.array([(0, len(self.names), 1, self.info.features, self.info.outputs)], MODEL)
         return [pack(Kind.SERVED, header[1], 1), self.info.model.encode(), record.tobytes()]
 
-    _swap = _models
-
     def _list(self, header: list[Any], frames: list[bytes]) -> Message:
         streams = np.array([(5, 0, UNKNOWN, int(Place.CONNECTED), 0) for _ in self.names], LISTING)
         return [pack(Kind.LISTED, header[1], len(streams), 0), "\n".join(self.names).encode(), streams.tobytes()]

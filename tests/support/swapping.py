@@ -1,9 +1,11 @@
-"""Versions of a model for tests of swaps, and what streams that move between them have to answer."""
+"""Versions of a model for tests of reloads, and what streams that move between them have to answer."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.recording.reader import RecordingReader
+from instep.server.server import Server
 from tests.support.models import plain, whole
 
 A = replace(plain(5, 8), name="ears")
@@ -35,6 +38,20 @@ def recordings(tmp_path: Path) -> Path:
     """Where every version is recorded."""
     (tmp_path / "recordings").mkdir()
     return tmp_path / "recordings"
+
+
+async def reload_models(server: Server, folder: Any, on_reload: str = "keep", **model: Any) -> str:
+    """Reload with another model.folder, as SIGHUP does: why that is not possible, or nothing.
+
+    A single folder stands for the model "ears".
+    """
+    folders = {"ears": folder} if isinstance(folder, Path) else folder
+    sections = {"folder": folders, "on_reload": on_reload, **model}
+    server.loader.reload(server.config.model_validate(server.config.model_dump() | {"model": sections}).model)
+    async with asyncio.timeout(30):
+        while server.loader.is_reloading:
+            await asyncio.sleep(0.005)
+    return server.loader.problem
 
 
 def truth(x: F32, moved_at: int) -> F32:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Final
 
 PROTOCOL_VERSION: Final = 6
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
@@ -12,7 +12,6 @@ MAX_MODEL_NAME_LENGTH: Final = 100
 """Characters."""
 HAVE_ALL: Final = 2**64 - 1
 """Said by who resumes a stream and does not know how many outputs it has given."""
-MAX_REPLAY_FRAMES: Final = 2**31 - 1
 UNKNOWN: Final = 2**64 - 1
 """In a list of streams: the next seq of one that hibernates, and the time left of one that never expires."""
 
@@ -23,40 +22,6 @@ class Place(IntEnum):
     CONNECTED = 1
     PARKED = 2
     HIBERNATING = 3
-
-
-class Streams(IntEnum):
-    """The ways to treat the open streams of a model that is swapped."""
-
-    KEEP = 0
-    MOVE = 1
-    REPLAY = 2
-
-
-class SwapPolicy(NamedTuple):
-    """The treatment of the open streams of a model that is swapped: `keep`, `move` or `replay:N`."""
-
-    streams: Streams
-    frames: int = 0
-    """With REPLAY, how many of its newest frames each stream is replayed from."""
-
-    @classmethod
-    def parse(cls, text: str) -> SwapPolicy:
-        """Read the text that people write.
-
-        Raises:
-            ValueError: with a sentence.
-        """
-        word, colon, number = text.partition(":")
-        if word == "replay" and number.isdecimal() and 0 < int(number) <= MAX_REPLAY_FRAMES:
-            return cls(Streams.REPLAY, int(number))
-        if word in ("keep", "move") and not colon:
-            return cls(Streams[word.upper()])
-        raise ValueError(f"{text!r:.40} is not a policy for streams: expected keep, move or replay:N, as replay:256")
-
-    def __str__(self) -> str:
-        word = self.streams.name.lower()
-        return f"{word}:{self.frames}" if self.frames else word
 
 
 class Code(IntEnum):
@@ -71,7 +36,6 @@ class Code(IntEnum):
     REPEATED_STREAM = 7
     BAD_NAME = 8
     UNKNOWN_MODEL = 9
-    NOT_ALLOWED = 10
     NOT_FINITE = 100
     SEQ_GAP = 101
     SEQ_REPEATED = 102
@@ -96,7 +60,6 @@ class Code(IntEnum):
     STEP_FAILED = 202
     STATE_LOST = 203
     SHUTTING_DOWN = 204
-    NOT_LOADED = 205
 
     @classmethod
     def _missing_(cls, value: object) -> Code | None:
@@ -118,7 +81,6 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.REPEATED_STREAM: "a block may hold each stream only once",
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
     Code.UNKNOWN_MODEL: "this server serves no model of that name",
-    Code.NOT_ALLOWED: "this server does not let you do that",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
     Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
     Code.SEQ_REPEATED: "this frame was already applied, and its output is not ready yet or no longer kept",
@@ -145,7 +107,6 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
-    Code.NOT_LOADED: "the model was not loaded, and nothing has changed",
 }
 
 

@@ -24,14 +24,11 @@ from instep_client.protocol.codes import DEFAULT_ENDPOINT as DEFAULT_ENDPOINT
 from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
 from instep_client.protocol.codes import MAX_MODEL_NAME_LENGTH as MAX_MODEL_NAME_LENGTH
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
-from instep_client.protocol.codes import MAX_REPLAY_FRAMES as MAX_REPLAY_FRAMES
 from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
 from instep_client.protocol.codes import SENTENCES as SENTENCES
 from instep_client.protocol.codes import UNKNOWN as UNKNOWN
 from instep_client.protocol.codes import Code as Code
 from instep_client.protocol.codes import Place as Place
-from instep_client.protocol.codes import Streams as Streams
-from instep_client.protocol.codes import SwapPolicy as SwapPolicy
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
 
@@ -99,9 +96,6 @@ class Kind(IntEnum):
     FORK = 10
     LIST = 11
     MODELS = 12
-    LOAD = 13
-    UNLOAD = 14
-    SWAP = 15
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -131,9 +125,6 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # kind, request, N
     Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
     Kind.MODELS: 2,
-    Kind.LOAD: 4,  # kind, request, name, folder
-    Kind.UNLOAD: 4,  # kind, request, name, whether to end streams that are in use (0 or 1)
-    Kind.SWAP: 6,  # kind, request, name, folder, what becomes of streams (`Streams`), frames to replay
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -163,9 +154,6 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.LIST: 2,  # what the names begin with
     Kind.MODELS: 1,
-    Kind.LOAD: 1,
-    Kind.UNLOAD: 1,
-    Kind.SWAP: 1,
     Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,6 @@ from pydantic import (
 
 from instep.config.endpoint import checked_endpoint, checked_http_endpoint
 from instep.config.rules import contradictions
-from instep_client.protocol.codes import SwapPolicy
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
@@ -73,8 +72,28 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class StreamPolicy(NamedTuple):
+    """What becomes of the open streams of a model that gets another version: `keep`, `move` or `replay:N`."""
+
+    word: Literal["keep", "move", "replay"]
+    frames: int = 0
+    """With replay, how many of its newest frames each stream is replayed from."""
+
+    @classmethod
+    def parse(cls, text: str) -> StreamPolicy:
+        """Read the text that people write.
+
+        Raises:
+            ValueError: with a sentence.
+        """
+        found = re.fullmatch(r"(keep|move)|(replay):([1-9][0-9]{0,8})", text)
+        if found is None:
+            raise ValueError(f"{text!r:.40} is no policy for streams: expected keep, move or replay:N, as replay:256")
+        return cls("replay", int(found[3])) if found[2] else cls("keep" if text == "keep" else "move")
+
+
 def _policy(text: str) -> str:
-    SwapPolicy.parse(text)
+    StreamPolicy.parse(text)
     return text
 
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 import structlog
 
 from instep.config import Config
-from instep.config.endpoint import is_loopback
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.http.connections import bind
@@ -108,8 +107,6 @@ def _make_server(
     server = Server(config, shutdown, loop, frontend, log, configured, background)
     for foundation, service in zip(foundations, services, strict=True):
         server.add(make_served(config, foundation, service))
-    if is_loopback(config.transport.endpoint):
-        frontend.operator = server.loader
     if listener is not None:
         server.admin = AdminServer(listener, token, server, log)
     return server

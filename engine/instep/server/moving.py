@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from instep.config.sections import StreamPolicy
 from instep.core.typing import I64, U8
 from instep.frontends.zmq.served import Served
 from instep.models.base import RecurrentModel
@@ -18,7 +19,6 @@ from instep.server.beside import Beside
 from instep.server.preparation import CannotServe
 from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
-from instep_client.protocol.wire import Streams, SwapPolicy
 
 _MOST_PAUSE_S: Final = 1.0
 """Time in which nothing is received, so that what was received before can end and streams can be moved."""
@@ -52,7 +52,7 @@ class Moved:
         old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
 
 
-def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> None:
+def check_sizes(former: Served, network: RecurrentModel, policy: StreamPolicy) -> None:
     """Refuse a version in which streams of the former one cannot continue, or not by this policy.
 
     Raises:
@@ -68,12 +68,12 @@ def check_sizes(former: Served, network: RecurrentModel, policy: SwapPolicy) -> 
                 f"its number of {what} differs from that of the version that is served ({here} instead of {there}), so "
                 f"no stream can be moved to it: {_use('keep')}"
             )
-    if policy.streams is Streams.MOVE and info.state != network.state:
+    if policy.word == "move" and info.state != network.state:
         raise CannotServe(
             "its state differs from that of the version that is served, so no stream can be moved to it: "
             f"{_use('replay:N', 'keep')}"
         )
-    if policy.streams is Streams.REPLAY and former.service.file is None:
+    if policy.word == "replay" and former.service.file is None:
         raise CannotServe(
             "frames are replayed from a recording, and the version that is served has none: serve it with --record, or "
             f"{_use('move', 'keep')}"
@@ -189,6 +189,4 @@ async def _settle(service: ModelService) -> None:
 
 
 def _use(*policies: str) -> str:
-    """Advice to use another policy, for a swap by request and for one by SIGHUP."""
-    names = "` or `".join(policies)
-    return f"use `--streams {names}`, or `model.on_reload: {names}`"
+    return f"use `model.on_reload: {'` or `'.join(policies)}`"

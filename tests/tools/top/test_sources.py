@@ -30,6 +30,7 @@ from instep_tools.top.zmq_source import ZmqSource
 from tests.support.fake_server import FakeServer
 from tests.support.models import SEED_SIZED, SMALL, plain
 from tests.support.running import running
+from tests.support.swapping import reload_models
 from tests.tools.helpers import RememberingTerminal
 from tests.tools.top.support import ADMIN, TRANSPORTS, endpoint_of
 
@@ -189,9 +190,9 @@ async def test_a_swapped_model_is_shown_in_its_new_version_and_its_old_one_is_no
     write_model(tmp_path / "new", new)
     async with running(old, engine={"max_batch_size": 16}) as server:
         source = ZmqSource(server.endpoint)
-        async with AsyncClient(server.endpoint) as client:
+        async with AsyncClient(server.endpoint):
             assert (await source.read(StreamQuery())).model.fingerprint == old.fingerprint
-            await client.swap_model("ears", tmp_path / "new")
+            assert not await reload_models(server, tmp_path / "new")
             seen = await source.read(StreamQuery())
             assert seen.model.fingerprint == new.fingerprint
             assert [model.name for model in seen.models] == ["ears", f"ears@{old.fingerprint[:8]}"]

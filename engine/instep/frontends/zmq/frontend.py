@@ -15,7 +15,6 @@ import structlog
 
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import hello
-from instep.frontends.zmq.operator import Operator, operate
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.frontends.zmq.served import HANDLERS, Handler, Served
@@ -53,8 +52,6 @@ class ZmqFrontend:
         self.outbound = outbound
         self.models: dict[str, Served] = {}
         """By name. Connections that name none get the first one."""
-        self.operator: Operator | None = None
-        """Who loads, swaps and unloads models when clients ask for it; None where they may not."""
         self.is_paused = False
         """While True, messages wait in ZeroMQ: streams are being moved."""
         self._max_connections = max_connections
@@ -233,36 +230,10 @@ class ZmqFrontend:
             case Kind.STATS:
                 self.outbound.send(peer, encode.statistics(header.request, served.service.numbers()))
             case Kind.MODELS:
-                self._send_models(peer, header)
-            case Kind.LOAD | Kind.SWAP | Kind.UNLOAD:
-                operator = self._operator_for(peer)
-                operator.tasks.start(self._operate(operator, peer, header))
+                models = {name: each.summary() for name, each in self.models.items()}
+                self.outbound.send(peer, encode.served(header.request, models))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
-
-    def _send_models(self, peer: Peer, header: Header) -> None:
-        models = {name: each.summary() for name, each in self.models.items()}
-        self.outbound.send(peer, encode.served(header.request, models))
-
-    def _operator_for(self, peer: Peer) -> Operator:
-        if self.operator is None:
-            raise Refusal(
-                Code.NOT_ALLOWED, "models are loaded, swapped and unloaded only where its endpoint is a loopback one"
-            )
-        if self.operator.is_busy:
-            raise Refusal(Code.BUSY, "another model is being loaded, swapped or unloaded", _BUSY_RETRY_US)
-        peer.served.refuse_what_is_new()
-        return self.operator
-
-    async def _operate(self, operator: Operator, peer: Peer, header: Header) -> None:
-        """Load, swap or unload a model; the answer is what the server has then."""
-        try:
-            await operate(operator, header, peer.served.service.name, lambda name: self._find(name).service.name)
-            self._send_models(peer, header)
-        except (MalformedMessage, Refusal) as error:
-            self._refuse(peer.routing_id, peer, header.request, error)
-        finally:
-            self._wake()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: MalformedMessage | Refusal) -> None:
         """Refuse a message as a whole; of connections that belong to no model yet, the first one counts it."""
