@@ -55,7 +55,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("doctor", "serve m", "verify a.instep", "model info m", "recordings list", "version"),
+        *("doctor", "serve m", "verify a.instep", "model info m", "recordings info x", "version"),
         *("doctor --json", "model info m --json"),
     ],
 )

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from instep_tools.words import finite, wrapped
+from instep_tools.words import finite, printable, wrapped
 
 QUIET_S: Final = 2.0
 """Work shorter than this shows no progress."""
@@ -37,7 +37,7 @@ def say(console: Console, sentence: str, style: str = "", *, first_style: str = 
         style: of all of it.
         first_style: of its first word.
     """
-    lines = sentence.split("\n")
+    lines = printable(sentence).split("\n")
     text = Text("\n".join(map(wrapped, lines) if console.is_terminal else lines), style)
     text.stylize(first_style, 0, len(sentence.split(" ", 1)[0]))
     console.print(text, soft_wrap=True, highlight=False)

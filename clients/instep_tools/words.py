@@ -33,6 +33,11 @@ def wrapped(sentence: str) -> str:
     return textwrap.fill(sentence, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
+def printable(text: str) -> str:
+    """The text with control characters as escapes, such as those of a name in a file from elsewhere."""
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
+
+
 def finite(value: Any) -> Any:
     """The value with null for every number in it that is not finite, because JSON has no others."""
     if isinstance(value, float):

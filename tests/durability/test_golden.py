@@ -125,7 +125,7 @@ def test_it_is_read_to_the_very_frames_and_outputs(streams: dict[str, Known]) ->
 
 
 def test_it_is_verified() -> None:
-    inspection = inspect(GOLDEN, lambda _: None)
+    inspection = inspect(GOLDEN)
     assert (inspection.streams, inspection.open_streams, inspection.unanswered, inspection.restarts) == (5, 4, 1, 2)
     said = io.StringIO()
     console = Console(file=said, width=160)

@@ -50,7 +50,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Opera
 
 def check(path: Path, story: Story) -> int:
     """Hold what is left against the truth, and then an engine that goes on with it: where the history begins."""
-    inspect(path, lambda _: None)
+    inspect(path)
     with RecordingReader(path) as reader:
         position, first = reader.last_position, reader.first_position
         index = SequenceIndex(reader, lambda _: None, all_frames)
@@ -81,7 +81,7 @@ def check(path: Path, story: Story) -> int:
     while writer.trim(0):
         pass  # what a crash left of a history that was being deleted
     writer.close()
-    inspect(path, lambda _: None)
+    inspect(path)
     return first
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from instep.recording import commands
+from instep.recording.errors import DamagedRecording
 from instep.recording.file import RecordingFile
+from instep.recording.inspection import inspect
 from instep.recording.lock import WriterLock
 from instep.recording.records import refuse_other_model
 from instep.recording.schema import RecordingHeader, sound_rows
@@ -50,9 +51,8 @@ def a_missing_batch_is_damage(tmp_path: Path) -> None:
     forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec")
     batch, _ = forger.find_frame(2, 1)
     forger.remove("batches", batch["position"])
-    status, text = test_commands.said(commands.check, forger.path)
-    assert status == 1
-    assert f"the row at position {batch['position']} is missing" in text
+    with pytest.raises(DamagedRecording, match=f"the row at position {batch['position']} is missing"):
+        inspect(forger.path)
 
 
 def fsync_syncs_the_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ RULES = (
         "a row that does not match its checksum is read",
         sound_rows,
         lambda original, table, rows: len(rows),
-        [test_commands.test_check_of_damage_and_of_what_is_no_recording],
+        [test_commands.test_repair_keeps_everything_before_the_damage],
     ),
     BrokenRule(
         "a row that is missing is passed over",

@@ -89,7 +89,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(path: Path) -> tuple[list[Any], Inspection] | None:
     """None where it was refused."""
     try:
-        return observe(path), inspect(path, lambda _: None)
+        return observe(path), inspect(path)
     except RecordingError as error:
         refusal = str(error)
     assert str(path) in refusal

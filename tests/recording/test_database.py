@@ -161,9 +161,7 @@ def test_damage_before_other_frames_is_said_with_how_far_it_reaches(killed: Path
         assert f"its WAL is damaged after {bad} of {count} pages: the commits after that" in lost_tail(killed)
         reached = position(killed)
         assert reached < LAST
-        found = inspect(killed, lambda _: None)
-        assert found.positions == reached
-        assert f"not closed: its server ended without closing it; its WAL is damaged after {bad}" in found.ending
+        assert inspect(killed).positions == reached
 
 
 def test_a_damaged_header_is_said(killed: Path) -> None:

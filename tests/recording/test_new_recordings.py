@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from instep.recording import inspection
-from instep.recording.cut import cut
+from instep.recording.copies import cut
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect, recordings_in
 from tests.support.written import write_recording
@@ -24,9 +24,9 @@ def source(tmp_path: Path) -> Path:
 def while_looked_through(monkeypatch: pytest.MonkeyPatch, happens: Callable[[Path], object]) -> None:
     """Let something happen to the new file when it is complete and has no name yet."""
 
-    def look_through(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+    def look_through(path: Path) -> Inspection:
         happens(path)
-        return inspect(path, on_progress)
+        return inspect(path)
 
     monkeypatch.setattr(inspection, "inspect", look_through)
 
@@ -111,7 +111,7 @@ def test_on_a_file_system_without_hard_links(source: Path, tmp_path: Path, monke
     has_no_links(monkeypatch)
     found = cut(source, tmp_path / "out.rec", None, None)
     assert set(tmp_path.iterdir()) == {source, tmp_path / "out.rec"}
-    assert inspect(tmp_path / "out.rec", lambda _: None).frames == found.frames
+    assert inspect(tmp_path / "out.rec").frames == found.frames
 
 
 def test_a_name_that_leads_nowhere_is_refused_before_the_work(

@@ -127,7 +127,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"cannot read the recording .*No such file"):
         RecordingReader(tmp_path / "missing.rec")
     with pytest.raises(
-        RecordingError, match=r"cannot read the recording (.*): it is a folder; .* `instep recordings list \1`"
+        RecordingError, match=r"cannot read the recording (.*): it is a folder; .* `instep recordings info \1`"
     ):
         RecordingReader(tmp_path)
 

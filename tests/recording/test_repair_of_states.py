@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from instep.recording.cut import Bound, cut
-from instep.recording.errors import RecordingError
+from instep.recording.copies import Bound, cut, repair
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
-from instep.recording.repair import repair
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
@@ -53,16 +51,6 @@ def test_states_that_clients_have_given_are_saved(scribe: Scribe, tmp_path: Path
     found = repair(damage(tmp_path / "a.rec", "closings", 0), tmp_path / "saved.rec")
     assert (found.frames, found.streams) == (0, 2)
     assert continued(tmp_path / "saved.rec")[1].tobytes() == given.tobytes()
-
-
-def test_without_a_given_state_nothing_is_worth_saving(scribe: Scribe, tmp_path: Path) -> None:
-    scribe.open(1)
-    scribe.reset(1)
-    scribe.close(1)
-    scribe.writer.close()
-    with pytest.raises(RecordingError, match=r"nothing of .* can be saved, neither frames nor states: the row at"):
-        repair(damage(tmp_path / "a.rec", "closings", 0), tmp_path / "saved.rec")
-    assert not (tmp_path / "saved.rec").exists()
 
 
 @pytest.mark.parametrize("has_changed", [True, False])

@@ -14,14 +14,13 @@ import pytest
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.recording.cut import Bound, cut
+from instep.recording.copies import Bound, cut, repair
 from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StateRows, Trimmed
 from instep.recording.recovery import Recovered
-from instep.recording.repair import repair
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.table import FrameTable
 from instep.recording.trim import Retention, counts_of_events, deletions
@@ -125,14 +124,14 @@ def test_without_a_limit_nothing_is_trimmed(tmp_path: Path) -> None:
     scribe.writer.commit()
     assert not scribe.writer.trim(2**62)
     assert scribe.writer.trimmed == Trimmed()
-    assert inspect(tmp_path / "a.rec", lambda _: None).first_position == 1
+    assert inspect(tmp_path / "a.rec").first_position == 1
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> None:
     for _ in live(scribe, 1500, goes_on=goes_on):
         pass
-    found = inspect(path := scribe.writer.path, lambda _: None)
+    found = inspect(path := scribe.writer.path)
     assert found.first_position == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
         index = SequenceIndex(reader, lambda _: None, all_frames)
@@ -192,13 +191,13 @@ def test_a_restart_keeps_the_limit_and_one_without_it_keeps_the_rest(scribe: Scr
     for _ in live(scribe, 300):
         pass
     assert scribe.writer.trimmed.position == first
-    assert inspect(path, lambda _: None).first_position == first + 1
+    assert inspect(path).first_position == first + 1
     scribe.writer.abandon()
     scribe.writer = RecordingWriter.resume(path, scribe.writer.header, retention=Retention(keep_bytes=60 * 1024))
     for _ in live(scribe, 300):
         pass
     assert scribe.writer.trimmed.position > first
-    inspect(path, lambda _: None)
+    inspect(path)
     with look_at(path) as database:
         assert count_pages(database)[1] <= 60 + 3
 
@@ -214,12 +213,12 @@ def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scri
 
 
 def test_repair_of_a_trimmed_recording(trimmed: Path, tmp_path: Path) -> None:
-    whole = inspect(trimmed, lambda _: None)
+    whole = inspect(trimmed)
     forger = Forger(trimmed, tmp_path / "b.rec", fix_crc=False)
     forger.change("batches", forger.rows("batches")[-9]["position"], time_ns=7)
     saved = repair(forger.path, tmp_path / "c.rec")
     assert 0 < whole.frames - saved.frames < 60
-    found = inspect(tmp_path / "c.rec", lambda _: None)
+    found = inspect(tmp_path / "c.rec")
     assert (found.first_position, found.frames) == (whole.first_position, saved.frames)
     forger = Forger(trimmed, tmp_path / "d.rec", fix_crc=False)
     state = forger.rows("states")[0]
@@ -243,7 +242,7 @@ def test_what_does_not_fit_is_refused(
     forger = Forger(trimmed, tmp_path / "b.rec")
     forger.change(table, forger.rows(table)[0]["position"], **columns)
     with pytest.raises(RecordingError, match=why):
-        inspect(forger.path, lambda _: None)
+        inspect(forger.path)
 
 
 @pytest.fixture
@@ -272,7 +271,7 @@ def test_the_checkpoint_that_the_history_begins_with_stays(by_age: Scribe) -> No
     by_age.checkpoint(position)
     by_age.writer.commit()
     by_age.writer.close()
-    assert inspect(by_age.writer.path, lambda _: None).frames == len(STREAMS)
+    assert inspect(by_age.writer.path).frames == len(STREAMS)
 
 
 def test_a_checkpoint_whose_states_were_replaced_is_no_beginning(by_age: Scribe) -> None:
@@ -306,7 +305,7 @@ def test_states_that_are_written_between_the_decision_and_the_first_portion_repl
 def check_that_it_goes_on_after_trimming(scribe: Scribe) -> None:
     trim_after_an_idle_time(scribe)
     scribe.writer.close()
-    inspect(scribe.writer.path, lambda _: None)
+    inspect(scribe.writer.path)
     with Recovered(scribe.writer.path) as recovered:
         replayed = replay(recovered, step)
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}

@@ -226,7 +226,7 @@ async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_
         assert server.default.recorder is not None, "which does not need the damaged file"
     (line,) = [line for line in told if line["event"] == "streams not served"]
     assert "ears.instep is damaged" in line["reason"]
-    assert line["next"] == f"instep recordings check {recordings / 'ears.instep'}"
+    assert line["next"] == f"instep verify {recordings / 'ears.instep'}"
 
 
 @pytest.mark.long

@@ -39,7 +39,7 @@ async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
                 assert reply.failures() == []
                 y.append(reply.floats().reshape(16, len(NAMES), H))
     assert trimmed(told) == sorted(trimmed(told))
-    found = inspect(path, lambda _: None)
+    found = inspect(path)
     assert found.first_position == trimmed(told)[-1] + 1
     assert found.open_streams == len(NAMES)
     async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
@@ -63,4 +63,4 @@ async def test_old_history_goes_even_when_no_frame_comes(tmp_path: Path) -> None
             await client.open(*NAMES)
             while not trimmed(told):
                 await asyncio.sleep(0.01)
-    assert inspect(path, lambda _: None).open_streams == len(NAMES)
+    assert inspect(path).open_streams == len(NAMES)

@@ -136,7 +136,7 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
     assert (seqs == length).all(), "every stream came to its end"
     for column, name in enumerate(names):
         assert_same_bits(y[:, column], whole(SMALL, x[:, column])[0], name)
-    assert inspect(path, lambda _: None).frames == count * length
+    assert inspect(path).frames == count * length
 
 
 async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -169,7 +169,7 @@ async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path,
         for stream, state in newest.items():
             expected = whole(SMALL, x[: state.seq, stream - 1])[1]
             assert_same_bits(state.state.view(np.float32).reshape(expected.shape), expected, f"stream {stream}")
-    assert inspect(path, lambda _: None).checkpoint_position == mark.position
+    assert inspect(path).checkpoint_position == mark.position
 
 
 async def test_without_a_recording_nothing_hibernates() -> None:

@@ -13,40 +13,24 @@ from instep_tools.command_line import CommandLine
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = CommandLine(help="Manage recordings: check, show, list, repair, cut, and go back to any frame.")
+app = CommandLine(help="Manage recordings: show, repair, cut, and go back to any frame.")
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-@app.command(examples=["instep recordings check today.instep"])
-def check(recording: Recording, json: Json = False) -> None:
-    """Read all of a recording and report whether it is undamaged.
+@app.command(examples=["instep recordings info today.instep", "instep recordings info /var/lib/instep"])
+def info(
+    recording: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="The recording, or a folder of recordings.")],
+    json: Json = False,
+) -> None:
+    """Show a recording's model, size, streams, frames and conditions; of a folder, a line for each recording.
 
-    Exit status 0: it is. 1: it is damaged. 2: it could not be read.
+    It does not read all of a recording, as `instep verify` does. Exit status 1: one is damaged. 2: one cannot be read.
     """
     from instep.recording import commands
 
-    raise typer.Exit(commands.check(recording, make_console(), json=json))
-
-
-@app.command(examples=["instep recordings info today.instep"])
-def info(recording: Recording, json: Json = False) -> None:
-    """Show a recording's model, size, streams, frames and conditions."""
-    from instep.recording import commands
-
     raise typer.Exit(commands.info(recording, make_console(), json=json))
-
-
-@app.command("list", examples=["instep recordings list /var/lib/instep"])
-def list_folder(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder, without its subfolders.")] = Path(),
-    json: Json = False,
-) -> None:
-    """List the recordings in a folder, one per line."""
-    from instep.recording import commands
-
-    raise typer.Exit(commands.list_folder(folder, make_console(), json=json))
 
 
 @app.command(examples=["instep recordings repair today.instep saved.instep"])
@@ -56,10 +40,6 @@ def repair(
         Path | None,
         typer.Argument(metavar="OUT", help="The new file. Default: next to the damaged one.", show_default=False),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same, as an option.", show_default=False)
-    ] = None,
-    json: Json = False,
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
 
@@ -67,10 +47,8 @@ def repair(
     """
     from instep.recording import commands
 
-    if out is not None and output is not None:
-        raise typer.BadParameter("the new file is given twice: leave this out", param_hint="--output")
     interrupts.raise_stopped()
-    raise typer.Exit(commands.repair(recording, out or output, make_console(), json=json))
+    raise typer.Exit(commands.repair_file(recording, out, make_console()))
 
 
 @app.command(
@@ -97,7 +75,6 @@ def cut(
             "--to", metavar="POSITION|TIME", help="End here. Default: the end of the recording.", show_default=False
         ),
     ] = None,
-    json: Json = False,
 ) -> None:
     """Write a range of a recording to a new recording, which can be verified and exported.
 
@@ -109,7 +86,7 @@ def cut(
     from instep.recording import commands
 
     interrupts.raise_stopped()
-    raise typer.Exit(commands.cut_out(recording, output, begin, end, make_console(), json=json))
+    raise typer.Exit(commands.cut_file(recording, output, begin, end, make_console()))
 
 
 def make_console() -> Console:

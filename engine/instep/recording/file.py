@@ -42,6 +42,11 @@ _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CA
 """Another program locks the file, or this one has too many files open."""
 
 
+def connect_to_read(path: Path, mode: str = "ro") -> sqlite3.Connection:
+    """A connection that writes nothing; `mode` is that of SQLite's URIs."""
+    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode={mode}", uri=True, isolation_level=None)
+
+
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
     """How much is read in one transaction, which keeps the WAL from being reused."""
@@ -98,7 +103,7 @@ class RecordingFile(Closing):
             alone = not beside and self._is_left_in_wal_mode()
         except IsADirectoryError:
             raise RecordingError(
-                f"cannot read the recording {path}: it is a folder; name a file in it, as `instep recordings list "
+                f"cannot read the recording {path}: it is a folder; name a file in it, as `instep recordings info "
                 f"{path}` lists them"
             ) from None
         except OSError as error:
@@ -106,8 +111,7 @@ class RecordingFile(Closing):
         with self._reading("is not a recording, or is damaged"):
             # A writer that was killed while it put the WAL away has left a journal. SQLite undoes that first.
             writable = "rw" if Path(f"{path}-journal").exists() else "ro"
-            uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else writable}"
-            self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
+            self._database = connect_to_read(path, "ro&immutable=1" if alone else writable)
         try:
             with self._reading("is not a recording, or is damaged"):
                 self._open()
@@ -222,6 +226,18 @@ class RecordingFile(Closing):
             ends = (max(first, self.first_position), self.last_position if last is None else last)
             batches, frames = self._database.execute(query, ends).fetchone()
         return int(batches), int(frames)
+
+    def time_at(self, position: int) -> int:
+        """When the row at a position was recorded, in nanoseconds since 1970; 0 if there is none."""
+        return next((row[1] for table in HISTORY for row in self.rows(table, position, position)), 0)
+
+    def first_at(self, time_ns: int) -> int:
+        """The first position that was recorded at this time or later, the one after the last if none was; unchecked."""
+        some = "SELECT min(position) FROM {} WHERE time_ns >= ?1 AND position BETWEEN ?2 AND ?3"
+        with self._reading("is damaged"):
+            query = " UNION ALL ".join(map(some.format, HISTORY))
+            found = self._database.execute(query, (time_ns, self.first_position, self.last_position)).fetchall()
+        return min((position for (position,) in found if position is not None), default=self.last_position + 1)
 
     @cached_property
     def _state_bytes(self) -> int:

@@ -1,26 +1,20 @@
-"""Inspecting a recording row by row, summing it up, listing a folder, and making new recordings from old ones."""
+"""Summing up a recording, and finding those in a folder."""
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
-from instep.interrupts import stop_no_more
-from instep.recording.database import SUFFIX, bytes_on_disk, check_place, looks_like_one, lost_tail, remove_database
-from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording
-from instep.recording.lock import WriterLock, is_being_written
+from instep.recording.database import SUFFIX, bytes_on_disk, looks_like_one, lost_tail
+from instep.recording.errors import RecordingError
+from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
 from instep.recording.sequences import SequenceIndex
-from instep_client.snapshots import rename_to_new
-from instep_tools.problems import is_part, part_of, parts_left
+from instep_tools.problems import is_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +33,10 @@ class Inspection:
     """Above 1 where the history was trimmed."""
     checkpoint_position: int
     """How far the newest states go; 0 for no checkpoint."""
-    ending: str
-    """How it ends, in words."""
 
 
-def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
+def inspect(path: Path) -> Inspection:
     """Read every row of a recording: CRCs, positions, that streams' frames follow each other, states.
-
-    Args:
-        path: the recording.
-        on_progress: called with the share (0 to 1) of it that was read.
 
     Raises:
         RecordingError: when it cannot be read.
@@ -56,12 +44,11 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
     """
     with RecordingReader(path) as reader:
         reader.check_positions()
-        index = SequenceIndex(reader, on_progress)
+        index = SequenceIndex(reader, lambda _: None)
         for row, defect in sorted(index.defects.items()):
             info = index.streams[row]
             raise reader.damaged(f"in stream {info.stream} ({info.name!r}), {defect}")
         restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
-        ending = how_it_ends(reader)
     with Recovered(path) as recovered:
         for _ in recovered.replay():
             pass  # what a restart would use is checked as it is read
@@ -74,7 +61,6 @@ def inspect(path: Path, on_progress: Callable[[float], None]) -> Inspection:
         positions=reader.last_position - reader.trimmed.position,
         first_position=reader.first_position,
         checkpoint_position=recovered.checkpoint_position,
-        ending=ending,
     )
 
 
@@ -94,9 +80,6 @@ def where_it_begins(reader: RecordingReader) -> str:
         return ""
     since = when(reader.checkpoints()[0].time_ns)
     return f"begins at position {reader.first_position:,} ({since}); what came before was trimmed or cut off"
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,19 +151,10 @@ def look_over(path: Path) -> Overview:
         )
 
 
-def list_recordings(folder: Path) -> dict[Path, Overview | str]:
-    """The recordings in a folder, in the order of their names: the facts, or why one cannot be read, in a few words.
-
-    Raises:
-        RecordingError: when the folder cannot be read.
-    """
-    return {path: _listed(path) for path in recordings_in(folder)}
-
-
 def recordings_in(folder: Path) -> list[Path]:
     """The recordings in a folder, in the order of their names; also files `*.instep` that do not begin as one.
 
-    A file of another name is left out if it cannot be read, and one that `write_new` has not completed.
+    A file of another name is left out if it cannot be read, and one that is not complete yet.
 
     Raises:
         RecordingError: when the folder cannot be read.
@@ -189,10 +163,6 @@ def recordings_in(folder: Path) -> list[Path]:
         files = (path for path in folder.iterdir() if path.is_file())
         return sorted(path for path in files if path.suffix == SUFFIX or (not is_part(path) and _begins_as_one(path)))
     except OSError as error:
-        if os.path.isfile(folder):  # Path's raises if it cannot be looked for
-            raise RecordingError(
-                f"{folder} is not a folder: name the one that it is in, or see instep recordings info {folder}"
-            ) from None
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
 
 
@@ -214,61 +184,3 @@ def _begins_as_one(path: Path) -> bool:
 def when(time_ns: int) -> str:
     """A time in nanoseconds since 1970, in words."""
     return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _listed(path: Path) -> Overview | str:
-    try:
-        return look_over(path)
-    except UnavailableRecording:
-        return "unreadable now"
-    except RecordingError as error:
-        if isinstance(error, DamagedRecording):
-            return "damaged"
-        with suppress(OSError):
-            return "of another version" if looks_like_one(path) else "not a recording"
-        return "unreadable now"
-
-
-def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
-    """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
-
-    Unfinished files of earlier runs for the same target, which were killed, are removed. From just before the file gets
-    its name, no signal raises `Stopped`.
-
-    Args:
-        target: the new file.
-        write: begins, fills and commits a transaction in the empty database.
-
-    Raises:
-        RecordingError: when the file exists, is being written or cannot be written.
-        DamagedRecording: when the new file is not a sound recording.
-    """
-    check_place(target)
-    if os.path.lexists(target):
-        raise _already_there(target)
-    part = part_of(target)
-    try:
-        with ExitStack() as held:
-            held.callback(WriterLock(target).release)
-            for left in parts_left(target):
-                remove_database(left)
-            with closing(sqlite3.connect(part, isolation_level=None)) as database:
-                written = write(database)
-            found = inspect(part, lambda _: None)
-            stop_no_more()  # from the next line on, "nothing was written" would not be true
-            rename_to_new(part, target)
-        return written, found
-    except FileExistsError:
-        raise _already_there(target) from None
-    except (sqlite3.Error, OSError) as error:
-        raise RecordingError(f"cannot write the recording {target}: {error}") from None
-    except DamagedRecording as error:
-        if error.path != part:
-            raise
-        raise DamagedRecording(str(error).replace(str(part), str(target)), target) from None
-    finally:
-        remove_database(part)
-
-
-def _already_there(target: Path) -> RecordingError:
-    return RecordingError(f"{target} already exists; a recording is never written over: choose another name")

@@ -14,12 +14,11 @@ import structlog
 
 from instep.config import Config
 from instep.recording.database import check_place, holds_recording, lost_tail
-from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.errors import RecordingError
 from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
-from instep.recording.scrub import Scrub
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.server.loop import Loop
@@ -62,7 +61,7 @@ def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogge
                 folder = shlex.quote(reader.header.model_folder)
         except RecordingError as error:  # the version that is served does not need it
             reason = f"streams may be open in the recording of another version of the model, but {error}"
-            log.warning("streams not served", file=str(other), reason=reason, next=f"instep recordings check {place}")
+            log.warning("streams not served", file=str(other), reason=reason, next=f"instep verify {place}")
             continue
         if streams:
             log.warning(
@@ -133,8 +132,8 @@ def record(
     shutdown: Shutdown,
 ) -> None:
     """Record what a service does from now on. Nothing here can fail."""
-    path, durability = writer.path, config.recording.durability
-    service.log.info("recording", file=str(path), durability=durability)
+    durability = config.recording.durability
+    service.log.info("recording", file=str(writer.path), durability=durability)
     service.recorder = recorder = _recorder(service, writer, config, loop, shutdown)
     service.recovery = recovery
     last_stream = 0 if recovery is None else recovery.last_stream
@@ -142,8 +141,6 @@ def record(
     replayed_ns = round(recovery.seconds * 1e9) if recovery is not None and recovery.frames else 0
     waits = durability != "memory"
     service.engine.journal.record(recorder, last_stream, writer.position, waits=waits, replayed_ns=replayed_ns)
-    if recovery is not None and recovery.checkpoint_position:
-        service.scrub = _scrub(path, recovery.checkpoint_position, service.log)
 
 
 def _recorder(
@@ -171,11 +168,3 @@ def _recorder(
         commit_us=service.engine.stats.commit_us,
         on_trimmed=lambda position: service.log.info("recording trimmed", position=position),
     )
-
-
-def _scrub(path: Path, through: int, log: structlog.stdlib.BoundLogger) -> Scrub:
-    def damaged(error: DamagedRecording) -> None:
-        reason = f"{error}; open streams do not need it, but it cannot be verified any more"
-        log.error("recording damaged", reason=reason, next=f"instep recordings repair {shlex.quote(str(path))}")
-
-    return Scrub(path, through, damaged)

@@ -310,8 +310,6 @@ class Server:
         for service in services:
             if service.recorder is not None:
                 closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
-            if service.scrub is not None:
-                closing.callback(service.scrub.stop)
         verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
         closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
         for service in services:

@@ -12,7 +12,6 @@ import structlog
 from instep.core.tables import CREDIT_STALLS, RECEIVED_FRAMES, REPEATED_FRAMES
 from instep.recording.database import bytes_on_disk
 from instep.recording.recorder import Recorder
-from instep.recording.scrub import Scrub
 from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
 from instep.streaming.events import EventLog
@@ -74,8 +73,6 @@ class ModelService:
     """How it continued an older recording, where there was one."""
     verification: Verification | None = None
     """Findings of the process that checks the recording meanwhile, where there is to be one."""
-    scrub: Scrub | None = None
-    """Looks for damage in what the recovery did not read of that recording."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
     """When the server began that serves it, on the monotonic clock."""
     is_configured: bool = True

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from instep.verify.report import Report, StreamReport, Verdict
 from instep_tools.terminal import say
-from instep_tools.words import counted
+from instep_tools.words import counted, printable
 
 FIRST_STREAMS: Final = 20
 """Streams shown even when nothing is wrong with them."""
@@ -115,4 +115,4 @@ def cells(report: Report, stream: StreamReport) -> list[str]:
     """The row of a stream under `HEADINGS`, except the verdict."""
     distance = f"{stream.max_distance:.1e}" if report.elements.get("torch") else "–"
     error = "–" if report.reference == "none" else f"{stream.max_error:.1e}"
-    return [str(stream.stream), stream.name, f"{stream.frames:,}", distance, error]
+    return [str(stream.stream), printable(stream.name), f"{stream.frames:,}", distance, error]

@@ -1,0 +1,392 @@
+"""New recordings from old ones: a range cut out, and what a damaged one holds before its first damage."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import astuple, dataclass
+from datetime import UTC, datetime
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+from instep.interrupts import stop_no_more
+from instep.recording import inspection
+from instep.recording.database import check_place, insert, make_tables, remove_database, with_crcs
+from instep.recording.errors import DamagedRecording, RecordingError
+from instep.recording.file import UNREADABLE, connect_to_read
+from instep.recording.inspection import Inspection, when
+from instep.recording.lock import WriterLock
+from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint, Trimmed
+from instep.recording.schema import (
+    APPLICATION_ID,
+    CHECKPOINT_EVENT,
+    END_EVENT,
+    FORMAT_VERSION,
+    HISTORY,
+    OWNER_EVENT,
+    REPAIRED_EVENT,
+    TABLES,
+    RecordingHeader,
+    sound_rows,
+)
+from instep_client.snapshots import rename_to_new
+from instep_tools.problems import part_of, parts_left
+
+Row: TypeAlias = tuple[Any, ...]
+T = TypeVar("T")
+
+_SLICE_POSITIONS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One end of a range: a position of the history, or a time."""
+
+    kind: Literal["position", "time"]
+    value: int
+    """A position, or nanoseconds since 1970."""
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """Read a position (`1200`) or a time (`2026-11-26T18:30`, in UTC where it names no offset).
+
+        Raises:
+            RecordingError: when it is neither.
+        """
+        if text.isascii() and text.isdecimal():
+            return cls("position", int(text))
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise RecordingError(
+                f"{text!r} is neither a position, like 1200, nor a time, like 2026-11-26T18:30 or "
+                "2026-11-26T18:30:05+01:00"
+            ) from None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return cls("time", round(moment.timestamp() * 1e6) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """The range that was cut out."""
+
+    first_position: int
+    last_position: int
+    """Of the source."""
+    first_ns: int
+    last_ns: int
+    """When they were recorded."""
+    streams: int
+    frames: int
+    begins_early: bool
+    """Whether the range begins before what was asked for."""
+
+
+def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> Archive:
+    """Write a new recording that holds a range of another, from the last checkpoint at or before its beginning.
+
+    Args:
+        source: a recording, which may still be written; it is only read.
+        target: the new file.
+        begin: where the range begins; None for where the recording does.
+        end: the last position, or the last moment, in it; None for the end of the recording.
+
+    Raises:
+        RecordingError: when the range is empty, or a file cannot be read or written, or the new one exists.
+    """
+    with RecordingReader(source) as reader:
+        last = reader.last_position
+        if end is not None:
+            last = min(end.value, last) if end.kind == "position" else reader.first_at(end.value + 1) - 1
+        wanted = until = 0
+        if begin is not None:
+            wanted = begin.value if begin.kind == "position" else reader.first_at(begin.value)
+            until = wanted if begin.kind == "position" else wanted - 1
+        base = None if wanted > last else _base(reader, until, last)
+        if base is None:
+            raise RecordingError(f"the range is empty: {_what_there_is(reader)}")
+        first = base.position + 1
+        # Read now: once the new file is written, the source may have been trimmed.
+        first_ns, last_ns = reader.time_at(first), reader.time_at(last)
+        try:
+            _, found = write_new(target, lambda database: _write_range(reader, database, base, last))
+        except InconsistentCopy:
+            raise DamagedRecording(f"{source} is damaged, and so is what was cut out of it", source) from None
+    return Archive(first, last, first_ns, last_ns, found.streams, found.frames, first < wanted)
+
+
+def _base(reader: RecordingReader, until: int, last: int) -> Checkpoint | None:
+    """The checkpoint that the range begins with, of position 0 for the beginning of all; None if the range is empty.
+
+    It is the newest one of position `until` or before that was completed before `last`.
+    """
+    kept = [*([] if reader.trimmed.position else [Checkpoint()]), *reader.checkpoints()]
+    if kept[-1].position > reader.trimmed.position:
+        kept.pop()  # the newest may lack states: later ones replaced them, or their streams have closed
+    later = [each for each in kept[1:] if each.position <= until and each.completed < last]
+    found = later[-1] if later else kept[0]
+    return found if max(found.position, found.completed) < last else None
+
+
+def _what_there_is(reader: RecordingReader) -> str:
+    first, last = reader.first_position, reader.last_position
+    if last < first:
+        return f"{reader.path} holds nothing"
+    times = (when(reader.time_at(position)) for position in (first, last))
+    return f"{reader.path} holds the positions {first:,} to {last:,}, from {' to '.join(times)}"
+
+
+def _write_range(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint, last: int) -> None:
+    make_tables(database)
+    insert(database, "header", reader.header.rows())
+    states = _write_beginning(reader, database, base) if base.position else 0
+    # In slices, so that a copy that was cut off holds all that came before in every table.
+    for first in range(base.position + 1, last + 1, _SLICE_POSITIONS):
+        for table in HISTORY:
+            rows = reader.rows(table, first, min(first + _SLICE_POSITIONS - 1, last))
+            insert(database, table, with_crcs(rows))
+    last = _add_event(database, last, CHECKPOINT_EVENT, base.position, "later states were left out")
+    last = _add_event(database, last, END_EVENT, None, f"cut out of {reader.path.name}")
+    insert(database, "newest", with_crcs([(last, states)]))
+    database.execute("COMMIT")
+
+
+def _write_beginning(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint) -> int:
+    """Write what later rows rest on, as trimming leaves it; the number of states."""
+    position, before = base.position, reader.trimmed
+    closed = {row[2] for row in reader.rows("closings", last=position)}
+    opened = list(reader.rows("openings", last=position))
+    openings = [row for row in opened if row[2] not in closed]
+    streams = {row[2] for row in openings}
+    events = reader.rows_that_count(position, streams)
+    owners = (row[3] for row in reader.rows("events", last=position) if row[4] == OWNER_EVENT)
+    states = {row[0]: row for row in reader.rows("states") if row[0] in streams and row[1] <= position}
+    trimmed = Trimmed(
+        position,
+        len(events),
+        max([before.last_stream, *(row[2] for row in opened)]),
+        max([before.last_epoch, *(row[4] for row in opened), *owners]),
+    )
+    tables: dict[str, Iterable[Row]] = {
+        "openings": openings,
+        "events": events,
+        "trimmed": [astuple(trimmed)],
+        "checkpoints": [astuple(base)],
+        "states": states.values(),
+    }
+    for table, rows in tables.items():
+        insert(database, table, with_crcs(rows))
+    return len(states)
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """The result of a repair."""
+
+    positions: int
+    """Rows of the history, all that come before the first damage."""
+    frames: int
+    streams: int
+    left_out: str
+    """The losses, in words; empty where nothing was missing."""
+
+
+def repair(source: Path, target: Path) -> Repaired:
+    """Write a new recording that holds everything of a damaged one up to its first damage.
+
+    The damaged one is only read. The new one can be verified, exported and continued. Its streams continue from where
+    the damage was, and their clients are told so.
+
+    Raises:
+        RecordingError: when nothing can be saved, or the new file exists or cannot be written.
+    """
+    with closing(_Salvage(source)) as salvage:
+        try:
+            (positions, left_out), found = write_new(target, lambda database: _write_sound_rows(salvage, database))
+        except InconsistentCopy as error:
+            raise RecordingError(
+                f"{source} cannot be repaired, it is not only damaged but inconsistent: {error}"
+            ) from None
+    return Repaired(positions, found.frames, found.streams, left_out)
+
+
+class _Salvage:
+    """Rows of a recording that may be damaged anywhere, each with its CRC."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not os.path.isfile(path):  # Path's raises if it cannot be looked for
+            raise RecordingError(f"cannot read the recording {path}: there is no such file")
+        self.damage: dict[str, str] = {}
+        """By table, why reading it ended early."""
+        self._database = connect_to_read(path)
+        try:
+            self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
+            (application,) = self._database.execute("PRAGMA application_id").fetchone()
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if application != APPLICATION_ID or version != FORMAT_VERSION:
+                raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
+            self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
+            RecordingHeader.from_rows(self.header)
+        except (*UNREADABLE, RecordingError) as error:
+            self.close()
+            raise RecordingError(f"nothing of {path} can be saved: {error}") from None
+
+    def close(self) -> None:
+        self._database.close()
+
+    def rows(self, table: str) -> Iterator[Row]:
+        """Sound rows in order, up to the first that is not."""
+        key, *_ = TABLES[table]
+        order = "stream, position" if table == "states" else key
+        columns = ", ".join((*TABLES[table], "crc"))
+        before = 0
+        try:
+            for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}"):
+                if not sound_rows(table, [row]):
+                    self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
+                    return
+                before = row[0]
+                yield row
+        except UNREADABLE as error:
+            self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
+
+    def history(self, after: int) -> Iterator[tuple[str, Row]]:
+        """Rows of all tables, by position from the one after `after`, up to the first that is missing."""
+        tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
+        later = (item for item in heapq.merge(*tables, key=lambda item: item[1][0]) if item[1][0] > after)
+        for position, (table, row) in enumerate(later, start=after + 1):
+            if row[0] != position:
+                return
+            yield table, row
+
+
+def _write_sound_rows(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
+    """The number of positions that were saved, and the losses in words."""
+    make_tables(database)
+    insert(database, "header", salvage.header)
+    trimmed = list(salvage.rows("trimmed"))
+    insert(database, "trimmed", trimmed)
+    first = last = trimmed[0][0] if trimmed else 0
+    for table in ("openings", "closings", "events"):
+        insert(database, table, (row for row in salvage.rows(table) if row[0] <= first))
+    named, kind, seq = first, *map(list(HISTORY["events"]).index, ("kind", "seq"))
+    for table, row in salvage.history(first):
+        insert(database, table, [row])
+        last = row[0]
+        if table == "events" and row[kind] == CHECKPOINT_EVENT:
+            named = row[seq]
+    positions = last - first
+    newest = list(salvage.rows("newest"))
+    left_out = []
+    if not newest or newest[0][0] > last:
+        left_out.append(f"positions {last + 1:,} to {f'{newest[0][0]:,}' if newest else 'the last'}")
+    found, states = _copy_states(salvage, database, first, named, newest[0][1] if newest else None)
+    reasons = f" ({'; '.join(salvage.damage.values())})" if salvage.damage else ""
+    if not positions and not states:
+        raise RecordingError(f"nothing of {salvage.path} can be saved{reasons}")
+    if found != named:
+        left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
+        last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
+    said = "; ".join(left_out) + reasons if left_out else ""
+    if said:
+        last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
+    insert(database, "newest", with_crcs([(last, states)]))
+    database.execute("COMMIT")
+    return positions, said
+
+
+def _copy_states(
+    salvage: _Salvage, database: sqlite3.Connection, first: int, named: int, expected: int | None
+) -> tuple[int, int]:
+    """Save the checkpoints, if they are whole, and otherwise at least the one that the history begins with.
+
+    Args:
+        salvage: the damaged recording.
+        database: the new one.
+        first: position of the checkpoint that the history begins with; 0 for none.
+        named: position of the newest checkpoint, as the saved history says.
+        expected: how many states there should be; None where that is damaged.
+
+    Returns:
+        The position of the newest checkpoint that was saved, 0 for none, and the number of states.
+    """
+    checkpoints = [row for row in salvage.rows("checkpoints") if first <= row[0] <= named]
+    states = list(salvage.rows("states"))
+    are_sound = "states" not in salvage.damage and "checkpoints" not in salvage.damage
+    newest = checkpoints[-1][0] if checkpoints else 0
+    # States beyond the newest checkpoint that was saved replaced some of its own.
+    if are_sound and newest == named and all(row[1] <= named for row in states) and expected in (None, len(states)):
+        insert(database, "checkpoints", checkpoints)
+        insert(database, "states", states)
+        return newest, len(states)
+    if not first:
+        return 0, 0
+    if not are_sound or not checkpoints or checkpoints[0][0] != first:
+        raise RecordingError(f"nothing of {salvage.path} can be saved: the states that it begins with are damaged")
+    states = [row for row in states if row[1] <= first]
+    insert(database, "checkpoints", checkpoints[:1])
+    insert(database, "states", states)
+    return first, len(states)
+
+
+def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:
+    """The position of the new event."""
+    insert(database, "events", with_crcs([(last + 1, time.time_ns(), None, seq, kind, detail, None)]))
+    return last + 1
+
+
+class InconsistentCopy(RecordingError):
+    """A new recording is not sound, although every row of it matches its CRC; the message says what is wrong."""
+
+
+def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
+    """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
+
+    Unfinished files of earlier runs for the same target, which were killed, are removed. From just
+    before the file gets its name, no signal stops the command.
+
+    Args:
+        target: the new file.
+        write: begins, fills and commits a transaction in the empty database.
+
+    Raises:
+        RecordingError: when the file exists, is being written or cannot be written.
+        InconsistentCopy: when the new file is not a sound recording.
+    """
+    check_place(target)
+    if os.path.lexists(target):
+        raise _already_there(target)
+    part = part_of(target)
+    try:
+        with ExitStack() as held:
+            held.callback(WriterLock(target).release)
+            for left in parts_left(target):
+                remove_database(left)
+            with closing(sqlite3.connect(part, isolation_level=None)) as database:
+                written = write(database)
+            found = inspection.inspect(part)
+            stop_no_more()
+            rename_to_new(part, target)
+        return written, found
+    except FileExistsError:
+        raise _already_there(target) from None
+    except (sqlite3.Error, OSError) as error:
+        raise RecordingError(f"cannot write the recording {target}: {error}") from None
+    except DamagedRecording as error:
+        if error.path != part:
+            raise
+        raise InconsistentCopy(str(error).removeprefix(f"{part} is damaged: ")) from None
+    finally:
+        remove_database(part)
+
+
+def _already_there(target: Path) -> RecordingError:
+    return RecordingError(f"{target} already exists; a recording is never written over: choose another name")
