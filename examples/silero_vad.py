@@ -15,7 +15,7 @@ from instep.core.typing import F32
 from instep.models import load_model
 from instep.models.model import Model
 from instep.models.onnx.importer import import_onnx
-from instep.models.onnx.matching import Hints
+from instep.models.onnx.reader import Extents
 
 FRAME: Final = 512
 CONTEXT: Final = 64
@@ -25,8 +25,8 @@ CONTEXT: Final = 64
 def make(folder: Path) -> Model:
     """The package's graph, in a pipeline that keeps the context of each stream."""
     graph = shipped("silero-vad", "silero_vad/data/silero_vad_16k_op15.onnx")
-    hints = Hints(shapes={"input": ("rows", CONTEXT + FRAME)}, constants={"sr": SPEECH_RATE})
-    import_onnx(graph, folder, hints, overwrite=True)
+    shapes: dict[str, Extents] = {"input": ("rows", CONTEXT + FRAME)}
+    import_onnx(graph, folder, shapes=shapes, constants={"sr": SPEECH_RATE}, overwrite=True)
     network = yaml.safe_load((folder / "model.yaml").read_text())
     fields = {
         "name": network.pop("name"),

@@ -115,9 +115,6 @@ def import_model(
     outputs: Annotated[
         str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
     ] = None,
-    frame: Annotated[
-        str | None, typer.Option(metavar="INPUT", help="Of an ONNX graph: the frame.", show_default=False)
-    ] = None,
     answer: Annotated[
         str | None, typer.Option(metavar="OUTPUT", help="Of an ONNX graph: the answer.", show_default=False)
     ] = None,
@@ -150,20 +147,22 @@ def import_model(
         raise typer.BadParameter(
             "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
         )
-    if file.suffix != ".onnx" and (frame or answer or state or constant or shape):
-        raise typer.BadParameter("--frame, --answer, --state, --constant and --shape go with an .onnx graph")
+    if file.suffix != ".onnx" and (answer or state or constant or shape):
+        raise typer.BadParameter("--answer, --state, --constant and --shape go with an .onnx graph")
     if file.suffix == ".onnx":
         from instep.models.onnx.importer import import_onnx
-        from instep.models.onnx.matching import Hints
 
-        hints = Hints(
-            frame=frame,
+        model = import_onnx(
+            file,
+            folder,
+            state=_assigned("state", state, str) or None,
             answer=answer,
-            state=_assigned("state", state, str),
             constants=_assigned("constant", constant, _number),
             shapes=_assigned("shape", shape, _extents),
+            name=name,
+            outputs=names,
+            overwrite=overwrite,
         )
-        model = import_onnx(file, folder, hints, name=name, outputs=names, overwrite=overwrite)
         say(f"{folder}: {model.description.in_words()}")
         return
 

@@ -9,15 +9,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from instep.models.model import Model
-from instep.models.onnx.description import OnnxDescription
-from instep.models.onnx.graph import open_session
-from instep.models.onnx.importer import import_onnx
-from instep.models.onnx.matching import Hints, describe
+from instep.models.onnx.importer import describe, import_onnx
+from instep.models.onnx.reader import StepGraph, open_session
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Shape: TypeAlias = Sequence[int | str | None]
@@ -152,52 +149,6 @@ def counting_by_hand(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return y
 
 
-class Denoiser(nn.Module):
-    """The shape of NSNet2: a dense layer, two GRUs, dense layers."""
-
-    def __init__(self, features: int = 7, hidden: int = 12) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(features, hidden)
-        self.gru = nn.GRU(hidden, hidden, 2, batch_first=True)
-        self.fc2, self.fc3 = nn.Linear(hidden, 16), nn.Linear(16, features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, _ = self.gru(self.fc1(x))
-        return torch.sigmoid(self.fc3(torch.relu(self.fc2(y))))
-
-
-def denoiser(net: Denoiser, *, batch: int | str = "batch", **attributes: Any) -> onnx.ModelProto:
-    """Its graph over whole sequences, x [batch, T, features], as torch exports it; with other attributes of the GRU."""
-    hidden, features = net.gru.hidden_size, net.fc1.in_features
-    given = {"hidden_size": hidden, "linear_before_reset": 1, **attributes}
-    nodes = [
-        node("MatMul", ["x", "fc1"], ["a"], name="/fc1/MatMul"),
-        node("Add", ["fc1.bias", "a"], ["b"]),
-        node("Transpose", ["b"], ["c"], perm=[1, 0, 2]),
-        node("Shape", ["x"], ["shape"]),
-        node("Gather", ["shape", "zero"], ["batches"], axis=0),
-        node("Concat", ["one", "batches", "width"], ["h_shape"], axis=0),
-        node("ConstantOfShape", ["h_shape"], ["h0"]),
-        node("GRU", ["c", "0.W", "0.R", "0.B", "", "h0"], ["d", "h_0"], name="/gru/GRU", **given),
-        node("Squeeze", ["d", "one"], ["e"]),
-        node("GRU", ["e", "1.W", "1.R", "1.B", "", "h0"], ["f", "h_1"], name="/gru/GRU_1", **given),
-        node("Squeeze", ["f", "one"], ["g"]),
-        node("Transpose", ["g"], ["i"], perm=[1, 0, 2]),
-        node("MatMul", ["i", "fc2"], ["j"]),
-        node("Add", ["fc2.bias", "j"], ["k"]),
-        node("Relu", ["k"], ["l"]),
-        node("MatMul", ["l", "fc3"], ["m"]),
-        node("Add", ["fc3.bias", "m"], ["n"]),
-        node("Sigmoid", ["n"], ["y"], name="/Sigmoid"),
-    ]
-    weights = {"zero": ints(0), "one": ints(1), "width": ints(hidden)}
-    for name, linear in (("fc1", net.fc1), ("fc2", net.fc2), ("fc3", net.fc3)):
-        weights |= {name: linear.weight.detach().numpy().T, f"{name}.bias": linear.bias.detach().numpy()}
-    for layer in range(2):
-        weights |= recurrent_weights(net.gru, layer, f"{layer}.")
-    return graph(nodes, {"x": [batch, "T", features]}, {"y": [batch, "T", features]}, weights)
-
-
 def leaky(
     middle: list[onnx.NodeProto] | None = None,
     *,
@@ -235,12 +186,13 @@ def branch(condition: str) -> onnx.NodeProto:
     return node("If", [condition], ["v"], then_branch=only("Neg", "v1"), else_branch=only("Identity", "v2"))
 
 
-def described(model: onnx.ModelProto, **hints: Any) -> OnnxDescription:
-    return describe(open_session(model.SerializeToString(), "net"), Hints(**hints), "net")
+def described(model: onnx.ModelProto, **named: Any) -> StepGraph:
+    session = open_session(model.SerializeToString(), "net")
+    return describe(session, "net", **{"state": None, "answer": None, "constants": {}, "shapes": {}} | named)
 
 
-def imported(path: Path, model: onnx.ModelProto | bytes, **hints: Any) -> Model:
+def imported(path: Path, model: onnx.ModelProto | bytes, **named: Any) -> Model:
     """What is found in a graph; its model folder is `net` under the path."""
     content = model if isinstance(model, bytes) else model.SerializeToString()
     (path / "net.onnx").write_bytes(content)
-    return import_onnx(path / "net.onnx", path / "net", Hints(**hints))
+    return import_onnx(path / "net.onnx", path / "net", **named)

@@ -1,12 +1,13 @@
-"""`instep model import net.onnx`: what is found in a graph."""
+"""`instep model import net.onnx`: what is found in a graph, and what each graph that cannot be served is told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import yaml
 from onnx import TensorProto, helper
@@ -16,14 +17,12 @@ from instep.cli import app
 from instep.core.typing import F32
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
-from instep.models.onnx.description import Extents
-from instep.models.onnx.matching import Hints, pairs
+from instep.models.onnx.importer import import_onnx
 from instep.models.registry import build
 from tests.support.onnx_graphs import (
     FLOAT,
     INT64,
     ROWS4,
-    Shape,
     branch,
     counting_step,
     described,
@@ -44,32 +43,36 @@ def stepped(folder: Path, x: F32, state: Mapping[str, Any]) -> tuple[F32, Any]:
     return y, after
 
 
+def with_names(inputs: str, outputs: str) -> onnx.ModelProto:
+    """A graph of these inputs and outputs, all of one shape."""
+    nodes = [node("Identity", [inputs.split()[0]], [name]) for name in outputs.split()]
+    return graph(nodes, dict.fromkeys(inputs.split(), ROWS4), dict.fromkeys(outputs.split(), ROWS4))
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "expected"),
     [
-        ("x h", "y hn", "h:hn"),
-        ("x h0", "y hn", "h0:hn"),
-        ("x h0 c0", "y hn cn", "h0:hn c0:cn"),
-        ("x h_0 c_0", "y h_n c_n", "h_0:h_n c_0:c_n"),
-        ("input state sr", "output stateN", "state:stateN"),
-        ("x state_in", "y state_out", "state_in:state_out"),
-        ("x in_state", "y out_state", "in_state:out_state"),
-        ("x stateIn", "y stateOut", "stateIn:stateOut"),
-        ("x h0_in h1_in", "y h0_out h1_out", "h0_in:h0_out h1_in:h1_out"),
-        ("x cached_key_0 cached_key_1", "y new_cached_key_0 new_cached_key_1", "*"),
-        ("x past_k past_v", "present_k y present_v", "past_k:present_k past_v:present_v"),
-        ("mix conv_cache tra_cache", "enh conv_cache_out tra_cache_out", "*"),
-        ("x prev_h", "y next_h", "prev_h:next_h"),
-        ("x h", "y z", ""),
-        ("main", "man", ""),
-        ("x h", "hn h_out", ""),
+        ("x h0 c0", "y hn cn", "h0=hn c0=cn"),
+        ("input state", "output stateN", "state=stateN"),
+        ("x stateIn", "y stateOut", "stateIn=stateOut"),
+        ("x h0_in h1_in", "y h0_out h1_out", "h0_in=h0_out h1_in=h1_out"),
+        ("x past_k past_v", "present_k y present_v", "past_k=present_k past_v=present_v"),
+        ("mix a_cache b_cache", "enh b_cache_out new_a_cache", "a_cache=new_a_cache b_cache=b_cache_out"),
+        ("x h", "y z", None),
+        ("main", "man", None),
+        ("x h", "hn h_out", None),
+        ("x h z", "y hn", None),
     ],
 )
-def test_state_is_matched_by_name(inputs: str, outputs: str, expected: str) -> None:
-    found = pairs(inputs.split(), outputs.split(), Hints())
-    if expected == "*":
-        expected = " ".join(map(":".join, zip(inputs.split()[1:], outputs.split()[1:], strict=True)))
-    assert " ".join(map(":".join, found.items())) == expected
+def test_state_is_matched_by_name(inputs: str, outputs: str, expected: str | None) -> None:
+    model = with_names(inputs, outputs)
+    if expected is None:
+        with pytest.raises(ModelError, match="--state INPUT=OUTPUT"):
+            described(model)
+        return
+    found = described(model)
+    assert " ".join(f"{leaf.name}={after}" for leaf, after in found.state.items()) == expected
+    assert (found.frame.name, found.answer) == (inputs.split()[0], ({*outputs.split()} - {*found.state.values()}).pop())
 
 
 def test_what_is_found_is_written_down(tmp_path: Path) -> None:
@@ -115,7 +118,6 @@ def test_what_names_and_shapes_do_not_say_is_given(tmp_path: Path) -> None:
 
 
 def test_timesteps_of_a_step_are_one(tmp_path: Path) -> None:
-    """With the frames of a GRU as [T, rows, features], only one order of the axes runs."""
     gru = graph(
         [
             node("GRU", ["x", "W", "R", "", "", "h"], ["Y", "hn"], hidden_size=6, linear_before_reset=1),
@@ -125,21 +127,10 @@ def test_timesteps_of_a_step_are_one(tmp_path: Path) -> None:
         {"y": [None, None, 6], "hn": [1, None, 6]},
         {"one": ints(1), "W": np.ones((1, 18, 4), np.float32), "R": np.ones((1, 18, 6), np.float32)},
     )
-    found = described(gru)
-    assert (found.frame.shape, found.answer.shape) == ((1, "rows", 4), (1, "rows", 6))
-    assert found.leaves[0].shape == (1, "rows", 6)
-    assert imported(tmp_path, gru).description.state.leaves[0].shape == (1, 6)
-
-
-@pytest.mark.parametrize("shape", [[1, 4], ["batch", "F"]])
-def test_a_graph_of_one_row_is_described(shape: Shape) -> None:
-    """Its shapes are fixed in the graph, or by hints."""
-    shapes: dict[str, Extents] = {} if shape == [1, 4] else {"x": (1, 4), "h": (1, 4)}
-    found = described(leaky(x=shape, h=shape, y=shape), shapes=shapes)
-    assert (found.frame.shape, found.answer.shape, found.leaves[0].shape) == ((1, 4), (1, 4), (1, 4))
-    assert not found.is_batched
-    with pytest.raises(ModelError, match=r"input 'x' of net has the fixed shape \[1, 4\]"):
-        described(leaky(), shapes={"x": (1, 4)})
+    with pytest.raises(ModelError, match=r"'x' .* --shape x="):
+        imported(tmp_path, gru)
+    model = imported(tmp_path, gru, shapes={"x": (1, "rows", 4)})
+    assert (model.description.features, model.description.state.leaves[0].shape) == (4, (1, 6))
 
 
 def test_float64_frames_and_outputs_are_converted(tmp_path: Path) -> None:
@@ -149,7 +140,6 @@ def test_float64_frames_and_outputs_are_converted(tmp_path: Path) -> None:
         {"x": (ROWS4, double), "h": (ROWS4, double)},
         {"y": (ROWS4, double), "hn": (ROWS4, double)},
     )
-    assert described(wide).frame.dtype == "float64"
     imported(tmp_path, wide)
     y, h = stepped(tmp_path / "net", np.full((2, 4), 0.1, np.float32), {"h": np.zeros((2, 4))})
     assert (y.dtype.name, h.dtype.name) == ("float32", "float64")
@@ -161,3 +151,119 @@ def test_a_branch_on_what_is_always_the_same_is_served(tmp_path: Path) -> None:
     imported(tmp_path, given, constants={"flag": 1})
     _, h = stepped(tmp_path / "net", np.full((1, 4), 2, np.float32), {"h": np.zeros((1, 4), np.float32)})
     assert h.tolist() == [[-2.0] * 4]
+
+
+def external() -> onnx.ModelProto:
+    """A tensor in another file, within a branch."""
+    model = leaky([branch("flag")], more_inputs={"flag": ([], TensorProto.BOOL)})
+    tensor = TensorProto(name="secret", data_type=FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    [then] = [each.g for each in model.graph.node[0].attribute if each.name == "then_branch"]
+    then.node[0].CopyFrom(node("Constant", [], ["v1"], value=tensor))
+    return model
+
+
+def foreign() -> onnx.ModelProto:
+    """An operator that onnxruntime has and ONNX has not."""
+    model = leaky([node("QuickGelu", ["x"], ["v"], domain="com.microsoft")])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def with_a_function() -> onnx.ModelProto:
+    model = leaky([helper.make_node("f", ["x"], ["v"], domain="d")])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    body = [helper.make_node("f", ["a"], ["b"], domain="d")]  # it calls itself
+    model.functions.append(helper.make_function("d", "f", ["a"], ["b"], body, imports))
+    model.opset_import.append(imports[1])
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
+    "text": (lambda: b"import torch", "is not an ONNX graph"),
+    "cut off": (lambda: leaky().SerializeToString()[:-40], "is not an ONNX graph"),
+    "external data": (external, "'secret'"),
+    "foreign operator": (foreign, "QuickGelu"),
+    "unknown operator": (lambda: leaky([node("Tnah", ["x"], ["v"])]), "Tnah"),
+    "a function": (with_a_function, "functions"),
+    "wrong types": (lambda: leaky([node("Not", ["x"], ["v"])]), "onnxruntime cannot load"),
+    "fixed batch": (lambda: leaky(x=[2, 4], h=[2, 4], y=[2, 4]), r"x \[2, 4\]"),
+    "fixed batch of the state": (lambda: leaky(h=[1, 4]), r"h \[1, 4\]"),
+    "fixed batch inside": (
+        lambda: leaky([node("Reshape", ["x", "to"], ["v"])], weights={"to": ints(1, 4)}),
+        "row",
+    ),
+    "open features": (lambda: leaky(x=["rows", "F"]), "--shape x=rows,40"),
+    "no state": (lambda: graph([node("Tanh", ["x"], ["y"])], {"x": ROWS4}, {"y": ROWS4}), "--state"),
+    "a rate": (
+        lambda: leaky([node("Mul", ["x", "rate"], ["v"])], more_inputs={"rate": []}),
+        "--constant",
+    ),
+    "several outputs": (lambda: leaky(more_outputs={"kept": ROWS4}), "--answer"),
+    "half precision": (
+        lambda: leaky([node("Cast", ["x"], ["v"], to=FLOAT)], x=(ROWS4, TensorProto.FLOAT16)),
+        "'x' .* float16",
+    ),
+    "mean over rows": (
+        lambda: leaky([node("ReduceMean", ["x"], ["m"], axes=[0]), node("Sub", ["x", "m"], ["v"])]),
+        r"output '\w+' .* the rows beside it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_graph_that_cannot_be_served_is_told_why(tmp_path: Path, case: str) -> None:
+    make, named = REFUSED[case]
+    with pytest.raises(ModelError, match=named) as raised:
+        imported(tmp_path, make())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_state_that_changes_its_shape(tmp_path: Path) -> None:
+    nodes = [node("Concat", ["h", "x"], ["hn"], axis=1), node("ReduceMax", ["hn"], ["y"], axes=[1])]
+    growing = graph(nodes, {"x": ROWS4, "h": ["rows", 6]}, {"y": ["rows", 1], "hn": ["rows", 10]})
+    with pytest.raises(ModelError, match=r"'h' is \[1, 6\], and 'hn', .* \[1, 10\]"):
+        imported(tmp_path, growing, state={"h": "hn"})
+
+
+def test_a_file_that_is_missing_or_too_large(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ModelError, match=r"net\.onnx"):
+        import_onnx(path, tmp_path / "net")
+    with path.open("wb") as file:
+        file.truncate(2**29 + 1)  # takes no room on the disk
+    with pytest.raises(ModelError, match="536,870,913 bytes"):
+        import_onnx(path, tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"answer": "z"}, "no output 'z'"),
+        ({"state": {"h": "z"}}, "no output 'z'"),
+        ({"constants": {"z": 1}}, "no input 'z'"),
+        ({"shapes": {"x": (4,)}}, "'x' .* --shape"),
+        ({"shapes": {"x": (2, 4)}}, "'x' .* --shape"),
+        ({"answer": "hn"}, "--answer"),
+    ],
+)
+def test_names_and_shapes_that_do_not_fit(tmp_path: Path, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        imported(tmp_path, leaky(), **given)
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("net.onnx", ["--state", "h"]),
+        ("net.onnx", ["--constant", "sr=fast"]),
+        ("net.onnx", ["--shape", "x=a,b"]),
+        ("net.onnx", ["--leave-out", "a"]),
+        ("net.pt", ["--answer", "x"]),
+    ],
+)
+def test_options_that_do_not_fit(file: str, options: list[str]) -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["model", "import", file, *options])
+    assert result.exit_code == 2
+    assert options[0] in result.output

@@ -19,8 +19,8 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.handover.check import check
 from instep.models.model import Model
-from instep.models.onnx.graph import open_session
 from instep.models.onnx.importer import import_onnx
+from instep.models.onnx.reader import open_session
 from instep.models.registry import build, parse_description
 from instep.models.stepping import step_frames
 from instep.recording.reader import RecordingReader

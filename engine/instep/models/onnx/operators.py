@@ -112,6 +112,12 @@ class OnnxNode:
         return [self.tensor(at) for at in range(len(self.values))]
 
 
+def _unchanged(node: OnnxNode) -> Tensor:
+    if node.value(2) is not None and node.array(2).any():  # of Dropout
+        raise UnservedOperator("it is in training mode; call eval() on the module and export it again")
+    return node.x
+
+
 def _div(node: OnnxNode) -> Tensor:
     a, b = node.tensors
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
@@ -235,6 +241,7 @@ def _group_norm(node: OnnxNode) -> Tensor:
 
 
 def _batch_norm(node: OnnxNode) -> Tensor:
+    node.refuse("training_mode")
     x, scale, shift, mean, variance = node.tensors
     return F.batch_norm(x, mean, variance, scale, shift, eps=node.get("epsilon", 1e-5))
 
@@ -444,7 +451,7 @@ OPERATORS: Final[Mapping[str, Callable[[OnnxNode], Results]]] = {
     **{name: partial(_reduced, function=each) for name, each in _REDUCTIONS.items()},
     **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
     **dict.fromkeys(("AveragePool", "MaxPool"), _pool),
-    **dict.fromkeys(("Dropout", "Identity"), lambda node: node.x),
+    **dict.fromkeys(("Dropout", "Identity"), _unchanged),
     "ArgMax": partial(_extreme, function=torch.argmax),
     "ArgMin": partial(_extreme, function=torch.argmin),
     "BatchNormalization": _batch_norm,
