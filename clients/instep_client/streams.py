@@ -20,7 +20,6 @@ ENDING: Final = frozenset(
     {
         Code.IDLE,
         Code.CLIENT_GONE,
-        Code.NEVER_USED,
         Code.EXPIRED,
         Code.FENCED,
         Code.STATE_LOST,

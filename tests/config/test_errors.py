@@ -106,7 +106,6 @@ class TestProblems:
             ("transport", "endpoint", "ipc://"),
             ("transport", "endpoint", "ipc://" + "x" * 108),
             ("transport", "heartbeat_s", 0),
-            ("transport", "send_high_water_mark", 0),  # ZeroMQ's word for no bound
             ("limits", "max_idle_s", float("nan")),
             ("limits", "max_idle_s", float("inf")),
             ("limits", "max_idle_s", "3600"),
@@ -137,7 +136,6 @@ class TestProblems:
         [
             ("recording.durability", "comit", "commit"),
             ("log.level", "Warn", "warning"),
-            ("engine.steps_in", "cores", ""),
         ],
     )
     def test_a_word_that_is_close_to_one_of_a_few_is_answered_with_that(

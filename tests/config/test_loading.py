@@ -12,13 +12,13 @@ from tests.support.configurations import problems, written
 
 class TestPrecedence:
     def test_flag_over_environment_over_file_over_default(self, tmp_path: Path) -> None:
-        file = written(tmp_path, {"limits": {"max_idle_s": 1, "unreachable_after_s": 1, "max_connections": 1}})
-        environ = {"INSTEP_LIMITS__MAX_IDLE_S": "2", "INSTEP_LIMITS__UNREACHABLE_AFTER_S": "2"}
+        file = written(tmp_path, {"limits": {"max_idle_s": 1, "park_s": 1, "max_connections": 1}})
+        environ = {"INSTEP_LIMITS__MAX_IDLE_S": "2", "INSTEP_LIMITS__PARK_S": "2"}
         config, sources = explain_config(file, {"limits.max_idle_s": "3"}, environ)
         limits = config.limits
-        assert (limits.max_idle_s, limits.unreachable_after_s, limits.max_connections) == (3.0, 2.0, 1)
+        assert (limits.max_idle_s, limits.park_s, limits.max_connections) == (3.0, 2.0, 1)
         assert sources["limits.max_idle_s"] == "flag"
-        assert sources["limits.unreachable_after_s"] == "INSTEP_LIMITS__UNREACHABLE_AFTER_S"
+        assert sources["limits.park_s"] == "INSTEP_LIMITS__PARK_S"
         assert sources["limits.max_connections"] == f"file {file}"
         assert sources["limits.credit_frames"] == "default"
         assert len(sources) == sum(len(section) for section in config.model_dump().values())

@@ -24,8 +24,6 @@ class TestContradictions:
             ({"recording": {"keep_s": 9.0}}, "recording.keep_s", "nothing is recorded"),
             ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames", "131073 frames"),
             ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames", "16384 in flight"),
-            ({"limits": {"first_frame_s": 3600.5}}, "limits.first_frame_s", "max_idle_s = 3600 s"),
-            ({"limits": {"first_frame_s": 3, "max_idle_s": 2.5}}, "limits.first_frame_s", "idle after"),
         ],
     )
     def test_are_refused(self, tmp_path: Path, document: dict[str, Any], path: str, words: str) -> None:
@@ -38,8 +36,6 @@ class TestContradictions:
         [
             {"engine": {"max_streams": 4, "max_batch_size": 256}},
             {"limits": {"max_block_frames": 5, "credit_frames": 5, "max_pending_frames": 5}},
-            {"limits": {"first_frame_s": 3600, "max_idle_s": 3600}},
-            {"limits": {"first_frame_s": 1e6, "max_idle_s": 0}},
             {"limits": {"window_frames": 65_536, "max_block_frames": 5, "credit_frames": 5}},
             {"engine": {"max_streams": 4, "max_batch_size": 4}, "limits": {"max_parked_streams": 5, "park_s": 0}},
             {"transport": {"endpoint": "tcp://*:5757", "allow_plaintext": True}},

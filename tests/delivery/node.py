@@ -185,7 +185,7 @@ class Node:
         )
         tombstones = Tombstones()
         states = StreamStates(engine, stepper, at_once=1)
-        limits = IdleLimits(0, 0, _PARK_NS, MAX_STREAMS, _HIBERNATE_NS, MAX_STREAMS)
+        limits = IdleLimits(0, _PARK_NS, MAX_STREAMS, _HIBERNATE_NS, MAX_STREAMS)
         self.hibernation = Hibernation(engine, states, tombstones, partial(_load, disk), limits, self.tasks)
         operations = _WatchedOperations(engine, states, self.hibernation, self.tasks)
         engine.watcher = operations.watcher = self._watcher

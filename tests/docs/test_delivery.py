@@ -325,14 +325,6 @@ async def test_the_longest_parked_goes_when_too_many_are() -> None:
         assert last_failures(claims) == [(0, 0, Code.EXPIRED, 0)]
 
 
-async def test_an_opening_that_is_never_used_ends() -> None:
-    async with running(MODEL, limits={"first_frame_s": 0.01}) as server, Client(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open("s")).handles()
-        told = await client.receive()
-        assert (told.header[3], told.handles().tolist()) == (Code.NEVER_USED, handles.tolist())
-
-
 async def test_a_server_that_ends_takes_nothing_new() -> None:
     gate = Gate()
     x = frames(1)

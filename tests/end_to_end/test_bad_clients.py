@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import msgpack
 import numpy as np
@@ -17,14 +19,35 @@ import pytest
 import zmq
 
 from instep.models.folder import write_model
+from instep.server import assembly
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.served import WarmServer
 from tests.support.traffic import neighbours
+from tests.support.warm import WarmProcess
 
 NEIGHBOURS = 4
+SMALLER = """
+from instep.__main__ import main
+from instep.frontends.zmq import router
+from instep.server import assembly
+
+assembly.UNREACHABLE_AFTER_S = 3.0
+router.HIGH_WATER_MARK = 16
+main()
+"""
+"""`instep`, which gives up early, and in which few messages wait for a connection."""
+
+
+class SmallServer(WarmServer):
+    def _begin(self) -> subprocess.Popen[str]:
+        program = Path(self._arguments[1]).parent / "smaller.py"
+        program.write_text(SMALLER)
+        return cast("subprocess.Popen[str]", WarmProcess(self._arguments, program=str(program)))
+
+
 LIMITS = {"park_s": 0, "window_frames": 128}
 """Streams of a client that is given up are closed at once, and rude ones have room for what they send ahead."""
 RUDE_STREAMS = 40
@@ -67,11 +90,13 @@ async def test_a_client_that_is_killed_or_stopped_leaves_the_others_alone(how: s
             await others.progress(100)
 
 
-async def test_a_client_that_is_stopped_while_its_connection_looks_alive_is_given_up() -> None:
+async def test_a_client_that_is_stopped_while_its_connection_looks_alive_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With no heartbeat to fail, only its unread answers tell."""
+    monkeypatch.setattr(assembly, "UNREACHABLE_AFTER_S", 0.5)
     transport = {"max_message_bytes": 65_536, "heartbeat_s": 1000}
-    limits = {**LIMITS, "unreachable_after_s": 0.5}
-    async with running(SMALL, transport=transport, limits=limits) as server:
+    async with running(SMALL, transport=transport, limits=LIMITS) as server:
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             async with rude_client(server.endpoint, SMALL.description.features, "never-reads"):
                 await others.progress()
@@ -84,9 +109,9 @@ async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) ->
     """Answers of ten times the bound would be waiting, were they kept."""
     write_model(tmp_path / "model", WIDE)
     # Few streams, because the first frames of a stream make pages of its ring real.
-    arguments = ["engine.max_streams=64", "limits.park_s=0", "limits.unreachable_after_s=3"]
+    arguments = ["engine.max_streams=64", "limits.park_s=0"]
     arguments.append("transport.max_message_bytes=1048576")
-    with WarmServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
+    with SmallServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
         process = psutil.Process(server.pid)
         async with neighbours(server.endpoint, WIDE, NEIGHBOURS) as others:
             before = process.memory_info().rss
@@ -104,8 +129,8 @@ async def test_a_flood_that_nobody_reads_takes_bounded_memory(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [Kind.OPEN, Kind.CLOSE])
 async def test_a_flood_of_the_largest_messages_takes_bounded_memory(tmp_path: Path, kind: Kind) -> None:
     write_model(tmp_path / "model", SMALL)
-    arguments = ["transport.max_message_bytes=1048576", "transport.send_high_water_mark=16"]
-    with WarmServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
+    arguments = ["transport.max_message_bytes=1048576"]
+    with SmallServer(tmp_path / "model", [part for each in arguments for part in ("--set", each)]) as server:
         process = psutil.Process(server.pid)
         async with neighbours(server.endpoint, SMALL, NEIGHBOURS) as others:
             before = process.memory_info().rss

@@ -108,9 +108,9 @@ async def test_what_is_streamed_is_what_the_network_computes_over_the_whole_reco
     rng = np.random.default_rng(len(name))
     recordings = make_recordings(rng, model, STREAMS, lengths)
     # Fewer slots than streams, so that slots change hands; fewer rows than open streams, so that batches differ.
-    engine = {"max_streams": 20 * CONNECTIONS, "max_batch_size": 64, "steps_in": "process"}
+    engine = {"max_streams": 20 * CONNECTIONS, "max_batch_size": 64}
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(running(model, engine=engine))
+        server = await stack.enter_async_context(running(model, engine=engine, apart=True))
         producers = []
         for index in range(CONNECTIONS):
             client = await stack.enter_async_context(RawClient(server.endpoint))

@@ -35,7 +35,7 @@ WARM_UP = 50_000
 A_CONNECTION = 50_000
 """Messages that one connection of the fuzzer sends before it is replaced by another."""
 WINDOW = 900
-"""Messages sent and not answered yet; below the server's `send_high_water_mark`, so that no answer may be dropped."""
+"""Messages sent and not answered yet; below the server's `HIGH_WATER_MARK`, so that no answer may be dropped."""
 BURST = 500
 NEIGHBOURS = 4
 A_BLOCK = 200

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +373,9 @@ async def test_after_a_restart_no_more_streams_hibernate_than_are_kept(tmp_path:
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         epochs = (await client.open(*names)).epochs()
-    async with running(SMALL, recording=recording, limits={"max_hibernated_streams": 2}) as server:
+    async with running(SMALL, recording=recording) as server:
+        hibernation = server.default.operations.hibernation
+        hibernation.limits = replace(hibernation.limits, max_hibernated=2)
         async with RawClient(server.endpoint) as client:
             await client.hello()
             while (await client.statistics())["streams_hibernated"] > 2:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from instep.config import Config, EngineConfig
+from instep.config import Config
 from instep.core.typing import I64
 from instep.models.portable.network import Rows
 from instep.server import execution
@@ -25,13 +25,12 @@ from tests.support.running import CPU, running
 
 F, H = 5, 8
 POISON = 1234.5
-APART = {"steps_in": "process"}
 DEATH = "the process that steps was killed by SIGKILL"
 
 
 async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Generator) -> None:
     x = rng.standard_normal((9, F)).astype(np.float32)
-    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, apart=True) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
         first = (await client.step(handles, [0], x[:4, None])).floats().reshape(4, H)
@@ -48,7 +47,7 @@ async def test_short_runs_in_the_loop_and_long_ones_in_the_process_give_the_netw
 ) -> None:
     """Alone, together, and again alone: each run finds the states that the other kind has left."""
     x = rng.standard_normal((30, 7, F)).astype(np.float32)
-    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, apart=True) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open(*"abcdefg")).handles()
         y = np.zeros((30, 7, H), np.float32)
@@ -60,11 +59,9 @@ async def test_short_runs_in_the_loop_and_long_ones_in_the_process_give_the_netw
         np.testing.assert_array_equal(y[:, stream], whole(SMALL, x[:, stream])[0])
 
 
-@pytest.mark.parametrize("busy_poll_us", [0, 2000])
-async def test_a_server_that_polls_gives_the_same_outputs(rng: np.random.Generator, busy_poll_us: int) -> None:
+async def test_a_server_that_polls_gives_the_same_outputs(rng: np.random.Generator) -> None:
     x = rng.standard_normal((60, F)).astype(np.float32)
-    engine = {**APART, "busy_poll_us": busy_poll_us}
-    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, apart=True) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
         y = [(await client.step(handles, [seq], x[seq : seq + 1, None], [seq])).floats() for seq in range(30)]
@@ -88,7 +85,7 @@ async def test_a_failed_step_is_answered_and_the_streams_go_on(
     x = rng.standard_normal((6, 2, F)).astype(np.float32)
     bad = x.copy()
     bad[3, 0, 0] = POISON
-    async with running(SMALL, engine=APART) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, apart=True) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("bad", "bystander")).handles()
         reply = await client.step(handles[:1], [0], bad[:, :1])
@@ -106,7 +103,7 @@ def children() -> set[int]:
 
 async def test_the_death_of_the_process_ends_the_server() -> None:
     before = children()
-    async with running(SMALL, engine=APART, failure=DEATH) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, apart=True, failure=DEATH) as server, RawClient(server.endpoint) as client:
         await client.hello()
         (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)
@@ -122,7 +119,7 @@ async def test_a_step_that_never_ends_ends_with_the_server(
     failure = DEATH if is_killed else "draining took longer than shutdown.drain_timeout_s = 0.05"
     before = children()
     async with (
-        running(SMALL, engine=APART, failure=failure, shutdown={"drain_timeout_s": 0.05}) as server,
+        running(SMALL, apart=True, failure=failure, shutdown={"drain_timeout_s": 0.05}) as server,
         RawClient(server.endpoint) as client,
     ):
         await client.hello()
@@ -142,21 +139,10 @@ async def test_a_step_that_never_ends_ends_with_the_server(
 
 def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "usable_cores", lambda: 2)
-    assert steps_in_process(EngineConfig(), CPU)
-    assert not steps_in_process(EngineConfig(steps_in="thread"), CPU)
-    obstacles = [
-        (EngineConfig(), torch.device("cuda:0"), "the device is cuda:0"),
-    ]
-    for engine, device, why in obstacles:
-        assert not steps_in_process(engine, device)
-        with pytest.raises(CannotServe, match=f"engine.steps_in is process, but {why}.*use auto or thread"):
-            steps_in_process(engine.model_copy(update={"steps_in": "process"}), device)
+    assert steps_in_process(CPU)
+    assert not steps_in_process(torch.device("cuda:0"))
     monkeypatch.setattr(execution, "usable_cores", lambda: 1)
-    assert not steps_in_process(EngineConfig(), CPU)
-    assert steps_in_process(EngineConfig(steps_in="process"), CPU)
-    monkeypatch.delattr(os, "fork")
-    with pytest.raises(CannotServe, match="this system has no fork"):
-        steps_in_process(EngineConfig(steps_in="process"), CPU)
+    assert not steps_in_process(CPU)
 
 
 async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,26 +150,20 @@ async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(CannotServe, match=r"no process for the steps can be started .*set engine.steps_in to thread"):
-        async with running(SMALL, engine=APART):
+    with pytest.raises(CannotServe, match="no process for the steps can be started"):
+        async with running(SMALL, apart=True):
             pass
 
 
 @pytest.mark.parametrize(
-    ("cores", "steps_in", "records", "forks", "most"),
-    [
-        (2, "auto", False, True, 128),
-        (3, "auto", False, True, 0),
-        (2, "auto", True, True, 0),
-        (8, "inline", True, False, 128),
-        (2, "thread", False, False, 0),
-    ],
+    ("cores", "records", "forks", "most"),
+    [(2, False, True, 128), (3, False, True, 0), (2, True, True, 0), (2, False, False, 0)],
 )
 def test_single_frames_are_stepped_in_the_loop_where_a_process_would_share_its_cores(
-    cores: int, steps_in: str, records: bool, forks: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, records: bool, forks: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "usable_cores", lambda: cores)
     for max_batch_size in (512, 64):
-        engine = {"steps_in": steps_in, "max_batch_size": max_batch_size}
+        engine = {"max_batch_size": max_batch_size}
         asked = Config.model_validate({"engine": engine, "recording": {"file": "r.instep"} if records else {}})
         assert execution.max_light_batch(asked, forks) == min(most, max_batch_size)

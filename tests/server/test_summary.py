@@ -103,12 +103,12 @@ async def test_connections_and_requests_are_logged_for_those_who_look(rng: np.ra
 
 async def test_refused_frames_and_the_ends_of_streams_are_logged_for_those_who_look(rng: np.random.Generator) -> None:
     told: list[dict[str, Any]] = []
-    limits = {"first_frame_s": 0.3, "max_block_frames": 4}
+    limits = {"max_idle_s": 0.3, "max_block_frames": 4}
     async with running(SMALL, told=told, limits=limits) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("a", "b", "c")).handles()
         await client.step(handles[:1], [0], np.repeat(random_frames(rng, 1), 5, axis=0))
-        while not any(line.get("detail") == "never_used" for line in told):
+        while not any(line.get("detail") == "idle" for line in told):
             await asyncio.sleep(0.02)
     refused = next(line for line in told if line["event"] == "refused")
     assert (refused["code"], refused["connection"]) == ("TOO_LARGE", 0)
@@ -118,4 +118,4 @@ async def test_refused_frames_and_the_ends_of_streams_are_logged_for_those_who_l
         if line["event"] == "stream event" and line["kind"] != "refused"
     ]
     names = ["a", "b", "c"]
-    assert about[:2] == [("opened", "connection 0", 3, names), ("evicted", "never_used", 3, names)]
+    assert about[:2] == [("opened", "connection 0", 3, names), ("evicted", "idle", 3, names)]

@@ -16,10 +16,9 @@ from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
-from tests.support.faulty_states import FaultyStates
 from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick
 from tests.support.models import SMALL, whole
-from tests.support.streaming import failures, random_frames, step, streaming
+from tests.support.streaming import random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
 
@@ -101,21 +100,6 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
         assert refused.codes.tolist() == [Code.TOO_MANY_STREAMS]
         assert (await origin.open(["f"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
         assert "b" in kit.hibernation
-
-
-async def test_with_a_recording_no_parked_stream_ends_to_make_room(tmp_path: Path, rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=2, states=FaultyStates) as kit:
-        kit.hibernation.limits = replace(kit.hibernation.limits, parked_make_room=True)
-        kit.record(tmp_path / "r.instep")
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        parked = await gone.open(["a", "b"])
-        assert failures(await step(gone, parked.handles, [0, 0], random_frames(rng, 1, 2))) == []
-        kit.frontend.disconnect(gone)
-        await tick(kit, after_ns=0)
-        kit.faulty.is_broken = True  # their states cannot be read, so they cannot hibernate now
-        assert (await origin.open(["c"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
-        kit.faulty.is_broken = False
-        assert (await origin.resume(["a", "b"], np.zeros(2, np.uint64), parked.epochs)).codes.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("fell_asleep", [2, 4, 9])
@@ -208,17 +192,3 @@ async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(
             kit.hibernation.tick(time.monotonic_ns())
             await kit.settle()
         assert not (await origin.resume(["a", "b", "c"], have(0, 0, 0), opened.epochs)).codes.any()
-
-
-async def test_a_stream_that_waits_for_its_first_frame_stays_where_it_ends(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    async with streaming(InlineExecutor, idle=replace(LIMITS, first_frame_ns=10 * SOON_NS)) as kit:
-        kit.record(tmp_path / "r.instep")
-        origin = kit.frontend.connect()
-        opened = await origin.open(["used", "unused"])
-        await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
-        await tick(kit)
-        assert ("used" in kit.hibernation, "unused" in kit.hibernation) == (True, False)
-        await tick(kit, after_ns=20 * SOON_NS, count=10)
-        assert [event.code for event in origin.events] == [Code.HIBERNATED, Code.NEVER_USED]

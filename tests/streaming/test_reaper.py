@@ -16,7 +16,7 @@ from tests.support.streaming import PARK_NS, StreamingEngine, failures, random_f
 
 COUNT, AT_ONCE = 10, 3
 NAMES = [f"s{number}" for number in range(COUNT)]
-KEEP = IdleLimits(max_idle_ns=0, first_frame_ns=0, park_ns=PARK_NS, max_parked=1000)
+KEEP = IdleLimits(max_idle_ns=0, park_ns=PARK_NS, max_parked=1000)
 LATER_NS = 10**9
 """Long enough for what the tests below wait for."""
 
@@ -169,29 +169,6 @@ async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None
         assert kit.stats.values()["evicted_expired_total"] == COUNT
 
 
-async def test_a_new_stream_may_displace_those_parked_longest_and_they_are_remembered(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, max_streams=4) as kit:
-        gone, left, origin = (kit.frontend.connect() for _ in range(3))
-        first = await gone.open(["first"])
-        second = await left.open(["second"])
-        kept = await origin.open(["kept", "used"])
-        for leaving in (gone, left):
-            kit.frontend.disconnect(leaving)
-            await ticks(kit, count=1)
-        assert (await origin.open(["new"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
-        kit.hibernation.limits = replace(kit.hibernation.limits, parked_make_room=True)
-        assert (await origin.open(["new"])).codes.tolist() == [0]
-        assert kit.stats.values()["evicted_displaced_total"] == 1
-        have = np.zeros(1, np.uint64)
-        assert (await origin.resume(["first"], have, first.epochs)).codes.tolist() == [Code.EXPIRED]
-        both = await origin.open(["newer", "newest"])  # only one is parked, and it would end in vain
-        assert both.codes.tolist() == [Code.TOO_MANY_STREAMS] * 2
-        assert kit.stats.values()["evicted_displaced_total"] == 1
-        assert (await origin.open(["newer"])).codes.tolist() == [0]
-        assert (await origin.resume(["second"], have, second.epochs)).codes.tolist() == [Code.EXPIRED]
-        assert failures(await step(origin, kept.handles, [0, 0], random_frames(rng, 1, 2))) == []
-
-
 async def test_a_resumed_stream_does_not_expire(rng: np.random.Generator) -> None:
     async with streaming(InlineExecutor, idle=replace(KEEP, park_ns=LATER_NS)) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
@@ -244,19 +221,8 @@ async def test_streams_with_frames_under_way_are_not_idle(rng: np.random.Generat
         assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 0
 
 
-async def test_a_stream_that_never_gets_its_first_frame_is_evicted(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, idle=replace(KEEP, first_frame_ns=LATER_NS)) as kit:
-        origin = kit.frontend.connect()
-        opened = await origin.open(["used", "unused"])
-        await step(origin, opened.handles[:1], [0], random_frames(rng, 1))
-        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
-        (event,) = origin.events
-        assert (event.code, event.handles.tolist()) == (Code.NEVER_USED, opened.handles[1:].tolist())
-        assert kit.stats.values()["evicted_never_used_total"] == 1
-
-
 async def test_streams_that_are_not_parked_yet_are_not_taken_for_idle_ones() -> None:
-    limits = replace(KEEP, max_idle_ns=LATER_NS, first_frame_ns=LATER_NS)
+    limits = replace(KEEP, max_idle_ns=LATER_NS)
     async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits) as kit:
         gone = kit.frontend.connect()
         await gone.open(NAMES)

@@ -14,9 +14,7 @@ from tests.support.streaming import StreamingEngine
 SOON_NS = 10**9
 """After so long streams hibernate here."""
 LATER_NS = 100 * SOON_NS
-LIMITS = IdleLimits(
-    max_idle_ns=LATER_NS, first_frame_ns=0, park_ns=LATER_NS, max_parked=1000, hibernate_after_ns=SOON_NS
-)
+LIMITS = IdleLimits(max_idle_ns=LATER_NS, park_ns=LATER_NS, max_parked=1000, hibernate_after_ns=SOON_NS)
 ZERO = np.zeros(1, np.uint64)
 
 

@@ -40,21 +40,21 @@ def prepared(model: Model, device: torch.device = CPU) -> Prepared:
 
 
 def config(**sections: dict[str, Any]) -> Config:
-    """A configuration for tests: any free port, no admin server, steps in a thread, and what the test asks for.
+    """A configuration for tests: any free port, no admin server, and what the test asks for.
 
     Tables of as many pending frames as a message may have take a third of the time of those of the default.
     """
-    engine = {"steps_in": "thread", "busy_poll_us": 0, **sections.pop("engine", {})}
     transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
     http = {"endpoint": "off", **sections.pop("http", {})}
     limits = {"max_pending_frames": 16_384, **sections.pop("limits", {})}
-    return Config.model_validate({"transport": transport, "engine": engine, "http": http, "limits": limits, **sections})
+    return Config.model_validate({"transport": transport, "http": http, "limits": limits, **sections})
 
 
 @contextlib.asynccontextmanager
 async def running(
     *models: Model,
     stepper: Callable[[Prepared, Config], Stepper] | None = None,
+    apart: bool = False,
     failure: str | None = None,
     told: list[dict[str, Any]] | None = None,
     device: torch.device = CPU,
@@ -67,6 +67,7 @@ async def running(
     Args:
         models: what is served.
         stepper: makes another stepper than usual.
+        apart: whether steps get a process of their own, and not a thread.
         failure: why the server is expected to stop by itself.
         told: what the server logs is put there, with its level.
         device: where the network is.
@@ -77,7 +78,7 @@ async def running(
     settings = config(**sections)
     ready = [replace(prepared(model, device), model=model, model_path=folder) for model in models]
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper, background=background)
+    server = make_server(settings, ready, log, stepper, forks=apart, background=background)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

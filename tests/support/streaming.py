@@ -208,7 +208,7 @@ class StreamingEngine:
         self.access: StateAccess = states(self.stepper) if states else self.stepper
         self.load: Callable[[Path, Sequence[int]], list[OpenStream]] = load_open_streams
         """Reads streams that hibernate."""
-        tombstones, idle = Tombstones(), idle or IdleLimits(0, 0, PARK_NS, 1000)
+        tombstones, idle = Tombstones(), idle or IdleLimits(0, PARK_NS, 1000)
         self.states = StreamStates(self.engine, self.access, copy_at_once)
         self.hibernation = Hibernation(
             self.engine,

@@ -24,7 +24,7 @@ class ThreadedServer:
     """As `ChildServer`, but for its process: a model is compiled once a test run."""
 
     def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
-        overrides = {"engine.busy_poll_us": "0"}  # its thread would take the time of the test's own
+        overrides: dict[str, str | None] = {}
         others = [argument for argument in arguments if (Path(argument) / "model.yaml").is_file()]
         arguments = [argument for argument in arguments if argument not in others]
         for flag, value in zip(arguments[::2], arguments[1::2], strict=True):

@@ -51,7 +51,6 @@ class Code(IntEnum):
     WINDOW_FULL = 112
     OUTPUTS_GONE = 113
     ACK_AHEAD = 115
-    NEVER_USED = 116
     FRAMES_PENDING = 117
     HIBERNATED = 118
     UNLOADED = 119
@@ -97,7 +96,6 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.WINDOW_FULL: "the frame is beyond the stream's window; take and acknowledge earlier outputs first",
     Code.OUTPUTS_GONE: "outputs after those that the client holds are no longer kept, and cannot be sent again",
     Code.ACK_AHEAD: "the message acknowledges an output that has not been computed yet",
-    Code.NEVER_USED: "the stream was evicted because no frame came within limits.first_frame_s of its opening",
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",
     Code.HIBERNATED: "the stream was idle and has left memory; resume it to continue",
     Code.UNLOADED: "the stream was ended because its model was unloaded, and no recording keeps it",

@@ -79,10 +79,3 @@ def _limits(config: Config) -> Iterator[Contradiction]:
             f"only limits.credit_frames = {limits.credit_frames} in flight",
             f"set it to at most {limits.credit_frames}, or raise limits.credit_frames",
         )
-    if 0 < limits.max_idle_s < limits.first_frame_s:
-        yield Contradiction(
-            ("limits.first_frame_s", "limits.max_idle_s"),
-            f"a stream would have {limits.first_frame_s:g} s to send its first frame, but is evicted as idle after "
-            f"limits.max_idle_s = {limits.max_idle_s:g} s",
-            f"set it to at most {limits.max_idle_s:g}, or raise limits.max_idle_s, or set that to 0 for never",
-        )

@@ -123,8 +123,6 @@ class EngineConfig(Section):
     device: Annotated[str, AfterValidator(_checked_device)] = "auto"
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
-    steps_in: Literal["auto", "process", "thread", "inline"] = "auto"
-    busy_poll_us: Annotated[int, Field(ge=0, le=1_000_000)] = 300
     max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 
@@ -134,7 +132,6 @@ class TransportConfig(Section):
     endpoint: Annotated[str, AfterValidator(checked_endpoint)] = "tcp://127.0.0.1:5757"
     allow_plaintext: bool = False
     max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] = 16 * 1024 * 1024
-    send_high_water_mark: Count = 1000
     handshake_timeout_s: TimerSeconds = 30.0
     heartbeat_s: TimerSeconds = 10.0
 
@@ -150,19 +147,14 @@ class LimitsConfig(Section):
     """Limits: when a message is refused, a silent peer given up, and an idle stream ended."""
 
     max_idle_s: Seconds = 3600.0
-    first_frame_s: Seconds = 0.0
     park_s: Seconds = 300.0
     max_parked_streams: Count = 4096
-    parked_make_room: bool = False
     hibernate_after_s: Seconds = 60.0
-    max_hibernated_streams: Count = 1_000_000
     window_frames: Annotated[int, Field(ge=1, le=65_536)] = 32
     max_block_frames: Count = 16_384
     max_pending_frames: Count = 131_072
     credit_frames: Count = 16_384
     max_connections: Count = 16_384
-    max_buffered_bytes: Annotated[int, Field(ge=1024 * 1024, le=2**62)] = 256 * 1024 * 1024
-    unreachable_after_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 30.0
 
 
 class RecordingConfig(Section):
@@ -171,7 +163,6 @@ class RecordingConfig(Section):
     file: Path | None = None
     durability: Literal["memory", "commit", "fsync"] = "commit"
     recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
-    queue_batches: Count = 64
     keep_bytes: Bytes = 0
     keep_s: Seconds = 0.0
     warn_free_bytes: Bytes = 1024 * 1024 * 1024

@@ -99,7 +99,7 @@ def examine_models(findings: Findings, config: Config, demo: Path, memory_bytes:
     if memory_bytes and needed > memory_bytes:
         findings.warn(
             exceeds(needed, memory_bytes),
-            "lower engine.max_streams, limits.window_frames or limits.max_buffered_bytes, or give it more memory",
+            "lower engine.max_streams or limits.window_frames, or give it more memory",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Final
 
 import structlog
 
@@ -19,6 +20,7 @@ from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.server import memory
 from instep.server.background import Background
 from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.loop import Loop
@@ -30,6 +32,9 @@ from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery
 from instep.streaming.service import ModelService
 
+UNREACHABLE_AFTER_S: Final = 30.0
+"""How long a connection may leave the replies in its outbox before it is given up."""
+
 MakeStepper = Callable[[Prepared, Config], Stepper]
 
 
@@ -39,18 +44,20 @@ def make_server(
     log: structlog.stdlib.BoundLogger,
     make_stepper: MakeStepper | None = None,
     *,
+    forks: bool | None = None,
     background: Background | None = None,
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
-    For tests, `make_stepper` makes other steppers than usual, and `background` runs processes in another way.
+    For tests, `make_stepper` makes other steppers than usual, `forks` says whether steps get a process of their own,
+    and `background` runs processes in another way.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     with ExitStack() as undo:
         try:
-            server = _make_server(config, prepared, log, make_stepper, background or Background(), undo)
+            server = _make_server(config, prepared, log, make_stepper, forks, background or Background(), undo)
         except (CannotListen, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -64,15 +71,16 @@ def _make_server(
     prepared: Sequence[Prepared],
     log: structlog.stdlib.BoundLogger,
     make_stepper: MakeStepper | None,
+    forks: bool | None,
     background: Background,
     undo: ExitStack,
 ) -> Server:
     # Memory, and the processes that share it: before the socket, whose threads must not be forked.
     foundations: list[Foundation] = []
     for each in prepared:
-        forks = make_stepper is None and steps_in_process(config.engine, each.device)
+        apart = make_stepper is None and (steps_in_process(each.device) if forks is None else forks)
         stepper = make_stepper(each, config) if make_stepper is not None else None
-        foundations.append(foundation := lay_foundation(config, each, forks=forks, stepper=stepper))
+        foundations.append(foundation := lay_foundation(config, each, forks=apart, stepper=stepper))
         undo.callback(foundation.executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
@@ -122,8 +130,8 @@ def _frontend(config: Config, router: Router, loop: Loop, log: structlog.stdlib.
         router,
         2 * config.transport.max_message_bytes,
         4 * config.transport.max_message_bytes,
-        config.limits.max_buffered_bytes,
-        round(config.limits.unreachable_after_s * 1e9),
+        memory.MAX_BUFFERED_BYTES,
+        round(UNREACHABLE_AFTER_S * 1e9),
         time.monotonic_ns,
         detach,
     )

@@ -47,10 +47,7 @@ def idle_limits(config: Config) -> IdleLimits:
     limits = config.limits
     return IdleLimits(
         round(limits.max_idle_s * 1e9),
-        round(limits.first_frame_s * 1e9),
         round(limits.park_s * 1e9),
         limits.max_parked_streams,
         round(limits.hibernate_after_s * 1e9),
-        limits.max_hibernated_streams,
-        limits.parked_make_room,
     )

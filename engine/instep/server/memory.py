@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from instep.server.preparation import Prepared
 
 
+MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
+"""Of replies that may wait for all connections together."""
+
+
 def memory_at_start(config: Config) -> int:
     """Bytes that are written before any stream is opened: a record for each that there may be."""
     return config.engine.max_streams * STREAM.itemsize * len(config.model.folders)
@@ -22,7 +26,7 @@ def memory_at_start(config: Config) -> int:
 
 def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
     """Bytes when all streams are open: states on the CPU, the frame buffers, and replies that nobody has read yet."""
-    return sum(_bytes_of(config, each) for each in prepared) + config.limits.max_buffered_bytes
+    return sum(_bytes_of(config, each) for each in prepared) + MAX_BUFFERED_BYTES
 
 
 def _bytes_of(config: Config, prepared: Prepared) -> int:

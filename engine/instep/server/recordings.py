@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -28,6 +29,9 @@ from instep.server.services import Foundation
 from instep.server.shutdown import Shutdown
 from instep.streaming.recovery import Recovery, resume_recording
 from instep.streaming.service import ModelService
+
+QUEUE_BATCHES: Final = 64
+"""Batches that may wait to be written; when the disk falls behind by this many, stepping waits for it."""
 
 
 def find_recording(
@@ -161,7 +165,7 @@ def _recorder(
 
     return Recorder(
         writer,
-        config.recording.queue_batches,
+        QUEUE_BATCHES,
         on_room=lambda: on_loop(loop.wake),
         on_failure=failed,
         on_durable=lambda lsn: on_loop(journal.advance, lsn),

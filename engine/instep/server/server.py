@@ -187,8 +187,6 @@ class Server:
         self.config = config
         for service in self.services:
             service.operations.hibernation.limits = idle_limits(config)
-        frontend.outbound.max_total_bytes = limits.max_buffered_bytes
-        frontend.outbound.unreachable_after_ns = round(limits.unreachable_after_s * 1e9)
         for served in frontend.models.values():
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
 

@@ -103,10 +103,7 @@ class Hibernation(Mapping[str, Sleeper]):
         idle = table.parked_since(before_ns)
         # While a request waits, the handles that it will grant are not known to their owner yet.
         if journal.is_quiet and not self._engine.waiters:
-            connected = table.idle_since(before_ns)
-            if self.limits.first_frame_ns:
-                connected = connected[table.next_seq[connected] > table.first_seq[connected]]
-            idle = np.concatenate([idle, connected])
+            idle = np.concatenate([idle, table.idle_since(before_ns)])
         sleepy = self._sleepy(idle)
         self._is_behind = len(sleepy) > self._at_once
         self._hibernate(sleepy[: self._at_once])

@@ -17,8 +17,6 @@ class IdleLimits:
 
     max_idle_ns: int
     """Time for which a stream is kept whose connection is there; 0 for ever."""
-    first_frame_ns: int
-    """Likewise for one that never had a frame, which stays in memory; 0 for as long as any other."""
     park_ns: int
     """Time for which one is kept whose connection is gone; 0 for not at all."""
     max_parked: int
@@ -27,15 +25,12 @@ class IdleLimits:
     """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
     max_hibernated: int = 1_000_000
     """The most that hibernate; beyond it those that have done so longest expire."""
-    parked_make_room: bool = False
-    """Whether opening streams ends those that have been parked longest, where only that makes room."""
 
-    def expires_in_ns(self, idle_ns: int, *, has_owner: bool, is_unused: bool) -> int | None:
-        """Time for which a stream is kept if it stays idle; None for ever. `is_unused`: in memory, without a frame."""
+    def expires_in_ns(self, idle_ns: int, *, has_owner: bool) -> int | None:
+        """Time for which a stream is kept if it stays idle; None for ever."""
         if not has_owner:
             return max(0, self.park_ns - idle_ns)
-        kept_ns = self.first_frame_ns if is_unused and self.first_frame_ns else self.max_idle_ns
-        return max(0, kept_ns - idle_ns) if kept_ns else None
+        return max(0, self.max_idle_ns - idle_ns) if self.max_idle_ns else None
 
 
 class Sleeper(NamedTuple):

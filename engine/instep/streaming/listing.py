@@ -101,16 +101,15 @@ class Listing:
         columns = (
             table.owner[slots],
             table.next_seq[slots],
-            table.first_seq[slots],
             table.unanswered[slots],
             silent_ns,
             np.where(table.unanswered[slots] > 0, 0, silent_ns),
         )
         statuses = []
-        for number, seq, first_seq, pending, silent, idle in zip(*(each.tolist() for each in columns), strict=True):
+        for number, seq, pending, silent, idle in zip(*(each.tolist() for each in columns), strict=True):
             owner = None if number == table.parked else number
             place = Place.PARKED if owner is None else Place.CONNECTED
-            expires_in_ns = limits.expires_in_ns(idle, has_owner=owner is not None, is_unused=seq == first_seq)
+            expires_in_ns = limits.expires_in_ns(idle, has_owner=owner is not None)
             statuses.append(StreamStatus(place, owner, seq, pending, silent, expires_in_ns))
         return statuses
 
@@ -119,5 +118,5 @@ class Listing:
         owner = None if sleeper.owner is None else sleeper.owner.number
         silent_ns = max(0, now_ns - sleeper.since_ns)
         limits = self._hibernation.limits
-        expires_in_ns = limits.expires_in_ns(silent_ns, has_owner=owner is not None, is_unused=False)
+        expires_in_ns = limits.expires_in_ns(silent_ns, has_owner=owner is not None)
         return StreamStatus(Place.HIBERNATING, owner, None, 0, silent_ns, expires_in_ns)

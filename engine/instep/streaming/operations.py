@@ -60,7 +60,7 @@ class StreamOperations:
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
-        await self._make_room(sum(name not in self.hibernation for name in fresh))
+        await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
@@ -81,19 +81,6 @@ class StreamOperations:
         self._tombstones.remove(granted_names)
         await self._journal.durable(lsn)
         return grants
-
-    async def _make_room(self, wanted: int) -> None:
-        """Let those parked longest hibernate or, without a recording, end if they may and it makes room for all."""
-        await self.hibernation.make_room(wanted)
-        missing = wanted - self._table.slots.free_count
-        if not self.hibernation.limits.parked_make_room or missing <= 0 or self.hibernation.is_possible:
-            return
-        slots = self._table.parked_longest()[:missing]
-        if len(slots) < missing:  # the opening is refused anyway: none ends in vain
-            return
-        self._tombstones.add(map(self._table.name, slots.tolist()))
-        self._engine.stats.evicted("displaced", len(slots))
-        await self._end(slots, "displaced")
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
         """The initial states could not be written: close the streams, even if they have another owner by now."""

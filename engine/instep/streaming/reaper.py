@@ -96,9 +96,6 @@ class Reaper:
         limits, table = self._hibernation.limits, self._table
         if limits.max_idle_ns:
             self._operations.evict(self._connected(table.idle_since(now_ns - limits.max_idle_ns)), Code.IDLE)
-        if limits.first_frame_ns:
-            unused = table.unused_since(now_ns - limits.first_frame_ns)
-            self._operations.evict(self._connected(unused), Code.NEVER_USED)
         parked = table.parked_since(now_ns - limits.park_ns)
         is_free = self._engine.tables.streams["holds"][parked] == 0  # others may be about to be resumed
         self._operations.expire(parked[is_free][: self._at_once])

@@ -80,18 +80,6 @@ async def test_each_state_has_its_record(tmp_path: Path) -> None:
         (await http.get("/api/streams/old/1")).raise_for_status()
 
 
-async def test_a_stream_that_never_had_a_frame_expires_by_its_own_limit() -> None:
-    limits = {"first_frame_s": 20.0, "max_idle_s": 50.0}
-    async with administered(limits=limits) as (server, http), AsyncClient(server.endpoint) as client:
-        stream = await client.open("s")
-        assert 10 < (await http.get("/api/streams/s")).json()["expires_in_s"] <= 20
-        (listed,) = await client.list_streams()
-        assert listed.expires_in_s is not None
-        assert 10 < listed.expires_in_s <= 20
-        await stream.step(np.zeros(F))
-        assert 40 < (await http.get("/api/streams/s")).json()["expires_in_s"] <= 50
-
-
 async def test_pages_hold_every_stream_once_in_every_order(rng: np.random.Generator) -> None:
     given = {f"{'äβ/ %'[number % 5]}{number:03d}": int(rng.integers(0, 4)) for number in rng.permutation(97).tolist()}
     async with administered() as (server, http), AsyncClient(server.endpoint) as client:

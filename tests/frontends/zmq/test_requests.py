@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from instep.server import assembly, memory
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
@@ -205,26 +206,28 @@ async def test_a_peer_that_reads_late_gets_every_reply_in_order() -> None:
         assert [reply.request for reply in replies] == [parts(message)[0][1] for message in requests]
 
 
-@pytest.mark.parametrize("limits", [{"unreachable_after_s": 0.2}, {}], ids=["in time", "in bytes"])
+@pytest.mark.parametrize("is_slow", [True, False], ids=["in time", "in bytes"])
 async def test_a_peer_that_never_says_that_it_reads_is_given_up_and_costs_nobody_else(
-    limits: dict[str, float],
+    is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(SMALL, transport=SILENT, limits=limits) as server:
+    if is_slow:
+        monkeypatch.setattr(assembly, "UNREACHABLE_AFTER_S", 0.2)
+    async with running(SMALL, transport=SILENT) as server:
         async with RawClient(server.endpoint) as silent, RawClient(server.endpoint) as client:
             await silent.hello()
             await client.hello()
-            for _ in range(6 if limits else 40):
+            for _ in range(6 if is_slow else 40):
                 await silent.send(*block(silent))
             await connections(server, 1)
             assert (await client.open("s")).failures() == []
 
 
-async def test_readers_that_do_not_read_share_one_budget() -> None:
+async def test_readers_that_do_not_read_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it each of them could hold as much as one may."""
-    budget = 4 * 2**20
-    limits = {"max_buffered_bytes": budget, "unreachable_after_s": 600}
+    monkeypatch.setattr(memory, "MAX_BUFFERED_BYTES", 4 * 2**20)
+    monkeypatch.setattr(assembly, "UNREACHABLE_AFTER_S", 600.0)
     transport = {"max_message_bytes": 2**20}
-    async with running(SMALL, transport=transport, limits=limits) as server, RawClient(server.endpoint) as client:
+    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:
         await client.hello()
         silent = [RawClient(server.endpoint) for _ in range(16)]
         try:

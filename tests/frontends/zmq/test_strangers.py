@@ -13,10 +13,12 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
+import pytest
 import zmq
 
 from instep.frontends.zmq.peers import Peer
 from instep.models.folder import write_model
+from instep.server import recordings
 from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
@@ -72,11 +74,12 @@ def test_routing_ids_that_strangers_claim_cost_no_ordinary_connection(tmp_path: 
 
 
 async def test_messages_into_a_server_whose_disk_stalls_and_a_hang_up_end_nothing(
-    tmp_path: Path, rng: np.random.Generator
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ZeroMQ heartbeats, or unread messages behind which the peer hangs up, libzmq 4.3.5 ends the process."""
     x = random_frames(rng, 1)
-    recording = {"file": tmp_path / "r.instep", "queue_batches": 2}
+    monkeypatch.setattr(recordings, "QUEUE_BATCHES", 2)
+    recording = {"file": tmp_path / "r.instep"}
     transport = {"heartbeat_s": 0.5}
     async with held_commits() as may_commit, running(SMALL, recording=recording, transport=transport) as server:
         async with RawClient(server.endpoint) as other:

@@ -16,7 +16,7 @@ from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_REASONS: Final = ("idle", "never_used", "client_gone", "expired", "displaced", "state_lost")
+_REASONS: Final = ("idle", "client_gone", "expired", "state_lost")
 """Why streams are evicted."""
 
 # ── Values with labels ─────────────────────────────────────────────────────────────────────────────────────────────

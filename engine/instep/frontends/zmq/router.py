@@ -23,6 +23,8 @@ MOST_PARTS: Final = max(FRAME_COUNT.values())
 
 _SKIP_AT_ONCE: Final = 2000
 """Parts that are thrown away before the other work of the loop gets its turn."""
+HIGH_WATER_MARK: Final = 1000
+"""Messages that ZeroMQ queues for one connection in each direction."""
 
 
 class Sent(Enum):
@@ -65,8 +67,8 @@ class Router:
         socket.setsockopt(zmq.LINGER, 1000)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
-        socket.setsockopt(zmq.SNDHWM, config.send_high_water_mark)
-        socket.setsockopt(zmq.RCVHWM, config.send_high_water_mark)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
         socket.setsockopt(zmq.BACKLOG, 4096)
         try:
