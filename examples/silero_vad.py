@@ -32,7 +32,7 @@ def make(folder: Path) -> Model:
         "name": network.pop("name"),
         "kind": "pipeline",
         "features": FRAME,
-        "before": [{"context": {"values": CONTEXT}}],
+        "context": CONTEXT,
         "network": network,
     }
     (folder / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))

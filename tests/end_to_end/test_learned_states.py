@@ -33,13 +33,12 @@ from instep_tools.problems import Exit
 from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.onnx_graphs import gru_step
-from tests.support.pipelines import smoothed
 from tests.support.running import running
 from tests.support.swapping import reload_models
 from tests.support.verifying import ignore_progress
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
-FEATURES, HIDDEN, FRAMES, KEEP = 5, 24, 12, 0.75
+FEATURES, HIDDEN, FRAMES = 5, 24, 12
 
 
 class Network(nn.Module):
@@ -91,13 +90,6 @@ def make_folder(kind: str, folder: Path) -> None:
         save_file(tensors | {"initial_state.h": network.h0.detach()[None]}, folder / "weights.safetensors")
         return
     export_step(Step(network), torch.zeros(1, FEATURES), {"h": network.h0[None]}, folder, initial_state="example")
-    if kind == "pipeline":
-        edit(folder, wrap)
-
-
-def wrap(fields: dict[str, Any]) -> None:
-    inside = {key: fields.pop(key) for key in list(fields) if key != "name"}
-    fields.update(kind="pipeline", features=FEATURES, network=inside, after=[{"smooth": KEEP}])
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -113,10 +105,10 @@ def truth(kind: str, x: F32, first: F32 | None = None) -> F32:
     if first is not None:
         network.h0.copy_(torch.from_numpy(first))
     y: F32 = network(torch.from_numpy(x)).numpy()
-    return smoothed(y, KEEP) if kind == "pipeline" else y
+    return y
 
 
-@pytest.mark.parametrize("kind", ["module", "onnx", "pipeline", *RECURRENT])
+@pytest.mark.parametrize("kind", ["module", "onnx", *RECURRENT])
 async def test_streams_begin_with_what_the_model_has_learned(
     kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -26,7 +26,7 @@ from instep.models.onnx.importer import import_onnx
 from instep.models.registry import parse_description
 from instep.server.preparation import Prepared
 from tests.support.onnx_graphs import Shape, graph, gru_step, node
-from tests.support.pipelines import LISTENS, listens, whole_signal
+from tests.support.pipelines import listens, whole_signal
 from tests.support.steps import example, exported, leaves, step_of
 from tests.support.torch_network import TorchNetwork
 
@@ -160,5 +160,5 @@ NETWORKS: Final[dict[str, ServedNetwork]] = {
     "selective_state_space": _exported("selective_state_space"),
     "onnx": _onnx(_gru, rows_axis=1),
     "onnx softplus": _onnx(_softplus, rows_axis=0),
-    "pipeline": ServedNetwork(partial(listens, LISTENS), sequence=_signals),
+    "pipeline": ServedNetwork(listens, sequence=_signals),
 }

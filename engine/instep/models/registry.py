@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from instep.models.base import Description, RecurrentModel, Reference
 from instep.models.errors import ModelError
 from instep.models.module.description import ModuleDescription
-from instep.models.pipeline.description import PipelineDescription
+from instep.models.pipeline import PipelineDescription, form_of, forward_of, reference_of
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
 from instep.models.recurrent.description import RecurrentDescription
 
@@ -93,29 +93,6 @@ def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
     return DefinitionReference(model.description.form, as_arrays(model.weights), model.state, dtype)
 
 
-def _pipeline_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-    from instep.models.pipeline.network import form_of
-
-    return form_of(model)
-
-
-def _pipeline_forward(model: Model, device: torch.device) -> Forward | None:
-    from instep.models.pipeline.network import PipelineModule, inside
-
-    network = torch_network(inside(model), device)
-    return None if network is None else PipelineModule(model, network)
-
-
-def _pipeline_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference | None:
-    from instep.models.pipeline.network import PipelineReference, inside
-
-    assert isinstance(model.description, PipelineDescription)
-    network = reference(inside(model), dtype)
-    if network is None or not all(step.has_reference for _, _, step, _ in model.description.steps()):
-        return None
-    return PipelineReference(model.description, network, dtype)
-
-
 KINDS: Final[dict[str, ModelKind]] = {
     **{kind: _recurrent(each.model_validate) for kind, each in RECURRENT.items()},
     "module": ModelKind(
@@ -125,7 +102,7 @@ KINDS: Final[dict[str, ModelKind]] = {
         _step_reference,
         {"normal.json": "form", "graph.json": "graph"},
     ),
-    "pipeline": ModelKind(PipelineDescription.model_validate, _pipeline_form, _pipeline_forward, _pipeline_reference),
+    "pipeline": ModelKind(PipelineDescription.model_validate, form_of, forward_of, reference_of),
 }
 
 

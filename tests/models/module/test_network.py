@@ -18,11 +18,10 @@ from torch import nn
 
 from instep.core.typing import F32, U8
 from instep.models import export_step
-from instep.models.folder import load_model, write_model
-from instep.models.model import Model
+from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
 from instep.models.portable.form import parse_form
-from instep.models.registry import parse_description, torch_network
+from instep.models.registry import torch_network
 from instep.models.stepping import step_frames
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
 
@@ -244,21 +243,3 @@ def begin(rows: int) -> dict[str, torch.Tensor]:
         "keys": torch.zeros(rows, 3, 8),
         "place": torch.zeros(rows, dtype=torch.int64),
     }
-
-
-def test_a_pipeline_may_hold_a_step_module(tmp_path: Path, rng: np.random.Generator) -> None:
-    inside = exported("layer_norm_gru")
-    network, x = network_of("layer_norm_gru"), rng.standard_normal((6, 32, FEATURES)).astype(np.float32)
-    description = {"kind": "pipeline", "features": FEATURES, "network": inside.description.as_json()}
-    smoothed = Model("p", parse_description({**description, "after": [{"smooth": 0.5}]}), inside.weights)
-    write_model(tmp_path / "p", smoothed)
-    described = yaml.safe_load((tmp_path / "p" / "model.yaml").read_text())["network"]
-    assert (described["form"], described["graph"]) == ("normal.json", "graph.json")
-    found = load_model(tmp_path / "p")
-    assert (found.description, found.fingerprint) == (smoothed.description, smoothed.fingerprint)
-    y, _ = step_frames(PortableNetwork(found), x, found.state.initial(32))
-    inner, _ = step_frames(network, x, network.state.initial(32))
-    kept = inner[0]
-    for frame, outputs in zip(inner, y, strict=True):
-        kept = (kept + frame) / 2
-        np.testing.assert_allclose(outputs, kept, rtol=1e-5, atol=1e-6)

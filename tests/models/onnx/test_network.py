@@ -21,7 +21,7 @@ from instep.models.handover.check import check
 from instep.models.model import Model
 from instep.models.onnx.importer import import_onnx
 from instep.models.onnx.reader import open_session
-from instep.models.registry import build, parse_description
+from instep.models.registry import build
 from instep.models.stepping import step_frames
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
@@ -198,20 +198,6 @@ async def test_it_is_served_recorded_and_verified(tmp_path: Path, rng: np.random
     with RecordingReader(path) as reader:
         report = verifier.verify(reader, model, [], ignore_progress)
     assert (report.verified, report.verdict) == (True, "exact"), report.as_json()
-
-
-def test_a_pipeline_around_a_graph(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Frames of 2 values with the 3 values before them are the graph's frames of 5."""
-    inside = imported(tmp_path, GRAPHS["gru"])
-    fields = {"kind": "pipeline", "features": 2, "before": [{"context": {"values": 3}}]}
-    description = parse_description(fields | {"network": inside.description.as_json()})
-    write_model(tmp_path / "pipeline", Model("pipeline", description, inside.weights))
-    network = build(load_model(tmp_path / "pipeline"), CPU)
-    x = rng.standard_normal((20, 4, 2)).astype(np.float32)
-    history = np.concatenate([np.zeros((4, 3), np.float32), x.transpose(1, 0, 2).reshape(4, -1)], axis=1)
-    frames = np.stack([history[:, at : at + 5] for at in range(0, 40, 2)])
-    np.testing.assert_allclose(served(network, x), in_torch(frames), rtol=0, atol=2e-6)
-    assert network.reference(np.float64) is not None
 
 
 def test_serving_needs_neither_onnx_nor_onnxruntime(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""A kind of model: stateful steps before and after a network of any other kind."""
