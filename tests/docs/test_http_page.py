@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from instep.frontends.http import connections, events, listing, security
+from instep.frontends.http import admin, events, security, streams
 from instep.streaming.events import EventKind
 from instep.streaming.verification import Verification
 from instep_client import AsyncClient
@@ -20,7 +20,7 @@ from tests.docs.support.shell import assert_exists, commands
 from tests.support.admin import administered
 
 PAGE = Page("http.md")
-SOURCE = "".join(path.read_text() for path in Path(listing.__file__).parent.glob("*.py"))
+SOURCE = "".join(path.read_text() for path in Path(streams.__file__).parent.glob("*.py"))
 
 
 def shape(value: Any) -> Any:
@@ -67,9 +67,9 @@ def test_every_path_is_listed() -> None:
 def test_parameters_orders_and_states_are_those_of_the_code() -> None:
     table = PAGE.table("Streams", "parameter")
     meaning = dict(zip(table.column("parameter"), table.column("meaning"), strict=True))
-    for parameter, values in (("sort", listing.SORTS), ("state", listing.STATES)):
+    for parameter, values in (("sort", streams.SORTS), ("state", streams.STATES)):
         assert re.findall(r"[a-z]{3,}", meaning[parameter].partition(";")[0]) == list(values)
-    assert [int(number) for number in re.findall(r"\d+", meaning["limit"])] == [1, listing.MOST, listing.USUAL]
+    assert [int(number) for number in re.findall(r"\d+", meaning["limit"])] == [1, streams.MOST, streams.USUAL]
 
 
 def test_every_error_is_listed_with_its_status() -> None:
@@ -84,10 +84,10 @@ def test_every_error_is_listed_with_its_status() -> None:
 
 def test_its_limits_are_those_of_the_code() -> None:
     for number, unit in (
-        (connections.MOST_CONNECTIONS, "connections"),
-        (connections.MOST_OF_ONE_ADDRESS, "of them from one address"),
+        (admin.MOST_CONNECTIONS, "connections"),
+        (security.MOST_REQUESTS, "requests at a time"),
         (events.MOST_LISTENERS, "listeners"),
-        (connections.MOST_HEAD_BYTES // 1024, "KiB"),
+        (admin.MOST_HEAD_BYTES // 1024, "KiB"),
         (round(security.REQUESTS_PER_S), "a second"),
     ):
         assert re.search(rf"\b{number} {unit}", PAGE.text), unit

@@ -8,8 +8,8 @@ import pytest
 
 from instep.config import endpoint
 from instep.frontends.http import security
-from instep.frontends.http.listing import after_of
 from instep.frontends.http.status import ServerStatus
+from instep.frontends.http.streams import key_after
 from tests.frontends.http import test_health, test_security, test_streams
 from tests.frontends.http.test_security import token_file as token_file
 from tests.support.broken_rules import BrokenRule, check_is_found
@@ -23,7 +23,7 @@ def any_host_is_this_machine(original: Any, host: str) -> bool:
     return True
 
 
-def nobody_asks_too_much(original: Any, limits: Any, address: str) -> float:
+def nobody_asks_too_much(original: Any, limit: Any) -> float:
     return 0.0
 
 
@@ -58,10 +58,10 @@ RULES = (
         found_by=[test_security.test_on_loopback_the_host_must_be_this_machine],
     ),
     BrokenRule(
-        "an address may ask as often as it likes",
-        replaces=security.RateLimits.take,
+        "everybody may ask as often as they like",
+        replaces=security.RateLimit.take,
         variant=nobody_asks_too_much,
-        found_by=[test_security.test_a_rate_is_of_one_address_and_comes_back_with_time],
+        found_by=[test_security.test_a_rate_comes_back_with_time],
     ),
     BrokenRule(
         "the cookie gives the token away",
@@ -77,7 +77,7 @@ RULES = (
     ),
     BrokenRule(
         "a cursor of one order is taken in another",
-        replaces=after_of,
+        replaces=key_after,
         variant=of_any_order,
         found_by=[test_streams.test_what_there_is_not_is_answered_with_what_was_meant],
     ),

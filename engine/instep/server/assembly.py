@@ -11,8 +11,7 @@ import structlog
 
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.frontends.http.admin import AdminServer
-from instep.frontends.http.connections import bind
+from instep.frontends.http.admin import AdminServer, bind
 from instep.frontends.http.security import read_token
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer

@@ -10,7 +10,7 @@ import structlog
 
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.frontends.http.connections import bind
+from instep.frontends.http.admin import bind
 from instep.frontends.http.security import read_token
 from instep.frontends.zmq.router import Router
 from instep.recording.database import check_place, lost_tail

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.frontends.http.connections import DEFAULT, cannot_listen
+from instep.frontends.http.admin import DEFAULT, cannot_listen
 from instep.frontends.http.security import read_token
 from instep.memory import size, usable_memory
 from instep.models.errors import no_folder

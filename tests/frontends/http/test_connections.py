@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from instep.config import HttpConfig
-from instep.frontends.http.connections import Connections, bind, url_of
-from tests.support.admin import administered, connect, error, raw
+from instep.frontends.http import admin
+from instep.frontends.http.admin import bind, close_server, make_server
+from instep.frontends.http.security import Guard
+from tests.support.admin import administered, connect, raw
 from tests.support.running import log_into
 
 ASK = b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="macOS gives a machine 127.0.0.1 and no other address of that net")
-async def test_connections_are_bounded_in_all_and_of_one_address() -> None:
+async def test_connections_that_ask_for_nothing_fail_no_health_check() -> None:
     async with administered() as (server, http):
         assert server.admin is not None
         url = server.admin.url
-        one, two, three = "127.0.0.1", "127.0.0.2", "127.0.0.3"  # every address of the net is this machine
-        idle = [await connect(url, one) for _ in range(24)]
-        answer = await raw(url, ASK, one)
-        assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
-        assert b'"code":"TOO_MANY_CONNECTIONS"' in answer
-        assert b"has 24 connections from this address already" in answer
-        assert "24 connections" in await error(http, "/api/stats", 503)  # a client that sends before it reads
-        assert b"200 OK" in await raw(url, ASK, two)
-        idle += [await connect(url, two) for _ in range(24)] + [await connect(url, three) for _ in range(16)]
-        assert b"has 64 connections already" in await raw(url, ASK, "127.0.0.4")
-        idle[-1][1].close()
-        while b"200 OK" not in await raw(url, ASK, "127.0.0.4"):
-            await asyncio.sleep(0.01)
-        for _, writer in idle:
+        slow = [await connect(url) for _ in range(100)]
+        for _, writer in slow[::2]:
+            writer.write(b"GET /readyz HTTP/1.1\r\nhost: local")
+        for path in ("/healthz", "/readyz", "/api/stats"):
+            assert (await http.get(path)).status_code == 200
+        assert await asyncio.wait_for(slow[0][0].read(), 10) == b""  # those that have been there for longest made room
+        slow[-1][1].write(ASK)
+        assert b"200 OK" in await asyncio.wait_for(slow[-1][0].read(), 10)
+        for _, writer in slow:
             writer.close()
+
+
+async def test_requests_under_way_are_bounded_and_leave_places_for_health() -> None:
+    is_over = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            await is_over.wait()
+        await Response("done")(scope, receive, send)
+
+    transport = httpx.ASGITransport(Guard(app, None, True, 80))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        slow = [asyncio.create_task(http.get("/slow")) for _ in range(64)]
+        await asyncio.sleep(0.1)
+        refused = await http.get("/")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "TOO_MANY_CONNECTIONS")
+        for path in ("/healthz", "/readyz"):
+            assert (await http.get(path)).status_code == 200
+        is_over.set()
+        assert {each.status_code for each in await asyncio.gather(*slow)} == {200}
+        assert (await http.get("/")).status_code == 200
 
 
 class Endless:
@@ -61,35 +78,42 @@ class Endless:
 
 
 @asynccontextmanager
-async def connections_to(app: Endless, **limits: float) -> AsyncIterator[str]:
+async def serving(app: Endless) -> AsyncIterator[str]:
     """The URL of an application."""
     listener = bind(HttpConfig(endpoint="127.0.0.1:0"), log_into([]))
     assert listener is not None
-    connections, url = Connections(listener, app, **limits), url_of(listener)
-    await connections.start()
+    server, port = make_server(app), listener.getsockname()[1]
+    await server.startup(sockets=[listener])
     try:
-        yield url
+        yield f"http://127.0.0.1:{port}"
     finally:
-        await connections.close()
+        await close_server(server, listener)
 
 
-async def test_a_connection_that_does_not_ask_is_ended() -> None:
-    async with connections_to(Endless(), request_s=0.1) as url:
-        assert await raw(url, b"") == b""
-        assert await raw(url, b"GET /healthz HTTP/1.1\r\nhost: local") == b""
+@pytest.mark.parametrize("unread_s", [0.3, 10])
+async def test_a_peer_that_does_not_read_is_dropped_and_delays_no_shutdown(
+    unread_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "UNREAD_S", unread_s)
+    app = Endless()
+    async with serving(app) as url:
+        _, writer = await connect(url)
+        writer.write(ASK)
+        if unread_s < 1:
+            await asyncio.wait_for(app.ended.wait(), 30)
+        else:
+            await asyncio.sleep(0.5)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    assert app.ended.is_set()
+    writer.close()
 
 
-async def test_a_peer_that_does_not_read_is_dropped_and_delays_no_shutdown() -> None:
-    for limits, is_dropped in (({"unread_s": 0.3}, True), ({}, False)):
-        app = Endless()
-        async with connections_to(app, **limits) as url:
-            _, writer = await connect(url)
-            writer.write(ASK)
-            if is_dropped:
-                await asyncio.wait_for(app.ended.wait(), 30)
-            else:
-                await asyncio.sleep(0.5)
-            began = time.monotonic()
-        assert time.monotonic() - began < 5
-        assert app.ended.is_set()
-        writer.close()
+async def test_bytes_that_are_no_request_are_refused() -> None:
+    async with administered() as (server, http):
+        assert server.admin is not None
+        for request in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000, b"GET /" + b"z" * 70_000):
+            assert (await raw(server.admin.url, request)).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        chunked = b"GET / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert (await raw(server.admin.url, chunked + b"nonsense\r\n")).count(b"HTTP/1.1 400") == 1
+        assert (await http.get("/healthz")).status_code == 200

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from instep.frontends.http import records
+from instep.frontends.http.streams import FrameRates
 from instep.server.server import Server
 from instep.streaming.events import MOST
 from instep_client import AsyncClient
@@ -118,7 +118,7 @@ async def test_listeners_are_bounded() -> None:
 
 
 async def test_nothing_happens_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_WANTED_S", 0.5)
+    monkeypatch.setattr(FrameRates, "_WANTED_S", 0.5)
     async with administered() as (server, http):
         assert server.admin is not None
         async with http.stream("GET", "/api/events?stream=s") as answer:
@@ -181,7 +181,7 @@ def port_of(server: Server) -> int:
 async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(records, "_WANTED_S", 0.5)
+    monkeypatch.setattr(FrameRates, "_WANTED_S", 0.5)
     async with administered(SMALL, SEED_SIZED) as (server, http):
         asked = {"model": SEED_SIZED.name}
         await http.get("/api/streams", params=asked)

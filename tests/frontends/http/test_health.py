@@ -12,8 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from instep.config import HttpConfig
-from instep.frontends.http.admin import AdminServer
-from instep.frontends.http.connections import bind
+from instep.frontends.http.admin import AdminServer, bind
 from instep.server.preparation import CannotServe
 from instep.streaming.service import ModelService
 from instep_client.aio import AsyncClient

@@ -1,7 +1,7 @@
 """The admin server: what streams and models do, over HTTP. It only reads.
 
-`connections` holds the socket and the connections, `security` decides who is answered, `app` has the paths, and each
-kind of answer is in a file of its own. `Subject` is all that it knows of the server.
+`admin` holds the socket and the connections, `security` decides who is answered, `app` has the paths, and each kind of
+answer is in a file of its own. `Subject` is all that it knows of the server.
 """
 
 from __future__ import annotations

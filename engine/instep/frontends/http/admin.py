@@ -1,22 +1,83 @@
-"""The admin server as the life of a process sees it: it starts, says goodbye, and closes."""
+"""The admin server: its socket, its connections, and its life from bind to close, in the event loop of the server."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from typing import Final
 
 import anyio
 import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from instep.config.endpoint import is_loopback_host
+from instep.config import HttpConfig
+from instep.config.endpoint import host_and_port, is_loopback_host
+from instep.frontends import CannotListen
 from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
-from instep.frontends.http.connections import Connections, url_of
 from instep.frontends.http.events import Events
-from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.metrics import exposition
-from instep.frontends.http.security import Guard
+from instep.frontends.http.security import KEPT_FOR_HEALTH, MOST_REQUESTS, Guard
 from instep.frontends.http.status import ServerStatus
+from instep.frontends.http.streams import Inspector
 from instep.streaming.tasks import Tasks
+
+DEFAULT: Final = HttpConfig().endpoint
+MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
+MOST_HEAD_BYTES: Final = 16_384
+"""Of a request's line and headers, as long as they are incomplete."""
+UNREAD_S: Final = 10.0
+"""Time for which a peer may leave what was sent to it unread."""
+_LINGER_S: Final = 0.5
+"""Time that answers under way may take when the server ends."""
+_BACKLOG: Final = 128
+
+
+def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
+    """A socket that listens, or None where there is to be no admin server.
+
+    That the endpoint `default` is in use is told to the log: another server on this machine has it, and that is no
+    reason not to serve.
+
+    Raises:
+        CannotListen: when an endpoint that was asked for cannot be had.
+    """
+    if config.endpoint is None:
+        return None
+    host, port = host_and_port(config.endpoint)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if config.token_file is None and not is_loopback_host(str(address[0])):
+            raise CannotListen(
+                f"http.endpoint {config.endpoint} leads to {address[0]}, which can be reached from other machines: use "
+                "127.0.0.1:PORT, or name a file that holds a token in http.token_file"
+            )
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise cannot_listen(config.endpoint, error) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        problem = cannot_listen(config.endpoint, error)
+        if config.endpoint != default:
+            raise problem from None
+        log.warning("no admin server", reason=str(problem))
+        return None
+    return listener
+
+
+def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
+    """Why an endpoint cannot be bound, and what to do."""
+    return CannotListen(
+        f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
+        "127.0.0.1:0 takes a free one), or none (--http off)"
+    )
 
 
 class AdminServer:
@@ -29,7 +90,7 @@ class AdminServer:
         self, listener: socket.socket, token: str | None, subject: Subject, log: structlog.stdlib.BoundLogger
     ) -> None:
         host, port = listener.getsockname()[:2]
-        self.url = url_of(listener)
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
         status, inspector = ServerStatus(subject), Inspector(subject, self._tasks)
         self._events = Events(status, inspector, self._tasks)
@@ -37,7 +98,8 @@ class AdminServer:
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
         list(exposition(subject.services))
-        self._connections = Connections(listener, Guard(app, token, is_loopback_host(host), port))
+        self._listener = listener
+        self._server = make_server(Guard(app, token, is_loopback_host(host), port))
 
     @property
     def is_active(self) -> bool:
@@ -46,14 +108,86 @@ class AdminServer:
 
     async def start(self) -> None:
         """Answer from now on."""
-        await self._connections.start()
+        await self._server.startup(sockets=[self._listener])
 
     def go_away(self) -> None:
         """Say goodbye to those who listen, because the server ends; requests are answered until `close`."""
         self._events.close()
 
     async def close(self) -> None:
-        """End every connection."""
+        """End every connection; answers under way get a moment."""
         self._events.close()
         self._tasks.cancel()
-        await self._connections.close()
+        await close_server(self._server, self._listener)
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A server that installs no signal handlers and logs nothing; `startup` and `close_server` are its life."""
+    config = uvicorn.Config(
+        app,
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",  # the application logs what matters
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan, server.servers = config.lifespan_class(config), []
+    return server
+
+
+async def close_server(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Accept no more, give the answers under way a moment, and end every connection."""
+    for each in server.servers:
+        each.close()
+    listener.close()
+    connections, tasks = server.server_state.connections, server.server_state.tasks
+    for connection in list(connections):
+        connection.shutdown()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_LINGER_S)
+    for connection in list(connections):
+        connection.transport.abort()
+    for task in list(tasks):
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Connection(H11Protocol):
+    """One of a bounded number: the one that has asked for nothing for longest makes room for the next."""
+
+    _silent_since_s = 0.0
+    _unread_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._silent_since_s = self.loop.time()
+        there = [each for each in self.connections if isinstance(each, _Connection) and not each.transport.is_closing()]
+        if len(there) > MOST_CONNECTIONS:
+            silent = [each for each in there if each.cycle is None or each.cycle.response_complete]
+            min(silent, key=lambda each: each._silent_since_s).transport.abort()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._silent_since_s = self.loop.time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._read_again()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()

@@ -16,12 +16,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from instep.frontends.http import Subject
-from instep.frontends.http.answers import HttpError, bad_request, json_answer, to_json
+from instep.frontends.http.answers import HttpError, Pages, bad_request, json_answer, to_json
 from instep.frontends.http.events import Events
-from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.metrics import CONTENT_TYPE, exposition
-from instep.frontends.http.pages import Pages
 from instep.frontends.http.status import ServerStatus
+from instep.frontends.http.streams import Inspector
 
 _PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
 _OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")

@@ -1,7 +1,7 @@
 """Server-sent events: the statistics every second, the log of streams as it grows, and a stream that is looked at.
 
 Everybody gets the same object of statistics. Nothing is kept for a listener but where it is in the log, so one that
-does not read costs what its socket holds, until `connections` ends it.
+does not read costs what its socket holds, until `admin` ends it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from instep.frontends.http.answers import HttpError, to_json
-from instep.frontends.http.inspector import Inspector
 from instep.frontends.http.status import ServerStatus
+from instep.frontends.http.streams import Inspector
 from instep.streaming.tasks import Tasks
 
 MOST_LISTENERS: Final = 32

@@ -3,21 +3,105 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, TypeAlias
 
+import numpy as np
 from prometheus_client import ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from instep.frontends.http.families import DURATION, SIZE, Labelled, Metric, ModelNumbers
+from instep.core.histogram import ENTRIES, entry_of
+from instep.core.typing import I64
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _REASONS: Final = ("idle", "client_gone", "expired", "state_lost")
 """Why streams are evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNumbers:
+    """A model and its numbers at the moment of one exposition."""
+
+    service: ModelService
+    numbers: Mapping[str, float]
+
+
+Labelled: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The scale on which a histogram of `core.histogram` is shown; its entries have exactly these bounds."""
+
+    bounds: Sequence[int]
+    """A bucket counts the values below one of these; each is where an entry begins."""
+    unit: int
+    """The value that is shown as 1."""
+    is_less_one: bool = False
+    """Whether the values were counted less one."""
+
+
+DURATION: Final = Scale([10 * 2**doubling for doubling in range(18)], 1_000_000)
+"""Microseconds, from 10 to 1.3 million."""
+SIZE: Final = Scale([2**doubling for doubling in range(11)], 1, is_less_one=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric: a row of the table."""
+
+    name: str
+    """With the prefix and the unit of Prometheus."""
+    help: str
+    source: str | Callable[[ModelNumbers], Labelled] = ""
+    """The name of a number or, of a histogram, of the attribute of `EngineStats`, where it is not the metric's without
+    prefix; or the values by labels."""
+    labels: tuple[str, ...] = ("model",)
+    scale: Scale | None = None
+    """Of a histogram."""
+
+    @property
+    def type(self) -> str:
+        """As Prometheus calls it."""
+        if self.scale is not None:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    def family(self, models: Sequence[ModelNumbers]) -> Family:
+        """Its samples of all models; one that does not have the number has no sample."""
+        number = self.name.removeprefix("instep_") if self.source == "" else self.source
+        if self.scale is not None:
+            histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
+            for model in models:
+                counted: I64 = getattr(model.service.engine.stats, str(number))
+                histogram.add_metric([model.service.name], *_buckets(counted, self.scale))
+            return histogram
+        make = CounterMetricFamily if self.type == "counter" else GaugeMetricFamily
+        family = make(self.name, self.help, labels=self.labels)
+        for model in models if self.labels else models[:1]:
+            own = (model.service.name,) if self.labels else ()
+            if callable(number):
+                for labels, value in number(model):
+                    family.add_metric((*own, *labels), value)
+            elif number in model.numbers:
+                family.add_metric(own, model.numbers[number])
+        return family
+
+
+def _buckets(histogram: I64, scale: Scale) -> tuple[list[tuple[str, float]], float]:
+    """Upper bound and how many values are at most that, the last one for all; and the sum."""
+    counted = np.cumsum(histogram[:ENTRIES])
+    count = float(counted[-1])
+    upto = [(str(bound / scale.unit), float(counted[entry_of(bound - 1)])) for bound in scale.bounds]
+    total = float(histogram[ENTRIES]) + (count if scale.is_less_one else 0.0)
+    return [*upto, ("+Inf", count)], total / scale.unit
+
 
 # ── Values with labels ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,7 +251,7 @@ METRICS: Final = (
 )
 
 
-class _Family(Collector):
+class _One(Collector):
     """One metric with its samples."""
 
     def __init__(self, family: Family) -> None:
@@ -184,5 +268,5 @@ def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
     """
     models = [ModelNumbers(service, service.numbers()) for service in services]
     for metric in METRICS:
-        yield generate_latest(_Family(metric.family(models)))
+        yield generate_latest(_One(metric.family(models)))
     yield generate_latest(ProcessCollector(registry=None))

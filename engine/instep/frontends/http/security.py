@@ -25,10 +25,13 @@ _HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _PAGE: Final = "/"
 _LEAST_TOKEN: Final = 16
 _MOST_TOKEN_BYTES: Final = 4096
-_MOST_CLIENTS: Final = 1024
-"""Addresses whose rates are known at a time; of those beyond, the one that asked least recently starts anew."""
+MOST_REQUESTS: Final = 64
+"""That may be under way, besides those for health."""
+KEPT_FOR_HEALTH: Final = 8
+"""Connections beyond those."""
 REQUESTS_PER_S: Final = 50.0
 BURST: Final = 200.0
+"""Of everybody together, except for health: whatever looks after processes must get an answer."""
 _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HEADERS: Final = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -82,7 +85,8 @@ class Guard:
         self._token = token
         self._is_loopback = is_loopback
         self._cookie = f"instep_{port}"
-        self._limits = RateLimits(time.monotonic)
+        self._rate = RateLimit(time.monotonic)
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -101,7 +105,12 @@ class Guard:
         except HttpError as error:
             is_read = scope["path"] == _PAGE and "text/html" in Headers(scope=scope).get("accept", "")
             answer = error.page() if is_read else error.response()
-        await (answer or self._app)(scope, receive, send_safely)
+        counted = answer is None and scope["path"] not in _HEALTH
+        self._under_way += counted
+        try:
+            await (answer or self._app)(scope, receive, send_safely)
+        finally:
+            self._under_way -= counted
 
     def _check(self, scope: Scope) -> Response | None:
         """An answer to a request that must not pass.
@@ -110,12 +119,13 @@ class Guard:
             HttpError: another one.
         """
         headers, path = Headers(scope=scope), scope["path"]
-        address = scope["client"][0] if scope["client"] else ""
-        if path in _HEALTH:  # counted separately: whoever asks too much must not have the process ended
-            address = f"{address} health"
-        if (wait_s := self._limits.take(address)) > 0:
-            sentence = f"more than {REQUESTS_PER_S:g} requests a second came from this address: ask less often"
-            raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
+        if path not in _HEALTH:
+            if self._under_way >= MOST_REQUESTS:
+                sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
+                raise HttpError(503, "TOO_MANY_CONNECTIONS", sentence)
+            if (wait_s := self._rate.take()) > 0:
+                sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
+                raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
         if scope["method"] not in _METHODS:
             sentence = f"the admin server changes nothing: use GET or HEAD, not {scope['method']:.20}"
             raise HttpError(405, "METHOD_NOT_ALLOWED", sentence, {"allow": ", ".join(_METHODS), "connection": "close"})
@@ -176,24 +186,19 @@ def _unauthorized(reason: str) -> HttpError:
     return HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": "Bearer"})
 
 
-class RateLimits:
-    """A token bucket for each address."""
+class RateLimit:
+    """A token bucket."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}
-        """Requests left and when they were counted, of those that asked least recently first."""
+        self._left, self._counted_s = BURST, clock()
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def take(self, address: str) -> float:
+    def take(self) -> float:
         """Count a request; 0, or the seconds after which there is room for one."""
         now_s = self._clock()
-        left, then_s = self._buckets.pop(address, (BURST, now_s))
-        left = min(BURST, left + (now_s - then_s) * REQUESTS_PER_S)
-        is_good = left >= 1
-        self._buckets[address] = (left - is_good, now_s)
-        if len(self._buckets) > _MOST_CLIENTS:
-            del self._buckets[next(iter(self._buckets))]
-        return 0.0 if is_good else (1 - left) / REQUESTS_PER_S
+        self._left = min(BURST, self._left + (now_s - self._counted_s) * REQUESTS_PER_S)
+        self._counted_s = now_s
+        if self._left < 1:
+            return (1 - self._left) / REQUESTS_PER_S
+        self._left -= 1
+        return 0.0
