@@ -62,6 +62,22 @@ def test_quantiles_are_those_of_the_last_ten_seconds(rng: np.random.Generator) -
         assert row["send_us_p99"] == 0
 
 
+def test_the_parts_of_the_mean_latency_add_up(rng: np.random.Generator) -> None:
+    histograms = {f"{name}_us": new_histogram() for name in ("latency", "queue", "compute", "send")}
+    history = History(dict, histograms)
+    history.sample(SECOND)
+    parts = rng.exponential(500, (3, 200)).astype(np.int64)
+    for queue, compute, send in parts.T.tolist():
+        for name, value in (("latency", queue + compute + send), ("queue", queue), ("send", send)):
+            add_to(histograms[f"{name}_us"], value, 1)
+    add_to(histograms["compute_us"], 10_000, 1)  # one step of a batch counts once, not once for each message
+    history.sample(2 * SECOND)
+    row = history.newest()
+    means = [row[f"{name}_us_mean"] for name in ("queue", "compute", "send")]
+    assert means == pytest.approx(parts.mean(axis=1))
+    assert row["latency_us_mean"] == pytest.approx(sum(means))
+
+
 def test_ten_minutes_are_kept() -> None:
     total = 0
     history = History(lambda: {"frames_pending": float(total)}, {})

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from instep.core.histogram import quantile
+from instep.core.histogram import ENTRIES, quantile
 from instep.core.typing import F64, I64
 
 ROWS: Final = 600
@@ -43,11 +43,13 @@ _QUANTILES: Final = {
     "commit_us_p99": ("commit_us", 0.99),
 }
 """Column → histogram and share."""
-COLUMNS: Final = ("time_s", *_RATES, *_MEANS, *_QUANTILES, *_GAUGES)
+_SPLIT: Final = ("latency_us_mean", "queue_us_mean", "compute_us_mean", "send_us_mean")
+"""The mean time from the arrival of a message to its answer, and the parts that it is the sum of."""
+COLUMNS: Final = ("time_s", *_RATES, *_MEANS, *_QUANTILES, *_SPLIT, *_GAUGES)
 
 
 class History:
-    """A ring of rows. `time_s` is Unix time (UTC), quantiles look back over ten seconds, everything else over one.
+    """A ring of rows. `time_s` is Unix time (UTC); what is said of latencies is of ten seconds, everything else of one.
 
     Args:
         read: the present counters and gauges, by name; what is missing counts as 0.
@@ -95,6 +97,7 @@ class History:
             *(grown(name) / seconds for name in _RATES.values()),
             *(grown(count) / grown(of) if grown(of) else 0.0 for count, of in _MEANS.values()),
             *(quantile(lately[name], share) if name in lately else 0.0 for name, share in _QUANTILES.values()),
+            *_split(lately),
             *(now.get(name, 0.0) for name in _GAUGES),
         ]
 
@@ -113,3 +116,13 @@ class History:
         if not self._count:
             return {}
         return dict(zip(COLUMNS, self._rows[(self._count - 1) % ROWS].tolist(), strict=True))
+
+
+def _split(histograms: Mapping[str, I64]) -> tuple[float, float, float, float]:
+    """The columns of `_SPLIT`; what is neither waiting nor sending was computing."""
+    if "latency_us" not in histograms or not (answered := int(histograms["latency_us"][:ENTRIES].sum())):
+        return 0.0, 0.0, 0.0, 0.0
+    latency, queue, send = (
+        float(histograms[f"{name}_us"][ENTRIES]) / answered for name in ("latency", "queue", "send")
+    )
+    return latency, queue, max(0.0, latency - queue - send), send

@@ -49,6 +49,10 @@ class Origins:
         """Count frames, or fewer where negative, whose replies wait for a connected origin; its credit lacks them."""
         self._tables.origins["backlog"][origin.number] += frames
 
+    def has_streams(self, origin: Origin) -> bool:
+        """Whether a connected origin owns streams in memory."""
+        return bool(self._tables.origins["streams"][origin.number])
+
     def is_connected(self, origin: Origin) -> bool:
         """Whether the origin is connected; its number may belong to another one by now."""
         return self._connected.get(origin.number) is origin

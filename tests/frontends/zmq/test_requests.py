@@ -102,6 +102,15 @@ async def test_many_connections_come_and_go_through_few_numbers() -> None:
                 assert (await client.open(f"s{index}")).failures() == []
 
 
+async def test_connections_that_have_no_streams_are_counted_no_more_when_they_are_gone() -> None:
+    async with running(SMALL, transport={"heartbeat_s": 100.0}) as server:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as idle:
+            await client.hello()
+            await idle.hello()
+            await client.close((await client.open("s")).handles(), [0])
+        await connections(server, 0)
+
+
 async def test_statistics_say_what_happened(rng: np.random.Generator) -> None:
     async with running(SMALL) as server, RawClient(server.endpoint) as client:
         await client.hello()

@@ -269,5 +269,6 @@ class ZmqFrontend:
 
     def _request_ended(self, peer: Peer) -> None:
         self._requests -= 1
+        peer.is_unused = peer.is_gone or not peer.served.service.engine.origins.has_streams(peer)
         peer.requests -= 1
         self._wake()

@@ -19,9 +19,9 @@ from instep_client.protocol.wire import Message
 _OBJECTS_BYTES: Final = 256
 _MOST_SILENCES: Final = 4
 """Probing intervals after which a peer that has answered no PING is dropped."""
-_FORMER_PROBE_NS: Final = 1_000_000_000
-"""The longest probing interval for peers of a version that only waits for them to go: ZeroMQ tells of a connection that
-has ended only when something is sent there."""
+_SHORT_PROBE_NS: Final = 1_000_000_000
+"""The longest probing interval for peers that have no streams, or whose version waits for them to go: ZeroMQ tells of a
+connection that has ended only when something is sent there."""
 _LEAST_ASKED_BYTES: Final = 65_536
 """Bytes after which a peer is asked what it has read, however many peers there are."""
 
@@ -53,6 +53,8 @@ class Peer:
     """`sent_bytes` up to which it said that it has read."""
     requests: int = 0
     """Its requests on streams that are under way."""
+    is_unused: bool = True
+    """Whether it had no streams after its last request on streams."""
     is_gone: bool = False
 
     def deliver(self, reply: Reply) -> None:
@@ -227,7 +229,8 @@ class Outbound:
             self._flush(peer, now_ns)
         for peer in self.peers():
             silent_ns = now_ns - max(peer.last_heard_ns, peer.last_probed_ns)
-            longest_ns = min(probe_after_ns, _FORMER_PROBE_NS) if peer.served.service.is_former else probe_after_ns
+            may_leave = peer.is_unused or peer.served.service.is_former
+            longest_ns = min(probe_after_ns, _SHORT_PROBE_NS) if may_leave else probe_after_ns
             until_ns = peer.last_heard_ns + _MOST_SILENCES * probe_after_ns
             if now_ns > until_ns and (peer.outbox or peer.last_probed_ns > peer.last_heard_ns):
                 # Where the server itself was stopped meanwhile, it may have asked only now.

@@ -17,8 +17,8 @@ const CHARTS = [
     ],
   },
   {
-    title: "Where a median frame's time goes", idle: 1000, axis: microsShort, value: micros, stacked: true,
-    series: ["queue", "compute", "send"].map((part) => ({ label: part, key: part, column: `${part}_us_p50` })),
+    title: "Mean latency, split", idle: 1000, axis: microsShort, value: micros, stacked: true,
+    series: ["queue", "compute", "send"].map((part) => ({ label: part, key: part, column: `${part}_us_mean` })),
   },
   {
     title: "Time busy", room: "narrow", axis: percent, value: percent, top: 1,
@@ -67,17 +67,15 @@ export class Overview {
     meter("executor-meter", recent("executor_busy"));
 
     const isAnswering = recent("latency_us_p50") > 0;
-    for (const quantile of ["p50", "p99"]) {
-      setText(quantile, micros(isAnswering ? recent(`latency_us_${quantile}`) : null));
-      const parts = ["queue", "compute", "send"].map((part) => recent(`${part}_us_${quantile}`) || 0);
-      const sum = parts.reduce((total, part) => total + part, 0) || 1;
-      ["queue", "compute", "send"].forEach((part, index) => {
-        setText(`${part}-${quantile}`, micros(isAnswering ? recent(`${part}_us_${quantile}`) : null));
-        byId(`split-${quantile}`).children[index].style.width = `${(100 * parts[index]) / sum}%`;
-      });
-      const words = ["queue", "compute", "send"].map((part, index) => `${part} ${micros(parts[index])}`);
-      byId(`split-${quantile}`).setAttribute("aria-label", words.join(", "));
-    }
+    const answered = (name) => micros(isAnswering ? recent(name) : null);
+    for (const quantile of ["p50", "p99"]) setText(quantile, answered(`latency_us_${quantile}`));
+    for (const part of ["latency", "queue", "compute", "send"]) setText(`${part}-mean`, answered(`${part}_us_mean`));
+    const mean = recent("latency_us_mean") || 1;
+    const words = ["queue", "compute", "send"].map((part, index) => {
+      byId("split").children[index].style.width = `${(100 * (recent(`${part}_us_mean`) || 0)) / mean}%`;
+      return `${part} ${answered(`${part}_us_mean`)}`;
+    });
+    byId("split").setAttribute("aria-label", words.join(", "));
 
     const size = recent("batch_size_mean");
     setText("batch", size > 0 ? count(Math.round(size)) : "–");
