@@ -94,10 +94,6 @@ def import_model(
         Path | None,
         typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
     ] = None,
-    recurrent: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The GRU, LSTM or RNN, where there are several.", show_default=False),
-    ] = None,
     nonlinearity: Annotated[
         Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN: weights do not say.", show_default=False)
     ] = None,
@@ -143,10 +139,8 @@ def import_model(
     """
     folder = output or file.with_suffix("")
     names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
-    if file.suffix == ".onnx" and (recurrent or nonlinearity or before or after or leave_out):
-        raise typer.BadParameter(
-            "--recurrent, --nonlinearity, --before, --after and --leave-out go with weights, not with a graph"
-        )
+    if file.suffix == ".onnx" and (nonlinearity or before or after or leave_out):
+        raise typer.BadParameter("--nonlinearity, --before, --after and --leave-out go with weights, not with a graph")
     if file.suffix != ".onnx" and (answer or state or constant or shape):
         raise typer.BadParameter("--answer, --state, --constant and --shape go with an .onnx graph")
     if file.suffix == ".onnx":
@@ -175,7 +169,6 @@ def import_model(
         [_named("after", text) for text in after],
         name,
         outputs=names,
-        recurrent=recurrent,
         nonlinearity=nonlinearity,
         leave_out=leave_out,
         overwrite=overwrite,

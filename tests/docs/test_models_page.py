@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from instep.models.folder import load_model
-from instep.models.handover.tracer import activation_of
+from instep.models.handover.traced_module import activation_of
 from instep.models.recurrent.description import (
     ACTIVATIONS,
     DenseLayer,
@@ -98,7 +98,7 @@ def test_its_commands_run_as_written(folder: Path) -> None:
     assert (said.returncode, said.stderr) == (2, SHOWN["import"])
     checked = run(checking, folder)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    for line, shown in zip(checked.stdout.splitlines(), SHOWN["check"].splitlines(), strict=False):
+    for line, shown in zip(checked.stdout.splitlines(), SHOWN["check"].splitlines(), strict=True):
         assert line[:40] == shown[:40]
 
 
@@ -114,8 +114,6 @@ def test_a_step_of_your_own_is_exported_and_checked_as_shown(folder: Path) -> No
         "normal.json",
         "weights.safetensors",
     ]
-    checked = run(["instep", "model", "check", "own", "--against", "step.py:step"], folder)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_its_graph_is_imported_as_written(folder: Path) -> None:

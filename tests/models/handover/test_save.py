@@ -118,54 +118,38 @@ def test_the_two_for_users_are_in_the_package_and_take_text_as_a_folder(tmp_path
 
 
 def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    with pytest.raises(ModelError, match="a bidirectional GRU cannot stream: its backward direction"):
-        save_model(folder, nn.GRU(3, 4, bidirectional=True))
-    with pytest.raises(ModelError, match=r"the GRU takes 3 values but before\[1\] gives 6;"):
-        save_model(folder, nn.GRU(3, 4), before=[(nn.Linear(2, 5), "none"), (nn.Linear(5, 6), "none")])
-    with pytest.raises(ModelError, match=r"after\[0\] takes 5 values but the GRU gives 4;"):
-        save_model(folder, nn.GRU(3, 4), after=[(nn.Linear(5, 6), "none")])
-    with pytest.warns(UserWarning, match="zero-element"):
-        nothing = nn.Linear(4, 0)
-    with pytest.raises(ModelError, match=r"do not make a network: after\.0\.size: 0 is wrong"):
-        save_model(folder, nn.GRU(3, 4), after=[(nothing, "none")])
-    with pytest.raises(ModelError, match=r"tensor gru\.weight_ih_l0 of the given network is float64; convert"):
-        save_model(folder, nn.GRU(3, 4).double())
-    gru = nn.GRU(3, 4, 2)
+    broken = nn.GRU(3, 4, 2)
     with torch.no_grad():
-        gru.get_parameter("bias_hh_l1")[2] = math.nan
-    with pytest.raises(ModelError, match=r"tensor gru\.bias_hh_l1 of the given network holds NaN"):
-        save_model(folder, gru)
-    with pytest.raises(ModelError, match="a model's name must be 1 to 100 printable characters, not ''"):
-        save_model(folder, nn.GRU(3, 4), name="")
-    with pytest.raises(ModelError, match="outputs: 1 names for 4 outputs; give one for each"):
-        save_model(folder, nn.GRU(3, 4), outputs=["yes"])
-    assert not folder.exists()
+        broken.get_parameter("bias_hh_l1")[2] = math.nan
+    given: list[tuple[nn.Module, dict[str, Any], str]] = [
+        (nn.GRU(3, 4, bidirectional=True), {}, "a bidirectional GRU"),
+        (nn.GRU(3, 4), {"after": [(nn.Linear(5, 6), "none")]}, r"after\[0\] takes 5 values but the GRU gives 4"),
+        (nn.GRU(3, 4).double(), {}, r"gru\.weight_ih_l0 .* float64"),
+        (broken, {}, r"gru\.bias_hh_l1 .* NaN"),
+        (nn.GRU(3, 4), {"name": ""}, "name"),
+        (nn.GRU(3, 4), {"outputs": ["yes"]}, "outputs: 1 names for 4 outputs"),
+    ]
+    for network, options, named in given:
+        with pytest.raises(ModelError, match=named):
+            save_model(tmp_path / "m", network, **options)
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
-    ("network", "sentence"),
+    ("network", "named"),
     [
-        (nn.LSTMCell(3, 4), "^an nn.LSTMCell is one step of an LSTM: make an nn.LSTM of the same"),
-        (nn.RNNCell(3, 4), "^an nn.RNNCell is one step of an RNN: make an nn.RNN of the same"),
-        (nn.LSTM(3, 4, proj_size=2), "^an LSTM with projections cannot be served: train one with proj_size=0"),
-        (
-            nn.GRUCell(3, 4),
-            r"^an nn.GRUCell is one step of a GRU: make an nn.GRU .* \(weight_ih to weight_ih_l0, and so on\)",
-        ),
-        (nn.Sequential(nn.Linear(3, 4)), "^Sequential has no recurrent module; a model folder holds one nn.GRU, nn.L"),
-        (nn.Sequential(nn.LSTMCell(3, 4)), "^Sequential has `0`, and an nn.LSTMCell is one step of an LSTM: make"),
-        (
-            nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]),
-            r"^ModuleList has 2 recurrent modules, `0` \(GRU\), `1` \(LSTM\), and one can be handed over: write",
-        ),
-        (nn.GRU, "^a class is not a network; give an object of it"),
-        (5, "^int is not a network; give the trained torch module, its state dict, or a file of weights"),
+        (nn.RNNCell(3, 4), "nn.RNNCell .* nn.RNN"),
+        (nn.LSTM(3, 4, proj_size=2), "proj_size=0"),
+        (nn.Sequential(nn.Linear(3, 4)), "Sequential has no recurrent module"),
+        (nn.Sequential(nn.LSTMCell(3, 4)), "nn.LSTMCell .* nn.LSTM"),
+        (nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]), r"`0` \(GRU\), `1` \(LSTM\)"),
+        (nn.GRU, "class"),
+        (5, "5 is not a network"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, sentence: str) -> None:
-    with pytest.raises(ModelError, match=sentence):
+def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, named: str) -> None:
+    with pytest.raises(ModelError, match=named):
         save_model(tmp_path / "m", network)
     with pytest.raises(ModelError):
         save_model(tmp_path / "m", network, after=[(LINEAR, "none")])
@@ -173,9 +157,7 @@ def test_what_is_no_gru_is_called_by_its_name(tmp_path: Path, network: Any, sent
 
 
 def test_what_does_not_go_with_what_is_handed_over_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="recurrent is about a state dict: leave it out"):
-        save_model(tmp_path / "m", nn.Sequential(nn.GRU(3, 4)), recurrent="0")
-    with pytest.raises(ModelError, match="nonlinearity is about a state dict: leave it out"):
+    with pytest.raises(ModelError, match="about a state dict"):
         save_model(tmp_path / "m", nn.RNN(3, 4), nonlinearity="relu")
     for network in (nn.GRU(3, 4), nn.GRU(3, 4).state_dict()):
         with pytest.raises(ModelError, match="example goes with a whole module"):
@@ -193,36 +175,30 @@ class OwnLinear(nn.Linear):
 
 
 def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"the GRU is a OwnGru with a forward of its own, .* hand over an nn\.GRU"):
-        save_model(tmp_path / "m", OwnGru(3, 4))
-    with pytest.raises(ModelError, match="`0` is a OwnGru with a forward of its own"):
-        save_model(tmp_path / "m", nn.Sequential(OwnGru(3, 4)))
-    with pytest.raises(ModelError, match=r"after\[0\] is a OwnLinear with a forward of its own, .* an nn\.Linear that"):
-        save_model(tmp_path / "m", nn.GRU(3, 4), after=[(OwnLinear(4, 4), "none")])
-    with pytest.raises(ModelError, match=r"OwnLinear\.forward computes `(add)?mm`, which cannot"):
-        save_model(tmp_path / "m", nn.Sequential(OwnLinear(4, 3), nn.GRU(3, 4)))
+    for network, after, named in (
+        (OwnGru(3, 4), (), "OwnGru"),
+        (nn.Sequential(OwnGru(3, 4)), (), "OwnGru"),
+        (nn.GRU(3, 4), [(OwnLinear(4, 4), "none")], "OwnLinear"),
+        (nn.Sequential(OwnLinear(3, 3), nn.GRU(3, 4)), (), "`linear`"),
+    ):
+        with pytest.raises(ModelError, match=named):
+            save_model(tmp_path / "m", network, after=after)
     assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
-    ("layers", "sentence"),
+    ("layers", "named"),
     [
-        (LINEAR, r'^after must be a list of pairs, as in after=\[\(linear, "none"\)\]; it is one L'),
-        ("ab", r"^after must be a list of pairs, .* it is one str"),
-        ([LINEAR], r"^after must be .*; after\[0\] is one Linear"),
-        ((LINEAR, "none"), r"^after must be .*; after\[0\] is one Linear"),
-        ([(LINEAR, "none"), (LINEAR,)], r"^after must be .*; after\[1\] is one tuple"),
-        ([("none", LINEAR)], r"^after must be .*; after\[0\] begins with one str"),
-        (
-            [(nn.RMSNorm(4), "none")],
-            r"^after\[0\] \(RMSNorm\) cannot be handed over: give an nn.Linear or an nn.LayerNorm",
-        ),
-        ([(nn.LayerNorm((2, 4)), "none")], r"^after\[0\] is a LayerNorm over \[2, 4\], and only one over the values"),
-        ([(nn.LSTM(4, 4), "none")], r"^after\[0\] \(LSTM\) cannot be handed over"),
+        (LINEAR, r"after\[0\] begins with one Linear"),
+        ("ab", r"after\[0\] begins with one str"),
+        ([(LINEAR, "none"), (LINEAR,)], r"after\[1\] begins with one Linear"),
+        ([("none", LINEAR)], r"after\[0\] begins with one str"),
+        ([(nn.RMSNorm(4), "none")], r"after\[0\] begins with one RMSNorm"),
+        ([(nn.LayerNorm((2, 4)), "none")], r"after\[0\] is a LayerNorm over \[2, 4\]"),
     ],
 )
-def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, sentence: str) -> None:
-    with pytest.raises(ModelError, match=sentence):
+def test_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: Any, named: str) -> None:
+    with pytest.raises(ModelError, match=named):
         save_model(tmp_path / "m", nn.GRU(3, 4), after=layers)
     assert not (tmp_path / "m").exists()
 
@@ -249,6 +225,7 @@ def test_dense_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, laye
         (functional.softplus, "softplus"),
         (partial(torch.softmax, dim=1), "softmax"),
         (lambda x: functional.leaky_relu(x, 0.01), "leaky_relu"),
+        (lambda x: x * torch.sigmoid(x), "silu"),
     ],
 )
 def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
@@ -260,30 +237,20 @@ def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
 
 
 @pytest.mark.parametrize(
-    ("activation", "sentence"),
+    "activation",
     [
-        (
-            "relyu",
-            r"^the activation of after\[0\] is 'relyu': did you mean relu\? If not, give one of none, relu, .*, or "
-            "torch's module or function",
-        ),
-        (nn.ReLU, r"^the activation of after\[0\] is the class ReLU: give a module of it, ReLU\(\)$"),
-        (None, r"^the activation of after\[0\] is None: give one of"),
-        (nn.LeakyReLU(0.2), "^leaky_relu with negative_slope=0.2 cannot be served, only with torch's default of 0.01"),
-        (nn.GELU(approximate="tanh"), "^gelu with approximate=tanh cannot be served"),
-        (nn.ELU(alpha=0.5), "^elu with alpha=0.5 cannot be served"),
-        (nn.Softplus(beta=2), "^softplus with beta=2 cannot be served"),
-        (nn.Softmax(dim=0), "^softmax over another dimension than the last cannot be served"),
-        (nn.PReLU(), "computes `prelu_kernel`, which cannot be served"),
-        (nn.Hardtanh(), "computes `hardtanh`, which cannot be served"),
-        (nn.Sequential(nn.ReLU(), nn.Tanh()), "which is not one function: give one of"),
-        (lambda x: x * torch.sigmoid(x), "computes `mul`, which cannot be served|uses its input more than once"),
-        (lambda _: torch.zeros(3, 4), "which is not one function: give one of"),
-        (len, "which is not one function: give one of"),
-        (lambda x, y: x, "which fails .*: give one of"),
+        *("relyu", nn.ReLU, None, len, lambda x, y: x, lambda _: torch.zeros(3, 4)),
+        *(nn.LeakyReLU(0.2), nn.GELU(approximate="tanh"), nn.ELU(alpha=0.5), nn.Softplus(beta=2), nn.Softmax(dim=0)),
+        *(nn.PReLU(), nn.ReLU6(), nn.Hardtanh(), nn.LogSoftmax(dim=-1), nn.Sequential(nn.ReLU(), nn.Tanh())),
+        *(torch.square, torch.round, lambda x: x.clamp(-1e9, 1e9), lambda x: x * torch.tanh(x)),
     ],
 )
-def test_an_activation_that_cannot_be_served_is_refused(tmp_path: Path, activation: Any, sentence: str) -> None:
-    with pytest.raises(ModelError, match=sentence):
+def test_an_activation_that_cannot_be_served_is_refused(tmp_path: Path, activation: Any) -> None:
+    with pytest.raises(ModelError, match=r"the activation of after\[0\] is .*, which cannot be served"):
         save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, activation)])
     assert not (tmp_path / "m").exists()
+
+
+def test_a_name_that_is_misspelt_is_told_which_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"did you mean relu\?"):
+        save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, "relyu")])

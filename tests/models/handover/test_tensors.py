@@ -47,6 +47,18 @@ def test_a_state_dict_with_the_order_and_the_activations_is_the_module(tmp_path:
         assert found.description.in_words() == WORDS
 
 
+def test_arrays_of_numpy_are_weights_too(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in NET.state_dict().items()}
+    expected = save_model(tmp_path / "module", NET).fingerprint
+    found = save_model(tmp_path / "m", arrays, **LAYERS)
+    assert found.fingerprint == expected
+    for array in arrays.values():
+        array[...] = 0
+    assert found.fingerprint == load_model(tmp_path / "m").fingerprint == expected
+    with pytest.raises(ModelError, match=r"after\.0\.weight .* float64"):
+        save_model(tmp_path / "d", arrays | {"head.weight": np.zeros((7, 10))}, **LAYERS)
+
+
 def test_the_state_dict_of_a_gru_alone_needs_no_order(tmp_path: Path) -> None:
     assert save_model(tmp_path / "a", NET.gru.state_dict()).description.in_words() == "16 features → GRU 10 × 2 layers"
     plain = nn.Sequential(nn.GRU(3, 4, bias=False)).state_dict()
@@ -56,13 +68,12 @@ def test_the_state_dict_of_a_gru_alone_needs_no_order(tmp_path: Path) -> None:
 def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refused:
         save_model(tmp_path / "m", NET.state_dict())
-    assert str(refused.value) == (
-        "the state dict has `encoder.0` (Linear 6→16), `gru` (GRU 16→10 × 2 layers), `head` (Linear 10→7); weights do "
-        'not say in which order layers run and with which activations: save_model(path, weights, before=[("encoder.0", '
-        '"ACTIVATION")], after=[("head", "ACTIVATION")]), or --before encoder.0:ACTIVATION --after head:ACTIVATION on '
-        "the command line"
+    call = (
+        'save_model(path, weights, before=[("encoder.0", "ACTIVATION")], after=[("head", "ACTIVATION")]), or --before '
+        "encoder.0:ACTIVATION --after head:ACTIVATION on the command line"
     )
-    with pytest.raises(ModelError, match=r"the activation of `encoder\.0` in before is 'ACTIVATION': .* one of none, "):
+    assert str(refused.value).endswith(call)
+    with pytest.raises(ModelError, match=r"`encoder\.0` in before is 'ACTIVATION', .* one of none, "):
         save_model(tmp_path / "m", NET.state_dict(), [("encoder.0", "ACTIVATION")], [("head", "ACTIVATION")])
     assert not (tmp_path / "m").exists()
 
@@ -77,22 +88,12 @@ def test_nothing_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
             save_model(tmp_path / "m", weights, **given)
         return str(error.value)
 
-    assert refused().startswith("the state dict cannot be served as it is: `tail.0` is not a layer that can be served")
-    assert "; `h0` is not a layer that can be served yet (h0 [10]); a model folder holds" in refused()
-    assert refused().endswith(
-        'to serve the network without: leave_out=["tail.0", "h0"], or --leave-out tail.0 --leave-out h0 on the command '
-        "line"
-    )
+    assert refused().endswith('leave_out=["tail.0", "h0"], or --leave-out tail.0 --leave-out h0 on the command line')
     given["leave_out"] = ["tail.0", "h0"]
-    assert refused() == (
-        "the state dict also has `net.encoder.0` (Linear 6→16), `tail.1` (Linear 7→7): name each in before or after, "
-        'or leave it out: leave_out=["net.encoder.0", "tail.1"], or --leave-out net.encoder.0 --leave-out tail.1 on '
-        "the command line"
-    )
-    given["recurrent"] = "net.gru"
-    assert refused().startswith("the state dict also has `net.encoder.0` (Linear 6→16), `tail.1` (Linear 7→7): name")
+    assert "`net.encoder.0` (Linear 6→16), `tail.1` (Linear 7→7)" in refused()
+    assert 'leave_out=["net.encoder.0", "tail.1"]' in refused()
     given["leave_out"] = ["tail", "h0", "net.encodr"]
-    assert refused() == "the state dict has no layer `net.encodr`; did you mean `net.encoder`?"
+    assert "no layer `net.encodr`; did you mean `net.encoder`?" in refused()
     given["leave_out"] = ["tail", "h0", "net.encoder"]
     found = save_model(tmp_path / "m", weights, **given)
     assert found.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
@@ -116,7 +117,7 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
     assert model.description.in_words() == "3 features → layer norm tanh → LSTM 4 × 2 layers → dense 5"
     assert model.description.as_json()["before"][0]["eps"] == nn.LayerNorm(3).eps
     with pytest.raises(
-        ModelError, match=r"has `norm` \(LayerNorm 3\), `lstm` \(LSTM 3→4 × 2 layers\), `out` \(Linear 4→5\); weigh"
+        ModelError, match=r"`norm` \(LayerNorm 3\), `lstm` \(LSTM 3→4 × 2 layers\), `out` \(Linear 4→5\)"
     ):
         save_model(tmp_path / "unnamed", net)
     for nonlinearity in ("tanh", "relu"):
@@ -126,100 +127,44 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("weights", "layers", "sentence"),
+    ("weights", "layers", "named"),
     [
-        (NET.state_dict(), {"after": [("haed", "none")]}, "the state dict has no layer `haed`; did you mean `head`?"),
+        (NET.state_dict(), {"after": [("haed", "none")]}, "no layer `haed`; did you mean `head`?"),
         (NET.state_dict(), {"after": [("x", "none")]}, "no layer `x`; it has `encoder.0`, `gru`, `head`"),
-        (
-            NET.state_dict(),
-            {"recurrent": "head"},
-            r"`head` of the state dict is not a GRU, LSTM or RNN: it is Linear 10→7",
-        ),
-        (
-            NET.state_dict(),
-            {"after": [("gru", "none")]},
-            "`gru` of the state dict is not a Linear or LayerNorm: it is GRU 16→10",
-        ),
-        (
-            NET.state_dict(),
-            {"after": [("head", "relyu")]},
-            "activation of `head` in after is 'relyu': did you mean relu?",
-        ),
-        (
-            NET.state_dict(),
-            {"after": ["head"]},
-            r'as in after=\[\("head", "none"\)\]; after\[0\] is one s',
-        ),
+        (NET.state_dict(), {"after": [("gru", "none")]}, "`gru` of .* GRU 16→10"),
+        (NET.state_dict(), {"after": ["head"]}, r'after=\[\("head", "none"\)\]'),
         (
             NET.state_dict(),
             {"before": [("head", "none")], "after": [("encoder.0", "none")]},
-            "`gru` takes 16 values but `head` gives 7; their sizes must be equal",
+            "`gru` takes 16 values but `head` gives 7",
         ),
-        (
-            state_dict(a=nn.GRU(3, 4), b=nn.GRU(4, 4)),
-            {},
-            r'has 2 recurrent modules \(a, b\); name the one to serve: recurrent="a", or',
-        ),
-        (
-            state_dict(a=nn.LSTM(3, 4, proj_size=2)),
-            {},
-            "has no GRU, LSTM or RNN: `a` is an LSTM with projections, which cannot be served: train one",
-        ),
-        (
-            state_dict(a=nn.RNN(3, 4)),
-            {},
-            'weights do not say whether its nonlinearity is tanh or relu: nonlinearity="tanh", or --nonlinearity tanh',
-        ),
-        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, "`a` of .* is a LSTM, which has no nonlinearity"),
-        (
-            state_dict(a=nn.GRUCell(3, 4)),
-            {},
-            "has no GRU, LSTM or RNN: `a` is one step of a recurrent network, such as",
-        ),
-        (state_dict(a=nn.Linear(3, 4)), {}, "has no GRU, LSTM or RNN; a model folder holds one nn.GRU, nn.LSTM or"),
-        (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU cannot stream"),
-        (
-            state_dict(gru=nn.GRU(3, 4), norm=nn.RMSNorm(4)),
-            {},
-            r"cannot be served as it is: `norm` is not a layer that can be served yet \(weight \[4\]\); a model",
-        ),
-        (
-            state_dict(gru=nn.GRU(3, 4), norm=nn.BatchNorm1d(4)),
-            {},
-            r"`norm` is a batch norm, whose eps a state dict does not hold: hand over the module, save_model",
-        ),
-        (
-            {**NET.state_dict(), "h0": torch.zeros(2, 1, 10)},
-            LAYERS,
-            r"`h0` is not a layer that can be served yet \(h0 \[2, 1",
-        ),
+        (state_dict(a=nn.GRU(3, 4), b=nn.GRU(4, 4)), {}, r'\(a, b\); leave_out=\["b"\]'),
+        (state_dict(a=nn.LSTM(3, 4, proj_size=2)), {}, "`a` is not a layer that can be served"),
+        (state_dict(a=nn.GRUCell(3, 4)), {}, "`a` is not a layer that can be served"),
+        (state_dict(a=nn.RNN(3, 4)), {}, 'nonlinearity="tanh"'),
+        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, "`a` is an LSTM"),
+        (state_dict(a=nn.Linear(3, 4)), {}, "no recurrent layers"),
+        (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU"),
+        (state_dict(gru=nn.GRU(3, 4), norm=nn.RMSNorm(4)), {}, r"`norm` .*\(weight \[4\]\)"),
+        ({**NET.state_dict(), "h0": torch.zeros(2, 1, 10)}, LAYERS, r"`h0` .*\(h0 \[2, 1, 10\]\)"),
         (
             {"gru.weight_ih_l0": torch.zeros(12), "gru.weight_hh_l0": torch.zeros(())},
             {},
-            r"has no GRU, LSTM or RNN: `gru` is not a layer that can be served yet \(weight_ih_l0 \[12\], weight",
+            r"`gru` .*\(weight_ih_l0 \[12\], weight",
         ),
-        (
-            {"gru.weight_ih_l0": torch.zeros(12, 3), "gru.weight_hh_l0": torch.zeros(5, 4)},
-            {},
-            "has no GRU, LSTM or RNN: `gru` is",
-        ),
-        ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "holds `step`, which is int and not a tensor"),
+        ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "`step`, a int"),
         (
             {name: tensor for name, tensor in state_dict(gru=nn.GRU(3, 4)).items() if "bias_hh" not in name},
             {},
-            r"the given network lacks .* tensor gru.bias_hh_l0 \[12\]",
+            r"gru.bias_hh_l0 \[12\]",
         ),
-        (
-            state_dict(gru=nn.GRU(3, 4).half()),
-            {},
-            "tensor gru.weight_ih_l0 of the given network is float16; convert",
-        ),
+        (state_dict(gru=nn.GRU(3, 4).half()), {}, "gru.weight_ih_l0 .* float16"),
     ],
 )
-def test_weights_that_cannot_be_served_are_told_what_to_do(
-    tmp_path: Path, weights: Any, layers: dict[str, Any], sentence: str
+def test_weights_that_cannot_be_served_are_named(
+    tmp_path: Path, weights: Any, layers: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(ModelError, match=named):
         save_model(tmp_path / "m", weights, **layers)
     assert not (tmp_path / "m").exists()
 
@@ -265,51 +210,44 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
         warnings.simplefilter("ignore")  # torch's, of its own deprecations
         torch.jit.trace(NET.eval(), torch.randn(2, 5, 6)).save("script.pt")  # type: ignore[no-untyped-call]
     Path("net.pt2").touch()
-    for name, sentence in {
-        "whole.pt": "holds more than tensors, such as a whole module, and reading that would run code from the file",
-        "trap.pt": "holds more than tensors",
-        "array.pt": "holds more than tensors",
-        "two.pt": r"holds 2 state dicts \(ema, model\); save the one to serve alone",
-        "list.pt": r"holds no state dict; make one with torch.save\(net.state_dict\(\), path\)",
-        "cut.pt": "is damaged or cut short: copy it again, or save the weights again",
-        "text.pt": r"is not a file of weights: make one with torch.save\(net.state_dict\(\), path\)",
-        "empty.pt": "is not a file of weights: make one",
-        "script.pt": "is a TorchScript archive: make one",
-        "text.safetensors": "is not a whole safetensors file",
-        "net.onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
-        "net.pt2": "is a program of torch.export and not a model folder: hand the module",
-        "train.py": r"is a Python program: let it make a model folder with instep.models.save_model\(FOLDER, net\)",
-        "text.txt": "is not a file of weights: make one",
-        "folder/weights.safetensors": "folder is a model folder already: there is nothing to import",
-        "folder/model.yaml": "folder is a model folder already",
+    no_weights = "is not a whole file of tensors alone"
+    for name, named in {
+        **dict.fromkeys(
+            ("whole.pt", "trap.pt", "array.pt", "text.pt", "empty.pt", "text.txt", "script.pt"), no_weights
+        ),
+        "two.pt": "holds 2 state dicts",
+        "list.pt": "holds no state dict",
+        "cut.pt": "cut.pt",
+        "text.safetensors": no_weights,
+        "net.onnx": "is an ONNX graph",
+        "net.pt2": "is a program of torch.export",
+        "train.py": "is a Python program",
+        "folder/weights.safetensors": "folder is a model folder already",
         "folder": "folder is a model folder already",
-        "nothing.pt": "cannot read nothing.pt: No such file or directory",
+        "nothing.pt": "cannot read nothing.pt",
         "x" * 300: "cannot read x+: File name too long",
-        "nothing.safetensors": "cannot read nothing.safetensors: No such file or directory",
+        "nothing.safetensors": "cannot read nothing.safetensors",
     }.items():
-        with pytest.raises(ModelError, match=sentence) as refused:
+        with pytest.raises(ModelError, match=named) as refused:
             save_model("m", name)
         assert name.partition("/")[0] in str(refused.value)
+        assert "\n" not in str(refused.value)
     assert not Path("was executed").exists()
     assert not Path("m").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "named"),
     [
-        (
-            "net.pt",
-            "net.pt is a file of weights and not a model folder: make one of it with `instep model",
-        ),
-        ("net.safetensors", "make one of it with `instep model import"),
-        ("net.pt2", "is a program of torch.export and not a model folder: hand the module"),
-        ("net.onnx", "is an ONNX graph and not a model folder: make one of it with `instep model import`"),
-        ("model.yaml", "is a file inside a model folder: name the folder, .*"),
-        ("train.py", "is a Python program: let it make a model folder"),
-        ("notes.txt", "is not a model folder, which holds model.yaml and weights.safetensors"),
+        ("net.pt", "model import"),
+        ("net.pt2", "export_step"),
+        ("net.onnx", "model import"),
+        ("model.yaml", "name the folder"),
+        ("train.py", "save_model"),
+        ("notes.txt", "is not a model folder"),
     ],
 )
-def test_a_file_in_place_of_a_model_folder_is_told_what_to_do(tmp_path: Path, name: str, sentence: str) -> None:
+def test_a_file_in_place_of_a_model_folder_is_told_what_to_do(tmp_path: Path, name: str, named: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(ModelError, match=named):
         load_model(tmp_path / name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,16 @@ def time_first(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.gru(net.encoder(x.transpose(0, 1)))[0]).transpose(0, 1)
 
 
-def after_an_error_in_a_layer(net: Any, x: torch.Tensor) -> Any:
-    with pytest.raises(RuntimeError, match="16"):
-        net.gru(x)
-    return plain(net, x)
+def careful(net: Any, x: torch.Tensor) -> Any:
+    assert x.dim() == 3, f"{x.shape}"
+    if len(x) < 1 or x.shape[-1] != 6 or not x.is_floating_point():
+        raise ValueError(x.device)
+    rows = x.reshape(-1, *x.shape[2:])
+    for layer in net.encoder:
+        rows = layer(rows)
+    begins = torch.zeros(2, int(x.size(0)), 10, dtype=x.dtype, device=x.device)
+    y, _ = net.gru(rows.view(*x.shape[:2], -1), begins)
+    return {"y": net.head(y)}["y"]
 
 
 class Passing(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -67,7 +73,7 @@ def under_another_mode(net: Any, x: torch.Tensor) -> Any:
     ("forward", "words"),
     [
         (under_another_mode, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
-        (after_an_error_in_a_layer, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
+        (careful, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (plain, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 tanh → dense 3"),
         (with_bn, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 gelu"),
         (with_bn_alone, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 tanh → dense 3"),
@@ -122,17 +128,12 @@ def test_a_forward_may_answer_the_last_frame_only(tmp_path: Path, forward: Forwa
 
 def test_an_example_is_needed_where_the_forward_takes_more_than_frames(tmp_path: Path) -> None:
     net = Net(lambda net, x, h: net.head(net.gru(net.encoder(x), h)[0]))
-    with pytest.raises(
-        ModelError, match=r"Net.forward fails on random input \[2, 6, 6\] \(.*missing.* 'h'\); give it an e"
-    ):
+    with pytest.raises(ModelError, match=r"missing .* 'h'.*example"):
         save_model(tmp_path / "m", net)
     x, h = torch.randn(1, 4, 6), torch.zeros(2, 1, 10)
     model = save_model(tmp_path / "m", net, example=(x, h))
     with torch.no_grad():
         torch.testing.assert_close(served(model, x), net.eval()(x, h), rtol=1e-5, atol=2e-6)
-    for example in (5, x.double(), [x]):
-        with pytest.raises(ModelError, match="example must be a float32 tensor of frames, or a tuple that begins"):
-            save_model(tmp_path / "m", net, example=example)
 
 
 class Recurrent(nn.Module):
@@ -214,10 +215,10 @@ def _fails(graph: Any, inputs: Any) -> Any:
     raise AssertionError("nothing is compiled")
 
 
-def test_following_a_tensor_does_not_import_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
-    spec = find_spec("instep.models.handover.tracer")
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(fresh := module_from_spec(spec))  # the module of other tests may have imported it already
-    assert fresh.activation_of(torch.tanh, "the activation") == "tanh"
+def test_following_a_forward_does_not_import_the_compiler(tmp_path: Path) -> None:
+    program = (
+        "import sys; from instep.models import save_model; from tests.support.forwards import Net, plain;"
+        f"save_model({str(tmp_path / 'm')!r}, Net(plain)); print('torch._dynamo' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

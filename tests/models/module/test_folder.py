@@ -21,7 +21,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build, torch_network
 from tests.support.running import CPU
-from tests.support.steps import FEATURES, STEPS, exported, exported_folder
+from tests.support.steps import FEATURES, exported, exported_folder
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -277,44 +277,59 @@ def test_names_in_a_graph_are_never_code(
     assert not Path("ran").exists()
 
 
-STEP_FILE = """
+RESIDUAL = """
 import torch
-import yaml
-from tests.support.steps import FEATURES, STEPS, step_of
+from torch import nn
+from instep.models import export_step
 
-globals().update({name: step_of(name) for name in STEPS})
-other = STEPS["counting"][0]()
-other.scale += 1
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.GRU(5, 8, batch_first=True), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        y, _ = self.one(x)
+        return y + self.two(y)[0]
+
+
+class Step(nn.Module):
+    def __init__(self, net, keeps):
+        super().__init__()
+        self.net, self.keeps = net, keeps
+
+    def forward(self, x, state):
+        y, one = self.net.one(x.unsqueeze(1), state["one"].unsqueeze(0))
+        z, two = self.net.two(y, state["two"].unsqueeze(0))
+        return (self.keeps * y + z).squeeze(1), {"one": one[0], "two": two[0]}
+
+
+torch.manual_seed(1)
+net = Residual()
+state = {"one": torch.zeros(1, 8), "two": torch.zeros(1, 8)}
+if __name__ == "__main__":
+    export_step(Step(net, 1), torch.zeros(1, 5), state, "right")
+    export_step(Step(net, 0.999), torch.zeros(1, 5), state, "wrong")
 """
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_folder_is_checked_against_the_step_that_it_was_exported_from(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_is_checked_against_the_network_over_sequences_that_it_was_written_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("steps.py").write_text(STEP_FILE)
-    runner, folder = CliRunner(env={"COLUMNS": "80"}), str(exported_folder(name))
-    found = runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}"])
-    assert found.exit_code == 0, found.output
-    assert re.search(r"^served +\d", found.stdout, re.MULTILINE)
-    shown = json.loads(runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}", "--json"]).stdout)
-    assert shown["agrees"]
-    assert max(shown["error"], shown["alone"]) <= shown["tolerance"] < 1e-3
+    Path("residual.py").write_text(RESIDUAL)
+    exec(RESIDUAL, {"__name__": "__main__"})
+    runner = CliRunner(env={"COLUMNS": "80"})
 
+    def checked(folder: str, against: str) -> Any:
+        return runner.invoke(app, ["model", "check", folder, "--against", f"residual.py:{against}", "--json"])
 
-def test_a_check_against_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("steps.py").write_text(STEP_FILE)
-    runner, folder = CliRunner(env={"COLUMNS": "80"}), str(exported_folder("counting"))
-    assert runner.invoke(app, ["model", "check", folder, "--against", "steps.py:other"]).exit_code == 1
-    for name, sentence in (
-        ("layer_norm_gru", "fails on frames [32, 5] and a state with the leaves count, ring, loud, total"),
-        ("layer", "has no layer"),
-    ):
-        found = runner.invoke(app, ["model", "check", folder, "--against", f"steps.py:{name}"])
-        assert found.exit_code == 2
-        assert sentence in " ".join(found.stderr.split())
+    right, wrong = checked("right", "net"), checked("wrong", "net")
+    assert (right.exit_code, wrong.exit_code) == (0, 1), right.output
+    assert json.loads(right.stdout)["error"] <= json.loads(right.stdout)["tolerance"] < 1e-4
+    assert json.loads(wrong.stdout)["error"] > 1e-4
+    refused = checked("right", "Residual")
+    assert (refused.exit_code, "residual.py:Residual is a class" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

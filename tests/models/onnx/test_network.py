@@ -171,13 +171,15 @@ from tests.models.onnx.test_network import GRU, HEAD
 class Net(nn.Module):
     def forward(self, x):
         return HEAD(GRU(x.transpose(0, 1))[0]).transpose(0, 1)
+
+net = Net()
 """
 
 
 def test_a_folder_is_compared_with_the_module(tmp_path: Path) -> None:
     imported(tmp_path, GRAPHS["gru"])
     (tmp_path / "net.py").write_text(NET)
-    assert check(tmp_path / "net", f"{tmp_path / 'net.py'}:Net").agrees
+    assert check(tmp_path / "net", f"{tmp_path / 'net.py'}:net").agrees
 
 
 async def test_it_is_served_recorded_and_verified(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,14 +18,10 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models.agreement import agreement, distance, first_output, rounding_tolerance, stepped_outputs
-from instep.models.base import StateSpec
+from instep.models.agreement import agreement, first_output
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import load_model
 from instep.models.handover.traced_module import evaluating
-from instep.models.model import Model
-from instep.models.module.description import ModuleDescription
-from instep.models.module.example import joined_outputs, split
 from instep.models.numerics import prepare
 from instep.models.registry import build
 
@@ -43,10 +39,8 @@ class Check:
     """The shape of the random frames."""
     error: float
     """The largest difference from the outputs that are served."""
-    alone: float | None
-    """The same of the module from itself, one sequence alone and in the batch; None where they do not agree."""
     tolerance: float
-    """The largest error that rounding explains."""
+    """The largest difference that rounding explains."""
 
     @property
     def agrees(self) -> bool:
@@ -62,34 +56,26 @@ class Check:
         yield f"{self.model} and {self.against}, on random frames {list(self.frames)}"
         yield ""
         yield from textwrap.wrap(self._verdict(), 79)
-        yield ""
-        yield f"{'':<40}{'largest error':>15}"
-        for words, error in (("served", self.error), ("the module itself, alone and in a batch", self.alone)):
-            if error is not None:
-                yield f"{words:<40}{error:>15.1e}"
-        yield f"{'explained by rounding':<40}{self.tolerance:>15.1e}"
 
     def _verdict(self) -> str:
-        if not self.agrees:
-            return (
-                f"They differ by more than rounding in float32 explains, so {self.model} holds other weights or other "
-                "layers than the module: make it again with instep.models.save_model or export_step. If --against "
-                "names a class, or a function that makes a module, that module may have random weights."
-            )
         if not self.error:
             return "They agree bit for bit on these frames."
+        largest = f"the largest difference is {self.error:.1e}, and rounding explains {self.tolerance:.1e}"
+        if self.agrees:
+            return f"They agree: {largest}."
         return (
-            "They agree: rounding explains every difference. The outputs that are served have the same bits in every "
-            "batch and on every processor; those of the module depend on both."
+            f"They differ: {largest}. {self.model} holds other weights or other layers than the module: make it again "
+            "with instep.models.save_model or export_step. A function that makes a module may give it random weights."
         )
 
 
 def check(folder: Path, against: str) -> Check:
-    """Run a model folder and a module of the user's over random frames.
+    """Run a model folder, frame by frame, and a module of the user's over random sequences.
 
     Args:
         folder: the model.
-        against: `net.py:net`, a Python file and an attribute in it: an nn.Module, or a function that returns one.
+        against: `net.py:net`, a Python file and an attribute in it: an nn.Module over sequences, or a function that
+            returns one.
 
     Raises:
         ModelError: the folder cannot be read, the file fails or has no such module, or the module takes other frames.
@@ -98,71 +84,15 @@ def check(folder: Path, against: str) -> Check:
     model = load_model(folder)
     module = _module(against)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, STEPS, model.description.features, generator=generator)
-    if isinstance(model.description, ModuleDescription) and model.description.graph is not None:
-        return _check_step(str(folder), model, against, module, x)
+    x = torch.randn(ROWS, STEPS, model.description.features, generator=torch.Generator().manual_seed(0))
     y = _outputs(module, x.to(device), against)
-    network = build(model, torch.device("cpu"))
-    found = agreement(network, x.numpy(), y)
+    found = agreement(build(model, torch.device("cpu")), x.numpy(), y)
     if found is None:
         raise ModelError(
             f"{against} gives the shape {list(y.shape)} for frames {list(x.shape)}, and {folder} gives "
             f"{model.description.outputs} values for each frame: name the module that {folder} was made from"
         )
-    checked = Check(str(folder), against, tuple(x.shape), found.error, None, found.tolerance)
-    if not checked.agrees:
-        return checked
-    outputs, rows = model.description.outputs, x.shape[found.rows_axis]
-    alone = _outputs(module, x.narrow(found.rows_axis, 0, 1).to(device), against)
-    together = found.arrangement.apply(y, rows, outputs)[:, :1]
-    return replace(checked, alone=distance(found.arrangement.apply(alone, 1, outputs), together))
-
-
-def _check_step(folder: str, model: Model, against: str, module: nn.Module, x: torch.Tensor) -> Check:
-    network = build(model, torch.device("cpu"))
-    frames = x.transpose(0, 1).contiguous()
-    served = stepped_outputs(network, frames.numpy())
-    y, alone = (_step_outputs(module, network.state, rows, against) for rows in (frames, frames[:, :1]))
-    if y.shape != served.shape:
-        raise ModelError(
-            f"{against} gives {y.shape[2]} outputs for each frame, and {folder} {served.shape[2]}: name the step "
-            f"that {folder} was exported from"
-        )
-    return Check(
-        model=folder,
-        against=against,
-        frames=tuple(x.shape),
-        error=distance(y, served),
-        alone=distance(alone, y[:, :1]),
-        tolerance=rounding_tolerance(network, frames.numpy(), served),
-    )
-
-
-def _step_outputs(module: nn.Module, spec: StateSpec, frames: torch.Tensor, against: str) -> F32:
-    """Outputs [T, R, outputs] of a step module; the names of the leaves tell in which form it takes the state."""
-    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    names = [leaf.name for leaf in spec.leaves]
-    leaves = {name: torch.tensor(leaf).to(device) for name, leaf in spec.unpack(spec.initial(frames.shape[1])).items()}
-    state: Any = leaves
-    if names == ["state"]:
-        state = leaves["state"]
-    elif names == [f"s{at}" for at in range(len(names))]:
-        state = tuple(leaves.values())
-    outputs = []
-    try:
-        with evaluating(module):
-            for x in frames.to(device):
-                y, state = split(module(x.clone(), state))
-                outputs.append(joined_outputs(y).cpu())
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{against} fails on frames {list(frames.shape[1:])} and a state with the leaves {', '.join(names)} "
-            f"({first_line(error)}): name the step that the folder was exported from"
-        ) from None
-    return torch.stack(outputs).numpy()
+    return Check(str(folder), against, tuple(x.shape), found.error, found.tolerance)
 
 
 def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:
@@ -174,7 +104,8 @@ def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:
     except Exception as error:
         raise ModelError(
             f"{against} fails on random frames {list(x.shape)} of the folder's size ({first_line(error)}): "
-            "name the module that the folder was made from, or a function that returns one which takes frames alone"
+            "name the network over whole sequences, or a function that returns one which takes frames alone; a step is "
+            "compared by export_step"
         ) from None
     return y
 
@@ -196,6 +127,8 @@ def _module(against: str) -> nn.Module:
             hint = f"; did you mean {file}:{meant[0]}?" if meant else ": it has no nn.Module at its top level"
             raise ModelError(f"{file} has no {attribute}{hint}")
         value = getattr(value, name)
+    if isinstance(value, type):
+        raise ModelError(f"{against} is a class, whose weights would be random: name a trained module of it")
     if not isinstance(value, nn.Module) and callable(value):
         try:
             value = value()

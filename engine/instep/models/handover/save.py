@@ -12,8 +12,7 @@ from instep.models.errors import ModelError
 from instep.models.folder import write_model
 from instep.models.handover.layers import RECURRENT, Chain, FrameLayer, Recurrent, RecurrentModule, layer_of_module
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
-from instep.models.handover.traced_module import TracedModule, why_not_served
-from instep.models.handover.tracer import activation_of
+from instep.models.handover.traced_module import TracedModule, activation_of, why_not_served
 from instep.models.model import Model
 from instep.models.recurrent.description import Nonlinearity
 
@@ -30,7 +29,6 @@ def save_model(
     name: str | None = None,
     *,
     outputs: Sequence[str] = (),
-    recurrent: str | None = None,
     nonlinearity: Nonlinearity | None = None,
     leave_out: Sequence[str] = (),
     example: Any = None,
@@ -39,8 +37,8 @@ def save_model(
     """Write a trained network as a model folder.
 
     `save_model(path, net)` is enough for a module whose forward runs one `nn.GRU`, `nn.LSTM` or `nn.RNN`, with Linear
-    and LayerNorm layers before and after it: it is run once to see which, and what would be served is compared with
-    what the module gives. A recurrent module by itself, a state dict or a file of weights needs `before` and `after`
+    and LayerNorm layers before and after it: `torch.fx` shows which, and what would be served is compared with what
+    the module gives. A recurrent module by itself, a state dict or a file of weights needs `before` and `after`
     for the layers around it.
 
     The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
@@ -48,13 +46,12 @@ def save_model(
 
     Args:
         folder: where to write it; made if it does not exist.
-        network: the trained module, a recurrent module alone, a state dict, or the path of a file that `torch.save` or
-            safetensors wrote from one.
+        network: the trained module, a recurrent module alone, a state dict (of tensors, or of arrays of numpy), or the
+            path of a file that `torch.save` or safetensors wrote from one.
         before: each layer before the recurrent module and its activation, in order.
         after: the same for those after it.
         name: what clients are told; the folder's name if None.
         outputs: a name for each output; none if they have no names.
-        recurrent: of a state dict with several recurrent modules, the name of the one to serve.
         nonlinearity: of an `nn.RNN` in a state dict, which does not hold it: `tanh` or `relu`.
         leave_out: of a state dict, layers that are not served, or modules of such layers; every other one is named.
         example: of a module, its input or a tuple of its arguments, where random frames will not do.
@@ -66,10 +63,8 @@ def save_model(
     """
     folder = Path(folder)
     network, traced = _plain(network), None
-    about = {"recurrent": recurrent, "nonlinearity": nonlinearity, "leave_out": leave_out}
-    given = next((name for name, value in about.items() if value), "")
-    if isinstance(network, nn.Module) and given:
-        raise ModelError(f"{given} is about a state dict: leave it out, or hand over net.state_dict()")
+    if isinstance(network, nn.Module) and (nonlinearity or leave_out):
+        raise ModelError("nonlinearity and leave_out are about a state dict: hand over net.state_dict()")
     if isinstance(network, nn.Module) and not isinstance(network, RecurrentModule):
         if before or after:
             raise ModelError(
@@ -78,7 +73,7 @@ def save_model(
                 f"whole {type(network).__name__}, of which the layers are found: save_model(path, net)"
             )
         traced = TracedModule(network, example)
-        chain = traced.chain()
+        chain = traced.chain
     elif example is not None:
         raise ModelError("example goes with a whole module: save_model(path, net, example=x); leave it out")
     elif isinstance(network, RecurrentModule):
@@ -88,22 +83,17 @@ def save_model(
         source = "the state dict" if isinstance(network, Mapping) else str(network)
         tensors = network if isinstance(network, Mapping) else read_tensors(Path(network))
         named_before, named_after = _named("before", before), _named("after", after)
-        chain = chain_of_tensors(tensors, named_before, named_after, recurrent, nonlinearity, leave_out, source)
+        chain = chain_of_tensors(tensors, named_before, named_after, nonlinearity, leave_out, source)
     else:
-        raise ModelError(_UNKNOWN.get(type(network).__name__, _UNKNOWN[""]).format(type(network).__name__))
+        raise ModelError(
+            f"{network!r:.80} is not a network; give the trained torch module (an object, not its class), its state "
+            "dict, or a file of weights"
+        )
     model = chain.model(folder.resolve().name if name is None else name, outputs)
     if traced is not None:
         traced.check(model)
     write_model(folder, model, overwrite=overwrite)
     return model
-
-
-_UNKNOWN = {
-    "ExportedProgram": "a program of torch.export cannot be served: hand over the module that it was exported from, or "
-    "its weights, save_model(path, program.state_dict, …)",
-    "type": "a class is not a network; give an object of it, save_model(path, Net()), once it is trained",
-    "": "{} is not a network; give the trained torch module, its state dict, or a file of weights",
-}
 
 
 def _plain(network: Any) -> Any:
@@ -114,32 +104,26 @@ def _plain(network: Any) -> Any:
 
 
 def _named(place: str, given: Layers) -> list[tuple[str, object]]:
-    return [(name, activation) for _, name, activation in _pairs(place, given, (str,), '"head"')]
+    return [(name, activation) for _, name, activation in _pairs(place, given, str, '"head"')]
 
 
 def _layers(place: str, given: Layers) -> list[FrameLayer]:
     return [
         layer_of_module(label, module, activation_of(activation, f"the activation of {label}"))
-        for label, module, activation in _pairs(place, given, (nn.Linear, nn.LayerNorm), "linear")
+        for label, module, activation in _pairs(place, given, nn.Linear | nn.LayerNorm, "linear")
     ]
 
 
-def _pairs(place: str, given: Any, kinds: tuple[type, ...], sample: str) -> Iterator[tuple[str, Any, object]]:
+def _pairs(place: str, given: Any, kind: Any, sample: str) -> Iterator[tuple[str, Any, object]]:
     """How sentences call each pair, and its parts; `given` is what a user gave, who may not run a type checker."""
-    form = f'{place} must be a list of pairs, as in {place}=[({sample}, "none")]'
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ModelError(f"{form}; it is one {type(given).__name__}")
-    for index, pair in enumerate(given):
+    pairs = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for index, pair in enumerate(pairs):
         label = f"{place}[{index}]"
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ModelError(f"{form}; {label} is one {type(pair).__name__}")
-        layer, activation = pair
-        if isinstance(layer, nn.Module) and not isinstance(layer, kinds):
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], kind):
+            layer = pair[0] if isinstance(pair, Sequence) and pair else pair
             raise ModelError(
-                why_not_served(layer)
-                or f"{label} ({type(layer).__name__}) cannot be handed over: give an nn.Linear or an nn.LayerNorm with "
-                "an activation; a batch norm is folded when the whole module is given, save_model(path, net)"
+                (isinstance(layer, nn.Module) and why_not_served(layer))
+                or f"{label} begins with one {type(layer).__name__}: {place} must be a list of pairs of a layer and an "
+                f'activation, as in {place}=[({sample}, "none")]'
             )
-        if not isinstance(layer, kinds):
-            raise ModelError(f"{form}; {label} begins with one {type(layer).__name__}")
-        yield label, layer, activation
+        yield label, *pair

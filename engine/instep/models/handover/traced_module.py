@@ -1,27 +1,59 @@
-"""The layers of an `nn.Module`, found by running its forward, and compared with what the forward gives."""
+"""The layers of an `nn.Module`, read from the graph that `torch.fx` makes of its forward.
+
+The graph shows which layers there are. A comparison of outputs shows that nothing else matters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Final, cast
+from difflib import get_close_matches
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError, first_line
-from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, RecurrentModule, dense, layer_of_module
-from instep.models.handover.tracer import Step, Tracer, plain_path
+from instep.models.handover.layers import (
+    RECURRENT,
+    SERVED,
+    Chain,
+    FrameLayer,
+    Recurrent,
+    RecurrentModule,
+    dense,
+    layer_of_module,
+)
 from instep.models.model import Model
-from instep.models.recurrent.description import Activation
+from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
+from instep.models.recurrent.module import FUNCTIONS
 from instep.models.registry import build
 
-ROWS, STEPS = 2, 6
-"""Of the random input: sequences, and frames of each."""
+ROWS: Final = 32
+STEPS: Final = 6
+"""Of the random frames: sequences, and frames of each."""
 MORE_STEPS: Final = 397
 """A second input is longer by this prime, which neither a window nor a chunk of frames divides."""
+_LAYERS: Final = (*RECURRENT.values(), nn.Linear, nn.LayerNorm, nn.BatchNorm1d)
+_ARRANGING: Final = frozenset(
+    ["chunk", "expand", "flatten", "getitem", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze"]
+) | {"swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
+"""Functions that only arrange values. The comparison of outputs shows whether what they leave out is missed."""
+_OF_SHAPES: Final = frozenset(
+    ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
+)
+"""Functions that take only the shape of their tensor."""
+_SIZES: Final = frozenset(["dim", "is_contiguous", "is_floating_point", "ndimension", "numel", "size", "stride"])
+"""Methods whose results do not depend on values."""
+_INSTEAD: Final = (
+    "write the network as a step and export it with instep.models.export_step, or hand over the layers that are served "
+    "one by one: save_model(path, net.gru, before=[…], after=[…])"
+)
 
 
 class TracedModule:
@@ -32,54 +64,33 @@ class TracedModule:
         example: its input, or a tuple of all its arguments; random frames if None.
 
     Raises:
-        ModelError: when it has none of these, or several, or one that cannot be served.
+        ModelError: when it does something that a model folder cannot hold.
     """
 
     def __init__(self, module: nn.Module, example: Any) -> None:
-        self._module = module
-        self._kind = type(module).__name__
-        self._layers = {plain_path(name): part for name, part in module.named_modules() if name}
-        self._recurrent = self._only_recurrent()
-        tensor = next(iter(module.parameters()))
+        self._module, self._kind, self._has_example = module, type(module).__name__, example is not None
+        _check_recurrent(module)
+        tensor = next(module.parameters())
         if tensor.dtype != torch.float32:
-            raise ModelError(
-                f"the weights of {self._kind} are {str(tensor.dtype).removeprefix('torch.')}, and only float32 is "
-                "served: convert it with .float()"
-            )
+            raise ModelError(f"the weights of {self._kind} are {_plain(tensor.dtype)}: convert them with .float()")
         self._device = tensor.device
-        self._arguments: tuple[Any, ...] | None = None
-        self._steps: Sequence[Step] = ()
-        if example is not None:
-            self._arguments = example if isinstance(example, tuple) else (example,)
-            if not isinstance(self._arguments[0], torch.Tensor) or self._arguments[0].dtype != torch.float32:
-                raise ModelError("example must be a float32 tensor of frames, or a tuple that begins with one")
-
-    def chain(self) -> Chain:
-        """The layers in the order in which the forward runs them.
-
-        Raises:
-            ModelError: when it cannot be run, or computes something that a model folder cannot hold.
-        """
-        if self._arguments is not None:
-            try:
-                return self._layers_of(self._arguments)
-            except _CannotRun as error:
-                shape = list(self._arguments[0].shape)
-                raise ModelError(
-                    f"{self._kind}.forward fails on the example {shape} {error}; give an example that it takes"
-                ) from error
-        linears = [part.in_features for part in self._layers.values() if isinstance(part, nn.Linear)]
-        failure = ""
-        for features in dict.fromkeys([*self._first_sizes(), *linears]):
-            try:
-                self._arguments = (_random_frames((ROWS, STEPS, features), self._device),)
-                return self._layers_of(self._arguments)
-            except _CannotRun as error:
-                failure = failure or f"on random input [{ROWS}, {STEPS}, {features}] {error}"
-        raise ModelError(
-            f"{self._kind}.forward fails {failure}; give it an example of its input, as in "
-            f"save_model(path, net, example=x), or hand over its layers: {self.call_to_make()}"
-        )
+        given = example if isinstance(example, tuple) else (example,)
+        if self._has_example and not (given and isinstance(given[0], torch.Tensor) and given[0].dtype == torch.float32):
+            raise ModelError("example must be a float32 tensor of frames, or a tuple that begins with one")
+        if self._has_example and given[0].numel() == given[0].shape[-1]:
+            raise ModelError("example is a single frame, which does not tell its axes apart; give a sequence")
+        self._others = given[1:]
+        layers = (layer for layer in module.modules() if _is_layer(layer))
+        shapes = [given[0].shape] if self._has_example else [(ROWS, STEPS, _inputs(layer)) for layer in layers]
+        with evaluating(module):
+            self._shape, tracer, graph = self._traced(list(dict.fromkeys(shapes)))
+            self.chain: Final = _Walk(self._kind, tracer, self._shape[-1]).chain(graph)
+        """The layers in the order in which the forward runs them."""
+        if self.chain.initial_state and self._others:
+            raise ModelError(
+                f"{self._kind}.forward begins with a state that is not zero, and the example may be where it comes "
+                "from: give zeros in the example, and open streams with the state"
+            )
 
     def check(self, model: Model) -> None:
         """Compare what a model of these layers gives with what the forward gives, on random frames of two lengths.
@@ -87,222 +98,382 @@ class TracedModule:
         Raises:
             ModelError: when they differ by more than float32 rounds, or the forward depends on the length.
         """
-        assert self._arguments is not None
-        x, *others = self._arguments
-        found = self._compare(model, x.shape)
-        axes = [found.steps_axis]
-        if x.numel() == x.shape[-1]:  # one frame does not tell its axes apart
-            axes = sorted([found.steps_axis, found.rows_axis], reverse=self._recurrent.batch_first)
-        for axis in axes:
-            if axis < 0:
-                continue
-            longer = list(x.shape)
-            longer[axis] += MORE_STEPS
-            self._check_layers(_random_frames(longer, self._device), others, x.shape)
-            if self._compare(model, longer).steps_axis == axis:
-                return
+        found = self._compare(model, self._shape)
+        if found.steps_axis >= 0:
+            longer = list(self._shape)
+            longer[found.steps_axis] += MORE_STEPS
+            if not self._has_example:
+                longer[found.rows_axis] = 1
+            self._compare(model, longer)
 
-    def _check_layers(self, x: torch.Tensor, others: Sequence[Any], before: Sequence[int]) -> None:
-        by_hand = f"take frames of any length, or hand over the layers one by one: {self.call_to_make()}"
-        place = f"on frames {list(x.shape)}"
-        try:
-            steps = self._trace((x, *others)).steps
-        except _CannotRun as error:
-            raise ModelError(
-                f"{self._kind}.forward runs on frames {list(before)} and fails {place} {error}, but a stream may have "
-                f"any length: {by_hand}"
-            ) from error
-        except ModelError as error:
-            raise ModelError(f"{place}, {error}") from error
-        if [(step.what, step.label) for step in steps] != [(step.what, step.label) for step in self._steps]:
-            raise ModelError(
-                f"{self._kind}.forward runs other layers {place} than on {list(before)}, but a stream may have any "
-                f"length: {by_hand}"
-            )
+    def _traced(self, shapes: Sequence[Sequence[int]]) -> tuple[Sequence[int], _Tracer, fx.Graph]:
+        """The graph for frames of the first of these shapes that the forward takes."""
+        failure: Exception | None = None
+        for shape in shapes:
+            tracer = _Tracer(self._frames(shape))
+            try:
+                return shape, tracer, tracer.trace(_OfFrames(self._module, self._others))
+            except Exception as error:  # whatever the user's forward raises
+                failure = failure or error
+        assert failure is not None
+        raise ModelError(
+            f"{self._kind}.forward fails or does what torch.fx cannot follow on frames {list(shapes[0])} "
+            f"({first_line(failure):.200}); give an example of its arguments, as in save_model(path, net, "
+            f"example=(x, h)), or {_INSTEAD}"
+        ) from failure
+
+    def _frames(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(self._device)
 
     def _compare(self, model: Model, shape: Sequence[int]) -> Agreement:
-        assert self._arguments is not None
-        x = _random_frames(shape, self._device)
-        with evaluating(self._module):
-            y = first_output(self._module(x.clone(), *self._arguments[1:]), self._kind)
-        network = build(model, torch.device("cpu"))
-        found = agreement(network, x.cpu().numpy(), y.float().cpu().numpy())
+        x = self._frames(shape)
+        try:
+            with evaluating(self._module):
+                y = first_output(self._module(x.clone(), *self._others), self._kind)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the user's forward raises
+            raise ModelError(
+                f"{self._kind}.forward fails on frames {list(shape)} ({first_line(error):.200}), and a stream may have "
+                f"any length; {_INSTEAD}"
+            ) from error
+        found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
+        words = model.description.in_words()
         if found is None:
             raise ModelError(
-                f"{self._kind}.forward gives the shape {list(y.shape)} for frames {list(x.shape)}; return the "
+                f"{self._kind}.forward gives the shape {list(y.shape)} for frames {list(shape)}; return the "
                 f"{model.description.outputs} values of its last layer for each frame, or for the last frame of each "
-                f"sequence: {model.description.in_words()}"
+                f"sequence: {words}"
             )
         if not found.agrees:
             raise ModelError(
                 f"{self._kind}.forward gives other values than its layers do in the order in which it runs them "
-                f"({model.description.in_words()}): on frames {list(x.shape)} they differ by {found.error:.2g}, "
-                f"where rounding explains {found.tolerance:.2g}; return the values of its last layer for each frame, "
-                "or for the last frame of each sequence, however long it is"
+                f"({words}): on frames {list(shape)} they differ by {found.error:.2g}, where rounding explains "
+                f"{found.tolerance:.2g}; return the values of its last layer for each frame, or for the last frame of "
+                "each sequence, however long it is"
             )
         return found
 
-    def call_to_make(self) -> str:
-        """The call that hands over the layers one by one, in the order of the attributes, without activations."""
-        recurrent_at = list(self._layers.values()).index(self._recurrent)
-        places: dict[str, list[str]] = {"before": [], "after": []}
-        words = []
-        for at, (name, part) in enumerate(self._layers.items()):
-            if isinstance(part, RecurrentModule):
-                words.append(f"`{name}` ({type(part).__name__} {part.input_size}→{part.hidden_size})")
-                continue
-            if isinstance(part, nn.Linear):
-                words.append(f"`{name}` (Linear {part.in_features}→{part.out_features})")
-            elif isinstance(part, nn.LayerNorm):
-                words.append(f"`{name}` (LayerNorm)")
-            else:
-                continue
-            places["before" if at < recurrent_at else "after"].append(f'({_expression(name)}, "none")')
-        given = "".join(f", {place}=[{', '.join(pairs)}]" for place, pairs in places.items() if pairs)
-        (name,) = (name for name, part in self._layers.items() if part is self._recurrent)
-        activations = '; name the activation after each layer in place of "none"' if given else ""
-        return f"{self._kind} has {' and '.join(words)}{activations}: save_model(path, {_expression(name)}{given})"
 
-    def _only_recurrent(self) -> RecurrentModule:
-        everything = {"": self._module, **self._layers}
-        found = {name: part for name, part in everything.items() if isinstance(part, RecurrentModule)}
-        if len(found) == 1:
-            ((name, module),) = found.items()
-            Recurrent.of(f"`{name}`", module)  # for what it says about one that cannot be served
-            return module
-        if found:
-            names = ", ".join(f"`{name}` ({type(part).__name__})" for name, part in found.items())
-            raise ModelError(
-                f"{self._kind} has {len(found)} recurrent modules, {names}, and one can be handed over: write the "
-                "network as a step and export it with instep.models.export_step, or train one module, with num_layers "
-                "if they follow each other"
-            )
-        for name, part in everything.items():
-            if sentence := why_not_served(part):
-                raise ModelError(f"{self._kind} has `{name}`, and {sentence}" if name else sentence)
-        raise ModelError(f"{self._kind} has no recurrent module; {SERVED}")
+class _OfFrames(nn.Module):
+    """A network as a function of its frames alone."""
 
-    def _first_sizes(self) -> Iterator[int]:
-        """Of the layers up to the recurrent one, in the attributes' order: the frames' size is likely the first."""
-        for part in self._layers.values():
-            if isinstance(part, nn.Linear):
-                yield part.in_features
-            elif part is self._recurrent:
-                break
-        yield self._recurrent.input_size
+    def __init__(self, module: nn.Module, others: Sequence[Any]) -> None:
+        super().__init__()
+        self.module, self._others = module, others
 
-    def _layers_of(self, arguments: Sequence[Any]) -> Chain:
-        traced = self._trace(arguments)
-        self._steps = traced.steps
-        if traced.initial_state and len(arguments) > 1:
-            raise ModelError(
-                f"{self._kind}.forward begins with a state that is not zero, and the example may be where it comes "
-                "from: give zeros in the example, and open streams with the state"
-            )
-        return _chain(traced.steps, traced.initial_state, self._kind, arguments[0].shape[-1])
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x, *self._others)
 
-    def _trace(self, arguments: Sequence[Any]) -> Tracer:
-        without_it = (
-            "write the network as a step and export it with instep.models.export_step; or train it without that; or, "
-            "where it comes first or last, compute it in the client and hand over the other layers: "
-            f"{self.call_to_make()}"
-        )
-        tracer = Tracer(f"{self._kind}.forward", without_it)
-        x = arguments[0].clone()  # the forward may change it
-        tracer.follow(x)
-        hooks = tracer.watch(self._module)
+
+class _Proxy(fx.Proxy):
+    """A tensor in the forward that is followed, with the shape of a real one."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.node.meta["value"], name)
+        return super().__getattr__(name) if callable(value) or isinstance(value, torch.Tensor) else value
+
+    def __len__(self) -> int:
+        return len(self.node.meta["value"])
+
+
+class _Tracer(fx.Tracer):
+    """Runs a forward on frames and records its calls, with their results as `value` in the nodes' `meta`.
+
+    Layers and all modules of torch are one call each. What torch.compile wraps is called in its place.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self._x = x
+        self._is_computing = False
+
+    def call(self, node: fx.Node, replaced: Mapping[fx.Node, torch.Tensor] = MappingProxyType({})) -> Any:
+        """What a node computes from the results of others, some of them replaced."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: replaced.get(each, self.value(each)))
+        target: Any = node.target
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        self._is_computing = True
         try:
-            with evaluating(self._module), tracer:
-                result = self._module(x, *arguments[1:])
-        except ModelError:
-            raise
-        except Exception as error:
-            raise _CannotRun(f"({first_line(error)})") from error
+            return (self.root.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
-        if tracer.refusal is not None:
-            raise tracer.refusal
-        if tracer.origin(first_output(result, self._kind)) != len(tracer.steps):
-            last = tracer.steps[-1].label if tracer.steps else "its layers"
+            self._is_computing = False
+
+    def value(self, node: fx.Node) -> Any:
+        """The result of a node."""
+        return node.meta["value"] if "value" in node.meta else attrgetter(str(node.target))(self.root)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        node = proxy.node
+        node.meta["value"] = self._x if kind == "placeholder" else self.call(node)
+        return node.meta["value"] if kind == "call_method" and target in _SIZES else proxy
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_layer(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        inner: Any = getattr(m, "_orig_mod", m)
+        call = forward if _is_plain(m) else inner.forward
+        return call(*args, **kwargs) if self._is_computing else super().call_module(inner, call, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        items: Any = obj
+        return iter([items[at] for at in range(len(self.value(obj.node)))])
+
+
+class _Walk:
+    """The layers along a graph.
+
+    Raises:
+        ModelError: when it computes something that a model folder cannot hold.
+    """
+
+    def __init__(self, kind: str, tracer: _Tracer, features: int) -> None:
+        self._kind, self._tracer = kind, tracer
+        self._width = features
+        self._before: list[FrameLayer] = []
+        self._after: list[FrameLayer] = []
+        self._recurrent: Recurrent | None = None
+        self._initial_state: list[torch.Tensor] = []
+        self._labels: list[str] = []
+        """Of the layers and activations so far."""
+        self._origins: dict[fx.Node, int] = {}
+        """Of nodes whose values depend on the frames: how many of these lead to them."""
+        self._is_open = False
+        """Whether the last one was a layer that takes an activation."""
+
+    def chain(self, graph: fx.Graph) -> Chain:
+        """Its layers."""
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        for node in graph.nodes:
+            self._follow(node)
+        if self._recurrent is None:
+            raise ModelError(f"{self._kind}.forward does not run its recurrent module on its input; {SERVED}")
+        initial = dict(zip(("h", "c"), self._initial_state, strict=False))
+        return Chain(self._before, self._recurrent, self._after, initial)
+
+    def _follow(self, n: fx.Node) -> None:
+        given = [node for node in n.all_input_nodes if node in self._origins]
+        if n.op == "output":
+            self._check_returned(n.args[0])
+        elif n.op == "placeholder":
+            self._origins[n] = 0
+        elif given and _name(n) not in _OF_SHAPES:
+            tensors = [each for each in tree_leaves(self._tracer.value(n)) if isinstance(each, torch.Tensor)]
+            if any(each.dtype != torch.float32 for each in tensors):
+                self._refuse(f"{self._kind}.forward computes in {_plain(tensors[0].dtype)}")
+            self._origins[n] = self._after_node(n, given)
+
+    def _after_node(self, n: fx.Node, given: Sequence[fx.Node]) -> int:
+        """How many layers and activations lead to the result of a node."""
+        origin, name = self._origins[given[0]], _name(n)
+        module = self._tracer.root.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if len(given) == 1 and module is None and name in _ARRANGING:
+            return origin
+        if module is not None and _is_layer(module):
+            label = f"`{_path(n)}`"
+            self._add(label, origin)
+            self._add_layer(label, module, n, given)
+            return len(self._labels)
+        activation: Activation | None = None
+        if len(given) == 1 and isinstance(x := self._tracer.value(given[0]), torch.Tensor):
+            activation = _recognised(lambda values: self._tracer.call(n, {given[0]: values}), x.shape)
+        if activation is None and type(module).__module__.startswith("torch."):
+            self._refuse(f"`{_path(n)}` is {_shown(module)}, which cannot be served as a layer")
+        if activation is None:
+            self._refuse(f"{self._kind}.forward computes `{name}`, which cannot be served as a layer")
+        if activation == "none":
+            return origin
+        label = name if module is None else f"`{_path(n)}`"
+        self._add(label, origin)
+        layers = self._before if self._recurrent is None else self._after
+        if self._is_open:
+            layers[-1] = replace(layers[-1], activation=activation)
+        else:
+            layers.append(dense(label, torch.eye(self._width), None, activation))  # which changes no value
+        self._is_open = False
+        return len(self._labels)
+
+    def _add(self, label: str, origin: int) -> None:
+        if origin != len(self._labels):
+            given = f"the output of {self._labels[origin - 1]}" if origin else "its input"
+            self._refuse(
+                f"{self._kind}.forward uses {given} more than once, for {self._labels[origin]} and for {label}",
+                "run each layer once, on the output of the one before it, with one layer for the outputs of several "
+                "heads, or write the network as a step and export it with instep.models.export_step",
+            )
+        self._labels.append(label)
+
+    def _add_layer(self, label: str, module: nn.Module, n: fx.Node, given: Sequence[fx.Node]) -> None:
+        layers = self._before if self._recurrent is None else self._after
+        if isinstance(module, RecurrentModule):
+            if self._recurrent is not None:
+                self._refuse(f"{self._kind}.forward runs {label} twice", "train one with num_layers=2")
+            if len(given) > 1:
+                self._refuse(f"{self._kind}.forward runs {label} on a state that depends on the frames")
+            self._begin(label, n)
+            self._recurrent, self._width = Recurrent.of(label, module), module.hidden_size
+        elif isinstance(module, nn.Linear | nn.LayerNorm):
+            layers.append(layer_of_module(label, module))
+            self._width = layers[-1].outputs
+        elif isinstance(module, nn.BatchNorm1d):
+            if module.running_mean is None:
+                raise ModelError(f"{label} keeps no running statistics; train it with track_running_stats=True")
+            if not (self._is_open and layers[-1].is_dense):
+                layers.append(dense(label, torch.eye(module.num_features, device=module.running_mean.device)))
+            layers[-1] = layers[-1].normalised(module)
+        self._is_open = not isinstance(module, RecurrentModule)
+
+    def _begin(self, label: str, n: fx.Node) -> None:
+        """Note what the recurrent module begins with: [layers, hidden size], with rows in the middle if there are."""
+        state = fx.map_arg((n.args[1:], n.kwargs.get("hx")), self._tracer.value)
+        leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        if any(bool((leaf != leaf[:, :1]).any()) for leaf in leaves if leaf.ndim > 2):
+            self._refuse(
+                f"{label} begins each sequence with another state, and a model folder holds one for all",
+                "hand over the layers one by one, and open each stream with its state",
+            )
+        if any(bool(leaf.any()) for leaf in leaves):
+            self._initial_state = [leaf[:, 0] if leaf.ndim > 2 else leaf for leaf in leaves]
+
+    def _check_returned(self, returned: Any) -> None:
+        while isinstance(returned, list | tuple) and returned:
+            returned = returned[0]
+        if not isinstance(returned, fx.Node) or self._origins.get(returned) != len(self._labels):
+            last = self._labels[-1] if self._labels else "its layers"
             raise ModelError(
                 f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
-                "and compute everything with torch"
+                "as a tensor or a tuple, and compute everything with torch"
             )
-        return tracer
+
+    def _refuse(self, sentence: str, advice: str = _INSTEAD) -> NoReturn:
+        raise ModelError(f"{sentence}: {advice}")
 
 
-class _CannotRun(Exception):
-    pass
+def activation_of(given: object, place: str) -> Activation:
+    """The activation that a name, a module or a function of torch means; `place` is how sentences call it.
+
+    Raises:
+        ModelError: when it is none that can be served.
+    """
+    name = activation_name(given)
+    if name in ACTIVATIONS:
+        return name
+    allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
+    if isinstance(given, str) and (close := get_close_matches(given.lower(), ACTIVATIONS, n=1)):
+        allowed = f"did you mean {close[0]}? If not, {allowed}"
+    found = _recognised(given, (4, 30)) if callable(given) and not isinstance(given, type) else None
+    if found is None:
+        raise ModelError(f"{place} is {_shown(given)}, which cannot be served: {allowed}")
+    return found
+
+
+@torch.no_grad()
+def _recognised(function: Callable[[torch.Tensor], Any], shape: Sequence[int]) -> Activation | None:
+    """The activation that gives the same values as a function for tensors of a shape, some of them huge."""
+    x = 10 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    x.view(-1)[::7] *= 1e25
+    try:
+        y = function(x.clone())
+    except Exception:  # whatever the user's function raises
+        return None
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        return None
+    alike = (name for name, each in FUNCTIONS.items() if torch.allclose(y.cpu(), each(x), rtol=1e-5, atol=1e-6))
+    return next(alike, None)
+
+
+def plain_path(name: str) -> str:
+    """A module's path without what torch.compile wraps around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _path(n: fx.Node) -> str:
+    return plain_path(str(n.target).removeprefix("module."))
+
+
+def _name(n: fx.Node) -> str:
+    return getattr(n.target, "__name__", str(n.target)).strip("_")
+
+
+def _shown(value: object) -> str:
+    return " ".join(f"{value!r:.120}".split())
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether torch.compile did not touch it."""
+    return not hasattr(module, "_orig_mod") and module._compiled_call_impl is None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _LAYERS)
+
+
+def _inputs(layer: Any) -> int:
+    """Values of a frame that a layer takes."""
+    match layer:
+        case nn.Linear():
+            return layer.in_features
+        case nn.LayerNorm():
+            return layer.normalized_shape[-1]
+        case nn.BatchNorm1d():
+            return layer.num_features
+        case _:
+            return int(layer.input_size)
+
+
+def _check_recurrent(module: nn.Module) -> None:
+    """Refuse a module that does not have one recurrent module that can be served."""
+    kind = type(module).__name__
+    parts = dict(module.named_modules())
+    found = {plain_path(name): part for name, part in parts.items() if isinstance(part, RecurrentModule)}
+    if len(found) > 1:
+        names = ", ".join(f"`{name}` ({type(part).__name__})" for name, part in found.items())
+        raise ModelError(
+            f"{kind} has {len(found)} recurrent modules, {names}, and one can be handed over: write the network as a "
+            "step and export it with instep.models.export_step, or train one module, with num_layers if they follow "
+            "each other"
+        )
+    for name, part in found.items():
+        Recurrent.of(f"`{name}`", part)  # for what it says about one that cannot be served
+    if not found:
+        why = next(filter(None, map(why_not_served, parts.values())), None)
+        raise ModelError(f"{kind} has no recurrent module; {why or SERVED}")
 
 
 def why_not_served(module: nn.Module) -> str | None:
     """What to do about a module of a kind that takes a recurrent one's place; None for others."""
-    kind = type(module)
-    name = kind.__name__
-    if "quantized" in kind.__module__:
-        return f"a quantised {name} cannot be served, only float32: hand over the network that it was made from"
+    name = type(module).__name__
     if isinstance(module, nn.RNNCellBase):
         whole = name.removesuffix("Cell")
         return (
-            f"an nn.{name} is one step of {'a' if whole == 'GRU' else 'an'} {whole}: make an nn.{whole} of the same "
-            "sizes and copy the cell's weights to it (weight_ih to weight_ih_l0, and so on)"
+            f"an nn.{name} is one step of nn.{whole}: make an nn.{whole} of the same sizes and copy the cell's weights "
+            "to it (weight_ih to weight_ih_l0, and so on)"
         )
-    if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
-        return "a compiled graph cannot be served: hand over the module that it was made from, or its state dict"
+    if isinstance(module, torch.jit.ScriptModule | fx.GraphModule) or "quantized" in type(module).__module__:
+        return f"a {name} cannot be served: hand over the float32 module that it was made from, or its state dict"
     return None
-
-
-def _chain(steps: Sequence[Step], initial_state: Sequence[torch.Tensor], kind: str, features: int) -> Chain:
-    before: list[FrameLayer] = []
-    after: list[FrameLayer] = []
-    recurrent: Recurrent | None = None
-    layers, width = before, features
-    previous: Step | None = None
-    for step in steps:
-        last = layers[-1] if previous and isinstance(previous.what, nn.Linear | nn.LayerNorm | nn.BatchNorm1d) else None
-        if isinstance(step.what, RecurrentModule):
-            if recurrent is not None:
-                raise ModelError(f"{kind}.forward runs {step.label} twice: train one with num_layers=2")
-            recurrent, layers = Recurrent.of(step.label, step.what), after
-        elif isinstance(step.what, nn.Linear | nn.LayerNorm):
-            layers.append(layer_of_module(step.label, step.what))
-        elif isinstance(step.what, nn.BatchNorm1d):
-            if step.what.running_mean is None:
-                raise ModelError(f"{step.label} keeps no running statistics; train it with track_running_stats=True")
-            if last is None or not last.is_dense:
-                last = dense(step.label, torch.eye(step.what.num_features, device=step.what.running_mean.device))
-                layers.append(last)
-            layers[-1] = last.normalised(step.what)
-        else:
-            activation = cast("Activation", step.what)
-            if last is not None:
-                layers[-1] = replace(last, activation=activation)
-            else:
-                layers.append(dense(step.label, torch.eye(width), None, activation))  # which changes no value
-        previous, width = step, step.width
-    if recurrent is None:
-        raise ModelError(f"{kind}.forward does not run its recurrent module on its input; {SERVED}")
-    return Chain(before, recurrent, after, dict(zip(("h", "c"), initial_state, strict=False)))
-
-
-def _random_frames(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _expression(name: str) -> str:
-    """How Python reaches a part of `net`: `net.body[0].gru`."""
-    return "net" + "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
     training = [part for part in module.modules() if part.training]
-    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if is_compiled and hasattr(torch.compiler, "set_stance"):
+        if not all(map(_is_plain, module.modules())):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         module.eval()
         try:

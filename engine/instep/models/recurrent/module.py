@@ -15,7 +15,7 @@ from instep.models.torch_network import Leaves
 
 Function: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-_ACTIVATIONS: Final[dict[Activation, Function]] = {
+FUNCTIONS: Final[dict[Activation, Function]] = {
     "none": lambda x: x,
     "relu": torch.relu,
     "tanh": torch.tanh,
@@ -75,6 +75,6 @@ def _frame_layers(
             module = nn.Linear(inputs, layer.size, layer.bias)
         names = layer.tensor_shapes(inputs)
         module.load_state_dict({name: weights[f"{place}.{index}.{name}"] for name in names})
-        found += [module.requires_grad_(False).to(device), _ACTIVATIONS[layer.activation]]
+        found += [module.requires_grad_(False).to(device), FUNCTIONS[layer.activation]]
         inputs = layer.outputs(inputs)
     return found
