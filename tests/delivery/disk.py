@@ -38,7 +38,7 @@ from instep.recording.schema import (
 )
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
-from instep.streaming import recovery as streaming_recovery
+from instep.replay import recovery as streaming_recovery
 from tests.support.states import gru_state
 
 Row: TypeAlias = tuple[Any, ...]

@@ -26,6 +26,7 @@ from instep.frontends.zmq.peers import Outbound
 from instep.frontends.zmq.served import Served
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.writer import RecordingWriter
+from instep.replay.recovery import resume_recording
 from instep.runtime.executor import StateLost
 from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin, StatesRead
@@ -39,7 +40,6 @@ from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
-from instep.streaming.recovery import resume_recording
 from instep.streaming.service import ModelService
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats

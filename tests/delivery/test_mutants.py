@@ -21,12 +21,11 @@ from instep.core.slots import SlotAllocator
 from instep.core.tables import Packed, Tables, rows_of
 from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.zmq import encode
-from instep.recording.records import StateReset
 from instep.recording.recovery import Recovered
+from instep.replay.recovery import resume_recording
 from instep.streaming.api import Grants
 from instep.streaming.journal import Journal
 from instep.streaming.operations import StreamOperations
-from instep.streaming.recovery import resume_recording
 from instep.streaming.states import StreamStates
 from instep_client.protocol.codes import HAVE_ALL
 from tests.delivery import test_delivery
@@ -190,7 +189,7 @@ def as_if_clean(original: Any, journal: Journal, slots: I64, states: U8 | None) 
 
 
 def without_resets(original: Any, recovered: Recovered) -> Iterator[Any]:
-    return (item for item in original(recovered) if not isinstance(item, StateReset))
+    return (replace(portion, marks=()) for portion in original(recovered))
 
 
 def without_states(original: Any, journal: Journal, slots: I64, names: Sequence[str], states: U8 | None) -> int:
@@ -268,7 +267,7 @@ RULES = (
     BrokenRule("a RESET is not recorded", Journal.reset, lambda original, journal, slots, states: 0, [killed]),
     BrokenRule("a RESET is answered before it is durable", Journal.reset, at_no_time, [killed]),
     BrokenRule("a checkpoint leaves out a RESET", Journal.reset, as_if_clean, [killed]),
-    BrokenRule("a restart leaves out a RESET", Recovered.replay, without_resets, [killed]),
+    BrokenRule("a restart leaves out a RESET", Recovered.portions, without_resets, [killed]),
     BrokenRule("the first state of a copy is not recorded", Journal.opened, without_states, [killed]),
     BrokenRule("a copy begins with the first frame", StreamOperations.open, from_the_first_frame, [killed]),
 )

@@ -12,7 +12,6 @@ import pytest
 from instep.recording.database import DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect
-from instep.recording.records import StateReset
 from instep.recording.recovery import Recovered
 from instep.recording.schema import owner_detail
 from instep.recording.writer import RecordingWriter
@@ -36,15 +35,12 @@ def observe(path: Path) -> list[Any]:
         found.append(
             (recovered.last_stream, recovered.last_epoch, recovered.last_position, recovered.checkpoint_position)
         )
-        for item in recovered.replay():
-            if isinstance(item, StateReset):
-                found.append(
-                    (item.position, item.stream, item.seq, None if item.state is None else item.state.tobytes())
-                )
-                continue
-            batch = item.batch
-            found.append((batch.position, batch.streams.tolist(), batch.seqs.tolist()))
-            found.append((batch.x.tobytes(), None if batch.y is None else batch.y.tobytes(), item.applies.tolist()))
+        for portion in recovered.portions():
+            found += [(mark.position, mark.stream) for mark in portion.marks]
+            frames = portion.frames
+            columns = (frames.streams, frames.seqs, frames.x, frames.y, frames.answered)
+            found += frames.positions.tolist()
+            found.append([column.tobytes() for column in columns])
     return found
 
 

@@ -207,10 +207,12 @@ def test_what_was_called_durable_survives_kill_9(tmp_path: Path, durability: str
     durable = max([durable, *said[:-1]])  # the last line may be torn
     with Recovered(path) as recovered:
         assert recovered.last_position >= durable > 0
-        batches = [item.batch for item in recovered.replay()]  # type: ignore[union-attr]
-    assert [batch.seqs.tolist() for batch in batches] == [[seq] for seq in range(len(batches))]
-    assert all((batch.x == batch.seqs[0]).all() for batch in batches)
-    assert all(batch.y is not None and (batch.y == batch.seqs[0]).all() for batch in batches[:-1])
+        frames = next(recovered.portions()).frames
+    seqs = np.arange(len(frames))
+    assert frames.seqs.tolist() == seqs.tolist()
+    assert (frames.x == seqs[:, None]).all()
+    assert frames.answered[:-1].all()
+    assert (frames.y == seqs[:, None])[frames.answered].all()
     RecordingWriter.resume(path, header(durability=durability)).close()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.recovery import Recovered, ReplayStep
+from instep.recording.recovery import Recovered
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -39,9 +39,8 @@ def frames_after_a_kill(path: Path, image: Path) -> int:
     with Recovered(image / path.name) as recovered:
         (stream,) = (stream for stream in recovered.load(recovered.names) if stream.name == "s")
         seqs = [stream.seq - 1]
-        for item in recovered.replay():
-            assert isinstance(item, ReplayStep)
-            seqs += item.batch.seqs[item.batch.streams == stream.stream].tolist()
+        for portion in recovered.portions():
+            seqs += portion.frames.seqs[portion.frames.streams == stream.stream].tolist()
     return seqs[-1] + 1
 
 

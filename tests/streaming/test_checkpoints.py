@@ -13,7 +13,7 @@ import pytest
 
 from instep.core.typing import U64
 from instep.frontends.in_process import InProcessOrigin
-from instep.recording.recovery import Recovered, ReplayStep
+from instep.recording.recovery import Recovered
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor, StateLost
 from instep.streaming.checkpoints import Checkpoints
@@ -57,7 +57,7 @@ def note_states(monkeypatch: pytest.MonkeyPatch, told: list[int]) -> None:
 
 def replayed(recovered: Recovered) -> int:
     """Frames that a restart steps again."""
-    return sum(int(item.applies.sum()) for item in recovered.replay() if isinstance(item, ReplayStep))
+    return sum(len(portion.frames) for portion in recovered.portions())
 
 
 async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -14,8 +14,9 @@ from instep.models.model import Model
 from instep.recording.open_streams import load_open_streams
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
+from instep.replay.recovery import resume_recording
 from instep.runtime.stepper import Stepper
-from instep.streaming.recovery import Recovery, resume_recording
+from instep.streaming.service import Recovery
 from instep.streaming.states import put_into_memory
 from tests.support.running import CPU, prepared
 

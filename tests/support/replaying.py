@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from instep.recording.records import StateReset
+from instep.recording.portions import Mark
+from instep.recording.records import RecordedEvent
 from instep.recording.recovery import Recovered
 from tests.support.scribe import F32, Step
 from tests.support.states import floats_of
@@ -31,24 +32,28 @@ def replay(recovered: Recovered, step: Step) -> Replayed:
     for stream in recovered.load(recovered.names):
         found.states[stream.stream] = zeros if stream.state is None else floats_of(stream.state[None], LAYERS, SIZE)[0]
         found.seqs[stream.stream] = stream.seq
-    for item in recovered.replay():
-        if isinstance(item, StateReset):
-            assert found.seqs[item.stream] == item.seq
-            found.states[item.stream] = zeros if item.state is None else floats_of(item.state[None], LAYERS, SIZE)[0]
-            continue
-        batch = item.batch
-        h = np.zeros((LAYERS, len(batch.x), SIZE), np.float32)
-        applied = np.flatnonzero(item.applies).tolist()
-        for row in applied:
-            h[:, row] = found.states[int(batch.streams[row])]
-        y, after = step(batch.x, h)
-        for row in applied:
-            stream_id = int(batch.streams[row])
-            assert found.seqs[stream_id] == batch.seqs[row]
-            if batch.y is None:
+    for portion in recovered.portions():
+        frames, resets = portion.frames, list(portion.marks)
+        for at in range(len(frames)):
+            while resets and resets[0].position < frames.positions[at]:
+                _reset(found, resets.pop(0))
+            number = int(frames.streams[at])
+            assert found.seqs[number] == frames.seqs[at]
+            y, after = step(frames.x[at : at + 1], np.ascontiguousarray(found.states[number][:, None]))
+            if not frames.answered[at]:
                 found.unanswered += 1
             else:
-                assert y[row].tobytes() == batch.y[row].tobytes()
-            found.states[stream_id] = np.ascontiguousarray(after[:, row])
-            found.seqs[stream_id] += 1
+                assert y[0].tobytes() == frames.y[at].tobytes()
+            found.states[number] = np.ascontiguousarray(after[:, 0])
+            found.seqs[number] += 1
+        for mark in resets:
+            _reset(found, mark)
     return found
+
+
+def _reset(found: Replayed, mark: Mark) -> None:
+    assert isinstance(mark, RecordedEvent)
+    assert mark.stream is not None
+    assert found.seqs[mark.stream] == mark.seq
+    zeros = np.zeros((LAYERS, SIZE), np.float32)
+    found.states[mark.stream] = zeros if mark.state is None else floats_of(mark.state[None], LAYERS, SIZE)[0]

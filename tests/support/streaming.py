@@ -22,6 +22,7 @@ from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
+from instep.replay.recovery import resume_recording
 from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
 from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.loop import Loop
@@ -37,8 +38,7 @@ from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.origins import Origins
 from instep.streaming.reaper import Reaper
-from instep.streaming.recovery import Recovery, resume_recording
-from instep.streaming.service import About, ModelService
+from instep.streaming.service import About, ModelService, Recovery
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EngineStats
 from instep.streaming.tasks import Tasks

@@ -50,7 +50,7 @@ def inspect(path: Path) -> Inspection:
             raise reader.damaged(f"in stream {info.stream} ({info.name!r}), {defect}")
         restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
     with Recovered(path) as recovered:
-        for _ in recovered.replay():
+        for _ in recovered.portions():
             pass  # what a restart would use is checked as it is read
     return Inspection(
         streams=len(index.streams),

@@ -288,7 +288,7 @@ class RecordingReader(RecordingFile):
         return [event.seq for event in self._marks if event.kind == FAILED_EVENT and event.seq is not None]
 
     @cached_property
-    def _recovered(self) -> list[int]:
+    def recovered_at(self) -> list[int]:
         """Positions of the events `recovered`."""
         return [event.position for event in self._marks if event.kind == RECOVERED_EVENT]
 
@@ -297,8 +297,8 @@ class RecordingReader(RecordingFile):
         at = bisect_right(self._failed, position)
         outcomes = [] if next_computed is None else [next_computed]
         outcomes += self._failed[at : at + 1]
-        later = bisect_right(self._recovered, position)
-        went_on_at = self._recovered[later] if later < len(self._recovered) else self.last_position + 1
+        later = bisect_right(self.recovered_at, position)
+        went_on_at = self.recovered_at[later] if later < len(self.recovered_at) else self.last_position + 1
         if outcomes and min(outcomes) < went_on_at:
             raise self.damaged(f"the outputs of the batch at position {position} are missing")
 

@@ -28,8 +28,7 @@ from instep.server.recordings import find_recording, open_recording, record
 from instep.server.server import Server
 from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
-from instep.streaming.recovery import Recovery
-from instep.streaming.service import ModelService
+from instep.streaming.service import ModelService, Recovery
 
 UNREACHABLE_AFTER_S: Final = 30.0
 """How long a connection may leave the replies in its outbox before it is given up."""

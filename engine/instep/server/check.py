@@ -18,7 +18,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_model
-from instep.recording.recovery import Recovered, ReplayStep
+from instep.replay.recovery import look_through
 from instep.server.limits import effective_limits
 from instep.server.log import make_log
 from instep.server.memory import warn_of_memory
@@ -104,6 +104,5 @@ def _check_recording(path: Path, config: Config, prepared: Prepared, log: struct
         log.warning("recording lost its end", file=str(path), reason=tail)
     with RecordingReader(path) as reader:
         refuse_other_model(path, reader.engines[-1].header, recording_header(prepared, config))
-    with Recovered(path) as recovered:
-        frames = sum(int(step.applies.sum()) for step in recovered.replay() if isinstance(step, ReplayStep))
-    log.info("would continue", file=str(path), streams=len(recovered.names), frames_to_replay=frames)
+    streams, frames = look_through(path)
+    log.info("would continue", file=str(path), streams=streams, frames_to_replay=frames)

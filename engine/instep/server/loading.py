@@ -28,8 +28,8 @@ from instep.server.recording_files import next_recording, present_recording, rec
 from instep.server.recordings import open_recording, record
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
-from instep.streaming.recovery import Recovery
 from instep.streaming.replaying import WarmUpReplay
+from instep.streaming.service import Recovery
 from instep.streaming.tasks import Tasks
 
 if TYPE_CHECKING:

@@ -22,13 +22,13 @@ from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
+from instep.replay.recovery import resume_recording
 from instep.server.loop import Loop
 from instep.server.preparation import Prepared
 from instep.server.recording_files import later_recordings, present_recording, recording_file
 from instep.server.services import Foundation
 from instep.server.shutdown import Shutdown
-from instep.streaming.recovery import Recovery, resume_recording
-from instep.streaming.service import ModelService
+from instep.streaming.service import ModelService, Recovery
 
 QUEUE_BATCHES: Final = 64
 """Batches that may wait to be written; when the disk falls behind by this many, stepping waits for it."""

@@ -19,7 +19,6 @@ from instep.streaming.history import History
 from instep.streaming.listing import Listing
 from instep.streaming.operations import StreamOperations
 from instep.streaming.reaper import Reaper
-from instep.streaming.recovery import Recovery
 from instep.streaming.states import StreamStates
 from instep.streaming.tasks import Tasks
 from instep.streaming.verification import Verification
@@ -41,6 +40,23 @@ class About:
     outputs: int
     max_streams: int
     durability: Literal["memory", "commit", "fsync"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """The result of continuing a recording."""
+
+    streams: int
+    """Streams that are open again, until somebody resumes them: parked, or hibernated."""
+    frames: int
+    """Frames that were stepped again."""
+    seconds: float
+    last_stream: int
+    """The highest number that a stream of the recording has."""
+    hibernated: dict[str, int]
+    """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
+    checkpoint_position: int
+    """Of what the recording holds up to here, only what still counts was read; 0 where all of it was."""
 
 
 @dataclass(slots=True, eq=False)
