@@ -70,7 +70,7 @@ def test_a_server_that_does_not_serve_yet_ends_at_once(number: signal.Signals, t
     ("place", "name", "words", "command"),
     [
         ("sqlite3", "connect", ".part", "recordings cut a.rec out.rec"),
-        ("pathlib:Path", "hardlink_to", "", "export a.rec --json"),
+        ("pathlib:Path", "hardlink_to", "", "export a.rec"),
         ("sqlite3", "connect", "a.rec", "verify a.rec --json"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -178,23 +178,19 @@ def verify(
     examples=[
         "instep export today.instep",
         "instep export today.instep --output mic.csv --stream mic-7",
-        "instep export today.instep --format npz --plot today.png",
     ]
 )
 def export(
     recording: Recording,
-    format: Annotated[
-        Literal["parquet", "npz", "csv", "mcap"] | None,
-        typer.Option(help="Default: by the output's suffix, or parquet."),
-    ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The new file. Default: next to the recording.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The new file: .parquet, .npz, .csv or .mcap. Default: .parquet next to the recording.",
+            show_default=False,
+        ),
     ] = None,
     stream: Streams = [],  # noqa: B006
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw the first streams, as PNG, SVG or PDF.")
-    ] = None,
-    json: Json = False,
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
@@ -203,7 +199,7 @@ def export(
     from instep.export.command import Export, run
 
     interrupts.raise_stopped()
-    raise typer.Exit(run(Export(recording, format, output, stream, plot, json), _console()))
+    raise typer.Exit(run(Export(recording, output, stream), _console()))
 
 
 @app.command(examples=["instep demo", "instep demo --keep"])

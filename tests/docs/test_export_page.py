@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from instep.cli import app as engine_app
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import Client
@@ -65,7 +64,7 @@ def test_its_commands_run_as_written(folder: Path) -> None:
 def test_its_programs_print_what_they_should(folder: Path) -> None:
     for kind in ("parquet", "npz"):
         if not (folder / f"today.{kind}").exists():
-            assert run(["instep", "export", "today.instep", "--format", kind], folder).returncode == 0
+            assert run(["instep", "export", "today.instep", "--output", f"today.{kind}"], folder).returncode == 0
     metadata, recording = (code for _, code in PAGE.blocks("python"))
     for code, printed in (
         (metadata, "small\nportable-1\n"),
@@ -93,7 +92,6 @@ def test_its_tables_are_those_of_the_code(folder: Path) -> None:
     for cell in PAGE.table("Reading files: produce and replay", "option").column("option"):
         option = cell.split()[0].strip("`")
         assert all(option in text for text in help_text.values()), option
-    assert "--plot" in CliRunner().invoke(engine_app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
     ((_, proto),) = PAGE.blocks("proto")
     for field in frame_schema().file[0].message_type[0].field:
         assert f"{field.name} = {field.number};" in proto

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import io
-import json
 import resource
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typer.testing import CliRunner
 from instep.cli import app
 from instep.export.command import Export, run
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedBatch
 from instep_client import AsyncClient
 from instep_tools.formats.write import WRITERS, Format
 from tests.support.models import with_head
@@ -32,8 +30,9 @@ def written(tmp_path: Path) -> Written:
     return write_recording(tmp_path)
 
 
-def export(path: Path, **options: Any) -> tuple[int, str]:
+def export(path: Path, kind: str = "csv", **options: Any) -> tuple[int, str]:
     file = io.StringIO()
+    options = {"output": path.with_name(f"a.{kind}"), **options}
     status = run(Export(path, **options), Console(file=file, width=80))
     return status, file.getvalue()
 
@@ -43,15 +42,27 @@ def names(folder: Path) -> set[str]:
 
 
 def test_one_line_says_what_was_written(written: Written) -> None:
-    status, text = export(written.path, format="csv")
-    output = written.path.with_name("a.csv")
-    assert status == 0
-    assert text == (
-        f"{output}: {len(written.rows)} frames of 5 streams, 3 inputs and 2 outputs each, "
-        f"{output.stat().st_size:,} bytes\n"
+    assert export(written.path, streams=["1", "2"]) == (
+        0,
+        f"{written.path.with_name('a.csv')}: {len(written.of(1, 4))} frames of 2 streams, 3 inputs and 2 outputs "
+        "each\n",
     )
-    assert len(output.read_text().splitlines()) > len(written.rows)
     assert names(written.path.parent) == {"a.rec", "a.csv"}
+
+
+def test_the_name_says_the_format(written: Written) -> None:
+    for name in ("b.CSV", "b.npz"):
+        assert export(written.path, output=written.path.with_name(name))[0] == 0
+        assert (written.path.with_name(name).read_bytes()[:2] == b"PK") == (name == "b.npz")
+    status, text = export(written.path, output=written.path.with_name("out.txt"))
+    assert (status, "says no format" in text) == (2, True)
+    assert names(written.path.parent) == {"a.rec", "b.CSV", "b.npz"}
+
+
+def test_parquet_when_nothing_is_said(written: Written) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    assert CliRunner().invoke(app, ["export", str(written.path)]).exit_code == 0
+    assert written.path.with_name("a.parquet").read_bytes()[:4] == b"PAR1"
 
 
 async def test_columns_have_the_names_that_the_served_model_gives_its_outputs(tmp_path: Path) -> None:
@@ -61,57 +72,15 @@ async def test_columns_have_the_names_that_the_served_model_gives_its_outputs(tm
         y = await (await client.open("mic")).step(np.ones(3))
     with RecordingReader(tmp_path / "a.instep") as reader:
         assert reader.header.output_names == ("speech", "silence")
-    assert export(tmp_path / "a.instep", format="csv")[0] == 0
+    assert export(tmp_path / "a.instep")[0] == 0
     header, row = ((tmp_path / "a.csv").read_text().splitlines())[-2:]
     assert header.split(",")[-2:] == ["speech", "silence"]
     assert [np.float32(cell) for cell in row.split(",")[-2:]] == y.tolist()
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"format": "npz"}, "a.npz"),
-        ({"output": "b.CSV"}, "b.CSV"),
-        ({"output": "b.npz"}, "b.npz"),
-        ({"output": "b.NPZ", "format": "npz"}, "b.NPZ"),
-        ({"output": "b.data", "format": "npz"}, "b.data"),
-        ({"output": "b", "format": "npz"}, "b"),
-    ],
-)
-def test_name_and_format(written: Written, options: dict[str, Any], name: str) -> None:
-    if "output" in options:
-        options = {**options, "output": written.path.with_name(options["output"])}
-    assert export(written.path, **options)[0] == 0
-    assert names(written.path.parent) == {"a.rec", name}
-    is_npz = (written.path.with_name(name)).read_bytes()[:2] == b"PK"
-    assert is_npz == ("npz" in (options.get("format"), name[-3:]))
-
-
-def test_a_name_that_says_another_format(written: Written) -> None:
-    status, text = export(written.path, output=written.path.with_name("k.CSV"), format="npz")
-    assert status == 2
-    assert text == "not exported: the name 'k.CSV' says another format than --format npz: leave one of them out\n"
-    assert names(written.path.parent) == {"a.rec"}
-
-
-def test_parquet_when_nothing_is_said(written: Written) -> None:
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    assert export(written.path)[0] == 0
-    assert written.path.with_name("a.parquet").read_bytes()[:4] == b"PAR1"
-
-
-def test_a_name_that_says_no_format(written: Written) -> None:
-    status, text = export(written.path, output=written.path.with_name("out.txt"))
-    assert status == 2
-    assert text == (
-        "not exported: the name 'out.txt' says no format: let it end in .parquet, .npz, .csv or .mcap, "
-        "or give --format\n"
-    )
-
-
 def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
     written = write_recording(tmp_path, unanswered=1, finish=False)
-    status, text = export(written.path, format="npz")
+    status, text = export(written.path, "npz")
     assert status == 0
     assert text.startswith(f"{tmp_path / 'a.npz'}: {len(written.rows)} frames of 5 streams, ")
     assert text.endswith(
@@ -122,53 +91,12 @@ def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
         assert len(file["seq"]) == len(written.rows)
 
 
-def test_one_of_anything_is_not_many(written: Written) -> None:
-    assert ": 0 frames of 1 stream, 3 inputs" in export(written.path, format="csv", streams=["5"])[1]
-
-
-def test_json_is_one_object_on_standard_output_and_nothing_else(
-    written: Written, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = written.path.with_name("b.csv")
-    assert export(written.path, output=output, streams=["mic-1"], json=True) == (0, "")
-    assert json.loads(capsys.readouterr().out) == {
-        "file": str(written.path),
-        "exported": True,
-        "output": str(output),
-        "format": "csv",
-        "frames": len(written.of(1, 3)),
-        "streams": 2,
-        "features": 3,
-        "outputs": 2,
-        "unanswered": 0,
-        "states": 0,
-        "finished": True,
-        "bytes": output.stat().st_size,
-        "plot": None,
-    }
-
-
-def test_json_of_what_could_not_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(tmp_path / "no.rec", format="csv", json=True) == (2, "")
-    fields = json.loads(capsys.readouterr().out)
-    assert fields.pop("error").startswith("cannot read the recording")
-    assert fields == {"file": str(tmp_path / "no.rec"), "exported": False}
-    assert names(tmp_path) == set()
-
-
-def test_a_stream_that_is_not_there(written: Written) -> None:
-    status, text = export(written.path, format="csv", streams=["mik-2"])
-    assert status == 2
-    assert text == "not exported: the recording has no stream 'mik-2'; did you mean 'mic-2' or 'mic-1'?\n"
-    assert names(written.path.parent) == {"a.rec"}
-
-
 def test_the_recording_is_not_written_over(written: Written) -> None:
-    before = written.path.read_bytes()
-    status, text = export(written.path, output=written.path, format="csv")
+    before, path = written.path.read_bytes(), written.path.with_name("a.csv")
+    status, text = export(written.path.rename(written.path.with_name("a.csv")))
     assert status == 2
     assert "exists already and is not written over" in text
-    assert written.path.read_bytes() == before
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_is_made_at_the_last_moment_is_not_written_over(
@@ -185,7 +113,7 @@ def test_a_file_that_is_made_at_the_last_moment_is_not_written_over(
 
     for name in ("rename", "hardlink_to"):
         monkeypatch.setattr(Path, name, after_theirs(getattr(Path, name)))
-    status, text = export(written.path, format="csv")
+    status, text = export(written.path)
     assert (status, output.read_text()) == (2, "theirs")
     assert "exists already and is not written over" in text
     assert names(written.path.parent) == {"a.rec", "a.csv"}
@@ -193,7 +121,7 @@ def test_a_file_that_is_made_at_the_last_moment_is_not_written_over(
 
 def test_a_library_that_is_missing(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    status, text = export(written.path)
+    status, text = export(written.path, "parquet")
     assert status == 2
     assert 'pip install "instep[export]"' in text
     assert len(text.splitlines()) == 1
@@ -208,27 +136,12 @@ def format(request: pytest.FixtureRequest) -> Format:
     return found
 
 
-def test_nothing_is_left_after_ctrl_c(written: Written, format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = RecordingReader.batches
-
-    def interrupted(self: RecordingReader, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
-        for batch in batches(self, first, last):
-            if batch.position > 30:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(RecordingReader, "batches", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(written.path, format=format, chunk_frames=8)
-    assert names(written.path.parent) == {"a.rec"}
-
-
 def test_nothing_is_left_of_a_damaged_recording(written: Written, format: Format) -> None:
     content = bytearray(written.path.read_bytes())
     at = content.rindex(np.array(written.rows[-1].x, "<f4").tobytes())
     content[at] ^= 1
     written.path.write_bytes(content)
-    status, text = export(written.path, format=format, chunk_frames=8)
+    status, text = export(written.path, format, chunk_frames=8)
     assert status == 2
     assert "does not match its CRC" in text
     assert text.endswith(f"; what comes before the damage is saved by: instep recordings repair {written.path}\n")
@@ -255,7 +168,7 @@ def lost(path: Path, query: str) -> None:
 )
 def test_rows_that_are_missing_are_damage_and_nothing_is_written(written: Written, query: str) -> None:
     lost(written.path, query)
-    status, text = export(written.path, format="csv")
+    status, text = export(written.path)
     assert status == 2
     assert f"{written.path} is damaged: " in text
     assert "instep recordings repair" in text
@@ -264,13 +177,13 @@ def test_rows_that_are_missing_are_damage_and_nothing_is_written(written: Writte
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX systems do")
 def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format) -> None:
-    longest_name = written.path.with_name("r" * 255)
-    assert export(written.path, format=format, output=longest_name)[0] == 0
+    longest_name = written.path.with_name(f"{'r' * (254 - len(format))}.{format}")
+    assert export(written.path, output=longest_name)[0] == 0
     longest_name.unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
     try:
-        status, text = export(written.path, format=format)
+        status, text = export(written.path, format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
@@ -278,18 +191,16 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
     assert names(written.path.parent) == {"a.rec"}
 
 
-def test_the_command_line(written: Written) -> None:
-    output = written.path.with_name("b.out")
-    arguments = ["export", str(written.path), "--format", "csv", "--output", str(output)]
-    result = CliRunner().invoke(app, [*arguments, "--stream", "1", "--stream", "2", "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["frames"] == len(written.of(1, 4))
-    assert output.exists()
-    assert CliRunner().invoke(app, arguments).exit_code == 2
-
-
 def test_torch_is_not_needed(written: Written) -> None:
     script = "import sys; sys.modules['torch'] = None; from instep.cli import main; main()"
-    command = [sys.executable, "-c", script, "export", str(written.path), "--format", "csv"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "export",
+        str(written.path),
+        "--output",
+        str(written.path.with_suffix(".csv")),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

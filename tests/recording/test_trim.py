@@ -22,7 +22,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import StateRows, Trimmed
 from instep.recording.recovery import Recovered
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.recording.table import FrameTable
+from instep.recording.table import read_frames
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.verify.command import run
@@ -135,7 +135,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
     assert found.first_position == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
         index = SequenceIndex(reader, lambda _: None, all_frames)
-        exported = sum(map(len, FrameTable(reader, index.streams, range(len(index.streams))).chunks()))
+        exported = sum(map(len, read_frames(reader, index.streams, range(len(index.streams)))))
     sequences = index.sequences(np.arange(len(index.stretches)))
     for at, stretch in enumerate(index.stretches):
         stream, places = index.streams[stretch.row].stream, sequences.places(at)

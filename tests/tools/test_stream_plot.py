@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from rich.console import Console
 
-from instep.export.command import Export, run
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, Exit
@@ -17,7 +15,6 @@ from instep_tools.replay import Replay, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import check_plot_path, plot_streams
 from tests.support.fake_server import FakeServer
-from tests.support.written import write_recording
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
@@ -70,15 +67,3 @@ async def test_replay_draws_what_it_got(tmp_path: Path) -> None:
     assert terminal.said.strip().endswith(f"; drew 3 streams in {tmp_path / 'p.svg'}")
     svg = (tmp_path / "p.svg").read_text()
     assert all(f"<!-- {text} -->" in svg for text in ("in.npz, answered by halving", "mic-2", "x2", "y1"))
-
-
-def test_export_draws_the_streams_that_have_frames(tmp_path: Path) -> None:
-    written = write_recording(tmp_path)
-    console = Console(record=True, width=300)
-    assert run(Export(written.path, "csv", plot=tmp_path / "p.svg"), console) == 0
-    assert f"; drew the first 4 of 5 streams in {tmp_path / 'p.svg'}" in console.export_text().replace("\n", "")
-    assert (tmp_path / "p.svg").read_text().count("<!-- mic-1 -->") == 2
-    console = Console(record=True, width=300)
-    assert run(Export(written.path, "csv", tmp_path / "n.csv", ["mic-2"], tmp_path / "n.svg"), console) == 0
-    assert "there was nothing to draw" in console.export_text()
-    assert not (tmp_path / "n.svg").exists()

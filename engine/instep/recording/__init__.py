@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from instep.recording.opened import OpenedRecording
+    from instep.recording.table import OpenedRecording
 
 __all__ = ["open"]
 
@@ -21,6 +21,6 @@ def open(path: str | PathLike[str]) -> OpenedRecording:
     Raises:
         RecordingError: when it is not a recording, or is damaged.
     """
-    from instep.recording.opened import OpenedRecording  # numpy only where it is needed: the command line is light
+    from instep.recording.table import OpenedRecording  # numpy only where it is needed: the command line is light
 
     return OpenedRecording(Path(path))

@@ -175,7 +175,26 @@ class RecordingReader(RecordingFile):
                 if event.position > self._oldest.completed or not (
                     event.stream in self._forgotten or event.seq < self._trimmed_to.get(event.stream, (0, None))[0]
                 ):
-                    yield StateReset(event.position, event.stream, event.seq, event.state)
+                    yield StateReset(event.position, event.time_ns, event.stream, event.seq, event.state)
+
+    def start_states(self, streams: Sequence[StreamInfo]) -> Iterator[tuple[int, int, bytes | None]]:
+        """The states that frames of these streams follow from where it is not the frame before: stream, seq, state.
+
+        The state is None for the model's initial one, which goes without saying before frame 0.
+        """
+        for info in streams:
+            if info.first_seq or info.initial_state is not None:
+                state = info.initial_state
+                yield info.stream, info.first_seq, None if state is None else state.tobytes()
+        numbers = {info.stream for info in streams}
+        for reset in self.resets():
+            if reset.stream in numbers:
+                yield reset.stream, reset.seq, None if reset.state is None else reset.state.tobytes()
+
+    @property
+    def trimmed_until(self) -> int:
+        """Batches up to this position may hold frames that the states hold, too, with which the history begins."""
+        return self._oldest.completed
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in order; where the history was trimmed, it begins at the first."""

@@ -130,6 +130,7 @@ class StateReset:
     """A stream's state was replaced before its frame `seq`."""
 
     position: int
+    time_ns: int
     stream: int
     seq: int
     state: U8 | None

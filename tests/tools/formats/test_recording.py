@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from instep.recording.schema import RecordingHeader, row_crc
+from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
 from instep_tools.formats.recording import read_recording
@@ -117,7 +116,9 @@ def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path:
     opened(writer, 1, "a", 0, first=7)
     batch(writer, 1, [(1, 7, 5.0)])
     begin(writer, 2, [(1, 8, 6.0)])
-    writer.commit()  # and the engine was killed
+    writer.commit()
+    writer.abandon()  # the engine was killed
+    writer = RecordingWriter.resume(tmp_path / "r.db", header())
     batch(writer, 3, [(1, 9, 7.0)])
     writer.close()
     read = read_recording(tmp_path / "r.db")
@@ -149,64 +150,29 @@ def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingW
     np.testing.assert_array_equal(read.initial_states[2], states[1])
 
 
-def sql(*statements: str) -> Callable[[sqlite3.Connection], None]:
-    def run(database: sqlite3.Connection) -> None:
-        for statement in statements:
-            database.execute(statement)
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (sql("UPDATE outputs SET y = zeroblob(length(y)) WHERE batch = 5"), "CRC of row 6 of table outputs"),
-        (sql("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5"), "CRC of row 5 of table batches"),
-        (sql("UPDATE openings SET name = 'mike' WHERE stream = 1"), "CRC of row 2 of table openings"),
-        (sql("UPDATE header SET value = '{}' WHERE key = 'description'"), "table header does not match"),
-        (sql("DELETE FROM header WHERE key = 'state'"), "it is damaged: 'state'"),
-        (sql("DELETE FROM batches WHERE position = 5"), "stream 'tap' has frame 2 where frame 1 belongs"),
-        (sql("DELETE FROM batches WHERE position = 3"), "the first frames of a stream are missing"),
-        (sql("DELETE FROM batches"), "holds no frames"),
-        (sql("DELETE FROM openings WHERE stream = 3"), "a stream that never opened"),
-        (sql("DROP TABLE openings"), "no such table"),
-        (sql("PRAGMA application_id = 1"), "no recording of an instep engine"),
-        (
-            sql("CREATE TABLE topics (id)", "CREATE TABLE messages (id)", "PRAGMA application_id = 0"),
-            "r.db is a ROS 2 bag in SQLite: convert it, by `mcap convert ",
-        ),
-        (sql("PRAGMA user_version = 4"), "has format version 4; this client reads version 2"),
+        ("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5", "row at position 5"),
+        ("DELETE FROM batches WHERE position = 3", "row at position 3"),
+        ("DROP TABLE openings", "is missing"),
+        ("PRAGMA user_version = 4", "format version 4"),
     ],
 )
-def test_damage_is_found(
-    tmp_path: Path, writer: RecordingWriter, damage: Callable[[sqlite3.Connection], None], why: str
-) -> None:
+def test_damage_is_found(tmp_path: Path, writer: RecordingWriter, damage: str, why: str) -> None:
     write_three(writer)
     writer.close()
     database = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
-    damage(database)
+    database.execute(damage)
     database.close()
-    with pytest.raises(BadFile) as failure:
+    with pytest.raises(BadFile, match=why):
         read_recording(tmp_path / "r.db")
-    assert why in str(failure.value)
 
 
-def test_columns_of_different_lengths(tmp_path: Path, writer: RecordingWriter) -> None:
-    opened(writer, 1, "a", 0)
-    batch(writer, 1, [(1, 0, 1.0)])
+def test_what_is_no_recording_or_holds_nothing(tmp_path: Path, writer: RecordingWriter) -> None:
     writer.close()
-    database = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
-    row = list(database.execute("SELECT * FROM batches").fetchone())
-    row[5] = row[5] * 2
-    row[-1] = row_crc(*row[:-1])
-    database.execute("DELETE FROM batches")
-    database.execute(f"INSERT INTO batches VALUES ({', '.join('?' * len(row))})", row)
-    database.close()
-    with pytest.raises(BadFile, match="columns of a batch differ in length"):
-        read_recording(tmp_path / "r.db")
-
-
-def test_no_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(b"SQLite format 3\0 and then nonsense" * 100)
-    with pytest.raises(BadFile, match="is no recording, or it is damaged"):
-        read_recording(tmp_path / "x.db")
+    sqlite3.connect(tmp_path / "bag.db3").execute("CREATE TABLE topics (id)").connection.close()
+    for name, why in (("r.db", "no frames"), ("x.db", "is not a recording"), ("bag.db3", "mcap convert")):
+        with pytest.raises(BadFile, match=why):
+            read_recording(tmp_path / name)
