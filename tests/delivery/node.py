@@ -30,19 +30,15 @@ from instep.replay.recovery import resume_recording
 from instep.runtime.executor import StateLost
 from instep.server.loop import Loop
 from instep.streaming.api import Grants, Names, Origin, StatesRead
-from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.events import EventLog
-from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import IdleLimits, Tombstones
+from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
-from instep.streaming.operations import StreamOperations
+from instep.streaming.operations import Reaper, StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import Reaper
 from instep.streaming.service import ModelService
-from instep.streaming.states import StreamStates
-from instep.streaming.stats import EngineStats
+from instep.streaming.states import Checkpoints, StreamStates
+from instep.streaming.stats import EngineStats, EventLog
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo
 from tests.delivery.disk import HEADER, Disk, HandRecorder, MemoryWriter, files_in_memory

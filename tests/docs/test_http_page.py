@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from instep.frontends.http import admin, events, security, streams
-from instep.streaming.events import EventKind
+from instep.streaming.stats import EventKind
 from instep.streaming.verification import Verification
 from instep_client import AsyncClient
 from tests.docs.support.page import Page

@@ -48,7 +48,7 @@ def waiting(rng: np.random.Generator, timesteps: int = 1) -> np.ndarray:
 async def test_a_stream_whose_frames_wait_does_not_end_because_the_loop_was_held_up(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instep.streaming.reaper._LOOK_EVERY", 1)
+    monkeypatch.setattr("instep.streaming.operations._LOOK_EVERY", 1)
     receive, empty_looks = Router.receive, 0
 
     def late(router: Router, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:

@@ -16,7 +16,7 @@ from instep.frontends.in_process import InProcessOrigin
 from instep.recording.recovery import Recovered
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor, StateLost
-from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.states import Checkpoints
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from instep.models.folder import write_model
-from instep.streaming.events import EventLog
+from instep.streaming.stats import EventLog
 from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, plain

@@ -14,7 +14,7 @@ import pytest
 from instep.recording.errors import DamagedRecording
 from instep.recording.open_streams import OpenStream, load_open_streams
 from instep.runtime.executor import InlineExecutor
-from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
 from tests.support.hibernating import LATER_NS, LIMITS, have, tick

@@ -14,7 +14,7 @@ from instep.core.typing import F32
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.runtime.executor import InlineExecutor
-from instep.streaming.checkpoints import Checkpoints
+from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.hibernating import LIMITS, SOON_NS, ZERO, have, tick

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep.core.histogram import add_to, new_histogram
-from instep.streaming.history import COLUMNS, ROWS, History
+from instep.streaming.stats import COLUMNS, HISTORY_ROWS, History
 from instep_client import AsyncClient
 from tests.support.models import SMALL
 from tests.support.running import running
@@ -81,11 +81,11 @@ def test_the_parts_of_the_mean_latency_add_up(rng: np.random.Generator) -> None:
 def test_ten_minutes_are_kept() -> None:
     total = 0
     history = History(lambda: {"frames_pending": float(total)}, {})
-    for total in range(ROWS + 41):
+    for total in range(HISTORY_ROWS + 41):
         history.sample((1 + total) * SECOND)
-        assert len(history) == min(total, ROWS)
-        if total in (1, 7, ROWS - 1, ROWS, ROWS + 1, ROWS + 40):
-            assert history.columns()["frames_pending"] == list(range(max(1, total - ROWS + 1), total + 1))
+        assert len(history) == min(total, HISTORY_ROWS)
+        if total in (1, 7, HISTORY_ROWS - 1, HISTORY_ROWS, HISTORY_ROWS + 1, HISTORY_ROWS + 40):
+            assert history.columns()["frames_pending"] == list(range(max(1, total - HISTORY_ROWS + 1), total + 1))
 
 
 def test_it_continues_that_of_a_former_version() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instep.runtime.executor import InlineExecutor
-from instep.streaming.idle import IdleLimits
+from instep.streaming.hibernation import IdleLimits
 from instep_client.protocol.codes import Code
 from tests.support.streaming import PARK_NS, StreamingEngine, failures, random_frames, step, streaming
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from instep.core.typing import U64
-from instep.streaming.idle import IdleLimits
+from instep.streaming.hibernation import IdleLimits
 from tests.support.streaming import StreamingEngine
 
 SOON_NS = 10**9

@@ -28,19 +28,15 @@ from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.loop import Loop
 from instep.server.recordings import recording_header
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
-from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.events import EventLog
-from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import IdleLimits, Tombstones
+from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
-from instep.streaming.operations import StreamOperations
+from instep.streaming.operations import Reaper, StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import Reaper
 from instep.streaming.service import About, ModelService, Recovery
-from instep.streaming.states import StreamStates
-from instep.streaming.stats import EngineStats
+from instep.streaming.states import Checkpoints, StreamStates
+from instep.streaming.stats import EngineStats, EventLog
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from instep.config import Config
 from instep.server.preparation import CannotServe
-from instep.streaming.idle import IdleLimits
+from instep.streaming.hibernation import IdleLimits
 
 _FLOAT32_BYTES = 4
 _ENVELOPE_BYTES = 1024

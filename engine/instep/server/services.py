@@ -27,19 +27,15 @@ from instep.runtime.stepper import Stepper
 from instep.server.execution import make_executor, max_light_batch
 from instep.server.limits import EffectiveLimits, effective_limits, idle_limits
 from instep.server.preparation import Prepared
-from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.events import EventKind, EventLog
-from instep.streaming.hibernation import Hibernation
-from instep.streaming.idle import Tombstones
+from instep.streaming.hibernation import Hibernation, Tombstones
 from instep.streaming.journal import Journal
 from instep.streaming.listing import Listing
-from instep.streaming.operations import StreamOperations
+from instep.streaming.operations import Reaper, StreamOperations
 from instep.streaming.origins import Origins
-from instep.streaming.reaper import Reaper
 from instep.streaming.service import About, ModelService
-from instep.streaming.states import StreamStates
-from instep.streaming.stats import EngineStats
+from instep.streaming.states import Checkpoints, StreamStates
+from instep.streaming.stats import EngineStats, EventKind, EventLog
 from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.verification import Verification
 from instep_client.protocol.wire import PROTOCOL_VERSION, ServerInfo

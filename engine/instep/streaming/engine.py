@@ -29,10 +29,9 @@ from instep.core.typing import I32, I64
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
 from instep.streaming.api import Frames, Refusal
 from instep.streaming.delivery import Delivery
-from instep.streaming.events import EventLog
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
-from instep.streaming.stats import EngineStats
+from instep.streaming.stats import EngineStats, EventLog
 from instep.streaming.tasks import Waiters
 from instep_client.protocol.codes import Code
 

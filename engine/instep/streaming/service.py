@@ -12,14 +12,11 @@ import structlog
 from instep.core.tables import CREDIT_STALLS, RECEIVED_FRAMES, REPEATED_FRAMES
 from instep.recording.database import bytes_on_disk
 from instep.recording.recorder import Recorder
-from instep.streaming.checkpoints import Checkpoints
 from instep.streaming.engine import Engine
-from instep.streaming.events import EventLog
-from instep.streaming.history import History
 from instep.streaming.listing import Listing
-from instep.streaming.operations import StreamOperations
-from instep.streaming.reaper import Reaper
-from instep.streaming.states import StreamStates
+from instep.streaming.operations import Reaper, StreamOperations
+from instep.streaming.states import Checkpoints, StreamStates
+from instep.streaming.stats import EventLog, History
 from instep.streaming.tasks import Tasks
 from instep.streaming.verification import Verification
 from instep_client.protocol.codes import Code

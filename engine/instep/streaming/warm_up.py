@@ -12,10 +12,9 @@ from instep.core.typing import I64
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
-from instep.streaming.events import EventLog
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
-from instep.streaming.stats import EngineStats
+from instep.streaming.stats import EngineStats, EventLog
 from instep_client.protocol.codes import Code
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from instep.frontends.http.streams import FrameRates
 from instep.server.server import Server
-from instep.streaming.events import MOST
+from instep.streaming.stats import MOST_EVENTS as MOST
 from instep_client import AsyncClient
 from tests.support.admin import administered, connect, error, longest_turn
 from tests.support.models import SEED_SIZED, SMALL
