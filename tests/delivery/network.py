@@ -34,7 +34,7 @@ class Connection:
 
     def rename(self) -> None:
         """ZeroMQ connects again behind the client's back: the server sees a new connection."""
-        self.routing_id = bytes([0, self.owner]) + next(_numbers).to_bytes(4, "big")
+        self.routing_id = bytes([0, self.owner]) + next(_numbers).to_bytes(3, "big")
         self.to_server.clear()
         self.to_client.clear()
 
