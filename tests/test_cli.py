@@ -238,8 +238,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["model", "make", "m", "--features", "abc"], ["--features", "'abc'"]),
-            (["model", "make", "m", "--features", "3", "--hidden", "4.5"], ["--hidden", "'4.5'"]),
+            (["model", "shadow", "m", "--share", "abc"], ["--share", "'abc'"]),
+            (["model", "shadow", "m", "--share", "4,5"], ["--share", "'4,5'"]),
         ],
     )
     def test_of_values_name_the_flag_and_the_value_in_plain_words(self, arguments: list[str], words: list[str]) -> None:
@@ -252,7 +252,7 @@ class TestErrors:
         assert "Value error" not in result.stderr
 
     def test_of_typing_in_the_model_commands_too(self) -> None:
-        assert "Did you mean 'make'?" in instep("model", "mkae").stderr
+        assert "Did you mean 'check'?" in instep("model", "chekc").stderr
 
 
 class TestVerify:

@@ -1,77 +1,21 @@
-"""The commands `instep model`, as typed: make, import, check, show a model folder, and compare one on live streams."""
+"""The commands `instep model`, as typed: import, check and show a model folder, and compare one on live streams."""
 
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from instep_tools.command_line import CommandLine
 
-if TYPE_CHECKING:
-    from instep.models.recurrent.description import RecurrentDescription
-
 Value = TypeVar("Value")
 
-app = CommandLine(help="Make a model folder, import one, check it, look into it, or compare it on live streams.")
+app = CommandLine(help="Import a model folder, check it, look into it, or compare it on live streams.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")]
-
-
-@app.command(
-    "make",
-    examples=(
-        "instep model make my-model --features 40 --hidden 128",
-        "instep model make ears --features 40 --hidden 128 --after 10:softmax",
-        "instep model make deep --features 40 --kind lstm --hidden 128 --layers 2",
-    ),
-)
-def make(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it; made if it does not exist.")],
-    features: Annotated[int, typer.Option(help="Values per frame.", show_default=False)],
-    hidden: Annotated[int, typer.Option(help="The hidden size.", show_default=False)],
-    kind: Annotated[Literal["gru", "lstm", "rnn"], typer.Option(help="The recurrent layers.")] = "gru",
-    layers: Annotated[int, typer.Option(help="How many recurrent layers.")] = 1,
-    nonlinearity: Annotated[
-        Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN; tanh if not given.", show_default=False)
-    ] = None,
-    no_bias: Annotated[bool, typer.Option("--no-bias", help="Layers without biases.")] = False,
-    before: Annotated[
-        list[str],
-        typer.Option(metavar="LAYER[:ACTIVATION]", help="A layer before them: 64, or layer_norm; repeat for more."),
-    ] = [],  # noqa: B006
-    after: Annotated[
-        list[str],
-        typer.Option(metavar="LAYER[:ACTIVATION]", help="A layer after them: 64, or layer_norm; repeat for more."),
-    ] = [],  # noqa: B006
-    init: Annotated[Literal["random", "constant"], typer.Option(help="How weights are made.")] = "random",
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="For --init random: the same seed, the same weights.")
-    ] = 0,
-    weight: Annotated[float, typer.Option(help="For --init constant: every weight.")] = 0.5,
-    bias: Annotated[float, typer.Option(help="For --init constant: every bias.")] = 0.0,
-    name: Annotated[
-        str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Make a model folder, with random or constant weights, for trying things out."""
-    recurrent: dict[str, Any] = {"hidden_size": hidden, "num_layers": layers, "bias": not no_bias}
-    if nonlinearity is not None:
-        recurrent["nonlinearity"] = nonlinearity
-    typed = {"before": before, "after": after}
-    around = {place: [_layer(text, not no_bias) for text in texts] for place, texts in typed.items()}
-    description = _described(kind, {"features": features, kind: recurrent, **around}, typed)
-
-    from instep.models.folder import make_model, write_model
-
-    made = make_model(description, init, name=name or folder.resolve().name, seed=seed, weight=weight, bias=bias)
-    write_model(folder, made, overwrite=overwrite)
-    say(f"{folder}: {description.in_words()}")
 
 
 @app.command(
@@ -94,9 +38,6 @@ def import_model(
         Path | None,
         typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
     ] = None,
-    nonlinearity: Annotated[
-        Literal["tanh", "relu"] | None, typer.Option(help="Of an RNN: weights do not say.", show_default=False)
-    ] = None,
     before: Annotated[
         list[str],
         typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm before it; repeat for more, in order."),
@@ -108,9 +49,6 @@ def import_model(
     leave_out: Annotated[
         list[str], typer.Option("--leave-out", metavar="NAME", help="A layer that is not served; repeat for more.")
     ] = [],  # noqa: B006
-    outputs: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="A name for each output: yes,no,perhaps.", show_default=False)
-    ] = None,
     answer: Annotated[
         str | None, typer.Option(metavar="OUTPUT", help="Of an ONNX graph: the answer.", show_default=False)
     ] = None,
@@ -125,10 +63,7 @@ def import_model(
         list[str],
         typer.Option(metavar="INPUT=SHAPE", help="Of an ONNX graph: a shape that it leaves open, as x=rows,40."),
     ] = [],  # noqa: B006
-    name: Annotated[
-        str | None, typer.Option(help="The name shown to clients. Default: the folder's.", show_default=False)
-    ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
 ) -> None:
     """Make a model folder of the weights of a trained network, or of a graph in ONNX.
 
@@ -138,9 +73,8 @@ def import_model(
     The state of an ONNX graph is found by name, as h and hn; the other options say what the names do not.
     """
     folder = output or file.with_suffix("")
-    names = [] if outputs is None else [each.strip() for each in outputs.split(",")]
-    if file.suffix == ".onnx" and (nonlinearity or before or after or leave_out):
-        raise typer.BadParameter("--nonlinearity, --before, --after and --leave-out go with weights, not with a graph")
+    if file.suffix == ".onnx" and (before or after or leave_out):
+        raise typer.BadParameter("--before, --after and --leave-out go with weights, not with a graph")
     if file.suffix != ".onnx" and (answer or state or constant or shape):
         raise typer.BadParameter("--answer, --state, --constant and --shape go with an .onnx graph")
     if file.suffix == ".onnx":
@@ -153,26 +87,14 @@ def import_model(
             answer=answer,
             constants=_assigned("constant", constant, _number),
             shapes=_assigned("shape", shape, _extents),
-            name=name,
-            outputs=names,
             overwrite=overwrite,
         )
-        say(f"{folder}: {model.description.in_words()}")
-        return
+    else:
+        from instep.models.handover.save import save_model
 
-    from instep.models.handover.save import save_model
-
-    model = save_model(
-        folder,
-        file,
-        [_named("before", text) for text in before],
-        [_named("after", text) for text in after],
-        name,
-        outputs=names,
-        nonlinearity=nonlinearity,
-        leave_out=leave_out,
-        overwrite=overwrite,
-    )
+        around = {"before": before, "after": after}
+        layers: Any = {place: [_named(place, text) for text in texts] for place, texts in around.items()}
+        model = save_model(folder, file, **layers, leave_out=leave_out, overwrite=overwrite)
     say(f"{folder}: {model.description.in_words()}")
 
 
@@ -286,39 +208,6 @@ def say(sentence: str) -> None:
     terminal.say(Console(), sentence)
 
 
-def _described(kind: str, fields: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> RecurrentDescription:
-    """The description, checked.
-
-    Args:
-        kind: of the recurrent layers.
-        fields: the keys of the description.
-        typed: the layers as they were typed, `64:relu`, `64` or `layer_norm`, by `before` and `after`.
-
-    Raises:
-        ConfigError: naming each flag that is wrong, those of layers as they were typed.
-    """
-    from pydantic import ValidationError
-
-    from instep.config import ConfigError, Problem
-    from instep.models.recurrent.description import DESCRIPTIONS
-    from instep.models.registry import in_words
-
-    try:
-        return DESCRIPTIONS[kind].model_validate({"kind": kind, **fields})
-    except ValidationError as error:
-        raise ConfigError(
-            [
-                Problem(
-                    "",
-                    _flag(found["loc"], typed),
-                    in_words(found),
-                    "see `instep model make --help`",
-                )
-                for found in error.errors(include_url=False)
-            ]
-        ) from None
-
-
 def _named(place: str, text: str) -> tuple[str, str]:
     name, colon, activation = text.rpartition(":")
     if not colon:
@@ -349,22 +238,3 @@ def _number(text: str) -> float:
 
 def _extents(text: str) -> tuple[Any, ...]:
     return tuple(each if each == "rows" else int(each) for each in text.replace(" ", "").split(","))
-
-
-def _layer(text: str, bias: bool) -> dict[str, Any]:
-    size, _, activation = text.partition(":")
-    first = {"layer_norm": True} if size == "layer_norm" else {"size": int(size) if size.isdecimal() else size}
-    return {**first, "activation": activation or "none", "bias": bias}
-
-
-def _flag(location: tuple[int | str, ...], typed: Mapping[str, Sequence[str]]) -> str:
-    """Which flag gave that part of a description: `--after 3:softmx`."""
-    match location:
-        case (("before" | "after") as place, int(index), *_):
-            return f"--{place} {typed[place][index]}"
-        case (_, "hidden_size"):
-            return "--hidden"
-        case (_, "num_layers"):
-            return "--layers"
-        case _:
-            return f"--{location[-1]}"

@@ -19,7 +19,7 @@ PAGE = Page("quickstart.md")
 
 
 def test_everything_it_tells_to_type_works(tmp_path: Path) -> None:
-    typed = [words for _, block in PAGE.blocks("bash") for words in commands(block) if words[0] == "instep"]
+    typed = [words for _, block in PAGE.blocks("bash") for words in commands(block) if words[0] in ("python", "instep")]
     make_model, serve, verify, export = typed
     single, group, killed = (code for _, code in PAGE.blocks("python"))
     made = run(make_model, tmp_path)

@@ -79,7 +79,7 @@ def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path
 def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one() -> None:
     with pytest.raises(CannotServe, match="no model to serve") as error:
         prepare(Config(), QUIET)
-    for command in ("instep serve FOLDER", "instep model make FOLDER", "instep serve --demo"):
+    for command in ("instep serve FOLDER", "instep serve --demo"):
         assert command in str(error.value)
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, TypeGuard
 import torch
 import yaml
 
-from instep.memory import usable_memory
 from instep.models.base import Description
 from instep.models.errors import ModelError, no_folder
 from instep.models.model import Model
@@ -203,16 +202,10 @@ def make_model(
     one), from `seed` alone; `constant` sets every weight to `weight` and every bias to `bias`.
 
     Raises:
-        ModelError: for a constant that is not finite, a name that is not 1 to 100 printable characters, or more weights
-            than there is memory for.
+        ModelError: for a constant that is not finite, or a name that is not 1 to 100 printable characters.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = description.tensor_shapes()
-    count = sum(map(math.prod, shapes.values()))
-    if 4 * count > usable_memory():
-        raise ModelError(
-            f"no memory for a model of {count:,} weights ({count * 4 / 1e9:,.0f} GB): make its layers smaller"
-        )
     weights = {tensor_name: torch.empty(shape, dtype=torch.float32) for tensor_name, shape in shapes.items()}
     for tensor_name, tensor in weights.items():
         layer, _, kind = tensor_name.rpartition(".")

@@ -164,9 +164,8 @@ def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]
     """Every model and its folder, the default one first."""
     if not folders:
         raise CannotServe(
-            "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), make one "
-            "to try things out (instep model make FOLDER --features 40 --hidden 128), or serve the demo's "
-            "(instep serve --demo)"
+            "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), or "
+            "serve the demo's to try things out (instep serve --demo)"
         )
     loaded: dict[str, tuple[Model, Path]] = {}
     for name, folder in folders:
