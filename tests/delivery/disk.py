@@ -15,8 +15,8 @@ from unittest import mock
 
 import numpy as np
 
-from instep.recording import file as recording_file
 from instep.recording import open_streams
+from instep.recording import reader as recording_reader
 from instep.recording import recovery as recording_recovery
 from instep.recording.database import LIMITS, DatabaseLimits, with_crcs
 from instep.recording.reader import RecordingReader
@@ -161,7 +161,7 @@ class MemoryReader(RecordingReader):
             until = min(until, self.last_position)
         found = [(key, row) for key, row in sorted(self._image[table].items()) if first <= key <= until]
         for key, row in found:
-            if not recording_file.sound_rows(table, [row]):  # type: ignore[attr-defined]  # where a mutant replaces it
+            if not recording_reader.sound_rows(table, [row]):  # type: ignore[attr-defined]  # where a mutant replaces it
                 raise self.damaged(f"the row {key} (of {table}) does not match its CRC")
         yield [row[:-1] for _, row in found]
 

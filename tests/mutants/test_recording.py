@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from instep.recording.errors import DamagedRecording
-from instep.recording.file import RecordingFile
 from instep.recording.inspection import inspect
 from instep.recording.lock import WriterLock
+from instep.recording.reader import RecordingReader
 from instep.recording.records import refuse_other_model
 from instep.recording.schema import RecordingHeader, sound_rows
 from instep.recording.writer import RecordingWriter, set_up
@@ -75,7 +75,7 @@ RULES = (
     ),
     BrokenRule(
         "a row that is missing is passed over",
-        RecordingFile.check_positions,
+        RecordingReader.check_positions,
         lambda original, file, first=1: None,
         [a_missing_batch_is_damage],
     ),

@@ -24,6 +24,7 @@ from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.replaying import replay
 from tests.support.scribe import Scribe
+from tests.support.written import write_recording
 
 GRU = make_gru(3, 4, layers=2)
 HEADER = make_header(gru_description(GRU), model_folder="/models/test")
@@ -240,7 +241,7 @@ def test_repair_that_would_save_no_frame_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_repair_of_what_is_whole_writes_nothing(tmp_path: Path) -> None:
-    record(tmp_path / "a.rec")
+    write_recording(tmp_path)
     status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
     assert (status, text) == (0, f"{tmp_path / 'a.rec'} is whole: nothing to repair, and nothing was written\n")
     assert not (tmp_path / "b.rec").exists()

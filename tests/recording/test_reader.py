@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.recording.errors import RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
@@ -51,6 +52,26 @@ def test_streams_come_back_with_their_states(path: Path) -> None:
     final = infos[1].final_state
     assert final is not None
     assert not final.any()
+
+
+def test_a_final_state_is_missing_only_where_it_was_lost(path: Path, tmp_path: Path) -> None:
+    forger = Forger(path, tmp_path / "forged.rec")
+    closing = forger.rows("closings")[0]["position"]
+    forger.change("closings", closing, final_state=None)
+    with pytest.raises(DamagedRecording, match="the final state of stream 1 is missing"):
+        read_all(forger.path)
+    forger.change("closings", closing, reason="state_lost")
+    read_all(forger.path)
+
+
+@pytest.mark.parametrize("detail", ["[" * 100_000, "{", '{"durability": 3}', '{"surprise": 1}', "[]"])
+def test_what_changed_with_an_engine_is_checked(path: Path, tmp_path: Path, detail: str) -> None:
+    RecordingWriter.resume(path, replace(HEADER, instep_version="0.2")).close()
+    forger = Forger(path, tmp_path / "forged.rec")
+    event = next(row for row in forger.rows("events") if row["kind"] == "engine")
+    forger.change("events", event["position"], detail=detail)
+    with RecordingReader(forger.path) as reader, pytest.raises(DamagedRecording, match="damaged or incomplete"):
+        assert reader.engines
 
 
 def test_batches_come_back_in_order_and_by_range(path: Path) -> None:

@@ -51,6 +51,8 @@ def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
         ("features", '"3"'),
         ("description", '"gru"'),
         ("model_name", "not json"),
+        ("description", "[" * 100_000),
+        ("format_version", "3"),
         ("surprise", "1"),
         ("output_names", "[]"),
         ("description", '{"output_names": ["one too few"]}'),

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from instep.recording.errors import RecordingError
-from instep.recording.file import READ_LIMITS, ReadLimits
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import READ_LIMITS, ReadLimits, RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger

@@ -10,8 +10,7 @@ import pytest
 
 import instep.recording
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
-from instep.recording.file import ReadLimits
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import ReadLimits, RecordingReader
 from instep.recording.records import StreamInfo, select_streams
 from instep.recording.table import FrameChunk, OpenedRecording, RecordedStream, read_frames
 from instep.recording.writer import RecordingWriter

@@ -14,7 +14,7 @@ import pytest
 
 from instep.models.registry import build
 from instep.recording.errors import DamagedRecording
-from instep.recording.file import READ_LIMITS, ReadLimits
+from instep.recording.reader import READ_LIMITS, ReadLimits
 from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.verify.following import Follower

@@ -377,7 +377,7 @@ def test_a_final_state_on_which_server_and_replay_agree_is_held_against_the_refe
 def test_a_final_state_that_is_not_known_is_not_compared(tmp_path: Path) -> None:
     recorded = record_gru(tmp_path, make_gru(), LENGTHS)
     forger = Forger(recorded.path, tmp_path / "forged.rec")
-    forger.change("closings", forger.rows("closings")[0]["position"], final_state=None)
+    forger.change("closings", forger.rows("closings")[0]["position"], final_state=None, reason="state_lost")
     assert verify(Recorded(forger.path, recorded.folder, recorded.header)).verdict == "exact"
 
 

@@ -18,10 +18,9 @@ from instep.interrupts import stop_no_more
 from instep.recording import inspection
 from instep.recording.database import check_place, insert, make_tables, remove_database, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.file import UNREADABLE, connect_to_read
 from instep.recording.inspection import Inspection, when
 from instep.recording.lock import WriterLock
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import UNREADABLE, RecordingReader, connect_to_read
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import (
     APPLICATION_ID,

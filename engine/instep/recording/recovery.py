@@ -10,10 +10,9 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import I64
-from instep.recording.file import Closing
 from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.portions import Portion, portions
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import Closing, RecordingReader
 from instep.recording.records import RecordedEvent, find_sorted
 from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RESET_EVENT, read_owner_detail
 

@@ -18,6 +18,7 @@ from instep.recording.schema import (
     COUNTED,
     FAILED_EVENT,
     HISTORY,
+    LOST,
     OWNER_EVENT,
     STATES_EVENT,
     TABLES,
@@ -161,17 +162,16 @@ class RowWriter:
         Args:
             time_ns: nanoseconds since 1970.
             streams: int64 [N].
-            reason: of them all.
+            reason: of those that are not lost.
             frames: int64 [N], the seqs that their next frames would have had.
             final_states: rows of bytes, uint8 [N, row_bytes].
             lost: bool [N], whose state is not known, and not recorded.
         """
-        states = (
-            None if is_lost else found
-            for is_lost, found in zip(lost.tolist(), state_blobs(final_states, len(streams)), strict=True)
-        )
-        numbers = streams.tolist()
-        self._insert_rows("closings", time_ns, numbers, frames.tolist(), repeat(reason, len(numbers)), states)
+        numbers, are_lost = streams.tolist(), lost.tolist()
+        reasons = (LOST if is_lost else reason for is_lost in are_lost)
+        blobs = state_blobs(final_states, len(numbers))
+        states = (None if is_lost else found for is_lost, found in zip(are_lost, blobs, strict=True))
+        self._insert_rows("closings", time_ns, numbers, frames.tolist(), reasons, states)
         self._closed += numbers
         if len(self._closed) > _MOST_CLOSED:
             self._delete_states([])

@@ -36,9 +36,10 @@ consistent recording.
 * The header holds `features`, `outputs` and `state`: `[name, shape, dtype, initial value]` for each leaf of a stream's
   state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
   of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
-  where every leaf has its initial value; `final_state` is NULL where it was not known. `frames` is the seq that the
-  stream's next frame would have had: with a `first_seq` of 0, how many were applied. In `description`, the network as
-  its `model.yaml` has it, the key `output_names` is there if the model names its outputs.
+  where every leaf has its initial value; `final_state` is NULL where it was not known, and `reason` is `state_lost`
+  then. `frames` is the seq that the stream's next frame would have had: with a `first_seq` of 0, how many were applied.
+  In `description`, the network as its `model.yaml` has it, the key `output_names` is there if the model names its
+  outputs.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -92,8 +93,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import groupby, islice, repeat
 from struct import Struct
@@ -108,6 +110,8 @@ Column: TypeAlias = int | str | bytes | None
 """A value of a row."""
 
 FORMAT_VERSION: Final = 2
+LOST: Final = "state_lost"
+"""The reason for a closing whose final state was not known."""
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
@@ -323,28 +327,49 @@ class RecordingHeader:
         Raises:
             RecordingError: when one is damaged or missing.
         """
-        try:
+        with _reading_json("header"):
             for key, value, crc in rows:
                 if crc != row_crc(key, value):
                     raise RecordingError(f"the header {key!r} is damaged: its CRC does not match")
             fields = {key: json.loads(value) for key, value, _ in rows}
-            output_names = tuple(fields["description"].pop("output_names", ()))
+            output_names = fields["description"].pop("output_names", ())
             if missing := _field_types().keys() - fields.keys() - {"output_names"}:
                 raise LookupError(f"{min(missing)} is missing")
-            header = cls(**fields, output_names=output_names)
-            for name, kind in _field_types().items():
-                if not isinstance(getattr(header, name), kind):
-                    raise TypeError(f"{name} is not a {kind.__name__}")
-            if min(header.features, header.outputs) < 1:
-                raise ValueError("a size is below 1")
-            if len(header.output_names) not in (0, header.outputs) or not all(
-                isinstance(name, str) for name in header.output_names
-            ):
-                raise ValueError("output_names are not one text for each output")
-            _ = header.state_spec  # raises ValueError for a bad one
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-            raise RecordingError(f"the header is damaged or incomplete ({error})") from None
-        return header
+            return cls(**fields, output_names=tuple(output_names))._checked()
+
+    def changed(self, detail: str) -> RecordingHeader:
+        """That of a later engine, from the detail of its event.
+
+        Raises:
+            RecordingError: when it is damaged.
+        """
+        with _reading_json("detail"):
+            changes = json.loads(detail)
+            names = tuple(changes.pop("output_names", self.output_names))
+            return replace(self, **changes, output_names=names)._checked()
+
+    def _checked(self) -> RecordingHeader:
+        for name, kind in _field_types().items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is not a {kind.__name__}")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"it says format version {self.format_version}")
+        if min(self.features, self.outputs) < 1:
+            raise ValueError("a size is below 1")
+        if len(self.output_names) not in (0, self.outputs) or not all(
+            isinstance(name, str) for name in self.output_names
+        ):
+            raise ValueError("output_names are not one text for each output")
+        _ = self.state_spec  # raises ValueError for a bad one
+        return self
+
+
+@contextmanager
+def _reading_json(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise RecordingError(f"the {what} is damaged or incomplete ({error})") from None
 
 
 @cache

@@ -11,8 +11,7 @@ import numpy as np
 
 from instep.core.typing import F32, I64, U64, Bool
 from instep.recording.errors import RecordingError
-from instep.recording.file import Closing
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import Closing, RecordingReader
 from instep.recording.records import BatchGroup, StreamInfo, find_sorted, no_such_stream
 from instep.recording.schema import RecordingHeader
 from instep_tools.words import counted

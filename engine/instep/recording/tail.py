@@ -11,9 +11,8 @@ from typing import TypeAlias
 
 from instep.core.typing import U8
 from instep.recording.errors import DamagedRecording
-from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.open_streams import OpenStream, read_open_stream
-from instep.recording.reader import MARKS, RecordingReader
+from instep.recording.reader import MARKS, READ_LIMITS, ReadLimits, RecordingReader
 from instep.recording.records import BatchGroup, RecordedEvent
 from instep.recording.schema import (
     CHECKPOINT_EVENT,

@@ -17,7 +17,7 @@ from instep.interrupts import Stopped
 from instep.models.folder import load_version
 from instep.models.numerics import prepare
 from instep.models.registry import build
-from instep.recording.file import RecordingFile
+from instep.recording.reader import RecordingReader
 from instep.runtime.stepper import Stepper
 from instep.shadow.shadow import Shadow
 
@@ -93,7 +93,7 @@ def make_shadow(asked: Shadowing, most_streams: int = MOST_STREAMS, most_listed:
     """
     engine = Config().engine
     prepare()
-    with RecordingFile(asked.recording) as recording:
+    with RecordingReader(asked.recording) as recording:
         header = recording.header
     model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")
     network = build(model, torch.device("cpu"))

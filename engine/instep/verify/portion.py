@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from instep.core.typing import F32, I64, U8, Bool
-from instep.recording.file import READ_LIMITS, ReadLimits
 from instep.recording.frames import Sequences
+from instep.recording.reader import READ_LIMITS, ReadLimits
 from instep.recording.records import BatchGroup
 
 
