@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from instep.models.errors import ModelError
 from instep.models.module.operators import ALLOWED
 from instep.models.portable.definition import Definition
 from instep.models.portable.trace import Traced, trace
@@ -52,15 +51,15 @@ def of_places(name: str) -> Case:
 
 UNARY: Final = frozenset(
     """
-    abs acos acosh asin asinh atan atanh ceil cos cosh deg2rad erf erfc exp exp2 expm1 fix floor frac isfinite isinf
+    abs acos  asin  atan  ceil cos cosh deg2rad erf erfc exp exp2 expm1 fix floor frac isfinite isinf
     isnan log log10 log1p log2 logical_not logit nan_to_num neg negative rad2deg reciprocal round rsqrt sgn sigmoid
-    sign sin sinc sinh special_expit sqrt square tan tanh trunc celu elu gelu glu hardshrink hardsigmoid hardswish
+    sign sin sinc  special_expit sqrt square tan tanh trunc celu elu gelu glu hardshrink hardsigmoid hardswish
     hardtanh leaky_relu log_sigmoid mish relu relu6 selu silu softplus softshrink
     """.split()  # noqa: SIM905
 )
 BINARY: Final = frozenset(
     """
-    add atan2 copysign div divide eq floor_divide fmax fmin fmod ge greater gt heaviside hypot isclose le less
+    add atan2 copysign div divide eq floor_divide   fmod ge greater gt heaviside hypot isclose le less
     logaddexp logaddexp2 logical_and logical_or logical_xor lt maximum minimum mul multiply ne pow remainder rsub
     special_xlog1py sub subtract true_divide xlogy
     """.split()  # noqa: SIM905
@@ -111,7 +110,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         lambda x, y: 2.5**x,
         lambda x, y: places(x) ** 3,
     ],
-    "round": [lambda x, y: torch.round(x, decimals=2)],
     "where": [
         lambda x, y: torch.where(is_high(x), x, y),
         lambda x, y: torch.where(is_high(x), 1.0, y),
@@ -119,9 +117,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     ],
     "logit": [lambda x, y: torch.logit(x, 0.3)],
     "isclose": [lambda x, y: torch.isclose(x, x * 1.000001), lambda x, y: torch.isclose(places(x), places(y))],
-    "erfinv": [],
-    "lgamma": [],
-    "digamma": [],
     # Activations and layers.
     "gelu": [lambda x, y: F.gelu(x, approximate="tanh")],
     "glu": [lambda x, y: F.glu(x, 1)],
@@ -131,14 +126,12 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "log_softmax": [lambda x, y: torch.log_softmax(x, -1)],
     "prelu": [lambda x, y: F.prelu(x - 0.5, constant(1)), lambda x, y: F.prelu(x - 0.5, constant(4))],
     "threshold": [lambda x, y: F.threshold(x, 0.5, 0.1)],
-    "addbmm": [lambda x, y: torch.addbmm(y[0, :, :4], x, y.transpose(1, 2))],
     "addmm": [
         lambda x, y: torch.addmm(y[0, 0, :4], x[0], y[0].t()),
         lambda x, y: torch.addmm(y[0, :, :4], x[0], y[0].t(), beta=0.5, alpha=2),
     ],
     "addmv": [lambda x, y: torch.addmv(y[0, :, 0], x[0], y[0, 0])],
     "baddbmm": [lambda x, y: torch.baddbmm(y[:, :, :4], x, y.transpose(1, 2))],
-    "bilinear": [lambda x, y: F.bilinear(x, y, constant(3, 6, 6), constant(3))],
     "bmm": [lambda x, y: torch.bmm(x, y.transpose(1, 2))],
     "conv1d": [
         lambda x, y: F.conv1d(x, constant(3, 4, 3), constant(3)),
@@ -262,12 +255,9 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "argmax": [lambda x, y: x.argmax(-1), lambda x, y: x.argmax(), lambda x, y: places(x).argmax(1, True)],
     "argmin": [lambda x, y: x.argmin(-1), lambda x, y: x.argmin(), lambda x, y: places(x).argmin(1, True)],
     "count_nonzero": [lambda x, y: places(x).count_nonzero(-1), lambda x, y: torch.relu(x).count_nonzero()],
-    "cummax": [lambda x, y: x.cummax(-1), lambda x, y: x.cummax(1)],
-    "cummin": [lambda x, y: x.cummin(-1)],
     "cumprod": [lambda x, y: x.cumprod(-1)],
     "cumsum": [lambda x, y: x.cumsum(1), lambda x, y: places(x).cumsum(-1), lambda x, y: is_high(x).cumsum(-1)],
     "diff": [lambda x, y: x.diff(), lambda x, y: x.diff(n=2, dim=1)],
-    "logcumsumexp": [lambda x, y: x.logcumsumexp(-1)],
     "logsumexp": [lambda x, y: x.logsumexp(-1), lambda x, y: x.logsumexp((1, 2), True)],
     "max": [lambda x, y: x.max(-1), lambda x, y: x.max(), lambda x, y: torch.max(x, y)],
     "mean": [lambda x, y: x.mean(-1), lambda x, y: x.mean(), lambda x, y: x.mean((1, 2), True)],
@@ -295,13 +285,8 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         lambda x, y: F.avg_pool2d(x[:, None], 2, 3, divisor_override=3),
     ],
     "adaptive_avg_pool1d": [lambda x, y: F.adaptive_avg_pool1d(x, 4)],
-    "adaptive_max_pool1d": [lambda x, y: F.adaptive_max_pool1d(x, 4, return_indices=True)],
     "max_pool1d": [lambda x, y: F.max_pool1d(x, 2), lambda x, y: F.max_pool1d(x, 3, 2, 1, ceil_mode=True)],
     "max_pool2d": [lambda x, y: F.max_pool2d(x, 2), lambda x, y: F.max_pool2d(x[:, None], 2, 1, 1, (1, 2))],
-    "median": [],
-    "sort": [],
-    "argsort": [],
-    "topk": [],
     # Shapes.
     "broadcast_to": [lambda x, y: x[:, :1].broadcast_to(1, 4, 6)],
     "cat": [lambda x, y: torch.cat([x, y, x[:, :, :0], places(x)], 2), lambda x, y: torch.cat([torch.empty(0), x])],
@@ -370,10 +355,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "unsafe_chunk": [lambda x, y: torch.unsafe_chunk(x, 2, 1)],
     "unsafe_split": [lambda x, y: torch.unsafe_split(x, 2, 1)],
     # Indices.
-    "bucketize": [
-        lambda x, y: torch.bucketize(x, torch.tensor([0.2, 0.5, 0.7])),
-        lambda x, y: torch.bucketize(places(x), torch.tensor([0, 1]), right=True),
-    ],
     "gather": [lambda x, y: x.gather(1, places(y[:, :2])), lambda x, y: x.gather(2, places(y, 6))],
     "index": [
         lambda x, y: x[:, torch.tensor([2, 0])],
@@ -404,14 +385,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         lambda x, y: x.scatter(1, places(y[:, :1], 4), places(y[:, :1], 4).float()),
     ],
     "scatter_add": [lambda x, y: x.scatter_add(1, places(y[:, :3]), y[:, :3])],
-    "scatter_reduce": [
-        lambda x, y: x.scatter_reduce(1, places(y[:, :3]), y[:, :3], "sum"),
-        lambda x, y: x.scatter_reduce(1, places(y[:, :3]), y[:, :3], "sum", include_self=False),
-    ],
-    "searchsorted": [
-        lambda x, y: torch.searchsorted(torch.tensor([0.2, 0.5, 0.7]), x),
-        lambda x, y: torch.searchsorted(x.abs().cumsum(-1), y * 3, side="right", out_int32=True),
-    ],
     "take_along_dim": [lambda x, y: x.take_along_dim(places(y[:, :2]), 1)],
     "tensor_split": [lambda x, y: x.tensor_split(3, 1), lambda x, y: x.tensor_split([1, 2], 2)],
     # What depends on no value.
@@ -429,15 +402,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "zeros": [lambda x, y: torch.cat([x, torch.zeros(1, 4, 1)], 2)],
     "zeros_like": [lambda x, y: torch.zeros_like(x)],
 }  # fmt: skip
-REFUSED: Final[dict[str, Case]] = {  # torch sorts for argsort
-    "erfinv": lambda x, y: torch.erfinv(x),
-    "lgamma": lambda x, y: torch.lgamma(x),
-    "digamma": lambda x, y: torch.digamma(x),
-    "median": lambda x, y: x.median(-1).values,
-    "sort": lambda x, y: x.sort(-1).values,
-    "argsort": lambda x, y: x.argsort(-1),
-    "topk": lambda x, y: x.topk(2).values,
-}
 
 
 def gates(count: int, inputs: int, hidden: int) -> list[Tensor]:
@@ -486,7 +450,6 @@ def every_case() -> list[Any]:
 def test_every_operator_is_tried() -> None:
     tried = {*UNARY, *BINARY, *OF_BOOLS, *OF_INTEGERS, *CASES}
     assert tried >= ALLOWED
-    assert {name for name, cases in CASES.items() if not cases} == set(REFUSED)
 
 
 def frames(low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -518,10 +481,3 @@ def test_it_treats_extreme_numbers_as_torch_does(name: str) -> None:
 def test_powers_of_extreme_numbers_are_those_of_torch(power: float) -> None:
     values = torch.tensor(EXTREME).reshape(1, -1)
     compare(lambda x, y: x**power, [(values, values)], 3e-5)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_by_name(name: str) -> None:
-    x = constant(1, 4, 6)
-    with pytest.raises(ModelError, match=f"calls {name.removeprefix('arg')}, which cannot be served"):
-        compiled(REFUSED[name], x, x)

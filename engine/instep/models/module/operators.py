@@ -17,30 +17,27 @@ from instep.models.errors import ModelError
 Operator: TypeAlias = torch._ops.OpOverload
 
 _ELEMENTWISE: Final = """
-    __and__ __or__ __xor__ abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not
-    bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh deg2rad digamma div divide eq erf erfc
-    erfinv exp exp2 expm1 fix floor floor_divide fmax fmin fmod frac ge greater gt heaviside hypot isclose isfinite
-    isinf isnan le lerp less lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or
-    logical_xor logit lt masked_fill maximum minimum mul multiply nan_to_num ne neg negative pow rad2deg reciprocal
-    remainder round rsqrt rsub sgn sigmoid sign sin sinc sinh special_expit special_xlog1py sqrt square sub subtract
-    tan tanh true_divide trunc where xlogy
+    __and__ __or__ __xor__ abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or
+    bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh deg2rad div divide eq erf erfc exp exp2 expm1 fix
+    floor floor_divide fmod frac ge greater gt heaviside hypot isclose isfinite isinf isnan le lerp less log log10
+    log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
+    minimum mul multiply nan_to_num ne neg negative pow rad2deg reciprocal remainder round rsqrt rsub sgn sigmoid
+    sign sin sinc special_expit special_xlog1py sqrt square sub subtract tan tanh true_divide trunc where xlogy
 """
 _ACTIVATIONS: Final = """
     celu elu gelu glu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid log_softmax mish prelu relu
     relu6 selu silu softmax softplus softshrink threshold
 """
 _LAYERS: Final = """
-    addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d convolution dot einsum embedding
-    group_norm gru gru_cell batch_norm instance_norm inner layer_norm linear linalg_norm linalg_vecdot
-    linalg_vector_norm lstm lstm_cell matmul mm mv outer rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
-    scaled_dot_product_attention cosine_similarity norm upsample_bilinear2d upsample_linear1d upsample_nearest1d
-    upsample_nearest2d _weight_norm
+    addmm addmv baddbmm bmm conv1d conv2d conv3d conv_transpose1d convolution dot einsum embedding group_norm gru
+    gru_cell batch_norm instance_norm inner layer_norm linear linalg_norm linalg_vecdot linalg_vector_norm lstm
+    lstm_cell matmul mm mv outer rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell scaled_dot_product_attention
+    cosine_similarity norm upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d _weight_norm
 """
 _SPECTRA: Final = "angle complex fft_fft fft_ifft fft_irfft fft_rfft imag polar real view_as_complex view_as_real"
 _REDUCTIONS: Final = """
-    all amax amin any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum diff logcumsumexp logsumexp max
-    mean median min nansum prod sort std std_mean sum topk var var_mean avg_pool1d avg_pool2d adaptive_avg_pool1d
-    adaptive_max_pool1d max_pool1d max_pool2d
+    all amax amin any argmax argmin count_nonzero cumprod cumsum diff logsumexp max mean min nansum prod std
+    std_mean sum var var_mean avg_pool1d avg_pool2d adaptive_avg_pool1d max_pool1d max_pool2d
 """
 _SHAPES: Final = """
     broadcast_to cat chunk clone concat constant_pad_nd contiguous diagonal expand expand_as flatten flip hstack
@@ -50,8 +47,7 @@ _SHAPES: Final = """
     unsafe_split _to_copy
 """
 _INDEXING: Final = """
-    bucketize gather index index_add index_copy index_fill index_put one_hot scatter scatter_add
-    scatter_reduce searchsorted take_along_dim tensor_split
+    gather index index_add index_copy index_fill index_put one_hot scatter scatter_add take_along_dim tensor_split
 """
 _CREATION: Final = """
     arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like

@@ -31,21 +31,8 @@ def _chain(start: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t()) if start is None else torch.addmm(start, x, weight.t())
 
 
-def _bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One chain over `a`, and then one over `b`."""
-    outputs, of_a, of_b = weight.shape
-    along = _chain(None, a.reshape(-1, of_a), weight.transpose(1, 2).reshape(-1, of_a)).reshape(-1, outputs, of_b)
-    column = b.reshape(-1, of_b, 1)
-    y = torch.bmm(along, column) if bias is None else torch.baddbmm(bias.unsqueeze(1), along, column)
-    return y.reshape(*a.shape[:-1], outputs)
-
-
 def _added_vector(start: Tensor, a: Tensor, b: Tensor, **factors: float) -> Tensor:
     return torch.addmm(start.unsqueeze(-1), a, b.unsqueeze(1), **factors).squeeze(1)  # type: ignore[call-overload, no-any-return]
-
-
-def _added_batch(start: Tensor, a: Tensor, b: Tensor, **factors: float) -> Tensor:
-    return torch.addmm(start, a.transpose(0, 1).reshape(a.shape[1], -1), b.reshape(-1, b.shape[2]), **factors)  # type: ignore[call-overload, no-any-return]
 
 
 def _mean(x: Tensor, dims: Sizes | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
@@ -227,28 +214,6 @@ def _argmin(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     return torch.argmax(-x if x.is_floating_point() else ~x, dim, keepdim)  # -x of the least integer is itself
 
 
-def _running(is_better: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    def run(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        best, *others = x.unbind(dim)
-        at = torch.zeros(best.shape, dtype=torch.int64)
-        found = [(best, at)]
-        for place, each in enumerate(others, 1):
-            takes = is_better(each, best) | torch.isnan(each)
-            best, at = torch.where(takes, each, best), torch.where(takes, place, at)
-            found.append((best, at))
-        return torch.stack([each for each, _ in found], dim), torch.stack([each for _, each in found], dim)
-
-    return run
-
-
-def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    first, *others = x.unbind(dim)
-    found = [first]
-    for each in others:
-        found.append(_logaddexp(found[-1], each))
-    return torch.stack(found, dim)
-
-
 # Functions of elements.
 
 
@@ -288,22 +253,6 @@ def _atan2(y: Tensor, x: Tensor) -> Tensor:
     angle = torch.where(across > along, math.pi / 2 - angle, angle)
     angle = torch.where(torch.copysign(torch.ones(()), x) < 0, math.pi - angle, angle)
     return torch.copysign(angle, y)
-
-
-def _sinh(x: Tensor) -> Tensor:
-    m = torch.expm1(x)
-    return torch.where(torch.abs(x) < 1, (m + m / (m + 1)) / 2, (torch.exp(x) - torch.exp(-x)) / 2)
-
-
-def _asinh(x: Tensor) -> Tensor:
-    t = torch.abs(x)
-    near = torch.log1p(t + t * t / (1 + torch.sqrt(t * t + 1)))
-    return torch.copysign(torch.where(t > 1e8, torch.log(t) + math.log(2), near), x)
-
-
-def _atanh(x: Tensor) -> Tensor:
-    t = torch.abs(x)
-    return torch.copysign(torch.log1p(2 * t / (1 - t)) / 2, x)
 
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
@@ -369,14 +318,6 @@ def _avg_pool(rank: int) -> Callable[..., Tensor]:
     return run
 
 
-def _adaptive_max_pool(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    size, count = x.shape[-1], sizes[0]
-    starts = [place * size // count for place in range(count)]
-    parts = [x[..., start : -(-(place + 1) * size // count)] for place, start in enumerate(starts)]
-    found = [torch.argmax(part, -1) + start for part, start in zip(parts, starts, strict=True)]
-    return torch.stack([part.amax(-1) for part in parts], -1), torch.stack(found, -1)
-
-
 # Elements that are picked by indices.
 
 
@@ -437,25 +378,6 @@ def _index_put(
 
 def _one_hot(index: Tensor, classes: int = -1) -> Tensor:
     return (index.unsqueeze(-1) == torch.arange(classes)).to(torch.int64)
-
-
-def _scatter_reduce(
-    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
-) -> Tensor:
-    if reduce not in ("sum", "add"):
-        raise ValueError(f"{reduce}: only a sum has one")
-    x = x if include_self else x.scatter(dim, index, 0)
-    return x.scatter_add(dim, index, source)
-
-
-def _searchsorted(
-    table: Tensor, x: Any, *, out_int32: bool = False, right: bool = False, side: str | None = None, sorter: Any = None
-) -> Tensor:
-    if sorter is not None:
-        raise ValueError("a sorter")
-    table, x = table.unsqueeze(-2), torch.as_tensor(x).unsqueeze(-1)
-    is_before: Tensor = table <= x if right or side == "right" else table < x
-    return is_before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
 
 
 def _repeat(x: Tensor, times: Sizes) -> Tensor:
@@ -559,8 +481,6 @@ OWN: Final[dict[Any, Callable[..., Any]]] = {
     aten.dot.default: lambda a, b: (a.unsqueeze(0) @ b.unsqueeze(1)).reshape(()),
     aten.mv.default: lambda a, b: torch.mm(a, b.unsqueeze(1)).squeeze(1),
     aten.addmv.default: _added_vector,
-    aten.addbmm.default: _added_batch,
-    aten.bilinear.default: _bilinear,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
@@ -583,9 +503,6 @@ OWN: Final[dict[Any, Callable[..., Any]]] = {
     aten.max.dim: lambda x, dim, keepdim=False: (x.amax(dim, keepdim), torch.argmax(x, dim, keepdim)),
     aten.min.dim: _minimum_of,
     aten.argmin.default: _argmin,
-    aten.cummax.default: _running(torch.ge),
-    aten.cummin.default: _running(torch.le),
-    aten.logcumsumexp.default: _logcumsumexp,
     aten.rsqrt.default: _rsqrt,
     aten.pow.Tensor_Scalar: _pow,
     aten.pow.Tensor_Tensor: _power_of,
@@ -599,31 +516,19 @@ OWN: Final[dict[Any, Callable[..., Any]]] = {
     aten.asin.default: lambda x: torch.atan(x / torch.sqrt((1 - x) * (1 + x))),
     aten.acos.default: lambda x: 2 * torch.atan(torch.sqrt((1 - x) / (1 + x))),
     aten.atan2.default: _atan2,
-    aten.sinh.default: _sinh,
     aten.cosh.default: lambda x: (torch.exp(x) + torch.exp(-x)) / 2,
-    aten.asinh.default: _asinh,
-    aten.acosh.default: lambda x: torch.log1p(x - 1 + torch.sqrt(x - 1) * torch.sqrt(x + 1)),
-    aten.atanh.default: _atanh,
     aten.hypot.default: _hypot,
     aten.sign.default: _sign,
     aten.sgn.default: _sign,
-    aten.fmax.default: lambda a, b: torch.where(torch.isnan(a), b, torch.where(torch.isnan(b), a, torch.maximum(a, b))),
-    aten.fmin.default: lambda a, b: torch.where(torch.isnan(a), b, torch.where(torch.isnan(b), a, torch.minimum(a, b))),
-    aten.round.decimals: lambda x, *, decimals: torch.round(x * 10.0**decimals) / 10.0**decimals,
     aten.max_pool1d.default: _max_pool(1),
     aten.max_pool2d.default: _max_pool(2),
     aten.avg_pool1d.default: _avg_pool(1),
     aten.avg_pool2d.default: _avg_pool(2),
-    aten.adaptive_max_pool1d.default: _adaptive_max_pool,
     aten.index.Tensor: _index,
     aten._unsafe_index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
     aten.one_hot.default: _one_hot,
-    aten.scatter_reduce.two: _scatter_reduce,
-    aten.searchsorted.Tensor: _searchsorted,
-    aten.searchsorted.Scalar: _searchsorted,
-    aten.bucketize.Tensor: lambda x, table, **more: _searchsorted(table, x, **more),
     aten.repeat.default: _repeat,
 }
 """By operator. What is composite is replaced in the step's own graph, the rest also where it comes from that."""
