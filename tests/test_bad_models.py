@@ -123,7 +123,7 @@ FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     "half precision": (
         "lstm",
         weights(lambda t: t.update({name: each.half() for name, each in t.items()})),
-        "is F16; convert the weights to float32",
+        "is float16; convert the weights to float32",
     ),
     "NaN in a step": ("module", weights(lambda t: t["head.bias"].fill_(np.nan)), "holds NaN or infinity in 4 of 4"),
     "a tensor too many": (
@@ -133,7 +133,7 @@ FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     ),
     "a tag": ("gru", text("model.yaml", "!!python/object/apply:os.system [touch ran]"), "could not determine a con"),
     "zero bytes": ("gru", text("model.yaml", b"features: 5\0\0"), "is not YAML: unacceptable character"),
-    "many brackets": ("gru", text("model.yaml", "features: " + "[" * 5000), "too many levels of brackets"),
+    "many brackets": ("gru", text("model.yaml", "features: " + "[" * 5000), "too many levels"),
     "a folder for the description": ("gru", a_folder("model.yaml"), "model.yaml: Is a directory"),
     "an unknown kind": ("gru", described(kind="gruu"), "there is no kind of model 'gruu'; expected gru, lstm"),
     "several kinds": ("gru", described(kind=["gru"]), "there is no kind of model ['gru']"),

@@ -45,8 +45,6 @@ def test_a_network_that_does_not_come_from_torch_is_always_on_the_cpu() -> None:
 def test_a_kind_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ModelError, match=r"there is no kind of model 'reservoir'; expected gru, .*leaky"):
         parse_description({"kind": "reservoir", "features": 3})
-    with pytest.raises(ModelError, match=r"there is no kind of model 'onnx'; import the graph again with `instep mode"):
-        parse_description({"kind": "onnx", "features": 3})
 
 
 def test_without_a_module_of_torch_and_a_reference_the_definition_is_left() -> None:

@@ -30,15 +30,6 @@ WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
 """Of an ONNX graph, with its weights."""
-GRAPHS: Final = {
-    ".onnx": "is an ONNX graph and not a model folder: make one of it with `instep model import` and this file",
-    ".pt2": "is a program of torch.export and not a model folder: hand the module that it was made from to "
-    "instep.models.export_step",
-    ".py": "is a Python program: let it make a model folder with instep.models.save_model(FOLDER, net), and serve that",
-}
-"""What to do with files of other kinds than weights, by their suffix."""
-
-
 _FILES: Final = (WEIGHTS_FILE, *(file for kind in KINDS.values() for file in kind.files))
 """Files that a model folder may hold next to `model.yaml`."""
 
@@ -63,7 +54,10 @@ def load_model(folder: str | Path) -> Model:
     path = folder / DESCRIPTION_FILE
     try:
         if folder.is_file():
-            raise ModelError(_file_given(folder))
+            raise ModelError(
+                f"{folder} is a file and not a model folder: name a folder, which instep.models.save_model or "
+                "export_step makes of a module, and `instep model import` of weights or an ONNX graph"
+            )
         if folder.is_dir() and not path.exists():
             raise ModelError(
                 f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
@@ -85,10 +79,8 @@ def load_model(folder: str | Path) -> Model:
         fields = loader.get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not YAML: {yaml_problem(error)}; correct it") from None
-    except RecursionError:
-        raise ModelError(f"{path} has too many levels of brackets or of indentation; correct it") from None
-    except (AttributeError, LookupError, TypeError, ValueError):  # PyYAML's on a tag such as !!bool with other text
-        raise ModelError(f"{path} has a value that does not fit its tag; leave the tags out") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):  # PyYAML's on what it does not expect
+        raise ModelError(f"{path} has a value that does not fit its tag, or too many levels; correct it") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
     if loader.duplicates:
@@ -171,20 +163,6 @@ def _written_ns(path: Path) -> int | None:
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
     """The fields of a description, and of the network within a pipeline."""
     return [part for part in (fields, fields.get("network")) if isinstance(part, dict)]
-
-
-def _file_given(file: Path) -> str:
-    """What to do with a file that is given in place of a model folder."""
-    if file.suffix in GRAPHS:
-        return f"{file} {GRAPHS[file.suffix]}"
-    if file.name in (DESCRIPTION_FILE, *_FILES):
-        return f"{file} is a file inside a model folder: name the folder, {file.parent}"
-    if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".safetensors"):
-        return (
-            f"{file} is a file of weights and not a model folder: make one of it with `instep model import {file}`, or "
-            "of the trained module with instep.models.save_model"
-        )
-    return f"{file} is not a model folder, which holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}: name the folder"
 
 
 def make_model(

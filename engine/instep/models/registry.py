@@ -114,9 +114,7 @@ def parse_description(fields: Mapping[str, Any]) -> Description:
     """
     kind = fields.get("kind", DEFAULT_KIND)
     if not isinstance(kind, str) or kind not in KINDS:
-        expected = f"expected {', '.join(KINDS)}"
-        cure = "import the graph again with `instep model import`" if kind == "onnx" else expected
-        raise ModelError(f"kind: there is no kind of model {kind!r:.80}; {cure}")
+        raise ModelError(f"kind: there is no kind of model {kind!r:.80}; expected {', '.join(KINDS)}")
     try:
         return KINDS[kind].parse(fields)
     except ValidationError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,33 +12,24 @@ from safetensors.torch import save
 from instep.models.base import Description, Shape
 from instep.models.errors import ModelError
 
-_DTYPES: Final = {"F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "BOOL": "bool"}
-"""torch's names of those of safetensors."""
-
 
 def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor]:
     """Every tensor of the description from a safetensors file, on the CPU, independent of the file.
 
     Raises:
-        ModelError: the file cannot be read or is not safetensors; a tensor is missing, not in the description, of
-            another shape or dtype, or not finite.
+        ModelError: the file cannot be read or is not safetensors, or as `check_weights`.
     """
     shapes = description.tensor_shapes()
     try:
         with safe_open(path, framework="pt") as file:
             _check_names(file.keys(), shapes, str(path))
-            for name, shape in shapes.items():
-                stored = file.get_slice(name)
-                dtype, wanted = str(stored.get_dtype()), description.tensor_dtype(name)
-                dtype = _DTYPES.get(dtype, dtype)
-                _check_kind(name, dtype, wanted, tuple(stored.get_shape()), shape, str(path))
             # Cloned: what is served must not change when the file under the mapping does.
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except OSError as error:
         raise ModelError(f"cannot read the weights {path}: {error}; make the folder again, or put them there") from None
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
-    _check_finite(tensors, str(path))
+    check_weights(tensors, description, str(path))
     return tensors
 
 
@@ -49,18 +39,28 @@ def weights_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:
-    """Check tensors in memory as `load_weights` checks a file; `source` is how the sentences call them.
+    """Check tensors; `source` is how the sentences call them.
 
     Raises:
-        ModelError: naming the tensor.
+        ModelError: a tensor is missing, not in the description, of another shape or dtype, or not finite.
     """
     shapes = description.tensor_shapes()
     _check_names(tensors, shapes, source)
     for name, shape in shapes.items():
-        tensor = tensors[name]
+        tensor, wanted = tensors[name], description.tensor_dtype(name)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        _check_kind(name, dtype, description.tensor_dtype(name), tuple(tensor.shape), shape, source)
-    _check_finite(tensors, source)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor {name} of {source} has shape {list(tensor.shape)}, the network's description asks for "
+                f"{list(shape)}: correct the description, or save the weights that belong to it"
+            )
+        if dtype != wanted:
+            raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to {wanted}")
+        if bad := int(tensor.numel() - torch.isfinite(tensor).sum()):
+            raise ModelError(
+                f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
+                "weights must be finite: save those of an earlier epoch"
+            )
 
 
 def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str) -> None:
@@ -73,26 +73,6 @@ def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str)
         raise ModelError(
             f"{source} holds what the network's description does not have: {_listed(extra)}; leave them out"
         )
-
-
-def _check_kind(name: str, dtype: str, wanted: str, found: Shape, shape: Shape, source: str) -> None:
-    if found != shape:
-        raise ModelError(
-            f"tensor {name} of {source} has shape {list(found)}, the network's description asks for {list(shape)}: "
-            "correct the description, or save the weights that belong to it"
-        )
-    if dtype != wanted:
-        raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to {wanted}")
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    for name, tensor in tensors.items():
-        bad = int(tensor.numel() - torch.isfinite(tensor).sum())
-        if bad:
-            raise ModelError(
-                f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
-                "weights must be finite: save those of an earlier epoch"
-            )
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from instep.models.errors import ModelError, first_line
-from instep.models.folder import DESCRIPTION_FILE, GRAPHS
+from instep.models.folder import DESCRIPTION_FILE
 from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, dense, layer_norm
 from instep.models.handover.traced_module import activation_of, plain_path
 from instep.models.recurrent.description import BIDIRECTIONAL, GruLayers, LstmLayers, Nonlinearity, RnnLayers
@@ -87,8 +87,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the file cannot be read, or holds something else.
     """
-    if path.suffix in GRAPHS:
-        raise ModelError(f"{path} {GRAPHS[path.suffix]}")
     folder = path if os.path.isdir(path) else path.parent  # Path's raises if its name is too long
     if path != Path() and os.path.exists(folder / DESCRIPTION_FILE):
         raise ModelError(f"{folder} is a model folder already: serve it as it is")
