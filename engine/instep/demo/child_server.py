@@ -82,21 +82,20 @@ class ChildServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt)):
-                # A signal of the terminal has reached the child, too, and a second one would force it to stop.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_OWN_END_S)
-            if self._process.poll() is None:
-                self._process.send_signal(signal.SIGINT)
+        if kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt)):
+            # A signal of the terminal has reached the child, too, and a second one would force it to stop.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_TIMEOUT_S)
-        finally:
-            self._process.kill()  # unless it has ended: it takes too long, or a second signal has come
+                self._process.wait(_OWN_END_S)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
             self._process.wait()
-            self._reader.join()
-            if self._process.stderr is not None:
-                self._process.stderr.close()
+        self._reader.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
         if self._process.returncode != 0 and kind is None:
             raise ChildFailed(f"the server ended with status {self._process.returncode}: {self._said()}")
 

@@ -88,17 +88,15 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     connections = max(1, min(len(producers), (files - _OTHER_FILES) // _FILES_A_CONNECTION))
 
     say(console, f"starting the engine with the model in {MODEL_FOLDER}")
-    first: Stopped | KeyboardInterrupt | None = None
+    is_streamed = False
     try:
         verified = ["--verify-live"] if keep else []  # the dashboard shows it
         with ChildServer(MODEL_FOLDER, ["--record", str(recording), *verified], administered=True) as server:
             said = server.started
             say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
-            say(
-                console, f"streaming {len(producers)} recordings of nine speakers saying /ae/, {heard.frames:,} frames,"
-            )
+            say(console, f"streaming {len(producers)} recordings of nine speakers, {heard.frames:,} frames, from")
             rates = f"{speed / SLOWEST_S:g} to {speed / FASTEST_S:g} frames/s"
-            say(console, f"from {connections} connections, {rates} each")
+            say(console, f"{connections} connections, {rates} each")
             seconds, stats = asyncio.run(_stream(server.endpoint, producers, connections, heard, console))
             is_received = received_is_recorded(recording, producers, heard)
             right = right_after(heard.outputs, utterances.speakers)
@@ -111,15 +109,11 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
                 say(console, f"in a terminal: {program()} top {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
-                try:
-                    while True:
-                        again = Heard(producers, SPEAKERS)
-                        asyncio.run(stream_all(server.endpoint, producers, connections, again))
-                except (Stopped, KeyboardInterrupt) as stop:
-                    first = stop
-                    raise
-    except (Stopped, KeyboardInterrupt) as stop:
-        if stop is not first:  # before the repeating, or a second one, which has killed the server
+                is_streamed = True
+                while True:
+                    asyncio.run(stream_all(server.endpoint, producers, connections, Heard(producers, SPEAKERS)))
+    except (Stopped, KeyboardInterrupt):
+        if not is_streamed:
             raise
 
     if not is_received:
