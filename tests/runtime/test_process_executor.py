@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
@@ -16,12 +15,9 @@ import pytest
 from instep.core.typing import F32, I64
 from instep.runtime.executor import ExecutorDied, RunResult
 from instep.runtime.process_executor import ProcessExecutor, shared_zeros
-from instep.server.open_files import allow_open_files
 from tests.support.warm import WarmProcess
 
 DEADLINE_S = 60
-MANY = 1024
-"""The first number of a file that `select` does not take."""
 
 
 def is_readable(fd: int) -> bool:
@@ -69,31 +65,6 @@ def stepped() -> Iterator[Callable[..., Stepped]]:
     yield make
     for each in made:
         each.process.stop(timeout_s=DEADLINE_S)
-
-
-def test_a_server_with_many_files_open_has_a_process_as_well(
-    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipe, soft = os.pipe, allow_open_files(MANY + 100)
-    if soft < MANY + 100:
-        pytest.skip(f"no more than {soft} files may be open here")
-
-    def high_pipe() -> tuple[int, ...]:
-        low = pipe()
-        high = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, MANY) for fd in low)
-        for fd in low:
-            os.close(fd)
-        return high
-
-    monkeypatch.setattr(os, "pipe", high_pipe)
-    one = stepped()
-    assert one.process.signal_fd >= MANY
-    for _ in range(2):
-        process = psutil.Process(one.pid)
-        while process.status() not in (psutil.STATUS_SLEEPING, psutil.STATUS_ZOMBIE):
-            time.sleep(0)
-        one.begin(row=5)
-        assert one.wait().error is None
 
 
 @pytest.mark.parametrize(
@@ -151,51 +122,12 @@ def test_it_is_stopped_where_ended_processes_leave_no_trace(
     assert not psutil.pid_exists(pid)
 
 
-@pytest.mark.usefixtures("_no_zombies")
-def test_one_that_ends_just_before_it_is_killed_is_stopped_as_well(
-    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kill = os.kill
-
-    def kill_too_late(pid: int, number: int) -> None:
-        while True:
-            kill(pid, number)  # until nobody is there
-
-    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
-    one.begin()
-    monkeypatch.setattr(os, "kill", kill_too_late)
-    one.process.stop(timeout_s=0.01)
-    assert one.seen[1].tolist() == [0, 0]
-
-
 def test_one_that_does_not_answer_is_killed(stepped: Callable[..., Stepped]) -> None:
     one = stepped()
     pid = one.pid
     os.kill(pid, signal.SIGSTOP)
     one.process.stop(timeout_s=0.01)
     assert not psutil.pid_exists(pid)
-
-
-def test_an_interrupted_stop_is_not_repeated_on_what_others_have_opened_since(
-    stepped: Callable[..., Stepped], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
-    pid = one.pid
-
-    def interrupted(_: float) -> None:
-        raise KeyboardInterrupt
-
-    one.begin()
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "sleep", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            one.process.stop(timeout_s=DEADLINE_S)
-    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
-    one.process.stop()
-    for fd in others:
-        os.close(fd)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 def test_where_there_can_be_no_process_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:

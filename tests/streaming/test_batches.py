@@ -58,16 +58,6 @@ async def test_batches_are_small_while_most_frames_come_in_messages_of_their_own
             np.testing.assert_array_equal(served[column], whole(SMALL, x[:, column])[0][0])
 
 
-async def test_no_more_runs_are_begun_than_the_executor_takes(rng: np.random.Generator) -> None:
-    async with streaming(max_batch_size=1) as kit:
-        one = kit.listen()
-        kit.submit(one, 0, await opened(kit, one, 5), [0] * 5, random_frames(rng, 1, 5))
-        kit.loop.turn()
-        assert len(kit.hand.begun) == 2
-        await kit.finish_all()
-        assert kit.hand.shapes == [(1, 1)] * 5
-
-
 async def test_origins_take_turns_where_not_everything_fits_into_a_batch(rng: np.random.Generator) -> None:
     async with streaming(max_batch_size=4) as kit:
         flooding, modest = kit.listen(), kit.listen()
@@ -152,14 +142,6 @@ async def test_a_batch_is_held_until_it_is_full_or_nothing_more_can_come(rng: np
         kit.engine.draining = True
         kit.loop.turn()
         assert kit.hand.shapes == [(1, 2), (1, 1)], "the server drains"
-
-
-async def test_a_batch_of_all_open_streams_is_not_held(rng: np.random.Generator) -> None:
-    async with streaming(max_queue_delay_ns=FOREVER_NS) as kit:
-        one = kit.listen()
-        kit.submit(one, 0, await opened(kit, one, 2), [0, 0], random_frames(rng, 1, 2))
-        kit.loop.turn()
-        assert kit.hand.shapes == [(1, 2)]
 
 
 async def test_a_held_batch_goes_when_its_time_is_up(rng: np.random.Generator) -> None:

@@ -159,26 +159,6 @@ async def test_streams_that_step_close_and_open_between_the_parts_are_recovered_
         assert not floats_of(read.states, -1)[9:].any()
 
 
-async def test_a_checkpoint_that_was_cut_off_does_not_count(tmp_path: Path, rng: np.random.Generator) -> None:
-    x, path = random_frames(rng, 4, COUNT), tmp_path / "r.instep"
-    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
-        origin, handles = await recorded(kit, path, x[:2])
-        may_commit.clear()
-        taking = asyncio.ensure_future(checkpoints_of(kit, at_once=3).take())
-        stepping = asyncio.ensure_future(step(origin, handles, [2] * COUNT, x[2:3]))
-        await kit.settle()
-        taking.cancel()
-        may_commit.set()
-        await stepping
-    async with streaming(InlineExecutor) as kit:
-        recovery = kit.record(path)
-        assert recovery is not None
-        assert recovery.frames > 0
-        read = await kit.frontend.ask(lambda: kit.operations.read_states(NAMES))
-        for column in range(COUNT):
-            np.testing.assert_array_equal(floats_of(read.states, 1, -1)[column], whole(SMALL, x[:3, column])[1])
-
-
 async def test_the_one_after_a_checkpoint_that_was_cut_off_is_complete(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -199,24 +179,6 @@ async def test_the_one_after_a_checkpoint_that_was_cut_off_is_complete(
             assert stream.state is not None, stream.name
             frames = x[:3, column] if column == 0 else x[:2, column]
             np.testing.assert_array_equal(stream.state.view("<f4")[None], whole(SMALL, frames)[1])
-
-
-async def test_a_second_one_is_not_taken_while_one_is_under_way_and_none_without_a_recording(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
-        await checkpoints_of(kit).take()
-        await recorded(kit, tmp_path / "r.instep", random_frames(rng, 1, COUNT))
-        checkpoints = checkpoints_of(kit)
-        may_commit.clear()
-        taking = asyncio.ensure_future(checkpoints.take())
-        await kit.settle()
-        newest = kit.engine.journal.newest
-        await checkpoints.take()
-        assert kit.engine.journal.newest == newest
-        assert checkpoints.is_under_way
-        may_commit.set()
-        await taking
 
 
 async def test_one_that_meets_a_lost_state_is_given_up_and_the_next_one_complete(

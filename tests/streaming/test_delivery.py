@@ -66,81 +66,6 @@ async def test_a_message_may_mix_what_was_applied_and_what_is_new_within_and_acr
     assert kit.stats.frames_total == 3 * 6
 
 
-async def test_the_same_seq_with_another_bit_is_a_conflict_and_changes_nothing(
-    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 6)
-    await step(origin, handles, [0], x[:4])
-    other = x.copy()
-    other[2].view(np.uint32)[0, 4] ^= 1
-    reply = await step(origin, handles, [0], other)
-    assert failures(reply) == [(0, 2, Code.CONFLICT, 4)]
-    truth = whole(SMALL, x[:, 0])[0]
-    np.testing.assert_array_equal(reply.y[:2, 0], truth[:2])
-    assert np.isnan(reply.y[2:]).all()
-    rest = await step(origin, handles, [4], x[4:])
-    np.testing.assert_array_equal(rest.y[:, 0], truth[4:])
-    assert kit.stats.frames_total == 6
-
-
-async def test_a_conflict_is_told_before_a_full_window_and_frames_that_are_not_finite(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 2 * W)
-    await step(origin, handles, [0], x[:W])
-    other = x.copy()
-    other[0, 0, 0] = np.nan
-    assert failures(await step(origin, handles, [0], other)) == [(0, 0, Code.CONFLICT, W)]
-
-
-async def test_a_gap_is_refused_with_the_seq_that_is_expected(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 3)
-    for seq in (1, 2**62, -1):  # seqs of 2^63 and more are negative here
-        assert failures(await step(origin, handles, [seq], x[1:])) == [(0, 0, Code.SEQ_GAP, 0)]
-    reply = await step(origin, handles, [0], x)
-    np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
-
-
-async def test_the_window_admits_what_fits_and_moves_with_what_is_acknowledged(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 3 * W)
-    truth = whole(SMALL, x[:, 0])[0]
-    reply = await step(origin, handles, [0], x[: W + 2])
-    assert failures(reply) == [(0, W, Code.WINDOW_FULL, W)]
-    np.testing.assert_array_equal(reply.y[:W, 0], truth[:W])
-    assert failures(await step(origin, handles, [W], x[W : W + 1])) == [(0, 0, Code.WINDOW_FULL, W)]
-    moved = await step(origin, handles, [W], x[W : 2 * W], W - 3)
-    assert failures(moved) == [(0, W - 3, Code.WINDOW_FULL, 2 * W - 3)]
-    again = await step(origin, handles, [W - 3], x[W - 3 : 2 * W - 3], W - 3)
-    np.testing.assert_array_equal(again.y[:, 0], truth[W - 3 : 2 * W - 3])
-
-
-async def test_outputs_that_were_not_computed_cannot_be_acknowledged(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 2)
-    await step(origin, handles, [0], x[:1])
-    assert failures(await step(origin, handles, [1], x[1:], 2)) == [(0, 0, Code.ACK_AHEAD, 1)]
-    assert failures(await step(origin, handles, [1], x[1:], 1)) == []
-
-
-async def test_an_acknowledged_frame_is_not_kept(origin: InProcessOrigin, rng: np.random.Generator) -> None:
-    handles = await opened(origin, "a")
-    x = random_frames(rng, 3)
-    await step(origin, handles, [0], x[:2])
-    await step(origin, handles, [2], x[2:], 1)
-    assert failures(await step(origin, handles, [0], x[:1])) == [(0, 0, Code.SEQ_REPEATED, 3)]
-    assert failures(await step(origin, handles, [1], x[1:2], 1)) == []
-
-
 async def test_many_windows_later_every_output_is_still_the_networks(
     origin: InProcessOrigin, rng: np.random.Generator
 ) -> None:
@@ -179,16 +104,6 @@ async def test_one_bad_frame_in_a_message_leaves_the_other_columns_alone(
     np.testing.assert_array_equal(again.y[:, 0], truth[2:])
 
 
-async def test_a_stream_may_be_named_only_once_in_a_message(origin: InProcessOrigin, rng: np.random.Generator) -> None:
-    handles = await opened(origin, "a")
-    twice = np.repeat(handles, 2)
-    for asked in (step(origin, twice, [0, 1], random_frames(rng, 1, 2)), origin.close(twice)):
-        with pytest.raises(Refusal) as refused:
-            await asked
-        assert refused.value.code is Code.REPEATED_STREAM
-    assert failures(await step(origin, handles, [0], random_frames(rng, 1))) == []
-
-
 async def test_an_old_handle_beside_its_slots_next_stream_fails_its_own_column_only(
     origin: InProcessOrigin, rng: np.random.Generator
 ) -> None:
@@ -202,24 +117,6 @@ async def test_an_old_handle_beside_its_slots_next_stream_fails_its_own_column_o
     assert failures(reply) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
     np.testing.assert_array_equal(reply.y[:, 1], whole(SMALL, x[:, 1])[0])
     assert (await origin.close(both)).codes.tolist() == [Code.UNKNOWN_STREAM, 0]
-
-
-async def test_foreign_and_unknown_streams_are_refused_column_by_column(
-    kit: StreamingEngine, origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    other = kit.frontend.connect()
-    theirs, mine = await opened(other, "theirs"), await opened(origin, "mine")
-    x = random_frames(rng, 1, 4)
-    strange: U64 = np.array([12345, 2**64 - 1], np.uint64)
-    reply = await step(origin, np.concatenate([mine, theirs, strange]), [0] * 4, x)
-    assert failures(reply) == [
-        (1, 0, Code.FOREIGN_STREAM, 0),
-        (2, 0, Code.UNKNOWN_STREAM, 0),
-        (3, 0, Code.UNKNOWN_STREAM, 0),
-    ]
-    assert (await origin.close(theirs)).codes.tolist() == [Code.FOREIGN_STREAM]
-    served = await step(other, theirs, [0], x[:, 1:2])
-    np.testing.assert_array_equal(served.y[:, 0], whole(SMALL, x[:, 1])[0])
 
 
 async def test_more_frames_than_the_credit_are_refused_as_a_whole_and_fit_once_others_are_answered(

@@ -13,7 +13,6 @@ import pytest
 from instep.core.typing import F32, U64
 from instep.frontends.in_process import InProcessOrigin
 from instep.recording.reader import RecordingReader
-from instep.recording.recovery import Recovered
 from instep.recording.schema import Durability
 from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
@@ -263,27 +262,3 @@ async def test_parking_resuming_and_ends_are_recorded(tmp_path: Path) -> None:
         assert sorted(stream or 0 for kind, stream in events if kind == "parked")[:10] == list(range(1, 11))
         assert [stream for kind, stream in events if kind == "owner"] == [1, 2, 3, 4]
         assert [info.reason for info in reader.streams()] == [None] * 9 + ["expired"]
-
-
-async def test_streams_continue_after_a_restart_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
-    x, path = random_frames(rng, 9, 2), tmp_path / "r.instep"
-    async with streaming(InlineExecutor) as kit:
-        kit.record(path)
-        origin = kit.frontend.connect()
-        opened = await origin.open(["a", "b"])
-        first = await step(origin, opened.handles, [0, 0], x[:5])
-    async with streaming(InlineExecutor) as kit:
-        kit.record(path)
-        origin = kit.frontend.connect()
-        unknown = await step(origin, opened.handles, [5, 5], x[5:])
-        assert {code for _, _, code, _ in failures(unknown)} <= {Code.UNKNOWN_STREAM, Code.FOREIGN_STREAM}
-        resumed = await origin.resume(["a", "b"], np.array([2, 5], np.uint64), opened.epochs)
-        assert (resumed.codes.tolist(), resumed.next_seqs.tolist()) == ([0, 0], [5, 5])
-        again = await step(origin, resumed.handles[:1], [2], x[2:5, :1], 2)
-        np.testing.assert_array_equal(again.y[:, 0], first.y[2:, 0])
-        rest = await step(origin, resumed.handles, [5, 5], x[5:], 5)
-        assert (await origin.open(["c"])).codes.tolist() == [0]
-    for column in range(2):
-        np.testing.assert_array_equal(rest.y[:, column], whole(SMALL, x[:, column])[0][5:])
-    with Recovered(path) as recovered:
-        assert [stream.name for stream in recovered.load(recovered.names)] == ["a", "b", "c"]

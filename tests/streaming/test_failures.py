@@ -6,11 +6,11 @@ import asyncio
 
 import numpy as np
 
-from instep.runtime.executor import ExecutorDied, StateLost
+from instep.runtime.executor import StateLost
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
-from tests.support.streaming import HandExecutor, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 
 INJECTED = RuntimeError("injected")
 
@@ -118,23 +118,3 @@ async def test_a_state_that_is_lost_is_neither_read_nor_the_final_one_of_a_closi
             assert answer.codes.tolist() == [Code.STATE_LOST]
             assert np.isnan(floats_of(answer.states, -1)).all()
         assert not origin.events, "the reply to the CLOSE says it"
-
-
-class DyingExecutor(HandExecutor):
-    """An executor that dies with the first run."""
-
-    def take_signal(self) -> None:
-        if self.begun:
-            raise ExecutorDied("it has died")
-
-
-async def test_a_dead_executor_is_a_bug_that_the_loop_tells(rng: np.random.Generator) -> None:
-    async with streaming(DyingExecutor) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        lost = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
-        await kit.settle()
-        kit.loop.turn()
-        assert {str(bug) for bug in kit.bugs} == {"it has died"}
-        kit.bugs.clear()
-        lost.cancel()

@@ -172,26 +172,6 @@ async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path,
     assert inspect(path).checkpoint_position == mark.position
 
 
-async def test_without_a_recording_nothing_hibernates() -> None:
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
-        await kit.frontend.connect().open(["s"])
-        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
-        assert (kit.table.open_count, len(kit.hibernation)) == (1, 0)
-
-
-async def test_an_owner_is_not_told_of_a_handle_that_it_has_not_been_given(tmp_path: Path) -> None:
-    async with held_commits() as may_commit, streaming(InlineExecutor, idle=LIMITS) as kit:
-        kit.record(tmp_path / "r.instep")
-        origin = kit.frontend.connect()
-        may_commit.clear()
-        opening = asyncio.ensure_future(origin.open(["s"]))
-        await kit.settle()
-        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
-        assert (kit.table.open_count, origin.events) == (1, [])
-        may_commit.set()
-        assert not (await opening).codes.any()
-
-
 @pytest.mark.parametrize("waits_for", ["commit", "step"])
 async def test_a_stream_stays_awake_until_its_owner_has_been_given_the_handle(
     tmp_path: Path, rng: np.random.Generator, waits_for: str

@@ -55,23 +55,6 @@ async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
         assert ended[name].frames == 3
 
 
-async def test_without_a_limit_a_connected_owner_keeps_its_streams_and_one_that_left_has_them_parked(
-    tmp_path: Path,
-) -> None:
-    limits = replace(LIMITS, max_idle_ns=0)
-    async with streaming(InlineExecutor, idle=limits) as kit:
-        kit.record(tmp_path / "r.instep")
-        origin = kit.frontend.connect()
-        await origin.open(["s"])
-        await tick(kit)
-        await tick(kit, after_ns=50 * LATER_NS, count=4)
-        assert len(kit.hibernation) == 1
-        kit.frontend.disconnect(origin)
-        await tick(kit, count=3)  # it is noticed
-        await tick(kit, after_ns=2 * LATER_NS, count=3)
-        assert len(kit.hibernation) == 0
-
-
 async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -> None:
     names = [f"s{number}" for number in range(6)]
     async with streaming(InlineExecutor, idle=replace(LIMITS, max_hibernated=2)) as kit:
@@ -148,24 +131,6 @@ async def test_a_stream_that_was_asked_for_in_time_does_not_expire_while_the_oth
             kit.reaper.tick(time.monotonic_ns() + 2 * LATER_NS)
         may_read.set()
         assert (await resuming).codes.tolist() == [0, 0]
-
-
-async def test_making_room_for_many_goes_some_at_a_time(tmp_path: Path, rng: np.random.Generator) -> None:
-    names = [f"s{number}" for number in range(12)]
-    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0), wake_at_once=5) as kit:
-        kit.record(tmp_path / "r.instep")
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(names)
-        await step(gone, opened.handles, [0] * 12, random_frames(rng, 1, 12))
-        kit.frontend.disconnect(gone)
-        await tick(kit, after_ns=0)
-        opening = asyncio.ensure_future(origin.open([f"t{number}" for number in range(11)]))
-        asleep = {0}
-        while not opening.done():
-            asleep.add(len(kit.hibernation))
-            await asyncio.sleep(0)
-        assert not (await opening).codes.any()
-        assert asleep == {0, 5, 10, 11}
 
 
 async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:

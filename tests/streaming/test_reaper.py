@@ -49,22 +49,6 @@ async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> Non
         assert kit.frontend.connect().number == gone.number
 
 
-async def test_streams_of_the_next_origin_with_the_number_of_one_that_left_are_not_parked() -> None:
-    async with streaming(InlineExecutor) as kit:
-        gone, between = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(NAMES)
-        kit.frontend.disconnect(gone)
-        held = np.zeros(COUNT, np.uint64)
-        resumed = await between.resume(NAMES, held, opened.epochs)
-        await step(between, resumed.handles, [0] * COUNT, random_frames(np.random.default_rng(1), 1, COUNT))
-        following = kit.frontend.connect()
-        assert following.number == gone.number, "nothing belongs to it any more"
-        assert not (await following.resume(NAMES, held, resumed.epochs)).codes.any()
-        await ticks(kit, count=1)
-        assert parked(kit) == 0
-        assert kit.table.owned[following.number] == COUNT
-
-
 async def test_an_origin_that_left_before_its_request_began_gets_no_streams() -> None:
     async with streaming(InlineExecutor) as kit:
         gone = kit.frontend.connect()
@@ -79,20 +63,6 @@ async def test_an_origin_that_left_before_its_request_began_gets_no_streams() ->
         await ticks(kit, count=1)
         assert (kit.table.open_count, parked(kit)) == (1, 1)
         assert kit.table.epoch[kit.table.find(["kept"])[0]] == opened.epochs[0]
-
-
-async def test_streams_end_some_at_a_time_with_their_origin_where_none_are_kept() -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, park_ns=0)) as kit:
-        gone = kit.frontend.connect()
-        opened = await gone.open(NAMES)
-        kit.frontend.disconnect(gone)
-        assert await ticks(kit, count=4) == [7, 4, 1, 0]
-        assert kit.stats.evicted_by_reason == {"client_gone": COUNT}
-        assert (kit.stats.parked_streams_total, gone.events) == (0, [])
-        origin = kit.frontend.connect()
-        assert origin.number == gone.number
-        refused = await origin.resume(NAMES, np.zeros(COUNT, np.uint64), opened.epochs)
-        assert set(refused.codes.tolist()) == {Code.UNKNOWN_STREAM}
 
 
 async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_other(rng: np.random.Generator) -> None:
@@ -169,17 +139,6 @@ async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None
         assert kit.stats.values()["evicted_expired_total"] == COUNT
 
 
-async def test_a_resumed_stream_does_not_expire(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, idle=replace(KEEP, park_ns=LATER_NS)) as kit:
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(["resumed", "left"])
-        kit.frontend.disconnect(gone)
-        await ticks(kit, count=2)
-        resumed = await origin.resume(["resumed"], np.zeros(1, np.uint64), opened.epochs[:1])
-        assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
-        assert failures(await step(origin, resumed.handles, [0], random_frames(rng, 1))) == []
-
-
 async def test_beyond_the_most_parked_streams_those_parked_longest_go_some_at_a_time() -> None:
     async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, max_parked=2)) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
@@ -245,13 +204,3 @@ async def test_a_stream_that_is_closing_when_its_origin_leaves_is_closed_and_the
         await kit.finish_all()
         assert (kit.table.open_count, parked(kit), gone.events) == (1, 1, [])
         assert kit.listen().number == gone.number
-
-
-async def test_origins_that_leave_all_the_time_keep_no_parked_stream_from_expiring() -> None:
-    async with streaming(InlineExecutor, idle=replace(KEEP, max_parked=1)) as kit:
-        for number in range(30):
-            origin = kit.frontend.connect()
-            await origin.open([f"s{number}"])
-            kit.frontend.disconnect(origin)
-            await ticks(kit, count=1)
-        assert kit.table.open_count <= 3

@@ -43,18 +43,6 @@ async def test_messages_of_one_origin_that_end_with_the_same_step_share_a_reply(
         np.testing.assert_array_equal(other.replies[0].y[:, 1], whole(SMALL, x[:, 5])[0])
 
 
-async def test_messages_of_different_lengths_have_replies_of_their_own(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 2, 3)
-    async with streaming() as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 3)
-        for tag, timesteps in enumerate((1, 2, 1)):
-            kit.submit(one, tag, handles[tag : tag + 1], [0], x[:timesteps, tag : tag + 1])
-        kit.loop.turn()
-        await kit.finish_all()
-        assert one.tags() == [[0, 2], [1]]
-
-
 @pytest.mark.parametrize(("most_frames", "shared"), [(64, [[0, 1, 2]]), (2, [[0, 1], [2]]), (1, [[0], [1], [2]])])
 async def test_a_reply_to_several_messages_has_a_bounded_number_of_frames(
     rng: np.random.Generator, most_frames: int, shared: list[list[int]]
@@ -125,22 +113,6 @@ async def test_frames_that_were_applied_before_are_answered_with_the_outputs_of_
             np.testing.assert_array_equal(by_tag[1].y[:, column], truth[:4])
         np.testing.assert_array_equal(by_tag[2].y[:, 0], truth[4:7])
         assert kit.stats.frames_total == 3 + 1 + 4 + 3
-
-
-async def test_the_times_of_a_reply_are_those_of_its_first_message_and_its_last_step(
-    rng: np.random.Generator,
-) -> None:
-    async with streaming() as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 2)
-        for tag in range(2):
-            kit.submit(one, tag, handles[tag : tag + 1], [0], random_frames(rng, 1))
-        kit.loop.turn()
-        await kit.finish(step_ns=2_000_000)
-        (reply,) = one.replies
-        assert (one.tags(), reply.compute_ns) == ([[0, 1]], 2_000_000)
-        assert reply.queue_ns > 0  # the messages say that they arrived when the machine started
-        assert kit.stats.messages_total == 2
 
 
 async def test_an_origin_that_left_gets_no_replies_and_neither_does_the_next_one_with_its_number(

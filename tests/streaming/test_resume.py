@@ -10,7 +10,7 @@ import pytest
 
 from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
-from instep.streaming.api import Grants, Refusal
+from instep.streaming.api import Grants
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import HAVE_ALL
 from tests.support.models import SMALL, whole
@@ -102,19 +102,6 @@ async def test_frames_that_were_under_way_are_answered_and_computed_once(
     np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
 
 
-async def test_a_stream_may_change_hands_at_every_frame(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 12)
-    served = []
-    async with streaming(InlineExecutor) as kit:
-        origins = kit.frontend.connect(), kit.frontend.connect()
-        grants = await origins[0].open(["s"])
-        for seq in range(len(x)):
-            owner = origins[seq % 2]
-            grants = await resume(owner, ["s"], [seq], grants.epochs.tolist())
-            served.append((await step(owner, grants.handles, [seq], x[seq : seq + 1], seq)).y[:, 0])
-    np.testing.assert_array_equal(np.concatenate(served), whole(SMALL, x[:, 0])[0])
-
-
 # ── Whose it is ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -137,31 +124,6 @@ async def test_a_resume_under_the_present_epoch_fences_an_owner_that_is_still_co
     y = np.concatenate([before.y[:, 0], after.y[:, 0]])
     np.testing.assert_array_equal(y, whole(SMALL, x[:, 0])[0])
     np.testing.assert_array_equal(late.y[:, 1], whole(SMALL, x[:, 1])[0][2:])
-
-
-async def test_an_older_epoch_gets_nothing_unless_it_takes_over(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 5)
-    async with streaming(InlineExecutor) as kit:
-        opened = await left_behind(kit, "s", x=x[:3])
-        origin, former = kit.frontend.connect(), kit.frontend.connect()
-        for epoch in (0, int(opened.epochs[0]) - 1):
-            assert refused(await resume(origin, ["s"], [3], [epoch])) == [(Code.FENCED, 3)]
-        taken = await resume(origin, ["s"], [HAVE_ALL], [0], take_over=True)
-        assert (refused(taken), taken.next_seqs.tolist()) == ([], [3])
-        assert refused(await resume(former, ["s"], [3], opened.epochs.tolist())) == [(Code.FENCED, 3)]
-        reply = await step(origin, taken.handles, [3], x[3:], 3)
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
-
-
-async def test_an_origin_that_resumes_its_own_stream_is_not_told_that_it_lost_it(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor) as kit:
-        origin = kit.frontend.connect()
-        opened = await origin.open(["s"])
-        resumed = await resume(origin, ["s"], [0], opened.epochs.tolist())
-        assert not origin.events
-        x = random_frames(rng, 1)
-        assert failures(await step(origin, opened.handles, [0], x)) == [(0, 0, Code.FENCED, 0)]
-        assert failures(await step(origin, resumed.handles, [0], x)) == []
 
 
 async def test_of_two_that_claim_a_stream_at_once_the_later_gets_it(rng: np.random.Generator) -> None:
@@ -230,18 +192,6 @@ async def test_a_resume_that_ends_after_its_origin_left_acknowledges_nothing_for
         assert failures(await pending) == []
 
 
-async def test_a_resume_that_comes_late_over_an_older_connection_takes_nothing_from_a_newer_one(
-    rng: np.random.Generator,
-) -> None:
-    async with streaming(InlineExecutor) as kit:
-        older = kit.frontend.connect()
-        opened = await left_behind(kit, "s")
-        newer = kit.frontend.connect()
-        resumed = await resume(newer, ["s"], [0], opened.epochs.tolist())
-        assert refused(await resume(older, ["s"], [0], opened.epochs.tolist())) == [(Code.FENCED, 0)]
-        assert failures(await step(newer, resumed.handles, [0], random_frames(rng, 2))) == []
-
-
 async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them(
     rng: np.random.Generator,
 ) -> None:
@@ -262,49 +212,6 @@ async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_n
 
 
 # ── What is lost ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_claimant_that_holds_more_than_the_server_is_told_and_may_continue_from_there(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 5)
-    async with streaming(InlineExecutor) as kit:
-        opened = await left_behind(kit, "s", x=x[:3])
-        origin = kit.frontend.connect()
-        assert refused(await resume(origin, ["s"], [4], opened.epochs.tolist())) == [(Code.DATA_LOSS, 3)]
-        resumed = await resume(origin, ["s"], [4], opened.epochs.tolist(), take_over=True)
-        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [3])
-        reply = await step(origin, resumed.handles, [3], x[3:], 3)
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
-
-
-async def test_outputs_that_were_acknowledged_or_pushed_out_cannot_be_had_again(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 12)
-    async with streaming(InlineExecutor, window=8) as kit:
-        gone = kit.frontend.connect()
-        opened = await gone.open(["acknowledged"])
-        await step(gone, opened.handles, [0], x[:4])
-        await step(gone, opened.handles, [4], x[4:6], 4)
-        leave(kit, gone)
-        origin, epochs = kit.frontend.connect(), opened.epochs.tolist()
-        assert refused(await resume(origin, ["acknowledged"], [3], epochs)) == [(Code.OUTPUTS_GONE, 6)]
-        resumed = await resume(origin, ["acknowledged"], [4], epochs)
-        assert refused(resumed) == []
-        reply = await step(origin, resumed.handles, [4], x[4:6], 4)
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:6, 0])[0][4:])
-
-
-async def test_each_stream_of_a_resume_is_judged_by_itself() -> None:
-    async with streaming(InlineExecutor) as kit:
-        opened = await left_behind(kit, "a", "b", "c")
-        origin = kit.frontend.connect()
-        epochs = [1, *(int(epoch) for epoch in opened.epochs)]
-        names = ["none", "a", "b", "c"]
-        grants = await resume(origin, names, [0, 0, 0, 5], [*epochs[:2], epochs[2] - 2, epochs[3]])
-        assert grants.codes.tolist() == [Code.UNKNOWN_STREAM, 0, Code.FENCED, Code.DATA_LOSS]
-        with pytest.raises(Refusal) as twice:
-            await resume(origin, ["a", "a"], [0, 0], [0, 0])
-        assert twice.value.code is Code.REPEATED_STREAM
 
 
 @pytest.mark.parametrize("have", [3, HAVE_ALL])

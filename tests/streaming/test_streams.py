@@ -61,17 +61,6 @@ async def test_streams_beyond_the_capacity_are_refused_and_the_others_open() -> 
         assert (await origin.open(["a"])).codes.tolist() == [0]
 
 
-async def test_the_next_stream_of_a_slot_starts_from_zeros(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, max_streams=1) as kit:
-        origin = kit.frontend.connect()
-        for name in ("first", "second"):
-            handles = (await origin.open([name])).handles
-            reply = await step(origin, handles, [0], x)
-            np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
-            await origin.close(handles)
-
-
 async def test_a_stream_closes_when_all_messages_that_it_is_in_are_answered(rng: np.random.Generator) -> None:
     x = random_frames(rng, 9, 2)
     order = list[str]()
@@ -212,16 +201,6 @@ async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other
     np.testing.assert_array_equal(reply.y[:, 1], whole(MODEL, np.concatenate([x[:5, 0], x[5:, 1]]))[0][5:])
 
 
-async def test_a_copy_is_refused_as_an_opening_is() -> None:
-    async with streaming(InlineExecutor, max_streams=6) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(list("abcd"))).handles
-        forked = await fork(kit, origin, handles, ["a", "bad", "new", "new"], [0, Code.BAD_NAME, 0, 0])
-        assert forked.codes.tolist() == [Code.NAME_IN_USE, Code.BAD_NAME, 0, Code.NAME_IN_USE]
-        more = await fork(kit, origin, handles[:2], ["e", "f"])
-        assert more.codes.tolist() == [0, Code.TOO_MANY_STREAMS]
-
-
 async def test_a_copy_whose_origin_left_meanwhile_leaves_no_stream_behind(rng: np.random.Generator) -> None:
     async with streaming() as kit:
         origin = kit.frontend.connect()
@@ -236,22 +215,6 @@ async def test_a_copy_whose_origin_left_meanwhile_leaves_no_stream_behind(rng: n
         assert not (await forked).handles.any()
         assert (await heir.open(["copy"])).codes.tolist() == [0]
         lost.cancel()
-
-
-async def test_a_stream_may_be_opened_where_another_one_was(rng: np.random.Generator) -> None:
-    x, first = random_frames(rng, 9), 2**62 - 1
-    async with streaming(InlineExecutor, model=MODEL) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["before"])).handles
-        await step(origin, handles, [0], x[:5])
-        state = (await origin.read_states(handles)).states
-        opened = await origin.open(["after", "other"], np.repeat(state, 2, 0), np.array([first, 3]))
-        assert opened.next_seqs.tolist() == [first, 3]
-        after = opened.handles[:1]
-        assert failures(await step(origin, after, [0], x[:1])) == [(0, 0, Code.SEQ_REPEATED, first)]
-        reply = await step(origin, after, [first], x[5:], first)
-        assert (await origin.read_states(after)).next_seqs.tolist() == [first + 4]
-    np.testing.assert_array_equal(reply.y[:, 0], whole(MODEL, x[:, 0])[0][5:])
 
 
 # ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
