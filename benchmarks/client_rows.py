@@ -45,7 +45,7 @@ def connections_500(bench: Bench) -> list[Row]:
     model = BenchmarkModel.of(bench, "connections-500")
     x = model.inputs(TIMESTEPS, count)
     inputs = model.lone_inputs(TIMESTEPS, count)
-    with bench.serve(model.folder, ["--max-streams", str(2 * count)]) as server:
+    with bench.serve(model.folder, ["--set", f"engine.max_streams={2 * count}"]) as server:
         sides = {
             clients: lambda: asyncio.run(_step_in_tasks(server.endpoint, model, x, count, bench.seconds)),
             bare: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),

@@ -90,8 +90,10 @@ def _is_all_verified(endpoint: str) -> bool:
 
 def server_arguments(folder: Path, level: str | None) -> list[str]:
     """Arguments of `instep serve` for a recording of this durability below `folder`; None for no recording."""
-    record = [] if level is None else ["--record", str(folder / f"{level}.instep"), "--durability", level]
-    return ["--max-streams", str(STREAMS), *record]
+    arguments = ["--set", f"engine.max_streams={STREAMS}"]
+    if level is not None:
+        arguments += ["--record", str(folder / f"{level}.instep"), "--set", f"recording.durability={level}"]
+    return arguments
 
 
 def fsync_ms(folder: Path) -> float:

@@ -108,7 +108,7 @@ def _other_blocks(bench: Bench, name: str, what: str, model: BenchmarkModel, at_
 def _over_bare(bench: Bench, model: BenchmarkModel, beside: dict[str, Callable[[], float]]) -> Samples:
     """The load in blocks, the network alone, and other sides."""
     inputs = block_inputs(model)
-    with bench.serve(model.folder, ["--max-streams", str(STREAMS)]) as server:
+    with bench.serve(model.folder, ["--set", f"engine.max_streams={STREAMS}"]) as server:
         sides = {
             SERVED: lambda: measured(server.endpoint, model, inputs, all_in_flight(bench.seconds)),
             f"{model.network.name} alone, batch {BLOCK}, frames/s": lambda: bare_loop(
@@ -133,7 +133,7 @@ def many_open(bench: Bench, most_bytes: int = MOST_BYTES) -> list[Row]:
     stream_bytes = model.state.row_bytes + WINDOW_FRAMES * 4 * (model.features + model.truth.outputs)
     if many * stream_bytes > most_bytes:
         raise LeftOut(f"the states and frame buffers of {many:,} streams take {many * stream_bytes / 1e9:.1f} GB")
-    settings = ["--max-streams", str(many), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
+    settings = ["--set", f"engine.max_streams={many}", "--set", f"limits.window_frames={WINDOW_FRAMES}"]
     with ExitStack() as stack:
         opened: dict[str, tuple[BareConnection, list[ClosedLoopStreams]]] = {}
         for streams in (STREAMS, many):

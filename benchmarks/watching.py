@@ -45,7 +45,7 @@ def watched(bench: Bench) -> list[Row]:
     """Blocks, and a lone stream: with everything that watches, or only a scraper, over neither, with one server."""
     model = BenchmarkModel.of(bench, "watched")
     inputs, lone = block_inputs(model), model.lone_inputs(TIMESTEPS, 1)
-    with ChildServer(model.folder, [*HTTP, "--max-streams", str(STREAMS)]) as server:
+    with ChildServer(model.folder, [*HTTP, "--set", f"engine.max_streams={STREAMS}"]) as server:
         blocks = partial(measured, server.endpoint, model, inputs, all_in_flight(bench.seconds))
         one_stream = partial(measured, server.endpoint, model, lone, one_at_a_time(bench.seconds))
         url = str(server.started["http"])
@@ -151,7 +151,7 @@ def listed(bench: Bench) -> list[Row]:
     """100,000 open streams: how long a page of them takes, and the p99 of a paced load while pages are asked for."""
     model = BenchmarkModel.of(bench, "listed")
     many = bench.scaled(MANY, 2 * STREAMS)
-    settings = ["--max-streams", str(many + PACED_STREAMS), "--set", f"limits.window_frames={WINDOW_FRAMES}"]
+    settings = ["--set", f"engine.max_streams={many + PACED_STREAMS}", "--set", f"limits.window_frames={WINDOW_FRAMES}"]
     inputs = model.lone_inputs(TIMESTEPS, PACED_STREAMS)
     paced_alone, beside = "paced, p99 ms", "paced beside lists, p99 ms"
     pages_ms: list[float] = []

@@ -186,7 +186,7 @@ def test_each_is_refused_with_a_sentence_and_a_running_server_notices_nothing(
         for at, (name, (kind, spoil, sentence)) in enumerate(FOLDERS.items()):
             folder = shutil.copytree(folders / kind, tmp_path / name.replace(" ", "-"))
             spoil(folder)
-            check_refusal(name, sentence, "serve", "--check", str(folder), *FREE_PORTS, "--log-level", "error")
+            check_refusal(name, sentence, "serve", "--check", str(folder), *FREE_PORTS, "--set", "log.level=error")
             y.append(stream.step(x[2 * at : 2 * at + 2]))
         for file, (make, sentence) in FILES.items():
             make(Path(file))

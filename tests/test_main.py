@@ -66,7 +66,7 @@ def test_an_interrupt_is_status_130_and_later_ones_change_nothing(monkeypatch: p
 def test_what_is_missing_is_told_for_every_package_of_the_extras() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     packages = {name.partition(">")[0] for name in extras["cli"] + extras["engine"] if not name.startswith("instep")}
-    imported = {"pyyaml": "yaml", "prometheus-client": "prometheus_client"}
+    imported = {"pyyaml": "yaml", "pydantic-settings": "pydantic_settings", "prometheus-client": "prometheus_client"}
     assert {imported.get(name, name) for name in packages} == set(__main__.EXTRAS)
 
 

@@ -42,7 +42,7 @@ def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_info_of_no_model_is_an_error_in_json(tmp_path: Path) -> None:
     found = instep("model", "info", str(tmp_path / "none"), "--json")
-    assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip()})
+    assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip().removeprefix("error: ")})
     assert f"there is no model folder {tmp_path / 'none'}" in found.stderr
 
 

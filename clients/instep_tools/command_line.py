@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 ServerCommand = TypeVar("ServerCommand", bound=Callable[..., Awaitable["Exit"]])
 
-AS_JSON: Final = "instep.as_json"
-"""The key of `Context.meta` that says whether the command that runs has --json."""
 BROKEN_PIPE: Final = 141
 """The exit status where nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
 _PLAIN: Final = {
@@ -115,18 +113,13 @@ def typed_as(
 
 
 def add_version(app: CommandLine) -> None:
-    """Let a program print its version: by the command `version`, and by --version or -V."""
-
-    @app.command("version")
-    def show_version() -> None:
-        """Print the version."""
-        from importlib.metadata import version
-
-        typer.echo(f"{app.info.name} {version('instep')}")
+    """Let a program print its version: by --version or -V."""
 
     def show(wanted: bool) -> None:
         if wanted:
-            show_version()
+            from importlib.metadata import version
+
+            typer.echo(f"{app.info.name} {version('instep')}")
             raise typer.Exit
 
     @app.callback()
@@ -144,11 +137,6 @@ class PlainCommand(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         """Arguments and options."""
         return _with_plain_flags(super().get_params(ctx))
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        ctx.meta[AS_JSON] = bool(ctx.params.get("json") or ctx.params.get("as_json"))
-        return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""

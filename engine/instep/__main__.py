@@ -18,6 +18,7 @@ EXTRAS = (
         "numba",
         "prometheus_client",
         "pydantic",
+        "pydantic_settings",
         "rich",
         "safetensors",
         "starlette",
@@ -38,9 +39,6 @@ def main() -> None:
 
         cli.main()
     except SystemExit as end:
-        if isinstance(end, interrupts.Stopped) and not end.is_told:
-            with contextlib.suppress(OSError):  # its terminal has closed
-                sys.stderr.write(f"{end}\n")
         if isinstance(end.code, int):
             _end_without_threads(end.code)
         raise

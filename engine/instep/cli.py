@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json as jsonlib
 import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +17,8 @@ import typer
 from instep import interrupts
 from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
-from instep.serve_flags import Given, takes_settings
 from instep.timetravel import app as timetravel
-from instep_tools.command_line import AS_JSON, CommandLine, PlainCommands, add_version
-from instep_tools.top.app import examples as top_examples
-from instep_tools.top.app import top_command
+from instep_tools.command_line import CommandLine, PlainCommands, add_version, typed_as
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,20 +27,26 @@ if TYPE_CHECKING:
 
 
 class _EngineCommands(PlainCommands):
-    """Commands whose users' errors end in a red sentence each and exit status 2, not in a traceback."""
+    """Commands whose users' errors, and signals, end in a red sentence and an exit status, not in a traceback."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
+        as_json = "--json" in (sys.argv if args is None else args)
         try:
             os.getcwd()
-        except FileNotFoundError:  # torch cannot be loaded there; MKL ends the process with a misleading sentence
-            gone = "the working directory was deleted: change to one that exists"
-            raise _refusal(gone, as_json="--json" in ctx.args) from None
-        try:
-            return super().invoke(ctx)
+            return super().main(args, *others, **settings)
+        except interrupts.Stopped as stop:
+            if not stop.is_told:
+                _fail(str(stop), as_json=as_json)
+            raise
         except Exception as error:
-            if not isinstance(error, _users_errors()):
+            if isinstance(error, FileNotFoundError) and error.filename is None:  # of getcwd; torch needs one, too
+                error = NotADirectoryError("the working directory was deleted: change to one that exists")
+            elif not isinstance(error, _users_errors()):
                 raise
-            raise _refusal(str(error), as_json=bool(ctx.meta.get(AS_JSON))) from error
+            from instep.recording.errors import with_advice
+
+            _fail(with_advice(error), as_json=as_json)
+            raise SystemExit(2) from error
 
 
 app = CommandLine(
@@ -56,12 +64,75 @@ Streams = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Where a command's configuration comes from, besides the environment."""
+
+    file: Path | None
+    flags: dict[str, str]
+    """By `section.key`."""
+
+
+def _given(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Folder of the model, or of each.")] = [],  # noqa: B006
+    demo: Annotated[bool, typer.Option("--demo", help="The model of `instep demo` instead.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Where to listen: tcp://HOST:PORT or ipc://PATH.")] = None,
+    http: Annotated[str | None, typer.Option(help="Of the admin server: HOST:PORT, or off.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Write a recording, or continue it; a folder for several models.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable."),
+    ] = [],  # noqa: B006
+) -> Given:
+    from instep.demo import MODEL_FOLDER
+
+    if demo and models:
+        raise typer.BadParameter(f"name a model or ask for the demo's, not both: {models[0]}", param_hint="--demo")
+    folders = [str(folder) for folder in ([MODEL_FOLDER] if demo else models)]
+    folder = None if not folders else folders[0] if len(folders) == 1 else jsonlib.dumps(folders)
+    named = {
+        "model.folder": folder,
+        "transport.endpoint": endpoint,
+        "http.endpoint": http,
+        "engine.device": device,
+        "recording.file": record,
+    }
+    flags = {key: value for key, value in named.items() if value is not None}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting} should look like limits.max_idle_s=60", param_hint="--set")
+        flags[key] = text
+    return Given(config, flags)
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is a `Given`, the options that it is made of."""
+    shared = inspect.signature(_given, eval_str=True).parameters
+
+    def run(**values: Any) -> None:
+        given = _given(**{name: values.pop(name) for name in shared})
+        command(given, **values)
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    return typed_as(run, command, [*shared.values(), *own])
+
+
 @app.command(
     examples=[
         "instep serve my-model --record today.instep",
         "instep serve ears vowels --record recordings",
         "instep serve --config instep.yaml --check",
-        "instep serve my-model --max-streams 100000 --set limits.park_s=60",
+        "instep serve my-model --set engine.max_streams=100000 --set limits.park_s=60",
     ]
 )
 @takes_settings
@@ -81,45 +152,39 @@ def serve(
     while serving. 2: it could not start. 130: it was forced to stop.
     """
     from instep.config import ConfigError, load_config, unknown_variables
-    from instep.server.log import make_log
 
     def read() -> Config:
-        return load_config(given.file, given.overrides, os.environ)
+        return load_config(given.file, given.flags)
 
     try:
         loaded = read()
     except ConfigError as error:
-        raise _cannot_serve(error, error.log) from error
+        with _logged(error.log):
+            raise
     if check:
         loaded = loaded.model_copy(update={"log": loaded.log.model_copy(update={"file": None})})  # it writes nothing
+    from instep.server.early import CannotServe, early_problems
+    from instep.server.log import make_log
+
     try:
         log = make_log(loaded.log)
     except OSError as error:
-        raise _failure(OSError(f"log.file {loaded.log.file} cannot be written: {error.strerror}")) from error
-    for sentence in unknown_variables(os.environ, loaded.transport.endpoint):
-        log.warning("unknown setting", reason=sentence)
-
-    from instep.server.early import early_problems
-
-    if problems := early_problems(loaded, restart=restart):
-        raise _cannot_serve("\n".join(problems), loaded.log)
-    for _, folder in loaded.model.folders:
-        log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
-
-    from instep.server.preparation import CannotServe
-
-    expected: tuple[type[Exception], ...] = (CannotServe, *_users_errors())
-    try:
+        raise CannotServe(f"log.file {loaded.log.file} cannot be written: {error.strerror}") from None
+    with _logged(loaded.log):
+        for sentence in unknown_variables():
+            log.warning("unknown setting", reason=sentence)
+        if problems := early_problems(loaded, restart=restart):
+            raise CannotServe("\n".join(problems))
+        for _, folder in loaded.model.folders:
+            log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
         if check:
             from instep.server.check import check as check_it
 
             check_it(loaded, restart=restart)
-            raise typer.Exit(0)
+            return
         from instep.server.serve import run
 
         raise typer.Exit(run(loaded, reread=read, restart=restart))
-    except expected as error:
-        raise _cannot_serve(error, loaded.log) from error
 
 
 @app.command(
@@ -219,20 +284,23 @@ def demo(
     raise typer.Exit(run_speakers(out, _console(), keep=keep))
 
 
-@app.command("config", examples=["instep config --config instep.yaml", "instep config --max-streams 100000 --json"])
+@app.command(
+    "config", examples=["instep config --config instep.yaml", "instep config --set engine.max_streams=100000 --json"]
+)
 @takes_settings
 def show_config(given: Given, *, json: Json = False) -> None:
     """Show the configuration that `instep serve` would have with these options, and where each value came from."""
     from instep.config import explain_config
 
-    loaded, sources = explain_config(given.file, given.overrides, os.environ)
+    loaded, sources = explain_config(given.file, given.flags)
     values = {
         f"{section}.{key}": value
         for section, keys in loaded.model_dump(mode="json").items()
         for key, value in keys.items()
     }
     if json:
-        _write_json({path: {"value": value, "source": sources[path]} for path, value in values.items()})
+        shown = {path: {"value": value, "source": sources[path]} for path, value in values.items()}
+        typer.echo(jsonlib.dumps(shown, indent=2))
         return
     for path, value in values.items():
         typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
@@ -253,10 +321,9 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
 
     interrupts.raise_stopped()
     console = _console(stderr=True)
-    raise typer.Exit(doctor(given.file, given.overrides, MODEL_FOLDER, json, typer.echo, console.print))
+    raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo, console.print))
 
 
-app.command("top", examples=top_examples("instep"))(top_command)
 timetravel.add_to(app, recordings_app)
 add_version(app)
 
@@ -272,41 +339,38 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
-def _write_json(value: Any) -> None:
-    typer.echo(jsonlib.dumps(value, indent=2))
-
-
-def _failure(error: Exception | str) -> typer.Exit:
-    """Say on standard error what went wrong, in red; the exit to raise."""
+def _fail(sentence: str, *, as_json: bool) -> None:
+    """Say on standard error what went wrong, in red; on standard output an object says it where one is wanted."""
     from instep_tools.terminal import say
 
-    say(_console(stderr=True), str(error), "red")
-    return typer.Exit(2)
-
-
-def _refusal(sentence: str, *, as_json: bool) -> typer.Exit:
-    """As `_failure`, and on standard output an object with the sentence where one is wanted."""
     if as_json:
         typer.echo(jsonlib.dumps({"error": sentence}))
-    return _failure(sentence)
+    for line in sentence.splitlines():
+        say(_console(stderr=True), f"error: {line}", "red")
 
 
-def _cannot_serve(error: Exception | str, log: LogConfig | None) -> typer.Exit:
-    """As `_failure`, or as one JSON object where that is how the log is written; in the log's file, too."""
-    from instep.server.log import make_log
+@contextmanager
+def _logged(log: LogConfig | None) -> Iterator[None]:
+    """Write why the block fails into the log, too, where that is a file, or JSON instead of words."""
+    try:
+        yield
+    except _users_errors() as error:
+        from instep.server.log import make_log
 
-    if log is not None and (log.format == "json" or log.file is not None):
-        make_log(log).error("cannot serve", reasons=str(error).splitlines())
-    if log is None or log.format != "json" or log.file is not None:
-        return _failure(error)
-    return typer.Exit(2)
+        if log is not None and (log.format == "json" or log.file is not None):
+            make_log(log).error("cannot serve", reasons=str(error).splitlines())
+            if log.file is None:
+                raise typer.Exit(2) from error
+        raise
 
 
 def _users_errors() -> tuple[type[Exception], ...]:
-    """Errors that are one sentence for the user; imported only once something was raised."""
+    """Errors that are a sentence for the user; imported only once something was raised."""
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
+    from instep.server.early import CannotServe
     from instep_client.protocol.errors import InstepError
+    from instep_tools.problems import CommandProblem
 
-    return ConfigError, ModelError, RecordingError, InstepError
+    return CannotServe, CommandProblem, ConfigError, InstepError, ModelError, RecordingError

@@ -94,5 +94,5 @@ def test_each_server_records_with_its_own_durability(tmp_path: Path) -> None:
     for level in ("memory", "commit", "fsync"):
         assert server_arguments(tmp_path, level)[2:] == [
             *("--record", str(tmp_path / f"{level}.instep")),
-            *("--durability", level),
+            *("--set", f"recording.durability={level}"),
         ]

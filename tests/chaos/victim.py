@@ -41,7 +41,14 @@ class Victim:
         self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"
         self._arguments = [
             *("serve", str(folder / "model"), "--endpoint", self.endpoint, "--http", "off"),
-            *("--record", str(self.recording), "--durability", durability, "--set", "log.format=json"),
+            *(
+                "--record",
+                str(self.recording),
+                "--set",
+                f"recording.durability={durability}",
+                "--set",
+                "log.format=json",
+            ),
             *arguments,
         ]
         self._log = folder / "server.log"

@@ -1,139 +1,217 @@
-"""From a file, the environment and flags to one configuration."""
+"""From a file, the environment and flags to one configuration, and what is said of one that cannot be used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from instep.config import Config, explain_config, load_config, unknown_variables
-from tests.support.configurations import problems, written
-
-
-class TestPrecedence:
-    def test_flag_over_environment_over_file_over_default(self, tmp_path: Path) -> None:
-        file = written(tmp_path, {"limits": {"max_idle_s": 1, "park_s": 1, "max_connections": 1}})
-        environ = {"INSTEP_LIMITS__MAX_IDLE_S": "2", "INSTEP_LIMITS__PARK_S": "2"}
-        config, sources = explain_config(file, {"limits.max_idle_s": "3"}, environ)
-        limits = config.limits
-        assert (limits.max_idle_s, limits.park_s, limits.max_connections) == (3.0, 2.0, 1)
-        assert sources["limits.max_idle_s"] == "flag"
-        assert sources["limits.park_s"] == "INSTEP_LIMITS__PARK_S"
-        assert sources["limits.max_connections"] == f"file {file}"
-        assert sources["limits.credit_frames"] == "default"
-        assert len(sources) == sum(len(section) for section in config.model_dump().values())
-
-    def test_null_in_a_stronger_place_takes_a_value_back(self, tmp_path: Path) -> None:
-        file = written(tmp_path, {"recording": {"file": "a.instep"}, "model": {"folder": "a"}})
-        config = load_config(file, {"recording.file": "null"}, {"INSTEP_MODEL__FOLDER": ""})
-        assert (config.recording.file, config.model.folder) == (None, None)
-
-    def test_the_environment_of_the_process_is_not_read_unless_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("INSTEP_ENGINE__MAX_BATCH_SIZE", "7")
-        assert load_config().engine.max_batch_size == 512
-
-    def test_variables_of_others_and_without_a_double_underscore_are_left_alone(self) -> None:
-        assert load_config(None, None, {"INSTEP_HOME": "x", "OTHER__KEY": "x", "XINSTEP_A__B": "x"}) == Config()
+from instep.config import Config, ConfigError, explain_config, load_config, unknown_variables
 
 
-class TestText:
-    @pytest.mark.parametrize(
-        ("path", "text", "value"),
-        [
-            ("engine.max_batch_size", "4", 4),
-            ("limits.max_idle_s", "1e-3", 0.001),
-            ("limits.max_idle_s", "5", 5.0),
-            ("transport.allow_plaintext", "true", True),
-            ("http.endpoint", "off", None),  # YAML would make False of it
-            ("recording.file", "/123", Path("/123")),
-            ("log.level", "debug", "debug"),
-            ("engine.device", "cuda:1", "cuda:1"),
-        ],
+def written(folder: Path, text: str | Mapping[str, Any]) -> Path:
+    file = folder / "instep.yaml"
+    file.write_text(text if isinstance(text, str) else yaml.safe_dump(text), encoding="utf-8")
+    return file
+
+
+def problems(file: Path | None = None, flags: Mapping[str, str] | None = None) -> list[str]:
+    """The place of each problem, without its sentence."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, flags)
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+    return [problem.partition(": ")[0] for problem in caught.value.problems]
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path, {"limits": {"max_idle_s": 1, "park_s": 1, "max_connections": 1}})
+    monkeypatch.setenv("INSTEP_LIMITS__MAX_IDLE_S", "2")
+    monkeypatch.setenv("INSTEP_LIMITS__PARK_S", "2")
+    config, sources = explain_config(file, {"limits.max_idle_s": "3"})
+    limits = config.limits
+    assert (limits.max_idle_s, limits.park_s, limits.max_connections) == (3.0, 2.0, 1)
+    assert sources["limits.max_idle_s"] == "flag"
+    assert sources["limits.park_s"] == "INSTEP_LIMITS__PARK_S"
+    assert sources["limits.max_connections"] == f"file {file}"
+    assert sources["limits.credit_frames"] == "default"
+    assert len(sources) == sum(len(section) for section in config.model_dump().values())
+
+
+def test_null_in_a_stronger_place_takes_a_value_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path, {"recording": {"file": "a.instep"}, "model": {"folder": "a"}})
+    monkeypatch.setenv("INSTEP_MODEL__FOLDER", "")
+    config = load_config(file, {"recording.file": "null"})
+    assert (config.recording.file, config.model.folder) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "limits:\n", "---\n{}\n"])
+def test_a_file_that_says_nothing_means_the_defaults(tmp_path: Path, text: str) -> None:
+    assert load_config(written(tmp_path, text)) == Config()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("engine.max_batch_size", "4", 4),
+        ("limits.max_idle_s", "1e-3", 0.001),
+        ("transport.allow_plaintext", "true", True),
+        ("http.endpoint", "off", None),
+        ("recording.file", "/123", Path("/123")),
+        ("log.level", "DEBUG", "debug"),
+        ("engine.device", "cuda:127", "cuda:127"),
+    ],
+)
+def test_text_becomes_the_type_of_its_key(path: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    section, key = path.split(".")
+    by_flag = load_config(None, {path: text})
+    monkeypatch.setenv(f"INSTEP_{section}__{key}".upper(), text)
+    for config in (by_flag, load_config()):
+        found = getattr(getattr(config, section), key)
+        assert (found, type(found)) == (value, type(value) if value is None or found is None else type(found))
+
+
+def test_paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("INSTEP_HTTP__TOKEN_FILE", "t")
+    file = written(tmp_path / "sub", {"model": {"folder": "../m"}, "recording": {"file": "/abs/r"}})
+    config, here = load_config(file, {"log.file": "~/l"}), tmp_path.resolve()
+    assert (config.model.folder, config.recording.file) == (here / "m", Path("/abs/r"))
+    assert (config.http.token_file, config.log.file) == (here / "t", Path("/home/somebody/l"))
+
+
+def test_a_folder_of_recordings_must_exist(tmp_path: Path) -> None:
+    flags = {"recording.file": f"{tmp_path}/recordings/"}
+    assert problems(None, flags) == ["recording.file (flag)"]
+    (tmp_path / "recordings").mkdir()
+    assert load_config(None, flags).recording.file == tmp_path / "recordings"
+
+
+def test_models_are_listed_or_named_in_a_file_in_flags_and_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path.resolve()
+    file = written(tmp_path, {"model": {"folder": {"a": "x", "b": "/y"}}})
+    assert load_config(file).model.folders == [("a", here / "x"), ("b", Path("/y"))]
+    listed = [(None, here / "x"), (None, here / "y")]
+    assert load_config(file, {"model.folder": '["x", "y"]'}).model.folders == listed
+    monkeypatch.setenv("INSTEP_MODEL__FOLDER", "{b: x, a: y}")
+    assert load_config(file).model.folders == [("b", here / "x"), ("a", here / "y")]
+    assert load_config(file, {"model.folder": "x"}).model.folders == listed[:1]
+    for folders in ([], {}, ["x", 5], {"a": None}, 7):
+        file = written(tmp_path, {"model": {"folder": folders}})
+        monkeypatch.delenv("INSTEP_MODEL__FOLDER", raising=False)
+        assert problems(file) == [f"model.folder (file {file})"]
+
+
+def test_all_problems_are_reported_at_once_each_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(
+        tmp_path,
+        {
+            "limts": {"max_idle_s": 1},
+            "endpoint": "tcp://127.0.0.1:1",
+            "model": {"folder": 7},
+            "transport": {"endpoint": "tcp://0.0.0.0:5757", "handshake_timeout": 3},
+            "limits": {"max_idle_s": "soon", "max_connections": 1.5},
+            "verify": 5,
+        },
     )
-    def test_becomes_the_type_of_the_key(self, path: str, text: str, value: object) -> None:
-        section, key = path.split(".")
-        variable = f"INSTEP_{section}__{key}".upper()
-        for config in (load_config(None, {path: text}), load_config(None, None, {variable: text})):
-            found = getattr(getattr(config, section), key)
-            assert found == value
-            assert isinstance(found, type(value))
-
-    def test_words_may_be_in_capitals(self) -> None:
-        assert load_config(overrides={"log.level": "DEBUG", "log.format": "Json"}).log.level == "debug"
-
-
-class TestPaths:
-    def test_in_a_file_are_relative_to_the_file(self, tmp_path: Path) -> None:
-        (tmp_path / "sub").mkdir()
-        file = written(tmp_path / "sub", {"model": {"folder": "../m"}, "recording": {"file": "/abs/r"}})
-        config = load_config(file)
-        assert (config.model.folder, config.recording.file) == (tmp_path.resolve() / "m", Path("/abs/r"))
-
-    def test_in_flags_and_environment_are_relative_to_the_current_folder(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        config = load_config(None, {"model.folder": "m"}, {"INSTEP_RECORDING__FILE": "r"})
-        assert (config.model.folder, config.recording.file) == (tmp_path.resolve() / "m", tmp_path.resolve() / "r")
-
-    def test_may_begin_with_the_home_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HOME", "/home/somebody")
-        assert load_config(None, {"model.folder": "~/m"}).model.folder == Path("/home/somebody/m")
-
-    def test_a_folder_of_recordings_must_exist(self, tmp_path: Path) -> None:
-        folder = f"{tmp_path}/recordings/"
-        (problem,) = problems(overrides={"recording.file": folder})
-        assert str(problem).startswith(f"recording.file (flag): there is no folder {folder}; make it")
-        (overlong,) = problems(overrides={"recording.file": f"{tmp_path}/{'r' * 300}/"})
-        assert overlong.message.startswith("there is no folder")
-        Path(folder).mkdir()
-        assert load_config(overrides={"recording.file": folder}).recording.file == Path(folder)
-
-
-class TestSeveralModels:
-    def test_are_listed_or_named_in_a_file_in_flags_and_in_the_environment(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        here = tmp_path.resolve()
-        file = written(tmp_path, {"model": {"folder": {"a": "x", "b": "/y"}}})
-        assert load_config(file).model.folders == [("a", here / "x"), ("b", Path("/y"))]
-        listed = [(None, here / "x"), (None, here / "y")]
-        assert load_config(file, {"model.folder": '["x", "y"]'}).model.folders == listed
-        environ = {"INSTEP_MODEL__FOLDER": "{b: x, a: y}"}
-        assert load_config(file, {}, environ).model.folders == [("b", here / "x"), ("a", here / "y")]
-        assert load_config(file, {"model.folder": "x"}, environ).model.folders == listed[:1]
-        assert load_config(file, {"model.folder": ""}).model.folders == []
-
-    @pytest.mark.parametrize("folders", [[], {}, ["x", 5], {"a": None}])
-    def test_that_are_no_folders_are_a_problem(self, tmp_path: Path, folders: object) -> None:
-        (found,) = problems(written(tmp_path, {"model": {"folder": folders}}))
-        assert found.path == "model.folder"
-        assert "is neither a folder nor several, as [A, B] or {NAME: A, OTHER: B}" in found.message
-
-
-class TestWhatIsNoSetting:
-    @pytest.mark.parametrize(
-        ("name", "sentence"),
+    monkeypatch.setenv("INSTEP_ENGINE__THREDS", "2")
+    monkeypatch.setenv("INSTEP_ENGIN__DEVICE", "cpu")
+    assert sorted(problems(file, {"engine.device": "gpu", "recording.keep_s": "3"})) == sorted(
         [
-            ("INSTEP_MAX_STREAMS", "was ignored; did you mean INSTEP_ENGINE__MAX_STREAMS?"),
-            ("INSTEP_LOG_LEVEL", "was ignored; did you mean INSTEP_LOG__LEVEL?"),
-            ("INSTEP_COLOUR", "was ignored; instep config lists every setting"),
-            ("INSTEP_MODEL", "is for clients; the server's is INSTEP_MODEL__FOLDER"),
-            ("INSTEP_ENDPOINT", "is for clients; the server's is INSTEP_TRANSPORT__ENDPOINT"),
-        ],
+            *(
+                f"{path} (file {file})"
+                for path in ("limts.max_idle_s", "endpoint", "model.folder", "transport.handshake_timeout")
+            ),
+            *(f"{path} (file {file})" for path in ("limits.max_idle_s", "limits.max_connections", "verify")),
+            *("engine.threds (INSTEP_ENGINE__THREDS)", "engin.device (INSTEP_ENGIN__DEVICE)"),
+            *("engine.device (flag)", "recording.keep_s (flag)"),
+        ]
     )
-    def test_is_told(self, name: str, sentence: str) -> None:
-        environ = {name: "3", "PATH": "/bin", "INSTEP_ENGINE__MAX_STREAMS": "3"}
-        (told,) = unknown_variables(environ, "tcp://127.0.0.1:5757")
-        assert told.startswith(name)
-        assert sentence in told
 
-    def test_both_endpoints_may_be_set(self) -> None:
-        assert unknown_variables({"INSTEP_ENDPOINT": "a", "INSTEP_TRANSPORT__ENDPOINT": "b"}, "b") == []
 
-    @pytest.mark.parametrize("listens", ["tcp://*:5757", "tcp://0.0.0.0:5757", "tcp://127.0.0.1:5757"])
-    @pytest.mark.parametrize("client", ["tcp://127.0.0.1:5757", "tcp://localhost:5757"])
-    def test_clients_may_be_sent_to_this_server(self, listens: str, client: str) -> None:
-        assert unknown_variables({"INSTEP_ENDPOINT": client}, listens) == []
-        assert len(unknown_variables({"INSTEP_ENDPOINT": client.replace("5757", "5758")}, listens)) == 1
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("limits.max_idel_s", "limits.max_idle_s"), ("engine.max_idle_s", "limits.max_idle_s"), ("xyzzy", "default.yaml")],
+)
+def test_a_key_that_does_not_exist_is_answered_with_the_one_that_was_meant(path: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=meant):
+        load_config(None, {path: "1"})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("engine", "max_batch_size", 0),
+        ("engine", "max_batch_size", 4097),
+        ("engine", "max_batch_size", None),
+        ("engine", "max_queue_delay_us", -1),
+        ("engine", "device", "cuda:128"),  # torch.device takes cuda:256 for cuda:0
+        ("engine", "device", "cuda:01"),
+        ("recording", "durability", "exact"),
+        ("transport", "allow_plaintext", "yes please"),
+        ("transport", "heartbeat_s", 0),
+        ("limits", "max_idle_s", float("nan")),
+        ("limits", "max_idle_s", float("inf")),
+        ("limits", "max_connections", 10**30),
+        ("recording", "file", ["a"]),
+        ("log", "level", "warn"),
+        ("model", "on_reload", "replay:0"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, section: str, key: str, value: object) -> None:
+    file = written(tmp_path, {section: {key: value}})
+    assert problems(file) == [f"{section}.{key} (file {file})"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "- a\n",
+            "limits\n",
+            "limits: {max_idle_s: 1\n",
+            "limits:\n\tx: 2\n",
+            "log: !!python/object/apply:os.getcwd []\n",
+        ),
+        *("---\n{}\n---\n{}\n", "\x00", f"limits: {'[' * 3000}{']' * 3000}\n", "limits: {max_idle_s: !!bool soon}\n"),
+    ],
+)
+def test_a_file_that_is_not_sections_of_keys_is_refused(tmp_path: Path, text: str) -> None:
+    file = written(tmp_path, text)
+    assert problems(file) == [f"file {file}"]
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"log: \xe9\xff\n")
+    for file in (tmp_path / "no.yaml", tmp_path, latin):
+        assert problems(file) == [f"file {file}"]
+
+
+def test_an_error_knows_the_log_unless_that_is_wrong_too() -> None:
+    for flags, level in (({"log.level": "debug"}, "debug"), ({"log.level": "loud"}, None)):
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, {"x.y": "1", **flags})
+        assert (caught.value.log and caught.value.log.level) == level
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("INSTEP_MAX_STREAMS", "INSTEP_ENGINE__MAX_STREAMS"), ("INSTEP_COLOUR", "lists every key")]
+)
+def test_a_variable_that_is_not_a_setting_is_told(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (name, "INSTEP_MODEL", "INSTEP_ENDPOINT"):
+        monkeypatch.setenv(each, "3")
+    monkeypatch.setenv("INSTEP_ENGINE__MAX_STREAMS", "3")
+    (told,) = unknown_variables()
+    assert told.startswith(f"{name} is not a setting, and was ignored; ")
+    assert meant in told
+    assert load_config().model.folder is None

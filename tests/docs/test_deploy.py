@@ -106,10 +106,12 @@ def test_the_image_is_built_of_files_that_exist_and_are_sent_to_the_builder() ->
     assert f'"{torch}"' in project
 
 
-def test_the_image_serves_where_its_probe_and_its_ports_look() -> None:
+def test_the_image_serves_where_its_probe_and_its_ports_look(monkeypatch: pytest.MonkeyPatch) -> None:
     environ = dict(pair.partition("=")[::2] for line in instructions("ENV") for pair in line.split())
-    environ = {name: value for name, value in environ.items() if name.startswith("INSTEP_")}
-    config = load_config(None, {"model.folder": "/model"}, environ)
+    for name, value in environ.items():
+        if name.startswith("INSTEP_"):
+            monkeypatch.setenv(name, value)
+    config = load_config(None, {"model.folder": "/model"})
     port = Config().transport.endpoint.rpartition(":")[2]
     assert config.transport.endpoint == f"tcp://0.0.0.0:{port}"
     assert config.transport.allow_plaintext

@@ -205,7 +205,7 @@ def test_a_thread_that_still_loads_a_model_does_not_abort_the_process_at_its_end
     file = tmp_path / "c.yaml"
     file.write_text(f"model: {{folder: {tmp_path / 'ears'}}}")
     command = [sys.executable, "-c", LOAD_FOREVER, "serve", "--config", str(file)]
-    command += ["--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--log-format", "json"]
+    command += ["--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--set", "log.format=json"]
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
             assert process.stdout is not None

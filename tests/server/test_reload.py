@@ -122,7 +122,7 @@ def test_a_hangup_reloads_the_file_also_when_it_comes_before_the_server_is_ready
         assert served.until("restart needed")["keys"] == ["engine.max_batch_size"]
         file.write_text("limits: [\n")
         served.process.send_signal(signal.SIGHUP)
-        assert "not valid YAML" in served.until("not reloaded")["reason"]
+        assert "not a configuration in YAML" in served.until("not reloaded")["reason"]
         served.process.terminate()
         assert [line["event"] for line in served.end()] == ["stopping", "stopped"]
         assert served.process.returncode == 0

@@ -186,7 +186,10 @@ def test_a_log_file_that_cannot_be_written_and_a_check_write_nothing(model: Path
 
 def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Path) -> None:
     for arguments, reasons in (
-        (["--durability", "comit", "--max-streams", "0"], ["greater than or equal to 1", "did you mean commit?"]),
+        (
+            ["--set", "recording.durability=comit", "--set", "engine.max_streams=0"],
+            ["equal to 1", "'commit'"],
+        ),
         (["--record", str(tmp_path / "no" / "r")], ["there is no folder"]),
         (["--record", "r" * 250], ["File name too long; name another file"]),
         (["m" * 300], ["there is no model folder"]),
@@ -329,7 +332,7 @@ def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
 
 
 def test_a_child_server_may_log_more_than_a_pipe_holds(model: Path) -> None:
-    with WarmServer(model, ["--log-level", "debug"]) as child, Client(child.endpoint) as client:
+    with WarmServer(model, ["--set", "log.level=debug"]) as child, Client(child.endpoint) as client:
         for number in range(600):  # each request is a line of about 150 bytes, and a pipe holds 64 KiB
             client.open(f"s{number}").close()
         assert client.stats()["closed_streams_total"] == 600

@@ -43,7 +43,7 @@ class Served:
 def serving(model: Path | None, *arguments: str, endpoint: str = "tcp://127.0.0.1:*", **how: Any) -> Iterator[Served]:
     """Run `instep serve` while the block runs; further arguments of it and of `WarmProcess`."""
     models = [] if model is None else [str(model)]
-    command = ["serve", *models, "--endpoint", endpoint, "--http", "off", "--log-format", "json", *arguments]
+    command = ["serve", *models, "--endpoint", endpoint, "--http", "off", "--set", "log.format=json", *arguments]
     process = WarmProcess(command, **how)
     try:
         yield Served(process)

@@ -13,10 +13,8 @@ from instep.models.folder import load_model
 from tests.support.running import running
 
 FLAGS = {
-    "--max-streams": "engine.max_streams",
     "--device": "engine.device",
     "--record": "recording.file",
-    "--durability": "recording.durability",
 }
 
 
@@ -24,13 +22,13 @@ class ThreadedServer:
     """As `ChildServer`, but for its process: a model is compiled once a test run."""
 
     def __init__(self, model: Path, arguments: Sequence[str] = ()) -> None:
-        overrides: dict[str, str | None] = {}
+        flags: dict[str, str] = {}
         others = [argument for argument in arguments if (Path(argument) / "model.yaml").is_file()]
         arguments = [argument for argument in arguments if argument not in others]
         for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
             key, _, value = value.partition("=") if flag == "--set" else (FLAGS[flag], "", value)
-            overrides[key] = value
-        self._sections = load_config(None, overrides, {}).model_dump(exclude={"model"})
+            flags[key] = value
+        self._sections = load_config(None, flags).model_dump(exclude={"model"})
         self._sections["transport"]["endpoint"] = "tcp://127.0.0.1:*"
         self._sections["http"]["endpoint"] = None
         self._folder = model

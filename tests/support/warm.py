@@ -172,7 +172,7 @@ async def start_module(words: Sequence[str]) -> WarmModule:
 @cache
 def _has_imported() -> None:
     """Wait until the one process can fork."""
-    run_instep(["version"])
+    run_instep(["--version"])
 
 
 def run_instep(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

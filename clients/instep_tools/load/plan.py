@@ -129,7 +129,7 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
     if plan.streams > info.max_streams:
         raise CommandProblem(
             f"the server keeps {info.max_streams} streams at most; ask for fewer, or start it with "
-            f"--max-streams {plan.streams}"
+            f"--set engine.max_streams={plan.streams}"
         )
     block = block_limit(plan.steps, info)
     if plan.block is not None:

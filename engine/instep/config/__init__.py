@@ -1,7 +1,6 @@
 """The configuration: sections and defaults, and how files, environment and flags are laid over them."""
 
-from instep.config.errors import ConfigError, Problem
-from instep.config.loading import explain_config, load_config, unknown_variables
+from instep.config.loading import ConfigError, explain_config, load_config, unknown_variables
 from instep.config.sections import (
     Config,
     EngineConfig,
@@ -10,9 +9,7 @@ from instep.config.sections import (
     LogConfig,
     ModelConfig,
     RecordingConfig,
-    ShutdownConfig,
     TransportConfig,
-    VerifyConfig,
 )
 
 __all__ = [
@@ -23,11 +20,8 @@ __all__ = [
     "LimitsConfig",
     "LogConfig",
     "ModelConfig",
-    "Problem",
     "RecordingConfig",
-    "ShutdownConfig",
     "TransportConfig",
-    "VerifyConfig",
     "explain_config",
     "load_config",
     "unknown_variables",

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,14 +22,16 @@ from pydantic import (
     model_validator,
 )
 
-from instep.config.endpoint import checked_endpoint, checked_http_endpoint
-from instep.config.rules import contradictions
+from instep.config.endpoint import checked_endpoint, checked_http_endpoint, host_and_port, is_loopback, is_loopback_host
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """A timer of libzmq: never off, and within its 16-bit deciseconds."""
+_NO_RECORDING: Final = (
+    "it needs a recording, and nothing is recorded: name a recording.file (--record FILE), or leave it out"
+)
 _LAST_CUDA_DEVICE: Final = 127
 """PyTorch keeps the index in a signed byte, and takes a larger one for another device: cuda:256 is cuda:0 there."""
 
@@ -64,6 +68,19 @@ def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
     if isinstance(folder, dict):
         return {name: str(path) for name, path in folder.items()}
     return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)
+
+
+def _new_or_existing(place: object) -> object:
+    """A slash at the end asks for a folder of recordings; without that folder a file of its name would be written."""
+    if isinstance(place, str) and place.endswith("/") and not os.path.isdir(place):
+        raise ValueError(f"there is no folder {place}: make it, or leave out the slash to record into a file")
+    return place
+
+
+def _agree(contradictions: Iterable[str]) -> None:
+    """Raise a ValueError with every one of these, a line each, if there are any: `section.key: why`."""
+    if lines := list(contradictions):
+        raise ValueError("\n".join(lines))
 
 
 class Section(BaseModel):
@@ -135,12 +152,32 @@ class TransportConfig(Section):
     handshake_timeout_s: TimerSeconds = 30.0
     heartbeat_s: TimerSeconds = 10.0
 
+    @model_validator(mode="after")
+    def _asks_nobody_who_he_is(self) -> Self:
+        if not is_loopback(self.endpoint) and not self.allow_plaintext:
+            raise ValueError(
+                f"transport.endpoint: {self.endpoint} can be reached from other machines, and there is no encryption "
+                "and no check of who connects yet: anybody on that network could read the streams and send frames; use "
+                "tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true if you trust that network"
+            )
+        return self
+
 
 class HttpConfig(Section):
     """The admin server; without an endpoint there is none."""
 
     endpoint: Annotated[str | None, BeforeValidator(checked_http_endpoint)] = "127.0.0.1:5780"
     token_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _is_for_those_with_a_token(self) -> Self:
+        if self.endpoint and self.token_file is None and not is_loopback_host(host_and_port(self.endpoint)[0]):
+            raise ValueError(
+                f"http.endpoint: {self.endpoint} can be reached from other machines: anybody on that network could "
+                "read the names, rates and values of the streams; use 127.0.0.1:PORT, or name a file that holds a "
+                "token in http.token_file"
+            )
+        return self
 
 
 class LimitsConfig(Section):
@@ -156,16 +193,42 @@ class LimitsConfig(Section):
     credit_frames: Count = 16_384
     max_connections: Count = 16_384
 
+    @model_validator(mode="after")
+    def _nest(self) -> Self:
+        _agree(self._contradictions())
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.credit_frames > self.max_pending_frames:
+            yield (
+                f"limits.credit_frames: one connection is promised {self.credit_frames} frames in flight, but the "
+                f"whole server holds at most limits.max_pending_frames = {self.max_pending_frames}: raise that or "
+                "lower this"
+            )
+        if self.max_block_frames > self.credit_frames:
+            yield (
+                f"limits.max_block_frames: a block of {self.max_block_frames} frames could never be sent, because one "
+                f"connection may have only limits.credit_frames = {self.credit_frames} in flight: raise that or lower "
+                "this"
+            )
+
 
 class RecordingConfig(Section):
     """The durable log; no file means none is written."""
 
-    file: Path | None = None
+    file: Annotated[Path | None, BeforeValidator(_new_or_existing)] = None
     durability: Literal["memory", "commit", "fsync"] = "commit"
     recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     keep_bytes: Bytes = 0
     keep_s: Seconds = 0.0
     warn_free_bytes: Bytes = 1024 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> Self:
+        if self.file is None:
+            asked = {"keep_bytes": self.keep_bytes, "keep_s": self.keep_s, "durability": self.durability == "fsync"}
+            _agree(f"recording.{key}: {_NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
+        return self
 
 
 class VerifyConfig(Section):
@@ -203,8 +266,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Config:
-        found = list(contradictions(self))
-        if found:
-            raise ValueError("; ".join(f"{each.paths[0]}: {each.message}" for each in found))
+    def _verifies_what_is_recorded(self) -> Self:
+        if self.verify.live and self.recording.file is None:
+            raise ValueError(f"verify.live: {_NO_RECORDING}")
         return self

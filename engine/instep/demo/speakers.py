@@ -90,7 +90,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     say(console, f"starting the engine with the model in {MODEL_FOLDER}")
     is_streamed = False
     try:
-        verified = ["--verify-live"] if keep else []  # the dashboard shows it
+        verified = ["--set", "verify.live=true"] if keep else []  # the dashboard shows it
         with ChildServer(MODEL_FOLDER, ["--record", str(recording), *verified], administered=True) as server:
             said = server.started
             say(console, f"serving at {server.endpoint} on {said['device']}, {said['exactness']}")
@@ -107,7 +107,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             draw(heard, utterances.speakers, picture, title)
             if keep:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
-                say(console, f"in a terminal: {program()} top {server.endpoint}")
+                say(console, f"in a terminal: {program()}-client top {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 is_streamed = True
                 while True:

@@ -19,7 +19,7 @@ QUIET_S: Final = 2.0
 
 def doctor(
     file: Path | None,
-    overrides: Mapping[str, str | None],
+    overrides: Mapping[str, str],
     demo: Path,
     as_json: bool,
     write: Callable[[str], None],

@@ -27,20 +27,19 @@ from instep_client.protocol.errors import ConnectionFailed, InstepError
 PATIENCE_S: Final = 3.0
 
 
-def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str | None]) -> Config | None:
+def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str, str]) -> Config | None:
     """Read the configuration; None where it cannot be used."""
     section = findings.section("configuration")
     section.note("file", str(file) if file else None, str(file or "none"))
     try:
-        config, sources = explain_config(file, overrides, os.environ)
+        config, sources = explain_config(file, overrides)
     except ConfigError as error:
-        _warn_of_variables(findings, Config())
+        _warn_of_variables(findings)
         for problem in error.problems:
-            place = f"{problem.path} ({problem.source})" if problem.path else problem.source
-            findings.fail(f"{place}: {problem.message}", problem.suggestion)
+            findings.fail(problem, "configs/default.yaml explains every key")
         section.note("used", None, "not before its errors are corrected: models and endpoints are not looked at")
         return None
-    _warn_of_variables(findings, config)
+    _warn_of_variables(findings)
     defaults = Config().model_dump(mode="json")
     for name, keys in config.model_dump(mode="json").items():
         for key, value in keys.items():
@@ -52,8 +51,8 @@ def examine_config(findings: Findings, file: Path | None, overrides: Mapping[str
     return config
 
 
-def _warn_of_variables(findings: Findings, config: Config) -> None:
-    for sentence in unknown_variables(os.environ, config.transport.endpoint):
+def _warn_of_variables(findings: Findings) -> None:
+    for sentence in unknown_variables():
         findings.warn(sentence, "correct the variable, or unset it if no client needs it")
 
 

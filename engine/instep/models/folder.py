@@ -22,7 +22,6 @@ from instep.models.model import Model
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
 from instep.models.weights import check_weights, load_weights, weights_bytes
-from instep.plain_yaml import PlainLoader, yaml_problem
 from instep_tools.problems import part_of
 
 DESCRIPTION_FILE: Final = "model.yaml"
@@ -34,14 +33,14 @@ _FILES: Final = (WEIGHTS_FILE, *(file for kind in KINDS.values() for file in kin
 """Files that a model folder may hold next to `model.yaml`."""
 
 
-class _ModelLoader(PlainLoader):
-    """A `PlainLoader` that takes all scalar keys for words: YAML 1.1 reads `on` and `off` as true and false."""
+class _ModelLoader(yaml.SafeLoader):
+    """Safe YAML without aliases: a few lines of them could stand for more values than memory holds."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", mark)
+        return super().compose_node(parent, index)
 
 
 def load_model(folder: str | Path) -> Model:
@@ -75,16 +74,13 @@ def load_model(folder: str | Path) -> Model:
             "instep.models.save_model or `instep model import` makes one"
         ) from None
     try:
-        loader = _ModelLoader(content)
-        fields = loader.get_single_data()
+        fields = yaml.load(content, _ModelLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not YAML: {yaml_problem(error)}; correct it") from None
+        raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError):  # PyYAML's on what it does not expect
         raise ModelError(f"{path} has a value that does not fit its tag, or too many levels; correct it") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
-    if loader.duplicates:
-        raise ModelError(f"{path}: {'; '.join(loader.duplicates)}; keep one of them")
     for network in _networks(fields):
         kind = KINDS.get(str(network.get("kind")))
         for name, key in kind.files.items() if kind is not None else ():

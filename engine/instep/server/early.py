@@ -13,14 +13,17 @@ from pathlib import Path
 
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.frontends.http.admin import DEFAULT, cannot_listen
-from instep.frontends.http.security import read_token
+from instep.frontends.http.security import DEFAULT, cannot_listen, read_token
 from instep.memory import size, usable_memory
 from instep.models.errors import no_folder
 from instep.recording.database import check_file, check_place
 from instep.recording.errors import RecordingError, with_advice
 from instep.server.memory import memory_at_start
 from instep.server.recording_files import check_several
+
+
+class CannotServe(Exception):
+    """The server cannot start; the message says whose fault it is and what to do."""
 
 
 def early_problems(config: Config, *, restart: bool = False) -> list[str]:

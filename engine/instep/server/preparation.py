@@ -23,6 +23,7 @@ from instep.models.portable.self_check import check_arithmetic
 from instep.models.registry import build
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
+from instep.server.early import CannotServe as CannotServe
 from instep.server.early import early_problems
 from instep.server.recording_files import present_recording, recording_file
 
@@ -35,10 +36,6 @@ _NO_FMA: Final = (
     "with FMA (Intel since Haswell, AMD since Piledriver) or on ARM; `instep verify` works here, slowly"
 )
 _ON_GPU: Final = "on a GPU torch's operators serve, within a tolerance and without a promise of bits"
-
-
-class CannotServe(Exception):
-    """The server cannot start; the message says whose fault it is and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

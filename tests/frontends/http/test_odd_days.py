@@ -109,7 +109,7 @@ def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -
     expect(page.locator("#no-events")).to_be_visible()
     expect(page.locator("#recording")).to_have_text("Off")
     expect(page.locator("#verification")).to_have_text("Off")
-    expect(page.locator("#verification-detail")).to_contain_text("--verify-live")
+    expect(page.locator("#verification-detail")).to_contain_text("verify.live")
     expect(page.locator("#refused")).to_have_text("None since the start")
     expect(page.locator("#p99")).to_have_text("–")
     keep(page, "empty")

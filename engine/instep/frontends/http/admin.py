@@ -19,12 +19,11 @@ from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import exposition
-from instep.frontends.http.security import KEPT_FOR_HEALTH, MOST_REQUESTS, Guard
+from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, Guard, cannot_listen
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
 from instep.streaming.tasks import Tasks
 
-DEFAULT: Final = HttpConfig().endpoint
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
 """Of a request's line and headers, as long as they are incomplete."""
@@ -70,14 +69,6 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
         log.warning("no admin server", reason=str(problem))
         return None
     return listener
-
-
-def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
-    """Why an endpoint cannot be bound, and what to do."""
-    return CannotListen(
-        f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
-        "127.0.0.1:0 takes a free one), or none (--http off)"
-    )
 
 
 class AdminServer:

@@ -19,6 +19,7 @@ from instep.config.endpoint import is_loopback_host
 from instep.frontends import CannotListen
 from instep.frontends.http.answers import HttpError
 
+DEFAULT: Final = HttpConfig().endpoint
 _METHODS: Final = ("GET", "HEAD")
 _HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
@@ -41,6 +42,14 @@ _HEADERS: Final = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
+    """Why an endpoint cannot be bound, and what to do."""
+    return CannotListen(
+        f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
+        "127.0.0.1:0 takes a free one), or none (--http off)"
+    )
 
 
 def read_token(config: HttpConfig) -> str | None:

@@ -159,7 +159,7 @@ function verificationBadge(verification) {
 
 function verificationDetail(verification) {
   const { state, reason, lag_s, share, skipped, skipped_by, notes } = verification ?? { state: "off" };
-  if (state === "off") return reason || "With --verify-live the server replays what it serves while it serves it.";
+  if (state === "off") return reason || "With verify.live the server replays what it serves while it serves it.";
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind what is served`];
   if (notes?.length) parts.unshift("within a tolerance");
