@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,6 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
     async with administered(SMALL, SEED_SIZED) as (server, http), AsyncClient(server.endpoint) as client:
         await client.open_group(["mic-1", "mic-2"])
         for path, status, meant in (
-            ("/api/streams/mik-1", 404, "did you mean 'mic-1'"),
             ("/api/streams/nothing-like-it", 404, "has no stream"),
             (f"/api/streams?model={SMALL.name[:-1]}", 404, f"did you mean {SMALL.name!r}"),
             ("/api/streams?model=x", 404, repr(SEED_SIZED.name)),
@@ -227,20 +225,6 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
         assert (await http.get(f"/api/streams?limit=1&cursor={cursor}")).json()["streams"][0]["name"] == "mic-2"
         for wrong in ("", f"{cursor}!", f"!{cursor}", f"{cursor[:9]}.{cursor[9:]}", f"{cursor}\n", f"{cursor}===="):
             await error(http, "/api/streams", 400, params={"limit": 1, "cursor": wrong})
-
-
-async def test_a_wrong_name_is_compared_with_five_hundred_and_keeps_nobody_waiting() -> None:
-    stem = "customers/0042/2026-11-27/sessions/a-long-common-beginning-of-their-names/devices/microphone-"
-    async with administered(limits={"max_parked_streams": 500}) as (server, http):
-        names = [f"{stem}{number:06d}" for number in range(500)]
-        fill(server, names)
-        await error(http, "/api/streams/x", 404)
-        async with longest_turn() as longest:
-            assert f"did you mean '{stem}000499'" in await error(http, f"/api/streams/{stem}00499", 404)
-    began = time.thread_time()
-    get_close_matches(f"{stem}00499", names, n=1)
-    at_once = time.thread_time() - began
-    assert longest[0] < at_once / 5
 
 
 @pytest.mark.long

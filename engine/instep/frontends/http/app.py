@@ -68,7 +68,7 @@ def make_app(
         service, name = inspector.service(request.query_params.get("model", "")), request.path_params["name"]
         record = inspector.record(service, name)
         if record is None:
-            raise await inspector.no_stream(service, name)
+            raise HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}")
         return json_answer(record)
 
     async def listen(request: Request) -> Response:

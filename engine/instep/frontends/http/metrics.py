@@ -33,6 +33,7 @@ class ModelNumbers:
 
 
 Labelled: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
+Source: TypeAlias = Callable[[ModelNumbers], Labelled]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,10 @@ class Metric:
     name: str
     """With the prefix and the unit of Prometheus."""
     help: str
-    source: str | Callable[[ModelNumbers], Labelled] = ""
-    """The name of a number or, of a histogram, of the attribute of `EngineStats`, where it is not the metric's without
-    prefix; or the values by labels."""
-    labels: tuple[str, ...] = ("model",)
-    scale: Scale | None = None
+    source: str | Source
+    """The name of a number or, of a histogram, of the attribute of `EngineStats`; or the values by labels."""
+    labels: tuple[str, ...]
+    scale: Scale | None
     """Of a histogram."""
 
     @property
@@ -75,22 +75,21 @@ class Metric:
 
     def family(self, models: Sequence[ModelNumbers]) -> Family:
         """Its samples of all models; one that does not have the number has no sample."""
-        number = self.name.removeprefix("instep_") if self.source == "" else self.source
         if self.scale is not None:
             histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
             for model in models:
-                counted: I64 = getattr(model.service.engine.stats, str(number))
+                counted: I64 = getattr(model.service.engine.stats, str(self.source))
                 histogram.add_metric([model.service.name], *_buckets(counted, self.scale))
             return histogram
         make = CounterMetricFamily if self.type == "counter" else GaugeMetricFamily
         family = make(self.name, self.help, labels=self.labels)
         for model in models if self.labels else models[:1]:
             own = (model.service.name,) if self.labels else ()
-            if callable(number):
-                for labels, value in number(model):
+            if callable(self.source):
+                for labels, value in self.source(model):
                     family.add_metric((*own, *labels), value)
-            elif number in model.numbers:
-                family.add_metric(own, model.numbers[number])
+            elif self.source in model.numbers:
+                family.add_metric(own, model.numbers[self.source])
         return family
 
 
@@ -140,111 +139,96 @@ def _version(package: str) -> str:
 
 # ── The table ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
+def _metric(
+    name: str, help: str, source: str | Source = "", labels: tuple[str, ...] = ("model",), scale: Scale | None = None
+) -> Metric:
+    return Metric(f"instep_{name}", help, source or name, labels, scale)
+
+
+def _histogram(name: str, help: str, source: str, scale: Scale = DURATION) -> Metric:
+    return _metric(name, help, source, scale=scale)
+
+
 METRICS: Final = (
-    Metric(
-        "instep_build_info",
+    _metric(
+        "build_info",
         "Always 1; its labels say what is served, where, and how exact it is.",
         _build,
         ("model", "fingerprint", "exactness", "arithmetic", "device", "version"),
     ),
-    Metric("instep_ready", "1 while the model takes new connections, streams and frames, 0 otherwise."),
-    Metric("instep_exact", "1 where frames have the same bits in every batch and on every processor, 0 otherwise."),
-    Metric("instep_uptime_seconds", "Time since the server started the model.", "uptime_s"),
+    _metric("ready", "1 while the model takes new connections, streams and frames, 0 otherwise."),
+    _metric("exact", "1 where frames have the same bits in every batch and on every processor, 0 otherwise."),
+    _metric("uptime_seconds", "Time since the server started the model.", "uptime_s"),
     # Frames
-    Metric("instep_frames_total", "Frames stepped."),
-    Metric(
-        "instep_received_frames_total", "Frames of the STEP messages that reached admission, refused ones included."
-    ),
-    Metric("instep_repeated_frames_total", "Frames that had been applied before and were only answered again."),
-    Metric("instep_frames_pending", "Frames admitted and not yet computed."),
-    Metric("instep_batches_total", "Steps of the network."),
-    Metric("instep_step_failures_total", "Steps that failed."),
-    Metric("instep_batch_size", "Streams of a batch.", scale=SIZE),
+    _metric("frames_total", "Frames stepped."),
+    _metric("received_frames_total", "Frames of the STEP messages that reached admission, refused ones included."),
+    _metric("repeated_frames_total", "Frames that had been applied before and were only answered again."),
+    _metric("frames_pending", "Frames admitted and not yet computed."),
+    _metric("batches_total", "Steps of the network."),
+    _metric("step_failures_total", "Steps that failed."),
+    _histogram("batch_size", "Streams of a batch.", "batch_size", SIZE),
     # Time
-    Metric("instep_latency_seconds", "From the arrival of a STEP message to its answer.", "latency_us", scale=DURATION),
-    Metric(
-        "instep_queue_seconds",
-        "How long STEP messages waited for the step of their last frames.",
-        "queue_us",
-        scale=DURATION,
+    _histogram("latency_seconds", "From the arrival of a STEP message to its answer.", "latency_us"),
+    _histogram("queue_seconds", "How long STEP messages waited for the step of their last frames.", "queue_us"),
+    _histogram("compute_seconds", "How long steps took.", "compute_us"),
+    _histogram(
+        "send_seconds", "From the end of a step to its answers; with a recording this includes the commit.", "send_us"
     ),
-    Metric("instep_compute_seconds", "How long steps took.", "compute_us", scale=DURATION),
-    Metric(
-        "instep_send_seconds",
-        "From the end of a step to its answers; with a recording this includes the commit.",
-        "send_us",
-        scale=DURATION,
-    ),
-    Metric("instep_executor_busy_seconds_total", "Time in which the model was stepped.", "executor_busy_s_total"),
-    Metric(
-        "instep_loop_busy_seconds_total",
+    _metric("executor_busy_seconds_total", "Time in which the model was stepped.", "executor_busy_s_total"),
+    _metric(
+        "loop_busy_seconds_total",
         "Time in which the server's loop was busy, with all models together.",
         "loop_busy_s_total",
         (),
     ),
-    Metric(
-        "instep_step_time_ratio",
-        "Share of the last ten seconds in which the model was stepped; at 1 it cannot keep up.",
-    ),
+    _metric("step_time_ratio", "Share of the last ten seconds in which the model was stepped; at 1 it cannot keep up."),
     # Messages
-    Metric("instep_messages_total", "STEP messages answered with STEPPED."),
-    Metric("instep_refused_messages_total", "Messages of every kind that were refused as a whole."),
-    Metric(
-        "instep_refusals_total",
-        "Refusals of messages and of single streams in them, by code.",
-        _refusals,
-        ("model", "code"),
+    _metric("messages_total", "STEP messages answered with STEPPED."),
+    _metric("refused_messages_total", "Messages of every kind that were refused as a whole."),
+    _metric(
+        "refusals_total", "Refusals of messages and of single streams in them, by code.", _refusals, ("model", "code")
     ),
-    Metric(
-        "instep_credit_stalls_total",
+    _metric(
+        "credit_stalls_total",
         "STEP messages refused for lack of credit, or leaving too little of it for another one of that size.",
     ),
     # Streams
-    Metric("instep_connections", "Connections."),
-    Metric(
-        "instep_streams",
-        "Streams by place: connected, parked (both in memory) or hibernating.",
-        _streams,
-        ("model", "place"),
+    _metric("connections", "Connections."),
+    _metric(
+        "streams", "Streams by place: connected, parked (both in memory) or hibernating.", _streams, ("model", "place")
     ),
-    Metric("instep_streams_max", "Streams that fit into memory.", _room),
-    Metric("instep_streams_opened_total", "Streams opened.", "opened_streams_total"),
-    Metric("instep_streams_closed_total", "Streams that ended, for any reason.", "closed_streams_total"),
-    Metric("instep_streams_parked_total", "Streams that lost their connection and were kept.", "parked_streams_total"),
-    Metric("instep_streams_resumed_total", "Streams resumed.", "resumed_streams_total"),
-    Metric(
-        "instep_streams_evicted_total", "Streams that the server ended, by reason.", _evictions, ("model", "reason")
-    ),
-    Metric(
-        "instep_streams_hibernated_total", "Streams that left memory for the recording.", "hibernated_streams_total"
-    ),
-    Metric("instep_streams_woken_total", "Streams that came back into memory.", "woken_streams_total"),
+    _metric("streams_max", "Streams that fit into memory.", _room),
+    _metric("streams_opened_total", "Streams opened.", "opened_streams_total"),
+    _metric("streams_closed_total", "Streams that ended, for any reason.", "closed_streams_total"),
+    _metric("streams_parked_total", "Streams that lost their connection and were kept.", "parked_streams_total"),
+    _metric("streams_resumed_total", "Streams resumed.", "resumed_streams_total"),
+    _metric("streams_evicted_total", "Streams that the server ended, by reason.", _evictions, ("model", "reason")),
+    _metric("streams_hibernated_total", "Streams that left memory for the recording.", "hibernated_streams_total"),
+    _metric("streams_woken_total", "Streams that came back into memory.", "woken_streams_total"),
     # The recording
-    Metric("instep_recording_bytes", "Size of the recording."),
-    Metric("instep_recording_free_bytes", "Free on the disk of the recording."),
-    Metric(
-        "instep_commit_seconds",
-        "How long transactions of the recording took, from the first row to the commit.",
-        "commit_us",
-        scale=DURATION,
+    _metric("recording_bytes", "Size of the recording."),
+    _metric("recording_free_bytes", "Free on the disk of the recording."),
+    _histogram(
+        "commit_seconds", "How long transactions of the recording took, from the first row to the commit.", "commit_us"
     ),
-    Metric("instep_checkpoint_age_seconds", "Age of the newest checkpoint.", "checkpoint_age_s"),
-    Metric("instep_replay_seconds", "How long a restart would step the frames that no checkpoint holds.", "replay_s"),
-    Metric("instep_recovery_seconds", "How long the start took to continue the recording.", "recovery_s"),
+    _metric("checkpoint_age_seconds", "Age of the newest checkpoint.", "checkpoint_age_s"),
+    _metric("replay_seconds", "How long a restart would step the frames that no checkpoint holds.", "replay_s"),
+    _metric("recovery_seconds", "How long the start took to continue the recording.", "recovery_s"),
     # Exactness
-    Metric("instep_verified_frames_total", "Frames that live verification has computed again and compared."),
-    Metric(
-        "instep_verify_mismatches_total",
+    _metric("verified_frames_total", "Frames that live verification has computed again and compared."),
+    _metric(
+        "verify_mismatches_total",
         "Streams of which live verification found a frame that was served with another output.",
     ),
-    Metric("instep_verify_skipped_frames_total", "Recorded frames that live verification did not compare."),
-    Metric(
-        "instep_verify_unchecked_frames_total",
+    _metric("verify_skipped_frames_total", "Recorded frames that live verification did not compare."),
+    _metric(
+        "verify_unchecked_frames_total",
         "Of these, frames that were trimmed from the recording before live verification had read them.",
     ),
-    Metric("instep_verify_streams", "Streams that live verification follows."),
-    Metric(
-        "instep_verify_lag_seconds",
+    _metric("verify_streams", "Streams that live verification follows."),
+    _metric(
+        "verify_lag_seconds",
         "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",
     ),

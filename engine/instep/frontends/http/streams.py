@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -38,10 +37,6 @@ _PAUSE_S: Final = 0.0005
 """The least time that the loop gets then."""
 _EVENTS: Final = 100
 """Of a stream that are shown."""
-_MOST_COMPARED: Final = 500
-"""Names that a wrong one is compared with; more take too long."""
-_COMPARED: Final = 20
-"""Of them, those that are compared before the loop gets its turn."""
 
 Key: TypeAlias = tuple[float, str]
 """Where a stream is in the order of a page: the value that is sorted by, 0 where it is the name, and the name."""
@@ -233,17 +228,6 @@ class Inspector:
             "expires_in_s": None if stream.expires_in_ns is None else _seconds(stream.expires_in_ns),
             "parked_s": _seconds(stream.silent_ns) if stream.owner is None else None,
         }
-
-    async def no_stream(self, service: ModelService, name: str) -> HttpError:
-        """That there is no stream of that name."""
-        table = service.engine.table
-        names = table.names(table.open_slots()) if table.open_count <= _MOST_COMPARED else []
-        close: list[str] = []
-        for first in range(0, len(names), _COMPARED):
-            close = get_close_matches(name[:200], close + names[first : first + _COMPARED], n=1)
-            await asyncio.sleep(0)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        return HttpError(404, "UNKNOWN_STREAM", f"{service.name!r} has no stream {name!r:.200}{meant}")
 
     def _rates_of(self, service: ModelService) -> FrameRates:
         if (rates := self._rates.get(service)) is None:
