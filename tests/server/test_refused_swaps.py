@@ -77,7 +77,7 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
         first = await stream.step(x[:10])
         for path, policy, words in (
             (tmp_path / "broken", "move", "is not a model folder"),
-            (tmp_path / "wider", "move", "number of outputs differs"),
+            (tmp_path / "wider", "move", "allow_other_sizes"),
             (tmp_path / "deeper", "move", "its state differs"),
             (folder, "replay:9", "frames are replayed from a recording"),
         ):

@@ -56,6 +56,7 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         assert reloaded["changed"] == ["limits.max_idle_s: 0.0 → 0.1", "log.level: info → warning"]
         assert (restart["event"], restart["level"]) == ("restart needed", "warning")
         assert restart["keys"] == ["limits.window_frames"]
+        assert "limits.window_frames" in server.outdated
         assert threshold.level == "warning"
         assert server.config == with_keys(wanted, limits__window_frames=32)
         evicted = await client.receive()  # it is idle for longer than the new limit
@@ -91,6 +92,7 @@ async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(
         with pytest.raises(ZeroDivisionError):
             reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told), Kept())
         assert server.config is before
+        assert "limits.max_idel_s" in server.outdated
         assert threshold.level == "error"
     with pytest.raises(ConfigError) as wrong:
         load_config(file)

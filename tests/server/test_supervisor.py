@@ -18,7 +18,7 @@ from instep.models.folder import write_model
 from instep.recording.reader import RecordingReader
 from instep.server.supervisor import MOST_RESTARTS
 from instep_client import Client
-from tests.support.models import SMALL, whole
+from tests.support.models import SMALL, plain, whole
 from tests.support.served import Served, serving
 from tests.support.streaming import random_frames
 
@@ -101,6 +101,40 @@ def test_a_crash_undoes_no_reload_whatever_the_file_holds_by_then(
     (tmp_path / "c.yaml").write_text(good)
     served.process.send_signal(signal.SIGHUP)
     assert served.until("reloaded")["changed"] == [], "77 was in effect"
+
+
+def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_streams(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for name, seed in (("old", 1), ("new", 2)):
+        write_model(tmp_path / name, plain(5, 8, seed=seed))
+    (tmp_path / "recordings").mkdir()
+    file, x = tmp_path / "c.yaml", rng.standard_normal((30, 5)).astype(np.float32)
+
+    def configure(name: str) -> None:
+        file.write_text(f"model: {{folder: {{ears: {tmp_path / name}}}, on_reload: move}}")
+
+    configure("old")
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    arguments = ["--config", str(file), "--record", str(tmp_path / "recordings"), "--restart"]
+    with serving(None, *arguments, endpoint=endpoint, start_new_session=True) as served:
+        served.until("serving")
+        with Client(endpoint) as client:
+            stream = client.open("s")
+            y = [stream.step(x[:10])]
+            configure("new")
+            served.process.send_signal(signal.SIGHUP)
+            served.until("models reloaded")
+            y.append(stream.step(x[10:20]))
+            file.write_text("model: [")
+            server_of(served).send_signal(signal.SIGSEGV)
+            served.until("serving")
+            y.append(stream.step(x[20:]))
+            before, state = whole(plain(5, 8, seed=1), x[:10])
+            after, _ = whole(plain(5, 8, seed=2), x[10:], state)
+            np.testing.assert_array_equal(np.concatenate(y), np.concatenate([before, after]))
+            stream.close()
 
 
 def test_a_crash_of_the_process_that_steps_costs_a_stream_nothing_but_time(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, closing
@@ -199,34 +198,6 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
     assert told[swapped_at]["kept_as"] == KEPT
     assert {each.get("model") for each in told[swapped_at:] if each["event"] == "served"} == {"ears", KEPT}
     assert_each_verifies_with_its_version(recordings, folder)
-
-
-async def test_streams_in_the_recording_of_a_version_that_is_not_served_after_a_restart_are_told(
-    folder: Path, recordings: Path
-) -> None:
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": EXACT}
-    async with running(A, **sections) as server:
-        async with AsyncClient(server.endpoint) as old:
-            await old.open_group(["a", "b"])
-            assert not await reload_models(server, folder)
-            async with AsyncClient(server.endpoint, model="ears") as new:
-                await new.open("c")
-                await new.close(park=True)
-            await old.close(park=True)
-    for version, file, streams in ((A, "ears@2.instep", 1), (B, "ears.instep", 2)):
-        told: list[dict[str, Any]] = []
-        async with running(version, told=told, **sections):
-            pass
-        (line,) = [line for line in told if line["event"] == "streams not served"]
-        assert (line["level"], line["file"], line["streams"]) == ("warning", str(recordings / file), streams)
-        assert f"--record {recordings / file} --endpoint" in line["next"]
-    with closing(sqlite3.connect(recordings / "ears.instep")) as database, database:
-        database.execute("UPDATE openings SET time_ns = time_ns + 1")
-    async with running(B, told=(told := []), **sections) as server:
-        assert server.default.recorder is not None, "which does not need the damaged file"
-    (line,) = [line for line in told if line["event"] == "streams not served"]
-    assert "ears.instep is damaged" in line["reason"]
-    assert line["next"] == f"instep verify {recordings / 'ears.instep'}"
 
 
 @pytest.mark.long

@@ -123,6 +123,7 @@ class ModelConfig(Section):
         PlainSerializer(_as_text, when_used="json"),
     ] = None
     on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
+    allow_other_sizes: bool = False
 
     @property
     def folders(self) -> list[tuple[str | None, Path]]:

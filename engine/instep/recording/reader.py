@@ -40,6 +40,7 @@ from instep.recording.schema import (
     FORMAT_VERSION,
     HISTORY,
     LOST,
+    MOVED_EVENT,
     OWNER_EVENT,
     PAGE_BYTES,
     RECOVERED_EVENT,
@@ -565,7 +566,7 @@ class RecordingReader(Closing):
         if closing is None:
             return StreamInfo(*opened)
         position, time_ns, _, frames, reason, state = closing
-        if state is None and reason != LOST:
+        if state is None and reason not in (LOST, MOVED_EVENT):
             raise self.damaged(f"the final state of stream {stream} is missing")
         return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
 

@@ -254,6 +254,25 @@ def _what_there_is(streams: Sequence[StreamInfo]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedStreams:
+    """Streams that come from another version's recording, as columns."""
+
+    streams: I64
+    """int64 [N], their numbers in the recording that continues them."""
+    names: Sequence[str]
+    owners: Sequence[tuple[int, int, int]]
+    """The epoch of each, the one that its owner held before or 0, and the frame that was next when it was given."""
+    next_seqs: I64
+    """int64 [N]."""
+    states: U8
+    """Before those frames, uint8 [N, row_bytes]."""
+    replayed_from: I64 | None
+    """int64 [N], the first frame in each state; None where the other version made the states."""
+    numbers: I64
+    """int64 [N], their numbers in the other recording."""
+
+
+@dataclass(frozen=True, slots=True)
 class StateRows:
     """States of streams at some point, as columns."""
 

@@ -9,22 +9,27 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.database import LIMITS, DatabaseLimits, insert, is_in_use, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.records import Checkpoint, StateRows, Trimmed, blob, state_blobs
+from instep.recording.records import Checkpoint, MovedStreams, StateRows, Trimmed, blob, state_blobs
 from instep.recording.schema import (
     CHECKPOINT_EVENT,
     COUNTED,
     FAILED_EVENT,
     HISTORY,
     LOST,
+    MOVED_EVENT,
     OWNER_EVENT,
     STATES_EVENT,
     TABLES,
     Column,
     RecordingHeader,
     checkpoint_detail,
+    moved_detail,
+    owner_detail,
     read_checkpoint_frames,
     row_crc,
 )
@@ -126,6 +131,17 @@ class RowWriter:
         self._last_stream = max([self._last_stream, *streams.tolist()])
         self._last_epoch = max([self._last_epoch, *epochs.tolist()])
 
+    def move_streams(self, time_ns: int, moved: MovedStreams, file: str) -> None:
+        """Streams of another version's recording, the file of that name, continue in this one: three rows for each."""
+        count, epochs = len(moved.streams), np.array([epoch for epoch, *_ in moved.owners], np.uint64)
+        self.open_streams(time_ns, moved.streams, moved.names, epochs, moved.next_seqs, moved.states)
+        came = [moved_detail(number, file) for number in moved.numbers.tolist()]
+        from_seqs = [None] * count if moved.replayed_from is None else moved.replayed_from.tolist()
+        kinds, no_states = repeat(MOVED_EVENT, count), state_blobs(None, count)
+        self._insert_rows("events", time_ns, moved.streams.tolist(), from_seqs, kinds, came, no_states)
+        details = [owner_detail(former_epoch, seq) for _, former_epoch, seq in moved.owners]
+        self.stream_events(time_ns, OWNER_EVENT, moved.streams, epochs.astype(np.int64), details)
+
     def add_inputs(self, time_ns: int, streams: U32, seqs: U64, x: F32) -> int:
         """A step begins; its outcome follows, in the order of the steps.
 
@@ -162,13 +178,13 @@ class RowWriter:
         Args:
             time_ns: nanoseconds since 1970.
             streams: int64 [N].
-            reason: of those that are not lost.
+            reason: of those that are not lost, or have moved.
             frames: int64 [N], the seqs that their next frames would have had.
             final_states: rows of bytes, uint8 [N, row_bytes].
             lost: bool [N], whose state is not known, and not recorded.
         """
         numbers, are_lost = streams.tolist(), lost.tolist()
-        reasons = (LOST if is_lost else reason for is_lost in are_lost)
+        reasons = (LOST if is_lost and reason != MOVED_EVENT else reason for is_lost in are_lost)
         blobs = state_blobs(final_states, len(numbers))
         states = (None if is_lost else found for is_lost, found in zip(are_lost, blobs, strict=True))
         self._insert_rows("closings", time_ns, numbers, frames.tolist(), reasons, states)

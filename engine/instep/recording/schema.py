@@ -36,10 +36,10 @@ consistent recording.
 * The header holds `features`, `outputs` and `state`: `[name, shape, dtype, initial value]` for each leaf of a stream's
   state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
   of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
-  where every leaf has its initial value; `final_state` is NULL where it was not known, and `reason` is `state_lost`
-  then. `frames` is the seq that the stream's next frame would have had: with a `first_seq` of 0, how many were applied.
-  In `description`, the network as its `model.yaml` has it, the key `output_names` is there if the model names its
-  outputs.
+  where every leaf has its initial value; `final_state` is NULL where it was not known, and `reason` is `state_lost` or
+  `moved` then. `frames` is the seq that the stream's next frame would have had: with a `first_seq` of 0, how many were
+  applied. In `description`, the network as its `model.yaml` has it, the key `output_names` is there if the model names
+  its outputs.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -61,7 +61,7 @@ consistent recording.
 | `reset` | stream, seq | before this frame the stream's state became `state`, NULL for the initial one |
 | `owner` | stream, epoch | a new owner; `detail`: the epoch it held or 0, its next frame |
 | `parked` | stream, seq it expects | its connection is gone |
-| `replayed` | stream, seq | as it came from another version, its `initial_state` held the frames from this one on |
+| `moved` | stream, seq or NULL | it continues the other version's in `detail`; a replay from here gave its state |
 | `states` | NULL, position | part of the checkpoint of this position was written, the rest follows |
 | `checkpoint` | NULL, position | the checkpoint of this position is complete; 0: all states were given up |
 | `engine` | NULL | another engine wrote the rows that follow; `detail`: the header's values that changed, as JSON |
@@ -119,7 +119,7 @@ FAILED_EVENT: Final = "failed"
 RESET_EVENT: Final = "reset"
 OWNER_EVENT: Final = "owner"
 PARKED_EVENT: Final = "parked"
-REPLAYED_EVENT: Final = "replayed"
+MOVED_EVENT: Final = "moved"
 STATES_EVENT: Final = "states"
 CHECKPOINT_EVENT: Final = "checkpoint"
 ENGINE_EVENT: Final = "engine"
@@ -250,6 +250,21 @@ def read_owner_detail(detail: str) -> tuple[int, int]:
     """
     held, _, seq = detail.removeprefix("held ").partition(", goes on at ")
     return int(held), int(seq)
+
+
+def moved_detail(stream: int, file: str) -> str:
+    """The detail of a moved event: the number of the stream that continues, and the name of the file that it is in."""
+    return f"{stream} of {file}"
+
+
+def read_moved_detail(detail: str) -> tuple[int, str]:
+    """The parts of a moved event's detail.
+
+    Raises:
+        ValueError: when it is not such a detail.
+    """
+    stream, _, file = detail.partition(" of ")
+    return int(stream), file
 
 
 def checkpoint_detail(states: int, frames: int) -> str:

@@ -24,7 +24,7 @@ from instep.server.background import Background
 from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
-from instep.server.recordings import find_recording, open_recording, record
+from instep.server.recordings import Planned, open_recording, plan, record
 from instep.server.server import Server
 from instep.server.services import Foundation, lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
@@ -73,12 +73,18 @@ def _make_server(
     background: Background,
     undo: ExitStack,
 ) -> Server:
+    is_only = len(prepared) == 1
+    planned: list[Planned] = []
+    for model in prepared:
+        planned += plan(config, model, log_of(model.model.name, log, is_only=is_only), is_only=is_only)
+    planned.sort(key=lambda each: bool(each.kept_as))
+
     # Memory, and the processes that share it: before the socket, whose threads must not be forked.
     foundations: list[Foundation] = []
-    for each in prepared:
-        apart = make_stepper is None and (steps_in_process(each.device) if forks is None else forks)
-        stepper = make_stepper(each, config) if make_stepper is not None else None
-        foundations.append(foundation := lay_foundation(config, each, forks=apart, stepper=stepper))
+    for each in planned:
+        apart = make_stepper is None and (steps_in_process(each.prepared.device) if forks is None else forks)
+        stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
+        foundations.append(foundation := lay_foundation(config, each.prepared, forks=apart, stepper=stepper))
         undo.callback(foundation.executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
@@ -92,27 +98,27 @@ def _make_server(
     loop = Loop(busy_poll_ns(config), shutdown.bug)
     frontend = _frontend(config, router, loop, log)
     loop.frontends = [frontend]
-    services: list[ModelService] = []
-    is_only = len(prepared) == 1
-    for foundation in foundations:
-        its_log = log_of(foundation.prepared.model.name, log, is_only=is_only)
-        file = find_recording(config, foundation.prepared, its_log, is_only=is_only)
-        services.append(make_service(config, foundation, file, loop.wake, shutdown.bug, its_log))
+    services = [
+        make_service(config, foundation, each.file, loop.wake, shutdown.bug, each.log)
+        for foundation, each in zip(foundations, planned, strict=True)
+    ]
 
     # The recordings, last: nothing that can fail comes after them.
     opened: list[tuple[ModelService, RecordingWriter, Recovery | None]] = []
-    for foundation, service in zip(foundations, services, strict=True):
+    for foundation, service, each in zip(foundations, services, planned, strict=True):
         if service.file is None:
             continue
-        writer, recovery = open_recording(config, foundation, service)
+        writer, recovery = open_recording(config, foundation, service, each.formers)
         undo.callback(writer.discard if recovery is None else writer.abandon)
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
-    configured = {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
-    server = Server(config, shutdown, loop, frontend, log, configured, background)
-    for foundation, service in zip(foundations, services, strict=True):
-        server.add(make_served(config, foundation, service))
+    server = Server(config, shutdown, loop, frontend, log, background)
+    for foundation, service, each in zip(foundations, services, planned, strict=True):
+        served = make_served(config, foundation, service)
+        if each.kept_as:
+            served.keep_as(each.kept_as)
+        server.add(served)
     if listener is not None:
         server.admin = AdminServer(listener, token, server, log)
     return server

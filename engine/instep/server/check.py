@@ -70,8 +70,8 @@ def check_models(config: Config, prepared: Sequence[Prepared], log: structlog.st
             network = each.network.description
             effective_limits(config, network.features, network.outputs)
             of_model = log_of(each.model.name, log, is_only=is_only)
-            if (file := find_recording(config, each, of_model, is_only=is_only)) is not None:
-                _check_recording(file, config, each, of_model)
+            if (versions := find_recording(config, each, of_model, is_only=is_only)) is not None:
+                _check_recording(versions.file, config, each, of_model)
     except RecordingError as error:
         raise CannotServe(with_advice(error)) from None
 

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
-from instep.config import ModelConfig
+from instep.config import Config, ModelConfig
 from instep.config.sections import StreamPolicy
 from instep.frontends.zmq.served import Served
 from instep.models.errors import ModelError
-from instep.models.folder import check_name
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server.beside import Beside
 from instep.server.loop import Loop
-from instep.server.moving import Moved, catch_up, check_sizes, move
-from instep.server.preparation import CannotServe, Version, prepare_another, versions
-from instep.server.recording_files import next_recording, present_recording, recording_file
-from instep.server.recordings import open_recording, record
+from instep.server.moving import Moved, catch_up, check_policy, check_sizes, move
+from instep.server.preparation import CannotServe, prepare_another, versions
+from instep.server.recording_files import next_recording, recording_file
+from instep.server.recordings import Planned, name_kept, open_recording, plan, record
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
 from instep.streaming.replaying import WarmUpReplay
-from instep.streaming.service import Recovery
+from instep.streaming.service import ModelService, Recovery
 from instep.streaming.tasks import Tasks
 
 if TYPE_CHECKING:
     from instep.server.server import Server
 
-_KEEP: Final = StreamPolicy("keep")
-_FINGERPRINT: Final = 8
-"""Digits of a fingerprint in a name."""
 
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
 
@@ -65,7 +61,6 @@ class Loader:
         shutdown: Shutdown,
         beside: Beside,
         log: structlog.stdlib.BoundLogger,
-        configured: Mapping[str, Version],
     ) -> None:
         self.tasks = Tasks(shutdown.bug)
         """The reload, or the unloading of a version that nobody uses, that is under way: one at most."""
@@ -76,10 +71,9 @@ class Loader:
         self._shutdown = shutdown
         self._beside = beside
         self._log = log
-        self._configured = configured
-        """The models by name that the configuration named when it was last read, as far as it is in force."""
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
+        self._on_refused: Callable[[], object] = lambda: None
         self._followed: ModelConfig | None = None
         """The configuration of the reload that is under way."""
 
@@ -93,9 +87,9 @@ class Loader:
         """Whether a reload is under way or waits for its turn."""
         return self._followed is not None or self._wanted is not None
 
-    def reload(self, wanted: ModelConfig) -> None:
+    def reload(self, wanted: ModelConfig, on_refused: Callable[[], object] = lambda: None) -> None:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended."""
-        self._wanted = wanted
+        self._wanted, self._on_refused = wanted, on_refused
         self.tick()
 
     def tick(self) -> None:
@@ -125,7 +119,7 @@ class Loader:
             for name, (folder, fingerprint) in found.items():
                 if name in served and served[name].about.fingerprint != fingerprint:
                     at = f"{name!r}: "
-                    await self._swap(name, folder, StreamPolicy.parse(wanted.on_reload))
+                    await self._swap(name, folder)
                     swapped.append(name)
         except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
             if not swapped:
@@ -139,52 +133,52 @@ class Loader:
                 extent = "of model.folder only the models loaded and swapped are in force"
             self.problem = f"{extent}: {at}{_why(error)}"
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=self.problem)
-            if swapped:
-                now = {service.name: service.about.fingerprint for service in self._server.services}
-                in_force = {name: version for name, version in found.items() if now.get(name) == version[1]}
-                self._enter({**self._configured, **in_force})
+            self._on_refused()
             return
         unloaded = [name for name, service in served.items() if name not in found and not service.is_former]
         for name in unloaded:
             await self._unload(name)
         self._server.reorder(list(found))
-        self._enter(found)
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         self.problem = ""
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
-    def _enter(self, configured: Mapping[str, Version]) -> None:
-        self._configured = configured
-        for service in self._server.services:
-            _, fingerprint = configured.get(service.name, (None, None))
-            service.is_configured = service.about.fingerprint == fingerprint
-
     async def _load(self, name: str, folder: Path) -> None:
-        """Serve another model."""
-        log = self._log.bind(model=name)
+        """Serve another model, and the former versions of it that keep their streams."""
+        log, config = self._log.bind(model=name), self._wanted_config
         with ExitStack() as undo:
-            made = await self._make(name, folder, log, undo)
-            self._record(made)
-            self._server.add(made.served)
+            prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
+            planned = await self._beside.do(partial(plan, config, prepared, log, is_only=False))
+            made = [await self._make(each, undo) for each in planned]
+            for each in made:
+                self._record(each)
+                self._server.add(each.served)
             undo.pop_all()
         log.info("loaded", folder=str(folder))
 
-    async def _swap(self, name: str, folder: Path, policy: StreamPolicy) -> None:
+    async def _swap(self, name: str, folder: Path) -> None:
         """Serve another version of a model under its name.
 
         To keep the streams, they and the connections there are stay with the former version, which is unloaded when it
         has none any more. To move them, they continue in the new one from the states that they have, and after a
         replay from those that it has after their newest frames.
         """
-        log, former = self._log.bind(model=name), self._server.served(name)
-        keeps = policy.word == "keep"
-        kept_as = f"{name}@{former.info.fingerprint[:_FINGERPRINT]}" if keeps else ""
+        log, former, config = self._log.bind(model=name), self._server.served(name), self._wanted_config
+        policy = StreamPolicy.parse(config.model.on_reload)
+        kept_as = name_kept(name, former.info.fingerprint) if policy.word == "keep" else ""
+        first = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long
+        if kept_as in [service.name for service in self._server.services]:
+            raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
+        if policy.word == "replay" and first is None:
+            raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
         with ExitStack() as undo:
-            if kept_as and any(service.name == check_name(kept_as) for service in self._server.services):
-                raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
-            made = await self._make(name, folder, log, undo, former, policy)
-            if keeps:
+            prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
+            check_sizes(former.info, prepared.network, allowed=config.model.allow_other_sizes)
+            check_policy(policy, former.info, former.info.state, prepared.network)
+            planned = Planned(prepared, log, None if first is None else next_recording(first))
+            made = await self._make(planned, undo, None if kept_as else former.service)
+            if kept_as:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
             else:
@@ -192,49 +186,40 @@ class Loader:
             undo.pop_all()
         fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
-        if not keeps:  # not before: if this is cancelled, nothing that is served may be undone
+        if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
             await moved.end(former.service, made.served.service)
             await self._server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
-        streams = f"replay:{policy.frames}" if policy.frames else policy.word
-        log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=streams)
+        log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=config.model.on_reload)
+
+    @property
+    def _wanted_config(self) -> Config:
+        return self._server.config.model_copy(update={"model": self.config})
 
     async def _unload(self, name: str) -> None:
         """Serve a model no longer."""
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
 
-    async def _make(
-        self,
-        name: str,
-        folder: Path,
-        log: structlog.stdlib.BoundLogger,
-        undo: ExitStack,
-        former: Served | None = None,
-        policy: StreamPolicy = _KEEP,
-    ) -> _Made:
-        """A model that nobody uses yet; `former` is the version that it replaces."""
-        config = self._server.config
-        file = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long
-        prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
-        moved = None
-        if former is not None and policy.word != "keep":
-            check_sizes(former, prepared.network, policy)
-            moved = former.service
-        tables = None if moved is None else moved.engine.tables
+    async def _make(self, planned: Planned, undo: ExitStack, moves: ModelService | None = None) -> _Made:
+        """A version that nobody uses yet; it will have the streams and connections of the service that `moves`."""
+        config, prepared = self._server.config, planned.prepared
+        tables = None if moves is None else moves.engine.tables
         foundation = await self._beside.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
-        if file is not None:
-            file = present_recording(file, prepared.model.fingerprint) if former is None else next_recording(file)
-        service = make_service(config, foundation, file, self._loop.wake, self._shutdown.bug, log, moved)
-        service.is_configured = name in self._configured and self._configured[name][0] == prepared.model_path
+        bug, wake = self._shutdown.bug, self._loop.wake
+        service = make_service(config, foundation, planned.file, wake, bug, planned.log, moves)
         opened = None
-        if file is not None:
-            opened = writer, recovery = await self._beside.do(partial(open_recording, config, foundation, service))
+        if planned.file is not None:
+            opening = partial(open_recording, self._wanted_config, foundation, service, planned.formers)
+            opened = writer, recovery = await self._beside.do(opening)
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        return _Made(make_served(config, foundation, service), foundation.stepper, opened)
+        served = make_served(config, foundation, service)
+        if planned.kept_as:
+            served.keep_as(planned.kept_as)
+        return _Made(served, foundation.stepper, opened)
 
     def _record(self, made: _Made) -> None:
         if made.opened is not None:
@@ -246,7 +231,7 @@ class Loader:
         """Let all streams and connections continue in another version."""
         old, replay = former.service, None
         if policy.word == "replay":
-            assert old.file is not None, "`check_sizes` has refused it"
+            assert old.file is not None, "`_swap` has refused it"
             replay = WarmUpReplay(old.file, made.stepper, len(old.engine.table.owner) - 1, policy.frames)
             log.info("replaying")
             await catch_up(replay, self._beside)

@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from instep.config.sections import StreamPolicy
 from instep.core.typing import I64, U8
-from instep.frontends.zmq.served import Served
-from instep.models.base import RecurrentModel
+from instep.models.base import RecurrentModel, StateSpec
 from instep.server.beside import Beside
 from instep.server.preparation import CannotServe
 from instep.streaming.replaying import WarmUpReplay
@@ -31,6 +30,18 @@ _SHORTER: Final = 0.9
 """A pass has brought the replay nearer if it took less than this part of the shortest one before."""
 _MOST_IN_VAIN: Final = 4
 """After so many passes in a row that brought it no nearer it cannot catch up; a busy machine may cause fewer."""
+
+
+class Sizes(Protocol):
+    """What has the sizes of a version: its recording's header, or what clients are told of it."""
+
+    @property
+    def features(self) -> int:
+        """Floats in a frame."""
+
+    @property
+    def outputs(self) -> int:
+        """Floats in an output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +63,34 @@ class Moved:
         old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
 
 
-def check_sizes(former: Served, network: RecurrentModel, policy: StreamPolicy) -> None:
-    """Refuse a version in which streams of the former one cannot continue, or not by this policy.
+def check_sizes(former: Sizes, network: RecurrentModel, *, allowed: bool) -> None:
+    """Refuse a version of a model with other sizes of frames or outputs than the former one, unless that is `allowed`.
 
     Raises:
         CannotServe: with a sentence.
     """
-    info, description = former.info, network.description
-    for what, there, here in (
-        ("features", info.features, description.features),
-        ("outputs", info.outputs, description.outputs),
-    ):
-        if there != here:
-            raise CannotServe(
-                f"its number of {what} differs from that of the version that is served ({here} instead of {there}), so "
-                f"no stream can be moved to it: {_use('keep')}"
-            )
-    if policy.word == "move" and info.state != network.state:
+    there, here = (former.features, former.outputs), (network.description.features, network.description.outputs)
+    if there != here and not allowed:
         raise CannotServe(
-            "its state differs from that of the version that is served, so no stream can be moved to it: "
-            f"{_use('replay:N', 'keep')}"
+            f"it takes {here[0]:,} features and gives {here[1]:,} outputs, and the version before {there[0]:,} and "
+            f"{there[1]:,}: clients would break; set model.allow_other_sizes if that is meant"
         )
-    if policy.word == "replay" and former.service.file is None:
+
+
+def check_policy(policy: StreamPolicy, former: Sizes, state: StateSpec, network: RecurrentModel) -> None:
+    """Refuse a version in which streams of the former one, whose state is given, cannot continue by this policy.
+
+    Raises:
+        CannotServe: with a sentence.
+    """
+    if policy.word == "keep":
+        return
+    if (former.features, former.outputs) != (network.description.features, network.description.outputs):
+        raise CannotServe(f"its frames or outputs have other sizes, so no stream can be moved to it: {_use('keep')}")
+    if policy.word == "move" and state != network.state:
         raise CannotServe(
-            "frames are replayed from a recording, and the version that is served has none: serve it with --record, or "
-            f"{_use('move', 'keep')}"
+            f"its state differs from that of the version before, so no stream can be moved to it: "
+            f"{_use('replay:N', 'keep')}"
         )
 
 
@@ -138,8 +152,8 @@ async def move(
         CannotServe: when it takes too long, or there is no room for all streams.
     """
     await _settle(old)
+    await old.engine.journal.committed(old.engine.journal.newest)
     if replay is not None:
-        await old.engine.journal.committed(old.engine.journal.newest)
         await beside.do(replay.follow)
         await _settle(old)  # streams may have gone to sleep meanwhile
     # From here on nothing waits, so nothing changes.
@@ -147,13 +161,12 @@ async def move(
     slots = table.open_slots()
     names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
     last_states = states = old.states.access.read(slots)
+    first_seqs = None
     if replay is not None:
         states, first_seqs = replay.states(numbers, next_seqs)
     new.states.access.load(slots, states)
     begin_recording()
-    lsn = engine.journal.opened(slots, names, states)
-    if replay is not None:
-        engine.journal.replayed(slots, first_seqs)
+    lsn = engine.journal.moved(slots, names, states, first_seqs, old.file)
     # The next checkpoint has their frames too whose outputs the clients may lack.
     engine.journal.dirty.mark_dirty(slots)
     new.tasks.start(new.checkpoints.take())

@@ -25,7 +25,7 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.server.early import CannotServe as CannotServe
 from instep.server.early import early_problems
-from instep.server.recording_files import present_recording, recording_file
+from instep.server.recording_files import recording_file, recordings
 
 Version: TypeAlias = tuple[Path, str]
 """A model's folder and fingerprint."""
@@ -95,7 +95,8 @@ def prepare(
         if not is_running:
             for model, _ in loaded:
                 if (file := recording_file(config, model.name, is_only=is_only)) is not None:
-                    check_not_written(present_recording(file, model.fingerprint))
+                    for each in recordings(file):
+                        check_not_written(each)
         if restart:
             _check_forkable(config)
         check_arithmetic()
@@ -116,10 +117,19 @@ def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdl
     """
     try:
         model = replace(load_model(folder), name=check_name(name, "load it under another"))
-        network = _network(config, model, log)
-        return Prepared(model, folder.resolve(), network, network.device)
+        return prepare_loaded(config, model, folder.resolve(), log)
     except ModelError as error:
         raise CannotServe(str(error)) from None
+
+
+def prepare_loaded(config: Config, model: Model, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
+    """Check and compile a model.
+
+    Raises:
+        CannotServe, ModelError: with a sentence.
+    """
+    network = _network(config, model, log)
+    return Prepared(model, folder, network, network.device)
 
 
 def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) -> RecurrentModel:

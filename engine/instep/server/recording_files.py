@@ -1,16 +1,21 @@
-"""Which file records which version of a model."""
+"""Which file records which version of a model, and in which of them streams are open."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count, takewhile
+import glob
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from instep.config import Config
-from instep.recording.database import SUFFIX
+from instep.recording.database import SUFFIX, holds_recording
 from instep.recording.errors import RecordingError
+from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
+from instep.recording.schema import MOVED_EVENT, RecordingHeader, read_moved_detail
 
 _MOST_BYTES: Final = 200
 """Of a name that becomes a file's; SQLite and the lock add endings to it."""
@@ -42,29 +47,111 @@ def check_several(place: Path, *, is_only: bool) -> None:
         )
 
 
-def present_recording(file: Path, fingerprint: str) -> Path:
-    """The newest recording of a version of a model, among NAME.instep and NAME@2.instep, NAME@3.instep and so on.
+@dataclass(frozen=True, slots=True)
+class Former:
+    """A recording of a model that another one has followed, and the streams that are open there."""
 
-    Each version that replaced another one in a running server has a recording of its own. A version without one gets
-    the first file.
+    file: Path
+    header: RecordingHeader
+    streams: dict[int, str]
+    """Names by number of those that continue in no later recording."""
+    moved: dict[int, int]
+    """The seq at which those continue in a later one whose end was not written here because the server was killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The recordings of a model, and which of them is that of the version that is to be served."""
+
+    file: Path
+    newest: RecordingHeader | None
+    """That of the newest version; None where nothing was recorded."""
+    formers: list[Former]
+    """The others, as far as streams are open there, in the order in which they came."""
+
+
+def find_versions(first: Path, fingerprint: str, log: structlog.stdlib.BoundLogger) -> Versions:
+    """Which file is to record a version of a model, and whose streams continue from others.
+
+    The versions of a model are recorded in NAME.instep, NAME@2.instep, NAME@3.instep and so on, in the order in which
+    they came. The newest file goes on where its version is the one that is to be served; otherwise the next one begins.
+    A stream continues from an older file unless a newer one has its `moved` event, which is committed together with its
+    state. What is being written belongs to a version that is served. The log is told of older files that are damaged.
 
     Raises:
-        RecordingError: when one cannot be read.
+        RecordingError: when the newest one cannot be read.
     """
-    present = file
-    for later in later_recordings(file):
-        with RecordingReader(later) as reader:
-            if reader.header.model_fingerprint == fingerprint:
-                present = later
-    return present
+    files, file, newest = recordings(first), next_recording(first), None
+    formers, came = list[Former](), dict[tuple[str, int], int]()
+    for each in reversed(files):
+        try:
+            with RecordingReader(each) as reader:
+                header = reader.engines[-1].header
+                if newest is None:
+                    newest = header
+                    file = each if header.model_fingerprint == fingerprint else file
+                if each != file and not is_being_written(each) and (streams := _open_streams(reader)):
+                    moved = {number: came[each.name, number] for number in streams if (each.name, number) in came}
+                    left = {number: name for number, name in streams.items() if number not in moved}
+                    formers.append(Former(each, header, left, moved))
+                if each != first:
+                    came |= _came(reader)
+        except RecordingError as error:
+            if newest is None:
+                raise
+            say_not_served(each, f"streams may be open in the recording of another version, but {error}", log)
+    return Versions(file, newest, formers[::-1])
 
 
-def next_recording(file: Path) -> Path:
-    """Where a version is recorded that replaces another one: the first of those names that is free."""
-    return file.with_stem(f"{file.stem}@{len(list(later_recordings(file))) + 2}")
+def say_not_served(file: Path, reason: str, log: structlog.stdlib.BoundLogger) -> None:
+    """Say in the log that nobody serves the streams of a recording."""
+    log.warning("streams not served", file=str(file), reason=reason, next=f"instep verify {shlex.quote(str(file))}")
 
 
-def later_recordings(file: Path) -> Iterator[Path]:
-    """The recordings that there are of versions that replaced the first one."""
-    names = (file.with_stem(f"{file.stem}@{number}") for number in count(2))
-    return takewhile(Path.exists, names)
+def next_recording(first: Path) -> Path:
+    """Where a version is recorded that replaces another one."""
+    files = recordings(first)
+    return first.with_stem(f"{first.stem}@{_number(files[-1], first) + 1}") if files else first
+
+
+def recordings(first: Path) -> list[Path]:
+    """The recordings that there are of the versions of a model, in order.
+
+    A file without a row was left by a server that was killed as it made it, and counts as none.
+    """
+    later = (each for each in first.parent.glob(f"{glob.escape(first.stem)}@*{first.suffix}") if _number(each, first))
+    return [each for each in (first, *sorted(later, key=lambda each: _number(each, first))) if not holds_nothing(each)]
+
+
+def holds_nothing(file: Path) -> bool:
+    """Whether there is no recording, or one without a row that nobody writes."""
+    if is_being_written(file):
+        return False
+    if not holds_recording(file):
+        return True
+    try:
+        with RecordingReader(file) as reader:
+            return reader.last_position == 0
+    except RecordingError:  # whoever needs it is told
+        return False
+
+
+def _number(file: Path, first: Path) -> int:
+    """The number in the name of a file; 1 for the first one and 0 for others."""
+    if file == first:
+        return 1
+    number = file.stem.removeprefix(f"{first.stem}@")
+    return int(number) if number.isdecimal() and number.isascii() else 0
+
+
+def _open_streams(reader: RecordingReader) -> dict[int, str]:
+    # Not `streams()`, which holds the final state of every stream that there ever was.
+    closed = {row[2] for row in reader.rows("closings")}
+    return {row[2]: row[3] for row in reader.openings() if row[2] not in closed}
+
+
+def _came(reader: RecordingReader) -> dict[tuple[str, int], int]:
+    """The streams that continue here, by file and number, and the seqs of their first frames here."""
+    origins = {event.stream: read_moved_detail(event.detail) for event in reader.events() if event.kind == MOVED_EVENT}
+    seqs = {row[2]: row[5] for row in reader.openings() if row[2] in origins}
+    return {(file, number): seqs[stream] for stream, (number, file) in origins.items() if stream in seqs}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -14,18 +15,28 @@ from typing import Final
 import structlog
 
 from instep.config import Config
-from instep.recording.database import check_place, holds_recording, lost_tail
+from instep.config.sections import StreamPolicy
+from instep.models.errors import ModelError
+from instep.models.folder import check_name
+from instep.recording.database import check_place, lost_tail, remove_database
 from instep.recording.errors import RecordingError
-from instep.recording.lock import is_being_written
-from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.schema import RecordingHeader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording
+from instep.server.continuation import continue_streams, end_moved, prepare_former
 from instep.server.loop import Loop
-from instep.server.preparation import Prepared
-from instep.server.recording_files import later_recordings, present_recording, recording_file
+from instep.server.moving import check_policy, check_sizes
+from instep.server.preparation import CannotServe, Prepared
+from instep.server.recording_files import (
+    Former,
+    Versions,
+    find_versions,
+    holds_nothing,
+    recording_file,
+    say_not_served,
+)
 from instep.server.services import Foundation
 from instep.server.shutdown import Shutdown
 from instep.streaming.service import ModelService, Recovery
@@ -34,47 +45,85 @@ QUEUE_BATCHES: Final = 64
 """Batches that may wait to be written; when the disk falls behind by this many, stepping waits for it."""
 
 
+_FINGERPRINT: Final = 8
+"""Digits of a fingerprint in a name."""
+
+
 def find_recording(
     config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool
-) -> Path | None:
-    """The recording of the version of a model that is served; None where nothing is recorded.
-
-    The log, which names the model, says in which recordings of other versions streams are open that nobody serves.
+) -> Versions | None:
+    """The recording of the version of a model that is to be served, and those of earlier ones; None without any.
 
     Raises:
-        RecordingError: as `recording_file`, and when a recording of the model cannot be read.
+        RecordingError: as `recording_file` and `find_versions`.
+        CannotServe: when streams of an earlier version cannot continue in this one as `model.on_reload` says.
     """
     first = recording_file(config, prepared.model.name, is_only=is_only)
     if first is None:
         return None
-    present = present_recording(first, prepared.model.fingerprint)
-    _warn_of_others(first, present, log)
-    return present
+    if first == config.recording.file:  # there is no place for another version
+        return Versions(first, None, [])
+    versions = find_versions(first, prepared.model.fingerprint, log)
+    if versions.newest is not None:
+        check_sizes(versions.newest, prepared.network, allowed=config.model.allow_other_sizes)
+    policy = StreamPolicy.parse(config.model.on_reload)
+    for former in formers_to_move(versions, prepared.model.fingerprint, policy):
+        if former.streams:
+            check_policy(policy, former.header, former.header.state_spec, prepared.network)
+    return versions
 
 
-def _warn_of_others(first: Path, present: Path, log: structlog.stdlib.BoundLogger) -> None:
-    for other in (first, *later_recordings(first)):
-        if other == present or not other.is_file() or not other.stat().st_size or is_being_written(other):
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A version of a model that is to be served."""
+
+    prepared: Prepared
+    log: structlog.stdlib.BoundLogger
+    file: Path | None = None
+    """Its recording."""
+    formers: Sequence[Former] = ()
+    """Those whose streams continue in it."""
+    kept_as: str = ""
+    """What a former version is called, which keeps its streams."""
+
+
+def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> list[Planned]:
+    """A model, and the former versions of it that keep their streams.
+
+    What is left to be done in their recordings, because a server was killed, is done first.
+
+    Raises:
+        RecordingError, CannotServe: as `find_recording`.
+    """
+    versions = find_recording(config, prepared, log, is_only=is_only)
+    if versions is None:
+        return [Planned(prepared, log)]
+    for former in versions.formers:
+        end_moved(former)
+    moves = formers_to_move(versions, prepared.model.fingerprint, StreamPolicy.parse(config.model.on_reload))
+    planned = [Planned(prepared, log, versions.file, [each for each in moves if each.streams])]
+    for former in versions.formers:
+        if former in moves or not former.streams:
             continue
-        place = shlex.quote(str(other))
+        kept_as = name_kept(prepared.model.name, former.header.model_fingerprint)
         try:
-            with RecordingReader(other) as reader:
-                # Not `streams()`, which holds the final state of every stream that there ever was.
-                closed = {row[2] for row in reader.rows("closings")}
-                streams = sum(row[2] not in closed for row in reader.openings())
-                folder = shlex.quote(reader.header.model_folder)
-        except RecordingError as error:  # the version that is served does not need it
-            reason = f"streams may be open in the recording of another version of the model, but {error}"
-            log.warning("streams not served", file=str(other), reason=reason, next=f"instep verify {place}")
-            continue
-        if streams:
-            log.warning(
-                "streams not served",
-                file=str(other),
-                streams=streams,
-                reason="they are open in the recording of another version of the model",
-                next=f"instep serve {folder} --record {place} --endpoint tcp://127.0.0.1:PORT",
-            )
+            if kept_as in [each.kept_as for each in planned]:
+                raise CannotServe("another recording of that version has open streams, too")
+            its_log = log.bind(model=kept_as)
+            planned.append(Planned(prepare_former(config, former, its_log), its_log, former.file, (), kept_as))
+        except (ModelError, CannotServe) as error:
+            say_not_served(former.file, f"streams keep the version that they have, but {error}", log)
+    return planned
+
+
+def name_kept(name: str, fingerprint: str) -> str:
+    """What a version of a model is called that keeps its streams when another one replaces it."""
+    return check_name(f"{name}@{fingerprint[:_FINGERPRINT]}", "give the model a shorter one")
+
+
+def formers_to_move(versions: Versions, fingerprint: str, policy: StreamPolicy) -> list[Former]:
+    """The recordings whose streams continue in the version of that fingerprint; the others keep their versions."""
+    return [each for each in versions.formers if policy.word != "keep" or each.header.model_fingerprint == fingerprint]
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
@@ -96,9 +145,9 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
 
 
 def open_recording(
-    config: Config, foundation: Foundation, service: ModelService
+    config: Config, foundation: Foundation, service: ModelService, formers: Sequence[Former] = ()
 ) -> tuple[RecordingWriter, Recovery | None]:
-    """A new recording of a service, or the one that is there, with its streams put back.
+    """A new recording of a service, or the one that is there, with its streams put back, and those of `formers`.
 
     Raises:
         RecordingError: with a sentence.
@@ -107,8 +156,12 @@ def open_recording(
     assert path is not None
     retention = Retention(config.recording.keep_bytes, round(config.recording.keep_s * 1e9))
     check_place(path)
-    if not holds_recording(path):
-        return RecordingWriter.create(path, header, retention), None
+    if holds_nothing(path):
+        remove_database(path)
+        writer = RecordingWriter.create(path, header, retention)
+        if not formers:
+            return writer, None
+        return writer, _continued(config, foundation, service, formers, writer, Recovery(0, 0, 0.0, 0, {}, 0))
     if tail := lost_tail(path):
         log.warning("recording lost its end", file=str(path), reason=tail)
     log.info("recovering", recording=str(path))
@@ -124,7 +177,26 @@ def open_recording(
     )
     seconds = round(recovery.seconds, 4)
     log.info("recovered", streams=recovery.streams, frames_replayed=recovery.frames, seconds=seconds)
-    return writer, recovery
+    return writer, _continued(config, foundation, service, formers, writer, recovery)
+
+
+def _continued(
+    config: Config,
+    foundation: Foundation,
+    service: ModelService,
+    formers: Sequence[Former],
+    writer: RecordingWriter,
+    recovery: Recovery,
+) -> Recovery:
+    try:
+        for former in formers:
+            recovery = continue_streams(config, former, foundation, service, writer, recovery)
+        return recovery
+    except BaseException as error:
+        writer.abandon()
+        if isinstance(error, sqlite3.Error):
+            raise RecordingError(f"cannot continue the recording {writer.path}: {error}") from None
+        raise
 
 
 def record(

@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import structlog
 
-from instep.config import Config, ConfigError
+from instep.config import Config, ConfigError, ModelConfig
 from instep.server.log import Threshold
 from instep.server.server import Server
 
 CHANGEABLE: Final = (
     "model.on_reload",
+    "model.allow_other_sizes",
     "limits.max_idle_s",
     "limits.park_s",
     "limits.max_parked_streams",
@@ -28,7 +29,7 @@ CHANGEABLE: Final = (
 MODELS: Final = ("model.folder",)
 """They change, too, but it takes a while: see `Loader.reload`."""
 
-_KEPT_BYTES: Final = 2048
+_KEPT_BYTES: Final = 2**20
 
 
 class Kept:
@@ -42,15 +43,18 @@ class Kept:
         """Which half counts, and two halves: a process that dies while it writes one leaves the other."""
 
     def keep(self, config: Config) -> None:
-        """Remember what can change of a configuration."""
-        half = 1 - self._shared[0]
-        self._half(half)[:] = json.dumps(_changeable(config)).encode().ljust(_KEPT_BYTES)
+        """Remember what can change of a configuration, the models among it."""
+        half, values = 1 - self._shared[0], [_changeable(config), config.model.model_dump(mode="json")]
+        self._half(half)[:] = json.dumps(values).encode().ljust(_KEPT_BYTES)
         self._shared[0] = half
 
     def laid_over(self, config: Config) -> Config:
         """A configuration with the values that were kept, if any were."""
         text = bytes(self._half(self._shared[0])).strip(b"\0")
-        return _with_values(config, json.loads(text)) if text else config
+        if not text:
+            return config
+        values, models = json.loads(text)
+        return _with_values(config, values).model_copy(update={"model": ModelConfig.model_validate(models)})
 
     def _half(self, half: int) -> memoryview:
         return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
@@ -75,15 +79,18 @@ def reload(
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
-        server.loader.reload(wanted.model)
+        server.loader.reload(wanted.model, lambda: kept.keep(server.config))
         kept.keep(wanted)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
         also = {"under_way": under_way} if under_way else {}
         log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **also)
+        server.unread = ""
         if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
+            server.unread = f"{', '.join(left)} changed, and {'are' if left[1:] else 'is'} read at the start only"
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
+        server.unread = "; ".join(map(str, error.problems))
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
     finally:

@@ -15,11 +15,12 @@ import torch
 
 from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
+from instep.models.errors import ModelError
 from instep.server.assembly import make_server
 from instep.server.log import Threshold, make_log
 from instep.server.memory import warn_of_memory
 from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
-from instep.server.preparation import Prepared, check_early, prepare
+from instep.server.preparation import CannotServe, Prepared, check_early, prepare, versions
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
 from instep.server.service_manager import ServiceManager
@@ -78,7 +79,18 @@ def run(
         if changed := [change for _, change in differences(began, config)]:
             log.info("reload kept", changed=changed)
         threshold.level = config.log.level
+        if _have_changed(prepared, config):
+            prepared = prepare(config, log, restart=restart)
     return asyncio.run(_serve(config, prepared, log, threshold, start))
+
+
+def _have_changed(prepared: Sequence[Prepared], config: Config) -> bool:
+    """Whether the configuration names other models, or other versions of them, than those that were loaded."""
+    try:
+        found = versions(config.model.folders)
+    except (ModelError, CannotServe):  # the ones that were loaded can still be served
+        return False
+    return found != {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
 
 
 async def _serve(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from instep.server.limits import idle_limits
 from instep.server.live_verification import LiveVerification
 from instep.server.loading import Loader
 from instep.server.loop import HeldUp, Loop
-from instep.server.preparation import Version
 from instep.server.shutdown import Shutdown
 from instep.server.summary import Summary
 from instep.streaming.service import ModelService
@@ -43,10 +42,7 @@ _FORCED_JOIN_S: Final = 1.0
 
 
 class Server:
-    """One socket, one loop, and the models that are added; from bind to close.
-
-    `configured` are the models that the configuration names, by name.
-    """
+    """One socket, one loop, and the models that are added; from bind to close."""
 
     def __init__(
         self,
@@ -55,10 +51,11 @@ class Server:
         loop: Loop,
         frontend: ZmqFrontend,
         log: structlog.stdlib.BoundLogger,
-        configured: Mapping[str, Version],
         background: Background,
     ) -> None:
         self.config = config
+        self.unread = ""
+        """Why the configuration that was read last is not in force, apart from its models; empty where it is."""
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
         self._drain_until = math.inf
@@ -74,7 +71,7 @@ class Server:
         self._verifications: dict[ModelService, LiveVerification] = {}
         beside = Beside(shutdown)
         self._background = background
-        self.loader = Loader(self, loop, shutdown, beside, log, configured)
+        self.loader = Loader(self, loop, shutdown, beside, log)
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -162,6 +159,11 @@ class Server:
     def endpoint(self) -> str:
         """Where the server can be reached."""
         return self._frontend.router.endpoint
+
+    @property
+    def outdated(self) -> str:
+        """Why what runs is not what the configuration says; empty where it is."""
+        return "; ".join(filter(None, (self.unread, self.loader.problem)))
 
     @property
     def is_draining(self) -> bool:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,11 +22,10 @@ from instep.core.tables import Tables
 from instep.core.typing import F32, I64, U8, U32, U64, Bool
 from instep.recording.errors import RecordingError
 from instep.recording.recorder import Recorder, Write
-from instep.recording.records import StateRows
+from instep.recording.records import MovedStreams, StateRows
 from instep.recording.schema import (
     OWNER_EVENT,
     PARKED_EVENT,
-    REPLAYED_EVENT,
     RESET_EVENT,
     owner_detail,
 )
@@ -211,7 +211,7 @@ class Journal:
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def opened(self, slots: I64, names: Sequence[str], initial_states: U8 | None) -> int:
-        """Streams were opened under those names, or have come from another version of the model.
+        """Streams were opened under those names.
 
         Args:
             slots: int64 [N].
@@ -219,13 +219,31 @@ class Journal:
             initial_states: before their next frames, [N, …], None for the model's own.
         """
         table, count, time_ns = self._table, len(slots), time.time_ns()
-        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + count)
-        self._last_stream += count
-        table.recording_id[slots] = streams
+        streams = self._number(slots)
         epochs, first_seqs = table.epoch[slots], table.next_seq[slots]
         return self._put_rows(
             count, lambda writer: writer.open_streams(time_ns, streams, names, epochs, first_seqs, initial_states)
         )
+
+    def moved(self, slots: I64, names: Sequence[str], states: U8, replayed_from: I64 | None, file: Path | None) -> int:
+        """Streams have come from another version of the model, in these states; as `RowWriter.move_streams`.
+
+        `file` is the recording of that version; None where nothing is recorded.
+        """
+        table, count, time_ns = self._table, len(slots), time.time_ns()
+        numbers, streams = table.recording_ids(slots), self._number(slots)
+        columns = (table.epoch[slots], table.former_epoch[slots], table.granted_seq[slots])
+        owners = list(zip(*(column.tolist() for column in columns), strict=True))
+        moved = MovedStreams(streams, names, owners, table.next_seq[slots].copy(), states, replayed_from, numbers)
+        source = "" if file is None else file.name
+        return self._put_rows(3 * count, lambda writer: writer.move_streams(time_ns, moved, source))
+
+    def _number(self, slots: I64) -> I64:
+        """Give streams their numbers in this recording."""
+        streams = np.arange(self._last_stream + 1, self._last_stream + 1 + len(slots))
+        self._last_stream += len(slots)
+        self._table.recording_id[slots] = streams
+        return streams
 
     def resumed(self, slots: I64) -> int:
         """Streams have new owners, and so new epochs."""
@@ -236,10 +254,6 @@ class Journal:
     def parked(self, slots: I64) -> int:
         """The connection of these streams is gone."""
         return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
-
-    def replayed(self, slots: I64, first_seqs: I64) -> int:
-        """The initial states of streams that have come from another version hold their frames from these on."""
-        return self._events(slots, REPLAYED_EVENT, first_seqs, repeat("", len(slots)))
 
     def reset(self, slots: I64, states: U8 | None) -> int:
         """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""

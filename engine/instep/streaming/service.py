@@ -88,8 +88,6 @@ class ModelService:
     """Findings of the process that checks the recording meanwhile, where there is to be one."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
     """When the server began that serves it, on the monotonic clock."""
-    is_configured: bool = True
-    """Whether the server's configuration names this version of the model, so that a restart serves it."""
     is_former: bool = False
     """Whether another version has replaced it, and it ends with its last connection."""
     leaves: str = ""
@@ -163,7 +161,6 @@ class ModelService:
         engine, table, counts = self.engine, self.engine.table, self.engine.tables.counts
         return {
             "ready": float(self.is_ready),
-            "configured": float(self.is_configured),
             "exact": float(self.about.exactness == "exact"),
             "server_uptime_s": (time.monotonic_ns() - self.server_began_ns) / 1e9,
             **engine.stats.values(),

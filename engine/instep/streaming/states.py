@@ -105,7 +105,8 @@ def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, str
         Their slots, int64 [≤ N]; the last ones are left out where there is no room for all.
     """
     streams = streams[: table.slots.free_count]
-    first_seqs = np.array([stream.first_seq for stream in streams], np.int64)
+    # Outputs of another version of the model may be asked for again, too.
+    first_seqs = np.array([min(stream.first_seq, stream.tail_seq) for stream in streams], np.int64)
     slots, codes = table.open([stream.name for stream in streams], table.parked, time.monotonic_ns(), first_seqs)
     assert not codes.any(), "a stream of this name is in memory already"
     table.recording_id[slots] = np.array([stream.stream for stream in streams], np.uint32)

@@ -66,6 +66,8 @@ async def test_is_ready_until_it_drains() -> None:
     async with administered() as (server, http):
         for path in ("/readyz", "/v2/health/ready", "/healthz", "/v2/health/live"):
             assert (await http.get(path)).status_code == 200
+        server.unread = "limits: is broken"
+        assert (await http.get("/readyz")).json() == {"ready": True, "outdated": "limits: is broken"}
         server.default.engine.draining = True
         assert "did you mean /readyz?" in await error(http, "/readyz/", 404)
         answer = await http.get("/readyz")
@@ -79,7 +81,7 @@ class BadSubject:
 
     def __init__(self) -> None:
         self.endpoint = "tcp://127.0.0.1:5757"
-        self.is_draining = False
+        self.is_draining, self.outdated = False, ""
         self.services: list[ModelService] = []
 
 

@@ -24,5 +24,9 @@ class Subject(Protocol):
         """Whether it was told to end."""
 
     @property
+    def outdated(self) -> str:
+        """Why what runs is not what the configuration says; empty where it is."""
+
+    @property
     def services(self) -> list[ModelService]:
         """The models now, the one for connections that name none first."""

@@ -40,7 +40,7 @@ def make_app(
         problems = status.problems()
         if problems:
             raise HttpError(503, "NOT_READY", "; ".join(problems))
-        return json_answer({"ready": True})
+        return json_answer({"ready": True} | ({"outdated": subject.outdated} if subject.outdated else {}))
 
     async def stats(request: Request) -> Response:
         return Response(status.stats(), media_type="application/json")

@@ -54,6 +54,7 @@ class ServerStatus:
             "endpoint": subject.endpoint,
             "ready": not self.problems(),
             "draining": subject.is_draining,
+            "outdated": subject.outdated,
             "models": [self._model(service) for service in subject.services],
         }
 

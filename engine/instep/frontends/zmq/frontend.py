@@ -82,9 +82,7 @@ class ZmqFrontend:
         """
         self.models[served.service.name] = served
         if kept_as:
-            former.service.name = kept_as
-            former.info = replace(former.info, model=kept_as)
-            former.service.is_former = True
+            former.keep_as(kept_as)
             self.models[kept_as] = former
             return
         served.info = replace(served.info, boot_id=former.info.boot_id)  # their streams are still there

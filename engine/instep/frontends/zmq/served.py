@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -27,6 +27,11 @@ class Served:
     service: ModelService
     info: ServerInfo
     decoder: Decoder
+
+    def keep_as(self, name: str) -> None:
+        """Be another name's from now on, for the connections and streams there are: another version has replaced it."""
+        self.service.name, self.service.is_former = name, True
+        self.info = replace(self.info, model=name)
 
     def refuse_what_is_new(self) -> None:
         """Refuse new connections, streams and frames, unless the service takes them."""

@@ -159,6 +159,7 @@ function showConnection() {
     text = `${PROBLEM[connection]}${reason}${since} Trying again every second.`;
   } else if (stats?.draining) text = "The server is draining: it finishes what it has taken and ends.";
   else if (stats && !stats.ready) text = "The server is not ready yet.";
+  else if (stats?.outdated) text = `What runs is not what the configuration says: ${stats.outdated}.`;
   byId("banner").hidden = text === "";
   byId("banner").dataset.level = isStale ? "bad" : "fair";
   setText("banner", text);
