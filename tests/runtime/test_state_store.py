@@ -9,7 +9,7 @@ import torch
 
 from instep.models.base import Leaf, StateSpec
 from instep.models.registry import torch_network
-from instep.runtime.state_store import StateStore
+from instep.runtime.stepper import StateStore
 from instep_client.protocol.state_spec import DTYPES
 from tests.support.models import plain, whole
 from tests.support.states import floats_of

@@ -1,23 +1,98 @@
-"""One step of the network over one batch of streams."""
+"""The states of all streams on the device, and one step of the network over a batch of them.
+
+`StateSpec` drives everything here; there is no second list of what a slot holds. On the CPU a step reads and writes the
+rows of its slots where they are; on a GPU a batch is padded to a size for which a graph was captured.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import F32, I64, U8, float32_zeros
 from instep.models.base import RecurrentModel, StateSpec
 from instep.models.network import PortableNetwork
 from instep.models.torch_network import TorchNetwork
-from instep.runtime.batches import GraphBatch
-from instep.runtime.state_store import StateStore
+from instep.runtime.executor import StateLost
 
 _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Of batches for which a graph is captured on a GPU."""
+_WARM_UPS: Final = 3
+"""Runs before the capture: libraries allocate and choose kernels in them. As many as in torch's own example."""
+
+
+class StateStore:
+    """uint8 [max_streams + 1, row_bytes] on the device, allocated once and changed in place.
+
+    Slot 0 is scratch: padding rows read it, a captured graph writes it, and no stream ever does.
+
+    Args:
+        spec: what a row holds.
+        max_streams: slots run from 1 to this.
+        device: where the rows are.
+        zeros: makes the memory on the CPU; another function than numpy's may put it where forked processes share it.
+    """
+
+    def __init__(
+        self,
+        spec: StateSpec,
+        max_streams: int,
+        device: torch.device,
+        zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        slots = max_streams + 1
+        if device.type == "cpu":
+            words = -(-slots * spec.row_bytes // 4)
+            flat: U8 = zeros((words,)).view(np.uint8)[: slots * spec.row_bytes]
+            self.rows = torch.from_numpy(flat.reshape(slots, spec.row_bytes))
+        else:
+            self.rows = torch.zeros(slots, spec.row_bytes, dtype=torch.uint8, device=device)
+        self.leaves = self._views()
+        """By leaf, [slots, *shape]: views into `rows`."""
+        self.initial = torch.from_numpy(spec.initial(1)[0]).to(device)
+        """The row of a stream before its first frame."""
+        self.rows[SCRATCH_SLOT] = self.initial
+
+    def clear(self, slots: I64) -> None:
+        """Put slots, int64 [N], into the initial state."""
+        self.rows[torch.from_numpy(slots).to(self.device)] = self.initial
+
+    def read(self, slots: I64) -> U8:
+        """The rows of slots, int64 [N], as the host keeps them: uint8 [N, row_bytes], a copy."""
+        there = torch.from_numpy(slots).to(self.device)
+        rows: U8 = self.rows.index_select(0, there).cpu().numpy()
+        return rows
+
+    def write(self, slots: I64, rows: U8) -> None:
+        """Give slots, int64 [N], distinct, the rows uint8 [N, row_bytes]."""
+        there = torch.from_numpy(slots).to(self.device)
+        self.rows.index_copy_(0, there, torch.tensor(rows, device=self.device))
+
+    def gather(self, slots: Tensor, into: Mapping[str, Tensor]) -> None:
+        """Enqueue copies of the leaves of slots, int64 [B] on the device, into tensors [B, *shape]."""
+        for name, leaf in self.leaves.items():
+            into[name].copy_(leaf.index_select(0, slots))
+
+    def scatter(self, slots: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Enqueue copies of tensors [B, *shape] into slots; those of the scratch slot may repeat, and it is cleared."""
+        for name, leaf in self.leaves.items():
+            leaf.index_copy_(0, slots, state[name])
+        self.rows[SCRATCH_SLOT].copy_(self.initial)
+
+    def _views(self) -> dict[str, Tensor]:
+        views = {}
+        for leaf, offset in zip(self.spec.leaves, self.spec.offsets, strict=True):
+            part = self.rows[:, offset : offset + leaf.nbytes]
+            views[leaf.name] = part.view(getattr(torch, leaf.dtype.name)).view(len(part), *leaf.shape)
+        return views
 
 
 class StateAccess(Protocol):
@@ -116,8 +191,69 @@ class _OnGpu:
     def __init__(self, model: TorchNetwork, store: StateStore, max_batch_size: int) -> None:
         pool = torch.cuda.graph_pool_handle()
         self._sizes = [*(size for size in _SIZES if size < max_batch_size), max_batch_size]
-        self._batches = [GraphBatch(model, store, size, pool) for size in self._sizes]
+        self._batches = [_GraphBatch(model, store, size, pool) for size in self._sizes]
 
     def run(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         batch = self._batches[bisect_left(self._sizes, len(slots))]
         outputs[rows] = batch.run(slots, inputs[rows])
+
+
+class _GraphBatch:
+    """Room for one batch of one size, padding included, used again for the next one.
+
+    Copies to the device, gather, step, scatter and copies back are one launch; the host waits once, for the outputs.
+
+    `pool` is memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
+    """
+
+    def __init__(self, model: TorchNetwork, store: StateStore, size: int, pool: Any) -> None:
+        self.step = model.bind(size)
+        self._store = store
+        self._device = model.device
+        self._host_slots = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+        self._host_x = torch.zeros(size, self.step.x.shape[1], pin_memory=True)
+        self._host_y = torch.zeros(size, self.step.y.shape[1], pin_memory=True)
+        self._slots_given: I64 = self._host_slots.numpy()
+        self._x_given: F32 = self._host_x.numpy()
+        self._y: F32 = self._host_y.numpy()
+        self._slots = torch.zeros(size, dtype=torch.int64, device=self._device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.inference_mode():
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):  # on the scratch slot alone
+                    self._enqueue()
+            stream.synchronize()
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                self._enqueue()
+
+    def _enqueue(self) -> None:
+        self._slots.copy_(self._host_slots, non_blocking=True)
+        self.step.x.copy_(self._host_x, non_blocking=True)
+        self._store.gather(self._slots, self.step.state)
+        self.step.run()
+        self._store.scatter(self._slots, self.step.state)
+        self._host_y.copy_(self.step.y, non_blocking=True)
+
+    def run(self, slots: I64, x: F32) -> F32:
+        """Step the states of slots, int64 [B], with frames, float32 [B, features].
+
+        Returns:
+            The outputs, float32 [B, outputs], until the next call.
+
+        Raises:
+            StateLost: when anything went wrong: what a graph had done by then is not known.
+        """
+        count = len(slots)
+        self._slots_given[:count], self._slots_given[count:] = slots, SCRATCH_SLOT
+        self._x_given[:count], self._x_given[count:] = x, 0.0
+        try:
+            with torch.cuda.device(self._device):
+                self._graph.replay()
+                self._done.record()
+                self._done.synchronize()
+        except Exception as error:
+            raise StateLost(str(error)) from error
+        return self._y[:count]
