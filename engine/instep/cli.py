@@ -216,14 +216,6 @@ def verify(
     recordings are verified one after another, with a line for each (with --json, an object); the status is 1 if any
     differs, otherwise 2 if any could not be checked. Those without frames are passed over, unless all are.
     """
-    if report is not None and len(recordings) == 1 and os.path.isdir(recordings[0]):
-        from instep.recording.inspection import holds_frames, recordings_in
-
-        found = recordings_in(recordings[0])
-        if len(found) > 1:
-            found = [file for file in found if holds_frames(file)]
-        if len(found) == 1:
-            recordings = found
     several = len(recordings) > 1 or os.path.isdir(recordings[0])
     if several and report is not None:
         raise typer.BadParameter("it takes one recording: name one file", param_hint="--report")

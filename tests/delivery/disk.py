@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 
-from instep.recording import open_streams
 from instep.recording import reader as recording_reader
 from instep.recording import recovery as recording_recovery
 from instep.recording.database import LIMITS, DatabaseLimits, with_crcs
@@ -315,6 +314,6 @@ def files_in_memory() -> Iterator[None]:
     with (
         mock.patch.object(streaming_recovery, "RecordingWriter", MemoryWriter),
         mock.patch.object(recording_recovery, "RecordingReader", MemoryReader),
-        mock.patch.object(open_streams, "RecordingReader", MemoryReader),
+        mock.patch.object(recording_reader, "RecordingReader", MemoryReader),
     ):
         yield

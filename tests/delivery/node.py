@@ -24,7 +24,8 @@ from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
 from instep.frontends.zmq.served import Served
-from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.recording.reader import load_open_streams
+from instep.recording.records import OpenStream
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording
 from instep.runtime.executor import StateLost

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from instep.recording.errors import DamagedRecording
-from instep.recording.open_streams import OpenStream
-from instep.recording.records import StateRows
+from instep.recording.records import OpenStream, StateRows
 from instep.recording.recovery import Recovered
 from instep.recording.schema import owner_detail
 from instep.recording.writer import RecordingWriter

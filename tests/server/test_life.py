@@ -16,8 +16,8 @@ import pytest
 import zmq
 
 from instep.frontends.zmq.router import Router
-from instep.recording.open_streams import OpenStream
 from instep.recording.recorder import Recorder
+from instep.recording.records import OpenStream
 from instep.recording.writer import RecordingWriter
 from instep.server.preparation import CannotServe
 from instep.server.server import Server

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from instep.recording.errors import DamagedRecording
-from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.recording.reader import load_open_streams
+from instep.recording.records import OpenStream
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.open_streams import OpenStream, load_open_streams
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import RecordingReader, load_open_streams
+from instep.recording.records import OpenStream
 from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick

@@ -11,7 +11,7 @@ from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
 from instep.models.model import Model
-from instep.recording.open_streams import load_open_streams
+from instep.recording.reader import load_open_streams
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording

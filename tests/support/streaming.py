@@ -18,8 +18,9 @@ from instep.core.tables import make_tables
 from instep.core.typing import F32, I64, U64
 from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
 from instep.models.model import Model
-from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.recording.reader import load_open_streams
 from instep.recording.recorder import Recorder
+from instep.recording.records import OpenStream
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording

@@ -7,7 +7,6 @@ import pty
 import re
 import sqlite3
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -105,10 +104,10 @@ def test_what_takes_long_says_in_a_pipe_how_far_it_is(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("instep_tools.terminal.QUIET_S", 0.0)
     monkeypatch.setattr("instep_tools.terminal.LOG_S", 0.0)
-    for command in (["verify"], ["verify", "--json"], ["recordings", "check"], ["export", "--format", "csv"]):
+    for command in (["verify"], ["verify", "--json"], ["export"]):
         shown = CliRunner().invoke(app, [*command, str(recorded.path)])
         assert shown.exit_code == 0
-        stage = {"verify": "replaying", "recordings": "checking", "export": "exporting"}[command[0]]
+        stage = {"verify": "replaying", "export": "exporting"}[command[0]]
         assert re.search(rf"^{stage} \d+% · \d+ s$", shown.stderr, re.MULTILINE), command
         assert stage not in shown.stdout
 
@@ -236,23 +235,6 @@ def test_the_progress_of_one_recording_among_several_names_it(
     )
     assert "\nreplaying 100%" in alone
     assert f"\n{recorded.path.name}: replaying 100%" in among_several
-
-
-def test_a_folder_of_one_recording_stands_for_it(recorded: Recorded, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    verified = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
-    assert (verified.exit_code, recorded.path.name in page.read_text()) == (0, True)
-    empty = record_gru(tmp_path / "empty", make_gru(), [0]).path.rename(recorded.path.with_name("c.rec"))
-    verified = CliRunner().invoke(app, ["verify", str(empty.parent), "--report", str(page)])
-    assert (verified.exit_code, recorded.path.name in page.read_text()) == (0, True), "one without frames is no choice"
-    forger = Forger(empty, empty.with_name("d.rec"))
-    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
-    refused = CliRunner().invoke(app, ["verify", str(empty.parent), "--report", str(page)])
-    assert refused.exit_code == 2, "its frames are missing"
-    forger.path.unlink()
-    copyfile(recorded.path, recorded.path.with_name("b.rec"))
-    refused = CliRunner().invoke(app, ["verify", str(recorded.path.parent), "--report", str(page)])
-    assert (refused.exit_code, "it takes one recording: name one file" in refused.stderr) == (2, True)
 
 
 def test_an_option_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:

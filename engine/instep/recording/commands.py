@@ -7,7 +7,6 @@ import json as jsonlib
 import os
 import sys
 import textwrap
-from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +18,7 @@ from instep.interrupts import Stopped
 from instep.recording.copies import Bound, cut, repair
 from instep.recording.database import bytes_on_disk, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
-from instep.recording.inspection import Overview, inspect, look_over, recordings_in, when
+from instep.recording.inspection import facts, inspect, look_over, recordings_in, when
 from instep.recording.lock import is_being_written
 from instep_tools.terminal import say
 from instep_tools.words import COLUMNS, counted, printable
@@ -52,7 +51,7 @@ def info(place: Path, console: Console, *, json: bool = False) -> int:
 def _info_of_file(file: Path, console: Console, *, json: bool) -> int:
     found = look_over(file)
     if json:
-        write_json(asdict(found))
+        write_json(found)
         return _status(file)
     known = facts(found)
     indent = max(map(len, known)) + 2
@@ -70,11 +69,16 @@ def _line_of_file(file: Path, console: Console, *, json: bool) -> int:
     try:
         found = look_over(file)
         if json:
-            write_json(asdict(found))
+            write_json(found)
         else:
-            streams = f"{counted(found.streams, 'stream')} ({found.open_streams:,} open)"
-            what = f"{found.model} from {found.began}, {streams}, {counted(found.frames, 'frame')}, {found.ends}"
-            _print(console, f"{file.name}: {what}; {found.bytes:,} bytes")
+            streams = f"{counted(found['streams'], 'stream')} ({found['open_streams']:,} open)"
+            parts = (
+                f"{found['model']} from {found['began']}",
+                streams,
+                counted(found["frames"], "frame"),
+                found["ends"],
+            )
+            _print(console, f"{file.name}: {', '.join(parts)}; {found['bytes']:,} bytes")
         return _status(file)
     except RecordingError as error:
         if json:
@@ -145,31 +149,6 @@ def cut_file(file: Path, output: Path, begin: str | None, end: str | None, conso
             "yellow",
         )
     return DONE
-
-
-def facts(found: Overview) -> dict[str, str]:
-    """A summary of a recording in words."""
-    return {
-        "file": found.file,
-        "began": found.began,
-        "ends": found.ends,
-        "model": f"{found.model} ({found.features} → {found.outputs})",
-        "model's place": found.model_folder,
-        "fingerprint": found.fingerprint,
-        "written by": f"instep {found.instep_version}",
-        "durability": found.durability,
-        "arithmetic": found.arithmetic,
-        "streams": f"{found.streams:,}, {found.open_streams:,} of them open",
-        "batches": f"{found.batches:,}, with {found.frames:,} frames",
-        "history": found.trimmed or "from the beginning on",
-        "restarts": f"{found.restarts:,}{' since then' if found.trimmed else ''}",
-        "states": f"newest checkpoint at position {found.checkpoint_position:,}; a restart replays what comes after it"
-        if found.checkpoint_position
-        else "no checkpoint; a restart replays everything",
-        "positions": f"{found.first_position:,} to {found.last_position:,}; each opening, batch, output, closing and "
-        "event has one",
-        "bytes": f"{found.bytes:,}",
-    }
 
 
 def _failed(error: RecordingError, console: Console, what: str) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from instep.recording.database import SUFFIX, bytes_on_disk, looks_like_one, lost_tail
 from instep.recording.errors import RecordingError
@@ -13,7 +15,7 @@ from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RECOVERED_EVENT
-from instep.recording.sequences import SequenceIndex
+from instep.recording.table import read_frames
 from instep_tools.problems import is_part
 
 
@@ -43,20 +45,18 @@ def inspect(path: Path) -> Inspection:
         DamagedRecording: when anything is wrong.
     """
     with RecordingReader(path) as reader:
-        reader.check_positions()
-        index = SequenceIndex(reader, lambda _: None)
-        for row, defect in sorted(index.defects.items()):
-            info = index.streams[row]
-            raise reader.damaged(f"in stream {info.stream} ({info.name!r}), {defect}")
+        streams, frames, unanswered = reader.streams(), 0, 0
+        for chunk in read_frames(reader, streams, range(len(streams))):
+            frames, unanswered = frames + len(chunk), unanswered + int((~chunk.answered).sum())
         restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
     with Recovered(path) as recovered:
         for _ in recovered.portions():
             pass  # what a restart would use is checked as it is read
     return Inspection(
-        streams=len(index.streams),
-        open_streams=sum(info.closed_position is None for info in index.streams),
-        frames=int(index.frames.sum()),
-        unanswered=int(index.unanswered.sum()),
+        streams=len(streams),
+        open_streams=sum(info.closed_position is None for info in streams),
+        frames=frames,
+        unanswered=unanswered,
         restarts=restarts,
         positions=reader.last_position - reader.trimmed.position,
         first_position=reader.first_position,
@@ -82,73 +82,66 @@ def where_it_begins(reader: RecordingReader) -> str:
     return f"begins at position {reader.first_position:,} ({since}); what came before was trimmed or cut off"
 
 
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """Facts about a recording."""
+def look_over(path: Path) -> dict[str, Any]:
+    """The facts about a recording, as JSON has them.
 
-    file: str
-    began: str
-    ends: str
-    """In words."""
-    model: str
-    features: int
-    outputs: int
-    model_folder: str
-    fingerprint: str
-    instep_version: str
-    durability: str
-    arithmetic: str
-    """Of the engine that wrote last."""
-    streams: int
-    open_streams: int
-    batches: int
-    frames: int
-    """Frames of failed steps are counted, too."""
-    restarts: int
-    checkpoint_position: int
-    """How far the newest states go; 0 for none."""
-    first_position: int
-    """Above 1 where the history was trimmed."""
-    trimmed: str
-    """Where the history begins, in words; empty where none was trimmed."""
-    last_position: int
-    bytes: int
-    """With the WAL."""
-
-
-def look_over(path: Path) -> Overview:
-    """The facts about a recording.
+    Frames of failed steps are counted, too; `bytes` includes the WAL. `ends` and `trimmed` are words, `trimmed` empty
+    where the history is whole. `checkpoint_position` says how far the newest states go, 0 for none.
 
     Raises:
         RecordingError: when it cannot be read, or is damaged where this reads.
     """
     with RecordingReader(path) as reader:
-        header, engine = reader.header, reader.engines[-1].header
-        streams = reader.streams()
+        header, engine, streams = reader.header, reader.engines[-1].header, reader.streams()
         batches, frames = reader.totals()
-        return Overview(
-            file=str(path),
-            began=when(header.created_ns),
-            ends=how_it_ends(reader),
-            model=header.model_name,
-            features=header.features,
-            outputs=header.outputs,
-            model_folder=header.model_folder,
-            fingerprint=header.model_fingerprint,
-            instep_version=engine.instep_version,
-            durability=engine.durability,
-            arithmetic=engine.arithmetic,
-            streams=len(streams),
-            open_streams=sum(info.closed_position is None for info in streams),
-            batches=batches,
-            frames=frames,
-            restarts=sum(event.kind == RECOVERED_EVENT for event in reader.events()),
-            checkpoint_position=reader.checkpoint().position,
-            first_position=reader.first_position,
-            trimmed=where_it_begins(reader),
-            last_position=reader.last_position,
-            bytes=bytes_on_disk(path),
-        )
+        return {
+            "file": str(path),
+            "began": when(header.created_ns),
+            "ends": how_it_ends(reader),
+            "model": header.model_name,
+            "features": header.features,
+            "outputs": header.outputs,
+            "model_folder": header.model_folder,
+            "fingerprint": header.model_fingerprint,
+            "instep_version": engine.instep_version,
+            "durability": engine.durability,
+            "arithmetic": engine.arithmetic,
+            "streams": len(streams),
+            "open_streams": sum(info.closed_position is None for info in streams),
+            "batches": batches,
+            "frames": frames,
+            "restarts": sum(event.kind == RECOVERED_EVENT for event in reader.events()),
+            "checkpoint_position": reader.checkpoint().position,
+            "first_position": reader.first_position,
+            "trimmed": where_it_begins(reader),
+            "last_position": reader.last_position,
+            "bytes": bytes_on_disk(path),
+        }
+
+
+def facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """What `look_over` gives, in words."""
+    checkpoint, trimmed = found["checkpoint_position"], found["trimmed"]
+    states = f"newest checkpoint at position {checkpoint:,}; a restart replays what comes after it"
+    return {
+        "file": found["file"],
+        "began": found["began"],
+        "ends": found["ends"],
+        "model": f"{found['model']} ({found['features']} → {found['outputs']})",
+        "model's place": found["model_folder"],
+        "fingerprint": found["fingerprint"],
+        "written by": f"instep {found['instep_version']}",
+        "durability": found["durability"],
+        "arithmetic": found["arithmetic"],
+        "streams": f"{found['streams']:,}, {found['open_streams']:,} of them open",
+        "batches": f"{found['batches']:,}, with {found['frames']:,} frames",
+        "history": trimmed or "from the beginning on",
+        "restarts": f"{found['restarts']:,}{' since then' if trimmed else ''}",
+        "states": states if checkpoint else "no checkpoint; a restart replays everything",
+        "positions": f"{found['first_position']:,} to {found['last_position']:,}; each opening, batch, output, closing "
+        "and event has one",
+        "bytes": f"{found['bytes']:,}",
+    }
 
 
 def recordings_in(folder: Path) -> list[Path]:
@@ -164,15 +157,6 @@ def recordings_in(folder: Path) -> list[Path]:
         return sorted(path for path in files if path.suffix == SUFFIX or (not is_part(path) and _begins_as_one(path)))
     except OSError as error:
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None
-
-
-def holds_frames(path: Path) -> bool:
-    """Whether a recording holds frames, or lacks some that it should hold; also True where it cannot be read."""
-    try:
-        with RecordingReader(path) as reader:
-            return next(reader.batch_groups(), None) is not None or bool(SequenceIndex(reader, lambda _: None).defects)
-    except RecordingError:
-        return True
 
 
 def _begins_as_one(path: Path) -> bool:

@@ -6,7 +6,7 @@ import operator
 import os
 import sqlite3
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMea
 from instep.recording.records import (
     BatchGroup,
     Checkpoint,
+    OpenStream,
     RecordedBatch,
     RecordedEngine,
     RecordedEvent,
@@ -48,6 +49,7 @@ from instep.recording.schema import (
     TABLES,
     RecordingHeader,
     create_statements,
+    read_owner_detail,
     sound_rows,
 )
 
@@ -81,6 +83,17 @@ class ReadLimits:
 
 
 READ_LIMITS: Final = ReadLimits()
+
+
+def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
+    """Open streams by their numbers, as of the last commit.
+
+    Raises:
+        RecordingError: when the file cannot be read.
+        DamagedRecording: when a row of one of them is damaged or missing.
+    """
+    with RecordingReader(path) as reader, reader.at_once():
+        return [reader.open_stream(stream) for stream in streams]
 
 
 class Closing:
@@ -466,6 +479,32 @@ class RecordingReader(Closing):
             np.frombuffer(blob, "<f4").reshape(-1, width) for blob, width in zip((tail_x, tail_y), widths, strict=True)
         )
         return StreamState(stream, position, seq, found, tail_seq, x, y)
+
+    def open_stream(self, stream: int) -> OpenStream:
+        """An open stream by number, in its newest state.
+
+        Raises:
+            DamagedRecording: when a row of it is damaged or missing.
+        """
+        opening = self.newest_row("openings", "stream = ?", stream)
+        if opening is None:
+            raise self.damaged(f"the table openings has no row of stream {stream}")
+        position, _, _, name, epoch, first_seq, initial = opening
+        owner = (int(epoch), 0, int(first_seq))
+        taken = self.newest_row("events", f"kind = '{OWNER_EVENT}' AND stream = ?", stream)
+        if taken is not None:
+            try:
+                owner = (int(taken[3]), *read_owner_detail(taken[5]))
+            except (TypeError, ValueError):
+                raise self.damaged(f"the event at position {taken[0]} names no owner") from None
+        row = self.newest_row("states", "stream = ?", stream)
+        if row is not None:
+            state = self.stream_state(row)
+            tail = (state.tail_seq, state.tail_x, state.tail_y)
+            return OpenStream(stream, name, *owner, first_seq, state.seq, state.state, *tail)
+        x, y = (np.zeros((0, width), np.float32) for width in (self.header.features, self.header.outputs))
+        found = self.state(initial, position)
+        return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
 
     def check_checkpoint(self, announced: int, positions: Mapping[str, I64]) -> None:
         """Raise unless the newest checkpoint is the one that an event announced, and counts the rows that are there.

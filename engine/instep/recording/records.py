@@ -192,6 +192,32 @@ class Trimmed:
     last_epoch: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """A stream in its newest state that the recording holds."""
+
+    stream: int
+    name: str
+    epoch: int
+    """The last one it was given."""
+    former_epoch: int
+    """The one its owner held before, 0 for none or somebody else's."""
+    granted_seq: int
+    """The frame that was due next when it was given."""
+    first_seq: int
+    """The one it opened with."""
+    seq: int
+    """The state is that before this frame."""
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
+    tail_seq: int
+    """The client may not have the outputs of the frames from here to `seq`."""
+    tail_x: F32
+    """float32 [seq - tail_seq, features]: those frames."""
+    tail_y: F32
+    """float32 [seq - tail_seq, outputs]: their outputs."""
+
+
 def find_sorted(values: I64, wanted: I64) -> tuple[I64, Bool]:
     """Where some values are in ascending ones, and whether they are there at all: int64 [N] → int64 [N], bool [N]."""
     if not len(values):

@@ -10,10 +10,9 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import I64
-from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.portions import Portion, portions
 from instep.recording.reader import Closing, RecordingReader
-from instep.recording.records import RecordedEvent, find_sorted
+from instep.recording.records import OpenStream, RecordedEvent, find_sorted
 from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RESET_EVENT, read_owner_detail
 
 _NEVER: Final = np.iinfo(np.int64).max
@@ -59,7 +58,7 @@ class Recovered(Closing):
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
         """Load open streams by number, each in its newest state; the replay continues from there."""
-        found = [read_open_stream(self.reader, stream) for stream in streams]
+        found = [self.reader.open_stream(stream) for stream in streams]
         for stream, at in zip(found, np.searchsorted(self._numbers, [stream.stream for stream in found]), strict=True):
             if (stream.seq, stream.epoch) != (self._held[at], self._epochs[at]):  # indices have no CRCs
                 raise self.reader.damaged(f"an index leads to other rows of stream {stream.stream} than the newest")

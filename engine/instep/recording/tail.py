@@ -11,9 +11,8 @@ from typing import TypeAlias
 
 from instep.core.typing import U8
 from instep.recording.errors import DamagedRecording
-from instep.recording.open_streams import OpenStream, read_open_stream
 from instep.recording.reader import MARKS, READ_LIMITS, ReadLimits, RecordingReader
-from instep.recording.records import BatchGroup, RecordedEvent
+from instep.recording.records import BatchGroup, OpenStream, RecordedEvent
 from instep.recording.schema import (
     CHECKPOINT_EVENT,
     ENGINE_EVENT,
@@ -130,7 +129,7 @@ class RecordingTail(RecordingReader):
     def newest_state(self, stream: int) -> OpenStream | None:
         """A stream in its newest state that the recording holds; None where it has closed."""
         try:
-            found = read_open_stream(self, stream)
+            found = self.open_stream(stream)
         except DamagedRecording:
             if self.newest_row("openings", "stream = ?", stream) is None:
                 return None  # it has closed, and was trimmed

@@ -21,8 +21,8 @@ from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.model import Model
 from instep.recording.errors import RecordingError
-from instep.recording.open_streams import OpenStream, load_open_streams
-from instep.recording.records import MovedStreams, StateRows
+from instep.recording.reader import load_open_streams
+from instep.recording.records import MovedStreams, OpenStream, StateRows
 from instep.recording.recovery import Recovered
 from instep.recording.schema import MOVED_EVENT
 from instep.recording.writer import RecordingWriter

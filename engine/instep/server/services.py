@@ -20,7 +20,8 @@ from instep.core.tables import Tables, make_tables
 from instep.core.typing import I64, U32, float32_zeros
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.served import Served
-from instep.recording.open_streams import OpenStream, load_open_streams
+from instep.recording.reader import load_open_streams
+from instep.recording.records import OpenStream
 from instep.runtime.executor import StepExecutor
 from instep.runtime.process_executor import shared_zeros
 from instep.runtime.stepper import Stepper

@@ -19,7 +19,7 @@ import numpy as np
 
 from instep.core.typing import I32, I64, U8, Bool
 from instep.recording.errors import DamagedRecording
-from instep.recording.open_streams import OpenStream
+from instep.recording.records import OpenStream
 from instep.streaming.api import Names, Origin
 from instep.streaming.engine import Engine
 from instep.streaming.states import StreamStates, put_into_memory, state_rows

@@ -15,8 +15,7 @@ from instep.core.runs import are_running
 from instep.core.streams import StreamTable
 from instep.core.tables import WINDOW, Tables, rows_of
 from instep.core.typing import I64, U8, Bool
-from instep.recording.open_streams import OpenStream
-from instep.recording.records import StateRows
+from instep.recording.records import OpenStream, StateRows
 from instep.runtime.stepper import StateAccess
 from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from instep.interrupts import Stopped
 from instep.models.portable.machine import host
-from instep.recording.commands import facts, say_stopped, write_failure, write_json
+from instep.recording.commands import say_stopped, write_failure, write_json
 from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.inspection import look_over, recordings_in
+from instep.recording.inspection import facts, look_over, recordings_in
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep.verify.recorded_model import recorded_model
