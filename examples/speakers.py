@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from instep.demo.producers import SPEAKERS, Utterances, load_utterances
+from instep.models.base import step_frames
 from instep.models.errors import ModelError
 from instep.models.handover.save import save_model
 from instep.models.model import Model
 from instep.models.numerics import prepare
 from instep.models.registry import build
-from instep.models.stepping import step_frames
 
 TRAIN: Final = Path(__file__).parent / "data" / "japanese_vowels_train.npz"
 FEATURES: Final = 12

@@ -79,11 +79,10 @@ def test_the_keys_of_its_table_are_those_of_the_layers() -> None:
     )
     assert of_dense.replace("`", "").split(", ") == list(DenseLayer.model_fields)
     assert of_norm.replace("`", "").replace(": true", "").split(", ") == list(NormLayer.model_fields)
-    refused = {"bidirectional", "proj_size"}
     described: tuple[type[RecurrentLayers], ...] = (GruLayers, LstmLayers, RnnLayers)
     for (text, keys), layers in zip(recurrent, described, strict=True):
         assert text.startswith(f"{layers.NAME.lower()}: {{")
-        assert set(keys.split(", ")) == set(layers.model_fields) - refused
+        assert set(keys.split(", ")) == set(layers.model_fields)
 
 
 def test_its_commands_run_as_written(folder: Path) -> None:

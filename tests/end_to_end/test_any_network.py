@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, U8
-from instep.models.stepping import step_frames
+from instep.models.base import step_frames
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.server.preparation import Prepared

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from instep.core.typing import F32
+from instep.models.base import step_frames
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
 from instep.models.network import PortableNetwork
 from instep.models.registry import parse_description
-from instep.models.stepping import step_frames
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from instep.models.errors import ModelError
+from instep.models.model import check_weights, load_weights, weights_bytes
 from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
-from instep.models.weights import check_weights, load_weights, weights_bytes
 
 DESCRIPTION = GruDescription(features=2, gru=GruLayers(hidden_size=3), after=(DenseLayer(size=4, activation="tanh"),))
 

@@ -13,7 +13,7 @@ from tests.support.recordings import make_header
 DESCRIPTION: dict[str, Any] = {
     "features": 5,
     "before": [{"size": 7, "activation": "relu", "bias": True}],
-    "gru": {"hidden_size": 6, "num_layers": 2, "bias": True, "bidirectional": False},
+    "gru": {"hidden_size": 6, "num_layers": 2, "bias": True},
     "after": [],
 }
 

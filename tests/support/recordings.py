@@ -34,7 +34,6 @@ def gru_description(gru: torch.nn.GRU) -> dict[str, Any]:
             "hidden_size": gru.hidden_size,
             "num_layers": gru.num_layers,
             "bias": gru.bias,
-            "bidirectional": False,
         },
         "after": [],
     }

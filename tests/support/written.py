@@ -23,7 +23,7 @@ ODD = np.array([0.1, -0.0, 1e-45, 3.4028235e38, 1 / 3, 16777216.0, 1e-5, np.nan]
 DESCRIPTION = {
     "features": FEATURES,
     "before": [],
-    "gru": {"hidden_size": OUTPUTS, "num_layers": 1, "bias": True, "bidirectional": False},
+    "gru": {"hidden_size": OUTPUTS, "num_layers": 1, "bias": True},
     "after": [],
 }
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from instep.core.typing import F32
-from instep.models.base import Floats, RecurrentModel
+from instep.models.base import Floats, RecurrentModel, step_frames
 from instep.models.errors import ModelError
 from instep.models.numerics import one_thread
-from instep.models.stepping import step_frames
 
 FACTOR: Final = 16
 FLOOR: Final = 8 * 2.0**-23

@@ -6,7 +6,7 @@ works through these protocols and knows no kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
@@ -149,3 +149,36 @@ class RecurrentModel(Protocol):
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
         """The reference in float64, or in float32 to measure what rounding alone does; None without one."""
+
+
+def step_frames(network: RecurrentModel, x: F32, rows: U8) -> tuple[F32, U8]:
+    """Step frames [T, R, features]: outputs [T, R, outputs] and rows of states after them."""
+    y = np.empty((*x.shape[:2], network.description.outputs), np.float32)
+    for frame, answers in zip(x, y, strict=True):
+        answers[...], rows = network.step(frame, rows)
+    return y, rows
+
+
+def scan(
+    step: Callable[[Floats, dict[str, Any]], tuple[Floats, Mapping[str, Any]]],
+    x: Floats,
+    state: Mapping[str, Any],
+    active: I64,
+    outputs: int,
+) -> tuple[Floats, dict[str, Any]]:
+    """Run sequences of different lengths by one step after another; see `Reference.run`.
+
+    Args:
+        step: gives outputs [R, outputs] and leaves after frames [R, features] and leaves before them, which are copies.
+        x: frames [T, R, features].
+        state: by leaf, [R, *shape].
+        active: [T], descending.
+        outputs: values per frame.
+    """
+    y, after = np.zeros((*x.shape[:2], outputs), x.dtype), {name: np.array(leaf) for name, leaf in state.items()}
+    for timestep, count in enumerate(active.tolist()):
+        before = {name: leaf[:count].copy() for name, leaf in after.items()}
+        y[timestep, :count], leaves = step(x[timestep, :count], before)
+        for name, leaf in leaves.items():
+            after[name][:count] = leaf
+    return y, after

@@ -18,10 +18,9 @@ import yaml
 
 from instep.models.base import Description
 from instep.models.errors import ModelError, no_folder
-from instep.models.model import Model
+from instep.models.model import Model, check_weights, load_weights, weights_bytes
 from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
-from instep.models.weights import check_weights, load_weights, weights_bytes
 from instep_tools.problems import part_of
 
 DESCRIPTION_FILE: Final = "model.yaml"

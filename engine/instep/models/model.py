@@ -1,16 +1,20 @@
-"""A model: a description with its weights."""
+"""A model, which is a description with its weights, and the weights file: one safetensors file of tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from instep.models.base import LEARNED, Description, StateSpec
+from instep.models.base import LEARNED, Description, Shape, StateSpec
+from instep.models.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,3 +58,70 @@ class Model:
     def size_in_words(self) -> str:
         """`77,507 weights`."""
         return f"{self.weight_count:,} weights"
+
+
+def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor]:
+    """Every tensor of the description from a safetensors file, on the CPU, independent of the file.
+
+    Raises:
+        ModelError: the file cannot be read or is not safetensors, or as `check_weights`.
+    """
+    shapes = description.tensor_shapes()
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_names(file.keys(), shapes, str(path))
+            # Cloned: what is served must not change when the file under the mapping does.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
+    except OSError as error:
+        raise ModelError(f"cannot read the weights {path}: {error}; make the folder again, or put them there") from None
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); save the weights again") from None
+    check_weights(tensors, description, str(path))
+    return tensors
+
+
+def weights_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of a weights file with these tensors."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:
+    """Check tensors; `source` is how the sentences call them.
+
+    Raises:
+        ModelError: a tensor is missing, not in the description, of another shape or dtype, or not finite.
+    """
+    shapes = description.tensor_shapes()
+    _check_names(tensors, shapes, source)
+    for name, shape in shapes.items():
+        tensor, wanted = tensors[name], description.tensor_dtype(name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor {name} of {source} has shape {list(tensor.shape)}, the network's description asks for "
+                f"{list(shape)}: correct the description, or save the weights that belong to it"
+            )
+        if dtype != wanted:
+            raise ModelError(f"tensor {name} of {source} is {dtype}; convert the weights to {wanted}")
+        if bad := int(tensor.numel() - torch.isfinite(tensor).sum()):
+            raise ModelError(
+                f"tensor {name} of {source} holds NaN or infinity in {bad} of {tensor.numel()} places; "
+                "weights must be finite: save those of an earlier epoch"
+            )
+
+
+def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str) -> None:
+    found = set(found)
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in found]
+    if missing:
+        raise ModelError(f"{source} lacks what the network's description asks for: {_listed(missing)}; add them")
+    extra = [f"{name!r:.80}" for name in sorted(found - set(shapes))]
+    if extra:
+        raise ModelError(
+            f"{source} holds what the network's description does not have: {_listed(extra)}; leave them out"
+        )
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "tensor " + ", ".join(names[:most]) + more

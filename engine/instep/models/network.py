@@ -11,11 +11,10 @@ import torch
 
 from instep.core.typing import F32, I64, U8
 from instep.models import registry
-from instep.models.base import Floats, Reference, StateSpec
+from instep.models.base import Floats, Reference, StateSpec, scan
 from instep.models.model import Model
 from instep.models.portable.form import ARITHMETIC, Form
 from instep.models.portable.network import CompiledStep, Rows, as_arrays, shaped
-from instep.models.stepping import scan
 
 if TYPE_CHECKING:
     import numpy.typing as npt

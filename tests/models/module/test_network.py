@@ -18,11 +18,11 @@ from torch import nn
 
 from instep.core.typing import F32, U8
 from instep.models import export_step
+from instep.models.base import step_frames
 from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
 from instep.models.portable.form import parse_form
 from instep.models.registry import torch_network
-from instep.models.stepping import step_frames
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from instep.core.typing import F32
-from instep.models.base import RecurrentModel
+from instep.models.base import RecurrentModel, step_frames
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.handover.check import check
@@ -22,7 +22,6 @@ from instep.models.model import Model
 from instep.models.onnx.importer import import_onnx
 from instep.models.onnx.reader import open_session
 from instep.models.registry import build
-from instep.models.stepping import step_frames
 from instep.recording.reader import RecordingReader
 from instep.verify import verifier
 from instep_client import AsyncClient

@@ -21,7 +21,7 @@ from instep.models.folder import make_model
 from instep.models.portable.definition import Definition
 from instep.models.portable.form import Form
 from instep.models.portable.network import CompiledStep, as_arrays, shaped, unpacked
-from instep.models.portable.samples import STATE, sample_form, sample_inputs
+from instep.models.portable.self_check import STATE, sample_form, sample_inputs
 from instep.models.recurrent.description import RecurrentDescription
 from instep.models.recurrent.normal import form_of
 from instep.models.registry import parse_description

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from instep.models.portable.builder import Builder, broadcast, narrow, permute, reshape, select
 from instep.models.portable.definition import Definition, exact_fma, fma
 from instep.models.portable.form import Form, Operand, View, check
-from instep.models.portable.samples import sample_form, sample_inputs
+from instep.models.portable.self_check import sample_form, sample_inputs
 
 Values = npt.NDArray[Any]
 NAN, INF = math.nan, math.inf

@@ -14,7 +14,7 @@ import pytest
 from instep.models.portable.definition import Definition
 from instep.models.portable.machine import Processor
 from instep.models.portable.network import CompiledStep, shaped, unpacked
-from instep.models.portable.samples import STATE, digest_of, sample_form, sample_inputs
+from instep.models.portable.self_check import STATE, digest_of, sample_form, sample_inputs
 from tests.models.portable.guarded import Values
 from tests.models.portable.processors import NEEDS, Emulator, arm, step_on, x86
 

@@ -71,42 +71,18 @@ def test_what_goes_in_and_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key", "value", "reason"),
-    [
-        ("gru", "bidirectional", True, "a bidirectional GRU cannot stream: its backward direction starts at the last"),
-        ("lstm", "bidirectional", True, "a bidirectional LSTM cannot stream: its backward direction starts"),
-        ("rnn", "bidirectional", True, "a bidirectional RNN cannot stream: its backward direction starts"),
-        ("lstm", "proj_size", 2, "an LSTM with projections cannot be served: train one with proj_size=0"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_with_the_reason(kind: str, key: str, value: object, reason: str) -> None:
-    fields = {"kind": kind, "features": 3, kind: {"hidden_size": 4, key: value}}
-    with pytest.raises(ValidationError) as caught:
-        KINDS[kind].parse(fields)
-    (error,) = caught.value.errors()
-    assert error["loc"] == (kind, key)
-    assert error["msg"].startswith(reason)
-
-
-@pytest.mark.parametrize(
     ("fields", "place"),
     [
         ({"gru": {"hidden_size": 4}}, ("features",)),
         ({"features": 3}, ("gru",)),
-        ({"features": 0, "gru": {"hidden_size": 4}}, ("features",)),
-        ({"features": True, "gru": {"hidden_size": 4}}, ("features",)),
         ({"features": "3", "gru": {"hidden_size": 4}}, ("features",)),
         ({"features": 3, "gru": {"hidden_size": 4.0}}, ("gru", "hidden_size")),
-        ({"features": 3, "gru": {"hidden_size": 4, "num_layers": 0}}, ("gru", "num_layers")),
-        ({"features": 3, "gru": {"hidden_size": 4, "bias": "no"}}, ("gru", "bias")),
         ({"features": 3, "gru": {"hidden_size": 4, "dropout": 0.1}}, ("gru", "dropout")),
-        ({"features": 3, "gru": {"hidden_size": 4}, "head": 3}, ("head",)),
         ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"size": -1}]}, ("after", 0, "size")),
         (
             {"features": 3, "gru": {"hidden_size": 4}, "before": [{"size": 1}, {"size": 1, "activation": "mish"}]},
             ("before", 1, "activation"),
         ),
-        ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": False}]}, ("after", 0, "layer_norm")),
         ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": True, "eps": 0}]}, ("after", 0, "eps")),
         ({"features": 3, "gru": {"hidden_size": 4}, "after": [{"layer_norm": True, "size": 4}]}, ("after", 0, "size")),
         ({"features": 3, "lstm": {"hidden_size": 4}, "kind": "lstm", "gru": {}}, ("gru",)),
@@ -128,8 +104,8 @@ def test_equal_descriptions_have_one_json_and_it_reads_back() -> None:
     assert other.as_json() != short.as_json()
     # As recordings and fingerprints have it.
     assert json.dumps(short.as_json()) == (
-        '{"kind": "gru", "features": 3, "before": [], "gru": {"hidden_size": 4, "num_layers": 1, "bias": true, '
-        '"bidirectional": false}, "after": []}'
+        '{"kind": "gru", "features": 3, "before": [], "gru": {"hidden_size": 4, "num_layers": 1, "bias": true}, '
+        '"after": []}'
     )
     norm = {"layer_norm": True, "eps": 1e-3}
     fields = {"kind": "lstm", "features": 3, "before": [norm], "lstm": {"hidden_size": 4}, "after": [{"size": 2}]}

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from instep.core.typing import F32, U8
+from instep.models.base import step_frames
 from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS
 from instep.models.registry import parse_description
-from instep.models.stepping import step_frames
 from tests.support.torch_network import TorchNetwork, random_rows
 
 

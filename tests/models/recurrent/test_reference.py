@@ -10,7 +10,6 @@ import torch
 from instep.models.folder import make_model
 from instep.models.model import Model
 from instep.models.recurrent import reference as reference_module
-from instep.models.recurrent import reference_layers
 from instep.models.recurrent.description import Activation
 from instep.models.recurrent.reference import RecurrentReference
 from instep.models.registry import parse_description
@@ -111,7 +110,7 @@ def test_activations_are_those_of_torch_for_values_of_every_size(activation: Act
 def test_tiles_and_blocks_of_any_size_give_the_same(
     monkeypatch: pytest.MonkeyPatch, tile_bytes: int, block_bytes: int, flavour: str
 ) -> None:
-    monkeypatch.setattr(reference_layers, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(reference_module, "TILE_BYTES", tile_bytes)
     monkeypatch.setattr(reference_module, "BLOCK_BYTES", block_bytes)
     model = model_of(flavour, 37, 33, layers=2)
     x, state = np.random.default_rng(0).standard_normal((11, 71, 37)), states_of(model, 71)

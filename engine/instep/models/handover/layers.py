@@ -14,7 +14,7 @@ from torch import nn
 from instep.models.base import LEARNED
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
-from instep.models.model import Model
+from instep.models.model import Model, check_weights
 from instep.models.recurrent.description import (
     BIDIRECTIONAL,
     DESCRIPTIONS,
@@ -22,7 +22,6 @@ from instep.models.recurrent.description import (
     Activation,
 )
 from instep.models.registry import sentences
-from instep.models.weights import check_weights
 
 RecurrentModule: TypeAlias = nn.GRU | nn.LSTM | nn.RNN
 RECURRENT: Final[dict[str, type[RecurrentModule]]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}

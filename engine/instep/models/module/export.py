@@ -21,7 +21,7 @@ import instep
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import check_free, check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
-from instep.models.model import Model
+from instep.models.model import Model, check_weights
 from instep.models.module.capture import Capture, checked_tensors
 from instep.models.module.description import GraphStep, ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
@@ -29,7 +29,6 @@ from instep.models.module.trial import attributes_of, check_attributes, compare
 from instep.models.network import PortableNetwork
 from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
-from instep.models.weights import check_weights
 
 MOST_ROWS: Final = 4096
 

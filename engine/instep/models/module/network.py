@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from instep.core.typing import I64
-from instep.models.base import Floats
+from instep.models.base import Floats, scan
 from instep.models.errors import ModelError, first_line
 from instep.models.model import Model
 from instep.models.module.description import GraphStep, ModuleDescription
 from instep.models.module.program import Program
-from instep.models.stepping import scan
 from instep.models.torch_network import Leaves
 
 _ROWS: Final = 2

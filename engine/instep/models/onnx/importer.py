@@ -13,14 +13,13 @@ from pydantic import ValidationError
 from instep.models.base import RecurrentModel
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names, graph_bytes, write_model
-from instep.models.model import Model
+from instep.models.model import Model, check_weights
 from instep.models.module.description import ModuleDescription
 from instep.models.network import PortableNetwork
 from instep.models.onnx.operators import Array
 from instep.models.onnx.reader import ROWS, Extents, StepGraph, Tensor, explain, open_session, parse, read_onnx
 from instep.models.portable.network import shaped, unpacked
 from instep.models.registry import sentences
-from instep.models.weights import check_weights
 from instep_client.protocol.state_spec import DTYPES
 from instep_tools.words import counted
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_args
 
-from pydantic import BeforeValidator, Field, StrictBool, WrapValidator, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, StrictBool, WrapValidator
 
 from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec
 from instep_client.protocol.state_spec import DTYPES
@@ -106,14 +105,6 @@ class RecurrentLayers(PlainFields):
     hidden_size: Size
     num_layers: LayerCount = 1
     bias: StrictBool = True
-    bidirectional: StrictBool = False
-
-    @field_validator("bidirectional")
-    @classmethod
-    def _one_direction(cls, value: bool) -> bool:
-        if value:
-            raise PydanticCustomError("bidirectional", BIDIRECTIONAL.format(cls.NAME))
-        return value
 
     def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
         """Its tensors, by torch's names."""
@@ -141,15 +132,6 @@ class LstmLayers(RecurrentLayers):
     """An `nn.LSTM`, which also keeps its cell states `c`."""
 
     NAME, GATES, LEAVES = "LSTM", 4, ("h", "c")
-
-    proj_size: Annotated[int, Field(ge=0, strict=True)] = 0
-
-    @field_validator("proj_size")
-    @classmethod
-    def _no_projection(cls, value: int) -> int:
-        if value:
-            raise PydanticCustomError("proj_size", PROJECTION)
-        return value
 
 
 class RnnLayers(RecurrentLayers):
@@ -204,20 +186,18 @@ class RecurrentDescription(PlainFields):
     def tensor_shapes(self) -> dict[str, Shape]:
         """Every tensor of the weights file by name, in the order in which a frame meets them, with torch's shapes."""
         recurrent = self.recurrent.tensor_shapes(self.recurrent_inputs)
+        # Not from the state: sizes are only known to be small once they were compared with the weights.
+        shape = (self.recurrent.num_layers, self.recurrent.hidden_size)
         return {
             **_tensor_shapes("before", self.before, self.features),
             **{f"{self.kind}.{name}": shape for name, shape in recurrent.items()},
             **_tensor_shapes("after", self.after, self.recurrent.hidden_size),
-            **self._learned_shapes(),
+            **{LEARNED + name: shape for name in self._learned},
         }
 
-    def _learned_shapes(self) -> dict[str, Shape]:
-        """Not from the state: sizes are only known to be small once they were compared with the weights."""
-        if self.initial_state == "zeros":
-            return {}
-        return {
-            LEARNED + name: (self.recurrent.num_layers, self.recurrent.hidden_size) for name in self.recurrent.LEAVES
-        }
+    @property
+    def _learned(self) -> tuple[str, ...]:
+        return self.recurrent.LEAVES if self.initial_state == "learned" else ()
 
     def tensor_dtype(self, tensor: str) -> str:
         return "float32"

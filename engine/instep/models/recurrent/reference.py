@@ -22,21 +22,31 @@ LSTM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from instep.models.recurrent.reference_layers import IN_PLACE, Affine, Floats, frame_layers, run_layers
-
+Floats: TypeAlias = npt.NDArray[Any]
+"""float64 or float32, as the reference's dtype."""
+InPlace: TypeAlias = Callable[[Floats], None]
+_OnRows: TypeAlias = tuple[Callable[[Floats], Floats], InPlace]
+"""A layer from rows [R, inputs] to an array of its own, [R, outputs], and the activation after it."""
 Counts: TypeAlias = npt.NDArray[np.int64]
 _Weights: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 
+TILE_ROWS: Final = 32
+TILE_BYTES: Final = 2**15
+"""Of the weights of a tile: they stay in the nearest cache while they are used for a tile's rows."""
+WHOLE_COLUMNS: Final = 16
+"""Columns of a tile, where there are so many, are a multiple of it: BLAS is slower over the rest."""
+SMALL: Final = 2.0**-7
+"""Below it, the quick way to tanh would be off by more than 2^-44 of the value: float32 rounds by 2^-24."""
 BLOCK_BYTES: Final = 2**19
 """Of what the input adds to the gates: it is computed for some timesteps at once, still in a cache when it is used."""
-
-_sigmoid, _tanh = IN_PLACE["sigmoid"], IN_PLACE["tanh"]
 
 
 class RecurrentReference:
@@ -54,8 +64,8 @@ class RecurrentReference:
         self._dtype = np.dtype(dtype)
         given = {name: values.astype(self._dtype) for name, values in weights.items()}
         kind = description["kind"]
-        self._before = frame_layers("before", description["before"], given)
-        self._after = frame_layers("after", description["after"], given)
+        self._before = _frame_layers("before", description["before"], given)
+        self._after = _frame_layers("after", description["after"], given)
         self._layers = [
             _Layer(given, f"{kind}.", f"_l{layer}", _CELLS[kind], description[kind])
             for layer in range(description[kind]["num_layers"])
@@ -70,36 +80,39 @@ class RecurrentReference:
         steps, rows, _ = x.shape
         states = [np.array(np.swapaxes(state[name], 0, 1), self._dtype, order="C") for name in self._leaves]
         with np.errstate(over="ignore", invalid="ignore"):  # infinity is a value like any other here
-            values = run_layers(self._before, x.reshape(steps * rows, -1))
+            values = _run_layers(self._before, x.reshape(steps * rows, -1))
             for index, layer in enumerate(self._layers):
                 after = layer.run(values.reshape(steps, rows, -1), [leaf[index] for leaf in states], active)
                 values = after.reshape(steps * rows, -1)
-            outputs = run_layers(self._after, values).reshape(steps, rows, -1)
+            outputs = _run_layers(self._after, values).reshape(steps, rows, -1)
         return outputs, {name: np.swapaxes(leaf, 0, 1) for name, leaf in zip(self._leaves, states, strict=True)}
 
 
-class _Cell(Protocol):
-    """The equations of one layer, but for the product with the input."""
+class _Cell:
+    """The equations of one layer, except for the product with the input.
+
+    Attributes:
+        bias: what is added to that product [gates · size].
+        products: with the state.
+    """
 
     bias: Floats
-    """What is added to that product [gates · size]."""
+    products: Sequence[Affine]
 
-    def rooms(self, rows: int) -> Sequence[Floats]:
-        """Arrays that `step` writes its products to."""
+    def __init__(self, weight: Floats, biases: tuple[Floats, Floats], layers: Mapping[str, Any]) -> None:
+        self.bias = biases[0] + biases[1]
+        self.products = [Affine(weight, np.zeros_like(self.bias))]
 
     def step(self, given: Floats, states: Sequence[Floats], out: Floats, rooms: Sequence[Floats]) -> Sequence[Floats]:
         """One timestep, for `given` of the input [R, gates · size]: the new states, of which `h` is in `out`."""
-
-
-_CellOf: TypeAlias = Callable[[Floats, tuple[Floats, Floats], Mapping[str, Any]], _Cell]
-"""Takes the weights for the state [gates · size, size], both biases, input's and state's, and the description."""
+        raise NotImplementedError
 
 
 class _Layer:
     """One layer over time."""
 
     def __init__(
-        self, weights: Mapping[str, Floats], prefix: str, suffix: str, cell: _CellOf, layers: Mapping[str, Any]
+        self, weights: Mapping[str, Floats], prefix: str, suffix: str, cell: type[_Cell], layers: Mapping[str, Any]
     ) -> None:
         of_input, of_state = (weights[f"{prefix}weight_{of}{suffix}"] for of in ("ih", "hh"))
         nothing = np.zeros(len(of_state), of_state.dtype)
@@ -122,7 +135,7 @@ class _Layer:
         steps, rows, inputs = x.shape
         counts, gates = [*active.tolist(), 0], len(self._cell.bias)
         block = max(BLOCK_BYTES // (rows * gates * states[0].itemsize), 1)
-        room, rooms = self._of_input.room(block * rows), self._cell.rooms(rows)
+        room, rooms = self._of_input.room(block * rows), [each.room(rows) for each in self._cell.products]
         after = np.zeros((steps, rows, self._size), states[0].dtype)
         now = states
         for timestep, count in enumerate(counts[:-1]):
@@ -139,25 +152,21 @@ class _Layer:
         return after
 
 
-class _Gru:
+class _Gru(_Cell):
     def __init__(self, weight: Floats, biases: tuple[Floats, Floats], layers: Mapping[str, Any]) -> None:
         input_bias, state_bias = biases
         size = weight.shape[1]
         # Both biases of r and z are only added up; that of n, b_hn, is multiplied by r first.
         self.bias = np.concatenate([input_bias[: 2 * size] + state_bias[: 2 * size], input_bias[2 * size :]])
-        self._size = size
-        self._of_state = Affine(weight[: 2 * size], np.zeros_like(state_bias[: 2 * size]))
-        self._of_state_in_new = Affine(weight[2 * size :], state_bias[2 * size :])
-
-    def rooms(self, rows: int) -> Sequence[Floats]:
-        return self._of_state.room(rows), self._of_state_in_new.room(rows)
+        gates = Affine(weight[: 2 * size], np.zeros_like(state_bias[: 2 * size]))
+        self.products = [gates, Affine(weight[2 * size :], state_bias[2 * size :])]
 
     def step(self, given: Floats, states: Sequence[Floats], out: Floats, rooms: Sequence[Floats]) -> Sequence[Floats]:
-        (h,), size = states, self._size
-        gates = self._of_state.product(h, rooms[0])
+        (h,), size = states, out.shape[1]
+        gates = self.products[0].product(h, rooms[0])
         gates += given[:, : 2 * size]
         _sigmoid(gates)
-        new = self._of_state_in_new(h, rooms[1])
+        new = self.products[1](h, rooms[1])
         new *= gates[:, :size]
         new += given[:, 2 * size :]
         _tanh(new)
@@ -168,18 +177,10 @@ class _Gru:
         return (out,)
 
 
-class _Lstm:
-    def __init__(self, weight: Floats, biases: tuple[Floats, Floats], layers: Mapping[str, Any]) -> None:
-        self.bias = biases[0] + biases[1]
-        self._size = weight.shape[1]
-        self._of_state = Affine(weight, np.zeros_like(self.bias))
-
-    def rooms(self, rows: int) -> Sequence[Floats]:
-        return (self._of_state.room(rows),)
-
+class _Lstm(_Cell):
     def step(self, given: Floats, states: Sequence[Floats], out: Floats, rooms: Sequence[Floats]) -> Sequence[Floats]:
-        (h, c), size = states, self._size
-        gates = self._of_state.product(h, rooms[0])
+        (h, c), size = states, out.shape[1]
+        gates = self.products[0].product(h, rooms[0])
         gates += given
         enter, forget, new, output = (gates[:, at * size : (at + 1) * size] for at in range(4))
         _sigmoid(gates[:, : 2 * size])
@@ -194,20 +195,162 @@ class _Lstm:
         return out, cell_state
 
 
-class _Rnn:
+class _Rnn(_Cell):
     def __init__(self, weight: Floats, biases: tuple[Floats, Floats], layers: Mapping[str, Any]) -> None:
-        self.bias = biases[0] + biases[1]
-        self._of_state = Affine(weight, np.zeros_like(self.bias))
+        super().__init__(weight, biases, layers)
         self._activate = IN_PLACE[layers["nonlinearity"]]
 
-    def rooms(self, rows: int) -> Sequence[Floats]:
-        return (self._of_state.room(rows),)
-
     def step(self, given: Floats, states: Sequence[Floats], out: Floats, rooms: Sequence[Floats]) -> Sequence[Floats]:
-        np.add(self._of_state.product(states[0], rooms[0]), given, out=out)
+        np.add(self.products[0].product(states[0], rooms[0]), given, out=out)
         self._activate(out)
         return (out,)
 
 
-_CELLS: Final[dict[str, _CellOf]] = {"gru": _Gru, "lstm": _Lstm, "rnn": _Rnn}
+_CELLS: Final[dict[str, type[_Cell]]] = {"gru": _Gru, "lstm": _Lstm, "rnn": _Rnn}
 """By kind."""
+
+
+def _frame_layers(place: str, layers: Sequence[Mapping[str, Any]], weights: Mapping[str, Floats]) -> list[_OnRows]:
+    """Layers of the description, with weights whose names begin with `place`."""
+    built: list[_OnRows] = []
+    for index, layer in enumerate(layers):
+        weight, bias = (weights.get(f"{place}.{index}.{name}") for name in ("weight", "bias"))
+        activate = IN_PLACE[layer["activation"]]
+        if "layer_norm" in layer:
+            built.append((partial(_normed, weight, bias, layer["eps"]), activate))
+        else:
+            assert weight is not None
+            built.append((Affine(weight, np.zeros(len(weight), weight.dtype) if bias is None else bias), activate))
+    return built
+
+
+def _run_layers(layers: Sequence[_OnRows], rows: Floats) -> Floats:
+    for layer, activate in layers:
+        rows = layer(rows)
+        activate(rows)
+    return rows
+
+
+def _normed(weight: Floats | None, bias: Floats | None, eps: float, rows: Floats) -> Floats:
+    """(x - mean) / sqrt(variance + eps) · weight + bias, with the mean and the biased variance of each row."""
+    centred: Floats = rows - rows.mean(axis=1, keepdims=True)
+    variance = (centred * centred).mean(axis=1, keepdims=True)
+    centred /= np.sqrt(variance + rows.dtype.type(eps))
+    if weight is not None:
+        centred *= weight
+    if bias is not None:
+        centred += bias
+    return centred
+
+
+class Affine:
+    """x W^T + b, in tiles too small for BLAS to start threads over: they would fight with torch's for the cores.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs].
+    """
+
+    def __init__(self, weight: Floats, bias: Floats) -> None:
+        self.bias = bias
+        outputs, inputs = weight.shape
+        columns = max(TILE_BYTES // (inputs * weight.itemsize), 1)
+        self._columns = min(columns if columns < WHOLE_COLUMNS else columns // WHOLE_COLUMNS * WHOLE_COLUMNS, outputs)
+        padded = np.zeros((inputs, -(-outputs // self._columns) * self._columns), weight.dtype)
+        padded[:, :outputs] = weight.T
+        self._tiles = np.ascontiguousarray(padded.reshape(inputs, -1, self._columns).transpose(1, 0, 2))
+
+    def __call__(self, rows: Floats, room: Floats | None = None) -> Floats:
+        """[R, inputs] to [R, outputs]; `room` as in `product`."""
+        outputs = self.product(rows, self.room(len(rows)) if room is None else room)
+        outputs += self.bias
+        return outputs
+
+    def room(self, rows: int) -> Floats:
+        """Where `product` can write for so many rows: [R, outputs padded to tiles]."""
+        return np.empty((rows, len(self._tiles) * self._columns), self.bias.dtype)
+
+    def product(self, rows: Floats, room: Floats) -> Floats:
+        """Multiply [R, inputs] by W^T into `room`; the part of it that holds the outputs, [R, outputs]."""
+        rows = rows.astype(room.dtype, copy=False)
+        whole = len(rows) // TILE_ROWS * TILE_ROWS
+        for part, height in ((slice(whole), TILE_ROWS), (slice(whole, None), len(rows) - whole)):
+            if len(rows[part]):
+                tiles = rows[part].reshape(-1, 1, height, rows.shape[1])
+                places = room[part].reshape(-1, height, len(self._tiles), self._columns).transpose(0, 2, 1, 3)
+                np.matmul(tiles, self._tiles, out=places)
+        return room[:, : len(self.bias)]
+
+
+def _sigmoid(rows: Floats) -> None:
+    # 1 / (1 + exp(-x)): where exp overflows to infinity, the result is the 0 that it should be.
+    np.negative(rows, out=rows)
+    np.exp(rows, out=rows)
+    rows += 1
+    np.reciprocal(rows, out=rows)
+
+
+def _silu(rows: Floats) -> None:
+    factor = rows.copy()
+    _sigmoid(factor)
+    rows *= factor
+
+
+def _relu(rows: Floats) -> None:
+    np.maximum(rows, 0, out=rows)
+
+
+def _tanh(rows: Floats) -> None:
+    if rows.dtype != np.float64:
+        np.tanh(rows, out=rows)
+        return
+    # 1 - 2 / (1 + exp(2x)) is much quicker, and as good where the result is not so small that its digits are lost.
+    small = np.abs(rows) < SMALL
+    exact = np.tanh(rows[small])
+    rows += rows
+    np.exp(rows, out=rows)
+    rows += 1
+    np.divide(-2, rows, out=rows)
+    rows += 1
+    rows[small] = exact
+
+
+def _gelu(rows: Floats) -> None:
+    # x Φ(x), with Φ the normal distribution; numpy has no erf.
+    arguments = (rows * rows.dtype.type(math.sqrt(0.5))).ravel().tolist()
+    rows *= np.fromiter(map(math.erf, arguments), rows.dtype, rows.size).reshape(rows.shape) + 1
+    rows *= 0.5
+
+
+def _elu(rows: Floats) -> None:
+    below = np.expm1(np.minimum(rows, 0))
+    np.copyto(rows, below, where=rows < 0)
+
+
+def _leaky_relu(rows: Floats) -> None:
+    np.multiply(rows, rows.dtype.type(0.01), out=rows, where=rows < 0)
+
+
+def _softplus(rows: Floats) -> None:
+    np.logaddexp(rows, 0, out=rows)
+
+
+def _softmax(rows: Floats) -> None:
+    rows -= rows.max(axis=1, keepdims=True)
+    np.exp(rows, out=rows)
+    rows /= rows.sum(axis=1, keepdims=True)
+
+
+IN_PLACE: Final[dict[str, InPlace]] = {
+    "none": lambda rows: None,
+    "relu": _relu,
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "gelu": _gelu,
+    "silu": _silu,
+    "elu": _elu,
+    "leaky_relu": _leaky_relu,
+    "softplus": _softplus,
+    "softmax": _softmax,
+}
+"""Activations, by name."""
