@@ -58,20 +58,6 @@ async def test_batches_are_small_while_most_frames_come_in_messages_of_their_own
             np.testing.assert_array_equal(served[column], whole(SMALL, x[:, column])[0][0])
 
 
-async def test_origins_take_turns_where_not_everything_fits_into_a_batch(rng: np.random.Generator) -> None:
-    async with streaming(max_batch_size=4) as kit:
-        flooding, modest = kit.listen(), kit.listen()
-        many, few = await opened(kit, flooding, 9), await opened(kit, modest, 2)
-        kit.submit(flooding, 0, many, [0] * 9, random_frames(rng, 1, 9))
-        kit.submit(modest, 0, few, [0, 0], random_frames(rng, 1, 2))
-        kit.loop.turn()
-        await kit.finish()
-        assert len(modest.replies) == 1
-        assert not flooding.replies
-        await kit.finish_all()
-        assert len(flooding.replies) == 1
-
-
 async def test_frames_of_a_stream_that_wait_alone_are_stepped_in_one_run(rng: np.random.Generator) -> None:
     x = random_frames(rng, 1 + 2 * MOST_STEPS + 3, 2)
     async with streaming() as kit:
@@ -98,30 +84,6 @@ async def test_a_run_takes_about_a_millisecond_at_most(rng: np.random.Generator,
         assert kit.engine.expected_ns == steps * step_ns
         await kit.finish_all()
         assert kit.engine.expected_ns == 0
-
-
-async def test_a_run_is_as_long_as_the_shortest_of_its_streams_and_one_step_where_others_wait(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 9, 3)
-    async with streaming(max_batch_size=2) as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 3)
-        kit.submit(one, 0, handles[:2], [0, 0], x[:1, :2])
-        kit.loop.turn()
-        await kit.finish(step_ns=10)
-        kit.submit(one, 1, handles[:1], [1], x[1:, :1])
-        kit.submit(one, 2, handles[1:2], [1], x[1:4, 1:2])
-        kit.loop.turn()
-        assert kit.hand.shapes[1:] == [(3, 2)]
-        kit.submit(one, 3, handles[2:], [0], x[:, 2:])
-        kit.loop.turn()
-        await kit.finish(step_ns=10)
-        while kit.hand.begun:
-            await kit.finish(step_ns=10)
-        by_tag = {int(reply.messages[0, 0]): reply for reply in one.replies}
-        np.testing.assert_array_equal(by_tag[1].y[:, 0], whole(SMALL, x[:, 0])[0][1:])
-        np.testing.assert_array_equal(by_tag[3].y[:, 0], whole(SMALL, x[:, 2])[0])
 
 
 async def test_a_batch_is_held_until_it_is_full_or_nothing_more_can_come(rng: np.random.Generator) -> None:

@@ -86,24 +86,6 @@ async def test_many_windows_later_every_output_is_still_the_networks(
     np.testing.assert_array_equal(served, whole(SMALL, x[:, 0])[0])
 
 
-async def test_one_bad_frame_in_a_message_leaves_the_other_columns_alone(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    handles = await opened(origin, "a", "b", "c")
-    x = random_frames(rng, 4, 3)
-    bad = x.copy()
-    bad[2, 1, 0] = np.inf
-    reply = await step(origin, handles, [0, 0, 0], bad)
-    assert failures(reply) == [(1, 2, Code.NOT_FINITE, 2)]
-    for column in (0, 2):
-        np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0])
-    truth = whole(SMALL, x[:, 1])[0]
-    np.testing.assert_array_equal(reply.y[:2, 1], truth[:2])
-    assert np.isnan(reply.y[2:, 1]).all()
-    again = await step(origin, handles[1:2], [2], x[2:, 1:2])
-    np.testing.assert_array_equal(again.y[:, 0], truth[2:])
-
-
 async def test_an_old_handle_beside_its_slots_next_stream_fails_its_own_column_only(
     origin: InProcessOrigin, rng: np.random.Generator
 ) -> None:

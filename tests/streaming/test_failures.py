@@ -43,39 +43,6 @@ async def test_a_failed_step_is_answered_and_its_streams_continue(rng: np.random
         assert (kit.stats.step_failures_total, kit.failures) == (1, [INJECTED])
 
 
-async def test_frames_pipelined_behind_a_failed_one_are_gaps(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 6)
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        asked = [asyncio.ensure_future(step(origin, handles, [seq], x[seq : seq + 3])) for seq in (0, 3)]
-        await kit.settle()
-        await kit.finish(error=INJECTED)
-        assert [failures(await each) for each in asked] == [
-            [(0, 0, Code.STEP_FAILED, 0)],
-            [(0, 0, Code.SEQ_GAP, 0)],
-        ]
-        assert kit.engine.pending_frames == 0
-        (again,) = await kit.all_done(step(origin, handles, [0], x))
-        np.testing.assert_array_equal(again.y[:, 0], whole(SMALL, x[:, 0])[0])
-
-
-async def test_a_failure_answers_the_other_columns_of_its_messages_with_their_outputs(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 2, 2)
-    async with streaming(max_batch_size=1) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["bad", "good"])).handles
-        asked = asyncio.ensure_future(step(origin, handles, [0, 0], x))
-        await kit.settle()
-        await kit.finish(error=INJECTED)
-        await kit.finish_all()
-        reply = await asked
-        assert failures(reply) == [(0, 0, Code.STEP_FAILED, 0)]
-        np.testing.assert_array_equal(reply.y[:, 1], whole(SMALL, x[:, 1])[0])
-
-
 async def lose(kit: StreamingEngine) -> None:
     slots, _ = kit.hand.begun[0]
     await kit.finish(error=StateLost("injected"))

@@ -57,21 +57,6 @@ async def test_a_reply_to_several_messages_has_a_bounded_number_of_frames(
         assert one.tags() == shared
 
 
-async def test_no_reply_answers_more_than_128_messages(rng: np.random.Generator) -> None:
-    async with streaming(max_streams=200, max_batch_size=256, max_reply_frames=1000) as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 200)
-        x = random_frames(rng, 1, 200)
-        for tag in range(200):
-            kit.submit(one, tag, handles[tag : tag + 1], [0], x[:, tag : tag + 1])
-        kit.loop.turn()
-        await kit.finish()
-        assert [len(each) for each in one.tags()] == [128, 72]
-        y = np.concatenate([reply.y[0] for reply in one.replies])
-        for tag in (0, 127, 128, 199):
-            np.testing.assert_array_equal(y[tag], whole(SMALL, x[:, tag])[0][0])
-
-
 async def test_a_message_is_answered_with_the_step_of_its_last_frame_and_waits_for_no_other(
     rng: np.random.Generator,
 ) -> None:
@@ -131,26 +116,6 @@ async def test_an_origin_that_left_gets_no_replies_and_neither_does_the_next_one
         await kit.finish()
         assert not gone.replies + heir.replies
         assert kit.listen().number == gone.number
-
-
-async def test_two_messages_with_the_same_tag_are_answered_each_with_its_own_outputs(
-    rng: np.random.Generator,
-) -> None:
-    """Both repeat frames that were applied before, so outputs are kept for both; a client may number as it likes."""
-    x = random_frames(rng, 3, 4)
-    async with streaming() as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 4)
-        kit.submit(one, 0, handles, [0] * 4, x[:1])
-        kit.loop.turn()
-        await kit.finish()
-        kit.submit(one, 7, handles[:3], [0] * 3, x[:2, :3])
-        kit.submit(one, 7, handles[3:], [0], x[:2, 3:])
-        kit.loop.turn()
-        await kit.finish_all()
-        y = np.concatenate([reply.y for reply in one.replies[1:]], axis=1)
-        for column in range(4):
-            np.testing.assert_array_equal(y[:, column], whole(SMALL, x[:2, column])[0])
 
 
 async def test_frames_of_an_origin_that_left_before_they_were_admitted_are_nobodys(rng: np.random.Generator) -> None:

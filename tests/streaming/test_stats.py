@@ -5,23 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instep.core.histogram import add_to, new_histogram, quantile
 from instep.streaming.stats import EngineStats
-
-
-@pytest.mark.parametrize("scale", [1, 7, 1000, 10**6])
-def test_quantiles_are_exact_to_an_eighth(rng: np.random.Generator, scale: int) -> None:
-    values = (rng.exponential(50, 2000) * scale).astype(np.int64)
-    histogram = new_histogram()
-    for value in values.tolist():
-        add_to(histogram, value, 1)
-    for share in (0.5, 0.9, 0.99):
-        truth = float(np.quantile(values, share, method="inverted_cdf"))
-        assert quantile(histogram, share) == pytest.approx(truth, rel=0.125, abs=1)
-
-
-def test_an_empty_histogram_has_no_quantile_but_zero() -> None:
-    assert quantile(new_histogram(), 0.99) == 0
 
 
 def test_steps_and_replies_are_counted_one_by_one() -> None:

@@ -51,16 +51,6 @@ async def test_an_initial_state_is_used_and_the_final_one_returned(rng: np.rando
         np.testing.assert_array_equal(final[column], state)
 
 
-async def test_streams_beyond_the_capacity_are_refused_and_the_others_open() -> None:
-    async with streaming(InlineExecutor, max_streams=3) as kit:
-        origin = kit.frontend.connect()
-        grants = await origin.open(["a", "b", "a", "c", "d"])
-        assert grants.codes.tolist() == [0, 0, Code.NAME_IN_USE, 0, Code.TOO_MANY_STREAMS]
-        assert np.flatnonzero(grants.handles).tolist() == [0, 1, 3]
-        await origin.close(grants.handles[:1])
-        assert (await origin.open(["a"])).codes.tolist() == [0]
-
-
 async def test_a_stream_closes_when_all_messages_that_it_is_in_are_answered(rng: np.random.Generator) -> None:
     x = random_frames(rng, 9, 2)
     order = list[str]()
