@@ -3,6 +3,7 @@
 PYTHON ?= python3
 ROUNDS ?= 200
 RESETS ?= 100
+RELOADS ?= 30
 COVERAGE ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +56,7 @@ bench: $(READY)  ## Measure the cost of serving; MODEL=FOLDER measures your mode
 chaos: $(READY)  ## Kill the server and break connections under load; compare outputs
 	$(BIN)/python -m tests.chaos --kills $(ROUNDS)
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
+	$(BIN)/python -m tests.chaos --reloads $(RELOADS)
 
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

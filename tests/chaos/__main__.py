@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,14 +20,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0, help="how often to kill the server")
     parser.add_argument("--resets", type=int, default=0, help="how many connections to break after that")
+    parser.add_argument("--reloads", type=int, default=0, help="how often to kill it while it reloads its model")
     parser.add_argument("--seed", type=int, default=1, help="decides when")
     parser.add_argument("--durability", choices=["commit", "fsync"], default="commit")
     told = parser.parse_args()
     environment.set_up()
     from tests.chaos.chaos import MOST_RECOVERY_S, run  # and torch, which reads the environment
+    from tests.chaos.reloads import run_reloads
 
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("breaking", total=told.kills + told.resets)
+        task = progress.add_task("breaking", total=told.kills + told.resets + told.reloads)
+        if told.reloads:
+            advance = partial(progress.update, task, advance=1)
+            outcome = asyncio.run(run_reloads(Path(folder), told.reloads, told.seed, on_event=advance))
+            sys.stdout.write(outcome.line() + "\n")
+            return 0 if outcome.passed else 1
         outcome = asyncio.run(
             run(
                 Path(folder),

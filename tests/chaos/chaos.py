@@ -132,7 +132,7 @@ async def run(
         _judge([*load.kept, repeater.kept], victim.recording, outcome)
     outcome.lost += repeater.lost
     outcome.repeated, outcome.repeated_otherwise = repeater.repeated, repeater.differing
-    outcome.verify_status = await _verify(victim.recording, folder / "verify.log")
+    outcome.verify_status = await verify(victim.recording, folder / "verify.log")
     return outcome
 
 
@@ -160,15 +160,16 @@ async def _kill(
 
 async def _progress(load: Load, repeater: Repeater, steps: int = LEAST_STEPS) -> None:
     """Until every group has made some steps more."""
-    target = [made + steps for made in _steps(load, repeater)]
+    await until_progress(lambda: [*load.steps, len(repeater.kept.got)], steps)
+
+
+async def until_progress(made: Callable[[], list[int]], steps: int) -> None:
+    """Until each of these counts has grown by as many steps."""
+    target = [before + steps for before in made()]
     deadline = time.monotonic() + _PROGRESS_TIMEOUT_S
-    while any(made < least for made, least in zip(_steps(load, repeater), target, strict=True)):
-        assert time.monotonic() < deadline, f"no progress: {_steps(load, repeater)} steps, {target} were expected"
+    while any(now < least for now, least in zip(made(), target, strict=True)):
+        assert time.monotonic() < deadline, f"no progress: {made()} steps, {target} were expected"
         await asyncio.sleep(0.002)
-
-
-def _steps(load: Load, repeater: Repeater) -> list[int]:
-    return [*load.steps, len(repeater.kept.got)]
 
 
 def _judge(all_kept: list[Kept], recording: Path, outcome: Outcome) -> None:
@@ -205,7 +206,8 @@ def _recorded(recording: Path) -> dict[str, dict[int, bytes]]:
     return frames
 
 
-async def _verify(recording: Path, log: Path) -> int:
+async def verify(recording: Path, log: Path) -> int:
+    """The exit status of `instep verify`, of a file or of a folder of them."""
     process = await asyncio.to_thread(WarmProcess, ("verify", str(recording)), output=log)
     return await asyncio.to_thread(process.wait)
 

@@ -30,15 +30,16 @@ class Repeater:
 
     Args:
         seed: decides what is sent and what is asked for again.
+        name: what the streams' names begin with.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, name: str = "again") -> None:
         self._rng = np.random.default_rng(seed)
         self._stops = False
         self._epochs: list[int] = []
         self._acked = 0
         self._takes_over = False
-        self.kept = Kept([f"again-{number}" for number in range(STREAMS)])
+        self.kept = Kept([f"{name}-{number}" for number in range(STREAMS)])
         self.repeated = 0
         """Outputs that came again."""
         self.differing = 0
@@ -107,6 +108,8 @@ class Repeater:
 
     async def _ask(self, client: RawClient, message: list[bytes], kind: Kind) -> Reply:
         reply = await client.ask(*message)
+        while reply.kind is not kind and reply.kind in (Kind.WELCOME, Kind.MOVED):  # another version goes on
+            reply = await client.receive()
         if reply.kind is Kind.ERROR and reply.code is Code.HELLO_FIRST:
             raise _Lost
         assert reply.kind is kind, reply.header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ class Victim:
         folder: for its model, its recording and its log.
         durability: what answers wait for.
         arguments: further arguments of `instep serve`.
-        model: what it serves.
+        model: what it serves; None for what the arguments say.
+        recording: another place for the recording.
     """
 
     def __init__(
@@ -33,14 +35,17 @@ class Victim:
         folder: Path,
         durability: str,
         arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05"),
-        model: Model = SMALL,
+        model: Model | None = SMALL,
+        recording: Path | None = None,
     ) -> None:
-        write_model(folder / "model", model)
-        self.recording = folder / "recording.db"
+        if model is not None:
+            write_model(folder / "model", model)
+        self.recording = recording or folder / "recording.db"
         self._held = _held_port()
         self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"
         self._arguments = [
-            *("serve", str(folder / "model"), "--endpoint", self.endpoint, "--http", "off"),
+            *("serve", *([] if model is None else [str(folder / "model")])),
+            *("--endpoint", self.endpoint, "--http", "off"),
             *(
                 "--record",
                 str(self.recording),
@@ -60,19 +65,24 @@ class Victim:
         self._process = process = await asyncio.to_thread(WarmProcess, self._arguments, output=self._log)
         deadline = time.monotonic() + _PATIENCE_S
         while process.returncode is None and time.monotonic() < deadline:
-            lines = [line for line in self._said().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [line for line in self.said().splitlines(keepends=True) if line.endswith("\n")]
             said: dict[str, dict[str, Any]] = {
                 each["event"]: each for each in map(json.loads, (line for line in lines if line.startswith("{")))
             }
             if "serving" in said:
                 return said.get("recovered", {})
             await asyncio.sleep(0.005)
-        raise RuntimeError(f"the server did not start: {self._said()}")
+        raise RuntimeError(f"the server did not start: {self.said()}")
+
+    def hang_up(self) -> None:
+        """Have it read its configuration again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
         """Kill -9."""
         assert self._process is not None
-        assert self._process.returncode is None, self._said()
+        assert self._process.returncode is None, self.said()
         self._process.kill()
         self._process.wait()
 
@@ -81,7 +91,7 @@ class Victim:
         assert self._process is not None
         self._process.terminate()
         self._process.wait(_PATIENCE_S)
-        assert self._process.returncode == 0, self._said()
+        assert self._process.returncode == 0, self.said()
 
     def close(self) -> None:
         """See that it is gone, whatever became of it."""
@@ -90,7 +100,8 @@ class Victim:
             self._process.wait()
         self._held.close()
 
-    def _said(self) -> str:
+    def said(self) -> str:
+        """What it has logged since it was started."""
         return self._log.read_text() if self._log.exists() else ""
 
 
