@@ -44,16 +44,8 @@ def call(op: str, *args: Any, **kwargs: Any) -> Change:
     return lambda graph: graph["nodes"].insert(0, node)
 
 
-def calls(*nodes: tuple[str, list[Any], dict[str, Any]]) -> Change:
-    """Puts calls named `new0`, `new1`, … in front of the others."""
-    added = [{"name": f"new{at}", "op": op, "args": args, "kwargs": kw} for at, (op, args, kw) in enumerate(nodes)]
-    return lambda graph: graph["nodes"].__setitem__(slice(0, 0), added)
-
-
 CODE = "a=__import__('pathlib').Path('ran').touch(), b"
 X: Any = {"x": True}
-WEIGHT: Any = {"tensor": "head.bias"}
-GROWS: tuple[str, list[Any], dict[str, Any]] = ("aten.add_.Scalar", [{"node": "new0"}, 1], {})
 
 
 def nested(levels: int) -> Any:
@@ -64,69 +56,50 @@ def nested(levels: int) -> Any:
     return value
 
 
+def multiplies_sizes(graph: dict[str, Any]) -> None:
+    """2^(2^40), so far as nothing ends it."""
+    for at in range(40):
+        of: Any = {"node": f"n{at - 1}"} if at else {"rows": True}
+        graph["nodes"].insert(at, {"name": f"n{at}", "op": "int.mul", "args": [of, of], "kwargs": {}})
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "named"),
     [
-        (call("os.system", "touch ran"), "the graph calls 'os.system', which no step may"),
-        (call("builtins.eval", CODE), "the graph calls 'builtins.eval'"),
-        (call("aten.from_file.default", "ran", True, 4), "the graph calls 'aten.from_file.default'"),
-        (call("aten.__class__.__init__", X), "the graph calls 'aten.__class__.__init__'"),
-        (call("aten.add.__init__", X, X), "the graph calls 'aten.add.__init__'"),
-        (call("aten.randn_like.default", X), "the graph calls 'aten.randn_like.default'"),
-        (call("aten.nonzero.default", X), "the graph calls 'aten.nonzero.default'"),
-        (call("aten.add.out", X, X, out=X), "the graph calls 'aten.add.out'"),
-        (call("aten.masked_scatter.default", X, X, X), "the graph calls 'aten.masked_scatter.default'"),
-        (call("aten.empty.memory_format", [4]), "the graph calls 'aten.empty.memory_format'"),
-        (call("aten.batch_norm.default", X, None, None, None, None, True, 0.1, 1e-5, False), "as in training"),
+        (call("os.system", "touch ran"), "'os.system'"),
+        (call("builtins.eval", CODE), "'builtins.eval'"),
+        (call("aten.from_file.default", "ran", True, 4), "'aten.from_file.default'"),
+        (call("aten.add.__init__", X, X), "'aten.add.__init__'"),
+        (call("aten.nonzero.default", X), "'aten.nonzero.default'"),
+        (call("aten.add.out", X, X, out=X), "'aten.add.out'"),
+        (call("aten.fill_.Scalar", {"tensor": "head.bias"}, 2), "'aten.fill_.Scalar'"),
         (call("aten.add.Tensor", X, X, **{CODE: 1}), "with arguments that it does not have"),
         (call("int.add", 1, 2, **{CODE: 1}), "with arguments that it does not have"),
-        (call("aten.mul_.Tensor", {"state": "state"}, 2), "changes the leaf state of the state in place"),
-        (call("aten.fill_.Scalar", {"tensor": "head.bias"}, 2), "changes the tensor head.bias in place"),
-        (call("aten.abs.default", {"node": "linear"}), "the argument {'node': 'linear'}, which means nothing"),
-        (call("aten.abs.default", {"dtype": "float8"}), "which means nothing"),
+        (call("aten.abs.default", {"node": "linear"}), "{'node': 'linear'}"),
         (call("aten.abs.default", {"x": True, "state": "state"}), "which means nothing"),
         (lambda graph: graph["nodes"].append(graph["nodes"][0]), "two nodes called 'linear'"),
-        (lambda graph: graph["nodes"].__delitem__(0), "the argument {'node': 'linear'}, which means nothing"),
-        (call("aten.batch_norm.default", X, None, None, None, None, 1, 0.1, 1e-5, False), "as in training"),
-        (
-            calls(("aten.view.dtype", [], {"dtype": {"dtype": "float32"}, "self": WEIGHT}), GROWS),
-            "changes its weights, its frames or its state in place",
-        ),
-        (
-            calls(("aten.einsum.default", ["i->i", [WEIGHT]], {}), GROWS),
-            "changes its weights, its frames or its state in place",
-        ),
-        (call("aten.reshape.default", X, [32, 5]), "does not run"),
-        (call("int.mul", "text", 3), r"does not run .*arithmetic is for sizes only"),
-        (
-            calls(*[("int.mul", [{"node": f"new{at - 1}"} if at else {"rows": True}] * 2, {}) for at in range(40)]),
-            r"does not run .*arithmetic is for sizes only",
-        ),
-        (lambda graph: graph.update(outputs=10**15), "the graph and the normal form differ; make the folder again"),
+        (call("aten.reshape.default", X, [32, 5]), "an operator of the step fails"),
+        (call("int.mul", "text", 3), "arithmetic is for sizes only"),
+        (multiplies_sizes, "arithmetic is for sizes only"),
         (call("aten.abs.default", nested(400)), "graph.nodes.0.args.0"),
         (lambda graph: graph.update(nodes=[{"name": ""}] * 1000), "and 2,988 more"),
-        (call("aten.view.default", X, [3]), "does not run"),
-        (
-            lambda graph: graph.update(y=X),
-            r"gives .* \[2, 5\] where the description says .* \[2, 4\]; export",
-        ),
-        (lambda graph: graph.update(outputs=0), "graph.outputs: 0 is wrong, it should be greater than"),
-        (lambda graph: graph.update(version=2), "graph.version: there is no such key"),
-        (lambda graph: graph.pop("tensors"), "graph.tensors: it is missing"),
-        (lambda graph: graph.update(new_state={"h": X}), "the state has the leaves state, and the graph gives h"),
-        (lambda graph: graph["tensors"][0].update(shape=[3]), r"has shape \[33, 5\], .* asks for \[3\]"),
-        (lambda graph: graph["tensors"][0].update(dtype="int64"), "is float32; convert the weights to int64"),
+        (lambda graph: graph.update(y=X), r"\(2, 5\).* where the description says .*\(2, 4\)"),
+        (lambda graph: graph.update(version=2), "graph.version"),
+        (lambda graph: graph.pop("tensors"), "graph.tensors"),
+        (lambda graph: graph.update(new_state={"h": X}), "the leaves state"),
+        (lambda graph: graph["tensors"][0].update(shape=[3]), r"\[33, 5\].*\[3\]"),
+        (lambda graph: graph["tensors"][0].update(dtype="int64"), "float32.*int64"),
     ],
 )
-def test_a_graph_that_is_refused(folder: Path, change: Change, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_refused(folder: Path, change: Change, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Serving needs no graph; comparing what was served with it does."""
     monkeypatch.chdir(folder)
     changed(folder, change)
-    with pytest.raises(ModelError, match=sentence) as refused:
+    with pytest.raises(ModelError, match=named) as refused:
         torch_network(load_model(folder), CPU)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 3000
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(ModelError, match=named):
         build(load_model(folder), CPU).reference(np.float64)
     assert not (folder / "ran").exists()
 

@@ -170,6 +170,17 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     ],
     "batch_norm": [lambda x, y: F.batch_norm(x, y[0, :, 0], y[0, :, 1].abs(), constant(4), constant(4))],
     "instance_norm": [lambda x, y: F.instance_norm(x, weight=constant(4), bias=constant(4))],
+    "_native_batch_norm_legit_no_training": [
+        lambda x, y: aten._native_batch_norm_legit_no_training(
+            x, constant(4), constant(4), y[0, :, 0], y[0, :, 1].abs(), 0.1, 1e-5
+        )[0]
+    ],
+    "_native_batch_norm_legit": [
+        lambda x, y: aten._native_batch_norm_legit.no_stats(x, constant(4), None, True, 0.1, 1e-5)[0]
+    ],
+    "copy": [lambda x, y: aten.copy(x, y[..., :1])],
+    "fill": [lambda x, y: aten.fill(x, 0.5) + y],
+    "_unsafe_view": [lambda x, y: aten._unsafe_view(x * y, [1, 24])],
     "inner": [lambda x, y: torch.inner(x, y)],
     "layer_norm": [
         lambda x, y: F.layer_norm(x, (6,), constant(6), constant(6)),

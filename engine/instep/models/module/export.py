@@ -22,7 +22,7 @@ from instep.models.errors import ModelError, first_line
 from instep.models.folder import check_free, check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model, check_weights
-from instep.models.module.capture import Capture, checked_tensors
+from instep.models.module.capture import captured, checked_tensors
 from instep.models.module.description import GraphStep, ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
 from instep.models.module.trial import attributes_of, check_attributes, compare
@@ -101,30 +101,30 @@ def _refuse_other_starts(example: Example) -> None:
 
 def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
     leaves = [leaf.name for leaf in example.leaves]
-    captured = Capture(program, leaves)
-    dtypes = checked_tensors(captured.tensors)
+    graph = captured(program, leaves)
+    dtypes = checked_tensors(graph.tensors)
     try:
         step = GraphStep.model_validate(
             {
                 "features": example.features,
                 "state": [leaf.model_dump() for leaf in example.leaves],
                 "graph": {
-                    "outputs": captured.outputs,
+                    "outputs": graph.outputs,
                     "tensors": [
                         {"name": each, "shape": tuple(tensor.shape), "dtype": dtypes[each]}
-                        for each, tensor in captured.tensors.items()
+                        for each, tensor in graph.tensors.items()
                     ],
-                    "nodes": captured.nodes,
-                    "y": captured.y,
-                    "new_state": dict(zip(leaves, captured.new_state, strict=True)),
+                    "nodes": graph.nodes,
+                    "y": graph.y,
+                    "new_state": dict(zip(leaves, graph.new_state, strict=True)),
                 },
             }
         )
-        traced = form_of_module(step, captured.tensors, captured.lines)
+        traced = form_of_module(step, graph.tensors, graph.lines)
         description = ModuleDescription(features=step.features, state=step.leaves, form=traced.form, graph=step.graph)
     except ValidationError as error:
         raise ModelError(f"the step cannot be served: {sentences(error)}") from None
-    tensors = captured.tensors | traced.constants | example.learned()
+    tensors = graph.tensors | traced.constants | example.learned()
     check_weights(tensors, description, "the step")
     names = check_output_names(list(outputs) or list(example.output_names), description)
     return Model(check_name(name), description, tensors, names)
@@ -136,7 +136,9 @@ def _exported(example: Example) -> ExportedProgram:
     shapes = {"x": {0: batch}, "leaves": tuple({0: batch} for _ in example.leaves)}
     try:
         with redirect_stderr(io.StringIO()):  # where torch prints a graph of what it had done before it failed
-            return export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
+            program = export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
+            # With no operator to decompose, this only makes new tensors of changes in place.
+            return program.run_decompositions({})  # type: ignore[no-any-return]
     except ModelError:
         raise
     except Exception as error:

@@ -1,7 +1,7 @@
 """The operators that a graph may call: those of torch's `aten` that are listed here, and nothing else.
 
-Each gives every row its own answer if it is called so, reads and writes nothing but its tensors, and computes no size
-from values. `capture` refuses a step that calls others; `program` refuses a folder that does.
+Each gives every row its own answer if it is called so, changes nothing, and computes no size from values. `capture`
+refuses a step that calls others; `program` refuses a folder that does.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Operator: TypeAlias = torch._ops.OpOverload
 
 _ELEMENTWISE: Final = """
     __and__ __or__ __xor__ abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil clamp clamp_max clamp_min copysign cos cosh deg2rad div divide eq erf erfc exp exp2 expm1 fix
-    floor floor_divide fmod frac ge greater gt heaviside hypot isclose isfinite isinf isnan le lerp less log log10
-    log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
+    bitwise_xor ceil clamp clamp_max clamp_min copy copysign cos cosh deg2rad div divide eq erf erfc exp exp2 expm1 fill
+    fix floor floor_divide fmod frac ge greater gt heaviside hypot isclose isfinite isinf isnan le lerp less log
+    log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
     minimum mul multiply nan_to_num ne neg negative pow rad2deg reciprocal remainder round rsqrt rsub sgn sigmoid
     sign sin sinc special_expit special_xlog1py sqrt square sub subtract tan tanh true_divide trunc where xlogy
 """
@@ -33,6 +33,7 @@ _LAYERS: Final = """
     gru_cell batch_norm instance_norm inner layer_norm linear linalg_norm linalg_vecdot linalg_vector_norm lstm
     lstm_cell matmul mm mv outer rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell scaled_dot_product_attention
     cosine_similarity norm upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d _weight_norm
+    _native_batch_norm_legit _native_batch_norm_legit_no_training
 """
 _SPECTRA: Final = "angle complex fft_fft fft_ifft fft_irfft fft_rfft imag polar real view_as_complex view_as_real"
 _REDUCTIONS: Final = """
@@ -44,7 +45,7 @@ _SHAPES: Final = """
     index_select movedim moveaxis narrow numel pad permute pixel_shuffle repeat repeat_interleave reshape reshape_as
     roll select slice split split_with_sizes squeeze stack swapaxes t tile to transpose tril triu type_as unbind
     unflatten unfold unsqueeze view view_as vstack select_scatter slice_scatter numpy_T mT adjoint unsafe_chunk
-    unsafe_split _to_copy
+    unsafe_split _to_copy _unsafe_view
 """
 _INDEXING: Final = """
     gather index index_add index_copy index_fill index_put one_hot scatter scatter_add take_along_dim tensor_split
@@ -52,11 +53,9 @@ _INDEXING: Final = """
 _CREATION: Final = """
     arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
 """
-_ONLY_IN_PLACE: Final = "copy fill zero"
 ALLOWED: Final = frozenset(
     " ".join((_ELEMENTWISE, _ACTIVATIONS, _LAYERS, _SPECTRA, _REDUCTIONS, _SHAPES, _INDEXING, _CREATION)).split()
 )
-_IN_PLACE: Final = ALLOWED | frozenset(_ONLY_IN_PLACE.split())
 SHAPES: Final = frozenset(_SHAPES.split())
 CREATION: Final = frozenset(_CREATION.split())
 """Their values depend on no value of their arguments."""
@@ -73,8 +72,6 @@ NUMBERS: Final[dict[str, Callable[..., Any]]] = {
 _MOST: Final = 2**40
 _SIZES: Final = (int, torch.SymInt)
 """The latter while a step is traced."""
-_ALIASES: Final = frozenset(["broadcast_tensors", "type_as", "repeat_interleave", "pad", "constant_pad_nd", "tile"])
-"""May return what they are given, although their schemas do not say so."""
 
 
 def resolve(op: str) -> Callable[..., Any]:
@@ -87,14 +84,12 @@ def resolve(op: str) -> Callable[..., Any]:
         return NUMBERS[op] if op == "getitem" else _of_sizes(NUMBERS[op])
     namespace, _, rest = op.partition(".")
     name, _, overload = rest.partition(".")
-    if namespace == "aten" and is_allowed(name):
+    if namespace == "aten" and name in ALLOWED:
         packet = getattr(torch.ops.aten, name, None)
         if packet is None:
             raise ModelError(f"the graph calls {op:.120}, which torch {torch.__version__} lacks; install a newer torch")
-        if overload in packet.overloads():
-            found: Operator = getattr(packet, overload)
-            if not any(argument.is_out for argument in found._schema.arguments):
-                return found
+        if overload in packet.overloads() and is_allowed(found := getattr(packet, overload)):
+            return found  # type: ignore[no-any-return]
     raise ModelError(
         f"the graph calls {op!r:.120}, which no step may; export the module with instep.models.export_step"
     )
@@ -111,27 +106,14 @@ def _of_sizes(function: Callable[..., int]) -> Callable[..., int]:
     return calculate
 
 
-def is_allowed(name: str) -> bool:
-    """Whether a graph may call an operator of aten by this name."""
-    return name in ALLOWED or (name.endswith("_") and name.removesuffix("_") in _IN_PLACE)
+def is_allowed(op: Operator) -> bool:
+    """Whether a graph may call an operator."""
+    return op.namespace == "aten" and name_of(op) in ALLOWED and not written(op)
 
 
 def name_of(op: Operator) -> str:
     """The name of an operator without its namespace and overload."""
     return op._schema.name.partition("::")[2]
-
-
-def argument(op: Operator, name: str, args: Any, kwargs: Any) -> Any:
-    """The value of an argument of a call by its name in the schema; its default where it is not given."""
-    for at, declared in enumerate(op._schema.arguments):
-        if declared.name == name:
-            return args[at] if at < len(args) else kwargs.get(name, declared.default_value)
-    return None
-
-
-def trains(op: Operator, args: Any, kwargs: Any) -> bool:
-    """Whether a call does what only training needs: statistics over the batch, or dropout."""
-    return any(bool(argument(op, name, args, kwargs)) for name in ("train", "training"))
 
 
 def written(op: Operator) -> list[int]:
@@ -141,8 +123,3 @@ def written(op: Operator) -> list[int]:
         for at, declared in enumerate(op._schema.arguments)
         if declared.alias_info is not None and declared.alias_info.is_write
     ]
-
-
-def may_alias(op: Operator) -> bool:
-    """Whether a result may be the memory of the first argument."""
-    return name_of(op) in _ALIASES or any(result.alias_info is not None for result in op._schema.returns)

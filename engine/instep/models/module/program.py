@@ -12,7 +12,7 @@ from torch import fx, nn
 from instep.models.errors import ModelError, first_line
 from instep.models.module.description import GraphStep
 from instep.models.module.graph import OperatorCall
-from instep.models.module.operators import Operator, may_alias, resolve, trains, written
+from instep.models.module.operators import Operator, resolve
 
 _DTYPES: Final = {
     name: getattr(torch, name) for name in ("float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -30,7 +30,7 @@ class Program:
         double: compute in float64 what the graph computes in float32.
 
     Raises:
-        ModelError: when the graph calls anything but allowed operators, refers to nothing, or changes what it is given.
+        ModelError: when the graph calls anything but allowed operators, or refers to nothing.
     """
 
     def __init__(
@@ -45,15 +45,13 @@ class Program:
         self._double = double
         self._graph = fx.Graph()
         self._values: dict[tuple[str, str], fx.Node] = {}
-        self._given: dict[fx.Node, str] = {}
-        """What may share memory with an argument of the step, and how sentences call that."""
         graph = description.graph
         for tensor in graph.tensors:
-            self._add_input("tensor", tensor.name, f"the tensor {tensor.name}")
-        self._add_input("x", "", "x")
+            self._add_input("tensor", tensor.name)
+        self._add_input("x", "")
         for leaf in description.leaves:
-            self._add_input("state", leaf.name, f"the leaf {leaf.name} of the state")
-        self._add_input("rows", "", "rows")
+            self._add_input("state", leaf.name)
+        self._add_input("rows", "")
         for node in graph.nodes:
             self._add_call(node)
         self._graph.output(
@@ -77,7 +75,7 @@ class Program:
         """
         try:
             return self._forward(*self.weights, x, *leaves, len(x))
-        except (IndexError, RuntimeError) as error:
+        except Exception as error:  # of whatever kind the operator raises
             raise ModelError(
                 f"an operator of the step fails ({first_line(error):.200}): keep numbers that choose elements in "
                 "range, as with .clamp(0, size - 1)"
@@ -91,41 +89,18 @@ class Program:
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
 
-    def _add_input(self, kind: str, name: str, words: str) -> None:
-        node = self._graph.placeholder(f"v{len(self._values)}")
-        self._values[kind, name] = node
-        self._given[node] = words
+    def _add_input(self, kind: str, name: str) -> None:
+        self._values[kind, name] = self._graph.placeholder(f"v{len(self._values)}")
 
     def _add_call(self, node: OperatorCall) -> None:
         function = resolve(node.op)
         args, kwargs = tuple(map(self._decoded, node.args)), {k: self._decoded(v) for k, v in node.kwargs.items()}
-        call = self._graph.call_function(function, args, kwargs)
-        if isinstance(function, Operator):
-            self._check_call(function, node, args, kwargs)
-            first = next(iter([*args, *kwargs.values()]), None)
-            if may_alias(function) and isinstance(first, fx.Node) and first in self._given:
-                self._given[call] = self._given[first]
-        elif kwargs:  # their names would become part of the generated code
+        declared = {each.name for each in function._schema.arguments} if isinstance(function, Operator) else set()
+        if not set(kwargs) <= declared:  # whose names would become part of the generated code
             raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
-        elif node.op == "getitem" and args and isinstance(args[0], fx.Node) and args[0] in self._given:
-            self._given[call] = self._given[args[0]]
         if ("node", node.name) in self._values:
             raise ModelError(f"the graph has two nodes called {node.name!r:.80}; make the folder again")
-        self._values["node", node.name] = call
-
-    def _check_call(self, function: Operator, node: OperatorCall, args: Any, kwargs: Any) -> None:
-        declared = {argument.name for argument in function._schema.arguments}
-        if not set(kwargs) <= declared or len(args) > len(declared):
-            raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
-        if trains(function, args, kwargs):
-            raise ModelError(f"the graph calls {node.op} as in training; export the module in evaluation mode")
-        for at in written(function):
-            target = args[at] if at < len(args) else kwargs.get(function._schema.arguments[at].name)
-            if isinstance(target, fx.Node) and target in self._given:
-                raise ModelError(
-                    f"the graph changes {self._given[target]} in place ({node.op}), which other frames need; "
-                    "export a step that returns new tensors"
-                )
+        self._values["node", node.name] = self._graph.call_function(function, args, kwargs)
 
     def _decoded(self, value: Any) -> Any:
         """An argument as the function takes it."""

@@ -93,6 +93,19 @@ def _batch_norm(
     return _scaled((x - mean) * scale, _by_channel(x, weight), _by_channel(x, bias))
 
 
+def _evaluated_batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, by: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm(x, weight, bias, mean, var, False, by, eps), mean, var
+
+
+def _batch_norm_of_itself(
+    x: Tensor, weight: Any, bias: Any, _train: bool, _by: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _scaled(_normalized(x, [0, *range(2, x.dim())], eps), _by_channel(x, weight), _by_channel(x, bias))
+    return y, x.new_zeros(0), x.new_zeros(0)
+
+
 def _instance_norm(
     x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, from_input: bool, by: float, eps: float, *_: Any
 ) -> Tensor:
@@ -486,6 +499,8 @@ OWN: Final[dict[Any, Callable[..., Any]]] = {
     aten.group_norm.default: _group_norm,
     aten.batch_norm.default: _batch_norm,
     aten.instance_norm.default: _instance_norm,
+    aten._native_batch_norm_legit_no_training.default: _evaluated_batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_of_itself,
     aten.scaled_dot_product_attention.default: _attention,
     aten.gru_cell.default: _gru_cell,
     aten.lstm_cell.default: _lstm_cell,

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from instep.models.errors import ModelError, first_line
-from instep.models.module.capture import changes, unknown
+from instep.models.module.capture import unknown
 from instep.models.module.operators import Operator, name_of, written
 from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute
 from instep.models.portable.form import COMPARISONS, DTYPES, FLOATS, MAPS, Number, Operand, Shape, View
@@ -98,7 +98,7 @@ class Lowering:
         if self._name in _EMPTY:
             return torch.zeros(results.shape, dtype=results.dtype)
         if written(target):
-            raise ModelError(changes("what it is given", self._where))
+            raise ModelError(f"{self._where} changes what it is given in place; return a new tensor")
         if not any(isinstance(each, View) for each in _flat([args, list(kwargs.values())])):
             if torch.Tag.nondeterministic_seeded in target.tags:
                 raise ModelError(unknown(self._where, self._name))
