@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any, Final
 
 import numpy as np
@@ -22,21 +20,6 @@ _FARTHEST: Final = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
-    """The order of a module's outputs."""
-
-    steps: int
-    """T where it answers every frame of a sequence, 1 where it answers only the last one."""
-    order: tuple[int, ...]
-    """Which of the axes T, R and outputs is first, second and third."""
-
-    def apply(self, y: F32, rows: int, outputs: int) -> F32:
-        """A module's outputs as [T or 1, R, outputs]."""
-        extents = (self.steps, rows, outputs)
-        return y.reshape([extents[axis] for axis in self.order]).transpose(np.argsort(self.order))
-
-
-@dataclass(frozen=True, slots=True)
 class Agreement:
     """A module's outputs compared with those of the served network."""
 
@@ -44,12 +27,10 @@ class Agreement:
     """The largest difference from the network's outputs for one frame at a time."""
     tolerance: float
     """The largest error that rounding in float32 explains."""
-    rows_axis: int
-    """Which axis of the module's input counts sequences; negative where it has none."""
     steps_axis: int
-    """Which one counts timesteps; negative where it has none."""
-    arrangement: Arrangement
-    """How the module's outputs stand."""
+    """Which axis of the module's input counts timesteps; negative where it has none."""
+    rows_axis: int
+    """Which one counts sequences; negative where it has none."""
 
     @property
     def agrees(self) -> bool:
@@ -61,30 +42,33 @@ class Agreement:
 def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     """Run a network on a module's input and compare the outputs.
 
-    The axes of both may stand in any order. The order is found by trying: another one than the module's own gives other
-    values.
+    Which axis counts timesteps is found by trying: the other one gives other values.
 
     Args:
         network: what is served.
-        x: the module's input, with axes for frames, sequences (or for one of both) and features.
-        y: its outputs, for each frame or for the last one of each sequence.
+        x: the module's input, [T, R, features], [R, T, features], or with one of T and R left out.
+        y: its outputs in the same order, for each frame or for the last one of each sequence.
 
     Returns:
-        None when no order of the axes gives `y` a shape that fits.
+        None when neither order gives `y` a shape that fits.
     """
-    attempts = [each for order in _orders(x, network.description.features) for each in _attempts(network, x, order, y)]
+    attempts = []
+    for steps_axis, rows_axis in ((0, 1), (1, 0)) if x.ndim == 3 else ((0, -1), (-1, 0)):
+        is_first = steps_axis == 0
+        if x.ndim == 3:
+            frames = x if is_first else x.swapaxes(0, 1)
+        else:
+            frames = x[:, None] if is_first else x[None]
+        frames = np.ascontiguousarray(frames)
+        stepped, _ = step_frames(network, frames, network.state.initial(frames.shape[1]))
+        for answered in (stepped, stepped[-1:]):
+            if answered.size == y.size:
+                wanted = answered if is_first else answered.swapaxes(0, 1)
+                attempts.append((distance(y.reshape(wanted.shape), wanted), steps_axis, rows_axis, frames, stepped))
     if not attempts:
         return None
-    best = min(attempts, key=lambda each: each.error)
-    frames, stepped, arrangement = best.frames, best.stepped, best.arrangement
-    arranged = arrangement.apply(y, *stepped.shape[1:])
-    return Agreement(
-        error=distance(arranged, stepped[-arrangement.steps :]),
-        tolerance=rounding_tolerance(network, frames, stepped),
-        rows_axis=best.order[1] - (3 - x.ndim),
-        steps_axis=best.order[0] - (3 - x.ndim),
-        arrangement=arrangement,
-    )
+    error, steps_axis, rows_axis, frames, stepped = min(attempts, key=lambda each: each[0])
+    return Agreement(error, rounding_tolerance(network, frames, stepped), steps_axis, rows_axis)
 
 
 def first_output(result: Any, module: str) -> torch.Tensor:
@@ -102,51 +86,12 @@ def first_output(result: Any, module: str) -> torch.Tensor:
     return result
 
 
-def _orders(x: F32, features: int) -> Iterator[tuple[int, ...]]:
-    """The orders of three axes that make [T, R, features] of a module's input."""
-    shape = _in_three_axes(x).shape
-    return (order for order in permutations(range(3)) if shape[order[2]] == features)
-
-
-def _in_three_axes(x: F32) -> F32:
-    return x.reshape((1,) * (3 - x.ndim) + x.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """One order of the axes of a module's input, and one of its outputs."""
-
-    order: Sequence[int]
-    frames: F32
-    stepped: F32
-    """The network's outputs for these frames."""
-    arrangement: Arrangement
-    error: float
-
-
-def _attempts(network: RecurrentModel, x: F32, order: Sequence[int], y: F32) -> Iterator[_Attempt]:
-    frames = np.ascontiguousarray(_in_three_axes(x).transpose(order))
-    stepped = stepped_outputs(network, frames)
-    steps, rows, outputs = stepped.shape
-    for count in sorted({1, steps}):
-        if y.size == count * rows * outputs:
-            for each in permutations(range(3)):
-                arrangement = Arrangement(count, each)
-                error = distance(arrangement.apply(y, rows, outputs), stepped[-count:])
-                yield _Attempt(order, frames, stepped, arrangement, error)
-
-
 def distance(one: F32, other: F32) -> float:
     """The largest difference; the largest float64 where only one of two values is finite."""
     with np.errstate(invalid="ignore"):
         error = np.abs(one.astype(np.float64) - other)
     error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
     return float(np.minimum(error, _FARTHEST).max())
-
-
-def stepped_outputs(network: RecurrentModel, frames: F32) -> F32:
-    """Outputs [T, R, outputs] for frames [T, R, features], one step for each frame."""
-    return step_frames(network, frames, network.state.initial(frames.shape[1]))[0]
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
