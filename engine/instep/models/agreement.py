@@ -52,14 +52,10 @@ def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     Returns:
         None when neither order gives `y` a shape that fits.
     """
-    attempts = []
+    attempts, whole = [], x if x.ndim == 3 else x[:, None]
     for steps_axis, rows_axis in ((0, 1), (1, 0)) if x.ndim == 3 else ((0, -1), (-1, 0)):
         is_first = steps_axis == 0
-        if x.ndim == 3:
-            frames = x if is_first else x.swapaxes(0, 1)
-        else:
-            frames = x[:, None] if is_first else x[None]
-        frames = np.ascontiguousarray(frames)
+        frames = np.ascontiguousarray(whole if is_first else whole.swapaxes(0, 1))
         stepped, _ = step_frames(network, frames, network.state.initial(frames.shape[1]))
         for answered in (stepped, stepped[-1:]):
             if answered.size == y.size:

@@ -214,62 +214,54 @@ def form_of_values(values: Any, source: str) -> Form:
         ModelError: when it is not one.
     """
     try:
-        if not isinstance(values, dict) or values.get("arithmetic") != ARITHMETIC:
-            found = values.get("arithmetic") if isinstance(values, dict) else None
-            raise _Wrong(f"its arithmetic is {found!r:.40} and not {ARITHMETIC!r}")
-        if set(values) != {"arithmetic", "buffers", "inputs", "nodes", "outputs"}:
-            raise _Wrong("it has other keys than arithmetic, buffers, inputs, nodes and outputs")
-        return Form(
-            tuple(_parse_buffer(each) for each in _list(values["buffers"])),
-            tuple(_int(each) for each in _list(values["inputs"])),
-            tuple(_parse_node(each) for each in _list(values["nodes"])),
-            tuple(_parse_view(each) for each in _list(values["outputs"])),
-        )
+        match values:
+            case {"arithmetic": found} if found != ARITHMETIC:
+                raise _Wrong(f"its arithmetic is {found!r:.40} and not {ARITHMETIC!r}")
+            case {"buffers": [*buffers], "inputs": [*inputs], "nodes": [*nodes], "outputs": [*outputs], **parts}:
+                if set(parts) != {"arithmetic"} or not all(type(each) is int for each in inputs):
+                    raise _Wrong("it has other parts, or inputs that are not numbers of buffers")
+                return Form(
+                    tuple(map(_parse_buffer, buffers)),
+                    tuple(inputs),
+                    tuple(map(_parse_node, nodes)),
+                    tuple(map(_parse_view, outputs)),
+                )
+        raise _Wrong("it has not the parts arithmetic, buffers, inputs, nodes and outputs")
     except _Wrong as error:
         raise ModelError(f"{source} is not a normal form ({error}); make the folder again") from None
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise _Wrong(f"{value!r:.60} is not a list")
-    return value
-
-
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise _Wrong(f"{value!r:.60} is not a whole number")
-    return value
-
-
 def _parse_buffer(value: Any) -> Buffer:
-    fields = _list(value)
-    if len(fields) not in (2, 3) or not all(isinstance(each, str) for each in (fields[0], *fields[2:])):
-        raise _Wrong(f"{value!r:.60} is not a buffer")
-    return Buffer(fields[0], _int(fields[1]), *fields[2:])
+    match value:
+        case [str(dtype), size] if type(size) is int:
+            return Buffer(dtype, size)
+        case [str(dtype), size, str(tensor)] if type(size) is int:
+            return Buffer(dtype, size, tensor)
+    raise _Wrong(f"{value!r:.60} is not a buffer")
 
 
 def _parse_view(value: Any) -> View:
-    fields = _list(value)
-    if len(fields) != 4:
-        raise _Wrong(f"{value!r:.60} is not a view")
-    shape, strides = (tuple(_int(each) for each in _list(field)) for field in fields[2:])
-    return View(_int(fields[0]), _int(fields[1]), shape, strides)
+    match value:
+        case [buffer, at, [*shape], [*strides]] if all(type(n) is int for n in (buffer, at, *shape, *strides)):
+            return View(buffer, at, tuple(shape), tuple(strides))
+    raise _Wrong(f"{value!r:.60} is not a view")
 
 
 def _parse_node(value: Any) -> Node:
-    fields = _list(value)
-    if len(fields) < 3 or not isinstance(fields[0], str):
-        raise _Wrong(f"{value!r:.60} is not a node")
-    return Node(fields[0], _parse_view(fields[1]), tuple(_parse_operand(each) for each in fields[2:]))
+    match value:
+        case [str(op), out, first, *others]:
+            return Node(op, _parse_view(out), tuple(map(_parse_operand, (first, *others))))
+    raise _Wrong(f"{value!r:.60} is not a node")
 
 
 def _parse_operand(value: Any) -> Operand:
-    if isinstance(value, list):
-        return _parse_view(value)
-    if value in ("inf", "-inf", "nan"):
-        return float(value)
-    if isinstance(value, bool | int | float):
-        return value
+    match value:
+        case [*_]:
+            return _parse_view(value)
+        case "inf" | "-inf" | "nan":
+            return float(value)
+        case bool() | int() | float():
+            return value
     raise _Wrong(f"{value!r:.60} is not an argument")
 
 
