@@ -170,8 +170,8 @@ def shadow(
         int | None,
         typer.Option(
             min=0,
-            help="Begin with this many frames of each stream, uncompared, instead of its state. Default: the state, or "
-            "256 frames where the candidate's states are others.",
+            help="Begin in the initial state, and leave out this many frames of each stream. Default: begin with its "
+            "state, or leave out 256 frames where the candidate's states are others.",
             show_default=False,
         ),
     ] = None,
@@ -191,7 +191,7 @@ def shadow(
     from rich.console import Console
 
     from instep import interrupts
-    from instep.shadow.command import Shadowing, run
+    from instep.replay.shadow import Shadowing, run
 
     interrupts.raise_stopped()
     os.nice(19)

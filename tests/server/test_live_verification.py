@@ -1,32 +1,67 @@
-"""A server that has what it records checked while it serves."""
+"""A server that has what it records checked while it serves, by one process for all of its models."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from instep.config import Config
 from instep.core.typing import F32, I64
+from instep.frontends.http.status import ServerStatus
 from instep.models.folder import write_model
 from instep.runtime.stepper import Stepper
+from instep.server.live_verification import Process, Supervision
 from instep.server.preparation import Prepared
 from instep.server.server import Server
-from instep_client import AsyncClient
-from tests.support.beside import IN_FRESH_INTERPRETERS, frames, until
-from tests.support.live_verifying import EARS, VERIFY, checked_stream, found, step_all
-from tests.support.live_verifying import folder as folder
+from instep.streaming.verification import Verification
+from instep_client import AsyncClient, AsyncStream
+from tests.support.beside import IN_A_FRESH_INTERPRETER, frames, start_program, until
 from tests.support.models import plain
-from tests.support.running import running
-from tests.support.swapping import reload_models
+from tests.support.running import IN_FORKS, running
 
-NEWER = replace(plain(5, 8, seed=9), name="ears")
+EARS = replace(plain(5, 8), name="ears")
+OTHER = replace(plain(5, 8, seed=9), name="other")
+VERIFY: dict[str, Any] = {"verify": {"live": True}, "engine": {"max_batch_size": 16}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model's."""
+    write_model(tmp_path / "model", EARS)
+    return tmp_path / "model"
+
+
+def found(server: Server) -> Verification:
+    verification = server.default.verification
+    assert verification is not None
+    return verification
+
+
+async def step_all(streams: list[AsyncStream], x: F32) -> None:
+    """Frames [T, N, features] of N streams."""
+    for at in x:
+        await asyncio.gather(*(stream.step(frame) for stream, frame in zip(streams, at, strict=True)))
+
+
+async def checked_stream(server: Server, client: AsyncClient, rng: np.random.Generator) -> tuple[AsyncStream, int]:
+    """A stream whose first 20 frames were compared, and the process that did it."""
+    stream = await client.open("s")
+    await step_all([stream], frames(rng, 20, 1))
+    await until(lambda: found(server).frames_total == 20)
+    pid = found(server).pid
+    assert pid is not None
+    return stream, pid
 
 
 class WrongStepper(Stepper):
@@ -45,13 +80,13 @@ def wrong_stepper(each: Prepared, config: Config) -> Stepper:
     return WrongStepper(each.network, config.engine.max_batch_size, config.engine.max_streams, each.device)
 
 
-async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
+async def test_a_wrong_output_is_told_once_whatever_happens_to_the_process(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     told: list[dict[str, Any]] = []
     sections = {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
     async with running(
-        EARS, stepper=wrong_stepper, told=told, folder=folder, background=IN_FRESH_INTERPRETERS, **sections
+        EARS, stepper=wrong_stepper, told=told, folder=folder, supervision=IN_A_FRESH_INTERPRETER, **sections
     ) as server:
         async with AsyncClient(server.endpoint) as client:
             streams = [await client.open(f"s{number}") for number in range(4)]
@@ -61,28 +96,31 @@ async def test_a_wrong_output_is_an_alarm_while_the_server_serves(
             WrongStepper.is_due = True
             y = await streams[2].step(frames(rng))
             await until(lambda: found(server).mismatches_total == 1)
+            assert (await client.stats())["verify_mismatches_total"] == 1
+            former, compared = found(server).pid, found(server).frames_total
+            assert former is not None
+            os.kill(former, signal.SIGKILL)
             await step_all(streams, frames(rng, 5, 4))
-        assert found(server).state == "mismatch"
-        assert (await numbers(server))["verify_mismatches_total"] == 1
+            await until(lambda: found(server).frames_total >= compared + 15)
+        assert (found(server).state, found(server).mismatches_total) == ("mismatch", 1)
         (event,) = (event for event in server.default.events.since(0) if event.kind == "mismatch")
         assert (event.stream, event.seq) == ("s2", 50)
         wrong = found(server).mismatch
         assert wrong is not None
-        assert (wrong.stream, wrong.seq) == ("s2", 50)
+        assert (wrong.stream, wrong.seq, wrong.position > 50) == ("s2", 50, True)
         np.testing.assert_array_equal(np.array(wrong.got, np.float32), y)
         y[3] = np.float32(wrong.expected[3])
         np.testing.assert_array_equal(np.array(wrong.expected, np.float32), y)
-    shown = found(server).as_json()
-    assert shown["state"] == "mismatch"
-    assert shown["mismatch"] == {"stream": "s2", "seq": 50, "expected": wrong.expected, "got": wrong.got}
+    assert found(server).as_json()["mismatch"] == {
+        "stream": "s2",
+        "seq": 50,
+        "position": wrong.position,
+        "expected": wrong.expected,
+        "got": wrong.got,
+    }
     (alarm,) = (line for line in told if line["event"] == "mismatch")
-    assert (alarm["level"], alarm["stream"], alarm["seq"]) == ("error", "s2", 50)
+    assert (alarm["level"], alarm["stream"], alarm["seq"], alarm["position"]) == ("error", "s2", 50, wrong.position)
     assert "instep verify" in alarm["next"]
-
-
-async def numbers(server: Server) -> dict[str, float]:
-    async with AsyncClient(server.endpoint) as client:
-        return await client.stats()
 
 
 async def test_everything_is_verified_whatever_happens_to_the_streams(
@@ -114,7 +152,7 @@ async def test_everything_is_verified_whatever_happens_to_the_streams(
         assert (found(server).state, found(server).mismatches_total) == ("verified", 0)
 
 
-async def test_a_history_that_is_trimmed_is_verified_meanwhile(
+async def test_a_history_that_is_trimmed_while_the_process_is_stopped_is_told_of(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     recording, told = {"file": tmp_path / "r.instep", "keep_bytes": 700_000}, list[dict[str, Any]]()
@@ -122,86 +160,49 @@ async def test_a_history_that_is_trimmed_is_verified_meanwhile(
         async with AsyncClient(server.endpoint) as client:
             group = await client.open_group([f"s{number}" for number in range(8)])
             engine = server.default.engine
-
-            async def trimmed() -> None:
-                """Step, and go on until that was trimmed: a checkpoint of now has no new frame before it."""
+            await group.step(frames(rng, 16, 8))
+            await until(lambda: found(server).frames_total == 128)
+            pid, newest = found(server).pid, engine.journal.newest
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            while not any(line["event"] == "recording trimmed" and line["position"] > newest for line in told):
                 await group.step(frames(rng, 16, 8))
-                newest = engine.journal.newest
-                while not any(line["event"] == "recording trimmed" and line["position"] > newest for line in told):
-                    await group.step(frames(rng, 16, 8))
-                    await asyncio.sleep(0.01)
-
-            def all_count() -> bool:
-                return found(server).frames_total + found(server).skipped == engine.stats.frames_total
-
-            def more_unchecked() -> bool:
-                return all_count() and found(server).unchecked > before
-
-            await until(lambda: found(server).reported_s > 0)
-            await trimmed()
-            for then in (signal.SIGCONT, signal.SIGKILL):
-                await until(lambda: all_count() and found(server).share == 1)  # else it may follow none of the eight
-                before, pid = found(server).unchecked, found(server).pid
-                assert pid is not None
-                os.kill(pid, signal.SIGSTOP)  # in both cases: the one after a kill might read it before it is trimmed
-                await trimmed()
-                os.kill(pid, then)
-                await until(more_unchecked)
-            assert found(server).frames_total > 0
+                await asyncio.sleep(0.01)
+            await until(lambda: found(server).lag_s > 2)
+            os.kill(pid, signal.SIGCONT)
+            await until(lambda: found(server).frames_total + found(server).skipped == engine.stats.frames_total)
+            assert found(server).skipped > 0
+            assert (await client.stats())["verify_skipped_frames_total"] == found(server).skipped
+            await group.step(frames(rng, 16, 8))
+            await until(lambda: found(server).frames_total + found(server).skipped == engine.stats.frames_total)
             assert found(server).mismatches_total == 0
-            assert (await numbers(server))["verify_unchecked_frames_total"] == found(server).unchecked
     (line,) = (line for line in told if line["event"] == "trimmed unchecked")
-    assert (line["level"], line["frames"] > 0) == ("warning", True)
+    assert line["level"] == "warning"
 
 
-async def test_each_model_has_its_checker_and_takes_it_along(
-    folder: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
+async def test_one_process_checks_all_models(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "recordings").mkdir()
-    write_model(tmp_path / "newer", NEWER)
+    write_model(tmp_path / "other", OTHER)
     told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "recordings"}
-    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+    sections = {"recording": {"file": tmp_path / "recordings"}, **VERIFY}
+    async with running(EARS, folder=folder, told=told, **sections) as server:
+        server.loader.reload(Config.model_validate({"model": {"folder": [folder, tmp_path / "other"]}}).model)
+        await until(lambda: len(server.services) == 2)
+        checks = [service.verification for service in server.services]
+        for model in ("ears", "other"):
+            async with AsyncClient(server.endpoint, model=model) as client:
+                await (await client.open("s")).step(frames(rng, 40))
+        await until(lambda: [each and each.frames_total for each in checks] == [40, 40])
+        assert len({each.pid for each in checks if each}) == 1
+        server.loader.reload(Config.model_validate({"model": {"folder": [folder]}}).model)
+        await until(lambda: len(server.services) == 1)
         async with AsyncClient(server.endpoint, model="ears") as client:
-            assert not await reload_models(server, {"ears": folder, "other": tmp_path / "newer"})
-            first = server.default
-            pids = [service.verification.pid for service in server.services if service.verification is not None]
-            stream = await client.open("s")
-            await step_all([stream], frames(rng, 40, 1))
-            assert not await reload_models(server, {"ears": tmp_path / "newer", "other": tmp_path / "newer"}, "move")
-            await step_all([stream], frames(rng, 40, 1))
-            assert server.default is not first
-            await until(lambda: found(server).frames_total == 40)
-            assert found(server).state == "verified"
-            assert not await reload_models(server, tmp_path / "newer")
-            await until(lambda: not any(is_alive(pid) for pid in pids))
-    assert sum(line["event"] == "verifying" for line in told) == 3
+            await (await client.open("t")).step(frames(rng, 40))
+        await until(lambda: found(server).frames_total == 80)
+        pid = found(server).pid
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
     assert not any(line["level"] in ("error", "warning") for line in told)
-
-
-def is_alive(pid: int | None) -> bool:
-    return pid is not None and Path(f"/proc/{pid}").exists()
-
-
-async def test_a_mismatch_is_told_once_whatever_happens_to_the_checker(
-    folder: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(EARS, stepper=wrong_stepper, told=told, folder=folder, recording=recording, **VERIFY) as server:
-        async with AsyncClient(server.endpoint) as client:
-            other = await client.open("other")
-            stream, former = await checked_stream(server, client, rng)
-            WrongStepper.is_due = True
-            await step_all([stream], frames(rng, 1, 1))
-            await until(lambda: found(server).mismatches_total == 1)
-            os.kill(former, signal.SIGKILL)
-            await until(lambda: found(server).pid not in (former, None))
-            compared = found(server).frames_total
-            await step_all([stream, other], frames(rng, 20, 2))
-            await until(lambda: found(server).frames_total >= compared + 20)
-            assert found(server).mismatches_total == 1
-    assert sum(line["event"] == "mismatch" for line in told) == 1
 
 
 async def test_what_cannot_be_verified_is_said_and_served(
@@ -217,6 +218,122 @@ async def test_what_cannot_be_verified_is_said_and_served(
     assert [line["event"] for line in told if line["level"] == "error"] == ["cannot verify"]
 
 
+async def test_a_process_that_dies_is_followed_by_another(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream, former = await checked_stream(server, client, rng)
+            os.kill(former, 35)  # a real-time signal, which has no name
+            await until(lambda: found(server).pid not in (former, None))
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total >= 40)
+            assert (found(server).state, found(server).frames_total, found(server).skipped) == ("verified", 40, 0)
+    (line,) = (line for line in told if line["event"] == "checker restarts")
+    assert "signal 35" in line["reason"]
+
+
+async def test_what_is_recorded_just_before_the_end_is_compared_or_said(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for hangs in (False, True):
+        file, told = tmp_path / f"{hangs}.instep", list[dict[str, Any]]()
+        async with running(EARS, folder=folder, told=told, recording={"file": file}, **VERIFY) as server:
+            async with AsyncClient(server.endpoint) as client:
+                stream, pid = await checked_stream(server, client, rng)
+                if hangs:
+                    os.kill(pid, signal.SIGSTOP)
+                await stream.step(frames(rng, 50))
+                await stream.close()
+            verification = found(server)
+        assert verification.frames_total == (20 if hangs else 70)
+        said = [line["next"] for line in told if line["event"] == "not all verified"]
+        assert said == [f"instep verify {file} checks all of it"] * hangs
+
+
+async def test_a_process_that_talks_nonsense_is_replaced(
+    folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    talk = partial(start_program, "print(17, 'null', '[1]', 'x' * 2**25, sep='\\n'); input(); input()")
+
+    async def start() -> Process:
+        has_talked = any(line["event"] == "verifying" for line in told)
+        return await (IN_FORKS.start if has_talked else talk)()
+
+    async with running(EARS, folder=folder, told=told, supervision=Supervision(start), **sections) as server:
+        async with AsyncClient(server.endpoint) as client:
+            await step_all([await client.open("s")], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total == 20)
+    (line,) = (line for line in told if line["event"] == "checker restarts")
+    assert "longer than limit" in line["reason"] or "exceed" in line["reason"], line
+
+
+STATUS: dict[str, Any] = {
+    **dict.fromkeys(("frames", "skipped", "position", "applied", "mismatches_total"), 0),
+    "lag_s": 20,
+    "trimmed": False,
+    "mismatches": [],
+    "notes": [],
+    "unreadable": "it is locked",
+    "left": False,
+}
+SAYS_THE_SAME = f"""
+import json
+file = json.loads(input())["follow"]
+print(*[json.dumps({STATUS!r} | {{"file": file}})] * 3, sep='\\n', flush=True)
+input()
+"""
+
+
+async def test_a_recording_that_cannot_be_read_and_a_late_check_are_told_of_once(folder: Path, tmp_path: Path) -> None:
+    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    supervision = Supervision(partial(start_program, SAYS_THE_SAME))
+    async with running(EARS, folder=folder, told=told, supervision=supervision, **sections) as server:
+        await until(lambda: any(line["event"] == "checker late" for line in told))
+        assert (found(server).state, found(server).as_json()["reason"]) == ("checking", "it is locked")
+        assert "'ears', 2" in ServerStatus(server).late()
+        await asyncio.sleep(1.5)
+    (line,) = (line for line in told if line["event"] == "checker waits")
+    assert (line["level"], line["reason"]) == ("warning", "it is locked")
+    (line,) = (line for line in told if line["event"] == "checker late")
+    assert (line["level"], line["lag_s"] >= 20) == ("warning", True)
+
+
+async def test_a_process_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    told, file, wal = list[dict[str, Any]](), tmp_path / "r.instep", tmp_path / "r.instep-wal"
+    supervision = replace(IN_FORKS, most_wal_bytes=3 * 2**20)
+    sections = {"recording": {"file": file}, **VERIFY}
+    async with running(EARS, folder=folder, told=told, supervision=supervision, **sections) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream, former = await checked_stream(server, client, rng)
+            os.kill(former, signal.SIGSTOP)
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).lag_s > 2)
+            assert (found(server).frames_total, found(server).pid) == (20, former)
+            with closing(sqlite3.connect(file, isolation_level=None)) as reader:
+                # As if the process had been stopped in the middle of a read: else the WAL is written over and over.
+                reader.execute("BEGIN")
+                reader.execute("SELECT position FROM newest").fetchall()
+                while wal.stat().st_size <= supervision.most_wal_bytes:
+                    await step_all([stream], frames(rng, 20, 1))
+                await until(lambda: found(server).pid not in (former, None))
+    assert any(line["event"] == "checker killed" for line in told)
+
+
+async def test_the_process_lets_all_others_go_first(folder: Path, tmp_path: Path) -> None:
+    def is_idle(pid: int | None) -> bool:
+        if pid is None:
+            return False
+        return (os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) == (os.SCHED_IDLE, 19)
+
+    recording = {"file": tmp_path / "r.instep"}
+    async with running(EARS, folder=folder, supervision=Supervision(), recording=recording, **VERIFY) as server:
+        await until(lambda: is_idle(found(server).pid))
+
+
 def test_there_must_be_something_to_compare() -> None:
-    with pytest.raises(ValueError, match="live verification"):
+    with pytest.raises(ValueError, match=r"verify\.live: it needs a recording"):
         Config.model_validate({"verify": {"live": True}})

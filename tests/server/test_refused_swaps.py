@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instep.models.folder import write_model
-from instep.streaming.replaying import WarmUpReplay
+from instep.replay.warm_up import WarmUpReplay
 from instep_client import AsyncClient
 from tests.support.models import whole
 from tests.support.running import running

@@ -1,4 +1,4 @@
-"""Serving with a process beside the server that reads what is recorded: frames, and waiting for what it finds."""
+"""Serving with a process beside the server that checks what is recorded: frames, and waiting for what it finds."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import asyncio
 import sys
 import time
 from asyncio.subprocess import PIPE, STDOUT
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 import numpy as np
 
 from instep.core.typing import F32
-from instep.server.background import LINE_BYTES, Background, Process
-
-_MAIN: Final = "import importlib, sys; sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))"
+from instep.server.live_verification import LINE_BYTES, Process, Supervision
 
 
-async def start_program(code: str, words: Sequence[str]) -> Process:
-    """Run a program with the name and arguments of the module that a server wants to run beside itself."""
+async def start_program(code: str) -> Process:
+    """Run a program instead of the one that checks."""
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code, *words), stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=LINE_BYTES
+        *(sys.executable, "-c", code), stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=LINE_BYTES
     )
 
 
-IN_FRESH_INTERPRETERS: Final = Background(partial(start_program, _MAIN))
-"""As a server runs its processes, but a busy machine does not keep them from working."""
+IN_A_FRESH_INTERPRETER: Final = Supervision(
+    partial(start_program, "import instep.replay.live as live; live.main()"),
+)
+"""As a server runs it, but a busy machine does not keep it from working."""
 
 
 async def until(holds: Callable[[], bool], seconds: float = 120) -> None:

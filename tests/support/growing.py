@@ -11,8 +11,8 @@ from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
-from instep.verify.following import Follower
-from instep.verify.portion import FOLLOW_LIMITS, FollowLimits
+from instep.replay.following import Follower
+from instep.replay.live_check import LiveCheck
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
 
@@ -41,7 +41,7 @@ class Story:
         self.scribe = Scribe(writer, self._step(served_step(self.network)), seed=seed)
         self.frames = 0
         """That were applied."""
-        self._last = self._position = 0
+        self._last = self._position = self._checkpoint = 0
 
     def _step(self, honest: Any) -> Any:
         def step(x: F32, h: F32) -> tuple[F32, F32]:
@@ -70,7 +70,10 @@ class Story:
         self.scribe.writer.commit()
 
     def checkpoint(self) -> None:
-        """Of all that was stepped."""
+        """Of all that was stepped, unless the newest one is."""
+        if self._position == self._checkpoint:
+            return
+        self._checkpoint = self._position
         self.scribe.checkpoint(self._position)
         self.scribe.writer.commit()
 
@@ -107,12 +110,12 @@ class Story:
             self.step(*chosen, frames=int(self.rng.integers(1, 6)))
         scribe.writer.commit()
 
-    def follower(self, start: int | None = None, limits: FollowLimits = FOLLOW_LIMITS) -> Follower:
-        """A follower of it."""
-        return Follower(self.path, self.model, start, limits=limits)
+    def check(self, position: int = 0, applied: int | None = 0) -> LiveCheck:
+        """A live check of it."""
+        return LiveCheck(self.path, self.network, position, applied)
 
 
-def advance(follower: Follower) -> None:
-    """Until it has read and compared everything that is recorded."""
-    while not follower.advance():
+def look(check: Follower) -> None:
+    """Until everything that is recorded was taken in."""
+    while not check.look():
         pass

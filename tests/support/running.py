@@ -18,13 +18,13 @@ from instep.models.model import Model
 from instep.models.registry import build
 from instep.runtime.stepper import Stepper
 from instep.server.assembly import make_server
-from instep.server.background import Background
+from instep.server.live_verification import Supervision
 from instep.server.preparation import Prepared
 from instep.server.server import Server
-from tests.support.warm import start_module
+from tests.support.warm import start_checker
 
 CPU = torch.device("cpu")
-IN_FORKS = Background(start_module)
+IN_FORKS = Supervision(start_checker)
 
 
 _NETWORKS: dict[str, RecurrentModel] = {}
@@ -59,7 +59,7 @@ async def running(
     told: list[dict[str, Any]] | None = None,
     device: torch.device = CPU,
     folder: Path = Path("model"),
-    background: Background = IN_FORKS,
+    supervision: Supervision = IN_FORKS,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve these models while the block runs; sections as in the configuration file.
@@ -72,13 +72,13 @@ async def running(
         told: what the server logs is put there, with its level.
         device: where the network is.
         folder: where recordings are told that the model is.
-        background: how processes beside the server run.
+        supervision: how the process that checks is run.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
     ready = [replace(prepared(model, device), model=model, model_path=folder) for model in models]
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper, forks=apart, background=background)
+    server = make_server(settings, ready, log, stepper, forks=apart, supervision=supervision)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

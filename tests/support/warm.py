@@ -24,7 +24,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import IO
 
-from instep.server.background import LINE_BYTES
+from instep.server.live_verification import LINE_BYTES
 from tests.support.warm_server import Kind, Request, begin
 
 
@@ -145,10 +145,10 @@ class WarmProcess(_Fork):
 
 
 class WarmModule(_Fork):
-    """A module with arguments, as a server runs it beside itself: `start_module` makes it."""
+    """A module that a server runs beside itself: `start_checker` makes it."""
 
-    def __init__(self, words: Sequence[str], files: Sequence[int], *streams: tuple[StreamReader, StreamWriter]) -> None:
-        super().__init__(_request("main", words, new_session=True), files)
+    def __init__(self, module: str, files: Sequence[int], *streams: tuple[StreamReader, StreamWriter]) -> None:
+        super().__init__(_request("main", [module], new_session=True), files)
         (_, self.stdin), (self.stdout, self._unused) = streams
 
     async def wait(self) -> int:
@@ -160,13 +160,13 @@ class WarmModule(_Fork):
         return status
 
 
-async def start_module(words: Sequence[str]) -> WarmModule:
-    """As the function of this name in `instep.server.background`, but a busy machine does not keep it from working."""
+async def start_checker() -> WarmModule:
+    """As the function of this name that a server uses, but a busy machine does not keep the process from working."""
     await asyncio.to_thread(_has_imported)  # the loop serves meanwhile
     (stdin, its_stdin), (stdout, its_stdout) = socket.socketpair(), socket.socketpair()
     streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
     output = its_stdout.detach()
-    return WarmModule(words, [output, output, its_stdin.detach()], *streams)
+    return WarmModule("instep.replay.live", [output, output, its_stdin.detach()], *streams)
 
 
 @cache

@@ -238,11 +238,11 @@ def _run(request: Request, files: list[int], connection: socket.socket) -> int:
 
 
 def _main(request: Request) -> None:
-    name, *arguments = request.words
+    name = request.words[0]
     if request.kind == "instep":
         import_module("instep.__main__").main()
     elif request.kind == "main":
-        sys.exit(import_module(name).main(arguments))
+        sys.exit(import_module(name).main())
     elif name.endswith(".py"):
         sys.path.insert(0, str(Path(name).parent.resolve()))
         runpy.run_path(name, run_name="__main__")

@@ -22,7 +22,7 @@ from instep.runtime.stepper import Stepper
 from instep.streaming.warm_up import warm_up
 
 for module in (
-    *("instep.export.command", "instep.server.serve", "instep.shadow.command"),
+    *("instep.export.command", "instep.server.serve", "instep.replay.shadow"),
     *("instep.verify.command", "instep_client", "instep_tools.app", "pydantic.type_adapter"),
     "torch._dynamo",  # which the optimizers import, in 2 s
 ):

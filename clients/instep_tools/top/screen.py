@@ -168,14 +168,11 @@ def _verified(numbers: Numbers) -> list[str | tuple[str, str]]:
     if "verified_frames_total" not in numbers:
         return ["off"]
     frames, skipped = numbers["verified_frames_total"], numbers["verify_skipped_frames_total"]
-    wrong, share = numbers["verify_mismatches_total"], numbers["verify_share"]
+    wrong = numbers["verify_mismatches_total"]
     differ = (f"{amount(wrong, 'stream')} differ{'s' * (wrong == 1)}", "bold red" if wrong > 0 else "")
     found = ("no mismatch", "green") if wrong == 0 else differ
-    of = "" if share == 1 else f" of {percent(share)} of the streams"
-    behind = f", {period(numbers['verify_lag_s'])} behind"
-    if skipped != 0:
-        of = f", {percent(100 * frames // (frames + skipped) / 100)} compared"
-    return [f"{short(frames)} frames{of}, ", found, behind]
+    compared = f", {percent(100 * frames // (frames + skipped) / 100)} compared" if skipped != 0 else ""
+    return [f"{short(frames)} frames{compared}, ", found, f", {period(numbers['verify_lag_s'])} behind"]
 
 
 def _streams(now: Snapshot, width: int) -> list[Text]:

@@ -113,7 +113,8 @@ class Closing:
 class RecordingReader(Closing):
     """Checked rows of a recording that is finished or still being written; never writes to it.
 
-    What it shows is fixed when it opens: rows of the history committed later are left out.
+    What it shows is fixed when it opens: rows of the history committed later are left out. Who reads from a position
+    on, again and again, says so with `since`: `engines` are then those after it.
 
     Attributes:
         path: the file.
@@ -129,9 +130,10 @@ class RecordingReader(Closing):
         DamagedRecording: when it is damaged.
     """
 
-    def __init__(self, path: Path, limits: ReadLimits = READ_LIMITS) -> None:
+    def __init__(self, path: Path, limits: ReadLimits = READ_LIMITS, since: int = 0) -> None:
         self.path = path
         self.limits = limits
+        self._since = since
         # In WAL mode but without a WAL, nobody writes it, and its folder may be read-only.
         try:
             path.stat()
@@ -526,11 +528,8 @@ class RecordingReader(Closing):
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
         """The events that say how to read the others."""
-        return self._read_marks()
-
-    def _read_marks(self) -> list[RecordedEvent]:
-        before = self.events_that_count() if self.trimmed.position else []
-        return [event for event in (*before, *self.events()) if event.kind in MARKS]
+        before = self.events_that_count() if self.trimmed.position > self._since else []
+        return [event for event in (*before, *self.events(self._since + 1)) if event.kind in MARKS]
 
     @cached_property
     def _oldest(self) -> Checkpoint:

@@ -20,8 +20,8 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server import memory
-from instep.server.background import Background
 from instep.server.execution import busy_poll_ns, steps_in_process
+from instep.server.live_verification import Supervision
 from instep.server.loop import Loop
 from instep.server.preparation import CannotServe, Prepared, log_of
 from instep.server.recordings import Planned, open_recording, plan, record
@@ -43,19 +43,19 @@ def make_server(
     make_stepper: MakeStepper | None = None,
     *,
     forks: bool | None = None,
-    background: Background | None = None,
+    supervision: Supervision | None = None,
 ) -> Server:
     """A server that is bound and not yet serving; called inside the event loop.
 
     For tests, `make_stepper` makes other steppers than usual, `forks` says whether steps get a process of their own,
-    and `background` runs processes in another way.
+    and `supervision` runs the process that checks in another way.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
     with ExitStack() as undo:
         try:
-            server = _make_server(config, prepared, log, make_stepper, forks, background or Background(), undo)
+            server = _make_server(config, prepared, log, make_stepper, forks, supervision or Supervision(), undo)
         except (CannotListen, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -70,7 +70,7 @@ def _make_server(
     log: structlog.stdlib.BoundLogger,
     make_stepper: MakeStepper | None,
     forks: bool | None,
-    background: Background,
+    supervision: Supervision,
     undo: ExitStack,
 ) -> Server:
     is_only = len(prepared) == 1
@@ -113,7 +113,7 @@ def _make_server(
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
-    server = Server(config, shutdown, loop, frontend, log, background)
+    server = Server(config, shutdown, loop, frontend, log, supervision)
     for foundation, service, each in zip(foundations, services, planned, strict=True):
         served = make_served(config, foundation, service)
         if each.kept_as:

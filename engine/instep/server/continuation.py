@@ -27,11 +27,11 @@ from instep.recording.recovery import Recovered
 from instep.recording.schema import MOVED_EVENT
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording
+from instep.replay.warm_up import WarmUpReplay
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import CannotServe, Prepared, prepare_loaded
 from instep.server.recording_files import Former, say_not_served
 from instep.server.services import Foundation, lay_foundation
-from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService, Recovery
 from instep.streaming.states import state_rows
 

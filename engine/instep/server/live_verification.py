@@ -1,117 +1,282 @@
-"""Proof while serving: a process for each recording that computes committed frames again and compares them."""
+"""Proof while serving: one process that computes again what the models of a server record, and compares it.
+
+The process is `instep.replay.live`. It is started again when it dies; each recording continues where it was.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import shlex
+import sys
 import time
-from collections import Counter
-from dataclasses import asdict
-from typing import Any
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
-from instep.server.background import Background, BackgroundProcess
+import structlog
+
+from instep.interrupts import signal_name
 from instep.streaming.service import ModelService
 from instep.streaming.verification import Verification, WrongFrame
-from instep.verify import live
+
+LINE_BYTES: Final = 2**24
+"""A process that writes a longer line is ended."""
+_LONGEST_PAUSE_S: Final = 60.0
+_LOOK_S: Final = 1.0
 
 
-class LiveVerification(BackgroundProcess):
-    """Keeps a checking process running for as long as a service records, and notes what it finds in `verification`."""
+class Process(Protocol):
+    """A child process with pipes; `asyncio.subprocess.Process` is one."""
 
-    def __init__(self, service: ModelService, background: Background) -> None:
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        ...
+
+    @property
+    def stdin(self) -> asyncio.StreamWriter | None:
+        """Its standard input."""
+        ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader | None:
+        """Its standard output and error."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL; ProcessLookupError is allowed where it has ended."""
+
+    async def wait(self) -> int:
+        """Its exit status, negative for a signal."""
+        ...
+
+
+async def start_checker() -> Process:
+    """Start the process that checks, in a fresh interpreter."""
+    # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "instep.replay.live"),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=STDOUT,
+        limit=LINE_BYTES,
+        start_new_session=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """How the process is run.
+
+    Attributes:
+        start: starts it. It may raise OSError.
+        first_pause_s: before a process that has ended is followed by another one; each further pause is twice as long.
+        most_wal_bytes: of a recording. A process that stops in the middle of a read keeps the WAL from being reused,
+            and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
+        finish_s: time for checking the newest frames when a model or the server ends in order.
+    """
+
+    start: Callable[[], Awaitable[Process]] = start_checker
+    first_pause_s: float = 1.0
+    most_wal_bytes: int = 2**28
+    finish_s: float = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class _Followed:
+    """A recording that is checked."""
+
+    service: ModelService
+    found: Verification
+    position: int
+    """Everything up to here was checked or left out."""
+    applied: int | None
+    """How many frames were applied up to there; None where the recording says it."""
+    before: Verification = field(default_factory=Verification)
+    """Findings of former processes."""
+    has_left: asyncio.Event = field(default_factory=asyncio.Event)
+    is_told_late: bool = False
+
+
+class LiveVerification:
+    """Has the recordings of services checked, and notes what is found in the `verification` of each."""
+
+    def __init__(self, supervision: Supervision, log: structlog.stdlib.BoundLogger) -> None:
+        self._supervision = supervision
+        self._log = log
+        self._followed: dict[str, _Followed] = {}
+        """By file."""
+        self._process: Process | None = None
+        self._last_words = ""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def follow(self, service: ModelService) -> None:
+        """Check what a service records from now on."""
         assert service.verification is not None
-        super().__init__(service, background)
-        self._found: Verification = service.verification
-        self._before = Verification()
-        """Findings of former processes."""
-        self._next = live.Begin(applied=0)
-        """Where the next process begins."""
-        if service.recovery is not None:
-            self._next = live.Begin(service.recovery.checkpoint_position)
+        recovered = service.recovery
+        begin = (0, 0) if recovered is None else (recovered.checkpoint_position, None)
+        self._followed[str(service.file)] = _Followed(service, service.verification, *begin)
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
+        elif self._process is not None:
+            self._began(str(service.file), self._process.pid)
 
-    async def stop(self, *, finishes: bool) -> None:
-        """End the process. Where it `finishes` and is not late, it has a moment to check the newest frames first."""
-        self._is_ending = True
-        journal, found, finish_s = self._service.engine.journal, self._found, self._background.finish_s
-        if finishes and self._process is not None and found.reported_s and found.lag_s < finish_s:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(finish_s):
-                    await journal.committed(journal.newest)
-                    await self._finish()
-        await self._end()
-        if not found.is_off and self._next.position < journal.last_inputs:
-            self._service.log.info(
-                "not all verified",
-                reason=f"the frames after position {self._next.position} of the recording were not compared",
-                next=f"instep verify {shlex.quote(str(self._service.file))} checks all of it",
-            )
+    async def leave(self, services: Sequence[ModelService], *, finishes: bool) -> None:
+        """Check services no longer. Where it `finishes`, what is not late is checked up to its newest frames first."""
+        left = {file: each for file, each in self._followed.items() if each.service in services}
+        finish_s = self._supervision.finish_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(finish_s):
+                for file, each in left.items():
+                    is_late = not each.found.reported_s or each.found.lag_s >= finish_s
+                    is_checked = finishes and not is_late and self._process is not None
+                    if is_checked:
+                        await each.service.engine.journal.committed(each.service.engine.journal.newest)
+                    else:
+                        each.has_left.set()
+                    self._write({"leave": file, "finish": is_checked})
+                for each in left.values():
+                    await each.has_left.wait()
+        for file, each in left.items():
+            del self._followed[file]
+            if not each.found.is_off and each.position < each.service.engine.journal.last_inputs:
+                each.service.log.info(
+                    "not all verified",
+                    reason=f"the frames after position {each.position} of the recording were not compared",
+                    next=f"instep verify {shlex.quote(file)} checks all of it",
+                )
+        if not self._followed:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._tasks = []
 
-    def _command(self) -> list[str]:
-        assert self._service.file is not None
-        return live.command(self._service.file)
+    # ── The process ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _began(self, pid: int) -> None:
-        found = self._found
-        self._before = Verification(
-            frames_total=found.frames_total,
-            mismatches_total=found.mismatches_total,
-            skipped=found.skipped,
-            skipped_by=found.skipped_by,
+    async def _run(self) -> None:
+        pause_s = self._supervision.first_pause_s
+        while True:
+            began = time.monotonic()
+            try:
+                status = await self._listen()
+                ended = f"has ended by {signal_name(-status)}" if status < 0 else f"has ended with {status}"
+            except OSError as error:
+                ended = f"cannot be started: {error}"
+            except Exception as error:  # a bug there or here, for which the server need not end
+                ended = f"was ended: {error!r}"
+            if time.monotonic() - began > _LONGEST_PAUSE_S:
+                pause_s = self._supervision.first_pause_s
+            reason = f"the process {ended}{self._last_words and f': {self._last_words}'}"
+            self._log.warning("checker restarts", reason=reason, in_s=pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _listen(self) -> int:
+        """Run a process until it ends; its exit status, negative for a signal."""
+        self._last_words = ""
+        self._process = process = await self._supervision.start()
+        try:
+            for file in self._followed:
+                self._began(file, process.pid)
+            assert process.stdout is not None
+            async for line in process.stdout:
+                self._hear(line)
+            return await process.wait()
+        finally:
+            self._process = None
+            for each in self._followed.values():
+                each.found.pid = None
+                each.has_left.set()  # nobody finishes it any more
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            while process.stdout is not None and await process.stdout.read(LINE_BYTES):
+                pass  # `wait` waits for the end of the pipe, which nobody reads on while the reader's buffer is full
+            await process.wait()
+
+    async def _watch(self) -> None:
+        """Say what is late, and kill a process that may keep a recording from being written."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for file, each in self._followed.items():
+                if each.found.is_late and not each.is_told_late:
+                    reason = "nothing was heard of the process" if each.found.is_silent else "it has too little time"
+                    each.service.log.warning("checker late", reason=reason, lag_s=round(each.found.lag_s, 1))
+                each.is_told_late = each.found.is_late
+                with contextlib.suppress(OSError):
+                    if os.stat(f"{file}-wal").st_size > self._supervision.most_wal_bytes and self._process is not None:
+                        reason = f"{file}-wal has grown, perhaps because it reads"
+                        each.service.log.warning("checker killed", reason=reason)
+                        self._process.kill()
+
+    def _began(self, file: str, pid: int) -> None:
+        each = self._followed[file]
+        found = each.found
+        if found.is_off:
+            return
+        each.before = Verification(
+            frames_total=found.frames_total, mismatches_total=found.mismatches_total, skipped=found.skipped
         )
-        found.pid = pid
-        found.began_s = found.began_s or time.monotonic()
-        self._write(asdict(self._next))
-        self._service.log.info("verifying", file=str(self._service.file), pid=pid)
+        found.pid, found.began_s = pid, found.began_s or time.monotonic()
+        self._write({"follow": file, "position": each.position, "applied": each.applied})
+        each.service.log.info("verifying", file=file, pid=pid)
 
-    def _ended(self) -> None:
-        self._found.pid, self._found.streams = None, 0
+    def _write(self, fields: dict[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(json.dumps(fields).encode() + b"\n")
 
-    def _will_restart(self, reason: str, in_s: float) -> None:
-        self._service.log.warning("checker restarts", reason=reason, in_s=in_s)
+    def _hear(self, line: bytes) -> None:
+        try:
+            said: Any = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):  # Python's own words about a bug, or those of a library
+            self._last_words = line.decode(errors="replace").strip() or self._last_words
+        elif (each := self._followed.get(said["file"])) is not None:
+            self._note(each, said)
 
-    def _was_killed(self, reason: str) -> None:
-        self._service.log.warning("checker killed", reason=reason)
+    # ── Findings ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _heard(self, said: dict[str, Any]) -> None:
-        found, before = self._found, self._before
+    def _note(self, each: _Followed, said: dict[str, Any]) -> None:
+        found, before, log = each.found, each.before, each.service.log
         if "error" in said:
             found.is_off, found.reason = True, said["error"]
-            self._service.log.error("cannot verify", reason=found.reason)
+            log.error("cannot verify", reason=found.reason)
+            each.has_left.set()
             return
         if said["notes"] and tuple(said["notes"]) != found.notes:
-            self._service.log.warning("verifying within a tolerance", reason="; ".join(said["notes"]))
+            log.warning("verifying within a tolerance", reason="; ".join(said["notes"]))
         if said["unreadable"] and not found.reason:
-            self._service.log.warning("checker waits", reason=said["unreadable"])
-        found.reason = said["unreadable"]
+            log.warning("checker waits", reason=said["unreadable"])
+        if said["trimmed"] and not found.has_trimmed:
+            log.warning(
+                "trimmed unchecked",
+                reason="the history was trimmed before the checker had read it",
+                next="keep more of it (recording.keep_bytes, recording.keep_s), or leave the checker more time",
+            )
+        found.reason, found.notes, found.has_trimmed = said["unreadable"], tuple(said["notes"]), said["trimmed"]
         found.frames_total = before.frames_total + said["frames"]
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
-        # A counter must not fall, though a checker that takes on more streams compares frames that it had left out.
-        found.skipped = max(found.skipped, before.skipped + said["skipped"])
-        had_unchecked = found.unchecked
-        found.skipped_by = dict(Counter(before.skipped_by) + Counter(said["skipped_by"]))
-        if found.unchecked and not had_unchecked:
-            self._service.log.warning(
-                "trimmed unchecked",
-                frames=found.unchecked,
-                reason="the history was trimmed before the checker had read it",
-                next="keep more of it (recording.keep_bytes, recording.keep_s), or leave the checker more time; "
-                "verify_unchecked_frames_total counts such frames",
-            )
-        found.streams, found.share, found.notes = said["streams"], said["share"], tuple(said["notes"])
+        found.skipped = before.skipped + said["skipped"]
         found.reported_lag_s, found.reported_s = said["lag_s"], time.monotonic()
-        self._next = live.Begin(said["position"], said["waiting"], said["applied"], said.get("wrong", self._next.wrong))
-        for each in said["mismatches"]:
-            self._alarm(WrongFrame(**{key: each[key] for key in ("stream", "seq", "expected", "got", "sentence")}))
+        each.position, each.applied = said["position"], said["applied"]
+        for wrong in said["mismatches"]:
+            self._alarm(each, WrongFrame(**wrong))
+        if said["left"]:
+            each.has_left.set()
 
-    def _alarm(self, wrong: WrongFrame) -> None:
-        self._found.mismatch = wrong
-        self._service.events.add("mismatch", wrong.stream, wrong.sentence, wrong.seq)
-        verify = f"instep verify {shlex.quote(str(self._service.file))} --stream {shlex.quote(wrong.stream)}"
-        self._service.log.error(
+    def _alarm(self, each: _Followed, wrong: WrongFrame) -> None:
+        each.found.mismatch = wrong
+        each.service.events.add("mismatch", wrong.stream, wrong.sentence, wrong.seq)
+        verify = f"instep verify {shlex.quote(str(each.service.file))} --stream {shlex.quote(wrong.stream)}"
+        each.service.log.error(
             "mismatch",
             stream=wrong.stream,
             seq=wrong.seq,
+            position=wrong.position,
             reason=wrong.sentence,
             next=f"do not trust the stream's outputs from this frame on; {verify} says what differs. If it is not the "
             "only one, stop the server and test the machine's memory and processor",

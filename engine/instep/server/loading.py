@@ -18,6 +18,7 @@ from instep.frontends.zmq.served import Served
 from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
+from instep.replay.warm_up import WarmUpReplay
 from instep.runtime.stepper import Stepper
 from instep.server.beside import Beside
 from instep.server.loop import Loop
@@ -27,7 +28,6 @@ from instep.server.recording_files import next_recording, recording_file
 from instep.server.recordings import Planned, name_kept, open_recording, plan, record
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.server.shutdown import Shutdown
-from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService, Recovery
 from instep.streaming.tasks import Tasks
 

@@ -14,9 +14,9 @@ import numpy as np
 from instep.config.sections import StreamPolicy
 from instep.core.typing import I64, U8
 from instep.models.base import RecurrentModel, StateSpec
+from instep.replay.warm_up import WarmUpReplay
 from instep.server.beside import Beside
 from instep.server.preparation import CannotServe
-from instep.streaming.replaying import WarmUpReplay
 from instep.streaming.service import ModelService
 
 _MOST_PAUSE_S: Final = 1.0

@@ -19,11 +19,10 @@ from instep.frontends.http.admin import AdminServer
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.served import Served
 from instep.recording.recorder import Recorder
-from instep.server.background import Background
 from instep.server.beside import Beside
 from instep.server.free_space import FreeSpace
 from instep.server.limits import idle_limits
-from instep.server.live_verification import LiveVerification
+from instep.server.live_verification import LiveVerification, Supervision
 from instep.server.loading import Loader
 from instep.server.loop import HeldUp, Loop
 from instep.server.shutdown import Shutdown
@@ -51,7 +50,7 @@ class Server:
         loop: Loop,
         frontend: ZmqFrontend,
         log: structlog.stdlib.BoundLogger,
-        background: Background,
+        supervision: Supervision,
     ) -> None:
         self.config = config
         self.unread = ""
@@ -68,9 +67,8 @@ class Server:
         self._summaries: dict[ModelService, Summary] = {}
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
-        self._verifications: dict[ModelService, LiveVerification] = {}
+        self._verification = LiveVerification(supervision, log)
         beside = Beside(shutdown)
-        self._background = background
         self.loader = Loader(self, loop, shutdown, beside, log)
 
     def add(self, served: Served) -> None:
@@ -135,7 +133,7 @@ class Server:
         self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
         self._turns.add(service)
         if service.verification is not None:
-            self._verifications[service] = LiveVerification(service, self._background)
+            self._verification.follow(service)
 
     def _leave(self, service: ModelService) -> None:
         self._turns.remove(service)
@@ -310,14 +308,9 @@ class Server:
         for service in services:
             if service.recorder is not None:
                 closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
-        verifications = [self._verifications.pop(service) for service in services if service in self._verifications]
-        closing.push_async_callback(self._stop_verifications, verifications, finishes=self._shutdown.drains)
+        closing.push_async_callback(self._verification.leave, services, finishes=self._shutdown.drains)
         for service in services:
             closing.callback(service.engine.executor.stop, timeout_s)
-
-    async def _stop_verifications(self, verifications: Sequence[LiveVerification], *, finishes: bool) -> None:
-        """Side by side: each may take a moment to compare the newest frames."""
-        await asyncio.gather(*(verification.stop(finishes=finishes) for verification in verifications))
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:
         """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""

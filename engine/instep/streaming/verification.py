@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 VerificationState: TypeAlias = Literal["off", "checking", "verified", "mismatch"]
-"""`off`: nothing is checked, `reason` says why. `checking`: nothing was compared yet, or the checker is behind.
+"""`off`: nothing is checked, `reason` says why. `checking`: nothing was compared yet, or the checker is late.
 `verified`: all that was compared matched. `mismatch`: something did not, at any time since the start."""
 
 _QUIET_S: Final = 2.0
-"""A checker that says nothing for longer is behind."""
 _LATE_S: Final = 10.0
 
 
@@ -21,6 +20,8 @@ class WrongFrame:
 
     stream: str
     seq: int
+    position: int
+    """Of its batch, in the recording."""
     expected: list[float | str]
     """The output as computed again, values that are not finite as text; empty where the frame is out of order."""
     got: list[float | str]
@@ -43,13 +44,9 @@ class Verification:
     mismatches_total: int = 0
     """Streams of which a frame did not match; each is followed no further."""
     skipped: int = 0
-    """Recorded frames that were not compared, because the checker follows fewer streams or came too late."""
-    skipped_by: dict[str, int] = field(default_factory=dict)
-    """These by the reason, `not_sampled` and the like."""
-    streams: int = 0
-    """Open streams that are followed."""
-    share: float = 1.0
-    """The share of streams that are followed, by a hash of their names."""
+    """Recorded frames that were not compared."""
+    has_trimmed: bool = False
+    """Whether some of these were trimmed before they were read."""
     notes: tuple[str, ...] = ()
     """Why frames are compared within a tolerance; empty where bits must be equal."""
     mismatch: WrongFrame | None = None
@@ -58,19 +55,27 @@ class Verification:
     reported_s: float = 0.0
     """When the lag was last reported, of the monotonic clock; 0 before the first report."""
     began_s: float = 0.0
-    """When the first process began, of that clock: one that never reports anything is behind, too."""
+    """When the first process began, of that clock."""
 
     @property
-    def unchecked(self) -> int:
-        """Frames that were trimmed before they were read."""
-        return self.skipped_by.get("unchecked", 0)
+    def _silent_s(self) -> float:
+        heard_s = self.reported_s or self.began_s
+        return time.monotonic() - heard_s if heard_s else 0.0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the process has not reported anything for a while: it was stopped, or hangs, or is starting."""
+        return not self.is_off and self._silent_s > _QUIET_S
 
     @property
     def lag_s(self) -> float:
         """Seconds since the oldest frame that is not checked yet was committed, as far as is known."""
-        heard_s = self.reported_s or self.began_s
-        silent_s = time.monotonic() - heard_s if heard_s else 0.0
-        return self.reported_lag_s + (silent_s if silent_s > _QUIET_S else 0.0)
+        return self.reported_lag_s + (self._silent_s if self.is_silent else 0.0)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether what is served now is checked much later."""
+        return not self.is_off and self.lag_s >= _LATE_S
 
     @property
     def state(self) -> VerificationState:
@@ -79,20 +84,17 @@ class Verification:
             return "mismatch"
         if self.is_off:
             return "off"
-        return "verified" if self.frames_total and self.lag_s < _LATE_S else "checking"
+        return "verified" if self.frames_total and not self.is_late else "checking"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         wrong = self.mismatch
-        mismatch = wrong and {each: getattr(wrong, each) for each in ("stream", "seq", "expected", "got")}
+        mismatch = wrong and {each: getattr(wrong, each) for each in ("stream", "seq", "position", "expected", "got")}
         return {
             "state": self.state,
             "reason": self.reason,
             "frames": self.frames_total,
             "skipped": self.skipped,
-            "skipped_by": self.skipped_by,
-            "streams": self.streams,
-            "share": self.share,
             "notes": self.notes,
             "lag_s": self.lag_s,
             "mismatches": self.mismatches_total,
@@ -105,8 +107,5 @@ class Verification:
             "verified_frames_total": float(self.frames_total),
             "verify_mismatches_total": float(self.mismatches_total),
             "verify_skipped_frames_total": float(self.skipped),
-            "verify_unchecked_frames_total": float(self.unchecked),
-            "verify_streams": float(self.streams),
-            "verify_share": self.share,
             "verify_lag_s": self.lag_s,
         }

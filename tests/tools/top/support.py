@@ -30,7 +30,6 @@ NUMBERS = Numbers(
         "verify_skipped_frames_total": 123_456_789_012.0,
         "verify_mismatches_total": 0.0,
         "verify_lag_s": 0.4,
-        "verify_share": 0.25,
         "recent_loop_busy": 1.0,
         **{
             f"recent_{phase}_us_{quantile}": 9_999_999.0

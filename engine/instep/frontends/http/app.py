@@ -40,7 +40,8 @@ def make_app(
         problems = status.problems()
         if problems:
             raise HttpError(503, "NOT_READY", "; ".join(problems))
-        return json_answer({"ready": True} | ({"outdated": subject.outdated} if subject.outdated else {}))
+        said = {"outdated": subject.outdated, "late": status.late()}
+        return json_answer({"ready": True} | {name: what for name, what in said.items() if what})
 
     async def stats(request: Request) -> Response:
         return Response(status.stats(), media_type="application/json")

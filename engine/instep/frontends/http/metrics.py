@@ -223,11 +223,6 @@ METRICS: Final = (
     ),
     _metric("verify_skipped_frames_total", "Recorded frames that live verification did not compare."),
     _metric(
-        "verify_unchecked_frames_total",
-        "Of these, frames that were trimmed from the recording before live verification had read them.",
-    ),
-    _metric("verify_streams", "Streams that live verification follows."),
-    _metric(
         "verify_lag_seconds",
         "Time since the commit of the oldest frame that live verification has not compared yet.",
         "verify_lag_s",

@@ -36,6 +36,12 @@ class ServerStatus:
                 problems.append(f"the model {service.name!r} is being unloaded")
         return problems
 
+    def late(self) -> str:
+        """Which models are verified much later than they are served; empty where none is."""
+        found = [(service.name, service.verification) for service in self._subject.services]
+        late = [f"{name!r}, {check.lag_s:.0f} s" for name, check in found if check is not None and check.is_late]
+        return f"live verification is behind: {'; '.join(late)}" if late else ""
+
     def stats(self) -> bytes:
         """The object, in JSON."""
         now_s = time.monotonic()

@@ -158,18 +158,13 @@ function verificationBadge(verification) {
 }
 
 function verificationDetail(verification) {
-  const { state, reason, lag_s, share, skipped, skipped_by, notes } = verification ?? { state: "off" };
+  const { state, reason, lag_s, skipped, notes } = verification ?? { state: "off" };
   if (state === "off") return reason || "With verify.live the server replays what it serves while it serves it.";
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind what is served`];
   if (notes?.length) parts.unshift("within a tolerance");
   if (reason) parts.unshift(reason);
-  if (share < 1) parts.push(`follows ${percent(share)} of the streams`);
-  if (skipped) {
-    const reasons = Object.entries(skipped_by ?? {}).sort(([, a], [, b]) => b - a);
-    const words = reasons.map(([why, frames]) => `${count(frames)} ${why.replaceAll("_", " ")}`).join(", ");
-    parts.push(`${count(skipped)} frames not compared${words && ` (${words})`}`);
-  }
+  if (skipped) parts.push(`${count(skipped)} frames not compared`);
   return parts.join("; ");
 }
 

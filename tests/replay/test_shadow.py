@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -22,11 +23,12 @@ from instep.core.typing import F32
 from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
+from instep.recording.errors import UnavailableRecording
+from instep.recording.trim import Retention
+from instep.replay.shadow import COMPARED, DIFFERS, NOT_COMPARED, Differences, Shadow, Shadowing, make_shadow, run
 from instep.server.server import Server
-from instep.shadow.command import COMPARED, DIFFERS, NOT_COMPARED, Shadowing, make_shadow, run
-from instep.shadow.report import Differences
-from instep.shadow.shadow import Shadow
 from instep_client import AsyncClient, AsyncStream
+from tests.support.growing import Story
 from tests.support.models import plain, whole
 from tests.support.running import running
 
@@ -92,7 +94,7 @@ async def test_it_begins_with_the_states_of_the_served_version_and_meets_every_l
         await server.default.checkpoints.take()
         shadow = make_shadow(place.asked(RETRAINED))
         await follow(server, shadow)
-        assert (shadow.following, shadow.report("").frames) == (3, 0)
+        assert shadow.report().frames == 0
         served = [await stream.step(x[number, 40:55]) for number, stream in enumerate(streams)]
         await follow(server, shadow)
         late = await client.open("late")
@@ -122,7 +124,7 @@ async def test_it_begins_with_the_states_of_the_served_version_and_meets_every_l
         (np.concatenate([expected[2][0], after[1]]), np.concatenate([served[2], served[5]])),
         (new, served[3]),
     ]
-    assert_differs_as(shadow.report(""), pairs)
+    assert_differs_as(shadow.report(), pairs)
 
 
 @pytest.mark.parametrize("candidate", [DEEPER, RETRAINED], ids=["other state", "on request"])
@@ -135,10 +137,10 @@ async def test_a_warm_up_is_not_compared(place: Place, rng: np.random.Generator,
         await stream.step(x[20:40])
         shadow = make_shadow(place.asked(candidate, warm_up=25))
         await follow(server, shadow)
-        assert shadow.report("").frames == 0
+        assert shadow.report().frames == 0
         served = await stream.step(x[40:])
         await follow(server, shadow)
-        assert_differs_as(shadow.report(""), [(whole(candidate, x[15:])[0][25:], served)])
+        assert_differs_as(shadow.report(), [(whole(candidate, x[20:])[0][25:], served[5:])])
 
 
 async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.random.Generator) -> None:
@@ -160,7 +162,7 @@ async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.ra
         assert left == first - shadow.dropped == first // 2
         await step(streams)
         await follow(server, shadow)
-        report = shadow.report("")
+        report = shadow.report()
         assert report.frames == report.equal == 10 * (first + left)
         assert sorted(each.frames for each in report.streams) == [10] * (first - left) + [20] * left
         assert make_shadow(place.asked(SERVED, share=0.5)).following == 0
@@ -169,7 +171,7 @@ async def test_it_drops_streams_rather_than_fall_behind(place: Place, rng: np.ra
 @contextmanager
 def stopped_by(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A signal comes as soon as the candidate has followed for a while."""
-    follow, before = Shadow.keep_up, {number: signal.getsignal(number) for number in ENDINGS}
+    follow, before = Shadow.follow, {number: signal.getsignal(number) for number in ENDINGS}
 
     def and_stop(shadow: Shadow) -> None:
         follow(shadow)
@@ -179,7 +181,7 @@ def stopped_by(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> Itera
     raise_stopped()
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(Shadow, "keep_up", and_stop)
+            patched.setattr(Shadow, "follow", and_stop)
             yield
     finally:
         for each, handler in before.items():
@@ -223,3 +225,82 @@ async def test_what_it_says_and_its_status(
         result = CliRunner().invoke(app, ["model", "shadow", str(asked.recording), str(asked.folder), "--for", "60"])
         assert (result.exit_code, words in " ".join(result.output.split())) == (NOT_COMPARED, True), result.output
     assert niceness == [19, 19]
+
+
+def asked_of(story: Story, warm_up: int | None = None) -> Shadowing:
+    return Shadowing(story.path, story.folder, 1.0, seconds=0.0, warm_up=warm_up, tolerance=None, json=True)
+
+
+def test_streams_that_come_and_go_between_two_looks_are_compared(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    staying = [story.open(), story.open()]
+    shadow = make_shadow(asked_of(story))
+    shadow.follow()
+    for number in range(60):
+        coming = [story.open(), story.open()]
+        story.step(*staying, *coming)
+        story.corrupts = 3 if number == 40 else 0
+        story.step(*coming, *staying[1:], frames=2)
+        story.scribe.reset(coming[1], story.scribe.random_state())
+        for stream in coming:
+            story.step(*coming)
+            story.scribe.close(stream)
+            coming = [each for each in coming if each != stream]
+        if number % 20 == 10:
+            shadow.follow()
+    story.scribe.writer.commit()
+    shadow.follow()
+    report = shadow.report()
+    assert (report.frames, report.streams_total, report.dropped) == (story.frames, 122, 0)
+    assert [(each.name, each.frames) for each in report.streams[:1]] == [("stream-2", 180)]
+    assert report.largest == report.streams[0].largest == pytest.approx(0.25, abs=1e-5)
+    assert report.streams[1].largest < 1e-5
+
+
+def test_a_history_that_was_trimmed_meanwhile_is_followed_from_its_newest_states(tmp_path: Path) -> None:
+    story = Story(tmp_path, retention=Retention(keep_bytes=100_000))
+    streams = [story.open() for _ in range(4)]
+    shadow = make_shadow(asked_of(story))
+    story.step(*streams)
+    shadow.follow()
+    for _ in range(3):
+        newest = story.scribe.writer.position
+        while story.scribe.writer.trimmed.position <= newest:
+            story.trim()
+        shadow.follow()
+        compared = shadow.report().frames
+        story.step(*streams, frames=9)
+        shadow.follow()
+        found = shadow.report()
+        assert (found.frames - compared, found.streams_total, found.equal) == (36, 4, found.frames)
+
+
+@pytest.mark.parametrize("warm_up", [None, 5])
+def test_frames_that_a_killed_server_left_without_outputs_are_not_compared(tmp_path: Path, warm_up: int | None) -> None:
+    story = Story(tmp_path)
+    stream = story.open()
+    is_fresh = not story.scribe.states[stream].any()
+    story.step(stream, frames=3)
+    story.scribe.step([stream], "unanswered")
+    story.scribe.writer.event(story.scribe.now, "recovered", None, "")
+    story.step(stream, frames=3)
+    shadow = make_shadow(asked_of(story, warm_up))
+    shadow.follow()
+    assert shadow.report().frames == (6 if warm_up is None or is_fresh else 2)
+    assert warm_up is not None or shadow.report().largest < 1e-5
+
+
+def test_a_recording_that_is_locked_is_followed_afterwards(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), story.open(), frames=20)
+    story.scribe.writer.close()
+    shadow = make_shadow(asked_of(story))
+    with closing(sqlite3.connect(story.path, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        shadow.follow()
+        assert shadow.unavailable is not None
+        with pytest.raises(UnavailableRecording):
+            run(asked_of(story), Console(file=StringIO()))
+        database.execute("ROLLBACK")
+    shadow.follow()
+    assert (shadow.report().frames, shadow.report().equal) == (40, 40)

@@ -1,0 +1,110 @@
+"""A recording that is being written, followed in a replay: one short look after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+
+from instep.core.typing import U8
+from instep.recording.errors import TrimmedMeanwhile
+from instep.recording.portions import Portion, portions
+from instep.recording.reader import RecordingReader
+from instep.recording.schema import END_EVENT
+from instep.replay.replay import LAST, Replay, Stepping
+
+PORTION_BYTES: Final = 4 * 2**20
+
+
+class OpenState(NamedTuple):
+    """A stream that is open, in its newest recorded state."""
+
+    name: str
+    seq: int
+    """The state is that before this frame."""
+    state: U8 | None
+    """uint8 [row_bytes]; None for the model's initial state."""
+
+
+def newest_state(reader: RecordingReader, stream: int) -> OpenState | None:
+    """An open stream by its number; None where it has closed."""
+    opening = reader.newest_row("openings", "stream = ?", stream)
+    row = reader.newest_row("states", "stream = ?", stream)
+    # Looked for last: the states of a stream go once it has closed.
+    if opening is None or reader.newest_row("closings", "stream = ?", stream) is not None:
+        return None
+    position, _, _, name, _, first_seq, initial = opening
+    if row is None:
+        return OpenState(name, first_seq, reader.state(initial, position))
+    return OpenState(name, row[2], reader.state(row[3], row[1]))
+
+
+class Follower(Replay):
+    """Steps what is committed to a recording.
+
+    Each look opens the file anew and reads it in short transactions: a reader that stays would keep the writer from
+    reusing its WAL, from trimming and from closing the file in order. It begins at the newest checkpoint. A stream that
+    was open there is met at its first frame, in its newest recorded state.
+
+    Attributes:
+        position: everything in the recording up to here was taken in; None before the first look.
+        lag_s: seconds since everything that is not read yet was committed.
+        is_finished: whether the recording was closed in order when it was last read.
+    """
+
+    def __init__(self, path: Path, stepper: Stepping, position: int | None = None) -> None:
+        self.path = path
+        self.position = position
+        self.lag_s = 0.0
+        self.is_finished = False
+        with RecordingReader(path) as reader:
+            super().__init__(stepper, reader, ignore_until=LAST)
+
+    def look(self, most_portions: int | None = None, portion_bytes: int = PORTION_BYTES) -> bool:
+        """Step what was committed by now, some portions of it or all; whether that was all.
+
+        Raises:
+            RecordingError: when the recording is damaged.
+            UnavailableRecording: when it is locked at the moment.
+        """
+        began, taken = time.time(), 0
+        try:
+            with RecordingReader(self.path, since=self.position or 0) as reader, torch.inference_mode():
+                self.reader = reader
+                if self.position is None or self.is_to_begin(reader):
+                    for number in list(self._streams):
+                        self.drop(number)
+                    self.position = self.begin(reader)
+                for portion in portions(reader, self.position + 1, settled=True, portion_bytes=portion_bytes):
+                    self.take(portion)
+                    self.position, taken = portion.position, taken + 1
+                    self.is_finished = bool(portion.marks) and getattr(portion.marks[-1], "kind", "") == END_EVENT
+                    if taken == most_portions and self.position < reader.last_position:
+                        newest = reader.newest_row("batches", "position <= ?", self.position)
+                        self.lag_s = max(0.0, time.time() - newest[1] / 1e9) if newest is not None else 0.0
+                        return False
+        except TrimmedMeanwhile:
+            return False
+        self.lag_s = time.time() - began
+        return True
+
+    def is_to_begin(self, reader: RecordingReader) -> bool:
+        """Whether to leave out everything up to where `begin` says: the history before may be gone."""
+        return reader.trimmed.position > (self.position or 0)
+
+    def begin(self, reader: RecordingReader) -> int:
+        """The position of the newest checkpoint, behind which to begin; no stream is open here."""
+        return reader.checkpoint().position
+
+    def take(self, portion: Portion) -> None:
+        """Step a portion."""
+        self.step(self.plan(portion))
+
+    def meet(self, numbers: Sequence[int]) -> None:
+        """Begin with streams in their newest states."""
+        for number in numbers:
+            if (found := newest_state(self.reader, number)) is not None:
+                self.add(number, found.seq, found.state)

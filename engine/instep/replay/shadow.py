@@ -1,0 +1,338 @@
+"""The command `instep model shadow`: a candidate on some streams of a recording, and how its outputs differ."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from json import dumps
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from instep.core.typing import F32, I64
+from instep.interrupts import Stopped
+from instep.models.base import RecurrentModel
+from instep.models.folder import load_version
+from instep.models.numerics import prepare
+from instep.models.registry import build
+from instep.recording.errors import UnavailableRecording
+from instep.recording.portions import Closed, Mark, Opened, Portion
+from instep.recording.reader import RecordingReader
+from instep.replay.following import Follower, newest_state
+from instep.replay.replay import StateTable
+from instep_tools.terminal import say
+from instep_tools.words import counted, finite
+
+COMPARED: Final = 0
+DIFFERS: Final = 1
+NOT_COMPARED: Final = 2
+WARM_UP: Final = 256
+MOST_LISTED: Final = 1024
+_SHOWN: Final = 10
+"""Streams in the table."""
+_PAUSE_S: Final = 0.25
+"""Between two looks at the recording."""
+_LATE_S: Final = 2.0
+"""Time that the frames recorded between two looks should take at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowing:
+    """The arguments of the command; see `instep model shadow --help`."""
+
+    recording: Path
+    folder: Path
+    share: float
+    seconds: float | None
+    warm_up: int | None
+    tolerance: float | None
+    json: bool
+
+
+def run(asked: Shadowing, console: Console) -> int:
+    """Follow a recording with a candidate until the time is over, it ends, or a signal comes; print how it differs.
+
+    Returns:
+        The exit status: 0 after a comparison, 1 when a value differed by more than the tolerance, 2 when nothing was
+        compared.
+
+    Raises:
+        ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
+        RecordingError: when the recording cannot be read.
+    """
+    shadow = make_shadow(asked)
+    with suppress(Stopped):  # it ends then, and reports
+        _follow(shadow, asked.seconds)
+    report = shadow.report()
+    if not report.frames and shadow.unavailable is not None:
+        raise shadow.unavailable
+    if asked.json:
+        console.file.write(dumps(report.as_json(asked), allow_nan=False) + "\n")
+    else:
+        report.render(console)
+    if not report.frames:
+        return NOT_COMPARED
+    return DIFFERS if asked.tolerance is not None and report.largest > asked.tolerance else COMPARED
+
+
+def make_shadow(asked: Shadowing) -> Shadow:
+    """A candidate that has not followed anything yet; raises as `run`."""
+    prepare()
+    with RecordingReader(asked.recording) as reader:
+        header = reader.header
+    model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")
+    network = build(model, torch.device("cpu"))
+    warm_up = asked.warm_up
+    if warm_up is None and network.state != header.state_spec:
+        warm_up = WARM_UP
+    return Shadow(asked.recording, network, warm_up, asked.share)
+
+
+def _follow(shadow: Shadow, seconds: float | None) -> None:
+    shadow.follow()  # what came before does not count as being late
+    until = float("inf") if seconds is None else time.monotonic() + seconds
+    while not shadow.is_finished and (now := time.monotonic()) < until:
+        time.sleep(min(_PAUSE_S, until - now))
+        began = time.monotonic()
+        shadow.follow()
+        if time.monotonic() - began > _LATE_S and shadow.unavailable is None:
+            shadow.drop_half()
+
+
+@dataclass(slots=True)
+class StreamDifference:
+    """How the outputs of a stream differ."""
+
+    name: str
+    frames: int = 0
+    """Compared."""
+    largest: float = 0.0
+    """The largest absolute difference of one value; infinity where one is not finite and the other differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Differences of all frames that were compared. Of a frame, its value that differs most counts in the quantiles."""
+
+    frames: int
+    """Compared."""
+    equal: int
+    """Frames whose outputs have the same bits."""
+    largest: float
+    mean: float
+    """The mean absolute difference of all values."""
+    quantiles: dict[float, float]
+    """By share of frames, within a tenth."""
+    streams: list[StreamDifference]
+    """Those that differ most, the most of all first."""
+    streams_total: int
+    """How many were compared."""
+    dropped: int
+    """Streams that were given up, because the candidate could not keep up."""
+
+    def as_json(self, asked: Shadowing) -> dict[str, Any]:
+        """Plain values for JSON, which has no infinity: it becomes null."""
+        return {
+            "recording": str(asked.recording),
+            "candidate": str(asked.folder),
+            "frames": self.frames,
+            "equal": self.equal,
+            "equal_share": self.equal / self.frames if self.frames else None,
+            "largest": finite(self.largest),
+            "mean": finite(self.mean),
+            "quantiles": {f"p{round(100 * share)}": finite(value) for share, value in self.quantiles.items()},
+            "streams": [
+                {"name": each.name, "frames": each.frames, "largest": finite(each.largest)} for each in self.streams
+            ],
+            "streams_total": self.streams_total,
+            "dropped": self.dropped,
+        }
+
+    def render(self, console: Console) -> None:
+        """Print it."""
+        if self.streams:
+            table = Table("stream", box=None, header_style="bold")
+            for column in ("frames", "max |difference|"):
+                table.add_column(column, justify="right")
+            for each in self.streams[:_SHOWN]:
+                table.add_row(Text(each.name), f"{each.frames:,}", f"{each.largest:.3g}")
+            console.print(table)
+        if self.streams_total > _SHOWN:
+            say(console, f"and {counted(self.streams_total - _SHOWN, 'more stream')}, which differ less")
+        if self.dropped:
+            say(console, f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
+        if not self.frames:
+            say(console, "nothing was compared: no frame of a chosen stream was recorded meanwhile")
+            return
+        quantiles = ", ".join(f"p{round(100 * share)} {value:.3g}" for share, value in self.quantiles.items())
+        differences = f"|difference| of a frame: {quantiles}, max {self.largest:.3g}"
+        say(console, f"{differences}; of all values, mean {self.mean:.3g}")
+        compared = f"{counted(self.frames, 'frame')} of {counted(self.streams_total, 'stream')}"
+        say(console, f"{compared} were compared; {self.equal / self.frames:.1%} have equal bits")
+
+
+_PARTS: Final = 8
+"""Bins of differences for each doubling."""
+_SMALLEST: Final = -64
+_BINS: Final = 128 * _PARTS
+"""From 2^-64 to 2^64; the first one counts 0 too, the last one all that is not finite."""
+
+
+class Shadow(Follower):
+    """Steps what is recorded of some streams in a candidate, and compares its outputs with the recorded ones.
+
+    Args:
+        path: the recording of the version that is served.
+        network: the candidate.
+        warm_up: None to begin with the states of the version that is served; N to begin in the candidate's initial
+            state, and to leave out the first N frames of each stream.
+        share: of the streams; whether one is followed depends on its name alone.
+    """
+
+    def __init__(self, path: Path, network: RecurrentModel, warm_up: int | None, share: float) -> None:
+        super().__init__(path, StateTable(network))
+        self.unavailable: UnavailableRecording | None = None
+        """Why the recording could not be read at the last look."""
+        self.dropped = 0
+        self._warm_up = warm_up
+        self._share = share
+        self._given_up = set[int]()
+        self._found: dict[int, StreamDifference] = {}
+        """By number, of streams that are followed."""
+        self._compared_from: dict[int, int] = {}
+        self._past: list[StreamDifference] = []
+        """Of streams that have ended, those that differ most."""
+        self._past_count = self._frames = self._equal = 0
+        self._largest = self._total = 0.0
+        self._outputs = network.description.outputs
+        self._bins: I64 = np.zeros(_BINS, np.int64)
+
+    @property
+    def following(self) -> int:
+        """Count of streams that are followed now."""
+        return len(self._streams)
+
+    def follow(self) -> None:
+        """Step everything that was committed by now; while another program locks the recording, nothing."""
+        try:
+            while not self.look():
+                pass
+        except UnavailableRecording as error:
+            self.unavailable = error
+        else:
+            self.unavailable = None
+
+    def drop_half(self) -> None:
+        """Give up half of the streams: the candidate cannot keep up."""
+        for number in sorted(self._streams)[::2]:
+            self.drop(number)
+            self._end(number)
+            self._given_up.add(number)
+            self.dropped += 1
+
+    def begin(self, reader: RecordingReader) -> int:
+        """Forget streams that have ended."""
+        for number in [number for number in self._found if newest_state(reader, number) is None]:
+            self._end(number)
+        return super().begin(reader)
+
+    def meet(self, numbers: Sequence[int]) -> None:
+        """Begin with streams that are chosen."""
+        for number in numbers:
+            found = None if number in self._given_up else newest_state(self.reader, number)
+            if found is not None and self._is_chosen(found.name):
+                self.add(number, found.seq, None if self._warm_up is not None else found.state)
+                self._found.setdefault(number, StreamDifference(found.name))
+                self._compared_from[number] = found.seq + (self._warm_up or 0)
+
+    def take(self, portion: Portion) -> None:
+        """Step a portion and compare."""
+        marks, foreign = list[Mark](), set[tuple[int, int]]()
+        for mark in portion.marks:
+            if isinstance(mark, Closed):
+                self._given_up.discard(mark.stream)
+            elif isinstance(mark, Opened):
+                if not self._is_chosen(mark.name):
+                    continue
+                self._found[mark.stream] = StreamDifference(mark.name)
+            if not isinstance(mark, Closed) and mark.stream is not None and mark.state is not None and self._warm_up:
+                seq = mark.first_seq if isinstance(mark, Opened) else mark.seq
+                foreign.add((mark.stream, seq or 0))
+            is_foreign = self._warm_up is not None and not isinstance(mark, Closed)
+            marks.append(replace(mark, state=None) if is_foreign else mark)
+        stretches = self.plan(replace(portion, marks=marks))
+        found = list[tuple[StreamDifference, I64]]()
+        columns = (stretches.streams, stretches.first_seqs, stretches.starts, stretches.lengths)
+        for row, (number, seq, start, length) in enumerate(zip(*(each.tolist() for each in columns), strict=True)):
+            if row in stretches.given:
+                self._compared_from[number] = seq + ((number, seq) in foreign) * (self._warm_up or 0)
+            left_out = min(length, max(0, self._compared_from[number] - seq))
+            found.append((self._found[number], stretches.order[start + left_out : start + length]))
+        y, _ = self.step(stretches)
+        for of_stream, places in found:
+            places = places[stretches.frames.answered[places]]
+            if len(places):
+                self._compare(of_stream, y[places], stretches.frames.y[places])
+        for number in stretches.closed:
+            self._end(number)
+
+    def report(self) -> Differences:
+        """Findings so far."""
+        present = [found for found in self._found.values() if found.frames]
+        edges = 2.0 ** ((np.arange(_BINS) + 1) / _PARTS + _SMALLEST)
+        counts, quantiles = np.cumsum(self._bins), dict[float, float]()
+        for share in (0.5, 0.9, 0.99):
+            found = int(np.searchsorted(counts, share * self._frames)) if self._frames else 0
+            quantiles[share] = min(float(edges[found]), self._largest) if found else 0.0
+        values = self._frames * self._outputs
+        return Differences(
+            frames=self._frames,
+            equal=self._equal,
+            largest=self._largest,
+            mean=self._total / values if values else 0.0,
+            quantiles=quantiles,
+            streams=_worst([*self._past, *present]),
+            streams_total=self._past_count + len(present),
+            dropped=self.dropped,
+        )
+
+    def _end(self, number: int) -> None:
+        """A stream is followed no longer; how it differed counts."""
+        found, _ = self._found.pop(number), self._compared_from.pop(number, None)
+        if found.frames:
+            self._past_count += 1
+            self._past.append(found)
+            if len(self._past) > 2 * MOST_LISTED:
+                self._past = _worst(self._past)
+
+    def _is_chosen(self, name: str) -> bool:
+        return zlib.crc32(name.encode()) < self._share * 2**32
+
+    def _compare(self, found: StreamDifference, y: F32, recorded: F32) -> None:
+        equal = (y.view(np.uint32) == recorded.view(np.uint32)).all(axis=1)
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(y.astype(np.float64) - recorded)
+        apart[equal] = 0  # infinity minus infinity is not a number
+        apart[~np.isfinite(apart)] = np.inf
+        largest = apart.max(axis=1)
+        found.frames += len(y)
+        found.largest = max(found.largest, float(largest.max()))
+        self._frames += len(y)
+        self._equal += int(equal.sum())
+        self._largest = max(self._largest, found.largest)
+        self._total += float(apart.sum())
+        with np.errstate(divide="ignore"):
+            bins = np.ceil((np.log2(largest) - _SMALLEST) * _PARTS) - 1
+        np.add.at(self._bins, np.clip(bins, 0, _BINS - 1).astype(np.int64), 1)
+
+
+def _worst(streams: list[StreamDifference]) -> list[StreamDifference]:
+    return sorted(streams, key=lambda each: -each.largest)[:MOST_LISTED]

@@ -1,0 +1,119 @@
+"""The open streams of a recording in another network: recorded frames are stepped in it, from some earlier state on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from instep.core.tables import SCRATCH_SLOT
+from instep.core.typing import I64, U8
+from instep.recording.errors import RecordingError
+from instep.recording.portions import Closed, Mark, Opened, Portion
+from instep.recording.reader import RecordingReader
+from instep.replay.following import Follower, newest_state
+from instep.runtime.stepper import Stepper
+
+_WINDOW: Final = 512
+"""Positions of the recording that are read together, backwards."""
+_TRIES: Final = 8
+"""The most looks at a recording whose history is trimmed meanwhile."""
+
+
+class WarmUpReplay(Follower):
+    """Follows the open streams of a recording, which may be being written, in a network that nobody else uses.
+
+    It begins in the network's initial state, with the N newest frames of each stream or, where there are fewer since
+    it was opened or reset, with all of them. The stepper has `max_streams` slots.
+    """
+
+    def __init__(self, path: Path, stepper: Stepper, max_streams: int, frames: int) -> None:
+        super().__init__(path, stepper)
+        self._free = list(range(max_streams, SCRATCH_SLOT, -1))
+        self._frames = frames
+        self._firsts: dict[int, int] = {}
+        """By stream, the first frame that is in its state."""
+        self._taken = 0
+
+    def follow(self) -> int:
+        """Step everything that was committed by now, not in the thread of an event loop; the number of frames.
+
+        Raises:
+            RecordingError: when the recording is damaged, or has more open streams than slots.
+        """
+        before = self._taken
+        for _ in range(_TRIES):
+            if self.look():
+                return self._taken - before
+        raise RecordingError(f"{self.path} is trimmed faster than it is read: try again")
+
+    def states(self, streams: I64, next_seqs: I64) -> tuple[U8, I64]:
+        """The states of open streams by number, int64 [N], as the last `follow` has left them.
+
+        Args:
+            streams: int64 [N].
+            next_seqs: int64 [N], the frames before which the states must be.
+
+        Returns:
+            States as rows of bytes [N, row_bytes], and the first frame that is in each, int64 [N].
+
+        Raises:
+            RecordingError: when frames of a stream are missing.
+        """
+        numbers, found = streams.tolist(), self.next_seqs
+        if [found.get(number) for number in numbers] != next_seqs.tolist():
+            raise RecordingError(f"{self.path} lacks frames of streams that are open")
+        slots = np.array([self._streams[number].slot for number in numbers], np.int64)
+        return self.stepper.read(slots), np.array([self._firsts[number] for number in numbers], np.int64)
+
+    def begin(self, reader: RecordingReader) -> int:
+        """Find the frames of each open stream that count."""
+        checkpoint = reader.checkpoint().position
+        opened = {row[2]: row[5] for row in reader.rows("openings")}
+        closed = {row[2] for row in reader.rows("closings")}
+        nexts = {n: found.seq for n in opened if n not in closed and (found := newest_state(reader, n)) is not None}
+        for group in reader.whole_groups(checkpoint + 1):
+            for number, seq in zip(group.streams.tolist(), group.seqs.tolist(), strict=True):
+                if number in nexts:
+                    nexts[number] = max(nexts[number], seq + 1)
+        starts = {number: max(opened[number], seq - self._frames) for number, seq in nexts.items()}
+        missing = {number for number, start in starts.items() if start < nexts[number]}
+        lowest, first = dict(nexts), reader.last_position + 1
+        while missing and first > reader.first_position:
+            last, first = first - 1, max(first - _WINDOW, reader.first_position)
+            for group in reader.whole_groups(first, last):
+                for number, seq in zip(group.streams.tolist(), group.seqs.tolist(), strict=True):
+                    if number in missing:
+                        lowest[number] = min(lowest[number], seq)
+            missing = {number for number in missing if lowest[number] > starts[number]}
+        for number, start in starts.items():
+            self._firsts[number] = max(start, lowest[number])
+            self.add(number, self._firsts[number], None)
+        return min(first - 1, checkpoint)
+
+    def meet(self, numbers: Sequence[int]) -> None:
+        """Those that are open were added at the beginning."""
+
+    def take(self, portion: Portion) -> None:
+        """Step a portion; where states are given, they are those of another network."""
+        ended = {mark.stream for mark in portion.marks if isinstance(mark, Closed)}
+        for number in ended & self._streams.keys():
+            self.drop(number)
+        marks = list[Mark]()
+        for mark in portion.marks:
+            was_open = isinstance(mark, Opened) and mark.stream in self
+            if mark.stream not in ended and not was_open and not isinstance(mark, Closed):
+                marks.append(replace(mark, state=None))
+        stretches = self.plan(replace(portion, marks=marks))
+        for row in stretches.given:
+            self._firsts[int(stretches.streams[row])] = int(stretches.first_seqs[row])
+        self.step(stretches)
+        self._taken += int(stretches.lengths.sum())
+
+    def _take_slot(self) -> int:
+        if not self._free:
+            raise RecordingError(f"{self.path} has more open streams than engine.max_streams: raise it")
+        return self._free.pop()

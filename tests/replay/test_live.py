@@ -1,0 +1,73 @@
+"""The process that checks what a server records."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from tests.support.growing import Story
+
+COUNT = """
+import resource, time
+from instep.replay.live import in_slices
+
+def rests(seconds: float) -> int:
+    before, until = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+
+with in_slices():
+    sliced, hurried = rests(0.03), rests(0.2)
+print(sliced, hurried, rests(0.03))
+"""
+
+
+def test_work_in_slices_rests_between_them() -> None:
+    result = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
+    sliced, hurried, whole = map(int, result.stdout.split())
+    assert sliced >= 10, "a rest for each of 30 ms, but for those that a busy machine took"
+    assert hurried <= 60, "none after half a second, which has room for 45 of these 200 ms"
+    assert whole <= 2, "no rests afterwards"
+
+
+def test_a_recording_that_is_locked_is_checked_afterwards_and_let_go_of(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.step(story.open(), frames=5)
+    story.scribe.writer.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import instep.replay.live as live; live._UNREADABLE_S = 0.0; live.main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def ask(**fields: object) -> None:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(fields) + "\n")
+        process.stdin.flush()
+
+    with process, closing(sqlite3.connect(story.path, isolation_level=None)) as database:
+        follow = {"follow": str(story.path), "position": 0, "applied": 0}
+        ask(**follow)
+        status = json.loads(process.stdout.readline())
+        assert (status["frames"], status["skipped"], status["left"]) == (5, 0, False)
+        database.execute("BEGIN EXCLUSIVE")
+        while not (status := json.loads(process.stdout.readline()))["unreadable"]:
+            assert status["frames"] == 5
+        assert "database is locked; try again" in status["unreadable"]
+        database.execute("ROLLBACK")
+        ask(leave=str(story.path), finish=True)
+        while not status["left"]:
+            status = json.loads(process.stdout.readline())
+        assert (status["unreadable"], status["frames"]) == ("", 5)
+        ask(**(follow | {"follow": str(tmp_path / "none.rec")}))
+        assert "cannot read the recording" in json.loads(process.stdout.readline())["error"]
+        process.stdin.close()
+        assert process.wait(30) == 0
