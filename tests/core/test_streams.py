@@ -199,15 +199,6 @@ def test_parked_streams_do_not_idle_and_connected_ones_are_not_parked_too_long()
     assert table.idle_since(20).tolist() == [slots[1]]
 
 
-def test_unused_streams_are_connected_ones_that_never_sent_a_frame() -> None:
-    table = table_of(4)
-    slots, _ = table.open(["unused", "used", "parked"], owner=1, now_ns=0, first_seqs=np.array([9, 9, 9]))
-    table.next_seq[slots[1]] += 1
-    table.park(slots[2:], now_ns=0)
-    assert table.unused_since(1).tolist() == [slots[0]]
-    assert table.unused_since(0).tolist() == []
-
-
 def test_the_next_stream_of_a_slot_is_another_incarnation_and_a_new_owner_is_not() -> None:
     table = table_of(2)
     slots, _ = table.open(["a", "b"], owner=1, now_ns=0)

@@ -212,10 +212,5 @@ class StreamTable:
         parked = self.parked_since(np.iinfo(np.int64).max)
         return parked[np.argsort(self.last_active_ns[parked], kind="stable")]
 
-    def unused_since(self, before_ns: int) -> I64:
-        """Slots of connected streams that were opened before that time and have never sent a frame: int64 [N]."""
-        unused = (self.owner != NO_OWNER) & (self.owner != self.parked) & (self.next_seq == self.first_seq)
-        return self._silent(before_ns, unused)
-
     def _silent(self, before_ns: int, among: Bool) -> I64:
         return np.flatnonzero(among & ~self.closing & (self.unanswered == 0) & (self.last_active_ns < before_ns))

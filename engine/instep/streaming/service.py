@@ -121,14 +121,6 @@ class ModelService:
         """Whether new streams and frames are taken."""
         return not (self.engine.draining or self.engine.journal.has_failed)
 
-    @property
-    def in_use(self) -> int:
-        """Count of streams that would miss the model: all, or those with a connection where a recording keeps them."""
-        table = self.engine.table
-        if self.engine.journal.is_recording:
-            return int(table.open_count - table.owned[table.parked])
-        return table.open_count
-
     def drain(self, leaves: str = "") -> None:
         """Take nothing new from now on, because it `leaves` the server or, where that is empty, with the server."""
         self.engine.draining, self.leaves = True, leaves

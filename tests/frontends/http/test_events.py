@@ -117,17 +117,6 @@ async def test_listeners_are_bounded() -> None:
         assert "did you mean" in await error(http, f"/api/events?model={SMALL.name}x", 404)
 
 
-async def test_nothing_happens_when_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FrameRates, "_WANTED_S", 0.5)
-    async with administered() as (server, http):
-        assert server.admin is not None
-        async with http.stream("GET", "/api/events?stream=s") as answer:
-            async for _ in read(answer):
-                break
-        while server.admin.is_active:
-            await asyncio.sleep(0.05)
-
-
 async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
     async with administered() as (server, http):
         async with http.stream("GET", "/api/events") as answer:

@@ -92,11 +92,6 @@ class AdminServer:
         self._listener = listener
         self._server = make_server(Guard(app, token, is_loopback_host(host), port))
 
-    @property
-    def is_active(self) -> bool:
-        """Whether it does more than to wait for requests: somebody listens, or did so or looked at streams lately."""
-        return bool(len(self._tasks))
-
     async def start(self) -> None:
         """Answer from now on."""
         await self._server.startup(sockets=[self._listener])
