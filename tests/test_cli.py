@@ -16,7 +16,7 @@ from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError
-from instep.server.early import CannotServe
+from instep.server.checks import CannotServe
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
 
@@ -70,7 +70,7 @@ def test_in_a_directory_that_was_deleted_each_command_says_so(
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    monkeypatch.setattr("instep.server.early.early_problems", lambda *_, **__: [])  # another server may run here
+    monkeypatch.setattr("instep.server.checks.before_loading", lambda *_, **__: [])  # another server may run here
     return Stub(monkeypatch, "instep.server.serve")
 
 

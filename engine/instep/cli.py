@@ -163,7 +163,7 @@ def serve(
             raise
     if check:
         loaded = loaded.model_copy(update={"log": loaded.log.model_copy(update={"file": None})})  # it writes nothing
-    from instep.server.early import CannotServe, early_problems
+    from instep.server.checks import CannotServe, before_loading, rehearse, settle
     from instep.server.log import make_log
 
     try:
@@ -173,14 +173,12 @@ def serve(
     with _logged(loaded.log):
         for sentence in unknown_variables():
             log.warning("unknown setting", reason=sentence)
-        if problems := early_problems(loaded, restart=restart):
-            raise CannotServe("\n".join(problems))
+        found = before_loading(loaded, restart=restart)
+        settle((each for each in found if each.severity == "problem"), log)  # before PyTorch, which takes seconds
         for _, folder in loaded.model.folders:
-            log.info("loading", model=str(folder))  # PyTorch first, which takes seconds
+            log.info("loading", model=str(folder))
         if check:
-            from instep.server.check import check as check_it
-
-            check_it(loaded, restart=restart)
+            rehearse(loaded, log, restart=restart)
             return
         from instep.server.serve import run
 
@@ -309,11 +307,10 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
     Exit status 0: a server could start. 1: it could not.
     """
     from instep.demo import MODEL_FOLDER
-    from instep.doctor.command import doctor
+    from instep.doctor import doctor
 
     interrupts.raise_stopped()
-    console = _console(stderr=True)
-    raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo, console.print))
+    raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
 
 
 timetravel.add_to(app, recordings_app)
@@ -361,7 +358,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
-    from instep.server.early import CannotServe
+    from instep.server.checks import CannotServe
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 

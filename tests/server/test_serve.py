@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +30,7 @@ from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.limits import effective_limits
-from instep.server.preparation import CannotServe, check_early, prepare
+from instep.server.preparation import CannotServe, prepare
 from instep_client import Client
 from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
@@ -65,7 +64,7 @@ def test_the_place_of_a_recording_is_looked_at_before_the_model(tmp_path: Path) 
     (tmp_path / "model").mkdir()
     record = {"file": tmp_path / "nowhere" / "r.instep"}
     with pytest.raises(CannotServe, match=r"there is no folder .*nowhere for the recording r\.instep: make"):
-        check_early(configured(tmp_path / "model", recording=record))
+        serve.run(configured(tmp_path / "model", recording=record))
 
 
 def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
@@ -101,9 +100,8 @@ def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: py
 def test_a_processor_without_fma_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = replace(host(), triple="x86_64-unknown-linux-gnu", features="+avx2,-fma")
     monkeypatch.setattr("instep.server.preparation.host", lambda: without)
-    for refuse in (check_early, partial(prepare, log=QUIET)):
-        with pytest.raises(CannotServe, match=r"no fused multiply-add \(FMA\), .*`instep verify` works here, slowly"):
-            refuse(configured(model, engine={"device": "cpu"}))
+    with pytest.raises(CannotServe, match=r"no fused multiply-add \(FMA\), .*`instep verify` works here, slowly"):
+        prepare(configured(model, engine={"device": "cpu"}), QUIET)
 
 
 def test_arithmetic_that_gives_other_bits_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from instep.config import Config, load_config
 from instep.core.typing import F32
 from instep.models.folder import write_model
-from instep.server.check import check
+from instep.server.checks import rehearse
 from instep.server.preparation import CannotServe, prepare
 from instep_client import AsyncClient, Client, Refused
 from instep_client.protocol.wire import Code, Kind
@@ -227,9 +227,10 @@ def test_models_of_one_name_are_refused_until_the_configuration_names_them(folde
 
 
 def test_several_models_are_recorded_in_a_folder(folders: list[Path], tmp_path: Path) -> None:
+    quiet = log_into([])
     with pytest.raises(CannotServe, match=r"r\.instep is not a folder, and each of several models"):
-        check(several(folders, recording={"file": tmp_path / "r.instep"}))
+        rehearse(several(folders, recording={"file": tmp_path / "r.instep"}), quiet)
     with pytest.raises(CannotServe, match="'a/b' cannot be a file's name"):
-        check(several({"a/b": folders[0], "c": folders[1]}, recording={"file": tmp_path}))
-    check(several(folders, recording={"file": tmp_path}))
-    check(several(folders[0], recording={"file": tmp_path}))
+        rehearse(several({"a/b": folders[0], "c": folders[1]}, recording={"file": tmp_path}), quiet)
+    rehearse(several(folders, recording={"file": tmp_path}), quiet)
+    rehearse(several(folders[0], recording={"file": tmp_path}), quiet)

@@ -35,7 +35,7 @@ from instep.demo.producers import (
 from instep.interrupts import Stopped
 from instep.recording.reader import RecordingReader
 from instep.recording.sequences import SequenceIndex, all_frames
-from instep.server.open_files import allow_open_files
+from instep.server.checks import allow_open_files
 from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 from instep_tools.terminal import progress

@@ -19,7 +19,7 @@ from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
-from instep.server import memory
+from instep.server import checks
 from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.live_verification import Supervision
 from instep.server.loop import Loop
@@ -134,7 +134,7 @@ def _frontend(config: Config, router: Router, loop: Loop, log: structlog.stdlib.
         router,
         2 * config.transport.max_message_bytes,
         4 * config.transport.max_message_bytes,
-        memory.MAX_BUFFERED_BYTES,
+        checks.MAX_BUFFERED_BYTES,
         round(UNREACHABLE_AFTER_S * 1e9),
         time.monotonic_ns,
         detach,

@@ -23,8 +23,7 @@ from instep.models.portable.self_check import check_arithmetic
 from instep.models.registry import build
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
-from instep.server.early import CannotServe as CannotServe
-from instep.server.early import early_problems
+from instep.server.checks import CannotServe as CannotServe
 from instep.server.recording_files import recording_file, recordings
 
 Version: TypeAlias = tuple[Path, str]
@@ -59,44 +58,26 @@ class Prepared:
         return word if word == ARITHMETIC else f"{word} {torch.__version__.partition('+')[0]} on {self.device}"
 
 
-def check_early(config: Config, *, restart: bool = False) -> None:
-    """Refuse what is known to fail before anything is loaded.
-
-    Raises:
-        CannotServe: with a line for everything that stands in the way.
-    """
-    problems = early_problems(config, restart=restart)
-    try:
-        find_device(config.engine.device)
-    except CannotServe as error:
-        problems.append(str(error))
-    if problems:
-        raise CannotServe("\n".join(problems))
-
-
-def prepare(
-    config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, is_running: bool = False
-) -> list[Prepared]:
+def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False) -> list[Prepared]:
     """Load, check and compile every model, and choose the device.
 
     Args:
         config: names the models.
         log: is told of the arithmetic of each model.
         restart: as of `serve.run`.
-        is_running: whether a server runs that may be writing the recordings.
 
     Raises:
         CannotServe: with a sentence.
     """
     prepare_numerics()
+    find_device(config.engine.device)
     try:
         loaded = _load(config.model.folders)
         is_only = len(loaded) == 1
-        if not is_running:
-            for model, _ in loaded:
-                if (file := recording_file(config, model.name, is_only=is_only)) is not None:
-                    for each in recordings(file):
-                        check_not_written(each)
+        for model, _ in loaded:
+            if (file := recording_file(config, model.name, is_only=is_only)) is not None:
+                for each in recordings(file):
+                    check_not_written(each)
         if restart:
             _check_forkable(config)
         check_arithmetic()

@@ -17,10 +17,15 @@ from instep.config import Config, TransportConfig
 from instep.core.compiled import are_cached
 from instep.models.errors import ModelError
 from instep.server.assembly import make_server
+from instep.server.checks import (
+    FILES_BESIDE_CONNECTIONS,
+    allow_open_files,
+    before_loading,
+    settle,
+    with_all_streams,
+)
 from instep.server.log import Threshold, make_log
-from instep.server.memory import warn_of_memory
-from instep.server.open_files import FILES_BESIDE_CONNECTIONS, allow_open_files
-from instep.server.preparation import CannotServe, Prepared, check_early, prepare, versions
+from instep.server.preparation import CannotServe, Prepared, prepare, versions
 from instep.server.reload import Kept, differences, reload
 from instep.server.server import Server
 from instep.server.service_manager import ServiceManager
@@ -65,9 +70,9 @@ def run(
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
-    check_early(config, restart=restart)
+    settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
-    warn_of_memory(config, prepared, log)
+    settle(with_all_streams(config, prepared), log)
     if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
@@ -96,11 +101,7 @@ def _have_changed(prepared: Sequence[Prepared], config: Config) -> bool:
 async def _serve(
     config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger, threshold: Threshold, start: _Start
 ) -> int:
-    allowed = allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
-    if allowed < config.limits.max_connections:
-        log.warning(
-            "fewer connections", open_files=allowed, reason="the hard limit of open files (ulimit -Hn) is lower"
-        )
+    allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
     server = make_server(config, prepared, log)
     stops = 0
 

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep.server import assembly, memory
+from instep.server import assembly, checks
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
@@ -233,7 +233,7 @@ async def test_a_peer_that_never_says_that_it_reads_is_given_up_and_costs_nobody
 
 async def test_readers_that_do_not_read_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it each of them could hold as much as one may."""
-    monkeypatch.setattr(memory, "MAX_BUFFERED_BYTES", 4 * 2**20)
+    monkeypatch.setattr(checks, "MAX_BUFFERED_BYTES", 4 * 2**20)
     monkeypatch.setattr(assembly, "UNREACHABLE_AFTER_S", 600.0)
     transport = {"max_message_bytes": 2**20}
     async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:

@@ -1,10 +1,12 @@
-"""`instep serve --check` tries everything that a start needs, and writes nothing."""
+"""Checks of a start: `instep serve --check` tries everything that it needs, and writes nothing."""
 
 from __future__ import annotations
 
 import json
 import re
+import resource
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,15 @@ import pytest
 import torch
 
 from instep.config import Config
-from instep.memory import usable_memory
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
-from instep.server.check import check
+from instep.server import checks
+from instep.server.checks import before_loading, memory_when_full, rehearse
+from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import running
+from tests.support.running import config, prepared, running
 from tests.support.streaming import random_frames
 
 
@@ -35,6 +38,14 @@ def configured(model: Path, **sections: dict[str, Any]) -> Config:
     common = {"transport": transport, "http": {"endpoint": "off", **sections.pop("http", {})}}
     common |= {"model": {"folder": model}, "log": {"format": "json"}}
     return Config.model_validate({**common, **sections})
+
+
+def check(config: Config, *, restart: bool = False) -> None:
+    rehearse(config, make_log(config.log), restart=restart)
+
+
+def warnings(config: Config) -> list[str]:
+    return [each.what for each in before_loading(config) if each.severity == "warning"]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
@@ -147,13 +158,15 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     )
     with pytest.raises(CannotServe) as error:
         check(config, restart=True)
-    words = ("there is no folder", "http.token_file", "--restart needs a port", "no CUDA device")
-    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 4
+    words = ("there is no folder", "http.token_file", "--restart needs a port")
+    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 3
+    with pytest.raises(CannotServe, match="no CUDA device"):
+        check(configured(model, engine={"device": "cuda"}))
     folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
     config = configured(model, recording={"file": tmp_path / "r.instep"}).model_copy(update={"model": folders})
     with pytest.raises(CannotServe, match=r"(?s)there is no model folder .*/no: .*\n.*/r\.instep is not a folder"):
         check(config)
-    assert said(capsys) == {}, "nothing was compiled"
+    assert "compiled" not in said(capsys)
 
 
 def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold_are_warned_of(
@@ -161,9 +174,52 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
 ) -> None:
     with pytest.raises(CannotServe, match=r"engine\.max_streams is 2,000,000,000, which takes \d+\.\d GiB of memory"):
         check(configured(model, engine={"max_streams": 2_000_000_000}))
-    check(configured(model))
-    assert "more streams than memory" not in said(capsys)
     check(configured(model, limits={"window_frames": 65_536}, engine={"max_streams": 2**20}))
-    warned = said(capsys)["more streams than memory"]
-    assert warned["needed_bytes"] > warned["usable_bytes"] == usable_memory()
-    assert warned["reason"].startswith("the limits allow 3.5 TiB, and ")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert any(line["reason"].startswith("the limits allow 3.5 TiB, and ") for line in lines if "reason" in line)
+
+
+def test_states_count_only_where_they_are_in_the_memory_of_the_machine() -> None:
+    settings = config(engine={"max_streams": 1000}, limits={"window_frames": 8})
+    ready = prepared(SMALL)
+    frames = 1000 * 8 * (4 * (5 + 8) + 4)
+    most = checks.MAX_BUFFERED_BYTES
+    assert memory_when_full(settings, [ready, ready]) == 2 * (frames + 1000 * 4 * 8) + most
+    assert memory_when_full(settings, [replace(ready, device=torch.device("cuda"))]) == frames + most
+
+
+def test_what_will_hurt_is_warned_of(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert warnings(configured(model)) == []
+    several = Config.model_validate({"model": {"folder": [model, model]}})
+    assert warnings(several) == ["3 processes, the server's and one for the steps of each model, share 2 cores"]
+    monkeypatch.setattr(checks, "usable_cores", lambda: 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    (full, core, files, compiled) = warnings(
+        configured(model, recording={"file": tmp_path / "r.instep", "warn_free_bytes": 2**60})
+    )
+    assert "are free for the recording" in full
+    assert "one core only" in core
+    assert "256 files may be open, and limits.max_connections of 16,384 needs 16,484" in files
+    assert compiled.startswith("NUMBA_DISABLE_JIT is set")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "allowed"),
+    [
+        (1024, 4096, 1000, 1024),
+        (1024, 4096, 2000, 2000),
+        (1024, 4096, 9000, 4096),
+        (1024, resource.RLIM_INFINITY, 9000, 9000),
+    ],
+)
+def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, wanted: int, allowed: int
+) -> None:
+    kept = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: kept[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: kept.append(limits))
+    assert checks.allow_open_files(wanted) == allowed
+    assert kept[-1] == (max(soft, allowed), hard)

@@ -1,0 +1,317 @@
+"""What stands in the way of a server, and what will hurt it: one list for a start, `serve --check` and `doctor`.
+
+Loading PyTorch and models takes up to a minute, so nothing here may import PyTorch before `rehearse`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import structlog
+
+from instep.config import Config
+from instep.core.tables import STREAM
+from instep.frontends import CannotListen
+from instep.frontends.http.security import DEFAULT, cannot_listen, read_token
+from instep.memory import size, usable_memory
+from instep.models.errors import no_folder
+from instep.recording.database import check_file, check_place, lost_tail
+from instep.recording.errors import RecordingError, with_advice
+from instep.recording.lock import check_not_written
+from instep.runtime.executor import usable_cores
+from instep.server.recording_files import check_several
+
+if TYPE_CHECKING:
+    from instep.server.preparation import Prepared
+
+MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
+"""Of replies that may wait for all connections together."""
+FILES_BESIDE_CONNECTIONS: Final = 100
+"""A server opens one file for each connection, and at most about this many others."""
+_NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
+
+
+class CannotServe(Exception):
+    """The server cannot start; the message says whose fault it is and what to do."""
+
+
+class Finding(NamedTuple):
+    """One thing that a check has found."""
+
+    severity: Literal["problem", "warning"]
+    """A problem stands in the way; a warning will hurt."""
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.cure}" if self.cure else self.what
+
+
+def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
+    """Everything that is known without a model; nothing is written. `restart` is as of `serve.run`."""
+    for check in (_folders, _recording, _ports, _token, _memory, _disk, _cores, _open_files):
+        yield from check(config)
+    if restart and config.transport.endpoint.endswith(":*"):
+        sentence = "--restart needs a port"
+        yield Finding("problem", sentence, "clients would not find the next server on whichever port is free then")
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        what = "NUMBA_DISABLE_JIT is set, so the hot path runs as ordinary Python, some hundred times as slow"
+        yield Finding("warning", what, "unset it")
+
+
+def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> None:
+    """Log the warnings.
+
+    Raises:
+        CannotServe: with a line for every problem.
+    """
+    problems = []
+    for finding in findings:
+        if finding.severity == "problem":
+            problems.append(str(finding))
+        else:
+            log.warning("will hurt", reason=finding.what, next=finding.cure)
+    if problems:
+        raise CannotServe("\n".join(problems))
+
+
+def with_all_streams(config: Config, prepared: Sequence[Prepared]) -> Iterator[Finding]:
+    """Whether memory holds all streams that may be open."""
+    needed, usable = memory_when_full(config, prepared), usable_memory()
+    if needed > usable:
+        what = f"the limits allow {size(needed)}, and {size(usable)} of memory may be used"
+        cure = "lower engine.max_streams or limits.window_frames: the server is killed before it reaches them"
+        yield Finding("warning", what, cure)
+
+
+def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
+    """Bytes when all streams are open: states on the CPU, the frame buffers, and replies that nobody has read yet."""
+    needed = MAX_BUFFERED_BYTES
+    for each in prepared:
+        description = each.network.description
+        frame = 4 * (description.features + description.outputs) + 4
+        state = each.network.state.row_bytes if each.device.type == "cpu" else 0  # else it is in the device's memory
+        needed += config.engine.max_streams * (state + config.limits.window_frames * frame)
+    return needed
+
+
+def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False) -> None:
+    """Load and compile the models, look through what of their recordings a start reads, and try the endpoints.
+
+    Nothing is written, and the log says what would be served. `restart` is as of `serve.run`.
+
+    Raises:
+        CannotServe: when the server could not start.
+    """
+    from instep.frontends.http.admin import bind
+    from instep.frontends.zmq.router import Router
+    from instep.server.limits import effective_limits
+    from instep.server.preparation import log_of, prepare
+    from instep.server.recordings import find_recording
+
+    settle(before_loading(config, restart=restart), log)
+    prepared = prepare(config, log, restart=restart)
+    settle(with_all_streams(config, prepared), log)
+    is_only = len(prepared) == 1
+    try:
+        for each in prepared:
+            description = each.network.description
+            effective_limits(config, description.features, description.outputs)
+            of_model = log_of(each.model.name, log, is_only=is_only)
+            if (versions := find_recording(config, each, of_model, is_only=is_only)) is not None:
+                _look_through(versions.file, config, each, of_model)
+        Router(config.transport).close()
+        if (listener := bind(config.http, log)) is not None:
+            listener.close()
+    except (RecordingError, CannotListen) as error:
+        raise CannotServe(with_advice(error)) from None
+    admin = {} if listener is None else {"http": _with_port(f"http://{config.http.endpoint}")}
+    for each in prepared:
+        log.info(
+            "can serve",
+            endpoint=_with_port(config.transport.endpoint),
+            **admin,
+            model=each.model.name,
+            device=str(each.device),
+            exactness=each.exactness,
+            max_streams=config.engine.max_streams,
+        )
+
+
+def allow_open_files(wanted: int) -> int:
+    """Raise this process's soft limit of open files to `wanted`, as far as the hard limit allows.
+
+    Returns:
+        What is allowed now.
+    """
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in _file_limits())
+    if soft >= min(wanted, hard):
+        return soft
+    allowed = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, _file_limits()[1]))
+    return allowed
+
+
+def _file_limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def _folders(config: Config) -> Iterator[Finding]:
+    for _, folder in config.model.folders:
+        if not os.path.exists(folder):  # Path's raises if its name is too long
+            yield Finding("problem", *no_folder(folder))
+
+
+def _recording(config: Config) -> Iterator[Finding]:
+    place = config.recording.file
+    if place is None:
+        return
+    folders = [folder for _, folder in config.model.folders]
+    if os.path.realpath(place) in map(os.path.realpath, folders):
+        yield Finding("problem", f"{place} is a model folder", "name another folder, or a file, for the recording")
+        return
+    around = list(map(str, Path(os.path.realpath(place)).parents))
+    if inside := [folder for folder in folders if os.path.realpath(folder) in around]:
+        cure = "name a place outside it for the recording"
+        yield Finding("problem", f"{place} is inside the model folder {inside[0]}", cure)
+        return
+    try:
+        check_several(place, is_only=len(folders) < 2)
+        if not os.path.isdir(place):
+            check_place(place)
+            check_file(place)
+    except RecordingError as error:
+        yield Finding("problem", with_advice(error), "")
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    """Ports that another program listens on."""
+    endpoint, http = config.transport.endpoint, config.http.endpoint
+    family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
+    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
+        what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?"
+        yield Finding("problem", what, "")
+    if http not in (None, DEFAULT) and _is_in_use(http):
+        error = cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
+        yield Finding("problem", str(error), "")
+
+
+def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return False
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]*") or None, int(port), family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:  # whatever else is wrong with it, the bind says
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _token(config: Config) -> Iterator[Finding]:
+    try:
+        read_token(config.http)
+    except CannotListen as error:
+        yield Finding("problem", str(error), "")
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    """What is written before any stream is opened: a record for each that there may be."""
+    needed, usable = config.engine.max_streams * STREAM.itemsize * len(config.model.folders), usable_memory()
+    if needed > usable:
+        what = (
+            f"engine.max_streams is {config.engine.max_streams:,}, which takes {size(needed)} of memory before any "
+            f"stream is opened, and {size(usable)} may be used"
+        )
+        yield Finding("problem", what, "lower it")
+
+
+def _disk(config: Config, mounts: Path = Path("/proc/self/mounts")) -> Iterator[Finding]:
+    file = config.recording.file
+    folder = None if file is None else file if os.path.isdir(file) else file.parent
+    if folder is None or not folder.is_dir():
+        return
+    kind = _file_system(folder, mounts)
+    if kind.startswith(_NETWORK):
+        what = f"the recording is on a network file system ({kind}), where SQLite's WAL can be damaged"
+        cure = "put recording.file on a local disk, and copy finished recordings: instep recordings cut FILE COPY"
+        yield Finding("warning", what, cure)
+    free = os.statvfs(folder)
+    if (free_bytes := free.f_bavail * free.f_frsize) < config.recording.warn_free_bytes:
+        what = f"{size(free_bytes)} are free for the recording, and a full disk ends the server"
+        yield Finding("warning", what, "make room, or bound the recording with recording.keep_bytes")
+
+
+def _file_system(folder: Path, mounts: Path) -> str:
+    """The type of the file system that holds a folder, as the kernel calls it; empty where that is not known."""
+    place, best = folder.resolve(), ("", "")
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, point, kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if place.is_relative_to(point) and len(point) >= len(best[0]):
+            best = point, kind
+    return best[1]
+
+
+def _cores(config: Config) -> Iterator[Finding]:
+    cores, processes = usable_cores(), 1 + max(1, len(config.model.folders))
+    if cores < 2:
+        what = "this process may use one core only, which the event loop and the steps share"
+        yield Finding("warning", what, "give it two or more: by its affinity (taskset), or the limit of its container")
+    elif processes > cores and not config.engine.device.startswith("cuda"):
+        what = f"{processes} processes, the server's and one for the steps of each model, share {cores} cores"
+        yield Finding("warning", what, "give it more cores, or serve fewer models from this machine")
+
+
+def _open_files(config: Config) -> Iterator[Finding]:
+    hard, needed = _file_limits()[1], config.limits.max_connections + FILES_BESIDE_CONNECTIONS
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        what = (
+            f"{hard:,} files may be open, and limits.max_connections of {config.limits.max_connections:,} needs "
+            f"{needed:,}, so later connections will be refused"
+        )
+        cure = f"raise the hard limit (ulimit -Hn, LimitNOFILE={needed} in a unit), or lower limits.max_connections"
+        yield Finding("warning", what, cure)
+
+
+def _look_through(path: Path, config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger) -> None:
+    from instep.recording.reader import RecordingReader
+    from instep.recording.records import refuse_other_model
+    from instep.replay.recovery import look_through
+    from instep.server.recordings import recording_header
+
+    check_place(path)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
+    if not path.is_file() or not path.stat().st_size:
+        log.info("would record", file=str(path), durability=config.recording.durability)
+        return
+    check_not_written(path)
+    if tail := lost_tail(path):
+        log.warning("recording lost its end", file=str(path), reason=tail)
+    with RecordingReader(path) as reader:
+        refuse_other_model(path, reader.engines[-1].header, recording_header(prepared, config))
+    streams, frames = look_through(path)
+    log.info("would continue", file=str(path), streams=streams, frames_to_replay=frames)
+
+
+def _with_port(endpoint: str) -> str:
+    """An endpoint, and that its port is a free one where none is named."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:PORT, a free one" if port in ("0", "*") else endpoint
