@@ -20,7 +20,7 @@ _STOP_TIMEOUT_S: Final = 60.0
 _OWN_END_S: Final = 3.0
 """Time that a child which may have been told to end has for that."""
 _LINES_KEPT: Final = 1000
-"""Of what the server has logged, for the sentence on why it failed."""
+"""Lines of its log that are kept, for the sentence on why it failed."""
 
 
 class ChildFailed(Exception):

@@ -51,10 +51,10 @@ def load_utterances(path: Path = TEST) -> Utterances:
 
 @dataclass(frozen=True, eq=False)
 class Producer:
-    """Who sends what, and when."""
+    """One recording and the times at which its frames are sent."""
 
     name: str
-    """Of its stream."""
+    """Name of its stream."""
     frames: F32
     """float32 [T, features]."""
     due_s: F64
@@ -97,7 +97,7 @@ class Heard:
 
     @property
     def frames(self) -> int:
-        """Of all producers, answered or not."""
+        """Count of frames of all producers, answered or not."""
         return int(self.lengths.sum())
 
     def add(self, row: int, y: F32, latency_s: F64) -> None:

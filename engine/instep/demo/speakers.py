@@ -143,7 +143,7 @@ async def _stream(
 
 
 def accuracy_table(right: Bool) -> Table:
-    """How many decisions are right after some numbers of frames."""
+    """Counts and shares of right decisions after some numbers of frames."""
     recordings, longest = right.shape
     shown = [count for count in AFTER if count < longest]
     table = Table(title=f"correct decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
@@ -192,7 +192,7 @@ def show_verification(recording: Path, console: Console) -> int:
 
 
 def program() -> str:
-    """How to call this program here: by a path where it is not on PATH, as in `make demo`."""
+    """The word or path that starts this program here; a path when it is not on PATH, as in `make demo`."""
     script, here = Path(sys.executable).with_name("instep"), Path.cwd()
     if shutil.which("instep") or not script.exists():
         return "instep"

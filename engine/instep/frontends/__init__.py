@@ -10,7 +10,7 @@ class CannotListen(Exception):
 
 
 class Frontend(Protocol):
-    """Where producers connect, as the loop sees it."""
+    """An entrance for producers, as the loop sees it."""
 
     @property
     def signal_fd(self) -> int | None:

@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - `StepExecutor` documents what every executor has
-"""Where steps run: in the event loop's thread, in a thread, or in a process (`process_executor`)."""
+"""Executors of steps: in the event loop's thread, in a thread, or in a process (`process_executor`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunResult:
     ended_ns: int
     """Both of the monotonic clock."""
     steps: int
-    """How many steps were applied, the first ones."""
+    """Count of steps that were applied, from the first on."""
     error: Exception | None
     """The exception of the step after those; None where all were applied."""
 
@@ -55,7 +55,7 @@ class StepExecutor(Protocol):
 
     @property
     def capacity(self) -> int:
-        """How many runs may be under way, the one that is stepped included."""
+        """Count of runs that may be under way, including the one that is stepped."""
 
     @property
     def signal_fd(self) -> int | None:
@@ -199,7 +199,7 @@ def usable_cores(membership: Path = MEMBERSHIP, groups: Path = GROUPS) -> int:
 
 
 def _shares(membership: Path, groups: Path) -> list[int]:
-    """Whole cores that this process's group and those around it may use, where there is a limit."""
+    """Limits in whole cores of this process's group and of those around it."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -214,7 +214,7 @@ class _Commands:
         self._fd = fd
         self._busy_poll_ns = busy_poll_ns
         self._long_waits = 0
-        """How many of the last waits were more than twice as long as it polls."""
+        """Count of the last waits in a row that took more than twice the polling time."""
         self._signal = select.poll()  # `select.select` takes no number above 1023
         self._signal.register(fd, select.POLLIN)
         os.set_blocking(fd, False)

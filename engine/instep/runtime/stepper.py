@@ -22,7 +22,7 @@ from instep.models.torch_network import TorchNetwork
 from instep.runtime.executor import StateLost
 
 _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Of batches for which a graph is captured on a GPU."""
+"""Batch sizes for which a graph is captured on a GPU."""
 _WARM_UPS: Final = 3
 """Runs before the capture: libraries allocate and choose kernels in them. As many as in torch's own example."""
 

@@ -53,9 +53,9 @@ class Reply:
     """int64 [3, N], None where everything was applied. By column: why its next frame was refused, 0 where none was; how
     many leading timesteps were applied; and what its stream expects next, 0 where the stream is not the origin's."""
     frames: int
-    """How many frames were computed for it."""
+    """Count of frames that were computed for it."""
     queue_ns: int
-    """How long the first message waited for the step of its last frames."""
+    """The time from the arrival of the first message to the step of its last frames."""
     compute_ns: int
     send_ns: int
     """From the end of that step to this reply."""
@@ -70,12 +70,12 @@ class StreamEvent:
 
 
 class Origin(Protocol):
-    """Where frames come from and replies go to: a ZeroMQ peer, or an object in this process."""
+    """A source of frames that takes their replies: a ZeroMQ peer, or an object in this process."""
 
     number: int
     """The number that `Origins.connect` gave it; it owns streams under this number."""
     arrival: int
-    """How many origins had connected when it did, this one included."""
+    """Its place in the order of all connections, from 1."""
 
     def deliver(self, reply: Reply) -> None:
         """Take a reply. Never blocks, and never raises because a peer is slow or gone."""

@@ -36,10 +36,10 @@ from instep.streaming.tasks import Waiters
 from instep_client.protocol.codes import Code
 
 _LONGEST_RUN_NS: Final = 1_000_000
-"""How long, about, a stream that becomes ready may wait for a run of several steps."""
+"""About the longest that a stream which becomes ready waits for a run of several steps."""
 _BUSY_RETRY_US: Final = 2000
 _MESSAGE_NS: Final = 5_000
-"""What the loop needs for a message, at least. (AMD EPYC: 9 µs from socket to socket.)"""
+"""The least time that the loop needs for a message. (AMD EPYC: 9 µs from socket to socket.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Engine:
         self.draining = False
         """While True, nothing more arrives that a batch could be held for."""
         self.expected_ns = 0
-        """How long the runs under way are expected to take, from their beginning."""
+        """The expected duration of all runs under way, each from its beginning."""
         self._limits = limits
         self.log_failure = log_failure
         self._call_later = call_later
@@ -125,7 +125,7 @@ class Engine:
         self._runs: deque[_Run] = deque()
         self._results: deque[_Complete] = deque()
         self._step_ns: dict[int, int] = {}
-        """How long each step of the newest run took, by the power of two that its batch size is below."""
+        """Duration of a step of the newest run, by the power of two that the batch size is below."""
         self._is_holding = False
         self._delivery = Delivery(tables, origins, stats, limits.max_reply_frames)
 

@@ -33,12 +33,12 @@ _MOST_TOMBSTONES: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
-    """What becomes of idle streams, in memory and in the recording: times in ns, and counts."""
+    """Limits of idle streams, in memory and in the recording: times in ns, and counts."""
 
     max_idle_ns: int
-    """Time for which a stream is kept whose connection is there; 0 for ever."""
+    """A stream whose connection is there ends when it was idle for this long; 0 for never."""
     park_ns: int
-    """Time for which one is kept whose connection is gone; 0 for not at all."""
+    """A stream whose connection is gone ends this much later; 0 for at once."""
     max_parked: int
     """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
     hibernate_after_ns: int = 0
@@ -47,7 +47,7 @@ class IdleLimits:
     """The most that hibernate; beyond it those that have done so longest expire."""
 
     def expires_in_ns(self, idle_ns: int, *, has_owner: bool) -> int | None:
-        """Time for which a stream is kept if it stays idle; None for ever."""
+        """The time left until a stream expires if it stays idle; None if it never does."""
         if not has_owner:
             return max(0, self.park_ns - idle_ns)
         return max(0, self.max_idle_ns - idle_ns) if self.max_idle_ns else None
@@ -116,7 +116,7 @@ class Hibernation(Mapping[str, Sleeper]):
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to wake or to end."""
         self._newest_lsn = 0
-        """Of what the recording has to hold before it is read."""
+        """The recording is read only once it holds this lsn."""
         self._ages: Iterator[str] = iter(())
         """Names whose age is to be looked at."""
         self._is_behind = False
@@ -181,7 +181,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return self._hibernate(self._sleepy(self._table.parked_longest())[:count])
 
     def _sleepy(self, slots: I64) -> I64:
-        """Those of streams with nothing pending that no operation works on."""
+        """Leave out streams that an operation works on; none of `slots` has anything pending."""
         records = self._engine.tables.streams
         is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots]
         return slots[is_free]
@@ -247,13 +247,13 @@ class Hibernation(Mapping[str, Sleeper]):
         return np.array([refused.get(name, 0) if name in self._asleep else 0 for name in names], np.int32)
 
     async def _sleepers(self, names: Names, tried: set[str]) -> list[str]:
-        """Those that hibernate and were not tried, once nobody else wakes or ends any of them."""
+        """Names that hibernate and were not tried. It waits until nobody else wakes or ends any of them."""
         while busy := {self._busy[name] for name in names if name in self._busy}:
             await asyncio.wait(busy)
         return [name for name in dict.fromkeys(names) if name in self._asleep and name not in tried]
 
     def _put(self, streams: list[OpenStream], refused: dict[str, Code]) -> I64:
-        """Put streams into memory, as many as there is room for: their slots."""
+        """Put streams into memory while there is room; returns their slots."""
         code = Code.TOO_MANY_STREAMS
         try:
             slots = put_into_memory(self._engine.tables, self._table, self._states.access, streams)
@@ -312,7 +312,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return rows
 
     async def _load_all(self, sleepers: Mapping[str, Sleeper]) -> tuple[list[OpenStream], dict[str, Code]]:
-        """Those that can be read, and why the others cannot be."""
+        """Streams that could be read, and the reason by name for each that could not."""
         try:
             return await self._load([asleep.stream for asleep in sleepers.values()]), {}
         except Exception as error:  # also of a system that has no thread or memory left to read it

@@ -53,7 +53,7 @@ class Journal:
         self.released = NEVER - 1
         """Replies that rest on nothing newer may go."""
         self.computed_ns = 0
-        """How long the steps since the last checkpoint took."""
+        """Duration of the steps since the last checkpoint."""
         self._tables = tables
         self._table = table
         self._wake = wake
@@ -101,7 +101,7 @@ class Journal:
 
     @property
     def room(self) -> int:
-        """How many batches may begin now; 0 while the recorder is behind, and after it failed."""
+        """Count of batches that may begin now; 0 while the recorder is behind, and after it failed."""
         if self._recorder is None:
             return _MANY
         return 0 if self.has_failed else self._recorder.room

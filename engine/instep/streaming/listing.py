@@ -31,7 +31,7 @@ class StreamStatus(NamedTuple):
     silent_ns: int
     """Time since it was last active or, without an owner, since its connection is gone."""
     expires_in_ns: int | None
-    """Time for which it is kept if it stays idle; None for ever."""
+    """The time left until it expires if it stays idle; None if it never does."""
 
     @property
     def idle_ns(self) -> int:

@@ -25,7 +25,7 @@ from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 
 _ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
-"""Reason of an end → the event that it is, where it is no eviction."""
+"""Reason of an end → kind of its event, where that is not `evicted`."""
 REAP_AT_ONCE: Final = 4096
 """Streams that are parked or evicted in one tick, of all connections together."""
 _LOOK_EVERY: Final = 10

@@ -53,7 +53,7 @@ class Recovery:
     hibernated: dict[str, int]
     """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
     checkpoint_position: int
-    """Of what the recording holds up to here, only what still counts was read; 0 where all of it was."""
+    """Up to here, the recovery read only the rows that still count; 0 where it read all of them."""
 
 
 @dataclass(slots=True, eq=False)

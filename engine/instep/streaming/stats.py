@@ -1,4 +1,4 @@
-"""What an engine counts and remembers: its counters, the last ten minutes in numbers, and the newest events.
+"""Counters of an engine, its last ten minutes in numbers, and its newest events.
 
 They are plain numbers, histograms and tuples that any front end may read.
 """

@@ -1,4 +1,4 @@
-"""Coroutines beside the loop: started, counted and never forgotten, and waiting until something is true."""
+"""Coroutines next to the loop: started and counted, and waiting until a condition holds."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Waiters:
         self._count = 0
 
     def __len__(self) -> int:
-        """How many coroutines wait, or may proceed and have not run yet."""
+        """Count of coroutines that wait, or that may proceed and have not run yet."""
         return self._count
 
     async def until(self, holds: Callable[[], bool]) -> None:

@@ -26,9 +26,9 @@ from instep.streaming.tasks import Tasks
 
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
-"""Of a request's line and headers, as long as they are incomplete."""
+"""Bound of a request's line and headers while they are incomplete."""
 UNREAD_S: Final = 10.0
-"""Time for which a peer may leave what was sent to it unread."""
+"""A connection is ended when its peer has read nothing for this long."""
 _LINGER_S: Final = 0.5
 """Time that answers under way may take when the server ends."""
 _BACKLOG: Final = 128

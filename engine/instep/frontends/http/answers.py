@@ -40,7 +40,7 @@ class HttpError(Exception):
 
 
 def bad_request(problem: str, wrong: str, known: Sequence[str]) -> HttpError:
-    """That a text in the query is none of those known."""
+    """The error for a text in the query that is not among the known ones."""
     return HttpError(400, "BAD_REQUEST", f"{problem}: {meant(wrong, known)}")
 
 

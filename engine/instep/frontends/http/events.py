@@ -1,7 +1,7 @@
 """Server-sent events: the statistics every second, the log of streams as it grows, and a stream that is looked at.
 
-Everybody gets the same object of statistics. Nothing is kept for a listener but where it is in the log, so one that
-does not read costs what its socket holds, until `admin` ends it.
+All listeners get the same object of statistics. Only the listener's position in the log is stored. One that stops
+reading costs one socket buffer until its connection is closed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from instep.streaming.tasks import Tasks
 MOST_LISTENERS: Final = 32
 _EVERY_S: Final = 0.25
 _TURNS: Final = 4
-"""Of the log for one of the statistics."""
+"""Turns of the log for each one of the statistics."""
 _AT_ONCE: Final = 64
 """Events of the log that are sent before the loop gets its turn."""
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}

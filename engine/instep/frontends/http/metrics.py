@@ -64,7 +64,7 @@ class Metric:
     """The name of a number or, of a histogram, of the attribute of `EngineStats`; or the values by labels."""
     labels: tuple[str, ...]
     scale: Scale | None
-    """Of a histogram."""
+    """Set for a histogram."""
 
     @property
     def type(self) -> str:

@@ -1,4 +1,4 @@
-"""Who is answered: checks that come before every path, and headers that go with every answer."""
+"""Checks before every path, and headers of every answer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PAGE: Final = "/"
 _LEAST_TOKEN: Final = 16
 _MOST_TOKEN_BYTES: Final = 4096
 MOST_REQUESTS: Final = 64
-"""That may be under way, besides those for health."""
+"""Requests under way at a time, those for health not counted."""
 KEPT_FOR_HEALTH: Final = 8
 """Connections beyond those."""
 REQUESTS_PER_S: Final = 50.0
 BURST: Final = 200.0
-"""Of everybody together, except for health: whatever looks after processes must get an answer."""
+"""All clients share this rate. Health checks are not counted: a supervisor must always get an answer."""
 _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HEADERS: Final = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -53,10 +53,10 @@ def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
 
 
 def read_token(config: HttpConfig) -> str | None:
-    """The token that requests have to show; None without a token file, or where there is no admin server to need it.
+    """The token that requests have to show; None without a token file or without an admin server.
 
     Raises:
-        CannotListen: when there is no usable token in the file.
+        CannotListen: when the file does not hold a usable token.
     """
     file = config.token_file
     if config.endpoint is None or file is None:

@@ -13,7 +13,7 @@ from instep.recording.database import bytes_on_disk
 from instep.streaming.service import ModelService
 
 _FRESH_S: Final = 0.2
-"""Time for which an object is given out again, however often it is asked for."""
+"""Requests within this time get the same object."""
 
 
 class ServerStatus:

@@ -36,10 +36,10 @@ _RECORDS: Final = 100
 _PAUSE_S: Final = 0.0005
 """The least time that the loop gets then."""
 _EVENTS: Final = 100
-"""Of a stream that are shown."""
+"""Newest events of a stream that its record holds."""
 
 Key: TypeAlias = tuple[float, str]
-"""Where a stream is in the order of a page: the value that is sorted by, 0 where it is the name, and the name."""
+"""Sort key of a stream: the value that a page is sorted by (0 when sorted by name), and the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class Query:
     """Behind a `-` where the order is turned round."""
     limit: int
     after: Key | None
-    """Of the last stream of the page before."""
+    """Key of the last stream of the page before."""
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Query:
-        """What a request asks for.
+        """Parse the parameters of a request.
 
         Raises:
             HttpError: when a parameter has no such value.
@@ -82,7 +82,7 @@ def key_after(cursor: str | None, sort: str) -> Key | None:
     """The key of the last stream of the page before; None without a cursor.
 
     Raises:
-        HttpError: when it is none of a page that was sorted so.
+        HttpError: when the cursor does not belong to a page with this order.
     """
     if cursor is None:
         return None
@@ -102,7 +102,7 @@ class Inspector:
         self._subject = subject
         self._tasks = tasks
         self._rates: dict[ModelService, FrameRates] = {}
-        """Of services that were asked for lately; a model that was unloaded is not kept by it."""
+        """Rates of services that were asked for lately; an entry does not keep an unloaded model in memory for long."""
         self._traces = Traces(self.find, tasks)
         self._one_at_a_time = asyncio.Lock()
 
@@ -255,7 +255,7 @@ class FrameRates:
     _EVERY_S: Final = 1.0
     _LEAST_NS: Final = 500_000_000
     _WANTED_S: Final = 10.0
-    """Time for which rates are measured after somebody has asked for them."""
+    """Rates are measured for this long after each request for them."""
 
     def __init__(self, service: ModelService, tasks: Tasks, forget: Callable[[], None]) -> None:
         self._tasks = tasks
@@ -274,7 +274,7 @@ class FrameRates:
             self._tasks.start(self._sample())
 
     def of(self, slots: I64) -> F64 | None:
-        """Of open streams: float64 [N]; None before they were measured for half a second."""
+        """Rates of open streams, float64 [N]; None before they were measured for half a second."""
         if not self._samples or (passed_ns := time.monotonic_ns() - self._samples[0][0]) < self._LEAST_NS:
             return None
         (_, seqs, incarnations), table = self._samples[0], self._table
@@ -316,13 +316,13 @@ class Traces:
 
     _EVERY_S: Final = 0.25
     _WATCHED_S: Final = 60.0
-    """Time for which a stream is sampled after it was last asked for."""
+    """A stream is sampled for this long after each request for it."""
     _MOST_STREAMS: Final = 32
     """Beyond it, those that were asked for least recently are forgotten."""
     _MOST_STATE_BYTES: Final = 1024 * 1024
     """Larger states are not read: it would take too long while everything else waits."""
     _VALUES: Final = 4
-    """Of a frame and of an output."""
+    """Count of leading values of a frame and of an output that a sample holds."""
 
     def __init__(self, find: Callable[[str], ModelService | None], tasks: Tasks) -> None:
         self._find = find
@@ -379,7 +379,7 @@ class Traces:
 
 
 def _norm(spec: StateSpec, states: U8) -> float | None:
-    """Of all floats of a state, [1, row_bytes]."""
+    """Euclidean norm of all floats of a state, [1, row_bytes]."""
     floats = [leaf for leaf in spec.unpack(states).values() if leaf.dtype.kind == "f"]
     squares = sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in floats)
     return float(f"{math.sqrt(squares):.6g}") if floats else None

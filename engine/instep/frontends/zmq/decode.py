@@ -19,7 +19,7 @@ from instep_client.protocol.wire import Code, Header
 _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64
 _AUTOMATIC_ID_BYTES: Final = 5
-"""Of the routing ids that ZeroMQ makes up; the first byte is 0."""
+"""Length of the routing ids that ZeroMQ makes up itself; their first byte is 0."""
 
 
 def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
@@ -85,7 +85,7 @@ class Decoder:
         return wire.count_field(field, "N", wire.MAX_BLOCK_STREAMS)
 
     def count_with_states(self, field: Any) -> int:
-        """N, where the reply holds as many states."""
+        """N, bounded so that N states fit into the reply."""
         count = self.count(field)
         if count * self.state.row_bytes > self.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")

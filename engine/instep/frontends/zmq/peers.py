@@ -114,7 +114,7 @@ class Outbound:
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
         self._unreachable: set[Peer] = set()
-        """Those whom `ask_all` could not ask the last time, because they have disconnected."""
+        """Peers that had disconnected when `ask_all` last asked them."""
         self._ask_every_bytes = max_unread_bytes // 2
         self.unread_bytes = 0
         """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
