@@ -19,7 +19,7 @@ import yaml
 from instep.models.base import Description
 from instep.models.errors import ModelError, no_folder
 from instep.models.model import Model, check_weights, load_weights, weights_bytes
-from instep.models.module.graph import MAX_JSON_BYTES, graph_text, parsed_graph
+from instep.models.module.description import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
 from instep_tools.problems import part_of
 

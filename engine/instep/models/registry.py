@@ -79,7 +79,7 @@ def _step_forward(model: Model, device: torch.device) -> Forward | None:
     from instep.models.module.network import GraphModule
 
     assert isinstance(model.description, ModuleDescription)
-    return None if model.description.graph_step is None else GraphModule(model, device)
+    return None if model.description.graph is None else GraphModule(model, device)
 
 
 def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
@@ -88,7 +88,7 @@ def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
     from instep.models.portable.network import as_arrays
 
     assert isinstance(model.description, ModuleDescription)
-    if model.description.graph_step is not None:
+    if model.description.graph is not None:
         return GraphReference(model, dtype)
     return DefinitionReference(model.description.form, as_arrays(model.weights), model.state, dtype)
 

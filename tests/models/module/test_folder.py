@@ -177,7 +177,7 @@ def sizes_of(form: dict[str, Any]) -> dict[str, int]:
         ),
         (lambda form: form["nodes"].pop(0), "normal form"),
         (lambda form: form["nodes"].append(form["nodes"][0]), "normal form"),
-        (lambda form: form["outputs"].reverse(), "the graph and the normal form differ; make the folder again"),
+        (lambda form: form["outputs"].reverse(), "a leaf of the new state is not like that of the state"),
     ],
 )
 def test_a_normal_form_that_is_refused(folder: Path, change: Change, sentence: str) -> None:
@@ -192,7 +192,7 @@ def test_a_normal_form_that_is_refused(folder: Path, change: Change, sentence: s
     [
         ("{", r"normal\.json is not JSON"),
         ("[" * 100_000, r"normal\.json is not JSON"),
-        ("[]", "form: .*its arithmetic is None"),
+        ("[]", "form: "),
         (" " * 2**23 + "[]", r"normal\.json has 8,388,610 bytes, and at most 8,388,608 can be served"),
         (None, r"cannot read the graph .*normal\.json"),
     ],

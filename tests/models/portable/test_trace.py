@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from instep.core.typing import F32
 from instep.models.errors import ModelError
-from instep.models.module.description import GraphStep, ModuleDescription
+from instep.models.module.description import Graph, ModuleDescription
 from instep.models.portable import trace as tracing
 from instep.models.portable.definition import Definition
 from instep.models.portable.trace import Traced, form_of_module, trace
@@ -31,17 +32,18 @@ def random(*shape: int, seed: int = 3) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).uniform(-2, 2, shape).astype(np.float32))
 
 
-def graph_of(name: str) -> tuple[GraphStep, Mapping[str, Tensor]]:
+def traced_again(name: str) -> Traced:
+    """The normal form of an exported step, from its graph."""
     model = exported(name)
     assert isinstance(model.description, ModuleDescription)
-    assert model.description.graph_step is not None
-    return model.description.graph_step, model.weights
+    assert model.description.graph is not None
+    inputs = [torch.zeros(1, FEATURES), *leaves(example(name))]
+    return form_of_module(model.description.graph, model.weights, inputs)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_module_in_normal_form_gives_what_it_gives_itself(name: str) -> None:
-    step, weights = graph_of(name)
-    traced = form_of_module(step, weights)
+    traced, weights = traced_again(name), exported(name).weights
     x: F32 = random(6, FEATURES).numpy()
     expected, after = eager(name, x, 1)
     state: list[Any] = [leaf.numpy() for leaf in leaves(example(name))]
@@ -53,25 +55,20 @@ def test_a_module_in_normal_form_gives_what_it_gives_itself(name: str) -> None:
 
 
 def test_a_module_is_traced_to_the_same_form_each_time() -> None:
-    step, weights = graph_of("selective_state_space")
-    assert form_of_module(step, weights).form.digest == form_of_module(step, weights).form.digest
+    assert traced_again("selective_state_space").form.digest == traced_again("selective_state_space").form.digest
 
 
-def graph(*nodes: tuple[str, str, list[Any]], y: str = "y") -> GraphStep:
-    """A step of 3 features and a leaf h [2], which stays as it is, of nodes (name, operator, arguments)."""
-    return GraphStep.model_validate(
+def form_of(*nodes: tuple[str, str, list[Any]], lines: Mapping[str, str] = MappingProxyType({})) -> Traced:
+    """Of a step of 3 features and a leaf h [2], which stays as it is, of nodes (name, operator, arguments)."""
+    graph = Graph.model_validate(
         {
-            "features": 3,
-            "state": [{"name": "h", "shape": [2]}],
-            "graph": {
-                "outputs": 3,
-                "tensors": [{"name": "w", "shape": [3]}],
-                "nodes": [{"name": name, "op": op, "args": args} for name, op, args in nodes],
-                "y": {"node": y},
-                "new_state": {"h": {"state": "h"}},
-            },
+            "tensors": [{"name": "w", "shape": [3]}],
+            "nodes": [{"name": name, "op": op, "args": args} for name, op, args in nodes],
+            "y": {"node": "y"},
+            "new_state": {"h": {"state": "h"}},
         }
     )
+    return form_of_module(graph, WEIGHTS, [torch.zeros(1, 3), torch.zeros(1, 2)], lines)
 
 
 X: Final = {"x": True}
@@ -80,22 +77,22 @@ FRAME: Final = (np.array([1, 2, 4], np.float32), np.array([5, 6], np.float32))
 
 
 def test_squeeze_removes_the_dimensions_that_it_would_of_several_rows() -> None:
-    step = graph(
+    traced = form_of(
         ("deep", "aten.unsqueeze.default", [X, 1]),
         ("flat", "aten.squeeze.default", [{"node": "deep"}]),
         ("y", "aten.cumsum.default", [{"node": "flat"}, 1]),  # there would be no dimension 1
     )
-    assert stepped(form_of_module(step, WEIGHTS), WEIGHTS, FRAME)[0].tolist() == [[1, 3, 7]]
+    assert stepped(traced, WEIGHTS, FRAME)[0].tolist() == [[1, 3, 7]]
 
 
 def test_rows_are_one() -> None:
-    step = graph(
+    traced = form_of(
         ("wide", "aten.expand.default", [{"tensor": "w"}, [{"rows": True}, 3]]),
         ("count", "int.add", [{"rows": True}, 1]),
         ("scaled", "aten.mul.Tensor", [{"node": "wide"}, {"node": "count"}]),
         ("y", "aten.add.Tensor", [{"node": "scaled"}, X]),
     )
-    assert stepped(form_of_module(step, WEIGHTS), WEIGHTS, FRAME)[0].tolist() == [[3, 6, 10]]
+    assert stepped(traced, WEIGHTS, FRAME)[0].tolist() == [[3, 6, 10]]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +123,7 @@ def test_what_has_no_portable_form_is_refused_with_its_line(nodes: list[Any], ma
     first = ("i", "aten.to.dtype", [X, {"dtype": "int64"}])
     lines = {"found": "the step (model.py, line 7: f(x))"}
     with pytest.raises(ModelError, match=match):
-        form_of_module(graph(first, *nodes), WEIGHTS, lines)
+        form_of(first, *nodes, lines=lines)
 
 
 def test_too_many_operations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

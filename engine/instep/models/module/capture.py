@@ -1,7 +1,6 @@
 """From an exported program to a graph of plain data.
 
-Only what `operators` allows gets through; all of it computes without changes in place. `trial` then runs the step to
-find what a graph does not show, such as rows that influence one another.
+Only what `operators` allows gets through; none of it changes anything in place.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from instep.models.errors import ModelError
 from instep.models.module import operators
+from instep.models.module.description import Graph
 from instep.models.module.operators import Operator, is_allowed, name_of
 from instep.models.module.program import encoded
 
@@ -39,13 +39,9 @@ _HINTS: Final = {
 
 @dataclass(frozen=True)
 class Capture:
-    """The graph of an exported step `forward(x, *leaves) -> (y, *leaves)`, as the fields of a `Graph`."""
+    """An exported step `forward(x, *leaves) -> (y, *leaves)` as plain data."""
 
-    outputs: int
-    nodes: list[dict[str, Any]]
-    y: Any
-    new_state: list[Any]
-    """In the order of the leaves."""
+    graph: Graph
     tensors: dict[str, torch.Tensor]
     """Parameters, buffers and constants by name."""
     lines: dict[str, str]
@@ -61,6 +57,7 @@ def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
 
     Raises:
         ModelError: naming what no step may do.
+        ValidationError: where the graph is too large.
     """
     inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     output: Any = program.graph.output_node().args[0]
@@ -89,6 +86,7 @@ def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
             found[node] = {"tensor": name}
             tensor = {**program.state_dict, **program.constants}[spec.target]
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            _check_tensor(name, tensors[name])
     batch = inputs[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
     nodes, lines = [], {}
     for node in program.graph.nodes:
@@ -101,7 +99,13 @@ def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
         nodes.append({"name": node.name, "op": op, **_arguments(node, found)})
         found[node], lines[node.name] = {"node": node.name}, _where(node)
     y, *new_state = [found[each] for each in results]
-    return Capture(int(results[0].meta["val"].shape[1]), nodes, y, new_state, tensors, lines)
+    described = [
+        {"name": name, "shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in tensors.items()
+    ]
+    after = dict(zip(leaves, new_state, strict=True))
+    graph = Graph.model_validate({"tensors": described, "nodes": nodes, "y": y, "new_state": after})
+    return Capture(graph, tensors, lines)
 
 
 def _plain(name: str) -> str:
@@ -156,22 +160,15 @@ def unknown(where: str, name: str) -> str:
     return f"{where} calls {name}, which cannot be served; {_HINTS.get(name, 'write it with other functions of torch')}"
 
 
-def checked_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The dtypes of tensors.
-
-    Raises:
-        ModelError: for one that no model folder can hold.
-    """
-    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    for name, dtype in dtypes.items():
-        if dtype not in ("float32", "float64", "int64", "int32", "bool"):
-            raise ModelError(
-                f"{name} of the step is {dtype}, and tensors may be float32, float64, int64, int32 or bool; "
-                "convert it, as with .float()"
-            )
-        if not bool(tensors[name].isfinite().all()):
-            raise ModelError(
-                f"{name} of the step holds NaN or infinity, and tensors in a folder are finite: save the weights of an "
-                "earlier epoch, and use -1e30 instead of -inf in a mask"
-            )
-    return dtypes
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "float64", "int64", "int32", "bool"):
+        raise ModelError(
+            f"{name} of the step is {dtype}, and tensors may be float32, float64, int64, int32 or bool; convert it, as "
+            "with .float()"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise ModelError(
+            f"{name} of the step holds NaN or infinity, and tensors in a folder are finite: save the weights of an "
+            "earlier epoch, and use -1e30 instead of -inf in a mask"
+        )

@@ -1,21 +1,37 @@
-"""The description of a step: frames, the leaves of the state, the normal form, and the graph that it was made from."""
+"""The description of a step: frames, the leaves of the state, the normal form, and the graph that it was made from.
+
+The graph, in the file `graph.json`, holds the tensors that the step computes with, one call of a torch operator after
+another, and which values are the outputs and the new state. An argument of a call is a JSON value, or one of these
+objects:
+
+* `{"x": true}`, the frames; `{"state": NAME}`, a leaf of the state; `{"rows": true}`, how many rows the batch has;
+* `{"tensor": NAME}`, a tensor of the weights file; `{"node": NAME}`, what an earlier call returned;
+* `{"float": "inf"}`, for numbers that JSON lacks; `{"dtype": "float32"}`; `{"memory_format": "contiguous_format"}`;
+  `{"device": true}`, wherever the model is served.
+
+Nothing in it is code: `program` turns it into calls of operators that `operators` allows, and refuses the rest.
+"""
 # ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
 
 import json
-from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, JsonValue, PlainSerializer, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from instep.models.base import LEARNED, Leaf, PlainFields, Shape, StateSpec, learned_shapes, state_in_words
 from instep.models.errors import ModelError
-from instep.models.module.graph import Graph, Size
 from instep.models.portable.form import Form, form_of_values
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 from instep_tools.words import counted
+
+Size: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
+MAX_NODES: Final = 20_000
+MAX_JSON_BYTES: Final = 2**23
+"""Of a graph as JSON, in which a call takes 100 to 250 bytes; checking it takes up to 50 times as much memory."""
 
 
 def _parsed(value: object) -> Form:
@@ -45,23 +61,32 @@ class StateLeaf(PlainFields):
         return Leaf(self.name, self.shape, DTYPES[self.dtype], None if self.initial == "learned" else self.initial)
 
 
-class GraphStep(PlainFields):
-    """A step in torch's operators."""
+class GraphTensor(PlainFields):
+    """A parameter, buffer or constant: `name` is its name in the weights file."""
 
-    features: Annotated[int, Field(ge=1, strict=True)]
-    leaves: tuple[StateLeaf, ...] = Field(alias="state")
-    graph: Graph
+    name: str = Field(min_length=1, max_length=400)
+    shape: tuple[Size, ...]
+    dtype: TensorType = "float32"
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        names = [leaf.name for leaf in self.leaves]
-        if set(names) != set(self.graph.new_state):
-            raise PydanticCustomError(
-                "leaves",
-                "the state has the leaves {names}, and the graph gives {given}; make the folder again",
-                {"names": ", ".join(names), "given": ", ".join(self.graph.new_state) or "none"},
-            )
-        return self
+
+class OperatorCall(PlainFields):
+    """One call: `op` is `aten.linear.default`, an integer operation such as `int.mul`, or `getitem`."""
+
+    name: str = Field(min_length=1, max_length=400)
+    op: str = Field(max_length=200)
+    args: tuple[JsonValue, ...]
+    kwargs: dict[str, JsonValue] = Field({})
+
+
+class Graph(PlainFields):
+    """The whole step, in the order in which it runs."""
+
+    tensors: tuple[GraphTensor, ...]
+    nodes: Annotated[tuple[OperatorCall, ...], Field(max_length=MAX_NODES)]
+    y: JsonValue
+    """The outputs, [rows, outputs]."""
+    new_state: dict[str, JsonValue]
+    """By leaf, [rows, *shape]."""
 
 
 class ModuleDescription(PlainFields):
@@ -89,16 +114,14 @@ class ModuleDescription(PlainFields):
         wanted = [("float32", self.features), *((leaf.dtype.name, leaf.elements) for leaf in state.leaves)]
         if [(each.dtype, each.size) for each in inputs] != wanted or not self.form.outputs:
             raise PydanticCustomError("form", "the normal form takes other frames or leaves; make the folder again")
-        if self.graph_step is not None and self.graph_step.graph.outputs != self.outputs:
-            raise PydanticCustomError("form", "the graph and the normal form differ; make the folder again")
+        names = tuple(leaf.name for leaf in self.leaves)
+        if self.graph is not None and tuple(self.graph.new_state) != names:
+            raise PydanticCustomError(
+                "leaves",
+                "the state has the leaves {names}, and the graph gives {given}; make the folder again",
+                {"names": ", ".join(names), "given": ", ".join(self.graph.new_state) or "none"},
+            )
         return self
-
-    @cached_property
-    def graph_step(self) -> GraphStep | None:
-        """The step in torch's operators, where it came from there."""
-        if self.graph is None:
-            return None
-        return GraphStep(features=self.features, state=self.leaves, graph=self.graph)
 
     @property
     def outputs(self) -> int:
@@ -135,3 +158,26 @@ class ModuleDescription(PlainFields):
             "kind": self.kind,
             **self.model_dump(mode="json", by_alias=True, exclude_defaults=not defaults),
         }
+
+
+def graph_text(graph: Any) -> str:
+    """A graph's plain values as JSON, with one tensor or call in each line."""
+    parts = []
+    for key, value in graph.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(each, allow_nan=False) for each in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def parsed_graph(content: bytes, file: str) -> Any:
+    """The values of a graph file, not checked.
+
+    Raises:
+        ModelError: when it is not JSON.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON ({error}); make the folder again") from None

@@ -65,23 +65,14 @@ class Structure:
         """
         if self.kind is torch.Tensor and isinstance(state, torch.Tensor):
             return [state]
-        if isinstance(state, Mapping) and issubclass(self.kind, dict):
-            if set(state) != set(self.names):
-                raise ModelError(
-                    f"the new state has the leaves {', '.join(map(str, state))}, and the state before the frame "
-                    f"{', '.join(map(str, self.names))}: return the same ones"
-                )
+        if isinstance(state, Mapping) and issubclass(self.kind, dict) and set(state) == set(self.names):
             return [state[name] for name in self.names]
-        if isinstance(state, tuple | list) and issubclass(self.kind, tuple | list):
-            if len(state) != len(self.names):
-                found = counted(len(state), "leaf", "leaves")
-                raise ModelError(
-                    f"the new state has {found}, and the state before the frame {len(self.names)}: return the same ones"
-                )
+        if isinstance(state, tuple | list) and issubclass(self.kind, tuple | list) and len(state) == len(self.names):
             return list(state)
+        found = ", ".join(map(str, state)) if isinstance(state, Mapping) else f"one {type(state).__name__}"
         raise ModelError(
-            f"the new state is one {type(state).__name__}, and the state before the frame one "
-            f"{self.kind.__name__}: return it in the same form"
+            f"the new state has the leaves {found}, and the state before the frame, one {self.kind.__name__}, "
+            f"{', '.join(map(str, self.names))}: return the same ones in the same form"
         )
 
 
@@ -175,18 +166,14 @@ def outputs_of(y: Any) -> list[tuple[str, torch.Tensor]]:
     """The outputs and their names, which are empty unless y is a dict."""
     unnamed = y if isinstance(y, tuple | list) else [y]
     parts = list(y.items()) if isinstance(y, Mapping) else [("", each) for each in unnamed]
-    for name, part in parts:
+    for name, part in parts or [("", None)]:
+        shown = f"one {type(part).__name__}"
+        if isinstance(part, torch.Tensor):
+            if part.dtype == torch.float32 and part.dim() in (1, 2) and 0 not in part.shape[1:]:
+                continue
+            shown = f"{_plain(part.dtype)} {list(part.shape)}"
         words = f"the output {name}" if name else "y"
-        if not isinstance(part, torch.Tensor):
-            raise ModelError(f"{words} is one {type(part).__name__}; return a float32 tensor [rows, outputs]")
-        if part.dtype != torch.float32:
-            raise ModelError(f"{words} is {_plain(part.dtype)}; return float32, as with .float()")
-        if part.dim() not in (1, 2) or 0 in part.shape[1:]:
-            raise ModelError(
-                f"{words} has the shape {list(part.shape)}; return [rows, outputs], as with .flatten(1) or .squeeze(1)"
-            )
-    if not parts:
-        raise ModelError("y is empty; return a float32 tensor [rows, outputs]")
+        raise ModelError(f"{words} is {shown}; return float32 [rows, outputs], as with .float() or .flatten(1)")
     return parts
 
 
@@ -228,20 +215,12 @@ def _leaf(name: Any, leaf: torch.Tensor, rows: int) -> StateLeaf:
 
 
 def _check_leaf(leaf: StateLeaf, new: Any) -> None:
-    if not isinstance(new, torch.Tensor):
-        raise ModelError(f"leaf {leaf.name} of the new state is one {type(new).__name__}; return a tensor")
-    if _plain(new.dtype) != leaf.dtype:
+    shown = f"{_plain(new.dtype)} {list(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
+    before = f"{leaf.dtype} {[ROWS, *leaf.shape]}"
+    if shown != before:
         raise ModelError(
-            f"leaf {leaf.name} is {leaf.dtype} before a frame and {_plain(new.dtype)} after it; return the same dtype"
-        )
-    if tuple(new.shape[1:]) == leaf.shape and new.ndim and len(new) != ROWS:
-        raise ModelError(
-            f"leaf {leaf.name} has {ROWS} rows before a frame and {len(new)} after it; keep one row per stream"
-        )
-    if tuple(new.shape) != (ROWS, *leaf.shape):
-        raise ModelError(
-            f"leaf {leaf.name} has the shape {[ROWS, *leaf.shape]} before a frame and {list(new.shape)} after it; a "
-            "state must not grow: keep a window of fixed length, as torch.cat([old[:, 1:], new], 1) does"
+            f"leaf {leaf.name} is {before} before a frame and {shown} after it; keep dtype and shape: a window of "
+            "fixed length, as torch.cat([old[:, 1:], new], 1), does not grow"
         )
 
 

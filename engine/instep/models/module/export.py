@@ -12,6 +12,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -22,15 +24,18 @@ from instep.models.errors import ModelError, first_line
 from instep.models.folder import check_free, check_name, check_output_names, write_model
 from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model, check_weights
-from instep.models.module.capture import captured, checked_tensors
-from instep.models.module.description import GraphStep, ModuleDescription
+from instep.models.module.capture import captured
+from instep.models.module.description import ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
-from instep.models.module.trial import attributes_of, check_attributes, compare
 from instep.models.network import PortableNetwork
 from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
+from instep_tools.words import counted
 
 MOST_ROWS: Final = 4096
+_STEPS: Final = 6
+_TOLERANCE: Final = 2e-5
+"""Of the largest value, at least 1: far more than rounding, and less than anything a step computes otherwise."""
 
 
 def export_step(
@@ -76,55 +81,29 @@ def export_step(
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), _in_silence():
-        mine = _copied(module).cpu()
-        attributes = attributes_of(mine)
-        example = example_of(mine, example_x, example_state)
-        if initial_state == "zeros":
-            _refuse_other_starts(example)
-        check_attributes(mine, attributes)
-        fresh = example_of(_copied(module).cpu(), example_x, example_state)
-        program = _exported(fresh)
-        model = _model(program, example, name, outputs)
-        compare(example, PortableNetwork(model))
-        check_attributes(mine, attributes)
+        example = example_of(_copied(module).cpu(), example_x, example_state)
+        if initial_state == "zeros" and (given := [leaf.name for leaf in example.leaves if leaf.initial != 0]):
+            raise ModelError(
+                f"the example state is not zeros in {', '.join(given)}, and every stream would begin with it: say so "
+                'with initial_state="example", or give zeros'
+            )
+        model = _model(_exported(example), example, name, outputs)
+        _compare(example, PortableNetwork(model))
     write_model(folder, model, overwrite=overwrite)
     return model
 
 
-def _refuse_other_starts(example: Example) -> None:
-    if given := [leaf.name for leaf in example.leaves if leaf.initial != 0]:
-        raise ModelError(
-            f"the example state is not zeros in {', '.join(given)}, and every stream would begin with it: say so with "
-            'initial_state="example", or give zeros'
-        )
-
-
 def _model(program: ExportedProgram, example: Example, name: str, outputs: Sequence[str]) -> Model:
-    leaves = [leaf.name for leaf in example.leaves]
-    graph = captured(program, leaves)
-    dtypes = checked_tensors(graph.tensors)
     try:
-        step = GraphStep.model_validate(
-            {
-                "features": example.features,
-                "state": [leaf.model_dump() for leaf in example.leaves],
-                "graph": {
-                    "outputs": graph.outputs,
-                    "tensors": [
-                        {"name": each, "shape": tuple(tensor.shape), "dtype": dtypes[each]}
-                        for each, tensor in graph.tensors.items()
-                    ],
-                    "nodes": graph.nodes,
-                    "y": graph.y,
-                    "new_state": dict(zip(leaves, graph.new_state, strict=True)),
-                },
-            }
+        capture = captured(program, [leaf.name for leaf in example.leaves])
+        frame = [torch.zeros(1, example.features), *example.initial(1)]
+        traced = form_of_module(capture.graph, capture.tensors, frame, capture.lines)
+        description = ModuleDescription(
+            features=example.features, state=example.leaves, form=traced.form, graph=capture.graph
         )
-        traced = form_of_module(step, graph.tensors, graph.lines)
-        description = ModuleDescription(features=step.features, state=step.leaves, form=traced.form, graph=step.graph)
     except ValidationError as error:
         raise ModelError(f"the step cannot be served: {sentences(error)}") from None
-    tensors = graph.tensors | traced.constants | example.learned()
+    tensors = capture.tensors | traced.constants | example.learned()
     check_weights(tensors, description, "the step")
     names = check_output_names(list(outputs) or list(example.output_names), description)
     return Model(check_name(name), description, tensors, names)
@@ -198,3 +177,50 @@ def _in_silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _compare(example: Example, network: PortableNetwork) -> None:
+    """Run the step beside what is served of it and its graph: one row at first, where nothing can be mixed, then 32.
+
+    A graph does not show what is a constant in it, such as a counter in Python, nor that rows of a batch mix.
+    """
+    generator = torch.Generator().manual_seed(1)
+    names = [leaf.name for leaf in example.leaves]
+    for rows in (1, ROWS):
+        state = example.initial(rows)
+        for _ in range(_STEPS):
+            x = example.frames(rows, generator)
+            try:
+                y, *after = example.flat(x, *(leaf.clone() for leaf in state))
+            except Exception as error:  # whatever the user's code raises
+                raise ModelError(
+                    f"the step fails in a batch of {counted(rows, 'row')} ({first_line(error):.200}), and batches have "
+                    "any number of rows"
+                ) from error
+            before = network.state.pack({name: leaf.numpy() for name, leaf in zip(names, state, strict=True)})
+            whole = network.sequence(x[None].numpy(), before)
+            assert whole is not None
+            for outputs, packed in (network.step(x.numpy(), before), (whole[0][0], whole[1])):
+                _check_equal("y", y, outputs)
+                leaves = network.state.unpack(packed)
+                for name, leaf in zip(names, after, strict=True):
+                    _check_equal(f"leaf {name}", leaf, leaves[name])
+            state = after
+
+
+def _check_equal(name: str, of_step: torch.Tensor, found: npt.NDArray[Any]) -> None:
+    expected = of_step.numpy()
+    largest = float(np.abs(np.nan_to_num(expected, posinf=0, neginf=0)).max(initial=1))
+    within = _TOLERANCE if expected.dtype.kind == "f" else 0
+    if np.allclose(expected, found, rtol=within, atol=within * largest, equal_nan=True):
+        return
+    if len(expected) == 1:
+        raise ModelError(
+            f"{name} of the step and of what would be served differ after some frames: the step depends on something "
+            "besides x and the state, such as a count or the time in Python; put it into the state or the frames"
+        )
+    raise ModelError(
+        f"the rows of a batch influence one another in the step, and each row is another stream: {name} of a row is "
+        f"another in a batch of {ROWS} than alone. Work along the other dimensions only; a layer that takes a sequence "
+        "wants x.unsqueeze(1), since it takes [rows, features] for one sequence"
+    )

@@ -12,7 +12,7 @@ from instep.core.typing import I64
 from instep.models.base import Floats, scan
 from instep.models.errors import ModelError
 from instep.models.model import Model
-from instep.models.module.description import GraphStep, ModuleDescription
+from instep.models.module.description import ModuleDescription
 from instep.models.module.program import Program
 from instep.models.torch_network import Leaves
 
@@ -68,24 +68,20 @@ class GraphReference:
 @torch.inference_mode()
 def _tried(model: Model, device: torch.device, *, double: bool) -> Program:
     """The program of a graph, which may come from a stranger, once a step of two rows has fitted the description."""
-    step = _graph_step(model)
-    program = Program(step, model.weights, device, double=double)
+    description = model.description
+    assert isinstance(description, ModuleDescription)
+    assert description.graph is not None
+    program = Program(description.graph, model.weights, device, double=double)
     wide = {"float32": "float64"} if double else {}
-    shapes = [((2, step.features), "float32"), *(((2, *leaf.shape), leaf.dtype) for leaf in step.leaves)]
+    shapes = [((2, description.features), "float32"), *(((2, *leaf.shape), leaf.dtype) for leaf in description.leaves)]
     x, *leaves = (
         torch.zeros(shape, dtype=getattr(torch, wide.get(each, each)), device=device) for shape, each in shapes
     )
     found = [tuple(each.shape) for each in program(x, leaves)]
-    wanted = [(2, model.description.outputs), *(shape for shape, _ in shapes[1:])]
+    wanted = [(2, description.outputs), *(shape for shape, _ in shapes[1:])]
     if found != wanted:
         raise ModelError(
             f"the graph of {model.name} gives the shapes {found} where the description says {wanted}; export the "
             "module again with instep.models.export_step"
         )
     return program
-
-
-def _graph_step(model: Model) -> GraphStep:
-    assert isinstance(model.description, ModuleDescription)
-    assert model.description.graph_step is not None
-    return model.description.graph_step

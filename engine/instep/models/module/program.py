@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from instep.models.errors import ModelError, first_line
-from instep.models.module.description import GraphStep
-from instep.models.module.graph import OperatorCall
+from instep.models.module.description import Graph, OperatorCall
 from instep.models.module.operators import Operator, resolve
 
 _DTYPES: Final = {
@@ -21,10 +20,10 @@ _MEMORY_FORMATS: Final = {"contiguous_format": torch.contiguous_format, "preserv
 
 
 class Program:
-    """The step of a model on a device.
+    """A graph on a device.
 
     Args:
-        description: with the graph; it is checked, since it may come from a stranger.
+        graph: it is checked, since it may come from a stranger.
         weights: by name, on the CPU.
         device: where it runs.
         double: compute in float64 what the graph computes in float32.
@@ -35,7 +34,7 @@ class Program:
 
     def __init__(
         self,
-        description: GraphStep,
+        graph: Graph,
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
         *,
@@ -43,23 +42,19 @@ class Program:
     ) -> None:
         self._device = device
         self._double = double
-        self._graph = fx.Graph()
-        self._values: dict[tuple[str, str], fx.Node] = {}
-        graph = description.graph
-        for tensor in graph.tensors:
-            self._add_input("tensor", tensor.name)
-        self._add_input("x", "")
-        for leaf in description.leaves:
-            self._add_input("state", leaf.name)
-        self._add_input("rows", "")
+        self.graph: Final = fx.Graph()
+        """Of (*tensors, x, *leaves, rows), with the outputs and the leaves of the new state as its result."""
+        names = [
+            *(("tensor", tensor.name) for tensor in graph.tensors),
+            ("x", ""),
+            *(("state", leaf) for leaf in graph.new_state),
+            ("rows", ""),
+        ]
+        self._values = {name: self.graph.placeholder(f"v{at}") for at, name in enumerate(names)}
         for node in graph.nodes:
             self._add_call(node)
-        self._graph.output(
-            tuple(
-                self._decoded(each) for each in (graph.y, *(graph.new_state[leaf.name] for leaf in description.leaves))
-            )
-        )
-        forward: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(nn.Module(), self._graph).forward
+        self.graph.output(tuple(self._decoded(each) for each in (graph.y, *graph.new_state.values())))
+        forward: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(nn.Module(), self.graph).forward
         self._forward = forward
         self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
 
@@ -81,16 +76,8 @@ class Program:
                 "range, as with .clamp(0, size - 1)"
             ) from error
 
-    @property
-    def graph(self) -> fx.Graph:
-        """Of (*tensors, x, *leaves, rows), with the outputs and the leaves of the new state as its result."""
-        return self._graph
-
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
-
-    def _add_input(self, kind: str, name: str) -> None:
-        self._values[kind, name] = self._graph.placeholder(f"v{len(self._values)}")
 
     def _add_call(self, node: OperatorCall) -> None:
         function = resolve(node.op)
@@ -100,7 +87,7 @@ class Program:
             raise ModelError(f"the graph calls {node.op} with arguments that it does not have; make the folder again")
         if ("node", node.name) in self._values:
             raise ModelError(f"the graph has two nodes called {node.name!r:.80}; make the folder again")
-        self._values["node", node.name] = self._graph.call_function(function, args, kwargs)
+        self._values["node", node.name] = self.graph.call_function(function, args, kwargs)
 
     def _decoded(self, value: Any) -> Any:
         """An argument as the function takes it."""

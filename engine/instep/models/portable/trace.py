@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from instep.models.errors import ModelError, first_line
 from instep.models.module import operators as allowed
-from instep.models.module.description import GraphStep
+from instep.models.module.description import Graph
 from instep.models.module.operators import Operator, name_of, written
 from instep.models.module.program import Program
 from instep.models.portable.builder import Builder
@@ -63,33 +63,30 @@ def trace(step: Step, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -
 
 
 def form_of_module(
-    description: GraphStep, weights: Mapping[str, Tensor], where: Mapping[str, str] = _NO_LINES
+    graph: Graph, weights: Mapping[str, Tensor], inputs: Sequence[Tensor], where: Mapping[str, str] = _NO_LINES
 ) -> Traced:
     """The normal form of a step module.
 
     Args:
-        description: with its graph.
+        graph: its calls.
         weights: by name.
+        inputs: a frame and the leaves, of one row; only shapes and dtypes count.
         where: the lines of the user's code, by the names of the graph's nodes.
 
     Raises:
         ModelError: when the step does something that has no portable form; it names the line.
     """
-    program = Program(description, weights, torch.device("cpu"))
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    for call, node in zip(calls, description.graph.nodes, strict=True):
+    program = Program(graph, weights, torch.device("cpu"))
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(program.graph, {}))
+    calls = [node for node in copied.nodes if node.op == "call_function"]
+    for call, node in zip(calls, graph.nodes, strict=True):
         call.stack_trace = where.get(node.name)
-    module = fx.GraphModule(nn.Module(), graph)
-    tensors = {tensor.name: weights[tensor.name] for tensor in description.graph.tensors}
-    _name_squeezed(module, _arguments(description, program, 3))
-    return _traced(module, tensors, _arguments(description, program, 1))
-
-
-def _arguments(description: GraphStep, program: Program, rows: int) -> list[Any]:
-    leaves = (torch.zeros(rows, *leaf.shape, dtype=getattr(torch, leaf.dtype)) for leaf in description.leaves)
-    return [*map(_like, program.weights), torch.zeros(rows, description.features), *leaves, rows]
+    module = fx.GraphModule(nn.Module(), copied)
+    tensors = [*map(_like, program.weights)]
+    of_several = [torch.zeros(3, *each.shape[1:], dtype=each.dtype) for each in inputs]
+    _name_squeezed(module, [*tensors, *of_several, 3])
+    return _traced(module, {each.name: weights[each.name] for each in graph.tensors}, [*tensors, *inputs, 1])
 
 
 def _like(tensor: Tensor) -> Tensor:
