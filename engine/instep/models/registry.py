@@ -19,6 +19,8 @@ from instep.models.module.description import ModuleDescription
 from instep.models.pipeline import PipelineDescription, form_of, forward_of, reference_of
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
 from instep.models.recurrent.description import RecurrentDescription
+from instep.models.recurrent.normal import form_of as recurrent_form
+from instep.models.recurrent.reference import RecurrentReference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,25 +51,20 @@ class ModelKind:
     """JSON files beside `model.yaml`, with the fields of the description that they hold."""
 
 
-def _recurrent(parse: Callable[[Mapping[str, Any]], Description]) -> ModelKind:
-    def normal_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-        from instep.models.recurrent.normal import form_of
+def _recurrent_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
+    assert isinstance(model.description, RecurrentDescription)
+    return recurrent_form(model.description), {}
 
-        assert isinstance(model.description, RecurrentDescription)
-        return form_of(model.description), {}
 
-    def forward(model: Model, device: torch.device) -> Forward:
-        from instep.models.recurrent.module import RecurrentModule
+def _recurrent_forward(model: Model, device: torch.device) -> Forward:
+    from instep.models.recurrent.module import RecurrentModule
 
-        return RecurrentModule(model, device)
+    return RecurrentModule(model, device)
 
-    def reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
-        from instep.models.recurrent.reference import RecurrentReference
 
-        weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
-        return RecurrentReference(model.description.as_json(), weights, dtype)
-
-    return ModelKind(parse, normal_form, forward, reference)
+def _recurrent_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
+    weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+    return RecurrentReference(model.description.as_json(), weights, dtype)
 
 
 def _step_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
@@ -94,7 +91,10 @@ def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
 
 
 KINDS: Final[dict[str, ModelKind]] = {
-    **{kind: _recurrent(each.model_validate) for kind, each in RECURRENT.items()},
+    **{
+        kind: ModelKind(each.model_validate, _recurrent_form, _recurrent_forward, _recurrent_reference)
+        for kind, each in RECURRENT.items()
+    },
     "module": ModelKind(
         ModuleDescription.model_validate,
         _step_form,

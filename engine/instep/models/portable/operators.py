@@ -35,83 +35,80 @@ Value: TypeAlias = View | torch.Tensor | Number
 """What a row computes, a constant, or a number."""
 
 
-class Lowering:
-    """Adds the nodes of a traced graph to a form.
+class Located(fx.Interpreter):
+    """Runs a graph; what fails in it is named with the line of the user's code."""
 
-    Args:
-        builder: of the form.
-        module: a graph without changes in place, whose sizes are numbers.
-        given: the graph's arguments.
-    """
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self._node: fx.Node | None = None
 
-    def __init__(self, builder: Builder, module: fx.GraphModule, given: Sequence[View]) -> None:
-        self.constants: Final[dict[str, torch.Tensor]] = {}
-        """Arrays that the step makes by itself, by the names that the form calls them."""
-        self.builder: Final = builder
-        self._module, self._given = module, given
-        self._taken = {buffer.tensor for buffer in builder.buffers}
-        self._placed: dict[tuple[int, torch.dtype], tuple[View, torch.Tensor]] = {}
-        self._where = self._name = ""
-
-    def run(self) -> list[Value]:
-        """The results of the graph.
+    def run_node(self, n: fx.Node) -> Any:
+        """Computes a node.
 
         Raises:
-            ModelError: where an operator, or a use of it, has no portable form; it names the line.
+            ModelError: when it has no portable form.
         """
-        values: dict[fx.Node, Any] = {}
-        given = iter(self._given)
-        for node in self._module.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            match node.op:
-                case "placeholder":
-                    values[node] = next(given)
-                case "get_attr":
-                    values[node] = operator.attrgetter(str(node.target))(self._module)
-                case "call_function":
-                    self._where = node.stack_trace or "the step"
-                    values[node] = self._called(node, args, kwargs)
-                case "output":
-                    return list(args[0])
-        raise AssertionError("a graph ends with its output")
-
-    def refuse(self, why: str) -> ModelError:
-        """The error that an operator cannot be lowered."""
-        return ModelError(f"{self._where} calls {self._name} {why}")
-
-    def _called(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        self._node = n
         try:
-            return self._call(node, args, kwargs)
+            return super().run_node(n)
         except ModelError:
             raise
         except Exception as error:  # such as torch's on a view of memory that is laid out in another way
             raise self.refuse(f"in a way that has no portable form ({first_line(error):.200})") from error
 
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target = node.target
+    @property
+    def where(self) -> str:
+        """The line, if torch can tell it."""
+        return (self._node.stack_trace if self._node else None) or "the step"
+
+    def refuse(self, why: str) -> ModelError:
+        """The error that an operator has no portable form."""
+        target = self._node.target if self._node else ""
+        return ModelError(f"{self.where} calls {name_of(target) if isinstance(target, Operator) else target} {why}")
+
+
+class Lowering(Located):
+    """Adds the nodes of a traced graph to a form; it is run with views of the graph's arguments.
+
+    Args:
+        builder: of the form.
+        module: a graph without changes in place, whose sizes are numbers.
+    """
+
+    def __init__(self, builder: Builder, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.constants: Final[dict[str, torch.Tensor]] = {}
+        """Arrays that the step makes by itself, by the names that the form calls them."""
+        self.builder: Final = builder
+        self._taken = {buffer.tensor for buffer in builder.buffers}
+        self._placed: dict[tuple[int, torch.dtype], tuple[View, torch.Tensor]] = {}
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Adds the nodes of an operator."""
         if target is operator.getitem:
             return args[0][args[1]]
         if not isinstance(target, Operator):
-            raise ModelError(unknown(self._where, str(target)))
-        self._name = name_of(target)
-        results = node.meta["val"]
-        if self._name in _EMPTY:
+            raise ModelError(unknown(self.where, str(target)))
+        assert self._node is not None
+        name, results = name_of(target), self._node.meta["val"]
+        if name in _EMPTY:
             return torch.zeros(results.shape, dtype=results.dtype)
         if written(target):
-            raise ModelError(f"{self._where} changes what it is given in place; return a new tensor")
+            raise ModelError(f"{self.where} changes what it is given in place; return a new tensor")
         if not any(isinstance(each, View) for each in _flat([args, list(kwargs.values())])):
             if torch.Tag.nondeterministic_seeded in target.tags:
-                raise ModelError(unknown(self._where, self._name))
+                raise ModelError(unknown(self.where, name))
             return target(*args, **kwargs)
         for each in results if isinstance(results, list | tuple) else [results]:
             if isinstance(each, torch.Tensor) and dtype_of(each) not in DTYPES:
                 raise self.refuse(f"for {dtype_of(each)}; use float32, float64, int64, int32 or bool")
-        if self._name in _REORDERED or any(each.alias_info is not None for each in target._schema.returns):
+        if name in _REORDERED or any(each.alias_info is not None for each in target._schema.returns):
             return self.seen(target, *args, **kwargs)
-        if self._name not in LOWERINGS:
-            raise ModelError(unknown(self._where, self._name))
-        return LOWERINGS[self._name](
-            self, results, *args, **{name: each for name, each in kwargs.items() if name not in _WITHOUT_EFFECT}
+        if name not in LOWERINGS:
+            raise ModelError(unknown(self.where, name))
+        return LOWERINGS[name](
+            self, results, *args, **{key: each for key, each in kwargs.items() if key not in _WITHOUT_EFFECT}
         )
 
     # Values

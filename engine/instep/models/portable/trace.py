@@ -20,7 +20,7 @@ from torch.func import functionalize
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from instep.models.errors import ModelError, first_line
+from instep.models.errors import ModelError
 from instep.models.module import operators as allowed
 from instep.models.module.description import Graph
 from instep.models.module.operators import Operator, name_of, written
@@ -28,7 +28,7 @@ from instep.models.module.program import Program
 from instep.models.portable.builder import Builder
 from instep.models.portable.composites import OF_COMPLEX, OWN, SPECTRA, Complex
 from instep.models.portable.form import MAX_NODES, Form, View, check
-from instep.models.portable.operators import Lowering, Value, dtype_of
+from instep.models.portable.operators import Located, Lowering, Value, dtype_of
 
 aten: Final = torch.ops.aten
 Step: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -117,25 +117,8 @@ def _name_squeezed(module: fx.GraphModule, arguments: Sequence[Any]) -> None:
             node.target, node.args = names[node.target], (node.args[0], squeezed[node.name])
 
 
-class _WithDefinitions(fx.Interpreter):
+class _WithDefinitions(Located):
     """Calls the definitions of operators that have one."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self._where = "the step"
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._where = n.stack_trace or "the step"
-        try:
-            return super().run_node(n)
-        except ModelError:
-            raise
-        except Exception as error:
-            name = name_of(n.target) if isinstance(n.target, Operator) else str(n.target)
-            raise ModelError(
-                f"{self._where} calls {name} in a way that has no portable form ({first_line(error):.200})"
-            ) from error
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, Operator):
@@ -146,7 +129,7 @@ class _WithDefinitions(fx.Interpreter):
                 parts = (target(each, *args[1:], **kwargs) for each in (args[0].real, args[0].imag))
                 return Complex(*parts)
             if name not in OF_COMPLEX:
-                raise ModelError(f"{self._where} calls {name} with complex numbers; take their parts, or abs, before")
+                raise ModelError(f"{self.where} calls {name} with complex numbers; take their parts, or abs, before")
             return OF_COMPLEX[name](*args, **kwargs)
         return SPECTRA.get(name, OWN.get(target, target))(*args, **kwargs)
 
@@ -163,8 +146,8 @@ def _traced(module: fx.GraphModule, tensors: Mapping[str, Tensor], arguments: Se
     inputs = given[len(tensors) :]
     views = [builder.tensor(name, dtype_of(each), each.shape) for name, each in tensors.items()]
     views += [builder.input(dtype_of(each), each.shape) for each in inputs]
-    lowering = Lowering(builder, lowered, views)
-    form = builder.form([_result(lowering, each, views) for each in lowering.run()])
+    lowering = Lowering(builder, lowered)
+    form = builder.form([_result(lowering, each, views) for each in lowering.run(*views)])
     if len(form.nodes) > MAX_NODES:
         raise ModelError(
             f"the step takes {len(form.nodes):,} operations for one row, and {MAX_NODES:,} at most can be compiled: "
