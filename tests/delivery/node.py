@@ -20,10 +20,9 @@ import numpy as np
 from instep.core.streams import StreamTable
 from instep.core.tables import NO_OWNER, make_tables
 from instep.core.typing import F32, I32, I64, U8, U64
-from instep.frontends.zmq.decode import Decoder
+from instep.frontends.models import Models, Served
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound
-from instep.frontends.zmq.served import Served
 from instep.recording.reader import load_open_streams
 from instep.recording.records import OpenStream
 from instep.recording.writer import RecordingWriter
@@ -191,7 +190,10 @@ class Node:
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
         self.outbound = Outbound(router, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach)
-        self._frontend = ZmqFrontend(router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([]))
+        models = Models()
+        self._frontend = ZmqFrontend(
+            models, router, self.outbound, _MAX_CONNECTIONS, 2 * _NEVER_NS, turns.wake, log_into([])
+        )
         listing = Listing(table, self.hibernation)
         log = log_into([])
         service = ModelService(
@@ -206,7 +208,9 @@ class Node:
             log,
             ABOUT,
         )
-        self._frontend.add(Served(service, _info(number, sizes), Decoder(1, Recurrence.state, _MAX_FRAMES, 10_000)))
+        served = Served(service, _info(number, sizes))
+        models.add(served)
+        self._frontend.added(served)
         turns.frontends = [self._frontend]
         turns.add(service)
         self._record(disk, sizes)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from instep.core.typing import U64
-from instep.frontends.in_process import InProcessOrigin
 from instep.recording.recovery import Recovered
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor, StateLost
 from instep.streaming.states import Checkpoints
 from tests.support.commits import held_commits
+from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
 from tests.support.streaming import StreamingEngine, random_frames, step, streaming

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from instep.core.typing import U64
-from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Refusal
 from instep_client.protocol.codes import Code
+from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming

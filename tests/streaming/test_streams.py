@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, U64
-from instep.frontends.in_process import InProcessOrigin
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
+from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, plain, whole
 from tests.support.states import floats_of, rows_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming

@@ -16,7 +16,6 @@ from instep.core.admission import SENT_COLUMN
 from instep.core.streams import StreamTable
 from instep.core.tables import make_tables
 from instep.core.typing import F32, I64, U64
-from instep.frontends.in_process import InProcessFrontend, InProcessOrigin
 from instep.models.model import Model
 from instep.recording.reader import load_open_streams
 from instep.recording.recorder import Recorder
@@ -41,6 +40,7 @@ from instep.streaming.stats import EngineStats, EventLog
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 from tests.support.faulty_states import FaultyStates
+from tests.support.in_process import InProcessFrontend, InProcessOrigin
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, log_into, prepared
 

@@ -59,6 +59,7 @@ class Code(IntEnum):
     STEP_FAILED = 202
     STATE_LOST = 203
     SHUTTING_DOWN = 204
+    INTERNAL = 205
 
     @classmethod
     def _missing_(cls, value: object) -> Code | None:
@@ -104,6 +105,7 @@ SENTENCES: Final[dict[Code, str]] = {
     "parked after about 10 s): close some (instep-client streams close --place parked), or raise the limit",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
+    Code.INTERNAL: "the server could not read the message, which is a bug; nothing was applied, and its log says more",
     Code.SHUTTING_DOWN: "the server is shutting down and takes nothing new",
 }
 

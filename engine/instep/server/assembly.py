@@ -13,6 +13,7 @@ from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer, bind
 from instep.frontends.http.security import read_token
+from instep.frontends.models import Models
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
@@ -96,7 +97,8 @@ def _make_server(
     # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
     loop = Loop(busy_poll_ns(config), shutdown.bug)
-    frontend = _frontend(config, router, loop, log)
+    models = Models()
+    frontend = _frontend(config, models, router, loop, log)
     loop.frontends = [frontend]
     services = [
         make_service(config, foundation, each.file, loop.wake, shutdown.bug, each.log)
@@ -113,7 +115,7 @@ def _make_server(
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
-    server = Server(config, shutdown, loop, frontend, log, supervision)
+    server = Server(config, shutdown, loop, models, log, supervision)
     for foundation, service, each in zip(foundations, services, planned, strict=True):
         served = make_served(config, foundation, service)
         if each.kept_as:
@@ -124,7 +126,9 @@ def _make_server(
     return server
 
 
-def _frontend(config: Config, router: Router, loop: Loop, log: structlog.stdlib.BoundLogger) -> ZmqFrontend:
+def _frontend(
+    config: Config, models: Models, router: Router, loop: Loop, log: structlog.stdlib.BoundLogger
+) -> ZmqFrontend:
     def detach(peer: Peer) -> None:
         service = peer.served.service
         log.debug("disconnected", connection=peer.number, streams=int(service.engine.table.owned[peer.number]))
@@ -140,7 +144,7 @@ def _frontend(config: Config, router: Router, loop: Loop, log: structlog.stdlib.
         detach,
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    return ZmqFrontend(router, outbound, config.limits.max_connections, probe_after_ns, loop.wake, log)
+    return ZmqFrontend(models, router, outbound, config.limits.max_connections, probe_after_ns, loop.wake, log)
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -14,7 +14,7 @@ import structlog
 
 from instep.config import Config, ModelConfig
 from instep.config.sections import StreamPolicy
-from instep.frontends.zmq.served import Served
+from instep.frontends.models import Served
 from instep.models.errors import ModelError
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter

@@ -15,9 +15,9 @@ from typing import Final
 import structlog
 
 from instep.config import Config
+from instep.frontends import Frontend
 from instep.frontends.http.admin import AdminServer
-from instep.frontends.zmq.frontend import ZmqFrontend
-from instep.frontends.zmq.served import Served
+from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
 from instep.server.beside import Beside
 from instep.server.free_space import FreeSpace
@@ -48,7 +48,7 @@ class Server:
         config: Config,
         shutdown: Shutdown,
         loop: Loop,
-        frontend: ZmqFrontend,
+        models: Models,
         log: structlog.stdlib.BoundLogger,
         supervision: Supervision,
     ) -> None:
@@ -62,7 +62,7 @@ class Server:
         self._began_ns = time.monotonic_ns()
         self._shutdown = shutdown
         self._turns = loop
-        self._frontend = frontend
+        self._models = models
         self._log = log
         self._summaries: dict[ModelService, Summary] = {}
         self.admin: AdminServer | None = None
@@ -74,12 +74,14 @@ class Server:
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
         self._enter(served)
-        self._frontend.add(served)
+        self._models.add(served)
+        for frontend in self._frontends:
+            frontend.added(served)
         self.configure(self.config)
 
     async def remove(self, name: str, reason: str) -> None:
         """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
-        served, timeout_s = self._frontend.models[name], self.config.shutdown.drain_timeout_s
+        served, timeout_s = self._models.find(name), self.config.shutdown.drain_timeout_s
         service = served.service
         service.drain(f"the model {name!r} is being unloaded and takes nothing new")
         await _quiet(service, timeout_s)
@@ -88,7 +90,9 @@ class Server:
                 await service.checkpoints.take()
         service.end_streams()
         await _quiet(service, timeout_s)
-        self._frontend.remove(served, reason)
+        self._models.remove(served)
+        for frontend in self._frontends:
+            frontend.removed(served, reason)
         self._leave(service)
         await self.close(service)
 
@@ -100,22 +104,28 @@ class Server:
         """
         if kept_as:
             structlog.get_context(former.service.log)["model"] = kept_as  # of the log that all of its parts write to
-        else:
-            self._leave(former.service)
-            served.service.history.follow(former.service.history)
-            served.service.engine.take_over()
-        self._enter(served)
-        self._frontend.replace(former, served, kept_as)
-        self.configure(self.config)
+            former.keep_as(kept_as)
+            self.add(served)
+            self._models.add(former)
+            return
+        self._leave(former.service)
+        served.service.history.follow(former.service.history)
+        served.service.engine.take_over()
+        served.info = replace(served.info, boot_id=former.info.boot_id)  # their streams are still there
+        self.add(served)
+        for frontend in self._frontends:
+            frontend.moved(former, served)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While the block runs, messages wait in ZeroMQ; what was received before is answered."""
-        self._frontend.is_paused = True
+        """While the block runs, messages wait with their senders; what was received before is answered."""
+        for frontend in self._frontends:
+            frontend.is_paused = True
         try:
             yield
         finally:
-            self._frontend.is_paused = False
+            for frontend in self._frontends:
+                frontend.is_paused = False
             self._turns.wake()
 
     async def close(self, service: ModelService) -> None:
@@ -141,22 +151,26 @@ class Server:
 
     def served(self, name: str) -> Served:
         """The model of that name, which there is."""
-        return self._frontend.models[name]
+        return self._models.find(name)
 
     @property
     def services(self) -> list[ModelService]:
         """The models, the one for connections that name none first."""
-        return [served.service for served in self._frontend.models.values()]
+        return [served.service for served in self._models]
 
     @property
     def default(self) -> ModelService:
         """The model of connections that name none."""
-        return self.services[0]
+        return self._models.default.service
 
     @property
     def endpoint(self) -> str:
         """Where the server can be reached."""
-        return self._frontend.router.endpoint
+        return self._frontends[0].endpoint
+
+    @property
+    def _frontends(self) -> Sequence[Frontend]:
+        return self._turns.frontends
 
     @property
     def outdated(self) -> str:
@@ -183,17 +197,16 @@ class Server:
 
         They may have changed while a model was made that is added now.
         """
-        limits, frontend = config.limits, self._frontend
+        limits = config.limits
         self.config = config
         for service in self.services:
             service.operations.hibernation.limits = idle_limits(config)
-        for served in frontend.models.values():
+        for served in self._models:
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
 
     def reorder(self, names: Sequence[str]) -> None:
         """List the models of these names first; the first one is for connections that name none."""
-        models = self._frontend.models
-        self._frontend.models = {name: models[name] for name in dict.fromkeys((*names, *models))}
+        self._models.reorder(names)
 
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""
@@ -238,9 +251,10 @@ class Server:
                     free_bytes = free_space.tick(now_ns / 1e9, self.config.recording.warn_free_bytes)
                     for service in self.services:
                         service.engine.stats.recording_free_bytes = free_bytes
-                self._frontend.tick(now_ns)
-                for served in list(self._frontend.models.values()):
-                    served.service.tick(now_ns)
+                for frontend in self._frontends:
+                    frontend.tick(now_ns)
+                for service in self.services:
+                    service.tick(now_ns)
                 self.loader.tick()
                 self._turns.wake()
             except Exception as error:
@@ -271,11 +285,11 @@ class Server:
         ask_at = time.monotonic()
         until = min(ask_at + _LINGER_S, self._drain_until)
         while self._shutdown.drains and (now := time.monotonic()) < until:
-            if now >= ask_at:
+            if asks := now >= ask_at:
                 ask_at = now + _ASK_EVERY_S
-                self._frontend.outbound.ask_all()
                 self._turns.wake()  # a send may have taken the signal of an arrival
-            if self._frontend.is_idle and self._frontend.outbound.is_read:
+            drained = [frontend.drain(asks=asks) for frontend in self._frontends]
+            if all(drained):
                 return
             await asyncio.sleep(_LOOK_S)
 
@@ -289,11 +303,13 @@ class Server:
         reason = f"the server is shutting down: {self.failure or 'it was asked to'}"
         try:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
-                closing.callback(self._frontend.close)
+                for frontend in self._frontends:
+                    closing.callback(frontend.close)
                 if self.admin is not None:
                     closing.push_async_callback(self.admin.close)
                 self._will_close(self.services, closing, timeout_s)
-                closing.callback(self._frontend.go_away, reason)
+                for frontend in self._frontends:
+                    closing.callback(frontend.say_goodbye, reason)
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
                 closing.callback(self.loader.tasks.cancel)

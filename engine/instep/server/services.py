@@ -18,8 +18,7 @@ from instep.config import Config
 from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
 from instep.core.typing import I64, U32, float32_zeros
-from instep.frontends.zmq.decode import Decoder
-from instep.frontends.zmq.served import Served
+from instep.frontends.models import Served
 from instep.recording.reader import load_open_streams
 from instep.recording.records import OpenStream
 from instep.runtime.executor import StepExecutor
@@ -185,7 +184,6 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
     prepared, limits, about = foundation.prepared, foundation.limits, service.about
     network = prepared.network
     max_message_bytes = config.transport.max_message_bytes
-    decoder = Decoder(about.features, network.state, limits.max_block_frames, max_message_bytes)
     info = ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=secrets.token_hex(8),
@@ -207,7 +205,7 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
         park_s=config.limits.park_s,
         output_names=prepared.model.output_names,
     )
-    return Served(service, info, decoder)
+    return Served(service, info)
 
 
 def _random_generations(max_streams: int) -> U32:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zmq
 
+from instep.frontends.zmq.decode import Decoder
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL, whole
@@ -222,3 +223,23 @@ async def test_the_empty_message_that_begins_a_connection_is_answered_and_not_co
         assert await refused() == 0
         assert (await stranger.ask(b"nonsense")).code is Code.MALFORMED
         assert await refused() == 1
+
+
+@pytest.mark.parametrize("kind", [Kind.STEP, Kind.LIST, Kind.OPEN])
+async def test_a_bug_in_reading_a_message_is_the_error_of_that_message_alone(
+    client: RawClient, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    handles = (await client.open("s")).handles()
+    messages = {
+        Kind.STEP: client.step_message(handles, [0], np.zeros((1, 1, F), np.float32)),
+        Kind.LIST: [header(Kind.LIST, 0, 10, 0), b""],
+        Kind.OPEN: client.open_message("t"),
+    }
+    with monkeypatch.context() as patch:
+        for name in ("step", "listing", "count"):
+            patch.setattr(Decoder, name, bug)
+        assert (await client.ask(*messages[kind])).code is Code.INTERNAL
+    assert (await client.step(handles, [0], np.zeros((1, 1, F), np.float32))).kind is Kind.STEPPED

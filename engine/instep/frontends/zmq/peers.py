@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
 
+from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
-from instep.frontends.zmq.served import Served
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - see `Origin` and `Frontend`
 """The front end without a transport: producers in the server's own process and event loop."""
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 
 from instep.core.admission import SENT_COLUMN
 from instep.core.typing import F32, I64, U8, U64
+from instep.frontends.models import Served
 from instep.streaming.api import Frames, Grants, Names, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import HAVE_ALL
@@ -98,6 +98,8 @@ class InProcessFrontend:
     """Takes what origins in this process send to one model, in order; `wake` lets the loop take a turn."""
 
     signal_fd = None
+    is_paused = False
+    endpoint = "in this process"
 
     def __init__(self, service: ModelService, wake: Callable[[], None]) -> None:
         self.service = service
@@ -155,3 +157,24 @@ class InProcessFrontend:
                 break
             self.service.engine.submit(arrived)
         return has_arrived
+
+    def tick(self, now_ns: int) -> None:
+        pass
+
+    def added(self, served: Served) -> None:
+        pass
+
+    def removed(self, served: Served, reason: str) -> None:
+        pass
+
+    def moved(self, former: Served, served: Served) -> None:
+        pass
+
+    def drain(self, *, asks: bool) -> bool:
+        return not self._arrived
+
+    def say_goodbye(self, reason: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

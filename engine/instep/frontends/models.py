@@ -1,0 +1,78 @@
+"""The models of a server, as connections of any kind see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from instep.streaming.api import Refusal
+from instep.streaming.service import ModelService
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import ServerInfo
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """A model, as the connections that belong to it see it."""
+
+    service: ModelService
+    info: ServerInfo
+    """What clients are told of it."""
+
+    def keep_as(self, name: str) -> None:
+        """Be another name's from now on, for the connections and streams there are: another version has replaced it."""
+        self.service.name, self.service.is_former = name, True
+        self.info = replace(self.info, model=name)
+
+    def refuse_what_is_new(self) -> None:
+        """Refuse new connections, streams and frames, unless the service takes them."""
+        if not self.service.is_ready:
+            if self.service.engine.journal.has_failed:
+                raise Refusal(Code.SHUTTING_DOWN, "its recording has failed")
+            raise Refusal(Code.SHUTTING_DOWN, sentence=self.service.leaves)
+
+    def summary(self) -> tuple[int, int, int, int, int]:
+        """Frames that were stepped, streams, connections, features and outputs."""
+        engine = self.service.engine
+        streams = engine.table.open_count + len(self.service.operations.hibernation)
+        return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
+
+
+class Models:
+    """All of them; the first one is for connections that name none."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Served] = {}
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(list(self._models.values()))
+
+    @property
+    def default(self) -> Served:
+        """The model of connections that name none."""
+        return next(iter(self._models.values()))
+
+    def find(self, name: str) -> Served:
+        """The model of that name.
+
+        Raises:
+            Refusal: UNKNOWN_MODEL.
+        """
+        if name not in self._models:
+            close = get_close_matches(name, self._models, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            raise Refusal(Code.UNKNOWN_MODEL, f"{name!r:.120}; {meant}it serves {', '.join(map(repr, self._models))}")
+        return self._models[name]
+
+    def add(self, served: Served) -> None:
+        """Serve a model by its name, also in the place of the one that has it."""
+        self._models[served.service.name] = served
+
+    def remove(self, served: Served) -> None:
+        """Serve a model no longer."""
+        del self._models[served.service.name]
+
+    def reorder(self, names: Sequence[str]) -> None:
+        """List the models of these names first."""
+        self._models = {name: self._models[name] for name in dict.fromkeys((*names, *self._models))}

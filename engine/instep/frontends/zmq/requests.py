@@ -1,0 +1,137 @@
+"""The requests on streams of one model: decoded, done by its service, and answered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from instep.core.typing import I32
+from instep.frontends.models import Served
+from instep.frontends.zmq import encode
+from instep.frontends.zmq.decode import Decoder
+from instep.streaming.api import Origin
+from instep.streaming.operations import StreamOperations
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Header, Kind, Message
+
+Answer: TypeAlias = Callable[[], Awaitable[tuple[I32, Message]]]
+"""Does what a request on N streams asks: why they were refused, int32 [N], 0 where they were not, and the reply."""
+
+
+@dataclass(slots=True, eq=False)
+class Requests:
+    """Each of them decodes its message at once, raising MalformedMessage or Refusal; the answer does what it asks."""
+
+    served: Served
+    decoder: Decoder
+
+    @property
+    def _operations(self) -> StreamOperations:
+        return self.served.service.operations
+
+    def open(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """OPEN."""
+        count = self.decoder.count(header.fields[0])
+        names = wire.unpack_names(parts[1], count)
+        states = self.decoder.states(header.fields[1], parts[2], count)
+        first_seqs = self.decoder.first_seqs(header.fields[2], parts[3], count)
+        self.served.refuse_what_is_new()
+        codes = self.decoder.name_codes(names)
+        codes[codes == 0] = self.decoder.state_codes(states, count)[codes == 0]
+        good = np.flatnonzero(codes == 0)
+
+        async def answer() -> tuple[I32, Message]:
+            opened = await self._operations.open(
+                origin,
+                [names[index] for index in good.tolist()],
+                None if states is None else states[good],
+                None if first_seqs is None else first_seqs[good],
+            )
+            granted = opened.spread(codes)
+            return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.served.info.durability)
+
+        return answer
+
+    def resume(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """RESUME."""
+        count = self.decoder.count(header.fields[0])
+        take_over = bool(wire.count_field(header.fields[1], "take_over", 1, at_least=0))
+        names = wire.unpack_names(parts[1], count)
+        claims = wire.array_frame(parts[2], wire.CLAIM, (count,), "claims")
+        self.served.refuse_what_is_new()
+
+        async def answer() -> tuple[I32, Message]:
+            resumed = await self._operations.resume(origin, names, claims["have"], claims["epoch"], take_over)
+            return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.served.info.durability)
+
+        return answer
+
+    def read_state(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """READ_STATE."""
+        count = self.decoder.count_with_states(header.fields[0])
+        if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
+            read_states = partial(self._operations.read_states, wire.unpack_names(parts[1], count))
+        else:
+            handles = self.decoder.handles(parts[1], count)
+            read_states = partial(self._operations.read_own_states, origin, handles)
+
+        async def answer() -> tuple[I32, Message]:
+            read = await read_states()
+            return read.codes, encode.state_read(header.request, read)
+
+        return answer
+
+    def reset(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """RESET."""
+        count = self.decoder.count(header.fields[0])
+        states = self.decoder.states(header.fields[1], parts[2], count)
+        handles = self.decoder.handles(parts[1], count)
+        self.served.refuse_what_is_new()
+        refused = self.decoder.state_codes(states, count)
+
+        async def answer() -> tuple[I32, Message]:
+            codes = await self._operations.write_states(origin, handles, states, refused)
+            return codes, encode.changed(header.request, codes)
+
+        return answer
+
+    def fork(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """FORK."""
+        count = self.decoder.count_with_states(header.fields[0])
+        names = wire.unpack_names(parts[2], count)
+        handles = self.decoder.handles(parts[1], count)
+        self.served.refuse_what_is_new()
+        refused = self.decoder.name_codes(names)
+
+        async def answer() -> tuple[I32, Message]:
+            forked = await self._operations.fork(origin, handles, names, refused)
+            return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.served.info.durability)
+
+        return answer
+
+    def close(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+        """CLOSE."""
+        count = self.decoder.count_with_states(header.fields[0])
+        closings = wire.array_frame(parts[1], wire.CLOSING, (count,), "closings")
+
+        async def answer() -> tuple[I32, Message]:
+            states, codes = await self._operations.close(origin, closings["handle"], closings["have"])
+            return codes, encode.closed(header.request, states, codes)
+
+        return answer
+
+
+Handler: TypeAlias = Callable[[Requests, Origin, Header, list[bytes]], Answer]
+HANDLERS: Final[dict[Kind, Handler]] = {
+    Kind.OPEN: Requests.open,
+    Kind.RESUME: Requests.resume,
+    Kind.READ_STATE: Requests.read_state,
+    Kind.RESET: Requests.reset,
+    Kind.FORK: Requests.fork,
+    Kind.CLOSE: Requests.close,
+}
+"""By the kind of their messages."""
