@@ -127,7 +127,7 @@ class MemoryReader(RecordingReader):
     """The engine's reader over a `Disk`."""
 
     def __init__(self, disk: Any, header: RecordingHeader | None = None) -> None:
-        self.path = disk
+        self.path, self._since = disk, 0
         self.header = HEADER[0] if header is None else header
         self._image: Image = disk.image
         self._find_ends()
@@ -170,7 +170,7 @@ class MemoryWriter(RecordingWriter):
 
     def __init__(self, disk: Any, header: RecordingHeader) -> None:
         newest = disk.image["newest"].values()
-        self.path = disk
+        self.path, self._since = disk, 0
         self.header = header
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk
