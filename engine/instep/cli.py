@@ -7,7 +7,7 @@ import json as jsonlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,8 +35,7 @@ class _EngineCommands(PlainCommands):
             os.getcwd()
             return super().main(args, *others, **settings)
         except interrupts.Stopped as stop:
-            if not stop.is_told:
-                _fail(str(stop), as_json=as_json)
+            _fail(str(stop), as_json=as_json)
             raise
         except Exception as error:
             if isinstance(error, FileNotFoundError) and error.filename is None:  # of getcwd; torch needs one, too
@@ -254,7 +253,7 @@ def export(
     from instep.export.command import Export, run
 
     interrupts.raise_stopped()
-    raise typer.Exit(run(Export(recording, output, stream), _console()))
+    run(Export(recording, output, stream), _console())
 
 
 @app.command(examples=["instep demo", "instep demo --keep"])
@@ -334,8 +333,9 @@ def _fail(sentence: str, *, as_json: bool) -> None:
 
     if as_json:
         typer.echo(jsonlib.dumps({"error": sentence}))
-    for line in sentence.splitlines():
-        say(_console(stderr=True), f"error: {line}", "red")
+    with suppress(OSError):  # its terminal has closed
+        for line in sentence.splitlines():
+            say(_console(stderr=True), f"error: {line}", "red")
 
 
 @contextmanager
@@ -359,7 +359,8 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
     from instep.server.checks import CannotServe
+    from instep.verify.report import CannotVerify
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 
-    return CannotServe, CommandProblem, ConfigError, InstepError, ModelError, RecordingError
+    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, ModelError, RecordingError

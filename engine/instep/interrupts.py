@@ -14,16 +14,11 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """A signal stops the command, with the exit status that shells have for it; the text says which signal.
-
-    Attributes:
-        is_told: the command has said that it was stopped.
-    """
+    """A signal stops the command, with the exit status that shells have for it; the text says which signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
-        self.is_told = False
 
     def __str__(self) -> str:
         return f"stopped by {signal_name(self.number)}"

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.export.command import Export, run
+from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep_client import AsyncClient
 from instep_tools.formats.write import WRITERS, Format
+from instep_tools.problems import CommandProblem
 from tests.support.models import with_head
 from tests.support.running import running
 from tests.support.written import Written, write_recording
@@ -33,8 +35,11 @@ def written(tmp_path: Path) -> Written:
 def export(path: Path, kind: str = "csv", **options: Any) -> tuple[int, str]:
     file = io.StringIO()
     options = {"output": path.with_name(f"a.{kind}"), **options}
-    status = run(Export(path, **options), Console(file=file, width=80))
-    return status, file.getvalue()
+    try:
+        run(Export(path, **options), Console(file=file, width=80))
+    except (CommandProblem, RecordingError) as error:
+        return 2, f"{with_advice(error)}\n"
+    return 0, file.getvalue()
 
 
 def names(folder: Path) -> set[str]:
@@ -187,7 +192,7 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
-    assert text == f"not exported: cannot write {written.path.with_name(f'a.{format}')}: File too large\n"
+    assert text == f"cannot write {written.path.with_name(f'a.{format}')}: File too large\n"
     assert names(written.path.parent) == {"a.rec"}
 
 

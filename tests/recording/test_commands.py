@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from instep.cli import app
 from instep.recording import commands
-from instep.recording.app import app
 from instep.recording.copies import repair
 from instep.recording.database import DatabaseLimits
+from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
@@ -51,8 +52,11 @@ def record(path: Path, *, close: bool = True) -> Scribe:
 
 def said(command: Any, *arguments: Any) -> tuple[int, str]:
     file = io.StringIO()
-    status = command(*arguments, Console(file=file, width=300))
-    return status, file.getvalue()
+    try:
+        status = command(*arguments, Console(file=file, width=300))
+    except RecordingError as error:
+        return 2, f"{with_advice(error)}\n"
+    return status or 0, file.getvalue()
 
 
 def test_info_shows_what_it_is(tmp_path: Path) -> None:
@@ -101,19 +105,20 @@ def test_info_of_a_folder_has_a_line_for_each_recording_and_nothing_else(tmp_pat
 def test_a_recording_that_there_is_not_is_told_in_a_sentence(tmp_path: Path, name: str) -> None:
     for command, arguments in ((commands.info, ()), (commands.repair_file, (tmp_path / "saved.rec",))):
         status, text = said(command, tmp_path / name, *arguments)
-        assert (status, len(text.splitlines())) == (commands.NOT_DONE, 1)
+        assert (status, len(text.splitlines())) == (2, 1)
 
 
 def test_info_as_json(tmp_path: Path) -> None:
     path, runner = tmp_path / "a.rec", CliRunner()
     record(path)
     of_file, of_folder = (
-        json.loads(runner.invoke(app, ["info", str(place), "--json"]).stdout) for place in (path, tmp_path)
+        json.loads(runner.invoke(app, ["recordings", "info", str(place), "--json"]).stdout)
+        for place in (path, tmp_path)
     )
     assert of_file == of_folder
     assert (of_file["streams"], of_file["open_streams"], of_file["bytes"]) == (2, 1, path.stat().st_size)
-    missing = runner.invoke(app, ["info", str(tmp_path / "missing.rec"), "--json"])
-    assert (missing.exit_code, list(json.loads(missing.stdout))) == (2, ["file", "error"])
+    missing = runner.invoke(app, ["recordings", "info", str(tmp_path / "missing.rec"), "--json"])
+    assert (missing.exit_code, list(json.loads(missing.stdout))) == (2, ["error"])
 
 
 def test_info_of_a_recording_whose_wal_is_damaged_is_status_1(tmp_path: Path) -> None:
@@ -236,7 +241,7 @@ def test_repair_that_would_save_no_frame_writes_nothing(tmp_path: Path) -> None:
             file.write(bytes(page_bytes))
     before = set(tmp_path.iterdir())
     status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
-    assert (status, f"not repaired: nothing of {tmp_path / 'a.rec'} can be saved (the rows after" in text) == (2, True)
+    assert (status, f"nothing of {tmp_path / 'a.rec'} can be saved (the rows after" in text) == (2, True)
     assert set(tmp_path.iterdir()) == before
 
 

@@ -195,7 +195,7 @@ def test_what_is_not_recorded_is_refused_with_what_is(story: Story, tmp_path: Pa
         ((story.path, "a", "--model", tmp_path), "the model cannot be loaded"),
     ):
         result = run(*arguments)
-        assert (result.exit_code, problem in " ".join(result.stdout.split())) == (2, True), result.output
+        assert (result.exit_code, problem in " ".join(result.stderr.split())) == (2, True), result.output
         refused = run(*arguments, "--json")
         assert (refused.exit_code, problem in json.loads(refused.stdout)["error"]) == (2, True)
     for frames in ("5", "9:9", "a:b"):

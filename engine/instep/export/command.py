@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
 
-from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo, select_streams
 from instep.recording.table import CHUNK_FRAMES, read_frames
@@ -24,9 +23,6 @@ from instep_tools.formats.write import WRITERS, format_of
 from instep_tools.problems import CommandProblem, part_of
 from instep_tools.terminal import say, show_progress
 from instep_tools.words import counted
-
-EXPORTED: Final = 0
-NOT_EXPORTED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +39,13 @@ class Export:
     """Frames that are read and written at once, about."""
 
 
-def run(what: Export, console: Console) -> int:
+def run(what: Export, console: Console) -> None:
     """Write a recording's frames and outputs into one file, and say what is in it.
 
-    Returns:
-        The exit status: 0, or 2 when it could not be exported.
+    Raises:
+        CommandProblem, RecordingError: when it cannot be exported; nothing is left then.
     """
-    try:
-        said = _export(what)
-    except (RecordingError, CommandProblem) as error:
-        say(console, f"not exported: {with_advice(error)}", "bold red")
-        return NOT_EXPORTED
-    say(console, said, "bold green")
-    return EXPORTED
+    say(console, _export(what), "bold green")
 
 
 def _export(what: Export) -> str:

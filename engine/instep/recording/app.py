@@ -48,7 +48,7 @@ def repair(
     from instep.recording import commands
 
     interrupts.raise_stopped()
-    raise typer.Exit(commands.repair_file(recording, out, make_console()))
+    commands.repair_file(recording, out, make_console())
 
 
 @app.command(
@@ -81,12 +81,12 @@ def cut(
     A range can begin only where the recording does, or at a checkpoint that was kept: there is one every 256 MiB, or
     every eighth of `recording.keep_bytes` or `recording.keep_s`. So it may begin earlier than --from.
 
-    Exit status 0: it was written. 1: the recording is damaged. 2: it was not written for another reason.
+    Exit status 0: it was written. 2: it was not.
     """
     from instep.recording import commands
 
     interrupts.raise_stopped()
-    raise typer.Exit(commands.cut_file(recording, output, begin, end, make_console()))
+    commands.cut_file(recording, output, begin, end, make_console())
 
 
 def make_console() -> Console:

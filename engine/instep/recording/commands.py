@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json as jsonlib
 import os
 import sys
@@ -14,7 +13,6 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from instep.interrupts import Stopped
 from instep.recording.copies import Bound, cut, repair
 from instep.recording.database import bytes_on_disk, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError, with_advice
@@ -32,16 +30,14 @@ def info(place: Path, console: Console, *, json: bool = False) -> int:
     """Say what a recording is, without reading all of it; of a folder, what each recording in it is.
 
     Returns:
-        0, 1 where one is damaged, 2 where one cannot be read.
+        0, 1 where one is damaged, 2 where one of a folder cannot be read.
+
+    Raises:
+        RecordingError: when it cannot be read.
     """
-    try:
-        if not os.path.isdir(place):
-            return _info_of_file(place, console, json=json)
-        files = recordings_in(place)
-    except RecordingError as error:
-        if json:
-            write_json({"file": str(place), "error": with_advice(error)})
-        return _failed(error, Console(stderr=True) if json else console, "read")
+    if not os.path.isdir(place):
+        return _info_of_file(place, console, json=json)
+    files = recordings_in(place)
     if not files:
         say(Console(stderr=True), f"{place} holds no recordings", "yellow")
     statuses = [_line_of_file(file, console, json=json) for file in files]
@@ -93,26 +89,22 @@ def _status(file: Path) -> int:
     return DAMAGED if not is_being_written(file) and lost_tail(file) else DONE
 
 
-def repair_file(file: Path, output: Path | None, console: Console) -> int:
+def repair_file(file: Path, output: Path | None, console: Console) -> None:
     """Save everything before the first damage into a new file, next to the damaged one by default.
 
-    Returns:
-        0 when frames or states were saved, or nothing is damaged; 2 when nothing could be saved.
+    Raises:
+        RecordingError: when nothing could be saved.
     """
     target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
-    try:
-        if _is_whole(file):
-            say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
-            return DONE
-        found = repair(file, target)
-    except RecordingError as error:
-        return _failed(error, console, "repaired")
+    if _is_whole(file):
+        say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
+        return
+    found = repair(file, target)
     kept = (
         f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
         f"({counted(found.positions, 'position')})"
     )
     say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
-    return DONE
 
 
 def _is_whole(file: Path) -> bool:
@@ -123,17 +115,14 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def cut_file(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> int:
+def cut_file(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> None:
     """Write a range of a recording to a new file and sum it up.
 
-    Returns:
-        0 when it was written, 1 when the recording is damaged, 2 when it was not written for another reason.
+    Raises:
+        RecordingError: when it was not written.
     """
-    try:
-        bounds = [None if text is None else Bound.parse(text) for text in (begin, end)]
-        found = cut(file, output, *bounds)
-    except RecordingError as error:
-        return _failed(error, console, "cut")
+    bounds = [None if text is None else Bound.parse(text) for text in (begin, end)]
+    found = cut(file, output, *bounds)
     say(
         console,
         f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file} "
@@ -148,13 +137,6 @@ def cut_file(file: Path, output: Path, begin: str | None, end: str | None, conso
             "checkpoint that was kept",
             "yellow",
         )
-    return DONE
-
-
-def _failed(error: RecordingError, console: Console, what: str) -> int:
-    is_damaged = isinstance(error, DamagedRecording)
-    say(console, with_advice(error) if is_damaged else f"not {what}: {with_advice(error)}", "bold red")
-    return DAMAGED if is_damaged else NOT_DONE
 
 
 def write_json(value: Any) -> None:
@@ -168,15 +150,6 @@ def write_failure(error: Exception, **about: Any) -> None:
     sentence = with_advice(error)
     write_json({**about, "error": sentence})
     say(Console(stderr=True), sentence, "bold red")
-
-
-def say_stopped(stop: Stopped, what: str, **about: Any) -> None:
-    """Say on standard error that a signal has stopped a command; of what, in an object as well where some is given."""
-    stop.is_told = True
-    with contextlib.suppress(OSError):  # nobody is left to read it
-        if about:
-            write_json({**about, "error": what})
-        say(Console(stderr=True), what, "bold red")
 
 
 def _print(console: Console, line: str) -> None:

@@ -73,7 +73,7 @@ def state(
     from instep.timetravel.state import Look, run
 
     interrupts.raise_stopped()
-    raise typer.Exit(run(Look(recording, stream, seq, model, out, plot, wanted, json), make_console()))
+    run(Look(recording, stream, seq, model, out, plot, wanted, json), make_console())
 
 
 def replay_from(
@@ -101,7 +101,7 @@ def replay_from(
     from instep.timetravel.replay_from import WhatIf, run
 
     interrupts.raise_stopped()
-    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json), make_console()))
+    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json)))
 
 
 def _range(text: str) -> tuple[int, int]:

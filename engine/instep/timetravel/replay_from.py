@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from rich.console import Console
 
-from instep.recording.errors import RecordingError
 from instep.timetravel.past import Moment, PastFrames, in_words
-from instep.timetravel.state import as_snapshot, not_done, travelling
-from instep.verify.report import CannotVerify
+from instep.timetravel.state import as_snapshot, travelling
 from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ServerInfo
@@ -53,19 +50,19 @@ class WhatIf:
     """Write one JSON object to standard output."""
 
 
-def run(what: WhatIf, console: Console) -> int:
+def run(what: WhatIf) -> int:
     """Open the stream and leave it parked.
 
     Returns:
         The exit status: 0, 1 when outputs differ from the recorded ones, 2 when it could not be done, 130 after Ctrl-C.
+
+    Raises:
+        RecordingError, CannotVerify: when the state cannot be had exactly.
     """
-    try:
-        with travelling(what.file, what.stream, what.model_folder) as (past, header):
-            moment = past.before(what.seq)
-            rest = past.since(what.seq) if what.continues else None
-            taken = as_snapshot(moment, header)
-    except (RecordingError, CannotVerify) as error:
-        return not_done(what.file, what.stream, error, console, json=what.json)
+    with travelling(what.file, what.stream, what.model_folder) as (past, header):
+        moment = past.before(what.seq)
+        rest = past.since(what.seq) if what.continues else None
+        taken = as_snapshot(moment, header)
     return run_undrained(partial(_open, what, moment, taken, rest), Terminal(what.json))
 
 

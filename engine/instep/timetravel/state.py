@@ -14,25 +14,20 @@ from rich.console import Console
 from rich.text import Text
 
 from instep.core.typing import U8
-from instep.recording.commands import write_failure, write_json
-from instep.recording.errors import RecordingError, with_advice
+from instep.recording.commands import write_json
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import RecordingHeader
 from instep.timetravel.past import Moment, NoSuchMoment, Past, in_words
 from instep.verify.recorded_model import recorded_model
-from instep.verify.report import CannotVerify
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import as_state
 from instep_tools.formats.columns import input_columns, output_columns
-from instep_tools.problems import CommandProblem
 from instep_tools.state import check_new, plain, save_new, state_lines
 from instep_tools.stream_plot import MOST_FRAMES, Panel, check_plot_path, plot_panels
-from instep_tools.terminal import say, show_progress
+from instep_tools.terminal import show_progress
 from instep_tools.words import folded
 
-DONE: Final = 0
-NOT_DONE: Final = 2
 DRAWN_FRAMES: Final = 200
 """Frames before the moment that are drawn where no others are asked for."""
 DRAWN_VALUES: Final = 64
@@ -60,29 +55,26 @@ class Look:
     """Write one JSON object to standard output and nothing else."""
 
 
-def run(what: Look, console: Console) -> int:
+def run(what: Look, console: Console) -> None:
     """Show a recorded stream's state before a frame, and save and draw it where that is asked for.
 
-    Returns:
-        The exit status: 0, or 2 when the state cannot be had exactly, or a file not be written.
+    Raises:
+        RecordingError, CannotVerify, CommandProblem: when the state cannot be had exactly, or a file not be written.
     """
-    try:
+    if what.out is not None:
+        check_new(what.out, "--out")
+    if what.plot is not None:
+        check_plot_path(what.plot)
+    with travelling(what.file, what.stream, what.model_folder) as (past, header):
+        moment = past.before(what.seq)
+        taken = as_snapshot(moment, header)
         if what.out is not None:
-            check_new(what.out, "--out")
-        if what.plot is not None:
-            check_plot_path(what.plot)
-        with travelling(what.file, what.stream, what.model_folder) as (past, header):
-            moment = past.before(what.seq)
-            taken = as_snapshot(moment, header)
-            if what.out is not None:
-                save_new(taken, what.out, "--out")
-            drawn = "" if what.plot is None else _draw(what, what.plot, past, moment, header)
-    except (RecordingError, CannotVerify, CommandProblem) as error:
-        return not_done(what.file, what.stream, error, console, json=what.json)
+            save_new(taken, what.out, "--out")
+        drawn = "" if what.plot is None else _draw(what, what.plot, past, moment, header)
     norms = _norms(moment.state[None], header.state_spec)
     if what.json:
         write_json(_as_json(what, moment, taken, {leaf: float(norm[0]) for leaf, norm in norms.items()}))
-        return DONE
+        return
     leaves = ", ".join(
         f"{leaf.name} {leaf.dtype} {list(leaf.shape)} with norm {norms[leaf.name][0]:.6g}"
         for leaf in header.state_spec.leaves
@@ -94,7 +86,6 @@ def run(what: Look, console: Console) -> int:
         console.print(Text(line), soft_wrap=True, highlight=False)
     for line in folded("; ".join(filter(None, results))):
         console.print(Text(line, "bold green"), soft_wrap=True, highlight=False)
-    return DONE
 
 
 @contextmanager
@@ -105,15 +96,6 @@ def travelling(file: Path, stream: str, model_folder: Path | None) -> Iterator[t
         with show_progress("reading") as on_progress:
             past = Past(reader, model, stream, partial(on_progress, "reading"))
         yield past, reader.header
-
-
-def not_done(file: Path, stream: str, error: Exception, console: Console, *, json: bool) -> int:
-    """Say why it could not be done; the exit status."""
-    if json:
-        write_failure(error, file=str(file), stream=stream)
-    else:
-        say(console, with_advice(error), "bold red")
-    return NOT_DONE
 
 
 def as_snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:

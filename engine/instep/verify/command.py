@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 
-from instep.interrupts import Stopped
 from instep.models.portable.machine import host
-from instep.recording.commands import say_stopped, write_failure, write_json
+from instep.recording.commands import write_failure, write_json
 from instep.recording.database import SUFFIX
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.inspection import facts, look_over, recordings_in
@@ -150,15 +150,13 @@ def _status(file: Path, json: bool, console: Console, check: Callable[[], int], 
         return check()
     except (RecordingError, CannotVerify, BadFile) as error:
         return _failed(file, json, console, error, prefix)
-    except Stopped as stop:
-        about = {"file": str(file), "verified": False, "verdict": "not checked"} if json else {}
-        say_stopped(stop, f"{prefix}not checked: {stop}", **about)
-        raise
     except BrokenPipeError:
         raise
     except Exception as error:  # a bug, or no memory: Python's own exit status, 1, would say that something differs
-        traceback.print_exc()
-        return _failed(file, json, console, CannotVerify(repr(error)), prefix)
+        with suppress(OSError):  # its terminal has closed
+            traceback.print_exc()
+            _failed(file, json, console, CannotVerify(repr(error)), prefix)
+        return NOT_CHECKED
 
 
 def _say_if_slow() -> None:
