@@ -142,7 +142,7 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
         (state_dict(a=nn.LSTM(3, 4, proj_size=2)), {}, "`a` is not a layer that can be served"),
         (state_dict(a=nn.GRUCell(3, 4)), {}, "`a` is not a layer that can be served"),
         (state_dict(a=nn.RNN(3, 4)), {}, 'nonlinearity="tanh"'),
-        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, "`a` is an LSTM"),
+        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, r"`a` of .* is an LSTM"),
         (state_dict(a=nn.Linear(3, 4)), {}, "no recurrent layers"),
         (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU"),
         (state_dict(gru=nn.GRU(3, 4), norm=nn.RMSNorm(4)), {}, r"`norm` .*\(weight \[4\]\)"),
@@ -156,7 +156,7 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
         (
             {name: tensor for name, tensor in state_dict(gru=nn.GRU(3, 4)).items() if "bias_hh" not in name},
             {},
-            r"gru.bias_hh_l0 \[12\]",
+            r"`gru` .*bias_hh_l0",
         ),
         (state_dict(gru=nn.GRU(3, 4).half()), {}, "gru.weight_ih_l0 .* float16"),
     ],

@@ -8,20 +8,18 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from runpy import run_path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from instep.core.typing import F32
-from instep.models.agreement import agreement, first_output
+from instep.models.agreement import agreement
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import load_model
-from instep.models.handover.traced_module import evaluating
+from instep.models.handover.traced_module import outputs_of
 from instep.models.numerics import prepare
 from instep.models.registry import build
 
@@ -85,7 +83,7 @@ def check(folder: Path, against: str) -> Check:
     module = _module(against)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     x = torch.randn(ROWS, STEPS, model.description.features, generator=torch.Generator().manual_seed(0))
-    y = _outputs(module, x.to(device), against)
+    y = outputs_of(module, x.to(device), (), against)
     found = agreement(build(model, torch.device("cpu")), x.numpy(), y)
     if found is None:
         raise ModelError(
@@ -95,75 +93,27 @@ def check(folder: Path, against: str) -> Check:
     return Check(str(folder), against, tuple(x.shape), found.error, found.tolerance)
 
 
-def _outputs(module: nn.Module, x: torch.Tensor, against: str) -> F32:
-    try:
-        with evaluating(module):
-            y: F32 = first_output(module(x.clone()), against).float().cpu().numpy()
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{against} fails on random frames {list(x.shape)} of the folder's size ({first_line(error)}): "
-            "name the network over whole sequences, or a function that returns one which takes frames alone; a step is "
-            "compared by export_step"
-        ) from None
-    return y
-
-
 def _module(against: str) -> nn.Module:
-    file, colon, attribute = against.rpartition(":")
-    if not colon or not attribute:
+    file, _, attribute = against.rpartition(":")
+    if not attribute or not os.path.isfile(file):
         raise ModelError(f"--against {against}: name a Python file and the module in it, as in net.py:net")
-    if not os.path.isfile(file):
-        raise ModelError(
-            f"--against {against}: there is no file {file}; name one and the module in it, as in net.py:net"
-        )
-    namespace = _run(Path(file))
-    value: Any = namespace
-    for name in attribute.split("."):
-        if not hasattr(value, name):
-            modules = [key for key, each in vars(namespace).items() if isinstance(each, nn.Module)]
-            meant = get_close_matches(name, modules, 1) or modules
-            hint = f"; did you mean {file}:{meant[0]}?" if meant else ": it has no nn.Module at its top level"
-            raise ModelError(f"{file} has no {attribute}{hint}")
-        value = getattr(value, name)
-    if isinstance(value, type):
-        raise ModelError(f"{against} is a class, whose weights would be random: name a trained module of it")
-    if not isinstance(value, nn.Module) and callable(value):
-        try:
-            value = value()
-        except Exception as error:
-            raise ModelError(_failure(Path(file), error)) from error
-    if not isinstance(value, nn.Module):
-        raise ModelError(f"{against} is {value!r:.60}: name an nn.Module, or a function that returns one")
-    return value
-
-
-def _run(file: Path) -> ModuleType:
-    """What a Python file defines. Its own imports find its neighbours."""
-    spec = spec_from_file_location(f"checked_{file.stem}", file)  # a name that hides no other module
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{file} is not a Python file: name one that ends in .py, as in net.py:net")
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(file.resolve().parent))
+    folder = str(Path(file).resolve().parent)
+    sys.path.insert(0, folder)  # for its own imports
     try:
-        spec.loader.exec_module(module)
+        value: Any = SimpleNamespace(**run_path(file, run_name="checked"))
+        for name in attribute.split("."):
+            value = getattr(value, name)
+        if callable(value) and not isinstance(value, nn.Module | type):
+            value = value()
     except (Exception, SystemExit) as error:
-        raise ModelError(_failure(file, error)) from error
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == file]
+        where = f"{file}, line {lines[-1]}" if lines else file
+        raise ModelError(
+            f"{where}: {type(error).__name__}: {first_line(error)}; the file is run to find {attribute}: put what "
+            'makes the folder under if __name__ == "__main__":'
+        ) from error
     finally:
-        sys.path.remove(str(file.resolve().parent))
-    return module
-
-
-def _failure(file: Path, error: BaseException) -> str:
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve() == file.resolve()
-    ]
-    where = f"{file}, line {lines[-1]}" if lines else f"{file}"
-    what = f"{where}: {type(error).__name__}: {first_line(error)}"
-    if isinstance(error, ModelError):  # of `save_model` or `export_step`
-        return f'{what}; the file is run to find the module: put what makes the folder under if __name__ == "__main__":'
-    return f"{what}; correct it, or name another file"
+        sys.path.remove(folder)
+    if not isinstance(value, nn.Module):
+        raise ModelError(f"{against} is {value!r:.60}: name a trained nn.Module, or a function that returns one")
+    return value

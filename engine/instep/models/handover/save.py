@@ -10,9 +10,9 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import write_model
-from instep.models.handover.layers import RECURRENT, Chain, FrameLayer, Recurrent, RecurrentModule, layer_of_module
+from instep.models.handover.layers import Chain, Layer, RecurrentModule, check_recurrent, kind_of
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
-from instep.models.handover.traced_module import TracedModule, activation_of, why_not_served
+from instep.models.handover.traced_module import TracedModule, activation_of
 from instep.models.model import Model
 from instep.models.recurrent.description import Nonlinearity
 
@@ -68,17 +68,17 @@ def save_model(
     if isinstance(network, nn.Module) and not isinstance(network, RecurrentModule):
         if before or after:
             raise ModelError(
-                why_not_served(network)
-                or f"before and after go with a recurrent module: save_model(path, net.gru, after=[…]), not with the "
-                f"whole {type(network).__name__}, of which the layers are found: save_model(path, net)"
+                "before and after go with a recurrent module: save_model(path, net.gru, after=[…]), not with the whole "
+                f"{type(network).__name__}, of which the layers are found: save_model(path, net)"
             )
         traced = TracedModule(network, example)
         chain = traced.chain
     elif example is not None:
         raise ModelError("example goes with a whole module: save_model(path, net, example=x); leave it out")
     elif isinstance(network, RecurrentModule):
-        label = next(f"the {kind.upper()}" for kind, each in RECURRENT.items() if isinstance(network, each))
-        chain = Chain(_layers("before", before), Recurrent.of(label, network), _layers("after", after))
+        label = f"the {kind_of(network).upper()}"
+        check_recurrent(label, network)
+        chain = Chain(_layers("before", before), (label, network), _layers("after", after))
     elif isinstance(network, str | Path | Mapping):
         source = "the state dict" if isinstance(network, Mapping) else str(network)
         tensors = network if isinstance(network, Mapping) else read_tensors(Path(network))
@@ -107,9 +107,9 @@ def _named(place: str, given: Layers) -> list[tuple[str, object]]:
     return [(name, activation) for _, name, activation in _pairs(place, given, str, '"head"')]
 
 
-def _layers(place: str, given: Layers) -> list[FrameLayer]:
+def _layers(place: str, given: Layers) -> list[Layer]:
     return [
-        layer_of_module(label, module, activation_of(activation, f"the activation of {label}"))
+        Layer(label, module, activation_of(activation, f"the activation of {label}")).checked()
         for label, module, activation in _pairs(place, given, nn.Linear | nn.LayerNorm, "linear")
     ]
 
@@ -122,8 +122,7 @@ def _pairs(place: str, given: Any, kind: Any, sample: str) -> Iterator[tuple[str
         if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], kind):
             layer = pair[0] if isinstance(pair, Sequence) and pair else pair
             raise ModelError(
-                (isinstance(layer, nn.Module) and why_not_served(layer))
-                or f"{label} begins with one {type(layer).__name__}: {place} must be a list of pairs of a layer and an "
+                f"{label} begins with one {type(layer).__name__}: {place} must be a list of pairs of a layer and an "
                 f'activation, as in {place}=[({sample}, "none")]'
             )
         yield label, *pair

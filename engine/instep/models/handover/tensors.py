@@ -10,28 +10,28 @@ import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Final, TypeAlias, TypeGuard
+from typing import Final, TypeAlias, TypeGuard, TypeVar
 from warnings import catch_warnings
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import DESCRIPTION_FILE
-from instep.models.handover.layers import SERVED, Chain, FrameLayer, Recurrent, dense, layer_norm
+from instep.models.handover.layers import RECURRENT, SERVED, Chain, Layer, RecurrentModule, dense
 from instep.models.handover.traced_module import activation_of, plain_path
 from instep.models.recurrent.description import BIDIRECTIONAL, GruLayers, LstmLayers, Nonlinearity, RnnLayers
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 """Tensors by their names: those of one layer by their own ones, all of them by their paths."""
+Module = TypeVar("Module", bound=nn.Module)
 _RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (GruLayers, LstmLayers, RnnLayers)}
 """By how many gates a module has."""
 _FRAME_LAYERS: Final = ("Linear", "LayerNorm")
 _UNKNOWN: Final = "ACTIVATION"
 """In a call to copy: no activation has this name, so that none is chosen by mistake."""
-_DEFAULT_EPS: Final = 1e-5
-"""Torch's default for an nn.LayerNorm: a state dict does not hold it."""
 
 
 def chain_of_tensors(
@@ -70,7 +70,7 @@ def chain_of_tensors(
         raise ModelError(f"{source} has {len(recurrent)} recurrent modules ({', '.join(recurrent)}); {advice}")
     chain = Chain(
         [_frame_layer("before", pair, layers, source) for pair in before],
-        _recurrent(recurrent[0], layers[recurrent[0]], nonlinearity, source),
+        (f"`{recurrent[0]}`", _recurrent(recurrent[0], layers[recurrent[0]], nonlinearity, source)),
         [_frame_layer("after", pair, layers, source) for pair in after],
     )
     named = {recurrent[0], *(name for name, _ in (*before, *after))}
@@ -196,30 +196,42 @@ def _no_layer(name: str, names: Sequence[str], source: str) -> str:
     return f"{source} has no layer `{name}`; {hint}"
 
 
-def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> FrameLayer:
+def _frame_layer(place: str, pair: tuple[str, object], layers: Mapping[str, Tensors], source: str) -> Layer:
     name, given = pair
     if name not in layers:
         raise ModelError(_no_layer(name, list(layers), source))
-    tensors = layers[name]
-    if _kind(tensors) not in _FRAME_LAYERS:
+    tensors, kind = layers[name], _kind(layers[name])
+    if kind not in _FRAME_LAYERS:
         raise ModelError(f"`{name}` of {source} is not a Linear or LayerNorm: it is {_in_words(tensors)}")
     activation = activation_of(given, f"the activation of `{name}` in {place}")
-    weight, bias = tensors["weight"], tensors.get("bias")
-    if _kind(tensors) == "Linear":
-        return dense(f"`{name}`", weight, bias, activation)
-    return layer_norm(f"`{name}`", len(weight), _DEFAULT_EPS, weight, bias, activation)
+    if kind == "Linear":
+        return Layer(f"`{name}`", dense(tensors["weight"], tensors.get("bias")), activation)
+    norm = nn.LayerNorm(len(tensors["weight"]), device="meta")  # whose eps no state dict holds
+    return Layer(f"`{name}`", _loaded(name, norm, tensors), activation)
 
 
-def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, source: str) -> Recurrent:
-    kind, label = _kind(tensors), f"`{name}`" if name else f"the recurrent module of {source}"
+def _recurrent(name: str, tensors: Tensors, nonlinearity: Nonlinearity | None, source: str) -> RecurrentModule:
+    kind = _kind(tensors)
     if "weight_ih_l0_reverse" in tensors:
         raise ModelError(BIDIRECTIONAL.format(kind))
     if (kind == "RNN") != (nonlinearity is not None):
         raise ModelError(
-            f'{label} is an {kind}: nonlinearity="tanh" or "relu" in Python goes with an RNN, whose weights do not '
-            "tell, and with nothing else"
+            f'`{name}` of {source} is an {kind}: nonlinearity="tanh" or "relu" in Python goes with an RNN, whose '
+            "weights do not tell, and with nothing else"
         )
-    return Recurrent(label, kind.lower(), tensors, {"nonlinearity": nonlinearity} if nonlinearity else {})
+    layers = sum(each.startswith("weight_ih") for each in tensors)
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    inputs, hidden = tensors["weight_ih_l0"].shape[1], tensors["weight_hh_l0"].shape[1]
+    made = RECURRENT[kind.lower()](inputs, hidden, layers, bias="bias_ih_l0" in tensors, device="meta", **options)
+    return _loaded(name, made, tensors)
+
+
+def _loaded(name: str, module: Module, tensors: Tensors) -> Module:
+    try:
+        module.requires_grad_(False).load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"`{name}` is not whole: {' '.join(str(error).split())}") from None
+    return module
 
 
 def _to_leave_out(names: Sequence[str], layers: Mapping[str, Tensors]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from difflib import get_close_matches
 from operator import attrgetter
 from types import MappingProxyType
@@ -17,17 +16,19 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from instep.core.typing import F32
 from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError, first_line
 from instep.models.handover.layers import (
     RECURRENT,
     SERVED,
     Chain,
-    FrameLayer,
-    Recurrent,
+    Layer,
     RecurrentModule,
+    check_recurrent,
     dense,
-    layer_of_module,
+    folded,
+    sizes,
 )
 from instep.models.model import Model
 from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
@@ -81,7 +82,7 @@ class TracedModule:
             raise ModelError("example is a single frame, which does not tell its axes apart; give a sequence")
         self._others = given[1:]
         layers = (layer for layer in module.modules() if _is_layer(layer))
-        shapes = [given[0].shape] if self._has_example else [(ROWS, STEPS, _inputs(layer)) for layer in layers]
+        shapes = [given[0].shape] if self._has_example else [(ROWS, STEPS, sizes(layer)[0]) for layer in layers]
         with evaluating(module):
             self._shape, tracer, graph = self._traced(list(dict.fromkeys(shapes)))
             self.chain: Final = _Walk(self._kind, tracer, self._shape[-1]).chain(graph)
@@ -127,32 +128,42 @@ class TracedModule:
 
     def _compare(self, model: Model, shape: Sequence[int]) -> Agreement:
         x = self._frames(shape)
-        try:
-            with evaluating(self._module):
-                y = first_output(self._module(x.clone(), *self._others), self._kind)
-        except ModelError:
-            raise
-        except Exception as error:  # whatever the user's forward raises
+        y = outputs_of(self._module, x, self._others, f"{self._kind}.forward")
+        found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y)
+        if found is None or not found.agrees:
+            how = f"it gives the shape {list(y.shape)}"
+            if found is not None:
+                how = f"they differ by {found.error:.2g}, where rounding explains {found.tolerance:.2g}"
             raise ModelError(
-                f"{self._kind}.forward fails on frames {list(shape)} ({first_line(error):.200}), and a stream may have "
-                f"any length; {_INSTEAD}"
-            ) from error
-        found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y.float().cpu().numpy())
-        words = model.description.in_words()
-        if found is None:
-            raise ModelError(
-                f"{self._kind}.forward gives the shape {list(y.shape)} for frames {list(shape)}; return the "
-                f"{model.description.outputs} values of its last layer for each frame, or for the last frame of each "
-                f"sequence: {words}"
-            )
-        if not found.agrees:
-            raise ModelError(
-                f"{self._kind}.forward gives other values than its layers do in the order in which it runs them "
-                f"({words}): on frames {list(shape)} they differ by {found.error:.2g}, where rounding explains "
-                f"{found.tolerance:.2g}; return the values of its last layer for each frame, or for the last frame of "
-                "each sequence, however long it is"
+                f"{self._kind}.forward on frames {list(shape)} does not give what its layers do in the order in which "
+                f"it runs them ({model.description.in_words()}): {how}; return the values of its last layer for each "
+                "frame, or for the last frame of each sequence, however long it is"
             )
         return found
+
+
+def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subject: str) -> F32:
+    """The first output of a network over sequences.
+
+    Args:
+        module: the network.
+        x: its frames.
+        others: its further arguments.
+        subject: how sentences call it.
+
+    Raises:
+        ModelError: when it fails, or returns no tensor.
+    """
+    try:
+        with evaluating(module):
+            result = module(x.clone(), *others)
+    except Exception as error:  # whatever the user's forward raises
+        raise ModelError(
+            f"{subject} fails on frames {list(x.shape)} ({first_line(error):.200}); a network over sequences of any "
+            "length is needed here, while instep.models.export_step takes a step"
+        ) from error
+    y: F32 = first_output(result, subject).float().cpu().numpy()
+    return y
 
 
 class _OfFrames(nn.Module):
@@ -239,9 +250,9 @@ class _Walk:
     def __init__(self, kind: str, tracer: _Tracer, features: int) -> None:
         self._kind, self._tracer = kind, tracer
         self._width = features
-        self._before: list[FrameLayer] = []
-        self._after: list[FrameLayer] = []
-        self._recurrent: Recurrent | None = None
+        self._before: list[Layer] = []
+        self._after: list[Layer] = []
+        self._recurrent: tuple[str, RecurrentModule] | None = None
         self._initial_state: list[torch.Tensor] = []
         self._labels: list[str] = []
         """Of the layers and activations so far."""
@@ -296,9 +307,9 @@ class _Walk:
         self._add(label, origin)
         layers = self._before if self._recurrent is None else self._after
         if self._is_open:
-            layers[-1] = replace(layers[-1], activation=activation)
+            layers[-1] = layers[-1]._replace(activation=activation)
         else:
-            layers.append(dense(label, torch.eye(self._width), None, activation))  # which changes no value
+            layers.append(Layer(label, dense(torch.eye(self._width)), activation))  # which changes no value
         self._is_open = False
         return len(self._labels)
 
@@ -320,16 +331,18 @@ class _Walk:
             if len(given) > 1:
                 self._refuse(f"{self._kind}.forward runs {label} on a state that depends on the frames")
             self._begin(label, n)
-            self._recurrent, self._width = Recurrent.of(label, module), module.hidden_size
+            self._recurrent = label, module
         elif isinstance(module, nn.Linear | nn.LayerNorm):
-            layers.append(layer_of_module(label, module))
-            self._width = layers[-1].outputs
+            layers.append(Layer(label, module).checked())
         elif isinstance(module, nn.BatchNorm1d):
             if module.running_mean is None:
                 raise ModelError(f"{label} keeps no running statistics; train it with track_running_stats=True")
-            if not (self._is_open and layers[-1].is_dense):
-                layers.append(dense(label, torch.eye(module.num_features, device=module.running_mean.device)))
-            layers[-1] = layers[-1].normalised(module)
+            if not (self._is_open and isinstance(layers[-1].module, nn.Linear)):
+                layers.append(Layer(label, dense(torch.eye(module.num_features, device=module.running_mean.device))))
+            linear = layers[-1].module
+            assert isinstance(linear, nn.Linear)
+            layers[-1] = layers[-1]._replace(module=folded(linear, module))
+        self._width = sizes(module)[1]
         self._is_open = not isinstance(module, RecurrentModule)
 
     def _begin(self, label: str, n: fx.Node) -> None:
@@ -421,19 +434,6 @@ def _is_layer(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _LAYERS)
 
 
-def _inputs(layer: Any) -> int:
-    """Values of a frame that a layer takes."""
-    match layer:
-        case nn.Linear():
-            return layer.in_features
-        case nn.LayerNorm():
-            return layer.normalized_shape[-1]
-        case nn.BatchNorm1d():
-            return layer.num_features
-        case _:
-            return int(layer.input_size)
-
-
 def _check_recurrent(module: nn.Module) -> None:
     """Refuse a module that does not have one recurrent module that can be served."""
     kind = type(module).__name__
@@ -447,24 +447,9 @@ def _check_recurrent(module: nn.Module) -> None:
             "each other"
         )
     for name, part in found.items():
-        Recurrent.of(f"`{name}`", part)  # for what it says about one that cannot be served
+        check_recurrent(f"`{name}`", part)
     if not found:
-        why = next(filter(None, map(why_not_served, parts.values())), None)
-        raise ModelError(f"{kind} has no recurrent module; {why or SERVED}")
-
-
-def why_not_served(module: nn.Module) -> str | None:
-    """What to do about a module of a kind that takes a recurrent one's place; None for others."""
-    name = type(module).__name__
-    if isinstance(module, nn.RNNCellBase):
-        whole = name.removesuffix("Cell")
-        return (
-            f"an nn.{name} is one step of nn.{whole}: make an nn.{whole} of the same sizes and copy the cell's weights "
-            "to it (weight_ih to weight_ih_l0, and so on)"
-        )
-    if isinstance(module, torch.jit.ScriptModule | fx.GraphModule) or "quantized" in type(module).__module__:
-        return f"a {name} cannot be served: hand over the float32 module that it was made from, or its state dict"
-    return None
+        raise ModelError(f"{kind} has no recurrent module; {SERVED}")
 
 
 @contextmanager
