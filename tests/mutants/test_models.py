@@ -52,9 +52,9 @@ def difference_contracted(original: Any, b: Builder, x: View, h: View, weights: 
     return b.map("fma", update, h, b.map("fma", b.map("neg", update), new, new))
 
 
-def contracted(original: Any, lanes: Lanes, dtype: str, x: Value, y: Value) -> Value:
-    if getattr(x, "opname", "") != "fmul":
-        return original(lanes, dtype, x, y)
+def contracted(original: Any, lanes: Lanes, op: str, dtype: str, x: Value, y: Value) -> Value:
+    if op != "add" or getattr(x, "opname", "") != "fmul":
+        return original(lanes, op, dtype, x, y)
     return lanes.fma(x.operands[0], x.operands[1], y)
 
 
@@ -85,7 +85,7 @@ RULES = (
     ),
     BrokenRule(
         "products and sums are contracted",
-        Lanes._add,
+        Lanes.binary,
         contracted,
         [partial(test_assembly.test_products_and_sums_are_not_contracted, "haswell")],
     ),

@@ -29,6 +29,15 @@ MAX_REPEATED: Final = 16
 """How much larger than its tensors the panels of a step may be; padding alone can make them 4 times as large."""
 _USUAL_MODE: Final = 0x1F80
 """Of x86: round to nearest, keep denormals, no traps."""
+_STEPS: Final = {
+    **dict.fromkeys(("sum", "cumsum"), "add"),
+    **dict.fromkeys(("prod", "cumprod"), "mul"),
+    "amax": "maximum",
+    "amin": "minimum",
+    "any": "or",
+    "all": "and",
+}
+"""The map by which a total becomes the next one."""
 PORT: Final = 3
 """Numbers for each input and output: the first row's address, bytes from row to row, the address of row numbers."""
 
@@ -391,10 +400,6 @@ class _Unit(Lanes):
         outer = [(n, (x.strides[dim], node.out.strides[dim])) for dim, n in enumerate(node.out.shape)]
         sizes = x.shape[rank:]
         reduced = [(n, (x.strides[rank + dim], math.prod(sizes[dim + 1 :]))) for dim, n in enumerate(sizes)]
-        step: Callable[[str, Value, Value], Value] = {
-            "sum": self._add, "prod": self._mul, "amax": self._maximum, "amin": self._minimum,
-            "argmax": self._maximum, "any": self._or, "all": self._and,
-        }[node.op]  # fmt: skip
         kind, b = self.vector(KINDS[dtype]), self.b
         with self.loops(outer, 2) as (of_x, of_out):
             total, best = self.room(kind), self.room(self.vector(I64))
@@ -410,7 +415,7 @@ class _Unit(Lanes):
                     b.store(b.select(takes, value, before), total)
                     b.store(b.select(takes, self.splat(number), b.load(best, typ=self.vector(I64))), best)
                 else:
-                    b.store(step(dtype, before, value), total)
+                    b.store(self.map(_STEPS[node.op], dtype, (before, value), ()), total)
             found = b.load(best, typ=self.vector(I64)) if node.op == "argmax" else b.load(total, typ=kind)
             self._store(found, node.out, of_out)
 
@@ -429,9 +434,9 @@ class _Unit(Lanes):
         with self.loops(pairs[:-1], 2) as (of_x, of_out):
             total = self.room(kind)
             b.store(self.const(0 if node.op == "cumsum" else 1, dtype), total)
-            step = self._add if node.op == "cumsum" else self._mul
             with self.loops(pairs[-1:], 2) as (from_x, to_out):
-                value = step(dtype, b.load(total, typ=kind), self._load(x, b.add(of_x, from_x)))
+                given = b.load(total, typ=kind), self._load(x, b.add(of_x, from_x))
+                value = self.map(_STEPS[node.op], dtype, given, ())
                 b.store(value, total)
                 self._store(value, node.out, b.add(of_out, to_out))
 

@@ -37,6 +37,17 @@ _INFINITY: Final = {"float32": 0x7F800000, "float64": 0x7FF0 << 48}
 _QUIET_NAN: Final = {"float32": 0x7FC00000, "float64": 0x7FF8 << 48}
 _COMPARISONS: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
+_INTRINSICS: Final = {"sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "roundeven"}
+"""LLVM's names of maps of floats."""
+_INSTRUCTIONS: Final = {
+    **{name: (f"f{name}", name) for name in ("add", "sub", "mul")},
+    **{name: ("", f"{name}_") for name in ("and", "or")},
+    "xor": ("", "xor"),
+    "div": ("fdiv", ""),
+    "fmod": ("frem", ""),
+}
+"""The builder's methods for floats, and for whole numbers."""
+
 _ROUNDS: Final = 12582912.0
 """1.5 · 2^23: adding it to a small float32 rounds that to a whole number."""
 _ROUNDS_WIDE: Final = 6755399441055744.0
@@ -193,8 +204,18 @@ class Lanes:
             return self.compare(_COMPARISONS[op], given[0], *args)
         if op == "cast":
             return self.cast(args[0], given[0], dtype)
+        if op == "copy":
+            return args[0]
+        if op in _INTRINSICS:
+            return self.intrinsic(_INTRINSICS[op], *args)
+        if op in _INSTRUCTIONS:
+            return self.binary(op, dtype, *args)
         write: Callable[..., Value] = getattr(self, f"_{op}")
         return write(dtype, *args)
+
+    def binary(self, op: str, dtype: str, x: Value, y: Value) -> Value:
+        """A map that is one instruction."""
+        return getattr(self.b, _INSTRUCTIONS[op][dtype not in FLOATS])(x, y)
 
     def compare(self, sign: str, dtype: str, x: Value, y: Value) -> Value:
         """A comparison as IEEE 754 defines it, of signed numbers."""
@@ -237,29 +258,11 @@ class Lanes:
     def _is_nan(self, x: Value) -> Value:
         return self.b.fcmp_unordered("uno", x, x)
 
-    def _copy(self, dtype: str, x: Value) -> Value:
-        return x
-
     def _where(self, dtype: str, condition: Value, x: Value, y: Value) -> Value:
         return self.b.select(condition, x, y)
 
-    def _add(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.fadd(x, y) if dtype in FLOATS else self.b.add(x, y)
-
-    def _sub(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.fsub(x, y) if dtype in FLOATS else self.b.sub(x, y)
-
-    def _mul(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.fmul(x, y) if dtype in FLOATS else self.b.mul(x, y)
-
-    def _div(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.fdiv(x, y)
-
     def _fma(self, dtype: str, x: Value, y: Value, z: Value) -> Value:
         return self.fma(x, y, z)
-
-    def _fmod(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.frem(x, y)
 
     def _neg(self, dtype: str, x: Value) -> Value:
         return self.b.fneg(x) if dtype in FLOATS else self.b.sub(self.const(0, dtype), x)
@@ -268,21 +271,6 @@ class Lanes:
         if dtype in FLOATS:
             return self.intrinsic("fabs", x)
         return self.b.select(self.b.icmp_signed("<", x, self.const(0, dtype)), self._neg(dtype, x), x)
-
-    def _sqrt(self, dtype: str, x: Value) -> Value:
-        return self.intrinsic("sqrt", x)
-
-    def _floor(self, dtype: str, x: Value) -> Value:
-        return self.intrinsic("floor", x)
-
-    def _ceil(self, dtype: str, x: Value) -> Value:
-        return self.intrinsic("ceil", x)
-
-    def _trunc(self, dtype: str, x: Value) -> Value:
-        return self.intrinsic("trunc", x)
-
-    def _round(self, dtype: str, x: Value) -> Value:
-        return self.intrinsic("roundeven", x)
 
     def _maximum(self, dtype: str, x: Value, y: Value) -> Value:
         return self._extreme(">", dtype, x, y)
@@ -305,15 +293,6 @@ class Lanes:
         kind = self.vector(KINDS[bits])
         sign = b.and_(b.bitcast(of, kind), self.const(-(2 ** (8 * SIZES[bits] - 1)), bits))
         return b.bitcast(b.or_(b.bitcast(magnitude, kind), sign), of.type)
-
-    def _and(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.and_(x, y)
-
-    def _or(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.or_(x, y)
-
-    def _xor(self, dtype: str, x: Value, y: Value) -> Value:
-        return self.b.xor(x, y)
 
     def _not(self, dtype: str, x: Value) -> Value:
         return self.b.xor(x, self.const(1 if dtype == "bool" else -1, dtype))
