@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.server.moving import CatchingUp
+from instep.server.models import CatchingUp
 from instep.server.preparation import CannotServe
 
 

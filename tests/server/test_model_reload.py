@@ -15,7 +15,7 @@ import pytest
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.log import Threshold
-from instep.server.reload import Kept, reload
+from instep.server.serve import Kept, reload
 from instep.server.server import Server
 from instep_client import AsyncClient
 from tests.support.models import plain, whole
@@ -189,7 +189,7 @@ async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_chang
 
     told: list[dict[str, Any]] = []
     async with running(A, told=told) as server, AsyncClient(server.endpoint) as client:
-        monkeypatch.setattr("instep.server.loading.versions", versions)
+        monkeypatch.setattr("instep.server.models.versions", versions)
         line = await Reloads(server, told)([folder_of(tmp_path / "eyes", OTHER)])
         assert line["event"] == "models not reloaded"
         assert line["reason"].endswith("MemoryError: Unable to allocate 9 TiB")
@@ -207,7 +207,7 @@ async def test_a_reload_that_the_end_of_the_server_cuts_short_is_not_called_a_fa
 
     told: list[dict[str, Any]] = []
     async with running(A, told=told) as server:
-        monkeypatch.setattr("instep.server.loading.versions", versions)
+        monkeypatch.setattr("instep.server.models.versions", versions)
         server.loader.reload(server.config.model)
         assert await asyncio.to_thread(began.wait, 20)
     may_end.set()

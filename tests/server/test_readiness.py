@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from instep.recording.writer import RecordingWriter
+from instep.server.loop import Shutdown
 from instep.server.server import Server
-from instep.server.shutdown import Shutdown
 from instep_client.protocol.wire import PROTOCOL_VERSION, SENTENCES, Code, Kind
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole

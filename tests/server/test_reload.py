@@ -16,7 +16,7 @@ from instep.config import Config, ConfigError, load_config
 from instep.models.folder import write_model
 from instep.recording.reader import RecordingReader
 from instep.server.log import Threshold
-from instep.server.reload import CHANGEABLE, MODELS, Kept, reload
+from instep.server.serve import CHANGEABLE, MODELS, Kept, reload
 from instep_client.protocol.wire import Code
 from tests.support.models import SMALL
 from tests.support.raw import RawClient

@@ -29,8 +29,8 @@ from instep.models.portable.machine import host
 from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
-from instep.server.limits import effective_limits
 from instep.server.preparation import CannotServe, prepare
+from instep.server.services import effective_limits
 from instep_client import Client
 from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate

@@ -16,7 +16,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from instep.models.folder import write_model
-from instep.server.service_manager import ServiceManager
+from instep.server.serve import ServiceManager
 from tests.support.models import SMALL
 from tests.support.served import serving
 

@@ -15,9 +15,9 @@ import torch
 from instep.config import Config
 from instep.core.typing import I64
 from instep.models.portable.network import Rows
-from instep.server import execution
-from instep.server.execution import steps_in_process
+from instep.server import services
 from instep.server.preparation import CannotServe
+from instep.server.services import steps_in_process
 from instep_client.protocol.wire import Code
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -138,10 +138,10 @@ async def test_a_step_that_never_ends_ends_with_the_server(
 
 
 def test_a_process_is_taken_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "usable_cores", lambda: 2)
+    monkeypatch.setattr(services, "usable_cores", lambda: 2)
     assert steps_in_process(CPU)
     assert not steps_in_process(torch.device("cuda:0"))
-    monkeypatch.setattr(execution, "usable_cores", lambda: 1)
+    monkeypatch.setattr(services, "usable_cores", lambda: 1)
     assert not steps_in_process(CPU)
 
 
@@ -162,8 +162,8 @@ async def test_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_single_frames_are_stepped_in_the_loop_where_a_process_would_share_its_cores(
     cores: int, records: bool, forks: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "usable_cores", lambda: cores)
+    monkeypatch.setattr(services, "usable_cores", lambda: cores)
     for max_batch_size in (512, 64):
         engine = {"max_batch_size": max_batch_size}
         asked = Config.model_validate({"engine": engine, "recording": {"file": "r.instep"} if records else {}})
-        assert execution.max_light_batch(asked, forks) == min(most, max_batch_size)
+        assert services.max_light_batch(asked, forks) == min(most, max_batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from instep.server.summary import Summary
+from instep.server.server import Summary
 from instep_client.protocol.wire import Kind
 from tests.support.models import SMALL
 from tests.support.raw import RawClient

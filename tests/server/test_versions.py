@@ -17,7 +17,7 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
-from instep.server.moving import Moved
+from instep.server.models import Moved
 from instep.server.preparation import CannotServe
 from instep.streaming.service import ModelService
 from instep_client import AsyncClient

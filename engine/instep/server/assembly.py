@@ -21,14 +21,12 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.server import checks
-from instep.server.execution import busy_poll_ns, steps_in_process
 from instep.server.live_verification import Supervision
-from instep.server.loop import Loop
+from instep.server.loop import Loop, Shutdown
 from instep.server.preparation import CannotServe, Prepared, log_of
 from instep.server.recordings import Planned, open_recording, plan, record
 from instep.server.server import Server
-from instep.server.services import Foundation, lay_foundation, make_served, make_service
-from instep.server.shutdown import Shutdown
+from instep.server.services import Foundation, busy_poll_ns, lay_foundation, make_served, make_service, steps_in_process
 from instep.streaming.service import ModelService, Recovery
 
 UNREACHABLE_AFTER_S: Final = 30.0

@@ -112,9 +112,9 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     """
     from instep.frontends.http.admin import bind
     from instep.frontends.zmq.router import Router
-    from instep.server.limits import effective_limits
     from instep.server.preparation import log_of, prepare
     from instep.server.recordings import find_recording
+    from instep.server.services import effective_limits
 
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)

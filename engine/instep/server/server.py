@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,102 @@ from instep.frontends import Frontend
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
-from instep.server.beside import Beside
-from instep.server.free_space import FreeSpace
-from instep.server.limits import idle_limits
 from instep.server.live_verification import LiveVerification, Supervision
-from instep.server.loading import Loader
-from instep.server.loop import HeldUp, Loop
-from instep.server.shutdown import Shutdown
-from instep.server.summary import Summary
+from instep.server.loop import HeldUp, Loop, Shutdown
+from instep.server.models import Loader, LoadingThread
+from instep.server.services import idle_limits
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread
+
+_EVERY_S: Final = 1.0
+
+
+class FreeSpace:
+    """Looks at the disk of a recording; says once that it is nearly full, and once that it has room again."""
+
+    def __init__(self, path: Path, log: structlog.stdlib.BoundLogger) -> None:
+        self._path = path
+        self._log = log
+        self._is_low = False
+        self._next_s = 0.0
+        self._free_bytes = 0
+
+    def tick(self, now_s: float, warn_bytes: int) -> int:
+        """Look if it is time, and warn below so many bytes; how many were free when it last looked."""
+        if now_s < self._next_s:
+            return self._free_bytes
+        self._next_s = now_s + _EVERY_S
+        try:
+            disk = os.statvfs(self._path.parent)
+        except OSError:  # the recorder notices it, too, if it matters
+            return self._free_bytes
+        self._free_bytes = free_bytes = disk.f_bavail * disk.f_frsize
+        enough_bytes = warn_bytes + warn_bytes // 8 if self._is_low else warn_bytes  # not to and fro at the limit
+        if (free_bytes < enough_bytes) is not self._is_low:
+            self._is_low = not self._is_low
+            if self._is_low:
+                reason = "the server ends when its recording cannot grow: make room, or start it with keep_bytes"
+                self._log.warning("disk nearly full", free_bytes=free_bytes, warn_bytes=warn_bytes, reason=reason)
+            else:
+                self._log.info("disk has room again", free_bytes=free_bytes)
+        return free_bytes
+
+
+_COUNTED: Final = (
+    "opened_streams",
+    "closed_streams",
+    "parked_streams",
+    "resumed_streams",
+    "hibernated_streams",
+    "woken_streams",
+    "evicted_streams",
+    "step_failures",
+    "busy",
+    "refused_messages",
+)
+"""What is said only where it happened, by the names in STATISTICS without `_total`."""
+_SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *_COUNTED))
+
+
+class Summary:
+    """Says every so often what has happened since it last did, by the numbers that STATISTICS has."""
+
+    def __init__(
+        self,
+        log: structlog.stdlib.BoundLogger,
+        statistics: Callable[[], Mapping[str, float]],
+        now_s: float,
+    ) -> None:
+        self._log = log
+        self._statistics = statistics
+        self._since_s = now_s
+        self._before: Mapping[str, float] = statistics()
+
+    def tick(self, now_s: float, every_s: float) -> None:
+        """Say it when it was last said `every_s` seconds ago and anything has happened since; never where that is 0."""
+        seconds = now_s - self._since_s
+        if not every_s or seconds < every_s:
+            return
+        now, before = self._statistics(), self._before
+        self._since_s, self._before = now_s, now
+        grown = {name: now[name] - before[name] for name in _SAID}
+        if not any(grown.values()):
+            return
+        counts = {name: int(grown[f"{name}_total"]) for name in _COUNTED if grown[f"{name}_total"]}
+        batches = grown["batches_total"]
+        self._log.info(
+            "served",
+            seconds=round(seconds, 1),
+            frames_per_s=round(grown["frames_total"] / seconds),
+            messages_per_s=round(grown["messages_total"] / seconds),
+            batch_size=round(grown["frames_total"] / batches, 1) if batches else 0.0,
+            connections=int(now["connections"]),
+            streams_open=int(now["streams_open"]),
+            streams_parked=int(now["streams_parked"]),
+            frames_pending=int(now["frames_pending"]),
+            **counts,
+        )
+
 
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
@@ -68,8 +155,8 @@ class Server:
         self.admin: AdminServer | None = None
         """Shows this one over HTTP; started and closed with it."""
         self._verification = LiveVerification(supervision, log)
-        beside = Beside(shutdown)
-        self.loader = Loader(self, loop, shutdown, beside, log)
+        thread = LoadingThread(shutdown)
+        self.loader = Loader(self, loop, shutdown, thread, log)
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
@@ -134,7 +221,7 @@ class Server:
         async with contextlib.AsyncExitStack() as closing:
             self._will_close([service], closing, timeout_s)
             service.tasks.cancel()
-            # Beside the loop, which others are served by: a step may hang.
+            # LoadingThread the loop, which others are served by: a step may hang.
             await in_daemon_thread(partial(service.engine.executor.stop, timeout_s), "instep-end")
 
     def _enter(self, served: Served) -> None:

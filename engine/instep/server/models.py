@@ -1,38 +1,218 @@
-"""Models that are loaded, swapped and unloaded while others are served."""
+"""Models that a reload loads, swaps and unloads while others are served."""
 
 from __future__ import annotations
 
+import asyncio
+import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
+import numpy as np
 import structlog
 
 from instep.config import Config, ModelConfig
 from instep.config.sections import StreamPolicy
+from instep.core.typing import I64, U8
 from instep.frontends.models import Served
 from instep.models.errors import ModelError
+from instep.models.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.replay.warm_up import WarmUpReplay
 from instep.runtime.stepper import Stepper
-from instep.server.beside import Beside
-from instep.server.loop import Loop
-from instep.server.moving import Moved, catch_up, check_policy, check_sizes, move
+from instep.server.loop import Loop, Shutdown
 from instep.server.preparation import CannotServe, prepare_another, versions
 from instep.server.recording_files import next_recording, recording_file
-from instep.server.recordings import Planned, name_kept, open_recording, plan, record
+from instep.server.recordings import Planned, check_policy, check_sizes, name_kept, open_recording, plan, record, use
 from instep.server.services import lay_foundation, make_served, make_service
-from instep.server.shutdown import Shutdown
 from instep.streaming.service import ModelService, Recovery
-from instep.streaming.tasks import Tasks
+from instep.streaming.tasks import Tasks, in_daemon_thread
 
 if TYPE_CHECKING:
     from instep.server.server import Server
+
+R = TypeVar("R")
+
+_TURN_S: Final = 0.0002
+"""The time after which the thread gives the interpreter's lock back to the loop. Python's own is 5 ms, and a message
+that is served meanwhile could have to wait that long several times."""
+
+
+class LoadingThread:
+    """Does one long piece of work at a time; the server can end meanwhile."""
+
+    def __init__(self, shutdown: Shutdown) -> None:
+        self._shutdown = shutdown
+
+    async def do(self, work: Callable[[], R]) -> R:
+        """Return or raise what `work` does.
+
+        Raises:
+            CannotServe: when the server ends before that.
+        """
+
+        def run() -> R:
+            prepare_numerics()  # torch counts threads by thread
+            return work()
+
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(_TURN_S)
+        working = asyncio.ensure_future(in_daemon_thread(run, "instep-loader"))
+        ending = asyncio.ensure_future(self._shutdown.requested.wait())
+        try:
+            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise CannotServe("the server is shutting down")
+            return working.result()
+        finally:
+            working.cancel()
+            ending.cancel()
+            sys.setswitchinterval(usual)
+
+
+_MOST_PAUSE_S: Final = 1.0
+"""Time in which nothing is received, so that what was received before can end and streams can be moved."""
+_LOOK_S: Final = 0.0005
+_SHORT_S: Final = 0.01
+"""A replay has caught up when it takes less to read and step what was recorded since the last time."""
+_LONG_S: Final = 0.5
+"""While nothing is received, it may not take more."""
+_SHORTER: Final = 0.9
+"""A pass has brought the replay nearer if it took less than this part of the shortest one before."""
+_MOST_IN_VAIN: Final = 4
+"""After so many passes in a row that brought it no nearer it cannot catch up; a busy machine may cause fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Streams that have left a version of their model."""
+
+    lsn: int
+    """What the other version's recording must have committed before the streams may end in theirs."""
+    numbers: I64
+    """int64 [N], in their recording."""
+    next_seqs: I64
+    states: U8
+    """[N, row_bytes], as they left it."""
+
+    async def end(self, old: ModelService, new: ModelService) -> None:
+        """Say in the recording of the old version that they have left, once that of the new one has them."""
+        await new.engine.journal.committed(self.lsn)
+        none_lost = np.zeros(len(self.numbers), np.bool_)
+        old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
+
+
+class CatchingUp:
+    """The passes of a replay, each over the frames that were recorded during the one before."""
+
+    def __init__(self) -> None:
+        self._least_s = math.inf
+        self._in_vain = 0
+
+    def is_over(self, frames: int, took_s: float) -> bool:
+        """Whether the replay has caught up: little is left to do, and another pass would hardly leave less.
+
+        Args:
+            frames: replayed in this pass.
+            took_s: how long it took.
+
+        Raises:
+            CannotServe: when frames arrive too quickly for that.
+        """
+        if took_s <= _SHORT_S:
+            return True
+        # Without any frames it has caught up, on a machine with too much to do.
+        if took_s >= self._least_s / 2 and (took_s <= _LONG_S or not frames):
+            return True
+        self._in_vain = 0 if took_s < _SHORTER * self._least_s else self._in_vain + 1
+        if self._in_vain == _MOST_IN_VAIN:
+            raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
+        self._least_s = min(self._least_s, took_s)
+        return False
+
+
+async def catch_up(replay: WarmUpReplay, thread: LoadingThread) -> None:
+    """Replay until little is left to do while nothing is received; the old version serves meanwhile.
+
+    Raises:
+        CannotServe: when frames arrive too quickly for that.
+    """
+    catching_up, is_over = CatchingUp(), False
+    while not is_over:
+        began_s = time.monotonic()
+        frames = await thread.do(replay.follow)
+        is_over = catching_up.is_over(frames, time.monotonic() - began_s)
+
+
+async def move(
+    old: ModelService,
+    new: ModelService,
+    replay: WarmUpReplay | None,
+    thread: LoadingThread,
+    begin_recording: Callable[[], None],
+) -> Moved:
+    """Let all streams continue in another version; everything that was received before is answered by the old one.
+
+    Nothing is received meanwhile. The new version has the tables of the old one, and is not served yet. A replay, which
+    has caught up, gives the states there; without one they are those that the streams have.
+
+    Raises:
+        CannotServe: when it takes too long, or there is no room for all streams.
+    """
+    await _settle(old)
+    await old.engine.journal.committed(old.engine.journal.newest)
+    if replay is not None:
+        await thread.do(replay.follow)
+        await _settle(old)  # streams may have gone to sleep meanwhile
+    # From here on nothing waits, so nothing changes.
+    engine, table = new.engine, new.engine.table
+    slots = table.open_slots()
+    names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
+    last_states = states = old.states.access.read(slots)
+    first_seqs = None
+    if replay is not None:
+        states, first_seqs = replay.states(numbers, next_seqs)
+    new.states.access.load(slots, states)
+    begin_recording()
+    lsn = engine.journal.moved(slots, names, states, first_seqs, old.file)
+    # The next checkpoint has their frames too whose outputs the clients may lack.
+    engine.journal.dirty.mark_dirty(slots)
+    new.tasks.start(new.checkpoints.take())
+    engine.events.add_all("moved", names, new.about.fingerprint, next_seqs)
+    return Moved(lsn, numbers, next_seqs, last_states)
+
+
+async def _settle(service: ModelService) -> None:
+    """Wait until all that was received for a model is answered and all of its streams are in memory.
+
+    Nothing is received meanwhile. No stream leaves memory before the caller's next wait.
+
+    Raises:
+        CannotServe: when that takes too long, or there is no room for all of them.
+    """
+    hibernation, table = service.operations.hibernation, service.engine.table
+    free = table.slots.free_count
+    if len(hibernation) > free:
+        raise CannotServe(
+            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: {use('keep')}"
+        )
+    until = time.monotonic() + _MOST_PAUSE_S
+    while True:
+        while not service.is_quiet or service.reaper.is_detaching:
+            if time.monotonic() > until:
+                raise CannotServe(f"what was admitted took longer than {_MOST_PAUSE_S:g} s: try again")
+            await asyncio.sleep(_LOOK_S)
+        if not hibernation:
+            return
+        await hibernation.wake(list(hibernation))
+        if hibernation and time.monotonic() > until:
+            raise CannotServe(f"streams hibernate that cannot be read: {use('keep')}")
 
 
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
@@ -59,7 +239,7 @@ class Loader:
         server: Server,
         loop: Loop,
         shutdown: Shutdown,
-        beside: Beside,
+        thread: LoadingThread,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.tasks = Tasks(shutdown.bug)
@@ -69,7 +249,7 @@ class Loader:
         self._server = server
         self._loop = loop
         self._shutdown = shutdown
-        self._beside = beside
+        self._thread = thread
         self._log = log
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
@@ -109,7 +289,7 @@ class Loader:
     async def _reload(self, wanted: ModelConfig) -> None:
         loaded, swapped, at = list[str](), list[str](), ""
         try:
-            found = await self._beside.do(partial(versions, wanted.folders))
+            found = await self._thread.do(partial(versions, wanted.folders))
             served = {service.name: service for service in self._server.services}
             for name, (folder, _) in found.items():
                 if name not in served:
@@ -148,8 +328,8 @@ class Loader:
         """Serve another model, and the former versions of it that keep their streams."""
         log, config = self._log.bind(model=name), self._wanted_config
         with ExitStack() as undo:
-            prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
-            planned = await self._beside.do(partial(plan, config, prepared, log, is_only=False))
+            prepared = await self._thread.do(partial(prepare_another, config, name, folder, log))
+            planned = await self._thread.do(partial(plan, config, prepared, log, is_only=False))
             made = [await self._make(each, undo) for each in planned]
             for each in made:
                 self._record(each)
@@ -173,7 +353,7 @@ class Loader:
         if policy.word == "replay" and first is None:
             raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
         with ExitStack() as undo:
-            prepared = await self._beside.do(partial(prepare_another, config, name, folder, log))
+            prepared = await self._thread.do(partial(prepare_another, config, name, folder, log))
             check_sizes(former.info, prepared.network, allowed=config.model.allow_other_sizes)
             check_policy(policy, former.info, former.info.state, prepared.network)
             planned = Planned(prepared, log, None if first is None else next_recording(first))
@@ -205,14 +385,14 @@ class Loader:
         """A version that nobody uses yet; it will have the streams and connections of the service that `moves`."""
         config, prepared = self._server.config, planned.prepared
         tables = None if moves is None else moves.engine.tables
-        foundation = await self._beside.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
+        foundation = await self._thread.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
         bug, wake = self._shutdown.bug, self._loop.wake
         service = make_service(config, foundation, planned.file, wake, bug, planned.log, moves)
         opened = None
         if planned.file is not None:
             opening = partial(open_recording, self._wanted_config, foundation, service, planned.formers)
-            opened = writer, recovery = await self._beside.do(opening)
+            opened = writer, recovery = await self._thread.do(opening)
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
@@ -234,10 +414,10 @@ class Loader:
             assert old.file is not None, "`_swap` has refused it"
             replay = WarmUpReplay(old.file, made.stepper, len(old.engine.table.owner) - 1, policy.frames)
             log.info("replaying")
-            await catch_up(replay, self._beside)
+            await catch_up(replay, self._thread)
         paused_s = time.monotonic()
         with self._server.paused():
-            moved = await move(old, made.served.service, replay, self._beside, partial(self._record, made))
+            moved = await move(old, made.served.service, replay, self._thread, partial(self._record, made))
             self._server.replace(former, made.served, "")
         log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return moved
