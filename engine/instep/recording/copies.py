@@ -20,20 +20,9 @@ from instep.recording.database import check_place, insert, make_tables, remove_d
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import Inspection, when
 from instep.recording.lock import WriterLock
-from instep.recording.reader import UNREADABLE, RecordingReader, connect_to_read
+from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, Trimmed
-from instep.recording.schema import (
-    APPLICATION_ID,
-    CHECKPOINT_EVENT,
-    END_EVENT,
-    FORMAT_VERSION,
-    HISTORY,
-    OWNER_EVENT,
-    REPAIRED_EVENT,
-    TABLES,
-    RecordingHeader,
-    sound_rows,
-)
+from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT, REPAIRED_EVENT
 from instep_client.snapshots import rename_to_new
 from instep_tools.problems import part_of, parts_left
 
@@ -206,9 +195,13 @@ def repair(source: Path, target: Path) -> Repaired:
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
     """
-    with closing(_Salvage(source)) as salvage:
+    try:
+        reader = _DamagedReader(source)
+    except RecordingError as error:
+        raise RecordingError(f"nothing of {source} can be saved: {error}") from None
+    with reader:
         try:
-            (positions, left_out), found = write_new(target, lambda database: _write_sound_rows(salvage, database))
+            (positions, left_out), found = write_new(target, lambda database: _write_sound_rows(reader, database))
         except InconsistentCopy as error:
             raise RecordingError(
                 f"{source} cannot be repaired, it is not only damaged but inconsistent: {error}"
@@ -216,81 +209,79 @@ def repair(source: Path, target: Path) -> Repaired:
     return Repaired(positions, found.frames, found.streams, left_out)
 
 
-class _Salvage:
-    """Rows of a recording that may be damaged anywhere, each with its CRC."""
+class _DamagedReader(RecordingReader):
+    """Reads a recording that may be damaged anywhere except in its header.
+
+    Attributes:
+        damage: by table, why reading it ended early.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not os.path.isfile(path):  # Path's raises if it cannot be looked for
-            raise RecordingError(f"cannot read the recording {path}: there is no such file")
         self.damage: dict[str, str] = {}
-        """By table, why reading it ended early."""
-        self._database = connect_to_read(path)
+        super().__init__(path)
+
+    def sound(self, table: str) -> Iterator[Row]:
+        """The rows of a table in order, up to the first that is damaged."""
         try:
-            self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
-            (application,) = self._database.execute("PRAGMA application_id").fetchone()
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if application != APPLICATION_ID or version != FORMAT_VERSION:
-                raise RecordingError(f"{path} is not a recording of format version {FORMAT_VERSION}")
-            self.header = self._database.execute("SELECT key, value, crc FROM header").fetchall()
-            RecordingHeader.from_rows(self.header)
-        except (*UNREADABLE, RecordingError) as error:
-            self.close()
-            raise RecordingError(f"nothing of {path} can be saved: {error}") from None
+            yield from self.rows(table)
+        except DamagedRecording as error:
+            self.damage[table] = str(error).removeprefix(f"{self.path} is damaged: ")
 
-    def close(self) -> None:
-        self._database.close()
-
-    def rows(self, table: str) -> Iterator[Row]:
-        """Sound rows in order, up to the first that is not."""
-        key, *_ = TABLES[table]
-        order = "stream, position" if table == "states" else key
-        columns = ", ".join((*TABLES[table], "crc"))
-        before = 0
-        try:
-            for row in self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}"):
-                if not sound_rows(table, [row]):
-                    self.damage[table] = f"the row at {key} {row[0]} (of {table}) does not match its CRC"
-                    return
-                before = row[0]
-                yield row
-        except UNREADABLE as error:
-            self.damage[table] = f"the rows after {key} {before} (of {table}) cannot be read: {error}"
-
-    def history(self, after: int) -> Iterator[tuple[str, Row]]:
-        """Rows of all tables, by position from the one after `after`, up to the first that is missing."""
-        tables = (zip(repeat(table), self.rows(table), strict=False) for table in HISTORY)
-        later = (item for item in heapq.merge(*tables, key=lambda item: item[1][0]) if item[1][0] > after)
-        for position, (table, row) in enumerate(later, start=after + 1):
+    def history(self) -> Iterator[tuple[str, Row]]:
+        """Rows of all tables, by position from the first that was not trimmed, up to the first that is missing."""
+        tables = (zip(repeat(table), self.sound(table), strict=False) for table in HISTORY)
+        rows = heapq.merge(*tables, key=lambda item: item[1][0])
+        later = (item for item in rows if item[1][0] >= self.first_position)
+        for position, (table, row) in enumerate(later, start=self.first_position):
             if row[0] != position:
                 return
             yield table, row
 
+    def _is_left_in_wal_mode(self) -> bool:
+        try:
+            return super()._is_left_in_wal_mode()
+        except DamagedRecording:  # it was cut off
+            return True
 
-def _write_sound_rows(salvage: _Salvage, database: sqlite3.Connection) -> tuple[int, str]:
+    def _open(self) -> None:
+        self._database.execute("PRAGMA writable_schema=ON")  # so that a file that was cut off is read at all
+        super()._open()
+
+    def _check_schema(self) -> None:
+        pass
+
+    def _find_ends(self) -> None:
+        self.last_position = 2**63 - 1
+        self.trimmed = next((Trimmed(*row) for row in self.sound("trimmed")), Trimmed())
+
+    def _check_trimmed(self) -> None:
+        pass
+
+
+def _write_sound_rows(reader: _DamagedReader, database: sqlite3.Connection) -> tuple[int, str]:
     """The number of positions that were saved, and the losses in words."""
     make_tables(database)
-    insert(database, "header", salvage.header)
-    trimmed = list(salvage.rows("trimmed"))
-    insert(database, "trimmed", trimmed)
-    first = last = trimmed[0][0] if trimmed else 0
-    for table in ("openings", "closings", "events"):
-        insert(database, table, (row for row in salvage.rows(table) if row[0] <= first))
-    named, kind, seq = first, *map(list(HISTORY["events"]).index, ("kind", "seq"))
-    for table, row in salvage.history(first):
-        insert(database, table, [row])
+    insert(database, "header", reader.header.rows())
+    first = last = named = reader.trimmed.position
+    if first:
+        insert(database, "trimmed", with_crcs([astuple(reader.trimmed)]))
+        for table in ("openings", "closings", "events"):
+            insert(database, table, with_crcs(row for row in reader.sound(table) if row[0] <= first))
+    kind, seq = map(list(HISTORY["events"]).index, ("kind", "seq"))
+    for table, row in reader.history():
+        insert(database, table, with_crcs([row]))
         last = row[0]
         if table == "events" and row[kind] == CHECKPOINT_EVENT:
             named = row[seq]
     positions = last - first
-    newest = list(salvage.rows("newest"))
+    newest = next(reader.sound("newest"), None)
     left_out = []
-    if not newest or newest[0][0] > last:
-        left_out.append(f"positions {last + 1:,} to {f'{newest[0][0]:,}' if newest else 'the last'}")
-    found, states = _copy_states(salvage, database, first, named, newest[0][1] if newest else None)
-    reasons = f" ({'; '.join(salvage.damage.values())})" if salvage.damage else ""
+    if newest is None or newest[0] > last:
+        left_out.append(f"positions {last + 1:,} to {'the last' if newest is None else f'{newest[0]:,}'}")
+    found, states = _copy_states(reader, database, named, None if newest is None else newest[1])
+    reasons = f" ({'; '.join(reader.damage.values())})" if reader.damage else ""
     if not positions and not states:
-        raise RecordingError(f"nothing of {salvage.path} can be saved{reasons}")
+        raise RecordingError(f"nothing of {reader.path} can be saved{reasons}")
     if found != named:
         left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
         last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
@@ -303,37 +294,34 @@ def _write_sound_rows(salvage: _Salvage, database: sqlite3.Connection) -> tuple[
 
 
 def _copy_states(
-    salvage: _Salvage, database: sqlite3.Connection, first: int, named: int, expected: int | None
+    reader: _DamagedReader, database: sqlite3.Connection, named: int, expected: int | None
 ) -> tuple[int, int]:
     """Save the checkpoints, if they are whole, and otherwise at least the one that the history begins with.
 
     Args:
-        salvage: the damaged recording.
+        reader: of the damaged recording.
         database: the new one.
-        first: position of the checkpoint that the history begins with; 0 for none.
         named: position of the newest checkpoint, as the saved history says.
         expected: how many states there should be; None where that is damaged.
 
     Returns:
         The position of the newest checkpoint that was saved, 0 for none, and the number of states.
     """
-    checkpoints = [row for row in salvage.rows("checkpoints") if first <= row[0] <= named]
-    states = list(salvage.rows("states"))
-    are_sound = "states" not in salvage.damage and "checkpoints" not in salvage.damage
+    first = reader.trimmed.position
+    checkpoints = [row for row in reader.sound("checkpoints") if first <= row[0] <= named]
+    states = list(reader.sound("states"))
+    are_sound = not reader.damage.keys() & {"states", "checkpoints"}
     newest = checkpoints[-1][0] if checkpoints else 0
     # States beyond the newest checkpoint that was saved replaced some of its own.
-    if are_sound and newest == named and all(row[1] <= named for row in states) and expected in (None, len(states)):
-        insert(database, "checkpoints", checkpoints)
-        insert(database, "states", states)
-        return newest, len(states)
-    if not first:
-        return 0, 0
-    if not are_sound or not checkpoints or checkpoints[0][0] != first:
-        raise RecordingError(f"nothing of {salvage.path} can be saved: the states that it begins with are damaged")
-    states = [row for row in states if row[1] <= first]
-    insert(database, "checkpoints", checkpoints[:1])
-    insert(database, "states", states)
-    return first, len(states)
+    is_whole = newest == named and all(row[1] <= named for row in states) and expected in (None, len(states))
+    if not are_sound or not is_whole:
+        if first and (not are_sound or not newest or checkpoints[0][0] != first):
+            raise RecordingError(f"nothing of {reader.path} can be saved: the states that it begins with are damaged")
+        newest, checkpoints = first, [row for row in checkpoints if row[0] == first]
+        states = [row for row in states if first and row[1] <= first]
+    insert(database, "checkpoints", with_crcs(checkpoints))
+    insert(database, "states", with_crcs(states))
+    return newest, len(states)
 
 
 def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:

@@ -67,11 +67,6 @@ _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CA
 """Another program locks the file, or this one has too many files open."""
 
 
-def connect_to_read(path: Path, mode: str = "ro") -> sqlite3.Connection:
-    """A connection that writes nothing; `mode` is that of SQLite's URIs."""
-    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode={mode}", uri=True, isolation_level=None)
-
-
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
     """How much is read in one transaction, which keeps the WAL from being reused."""
@@ -149,7 +144,8 @@ class RecordingReader(Closing):
         with self._reading("is not a recording, or is damaged"):
             # A writer that was killed while it put the WAL away has left a journal. SQLite undoes that first.
             writable = "rw" if Path(f"{path}-journal").exists() else "ro"
-            self._database = connect_to_read(path, "ro&immutable=1" if alone else writable)
+            uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if alone else writable}"
+            self._database = sqlite3.connect(uri, uri=True, isolation_level=None)
         try:
             with self._reading("is not a recording, or is damaged"):
                 self._open()
