@@ -63,7 +63,7 @@ def test_a_good_recording(recorded: Recorded, tmp_path: Path) -> None:
     status, values, page = reported(recorded.path, tmp_path / "a.html")
     assert status == 0
     check_numbers(values, page)
-    assert page.facts["frames" if "frames" in page.facts else "batches"].endswith("with 54 frames")
+    assert page.facts["frames"] == "54"
     assert [check["required"] for check in page.table("check")][:2] == ["equal bits"] * 2
     assert page.tags["svg"] == 1
     assert "absolute error" in page.pictures

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
-import textwrap
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +17,7 @@ from instep.recording.errors import DamagedRecording, RecordingError, with_advic
 from instep.recording.inspection import facts, inspect, look_over, recordings_in, when
 from instep.recording.lock import is_being_written
 from instep_tools.terminal import say
-from instep_tools.words import COLUMNS, counted, printable
+from instep_tools.words import counted, printable
 
 DONE: Final = 0
 DAMAGED: Final = 1
@@ -50,13 +48,9 @@ def _info_of_file(file: Path, console: Console, *, json: bool) -> int:
         write_json(found)
         return _status(file)
     known = facts(found)
-    indent = max(map(len, known)) + 2
-    columns = (console.width if console.is_terminal else COLUMNS) - indent
+    width = max(map(len, known)) + 2
     for name, value in known.items():
-        # A long word, such as a path, is cut on a terminal only.
-        lines = textwrap.wrap(value, columns, break_long_words=console.is_terminal, break_on_hyphens=False) or [""]
-        for label, line in zip_longest([name], lines, fillvalue=""):
-            _print(console, f"{label:<{indent}}{line}")
+        _print(console, f"{name:<{width}}{value}".rstrip())
     return _status(file)
 
 

@@ -85,8 +85,9 @@ def where_it_begins(reader: RecordingReader) -> str:
 def look_over(path: Path) -> dict[str, Any]:
     """The facts about a recording, as JSON has them.
 
-    Frames of failed steps are counted, too; `bytes` includes the WAL. `ends` and `trimmed` are words, `trimmed` empty
-    where the history is whole. `checkpoint_position` says how far the newest states go, 0 for none.
+    Frames of failed steps are counted, too; `bytes` includes the WAL. Each opening, batch, output, closing and event
+    has a position. `trimmed` says where the history begins, and is empty where it is whole. A restart replays what
+    comes after `checkpoint_position`, which is 0 where there is no checkpoint.
 
     Raises:
         RecordingError: when it cannot be read, or is damaged where this reads.
@@ -120,28 +121,8 @@ def look_over(path: Path) -> dict[str, Any]:
 
 
 def facts(found: Mapping[str, Any]) -> dict[str, str]:
-    """What `look_over` gives, in words."""
-    checkpoint, trimmed = found["checkpoint_position"], found["trimmed"]
-    states = f"newest checkpoint at position {checkpoint:,}; a restart replays what comes after it"
-    return {
-        "file": found["file"],
-        "began": found["began"],
-        "ends": found["ends"],
-        "model": f"{found['model']} ({found['features']} → {found['outputs']})",
-        "model's place": found["model_folder"],
-        "fingerprint": found["fingerprint"],
-        "written by": f"instep {found['instep_version']}",
-        "durability": found["durability"],
-        "arithmetic": found["arithmetic"],
-        "streams": f"{found['streams']:,}, {found['open_streams']:,} of them open",
-        "batches": f"{found['batches']:,}, with {found['frames']:,} frames",
-        "history": trimmed or "from the beginning on",
-        "restarts": f"{found['restarts']:,}{' since then' if trimmed else ''}",
-        "states": states if checkpoint else "no checkpoint; a restart replays everything",
-        "positions": f"{found['first_position']:,} to {found['last_position']:,}; each opening, batch, output, closing "
-        "and event has one",
-        "bytes": f"{found['bytes']:,}",
-    }
+    """What `look_over` gives, for people."""
+    return {name.replace("_", " "): f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
 
 
 def recordings_in(folder: Path) -> list[Path]:
