@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,20 @@ def test_damage_is_found(tmp_path: Path, writer: RecordingWriter, damage: str, w
     database.close()
     with pytest.raises(BadFile, match=why):
         read_recording(tmp_path / "r.db")
+
+
+def test_nothing_is_needed_but_what_the_client_library_needs(tmp_path: Path, writer: RecordingWriter) -> None:
+    write_three(writer)
+    writer.close()
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'numba', 'pydantic', 'structlog', 'typer', 'rich', 'yaml')))\n"
+        "from instep_tools.formats.recording import read_recording\n"
+        "print(read_recording(Path(sys.argv[1])).lengths.tolist())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "r.db")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[3, 1, 1]\n", "")
 
 
 def test_what_is_no_recording_or_holds_nothing(tmp_path: Path, writer: RecordingWriter) -> None:
