@@ -41,8 +41,8 @@ from benchmarks.reference import (
 )
 from instep.core.typing import I64
 from instep.recording.reader import RecordingReader
-from instep.verify.recorded_model import recorded_model
-from instep.verify.verifier import verify
+from instep.replay.recorded_model import recorded_model
+from instep.replay.verifier import verify
 
 STREAMS, BLOCK, TIMESTEPS = 1024, 256, 128
 """The load in blocks: streams, streams in one message, and different inputs, which a longer round repeats."""
@@ -296,7 +296,7 @@ def _verify(file: Path) -> float:
     """Frames per second, from opening the file to the report; the start of Python is not included."""
     began = time.perf_counter()
     with RecordingReader(file) as reader:
-        report = verify(reader, recorded_model(reader.header, None), [], lambda stage, share: None)
+        report = verify(reader, recorded_model(reader.header, None), [], lambda share: None)
     seconds = time.perf_counter() - began
     if report.verdict != "exact":
         raise (LeftOut if report.verdict == "within tolerance" else WrongOutput)(report.summary())

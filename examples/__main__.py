@@ -17,7 +17,7 @@ from examples.nsnet2 import NSNET2
 from examples.silero_vad import SILERO_VAD
 from instep.demo.child_server import ChildFailed
 from instep.recording.database import remove_database
-from instep.verify.command import run as verify
+from instep.replay.command import run as verify
 
 EXAMPLES: Final = {"nsnet2": NSNET2, "silero_vad": SILERO_VAD, "flashvad": FLASHVAD, "beatnet": BEATNET}
 

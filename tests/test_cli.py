@@ -76,7 +76,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 @pytest.fixture
 def verifier(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    return Stub(monkeypatch, "instep.verify.command")
+    return Stub(monkeypatch, "instep.replay.command")
 
 
 class TestServe:

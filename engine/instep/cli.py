@@ -17,7 +17,7 @@ import typer
 from instep import interrupts
 from instep.model_app import app as model_app
 from instep.recording.app import app as recordings_app
-from instep.timetravel import app as timetravel
+from instep.replay import app as timetravel
 from instep_tools.command_line import CommandLine, PlainCommands, add_version, typed_as
 
 if TYPE_CHECKING:
@@ -220,10 +220,10 @@ def verify(
     options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
     interrupts.raise_stopped()
     if several:
-        from instep.verify.command import run_all
+        from instep.replay.command import run_all
 
         raise typer.Exit(run_all(recordings, **options))
-    from instep.verify.command import run
+    from instep.replay.command import run
 
     raise typer.Exit(run(recordings[0], page=report, **options))
 
@@ -358,8 +358,8 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
+    from instep.replay.report import CannotVerify
     from instep.server.checks import CannotServe
-    from instep.verify.report import CannotVerify
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 

@@ -22,7 +22,7 @@ from instep.demo.producers import Heard, Producer, load_utterances, make_produce
 from instep.demo.speakers import received_is_recorded, show_verification
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex, all_frames
+from instep.recording.table import OpenedRecording
 from tests.support.served import WarmServer
 from tests.support.warm import WarmProcess
 
@@ -88,8 +88,7 @@ def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Pat
 
 def frames_of(recording: Path) -> int:
     with RecordingReader(recording) as reader:
-        index = SequenceIndex(reader, lambda share: None, all_frames)
-    return int(index.frames.sum())
+        return reader.totals()[1]
 
 
 @torch.no_grad()
@@ -146,17 +145,13 @@ def test_throughput_and_latency_are_shown(demo: Shown) -> None:
 
 def recorded(recording: Path) -> tuple[list[Producer], Heard]:
     """What the recording holds, as if it had just been streamed."""
-    with RecordingReader(recording) as reader:
-        index = SequenceIndex(reader, lambda share: None, all_frames)
-        held = index.sequences(index.kept)
-    places = [held.places(row) for row in range(len(index.streams))]
-    producers = [
-        replace(producer, name=stream.name)
-        for producer, stream in zip(make_producers([held.x[own] for own in places]), index.streams, strict=True)
-    ]
-    heard = Heard(producers, held.y.shape[1])
-    for row, own in enumerate(places):
-        heard.add(row, held.y[own], producers[row].due_s)
+    with OpenedRecording(recording) as opened:
+        streams = list(opened.values())
+    made = make_producers([stream.inputs for stream in streams])
+    producers = [replace(producer, name=stream.name) for producer, stream in zip(made, streams, strict=True)]
+    heard = Heard(producers, streams[0].outputs.shape[1])
+    for row, stream in enumerate(streams):
+        heard.add(row, stream.outputs, producers[row].due_s)
     return producers, heard
 
 

@@ -18,13 +18,13 @@ from instep.models.folder import load_model
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
-from instep.recording.sequences import SequenceIndex, all_frames
-from instep.verify.command import run
+from instep.replay.command import run
 from tests.support.engine_parts import new_parts
 from tests.support.golden import FEATURES, GOLDEN, HIDDEN, MODEL_FOLDER, by_hand
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.states import floats_of
+from tests.support.stretches import stretches_of
 
 OPEN = {"plain", "given", "fork", "late"}
 WINDOW = 32
@@ -108,15 +108,9 @@ def test_it_holds_every_kind_of_row() -> None:
 
 
 def test_it_is_read_to_the_very_frames_and_outputs(streams: dict[str, Known]) -> None:
-    with RecordingReader(GOLDEN) as reader:
-        index = SequenceIndex(reader, lambda _: None, all_frames)
-        assert not index.defects
-        sequences = index.sequences(np.arange(len(index.stretches)))
     read: dict[str, list[tuple[F32, F32, int]]] = {name: [] for name in streams}
-    for at, stretch in enumerate(index.stretches):
-        places = sequences.places(at)
-        answered = places[: int(sequences.answered[places].sum())]
-        read[index.streams[stretch.row].name].append((sequences.x[places], sequences.y[answered], stretch.first_seq))
+    for stretch in stretches_of(GOLDEN):
+        read[stretch.name].append((stretch.x, stretch.y, stretch.first_seq))
     for name, stream in streams.items():
         x, y, first_seqs = zip(*read[name], strict=True)
         assert_same(np.concatenate(x), stream.x, name)

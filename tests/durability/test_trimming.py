@@ -12,12 +12,12 @@ from instep.core.typing import F32
 from instep.recording.database import DatabaseLimits
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from tests.support.disk import Disk, Operation, after_power_loss, lay_out, written
 from tests.support.models import SMALL, whole
 from tests.support.story import Story, assert_restored, new_engine, story_header
+from tests.support.stretches import stretches_of
 
 pytestmark = pytest.mark.heavy
 
@@ -53,19 +53,17 @@ def check(path: Path, story: Story) -> int:
     inspect(path)
     with RecordingReader(path) as reader:
         position, first = reader.last_position, reader.first_position
-        index = SequenceIndex(reader, lambda _: None, all_frames)
-    assert not index.defects
-    sequences = index.sequences(np.arange(len(index.stretches)))
+        streams = reader.streams()
     truth = story.truth(position)
-    for row, info in enumerate(index.streams):
+    stretches = stretches_of(path)
+    for info in streams:
         if info.closed_position is not None:
             continue
         x, y = list[F32](), list[F32]()
-        for at, stretch in enumerate(index.stretches):
-            if stretch.row == row:
-                places = sequences.places(at)
-                x.append(sequences.x[places])
-                y.append(sequences.y[places][sequences.answered[places]])
+        for stretch in stretches:
+            if stretch.stream == info.stream:
+                x.append(stretch.x)
+                y.append(stretch.y)
                 initial = stretch.initial_state
                 state = np.zeros((1, 8), np.float32) if initial is None else initial.view("<f4").reshape(1, 8)
                 if len(y[-1]):
@@ -73,7 +71,7 @@ def check(path: Path, story: Story) -> int:
         begin = info.first_seq - truth[info.name].first_seq
         assert begin >= 0
         np.testing.assert_array_equal(np.concatenate(x), truth[info.name].x[begin:])
-    assert {info.name for info in index.streams if info.closed_position is None} == truth.keys()
+    assert {info.name for info in streams if info.closed_position is None} == truth.keys()
     engine = new_engine()
     writer, recovery = engine.resume(path, story_header("fsync"))
     assert_restored(engine, truth)

@@ -21,8 +21,8 @@ from instep.core.typing import F32, U8
 from instep.models.base import step_frames
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
+from instep.replay.verifier import verify
 from instep.server.preparation import Prepared
-from instep.verify.verifier import verify
 from instep_client import AsyncClient, AsyncStream, StreamSnapshot
 from tests.chaos.victim import Victim
 from tests.support.crowd import Visitor, make_visitors, visit

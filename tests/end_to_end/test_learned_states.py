@@ -24,7 +24,7 @@ from instep.models.folder import load_model
 from instep.models.handover.layers import RECURRENT
 from instep.models.onnx.importer import import_onnx
 from instep.recording.reader import RecordingReader
-from instep.verify.verifier import verify
+from instep.replay.verifier import verify
 from instep_client import AsyncClient
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences

@@ -14,8 +14,8 @@ from rich.console import Console
 from instep.core.typing import F32
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
+from instep.replay import command, verifier
 from instep.runtime.executor import InlineExecutor
-from instep.verify import command, verifier
 from instep_client import AsyncClient
 from tests.support.running import prepared, running
 from tests.support.steps import FEATURES, STEPS, eager, exported, exported_folder
@@ -65,7 +65,7 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
         rest = await parked.step(x[0, 10:])
         check(name, np.concatenate([first, rest]), x[0], await parked.close())
     with RecordingReader(tmp_path / "r.instep") as reader:
-        report = verifier.verify(reader, exported(name), [], lambda stage, share: None)
+        report = verifier.verify(reader, exported(name), [], lambda share: None)
     assert report.verified, report.streams
     assert (report.reference, report.verdict, report.notes) == ("same graph", "exact", ())
 
@@ -104,6 +104,6 @@ async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_i
     model = exported("min_gru")
     weights = {**model.weights, "head.bias": model.weights["head.bias"] + 1e-3}
     with RecordingReader(file) as reader:
-        report = verifier.verify(reader, Model("other", model.description, weights), [], lambda stage, share: None)
+        report = verifier.verify(reader, Model("other", model.description, weights), [], lambda share: None)
     assert report.mismatches == 1
     assert "stepped" in report.streams[0].problems[0]

@@ -27,7 +27,7 @@ from examples.example import (
 from instep.core.typing import F32, Bool
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
-from instep.verify import verifier
+from instep.replay import verifier
 from tests.support.threaded import ThreadedServer
 from tests.support.verifying import ignore_progress
 

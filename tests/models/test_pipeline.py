@@ -17,7 +17,7 @@ from instep.models.model import Model
 from instep.models.network import PortableNetwork
 from instep.models.registry import parse_description
 from instep.recording.reader import RecordingReader
-from instep.verify import verifier
+from instep.replay import verifier
 from instep_client import AsyncClient
 from tests.support.pipelines import CONTEXT, HOP, LISTENS, listens, whole_signal
 from tests.support.running import running

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.timetravel.past import Moment, Past
+from instep.replay import past
+from instep.replay.comparison import differ
+from instep.replay.past import Moment, Past
 from instep_tools import page
+from tests.replay import test_state
+from tests.replay.test_state import Story
 from tests.support.broken_rules import BrokenRule, check_is_found
-from tests.timetravel import test_state
-from tests.timetravel.test_state import Story
 from tests.tools import test_page
 
 
@@ -24,34 +26,23 @@ def what_is_forged_is_no_ground(tmp_path: Path) -> None:
     test_state.test_outputs_that_do_not_come_out_again_are_no_ground_for_a_state(Story(tmp_path), tmp_path)
 
 
-def before_the_reset(original: Any, past: Past, seq: int | None, upto: int = 0) -> Any:
-    checks, at = original(past, seq, upto)
-    return checks, at - 1 if at and seq is not None and checks[at - 1].next_seq == seq else at
-
-
 def one_frame_too_few(original: Any, past: Past, seq: int | None = None) -> Moment:
     moment: Moment = original(past, seq)
     return original(past, moment.seq - 1) if moment.replayed else moment
 
 
-def as_if_never_recorded(original: Any, past: Past, *place: Any) -> Any:
-    found = original(past, *place)
-    found.answered[:] = np.False_
-    return found
-
-
 RULES = (
     BrokenRule(
         "the state before a reset passes for that before the frame",
-        Past._find,
-        before_the_reset,
+        past._resets,
+        lambda original, portion: [],
         [states_are_those_of_the_definition],
     ),
     BrokenRule("a state lacks the last frame", Past.before, one_frame_too_few, [states_are_those_of_the_definition]),
     BrokenRule(
         "a state is computed although other outputs were recorded",
-        Past._span,
-        as_if_never_recorded,
+        differ,
+        lambda original, one, other: np.zeros(len(one), np.bool_),
         [what_is_forged_is_no_ground],
     ),
     BrokenRule(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +24,14 @@ from instep.recording.errors import RecordingError
 from instep.recording.inspection import Inspection, inspect, when
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import HISTORY
-from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
+from instep.replay.command import run
 from instep.replay.recovery import look_through
-from instep.verify.command import run
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.scribe import Scribe
+from tests.support.stretches import stretches_of
 
 GRU = make_gru(3, 4)
 TICK_NS = 10**9
@@ -82,14 +83,10 @@ def verified(path: Path, model: Path) -> bool:
 
 def frames(path: Path) -> dict[tuple[int, int], bytes]:
     """The inputs and outputs of each frame, by stream and seq."""
-    with RecordingReader(path) as reader:
-        index = SequenceIndex(reader, lambda _: None, all_frames)
-    assert not index.defects
-    found, sequences = {}, index.sequences(np.arange(len(index.stretches)))
-    for at, stretch in enumerate(index.stretches):
-        stream = index.streams[stretch.row].stream
-        for seq, place in enumerate(sequences.places(at).tolist(), stretch.first_seq):
-            found[stream, seq] = sequences.x[place].tobytes() + sequences.y[place].tobytes()
+    found = {}
+    for stretch in stretches_of(path):
+        for seq, (x, y) in enumerate(zip_longest(stretch.x, stretch.y, fillvalue=np.zeros(0)), stretch.first_seq):
+            found[stretch.stream, seq] = x.tobytes() + y.tobytes()
     return found
 
 

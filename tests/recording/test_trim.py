@@ -21,16 +21,16 @@ from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StateRows, Trimmed
 from instep.recording.recovery import Recovered
-from instep.recording.sequences import SequenceIndex, all_frames
 from instep.recording.table import read_frames
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
-from instep.verify.command import run
+from instep.replay.command import run
 from instep_tools.formats.recording import read_recording
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay
 from tests.support.scribe import F32, Scribe
+from tests.support.stretches import stretches_of
 
 STREAMS = [1, 2, 3, 4]
 
@@ -134,16 +134,15 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
     found = inspect(path := scribe.writer.path)
     assert found.first_position == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
-        index = SequenceIndex(reader, lambda _: None, all_frames)
-        exported = sum(map(len, read_frames(reader, index.streams, range(len(index.streams)))))
-    sequences = index.sequences(np.arange(len(index.stretches)))
-    for at, stretch in enumerate(index.stretches):
-        stream, places = index.streams[stretch.row].stream, sequences.places(at)
-        seqs = range(stretch.first_seq, stretch.first_seq + len(places))
-        for frames, truth in ((sequences.x, scribe.x), (sequences.y, scribe.y)):
-            expected = np.array([truth[stream][seq] for seq in seqs], np.float32).reshape(len(places), frames.shape[1])
-            np.testing.assert_array_equal(frames[places], expected)
-    assert exported == sum(index.frames) == found.frames
+        streams = reader.streams()
+        exported = sum(map(len, read_frames(reader, streams, range(len(streams)))))
+    stretches = stretches_of(path)
+    for stretch in stretches:
+        for frames, truth in ((stretch.x, scribe.x), (stretch.y, scribe.y)):
+            seqs = range(stretch.first_seq, stretch.first_seq + len(frames))
+            expected = np.array([truth[stretch.stream][seq] for seq in seqs], np.float32).reshape(frames.shape)
+            np.testing.assert_array_equal(frames, expected)
+    assert exported == sum(len(stretch.x) for stretch in stretches) == found.frames
     assert int(read_recording(path).lengths.sum()) == found.frames
     with Recovered(path) as recovered:
         replayed = replay(recovered, step)

@@ -152,7 +152,7 @@ def test_the_file_is_closed_while_the_network_is_compiled(tmp_path: Path, monkey
         found.append(str(story.path) in map(os.path.realpath, links))
         return build(*arguments)
 
-    monkeypatch.setattr("instep.verify.recorded_model.build", compile_it)
+    monkeypatch.setattr("instep.replay.recorded_model.build", compile_it)
     LiveCheck.of(story.path, 0, 0)
     assert found == [False]
 

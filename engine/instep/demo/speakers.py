@@ -33,10 +33,9 @@ from instep.demo.producers import (
     stream_all,
 )
 from instep.interrupts import Stopped
-from instep.recording.reader import RecordingReader
-from instep.recording.sequences import SequenceIndex, all_frames
+from instep.recording.table import OpenedRecording
+from instep.replay.command import run as verify
 from instep.server.checks import allow_open_files
-from instep.verify.command import run as verify
 from instep_client import AsyncClient, InstepError
 from instep_tools.terminal import progress
 
@@ -169,13 +168,8 @@ def speed_table(heard: Heard, seconds: float, stats: dict[str, float]) -> Table:
 
 def received_is_recorded(recording: Path, producers: Sequence[Producer], heard: Heard) -> bool:
     """Whether the recording holds what every producer sent and received, bit for bit, and nothing else."""
-    with RecordingReader(recording) as reader:
-        index = SequenceIndex(reader, lambda share: None, all_frames)
-        held = index.sequences(index.kept)
-    recorded = {
-        stream.name: (held.x[places].tobytes(), held.y[places].tobytes())
-        for stream, places in zip(index.streams, map(held.places, index.kept), strict=True)
-    }
+    with OpenedRecording(recording) as opened:
+        recorded = {name: (stream.inputs.tobytes(), stream.outputs.tobytes()) for name, stream in opened.items()}
     return recorded == {
         producer.name: (producer.frames.tobytes(), outputs.tobytes())
         for producer, outputs in zip(producers, heard.outputs, strict=True)

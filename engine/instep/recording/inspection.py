@@ -47,7 +47,8 @@ def inspect(path: Path) -> Inspection:
     with RecordingReader(path) as reader:
         streams, frames, unanswered = reader.streams(), 0, 0
         for chunk in read_frames(reader, streams, range(len(streams))):
-            frames, unanswered = frames + len(chunk), unanswered + int((~chunk.answered).sum())
+            frames += len(chunk)
+            unanswered += int((~chunk.answered).sum())
         restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
     with Recovered(path) as recovered:
         for _ in recovered.portions():

@@ -43,7 +43,6 @@ class Closed:
     """The seq that its next frame would have had."""
     state: U8 | None
     """After its last frame; None where it was not known."""
-    reason: str
 
 
 Mark: TypeAlias = Opened | Closed | RecordedEvent
@@ -148,15 +147,17 @@ def portions(
     yield taken(last)
 
 
+def empty_portion(reader: RecordingReader, position: int) -> Portion:
+    """One without rows."""
+    return Portion(_joined([], reader), [], position)
+
+
 def _marks(reader: RecordingReader, first: int) -> Iterator[Mark]:
     openings = (
         Opened(position, stream, name, first_seq, reader.state(state, position))
         for position, _, stream, name, _, first_seq, state in reader.rows("openings", first)
     )
-    closings = (
-        Closed(position, stream, frames, reader.state(state, position), reason)
-        for position, _, stream, frames, reason, state in reader.rows("closings", first)
-    )
+    closings = (Closed(row[0], row[2], row[3], reader.final_state(row)) for row in reader.rows("closings", first))
     events = (event for event in reader.events(first) if event.kind in _KINDS)
     return heapq.merge(openings, closings, events, key=lambda mark: mark.position)
 

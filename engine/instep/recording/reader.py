@@ -599,10 +599,15 @@ class RecordingReader(Closing):
         opened = (stream, name, epoch, first_seq, opened_ns, opened_position, initial)
         if closing is None:
             return StreamInfo(*opened)
-        position, time_ns, _, frames, reason, state = closing
+        position, time_ns, _, frames, reason, _ = closing
+        return StreamInfo(*opened, time_ns, position, reason, frames, self.final_state(closing))
+
+    def final_state(self, closing: tuple[Any, ...]) -> U8 | None:
+        """The state in a row of the table `closings`."""
+        position, _, stream, _, reason, state = closing
         if state is None and reason not in (LOST, MOVED_EVENT):
             raise self.damaged(f"the final state of stream {stream} is missing")
-        return StreamInfo(*opened, time_ns, position, reason, frames, self.state(state, position))
+        return self.state(state, position)
 
     def _group(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> BatchGroup:
         positions, times_ns, sizes, streams, seqs, x = zip(*rows, strict=True)

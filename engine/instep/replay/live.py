@@ -84,7 +84,7 @@ class _Recording:
         """Check what is committed, or some of it, and report."""
         from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
         from instep.replay.live_check import LiveCheck
-        from instep.verify.report import CannotVerify
+        from instep.replay.report import CannotVerify
 
         unreadable = ""
         try:

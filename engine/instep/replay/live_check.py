@@ -19,9 +19,9 @@ from instep.recording.portions import Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import read_checkpoint_frames
 from instep.replay.following import Follower
+from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import StateTable
-from instep.verify.recorded_model import recorded_model, recorded_network, why_not_bits
-from instep.verify.report import CannotVerify
+from instep.replay.report import CannotVerify
 
 LATE_S: Final = 15.0
 """Behind the newest commit by more than this, everything up to the newest checkpoint is left out."""

@@ -22,7 +22,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent
 from instep.recording.schema import RESET_EVENT
 
-Place: TypeAlias = Literal["final state", "checkpoint"]
+Place: TypeAlias = Literal["final state", "checkpoint", "state"]
 LAST: Final = int(np.iinfo(np.int64).max)
 """A position behind every other."""
 
@@ -110,6 +110,8 @@ class RecordedState(NamedTuple):
     position: int
     """All batches and resets up to it are in the state."""
     state: U8
+    has_reset: bool = False
+    """Whether the stream is reset before that frame: the state may be the one before the reset or the one after."""
 
 
 class Defect(NamedTuple):
@@ -118,6 +120,9 @@ class Defect(NamedTuple):
     stream: int
     position: int
     seq: int
+    """The frame that was recorded."""
+    next_seq: int
+    """The one that belongs there."""
     sentence: str
 
 
@@ -293,7 +298,9 @@ class Replay:
 
     def states_before(self, stretches: Stretches) -> U8:
         """The states before all stretches, uint8 [S, row_bytes]; to be called before `step`."""
-        states = self.stepper.read(stretches.slots)
+        states: U8 = np.empty((len(stretches), len(self._initial)), np.uint8)
+        carried = [at for at in range(len(stretches)) if at not in stretches.given]
+        states[carried] = self.stepper.read(stretches.slots[carried])
         for at, state in stretches.given.items():
             states[at] = self._initial if state is None else state
         return states
@@ -313,7 +320,7 @@ class Replay:
         """
         x = stretches.frames.x
         y: F32 = np.zeros(stretches.frames.y.shape, np.float32)
-        after = np.zeros((len(stretches), 0), np.uint8)
+        after: U8 = np.empty((len(stretches), len(self._initial)), np.uint8)
         for number in range(int(stretches.rounds.max(initial=-1)) + 1):
             rows = np.flatnonzero(stretches.rounds == number)
             rows = rows[np.argsort(-stretches.lengths[rows], kind="stable")]
@@ -326,10 +333,7 @@ class Replay:
                     part = slice(first, min(first + self.stepper.max_batch_size, count))
                     self.stepper.step(slots[part], of_frames[part], x, y)
                     on_frames(slots[part], of_frames[part])
-            states = self.stepper.read(slots)
-            if not number:
-                after = np.zeros((len(stretches), states.shape[1]), np.uint8)
-            after[rows] = states
+            after[rows] = self.stepper.read(slots)
         self.release(stretches)
         return y, after
 
@@ -398,7 +402,7 @@ class Replay:
             start, seq, given, rounds = end, seq + end - start, None, rounds + 1
 
         def defect(position: int, sentence: str) -> None:
-            plan.defects.append(Defect(number, position, seq, sentence))
+            plan.defects.append(Defect(number, position, seq, seq, sentence))
 
         for mark in () if stream.is_broken else (*marks, None):
             end = first + (len(positions) if mark is None else int(np.searchsorted(positions, mark.position)))
@@ -408,7 +412,10 @@ class Replay:
                     break
                 recorded.pop(0)
                 if state.seq < seq:
-                    defect(state.position, f"a checkpoint holds its state before frame {state.seq}, which is not there")
+                    defect(
+                        state.position,
+                        f"a checkpoint holds its state before frame {state.seq}, where no frames were recorded",
+                    )
                     continue
                 emit(start + state.seq - seq, End(state.state, "checkpoint"))
                 given = (state.state,)
@@ -442,7 +449,10 @@ class Replay:
         plan.closed += [number] * has_closed
         if has_closed or until == LAST or stream.is_broken:
             for state in [] if stream.is_broken else recorded:
-                defect(state.position, f"a checkpoint holds its state before frame {state.seq}, which is not there")
+                defect(
+                    state.position,
+                    f"a checkpoint holds its state before frame {state.seq}, where no frames were recorded",
+                )
             recorded.clear()
         if not recorded:
             self._recorded.pop(number, None)
@@ -470,7 +480,7 @@ class Replay:
                 sentence = f"frame {seq} was recorded again where frame {wanted} belongs"
             else:
                 sentence = f"two frames were recorded in one step, at frame {seq}"
-            stretches.defects.append(Defect(number, position, seq, sentence))
+            stretches.defects.append(Defect(number, position, seq, wanted, sentence))
             stretches.lengths[row] = offsets[at]
             for later in np.flatnonzero(stretches.streams == number).tolist():
                 if later >= row:
@@ -480,12 +490,9 @@ class Replay:
             self._streams[number].is_broken = True
 
     def _is_met_later(self, state: RecordedState, mark: Mark | None, until: int) -> bool:
-        """Whether a recorded state before the frame where a mark comes is the one behind the mark.
-
-        Where the stream was reset before that frame, the state may be the one before that or the one after.
-        """
+        """Whether a recorded state before the frame where a mark comes is the one behind the mark."""
         if mark is None:
-            return state.position > until
+            return state.has_reset and until < LAST
         if not isinstance(mark, RecordedEvent) or mark.seq != state.seq:
             return False
         after = self._initial if mark.state is None else mark.state

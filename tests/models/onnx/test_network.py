@@ -23,7 +23,7 @@ from instep.models.onnx.importer import import_onnx
 from instep.models.onnx.reader import open_session
 from instep.models.registry import build
 from instep.recording.reader import RecordingReader
-from instep.verify import verifier
+from instep.replay import verifier
 from instep_client import AsyncClient
 from tests.support.onnx_graphs import counting_by_hand, counting_step, graph, gru_step, imported, ints, leaky, node
 from tests.support.running import CPU, running

@@ -1,0 +1,202 @@
+"""The state of a recorded stream before any of its frames, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from instep.core.typing import F32, U8, Bool
+from instep.models.model import Model
+from instep.recording.errors import RecordingError
+from instep.recording.portions import Portion, portions
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedEvent, StreamInfo, select_streams
+from instep.recording.schema import RESET_EVENT
+from instep.replay.comparison import differ
+from instep.replay.recorded_model import recorded_network, why_not_bits
+from instep.replay.replay import LAST, Replay, StateTable
+from instep_tools.words import counted
+
+Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]
+
+
+class NoSuchMoment(RecordingError):
+    """A recording does not hold the frames that were asked for; the message says which it holds."""
+
+
+class NotExact(RecordingError):
+    """The recorded bits are not, or need not be, those that stepping again gives; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A stream before one of its frames."""
+
+    info: StreamInfo
+    seq: int
+    """Of the frame."""
+    state: U8
+    """uint8 [row_bytes]."""
+    origin: Origin
+    """The row that recorded the state from which this one was computed."""
+    origin_seq: int
+    """The frame that it is before."""
+    compared: int
+    """Count of frames since then with recorded outputs: they came out again, bit for bit."""
+    openings: int
+    """Count of openings of this name; this is the newest one that has the frame."""
+
+    @property
+    def replayed(self) -> int:
+        """Frames stepped since the recorded state."""
+        return self.seq - self.origin_seq
+
+    def in_words(self) -> str:
+        """Where the state comes from, as the end of a sentence."""
+        recorded = "the opening" if self.origin == "opening" else f"the {self.origin} before frame {self.origin_seq:,}"
+        if not self.replayed:
+            return f"as recorded by {recorded}"
+        unheard = self.replayed - self.compared
+        agree = "their outputs equal the recorded ones, bit for bit"
+        if unheard:
+            agree = f"{counted(unheard, 'output')} were not recorded, the others equal theirs, bit for bit"
+        return f"from {recorded}, with {counted(self.replayed, 'frame')} stepped again; {agree}"
+
+
+@dataclass(frozen=True, slots=True)
+class PastFrames:
+    """Consecutive frames of a stream."""
+
+    first_seq: int
+    x: F32
+    """float32 [N, features]."""
+    y: F32
+    """float32 [N, outputs], as recorded."""
+    answered: Bool
+    """bool [N]: False where the outputs were not recorded."""
+
+
+class Past:
+    """Every opening of one stream; what is asked for is read from the newest recorded state before it on.
+
+    Args:
+        reader: the recording.
+        model: the recorded one.
+        word: name or number of the stream.
+
+    Raises:
+        NoSuchStream: when there is no such stream.
+        RecordingError: from every method, when the recording is damaged.
+    """
+
+    def __init__(self, reader: RecordingReader, model: Model, word: str) -> None:
+        infos = reader.streams()
+        self._openings = [infos[at] for at in select_streams(infos, [word])]
+        self._word = word
+        self._reader = reader
+        self._notes = why_not_bits([engine.header for engine in reader.engines])
+        self._network = recorded_network(model)
+
+    def before(self, seq: int | None = None) -> Moment:
+        """The stream before a frame, after a reset or write that took place there; None for after its last frame.
+
+        Raises:
+            NoSuchMoment: when the frame is not recorded, or frames are missing before it.
+            NotExact: when frames must be stepped and that need not give, or does not give, the recorded bits.
+        """
+        for info in reversed(self._openings):
+            if seq is None or info.first_seq <= seq <= (seq if info.frames is None else info.frames):
+                found = self._walk(info, seq)
+                if seq is None or found.seq == seq:
+                    return found
+        raise self._no_such(seq or 0, self._walk(self._openings[-1], None))
+
+    def since(self, moment: Moment) -> PastFrames:
+        """The frames from a moment on, up to the end of the stream or to the next reset of its state."""
+        first, found = moment.seq, []
+        for portion in self._portions(moment.info, self._recorded_before(moment.info, first)[0]):
+            frames = portion.frames
+            later = [reset.seq or 0 for reset in _resets(portion) if (reset.seq or 0) > first]
+            end = min(later, default=LAST)
+            found.append(frames.only((frames.seqs >= first) & (frames.seqs < end)))
+            if later:
+                break
+        columns = [np.concatenate([getattr(frames, name) for frames in found]) for name in ("x", "y", "answered")]
+        return PastFrames(first, *columns)
+
+    def _walk(self, info: StreamInfo, seq: int | None) -> Moment:
+        """An opening before a frame, or after its last one where that comes first."""
+        position, origin, origin_seq, state = self._recorded_before(info, seq)
+        replay, number = Replay(StateTable(self._network), self._reader), info.stream
+        replay.add(number, origin_seq, state)
+        reached, wrong = origin_seq, None
+        compared: list[int] = []
+        for portion in self._portions(info, position):
+            later = portion.frames.positions[portion.frames.seqs >= (LAST if seq is None else seq)]
+            end = int(later[0]) if len(later) else LAST
+            frames = portion.frames.only(portion.frames.positions < end)
+            resets = [reset for reset in _resets(portion) if origin_seq <= (reset.seq or 0) and reset.position < end]
+            stretches = replay.plan(Portion(frames, resets, portion.position))
+            for defect in stretches.defects:
+                if seq is None or defect.next_seq < seq:
+                    raise NoSuchMoment(
+                        f"stream {self._word!r} cannot be followed further: {defect.sentence}; ask for a seq from "
+                        f"{info.first_seq} to {defect.next_seq}"
+                    )
+            y, _ = replay.step(stretches)
+            reached += int(stretches.lengths.sum())
+            for reset in resets:
+                origin, origin_seq, wrong, compared = "reset", reset.seq or 0, None, []
+            of_origin = (frames.seqs >= origin_seq) & frames.answered
+            compared.append(int(of_origin.sum()))
+            differs = frames.seqs[of_origin & differ(y, frames.y)]
+            wrong = int(differs[0]) if wrong is None and len(differs) else wrong
+            if len(later):
+                break
+        if reached > origin_seq and self._notes:
+            raise NotExact(
+                f"the state cannot be computed exactly: {'; '.join(self._notes)}. The one before frame {origin_seq} "
+                "was recorded, and needs no computing"
+            )
+        if wrong is not None:
+            raise NotExact(
+                f"stepping frame {wrong} of stream {self._word!r} again gives other outputs than were recorded, so a "
+                "state computed from it would be another one: `instep verify` says more"
+            )
+        return Moment(info, reached, replay.state(number), origin, origin_seq, sum(compared), len(self._openings))
+
+    def _portions(self, info: StreamInfo, position: int) -> Iterator[Portion]:
+        """What concerns a stream after a position."""
+        for portion in portions(self._reader, position + 1):
+            yield portion.only(np.array([info.stream]))
+
+    def _recorded_before(self, info: StreamInfo, seq: int | None) -> tuple[int, Origin, int, U8 | None]:
+        """The newest recorded state before a frame: a position up to which all is in it, where from, the seq, it."""
+        trimmed = self._reader.trimmed.position
+        is_trimmed = info.opened_position <= trimmed
+        rows = map(self._reader.stream_state, self._reader.rows("states", info.stream, info.stream))
+        stored = [row for row in rows if row.position > trimmed and (seq is None or row.seq <= seq)]
+        if stored:
+            newest = max(stored, key=lambda row: (row.seq, row.position))
+            return newest.position, "checkpoint", newest.seq, newest.state
+        begin = trimmed if is_trimmed else info.opened_position
+        return begin, "checkpoint" if is_trimmed else "opening", info.first_seq, info.initial_state
+
+    def _no_such(self, seq: int, last: Moment) -> NoSuchMoment:
+        info = last.info
+        if seq > last.seq:
+            why = f"its recorded frames end before frame {last.seq}"
+        elif info.opened_position <= self._reader.trimmed.position:
+            why = f"the history before frame {info.first_seq} was deleted (recording.keep_bytes, keep_s)"
+        else:
+            why = f"it was opened to begin with frame {info.first_seq}"
+        return NoSuchMoment(
+            f"stream {self._word!r} has no frame {seq} here: {why}; ask for a seq from {info.first_seq} to {last.seq}"
+        )
+
+
+def _resets(portion: Portion) -> list[RecordedEvent]:
+    return [mark for mark in portion.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]

@@ -1,0 +1,520 @@
+"""Verification: compute a whole recording again in four ways, and compare with what was served.
+
+1. **Stepped**: every frame by the compiled step, from the recorded initial states, streams side by side.
+2. **Definition**: by the second program of the same arithmetic, as many frames as it computes in about the time of 1.
+3. **torch**: whole sequences by torch's own module, if the kind of model has one.
+4. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
+   of a graph is the graph in float64, which bounds what rounding does, and the report says so. A kind may have none.
+
+1 carries the states of streams from one portion of the recording to the next; 2, 3 and 4 begin each portion in these
+states. Where the engine computed in `portable-1`, bits must be equal in 1 and 2, whichever machines recorded and
+verify. Other engines promise no bits: 1 must be within twice the bound, since each side may be off by one, and 2 is
+left out. In 3, values must always be within twice the bound, and in 4 within the bound. Where frames or states are too
+large for the bound to mean anything (see `bound`), or there is no reference, equal bits are enough, and the report
+names the first such frame; where bits need not be equal either, the stream counts as not checked.
+
+States of checkpoints and final states are compared in 1, 2 and 4, and the stream goes on from there. Every frame of a
+stream must be there, once and in order, and so must every state of a checkpoint. Frames whose outputs were not
+recorded, because the engine was killed while it computed them, are replayed but not compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from threading import Event
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from instep.core.typing import F32, I64, U8, Bool
+from instep.models.base import Reference
+from instep.models.model import Model
+from instep.models.numerics import one_thread, threads_as_here
+from instep.recording.database import lost_tail
+from instep.recording.inspection import how_it_ends, where_it_begins
+from instep.recording.lock import is_being_written
+from instep.recording.portions import Opened, Portion, empty_portion, portions
+from instep.recording.reader import RecordingReader
+from instep.recording.records import RecordedEvent, select_streams
+from instep.recording.schema import CHECKPOINT_EVENT, RESET_EVENT
+from instep.replay.bound import F64
+from instep.replay.checkers import (
+    CHECK_LIMITS,
+    MOST_ROWS,
+    Block,
+    Checkers,
+    CheckLimits,
+    check_definition,
+    check_reference,
+    check_stepped,
+    check_torch,
+    check_with_bound,
+    plan_blocks,
+)
+from instep.replay.comparison import Comparison, differ
+from instep.replay.recorded_model import recorded_network, why_not_bits
+from instep.replay.replay import LAST, RecordedState, Replay, StateTable, Stretches
+from instep.replay.report import (
+    CannotVerify,
+    Checker,
+    Coverage,
+    NoFrames,
+    ReferenceKind,
+    Report,
+    StreamReport,
+)
+from instep.runtime.executor import usable_cores
+
+Progress: TypeAlias = Callable[[float], None]
+"""Called with the share (0 to 1) that is done."""
+
+MOST_THREADS: Final = 4
+"""More threads, even on more cores, would only take their caches from each other."""
+LEAST_SHARE: Final = 64
+"""Streams are shared out among threads, but a block of fewer than this would cost more than it gains."""
+_ROWS: Final = 16
+"""Stretches that the definition takes side by side."""
+
+
+def verify(
+    reader: RecordingReader,
+    model: Model,
+    wanted: Sequence[str],
+    on_progress: Progress,
+    limits: CheckLimits = CHECK_LIMITS,
+) -> Report:
+    """Check every stream of a recording, or those of some names or numbers.
+
+    Args:
+        reader: the recording, just opened.
+        model: the recorded model; the caller compares it with the one that the header names.
+        wanted: names and numbers; none for all streams.
+        on_progress: see `Progress`.
+        limits: of what is computed at once.
+
+    Raises:
+        CannotVerify: when there is nothing to check.
+        RecordingError: when the recording is damaged.
+        NoSuchStream: when it has no such stream.
+    """
+    began, stopped = time.monotonic(), Event()
+    with one_thread(), ThreadPoolExecutor(_threads(), "instep-verify", threads_as_here()) as pool:
+        try:
+            check = _Check(reader, model, wanted, pool, limits, stopped)
+            check.run(on_progress)
+        finally:
+            stopped.set()
+    check.require_outputs(wanted)
+    return Report(
+        file=reader.path,
+        model_name=model.name,
+        fingerprint=model.fingerprint,
+        streams=check.reports,
+        ending=how_it_ends(reader),
+        finished=reader.finished,
+        lost="" if is_being_written(reader.path) else lost_tail(reader.path),
+        trimmed=where_it_begins(reader),
+        notes=check.checkers.notes,
+        seconds=time.monotonic() - began,
+        elements=check.elements,
+        definition=check.coverage,
+        reference=_kind_of(check.checkers.truth),
+    )
+
+
+def make_checkers(
+    model: Model, notes: tuple[str, ...], stopped: Event | None = None, limits: CheckLimits = CHECK_LIMITS
+) -> Checkers:
+    """Build the network, to compare within the bound where `notes` say why bits need not be equal."""
+    network = recorded_network(model)
+    references = network.reference(np.float64), network.reference(np.float32)
+    truth, rounded = references if None not in references else (None, None)
+    return Checkers(network, truth, rounded, notes, stopped or Event(), limits)
+
+
+def _kind_of(truth: Reference | None) -> ReferenceKind:
+    return "none" if truth is None else "independent" if truth.independent else "same graph"
+
+
+def _threads() -> int:
+    return min(usable_cores(), MOST_THREADS)
+
+
+class CheckpointStates:
+    """The tables `checkpoints` and `states` as of one commit; the reader shows that commit from then on.
+
+    Args:
+        reader: the recording, before anything else was read from it.
+        wanted: numbers of streams; None for all.
+
+    Attributes:
+        position: of the newest checkpoint.
+        states: by number of the stream, in order.
+
+    Raises:
+        RecordingError: when a row is damaged or missing.
+    """
+
+    def __init__(self, reader: RecordingReader, wanted: I64 | None) -> None:
+        self._reader = reader
+        self._tails: dict[int, list[tuple[int, RecordedState]]] = {}
+        self.states: dict[int, list[RecordedState]] = {}
+        with reader.at_once():
+            self.position = reader.checkpoint().position
+            resets = self._check_counts()
+            self._read_states(None if wanted is None else set(wanted.tolist()), resets)
+        self.newest = {number: states[-1].seq for number, states in self.states.items()}
+
+    def _read_states(self, wanted: set[int] | None, resets: set[tuple[int | None, int | None]]) -> None:
+        reader, rows = self._reader, 0
+        for row in reader.states():
+            rows += 1
+            if row.position > reader.last_position:
+                raise reader.damaged(
+                    f"a state of stream {row.stream} is of position {row.position}, which there is not"
+                )
+            if row.position > reader.trimmed.position and (wanted is None or row.stream in wanted):
+                state = RecordedState(row.seq, row.position, row.state, (row.stream, row.seq) in resets)
+                self.states.setdefault(row.stream, []).append(state)
+                if row.tail_seq < row.seq:
+                    self._tails.setdefault(row.stream, []).append((row.tail_seq, state))
+        if rows != reader.state_rows:
+            raise reader.damaged(f"it holds {rows:,} states instead of {reader.state_rows:,}")
+
+    def _check_counts(self) -> set[tuple[int | None, int | None]]:
+        """Raise where rows are missing; the resets, by stream and seq."""
+        reader = self._reader
+        events = list(reader.events())
+        announced = [event.seq or 0 for event in events if event.kind == CHECKPOINT_EVENT] or [0]
+        positions: dict[str, I64] = {"events": np.array([event.position for event in events], np.int64)}
+        for table in ("openings", "closings"):
+            positions[table] = np.array([row[0] for row in reader.rows(table, reader.first_position)], np.int64)
+        reader.check_checkpoint(announced[-1], positions)
+        return {(event.stream, event.seq) for event in events if event.kind == RESET_EVENT}
+
+    def compare_tails(self, stretches: Stretches) -> Iterator[tuple[int, str]]:
+        """Compare the frames that checkpoints hold with the recorded ones: numbers of streams, and sentences.
+
+        Outputs that only a checkpoint holds, because the engine was killed, count as recorded ones from here on.
+        """
+        frames = stretches.frames
+        for at, number in enumerate(stretches.streams.tolist()) if self._tails else ():
+            begin = int(stretches.first_seqs[at])
+            end = begin + int(stretches.lengths[at])
+            for tail_seq, state in self._tails.get(number, ()):
+                first, until = max(tail_seq, begin), min(state.seq, end)
+                condition = f"position = {state.position} AND stream = ?"
+                row = self._reader.newest_row("states", condition, number) if first < until else None
+                if row is None:
+                    continue  # nothing of it is here, or the writer has replaced it meanwhile
+                recorded = self._reader.stream_state(row)
+                tail = slice(first - recorded.tail_seq, until - recorded.tail_seq)
+                places = stretches.order[stretches.starts[at] + first - begin :][: until - first]
+                new = places[~frames.answered[places]]
+                frames.y[new], frames.answered[new] = recorded.tail_y[tail][~frames.answered[places]], True
+                are_other = differ(frames.x[places], recorded.tail_x[tail])
+                are_other |= differ(frames.y[places], recorded.tail_y[tail])
+                if are_other.any():
+                    seq = first + int(np.argmax(are_other))
+                    yield number, f"frame {seq} in a checkpoint differs from the recorded frame"
+
+
+class _Check:
+    """The check of a recording.
+
+    Attributes:
+        checkers: everything that computes.
+        reports: one for each opening, in order.
+        elements: how many elements each checker compared.
+        coverage: what was compared with the definition.
+    """
+
+    def __init__(
+        self,
+        reader: RecordingReader,
+        model: Model,
+        wanted: Sequence[str],
+        pool: Executor,
+        limits: CheckLimits,
+        stopped: Event,
+    ) -> None:
+        self._reader = reader
+        self._pool = pool
+        self._wanted: I64 | None = None
+        if wanted:
+            infos = reader.streams()
+            self._wanted = np.array([infos[at].stream for at in select_streams(infos, wanted)], np.int64)
+        self._stored = CheckpointStates(reader, self._wanted)
+        reader.check_positions()
+        notes = why_not_bits([engine.header for engine in reader.engines])
+        self.checkers = make_checkers(model, notes, stopped, limits)
+        trimmed = reader.checkpoints()[0].completed if reader.trimmed.position else 0
+        self._replay = Replay(StateTable(self.checkers.network), reader, self._stored.states, ignore_until=trimmed)
+        self.reports: list[StreamReport] = []
+        self.elements: dict[Checker, int] = {"stepped": 0, "definition": 0, "torch": 0, "float64 reference": 0}
+        self._by_number: dict[int, StreamReport] = {}
+        self._first_seqs: dict[int, int] = {}
+        """Of open streams that were not reset."""
+        self._at_checkpoint: dict[int, int] = {}
+        """By number of streams that had changed at the newest checkpoint, the seq of the next frame."""
+        self._drift: dict[int, float] = {}
+        """By number, where bits are not required, the relative error so far: see `ErrorBound`."""
+        self._frames = 0
+        """That are recorded, of all streams."""
+        self._compared: tuple[set[int], int] = (set(), 0)
+        """With the definition: the streams, and how many frames."""
+        self._definition_s = self.checkers.limits.definition_s
+        """Time that is left for it."""
+        self._definition_begun: tuple[_PortionCheck, Future[Any]] | None = None
+
+    def run(self, on_progress: Progress) -> None:
+        """Check everything."""
+        begun: deque[_PortionCheck] = deque()
+        most = 1 if self.checkers.bits_required else 0
+        for portion in self._portions():
+            if begun:
+                begun[-1].stepped.result()
+            while len(begun) > most:
+                self._finish(begun.popleft())
+            begun.append(self._begin(portion))
+            on_progress(min(portion.position / max(self._reader.last_position, 1), 1.0))
+        while begun:
+            self._finish(begun.popleft())
+        self._finish_definition()
+        self._check_complete()
+
+    def require_outputs(self, wanted: Sequence[str]) -> None:
+        """Raise CannotVerify where the streams, wanted by these words, have no frames with outputs."""
+        has_problems = any(report.problems for report in self.reports)
+        if has_problems or any(report.frames for report in self.reports):
+            return
+        if not self._frames:
+            raise NoFrames(f"{self._reader.path} holds no frames: nothing was recorded, so nothing can be verified")
+        whose = "the recording has no"
+        if wanted:
+            whose = f"stream {wanted[0]!r} has no" if len(wanted) == 1 else f"none of the {len(wanted)} streams has"
+        raise CannotVerify(f"{whose} frames with outputs: there is nothing to verify")
+
+    @property
+    def coverage(self) -> Coverage:
+        """What was compared with the definition."""
+        streams, frames = self._compared
+        return Coverage(len(streams), frames)
+
+    def _portions(self) -> Iterator[Portion]:
+        reader, newest = self._reader, self._stored.position
+        for info in reader.streams() if reader.trimmed.position else ():
+            if info.opened_position <= reader.trimmed.position and self._is_wanted(info.stream):
+                self._replay.add(info.stream, info.first_seq, info.initial_state)
+                self._open(info.stream, info.name, info.first_seq)
+        cuts = [newest] if newest >= reader.first_position else []
+        for portion in portions(reader, cuts=cuts, portion_bytes=self.checkers.limits.portion_bytes):
+            self._frames += len(portion.frames)
+            yield portion if self._wanted is None else portion.only(self._wanted)
+        yield empty_portion(reader, LAST)
+
+    def _is_wanted(self, number: int) -> bool:
+        return self._wanted is None or number in self._wanted
+
+    def _open(self, number: int, name: str, first_seq: int) -> None:
+        report = StreamReport(number, name)
+        self.reports.append(report)
+        self._by_number[number], self._first_seqs[number] = report, first_seq
+
+    def _begin(self, portion: Portion) -> _PortionCheck:
+        for mark in portion.marks:
+            if isinstance(mark, Opened):
+                self._open(mark.stream, mark.name, mark.first_seq)
+            elif isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT:
+                self._first_seqs.pop(mark.stream or 0, None)
+        stretches = self._replay.plan(portion)
+        for defect in stretches.defects:
+            self._by_number[defect.stream].add_problem(defect.sentence)
+        for number, sentence in self._stored.compare_tails(stretches):
+            self._by_number[number].add_problem(sentence)
+        if portion.position == self._stored.position:
+            nexts = self._replay.next_seqs
+            self._at_checkpoint = {each: seq for each, seq in nexts.items() if self._first_seqs.get(each) != seq}
+        drift: F64 = np.zeros(len(stretches))
+        if self._drift:
+            numbers = stretches.streams.tolist()
+            drift[:] = [0 if at in stretches.given else self._drift.get(each, 0) for at, each in enumerate(numbers)]
+        return _PortionCheck(self.checkers, self._replay, stretches, drift, self._pool)
+
+    def _finish(self, check: _PortionCheck) -> None:
+        for comparison in check.finish():
+            self.elements[comparison.checker] += comparison.elements
+        numbers = check.stretches.streams.tolist()
+        for row, number in enumerate(numbers):
+            check.report(row, self._by_number[number])
+        if not self.checkers.bits_required:
+            self._drift |= dict(zip(numbers, check.drift.tolist(), strict=True))
+        self._finish_definition()
+        self._begin_definition(check)
+
+    def _begin_definition(self, check: _PortionCheck) -> None:
+        """Compare some stretches with the definition, for about as long as stepping has taken."""
+        _, after, stepped_s = check.stepped.result()
+        streams, frames = self._compared
+        self._definition_s += stepped_s if frames else max(0.0, stepped_s - self.checkers.limits.definition_s)
+        if self.checkers.bits_required and len(check.with_frames) and self._definition_s > 0:
+            rows = np.roll(_spread_out(check.with_frames), -len(streams))
+            parts = (rows[at : at + _ROWS] for at in range(0, len(rows), _ROWS))
+            blocks = (block for part in parts for block in check.blocks(part))
+            task = self._pool.submit(_compare_definition, blocks, after, self._definition_s, int(not frames))
+            self._definition_begun = check, task
+
+    def _finish_definition(self) -> None:
+        if self._definition_begun is None:
+            return
+        (check, task), self._definition_begun = self._definition_begun, None
+        found, seconds = task.result()
+        self._definition_s -= seconds
+        for rows, comparison, frames in found:
+            numbers = check.stretches.streams[rows]
+            self.elements["definition"] += comparison.elements
+            self._compared[0].update(numbers[frames > 0].tolist())
+            self._compared = self._compared[0], self._compared[1] + int(frames.sum())
+            for row, divergence in comparison.first.items():
+                self._by_number[int(numbers[row])].add_mismatch(divergence)
+
+    def _check_complete(self) -> None:
+        """Raise when a state that belongs into the newest checkpoint is missing, or is older than the checkpoint."""
+        reader, position, nexts = self._reader, self._stored.position, self._replay.next_seqs
+        for number in self._stored.newest.keys() - self._by_number.keys():
+            raise reader.damaged(f"a checkpoint holds a state of stream {number}, which was never opened")
+        for number in sorted(self._at_checkpoint.keys() & nexts.keys()):  # it gives up those of closed streams
+            seq, newest = self._at_checkpoint[number], self._stored.newest.get(number)
+            if newest is None:
+                raise reader.damaged(
+                    f"the state of stream {number} is missing from the checkpoint of position {position}"
+                )
+            if newest < seq:
+                raise reader.damaged(
+                    f"the checkpoint of position {position} holds the state of stream {number} before frame {newest}, "
+                    f"but should hold one before frame {seq} or later"
+                )
+
+
+class _PortionCheck:
+    """Begins to check the stretches of a portion when it is made; `finish` waits for the end.
+
+    Attributes:
+        stretches: what is checked.
+        before: the states before them.
+        stepped: the outputs, the states after them, and how long stepping has taken.
+        drift: [S], the relative errors up to their ends.
+    """
+
+    def __init__(self, checkers: Checkers, replay: Replay, stretches: Stretches, drift: F64, pool: Executor) -> None:
+        self._checkers = checkers
+        self._pool = pool
+        self.stretches = stretches
+        self.drift = drift
+        self.before = replay.states_before(stretches)
+        self.stepped: Future[tuple[F32, U8, float]] = pool.submit(_step, replay, stretches)
+        self.with_frames: I64 = np.flatnonzero(stretches.lengths).astype(np.int64)
+        rows = min(MOST_ROWS, max(len(self.with_frames) // _threads(), LEAST_SHARE))
+        self._reference = [
+            (block.rows, pool.submit(check_reference, block)) for block in self.blocks(self.with_frames, rows)
+        ]
+        self._torch = [
+            (block.rows, pool.submit(check_torch, block))
+            for block in self.blocks(self.with_frames, rows, checkers.call_frames)
+        ]
+
+    def blocks(self, rows: I64, most_rows: int = MOST_ROWS, most_frames: int = LAST) -> Iterator[Block]:
+        """Some of the stretches in blocks."""
+        for of_block in plan_blocks(self.stretches.lengths, rows, most_rows, most_frames):
+            yield Block(self._checkers, self.stretches, of_block, self.before, self.drift)
+
+    def finish(self) -> Sequence[Comparison]:
+        """Wait for all of it."""
+        count, checkers, stretches = len(self.stretches), self._checkers, self.stretches
+        bits_required = checkers.bits_required
+        stepped = Comparison("stepped", count, bits_required)
+        torch, reference = (Comparison(each, count, bits_required=False) for each in ("torch", "float64 reference"))
+        y, after, _ = self.stepped.result()
+        frames, applied = stretches.frames, stretches.applied()
+        of = np.repeat(np.arange(count), stretches.lengths)
+        self._answered = np.bincount(of[frames.answered[applied]], minlength=count)
+        differs: Bool = np.zeros(count, np.bool_)
+        differs[of[(differ(y, frames.y) & frames.answered)[applied]]] = True
+        for row, end in stretches.ends.items():
+            differs[row] |= end.state.tobytes() != after[row].tobytes()
+        for block in self.blocks(np.flatnonzero(differs)):
+            stepped.replace(block.rows, check_stepped(block, y, after[block.rows]))
+        values = sum(leaf.elements for leaf in checkers.state.leaves)
+        ends = sum(bool(stretches.lengths[row]) for row in stretches.ends)
+        stepped.elements = int(self._answered.sum()) * frames.y.shape[1] + ends * values
+        for rows, found in self._torch:
+            torch.replace(rows, found.result())
+        for rows, checked in self._reference:
+            reference.replace(rows, checked.result()[0])
+        unsettled: Bool = reference.wrong | torch.wrong
+        if not bits_required:
+            unsettled |= stepped.wrong
+        again = [
+            (block.rows, self._pool.submit(check_with_bound, block, y, after[block.rows]))
+            for block in self.blocks(np.flatnonzero(unsettled), most_frames=checkers.call_frames)
+        ]
+        self._comparisons = (stepped, torch, reference)
+        for rows, bounded in again:
+            comparisons, self.drift[rows] = bounded.result()
+            for comparison, other in zip(self._comparisons, comparisons, strict=True):
+                comparison.replace(rows, other, elements=False)
+        return self._comparisons
+
+    def report(self, row: int, report: StreamReport) -> None:
+        """Add what was found in a stretch."""
+        stepped, torch, reference = self._comparisons
+        frames, compared = int(self.stretches.lengths[row]), int(self._answered[row])
+        report.frames += compared
+        report.not_compared += frames - compared
+        report.max_difference = max(report.max_difference, float(stepped.max_error[row]))
+        report.max_distance = max(report.max_distance, float(torch.max_error[row]))
+        report.max_error = max(report.max_error, float(reference.max_error[row]))
+        undecided = [each.undecided[row] for each in self._comparisons if row in each.undecided]
+        if undecided and report.lossy_from is None:
+            report.lossy_from = min(undecided)
+        for comparison in self._comparisons:
+            if comparison.wrong[row]:
+                report.add_mismatch(comparison.first[row])
+        for comparison in self._comparisons:
+            if row in comparison.first and report.divergence is None:
+                report.divergence = comparison.first[row]
+        if row in stepped.undecided or (row in torch.undecided and stepped.differs[row]):
+            report.worsen("not checked")
+        elif stepped.differs[row]:
+            report.worsen("within tolerance")
+        elif compared or (frames and row in self.stretches.ends):
+            report.worsen("exact")
+
+
+def _step(replay: Replay, stretches: Stretches) -> tuple[F32, U8, float]:
+    began = time.monotonic()
+    y, after = replay.step(stretches)
+    return y, after, time.monotonic() - began
+
+
+def _compare_definition(
+    blocks: Iterator[Block], after: U8, time_s: float, at_least: int
+) -> tuple[list[tuple[I64, Comparison, I64]], float]:
+    """Blocks' rows, what was found, and how many frames of each row were compared; and how long it took."""
+    began, found = time.monotonic(), []
+    for block in blocks:
+        if not at_least and time.monotonic() > began + time_s:
+            break
+        found.append((block.rows, *check_definition(block, after[block.rows], began + time_s, at_least)))
+        at_least = 0
+    return found, time.monotonic() - began
+
+
+def _spread_out(rows: I64) -> I64:
+    """The first, the middle, the quarters and so on: every beginning of this order is spread over all of them."""
+    order = sorted(range(len(rows)), key=lambda at: f"{at:032b}"[::-1])
+    spread: I64 = rows[order]
+    return spread

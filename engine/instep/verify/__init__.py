@@ -1,1 +1,0 @@
-"""Replay recordings and compare, bit for bit."""

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from instep.cli import app
+from instep.models.errors import ModelError
+from instep.models.portable.machine import Processor
+from instep.replay.command import run
+from instep_tools import terminal
+from tests.support.forger import Forger
+from tests.support.recordings import Recorded, make_gru, record_gru
+from tests.support.warm import WarmProcess
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Recorded:
+    return record_gru(tmp_path, make_gru(), [5, 0, 9])
+
+
+def verify(path: Path, **options: Any) -> tuple[int, str]:
+    file = io.StringIO()
+    arguments = {"model_folder": None, "streams": [], "json": False, **options}
+    status = run(path, console=Console(file=file, width=160), **arguments)
+    return status, file.getvalue()
+
+
+def test_a_good_recording(recorded: Recorded) -> None:
+    status, text = verify(recorded.path)
+    assert status == 0
+    *_, checkers, verdict = text.splitlines()
+    assert re.fullmatch(
+        r"compiled step: every frame, bit for bit; definition: every frame, bit for bit; torch's own module: at most "
+        r"\d\.\de-0\d away, as rounding explains; float64: at most \d\.\de-0\d away",
+        checkers,
+    )
+    assert verdict == "verified: 3 streams, 14 frames, exact, 0 mismatches"
+
+
+def test_json_is_one_object_on_standard_output_and_nothing_else(
+    recorded: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = verify(recorded.path, json=True)
+    assert status == 0
+    assert text == ""
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["verified"] is True
+    assert fields["file"] == str(recorded.path)
+    assert [stream["verdict"] for stream in fields["streams"]] == ["exact", "empty", "exact"]
+
+
+def test_json_of_what_could_not_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = verify(tmp_path / "missing.rec", json=True)
+    assert status == 2
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["verified"] is False
+    assert fields["verdict"] == "not checked"
+    assert "cannot read the recording" in fields["error"]
+
+
+@pytest.mark.parametrize("command", [["verify"], ["recordings", "state"]], ids=str)
+def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("LLVM cannot compile it")
+
+    monkeypatch.setattr("instep.replay.recorded_model.build", refuse)
+    stream = ["stream-1"] if "state" in command else []
+    result = CliRunner().invoke(app, [*command, str(recorded.path), *stream, "--json"])
+    assert result.exit_code == 2
+    sentence = "the model cannot be computed here: LLVM cannot compile it"
+    assert json.loads(result.stdout)["error"] == sentence
+    assert result.stderr.removeprefix("error: ") == f"{sentence}\n"
+
+
+def test_on_a_processor_without_fma_it_says_that_it_is_slow(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(recorded.path)[0] == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("instep.replay.command.host", lambda: Processor("x86_64-linux", "x86-64-v2", "+avx,-fma"))
+    sentence = "this processor has no fused multiply-adds (FMA): computing again takes 7 to 30 times as long\n"
+    assert (verify(recorded.path)[0], capsys.readouterr().err) == (0, sentence)
+    both = CliRunner().invoke(app, ["verify", str(recorded.path), str(recorded.path.parent)])
+    assert (both.exit_code, both.stderr) == (0, sentence)
+
+
+def test_what_takes_long_says_in_a_pipe_how_far_it_is(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("instep_tools.terminal.QUIET_S", 3600.0)  # longer than it takes on any machine
+    assert verify(recorded.path)[0] == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("instep_tools.terminal.QUIET_S", 0.0)
+    monkeypatch.setattr("instep_tools.terminal.LOG_S", 0.0)
+    for command in (["verify"], ["verify", "--json"], ["export"]):
+        shown = CliRunner().invoke(app, [*command, str(recorded.path)])
+        assert shown.exit_code == 0
+        stage = {"verify": "verifying", "export": "exporting"}[command[0]]
+        assert re.search(rf"^{stage} \d+% · \d+ s$", shown.stderr, re.MULTILINE), command
+        assert stage not in shown.stdout
+
+
+def test_an_unknown_stream(recorded: Recorded) -> None:
+    status, text = verify(recorded.path, streams=["stream-33"])
+    assert status == 2
+    assert text.startswith("not checked: the recording has no stream 'stream-33'; did you mean 'stream-3'")
+
+
+def test_what_breaks_down_is_no_mismatch(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise MemoryError("12 GB")
+
+    monkeypatch.setattr("instep.replay.command.verify", no_memory)
+    assert verify(recorded.path) == (2, "not checked: MemoryError('12 GB')\n")
+    assert "MemoryError: 12 GB" in capsys.readouterr().err
+    assert verify(recorded.path, json=True)[0] == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "MemoryError('12 GB')"
+
+
+def test_a_terminal_that_has_closed_is_no_mismatch(recorded: Recorded) -> None:
+    terminal, program = pty.openpty()
+    os.close(terminal)
+    process = WarmProcess(["verify", str(recorded.path)], output=program)
+    try:
+        os.close(program)
+        assert process.wait(60) == 2
+    finally:
+        process.kill()
+
+
+def test_nothing_recorded(tmp_path: Path) -> None:
+    status, text = verify(record_gru(tmp_path, make_gru(), [0]).path)
+    assert status == 2
+    assert "nothing was recorded, so nothing can be verified" in text
+
+
+def test_files_that_are_no_recordings(recorded: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello " * 1000)
+    content = recorded.path.read_bytes()
+    (tmp_path / "truncated").write_bytes(content[: len(content) // 2])
+    sqlite3.connect(tmp_path / "other").execute("CREATE TABLE a (b)").connection.close()
+    for name in ("text", "truncated", "other"):
+        status, text = verify(tmp_path / name)
+        assert status == 2, name
+        assert text.startswith("not checked: ")
+        assert len(text.splitlines()) == 1
+
+
+def test_a_mismatch(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    status, text = verify(forger.path)
+    assert status == 1
+    assert text.splitlines()[-1].startswith("not verified: 3 streams, 14 frames, 1 mismatch")
+    assert verify(forger.path, json=True)[0] == 1
+    assert json.loads(capsys.readouterr().out)["mismatches"] == 1
+    assert verify(forger.path, streams=["stream-3"])[0] == 0, "the other streams are not touched by it"
+
+
+def test_a_folder_of_recordings_has_a_line_for_each_and_the_worst_status(recorded: Recorded) -> None:
+    def typed(*words: str | Path) -> Result:
+        return CliRunner().invoke(app, ["verify", *map(str, words)])
+
+    good, folder = recorded.path, recorded.path.parent
+    wrong, broken = (folder / name for name in ("b.rec", "c.instep"))
+    assert (
+        typed(folder).stdout == f"{good}: verified: 3 streams, 14 frames, exact, 0 mismatches\nverified: 1 recording\n"
+    )
+    broken.write_text("hello " * 1000)
+    assert typed(good, folder).exit_code == 2
+    forger = Forger(good, wrong)
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    verified = typed(folder)
+    first, second, *details, third, summary = verified.stdout.splitlines()
+    assert verified.exit_code == 1
+    assert first.startswith(f"{good}: verified: ")
+    assert second == f"{wrong}: not verified: 3 streams, 14 frames, 1 mismatch"
+    assert details[0] == "  mismatch in stream 1 (stream-1):"
+    assert third.startswith(f"{broken}: not checked: ")
+    assert summary == "not verified: 3 recordings, 1 verified, 1 with a mismatch, 1 not checked"
+    in_json = typed(good, broken, "--json")
+    assert in_json.exit_code == 2
+    assert [json.loads(line)["verdict"] for line in in_json.stdout.splitlines()] == ["exact", "not checked"]
+
+
+def test_a_recording_without_frames_among_several_is_named_and_no_failure(recorded: Recorded, tmp_path: Path) -> None:
+    def typed(*words: str | Path) -> tuple[int, list[str]]:
+        result = CliRunner().invoke(app, ["verify", *map(str, words)])
+        return result.exit_code, result.stdout.splitlines()
+
+    folder, good = tmp_path / "all", recorded.path
+    folder.mkdir()
+    empty = record_gru(tmp_path / "empty", make_gru(), [0]).path.rename(folder / "b.rec")
+    none = f"{empty}: empty: it holds no frames"
+    nothing = "not verified: 1 recording, 0 verified, 0 with a mismatch, 0 not checked, 1 empty"
+    assert typed(folder) == (2, [none, nothing])
+    verified = f"{good}: verified: 3 streams, 14 frames, exact, 0 mismatches"
+    assert typed(good, folder) == (0, [verified, none, "verified: 1 recording, 1 empty"])
+    status, lines = typed(good, folder, "--json")
+    assert (status, [json.loads(line)["verdict"] for line in lines]) == (0, ["exact", "empty"])
+    reason = f"{empty} holds no frames: nothing was recorded, so nothing can be verified"
+    assert json.loads(lines[1]) == {"file": str(empty), "verified": False, "verdict": "empty", "reason": reason}
+    broken = folder / "c.instep"
+    broken.write_text("hello " * 1000)
+    status, lines = typed(good, folder)
+    assert status == 2
+    assert lines[-1] == "not verified: 3 recordings, 1 verified, 0 with a mismatch, 1 not checked, 1 empty"
+    forger = Forger(empty, folder / "d.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    status, lines = typed(good, forger.path)
+    assert (status, lines[1].startswith(f"{forger.path}: not verified: ")) == (1, True), "its frames are missing"
+
+
+def test_the_progress_of_one_recording_among_several_names_it(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("QUIET_S", "LOG_S"):
+        monkeypatch.setattr(terminal, name, 0.0)
+    alone, among_several = (
+        CliRunner().invoke(app, ["verify", str(place)]).stderr for place in (recorded.path, recorded.path.parent)
+    )
+    assert "verifying 100%" in alone
+    assert f"{recorded.path.name}: verifying 100%" in among_several
+
+
+def test_an_option_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["verify", str(tmp_path), "--report=page.html"])
+    assert refused.exit_code == 2
+    assert "it takes one recording: name one file" in refused.stderr
+    empty = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert empty.exit_code == 2
+    assert (
+        empty.stdout
+        == f"not checked: {tmp_path} holds no recordings: no file there is named *.instep or begins as one\n"
+    )
+    in_json = CliRunner().invoke(app, ["verify", str(tmp_path / "a.rec"), str(tmp_path), "--json"])
+    assert (in_json.exit_code, json.loads(in_json.stdout)["file"]) == (2, str(tmp_path))

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from instep.replay.report import Checker, Coverage, Divergence, Report, StreamReport, Verdict
+
+
+def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
+    fields: dict[str, Any] = {
+        "problems": ["frame 3 is missing"] if verdict == "mismatch" else [],
+        "divergence": None,
+        "max_error": 1.25e-7 * number,
+        "not_compared": 0,
+    }
+    return StreamReport(number, f"mic-{number}", frames, verdict=verdict, **{**fields, **changes})
+
+
+def report(*streams: StreamReport, **changes: Any) -> Report:
+    fields: dict[str, Any] = {
+        "file": Path("a.rec"),
+        "model_name": "m",
+        "fingerprint": "ab",
+        "finished": True,
+        "notes": (),
+        "seconds": 1.23456,
+    }
+    return Report(streams=streams, **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("streams", "line"),
+    [
+        (
+            (stream(1, "exact", 5000), stream(2, "empty", 0), stream(10, "exact", 687)),
+            "verified: 3 streams, 5,687 frames, exact, 0 mismatches",
+        ),
+        (
+            (stream(1, "within tolerance", 1),),
+            "verified: 1 stream, 1 frame, within tolerance, 0 mismatches",
+        ),
+        (
+            (stream(1, "within tolerance"), stream(2, "mismatch"), stream(3, "exact")),
+            "not verified: 3 streams, 30 frames, 1 mismatch",
+        ),
+    ],
+)
+def test_summary(streams: tuple[StreamReport, ...], line: str) -> None:
+    assert report(*streams).summary() == line
+
+
+def test_what_was_not_checked_is_not_verified() -> None:
+    found = report(stream(1, "exact"), stream(2, "not checked"), stream(3, "within tolerance"))
+    assert found.verdict == "not checked"
+    assert not found.verified
+    assert found.summary() == "not verified: 3 streams, 30 frames, 0 mismatches, 1 stream not checked"
+    assert (found.as_json()["verified"], found.as_json()["unchecked"]) == (False, 1)
+    both = report(stream(1, "mismatch"), stream(2, "not checked"))
+    assert both.summary() == "not verified: 2 streams, 20 frames, 1 mismatch, 1 stream not checked"
+
+
+def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:
+    one = float(np.float32(0.1))
+    next_one = float(np.nextafter(np.float32(0.1), np.float32(1)))
+    found = Divergence("stepped", "output", 7, 3, one, next_one)
+    assert found.sentence() == "frame 7, element 3: recorded 0.1, stepped 0.10000001"
+    state = Divergence("float64 reference", "final state", 7, 3, one, 0.1000000123456)
+    assert state.sentence() == (
+        "final state before frame 7, element 3: recorded 0.1, float64 reference 0.1000000123456"
+    )
+    nan = Divergence("definition", "output", 0, 0, float("nan"), 1.0)
+    assert nan.sentence() == "frame 0, element 0: recorded nan, definition 1.0"
+
+
+def test_how_far_it_was_checked_is_said_in_one_line() -> None:
+    elements: dict[Checker, int] = {"stepped": 30, "definition": 12, "torch": 30}
+    streams = (stream(1, "exact", max_distance=2.5e-7), stream(2, "exact"), stream(3, "empty", 0))
+    found = report(*streams, elements=elements, definition=Coverage(1, 4))
+    assert found.checkers() == (
+        "compiled step: every frame, bit for bit; definition: 4 of 20 frames in 1 of 2 streams, bit for bit; torch's "
+        "own module: at most 2.5e-07 away, as rounding explains; float64: at most 3.8e-07 away"
+    )
+    everything = report(*streams, definition=Coverage(2, 20), reference="none")
+    assert everything.checkers() == "compiled step: every frame, bit for bit; definition: every frame, bit for bit"
+    near = report(stream(1, "within tolerance", max_difference=1e-7), notes=("why",), reference="same graph")
+    assert near.checkers() == (
+        "compiled step: every frame, at most 1.0e-07 away; the same graph in float64: at most 1.2e-07 away"
+    )
+    wrong = report(stream(1, "mismatch", max_difference=0.5, max_distance=0.5), elements=elements)
+    assert wrong.checkers() == (
+        "compiled step: every frame, at most 5.0e-01 away; definition: 0 of 10 frames in 0 of 1 stream; torch's own "
+        "module: at most 5.0e-01 away; float64: at most 1.2e-07 away"
+    )
+
+
+def test_json_holds_everything_even_what_json_cannot_say() -> None:
+    divergence = Divergence("stepped", "output", 7, 3, float("nan"), 0.5)
+    found = report(
+        stream(1, "mismatch", divergence=divergence, max_error=float("inf"), max_difference=0.25),
+        stream(2, "exact", not_compared=4),
+        notes=("why",),
+        finished=False,
+        elements={"stepped": 3, "torch": 1},
+        definition=Coverage(1, 2),
+    )
+    fields = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert fields["verified"] is False
+    assert fields["verdict"] == "mismatch"
+    assert fields["summary"] == found.summary()
+    assert (fields["frames"], fields["mismatches"], fields["finished"]) == (20, 1, False)
+    assert fields["not_compared"] == 4
+    assert fields["max_error"] == "inf"
+    assert fields["notes"] == ["why"]
+    assert fields["seconds"] == 1.235
+    assert fields["elements"] == {"stepped": 3, "torch": 1}
+    assert fields["definition"] == {"streams": 1, "frames": 2}
+    assert (fields["max_difference"], fields["max_distance"]) == (0.25, 0.0)
+    assert report(stream(1, "exact"), reference="none").as_json()["max_distance"] is None
+    assert fields["streams"][0]["first_divergence"] == {
+        "checker": "stepped",
+        "place": "output",
+        "frame": 7,
+        "element": 3,
+        "recorded": "nan",
+        "replayed": 0.5,
+    }
+    assert fields["streams"][1] == {
+        "stream": 2,
+        "name": "mic-2",
+        "frames": 10,
+        "not_compared": 4,
+        "verdict": "exact",
+        "problems": [],
+        "first_divergence": None,
+        "max_difference": 0.0,
+        "max_distance": 0.0,
+        "max_error": 2.5e-7,
+        "lossy_from": None,
+    }
+
+
+def test_the_first_wrong_value_of_a_stream_is_kept_and_the_worst_verdict() -> None:
+    near, far, later = (Divergence("stepped", "output", frame, 3, 0.25, 0.5) for frame in (7, 40, 50))
+    found = stream(5, "empty", 0)
+    found.worsen("within tolerance")
+    found.divergence = near
+    for divergence in (far, later):
+        found.add_mismatch(divergence)
+    found.worsen("exact")
+    assert (found.verdict, found.divergence, len(found.problems)) == ("mismatch", far, 2)
+
+
+def test_a_recording_that_has_lost_its_end_is_not_verified() -> None:
+    found = report(stream(1, "exact"), lost="the last commits are missing")
+    assert (found.verdict, found.verified) == ("exact", False)
+    assert found.summary() == "not verified: 1 stream, 10 frames, 0 mismatches, the last commits are missing"
