@@ -283,6 +283,7 @@ class EventLog:
         most: int = MOST_EVENTS,
         on_event: Callable[[EventKind, Sequence[str], str], None] = lambda *event: None,
     ) -> None:
+        self._most = most
         self._on_event = on_event
         self._events: deque[Event] = deque(maxlen=most)
         self.newest = 0
@@ -299,8 +300,11 @@ class EventLog:
 
     def _append(self, kind: EventKind, streams: Sequence[str], detail: str, seqs: Sequence[int | None]) -> None:
         self._on_event(kind, streams, detail)
-        fields = count(self.newest + 1), repeat(time.time()), repeat(kind), streams, repeat(detail), seqs
-        self._events.extend(map(Event, *fields))
+        gone = max(0, len(streams) - self._most)
+        numbers = count(self.newest + 1 + gone)
+        self._events.extend(
+            map(Event, numbers, repeat(time.time()), repeat(kind), streams[gone:], repeat(detail), seqs[gone:])
+        )
         self.newest += len(streams)
 
     def since(self, number: int, stream: str | None = None) -> list[Event]:
