@@ -73,14 +73,14 @@ def _step_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
 
 
 def _step_forward(model: Model, device: torch.device) -> Forward | None:
-    from instep.models.module.network import GraphModule
+    from instep.models.module.program import GraphModule
 
     assert isinstance(model.description, ModuleDescription)
     return None if model.description.graph is None else GraphModule(model, device)
 
 
 def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
-    from instep.models.module.network import GraphReference
+    from instep.models.module.program import GraphReference
     from instep.models.network import DefinitionReference
     from instep.models.portable.network import as_arrays
 

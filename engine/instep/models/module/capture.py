@@ -27,13 +27,16 @@ from instep.models.module.program import encoded
 _NUMBERS: Final[dict[Any, str]] = {function: name for name, function in operators.NUMBERS.items()}
 _TORCH: Final = os.path.dirname(torch.__file__) + os.sep
 _SOURCE: Final = re.compile(r'\s*File "([^"]+)", line (\d+), in ')
-_BY_VALUE: Final = "rows of other streams would decide along: use torch.where over all elements"
 _HINTS: Final = {
-    **dict.fromkeys(("wrap_with_autocast",), "export without torch.autocast: float32 is what is served"),
     **dict.fromkeys(("cond", "while_loop"), "use torch.where, or a fixed number of rounds"),
-    **dict.fromkeys(("item", "_local_scalar_dense", "nonzero", "masked_select", "unique2"), _BY_VALUE),
-    **dict.fromkeys(("rand", "randn", "rand_like", "randn_like", "bernoulli", "native_dropout"), "take noise from x"),
-    "wrap_with_set_grad_enabled": "leave torch.enable_grad out",
+    **dict.fromkeys(
+        ("item", "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "_unique2"),
+        "rows of other streams would decide along: use torch.where over all elements",
+    ),
+    **dict.fromkeys(
+        ("rand", "randn", "rand_like", "randn_like", "bernoulli", "native_dropout"),
+        "a frame could never be computed again: leave noise out, or take it from the frame",
+    ),
 }
 
 
@@ -140,7 +143,7 @@ def _arguments(node: fx.Node, found: Mapping[fx.Node, Any]) -> dict[str, Any]:
     except TypeError as error:
         raise ModelError(
             f"{_where(node)} gives an operator {error}, for which a model folder has no form; use float32, float64, "
-            "int64 and bool tensors"
+            "int64 and bool tensors, and no torch.autocast"
         ) from None
 
 
