@@ -23,6 +23,7 @@ from tests.chaos.load import Kept, Load
 from tests.chaos.proxy import Proxy
 from tests.chaos.repeater import Repeater
 from tests.chaos.victim import Victim
+from tests.support.batches import batches_of
 from tests.support.models import SMALL, whole
 from tests.support.warm import WarmProcess
 
@@ -198,7 +199,7 @@ def _recorded(recording: Path) -> dict[str, dict[int, bytes]]:
     frames: dict[str, dict[int, bytes]] = {}
     with RecordingReader(recording) as reader:
         names = {info.stream: info.name for info in reader.streams()}
-        for batch in reader.batches():
+        for batch in batches_of(reader):
             for stream, seq, x in zip(batch.streams.tolist(), batch.seqs.tolist(), batch.x, strict=True):
                 of_stream = frames.setdefault(names[stream], {})
                 assert seq not in of_stream, f"frame {seq} of stream {names[stream]!r} was applied twice"

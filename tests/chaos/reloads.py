@@ -24,6 +24,7 @@ from tests.chaos.chaos import LEAST_STEPS, Outcome, until_progress, verify
 from tests.chaos.load import Kept
 from tests.chaos.repeater import Repeater
 from tests.chaos.victim import Victim
+from tests.support.batches import batches_of
 from tests.support.models import plain, whole
 
 REPEATERS = 4
@@ -125,7 +126,7 @@ class _Truth:
                 version = next(each for each in VERSIONS if each.fingerprint == reader.header.model_fingerprint)
                 came = {event.stream: event.seq for event in reader.events() if event.kind == "moved"}
                 frames: dict[int, list[F32]] = {}
-                for batch in reader.batches():
+                for batch in batches_of(reader):
                     for stream, x in zip(batch.streams.tolist(), batch.x, strict=True):
                         frames.setdefault(stream, []).append(x)
                 for info in reader.streams():

@@ -19,6 +19,7 @@ from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
 from instep.replay.command import run
+from tests.support.batches import batches_of
 from tests.support.engine_parts import new_parts
 from tests.support.golden import FEATURES, GOLDEN, HIDDEN, MODEL_FOLDER, by_hand
 from tests.support.raw import RawClient
@@ -146,7 +147,7 @@ def test_an_engine_goes_on_with_it_to_the_bit(
         assert_same(tables.x[rows], stream.x[seqs - stream.first_seq], name)
         assert_same(tables.y[rows], y[seqs - stream.first_seq], name)
     with RecordingReader(recording) as reader:
-        assert all(batch.y is not None for batch in reader.batches())
+        assert all(batch.y is not None for batch in batches_of(reader))
 
 
 async def test_its_clients_go_on_with_it(recording: Path, header: RecordingHeader, streams: dict[str, Known]) -> None:

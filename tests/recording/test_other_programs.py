@@ -19,6 +19,7 @@ from instep.recording.lock import lock_path
 from instep.recording.reader import RecordingReader
 from instep.recording.recorder import Recorder
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import open_stream
 
@@ -150,7 +151,7 @@ def test_reading_a_recording_keeps_no_transaction_open(path: Path, writer: Recor
         add_batch(writer, seq)
     writer.commit()
     with RecordingReader(path) as reader:
-        batches = reader.batches()
+        batches = batches_of(reader)
         next(batches)
         write_many(writer, range(200, 1000))
         assert 1 + sum(1 for _ in batches) == 200

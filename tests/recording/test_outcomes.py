@@ -10,6 +10,7 @@ import pytest
 from instep.recording.errors import DamagedRecording
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.scribe import Scribe
@@ -30,7 +31,7 @@ def answered(path: Path, first: int = 1, last: int | None = None) -> list[tuple[
     """Position of each batch, and whether it has outputs."""
     with RecordingReader(path) as reader:
         reader.check_positions()
-        return [(batch.position, batch.y is not None) for batch in reader.batches(first, last)]
+        return [(batch.position, batch.y is not None) for batch in batches_of(reader, first, last)]
 
 
 def test_outputs_may_come_after_the_next_inputs(scribe: Scribe) -> None:
@@ -40,7 +41,7 @@ def test_outputs_may_come_after_the_next_inputs(scribe: Scribe) -> None:
         scribe.writer.add_outputs(1, batch, scribe.y[stream][0][None])
     scribe.writer.commit()
     with RecordingReader(scribe.writer.path) as reader:
-        for found, stream in zip(reader.batches(), (1, 2), strict=True):
+        for found, stream in zip(batches_of(reader), (1, 2), strict=True):
             assert found.y is not None
             assert found.y.tobytes() == scribe.y[stream][0].tobytes()
     assert answered(scribe.writer.path, second) == [(second, True)]

@@ -13,6 +13,7 @@ import pytest
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
 from tests.support.rows import open_stream
@@ -33,7 +34,7 @@ def read_all(path: Path) -> None:
         reader.check_positions()
         reader.streams()
         list(reader.events())
-        list(reader.batches())
+        list(batches_of(reader))
 
 
 def test_streams_come_back_with_their_states(path: Path) -> None:
@@ -77,10 +78,10 @@ def test_what_changed_with_an_engine_is_checked(path: Path, tmp_path: Path, deta
 def test_batches_come_back_in_order_and_by_range(path: Path) -> None:
     with RecordingReader(path) as reader:
         reader.check_positions()
-        batches = list(reader.batches())
+        batches = list(batches_of(reader))
         assert sum(len(batch.seqs) for batch in batches) == 54
         middle = batches[3]
-        part = list(reader.batches(middle.position, middle.position + 3))
+        part = list(batches_of(reader, middle.position, middle.position + 3))
         assert [batch.position for batch in part] == [middle.position, middle.position + 2]
         assert [batch.y is not None for batch in part] == [True, True]
     assert [batch.position for batch in batches] == sorted(batch.position for batch in batches)

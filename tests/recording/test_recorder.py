@@ -14,6 +14,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.recorder import LATE_S, SMALL_ROWS_PER_BATCH, Recorder, Write
 from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import close_stream, open_stream, stream_event
 
@@ -95,7 +96,7 @@ def test_everything_is_written_in_order(tmp_path: Path) -> None:
     assert calls.failures == []
     with RecordingReader(tmp_path / "a.rec") as reader:
         assert reader.finished
-        assert [int(batch.seqs[0]) for batch in reader.batches()] == list(range(50))
+        assert [int(batch.seqs[0]) for batch in batches_of(reader)] == list(range(50))
         assert [event.position for event in reader.events()] == [44, 104]
         (info,) = reader.streams()
         assert (info.opened_position, info.closed_position, info.frames) == (1, 103, 50)
@@ -290,7 +291,7 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
     assert calls.durable[-1] == 6
     assert calls.durable == sorted(calls.durable)
     with RecordingReader(tmp_path / "a.rec") as reader:
-        assert [batch.position for batch in reader.batches()] == [4]
+        assert [batch.position for batch in batches_of(reader)] == [4]
         found = reader.checkpoint()
         assert (found.position, found.completed, found.openings, found.closings, found.events) == (5, 6, 1, 0, 1)
         (state,) = reader.states()

@@ -17,6 +17,7 @@ from instep.recording.lock import is_being_written, lock_path
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.rows import open_stream, stream_event
 from tests.support.scribe import Scribe
@@ -56,7 +57,7 @@ def test_it_goes_on_after_the_last_committed_row(tmp_path: Path, close: bool) ->
     with RecordingReader(path) as reader:
         reader.check_positions()
         assert reader.finished
-        assert [batch.seqs.tolist() for batch in reader.batches()] == [[0], [1]]
+        assert [batch.seqs.tolist() for batch in batches_of(reader)] == [[0], [1]]
         events = [(event.position, event.kind, event.seq) for event in reader.events()]
         assert events[-2] == (last + 1, "recovered", last)
         assert events[-1][1] == "end"

@@ -26,6 +26,7 @@ from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.replay.command import run
 from instep_tools.formats.recording import read_recording
+from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay
@@ -208,7 +209,7 @@ def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scri
         for _ in live(scribe, 300):
             pass
         with pytest.raises(RecordingError, match="was trimmed while it was read: read it again"):
-            list(reader.batches())
+            list(batches_of(reader))
 
 
 def test_repair_of_a_trimmed_recording(trimmed: Path, tmp_path: Path) -> None:

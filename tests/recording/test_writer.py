@@ -12,6 +12,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import APPLICATION_ID, row_crc
 from instep.recording.writer import RecordingWriter
+from tests.support.batches import batches_of
 from tests.support.recordings import gru_description, make_gru, make_header
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.scribe import START_NS
@@ -137,7 +138,7 @@ def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
     writer.abandon()
     with RecordingReader(path) as reader:
         assert reader.last_position == 1
-        assert list(reader.batches()) == []
+        assert list(batches_of(reader)) == []
 
 
 def test_committed_rows_survive_the_death_of_the_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from instep.recording.writer import RecordingWriter
 from instep.replay.command import run
 from instep.replay.report import CannotVerify, Report
 from tests.support import verifying
+from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
@@ -118,7 +120,7 @@ def test_the_outputs_are_those_of_nn_gru(scribe: Scribe, model: Recorded) -> Non
     with torch.inference_mode():
         y, _ = GRU(torch.from_numpy(np.repeat(x[:, None], 8, axis=1)))
     with RecordingReader(scribe.writer.path) as reader:
-        for batch in reader.batches():
+        for batch in batches_of(reader):
             for at in np.flatnonzero((batch.streams == 1) & (batch.seqs < 8)).tolist():
                 if batch.y is not None:
                     assert batch.y[at] == pytest.approx(y[int(batch.seqs[at]), 0].numpy(), abs=1e-6)
@@ -220,6 +222,23 @@ def test_tampering_is_caught(
     found = run(forger.path, model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=250))
     assert found == status, file.getvalue()
     assert sentence in file.getvalue()
+
+
+def test_a_recording_that_has_lost_commits_is_not_a_pass(scribe: Scribe, model: Recorded, tmp_path: Path) -> None:
+    begin(scribe)
+    for _ in range(20):
+        scribe.step([2, 3, 1])
+        scribe.writer.commit()
+    path, copy = scribe.writer.path, tmp_path / "b.rec"
+    shutil.copyfile(path, copy)
+    wal = bytearray(Path(f"{path}-wal").read_bytes())
+    scribe.writer.abandon()
+    console = Console(file=io.StringIO(), width=250)
+    for damage, status in ((0, 0), (1, 2)):
+        wal[len(wal) * 2 // 3] ^= damage
+        Path(f"{copy}-wal").write_bytes(wal)
+        Path(f"{copy}-shm").unlink(missing_ok=True)
+        assert run(copy, model_folder=model.folder, streams=[], json=False, console=console) == status
 
 
 def test_a_recording_of_which_no_output_was_recorded_is_not_a_pass(scribe: Scribe, model: Recorded) -> None:

@@ -18,13 +18,12 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import I64, U8, U32, U64
+from instep.core.typing import I64, U8
 from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile, UnavailableRecording
 from instep.recording.records import (
     BatchGroup,
     Checkpoint,
     OpenStream,
-    RecordedBatch,
     RecordedEngine,
     RecordedEvent,
     StateReset,
@@ -330,30 +329,11 @@ class RecordingReader(Closing):
             raise self.damaged(f"stream {min(closings)} was closed, but never opened")
         return [self._as_trimmed(info) for info in opened if info.stream not in self._forgotten]
 
-    def batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
+    def whole_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
         """The batches at positions `first` to `last` (None: the newest), in order, but those whose step failed.
 
-        Frames are left out that are in the states of the checkpoint where the history was trimmed.
-        """
-        return chain.from_iterable(group.batches() for group in self.batch_groups(first, last))
-
-    def whole_batches(self, first: int = 1, last: int | None = None) -> Iterator[RecordedBatch]:
-        """As `batches`, each as it was stepped."""
-        return chain.from_iterable(group.batches() for group in self.whole_groups(first, last))
-
-    def batch_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
-        """As `batches`, those together that are read together."""
-        for group in self.whole_groups(first, last):
-            early = group.starts[bisect_right(group.positions, self._oldest.completed)]
-            counts = np.ones(len(group.seqs), np.bool_)
-            counts[:early] = self._count_after_trimming(group.streams[:early], group.seqs[:early])
-            if counts.any():
-                yield group if counts.all() else group.only(counts)
-
-    def whole_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
-        """As `batch_groups`, each batch as it was stepped.
-
-        A batch without outputs may only be followed by others without, up to the end or to an event `recovered`.
+        Those that are read together come together. A batch without outputs may only be followed by others without, up
+        to the end or to an event `recovered`.
         """
         first, failed = max(first, self.first_position), set(self._failed)
         outputs_ahead = self.rows("outputs", first)
@@ -565,13 +545,6 @@ class RecordingReader(Closing):
             return info
         first_seq, state = self._trimmed_to[info.stream]
         return replace(info, first_seq=first_seq, initial_state=state)
-
-    def _count_after_trimming(self, streams: U32, seqs: U64) -> list[bool]:
-        """Which frames are not in the states of the checkpoint where it was trimmed."""
-        return [
-            stream not in self._forgotten and seq >= self._trimmed_to.get(stream, (0, None))[0]
-            for stream, seq in zip(streams.tolist(), seqs.tolist(), strict=True)
-        ]
 
     @cached_property
     def _failed(self) -> list[int]:

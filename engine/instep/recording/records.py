@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,22 +42,6 @@ class StreamInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedBatch:
-    """One step, as read-only columns."""
-
-    position: int
-    time_ns: int
-    streams: U32
-    """uint32 [B]."""
-    seqs: U64
-    """uint64 [B]."""
-    x: F32
-    """float32 [B, features]."""
-    y: F32 | None
-    """float32 [B, outputs]; None where the engine was killed, or is just now, between its inputs and its outputs."""
-
-
-@dataclass(frozen=True, slots=True)
 class BatchGroup:
     """Consecutive steps, as read-only columns: all of them with outputs, or all without."""
 
@@ -66,10 +50,13 @@ class BatchGroup:
     starts: I64
     """int64 [batches + 1]: where the frames of each batch begin, and where the last ones end."""
     streams: U32
-    """uint32 [frames]; so are the columns below, see `RecordedBatch`."""
+    """uint32 [frames]."""
     seqs: U64
+    """uint64 [frames]."""
     x: F32
+    """float32 [frames, features]."""
     y: F32 | None
+    """float32 [frames, outputs]; None where the engine was killed, or is just now, between inputs and outputs."""
 
     @property
     def position(self) -> int:
@@ -88,27 +75,6 @@ class BatchGroup:
             self.x[frames],
             None if self.y is None else self.y[frames],
         )
-
-    def only(self, wanted: Bool) -> BatchGroup:
-        """Some of the frames, bool [frames]; batches of which none is wanted are left out."""
-        counts: I64 = np.add.reduceat(wanted, self.starts[:-1], dtype=np.int64)
-        of = np.flatnonzero(counts).tolist()
-        return BatchGroup(
-            tuple(self.positions[at] for at in of),
-            tuple(self.times_ns[at] for at in of),
-            np.cumsum((0, *counts[of]), dtype=np.int64),
-            self.streams[wanted],
-            self.seqs[wanted],
-            self.x[wanted],
-            None if self.y is None else self.y[wanted],
-        )
-
-    def batches(self) -> Iterator[RecordedBatch]:
-        """One by one."""
-        each = zip(self.positions, self.times_ns, strict=True)
-        for columns, (start, end) in zip(each, pairwise(self.starts.tolist()), strict=True):
-            y = None if self.y is None else self.y[start:end]
-            yield RecordedBatch(*columns, self.streams[start:end], self.seqs[start:end], self.x[start:end], y)
 
 
 @dataclass(frozen=True, slots=True)

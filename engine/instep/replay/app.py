@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -56,10 +56,10 @@ def state(
     It is stepped again from the newest recorded state before that. `instep-client state restore` continues a stream
     from the file of --out. Exit status 0: done. 2: it cannot be had exactly, and the sentence says why.
     """
-    from instep.replay.state import Look, run
+    from instep.replay.state import run
 
     interrupts.raise_stopped()
-    run(Look(recording, stream, seq, model, out, json), make_console())
+    run(recording, stream, seq, model_folder=model, out=out, json=json, console=make_console())
 
 
 def replay_from(
@@ -84,7 +84,8 @@ def replay_from(
     if name == "":
         raise typer.BadParameter("a stream needs a name: write one, or leave --as out for STREAM@N", param_hint="--as")
 
-    from instep.replay.replay_from import WhatIf, run
+    from instep.replay.replay_from import run
 
     interrupts.raise_stopped()
-    raise typer.Exit(run(WhatIf(recording, stream, seq, endpoint, name, model, continues, json)))
+    options: dict[str, Any] = {"name": name, "model_folder": model, "endpoint": endpoint}
+    raise typer.Exit(run(recording, stream, seq, continues=continues, json=json, **options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -28,30 +28,18 @@ _CHUNK: Final = 256
 """Frames sent at once, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class WhatIf:
-    """The arguments of the command."""
-
-    file: Path
-    """The recording."""
-    stream: str
-    """Name or number."""
-    seq: int
-    """Of the frame from which the new stream continues."""
-    endpoint: str
-    """Of the server."""
-    name: str | None = None
-    """Of the new stream; None for the recorded one's with `@` and the seq."""
-    model_folder: Path | None = None
-    """None for where the recording says."""
-    continues: bool = False
-    """Whether the recorded frames are sent to it, and the outputs compared."""
-    json: bool = False
-    """Write one JSON object to standard output."""
-
-
-def run(what: WhatIf) -> int:
-    """Open the stream and leave it parked.
+def run(
+    file: Path,
+    stream: str,
+    seq: int,
+    *,
+    name: str | None,
+    model_folder: Path | None,
+    endpoint: str,
+    continues: bool,
+    json: bool,
+) -> int:
+    """Open the stream and leave it parked; if it `continues`, send the recorded frames and compare the outputs.
 
     Returns:
         The exit status: 0, 1 when outputs differ from the recorded ones, 2 when it could not be done, 130 after Ctrl-C.
@@ -59,28 +47,35 @@ def run(what: WhatIf) -> int:
     Raises:
         RecordingError, CannotVerify: when the state cannot be had exactly.
     """
-    with travelling(what.file, what.stream, what.model_folder) as (past, header):
-        moment = past.before(what.seq)
-        rest = past.since(moment) if what.continues else None
+    with travelling(file, stream, model_folder) as (past, header):
+        moment = past.before(seq)
+        rest = past.since(moment) if continues else None
         taken = as_snapshot(moment, header)
-    return run_undrained(partial(_open, what, moment, taken, rest), Terminal(what.json))
+    opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken, rest)
+    return run_undrained(opened, Terminal(json))
 
 
 async def _open(
-    what: WhatIf, moment: Moment, taken: StreamSnapshot, rest: PastFrames | None, terminal: Terminal, stop: Stop
+    file: Path,
+    name: str,
+    target: Target,
+    moment: Moment,
+    taken: StreamSnapshot,
+    rest: PastFrames | None,
+    terminal: Terminal,
+    stop: Stop,
 ) -> Exit:
-    name = what.name or f"{moment.info.name}@{moment.seq}"
-    target = await _with_the_model(Target(what.endpoint), taken, terminal, stop)
+    target = await _with_the_model(target, taken, terminal, stop)
     async with leaving(target, "replay", terminal, stop) as client:
         info = client.info
         try:
             taken.check(info)
         except InvalidInput as error:
-            raise CommandProblem(f"{what.file}: {error}") from None
+            raise CommandProblem(f"{file}: {error}") from None
         stream = await restored(client, taken, name)
         found = None if rest is None else await _continue(stream, rest, info)
         about: dict[str, Any] = {
-            "file": str(what.file),
+            "file": str(file),
             "of": moment.info.name,
             "from_seq": moment.seq,
             "origin": moment.origin,
@@ -93,7 +88,7 @@ async def _open(
             if found.first is not None:
                 terminal.note(found.first.sentence())
             terminal.note(f"sent the recorded frames from {moment.seq} on: {found.sentence(info.exactness)}")
-        tell_parked(terminal, f"{name!r} continues from {moment.info.name!r} in {what.file}", stream, info, about)
+        tell_parked(terminal, f"{name!r} continues from {moment.info.name!r} in {file}", stream, info, about)
     return Exit.FOUND_PROBLEMS if found is not None and found.different else Exit.OK
 
 
