@@ -6,11 +6,15 @@ import asyncio
 import os
 import signal
 import sqlite3
+import sys
+import time
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import psutil
@@ -21,18 +25,47 @@ from instep.core.typing import F32, I64
 from instep.frontends.http.status import ServerStatus
 from instep.models.folder import write_model
 from instep.runtime.stepper import Stepper
-from instep.server.live_verification import Process, Supervision
+from instep.server.live_verification import LINE_BYTES, Process, Supervision
 from instep.server.preparation import Prepared
 from instep.server.server import Server
 from instep.streaming.verification import Verification
 from instep_client import AsyncClient, AsyncStream
-from tests.support.beside import IN_A_FRESH_INTERPRETER, frames, start_program, until
 from tests.support.models import plain
 from tests.support.running import IN_FORKS, running
 
 EARS = replace(plain(5, 8), name="ears")
 OTHER = replace(plain(5, 8, seed=9), name="other")
 VERIFY: dict[str, Any] = {"verify": {"live": True}, "engine": {"max_batch_size": 16}}
+
+
+async def start_program(code: str) -> Process:
+    """Run a program instead of the one that checks."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), stdin=PIPE, stdout=PIPE, stderr=STDOUT, limit=LINE_BYTES
+    )
+
+
+IN_A_FRESH_INTERPRETER: Final = Supervision(
+    partial(start_program, "import instep.replay.live as live; live.main()"),
+)
+"""As a server runs it, but a busy machine does not keep it from working."""
+
+
+async def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for it.
+
+    Raises:
+        AssertionError: it does not hold in time.
+    """
+    limit = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < limit
+        await asyncio.sleep(0.02)
+
+
+def frames(rng: np.random.Generator, *shape: int) -> F32:
+    """Random frames of five features."""
+    return rng.standard_normal((*shape, 5)).astype(np.float32)
 
 
 @pytest.fixture
