@@ -264,6 +264,9 @@ async def test_a_process_that_dies_is_followed_by_another(
             await step_all([stream], frames(rng, 20, 1))
             await until(lambda: found(server).frames_total >= 40)
             assert (found(server).state, found(server).frames_total, found(server).skipped) == ("verified", 40, 0)
+            await stream.step(frames(rng, 50))
+        verification = found(server)
+    assert verification.frames_total == 90, "what was recorded just before the end, too"
     (line,) = (line for line in told if line["event"] == "checker restarts")
     assert "signal 35" in line["reason"]
 

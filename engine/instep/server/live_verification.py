@@ -135,6 +135,7 @@ class LiveVerification:
                     is_late = not each.found.reported_s or each.found.lag_s >= finish_s
                     is_checked = finishes and not is_late and self._process is not None
                     if is_checked:
+                        each.has_left.clear()  # the end of a former process has set it
                         await each.service.engine.journal.committed(each.service.engine.journal.newest)
                     else:
                         each.has_left.set()
