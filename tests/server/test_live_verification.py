@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 import time
-from asyncio.subprocess import PIPE, STDOUT
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -25,7 +25,7 @@ from instep.core.typing import F32, I64
 from instep.frontends.http.status import ServerStatus
 from instep.models.folder import write_model
 from instep.runtime.stepper import Stepper
-from instep.server.live_verification import LINE_BYTES, Process, Supervision
+from instep.server.live_verification import LINE_BYTES, Supervision
 from instep.server.preparation import Prepared
 from instep.server.server import Server
 from instep.streaming.verification import Verification

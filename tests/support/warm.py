@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from instep.server.live_verification import LINE_BYTES
 from tests.support.warm_server import Kind, Request, begin
@@ -160,13 +160,15 @@ class WarmModule(_Fork):
         return status
 
 
-async def start_checker() -> WarmModule:
+async def start_checker() -> asyncio.subprocess.Process:
     """As the function of this name that a server uses, but a busy machine does not keep the process from working."""
     await asyncio.to_thread(_has_imported)  # the loop serves meanwhile
     (stdin, its_stdin), (stdout, its_stdout) = socket.socketpair(), socket.socketpair()
     streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
     output = its_stdout.detach()
-    return WarmModule("instep.replay.live", [output, output, its_stdin.detach()], *streams)
+    return cast(
+        asyncio.subprocess.Process, WarmModule("instep.replay.live", [output, output, its_stdin.detach()], *streams)
+    )
 
 
 @cache

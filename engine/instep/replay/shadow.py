@@ -40,8 +40,6 @@ _SHOWN: Final = 10
 """Streams in the table."""
 _PAUSE_S: Final = 0.25
 """Between two looks at the recording."""
-_LATE_S: Final = 2.0
-"""Time that the frames recorded between two looks should take at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +95,12 @@ def make_shadow(asked: Shadowing) -> Shadow:
 
 
 def _follow(shadow: Shadow, seconds: float | None) -> None:
-    shadow.follow()  # what came before does not count as being late
     until = float("inf") if seconds is None else time.monotonic() + seconds
-    while not shadow.is_finished and (now := time.monotonic()) < until:
-        time.sleep(min(_PAUSE_S, until - now))
-        began = time.monotonic()
-        shadow.follow()
-        if time.monotonic() - began > _LATE_S and shadow.unavailable is None:
-            shadow.drop_half()
+    is_all = shadow.follow()
+    while not (is_all and shadow.is_finished) and (now := time.monotonic()) < until:
+        if is_all:
+            time.sleep(min(_PAUSE_S, until - now))
+        is_all = shadow.follow()
 
 
 @dataclass(slots=True)
@@ -135,8 +131,6 @@ class Differences:
     """Those that differ most, the most of all first."""
     streams_total: int
     """How many were compared."""
-    dropped: int
-    """Streams that were given up, because the candidate could not keep up."""
 
     def as_json(self, asked: Shadowing) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: it becomes null."""
@@ -153,7 +147,6 @@ class Differences:
                 {"name": each.name, "frames": each.frames, "largest": finite(each.largest)} for each in self.streams
             ],
             "streams_total": self.streams_total,
-            "dropped": self.dropped,
         }
 
     def render(self, console: Console) -> None:
@@ -167,8 +160,6 @@ class Differences:
             console.print(table)
         if self.streams_total > _SHOWN:
             say(console, f"and {counted(self.streams_total - _SHOWN, 'more stream')}, which differ less")
-        if self.dropped:
-            say(console, f"left out: {counted(self.dropped, 'stream')}, more than the candidate can keep up with")
         if not self.frames:
             say(console, "nothing was compared: no frame of a chosen stream was recorded meanwhile")
             return
@@ -201,10 +192,8 @@ class Shadow(Follower):
         super().__init__(path, StateTable(network))
         self.unavailable: UnavailableRecording | None = None
         """Why the recording could not be read at the last look."""
-        self.dropped = 0
         self._warm_up = warm_up
         self._share = share
-        self._given_up = set[int]()
         self._found: dict[int, StreamDifference] = {}
         """By number, of streams that are followed."""
         self._compared_from: dict[int, int] = {}
@@ -220,23 +209,13 @@ class Shadow(Follower):
         """Count of streams that are followed now."""
         return len(self._streams)
 
-    def follow(self) -> None:
-        """Step everything that was committed by now; while another program locks the recording, nothing."""
+    def follow(self) -> bool:
+        """Step what was committed by now, or some of it; whether that was all that can be read at the moment."""
         try:
-            while not self.look():
-                pass
+            is_all, self.unavailable = self.look(1), None
         except UnavailableRecording as error:
-            self.unavailable = error
-        else:
-            self.unavailable = None
-
-    def drop_half(self) -> None:
-        """Give up half of the streams: the candidate cannot keep up."""
-        for number in sorted(self._streams)[::2]:
-            self.drop(number)
-            self._end(number)
-            self._given_up.add(number)
-            self.dropped += 1
+            is_all, self.unavailable = True, error
+        return is_all
 
     def begin(self, reader: RecordingReader) -> int:
         """Forget streams that have ended."""
@@ -247,7 +226,7 @@ class Shadow(Follower):
     def meet(self, numbers: Sequence[int]) -> None:
         """Begin with streams that are chosen."""
         for number in numbers:
-            found = None if number in self._given_up else newest_state(self.reader, number)
+            found = newest_state(self.reader, number)
             if found is not None and self._is_chosen(found.name):
                 self.add(number, found.seq, None if self._warm_up is not None else found.state)
                 self._found.setdefault(number, StreamDifference(found.name))
@@ -257,9 +236,7 @@ class Shadow(Follower):
         """Step a portion and compare."""
         marks, foreign = list[Mark](), set[tuple[int, int]]()
         for mark in portion.marks:
-            if isinstance(mark, Closed):
-                self._given_up.discard(mark.stream)
-            elif isinstance(mark, Opened):
+            if isinstance(mark, Opened):
                 if not self._is_chosen(mark.name):
                     continue
                 self._found[mark.stream] = StreamDifference(mark.name)
@@ -301,7 +278,6 @@ class Shadow(Follower):
             quantiles=quantiles,
             streams=_worst([*self._past, *present]),
             streams_total=self._past_count + len(present),
-            dropped=self.dropped,
         )
 
     def _end(self, number: int) -> None:

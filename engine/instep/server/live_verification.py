@@ -12,10 +12,10 @@ import os
 import shlex
 import sys
 import time
-from asyncio.subprocess import PIPE, STDOUT
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
@@ -25,34 +25,12 @@ from instep.streaming.verification import Verification, WrongFrame
 
 LINE_BYTES: Final = 2**24
 """A process that writes a longer line is ended."""
+_FIRST_PAUSE_S: Final = 1.0
+"""Before a process that has ended is followed by another one; each further pause is twice as long."""
 _LONGEST_PAUSE_S: Final = 60.0
+_FINISH_S: Final = 2.0
+"""Time for checking the newest frames when a model or the server ends in order."""
 _LOOK_S: Final = 1.0
-
-
-class Process(Protocol):
-    """A child process with pipes; `asyncio.subprocess.Process` is one."""
-
-    @property
-    def pid(self) -> int:
-        """Its id."""
-        ...
-
-    @property
-    def stdin(self) -> asyncio.StreamWriter | None:
-        """Its standard input."""
-        ...
-
-    @property
-    def stdout(self) -> asyncio.StreamReader | None:
-        """Its standard output and error."""
-        ...
-
-    def kill(self) -> None:
-        """SIGKILL; ProcessLookupError is allowed where it has ended."""
-
-    async def wait(self) -> int:
-        """Its exit status, negative for a signal."""
-        ...
 
 
 async def start_checker() -> Process:
@@ -74,16 +52,12 @@ class Supervision:
 
     Attributes:
         start: starts it. It may raise OSError.
-        first_pause_s: before a process that has ended is followed by another one; each further pause is twice as long.
         most_wal_bytes: of a recording. A process that stops in the middle of a read keeps the WAL from being reused,
             and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
-        finish_s: time for checking the newest frames when a model or the server ends in order.
     """
 
     start: Callable[[], Awaitable[Process]] = start_checker
-    first_pause_s: float = 1.0
     most_wal_bytes: int = 2**28
-    finish_s: float = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -128,11 +102,10 @@ class LiveVerification:
     async def leave(self, services: Sequence[ModelService], *, finishes: bool) -> None:
         """Check services no longer. Where it `finishes`, what is not late is checked up to its newest frames first."""
         left = {file: each for file, each in self._followed.items() if each.service in services}
-        finish_s = self._supervision.finish_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(finish_s):
+            async with asyncio.timeout(_FINISH_S):
                 for file, each in left.items():
-                    is_late = not each.found.reported_s or each.found.lag_s >= finish_s
+                    is_late = not each.found.reported_s or each.found.lag_s >= _FINISH_S
                     is_checked = finishes and not is_late and self._process is not None
                     if is_checked:
                         each.has_left.clear()  # the end of a former process has set it
@@ -159,7 +132,7 @@ class LiveVerification:
     # ── The process ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
-        pause_s = self._supervision.first_pause_s
+        pause_s = _FIRST_PAUSE_S
         while True:
             began = time.monotonic()
             try:
@@ -170,7 +143,7 @@ class LiveVerification:
             except Exception as error:  # a bug there or here, for which the server need not end
                 ended = f"was ended: {error!r}"
             if time.monotonic() - began > _LONGEST_PAUSE_S:
-                pause_s = self._supervision.first_pause_s
+                pause_s = _FIRST_PAUSE_S
             reason = f"the process {ended}{self._last_words and f': {self._last_words}'}"
             self._log.warning("checker restarts", reason=reason, in_s=pause_s)
             await asyncio.sleep(pause_s)
