@@ -33,14 +33,16 @@ class _EngineCommands(PlainCommands):
         as_json = "--json" in (sys.argv if args is None else args)
         try:
             os.getcwd()
+        except FileNotFoundError:  # torch cannot be loaded there; MKL ends the process with a misleading sentence
+            _fail("the working directory was deleted: change to one that exists", as_json=as_json)
+            raise SystemExit(2) from None
+        try:
             return super().main(args, *others, **settings)
         except interrupts.Stopped as stop:
             _fail(str(stop), as_json=as_json)
             raise
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and error.filename is None:  # of getcwd; torch needs one, too
-                error = NotADirectoryError("the working directory was deleted: change to one that exists")
-            elif not isinstance(error, _users_errors()):
+            if not isinstance(error, _users_errors()):
                 raise
             from instep.recording.errors import with_advice
 

@@ -182,7 +182,7 @@ def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
 
 
 def test_version() -> None:
-    for typed in ("--version", "-V", "version"):
+    for typed in ("--version", "-V"):
         assert run(typed).stdout == f"instep-client {version('instep')}\n"
 
 
