@@ -30,7 +30,7 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     status, found = examined("--record", str(tmp_path / "r.instep"), *ANY_PORT)
     assert (status, set(found), found["problems"]) == (0, {"facts", "warnings", "problems"}, [])
     facts = found["facts"]
-    assert facts["settings"]["recording.file"] == "flag"
+    assert facts["settings"]["recording.file"] == str(tmp_path / "r.instep")
     assert "limits.park_s" not in facts["settings"]
     assert (facts["python"], facts["fma"], facts["sync_ms"] > 0) == (platform.python_version(), True, True)
     assert facts["would record"] == f"file {tmp_path / 'r.instep'}, durability commit"

@@ -47,7 +47,10 @@ def doctor(file: Path | None, flags: Mapping[str, str], demo: Path, as_json: boo
         config, sources = explain_config(file, flags)
     except ConfigError as error:
         findings += (Finding("problem", problem, "") for problem in error.problems)
-    facts["settings"] = {path: source for path, source in sources.items() if source != "default"}
+    values = config.model_dump(mode="json")
+    given = [path.split(".") for path, source in sources.items() if source != "default"]
+    if sources:
+        facts["settings"] = {f"{section}.{key}": values[section][key] for section, key in given}
     facts |= _machine()
     findings += _disk(config, facts)
     if sources:
@@ -128,7 +131,7 @@ def _collecting(findings: list[Finding], facts: dict[str, Any]) -> structlog.std
 
 def _in_words(facts: Mapping[str, Any], warnings: list[Finding], problems: list[Finding]) -> Iterator[str]:
     for name, value in facts.items():
-        text = ", ".join(f"{key} ({source})" for key, source in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
         yield from _wrapped(f"{name}: ", str(text) or "the defaults")
     yield ""
     for title, found in (("warning", warnings), ("cannot start", problems)):
