@@ -38,6 +38,7 @@ class Step(nn.Module):
         self.register_buffer("hidden", torch.tensor([0, float("-inf"), 0, 0]))
         self.sixteen = nn.Parameter(torch.zeros(4, dtype=torch.float16))
         self.ticks = 0
+        self.kept: Any = None
 
     def forward(self, x: torch.Tensor, h: torch.Tensor) -> Result:
         return self.body(self, x, h)
@@ -77,6 +78,12 @@ def counts_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
 def counts_in_python(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
     self.ticks += 1
     return x * self.ticks, h
+
+
+def counts_later(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
+    if not torch.compiler.is_compiling() and x.shape[0] == 1:
+        self.kept = True
+    return x, h
 
 
 def keeps_in_a_buffer(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
@@ -122,7 +129,8 @@ def attends_to_other_rows(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result
         (lambda s, x, h: (x + torch.zeros(32, 4), h), "fixes the batch size"),
         (counts_rows, "fixes the batch size"),
         (lambda s, x, h: (x if x.shape[0] > 16 else -x, h), "another way at some batch sizes"),
-        (counts_in_python, "^y of the step"),
+        (counts_in_python, "attribute self.ticks,"),
+        (counts_later, "attribute self.kept,"),
         (lambda s, x, h: (x * next(CALLS), h), "^y of the step"),
         (lambda s, x, h: (x, h + next(CALLS)), "^leaf state of the step"),
         (keeps_in_a_buffer, "its own buffer seen"),

@@ -81,14 +81,17 @@ def export_step(
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), _in_silence():
-        example = example_of(_copied(module).cpu(), example_x, example_state)
+        mine = _copied(module).cpu()
+        with _remembering_nothing(mine):
+            example = example_of(mine, example_x, example_state)
         if initial_state == "zeros" and (given := [leaf.name for leaf in example.leaves if leaf.initial != 0]):
             raise ModelError(
                 f"the example state is not zeros in {', '.join(given)}, and every stream would begin with it: say so "
                 'with initial_state="example", or give zeros'
             )
         model = _model(_exported(example), example, name, outputs)
-        _compare(example, PortableNetwork(model))
+        with _remembering_nothing(mine):
+            _compare(example, PortableNetwork(model))
     write_model(folder, model, overwrite=overwrite)
     return model
 
@@ -164,6 +167,25 @@ def _copied(module: nn.Module) -> nn.Module:
             f"the step cannot be copied ({type(error).__name__}: {first_line(error)}); make it of parameters, buffers "
             "and plain values"
         ) from error
+
+
+@contextmanager
+def _remembering_nothing(module: nn.Module) -> Iterator[None]:
+    """Refuse a step that changes an attribute, of which a graph holds only one value."""
+
+    def attributes() -> dict[str, str]:
+        parts = [(f"self.{path}.".replace("..", "."), vars(part)) for path, part in module.named_modules()]
+        return {path + key: repr(value) for path, own in parts for key, value in own.items() if key not in usual}
+
+    usual = vars(nn.Module())
+    before = attributes()
+    yield
+    for name, value in attributes().items():
+        if before.get(name) != value:
+            raise ModelError(
+                f"the step changes its own attribute {name}, which all streams would share and a graph does not keep: "
+                "put it into the state, a count as an int64 leaf"
+            )
 
 
 @contextmanager
