@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from instep.models.folder import write_model
 from instep.models.model import Model
@@ -179,36 +177,3 @@ async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path
             line = await reloads(folder, on_reload="keep")
             assert line["event"] == "models reloaded", line
             assert line["swapped"] == ["ears"]
-
-
-async def test_a_folder_that_cannot_be_read_for_a_reason_nobody_thought_of_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def versions(folders: Any) -> None:
-        raise MemoryError("Unable to allocate 9 TiB")
-
-    told: list[dict[str, Any]] = []
-    async with running(A, told=told) as server, AsyncClient(server.endpoint) as client:
-        monkeypatch.setattr("instep.server.models.versions", versions)
-        line = await Reloads(server, told)([folder_of(tmp_path / "eyes", OTHER)])
-        assert line["event"] == "models not reloaded"
-        assert line["reason"].endswith("MemoryError: Unable to allocate 9 TiB")
-        assert [each.name for each in await client.list_models()] == ["ears"]
-
-
-async def test_a_reload_that_the_end_of_the_server_cuts_short_is_not_called_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began, may_end = threading.Event(), threading.Event()
-
-    def versions(folders: Any) -> None:
-        began.set()
-        may_end.wait(20)
-
-    told: list[dict[str, Any]] = []
-    async with running(A, told=told) as server:
-        monkeypatch.setattr("instep.server.models.versions", versions)
-        server.loader.reload(server.config.model)
-        assert await asyncio.to_thread(began.wait, 20)
-    may_end.set()
-    assert [line for line in told if line["level"] == "error"] == []

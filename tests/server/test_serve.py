@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from instep.cli import app
 from instep.config import Config
-from instep.demo import MODEL_FOLDER
 from instep.demo.child_server import ChildFailed
 from instep.interrupts import Stopped
 from instep.models.errors import ModelError
@@ -34,7 +33,7 @@ from instep.server.services import effective_limits
 from instep_client import Client
 from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
-from tests.support.models import SMALL, plain, whole
+from tests.support.models import SMALL, whole
 from tests.support.running import log_into
 from tests.support.served import WarmServer, serving
 
@@ -54,19 +53,6 @@ def configured(model: Path, **sections: dict[str, Any]) -> Config:
     return Config.model_validate({"model": {"folder": model}, "transport": transport, "http": http, **sections})
 
 
-def test_a_model_that_cannot_be_loaded_is_refused_with_the_tensors_name(model: Path) -> None:
-    (model / "weights.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(CannotServe, match="safetensors"):
-        prepare(configured(model), QUIET)
-
-
-def test_the_place_of_a_recording_is_looked_at_before_the_model(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    record = {"file": tmp_path / "nowhere" / "r.instep"}
-    with pytest.raises(CannotServe, match=r"there is no folder .*nowhere for the recording r\.instep: make"):
-        serve.run(configured(tmp_path / "model", recording=record))
-
-
 def test_a_folder_that_is_not_there_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
     with serving(tmp_path / "mdoel") as served:
         assert served.until("cannot serve")["reasons"][0].startswith(f"there is no model folder {tmp_path / 'mdoel'}: ")
@@ -80,11 +66,6 @@ def test_without_a_model_nothing_is_served_and_the_sentence_says_how_to_get_one(
         prepare(Config(), QUIET)
     for command in ("instep serve FOLDER", "instep serve --demo"):
         assert command in str(error.value)
-
-
-def test_the_demos_model_can_be_served() -> None:
-    (ready,) = prepare(configured(MODEL_FOLDER), QUIET)
-    assert (ready.model.description.features, ready.model.description.outputs) == (12, 9)
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,17 +231,6 @@ def test_an_endpoint_in_use_is_refused_before_the_model_is_compiled(
     assert "compiled" not in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_recording_is_left_alone(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "r.instep"
-    file.write_bytes(b"mine")
-    with pytest.raises(CannotServe, match="not a recording"):
-        serve.run(configured(model, recording={"file": file}))
-    assert file.read_bytes() == b"mine"
-    assert "compiled" not in capsys.readouterr().err
-
-
 def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Path) -> None:
     """The other one has just begun: there is a lock, and no file yet."""
     lock = WriterLock(tmp_path / "r.instep")
@@ -268,13 +238,6 @@ def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Pat
         serve.run(configured(model, recording={"file": tmp_path / "r.instep"}))
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.instep-lock"]
     lock.release()
-
-
-def test_limits_that_fit_no_frame_are_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "wide", plain(1100, 4))
-    limits: dict[str, Any] = {"transport": {"max_message_bytes": 4096}}
-    with pytest.raises(CannotServe, match="max_message_bytes"):
-        serve.run(configured(tmp_path / "wide", **limits))
 
 
 @pytest.mark.parametrize(
@@ -305,11 +268,6 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
         assert list(folder.iterdir()) == []
 
 
-def test_a_child_server_says_why_it_did_not_start(tmp_path: Path) -> None:
-    with pytest.raises(ChildFailed, match="did not start"), WarmServer(tmp_path / "nothing"):
-        pass
-
-
 def test_a_child_server_ends_when_a_signal_stops_the_wait_for_it(model: Path) -> None:
     class Stopping(dict[str, Any]):
         def __ior__(self, said: object) -> Self:  # type: ignore[override, misc]
@@ -327,25 +285,6 @@ def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
     child = WarmServer(model)
     with pytest.raises(ChildFailed, match="status -9"), child:
         os.kill(child.pid, signal.SIGKILL)
-
-
-def test_a_child_server_may_log_more_than_a_pipe_holds(model: Path) -> None:
-    with WarmServer(model, ["--set", "log.level=debug"]) as child, Client(child.endpoint) as client:
-        for number in range(600):  # each request is a line of about 150 bytes, and a pipe holds 64 KiB
-            client.open(f"s{number}").close()
-        assert client.stats()["closed_streams_total"] == 600
-
-
-def test_run_in_process_serves_until_a_signal_and_returns_its_status(model: Path) -> None:
-    def ready(endpoint: str) -> None:
-        with Client(endpoint) as client:
-            assert client.info.model == SMALL.name
-        os.kill(os.getpid(), signal.SIGINT)
-
-    def on_ready(endpoint: str) -> None:
-        threading.Thread(target=ready, args=(endpoint,)).start()
-
-    assert serve.run(configured(model), on_ready=on_ready) == 0
 
 
 def test_a_recording_that_cannot_be_closed_is_a_failure(

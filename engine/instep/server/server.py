@@ -61,7 +61,7 @@ class FreeSpace:
         return free_bytes
 
 
-_COUNTED: Final = (
+COUNTED: Final = (
     "opened_streams",
     "closed_streams",
     "parked_streams",
@@ -74,7 +74,7 @@ _COUNTED: Final = (
     "refused_messages",
 )
 """What is said only where it happened, by the names in STATISTICS without `_total`."""
-_SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *_COUNTED))
+_SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *COUNTED))
 
 
 class Summary:
@@ -101,7 +101,7 @@ class Summary:
         grown = {name: now[name] - before[name] for name in _SAID}
         if not any(grown.values()):
             return
-        counts = {name: int(grown[f"{name}_total"]) for name in _COUNTED if grown[f"{name}_total"]}
+        counts = {name: int(grown[f"{name}_total"]) for name in COUNTED if grown[f"{name}_total"]}
         batches = grown["batches_total"]
         self._log.info(
             "served",
