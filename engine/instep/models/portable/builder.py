@@ -130,14 +130,8 @@ class Builder:
         return self.emit("fma_chain", out, start, broadcast(x, (outputs, inputs)), weight)
 
     def inline(self, form: Form, inputs: Sequence[View]) -> list[View]:
-        """Add a form whose inputs are these views; returns its outputs."""
-        moved: dict[int, int] = {}
-        for index, view in zip(form.inputs, inputs, strict=True):
-            whole = View(view.buffer, 0, (view.elements,), (1,))
-            is_whole = replace(view, shape=whole.shape, strides=whole.strides) == whole
-            is_whole = is_whole and view.strides == contiguous(view.shape)
-            is_whole = is_whole and self.buffers[view.buffer].size == form.buffers[index].size
-            moved[index] = view.buffer if is_whole else self.map("copy", view).buffer
+        """Add a form whose inputs are these views, of whole buffers; returns its outputs."""
+        moved = {index: view.buffer for index, view in zip(form.inputs, inputs, strict=True)}
         for index, buffer in enumerate(form.buffers):
             if buffer.tensor:
                 moved[index] = self.tensor(buffer.tensor, buffer.dtype, (buffer.size,)).buffer

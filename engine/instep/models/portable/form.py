@@ -427,11 +427,10 @@ def check_types(node: Node, out: str, views: Sequence[str]) -> None:
         raise _Wrong("there is no such primitive")
     if not fits:
         raise _Wrong(f"it cannot compute {out} from {', '.join(views)} and {len(numbers)} numbers")
+    most = 2**31 if out == "int32" else 2**63
     for number in numbers:
         is_fitting = type(number) is bool if out == "bool" else type(number) is int or out in FLOATS
-        if not is_fitting or (type(number) is int and not -(2**63) <= number < 2**63):
-            raise _Wrong(f"{number!r:.40} is not a number of the dtype {out}")
-        if out == "int32" and not -(2**31) <= number < 2**31:
+        if not is_fitting or (type(number) is int and not -most <= number < most):
             raise _Wrong(f"{number!r:.40} is not a number of the dtype {out}")
 
 

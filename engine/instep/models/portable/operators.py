@@ -253,18 +253,6 @@ def _copy(code: Lowering, like: torch.Tensor, x: Value, *_: Any) -> View:
     return code.assign(code.fresh(like), x)
 
 
-def _copy_second(code: Lowering, like: torch.Tensor, x: Value, value: Value, *_: Any) -> View:
-    return code.assign(code.fresh(like), value)
-
-
-def _reciprocal(code: Lowering, like: torch.Tensor, x: Value) -> View:
-    return code.map("div", like, 1, x)
-
-
-def _relu(code: Lowering, like: torch.Tensor, x: Value) -> View:
-    return code.map("maximum", like, x, 0)
-
-
 def _add(op: str) -> Lower:
     def lower(code: Lowering, like: torch.Tensor, a: Value, b: Value, alpha: Number = 1) -> View:
         return code.map(op, like, a, b if alpha == 1 else code.map("mul", like, b, alpha))
@@ -290,10 +278,6 @@ def _divide(code: Lowering, like: torch.Tensor, a: Value, b: Value, rounding_mod
     exact = code.builder.map("where", is_below, code.map("sub", like, exact, 1), exact)
     is_zero = code.builder.map("eq", code.view(b, dtype_of(like)), 0.0)
     return code.builder.map("where", is_zero, quotient, exact, out=code.fresh(like))
-
-
-def _floor_divide(code: Lowering, like: torch.Tensor, a: Value, b: Value) -> View:
-    return _divide(code, like, a, b, "floor")
 
 
 def _fmod(code: Lowering, like: torch.Tensor, a: Value, b: Value) -> View:
@@ -406,10 +390,6 @@ def _chain(code: Lowering, out: View, start: Value, a: View, b: View) -> View:
     operand = code.operand(start, dtype)
     code.builder.emit("fma_chain", out, broadcast(operand, out.shape) if isinstance(operand, View) else operand, a, b)
     return out
-
-
-def _matrix(code: Lowering, like: torch.Tensor, a: Value, b: Value) -> View:
-    return _added_matrix(code, like, 0.0, a, b)
 
 
 def _added_matrix(
@@ -552,16 +532,18 @@ LOWERINGS: Final[dict[str, Lower]] = {
     **{name: _reduce(name) for name in ("sum", "prod", "amax", "amin", "any", "all", "argmax")},
     **{name: _scan(name) for name in ("cumsum", "cumprod")},
     **dict.fromkeys(("clone", "_to_copy", "expand_copy", "copy_strided", "lift_fresh_copy"), _copy),
-    **dict.fromkeys(("copy", "fill", "full_like"), _copy_second),
-    **dict.fromkeys(("mm", "bmm"), _matrix),
+    **dict.fromkeys(
+        ("copy", "fill", "full_like"), lambda code, like, x, value, *_: code.assign(code.fresh(like), value)
+    ),
+    **dict.fromkeys(("mm", "bmm"), lambda code, like, a, b: _added_matrix(code, like, 0.0, a, b)),
     **dict.fromkeys(("addmm", "baddbmm"), _added_matrix),
     "max": _reduce("amax"),
     "min": _reduce("amin"),
-    "relu": _relu,
-    "reciprocal": _reciprocal,
+    "relu": lambda code, like, x: code.map("maximum", like, x, 0),
+    "reciprocal": lambda code, like, x: code.map("div", like, 1, x),
     "addcmul": _fma,
     "div": _divide,
-    "floor_divide": _floor_divide,
+    "floor_divide": lambda code, like, a, b: _divide(code, like, a, b, "floor"),
     "fmod": _fmod,
     "remainder": _remainder,
     "clamp": _clamp,
