@@ -63,13 +63,6 @@ def test_an_interrupt_is_status_130_and_later_ones_change_nothing(monkeypatch: p
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_what_is_missing_is_told_for_every_package_of_the_extras() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    packages = {name.partition(">")[0] for name in extras["cli"] + extras["engine"] if not name.startswith("instep")}
-    imported = {"pyyaml": "yaml", "pydantic-settings": "pydantic_settings", "prometheus-client": "prometheus_client"}
-    assert {imported.get(name, name) for name in packages} == set(__main__.EXTRAS)
-
-
 def test_the_program_begins_where_interrupts_are_handled_first() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"instep": "instep.__main__:main", "instep-client": "instep_tools:main"}
