@@ -146,7 +146,7 @@ def test_nothing_is_left_of_a_damaged_recording(written: Written, format: Format
     at = content.rindex(np.array(written.rows[-1].x, "<f4").tobytes())
     content[at] ^= 1
     written.path.write_bytes(content)
-    status, text = export(written.path, format, chunk_frames=8)
+    status, text = export(written.path, format, part_frames=8)
     assert status == 2
     assert "does not match its CRC" in text
     assert text.endswith(f"; what comes before the damage is saved by: instep recordings repair {written.path}\n")

@@ -29,7 +29,7 @@ def written(tmp_path: Path) -> Written:
 
 def export(written: Written, format: Format, *streams: str) -> Path:
     path = written.path.with_name(f"out.{format}")
-    run(Export(written.path, path, streams, chunk_frames=16), Console(quiet=True))
+    run(Export(written.path, path, streams, part_frames=16), Console(quiet=True))
     return path
 
 

@@ -11,8 +11,8 @@ import pytest
 import instep.recording
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
 from instep.recording.reader import ReadLimits, RecordingReader
-from instep.recording.records import StreamInfo, select_streams
-from instep.recording.table import FrameChunk, OpenedRecording, RecordedStream, read_frames
+from instep.recording.records import Frames, StreamInfo, select_streams
+from instep.recording.table import OpenedRecording, RecordedStream, StreamIndex, known_outputs, read_frames
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
 from tests.support.recordings import make_header
@@ -25,20 +25,21 @@ def chunks_of(
     path: Path,
     *wanted: str,
     on_progress: Callable[[float], None] = lambda share: None,
-    chunk_frames: int = 10**6,
-) -> tuple[list[StreamInfo], list[FrameChunk]]:
+    part_frames: int = 10**6,
+) -> tuple[list[StreamInfo], list[Frames]]:
     """The streams and the chunks, read batch by batch."""
     with RecordingReader(path, ReadLimits(bytes_at_once=1, rows_a_look=1)) as reader:
         streams = reader.streams()
         selected = select_streams(streams, wanted)
-        chunks = list(read_frames(reader, streams, selected, on_progress, chunk_frames=chunk_frames))
+        chunks = list(read_frames(reader, streams, selected, on_progress, part_frames=part_frames))
         return [streams[at] for at in selected], chunks
 
 
-def rows_of(streams: Sequence[StreamInfo], chunks: Sequence[FrameChunk]) -> list[Row]:
-    all_frames = FrameChunk.join(chunks)
-    labels = ([streams[at].name for at in all_frames.rows], [streams[at].stream for at in all_frames.rows])
-    columns = (all_frames.seqs, all_frames.times_ns, all_frames.x, all_frames.y)
+def rows_of(streams: Sequence[StreamInfo], chunks: Sequence[Frames]) -> list[Row]:
+    found = Frames.join(chunks)
+    of = [streams[row] for row in StreamIndex(streams).rows(found.streams)]
+    labels = ([info.name for info in of], [info.stream for info in of])
+    columns = (found.seqs, found.times_ns, found.x, known_outputs(found))
     return [Row(*values) for values in zip(*labels, *(column.tolist() for column in columns), strict=True)]
 
 
@@ -62,7 +63,7 @@ def test_some_streams_by_name_and_by_number(tmp_path: Path) -> None:
 
 def test_chunks_are_bounded_and_progress_grows_to_one(tmp_path: Path) -> None:
     written, shares = write_recording(tmp_path), list[float]()
-    streams, chunks = chunks_of(written.path, chunk_frames=10, on_progress=shares.append)
+    streams, chunks = chunks_of(written.path, part_frames=10, on_progress=shares.append)
     assert min(map(len, chunks[:-1])) >= 10
     assert max(map(len, chunks)) < 10 + 4, "a batch has at most four frames here"
     assert exact(rows_of(streams, chunks)) == exact(written.rows)
@@ -74,7 +75,7 @@ def test_frames_whose_outputs_were_not_recorded_are_marked_and_have_nan(tmp_path
     written = write_recording(tmp_path, unanswered=3)
     streams, chunks = chunks_of(written.path)
     assert exact(rows_of(streams, chunks)) == exact(written.rows)
-    assert int((~FrameChunk.join(chunks).answered).sum()) == written.unanswered > 3
+    assert int((~Frames.join(chunks).answered).sum()) == written.unanswered > 3
 
 
 def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:

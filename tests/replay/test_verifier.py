@@ -17,7 +17,7 @@ from instep.models.network import DefinitionReference, PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.records import BatchGroup
+from instep.recording.records import Frames
 from instep.replay.checkers import CheckLimits
 from instep.replay.report import CannotVerify, Coverage, Report
 from tests.support.forger import Forger
@@ -114,14 +114,14 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
 def test_a_recording_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), [50, 49, 20, 20, 20, 3])
     read: list[int] = []
-    groups = RecordingReader.whole_groups
+    groups = RecordingReader.frames
 
-    def counted(*arguments: Any) -> Iterator[BatchGroup]:
+    def counted(*arguments: Any) -> Iterator[Frames]:
         for group in groups(*arguments):
-            read.extend(group.positions)
+            read.extend(np.unique(group.positions).tolist())
             yield group
 
-    monkeypatch.setattr(RecordingReader, "whole_groups", counted)
+    monkeypatch.setattr(RecordingReader, "frames", counted)
     assert verify(recorded).verdict == "exact"
     assert set(Counter(read).values()) == {1}
 

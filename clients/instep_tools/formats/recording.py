@@ -24,12 +24,13 @@ def read_recording(path: Path) -> RecordedSequences:
     """
     from instep.recording.errors import RecordingError
     from instep.recording.reader import RecordingReader
-    from instep.recording.table import FrameChunk, read_frames
+    from instep.recording.records import Frames
+    from instep.recording.table import StreamIndex, known_outputs, read_frames
 
     try:
         with RecordingReader(path) as reader:
             streams, header = reader.streams(), reader.header
-            frames = FrameChunk.join(list(read_frames(reader, streams, range(len(streams)))))
+            frames = Frames.join(list(read_frames(reader, streams, range(len(streams)))))
             resets = list(reader.resets())
             states = [StartState(*start) for start in reader.start_states(streams)]
     except RecordingError as error:
@@ -37,13 +38,14 @@ def read_recording(path: Path) -> RecordedSequences:
         raise BadFile(f"{error}{bag}") from None
     if not len(frames):
         raise BadFile(f"{path} holds no frames")
-    present, codes = np.unique(frames.rows, return_inverse=True)
+    rows = StreamIndex(streams).rows(frames.streams)
+    present, codes = np.unique(rows, return_inverse=True)
     opened = [(streams[row].name, streams[row].stream) for row in present.tolist()]
     begins = {(info.stream, info.first_seq): (info.opened_position, info.opened_ns) for info in streams}
     begins |= {(reset.stream, reset.seq): (reset.position, reset.time_ns) for reset in resets}
     about = {"fingerprint": header.model_fingerprint, "model": header.model_name}
     table = TableHeader(about=about, spec=header.state_spec, states=states)
-    columns = (frames.seqs.astype(np.int64), frames.times_ns, frames.x, frames.y, frames.answered)
+    columns = (frames.seqs, frames.times_ns, frames.x, known_outputs(frames), frames.answered)
     sequences, keys = grouped(path, opened, codes, *columns, table)
     sequences = replace(sequences, opened_ns=np.array([begins[key][1] for key in keys], np.int64))
     order = sorted(range(len(keys)), key=lambda row: begins[keys[row]][0])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo, select_streams
-from instep.recording.table import CHUNK_FRAMES, read_frames
+from instep.recording.table import PART_FRAMES, StreamIndex, known_outputs, read_frames
 from instep_client.snapshots import rename_to_new
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model
@@ -35,7 +35,7 @@ class Export:
     """The new file, whose suffix says its format; None for Parquet next to the recording."""
     streams: Sequence[str] = ()
     """Names or numbers; empty for all."""
-    chunk_frames: int = CHUNK_FRAMES
+    part_frames: int = PART_FRAMES
     """Frames that are read and written at once, about."""
 
 
@@ -60,15 +60,14 @@ def _export(what: Export) -> str:
         chosen = [streams[at] for at in selected]
         header = _header(reader, chosen)
         names = np.array([info.name for info in chosen], np.object_)
-        numbers = np.array([info.stream for info in chosen], np.int64)
+        index = StreamIndex(chosen)
         on_share = partial(on_progress, "exporting")
         with WRITERS[kind](target, header) as writer:
-            for chunk in read_frames(reader, streams, selected, on_share, chunk_frames=what.chunk_frames):
-                if not len(chunk):
-                    continue
-                labels = (names[chunk.rows], numbers[chunk.rows], chunk.seqs, chunk.times_ns)
-                writer.add(TableRows(*labels, chunk.x, chunk.y))
-                frames, unanswered = frames + len(chunk), unanswered + int((~chunk.answered).sum())
+            for part in read_frames(reader, streams, selected, on_share, part_frames=what.part_frames):
+                if len(part):
+                    labels = (names[index.rows(part.streams)], part.streams, part.seqs.astype(np.uint64), part.times_ns)
+                    writer.add(TableRows(*labels, part.x, known_outputs(part)))
+                    frames, unanswered = frames + len(part), unanswered + int((~part.answered).sum())
         parts = [
             f"{path}: {counted(frames, 'frame')} of {counted(len(chosen), 'stream')}, "
             f"{counted(len(header.inputs), 'input')} and {counted(len(header.outputs), 'output')} each"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,9 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U8, Bool
+from instep.core.typing import I64, U8
 from instep.recording.reader import RecordingReader
-from instep.recording.records import BatchGroup, RecordedEvent
+from instep.recording.records import Frames, RecordedEvent
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, RESET_EVENT
 
 PORTION_BYTES: Final = 16 * 2**20
@@ -47,35 +46,6 @@ class Closed:
 
 Mark: TypeAlias = Opened | Closed | RecordedEvent
 """Events are resets and writes of states, checkpoints, changes of the engine, and the end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """Frames in the order in which they were stepped; those of one batch share a position."""
-
-    positions: I64
-    streams: I64
-    seqs: I64
-    x: F32
-    """float32 [N, features]."""
-    y: F32
-    """float32 [N, outputs]; zeros where no outputs were recorded."""
-    answered: Bool
-    """bool [N]: False where the outputs were not recorded, because the engine was killed."""
-
-    def __len__(self) -> int:
-        return len(self.seqs)
-
-    def only(self, wanted: Bool) -> Frames:
-        """Some of them, bool [N]."""
-        return Frames(
-            self.positions[wanted],
-            self.streams[wanted],
-            self.seqs[wanted],
-            self.x[wanted],
-            self.y[wanted],
-            self.answered[wanted],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +86,7 @@ def portions(
         RecordingError: when a row is damaged, or the history was trimmed meanwhile.
     """
     first = max(first, reader.first_position)
-    marks, waiting, found = _marks(reader, first), deque[Mark](), list[BatchGroup]()
+    marks, waiting, found = _marks(reader, first), deque[Mark](), [reader.no_frames()]
     last, ahead = reader.last_position, deque(cuts)
 
     def taken(position: int) -> Portion:
@@ -125,23 +95,25 @@ def portions(
                 waiting.append(mark)
                 break
             of_portion.append(mark)
-        portion = Portion(_joined(found, reader), list(of_portion), position)
-        found.clear()
+        portion = Portion(Frames.join(found), list(of_portion), position)
+        del found[1:]
         of_portion.clear()
         return portion
 
     of_portion = list[Mark]()
     killed_before = max(reader.recovered_at, default=0) if settled else last
-    for group in _cut(reader.whole_groups(first), cuts):
-        while ahead and ahead[0] < group.positions[0]:
+    for frames in _cut(reader.frames(first), cuts):
+        while ahead and ahead[0] < frames.positions[0]:
             yield taken(ahead.popleft())
-        known = len(group.positions) if group.y is not None else bisect_right(group.positions, killed_before)
-        found.append(group.part(0, known))
-        if known < len(group.positions):
-            last = group.positions[known] - 1
+        known = len(frames)
+        if not frames.answered[0]:
+            known = int(np.searchsorted(frames.positions, killed_before, "right"))
+        found.append(frames.only(slice(known)))
+        if known < len(frames):
+            last = int(frames.positions[known]) - 1
             break
-        if sum(each.x.nbytes + (0 if each.y is None else each.y.nbytes) for each in found) >= portion_bytes:
-            yield taken(group.position)
+        if sum(each.x.nbytes + each.y.nbytes for each in found) >= portion_bytes:
+            yield taken(int(frames.positions[-1]))
     while ahead and ahead[0] < last:
         yield taken(ahead.popleft())
     yield taken(last)
@@ -149,7 +121,7 @@ def portions(
 
 def empty_portion(reader: RecordingReader, position: int) -> Portion:
     """One without rows."""
-    return Portion(_joined([], reader), [], position)
+    return Portion(reader.no_frames(), [], position)
 
 
 def _marks(reader: RecordingReader, first: int) -> Iterator[Mark]:
@@ -162,34 +134,11 @@ def _marks(reader: RecordingReader, first: int) -> Iterator[Mark]:
     return heapq.merge(openings, closings, events, key=lambda mark: mark.position)
 
 
-def _cut(groups: Iterator[BatchGroup], cuts: Sequence[int]) -> Iterator[BatchGroup]:
-    for group in groups:
+def _cut(parts: Iterator[Frames], cuts: Sequence[int]) -> Iterator[Frames]:
+    for frames in parts:
         begin = 0
-        for cut in cuts:
-            end = bisect_right(group.positions, cut)
-            if begin < end < len(group.positions):
-                yield group.part(begin, end)
+        for end in np.searchsorted(frames.positions, cuts, "right").tolist():
+            if begin < end < len(frames):
+                yield frames.only(slice(begin, end))
                 begin = end
-        yield group.part(begin, len(group.positions)) if begin else group
-
-
-def _joined(groups: Sequence[BatchGroup], reader: RecordingReader) -> Frames:
-    widths = (reader.header.features, reader.header.outputs)
-    x, y = ([np.empty((0, width), np.float32)] for width in widths)
-    positions, streams, seqs = ([np.empty(0, np.int64)] for _ in range(3))
-    answered = [np.empty(0, np.bool_)]
-    for group in groups:
-        positions.append(np.repeat(np.array(group.positions, np.int64), np.diff(group.starts)))
-        streams.append(group.streams.astype(np.int64))
-        seqs.append(group.seqs.astype(np.int64))  # one of 2^63 or more turns negative, and is out of order
-        x.append(group.x)
-        y.append(np.zeros((len(group.x), widths[1]), np.float32) if group.y is None else group.y)
-        answered.append(np.full(len(group.x), group.y is not None))
-    return Frames(
-        np.concatenate(positions),
-        np.concatenate(streams),
-        np.concatenate(seqs),
-        np.concatenate(x),
-        np.concatenate(y),
-        np.concatenate(answered),
-    )
+        yield frames.only(slice(begin, None)) if begin else frames

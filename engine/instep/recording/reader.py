@@ -21,8 +21,8 @@ import numpy.typing as npt
 from instep.core.typing import I64, U8
 from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile, UnavailableRecording
 from instep.recording.records import (
-    BatchGroup,
     Checkpoint,
+    Frames,
     OpenStream,
     RecordedEngine,
     RecordedEvent,
@@ -329,11 +329,12 @@ class RecordingReader(Closing):
             raise self.damaged(f"stream {min(closings)} was closed, but never opened")
         return [self._as_trimmed(info) for info in opened if info.stream not in self._forgotten]
 
-    def whole_groups(self, first: int = 1, last: int | None = None) -> Iterator[BatchGroup]:
-        """The batches at positions `first` to `last` (None: the newest), in order, but those whose step failed.
+    def frames(self, first: int = 1, last: int | None = None) -> Iterator[Frames]:
+        """The frames of the batches at positions `first` to `last` (None: the newest), but those whose step failed.
 
-        Those that are read together come together. A batch without outputs may only be followed by others without, up
-        to the end or to an event `recovered`.
+        Those that are read together come together, either all with outputs or all without. A batch without outputs may
+        only be followed by others without, up to the end or to an event `recovered`. Up to `trimmed_until`, frames are
+        among them that do not count.
         """
         first, failed = max(first, self.first_position), set(self._failed)
         outputs_ahead = self.rows("outputs", first)
@@ -351,11 +352,11 @@ class RecordingReader(Closing):
             for are_answered, group in groupby(waiting, lambda row: row[0] in outputs):
                 batches = list(group)
                 if are_answered:
-                    yield self._group(batches, [outputs.pop(row[0]) for row in batches])
+                    yield self._frames(batches, [outputs.pop(row[0]) for row in batches])
                 else:
                     for row in batches:
                         self._check_unanswered(row[0], next((batch for batch in outputs if batch > row[0]), None))
-                    yield self._group(batches, None)
+                    yield self._frames(batches, None)
             for batch in islice(outputs, 1):
                 if waiting and batch <= waiting[-1][0]:
                     raise self._misplaced(batch)
@@ -582,12 +583,17 @@ class RecordingReader(Closing):
             raise self.damaged(f"the final state of stream {stream} is missing")
         return self.state(state, position)
 
-    def _group(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> BatchGroup:
+    def no_frames(self) -> Frames:
+        """None at all."""
+        x, y = (np.empty((0, width), np.float32) for width in (self.header.features, self.header.outputs))
+        none = np.empty(0, np.int64)
+        return Frames(none, none, none, none, x, y, none.astype(np.bool_))
+
+    def _frames(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> Frames:
         positions, times_ns, sizes, streams, seqs, x = zip(*rows, strict=True)
         for position, size in zip(positions, sizes, strict=True):
             if size < 1:
                 raise self.damaged(f"the batch at position {position} holds {size} frames")
-        starts: I64 = np.cumsum((0, *sizes), dtype=np.int64)
         features, width = self.header.features, self.header.outputs
 
         def joined(blobs: Sequence[bytes], dtype: str, values: int) -> npt.NDArray[Any]:
@@ -597,14 +603,17 @@ class RecordingReader(Closing):
                     self.check_bytes(blob, size * item, position)
             return np.frombuffer(b"".join(blobs), dtype)
 
-        return BatchGroup(
-            positions,
-            times_ns,
-            starts,
-            joined(streams, "<u4", 1),
-            joined(seqs, "<u8", 1),
+        count = sum(sizes)
+        return Frames(
+            np.repeat(np.array(positions, np.int64), sizes),
+            np.repeat(np.array(times_ns, np.int64), sizes),
+            joined(streams, "<u4", 1).astype(np.int64),
+            joined(seqs, "<u8", 1).astype(np.int64),  # one of 2^63 or more turns negative, and is out of order
             joined(x, "<f4", features).reshape(-1, features),
-            None if outputs is None else joined(outputs, "<f4", width).reshape(-1, width),
+            np.zeros((count, width), np.float32)
+            if outputs is None
+            else joined(outputs, "<f4", width).reshape(-1, width),
+            np.full(count, outputs is not None),
         )
 
     def _is_left_in_wal_mode(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from instep.core.typing import F32, I64, U8, U32, U64, Bool
+from instep.core.typing import F32, I64, U8, Bool
 from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.schema import Column, RecordingHeader
 
@@ -42,39 +42,32 @@ class StreamInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchGroup:
-    """Consecutive steps, as read-only columns: all of them with outputs, or all without."""
+class Frames:
+    """Frames in the order in which they were stepped, as read-only columns; those of one batch share a position."""
 
-    positions: tuple[int, ...]
-    times_ns: tuple[int, ...]
-    starts: I64
-    """int64 [batches + 1]: where the frames of each batch begin, and where the last ones end."""
-    streams: U32
-    """uint32 [frames]."""
-    seqs: U64
-    """uint64 [frames]."""
+    positions: I64
+    times_ns: I64
+    streams: I64
+    """Numbers."""
+    seqs: I64
     x: F32
-    """float32 [frames, features]."""
-    y: F32 | None
-    """float32 [frames, outputs]; None where the engine was killed, or is just now, between inputs and outputs."""
+    """float32 [N, features]."""
+    y: F32
+    """float32 [N, outputs]; zeros where no outputs were recorded."""
+    answered: Bool
+    """bool [N]: False where the outputs were not recorded, because the engine was killed, or is just now."""
 
-    @property
-    def position(self) -> int:
-        """The newest one."""
-        return self.positions[-1]
+    def __len__(self) -> int:
+        return len(self.seqs)
 
-    def part(self, first: int, last: int) -> BatchGroup:
-        """The batches at indices `first` to `last - 1`."""
-        of, frames = slice(first, last), slice(*self.starts[[first, last]].tolist())
-        return BatchGroup(
-            self.positions[of],
-            self.times_ns[of],
-            self.starts[first : last + 1] - self.starts[first],
-            self.streams[frames],
-            self.seqs[frames],
-            self.x[frames],
-            None if self.y is None else self.y[frames],
-        )
+    def only(self, wanted: Bool | slice) -> Frames:
+        """Some of them."""
+        return Frames(*(getattr(self, each.name)[wanted] for each in fields(self)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Frames]) -> Frames:
+        """All of them, one after another."""
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U64, Bool
+from instep.core.typing import F32, I64, U64
 from instep.recording.errors import RecordingError
 from instep.recording.reader import Closing, RecordingReader
-from instep.recording.records import BatchGroup, StreamInfo, find_sorted, no_such_stream
+from instep.recording.records import Frames, StreamInfo, find_sorted, no_such_stream
 from instep.recording.schema import RecordingHeader
 from instep_tools.words import counted
 
-CHUNK_BYTES: Final = 16 * 2**20
-CHUNK_FRAMES: Final = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class FrameChunk:
-    """Frames in the order in which they were stepped, as columns of one length."""
-
-    rows: I64
-    """Which stream, as an index into those that were asked for."""
-    seqs: U64
-    times_ns: I64
-    """Nanoseconds since 1970, of the step."""
-    x: F32
-    """float32 [frames, features]."""
-    y: F32
-    """float32 [frames, outputs]; NaN where the output was not recorded."""
-    answered: Bool
-    """False where the output was not recorded, because the engine was killed as it computed it."""
-
-    def __len__(self) -> int:
-        return len(self.seqs)
-
-    @classmethod
-    def join(cls, chunks: Sequence[FrameChunk]) -> FrameChunk:
-        """Several as one."""
-        return cls(*(np.concatenate([getattr(chunk, each.name) for chunk in chunks]) for each in fields(cls)))
+PART_BYTES: Final = 16 * 2**20
+PART_FRAMES: Final = 65_536
 
 
 def read_frames(
@@ -51,16 +26,16 @@ def read_frames(
     selected: Sequence[int],
     on_progress: Callable[[float], None] = lambda share: None,
     *,
-    chunk_frames: int = CHUNK_FRAMES,
-) -> Iterator[FrameChunk]:
-    """Every frame of some streams of a recording, once and in bounded memory; at least one chunk, which may be empty.
+    part_frames: int = PART_FRAMES,
+) -> Iterator[Frames]:
+    """Every frame of some streams of a recording, once and in bounded memory; at least one part, which may be empty.
 
     Args:
         reader: an open recording.
         streams: all that it has.
         selected: which of them, as ascending indices.
         on_progress: called with the share (0 to 1) of the recording that was read.
-        chunk_frames: a chunk is complete with about this many frames, or with `CHUNK_BYTES` of floats.
+        part_frames: a part is complete with about this many frames, or with `PART_BYTES` of floats.
 
     Raises:
         DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or in another place.
@@ -69,72 +44,69 @@ def read_frames(
     table = _Table(reader, streams, selected)
     first = min((streams[at].opened_position for at in selected), default=1)
     last = max((streams[at].closed_position or reader.last_position for at in selected), default=0)
-    most = max(1, min(chunk_frames, CHUNK_BYTES // (4 * (reader.header.features + reader.header.outputs))))
-    found, count = [table.empty()], 0
-    for group in reader.whole_groups(first, last):
-        found.append(table.chunk(group))
+    most = max(1, min(part_frames, PART_BYTES // (4 * (reader.header.features + reader.header.outputs))))
+    found, count = [reader.no_frames()], 0
+    for frames in reader.frames(first, last):
+        found.append(table.chosen(frames))
         count += len(found[-1])
         if count >= most:
-            yield FrameChunk.join(found)
-            found, count = [table.empty()], 0
-        on_progress((group.position - first + 1) / (last - first + 1))
+            yield Frames.join(found)
+            found, count = [reader.no_frames()], 0
+        on_progress((int(frames.positions[-1]) - first + 1) / (last - first + 1))
     table.check_closings()
-    yield FrameChunk.join(found)
+    yield Frames.join(found)
+
+
+class StreamIndex:
+    """Finds streams by number."""
+
+    def __init__(self, streams: Sequence[StreamInfo]) -> None:
+        numbers = np.array([info.stream for info in streams], np.int64)
+        self._by_number: I64 = np.argsort(numbers).astype(np.int64)
+        self._numbers = numbers[self._by_number]
+
+    def rows(self, numbers: I64) -> I64:
+        """Where each is among the streams; -1 where it is not."""
+        if not len(self._numbers):
+            return np.full(len(numbers), -1, np.int64)
+        at, are_known = find_sorted(self._numbers, numbers)
+        rows: I64 = np.where(are_known, self._by_number[at], -1)
+        return rows
 
 
 class _Table:
     def __init__(self, reader: RecordingReader, streams: Sequence[StreamInfo], selected: Sequence[int]) -> None:
         self._reader = reader
         self._streams = [streams[at] for at in selected]
-        numbers = np.array([info.stream for info in streams], np.int64)
-        self._by_number: I64 = np.argsort(numbers).astype(np.int64)
-        self._numbers = numbers[self._by_number]
-        self._selected: I64 = np.full(len(streams), -1, np.int64)
-        self._selected[list(selected)] = np.arange(len(selected))
-        self._first: I64 = np.array([info.first_seq for info in self._streams], np.int64)
-        self._next = self._first.copy()
+        self._all, self._chosen = StreamIndex(streams), StreamIndex(self._streams)
+        self._next: I64 = np.array([info.first_seq for info in self._streams], np.int64)
 
-    def empty(self) -> FrameChunk:
-        x, y = (
-            np.empty((0, width), np.float32) for width in (self._reader.header.features, self._reader.header.outputs)
-        )
-        none = np.empty(0, np.int64)
-        return FrameChunk(none, none.astype(np.uint64), none, x, y, none.astype(np.bool_))
-
-    def chunk(self, group: BatchGroup) -> FrameChunk:
-        """The frames of these batches that were asked for."""
-        sizes = np.diff(group.starts)
-        positions = np.repeat(np.array(group.positions, np.int64), sizes)
-        at, are_known = find_sorted(self._numbers, group.streams.astype(np.int64))
+    def chosen(self, frames: Frames) -> Frames:
+        """Those of the streams that were asked for, checked."""
         # Batches up to there may hold frames that are in the states with which the history begins.
-        early = positions <= self._reader.trimmed_until
-        if unknown := np.flatnonzero(~are_known & ~early).tolist():
+        early = frames.positions <= self._reader.trimmed_until
+        for at in np.flatnonzero((self._all.rows(frames.streams) < 0) & ~early)[:1].tolist():
             raise self._reader.damaged(
-                f"the batch at position {positions[unknown[0]]} holds frames of a stream that was never opened"
+                f"the batch at position {frames.positions[at]} holds frames of a stream that was never opened"
             )
-        rows = np.where(are_known, self._selected[self._by_number[at]] if len(at) else at, -1)
-        seqs = group.seqs.astype(np.int64)  # one of 2^63 or more turns negative, and is out of order
+        rows = self._chosen.rows(frames.streams)
         wanted = rows >= 0
-        if early.any():
-            wanted[early] &= seqs[early] >= self._first[rows[early]]
-        rows, positions = rows[wanted], positions[wanted]
-        self._check(rows, seqs[wanted], positions)
-        outputs = self._reader.header.outputs
-        y = np.full((len(rows), outputs), np.nan, np.float32) if group.y is None else group.y[wanted]
-        times: I64 = np.repeat(np.array(group.times_ns, np.int64), sizes)[wanted]
-        return FrameChunk(rows, group.seqs[wanted], times, group.x[wanted], y, np.full(len(rows), group.y is not None))
+        wanted[early & wanted] = frames.seqs[early & wanted] >= self._next[rows[early & wanted]]
+        frames = frames.only(wanted)
+        self._check(rows[wanted], frames)
+        return frames
 
-    def _check(self, rows: I64, seqs: I64, positions: I64) -> None:
+    def _check(self, rows: I64, frames: Frames) -> None:
         """Raise where a frame does not follow the one before it."""
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows, minlength=len(self._streams))
         expected = np.arange(len(rows)) + np.repeat(self._next - (np.cumsum(counts) - counts), counts)
-        wrong = order[np.flatnonzero(seqs[order] != expected)]
+        wrong = order[np.flatnonzero(frames.seqs[order] != expected)]
         if len(wrong):
             at = int(wrong.min())
             info, before = self._streams[rows[at]], int((rows[:at] == rows[at]).sum())
             raise self._reader.damaged(
-                f"the batch at position {positions[at]} holds frame {seqs[at]} of stream {info.stream} "
+                f"the batch at position {frames.positions[at]} holds frame {frames.seqs[at]} of stream {info.stream} "
                 f"({info.name!r}) where frame {self._next[rows[at]] + before} belongs"
             )
         self._next += counts
@@ -147,6 +119,11 @@ class _Table:
                     f"stream {info.stream} ({info.name!r}) was closed before frame {info.frames}, but its recorded "
                     f"frames end before frame {following}"
                 )
+
+
+def known_outputs(frames: Frames) -> F32:
+    """Outputs of frames, float32 [N, outputs], NaN where none were recorded."""
+    return np.where(frames.answered[:, None], frames.y, np.float32(np.nan))
 
 
 @dataclass(frozen=True)
@@ -258,9 +235,11 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         """The streams at these indices, which ascend."""
         if self._is_closed:
             raise RecordingError(f"the recording {self._reader.path} was closed: open it again to read more of it")
-        frames = FrameChunk.join(list(read_frames(self._reader, self._streams, selected)))
-        order = np.argsort(frames.rows, kind="stable")
-        ends = np.cumsum(np.bincount(frames.rows, minlength=len(selected)))[:-1]
-        columns = [np.split(column[order], ends) for column in (frames.x, frames.y, frames.times_ns, frames.seqs)]
+        frames = Frames.join(list(read_frames(self._reader, self._streams, selected)))
         chosen = [self._streams[at] for at in selected]
-        return [RecordedStream(info.name, info.stream, *arrays) for info, *arrays in zip(chosen, *columns, strict=True)]
+        rows = StreamIndex(chosen).rows(frames.streams)
+        order = np.argsort(rows, kind="stable")
+        ends = np.cumsum(np.bincount(rows, minlength=len(chosen)))[:-1]
+        columns = (frames.x, known_outputs(frames), frames.times_ns, frames.seqs.astype(np.uint64))
+        arrays = zip(chosen, *(np.split(column[order], ends) for column in columns), strict=True)
+        return [RecordedStream(info.name, info.stream, *of_stream) for info, *of_stream in arrays]

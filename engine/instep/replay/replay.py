@@ -17,9 +17,9 @@ from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel, StateSpec
 from instep.models.network import PortableNetwork
 from instep.recording.errors import DamagedRecording
-from instep.recording.portions import Closed, Frames, Mark, Opened, Portion
+from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedEvent
+from instep.recording.records import Frames, RecordedEvent
 from instep.recording.schema import RESET_EVENT
 
 Place: TypeAlias = Literal["final state", "checkpoint", "state"]

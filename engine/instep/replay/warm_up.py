@@ -75,8 +75,8 @@ class WarmUpReplay(Follower):
         opened = {row[2]: row[5] for row in reader.rows("openings")}
         closed = {row[2] for row in reader.rows("closings")}
         nexts = {n: found.seq for n in opened if n not in closed and (found := newest_state(reader, n)) is not None}
-        for group in reader.whole_groups(checkpoint + 1):
-            for number, seq in zip(group.streams.tolist(), group.seqs.tolist(), strict=True):
+        for frames in reader.frames(checkpoint + 1):
+            for number, seq in zip(frames.streams.tolist(), frames.seqs.tolist(), strict=True):
                 if number in nexts:
                     nexts[number] = max(nexts[number], seq + 1)
         starts = {number: max(opened[number], seq - self._frames) for number, seq in nexts.items()}
@@ -84,8 +84,8 @@ class WarmUpReplay(Follower):
         lowest, first = dict(nexts), reader.last_position + 1
         while missing and first > reader.first_position:
             last, first = first - 1, max(first - _WINDOW, reader.first_position)
-            for group in reader.whole_groups(first, last):
-                for number, seq in zip(group.streams.tolist(), group.seqs.tolist(), strict=True):
+            for frames in reader.frames(first, last):
+                for number, seq in zip(frames.streams.tolist(), frames.seqs.tolist(), strict=True):
                     if number in missing:
                         lowest[number] = min(lowest[number], seq)
             missing = {number for number in missing if lowest[number] > starts[number]}
