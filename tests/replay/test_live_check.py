@@ -18,6 +18,7 @@ from instep.recording.writer import RecordingWriter
 from instep.replay.live_check import LiveCheck
 from tests.support.forger import Forger
 from tests.support.growing import Story, look
+from tests.support.recordings import NO_BITS
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -139,7 +140,7 @@ def test_damage_is_found(tmp_path: Path, table: str) -> None:
     row = forger.rows(table)[-1]
     forger.change(table, row["position"], time_ns=row["time_ns"] ^ 256)
     with pytest.raises(DamagedRecording, match=f"the row at position {row['position']} .of {table}. does not match"):
-        look(LiveCheck(forger.path, story.network, 0, 0))
+        look(LiveCheck(forger.path, story.checkers, 0, 0))
 
 
 def test_the_file_is_closed_while_the_network_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +170,42 @@ def test_events_that_were_read_are_forgotten(tmp_path: Path) -> None:
         look(check)
     assert (check.frames, check.mismatches_total, check.skipped) == (10, 0, 0)
     assert sum(type(each) is RecordedEvent for each in gc.get_objects()) < before + 25
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_bits_are_not_promised_the_bound_of_the_verifier_counts(tmp_path: Path, seed: int) -> None:
+    story = Story(tmp_path, seed, **NO_BITS)
+    story.rounds_otherwise = True
+    check = story.check()
+    for turn in range(300):
+        story.anything()
+        if turn % 7 == 0:
+            look(check)
+    story.checkpoint()
+    look(check)
+    assert check.mismatches == []
+    assert check.checkers.notes == ("the engine computed with torch on cuda:0, which promises no bits",)
+    assert check.frames + check.skipped == story.frames
+    assert check.frames > 0.9 * story.frames
+    streams = sorted(story.scribe.states)[:3]
+    seq = story.scribe.seqs[streams[1]]
+    story.corrupts = 2
+    story.step(*streams)
+    story.step(*streams, frames=2)
+    look(check)
+    assert [(wrong.stream, wrong.seq) for wrong in check.mismatches] == [(f"stream-{streams[1]}", seq)]
+    story.checkpoint()
+    look(check)
+    assert check.mismatches_total == 1
+
+
+def test_frames_of_a_former_engine_are_not_compared(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(3)]
+    story.corrupts = 2
+    story.step(*streams, frames=5)
+    story.scribe.writer.event(story.scribe.now, "engine", None, '{"arithmetic": "portable-1"}')
+    story.step(*streams, frames=5)
+    check = LiveCheck.of(story.path, 0, 0)
+    look(check)
+    assert (check.frames, check.skipped, check.mismatches) == (15, 15, [])

@@ -13,6 +13,8 @@ from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.replay.following import Follower
 from instep.replay.live_check import LiveCheck
+from instep.replay.recorded_model import why_not_bits
+from instep.replay.verifier import make_checkers
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
 
@@ -31,6 +33,8 @@ class Story:
         self.model = load_model(model.folder)
         self.folder = model.folder
         self.network = PortableNetwork(self.model)
+        notes = why_not_bits([model.header])
+        self.checkers = make_checkers(self.model, notes)
         self.path = where / "a.rec"
         writer = RecordingWriter.create(self.path, model.header, retention)
         self.rng = np.random.default_rng(seed)
@@ -112,7 +116,7 @@ class Story:
 
     def check(self, position: int = 0, applied: int | None = 0) -> LiveCheck:
         """A live check of it."""
-        return LiveCheck(self.path, self.network, position, applied)
+        return LiveCheck(self.path, self.checkers, position, applied)
 
 
 def look(check: Follower) -> None:

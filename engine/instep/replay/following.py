@@ -70,14 +70,16 @@ class Follower(Replay):
             RecordingError: when the recording is damaged.
             UnavailableRecording: when it is locked at the moment.
         """
-        began, taken = time.time(), 0
+        began, taken, since = time.time(), 0, self.position or 0
         try:
-            with RecordingReader(self.path, since=self.position or 0) as reader, torch.inference_mode():
+            with RecordingReader(self.path, since=since) as reader, torch.inference_mode():
                 self.reader = reader
                 if self.position is None or self.is_to_begin(reader):
                     for number in list(self._streams):
                         self.drop(number)
                     self.position = self.begin(reader)
+                    if self.position < since:
+                        return False  # this reader does not show what is read again
                 for portion in portions(reader, self.position + 1, settled=True, portion_bytes=portion_bytes):
                     self.take(portion)
                     self.position, taken = portion.position, taken + 1

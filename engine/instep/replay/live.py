@@ -124,7 +124,7 @@ class _Recording:
                 "lag_s": round(check.lag_s + unread_s, 3),
                 "position": check.position or 0,
                 "applied": check.applied,
-                "notes": check.notes,
+                "notes": check.checkers.notes,
                 "mismatches": [wrong.as_json() for wrong in new],
                 "mismatches_total": check.mismatches_total,
                 "unreadable": unreadable,

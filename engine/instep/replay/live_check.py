@@ -1,11 +1,13 @@
 """Committed frames of a recording that is being written, stepped again and compared.
 
-Where the engine computes in `portable-1`, a frame is wrong when any bit of its output differs.
+Where the engine computes in `portable-1`, a frame is wrong when any bit of its output differs. Elsewhere it is wrong
+beyond the bound of `instep verify`. There the states drift apart, so the check goes on from the recorded ones whenever
+there is a new checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -13,15 +15,17 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from instep.core.typing import F32, Bool
-from instep.models.base import RecurrentModel
+from instep.core.typing import F32, U8
 from instep.recording.portions import Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import read_checkpoint_frames
+from instep.replay.bound import F64
+from instep.replay.checkers import Block, Checkers, check_stepped, check_with_bound, plan_blocks
+from instep.replay.comparison import differ
 from instep.replay.following import Follower
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
-from instep.replay.replay import StateTable
-from instep.replay.report import CannotVerify
+from instep.replay.replay import StateTable, Stretches
+from instep.replay.verifier import make_checkers
 
 LATE_S: Final = 15.0
 """Behind the newest commit by more than this, everything up to the newest checkpoint is left out."""
@@ -54,7 +58,7 @@ class LiveCheck(Follower):
 
     Args:
         path: the recording.
-        network: the recorded one.
+        checkers: of the recorded network.
         position: everything up to here was checked before; it begins at the newest checkpoint, and does not count
             frames up to here again.
         applied: how many frames were applied up to there since the recording began; None for what the checkpoint says.
@@ -64,17 +68,20 @@ class LiveCheck(Follower):
         skipped: how many others were committed and read, or left out.
         mismatches: the first wrong frame of each stream that has one; of many only the first ones.
         mismatches_total: how many there are.
-        notes: why bits need not be equal; empty where they must.
     """
 
-    def __init__(self, path: Path, network: RecurrentModel, position: int, applied: int | None) -> None:
-        super().__init__(path, StateTable(network), position=None if position else 0)
+    def __init__(self, path: Path, checkers: Checkers, position: int, applied: int | None) -> None:
+        super().__init__(path, StateTable(checkers.network), position=None if position else 0)
+        self.checkers = checkers
         self.applied = applied if position else 0
         self.frames = self.skipped = self.mismatches_total = 0
         self.mismatches: list[WrongOutput] = []
         self.has_trimmed = False
-        self.notes: tuple[str, ...] = ()
-        self._counted = position
+        self._told_until = self._counted = position
+        self._began = 0
+        """The checkpoint from whose states it goes on."""
+        self._drift: dict[int, float] = {}
+        """By number, the relative error of streams so far: see `ErrorBound`."""
         self._compared_from = 0
         """Frames up to here were computed by another engine, and stepped again by this one as it started."""
         self._wrong = set[int]()
@@ -90,9 +97,9 @@ class LiveCheck(Follower):
         """
         with RecordingReader(path) as reader:
             model, engine = recorded_model(reader.header, None), reader.engines[-1]
-        if notes := why_not_bits([engine.header]):
-            raise CannotVerify(f"{notes[0]}; `instep verify` compares what it computed within a bound")
-        check = cls(path, recorded_network(model), position, applied)  # the file is closed meanwhile
+        notes = why_not_bits([engine.header])  # the file is closed while the network is compiled
+        checkers = make_checkers(model, notes) if notes else Checkers(recorded_network(model), None, None, ())
+        check = cls(path, checkers, position, applied)
         check._compared_from = engine.position
         return check
 
@@ -101,11 +108,16 @@ class LiveCheck(Follower):
         if super().is_to_begin(reader):
             self.has_trimmed = True
             return True
-        return self.lag_s > LATE_S and reader.checkpoint().position > (self.position or 0)
+        newest, position = reader.checkpoint().position, self.position or 0
+        if newest > position:
+            return self.lag_s > LATE_S
+        return newest > self._began and not self.checkers.bits_required
 
     def begin(self, reader: RecordingReader) -> int:
-        """Count what is left out."""
+        """Count what is left out; what is read again counts no more."""
         checkpoint = reader.checkpoint()
+        self._began, self._drift = checkpoint.position, {}
+        self._counted = max(self._counted, self.position or 0)
         rows = reader.rows("events", checkpoint.completed, checkpoint.completed)
         applied = sum(read_checkpoint_frames(row[5]) for row in rows)
         if self.applied is None:
@@ -122,20 +134,43 @@ class LiveCheck(Follower):
     def take(self, portion: Portion) -> None:
         """Step a portion and compare."""
         stretches = self.plan(portion)
-        y, _ = self.step(stretches)
+        before = None if self.checkers.bits_required else self.states_before(stretches)
+        y, after = self.step(stretches)
         frames = stretches.frames
         compared = frames.answered & (frames.positions > self._compared_from)
         is_applied = np.zeros(len(frames), np.bool_)
         is_applied[stretches.applied()] = True
         compared &= is_applied
-        for at in np.flatnonzero(compared & _differ(y, frames.y)).tolist():
-            self._tell(int(frames.streams[at]), int(frames.seqs[at]), int(frames.positions[at]), y[at], frames.y[at])
+        if before is None:
+            wrong = [(at, "") for at in np.flatnonzero(compared & differ(y, frames.y)).tolist()]
+        else:
+            wrong = [(at, words) for at, words in self._beyond(stretches, before, y, after) if compared[at]]
+        for at, words in wrong:
+            where = int(frames.streams[at]), int(frames.seqs[at]), int(frames.positions[at])
+            self._tell(*where, y[at], frames.y[at], words)
         for defect in stretches.defects:
             self._tell(defect.stream, defect.seq, defect.position, sentence=defect.sentence)
         is_new = frames.positions > self._counted
         self.applied = (self.applied or 0) + int(is_new.sum())
         self.frames += int((compared & is_new).sum())
         self.skipped += int((~compared & is_new).sum())
+
+    def _beyond(self, stretches: Stretches, before: U8, y: F32, after: U8) -> Iterator[tuple[int, str]]:
+        """The first frame of each stretch that is beyond the bound, as its index and in words."""
+        numbers = stretches.streams.tolist()
+        carried = [0.0 if at in stretches.given else self._drift.get(each, 0.0) for at, each in enumerate(numbers)]
+        drift: F64 = np.array(carried, np.float64)
+        for rows in plan_blocks(stretches.lengths, np.flatnonzero(stretches.lengths).astype(np.int64)):
+            found = check_stepped(Block(self.checkers, stretches, rows, before, drift), y, after[rows])
+            if found.wrong.any():
+                rows = rows[found.wrong]
+                block = Block(self.checkers, stretches, rows, before, drift)
+                (found, *_), drift[rows] = check_with_bound(block, y, after[rows])
+            for at in np.flatnonzero(found.wrong).tolist():
+                first, row = found.first[at], int(rows[at])
+                offset = min(first.frame - stretches.first_seqs[row], stretches.lengths[row] - 1)
+                yield int(stretches.order[stretches.starts[row] + offset]), first.sentence()
+        self._drift |= zip(numbers, drift.tolist(), strict=True)
 
     def _tell(
         self, number: int, seq: int, position: int, expected: F32 = _NOTHING, got: F32 = _NOTHING, sentence: str = ""
@@ -146,20 +181,14 @@ class LiveCheck(Follower):
         self._wrong.add(number)
         if number in self:
             self.drop(number)
-        if position <= self._counted:  # a former process has told of it
+        if position <= self._told_until:  # a former process has told of it
             return
         self.mismatches_total += 1
         if len(self.mismatches) < _MOST_KEPT:
             opening = self.reader.newest_row("openings", "stream = ?", number)
             name = f"number {number}" if opening is None else opening[3]
             if not sentence:
-                at = int(np.argmax(_differ(expected[:, None], got[:, None])))
+                at = int(np.argmax(differ(expected[:, None], got[:, None])))
                 sentence = f"frame {seq}, element {at}: recorded {got[at]}, computed again {expected[at]}"
             wrong = WrongOutput(name, seq, position, expected.tolist(), got.tolist(), sentence)
             self.mismatches.append(wrong)
-
-
-def _differ(one: F32, other: F32) -> Bool:
-    """By row of [N, values], whether any bit differs."""
-    differ: Bool = (one.view(np.uint32) != other.view(np.uint32)).any(axis=1)
-    return differ
