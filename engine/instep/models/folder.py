@@ -104,28 +104,6 @@ def load_model(folder: str | Path) -> Model:
     return Model(name, description, weights, output_names)
 
 
-def load_version(folder: Path, features: int, outputs: int, other: str) -> Model:
-    """Read a model folder whose frames and outputs must have these sizes.
-
-    Args:
-        folder: the model's.
-        features: of a frame.
-        outputs: of a frame.
-        other: what has these sizes, as "r.instep is of a model", for the error.
-
-    Raises:
-        ModelError: as `load_model`, or when a size differs.
-    """
-    model = load_model(folder)
-    for what, here, there in (
-        ("features", model.description.features, features),
-        ("outputs", model.description.outputs, outputs),
-    ):
-        if here != there:
-            raise ModelError(f"{folder} has {here} {what}, and {other} with {there}")
-    return model
-
-
 def graph_bytes(path: Path, most: int = MAX_GRAPH_BYTES) -> bytes:
     """The content of a file that holds a graph, of at most `most` bytes.
 

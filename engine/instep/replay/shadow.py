@@ -20,7 +20,8 @@ from rich.text import Text
 from instep.core.typing import F32, I64
 from instep.interrupts import Stopped
 from instep.models.base import RecurrentModel
-from instep.models.folder import load_version
+from instep.models.errors import ModelError
+from instep.models.folder import load_model
 from instep.models.numerics import prepare
 from instep.models.registry import build
 from instep.recording.errors import UnavailableRecording
@@ -86,7 +87,11 @@ def make_shadow(asked: Shadowing) -> Shadow:
     prepare()
     with RecordingReader(asked.recording) as reader:
         header = reader.header
-    model = load_version(asked.folder, header.features, header.outputs, f"{asked.recording} is of a model")
+    model = load_model(asked.folder)
+    for what in ("features", "outputs"):
+        here, there = getattr(model.description, what), getattr(header, what)
+        if here != there:
+            raise ModelError(f"{asked.folder} has {here} {what}, and {asked.recording} is of a model with {there}")
     network = build(model, torch.device("cpu"))
     warm_up = asked.warm_up
     if warm_up is None and network.state != header.state_spec:
