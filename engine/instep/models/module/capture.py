@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from instep.models.errors import ModelError
 from instep.models.module import operators
-from instep.models.module.description import Graph
+from instep.models.module.description import Graph, TensorType
 from instep.models.module.operators import Operator, is_allowed, name_of
 from instep.models.module.program import encoded
 
@@ -89,7 +89,8 @@ def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
             found[node] = {"tensor": name}
             tensor = {**program.state_dict, **program.constants}[spec.target]
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            _check_tensor(name, tensors[name])
+            if _dtype(tensor) not in get_args(TensorType):
+                raise ModelError(f"{name} of the step is {_dtype(tensor)}; convert it, as with .float()")
     batch = inputs[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
     nodes, lines = [], {}
     for node in program.graph.nodes:
@@ -103,12 +104,15 @@ def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
         found[node], lines[node.name] = {"node": node.name}, _where(node)
     y, *new_state = [found[each] for each in results]
     described = [
-        {"name": name, "shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in tensors.items()
+        {"name": name, "shape": tuple(tensor.shape), "dtype": _dtype(tensor)} for name, tensor in tensors.items()
     ]
     after = dict(zip(leaves, new_state, strict=True))
     graph = Graph.model_validate({"tensors": described, "nodes": nodes, "y": y, "new_state": after})
     return Capture(graph, tensors, lines)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _plain(name: str) -> str:
@@ -161,17 +165,3 @@ def _where(node: fx.Node) -> str:
 def unknown(where: str, name: str) -> str:
     """Why a call cannot be served."""
     return f"{where} calls {name}, which cannot be served; {_HINTS.get(name, 'write it with other functions of torch')}"
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float64", "int64", "int32", "bool"):
-        raise ModelError(
-            f"{name} of the step is {dtype}, and tensors may be float32, float64, int64, int32 or bool; convert it, as "
-            "with .float()"
-        )
-    if not bool(tensor.isfinite().all()):
-        raise ModelError(
-            f"{name} of the step holds NaN or infinity, and tensors in a folder are finite: save the weights of an "
-            "earlier epoch, and use -1e30 instead of -inf in a mask"
-        )
