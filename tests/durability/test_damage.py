@@ -27,7 +27,8 @@ PLACES = 260
 WAL_PLACES = 100
 PLACE = re.compile(
     r"stepping the batch at position "
-    r"|is damaged: (it ends after|the rows? (at|after|of) |the table |up to position |the header )"
+    r"|is damaged: (it ends after|the rows? (at|after|of) |the table |up to position |the header "
+    r"|its newest checkpoint )"
     r"|is not a recording(, or is damaged)?: |cannot continue the recording .*: database disk image is malformed"
 )
 
