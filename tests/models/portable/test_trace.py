@@ -76,15 +76,6 @@ WEIGHTS: Final = {"w": torch.tensor([1.0, 2.0, 3.0])}
 FRAME: Final = (np.array([1, 2, 4], np.float32), np.array([5, 6], np.float32))
 
 
-def test_squeeze_removes_the_dimensions_that_it_would_of_several_rows() -> None:
-    traced = form_of(
-        ("deep", "aten.unsqueeze.default", [X, 1]),
-        ("flat", "aten.squeeze.default", [{"node": "deep"}]),
-        ("y", "aten.cumsum.default", [{"node": "flat"}, 1]),  # there would be no dimension 1
-    )
-    assert stepped(traced, WEIGHTS, FRAME)[0].tolist() == [[1, 3, 7]]
-
-
 def test_rows_are_one() -> None:
     traced = form_of(
         ("wide", "aten.expand.default", [{"tensor": "w"}, [{"rows": True}, 3]]),

@@ -84,37 +84,12 @@ def form_of_module(
         call.stack_trace = where.get(node.name)
     module = fx.GraphModule(nn.Module(), copied)
     tensors = [*map(_like, program.weights)]
-    of_several = [torch.zeros(3, *each.shape[1:], dtype=each.dtype) for each in inputs]
-    _name_squeezed(module, [*tensors, *of_several, 3])
     return _traced(module, {each.name: weights[each.name] for each in graph.tensors}, [*tensors, *inputs, 1])
 
 
 def _like(tensor: Tensor) -> Tensor:
     """Contiguous memory of its own."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
-
-
-def _name_squeezed(module: fx.GraphModule, arguments: Sequence[Any]) -> None:
-    """Give each `squeeze()` the dimensions that it removes in a batch of several rows.
-
-    Of one row it would remove the rows, too.
-    """
-    names = {aten.squeeze.default: aten.squeeze.dims, aten.squeeze_.default: aten.squeeze_.dims}
-    if not any(node.target in names for node in module.graph.nodes):
-        return
-    squeezed: dict[str, list[int]] = {}
-
-    class Sizes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            if n.target in names:
-                given = self.fetch_args_kwargs_from_env(n)[0][0]
-                squeezed[n.name] = [dim for dim, size in enumerate(given.shape) if size == 1]
-            return super().run_node(n)
-
-    Sizes(module).run(*arguments)
-    for node in module.graph.nodes:
-        if node.target in names:
-            node.target, node.args = names[node.target], (node.args[0], squeezed[node.name])
 
 
 class _WithDefinitions(Located):
