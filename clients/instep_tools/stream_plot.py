@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -70,7 +69,8 @@ def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: 
         ]
         column[0].set_title(f"{what} ({len(names)})", fontsize=11, loc="left")
         column[-1].set_xlabel("frame")
-        _draw(figure, column, parts, names)
+        draw = _draw_lines if len(names) <= MOST_LINES else _draw_maps
+        draw(figure, column, parts, [*map(_plain, names)])
     for axes, name in zip(grid[:, 0], shown.names, strict=True):
         axes.set_ylabel(_plain(name if len(name) <= 16 else f"…{name[-15:]}"), fontsize=9)
     write_file(path, rendered(figure, path))
@@ -80,34 +80,6 @@ def plot_streams(sequences: RecordedSequences, path: Path, title: str, outputs: 
     return f"drew {which}{cut} in {path}"
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """Numbers of each frame of one stream."""
-
-    title: str
-    values: F32
-    """float32 [frames, numbers]."""
-    names: Sequence[str]
-    """[numbers]."""
-
-
-def plot_panels(path: Path, title: str, first: int, panels: Sequence[Panel]) -> None:
-    """Draw numbers of one stream below each other, over frames from `first` on; an older picture is replaced.
-
-    Raises:
-        BadFile: when it cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 0.8 + 1.9 * len(panels)), layout="constrained")
-    figure.suptitle(_plain(title), fontsize=13)
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        axes.set_title(f"{panel.title} ({len(panel.names)})", fontsize=11, loc="left")
-        _draw(figure, [axes], [panel.values], panel.names, first)
-    axes.set_xlabel("frame")
-    write_file(path, rendered(figure, path))
-
-
 def rendered(figure: Figure, path: Path) -> bytes:
     """The picture in the format that the file's name says."""
     picture = io.BytesIO()
@@ -115,31 +87,20 @@ def rendered(figure: Figure, path: Path) -> bytes:
     return picture.getvalue()
 
 
-def _draw(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int = 0) -> None:
-    """Parts of streams that begin with the frame `first`, each in a panel."""
-    (_draw_lines if len(names) <= MOST_LINES else _draw_maps)(figure, column, parts, [*map(_plain, names)], first)
-
-
-def _draw_lines(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int) -> None:
+def _draw_lines(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
     """A line for each number, a panel for each stream."""
     for axes, part in zip(column, parts, strict=True):
         _prepare(axes)
         for line, name in zip(part.T, names, strict=True):
-            axes.plot(
-                np.arange(first, first + len(line)),
-                line,
-                label=name,
-                linewidth=1,
-                marker="." if len(line) <= 60 else "",
-            )
-        axes.set_xlim(first - 0.5, first + len(part) - 0.5)
+            axes.plot(line, label=name, linewidth=1, marker="." if len(line) <= 60 else "")
+        axes.set_xlim(-0.5, len(part) - 0.5)
         axes.grid(alpha=0.3)
     column[0].legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), fontsize=8, frameon=False, borderaxespad=0.2
     )
 
 
-def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str], first: int) -> None:
+def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], names: Sequence[str]) -> None:
     """A heat map for each stream, all of one scale: a few outliers are beyond its ends."""
     from matplotlib.ticker import MaxNLocator
 
@@ -156,7 +117,7 @@ def _draw_maps(figure: Figure, column: Sequence[Axes], parts: Sequence[F32], nam
             cmap="RdBu_r" if signed else "Blues",
             vmin=-limit if signed else 0,
             vmax=limit,
-            extent=(first - 0.5, first + len(part) - 0.5, -0.5, len(names) - 0.5),
+            extent=(-0.5, len(part) - 0.5, -0.5, len(names) - 0.5),
         )
         if len(names) <= MOST_NAMES and not names[0][-1].isdigit():
             axes.set_yticks(range(len(names)), [name[:16] for name in names], fontsize=6)
