@@ -494,7 +494,10 @@ class RecordingReader(Closing):
         """
         mark = self.checkpoint()
         if mark.position != announced:
-            raise self.damaged(f"its newest checkpoint should be of position {announced}, and is of {mark.position}")
+            raise self.damaged(
+                f"up to position {self.last_position} its newest checkpoint should be of position {announced}, and is "
+                f"of {mark.position}"
+            )
         for table in COUNTED:
             later = positions[table][positions[table] > self.trimmed.position]
             count = int((later <= mark.position).sum())
