@@ -159,9 +159,9 @@ ends = Ends()
 """
 AGAINST: dict[str, tuple[str, str]] = {
     "gives a dict": ("gru net.py:ends", "net.py:ends returns a dict; return a tensor of outputs"),
-    "ends the program": ("gru exit.py:net", "exit.py, line 1: SystemExit: 3; correct it, or name another file"),
+    "ends the program": ("gru exit.py:net", "exit.py, line 1: SystemExit: 3; the file is run to find net"),
     "is no Python": ("gru wrong.py:net", "wrong.py: SyntaxError: '(' was never closed"),
-    "looks like an emoji": ("gru no.py:x", "--against no.py:x: there is no file no.py"),
+    "looks like an emoji": ("gru no.py:x", "--against no.py:x: name a Python file"),
     "is not compared": ("spoilt net.py:ends", "cannot read the weights"),
 }
 
