@@ -25,7 +25,7 @@ help:  ## List the targets
 demo: $(DEMO_READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
 	$(BIN)/instep demo $(if $(filter-out 0,$(KEEP)),--keep)
 
-test: $(READY)  ## Run the checks and all tests; COVERAGE=1 also counts the lines that they run
+test: $(READY)  ## Run the checks and all tests but long ones; COVERAGE=1 also counts the lines that they run
 	$(if $(COUNTS),$(BIN)/coverage erase)
 	@$(MAKE) --no-print-directory -j 2 all-tests check $(if $(COUNTS),uncompiled)
 	$(if $(COUNTS),$(BIN)/coverage combine --quiet)
@@ -37,7 +37,7 @@ all-tests: $(READY)
 uncompiled: check  # since the lines of compiled kernels cannot be counted
 	NUMBA_DISABLE_JIT=1 $(BIN)/$(COUNTED) -m pytest -q tests/core
 
-test-long: $(READY)  ## Run the tests that take minutes: long chaos, all mutants, a million damaged messages, scale
+test-long: $(READY)  ## Run the tests that take over 5 s: mutants, chaos, a million damaged messages, scale
 	$(BIN)/python -m pytest -m long $(TOGETHER)
 
 check: $(READY)  ## Check format, style, types and the direction of imports

@@ -16,6 +16,8 @@ from tests.support.models import SMALL, torch_gru
 from tests.support.running import prepared, running
 from tests.support.traffic import assert_same_bits
 
+pytestmark = pytest.mark.long
+
 F, H = 5, 8
 CONNECTIONS = 2_000
 STREAMS_ON_ONE = 20_000

@@ -14,6 +14,8 @@ from tests.frontends.http import test_health, test_security, test_streams
 from tests.frontends.http.test_security import token_file as token_file
 from tests.support.broken_rules import BrokenRule, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 def the_beginning_is_enough(original: Any, shown: str, expected: str) -> bool:
     return expected.startswith(shown)

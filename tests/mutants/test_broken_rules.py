@@ -14,6 +14,8 @@ from instep_client.protocol.wire import name_is_good
 from instep_client.streams import OpenStreams
 from tests.support.broken_rules import BrokenRule, broken, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 def names_are_checked() -> None:
     assert not name_is_good("")

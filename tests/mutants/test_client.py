@@ -28,6 +28,8 @@ from tests.client import (
 )
 from tests.support.broken_rules import BrokenRule, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 def new_frames_are_sent(original: Any, in_flight: InFlight, now: float) -> bool:
     original(in_flight, now)

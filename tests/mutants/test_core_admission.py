@@ -19,6 +19,8 @@ from tests.core import test_admission
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.support.core_streams import CoreStreams
 
+pytestmark = pytest.mark.long
+
 
 def slots_of(sent: Any, packed: Packed) -> I64:
     """The slots that handles name, the scratch slot where there is none."""

@@ -21,6 +21,8 @@ from tests.core import test_admission, test_replies, test_runs, test_scheduler
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.support.core_streams import CoreStreams
 
+pytestmark = pytest.mark.long
+
 
 def nothing_held(original: Any, packed: Packed, *arguments: Any) -> Any:
     holds = Tables(*packed).streams["holds"]

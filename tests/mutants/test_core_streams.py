@@ -16,6 +16,8 @@ from instep_client.protocol.codes import Code
 from tests.core import test_dirty, test_ownership, test_slots, test_streams
 from tests.support.broken_rules import BrokenRule, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 def same_epoch(original: Any, table: StreamTable, slots: I64, *arguments: Any, **named: Any) -> None:
     epochs = table.epoch[slots]

@@ -18,6 +18,8 @@ from tests.models.portable import test_assembly, test_bits, test_compiler, test_
 from tests.models.portable.processors import x86
 from tests.support.broken_rules import BrokenRule, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def _compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,11 @@ from tests.support.story import Story, story_header
 
 _NUMBERS = count()
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # scenarios fail before they close their recordings
+pytestmark = [
+    pytest.mark.long,
+    # Scenarios fail before they close their recordings.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

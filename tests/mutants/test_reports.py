@@ -17,6 +17,8 @@ from tests.replay.test_state import Story
 from tests.support.broken_rules import BrokenRule, check_is_found
 from tests.tools import test_page
 
+pytestmark = pytest.mark.long
+
 
 def states_are_those_of_the_definition(tmp_path: Path) -> None:
     test_state.test_every_state_across_checkpoints_and_resets_is_that_of_the_definition(Story(tmp_path))

@@ -15,6 +15,8 @@ from instep_client.protocol.wire import Frame, Header, Kind
 from tests.client import test_replies, test_step_messages, test_wire
 from tests.support.broken_rules import BrokenRule, check_is_found
 
+pytestmark = pytest.mark.long
+
 
 def any_bytes_are_a_ping(original: Any, frames: Sequence[Frame], *rest: Any) -> Header:
     try:

@@ -38,7 +38,9 @@ from tests.support.swapping import folder as folder
 from tests.support.swapping import recordings as recordings
 
 
-@pytest.mark.parametrize(("policy", "version"), [("move", B), ("replay:50", DEEPER)])
+@pytest.mark.parametrize(
+    ("policy", "version"), [("move", B), pytest.param("replay:50", DEEPER, marks=pytest.mark.long)]
+)
 async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_of_its_seq(
     folder: Path, recordings: Path, rng: np.random.Generator, policy: str, version: Model
 ) -> None:

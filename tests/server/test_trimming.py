@@ -22,6 +22,7 @@ def trimmed(told: list[dict[str, Any]]) -> list[int]:
     return [each["position"] for each in told if each["event"] == "recording trimmed"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [{"keep_bytes": 700_000}, {"keep_s": 0.05}], ids=str)
 async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
     rng: np.random.Generator, tmp_path: Path, limit: dict[str, float]

@@ -254,6 +254,7 @@ OF_TWO: Final = [
 ]
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 99), st.integers(0, 99)), min_size=2, max_size=9))
 def test_random_steps_give_what_torch_gives(plan: list[tuple[int, int, int]]) -> None:
