@@ -493,6 +493,8 @@ class Replay:
         """Whether a recorded state before the frame where a mark comes is the one behind the mark."""
         if mark is None:
             return state.has_reset and until < LAST
+        if isinstance(mark, Opened):
+            return True
         if not isinstance(mark, RecordedEvent) or mark.seq != state.seq:
             return False
         after = self._initial if mark.state is None else mark.state
