@@ -107,6 +107,16 @@ async def test_streams_continue_in_the_version_that_is_configured_while_the_serv
         assert {each.name: each.next_seq for each in await client.list_streams()}.keys() == {"s", "unused"}
 
 
+async def test_more_streams_than_fit_into_memory_are_replayed(
+    old: Path, folder: Path, recordings: Path, x: F32
+) -> None:
+    await record(old, recordings, x)
+    settings = sections(recordings, "replay:6") | {"engine": {**EXACT, "max_streams": 1}}
+    async with running(B, folder=folder, **settings) as server:
+        assert server.default.numbers()["streams_hibernated"] == 2
+        np.testing.assert_array_equal(await steps_on(server.endpoint, x), whole(B, x[4:])[0][6:])
+
+
 async def test_streams_come_back_to_a_version_that_was_served_before(
     old: Path, folder: Path, recordings: Path, x: F32
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
     if place is None or (is_only and not place.is_dir()):
         return place
     check_several(place, is_only=is_only)
-    if "/" in name or len(name.encode()) > _MOST_BYTES:
+    if "/" in name or len(name.encode()) > _MOST_BYTES or re.search(r"@[0-9]+$", name):  # as a later version's file
         raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
     return place / f"{name}{SUFFIX}"
 

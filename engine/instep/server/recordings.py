@@ -419,7 +419,7 @@ def _replayed(config: Config, former: Former, foundation: Foundation) -> WarmUpR
     policy, prepared = StreamPolicy.parse(config.model.on_reload), foundation.prepared
     if policy.word != "replay" or former.header.model_fingerprint == prepared.model.fingerprint:
         return None
-    most = config.engine.max_streams
+    most = len(former.streams)
     stepper = Stepper(prepared.network, config.engine.max_batch_size, most, prepared.device)
     replay = WarmUpReplay(former.file, stepper, most, policy.frames)
     replay.follow()
