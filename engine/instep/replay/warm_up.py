@@ -14,6 +14,7 @@ from instep.core.typing import I64, U8
 from instep.recording.errors import RecordingError
 from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
+from instep.recording.records import find_sorted
 from instep.replay.following import Follower, newest_state
 from instep.runtime.stepper import Stepper
 
@@ -72,26 +73,25 @@ class WarmUpReplay(Follower):
     def begin(self, reader: RecordingReader) -> int:
         """Find the frames of each open stream that count."""
         checkpoint = reader.checkpoint().position
-        opened = {row[2]: row[5] for row in reader.rows("openings")}
         closed = {row[2] for row in reader.rows("closings")}
-        nexts = {n: found.seq for n in opened if n not in closed and (found := newest_state(reader, n)) is not None}
+        openings = {row[2]: row[5] for row in reader.rows("openings") if row[2] not in closed}
+        states = {number: found.seq for number in openings if (found := newest_state(reader, number)) is not None}
+        numbers: I64 = np.array(sorted(states), np.int64)
+        first_seqs: I64 = np.array([openings[number] for number in numbers.tolist()], np.int64)
+        nexts: I64 = np.array([states[number] for number in numbers.tolist()], np.int64)
         for frames in reader.frames(checkpoint + 1):
-            for number, seq in zip(frames.streams.tolist(), frames.seqs.tolist(), strict=True):
-                if number in nexts:
-                    nexts[number] = max(nexts[number], seq + 1)
-        starts = {number: max(opened[number], seq - self._frames) for number, seq in nexts.items()}
-        missing = {number for number, start in starts.items() if start < nexts[number]}
-        lowest, first = dict(nexts), reader.last_position + 1
-        while missing and first > reader.first_position:
+            at, is_open = find_sorted(numbers, frames.streams)
+            np.maximum.at(nexts, at[is_open], frames.seqs[is_open] + 1)
+        starts = np.maximum(first_seqs, nexts - self._frames)
+        lowest, first = nexts.copy(), reader.last_position + 1
+        while (lowest > starts).any() and first > reader.first_position:
             last, first = first - 1, max(first - _WINDOW, reader.first_position)
             for frames in reader.frames(first, last):
-                for number, seq in zip(frames.streams.tolist(), frames.seqs.tolist(), strict=True):
-                    if number in missing:
-                        lowest[number] = min(lowest[number], seq)
-            missing = {number for number in missing if lowest[number] > starts[number]}
-        for number, start in starts.items():
-            self._firsts[number] = max(start, lowest[number])
-            self.add(number, self._firsts[number], None)
+                at, is_open = find_sorted(numbers, frames.streams)
+                np.minimum.at(lowest, at[is_open], frames.seqs[is_open])
+        for number, start in zip(numbers.tolist(), np.maximum(starts, lowest).tolist(), strict=True):
+            self._firsts[number] = start
+            self.add(number, start, None)
         return min(first - 1, checkpoint)
 
     def meet(self, numbers: Sequence[int]) -> None:
