@@ -89,6 +89,9 @@ def _given(
             metavar="FILE", help="Write a recording, or continue it; a folder for several models.", show_default=False
         ),
     ] = None,
+    verify_live: Annotated[
+        bool, typer.Option("--verify-live", help="Replay what is recorded in another process, and compare.")
+    ] = False,
     settings: Annotated[
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable."),
@@ -106,6 +109,7 @@ def _given(
         "http.endpoint": http,
         "engine.device": device,
         "recording.file": record,
+        "verify.live": "true" if verify_live else None,
     }
     flags = {key: value for key, value in named.items() if value is not None}
     for setting in settings:
