@@ -58,13 +58,6 @@ def stepped(network: RecurrentModel, x: F32, h: F32) -> tuple[F32, F32]:
     return np.stack(outputs), network.state.unpack(rows)["h"].swapaxes(0, 1)
 
 
-def in_one_call(network: RecurrentModel, x: F32, h: F32) -> tuple[F32, F32]:
-    """As `stepped`, but with the whole sequence in one call."""
-    whole = network.sequence(x, network.state.pack({"h": np.ascontiguousarray(h.swapaxes(0, 1))}))
-    assert whole is not None
-    return whole[0], network.state.unpack(whole[1])["h"].swapaxes(0, 1)
-
-
 def whole(model: Model, x: F32, h: F32 | None = None) -> tuple[F32, F32]:
     """The truth for one recording of a model with the state `h`: by the definition, the bits of a server's answers.
 

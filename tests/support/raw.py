@@ -203,10 +203,6 @@ class RawClient:
         """A READ_STATE by name."""
         return [msgpack.packb([Kind.READ_STATE, self.next_request(), len(names), 1]), _lines(names)]
 
-    async def read_named(self, names: Sequence[str]) -> Reply:
-        """Read states by name."""
-        return await self.ask(*self.read_named_message(names))
-
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""
         header = msgpack.packb([Kind.RESET, self.next_request(), len(handles), int(states is not None)])
