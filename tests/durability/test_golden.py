@@ -20,11 +20,11 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import FORMAT_VERSION, RecordingHeader
 from instep.replay.command import run
 from tests.support.batches import batches_of
-from tests.support.engine_parts import new_parts
 from tests.support.golden import FEATURES, GOLDEN, HIDDEN, MODEL_FOLDER, by_hand
 from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.states import floats_of
+from tests.support.story import new_parts
 from tests.support.stretches import stretches_of
 
 OPEN = {"plain", "given", "fork", "late"}

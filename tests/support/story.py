@@ -5,23 +5,77 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from instep.core.tables import rows_of
+from instep.core.dirty import DirtyTracker
+from instep.core.streams import StreamTable
+from instep.core.tables import Tables, make_tables, rows_of
 from instep.core.typing import F32, I64
+from instep.models.model import Model
+from instep.recording.reader import load_open_streams
 from instep.recording.records import StateRows
 from instep.recording.schema import Durability, RecordingHeader, owner_detail
 from instep.recording.writer import RecordingWriter
+from instep.replay.recovery import resume_recording
 from instep.runtime.stepper import Stepper
 from instep.server.recordings import recording_header
-from tests.support.engine_parts import EngineParts, new_parts
+from instep.streaming.service import Recovery
+from instep.streaming.states import put_into_memory
 from tests.support.models import SMALL, whole
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.running import CPU, config, prepared
 from tests.support.states import floats_of
 from tests.support.states import rows_of as state_rows
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """Streams, frames and states; all empty at first."""
+
+    tables: Tables
+    table: StreamTable
+    dirty: DirtyTracker
+    stepper: Stepper
+
+    def resume(self, path: Path, header: RecordingHeader) -> tuple[RecordingWriter, Recovery]:
+        """Put the open streams of a recording into it, those too that would hibernate."""
+        writer, recovery = resume_recording(path, header, self.tables, self.table, self.dirty, self.stepper)
+        try:
+            streams = load_open_streams(path, recovery.hibernated.values())
+        except BaseException:
+            writer.abandon()
+            raise
+        put_into_memory(self.tables, self.table, self.stepper, streams)
+        return writer, recovery
+
+    def slot(self, name: str) -> int:
+        """The slot of an open stream."""
+        slot = int(self.table.find([name])[0])
+        assert slot, f"{name} is not open"
+        return slot
+
+
+def new_parts(model: Model, window: int, max_streams: int) -> EngineParts:
+    """Room for so many streams of a model, and as many frames of each as the window.
+
+    Those of one model and size share a stepper, which takes long to make: each call clears its states.
+    """
+    sizes = model.description.features, model.description.outputs
+    tables = make_tables(max_streams, 4, window, *sizes, 1000, 1000, 1000)
+    table = StreamTable(tables, np.ones(max_streams + 1, np.uint32))
+    key = model.fingerprint, max_streams
+    if key not in _STEPPERS:
+        _STEPPERS[key] = Stepper(prepared(model).network, 256, max_streams, CPU)
+    stepper = _STEPPERS[key]
+    stepper.load(np.arange(1, max_streams + 1), None)
+    return EngineParts(tables, table, DirtyTracker(max_streams), stepper)
+
+
+_STEPPERS: dict[tuple[str, int], Stepper] = {}
+
 
 FEATURES, HIDDEN = 5, 8
 WINDOW, MOST_STREAMS = 6, 12

@@ -15,7 +15,7 @@ import numpy as np
 from instep.core.admission import SENT_COLUMN
 from instep.core.streams import StreamTable
 from instep.core.tables import make_tables
-from instep.core.typing import F32, I64, U64
+from instep.core.typing import F32, I64, U8, U64
 from instep.models.model import Model
 from instep.recording.reader import load_open_streams
 from instep.recording.recorder import Recorder
@@ -39,10 +39,33 @@ from instep.streaming.states import Checkpoints, StreamStates
 from instep.streaming.stats import EngineStats, EventLog
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
-from tests.support.faulty_states import FaultyStates
 from tests.support.in_process import InProcessFrontend, InProcessOrigin
 from tests.support.models import SMALL
 from tests.support.running import CPU, config, log_into, prepared
+
+
+class FaultyStates:
+    """States that can neither be read nor written while `is_broken`, or after so many `good_loads`."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.is_broken = False
+        self.good_loads = 10**9
+        self._stepper = stepper
+        self.state = stepper.state
+
+    def load(self, slots: I64, rows: U8 | None) -> None:
+        self._check(self.good_loads <= 0)
+        self.good_loads -= 1
+        self._stepper.load(slots, rows)
+
+    def read(self, slots: I64) -> U8:
+        self._check()
+        return self._stepper.read(slots)
+
+    def _check(self, fails: bool = False) -> None:
+        if self.is_broken or fails:
+            raise RuntimeError("injected")
+
 
 ABOUT = About("0" * 64, "gru", "cpu", "exact", "portable-1", 1, 1, 1, "memory")
 """Of engines that no process serves."""
