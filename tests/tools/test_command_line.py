@@ -11,8 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from instep.cli import app as engine_app
-from instep_tools.app import app as client_app
+from instep_tools.app import app
 from instep_tools.command_line import CommandLine, endpoint, in_plain_words
 
 
@@ -89,7 +88,6 @@ def test_help_shows_examples_as_typed_and_flags_without_a_value() -> None:
     assert "Examples" not in CliRunner().invoke(app, ["look", "--help"]).output
 
 
-@pytest.mark.parametrize("app", [client_app, engine_app], ids=["instep-client", "instep"])
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
@@ -102,7 +100,7 @@ def test_help_shows_examples_as_typed_and_flags_without_a_value() -> None:
         ("top one two", "Got unexpected extra argument"),
     ],
 )
-def test_with_json_what_cannot_be_run_is_the_result_too(app: CommandLine, typed: str, sentence: str) -> None:
+def test_with_json_what_cannot_be_run_is_the_result_too(typed: str, sentence: str) -> None:
     in_words = CliRunner().invoke(app, typed.split())
     assert (in_words.exit_code, in_words.stdout) == (2, "")
     in_json = CliRunner().invoke(app, ["top", "--json", *typed.split()[1:]] if " " in typed else [typed, "--json"])
@@ -111,9 +109,8 @@ def test_with_json_what_cannot_be_run_is_the_result_too(app: CommandLine, typed:
     assert in_json.stderr == in_words.stderr
 
 
-@pytest.mark.parametrize("app", [client_app, engine_app], ids=["instep-client", "instep"])
 def test_a_program_looks_for_json_in_its_own_arguments(
-    app: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = []
     for flag in ([], ["--json"]):
@@ -150,7 +147,6 @@ COMMAND = "app = CommandLine(help='x')\n@app.command()\ndef a(): run_command(run
         ("-m", "instep", "--help"),
         ("-m", "instep", "config"),
         ("-m", "instep_tools", "produce", "--help"),
-        ("-m", "instep_tools", "version"),
         ("-c", f"{ASKED}{RESULT}{COMMAND}@app.command()\ndef b(): pass\napp(['a'])"),
     ],
 )
