@@ -91,6 +91,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.long
 def test_all_that_was_forked_ends_with_the_tests_however_they_end(tmp_path: Path) -> None:
     (tmp_path / "sleep.py").write_text("import time\ntime.sleep(100)\n")
     environment = {name: value for name, value in os.environ.items() if name != warm_server.ADDRESS}

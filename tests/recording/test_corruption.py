@@ -92,6 +92,7 @@ def outcome(path: Path) -> tuple[list[Any], Inspection] | None:
     return None
 
 
+@pytest.mark.long
 def test_a_byte_of_another_value_changes_nothing_or_is_refused(whole: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     content = np.frombuffer(whole.read_bytes(), np.uint8)
