@@ -1,4 +1,4 @@
-"""`instep top`: look at a server again and again, and draw what is there."""
+"""`instep-client top`: look at a server again and again, and draw what is there."""
 
 from __future__ import annotations
 
