@@ -17,7 +17,7 @@ from instep_tools.outputs import OutputFormat
 from instep_tools.pacing import Stop, WallClock
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.server import models, ping, stats
 from instep_tools.signals import Signal
 from instep_tools.state import app as state_app
@@ -191,7 +191,7 @@ async def replay_command(
     With --check the exit status is 0 when all outputs equal those in the file, 1 when one differs, and 2 when one
     could not be compared.
     """
-    what = Replay(target, file, speed, rate, _choice(named, columns, time, only), save, plot, check)
+    what = ReplayJob(target, file, speed, rate, _choice(named, columns, time, only), save, plot, check)
     with WallClock() as clock:
         return await replay(what, terminal, stop, clock)
 

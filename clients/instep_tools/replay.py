@@ -33,7 +33,7 @@ LONG_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class ReplayJob:
     """What to do."""
 
     target: Target
@@ -80,7 +80,7 @@ class ReplayedOutputs:
         self.answered += len(flat)
 
 
-async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
+async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
     """Run it again and report. With `check`: 0 all equal, 1 something differs, 2 some frame could not be compared.
 
     Raises:
@@ -127,12 +127,12 @@ async def replay(what: Replay, terminal: Terminal, stop: Stop, clock: Clock) -> 
     return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, written, info))
 
 
-def _save(what: Replay, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
+def _save(what: ReplayJob, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
     save_sequences(path, replayed, info)
     return f"saved in {path}"
 
 
-def _plot(what: Replay, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
+def _plot(what: ReplayJob, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
     columns = output_columns(info, info.outputs)
     return plot_streams(replayed, path, f"{what.file.name}, answered by {info.model}", columns)
 
@@ -157,7 +157,7 @@ class Replayed:
         return self.back.answered == len(self.sequences.frames)
 
 
-def _report(what: Replay, terminal: Terminal, stop: Stop, done: Replayed) -> Exit:
+def _report(what: ReplayJob, terminal: Terminal, stop: Stop, done: Replayed) -> Exit:
     frames, answered, comparison = len(done.sequences.frames), done.back.answered, done.comparison
     for sentence in done.back.refusals:
         terminal.error(sentence)
@@ -214,7 +214,7 @@ def _missing(done: Replayed, stop: Stop) -> str:
     return f"{', '.join(parts)}: {stop.words if stop.requested else why}"
 
 
-def _check_fits(what: Replay, sequences: RecordedSequences, info: ServerInfo) -> None:
+def _check_fits(what: ReplayJob, sequences: RecordedSequences, info: ServerInfo) -> None:
     if what.check and sequences.fingerprint is not None and sequences.fingerprint != info.fingerprint:
         other = "another model" if sequences.model in (None, info.model) else f"{sequences.model!r}, another model"
         raise CommandProblem(

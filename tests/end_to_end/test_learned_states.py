@@ -30,7 +30,7 @@ from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.onnx_graphs import gru_step
 from tests.support.running import running
@@ -181,7 +181,7 @@ async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_si
     lengths = np.array([FRAMES, FRAMES])
     save_table(tmp_path / "spoken.npz", RecordedSequences(("a", "b"), lengths, frames, initial_states={1: given}))
     async with running(load_model(tmp_path / "net"), engine={"max_batch_size": 32}) as server:
-        again = Replay(Target(server.endpoint), tmp_path / "spoken.npz", math.inf, save=tmp_path / "outputs.npz")
+        again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", math.inf, save=tmp_path / "outputs.npz")
         assert await replay(again, RememberingTerminal(), Stop(), JumpingClock()) == Exit.OK
     y = read_sequences(tmp_path / "outputs.npz").outputs
     assert y is not None

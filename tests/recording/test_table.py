@@ -11,7 +11,7 @@ import pytest
 import instep.recording
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
 from instep.recording.reader import ReadLimits, RecordingReader
-from instep.recording.records import Frames, StreamInfo, select_streams
+from instep.recording.records import RecordedFrames, StreamInfo, select_streams
 from instep.recording.table import OpenedRecording, RecordedStream, StreamIndex, known_outputs, read_frames
 from instep.recording.writer import RecordingWriter
 from tests.support.forger import Forger
@@ -26,7 +26,7 @@ def chunks_of(
     *wanted: str,
     on_progress: Callable[[float], None] = lambda share: None,
     part_frames: int = 10**6,
-) -> tuple[list[StreamInfo], list[Frames]]:
+) -> tuple[list[StreamInfo], list[RecordedFrames]]:
     """The streams and the chunks, read batch by batch."""
     with RecordingReader(path, ReadLimits(bytes_at_once=1, rows_a_look=1)) as reader:
         streams = reader.streams()
@@ -35,8 +35,8 @@ def chunks_of(
         return [streams[at] for at in selected], chunks
 
 
-def rows_of(streams: Sequence[StreamInfo], chunks: Sequence[Frames]) -> list[Row]:
-    found = Frames.join(chunks)
+def rows_of(streams: Sequence[StreamInfo], chunks: Sequence[RecordedFrames]) -> list[Row]:
+    found = RecordedFrames.join(chunks)
     of = [streams[row] for row in StreamIndex(streams).rows(found.streams)]
     labels = ([info.name for info in of], [info.stream for info in of])
     columns = (found.seqs, found.times_ns, found.x, known_outputs(found))
@@ -75,7 +75,7 @@ def test_frames_whose_outputs_were_not_recorded_are_marked_and_have_nan(tmp_path
     written = write_recording(tmp_path, unanswered=3)
     streams, chunks = chunks_of(written.path)
     assert exact(rows_of(streams, chunks)) == exact(written.rows)
-    assert int((~Frames.join(chunks).answered).sum()) == written.unanswered > 3
+    assert int((~RecordedFrames.join(chunks).answered).sum()) == written.unanswered > 3
 
 
 def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:

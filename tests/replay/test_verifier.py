@@ -17,7 +17,7 @@ from instep.models.network import DefinitionReference, PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Frames
+from instep.recording.records import RecordedFrames
 from instep.replay.checkers import CheckLimits
 from instep.replay.report import CannotVerify, Coverage, Report
 from tests.support.forger import Forger
@@ -116,7 +116,7 @@ def test_a_recording_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     read: list[int] = []
     groups = RecordingReader.frames
 
-    def counted(*arguments: Any) -> Iterator[Frames]:
+    def counted(*arguments: Any) -> Iterator[RecordedFrames]:
         for group in groups(*arguments):
             read.extend(np.unique(group.positions).tolist())
             yield group

@@ -23,7 +23,7 @@ from instep_tools.load.plan import LoadPlan, Mode
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import Produce, produce
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.server import stats
 from instep_tools.signals import Signal
@@ -49,7 +49,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
             Target(server.endpoint), Pace(10.0, 20, None), signal=Signal.NOISE, streams=3, save=tmp_path / "live.npz"
         )
         assert await produce(live, terminal, Stop(), clock) == Exit.OK
-        again = Replay(Target(server.endpoint), tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
+        again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
         assert await replay(again, terminal, Stop(), clock) == Exit.OK
     outputs = read_sequences(tmp_path / "outputs.npz")
     assert outputs.outputs is not None
@@ -63,7 +63,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
             for speed in (1.0, math.inf) if file is recording else (math.inf,):
                 terminal = RememberingTerminal()
                 ending = await replay(
-                    Replay(Target(server.endpoint), file, speed, check=True), terminal, Stop(), JumpingClock()
+                    ReplayJob(Target(server.endpoint), file, speed, check=True), terminal, Stop(), JumpingClock()
                 )
                 assert (ending, terminal.complained) == (Exit.OK, "")
                 assert "equal the recording, bit for bit" in terminal.said

@@ -15,7 +15,7 @@ from instep_tools.live import Pace
 from instep_tools.pacing import Stop, WallClock
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, Message, goodbye, reference
 from tests.support.ring_server import RingServer
@@ -67,7 +67,7 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     save_table(tmp_path / "recorded.npz", recorded)
     terminal, forgetful = RememberingTerminal(), Forgetful(4)
     with forgetful.server as server:
-        wanted = Replay(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
+        wanted = ReplayJob(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
         assert await replay(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
     again = read_sequences(tmp_path / "again.npz")
@@ -97,7 +97,7 @@ async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(
             what = Produce(Target(server.endpoint), file=tmp_path / "in.npy", pace=pace, save=tmp_path / "out.npz")
             await asyncio.wait_for(produce(what, terminal, stop, clock), 20)
         else:
-            what_again = Replay(Target(server.endpoint), tmp_path / "in.npy", rate_hz=100.0)
+            what_again = ReplayJob(Target(server.endpoint), tmp_path / "in.npy", rate_hz=100.0)
             await asyncio.wait_for(replay(what_again, terminal, stop, clock), 20)
         assert clock.now() - started < 15
     assert "3 frames of 1 stream" in terminal.said

@@ -20,7 +20,7 @@ from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, Message, error, evicted, reference
 from tests.support.rows import close_stream, open_stream
@@ -42,7 +42,9 @@ class Run:
 
     async def __call__(self, file: Path, **what: Any) -> Exit:
         with self.server as server:
-            ending = await replay(Replay(Target(server.endpoint), file, **what), self.terminal, self.stop, self.clock)
+            ending = await replay(
+                ReplayJob(Target(server.endpoint), file, **what), self.terminal, self.stop, self.clock
+            )
             assert server.rules.names == {}, "streams are left open"
         return ending
 

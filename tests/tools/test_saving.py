@@ -17,7 +17,7 @@ from instep_tools.formats.write import WRITERS, Format
 from instep_tools.live import Pace
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.signals import Signal
 from tests.support.fake_server import FakeServer, reference
@@ -84,7 +84,7 @@ async def test_a_replay_keeps_older_files_and_its_result(
     for file in (keep, picture):
         file.write_text("older")
     with FakeServer() as server, files_of_at_most(100):
-        wanted = Replay(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=keep, plot=picture)
+        wanted = ReplayJob(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=keep, plot=picture)
         assert await replay(wanted, terminal, Stop(), JumpingClock()) == Exit.COULD_NOT_RUN
     assert terminal.complained.splitlines()[-2:] == [
         f"error: {file} cannot be written: File too large" for file in (keep, picture)

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, Exit
-from instep_tools.replay import Replay, replay
+from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.stream_plot import check_plot_path, plot_streams
 from tests.support.fake_server import FakeServer
@@ -62,7 +62,7 @@ async def test_replay_draws_what_it_got(tmp_path: Path) -> None:
     save_table(tmp_path / "in.npz", many(3, 3, 1))
     terminal = RememberingTerminal()
     with FakeServer() as server:
-        what = Replay(Target(server.endpoint), tmp_path / "in.npz", plot=tmp_path / "p.svg")
+        what = ReplayJob(Target(server.endpoint), tmp_path / "in.npz", plot=tmp_path / "p.svg")
         assert await replay(what, terminal, Stop(), JumpingClock()) == Exit.OK
     assert terminal.said.strip().endswith(f"; drew 3 streams in {tmp_path / 'p.svg'}")
     svg = (tmp_path / "p.svg").read_text()

@@ -24,13 +24,13 @@ def read_recording(path: Path) -> RecordedSequences:
     """
     from instep.recording.errors import RecordingError
     from instep.recording.reader import RecordingReader
-    from instep.recording.records import Frames
+    from instep.recording.records import RecordedFrames
     from instep.recording.table import StreamIndex, known_outputs, read_frames
 
     try:
         with RecordingReader(path) as reader:
             streams, header = reader.streams(), reader.header
-            frames = Frames.join(list(read_frames(reader, streams, range(len(streams)))))
+            frames = RecordedFrames.join(list(read_frames(reader, streams, range(len(streams)))))
             resets = list(reader.resets())
             states = [StartState(*start) for start in reader.start_states(streams)]
     except RecordingError as error:

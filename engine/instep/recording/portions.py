@@ -12,7 +12,7 @@ import numpy as np
 
 from instep.core.typing import I64, U8
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Frames, RecordedEvent
+from instep.recording.records import RecordedEvent, RecordedFrames
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, RESET_EVENT
 
 PORTION_BYTES: Final = 16 * 2**20
@@ -52,7 +52,7 @@ Mark: TypeAlias = Opened | Closed | RecordedEvent
 class Portion:
     """What was recorded between two positions."""
 
-    frames: Frames
+    frames: RecordedFrames
     marks: Sequence[Mark]
     """In order."""
     position: int
@@ -95,7 +95,7 @@ def portions(
                 waiting.append(mark)
                 break
             of_portion.append(mark)
-        portion = Portion(Frames.join(found), list(of_portion), position)
+        portion = Portion(RecordedFrames.join(found), list(of_portion), position)
         del found[1:]
         of_portion.clear()
         return portion
@@ -134,7 +134,7 @@ def _marks(reader: RecordingReader, first: int) -> Iterator[Mark]:
     return heapq.merge(openings, closings, events, key=lambda mark: mark.position)
 
 
-def _cut(parts: Iterator[Frames], cuts: Sequence[int]) -> Iterator[Frames]:
+def _cut(parts: Iterator[RecordedFrames], cuts: Sequence[int]) -> Iterator[RecordedFrames]:
     for frames in parts:
         begin = 0
         for end in np.searchsorted(frames.positions, cuts, "right").tolist():

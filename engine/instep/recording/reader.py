@@ -22,10 +22,10 @@ from instep.core.typing import I64, U8
 from instep.recording.errors import DamagedRecording, RecordingError, TrimmedMeanwhile, UnavailableRecording
 from instep.recording.records import (
     Checkpoint,
-    Frames,
     OpenStream,
     RecordedEngine,
     RecordedEvent,
+    RecordedFrames,
     StateReset,
     StreamInfo,
     StreamState,
@@ -329,7 +329,7 @@ class RecordingReader(Closing):
             raise self.damaged(f"stream {min(closings)} was closed, but never opened")
         return [self._as_trimmed(info) for info in opened if info.stream not in self._forgotten]
 
-    def frames(self, first: int = 1, last: int | None = None) -> Iterator[Frames]:
+    def frames(self, first: int = 1, last: int | None = None) -> Iterator[RecordedFrames]:
         """The frames of the batches at positions `first` to `last` (None: the newest), but those whose step failed.
 
         Those that are read together come together, either all with outputs or all without. A batch without outputs may
@@ -586,13 +586,13 @@ class RecordingReader(Closing):
             raise self.damaged(f"the final state of stream {stream} is missing")
         return self.state(state, position)
 
-    def no_frames(self) -> Frames:
+    def no_frames(self) -> RecordedFrames:
         """None at all."""
         x, y = (np.empty((0, width), np.float32) for width in (self.header.features, self.header.outputs))
         none = np.empty(0, np.int64)
-        return Frames(none, none, none, none, x, y, none.astype(np.bool_))
+        return RecordedFrames(none, none, none, none, x, y, none.astype(np.bool_))
 
-    def _frames(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> Frames:
+    def _frames(self, rows: list[tuple[Any, ...]], outputs: list[bytes] | None) -> RecordedFrames:
         positions, times_ns, sizes, streams, seqs, x = zip(*rows, strict=True)
         for position, size in zip(positions, sizes, strict=True):
             if size < 1:
@@ -607,7 +607,7 @@ class RecordingReader(Closing):
             return np.frombuffer(b"".join(blobs), dtype)
 
         count = sum(sizes)
-        return Frames(
+        return RecordedFrames(
             np.repeat(np.array(positions, np.int64), sizes),
             np.repeat(np.array(times_ns, np.int64), sizes),
             joined(streams, "<u4", 1).astype(np.int64),

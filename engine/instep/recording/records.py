@@ -42,7 +42,7 @@ class StreamInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Frames:
+class RecordedFrames:
     """Frames in the order in which they were stepped, as read-only columns; those of one batch share a position."""
 
     positions: I64
@@ -60,12 +60,12 @@ class Frames:
     def __len__(self) -> int:
         return len(self.seqs)
 
-    def only(self, wanted: Bool | slice) -> Frames:
+    def only(self, wanted: Bool | slice) -> RecordedFrames:
         """Some of them."""
-        return Frames(*(getattr(self, each.name)[wanted] for each in fields(self)))
+        return RecordedFrames(*(getattr(self, each.name)[wanted] for each in fields(self)))
 
     @classmethod
-    def join(cls, parts: Sequence[Frames]) -> Frames:
+    def join(cls, parts: Sequence[RecordedFrames]) -> RecordedFrames:
         """All of them, one after another."""
         return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 

@@ -12,7 +12,7 @@ import numpy as np
 from instep.core.typing import F32, I64, U64
 from instep.recording.errors import RecordingError
 from instep.recording.reader import Closing, RecordingReader
-from instep.recording.records import Frames, StreamInfo, find_sorted, no_such_stream
+from instep.recording.records import RecordedFrames, StreamInfo, find_sorted, no_such_stream
 from instep.recording.schema import RecordingHeader
 from instep_tools.words import counted
 
@@ -27,7 +27,7 @@ def read_frames(
     on_progress: Callable[[float], None] = lambda share: None,
     *,
     part_frames: int = PART_FRAMES,
-) -> Iterator[Frames]:
+) -> Iterator[RecordedFrames]:
     """Every frame of some streams of a recording, once and in bounded memory; at least one part, which may be empty.
 
     Args:
@@ -50,11 +50,11 @@ def read_frames(
         found.append(table.chosen(frames))
         count += len(found[-1])
         if count >= most:
-            yield Frames.join(found)
+            yield RecordedFrames.join(found)
             found, count = [reader.no_frames()], 0
         on_progress((int(frames.positions[-1]) - first + 1) / (last - first + 1))
     table.check_closings()
-    yield Frames.join(found)
+    yield RecordedFrames.join(found)
 
 
 class StreamIndex:
@@ -81,7 +81,7 @@ class _Table:
         self._all, self._chosen = StreamIndex(streams), StreamIndex(self._streams)
         self._next: I64 = np.array([info.first_seq for info in self._streams], np.int64)
 
-    def chosen(self, frames: Frames) -> Frames:
+    def chosen(self, frames: RecordedFrames) -> RecordedFrames:
         """Those of the streams that were asked for, checked."""
         # Batches up to there may hold frames that are in the states with which the history begins.
         early = frames.positions <= self._reader.trimmed_until
@@ -96,7 +96,7 @@ class _Table:
         self._check(rows[wanted], frames)
         return frames
 
-    def _check(self, rows: I64, frames: Frames) -> None:
+    def _check(self, rows: I64, frames: RecordedFrames) -> None:
         """Raise where a frame does not follow the one before it."""
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows, minlength=len(self._streams))
@@ -121,7 +121,7 @@ class _Table:
                 )
 
 
-def known_outputs(frames: Frames) -> F32:
+def known_outputs(frames: RecordedFrames) -> F32:
     """Outputs of frames, float32 [N, outputs], NaN where none were recorded."""
     return np.where(frames.answered[:, None], frames.y, np.float32(np.nan))
 
@@ -235,7 +235,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         """The streams at these indices, which ascend."""
         if self._is_closed:
             raise RecordingError(f"the recording {self._reader.path} was closed: open it again to read more of it")
-        frames = Frames.join(list(read_frames(self._reader, self._streams, selected)))
+        frames = RecordedFrames.join(list(read_frames(self._reader, self._streams, selected)))
         chosen = [self._streams[at] for at in selected]
         rows = StreamIndex(chosen).rows(frames.streams)
         order = np.argsort(rows, kind="stable")

@@ -19,7 +19,7 @@ from instep.models.network import PortableNetwork
 from instep.recording.errors import DamagedRecording
 from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
-from instep.recording.records import Frames, RecordedEvent
+from instep.recording.records import RecordedEvent, RecordedFrames
 from instep.recording.schema import RESET_EVENT
 
 Place: TypeAlias = Literal["final state", "checkpoint", "state"]
@@ -140,7 +140,7 @@ class Stretches:
     Columns are int64 [S]; indices are those of `frames`.
     """
 
-    frames: Frames
+    frames: RecordedFrames
     order: I64
     """int64 [N]: indices of frames, stretch after stretch."""
     streams: I64
@@ -368,7 +368,7 @@ class Replay:
         if unknown:
             self.meet(list(unknown))
 
-    def _check_known(self, frames: Frames, is_unknown: Bool) -> None:
+    def _check_known(self, frames: RecordedFrames, is_unknown: Bool) -> None:
         for at in np.flatnonzero(is_unknown & (frames.positions > self._ignore_until))[:1].tolist():
             raise self._not_open(int(frames.positions[at]), int(frames.streams[at]))
 
