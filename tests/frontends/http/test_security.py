@@ -185,6 +185,16 @@ async def test_more_requests_than_the_rate_allows_are_refused_but_for_health() -
             await asyncio.sleep(0.01)
 
 
+async def test_requests_without_the_token_do_not_use_up_the_rate_of_those_with_it(token_file: Path) -> None:
+    async with administered(http={"token_file": token_file}) as (server, http):
+        assert server.admin is not None
+        ask = b"GET /api/stats HTTP/1.1\r\nhost: localhost\r\n"
+        answers = await raw(server.admin.url, (ask + b"\r\n") * 999 + ask + b"connection: close\r\n\r\n")
+        assert set(re.findall(rb"HTTP/1.1 (\d+)", answers)) == {b"401", b"429"}
+        for _ in range(100):
+            assert (await http.get("/api/stats", headers={"authorization": f"Bearer {TOKEN}"})).status_code == 200
+
+
 def test_a_rate_comes_back_with_time() -> None:
     now_s = 0.0
     limit = security.RateLimit(lambda: now_s)
