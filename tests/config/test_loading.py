@@ -70,7 +70,7 @@ def test_text_becomes_the_type_of_its_key(path: str, text: str, value: object, m
     monkeypatch.setenv(f"INSTEP_{section}__{key}".upper(), text)
     for config in (by_flag, load_config()):
         found = getattr(getattr(config, section), key)
-        assert (found, type(found)) == (value, type(value) if value is None or found is None else type(found))
+        assert (found, type(found)) == (value, type(value))
 
 
 def test_paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder(
@@ -153,6 +153,12 @@ def test_a_key_that_does_not_exist_is_answered_with_the_one_that_was_meant(path:
         ("engine", "max_batch_size", 0),
         ("engine", "max_batch_size", 4097),
         ("engine", "max_batch_size", None),
+        ("engine", "max_batch_size", True),
+        ("recording", "keep_bytes", False),
+        ("recording", "recovery_target_s", True),
+        ("limits", "park_s", True),
+        ("Limits", "park_s", 5),
+        ("limits", "Park_s", 5),
         ("engine", "max_queue_delay_us", -1),
         ("engine", "device", "cuda:128"),  # torch.device takes cuda:256 for cuda:0
         ("engine", "device", "cuda:01"),
@@ -163,6 +169,9 @@ def test_a_key_that_does_not_exist_is_answered_with_the_one_that_was_meant(path:
         ("limits", "max_idle_s", float("inf")),
         ("limits", "max_connections", 10**30),
         ("recording", "file", ["a"]),
+        ("recording", "file", "a\0"),
+        ("model", "folder", "[a, b"),
+        ("model", "folder", {"a": "b\0"}),
         ("log", "level", "warn"),
         ("model", "on_reload", "replay:0"),
     ],
@@ -188,6 +197,45 @@ def test_wrong_values_are_named(tmp_path: Path, section: str, key: str, value: o
 def test_a_file_that_is_not_sections_of_keys_is_refused(tmp_path: Path, text: str) -> None:
     file = written(tmp_path, text)
     assert problems(file) == [f"file {file}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("recording: {file: r}\nlimits: {}\nrecording: {keep_s: 5}\n", "recording"),
+        ("limits:\n  park_s: 5\n  park_s: 6\n", "park_s"),
+        ("model: {folder: {a: x, 'a': y}}\n", "a"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"instep\.yaml: .*: {key} is given twice"):
+        load_config(written(tmp_path, text))
+
+
+def test_a_key_beside_one_that_is_merged_is_not_given_twice(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, "limits: &all {park_s: 5, max_idle_s: 5}\nlog: {}\nmodel: {folder: {<<: {a: /x}, a: /y}}\n"
+    )
+    assert load_config(file).model.folders == [("a", Path("/y"))]
+
+
+@pytest.mark.parametrize("text", ["[a, b", "{a: b", "{a: b, a: c}", "{a: !!bool soon}", "[" * 3000, "a\0"])
+def test_a_path_that_cannot_be_read_is_one_problem_among_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems(None, {"model.folder": text, "x.y": "1"}) == ["model.folder (flag)", "x.y (flag)"]
+    if "\0" not in text and len(text) < 99:
+        monkeypatch.setenv("INSTEP_MODEL__FOLDER", text)
+        assert problems() == ["model.folder (INSTEP_MODEL__FOLDER)"]
+
+
+def test_a_durability_that_is_asked_for_needs_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path, {"recording": {"durability": "commit"}})
+    load_config(file)  # which repeats the default
+    for durability in ("commit", "fsync"):
+        assert problems(file, {"recording.durability": durability}) == ["recording.durability (flag)"]
+    load_config(file, {"recording.durability": "memory"})
+    monkeypatch.setenv("INSTEP_RECORDING__DURABILITY", "commit")
+    assert problems(file) == ["recording.durability (INSTEP_RECORDING__DURABILITY)"]
+    load_config(file, {"recording.file": "r"})
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any, Final
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
-from instep.config.sections import Config, LogConfig
+from instep.config.sections import NO_RECORDING, Config, LogConfig
 
 _PREFIX: Final = "INSTEP_"
 _CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL")
@@ -38,8 +38,20 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which PyYAML keeps the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 class _Settings(BaseSettings, Config):
-    """What the sources of pydantic-settings read."""
+    """What the source of pydantic-settings reads."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__")
 
@@ -81,9 +93,14 @@ def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = N
         elif isinstance(section, dict):
             section[key] = value
     try:
-        return Config.model_validate(values), sources
+        config = Config.model_validate(values)
     except ValidationError as error:
         problems = [line for each in error.errors(include_url=False) for line in _lines(each, sources)]
+    else:
+        asked = sources["recording.durability"]  # a file that repeats the default does not ask for it
+        if config.recording.file or config.recording.durability == "memory" or asked in ("default", f"file {file}"):
+            return config, sources
+        problems = [f"recording.durability ({asked}): {NO_RECORDING}"]
     try:
         log = LogConfig.model_validate(values.get("log", {}))
     except ValidationError:
@@ -123,12 +140,13 @@ def _variable(path: str) -> str:
 
 def _from_file(file: Path) -> dict[str, Any]:
     try:
-        file.read_bytes()  # the next line passes over a file that is not there
-        return YamlConfigSettingsSource(_Settings, file)()
+        with file.open("rb") as stream:
+            document = _Loader(stream).get_single_data() or {}
+        return {str(name): section for name, section in document.items()}
     except OSError as error:
         raise ConfigError([f"file {file}: it cannot be read: {error.strerror}"]) from None
     except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, of texts that do not fit their tags
-        what = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else "it holds no sections with keys"
+        what = _in_a_line(error) if isinstance(error, yaml.YAMLError) else "it holds no sections with keys"
         raise ConfigError([f"file {file}: it is not a configuration in YAML: {what}"]) from None
 
 
@@ -141,18 +159,30 @@ def _from_environment() -> dict[str, Any]:
     return found
 
 
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _placed(value: Any, base: Path) -> Any:
-    """A path, several or none, from text; all of them absolute. A slash at the end stays."""
+    """A path, several or none, from text; where it cannot be read why, which no key takes for a value."""
+    try:
+        return _absolute(value, base)
+    except Exception as error:  # of PyYAML, as for a file, and of paths
+        return error
+
+
+def _absolute(value: Any, base: Path) -> Any:
+    """With all paths absolute. A slash at the end stays."""
     if isinstance(value, str):
         if value[:1] in ("[", "{"):
-            value = yaml.safe_load(value)
+            value = _Loader(value).get_single_data()
         elif value in ("", "null"):
             return None
         else:
             return str((base / os.path.expanduser(value)).resolve()) + "/" * value.endswith("/")
     if isinstance(value, dict):
-        return {name: _placed(each, base) for name, each in value.items()}
-    return [_placed(each, base) for each in value] if isinstance(value, list) else value
+        return {name: _absolute(each, base) for name, each in value.items()}
+    return [_absolute(each, base) for each in value] if isinstance(value, list) else value
 
 
 def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
@@ -164,7 +194,9 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
     if found["type"] == "value_error" and len(found["loc"]) < 2:
         contradictions = [line.partition(": ") for line in message.splitlines()]
         return [f"{first} ({sources[first]}): {why}" for first, _, why in contradictions]
-    if found["type"] == "extra_forbidden":
+    if isinstance(found["input"], Exception):
+        message = f"it is no path: {_in_a_line(found['input'])}"
+    elif found["type"] == "extra_forbidden":
         message = f"there is no such key; {_did_you_mean(path, KEYS)}"
     elif found["type"] != "value_error":
         message = f"{message}, not {found['input']!r:.60}"

@@ -19,6 +19,8 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -29,7 +31,7 @@ Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """A timer of libzmq: never off, and within its 16-bit deciseconds."""
-_NO_RECORDING: Final = (
+NO_RECORDING: Final = (
     "it needs a recording, and nothing is recorded: name a recording.file (--record FILE), or leave it out"
 )
 _LAST_CUDA_DEVICE: Final = 127
@@ -87,6 +89,14 @@ class Section(BaseModel):
     """The base of all sections: frozen, and without keys that are not listed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """`keep_bytes: yes` would be one byte to pydantic."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+            raise ValueError(f"expected a number, not {'yes or true' if value else 'no or false'}")
+        return value
 
 
 class StreamPolicy(NamedTuple):
@@ -228,7 +238,7 @@ class RecordingConfig(Section):
     def _has_a_file(self) -> Self:
         if self.file is None:
             asked = {"keep_bytes": self.keep_bytes, "keep_s": self.keep_s, "durability": self.durability == "fsync"}
-            _agree(f"recording.{key}: {_NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
+            _agree(f"recording.{key}: {NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
         return self
 
 
@@ -269,5 +279,5 @@ class Config(Section):
     @model_validator(mode="after")
     def _verifies_what_is_recorded(self) -> Self:
         if self.verify.live and self.recording.file is None:
-            raise ValueError(f"verify.live: {_NO_RECORDING}")
+            raise ValueError(f"verify.live: {NO_RECORDING}")
         return self
