@@ -252,7 +252,7 @@ def _is_name(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
 
 
-def check_name(name: object, cure: str = "give another, with name= in Python or --name on the command line") -> str:
+def check_name(name: object, cure: str = "give another, with name= in Python or --output on the command line") -> str:
     """The name of a model; `cure` says how another one is given.
 
     Raises:
