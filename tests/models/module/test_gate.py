@@ -163,7 +163,7 @@ def test_a_step_that_cannot_be_served(
 
 
 def changes_what_it_is_given(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
-    x[:, 0] = 1
+    x[:, 0] += 1
     return x, h.mul_(0.5).add_(x)
 
 
@@ -171,8 +171,8 @@ def test_a_step_may_change_its_arguments_in_place(tmp_path: Path) -> None:
     network = PortableNetwork(export_step(Step(changes_what_it_is_given), ONE, ONE, tmp_path / "m"))
     x, rows = np.full((3, 4), 2, np.float32), network.state.pack({"state": np.full((3, 4), 8, np.float32)})
     y, after = network.step(x, rows)
-    assert y.tolist() == [[1, 2, 2, 2]] * 3
-    assert network.state.unpack(after)["state"].tolist() == [[5, 6, 6, 6]] * 3
+    assert y.tolist() == [[3, 2, 2, 2]] * 3
+    assert network.state.unpack(after)["state"].tolist() == [[7, 6, 6, 6]] * 3
     assert (x == 2).all()
 
 

@@ -213,7 +213,7 @@ def _compare(example: Example, network: PortableNetwork) -> None:
         for _ in range(_STEPS):
             x = example.frames(rows, generator)
             try:
-                y, *after = example.flat(x, *(leaf.clone() for leaf in state))
+                y, *after = example.flat(x.clone(), *(leaf.clone() for leaf in state))
             except Exception as error:  # whatever the user's code raises
                 raise ModelError(
                     f"the step fails in a batch of {counted(rows, 'row')} ({first_line(error):.200}), and batches have "
