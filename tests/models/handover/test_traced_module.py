@@ -36,6 +36,11 @@ def with_initial_zeros(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.drop(y)), h
 
 
+def with_zeros_like_the_frames(net: Any, x: torch.Tensor) -> Any:
+    h = torch.zeros(2, x.size(0), 10, dtype=torch.float64)
+    return net.head(net.gru(net.encoder(x), h.type_as(x).to(x))[0])
+
+
 def flattened(net: Any, x: torch.Tensor) -> Any:
     y, _ = net.gru(net.encoder(x))
     return functional.softmax(net.head(y.contiguous().view(-1, 10)), dim=1)
@@ -78,6 +83,7 @@ def under_another_mode(net: Any, x: torch.Tensor) -> Any:
         (with_bn, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 gelu"),
         (with_bn_alone, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 tanh → dense 3"),
         (with_initial_zeros, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
+        (with_zeros_like_the_frames, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (flattened, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 softmax"),
         (time_first, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (lambda net, x: net.gru(net.encoder(x)), "6 features → dense 16 relu → GRU 10 × 2 layers"),
@@ -207,6 +213,7 @@ def test_compiled_modules_are_unwrapped_and_graphs_of_modules_run(tmp_path: Path
     outside: Any = torch.compile(net, backend=_fails)
     for number, compiled in enumerate([outside, inside, in_place]):
         assert save_model(tmp_path / f"{number}", compiled).fingerprint == expected
+    assert save_model(tmp_path / "parallel", nn.DataParallel(net)).fingerprint == expected
     gru: Any = torch.compile(net.gru, backend=_fails)
     assert save_model(tmp_path / "gru", gru).description.in_words() == "16 features → GRU 10 × 2 layers"
 

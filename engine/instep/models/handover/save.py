@@ -97,9 +97,14 @@ def save_model(
 
 
 def _plain(network: Any) -> Any:
-    """Without what torch.compile wraps around a module."""
-    while isinstance(network, nn.Module) and hasattr(network, "_orig_mod"):
-        network = network._orig_mod
+    """Without what torch.compile and data parallel training wrap around a module."""
+    while isinstance(network, nn.Module):
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            network = network.module
+        elif hasattr(network, "_orig_mod"):
+            network = network._orig_mod
+        else:
+            break
     return network
 
 

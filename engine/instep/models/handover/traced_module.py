@@ -49,6 +49,8 @@ _OF_SHAPES: Final = frozenset(
     ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
 )
 """Functions that take only the shape of their tensor."""
+_LIKE: Final = frozenset(["to", "type_as"])
+"""Methods that take only the dtype and the device of their argument."""
 _SIZES: Final = frozenset(["dim", "is_contiguous", "is_floating_point", "ndimension", "numel", "size", "stride"])
 """Methods whose results do not depend on values."""
 _INSTEAD: Final = (
@@ -277,7 +279,7 @@ class _Walk:
             self._check_returned(n.args[0])
         elif n.op == "placeholder":
             self._origins[n] = 0
-        elif given and _name(n) not in _OF_SHAPES:
+        elif given and _name(n) not in _OF_SHAPES and not (_name(n) in _LIKE and n.args[0] not in self._origins):
             tensors = [each for each in tree_leaves(self._tracer.value(n)) if isinstance(each, torch.Tensor)]
             if any(each.dtype != torch.float32 for each in tensors):
                 self._refuse(f"{self._kind}.forward computes in {_plain(tensors[0].dtype)}")
