@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, Final
 
 import numpy as np
@@ -42,25 +43,29 @@ class Agreement:
 def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     """Run a network on a module's input and compare the outputs.
 
-    Which axis counts timesteps is found by trying: the other one gives other values.
+    Which axis counts timesteps is found by trying: another one gives other values.
 
     Args:
         network: what is served.
-        x: the module's input, [T, R, features], [R, T, features], or with one of T and R left out.
-        y: its outputs in the same order, for each frame or for the last one of each sequence.
+        x: the module's input, with axes for T, R and features in any order, or with one of T and R left out.
+        y: its outputs in the same order, or with the outputs last, for each frame or for the last one of each sequence.
 
     Returns:
-        None when neither order gives `y` a shape that fits.
+        None when no order gives `y` a shape that fits.
     """
-    attempts, whole = [], x if x.ndim == 3 else x[:, None]
-    for steps_axis, rows_axis in ((0, 1), (1, 0)) if x.ndim == 3 else ((0, -1), (-1, 0)):
-        is_first = steps_axis == 0
-        frames = np.ascontiguousarray(whole if is_first else whole.swapaxes(0, 1))
+    attempts, missing = [], 3 - x.ndim
+    whole = x[None] if missing == 1 else x
+    for order in permutations(range(3)) if whole.ndim == 3 else ():
+        if whole.shape[order[2]] != network.description.features:
+            continue
+        frames = np.ascontiguousarray(whole.transpose(order))
         stepped, _ = step_frames(network, frames, network.state.initial(frames.shape[1]))
         for answered in (stepped, stepped[-1:]):
-            if answered.size == y.size:
-                wanted = answered if is_first else answered.swapaxes(0, 1)
-                attempts.append((distance(y.reshape(wanted.shape), wanted), steps_axis, rows_axis, frames, stepped))
+            for back in {tuple(np.argsort(order)), (0, 1, 2) if order[0] < order[1] else (1, 0, 2)}:
+                wanted = answered.transpose(back)
+                if wanted.size == y.size:
+                    error = distance(y.reshape(wanted.shape), wanted)
+                    attempts.append((error, order[0] - missing, order[1] - missing, frames, stepped))
     if not attempts:
         return None
     error, steps_axis, rows_axis, frames, stepped = min(attempts, key=lambda each: each[0])

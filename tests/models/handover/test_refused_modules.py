@@ -100,6 +100,9 @@ def test_an_example_that_the_forward_cannot_take_is_refused(tmp_path: Path) -> N
     ):
         with pytest.raises(ModelError, match=named):
             save_model(tmp_path / "m", Net(plain), example=example)
+    net = Net(lambda net, x: plain(net, x.flatten(2)))
+    with pytest.raises(ModelError, match="gives the shape"):
+        save_model(tmp_path / "m", net, example=torch.zeros(2, 5, 2, 3))
     assert not (tmp_path / "m").exists()
 
 
@@ -118,6 +121,20 @@ def test_an_example_of_any_shape_is_compared_at_another_length(tmp_path: Path, s
     if len(shape) == 2:
         steps_alone = Net(lambda net, x: net.head(net.gru(net.encoder(x.unsqueeze(1)))[0]).squeeze(1))
         save_model(tmp_path / "s", steps_alone, example=torch.zeros(shape))
+
+
+def test_advice_fits_what_a_forward_does(tmp_path: Path) -> None:
+    def stateful(net: Any, x: torch.Tensor) -> Any:
+        y, net.kept = net.gru(net.encoder(x), net.kept)
+        return y
+
+    (net := Net(stateful)).kept = torch.zeros(2, 3, 10)
+    with pytest.raises(ModelError, match="keeps a state between calls in `kept`: start every sequence from zeros"):
+        save_model(tmp_path / "m", net)
+    net = Net(lambda net, x: plain(net, x if x.sum() > 0 else -x))
+    with pytest.raises(ModelError, match=r"torch\.fx cannot follow") as refused:
+        save_model(tmp_path / "m", net)
+    assert "example" not in str(refused.value)
 
 
 class Plain(nn.Module):

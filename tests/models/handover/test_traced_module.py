@@ -41,6 +41,12 @@ def with_zeros_like_the_frames(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.gru(net.encoder(x), h.type_as(x).to(x))[0])
 
 
+def keeps_tensors(net: Any, x: torch.Tensor) -> Any:
+    y, net.h = net.gru(net.encoder(x), getattr(net, "h", None))
+    net.state_seen = y.detach()
+    return net.head(y)
+
+
 def flattened(net: Any, x: torch.Tensor) -> Any:
     y, _ = net.gru(net.encoder(x))
     return functional.softmax(net.head(y.contiguous().view(-1, 10)), dim=1)
@@ -84,6 +90,7 @@ def under_another_mode(net: Any, x: torch.Tensor) -> Any:
         (with_bn_alone, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 tanh → dense 3"),
         (with_initial_zeros, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (with_zeros_like_the_frames, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
+        (keeps_tensors, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (flattened, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 softmax"),
         (time_first, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (lambda net, x: net.gru(net.encoder(x)), "6 features → dense 16 relu → GRU 10 × 2 layers"),
@@ -106,6 +113,7 @@ def test_what_is_served_is_what_the_forward_gives(tmp_path: Path, forward: Forwa
     model = save_model(tmp_path / "m", net)
     assert model.description.in_words() == words
     assert net.training, "the module is as it was"
+    assert not hasattr(net, "h")
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
     x = torch.randn(5, 20, 6)
     with torch.no_grad():
@@ -130,6 +138,20 @@ def test_a_forward_may_answer_the_last_frame_only(tmp_path: Path, forward: Forwa
     with torch.no_grad():
         y = torch.stack([net(x[:, : length + 1]) for length in range(8)], dim=1)
     torch.testing.assert_close(served(model, x), y, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_the_axes_of_an_example_may_stand_in_another_order(tmp_path: Path, channels_first: bool) -> None:
+    def forward(net: Any, x: torch.Tensor) -> Any:
+        y = net.head(net.gru(net.encoder(x.transpose(1, 2)))[0])
+        return y.transpose(1, 2) if channels_first else y
+
+    model = save_model(tmp_path / "m", net := Net(forward), example=torch.zeros(3, 6, 9))
+    x = torch.randn(4, 6, 20)
+    with torch.no_grad():
+        y = net.eval()(x)
+    y = y.transpose(1, 2) if channels_first else y
+    torch.testing.assert_close(served(model, x.transpose(1, 2)), y, rtol=1e-5, atol=2e-6)
 
 
 def test_an_example_is_needed_where_the_forward_takes_more_than_frames(tmp_path: Path) -> None:

@@ -115,14 +115,19 @@ class TracedModule:
         for shape in shapes:
             tracer = _Tracer(self._frames(shape))
             try:
-                return shape, tracer, tracer.trace(_OfFrames(self._module, self._others))
+                with _unchanged(self._module):
+                    return shape, tracer, tracer.trace(_OfFrames(self._module, self._others))
             except Exception as error:  # whatever the user's forward raises
                 failure = failure or error
         assert failure is not None
+        advice = "give an example of its arguments, as in save_model(path, net, example=(x, h)), or "
+        if self._has_example or isinstance(failure, fx.proxy.TraceError):
+            advice = ""
+        if kept := _kept(self._module, failure):
+            advice = f"it keeps a state between calls in {kept}: start every sequence from zeros, or "
         raise ModelError(
             f"{self._kind}.forward fails or does what torch.fx cannot follow on frames {list(shapes[0])} "
-            f"({first_line(failure):.200}); give an example of its arguments, as in save_model(path, net, "
-            f"example=(x, h)), or {_INSTEAD}"
+            f"({first_line(failure):.200}); {advice}{_INSTEAD}"
         ) from failure
 
     def _frames(self, shape: Sequence[int]) -> torch.Tensor:
@@ -157,7 +162,7 @@ def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subjec
         ModelError: when it fails, or returns no tensor.
     """
     try:
-        with evaluating(module):
+        with evaluating(module), _unchanged(module):
             result = module(x.clone(), *others)
     except Exception as error:  # whatever the user's forward raises
         raise ModelError(
@@ -452,6 +457,30 @@ def _check_recurrent(module: nn.Module) -> None:
         check_recurrent(f"`{name}`", part)
     if not found:
         raise ModelError(f"{kind} has no recurrent module; {SERVED}")
+
+
+def _kept(module: nn.Module, failure: Exception) -> str:
+    """The tensors that a module keeps as plain attributes, or why it could not set a buffer; empty if neither."""
+    names = [
+        f"`{name}`"
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if not name.startswith("_") and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+    ]
+    return "a buffer" if "to buffer" in str(failure) else ", ".join(names)
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Give all parts of a module the attributes and buffers back that a forward sets."""
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in before:
+            for there, wanted in ((vars(part), attributes), (part._buffers, buffers)):
+                there.clear()
+                there.update(wanted)
 
 
 @contextmanager
