@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,15 @@ def test_repair_of_what_cannot_be_saved(tmp_path: Path) -> None:
         assert (status, "File name too long; name another file" in text) == (2, True)
         status, text = said(commands.cut_file, tmp_path / "a.rec", tmp_path / name, None, None)
         assert (status, "File name too long; name another file" in text) == (2, True)
+
+
+def test_repair_takes_no_lock_for_damage(tmp_path: Path) -> None:
+    scribe = record(tmp_path / "a.rec", close=False)
+    status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
+    assert (status, "is being written by another instep" in text) == (2, True)
+    scribe.writer.close()
+    with closing(sqlite3.connect(tmp_path / "a.rec", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
+    assert (status, "cannot be read now" in text) == (2, True)
+    assert not (tmp_path / "b.rec").exists()

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from instep.recording.copies import Bound, cut, repair
 from instep.recording.database import bytes_on_disk, lost_tail
-from instep.recording.errors import DamagedRecording, RecordingError, with_advice
+from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording, with_advice
 from instep.recording.inspection import facts, inspect, look_over, recordings_in, when
-from instep.recording.lock import is_being_written
+from instep.recording.lock import check_not_written, is_being_written
 from instep_tools.terminal import say
 from instep_tools.words import counted, printable
 
@@ -102,8 +102,11 @@ def repair_file(file: Path, output: Path | None, console: Console) -> None:
 
 
 def _is_whole(file: Path) -> bool:
+    check_not_written(file)
     try:
         inspect(file)
+    except UnavailableRecording:
+        raise
     except RecordingError:
         return False  # `repair` gives the reason where nothing can be saved
     return True
