@@ -8,7 +8,11 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from instep.replay import live
 from tests.support.growing import Story
 
 COUNT = """
@@ -71,3 +75,20 @@ def test_a_recording_that_is_locked_is_checked_afterwards_and_let_go_of(tmp_path
         assert "cannot read the recording" in json.loads(process.stdout.readline())["error"]
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+def test_many_mismatches_are_told_in_lines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path)
+    for _ in range(3):
+        story.corrupts = 1
+        story.step(story.open())
+    story.scribe.writer.close()
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(live, "_write", lines.append)
+    recording = live._Recording(str(story.path), 0, 0)
+    recording.is_finishing = True
+    while not recording.is_over:
+        recording.look()
+    assert [each["stream"] for line in lines for each in line["mismatches"]] == ["stream-1", "stream-2", "stream-3"]
+    assert {len(line["mismatches"]) for line in lines} == {1}
+    assert [line["left"] for line in lines] == [False, False, True]

@@ -115,8 +115,9 @@ class _Recording:
         new = check.mismatches[self._told :]
         self._told = len(check.mismatches)
         unread_s = time.monotonic() - self._read_s if unreadable else 0.0
-        _write(
-            {
+        # One in a line: values of a large output are many, and the server reads no line of any length.
+        for at in range(max(1, len(new))):
+            status = {
                 "file": self.file,
                 "frames": check.frames,
                 "skipped": check.skipped,
@@ -125,12 +126,12 @@ class _Recording:
                 "position": check.position or 0,
                 "applied": check.applied,
                 "notes": check.checkers.notes,
-                "mismatches": [wrong.as_json() for wrong in new],
+                "mismatches": [wrong.as_json() for wrong in new[at : at + 1]],
                 "mismatches_total": check.mismatches_total,
                 "unreadable": unreadable,
-                "left": self.is_over,
+                "left": self.is_over and at + 1 >= len(new),
             }
-        )
+            _write(status)
 
 
 def main() -> int:
