@@ -1,1 +1,1 @@
-"""`instep export`: a recording as a table for other tools, and as a picture."""
+"""`instep export`: a recording as a table for other tools."""
