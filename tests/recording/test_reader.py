@@ -17,6 +17,7 @@ from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record
 from tests.support.rows import open_stream
+from tests.support.scribe import Scribe
 
 GRU = make_gru(3, 4, layers=2)
 HEADER = make_header(gru_description(GRU))
@@ -241,3 +242,18 @@ def test_states_keep_their_bits(tmp_path: Path) -> None:
         (info,) = reader.streams()
     assert info.initial_state is not None
     assert info.initial_state.tobytes() == odd.tobytes()
+
+
+def test_a_checkpoint_that_is_completed_meanwhile_is_no_damage(tmp_path: Path) -> None:
+    scribe = Scribe(RecordingWriter.create(tmp_path / "a.rec", HEADER), gru_step(GRU))
+    scribe.open(1)
+    scribe.checkpoint(scribe.step([1]))
+    scribe.writer.commit()
+    with RecordingReader(scribe.writer.path) as reader:
+        newest = scribe.step([1])
+        scribe.checkpoint(newest)
+        scribe.writer.commit()
+        assert reader.checkpoints() == [], "the newer one has replaced the one that there was"
+        with reader.at_once():
+            assert [checkpoint.position for checkpoint in reader.checkpoints()] == [newest]
+    scribe.writer.close()

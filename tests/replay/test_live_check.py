@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from instep.models.registry import build
 from instep.recording.errors import DamagedRecording
+from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
@@ -19,6 +22,7 @@ from instep.replay.live_check import LiveCheck
 from tests.support.forger import Forger
 from tests.support.growing import Story, look
 from tests.support.recordings import NO_BITS
+from tests.support.scribe import Scribe
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -209,3 +213,67 @@ def test_frames_of_a_former_engine_are_not_compared(tmp_path: Path) -> None:
     check = LiveCheck.of(story.path, 0, 0)
     look(check)
     assert (check.frames, check.skipped, check.mismatches) == (15, 15, [])
+
+
+def test_a_checkpoint_that_is_completed_during_a_look_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(tmp_path)
+    streams = [story.open() for _ in range(3)]
+    story.step(*streams, frames=3)
+    story.checkpoint()
+    check = story.check(story.scribe.writer.position, 9)
+
+    class Overtaken(RecordingReader):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            story.step(*streams)
+            story.checkpoint()
+
+    monkeypatch.setattr("instep.replay.following.RecordingReader", Overtaken)
+    for _ in range(3):
+        check.look()
+    check.lag_s = 100.0
+    check.look()
+    monkeypatch.undo()
+    story.step(*streams)
+    look(check)
+    assert (check.mismatches, check.frames + check.skipped) == ([], story.frames - 9)
+    assert check.frames > 0
+
+
+def test_where_only_an_unanswered_batch_is_left_it_rests(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    stream = story.open()
+    check = story.check()
+    story.step(stream, frames=3)
+    story.scribe.step([stream], "unanswered")
+    story.scribe.writer.commit()
+    assert check.look(1)
+    assert (check.frames, check.lag_s < 60) == (3, True)
+    assert check.look(1), "as long as it has no outputs"
+
+
+def test_it_is_as_late_as_the_first_batch_that_it_has_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path)
+    stream = story.open()
+    check = story.check()
+    story.step(stream)  # long ago
+    monkeypatch.setattr(Scribe, "now", time.time_ns() - 5 * 10**9)
+    story.scribe.step([stream], "unanswered")  # what has outputs is read apart from what has none
+    story.scribe.writer.event(story.scribe.now, "recovered", None, "")
+    story.step(stream)
+    assert not check.look(1, portion_bytes=1)
+    assert 5 <= check.lag_s < 60
+
+
+def test_frames_that_the_bound_cannot_decide_are_not_counted_as_compared(tmp_path: Path) -> None:
+    story = Story(tmp_path, **NO_BITS)
+    story.checkers = replace(story.checkers, truth=None, rounded=None)
+    streams = [story.open() for _ in range(2)]
+    check = story.check()
+    story.step(*streams, frames=4)
+    story.corrupts = 2
+    story.step(*streams)
+    look(check)
+    assert (check.frames, check.skipped, check.mismatches) == (9, 1, [])

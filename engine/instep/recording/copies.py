@@ -115,7 +115,8 @@ def _base(reader: RecordingReader, until: int, last: int) -> Checkpoint | None:
 
     It is the newest one of position `until` or before that was completed before `last`.
     """
-    kept = [*([] if reader.trimmed.position else [Checkpoint()]), *reader.checkpoints()]
+    with reader.at_once():
+        kept = [*([] if reader.trimmed.position else [Checkpoint()]), *reader.checkpoints()]
     if kept[-1].position > reader.trimmed.position:
         kept.pop()  # the newest may lack states: later ones replaced them, or their streams have closed
     later = [each for each in kept[1:] if each.position <= until and each.completed < last]

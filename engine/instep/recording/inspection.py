@@ -94,6 +94,8 @@ def look_over(path: Path) -> dict[str, Any]:
         RecordingError: when it cannot be read, or is damaged where this reads.
     """
     with RecordingReader(path) as reader:
+        with reader.at_once():
+            checkpoint = reader.checkpoint()
         header, engine, streams = reader.header, reader.engines[-1].header, reader.streams()
         batches, frames = reader.totals()
         return {
@@ -113,7 +115,7 @@ def look_over(path: Path) -> dict[str, Any]:
             "batches": batches,
             "frames": frames,
             "restarts": sum(event.kind == RECOVERED_EVENT for event in reader.events()),
-            "checkpoint_position": reader.checkpoint().position,
+            "checkpoint_position": checkpoint.position,
             "first_position": reader.first_position,
             "trimmed": where_it_begins(reader),
             "last_position": reader.last_position,

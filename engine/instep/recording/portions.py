@@ -57,6 +57,8 @@ class Portion:
     """In order."""
     position: int
     """Everything up to here is in this portion or in an earlier one."""
+    is_last: bool = False
+    """Whether no other one follows."""
 
     def only(self, streams: I64) -> Portion:
         """What concerns some streams, by number."""
@@ -89,13 +91,13 @@ def portions(
     marks, waiting, found = _marks(reader, first), deque[Mark](), [reader.no_frames()]
     last, ahead = reader.last_position, deque(cuts)
 
-    def taken(position: int) -> Portion:
+    def taken(position: int, *, is_last: bool = False) -> Portion:
         while (mark := waiting.popleft() if waiting else next(marks, None)) is not None:
             if mark.position > position:
                 waiting.append(mark)
                 break
             of_portion.append(mark)
-        portion = Portion(RecordedFrames.join(found), list(of_portion), position)
+        portion = Portion(RecordedFrames.join(found), list(of_portion), position, is_last)
         del found[1:]
         of_portion.clear()
         return portion
@@ -116,7 +118,7 @@ def portions(
             yield taken(int(frames.positions[-1]))
     while ahead and ahead[0] < last:
         yield taken(ahead.popleft())
-    yield taken(last)
+    yield taken(last, is_last=True)
 
 
 def empty_portion(reader: RecordingReader, position: int) -> Portion:

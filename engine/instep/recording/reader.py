@@ -427,8 +427,14 @@ class RecordingReader(Closing):
         return self._oldest.completed
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The complete checkpoints, in order; where the history was trimmed, it begins at the first."""
+        """The complete checkpoints, in order; where the history was trimmed, it begins at the first.
+
+        Only `at_once` shows all that there were: a later one may have replaced some of them since this opened.
+        """
         found = [Checkpoint(*row) for row in self.rows("checkpoints")]
+        if not self._database.in_transaction:
+            self._check_trimmed()
+            found = [checkpoint for checkpoint in found if checkpoint.completed <= self.last_position]
         for checkpoint in found:
             if not self.trimmed.position <= checkpoint.position <= checkpoint.completed <= self.last_position:
                 raise self.damaged(f"its checkpoint is of position {checkpoint.position}, which there is not")

@@ -13,6 +13,7 @@ from instep.core.typing import U8
 from instep.recording.errors import TrimmedMeanwhile
 from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint
 from instep.recording.schema import END_EVENT
 from instep.replay.replay import LAST, Replay, Stepping
 
@@ -51,7 +52,7 @@ class Follower(Replay):
 
     Attributes:
         position: everything in the recording up to here was taken in; None before the first look.
-        lag_s: seconds since everything that is not read yet was committed.
+        lag_s: seconds since the first batch was committed that is not read yet.
         is_finished: whether the recording was closed in order when it was last read.
     """
 
@@ -64,7 +65,7 @@ class Follower(Replay):
             super().__init__(stepper, reader, ignore_until=LAST)
 
     def look(self, most_portions: int | None = None, portion_bytes: int = PORTION_BYTES) -> bool:
-        """Step what was committed by now, some portions of it or all; whether that was all.
+        """Step what was committed by now, some portions of it or all; whether nothing is left that can be stepped.
 
         Raises:
             RecordingError: when the recording is damaged.
@@ -74,32 +75,34 @@ class Follower(Replay):
         try:
             with RecordingReader(self.path, since=since) as reader, torch.inference_mode():
                 self.reader = reader
-                if self.position is None or self.is_to_begin(reader):
+                with reader.at_once():  # a newer one may replace it right away
+                    checkpoint = reader.checkpoint()
+                if self.position is None or self.is_to_begin(reader, checkpoint):
                     for number in list(self._streams):
                         self.drop(number)
-                    self.position = self.begin(reader)
+                    self.position = self.begin(reader, checkpoint)
                     if self.position < since:
                         return False  # this reader does not show what is read again
                 for portion in portions(reader, self.position + 1, settled=True, portion_bytes=portion_bytes):
                     self.take(portion)
                     self.position, taken = portion.position, taken + 1
                     self.is_finished = bool(portion.marks) and getattr(portion.marks[-1], "kind", "") == END_EVENT
-                    if taken == most_portions and self.position < reader.last_position:
-                        newest = reader.newest_row("batches", "position <= ?", self.position)
-                        self.lag_s = max(0.0, time.time() - newest[1] / 1e9) if newest is not None else 0.0
+                    if taken == most_portions and not portion.is_last:
+                        unread = next(reader.rows("batches", self.position + 1), None)
+                        self.lag_s = 0.0 if unread is None else max(0.0, time.time() - unread[1] / 1e9)
                         return False
         except TrimmedMeanwhile:
             return False
         self.lag_s = time.time() - began
         return True
 
-    def is_to_begin(self, reader: RecordingReader) -> bool:
+    def is_to_begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> bool:
         """Whether to leave out everything up to where `begin` says: the history before may be gone."""
         return reader.trimmed.position > (self.position or 0)
 
-    def begin(self, reader: RecordingReader) -> int:
+    def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """The position of the newest checkpoint, behind which to begin; no stream is open here."""
-        return reader.checkpoint().position
+        return checkpoint.position
 
     def take(self, portion: Portion) -> None:
         """Step a portion."""

@@ -7,7 +7,7 @@ there is a new checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from instep.core.typing import F32, U8
+from instep.core.typing import F32, I64, U8
 from instep.recording.portions import Portion
 from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint
 from instep.recording.schema import read_checkpoint_frames
 from instep.replay.bound import F64
 from instep.replay.checkers import Block, Checkers, check_stepped, check_with_bound, plan_blocks
@@ -103,20 +104,18 @@ class LiveCheck(Follower):
         check._compared_from = engine.position
         return check
 
-    def is_to_begin(self, reader: RecordingReader) -> bool:
+    def is_to_begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> bool:
         """Also where it is late."""
-        if super().is_to_begin(reader):
+        if super().is_to_begin(reader, checkpoint):
             self.has_trimmed = True
             return True
-        newest, position = reader.checkpoint().position, self.position or 0
+        newest, position = checkpoint.position, self.position or 0
         if newest > position:
             return self.lag_s > LATE_S
         return newest > self._began and not self.checkers.bits_required
 
-    def begin(self, reader: RecordingReader) -> int:
+    def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """Count what is left out; what is read again counts no more."""
-        checkpoint = reader.checkpoint()
-        self._began, self._drift = checkpoint.position, {}
         self._counted = max(self._counted, self.position or 0)
         rows = reader.rows("events", checkpoint.completed, checkpoint.completed)
         applied = sum(read_checkpoint_frames(row[5]) for row in rows)
@@ -125,6 +124,7 @@ class LiveCheck(Follower):
         elif checkpoint.position > self._counted:
             self.skipped += max(0, applied - self.applied)
             self.applied = max(applied, self.applied)
+        self._began, self._drift = checkpoint.position, {}
         return checkpoint.position
 
     def meet(self, numbers: Sequence[int]) -> None:
@@ -144,7 +144,9 @@ class LiveCheck(Follower):
         if before is None:
             wrong = [(at, "") for at in np.flatnonzero(compared & differ(y, frames.y)).tolist()]
         else:
-            wrong = [(at, words) for at, words in self._beyond(stretches, before, y, after) if compared[at]]
+            beyond, undecided = self._beyond(stretches, before, y, after)
+            wrong = [(at, words) for at, words in beyond if compared[at]]
+            compared[undecided] = False
         for at, words in wrong:
             where = int(frames.streams[at]), int(frames.seqs[at]), int(frames.positions[at])
             self._tell(*where, y[at], frames.y[at], words)
@@ -155,22 +157,33 @@ class LiveCheck(Follower):
         self.frames += int((compared & is_new).sum())
         self.skipped += int((~compared & is_new).sum())
 
-    def _beyond(self, stretches: Stretches, before: U8, y: F32, after: U8) -> Iterator[tuple[int, str]]:
-        """The first frame of each stretch that is beyond the bound, as its index and in words."""
+    def _beyond(self, stretches: Stretches, before: U8, y: F32, after: U8) -> tuple[list[tuple[int, str]], list[int]]:
+        """The first frame of each stretch that is beyond the bound, as its index and in words.
+
+        Also the indices of frames from the first one on of which the bound cannot say whether it is wrong.
+        """
+        beyond, undecided = list[tuple[int, str]](), list[int]()
         numbers = stretches.streams.tolist()
         carried = [0.0 if at in stretches.given else self._drift.get(each, 0.0) for at, each in enumerate(numbers)]
         drift: F64 = np.array(carried, np.float64)
         for rows in plan_blocks(stretches.lengths, np.flatnonzero(stretches.lengths).astype(np.int64)):
             found = check_stepped(Block(self.checkers, stretches, rows, before, drift), y, after[rows])
             if found.wrong.any():
-                rows = rows[found.wrong]
-                block = Block(self.checkers, stretches, rows, before, drift)
-                (found, *_), drift[rows] = check_with_bound(block, y, after[rows])
+                at_wrong: I64 = np.flatnonzero(found.wrong).astype(np.int64)
+                again = rows[at_wrong]
+                block = Block(self.checkers, stretches, again, before, drift)
+                (bounded, *_), drift[again] = check_with_bound(block, y, after[again])
+                found.replace(at_wrong, bounded)
             for at in np.flatnonzero(found.wrong).tolist():
                 first, row = found.first[at], int(rows[at])
                 offset = min(first.frame - stretches.first_seqs[row], stretches.lengths[row] - 1)
-                yield int(stretches.order[stretches.starts[row] + offset]), first.sentence()
+                beyond.append((int(stretches.order[stretches.starts[row] + offset]), first.sentence()))
+            for at, seq in found.undecided.items():
+                row = int(rows[at])
+                start, offset = stretches.starts[row], seq - stretches.first_seqs[row]
+                undecided += stretches.order[start + offset : start + stretches.lengths[row]].tolist()
         self._drift |= zip(numbers, drift.tolist(), strict=True)
+        return beyond, undecided
 
     def _tell(
         self, number: int, seq: int, position: int, expected: F32 = _NOTHING, got: F32 = _NOTHING, sentence: str = ""

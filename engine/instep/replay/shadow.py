@@ -27,6 +27,7 @@ from instep.models.registry import build
 from instep.recording.errors import UnavailableRecording
 from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
+from instep.recording.records import Checkpoint
 from instep.replay.following import Follower, newest_state
 from instep.replay.replay import StateTable
 from instep_tools.terminal import say
@@ -222,11 +223,11 @@ class Shadow(Follower):
             is_all, self.unavailable = True, error
         return is_all
 
-    def begin(self, reader: RecordingReader) -> int:
+    def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """Forget streams that have ended."""
         for number in [number for number in self._found if newest_state(reader, number) is None]:
             self._end(number)
-        return super().begin(reader)
+        return super().begin(reader, checkpoint)
 
     def meet(self, numbers: Sequence[int]) -> None:
         """Begin with streams that are chosen."""

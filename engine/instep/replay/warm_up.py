@@ -14,7 +14,7 @@ from instep.core.typing import I64, U8
 from instep.recording.errors import RecordingError
 from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
-from instep.recording.records import find_sorted
+from instep.recording.records import Checkpoint, find_sorted
 from instep.replay.following import Follower, newest_state
 from instep.runtime.stepper import Stepper
 
@@ -70,16 +70,15 @@ class WarmUpReplay(Follower):
         slots = np.array([self._streams[number].slot for number in numbers], np.int64)
         return self.stepper.read(slots), np.array([self._firsts[number] for number in numbers], np.int64)
 
-    def begin(self, reader: RecordingReader) -> int:
+    def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """Find the frames of each open stream that count."""
-        checkpoint = reader.checkpoint().position
         closed = {row[2] for row in reader.rows("closings")}
         openings = {row[2]: row[5] for row in reader.rows("openings") if row[2] not in closed}
         states = {number: found.seq for number in openings if (found := newest_state(reader, number)) is not None}
         numbers: I64 = np.array(sorted(states), np.int64)
         first_seqs: I64 = np.array([openings[number] for number in numbers.tolist()], np.int64)
         nexts: I64 = np.array([states[number] for number in numbers.tolist()], np.int64)
-        for frames in reader.frames(checkpoint + 1):
+        for frames in reader.frames(checkpoint.position + 1):
             at, is_open = find_sorted(numbers, frames.streams)
             np.maximum.at(nexts, at[is_open], frames.seqs[is_open] + 1)
         starts = np.maximum(first_seqs, nexts - self._frames)
@@ -92,7 +91,7 @@ class WarmUpReplay(Follower):
         for number, start in zip(numbers.tolist(), np.maximum(starts, lowest).tolist(), strict=True):
             self._firsts[number] = start
             self.add(number, start, None)
-        return min(first - 1, checkpoint)
+        return min(first - 1, checkpoint.position)
 
     def meet(self, numbers: Sequence[int]) -> None:
         """Those that are open were added at the beginning."""
