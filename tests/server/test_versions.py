@@ -146,6 +146,33 @@ async def test_kept_streams_have_their_version_after_a_restart_too(
             np.testing.assert_array_equal(await stream.step(x), truth(np.concatenate([x, x]), FRAMES)[FRAMES:])
 
 
+async def test_kept_streams_of_all_recordings_of_a_version_are_in_the_newest_of_them(
+    old: Path, folder: Path, recordings: Path, x: F32
+) -> None:
+    async with running(A, folder=old, **sections(recordings)) as server:
+        for name in ("s", "t"):
+            async with AsyncClient(server.endpoint) as client:
+                assert client.info.fingerprint == A.fingerprint
+                await (await client.open(name)).step(x[:10])
+                await client.close(park=True)
+            if name == "s":
+                for version in (folder, old):
+                    assert not await reload_models(server, version, "keep")
+    write_model(folder, DEEPER, overwrite=True)
+    y = whole(A, x)[0]
+    for seen in (10, 20):
+        told: list[dict[str, Any]] = []
+        async with running(DEEPER, folder=folder, told=told, **sections(recordings, "keep")) as server:
+            assert [service.name for service in server.services] == ["ears", KEPT]
+            async with AsyncClient(server.endpoint, model=KEPT) as client:
+                assert sorted(each.name for each in await client.list_streams()) == ["s", "t"]
+                for name in ("s", "t"):
+                    stream = await client.resume(name, have=seen, take_over=True)
+                    np.testing.assert_array_equal(await stream.step(x[seen : seen + 10]), y[seen : seen + 10])
+                await client.close(park=True)
+            assert not said(told, "streams not served")
+
+
 async def test_a_model_that_a_reload_loads_follows_the_same_rule(
     old: Path, folder: Path, recordings: Path, x: F32
 ) -> None:

@@ -160,17 +160,19 @@ def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, 
         end_moved(former)
     moves = formers_to_move(versions, prepared.model.fingerprint, StreamPolicy.parse(config.model.on_reload))
     planned = [Planned(prepared, log, versions.file, [each for each in moves if each.streams])]
-    for former in versions.formers:
-        if former in moves or not former.streams:
-            continue
-        kept_as = name_kept(prepared.model.name, former.header.model_fingerprint)
+    keep = [each for each in versions.formers if each not in moves and each.streams]
+    while keep:
+        former, fingerprint = keep[-1], keep.pop().header.model_fingerprint
+        kept_as = name_kept(prepared.model.name, fingerprint)
+        its_log = log.bind(model=kept_as)
         try:
-            if kept_as in [each.kept_as for each in planned]:
-                raise CannotServe("another recording of that version has open streams, too")
-            its_log = log.bind(model=kept_as)
-            planned.append(Planned(prepare_former(config, former, its_log), its_log, former.file, (), kept_as))
+            loaded = prepare_former(config, former, its_log)
         except (ModelError, CannotServe) as error:
             say_not_served(former.file, f"streams keep the version that they have, but {error}", log)
+            continue
+        older = [each for each in keep if each.header.model_fingerprint == fingerprint]
+        keep = [each for each in keep if each not in older]
+        planned.append(Planned(loaded, its_log, former.file, older, kept_as))
     return planned
 
 
