@@ -168,6 +168,25 @@ async def test_a_reload_is_compared_with_the_one_that_is_under_way(tmp_path: Pat
         assert "under_way" not in said[-1]
 
 
+async def test_models_are_kept_for_the_next_server_once_they_are_in_force(tmp_path: Path) -> None:
+    old, broken, new = folder_of(tmp_path / "old", A), tmp_path / "broken", folder_of(tmp_path / "new", B)
+    kept, told = Kept(), list[dict[str, Any]]()
+    async with running(A, told=told, folder=old, model={"folder": old}) as server:
+        first = server.config
+        for folder in (broken, new):  # the second waits for the first
+            wanted = first.model_validate(first.model_dump() | {"model": {"folder": folder, "on_reload": "move"}})
+            reload(server, partial(lambda wanted: wanted, wanted), Threshold("info"), log_into([]), kept)
+            config, fingerprints = kept.laid_over(first)
+            assert (config.model.folder, config.model.on_reload) == (old, "move")
+            assert fingerprints == {"ears": A.fingerprint}
+        async with asyncio.timeout(20):
+            while "models reloaded" not in [line["event"] for line in told]:
+                await asyncio.sleep(0.01)
+        assert "models not reloaded" in [line["event"] for line in told]
+        config, fingerprints = kept.laid_over(first)
+        assert (config.model.folder, fingerprints) == (new, {"ears": B.fingerprint})
+
+
 async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path: Path) -> None:
     old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
     told: list[dict[str, Any]] = []

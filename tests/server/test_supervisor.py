@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -135,6 +136,27 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
             after, _ = whole(plain(5, 8, seed=2), x[10:], state)
             np.testing.assert_array_equal(np.concatenate(y), np.concatenate([before, after]))
             stream.close()
+        shutil.rmtree(tmp_path / "new")
+        server_of(served).send_signal(signal.SIGSEGV)
+        assert served.until("models not reloaded")["reason"].startswith("models are as at the start: ")
+        served.until("serving")
+        with Client(endpoint) as client:
+            assert client.info.fingerprint == plain(5, 8, seed=1).fingerprint
+
+
+def test_a_crash_loads_no_weights_that_were_copied_over_those_that_are_served(
+    supervised: tuple[Served, str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    served, endpoint = supervised
+    x = random_frames(rng, 20)[:, 0]
+    with Client(endpoint) as client:
+        stream = client.open("s")
+        y = [stream.step(x[:10])]
+        write_model(tmp_path / "model", plain(5, 8, seed=9), overwrite=True)
+        server_of(served).send_signal(signal.SIGSEGV)
+        served.until("serving")
+        y.append(stream.step(x[10:]))
+        np.testing.assert_array_equal(np.concatenate(y), whole(SMALL, x)[0])
 
 
 def test_a_crash_of_the_process_that_steps_costs_a_stream_nothing_but_time(

@@ -253,7 +253,7 @@ class Loader:
         self._log = log
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
-        self._on_refused: Callable[[], object] = lambda: None
+        self._on_end: Callable[[], object] = lambda: None
         self._followed: ModelConfig | None = None
         """The configuration of the reload that is under way."""
 
@@ -267,9 +267,12 @@ class Loader:
         """Whether a reload is under way or waits for its turn."""
         return self._followed is not None or self._wanted is not None
 
-    def reload(self, wanted: ModelConfig, on_refused: Callable[[], object] = lambda: None) -> None:
-        """Load, swap and unload models until they are those of a configuration, once what is under way has ended."""
-        self._wanted, self._on_refused = wanted, on_refused
+    def reload(self, wanted: ModelConfig, on_end: Callable[[], object] = lambda: None) -> None:
+        """Load, swap and unload models until they are those of a configuration, once what is under way has ended.
+
+        `on_end` is called whenever a reload has ended, well or not: from now on, also at the end of an earlier one.
+        """
+        self._wanted, self._on_end = wanted, on_end
         self.tick()
 
     def tick(self) -> None:
@@ -312,8 +315,8 @@ class Loader:
             if swapped:
                 extent = "of model.folder only the models loaded and swapped are in force"
             self.problem = f"{extent}: {at}{_why(error)}"
+            self._on_end()
             self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=self.problem)
-            self._on_refused()
             return
         unloaded = [name for name, service in served.items() if name not in found and not service.is_former]
         for name in unloaded:
@@ -321,6 +324,7 @@ class Loader:
         self._server.reorder(list(found))
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         self.problem = ""
+        self._on_end()
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 

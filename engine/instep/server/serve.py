@@ -20,7 +20,6 @@ import torch
 
 from instep.config import Config, ConfigError, ModelConfig, TransportConfig
 from instep.core.compiled import are_cached
-from instep.models.errors import ModelError
 from instep.server.assembly import make_server
 from instep.server.checks import (
     FILES_BESIDE_CONNECTIONS,
@@ -30,7 +29,7 @@ from instep.server.checks import (
     with_all_streams,
 )
 from instep.server.log import Threshold, make_log
-from instep.server.preparation import CannotServe, Prepared, prepare, versions
+from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import supervise
 from instep.streaming.warm_up import warm_up
@@ -112,19 +111,22 @@ class Kept:
         self._shared = mmap.mmap(-1, 1 + 2 * _KEPT_BYTES)
         """Which half counts, and two halves: a process that dies while it writes one leaves the other."""
 
-    def keep(self, config: Config) -> None:
-        """Remember what can change of a configuration, the models among it."""
-        half, values = 1 - self._shared[0], [_changeable(config), config.model.model_dump(mode="json")]
+    def keep(self, server: Server) -> None:
+        """Remember what can change of the configuration that is in force, and which versions of models are."""
+        half, config = 1 - self._shared[0], server.config
+        fingerprints = {each.name: each.about.fingerprint for each in server.services if not each.is_former}
+        values = [_changeable(config), config.model.model_dump(mode="json"), fingerprints]
         self._half(half)[:] = json.dumps(values).encode().ljust(_KEPT_BYTES)
         self._shared[0] = half
 
-    def laid_over(self, config: Config) -> Config:
-        """A configuration with the values that were kept, if any were."""
+    def laid_over(self, config: Config) -> tuple[Config, dict[str, str]]:
+        """A configuration with the values that were kept, and the models' fingerprints; the latter only if any were."""
         text = bytes(self._half(self._shared[0])).strip(b"\0")
         if not text:
-            return config
-        values, models = json.loads(text)
-        return _with_values(config, values).model_copy(update={"model": ModelConfig.model_validate(models)})
+            return config, {}
+        values, models, fingerprints = json.loads(text)
+        config = _with_values(config, values).model_copy(update={"model": ModelConfig.model_validate(models)})
+        return config, fingerprints
 
     def _half(self, half: int) -> memoryview:
         return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
@@ -140,7 +142,7 @@ def reload(
     """Read the configuration again and use what can change of it; a broken one changes nothing.
 
     The log says what has changed, at whatever level, and which changes of models are under way: whether they succeed is
-    said later. `reread` raises ConfigError; `kept` gets the new values.
+    said later. `reread` raises ConfigError; `kept` gets the new values, and the models once they are in force.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
@@ -149,8 +151,8 @@ def reload(
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
-        server.loader.reload(wanted.model, lambda: kept.keep(server.config))
-        kept.keep(wanted)
+        server.loader.reload(wanted.model, lambda: kept.keep(server))
+        kept.keep(server)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
         also = {"under_way": under_way} if under_way else {}
@@ -243,22 +245,18 @@ def run(
     manager = ServiceManager(os.environ, log)
     start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
     if restart and supervise(log):
-        began, config = config, start.kept.laid_over(config)  # the server that died may have reloaded
+        began, (config, fingerprints) = config, start.kept.laid_over(config)  # the server that died may have reloaded
+        loaded = {each.model.name: each.model.fingerprint for each in prepared}
+        if config.model.folder != began.model.folder or (fingerprints or loaded) != loaded:
+            try:
+                prepared = prepare(config, log, restart=restart)
+            except CannotServe as error:  # those that were loaded at the start can still be served
+                log.error("models not reloaded", reason=f"models are as at the start: {error}")
+                config = _with_values(began, _changeable(config))
         if changed := [change for _, change in differences(began, config)]:
             log.info("reload kept", changed=changed)
         threshold.level = config.log.level
-        if _have_changed(prepared, config):
-            prepared = prepare(config, log, restart=restart)
     return asyncio.run(_serve(config, prepared, log, threshold, start))
-
-
-def _have_changed(prepared: Sequence[Prepared], config: Config) -> bool:
-    """Whether the configuration names other models, or other versions of them, than those that were loaded."""
-    try:
-        found = versions(config.model.folders)
-    except (ModelError, CannotServe):  # the ones that were loaded can still be served
-        return False
-    return found != {each.model.name: (each.model_path, each.model.fingerprint) for each in prepared}
 
 
 async def _serve(
