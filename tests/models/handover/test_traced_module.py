@@ -47,6 +47,15 @@ def keeps_tensors(net: Any, x: torch.Tensor) -> Any:
     return net.head(y)
 
 
+def with_statements_in_place(net: Any, x: torch.Tensor) -> Any:
+    y = net.gru(net.encoder(x))[0]
+    functional.relu(y, inplace=True)
+    y = net.head(y)
+    y.relu_()
+    y.tanh_()
+    return y
+
+
 def flattened(net: Any, x: torch.Tensor) -> Any:
     y, _ = net.gru(net.encoder(x))
     return functional.softmax(net.head(y.contiguous().view(-1, 10)), dim=1)
@@ -91,6 +100,10 @@ def under_another_mode(net: Any, x: torch.Tensor) -> Any:
         (with_initial_zeros, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (with_zeros_like_the_frames, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (keeps_tensors, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
+        (
+            with_statements_in_place,
+            "6 features → dense 16 relu → GRU 10 × 2 layers → dense 10 relu → dense 7 relu → dense 7 tanh",
+        ),
         (flattened, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 softmax"),
         (time_first, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (lambda net, x: net.gru(net.encoder(x)), "6 features → dense 16 relu → GRU 10 × 2 layers"),

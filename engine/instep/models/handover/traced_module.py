@@ -270,6 +270,7 @@ class _Walk:
 
     def chain(self, graph: fx.Graph) -> Chain:
         """Its layers."""
+        self._use_what_changed_in_place(graph)
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node in graph.nodes:
             self._follow(node)
@@ -277,6 +278,16 @@ class _Walk:
             raise ModelError(f"{self._kind}.forward does not run its recurrent module on its input; {SERVED}")
         initial = dict(zip(("h", "c"), self._initial_state, strict=False))
         return Chain(self._before, self._recurrent, self._after, initial)
+
+    def _use_what_changed_in_place(self, graph: fx.Graph) -> None:
+        """Where a call returns its own argument, let all later uses of that refer to the call."""
+        seen: set[fx.Node] = set()
+        for node in graph.nodes:
+            seen.add(node)
+            for given in node.all_input_nodes if node.op != "output" else ():
+                value = self._tracer.value(given)
+                if isinstance(value, torch.Tensor) and self._tracer.value(node) is value:
+                    given.replace_all_uses_with(node, lambda user: user not in seen)
 
     def _follow(self, n: fx.Node) -> None:
         given = [node for node in n.all_input_nodes if node in self._origins]
