@@ -234,6 +234,9 @@ class RecordingReader(Closing):
             return rows, error
         return rows, None
 
+    def _is_at_once(self) -> bool:
+        return self._database.in_transaction
+
     def _check_trimmed(self) -> None:
         """Raise when rows that this should show may have been deleted."""
         rows, error = self._fetch("SELECT position FROM trimmed LIMIT 2", ())
@@ -432,7 +435,7 @@ class RecordingReader(Closing):
         Only `at_once` shows all that there were: a later one may have replaced some of them since this opened.
         """
         found = [Checkpoint(*row) for row in self.rows("checkpoints")]
-        if not self._database.in_transaction:
+        if not self._is_at_once():
             self._check_trimmed()
             found = [checkpoint for checkpoint in found if checkpoint.completed <= self.last_position]
         for checkpoint in found:
