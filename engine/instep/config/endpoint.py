@@ -44,11 +44,6 @@ def is_loopback(endpoint: str) -> bool:
     return is_loopback_host(match["host"].strip("[]"))
 
 
-def local_address(endpoint: str) -> str:
-    """Where clients on this machine reach a server that binds to an endpoint."""
-    return re.sub(r"^tcp://(\*|0\.0\.0\.0|localhost):", "tcp://127.0.0.1:", endpoint)
-
-
 def checked_http_endpoint(endpoint: object) -> object:
     """The endpoint of the admin server, `HOST:PORT`; None where it is `off`, which YAML reads as False.
 
