@@ -32,6 +32,7 @@ from instep.server.recording_files import next_recording, recording_file
 from instep.server.recordings import Planned, check_policy, check_sizes, name_kept, open_recording, plan, record, use
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.streaming.service import ModelService, Recovery
+from instep.streaming.states import state_rows
 from instep.streaming.tasks import Tasks, in_daemon_thread
 
 if TYPE_CHECKING:
@@ -180,8 +181,8 @@ async def move(
         states, first_seqs = replay.states(numbers, next_seqs)
     new.states.access.load(slots, states)
     begin_recording()
-    lsn = engine.journal.moved(slots, names, states, first_seqs, old.file)
-    # The next checkpoint has their frames too whose outputs the clients may lack.
+    now = state_rows(engine.tables, table, slots, states)
+    lsn = engine.journal.moved(slots, names, now, first_seqs, old.file)
     engine.journal.dirty.mark_dirty(slots)
     new.tasks.start(new.checkpoints.take())
     engine.events.add_all("moved", names, new.about.fingerprint, next_seqs)

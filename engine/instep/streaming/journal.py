@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,7 @@ from instep.recording.schema import (
     RESET_EVENT,
     owner_detail,
 )
+from instep.recording.writer import RecordingWriter
 from instep.streaming.tasks import Waiters
 
 NEVER: Final = 2**62
@@ -225,18 +227,27 @@ class Journal:
             count, lambda writer: writer.open_streams(time_ns, streams, names, epochs, first_seqs, initial_states)
         )
 
-    def moved(self, slots: I64, names: Sequence[str], states: U8, replayed_from: I64 | None, file: Path | None) -> int:
+    def moved(
+        self, slots: I64, names: Sequence[str], now: StateRows, replayed_from: I64 | None, file: Path | None
+    ) -> int:
         """Streams have come from another version of the model, in these states; as `RowWriter.move_streams`.
 
-        `file` is the recording of that version; None where nothing is recorded.
+        `now` also has the frames whose outputs clients may lack: this recording has them nowhere else. `file` is the
+        recording of that version; None where nothing is recorded.
         """
         table, count, time_ns = self._table, len(slots), time.time_ns()
         numbers, streams = table.recording_ids(slots), self._number(slots)
         columns = (table.epoch[slots], table.former_epoch[slots], table.granted_seq[slots])
         owners = list(zip(*(column.tolist() for column in columns), strict=True))
-        moved = MovedStreams(streams, names, owners, table.next_seq[slots].copy(), states, replayed_from, numbers)
+        moved = MovedStreams(streams, names, owners, now.seqs, now.states, replayed_from, numbers)
         source = "" if file is None else file.name
-        return self._put_rows(3 * count, lambda writer: writer.move_streams(time_ns, moved, source))
+        now = replace(now, streams=streams)
+
+        def write(writer: RecordingWriter) -> None:
+            writer.move_streams(time_ns, moved, source)
+            writer.add_states(time_ns, writer.position, now)
+
+        return self._put_rows(3 * count + 1, write) if count else 0
 
     def _number(self, slots: I64) -> I64:
         """Give streams their numbers in this recording."""
