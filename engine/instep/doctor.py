@@ -1,4 +1,4 @@
-"""`instep doctor`: what a maintainer asks for, and everything that will hurt, with its cure."""
+"""`instep doctor`: versions, the machine, and each problem that the checks find, with its cure."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Settings(BaseSettings, Config):
-    """What the source of pydantic-settings reads."""
+    """The configuration as pydantic-settings reads it: the prefix and the nesting of its variables."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__")
 
