@@ -77,7 +77,7 @@ async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
 async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """Show the numbers of a model: streams, frames, batches, and how long they took.
 
-    docs/protocol.md explains each under STATISTICS.
+    docs/operations.md explains them as metrics.
     """
     async with connected(target, "stats", terminal, stop) as client:
         numbers, model = await client.stats(), client.info.model

@@ -1,139 +1,136 @@
-"""The messages of docs/protocol.md: what the code writes and reads, and one conversation with a running server."""
+"""docs/protocol.md and its examples against the code, and one conversation with a running server."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
+from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 import zmq.asyncio
 
-from instep.core.typing import F32
-from instep_client import replies as readers
-from instep_client.protocol import wire
+from instep_client.protocol import step_messages, wire
 from instep_client.protocol.wire import Code, Kind, ServerInfo
-from tests.docs.support.protocol_examples import (
-    EPOCH,
-    FIRST,
-    INFO,
-    MIC_1,
-    MIC_2,
-    MIC_3,
-    PAGE,
-    RESUMED_1,
-    RESUMED_2,
-    SECOND,
-    SEED,
-    WHAT_THE_CODE_SAYS,
-    floats,
-)
-from tests.support import raw
-from tests.support.gate import GATE_VALUE, Gate
-from tests.support.models import whole
-from tests.support.raw import RawClient
+from tests.docs.support.page import Page
+from tests.docs.support.protocol_examples import EPOCH, EXAMPLES, SEED, WHAT_THE_CODE_SAYS, floats
 from tests.support.running import running
-from tests.support.step_messages import step_header
+
+PAGE = Page("protocol.md")
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
+HEADERS = {"STEP": step_messages.STEP_HEADER, "STEPPED": step_messages.STEPPED_HEADER}
+RECORDS = {
+    "column": wire.COLUMN,
+    "answered": step_messages.ANSWERED,
+    "failure": wire.FAILURE,
+    "grant": wire.GRANT,
+    "claim": wire.CLAIM,
+    "closing": wire.CLOSING,
+    "listing": wire.LISTING,
+    "model": wire.MODEL,
+}
 
 
-def test_every_kind_has_an_example_and_every_example_is_checked() -> None:
-    assert {label.partition("-")[0] for label in PAGE.examples} == {kind.name for kind in Kind}
-    assert PAGE.examples.keys() == WHAT_THE_CODE_SAYS.keys()
+def test_the_table_of_kinds() -> None:
+    rows = {Kind[kind.split()[1]]: (kind, header, frames) for kind, header, frames in PAGE.table("Kinds", "kind").rows}
+    assert list(rows) == list(Kind)
+    for kind, (name, header, frames) in rows.items():
+        assert name == f"{kind.value} {kind.name}"
+        if kind in (Kind.STEP, Kind.STEPPED):
+            continue
+        elements = 1 if kind is Kind.STATISTICS else len(header.split(", ")) if header else 0
+        if kind is Kind.WELCOME:
+            fields = PAGE.table("HELLO, WELCOME", "field").column("field")
+            assert fields == list(ServerInfo.__slots__)[:-1]
+            elements = len(fields)
+        assert elements + 2 == wire.HEADER_LENGTH[kind]
+        assert (len(frames.split("; ")) if frames else 0) + 1 == wire.FRAME_COUNT[kind]
 
 
-@pytest.mark.parametrize("label", WHAT_THE_CODE_SAYS)
-def test_an_example_is_what_the_code_writes_and_reads(label: str) -> None:
-    example = PAGE.examples[label]
-    assert [frame.hex(" ") for frame in example.frames] == [
-        bytes(frame).hex(" ") for frame in WHAT_THE_CODE_SAYS[label]
-    ]
-    if label.startswith("STEP"):
-        layout = "<BBH7I" if example.said[0] == Kind.STEPPED else "<BBHIIIQ"
-        assert list(struct.unpack_from(layout, example.frames[0])) == example.said
-        assert Kind(example.frames[0][0]).name == label.partition("-")[0]
-        return
-    assert msgpack.unpackb(example.frames[0]) == example.said
-    header = wire.unpack_header(example.frames)
-    assert header.kind.name == label.partition("-")[0]
-    assert wire.pack_header(header.kind, header.request, *header.fields) == example.frames[0]
+def test_the_table_of_records() -> None:
+    table = PAGE.table("Messages", "record")
+    for name, size, fields in table.rows:
+        pairs = [field.split() for field in fields.split(", ")]
+        layout = "<" + "".join(FORMATS[kind] for _, kind in pairs)
+        assert struct.calcsize(layout) == int(size)
+        if name in HEADERS:
+            values = range(1, 1 + len(pairs))
+            assert struct.pack(layout, *values) == HEADERS[name].pack(*values)
+        else:
+            dtype = np.dtype([(field, f"<u{int(kind[1:]) // 8}") for field, kind in pairs])
+            assert dtype == RECORDS[name]
+    assert set(table.column("record")) == HEADERS.keys() | RECORDS.keys()
 
 
-def test_the_client_reads_what_the_examples_of_the_server_say() -> None:
-    read = {
-        label: (wire.unpack_header(example.frames), example.frames)
-        for label, example in PAGE.examples.items()
-        if not label.startswith("STEP")
-    }
-    assert readers.welcome(*read["WELCOME"]) == INFO
-    given, failures = readers.granted(*read["OPENED-refused"], 2)
-    assert given.tolist() == [(0, 0, 0), (MIC_3, EPOCH + 3, 100)]
-    assert [failure[:3] for failure in failures] == [(0, 0, Code.NAME_IN_USE)]
-    given, failures = readers.granted(*read["RESUMED"], 3)
-    assert given.tolist() == [(RESUMED_1, EPOCH + 5, 3), (RESUMED_2, EPOCH + 6, 2), (0, 0, 0)]
-    assert [failure[:3] for failure in failures] == [(2, 0, Code.UNKNOWN_STREAM)]
-    (answer,) = readers.stepped(PAGE.examples["STEPPED-partial"].frames)
-    assert answer.times == (95, 455, 40)
-    assert answer.failures == [(1, 1, Code.NOT_FINITE, wire.SENTENCES[Code.NOT_FINITE], 2)]
-    assert np.isnan(answer.outputs).tolist() == [[[False] * 4, [False] * 4], [[False] * 4, [True] * 4]]
-    alone = readers.stepped(PAGE.examples["STEPPED-several"].frames)
-    (both,) = readers.stepped(PAGE.examples["STEPPED"].frames)
-    assert [reply.request for reply in alone] == [16, 17]
-    assert np.concatenate([reply.outputs for reply in alone], axis=1).tolist() == both.outputs.tolist()
-    finals, failures = readers.closed(*read["CLOSED"], 2, 16)
-    assert (finals.shape, failures) == ((2, 16), [])
-    assert readers.statistics(*read["STATISTICS"]) == {"frames_total": 5.0, "streams_open": 3.0}
-    assert readers.error(read["ERROR"][0]) == (Code.BUSY, wire.SENTENCES[Code.BUSY], 0.002)
-    streams, cursor = readers.listed(*read["LISTED"])
-    assert streams == [
-        ("mic-4", "connected", 3, 0, 2.0, 3598.0),
-        ("mic-5", "hibernating", None, 0, 9.0, None),
-    ]
-    assert cursor == 0
-    assert readers.served(*read["SERVED"]) == [("seed", 3, 4, 3, 2, 5), ("ears", 40, 128, 0, 0, 0)]
-    handles, code, _ = readers.evicted(*read["EVICTED"])
-    assert (handles.tolist(), code) == ([MIC_1, MIC_2], Code.FENCED)
-    assert "shutting down" in readers.goodbye(read["GOODBYE"][0])
+def test_the_table_of_codes() -> None:
+    assert PAGE.table("Codes", "code").column("code") == [f"{code.value} {code.name}" for code in Code]
+
+
+def test_numbers_and_names_in_the_text() -> None:
+    assert PAGE.text.startswith(f"# The protocol\n\nVersion {wire.PROTOCOL_VERSION}. ")
+    limits = [int(value) for value in PAGE.table("Messages", "limit of a message").column("value")]
+    assert [limits[0], *limits[4:6]] == [wire.MAX_HEADER_BYTES, wire.MAX_BLOCK_STREAMS, wire.MAX_NAME_BYTES]
+    assert str(wire.HAVE_ALL) in PAGE.sections["RESUME, RESUMED"]
+    known = {entry.name: entry.value for entry in (*Kind, *Code)}
+    assert all(known[name] == int(value) for value, name in re.findall(r"(\d+) \(`([A-Z_]+)`\)", PAGE.prose))
+    named = set(re.findall(r"`([A-Z][A-Z_]+)`", PAGE.prose))
+    assert {name for name in named if not name.startswith("ZMQ_")} <= known.keys()
+    assert all(hasattr(zmq, name.removeprefix("ZMQ_")) for name in named if name.startswith("ZMQ_"))
+
+
+def test_every_kind_has_an_example() -> None:
+    assert {label.partition("-")[0] for label in EXAMPLES} == {kind.name for kind in Kind}
+    assert EXAMPLES.keys() == WHAT_THE_CODE_SAYS.keys()
+
+
+@pytest.mark.parametrize("label", EXAMPLES)
+def test_an_example_is_what_the_code_writes(label: str) -> None:
+    example = EXAMPLES[label]
+    assert [frame.hex() for frame in example.frames] == [bytes(frame).hex() for frame in WHAT_THE_CODE_SAYS[label]]
+    name = label.partition("-")[0]
+    header: Any = (
+        HEADERS[name].unpack_from(example.frames[0]) if name in HEADERS else msgpack.unpackb(example.frames[0])
+    )
+    assert list(header) == example.header
 
 
 class Translated:
-    """A connection whose peer has other handles than the page: 64-bit words are translated both ways."""
+    """A connection whose peer has other handles than the examples: 64-bit words are translated both ways."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, words: dict[int, int]) -> None:
         self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.connect(endpoint)
         self._words = words
-        """Handles of the server, by those of the page."""
+        """Handles of the server, by those of the examples."""
 
     async def ask(self, label: str) -> list[bytes]:
         """Send an example; the reply, its handles not translated yet."""
-        await self._socket.send_multipart([_translated(frame, self._words) for frame in PAGE.examples[label].frames])
+        await self._socket.send_multipart([_translated(frame, self._words) for frame in EXAMPLES[label].frames])
         return await self.receive()
 
     async def grants(self, label: str, reply: str) -> list[bytes]:
         """Send an example that is answered with grants, and learn their handles; the reply."""
         frames = await self.ask(label)
         handles = np.frombuffer(frames[1], wire.GRANT)["handle"].tolist()
-        shown = np.frombuffer(PAGE.examples[reply].frames[1], wire.GRANT)["handle"].tolist()
-        assert [bool(handle) for handle in handles] == [bool(handle) for handle in shown]
+        shown = np.frombuffer(EXAMPLES[reply].frames[1], wire.GRANT)["handle"].tolist()
         self._words.update(pair for pair in zip(shown, handles, strict=True) if pair[0])
-        return self.told(frames)
+        return self.as_shown(frames)
 
-    def told(self, frames: list[bytes]) -> list[bytes]:
-        """A message with the handles of the page."""
+    def as_shown(self, frames: list[bytes]) -> list[bytes]:
+        """A message with the handles of the examples."""
         return [_translated(frame, {theirs: shown for shown, theirs in self._words.items()}) for frame in frames]
 
     async def receive(self) -> list[bytes]:
-        """The next message."""
         frames: list[bytes] = await self._socket.recv_multipart()
         return frames
 
     async def last(self) -> list[bytes]:
         """The last message; the server asks before it whether everything was read."""
         while msgpack.unpackb((frames := await self.receive())[0])[0] == Kind.PING:
-            (ping,) = frames
-            await self._socket.send(msgpack.packb([Kind.PONG, msgpack.unpackb(ping)[1]]))
+            await self._socket.send(msgpack.packb([Kind.PONG, msgpack.unpackb(frames[0])[1]]))
         return frames
 
     def close(self) -> None:
@@ -152,7 +149,7 @@ async def test_the_examples_are_one_conversation() -> None:
     words: dict[int, int] = {}
 
     def expected(label: str) -> list[bytes]:
-        return PAGE.examples[label].frames
+        return EXAMPLES[label].frames
 
     try:
         async with running(SEED, transport={"heartbeat_s": 600}) as server:  # no PING, however slow the machine
@@ -160,12 +157,9 @@ async def test_the_examples_are_one_conversation() -> None:
             first, second = (Translated(context, server.endpoint, words) for _ in range(2))
             ask = first.ask
             welcome = msgpack.unpackb((await ask("HELLO"))[0])
-            varying = {"boot_id", "device"}
-            for name, said, shown in zip(
-                ("kind", "request", *ServerInfo.__slots__[:-1]), welcome, PAGE.examples["WELCOME"].said, strict=True
-            ):
-                assert type(said) is type(shown)
-                assert said == shown or name in varying, name
+            names = ("kind", "request", *ServerInfo.__slots__[:-1])
+            for name, value, shown in zip(names, welcome, EXAMPLES["WELCOME"].header, strict=True):
+                assert value == shown or name in ("boot_id", "device"), name
             assert await first.grants("OPEN", "OPENED") == expected("OPENED")
             assert await first.grants("OPEN-states", "OPENED-refused") == expected("OPENED-refused")
             y = b""
@@ -174,13 +168,10 @@ async def test_the_examples_are_one_conversation() -> None:
                 assert header[:12] + header[24:] == expected(answer)[0][:12] + expected(answer)[0][24:]
                 np.testing.assert_allclose(np.frombuffer(y, "<f4"), floats(answer), rtol=1e-5)
             assert await ask("PING") == expected("PONG")
-            pairs = msgpack.unpackb((await ask("STATS"))[0])[2]
-            of_codes = {f"refused_{code.name.lower()}_total" for code in Code}
-            names = [name for name, _ in pairs if name not in of_codes and not name.startswith("recent_")]
-            assert names == PAGE.table("STATISTICS (70)", "statistic").column("statistic")
-            assert {name: value for name, value in pairs if name in ("frames_total", "streams_open")} == dict(
-                PAGE.examples["STATISTICS"].said[2]
-            )
+            statistics = dict(msgpack.unpackb((await ask("STATS"))[0])[2])
+            listed = PAGE.table("STATS, STATISTICS", "group").column("statistics")
+            assert {name for names in listed for name in names.split(", ")} <= statistics.keys()
+            assert dict(EXAMPLES["STATISTICS"].header[2]).items() <= statistics.items()
             header, seqs, states, failures = await ask("READ_STATE")
             assert [header, seqs, failures] == [expected("STATE_READ")[index] for index in (0, 1, 3)]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
@@ -189,7 +180,7 @@ async def test_the_examples_are_one_conversation() -> None:
 
             await second.ask("HELLO")
             assert await second.grants("RESUME", "RESUMED") == expected("RESUMED")
-            assert first.told(await first.receive()) == expected("EVICTED")
+            assert first.as_shown(await first.receive()) == expected("EVICTED")
             header, again = await second.ask("STEP-again")
             shown = expected("STEPPED-partial")[0]
             assert header == shown[:12] + bytes(12) + shown[24:32] + struct.pack("<Q", 12) + shown[40:]
@@ -197,7 +188,6 @@ async def test_the_examples_are_one_conversation() -> None:
             header, states, failures = await second.ask("CLOSE")
             assert [header, failures] == [expected("CLOSED")[0], expected("CLOSED")[2]]
             np.testing.assert_allclose(np.frombuffer(states, "<f4"), floats("CLOSED"), rtol=1e-5)
-            assert await second.ask("READ_STATE-names") == expected("STATE_READ-names")
             server.stop()
             for last in await asyncio.gather(first.last(), second.last()):
                 assert last == expected("GOODBYE")
@@ -205,43 +195,3 @@ async def test_the_examples_are_one_conversation() -> None:
             second.close()
     finally:
         context.destroy(linger=0)
-
-
-def test_the_numbers_in_the_examples_are_those_of_the_network() -> None:
-    first, second = floats("STEPPED").reshape(1, 2, 4), floats("STEPPED-partial").reshape(2, 2, 4)
-    for column, length in enumerate((2, 1)):
-        y, state = whole(SEED, np.concatenate([FIRST[:, column], SECOND[:length, column]]))
-        served = np.concatenate([first[:, column], second[:length, column]])
-        np.testing.assert_allclose(served, y, rtol=1e-5)
-        np.testing.assert_allclose(floats("CLOSED").reshape(2, 1, 4)[column], state, rtol=1e-5)
-
-
-async def test_busy_and_going_back_are_as_the_page_says(rng: np.random.Generator) -> None:
-    a = rng.standard_normal((8, 1, 3)).astype(np.float32)
-    b = rng.standard_normal((1, 1, 3)).astype(np.float32)
-    a[0, 0, 0] = GATE_VALUE
-    gate = Gate()
-    limits = {"max_block_frames": 6, "credit_frames": 6, "max_pending_frames": 6}
-    async with running(SEED, stepper=gate.stepper, limits=limits) as server, RawClient(server.endpoint) as client:
-        try:
-            await client.hello()
-            handles = (await client.open("a", "b")).handles()
-            await client.send(*client.step_message(handles[:1], [0], a[:4]))
-            over = client.step_message(handles[:1], [4], a[4:7])
-            await client.send(step_header(15, 3, 1, 3) + over[0][24:], over[1])
-            assert await client.socket.recv_multipart() == PAGE.examples["ERROR"].frames
-            await client.send(*client.step_message(handles, [7, 0], np.concatenate([a[7:], b], axis=1)))
-            assert (await client.ask(wire.pack_header(Kind.PING, 16))).kind is Kind.PONG  # overtakes both blocks
-        finally:
-            gate.open()
-        answers = sorted([await client.receive(), await client.receive()], key=lambda reply: reply.request)
-        assert [answer.failures() for answer in answers] == [[], [(0, 0, Code.SEQ_GAP, 4)]]
-        answers += [await client.step(handles[:1], [4], a[4:7]), await client.step(handles[:1], [7], a[7:])]
-        y = np.concatenate([outputs(answers[index], 1) for index in (0, 2, 3)])
-        np.testing.assert_array_equal(y[:, 0], whole(SEED, a[:, 0])[0])
-        np.testing.assert_array_equal(outputs(answers[1], 2)[:, 1], whole(SEED, b[:, 0])[0])
-
-
-def outputs(reply: raw.Reply, columns: int) -> F32:
-    assert reply.kind is Kind.STEPPED
-    return reply.floats().reshape(-1, columns, 4)

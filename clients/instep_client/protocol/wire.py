@@ -2,7 +2,7 @@
 
 One ZeroMQ message is a list of frames. Frame 0 is the header: a short msgpack array of fixed length whose first two
 elements are the message kind and the request number. The frames after it are raw little-endian arrays; how many there
-are, and what they hold, depends on the kind alone (`FRAME_COUNT`). `docs/protocol.md` shows every message byte by byte.
+are, and what they hold, depends on the kind alone (`FRAME_COUNT`). `docs/protocol.md` specifies them.
 
 STEP and STEPPED, which carry the frames of streams, have binary headers instead; see `step_messages`.
 

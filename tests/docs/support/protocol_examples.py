@@ -1,8 +1,10 @@
-"""The messages of docs/protocol.md, as the code writes them."""
+"""The messages of docs/protocol-examples.json, and the same as the code writes them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,22 @@ from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage, StreamStatus
 from instep_client.protocol import step_messages, wire
 from instep_client.protocol.wire import Code, Kind, Message, ServerInfo
-from tests.docs.support.page import Page
+from tests.docs.support.page import DOCS
 from tests.support.states import gru_state, rows_of
 
-PAGE = Page("protocol.md")
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One message: its decoded header and its frames."""
+
+    header: list[Any]
+    frames: list[bytes]
+
+
+EXAMPLES = {
+    each["name"]: Example(each["header"], [bytes.fromhex(frame) for frame in each["frames"]])
+    for each in json.loads((DOCS / "protocol-examples.json").read_text())
+}
 SEED = replace(
     make_model(
         GruDescription(features=3, gru=GruLayers(hidden_size=4)), init="constant", weight=0.5, bias=0.0, name="seed"
@@ -27,7 +41,7 @@ SEED = replace(
 MIC_1, MIC_2, MIC_3, MIC_4 = 0x1_0000_0001, 0x1_0000_0002, 0x1_0000_0003, 0x1_0000_0004
 RESUMED_1, RESUMED_2 = 0x2_0000_0001, 0x2_0000_0002
 EPOCH = 0x187B_0000_0000_0000
-"""The page's epochs are this and those after it."""
+"""The examples' epochs are this and those after it."""
 INFO = ServerInfo(
     protocol_version=wire.PROTOCOL_VERSION,
     boot_id="5f1d0c9a3b7e2468",
@@ -55,7 +69,7 @@ SECOND: F32 = np.array([[[0, 1, 0], [0.25, 0.25, 0.5]], [[-1, 0, 2], [np.nan, 0,
 
 
 def floats(label: str) -> F32:
-    return np.frombuffer(PAGE.examples[label].frames[1], "<f4")
+    return np.frombuffer(EXAMPLES[label].frames[1], "<f4")
 
 
 def u64(*values: int) -> U64:
@@ -135,8 +149,6 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "STEP-again": step(12, 1, SECOND, RESUMED_1, RESUMED_2),
     "CLOSE": [wire.pack_header(Kind.CLOSE, 13, 2), u64(RESUMED_1, 3, RESUMED_2, 2).tobytes()],
     "CLOSED": encode.closed(13, rows_of(floats("CLOSED").reshape(2, 1, 4)), i32(0, 0)),
-    "READ_STATE-names": [wire.pack_header(Kind.READ_STATE, 14, 1, 1), b"mic-4"],
-    "STATE_READ-names": encode.state_read(14, StatesRead(i64(3), rows_of(np.zeros((1, 1, 4))), i32(0))),
     "LIST": [wire.pack_header(Kind.LIST, 18, 0, 100, 0), b"mic-"],
     "LISTED": encode.listed(
         18,

@@ -1,0 +1,99 @@
+"""docs/minimal_client.py against a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE, Process
+
+import numpy as np
+import pytest
+
+from instep.core.typing import F32
+from tests.docs.support.page import DOCS
+from tests.docs.support.protocol_examples import SEED
+from tests.docs.support.proxy import Proxy
+from tests.support.gate import GATE_VALUE, Gate
+from tests.support.models import plain, whole
+from tests.support.raw import RawClient
+from tests.support.running import running
+
+
+async def start(endpoint: str, count: int) -> Process:
+    script = str(DOCS / "minimal_client.py")
+    return await asyncio.create_subprocess_exec(
+        sys.executable, script, endpoint, str(count), stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+
+
+async def feed(process: Process, x: F32) -> tuple[int | None, bytes, str]:
+    """Exit status, standard output and standard error."""
+    said, complained = await process.communicate(x.tobytes())
+    return process.returncode, said, complained.decode()
+
+
+async def test_it_loses_and_doubles_nothing_when_its_connection_breaks(rng: np.random.Generator) -> None:
+    model = plain(5, 8, layers=2)
+    x = rng.standard_normal((30, 3, 5)).astype(np.float32)
+    async with running(model) as server:
+        counted = server.default.engine.stats
+        breaks = (
+            lambda: counted.frames_total >= 5 * 3,  # a STEPPED is lost,
+            lambda: counted.resumed_streams_total >= 3,  # the RESUMED after it,
+            lambda: counted.frames_total >= 20 * 3,  # and another STEPPED
+        )
+        async with Proxy(server.endpoint, *breaks) as proxy:
+            status, said, complained = await feed(await start(proxy.endpoint, 3), x)
+        assert (status, complained, proxy.breaks) == (0, "", [])
+        assert (counted.frames_total, counted.resumed_streams_total) == (30 * 3, 3 * 3)
+        assert server.default.engine.table.open_count == 0
+    values = np.frombuffer(said, "<f4")
+    y, states = values[: 30 * 3 * 8].reshape(30, 3, 8), values[30 * 3 * 8 :].reshape(3, 2, 8)
+    for column in range(3):
+        truth, final = whole(model, x[:, column])
+        np.testing.assert_array_equal(y[:, column], truth)
+        np.testing.assert_array_equal(states[column], final)
+
+
+async def test_it_waits_while_the_server_is_busy(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 1, 3)).astype(np.float32)
+    gate = Gate()
+    limits = {"max_block_frames": 4, "credit_frames": 4, "max_pending_frames": 4}
+    async with running(SEED, stepper=gate.stepper, limits=limits) as server, RawClient(server.endpoint) as other:
+        await other.hello()
+        handles = (await other.open("other")).handles()
+        process = await start(server.endpoint, 1)
+        while server.default.engine.table.open_count < 2:  # it has opened its stream, and waits for frames to send
+            await asyncio.sleep(0.005)
+        await other.send(*other.step_message(handles, [0], np.full((4, 1, 3), GATE_VALUE, np.float32)))
+        while server.default.engine.pending_frames < 4:
+            await asyncio.sleep(0.005)
+        fed = asyncio.create_task(feed(process, x))
+        try:
+            while server.default.engine.stats.busy_total < 3 and not fed.done():
+                await asyncio.sleep(0.005)
+        finally:
+            gate.open()
+        status, said, complained = await fed
+        assert server.default.engine.stats.busy_total >= 3
+    assert (status, complained) == (0, "")
+    truth, final = whole(SEED, x[:, 0])
+    np.testing.assert_array_equal(np.frombuffer(said, "<f4"), np.concatenate([truth.ravel(), final.ravel()]))
+
+
+@pytest.mark.parametrize(("is_known", "code"), [(False, 103), (True, 110)], ids=["UNKNOWN_STREAM", "DATA_LOSS"])
+async def test_it_stops_when_a_restarted_server_lost_its_streams(is_known: bool, code: int) -> None:
+    x = np.zeros((8, 1, 3), np.float32)
+    async with running(SEED) as server, running(SEED) as restarted, RawClient(restarted.endpoint) as former:
+        if is_known:
+            restarted.default.engine.table.last_epoch = 0
+            await former.hello()
+            await former.open("minimal-0")
+        async with Proxy(server.endpoint, lambda: server.default.engine.stats.frames_total >= 5) as proxy:
+            process = await start(proxy.endpoint, 1)
+            while server.default.engine.table.open_count == 0:
+                await asyncio.sleep(0.005)
+            proxy.target = restarted.endpoint
+            status, said, complained = await feed(process, x)
+    assert (status, len(said)) == (1, 4 * 4 * 4)
+    assert f"code {code}," in complained
