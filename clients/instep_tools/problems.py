@@ -115,16 +115,44 @@ def is_part(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _PART
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write a file in the block, next to it: at the end it replaces an older one, unless there was a failure.
+def check_new(path: Path, option: str) -> None:
+    """Find out before the work, not after it, whether a new file can be made there; `option` names another one."""
+    if os.path.lexists(path):
+        raise _exists(path, option)
+    check_writable(path)
 
-    A link stays one: the file behind it is replaced. A pipe or a device is written to directly.
+
+def _exists(path: Path, option: str) -> BadFile:
+    return BadFile(f"{path} exists already and is not written over: move it, or name another file with {option}")
+
+
+@contextmanager
+def made_new(path: Path, option: str) -> Iterator[None]:
+    """Turn errors of making a new file in the block into errors for the user.
 
     Raises:
-        BadFile: when it cannot be written.
+        BadFile: when there is a file of that name, or it cannot be written.
     """
     with reads_or_writes(path, "written"):
+        try:
+            yield
+        except FileExistsError:
+            raise _exists(path, option) from None
+
+
+@contextmanager
+def written_aside(path: Path, new: str = "") -> Iterator[Path]:
+    """Where to write a file in the block, next to it: at the end it replaces an older one, unless there was a failure.
+
+    A link stays one: the file behind it is replaced. A pipe or a device is written to directly. With `new`, the option
+    that names the file, no older one is replaced.
+
+    Raises:
+        BadFile: when it cannot be written, or is there already and must be new.
+    """
+    if new:
+        check_new(path, new)
+    with made_new(path, new):
         if is_special(path):
             yield path
             return
@@ -132,7 +160,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         part = part_of(target)
         try:
             yield part
-            part.replace(target)
+            if new:
+                from instep_client.snapshots import rename_to_new
+
+                rename_to_new(part, target)
+            else:
+                part.replace(target)
         finally:
             part.unlink(missing_ok=True)
 

@@ -1,14 +1,12 @@
-"""`instep-client state …`: read a stream's state, save it, go on from it, copy it, replace it.
+"""`instep-client state …`: read a stream's state, save it, and continue from it.
 
-Reading, saving and copying need no ownership: nobody notices. Only a reset takes the stream from its owner, and only
-when told to. Streams that a command has opened or taken are left to the server, which parks them, when it ends.
+Reading and saving need no ownership, and the owner does not notice. A stream that a command has opened is left to the
+server, which parks it, when the command ends.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,11 +26,11 @@ from instep_client.states import State
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
-from instep_tools.problems import BadFile, CommandProblem, Exit, check_writable, reads_or_writes
+from instep_tools.problems import BadFile, CommandProblem, Exit, check_new, made_new, reads_or_writes
 from instep_tools.terminal import Terminal
 
 app: Final = CommandLine(
-    help="Read, save, restore, copy and replace the state of a stream.\n\n"
+    help="Read, save and restore the state of a stream.\n\n"
     "The exit status is 0 on success, and 2 with an error that says why."
 )
 FIRST_VALUES: Final = 3
@@ -110,77 +108,18 @@ async def restore(
 
     The server keeps it parked until a producer resumes it, for as long as the answer says.
     """
-    taken = _load(file)
+    try:
+        with reads_or_writes(file, "read"):
+            taken = StreamSnapshot.load(file)
+    except InvalidInput as error:
+        raise BadFile(str(error)) from None
     async with leaving(target, "restore", terminal, stop) as client:
-        _check(file, taken, client.info)
+        try:
+            taken.check(client.info)
+        except InvalidInput as error:
+            raise CommandProblem(f"{file}: {error}") from None
         stream = await restored(client, taken, name)
         tell_parked(terminal, f"{stream.name!r} continues from {file}", stream, client.info, {"file": str(file)})
-    return Exit.OK
-
-
-@app.server_command("fork", examples=["instep-client state fork mic-7 mic-7-copy"])
-async def fork(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    name: Name,
-    copy: Annotated[str, typer.Argument(metavar="NEW", help="The new stream.")],
-) -> Exit:
-    """Open a stream that continues from the state of another one, without disturbing its owner.
-
-    The server keeps it parked until a producer resumes it, for as long as the answer says.
-    """
-    async with leaving(target, "fork", terminal, stop) as client:
-        stream = await client.restore(await client.snapshot(name), copy)
-        tell_parked(terminal, f"{copy!r} continues from {name!r}", stream, client.info, {"from": name})
-    return Exit.OK
-
-
-@app.server_command("reset", examples=["instep-client state reset mic-7 --take-over"])
-async def reset(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    name: Name,
-    file: Annotated[
-        Path | None, typer.Option("--state", metavar="FILE", help="A snapshot's state, in place of the initial one.")
-    ] = None,
-    take_over: Annotated[
-        bool,
-        typer.Option("--take-over", help="Take the stream from its owner, who is told, or refused when it resumes."),
-    ] = False,
-) -> Exit:
-    """Replace a stream's state by the initial one, or a snapshot's; its seqs continue.
-
-    It needs --take-over, since the owner must be told: at once (FENCED) if it is connected, otherwise when it resumes.
-    Either may take the stream over again.
-    """
-    taken = None if file is None else _load(file)
-    async with leaving(target, "reset", terminal, stop) as client:
-        if file is not None and taken is not None:
-            _check(file, taken, client.info)  # while its owner still has the stream
-        if not take_over:
-            await client.read_state(name)  # or there is no such stream
-            raise CommandProblem(
-                f"stream {name!r} has an owner, connected or expected back, who would continue from a foreign "
-                "state; --take-over resets the stream anyway, and its owner is told that it was taken over"
-            )
-        try:
-            stream = await client.resume(name, take_over=True)
-        except asyncio.CancelledError:
-            terminal.note(f"stream {name!r} may have been taken from its owner, and was not reset")
-            raise
-        try:
-            await stream.reset(None if taken is None else taken.state)
-        except BaseException:  # an interrupt, too
-            terminal.note(
-                f"stream {name!r} was taken from its owner before this; as long as the server keeps it, a producer "
-                f"continues it with client.resume({name!r}, epoch={stream.epoch})"
-            )
-            raise
-        state = "the initial state" if file is None else f"the state in {file}"
-        about = {"file": None if file is None else str(file)}
-        tell_parked(terminal, f"{name!r} continues from {state}", stream, client.info, about)
     return Exit.OK
 
 
@@ -207,43 +146,14 @@ def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: Server
     )
 
 
-def _load(file: Path) -> StreamSnapshot:
-    try:
-        with reads_or_writes(file, "read"):
-            return StreamSnapshot.load(file)
-    except InvalidInput as error:
-        raise BadFile(str(error)) from None
-
-
-def _check(file: Path, taken: StreamSnapshot, info: ServerInfo) -> None:
-    try:
-        taken.check(info)
-    except InvalidInput as error:
-        raise CommandProblem(f"{file}: {error}") from None
-
-
-def check_new(path: Path, option: str) -> None:
-    """Find out before the work, not after it, whether a new file can be made there; `option` names another one."""
-    if os.path.lexists(path):
-        raise _exists(path, option)
-    check_writable(path)
-
-
 def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:
     """Write a snapshot to a new file.
 
     Raises:
         BadFile: when there is one of that name, or it cannot be written.
     """
-    with reads_or_writes(path, "written"):
-        try:
-            taken.save(path, overwrite=False)
-        except FileExistsError:
-            raise _exists(path, option) from None
-
-
-def _exists(path: Path, option: str) -> BadFile:
-    return BadFile(f"{path} exists already and is not written over: move it, or name another file with {option}")
+    with made_new(path, option):
+        taken.save(path, overwrite=False)
 
 
 async def restored(client: AsyncClient, taken: StreamSnapshot, name: str | None) -> AsyncStream:

@@ -5,46 +5,78 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from instep_client import Client, StreamSnapshot
 from instep_client.protocol.wire import Kind
 from instep_tools.app import app
-from tests.support.fake_server import FakeServer, Message
+from tests.support.fake_server import FakeServer, Message, reference
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.session_link import X
-from tests.tools.state_place import STATE, Place, assert_waits
-from tests.tools.state_place import owner as owner
-from tests.tools.state_place import place as place
 
-MAIN = "from instep_tools import main; main()"
+STATE = reference(X[:5])[1]
+
+
+class Place:
+    """A server, and what the command line says of it."""
+
+    def __init__(self, ring: RingServer, endpoint: str) -> None:
+        self.ring = ring
+        self.endpoint = endpoint
+
+    def run(self, *arguments: str | Path) -> Result:
+        return CliRunner().invoke(app, ["state", *map(str, arguments), "-e", self.endpoint])
+
+    def json(self, *arguments: str | Path) -> dict[str, Any]:
+        result = self.run(*arguments, "--json")
+        assert result.exit_code == 0, result.stderr
+        values: dict[str, Any] = json.loads(result.stdout)
+        return values
+
+    def refused(self, *arguments: str | Path) -> str:
+        """The sentence of a command that changes nothing."""
+        before = {name: (stream.epoch, stream.next_seq) for name, stream in self.ring.streams.items()}
+        result = self.run(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert {name: (stream.epoch, stream.next_seq) for name, stream in self.ring.streams.items()} == before
+        (line,) = result.stderr.splitlines()
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    ring = RingServer()
+    with FakeServer(RING_INFO, ring.handle) as server:
+        yield Place(ring, server.endpoint)
+
+
+@pytest.fixture
+def owner(place: Place) -> Iterator[Client]:
+    """A client that has the stream `mic`, five frames of which were applied."""
+    with Client(place.endpoint) as client:
+        client.open("mic").step(X[:5])
+        yield client
 
 
 @pytest.mark.usefixtures("owner")
 def test_read(place: Place) -> None:
     result = place.run("read", "mic")
     assert (result.exit_code, result.stderr) == (0, "")
-    first, head, *rows = result.stdout.splitlines()
-    assert first == "'mic' is before frame 5; its state is h float32 [2, 2] of model halving"
+    _, head, *rows = result.stdout.splitlines()
     assert head.split() == ["row", "min", "mean", "max", "first", "values"]
     value = f"{STATE[0, 0]:.6g}"
     assert [row.split() for row in rows] == [[f"h[{row}]", *[value] * 5] for row in range(2)]
-    assert place.json("read", "mic") == {
-        "stream": "mic",
-        "seq": 5,
-        "model": "halving",
-        "fingerprint": "00",
-        "state": STATE.tolist(),
-    }
+    about = {"stream": "mic", "seq": 5, "model": "halving", "fingerprint": "00"}
+    assert place.json("read", "mic") == {**about, "state": STATE.tolist()}
     assert place.ring.streams["mic"].epoch == 1
 
 
@@ -60,56 +92,39 @@ def test_a_state_of_odd_values_is_shown_and_stays_json(place: Place, owner: Clie
     assert json.loads(text, parse_constant=strict)["state"] == [["nan", "inf"], ["-inf", float(np.float32(0.1))]]
 
 
-def test_a_snapshot_is_a_new_safetensors_file(place: Place, owner: Client, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("owner")
+def test_a_snapshot_is_a_new_safetensors_file(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "mic.safetensors"
-    result = place.run("snapshot", "mic", "--to", path)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"saved 'mic' as it is before frame 5 (model halving, 00) in {path}\n"
+    assert place.json("snapshot", "mic", "--to", path)["file"] == str(path)
     assert load_file(path)["state"].tobytes() == STATE.tobytes()
-    assert place.refused("snapshot", "mic", "--to", path).startswith(f"{path} exists already and is not written over")
+    assert "exists already" in place.refused("snapshot", "mic", "--to", path)
     assert load_file(path)["state"].tobytes() == STATE.tobytes()
-    assert place.json("snapshot", "mic", "--to", tmp_path / "b") == {
-        "stream": "mic",
-        "seq": 5,
-        "model": "halving",
-        "fingerprint": "00",
-        "file": str(tmp_path / "b"),
-    }
-    nowhere = tmp_path / "none" / "c"
-    assert place.refused("snapshot", "mic", "--to", nowhere).startswith(f"{nowhere} cannot be written: there is no")
-    assert "File name too long" in place.refused("snapshot", "mic", "--to", tmp_path / ("x" * 300) / "c")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["b", "mic.safetensors"]
+    for nowhere in (tmp_path / "none" / "c", tmp_path / ("x" * 300) / "c"):
+        assert place.refused("snapshot", "mic", "--to", nowhere).startswith(f"{nowhere} cannot be written")
+    assert place.refused("snapshot", "none", "--to", tmp_path / "a").startswith("UNKNOWN_STREAM: ")
+    assert [each.name for each in tmp_path.iterdir()] == ["mic.safetensors"]
 
 
+@pytest.mark.usefixtures("owner")
 @pytest.mark.parametrize("error", [FileExistsError, PermissionError(13, "Permission denied")])
 def test_a_file_that_turns_out_not_to_be_writable(
-    place: Place, owner: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def save(self: StreamSnapshot, path: Path, overwrite: bool = True) -> None:
         assert not overwrite
         raise error
 
     monkeypatch.setattr(StreamSnapshot, "save", save)
-    said = place.refused("snapshot", "mic", "--to", tmp_path / "a")
-    assert re.search("exists already|cannot be written: Permission denied", said)
+    assert re.search("exists already|Permission denied", place.refused("snapshot", "mic", "--to", tmp_path / "a"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kind", "said"),
-    [
-        (["read", "mic"], Kind.READ_STATE, ""),
-        (["fork", "mic", "copy"], Kind.OPEN, ""),
-        (["reset", "mic", "--take-over"], Kind.RESUME, "stream 'mic' may have been taken from its owner"),
-        (["reset", "mic", "--take-over"], Kind.RESET, "stream 'mic' was taken from its owner before this"),
-    ],
-)
-def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent(arguments: list[str], kind: Kind, said: str) -> None:
+def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent() -> None:
     ring, main = RingServer(), threading.main_thread().ident
     assert main is not None
 
     def handle(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
         answers = ring.handle(peer, frames)
-        if not interrupts or ring.kinds[-1] is not kind:
+        if not interrupts or ring.kinds[-1] is not Kind.READ_STATE:
             return answers
         signal.pthread_kill(main, signal.SIGINT)
         return []
@@ -118,87 +133,50 @@ def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent(arguments: list[st
     with FakeServer(RING_INFO, handle) as server, Client(server.endpoint) as owner:
         owner.open("mic").step(X[:5])
         interrupts = True
-        result = Place(ring, server.endpoint).run(*arguments)
+        result = Place(ring, server.endpoint).run("read", "mic")
         interrupts = False
-    assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr.startswith(said)
-    assert len(result.stderr.splitlines()) == bool(said)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
 
-def test_a_fork_outlives_the_command_and_its_source_does_not_notice(place: Place, owner: Client) -> None:
-    result = place.run("fork", "mic", "copy")
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith("'copy' continues from 'mic' with frame 5; the server")
-    assert_waits(place, result.stdout, "copy", 5)
-    assert place.ring.streams["mic"].epoch == 1
-    assert place.json("fork", "mic", "second")["from"] == "mic"
-    assert place.refused("fork", "mic", "second").startswith("NAME_IN_USE: ")
-    assert place.refused("fork", "mic", "a\tb").startswith(r"'a\tb' is not a valid stream name: it holds '\t'")
+@pytest.mark.usefixtures("owner")
+@pytest.mark.parametrize("name", [None, "again"])
+def test_a_restored_stream_outlives_the_command(place: Place, tmp_path: Path, name: str | None) -> None:
+    StreamSnapshot("kept", 5, STATE, "00", "halving").save(tmp_path / "a")
+    arguments: list[str | Path] = ["restore", tmp_path / "a", *([] if name is None else ["--as", name])]
+    name = name or "kept"
+    values = place.json(*arguments)
+    assert values == {
+        "stream": name,
+        "seq": 5,
+        "epoch": place.ring.streams[name].epoch,
+        "park_s": 300.0,
+        "model": "halving",
+        "fingerprint": "00",
+        "file": str(tmp_path / "a"),
+    }
+    refused = place.refused(*arguments)
+    assert refused.startswith("NAME_IN_USE: ")
+    assert "--as" in refused
+    with Client(place.endpoint) as client:
+        stream = client.resume(name, epoch=values["epoch"])
+        assert stream.next_seq == 5
+        assert stream.step(X[5]).tolist() == reference(X[:6])[0][5].tolist()
 
 
-def test_streams_that_are_not_there(place: Place, owner: Client, tmp_path: Path) -> None:
-    place.ring.expired.add("gone")
-    for name, code in (("none", "UNKNOWN_STREAM"), ("gone", "EXPIRED")):
-        for arguments in (
-            ["read", name],
-            ["snapshot", name, "--to", tmp_path / "a"],
-            ["fork", name, "copy"],
-            ["reset", name],
-            ["reset", name, "--take-over"],
-        ):
-            said = place.refused(*arguments)
-            assert said.startswith(f"{code}: ")
-            assert said.endswith(f"(stream '{name}')")
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_no_snapshot_for_this_server_is_not_restored(place: Place, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert place.refused("restore", path).startswith(f"{path} cannot be read")
+    path.write_text("something else")
+    assert place.refused("restore", path).startswith(f"{path} is not a snapshot of a stream: ")
+    not_finite = np.array([[0, np.nan], [0, 0]], np.float32)
+    for state, fingerprint in ((STATE, "01" * 32), (not_finite, "00"), (np.zeros((1, 4), np.float32), "00")):
+        StreamSnapshot("kept", 5, state, fingerprint, "doubling").save(path)
+        assert str(path) in place.refused("restore", path) or fingerprint == "00"
+    assert place.ring.streams == {}
 
 
 def test_a_server_that_parks_nothing_is_given_no_stream_to_keep(tmp_path: Path) -> None:
     ring = RingServer(replace(RING_INFO, park_s=0.0))
-    with FakeServer(ring.info, ring.handle) as server, Client(server.endpoint) as owner:
-        place = Place(ring, server.endpoint)
-        owner.open("mic")
-        owner.snapshot("mic").save(tmp_path / "a")
-        for verb, *rest in (
-            ["restore", tmp_path / "a", "--as", "b"],
-            ["fork", "mic", "copy"],
-            ["reset", "mic", "--take-over"],
-        ):
-            assert "limits.park_s is 0" in place.refused(str(verb), *rest)
-        assert place.json("read", "mic")["seq"] == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["snapshott", "mic"], "Did you mean 'snapshot'?"),
-        (["raed", "mic"], "Did you mean 'read'?"),
-        (["read"], "Missing argument 'NAME'"),
-        (["snapshot", "mic"], "Missing option '--to'"),
-        (["fork", "mic"], "Missing argument 'NEW'"),
-        (["restore"], "Missing argument 'FILE'"),
-        (["read", "mic", "-e", "127.0.0.1:5757"], "write tcp://127.0.0.1:5757"),
-        (["read", "mic", "--jsn"], "--json"),
-    ],
-)
-def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
-    result = CliRunner().invoke(app, ["state", *arguments], env={"COLUMNS": "300"})
-    assert result.exit_code == 2
-    assert said in " ".join(result.stderr.replace("│", " ").split())
-
-
-def test_help_names_every_verb_and_the_exit_status() -> None:
-    text = CliRunner().invoke(app, ["state", "-h"], env={"COLUMNS": "200"}).stdout
-    assert all(verb in text for verb in ("read", "snapshot", "restore", "fork", "reset", "exit status"))
-    assert "state" in CliRunner().invoke(app, ["--help"]).stdout
-
-
-def test_as_a_program(place: Place, owner: Client, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MAIN, "state", "fork", "mic", "copy", "-e", place.endpoint],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_waits(place, done.stdout, "copy", 5)
+    StreamSnapshot("kept", 5, STATE, "00", "halving").save(tmp_path / "a")
+    with FakeServer(ring.info, ring.handle) as server:
+        assert "limits.park_s" in Place(ring, server.endpoint).refused("restore", tmp_path / "a")

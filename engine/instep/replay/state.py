@@ -17,7 +17,8 @@ from instep.replay.past import Moment, Past
 from instep.replay.recorded_model import recorded_model
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import as_state
-from instep_tools.state import check_new, plain, save_new, state_lines
+from instep_tools.problems import check_new
+from instep_tools.state import plain, save_new, state_lines
 from instep_tools.words import folded
 
 
