@@ -53,7 +53,7 @@ class _EngineCommands(PlainCommands):
 app = CommandLine(
     cls=_EngineCommands,
     name="instep",
-    help="Streaming inference for recurrent networks: many streams, one step, and a verifier that proves it.",
+    help="Serve recurrent networks to many live streams, record what was served, and verify it.",
 )
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
@@ -75,13 +75,14 @@ class Given:
 
 
 def _given(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Folder of the model, or of each.")] = [],  # noqa: B006
-    demo: Annotated[bool, typer.Option("--demo", help="The model of `instep demo` instead.")] = False,
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model folders.")] = [],  # noqa: B006
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the model of `instep demo`.")] = False,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML; configs/default.yaml is the manual.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="A YAML file; configs/default.yaml explains every key."),
     ] = None,
     endpoint: Annotated[str | None, typer.Option(help="Where to listen: tcp://HOST:PORT or ipc://PATH.")] = None,
-    http: Annotated[str | None, typer.Option(help="Of the admin server: HOST:PORT, or off.")] = None,
+    http: Annotated[str | None, typer.Option(help="Where the admin server listens: HOST:PORT, or off.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     record: Annotated[
         str | None,
@@ -90,11 +91,11 @@ def _given(
         ),
     ] = None,
     verify_live: Annotated[
-        bool, typer.Option("--verify-live", help="Replay what is recorded in another process, and compare.")
+        bool, typer.Option("--verify-live", help="Check served outputs in another process.")
     ] = False,
     settings: Annotated[
         list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key: --set limits.max_idle_s=60; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set any key, as in limits.max_idle_s=60; repeat for more."),
     ] = [],  # noqa: B006
 ) -> Given:
     from instep.demo import MODEL_FOLDER
@@ -144,16 +145,12 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 def serve(
     given: Given,
     *,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start the server again when a signal kills it, as in a crash.")
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Say what would be served, or why it cannot be; write nothing, and exit.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Restart the server after a crash.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check that the server could start, and exit.")] = False,
 ) -> None:
-    """Serve a model, or several, to many streams at once.
+    """Serve one or more models to many streams.
 
-    Ctrl-C and SIGTERM drain it; SIGHUP reads the configuration again. Exit status 0: it ended in order. 1: it failed
+    Ctrl-C and SIGTERM drain the server; SIGHUP reloads its configuration. Exit status 0: clean shutdown. 1: it failed
     while serving. 2: it could not start. 130: it was forced to stop.
     """
     from instep.config import ConfigError, load_config, unknown_variables
@@ -201,23 +198,23 @@ def serve(
 )
 def verify(
     recordings: Annotated[
-        list[Path], typer.Argument(metavar="FILE|FOLDER", help="The recording; or several, or folders of them.")
+        list[Path], typer.Argument(metavar="FILE|FOLDER", help="Recordings, or folders of recordings.")
     ],
     model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The model's folder. Default: where the recording says.")
+        Path | None, typer.Option(metavar="FOLDER", help="The model's folder. Default: the recorded path.")
     ] = None,
     stream: Streams = [],  # noqa: B006
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE.html", help="Also write a page with all of it, to attach or to send."),
+        typer.Option("--report", metavar="FILE.html", help="Also write an HTML report."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compute a recording again, on any machine, and compare every output, bit for bit.
+    """Replay a recording, on any machine, and compare every output bit for bit.
 
-    Exit status 0: everything was checked and matched. 1: something differs. 2: it could not be checked. Several
-    recordings are verified one after another, with a line for each (with --json, an object); the status is 1 if any
-    differs, otherwise 2 if any could not be checked. Those without frames are passed over, unless all are.
+    Exit status 0: everything was checked and matched. 1: an output differs. 2: something could not be checked. Of
+    several recordings, each gets a line (with --json, an object), and the worst result decides the status. Recordings
+    without frames are skipped, unless all are empty.
     """
     several = len(recordings) > 1 or os.path.isdir(recordings[0])
     if several and report is not None:
@@ -254,7 +251,7 @@ def export(
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
-    `instep-client replay` and `produce` read every format. Exit status 0: all of it was written. 2: nothing was.
+    `instep-client replay` and `produce` read every format. Exit status 0: the file was written. 2: nothing was written.
     """
     from instep.export.command import Export, run
 
@@ -264,11 +261,11 @@ def export(
 
 @app.command(examples=["instep demo", "instep demo --keep"])
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the picture and the recording go.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the picture and the recording.")] = Path(
         "demo-out"
     ),
     *,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep streaming until Ctrl-C, so that the dashboard moves.")] = (
+    keep: Annotated[bool, typer.Option("--keep", help="Keep streaming until Ctrl-C, to watch the dashboard.")] = (
         False
     ),
 ) -> None:
@@ -284,7 +281,7 @@ def demo(
 )
 @takes_settings
 def show_config(given: Given, *, json: Json = False) -> None:
-    """Show the configuration that `instep serve` would have with these options, and where each value came from."""
+    """Show every setting that `instep serve` would use, and where its value came from."""
     from instep.config import explain_config
 
     loaded, sources = explain_config(given.file, given.flags)
@@ -306,10 +303,10 @@ def show_config(given: Given, *, json: Json = False) -> None:
 )
 @takes_settings
 def doctor_command(given: Given, *, json: Json = False) -> None:
-    """Say what a maintainer would ask for: versions, machine, model, disk; and warn of what will hurt, with its cure.
+    """Diagnose this machine and configuration.
 
-    It takes the options of `instep serve`, compiles the model (the demo's where none is named), and serves nothing.
-    Exit status 0: a server could start. 1: it could not.
+    Prints versions, machine, model and disk, and warnings with their cures. Takes the options of `instep serve`, and
+    compiles the demo's model if none is named. Exit status 0: a server could start. 1: it could not.
     """
     from instep.demo import MODEL_FOLDER
     from instep.doctor import doctor
@@ -334,7 +331,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _fail(sentence: str, *, as_json: bool) -> None:
-    """Say on standard error what went wrong, in red; on standard output an object says it where one is wanted."""
+    """Print the error in red on stderr, and as a JSON object on stdout with --json."""
     from instep_tools.terminal import say
 
     if as_json:

@@ -13,7 +13,7 @@ from instep_tools.command_line import CommandLine
 
 Value = TypeVar("Value")
 
-app = CommandLine(help="Import a model folder, check it, look into it, or compare it on live streams.")
+app = CommandLine(help="Import, check and inspect model folders, and compare one on live streams.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -31,46 +31,46 @@ def import_model(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A state dict (.pt of torch.save, or .safetensors), or a graph (.onnx).",
+            help="A state dict (.pt or .safetensors), or one step as a graph (.onnx).",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The new folder; default: FILE without its suffix.", show_default=False),
+        typer.Option(metavar="FOLDER", help="The new folder. Default: FILE without its suffix.", show_default=False),
     ] = None,
     before: Annotated[
         list[str],
-        typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm before it; repeat for more, in order."),
+        typer.Option(metavar="NAME:ACTIVATION", help="A layer before the recurrent ones; repeat for more, in order."),
     ] = [],  # noqa: B006
     after: Annotated[
         list[str],
-        typer.Option(metavar="NAME:ACTIVATION", help="A Linear or LayerNorm after it; repeat for more, in order."),
+        typer.Option(metavar="NAME:ACTIVATION", help="A layer after the recurrent ones; repeat for more, in order."),
     ] = [],  # noqa: B006
     leave_out: Annotated[
         list[str], typer.Option("--leave-out", metavar="NAME", help="A layer that is not served; repeat for more.")
     ] = [],  # noqa: B006
     answer: Annotated[
-        str | None, typer.Option(metavar="OUTPUT", help="Of an ONNX graph: the answer.", show_default=False)
+        str | None, typer.Option(metavar="OUTPUT", help="ONNX: the output to serve.", show_default=False)
     ] = None,
     state: Annotated[
         list[str],
-        typer.Option(metavar="INPUT=OUTPUT", help="Of an ONNX graph: a state and the next one; repeat for more."),
+        typer.Option(metavar="INPUT=OUTPUT", help="ONNX: a state and its next value; repeat for more."),
     ] = [],  # noqa: B006
     constant: Annotated[
-        list[str], typer.Option(metavar="INPUT=NUMBER", help="Of an ONNX graph: an input that is always the same.")
+        list[str], typer.Option(metavar="INPUT=NUMBER", help="ONNX: an input with a fixed value; repeat for more.")
     ] = [],  # noqa: B006
     shape: Annotated[
         list[str],
-        typer.Option(metavar="INPUT=SHAPE", help="Of an ONNX graph: a shape that it leaves open, as x=rows,40."),
+        typer.Option(metavar="INPUT=SHAPE", help="ONNX: the shape of an input with open sizes, as in x=rows,40."),
     ] = [],  # noqa: B006
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that the folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
 ) -> None:
-    """Make a model folder of the weights of a trained network, or of a graph in ONNX.
+    """Make a model folder from trained weights or an ONNX graph.
 
-    Name the layers of weights and their activations, in order: weights alone do not say. Without options, it says what
-    the file holds. Nothing in it is executed.
+    Weights do not record the order of layers and their activations: name them with --before and --after. Without
+    options the command lists the layers in the file. Nothing in the file is executed.
 
-    The state of an ONNX graph is found by name, as h and hn; the other options say what the names do not.
+    The states of an ONNX graph are matched by name, such as h and hn; use the options where names do not match.
     """
     folder = output or file.with_suffix("")
     if file.suffix == ".onnx" and (before or after or leave_out):
@@ -102,11 +102,16 @@ def import_model(
 def check(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")],
     against: Annotated[
-        str, typer.Option(metavar="FILE:NAME", help="Your module, or a function that returns it.", show_default=False)
+        str,
+        typer.Option(
+            metavar="FILE:NAME",
+            help="A Python file and your trained module in it, or a function that returns it.",
+            show_default=False,
+        ),
     ],
     json: Json = False,
 ) -> None:
-    """Compare the outputs of a model folder with those of your own module.
+    """Compare a model folder with your own module.
 
     Exit status 0: they agree. 1: they differ. 2: they cannot be compared.
     """
@@ -121,7 +126,7 @@ def check(
 def info(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
 ) -> None:
-    """Check a model folder, list its contents, and say in which arithmetic a CPU steps it."""
+    """Check a model folder, and show its contents and arithmetic."""
     import torch
 
     from instep.models.folder import load_model
@@ -159,32 +164,31 @@ def info(
     )
 )
 def shadow(
-    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording that a server writes.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the candidate.")],
-    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the streams, by their names.")] = 0.1,
+    recording: Annotated[Path, typer.Argument(metavar="FILE", help="The recording that a running server writes.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The candidate's model folder.")],
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the streams to compare.")] = 0.1,
     seconds: Annotated[
         float | None,
-        typer.Option("--for", min=0.0, help="Seconds. Default: until Ctrl-C, SIGTERM or SIGHUP.", show_default=False),
+        typer.Option("--for", min=0.0, help="Seconds to run. Default: until Ctrl-C.", show_default=False),
     ] = None,
     warm_up: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Begin in the initial state, and leave out this many frames of each stream. Default: begin with its "
-            "state, or leave out 256 frames where the candidate's states are others.",
+            help="Begin in the initial state, and do not compare this many frames of each stream. Default: begin with "
+            "the recorded state, or 256 where the candidate's states have another layout.",
             show_default=False,
         ),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0.0, help="The largest difference that is no failure.", show_default=False)
+        float | None, typer.Option(min=0.0, help="The largest difference to accept.", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compare a candidate's outputs with those that a server gives, on a share of its streams, while it serves.
+    """Compare a candidate with the served model on live streams.
 
-    The candidate runs in this process, at the lowest priority, on the frames in the server's recording. It never
-    answers, and the server does not know of it. Exit status 0: frames were compared. 1: a value differed by more than
-    --tolerance. 2: nothing was compared.
+    The candidate runs in this process, at the lowest priority, on the frames in the server's recording. It answers no
+    client. Exit status 0: frames were compared. 1: a value differed by more than --tolerance. 2: nothing was compared.
     """
     import os
 

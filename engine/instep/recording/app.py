@@ -13,7 +13,7 @@ from instep_tools.command_line import CommandLine
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = CommandLine(help="Manage recordings: show, repair, cut, and go back to any frame.")
+app = CommandLine(help="Show, repair and cut recordings, and compute the state before any frame.")
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -24,9 +24,10 @@ def info(
     recording: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="The recording, or a folder of recordings.")],
     json: Json = False,
 ) -> None:
-    """Show a recording's model, size, streams, frames and conditions; of a folder, a line for each recording.
+    """Summarize a recording, or list the recordings in a folder.
 
-    It does not read all of a recording, as `instep verify` does. Exit status 1: one is damaged. 2: one cannot be read.
+    The command does not read every frame, as `instep verify` does. Exit status 1: one is damaged. 2: one cannot be
+    read.
     """
     from instep.recording import commands
 
@@ -43,7 +44,7 @@ def repair(
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
 
-    Exit status 0: it was written, or nothing is damaged. 2: nothing could be saved, or the new file not be written.
+    Exit status 0: the file was written, or nothing is damaged. 2: nothing could be saved or written.
     """
     from instep.recording import commands
 
@@ -65,7 +66,7 @@ def cut(
         typer.Option(
             "--from",
             metavar="POSITION|TIME",
-            help="Begin at the last checkpoint that was kept up to here: 1200, or 2026-11-26T18:30 (UTC).",
+            help="Begin at the last kept checkpoint before this: 1200, or 2026-11-26T18:30 (UTC).",
             show_default=False,
         ),
     ] = None,
@@ -76,12 +77,12 @@ def cut(
         ),
     ] = None,
 ) -> None:
-    """Write a range of a recording to a new recording, which can be verified and exported.
+    """Copy a recording, or a range of it, to a new recording.
 
-    A range can begin only where the recording does, or at a checkpoint that was kept: there is one every 256 MiB, or
-    every eighth of `recording.keep_bytes` or `recording.keep_s`. So it may begin earlier than --from.
+    A range begins at the start of the recording or at a kept checkpoint, so it may begin before --from. Checkpoints
+    are kept every 256 MiB, or every eighth of `recording.keep_bytes` or `recording.keep_s`.
 
-    Exit status 0: it was written. 2: it was not.
+    Exit status 0: the file was written. 2: it was not.
     """
     from instep.recording import commands
 

@@ -22,10 +22,12 @@ REPLAY_EXAMPLES: Final = (
 )
 
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.", show_default=False)]
-Stream = Annotated[str, typer.Argument(metavar="STREAM", help="Its name or number.", show_default=False)]
+Stream = Annotated[str, typer.Argument(metavar="STREAM", help="The stream's name or number.", show_default=False)]
 ModelFolder = Annotated[
     Path | None,
-    typer.Option("--model", metavar="FOLDER", help="The model. Default: where the recording says.", show_default=False),
+    typer.Option(
+        "--model", metavar="FOLDER", help="The model's folder. Default: the recorded path.", show_default=False
+    ),
 ]
 
 
@@ -40,21 +42,19 @@ def state(
     stream: Stream,
     seq: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="Before this frame. Default: after the last one.", show_default=False),
+        typer.Option(min=0, metavar="N", help="The state before frame N. Default: after the last.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="FILE.safetensors", help="Save it as a snapshot, in a new file.", show_default=False
-        ),
+        typer.Option("--out", metavar="FILE.safetensors", help="Save the state as a snapshot.", show_default=False),
     ] = None,
     model: ModelFolder = None,
     json: Json = False,
 ) -> None:
-    """Show the state of a recorded stream before any of its frames, exact to the bit.
+    """Compute the exact state of a recorded stream before any of its frames.
 
-    It is stepped again from the newest recorded state before that. `instep-client state restore` continues a stream
-    from the file of --out. Exit status 0: done. 2: it cannot be had exactly, and the sentence says why.
+    The frames since the newest recorded state are stepped again. `instep-client state restore` opens a stream with the
+    file of --out. Exit status 0: done. 2: the exact state cannot be computed, and the message gives the reason.
     """
     from instep.replay.state import run
 
@@ -65,21 +65,24 @@ def state(
 def replay_from(
     recording: Recording,
     stream: Stream,
-    seq: Annotated[int, typer.Option(min=0, metavar="N", help="Its next frame.", show_default=False)],
+    seq: Annotated[
+        int, typer.Option(min=0, metavar="N", help="The new stream continues with frame N.", show_default=False)
+    ],
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="The new stream. Default: STREAM@N.", show_default=False)
+        str | None,
+        typer.Option("--as", metavar="NAME", help="The new stream's name. Default: STREAM@N.", show_default=False),
     ] = None,
     continues: Annotated[
-        bool, typer.Option("--continue", help="Send the recorded frames after that, and compare the outputs.")
+        bool, typer.Option("--continue", help="Send the recorded frames from N on, and compare outputs.")
     ] = False,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     model: ModelFolder = None,
     json: Json = False,
 ) -> None:
-    """Open a stream on a running server that continues from a frame of a recorded one: what if other frames had come?
+    """Branch a live stream from any recorded frame.
 
-    The server keeps it parked until a producer resumes it, for as long as the answer says. Exit status 0: done.
-    1: outputs differ from the recorded ones. 2: it could not be done.
+    Opens a stream on a running server with the state before frame N, and leaves it parked until a producer resumes it.
+    Exit status 0: done. 1: outputs differ from the recorded ones. 2: the stream could not be opened.
     """
     if name == "":
         raise typer.BadParameter("a stream needs a name: write one, or leave --as out for STREAM@N", param_hint="--as")
