@@ -50,7 +50,7 @@ def watched(bench: Bench) -> list[Row]:
         one_stream = partial(measured, server.endpoint, model, lone, one_at_a_time(bench.seconds))
         url = str(server.started["http"])
         scraper = [[sys.executable, "-m", "benchmarks.watching", url]]
-        everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", server.endpoint]]
+        everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", "-e", server.endpoint]]
 
         def beside(watchers: Sequence[Sequence[str]], load: Callable[[], float]) -> float:
             with _running(watchers, bench.seconds * SETTLING):

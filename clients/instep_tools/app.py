@@ -23,8 +23,7 @@ from instep_tools.signals import Signal
 from instep_tools.state import app as state_app
 from instep_tools.streams import app as streams_app
 from instep_tools.terminal import Terminal
-from instep_tools.top.app import examples as top_examples
-from instep_tools.top.app import top_command
+from instep_tools.top import top
 
 app: Final = CommandLine(
     name="instep-client",
@@ -39,7 +38,7 @@ app.server_command("models", examples=["instep-client models", "instep-client mo
 )
 app.server_command("stats", examples=["instep-client stats", "instep-client stats --json"])(stats)
 app.server_command("loadtest", examples=EXAMPLES, drains=True)(loadtest)
-app.command("top", examples=top_examples("instep-client"))(top_command)
+app.server_command("top", examples=["instep-client top", "instep-client top -e tcp://gpu-1:5757 --model ears"])(top)
 
 SIGNAL_RATE_HZ: Final = 10.0
 """The rate of a generated signal where none is given: slow enough to read along."""

@@ -1,1 +1,0 @@
-"""`top`: a running server in a terminal, over ZeroMQ or HTTP."""
