@@ -10,7 +10,6 @@ import pytest
 from instep.core.typing import F32
 from instep.models.model import Model
 from instep.runtime.executor import InlineExecutor
-from instep.streaming.api import Refusal
 from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, plain, whole, with_head
@@ -80,22 +79,3 @@ async def test_a_caller_that_was_cancelled_disturbs_nobody(rng: np.random.Genera
             each.cancel()
         (second,) = await kit.all_done(step(origin, handles, [1], x[1:]))
         np.testing.assert_array_equal(second.y[:, 0], whole(SMALL, x[:, 0])[0][1:])
-
-
-async def test_no_more_origins_connect_than_there_are_numbers() -> None:
-    async with streaming(InlineExecutor, max_origins=2) as kit:
-        first, _ = kit.frontend.connect(), kit.frontend.connect()
-        with pytest.raises(RuntimeError, match="max_connections"):
-            kit.frontend.connect()
-        kit.frontend.disconnect(first)
-        assert kit.frontend.connect().number == first.number
-
-
-async def test_a_refused_request_raises_and_the_next_one_works(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        with pytest.raises(Refusal) as refused:
-            await origin.close(np.repeat(handles, 2))
-        assert refused.value.code is Code.REPEATED_STREAM
-        assert failures(await step(origin, handles, [0], random_frames(rng, 1))) == []

@@ -177,24 +177,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     return membership, groups
 
 
-def test_cores_that_the_process_may_not_run_on_do_not_count(
-    machine: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert usable_cores(*machine) == 8
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert usable_cores(*machine) == 64
-
-
 @pytest.mark.parametrize(
     ("outer", "inner", "expected"),
     [
         ("max 100000", "max 100000", 8),
         ("max 100000", "200000 100000", 2),
-        ("300000 100000", "max 100000", 3),
         ("300000 100000", "400000 100000", 3),
-        ("max 100000", "199999 100000", 1),
         ("max 100000", "50000 100000", 1),
-        ("max 100000", "1600000 100000", 8),
     ],
 )
 def test_a_group_may_have_less_time_than_its_cores_give(
@@ -204,11 +193,3 @@ def test_a_group_may_have_less_time_than_its_cores_give(
     (groups / "a" / "cpu.max").write_text(outer + "\n")
     (groups / "a" / "b" / "cpu.max").write_text(inner + "\n")
     assert usable_cores(*machine) == expected
-
-
-def test_the_groups_of_a_container_begin_at_the_root(machine: tuple[Path, Path]) -> None:
-    membership, groups = machine
-    membership.write_text("0::/\n")
-    (groups / "cpu.max").write_text("200000 100000\n")
-    assert usable_cores(*machine) == 2
-    assert usable_cores(groups / "no such file", groups) == 8

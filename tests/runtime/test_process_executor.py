@@ -84,42 +84,11 @@ def test_a_process_that_dies_is_noticed(stepped: Callable[..., Stepped], end: in
     one.begin()  # nobody is there to take it, which is no error here
 
 
-def test_interrupts_are_the_servers_business(stepped: Callable[..., Stepped]) -> None:
-    def also(slots: I64, rows: I64) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-
-    one = stepped(also)
-    one.begin()
-    assert one.wait().error is None
-
-
 def test_a_step_that_never_ends_is_killed(stepped: Callable[..., Stepped]) -> None:
     one = stepped(lambda slots, rows: time.sleep(10 * DEADLINE_S))
     one.begin()
     one.process.stop(timeout_s=0.01)
     assert one.seen[1].tolist() == [0, 0]
-
-
-@pytest.fixture
-def _no_zombies() -> Iterator[None]:
-    """The system takes ended processes away by itself, so nobody can wait for them."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGCHLD, before)
-
-
-@pytest.mark.usefixtures("_no_zombies")
-@pytest.mark.parametrize("timeout_s", [None, DEADLINE_S])
-def test_it_is_stopped_where_ended_processes_leave_no_trace(
-    stepped: Callable[..., Stepped], timeout_s: float | None
-) -> None:
-    one = stepped()
-    pid = one.pid
-    one.begin(row=7)
-    one.process.stop(timeout_s)
-    assert one.seen[1].tolist() == [7, 1]
-    assert not psutil.pid_exists(pid)
 
 
 def test_one_that_does_not_answer_is_killed(stepped: Callable[..., Stepped]) -> None:
@@ -128,17 +97,6 @@ def test_one_that_does_not_answer_is_killed(stepped: Callable[..., Stepped]) -> 
     os.kill(pid, signal.SIGSTOP)
     one.process.stop(timeout_s=0.01)
     assert not psutil.pid_exists(pid)
-
-
-def test_where_there_can_be_no_process_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fork() -> int:
-        raise BlockingIOError
-
-    monkeypatch.setattr(os, "fork", fork)
-    before = psutil.Process().num_fds()
-    with pytest.raises(BlockingIOError):
-        ProcessExecutor(lambda slots, rows: None, 4)
-    assert psutil.Process().num_fds() == before
 
 
 def test_nothing_that_the_server_has_open_is_held_open(stepped: Callable[..., Stepped]) -> None:

@@ -47,17 +47,6 @@ def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.rando
         np.testing.assert_array_equal(read(steps, np.array([stream + 1]), 2)[0], final)
 
 
-def test_every_layer_has_its_own_state(rng: np.random.Generator) -> None:
-    model = plain(F, 16, layers=2)
-    steps = stepper(model)  # its outputs are one of the states
-    x = rng.standard_normal((3, 2, F)).astype(np.float32)
-    y = np.stack([step(steps, np.array([7, 4]), frames) for frames in x])
-    for stream, slot in enumerate((7, 4)):
-        expected, final = whole(model, x[:, stream])
-        np.testing.assert_array_equal(y[:, stream], expected)
-        np.testing.assert_array_equal(read(steps, np.array([slot]), 2)[0], final)
-
-
 def test_leaves_of_every_dtype_are_stepped_where_they_are(rng: np.random.Generator) -> None:
     steps, slots = stepper(exported("counting")), np.array([9, 2, 64])
     steps.load(slots, None)
@@ -88,13 +77,6 @@ def test_a_step_touches_only_the_streams_and_rows_that_it_is_given(rng: np.rando
             np.testing.assert_array_equal(y[row], expected[0])
             np.testing.assert_array_equal(after[slot - 1], final)
         assert not steps.read(np.array([0])).any(), "no stream has slot 0"
-
-
-def test_frames_and_outputs_may_be_in_other_arrays_each_time(rng: np.random.Generator) -> None:
-    steps, slots = stepper(SMALL), np.array([5])
-    x = rng.standard_normal((4, 1, F)).astype(np.float32)
-    y = np.concatenate([step(steps, slots, frames.copy()) for frames in x])
-    np.testing.assert_array_equal(y, whole(SMALL, x[:, 0])[0])
 
 
 def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:

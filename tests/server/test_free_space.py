@@ -35,9 +35,3 @@ async def test_it_warns_once_when_little_is_left_and_says_once_when_there_is_roo
         server.configure(Config.model_validate(sections))
         assert (await until("disk has room again"))["level"] == "info"
     assert len([line for line in told if line["event"].startswith("disk")]) == 2
-
-
-async def test_without_a_recording_nothing_is_looked_at() -> None:
-    async with running(SMALL) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        assert "recording_free_bytes" not in await client.statistics()

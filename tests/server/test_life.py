@@ -6,17 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
 import zmq
 
 from instep.frontends.zmq.router import Router
-from instep.recording.recorder import Recorder
 from instep.recording.records import OpenStream
 from instep.recording.writer import RecordingWriter
 from instep.server.preparation import CannotServe
@@ -135,17 +132,6 @@ async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path:
         assert (await client.resume(["s"], [0], opened.epochs())).codes() == []
 
 
-async def test_a_recorder_that_is_stuck_at_the_end_is_waited_for_until_draining_has_taken_its_time(
-    tmp_path: Path,
-) -> None:
-    recording, shutdown = {"file": tmp_path / "r.instep"}, {"drain_timeout_s": 0.3}
-    failure = "draining took longer than shutdown.drain_timeout_s = 0.3"
-    async with held_commits() as may_commit:
-        async with running(SMALL, recording=recording, shutdown=shutdown, failure=failure):
-            may_commit.clear()
-        may_commit.set()
-
-
 async def test_a_forced_end_leaves_no_thread_that_the_process_would_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,34 +172,6 @@ async def test_draining_ends_after_its_time_though_a_step_never_ends(rng: np.ran
             assert (goodbye.kind, failure in goodbye.header[2]) == (Kind.GOODBYE, True)
     gate.open()
     assert server.unanswered_messages == 1
-
-
-async def test_a_batch_that_is_held_goes_when_the_server_drains(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 2)
-    engine = {"max_queue_delay_us": 10_000_000}
-    async with running(SMALL, engine=engine) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open("s", "silent")).handles()
-        await client.send(*client.step_message(handles[:1], [0], x))
-        await taken(server)
-        async with asyncio.timeout(9):  # less than the batch may be held
-            server.stop()
-            reply, goodbye = [await client.receive() for _ in range(2)]
-    assert goodbye.kind is Kind.GOODBYE
-    np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
-
-
-async def test_the_end_waits_until_a_late_reader_has_its_replies() -> None:
-    async with running(SMALL, transport={"max_message_bytes": 65_536}) as server, RawClient(server.endpoint) as late:
-        await late.hello()
-        block = late.step_message(range(1000), [0] * 1000, np.zeros((1, 1000, F), np.float32))
-        for _ in range(6):
-            await late.send(*block)
-        while server.default.engine.stats.messages_total < 6:
-            await asyncio.sleep(0.001)
-        server.stop()
-        await asyncio.sleep(0.05)
-        assert [(await late.receive()).kind for _ in range(7)] == [*[Kind.STEPPED] * 6, Kind.GOODBYE]
 
 
 async def test_the_end_waits_until_a_client_that_was_busy_has_read_its_answer(rng: np.random.Generator) -> None:
@@ -319,26 +277,6 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
     assert server.unanswered_messages == 1
 
 
-async def test_parts_that_cannot_be_closed_leave_nothing_else_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop, path = Recorder.stop, tmp_path / "r.instep"
-
-    def failing(recorder: Recorder, timeout_s: float | None = None) -> bool:
-        stop(recorder)
-        raise RuntimeError("injected")
-
-    failure = "a bug in the server's loop: RuntimeError('injected')"
-    async with running(SMALL, recording={"file": path}, failure=failure) as server:
-        monkeypatch.setattr(server.default.engine.executor, "stop", lambda _: 1 / 0)
-        monkeypatch.setattr(Recorder, "stop", failing)
-        endpoint = server.endpoint
-    monkeypatch.undo()
-    server.default.engine.executor.stop()
-    async with running(SMALL, recording={"file": path}, transport={"endpoint": endpoint}):
-        pass  # neither is in use any more
-
-
 async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
     async with running(SMALL, recording={"file": path}) as server:
@@ -366,33 +304,3 @@ async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Gen
                 assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
             handles.append(int(opened.handles()[0]))
     assert len(set(handles)) == 3
-
-
-async def test_after_a_restart_no_more_streams_hibernate_than_are_kept(tmp_path: Path) -> None:
-    names, recording = [f"s{number}" for number in range(10)], {"file": tmp_path / "r.instep"}
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        epochs = (await client.open(*names)).epochs()
-    async with running(SMALL, recording=recording) as server:
-        hibernation = server.default.operations.hibernation
-        hibernation.limits = replace(hibernation.limits, max_hibernated=2)
-        async with RawClient(server.endpoint) as client:
-            await client.hello()
-            while (await client.statistics())["streams_hibernated"] > 2:
-                await asyncio.sleep(0.005)
-            resumed = await client.resume(names, [0] * 10, epochs)
-            assert resumed.codes() == [Code.EXPIRED] * 8
-            assert server.default.engine.stats.evicted_by_reason == {"expired": 8}
-
-
-async def test_streams_are_not_kept_where_nothing_is_parked() -> None:
-    limits, transport = {"park_s": 0}, {"heartbeat_s": 0.05}
-    async with running(SMALL, limits=limits, transport=transport) as server, RawClient(server.endpoint) as client:
-        assert (await client.hello()).header[-1] == 0
-        async with RawClient(server.endpoint) as gone:
-            await gone.hello()
-            opened = await gone.open("s")
-        while server.default.engine.table.open_count:
-            await asyncio.sleep(0.01)
-        assert (await client.resume(["s"], [0], opened.epochs())).codes() == [Code.UNKNOWN_STREAM]
-        assert (await client.ask(msgpack.packb([Kind.PING, 1]))).kind is Kind.PONG

@@ -137,14 +137,6 @@ async def test_a_model_that_cannot_be_loaded_changes_nothing(folder: Path, tmp_p
         assert "each of several models" in await reload_models(server, with_ears(folder))
 
 
-async def test_a_model_that_is_loaded_steps_in_the_servers_process(folder: Path) -> None:
-    """Where the loop does not poll meanwhile, see test_loop.py."""
-    async with running(EARS, engine=EXACT, apart=True) as server:
-        assert [service.steps_apart for service in server.services] == [True]
-        assert not await reload_models(server, with_ears(folder))
-        assert [service.steps_apart for service in server.services] == [True, False]
-
-
 class Reading:
     """No model folder is read before it `may_begin`."""
 

@@ -146,28 +146,6 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
         assert server.served("ears").info.fingerprint == C.fingerprint
 
 
-async def test_a_reload_is_compared_with_the_one_that_is_under_way(tmp_path: Path) -> None:
-    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
-    told: list[dict[str, Any]] = []
-    said: list[dict[str, Any]] = []
-    async with running(A, told=told, folder=old, model={"folder": old}) as server:
-        first = server.config
-        second = first.model_validate(first.model_dump() | {"model": {"folder": new}})
-        for wanted in (second, first):
-            reload(server, partial(lambda wanted: wanted, wanted), Threshold("info"), log_into(said), Kept())
-        assert [line["under_way"] for line in said] == [
-            [f"model.folder: {old} → {new}"],
-            [f"model.folder: {new} → {old}"],
-        ]
-        async with asyncio.timeout(20):
-            while len(done := [line for line in told if line["event"] == "models reloaded"]) < 2:
-                await asyncio.sleep(0.01)
-        assert [line["swapped"] for line in done] == 2 * [["ears"]]
-        assert server.served("ears").info.fingerprint == A.fingerprint
-        reload(server, lambda: first, Threshold("info"), log_into(said), Kept())
-        assert "under_way" not in said[-1]
-
-
 async def test_models_are_kept_for_the_next_server_once_they_are_in_force(tmp_path: Path) -> None:
     old, broken, new = folder_of(tmp_path / "old", A), tmp_path / "broken", folder_of(tmp_path / "new", B)
     kept, told = Kept(), list[dict[str, Any]]()
@@ -185,14 +163,3 @@ async def test_models_are_kept_for_the_next_server_once_they_are_in_force(tmp_pa
         assert "models not reloaded" in [line["event"] for line in told]
         config, fingerprints = kept.laid_over(first)
         assert (config.model.folder, fingerprints) == (new, {"ears": B.fingerprint})
-
-
-async def test_versions_that_nobody_uses_any_more_are_in_no_reloads_way(tmp_path: Path) -> None:
-    old, new = folder_of(tmp_path / "old", A), folder_of(tmp_path / "new", B)
-    told: list[dict[str, Any]] = []
-    async with running(A, told=told, folder=old) as server:
-        reloads = Reloads(server, told)
-        for folder in (new, old, new, old):
-            line = await reloads(folder, on_reload="keep")
-            assert line["event"] == "models reloaded", line
-            assert line["swapped"] == ["ears"]

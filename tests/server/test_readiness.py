@@ -71,7 +71,7 @@ async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.rando
         assert (await client.receive()).kind is Kind.GOODBYE
 
 
-@pytest.mark.parametrize("durability", ["memory", "commit", "fsync"])
+@pytest.mark.parametrize("durability", ["memory", "commit"])
 async def test_between_the_recorders_failure_and_the_servers_end_nothing_new_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
 ) -> None:

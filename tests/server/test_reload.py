@@ -130,13 +130,6 @@ def test_a_hangup_reloads_the_file_also_when_it_comes_before_the_server_is_ready
         assert served.process.returncode == 0
 
 
-def test_without_a_file_a_hangup_changes_nothing_and_says_so(model: Path) -> None:
-    with serving(model, start_new_session=True) as served:
-        served.until("serving")
-        served.process.send_signal(signal.SIGHUP)
-        assert served.until("reloaded")["changed"] == []
-
-
 ON_ITS_TERMINAL = """
 import fcntl, termios
 from instep.__main__ import main
@@ -166,13 +159,3 @@ def test_when_its_terminal_closes_the_server_ends_in_order(model: Path, tmp_path
             process.wait()
     with RecordingReader(recording) as reader:
         assert reader.finished
-
-
-def test_a_log_that_nobody_reads_any_more_ends_no_server(model: Path) -> None:
-    with serving(model) as served:
-        served.until("serving")
-        assert served.process.stderr is not None
-        served.process.stderr.close()
-        served.process.terminate()
-        assert served.process.wait(timeout=60) == 0
-        served.process.stderr = None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import structlog
 from structlog.testing import capture_logs
 
@@ -58,37 +56,6 @@ def test_it_says_when_it_serves_that_it_lives_and_when_it_drains(tmp_path: Path)
             assert told(listening, "STOPPING=1")
             assert served.end()[-1]["event"] == "stopped"
             assert served.process.returncode == 0
-
-
-def test_a_supervised_server_says_so_again_after_a_crash(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", SMALL)
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    address = f"\0{tmp_path}"
-    with manager(address) as listening:
-        environ = {**os.environ, "NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "200000"}
-        with serving(tmp_path / "model", "--restart", endpoint=endpoint, env=environ) as served:
-            told(listening, "READY=1")
-            told(listening, "WATCHDOG=1")
-            (server,) = psutil.Process(served.process.pid).children()
-            server.send_signal(signal.SIGABRT)
-            told(listening, "READY=1")
-            told(listening, "WATCHDOG=1")
-            served.process.terminate()
-            told(listening, "STOPPING=1")
-            served.end()
-            assert served.process.returncode == 0
-
-
-async def test_it_pings_only_a_watchdog_that_is_meant_for_this_process(tmp_path: Path) -> None:
-    with manager(str(tmp_path / "notify")) as listening, capture_logs() as lines:
-        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
-        for process in (os.getpid() + 1, os.getpid()):
-            ServiceManager({**environ, "WATCHDOG_PID": str(process)}, structlog.stdlib.get_logger()).serving("s")
-        await asyncio.sleep(0.15)
-        heard = [listening.recv(4096) for _ in range(4)]
-    assert heard == [b"READY=1\nSTATUS=s", b"READY=1\nSTATUS=s", b"WATCHDOG=1", b"WATCHDOG=1"]
-    assert not lines
 
 
 async def test_a_manager_that_is_not_there_is_named_once_and_changes_nothing(tmp_path: Path) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import socket
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from typer.testing import CliRunner
 
 from instep.config import Config, load_config
 from instep.core.typing import F32
@@ -23,7 +20,6 @@ from instep.server.checks import rehearse
 from instep.server.preparation import CannotServe, prepare
 from instep_client import AsyncClient, Client, Refused
 from instep_client.protocol.wire import Code, Kind
-from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient
@@ -71,7 +67,6 @@ def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_reco
                     child.send_signal(signal.SIGKILL)
                 for name, stream in streams.items():
                     outputs[name].append(stream.step(x[name][number]))
-            assert_the_commands_name_models(endpoint)
             for stream in streams.values():
                 stream.close()
         served.process.send_signal(signal.SIGHUP)
@@ -83,24 +78,6 @@ def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_reco
         np.testing.assert_array_equal(np.array(outputs[name]), whole(model, x[name])[0])
         verified = run_instep(["verify", str(tmp_path / "recordings" / f"{name}.instep")])
         assert verified.returncode == 0, verified.stdout + verified.stderr
-
-
-def assert_the_commands_name_models(endpoint: str) -> None:
-    """Each model has a stream of 60 frames, 30 of them since the server was started again."""
-
-    def said(*arguments: str, **environment: str) -> dict[str, Any]:
-        result = CliRunner().invoke(client_app, [*arguments, "-e", endpoint, "--json"], env=environment)
-        assert result.exit_code == 0, result.output
-        said: dict[str, Any] = json.loads(result.stdout)
-        return said
-
-    assert [(each["name"], each["streams"]) for each in said("models")["models"]] == [("ears", 1), ("vowels", 1)]
-    assert said("ping", "--model", "vowels")["server"]["outputs"] == 16
-    assert said("stats", INSTEP_MODEL="vowels")["model"] == "vowels"
-    listed = said("streams", "list", "--model", "vowels")
-    assert (listed["model"], [each["name"] for each in listed["streams"]]) == ("vowels", ["s"])
-    wrong = CliRunner().invoke(client_app, ["stats", "-e", endpoint, "--model", "vowel"])
-    assert (wrong.exit_code, "did you mean 'vowels'?" in wrong.stderr) == (2, True), wrong.output
 
 
 async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_model_alone(
@@ -141,23 +118,6 @@ async def test_an_unknown_model_is_refused_with_the_names_of_those_that_are_ther
         async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="") as default:
             assert (client.info.model, default.info.model) == ("vowels", "ears")
             assert (await default.stats())["refused_messages_total"] == 2, "one for each wrong name"
-
-
-async def test_a_client_of_the_default_model_stays_with_it_when_the_default_is_another_one(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    x = frames_of(rng, "ears", 20)
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        transport = {"endpoint": f"tcp://127.0.0.1:{probe.getsockname()[1]}"}
-    client = AsyncClient(transport["endpoint"])
-    async with running(EARS, VOWELS, transport=transport, recording={"file": tmp_path}):
-        await client.connect()
-        stream = await client.open("s")
-        first = await stream.step(x[:10])
-    async with running(VOWELS, EARS, transport=transport, recording={"file": tmp_path}):
-        second = await stream.step(x[10:])
-        await client.close()
-    np.testing.assert_array_equal(np.concatenate([first, second]), whole(EARS, x)[0])
 
 
 async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_other_one_waiting(

@@ -211,11 +211,3 @@ def test_a_server_ends_with_its_supervisor(supervised: tuple[Served, str]) -> No
     psutil.wait_procs([server], timeout=30)
     assert not server.is_running()
     assert [line["event"] for line in served.end()][:2] == ["stopping", "stopped"]
-
-
-def test_what_cannot_be_restarted_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", SMALL)
-    with serving(tmp_path / "model", "--restart", endpoint="tcp://127.0.0.1:*") as served:
-        assert "needs a port" in served.until("cannot serve")["reasons"][0]
-        served.end()
-        assert served.process.returncode == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,3 @@ async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
     for column in range(len(NAMES)):
         truth, _ = whole(SMALL, np.concatenate(x)[:, column], None)
         np.testing.assert_array_equal(np.concatenate(y)[:, column], truth)
-
-
-async def test_old_history_goes_even_when_no_frame_comes(tmp_path: Path) -> None:
-    path, told = tmp_path / "r.instep", list[dict[str, Any]]()
-    async with running(SMALL, told=told, recording={"file": path, "keep_s": 0.02}) as server:
-        async with RawClient(server.endpoint) as client:
-            await client.hello()
-            await client.open(*NAMES)
-            while not trimmed(told):
-                await asyncio.sleep(0.01)
-    assert inspect(path).open_streams == len(NAMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -82,7 +81,7 @@ def said(told: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("crashes", [False, True])
-@pytest.mark.parametrize(("policy", "version"), [("move", B), ("replay:6", DEEPER), ("replay:6", B)])
+@pytest.mark.parametrize(("policy", "version"), [("move", B), ("replay:6", DEEPER)])
 async def test_streams_continue_in_the_version_that_is_configured_while_the_server_is_stopped(
     old: Path, folder: Path, recordings: Path, x: F32, policy: str, version: Model, crashes: bool
 ) -> None:
@@ -105,27 +104,6 @@ async def test_streams_continue_in_the_version_that_is_configured_while_the_serv
         AsyncClient(server.endpoint) as client,
     ):
         assert {each.name: each.next_seq for each in await client.list_streams()}.keys() == {"s", "unused"}
-
-
-async def test_more_streams_than_fit_into_memory_are_replayed(
-    old: Path, folder: Path, recordings: Path, x: F32
-) -> None:
-    await record(old, recordings, x)
-    settings = sections(recordings, "replay:6") | {"engine": {**EXACT, "max_streams": 1}}
-    async with running(B, folder=folder, **settings) as server:
-        assert server.default.numbers()["streams_hibernated"] == 2
-        np.testing.assert_array_equal(await steps_on(server.endpoint, x), whole(B, x[4:])[0][6:])
-
-
-async def test_streams_come_back_to_a_version_that_was_served_before(
-    old: Path, folder: Path, recordings: Path, x: F32
-) -> None:
-    await record(old, recordings, x[:10])
-    async with running(B, folder=folder, **sections(recordings)):
-        pass
-    async with running(A, folder=old, **sections(recordings)) as server:
-        np.testing.assert_array_equal(await steps_on(server.endpoint, x), whole(A, x)[0][10:])
-    assert {"ears.instep", "ears@2.instep", "ears@3.instep"} <= set(os.listdir(recordings))
 
 
 @pytest.mark.parametrize("crashes", [False, True])

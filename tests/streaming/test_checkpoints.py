@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
 from instep.core.typing import U64
 from instep.recording.recovery import Recovered
-from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor, StateLost
 from instep.streaming.states import Checkpoints
 from tests.support.commits import held_commits
@@ -39,22 +34,6 @@ async def recorded(kit: StreamingEngine, path: Path, x: np.ndarray) -> tuple[InP
     return origin, handles
 
 
-def note_states(monkeypatch: pytest.MonkeyPatch, told: list[int]) -> None:
-    """Note how many states are written at once from now on, and a 0 for each commit."""
-
-    def noting(name: str) -> Callable[..., None]:
-        write = getattr(RecordingWriter, name)
-
-        def noted(writer: RecordingWriter, *values: Any) -> None:
-            write(writer, *values)
-            told.append(len(values[-1].streams) if values else 0)
-
-        return noted
-
-    for name in ("add_states", "checkpoint", "commit"):
-        monkeypatch.setattr(RecordingWriter, name, noting(name))
-
-
 def replayed(recovered: Recovered) -> int:
     """Frames that a restart steps again."""
     return sum(len(portion.frames) for portion in recovered.portions())
@@ -76,20 +55,6 @@ async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path,
         assert replayed(recovered) == 2
 
 
-async def test_only_states_that_changed_are_written_again(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, counts = random_frames(rng, 4, COUNT), list[int]()
-    async with streaming(InlineExecutor) as kit:
-        origin, handles = await recorded(kit, tmp_path / "r.instep", x[:3])
-        note_states(monkeypatch, counts)
-        checkpoints = checkpoints_of(kit)
-        await checkpoints.take()
-        await step(origin, handles[:2], [3, 3], x[3:, :2])
-        await checkpoints.take()
-    assert [count for count in counts if count] == [COUNT, 2]
-
-
 async def test_one_is_due_when_the_steps_since_the_last_one_took_as_long_as_a_restart_may(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -109,20 +74,6 @@ async def test_one_is_due_when_the_steps_since_the_last_one_took_as_long_as_a_re
             taken.append(kit.engine.journal.newest > newest)
             await kit.durable()
         assert taken == [False, True, False, True, False]
-
-
-async def test_many_states_are_written_in_as_many_transactions_as_replies_may_wait_for(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told, path = list[int](), tmp_path / "r.instep"
-    async with streaming(InlineExecutor) as kit:
-        await recorded(kit, path, random_frames(rng, 1, COUNT))
-        note_states(monkeypatch, told)
-        await checkpoints_of(kit, at_once=3).take()
-        assert [count for count in told if count] == [3, 3, 3, 1]
-        assert all(first == 0 or second == 0 for first, second in itertools.pairwise(told)), "each in its own commit"
-    with Recovered(path) as recovered:
-        assert replayed(recovered) == 0
 
 
 async def test_streams_that_step_close_and_open_between_the_parts_are_recovered_to_the_bit(

@@ -86,21 +86,6 @@ async def test_many_windows_later_every_output_is_still_the_networks(
     np.testing.assert_array_equal(served, whole(SMALL, x[:, 0])[0])
 
 
-async def test_an_old_handle_beside_its_slots_next_stream_fails_its_own_column_only(
-    origin: InProcessOrigin, rng: np.random.Generator
-) -> None:
-    old = await opened(origin, "old")
-    await origin.close(old)
-    new = await opened(origin, "new")
-    assert int(old[0]) % 2**32 == int(new[0]) % 2**32
-    x = random_frames(rng, 1, 2)
-    both: U64 = np.concatenate([old, new])
-    reply = await step(origin, both, [0, 0], x)
-    assert failures(reply) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-    np.testing.assert_array_equal(reply.y[:, 1], whole(SMALL, x[:, 1])[0])
-    assert (await origin.close(both)).codes.tolist() == [Code.UNKNOWN_STREAM, 0]
-
-
 async def test_more_frames_than_the_credit_are_refused_as_a_whole_and_fit_once_others_are_answered(
     rng: np.random.Generator,
 ) -> None:

@@ -126,27 +126,6 @@ async def test_nobody_is_told_that_a_stream_ended_before_the_recording_has_its_e
             await closing
 
 
-async def test_an_origin_with_the_number_of_an_owner_that_left_is_not_told_of_the_end_of_its_streams(
-    tmp_path: Path,
-) -> None:
-    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
-        kit.record(tmp_path / "r.instep")
-        gone = kit.frontend.connect()
-        await gone.open(["s", "t"])
-        may_commit.clear()
-        kit.operations.evict(kit.table.owned_by(gone.number), Code.IDLE)
-        kit.frontend.disconnect(gone)
-        await kit.settle()
-        kit.reaper.tick(0)
-        heir = kit.frontend.connect()
-        assert heir.number == gone.number
-        may_commit.set()
-        await kit.durable()
-        await kit.settle()
-        assert not gone.events + heir.events
-        assert (await heir.open(["s"])).codes.tolist() == [0]
-
-
 async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -164,36 +143,6 @@ async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
         assert kit.stats.batches_total <= 4, "two that are being committed and two that wait"
         may_commit.set()
         np.testing.assert_array_equal((await asked).y[:, 0], whole(SMALL, x[:, 0])[0])
-
-
-async def test_more_messages_than_can_wait_for_the_recording_are_refused(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    """A message outlasts its frames: its reply waits for the recording."""
-    x = random_frames(rng, 1)
-    async with held_commits() as may_commit, streaming(InlineExecutor, max_pending=2, credit=2) as kit:
-        kit.record(tmp_path / "r.instep")
-        one, other = kit.listen(), kit.listen()
-        mine = (await kit.operations.open(one, ["a", "b"], None, None)).handles
-        theirs = (await kit.operations.open(other, ["c"], None, None)).handles
-        may_commit.clear()
-        for tag in range(2):
-            kit.submit(one, tag, mine[tag : tag + 1], [0], x)
-            kit.loop.turn()
-        assert (kit.engine.pending_frames, kit.engine.unanswered_messages) == (0, 2)
-        kit.submit(other, 9, theirs, [0], x)
-        kit.loop.turn()
-        assert other.refusals == [(9, Code.BUSY)]
-        may_commit.set()
-        while kit.engine.unanswered_messages:
-            await asyncio.sleep(0.001)
-        kit.submit(other, 10, theirs, [0], x)
-        while not other.replies:
-            kit.loop.turn()
-            await asyncio.sleep(0.001)
-        for reply in one.replies + other.replies:
-            for column in range(reply.messages.shape[1]):
-                np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, 0])[0])
 
 
 async def test_after_the_recorder_failed_nothing_is_answered_any_more(

@@ -9,7 +9,6 @@ import numpy as np
 from instep.runtime.executor import StateLost
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
-from tests.support.states import floats_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 
 INJECTED = RuntimeError("injected")
@@ -67,21 +66,3 @@ async def test_a_stream_whose_state_is_lost_is_closed_and_its_owner_told(rng: np
         (kept,) = await kit.all_done(step(origin, handles[1:], [0], x[:, 1:]))
         np.testing.assert_array_equal(kept.y[:, 0], whole(SMALL, x[:, 1])[0])
         assert (await origin.open(["lost"])).codes.tolist() == [0]
-
-
-async def test_a_state_that_is_lost_is_neither_read_nor_the_final_one_of_a_closing_stream(
-    rng: np.random.Generator,
-) -> None:
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        asked = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
-        reading = asyncio.ensure_future(origin.read_states(handles))
-        closing = asyncio.ensure_future(origin.close(handles))
-        await kit.settle()
-        await lose(kit)
-        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
-        for answer in (await reading, await closing):
-            assert answer.codes.tolist() == [Code.STATE_LOST]
-            assert np.isnan(floats_of(answer.states, -1)).all()
-        assert not origin.events, "the reply to the CLOSE says it"

@@ -9,10 +9,6 @@ import pytest
 
 from instep.core.histogram import add_to, new_histogram
 from instep.streaming.stats import COLUMNS, HISTORY_ROWS, History
-from instep_client import AsyncClient
-from tests.support.models import SMALL
-from tests.support.running import running
-from tests.support.streaming import random_frames
 
 SECOND = 10**9
 
@@ -38,12 +34,6 @@ def test_rows_are_rates_means_and_gauges_of_their_second() -> None:
     assert columns["streams_open"] == [0, 7, 7]
     assert all(began_s <= time_s <= time.time() for time_s in columns["time_s"])
     assert history.newest() == {name: values[-1] for name, values in columns.items()}
-
-
-def test_no_row_is_of_less_than_half_a_second() -> None:
-    history = History(lambda: {"frames_total": 1.0}, {})
-    looks_ms = [ms for ms in range(700, 6_000, 10) if not 2_400 <= ms < 3_900 if history.sample(ms * SECOND // 1000)]
-    assert looks_ms == [700, 2_000, 3_900, 5_000], "the loop was busy from 2.4 to 3.9 s"
 
 
 def test_quantiles_are_those_of_the_last_ten_seconds(rng: np.random.Generator) -> None:
@@ -86,27 +76,3 @@ def test_ten_minutes_are_kept() -> None:
         assert len(history) == min(total, HISTORY_ROWS)
         if total in (1, 7, HISTORY_ROWS - 1, HISTORY_ROWS, HISTORY_ROWS + 1, HISTORY_ROWS + 40):
             assert history.columns()["frames_pending"] == list(range(max(1, total - HISTORY_ROWS + 1), total + 1))
-
-
-def test_it_continues_that_of_a_former_version() -> None:
-    former, latter = History(lambda: {"streams_open": 1.0}, {}), History(lambda: {"streams_open": 2.0}, {})
-    for second in range(1, 5):
-        former.sample(second * SECOND)
-    latter.follow(former)
-    for second in range(6, 9):
-        latter.sample(second * SECOND)
-    assert latter.columns()["streams_open"] == [1, 1, 1, 2, 2]
-
-
-async def test_a_server_keeps_one_and_sends_the_newest_row(rng: np.random.Generator) -> None:
-    async with running(SMALL) as server, AsyncClient(server.endpoint) as client:
-        history = server.default.history
-        while len(history) < 2:
-            stream = await client.open("s")
-            await stream.step(random_frames(rng, 1)[0, 0])
-            await stream.close()
-        columns, numbers = history.columns(), await client.stats()
-    assert sum(columns["frames_per_s"]) > 0
-    assert columns["connections"][-1] == 1
-    assert all(share <= 1 for share in columns["loop_busy"] + columns["executor_busy"])
-    assert {f"recent_{name}" for name in COLUMNS} <= numbers.keys()

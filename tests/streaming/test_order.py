@@ -155,20 +155,3 @@ async def test_a_read_of_several_streams_shows_no_write_that_was_sent_behind_it(
     assert written == [0]
     assert not floats_of(read.states[1:], 1, H).any()
     np.testing.assert_array_equal(floats_of(after.states, 1, H)[0], ONES[0])
-
-
-async def test_frames_of_a_stream_that_came_together_are_admitted_one_message_after_another(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 7)
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        replies = await kit.all_done(
-            *(step(origin, handles, [seq], x[seq : seq + 1]) for seq in range(3)),
-            step(origin, handles, [4], x[4:]),
-            step(origin, handles, [3], x[3:]),
-        )
-        assert [failures(reply) for reply in replies] == [[], [], [], [(0, 0, Code.SEQ_GAP, 3)], []]
-    served = np.concatenate([reply.y[:, 0] for reply in replies if reply.failures is None])
-    np.testing.assert_array_equal(served, whole(SMALL, x[:, 0])[0])

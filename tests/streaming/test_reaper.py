@@ -83,24 +83,6 @@ async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_othe
         assert failures(reply) == []
 
 
-async def test_an_origin_with_the_number_of_one_that_left_keeps_its_streams(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(NAMES)
-        kit.frontend.disconnect(gone)
-        await ticks(kit, count=1)
-        have = np.zeros(COUNT, np.uint64)
-        resumed = await origin.resume(NAMES, have, opened.epochs)
-        await ticks(kit, count=1)
-        heir = kit.frontend.connect()
-        assert heir.number == gone.number
-        taken = await heir.resume(NAMES, have, resumed.epochs)
-        await ticks(kit)
-        assert parked(kit) == 0
-        reply = await step(heir, taken.handles, [0] * COUNT, random_frames(rng, 1, COUNT))
-        assert failures(reply) == []
-
-
 @pytest.mark.parametrize("park_ns", [0, PARK_NS])
 async def test_origins_that_leave_at_once_take_a_tick_no_longer_than_one_of_them(park_ns: int) -> None:
     limits = replace(KEEP, park_ns=park_ns, max_parked=4)
@@ -178,29 +160,3 @@ async def test_streams_with_frames_under_way_are_not_idle(rng: np.random.Generat
         assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
         await kit.finish_all()
         assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 0
-
-
-async def test_streams_that_are_not_parked_yet_are_not_taken_for_idle_ones() -> None:
-    limits = replace(KEEP, max_idle_ns=LATER_NS)
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits) as kit:
-        gone = kit.frontend.connect()
-        await gone.open(NAMES)
-        kit.frontend.disconnect(gone)
-        await ticks(kit, after_ns=2 * LATER_NS, count=30)
-        assert (parked(kit), kit.stats.evicted_by_reason) == (COUNT, {})
-
-
-async def test_a_stream_that_is_closing_when_its_origin_leaves_is_closed_and_the_number_free(
-    rng: np.random.Generator,
-) -> None:
-    async with streaming() as kit:
-        gone = kit.listen()
-        handles = (await kit.operations.open(gone, ["closing", "left"], None, None)).handles
-        kit.submit(gone, 0, handles[:1], [0], random_frames(rng, 3))
-        kit.loop.turn()
-        kit.operations.evict(kit.table.find(["closing"]), Code.IDLE)
-        kit.reaper.detach(gone)
-        assert (await ticks(kit))[-1] == 2
-        await kit.finish_all()
-        assert (kit.table.open_count, parked(kit), gone.events) == (1, 1, [])
-        assert kit.listen().number == gone.number

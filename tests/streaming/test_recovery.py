@@ -15,7 +15,6 @@ from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.runtime.executor import InlineExecutor
 from instep.server.recordings import recording_header
-from instep_client import AsyncClient
 from tests.support.models import SMALL
 from tests.support.rows import open_stream
 from tests.support.running import config, prepared, running
@@ -64,25 +63,6 @@ async def test_more_streams_than_fit_are_refused_with_what_to_do(tmp_path: Path,
         recovery = kit.record(path)
         assert recovery is not None, "the attempt has left it as it was"
         assert recovery.streams == 4
-
-
-async def test_batches_may_have_been_larger_than_they_may_be_now(tmp_path: Path, rng: np.random.Generator) -> None:
-    path, names, frames = tmp_path / "r.instep", [f"s{number}" for number in range(40)], random_frames(rng, 2, 40)
-    async with streaming(InlineExecutor, max_streams=40, max_batch_size=64) as kit:
-        kit.record(path)
-        origin = kit.frontend.connect()
-        await step(origin, (await origin.open(names)).handles, [0] * 40, frames)
-        await kit.durable()
-        expected = (await kit.frontend.ask(lambda: kit.operations.read_states(names))).states
-    engine = {"max_batch_size": 16, "max_streams": 40}
-    async with (
-        running(SMALL, engine=engine, recording={"file": path}) as server,
-        AsyncClient(server.endpoint) as client,
-    ):
-        for name, row in zip(names, expected, strict=True):
-            seq, state = await client.read_state(name)
-            assert isinstance(state, np.ndarray)
-            assert (seq, state.tobytes()) == (2, row.tobytes())
 
 
 async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path) -> None:

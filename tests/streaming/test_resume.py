@@ -11,13 +11,10 @@ import pytest
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Grants
 from instep_client.protocol.codes import Code
-from instep_client.protocol.wire import HAVE_ALL
 from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
 from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
-
-H = 8
 
 
 async def resume(
@@ -192,51 +189,7 @@ async def test_a_resume_that_ends_after_its_origin_left_acknowledges_nothing_for
         assert failures(await pending) == []
 
 
-async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 6)
-    async with streaming(InlineExecutor) as kit:
-        opened = await left_behind(kit, "parked", x=x[:3])
-        heir = kit.frontend.connect()
-        assert heir.number == 0
-        assert failures(await step(heir, opened.handles, [3], x[3:4])) == [(0, 0, Code.FOREIGN_STREAM, 0)]
-        assert (await heir.close(opened.handles)).codes.tolist() == [Code.FOREIGN_STREAM]
-        await heir.open(["its own"])
-        origin = kit.frontend.connect()
-        resumed = await resume(origin, ["parked"], [3], opened.epochs.tolist())
-        leave(kit, heir)
-        assert kit.frontend.connect().number == 0
-        reply = await step(origin, resumed.handles, [3], x[3:])
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
-
-
 # ── What is lost ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("have", [3, HAVE_ALL])
-async def test_a_step_that_fails_after_its_origin_left_is_as_if_its_frames_had_never_been_sent(
-    rng: np.random.Generator, have: int
-) -> None:
-    x = random_frames(rng, 8)
-    async with streaming() as kit:
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(["s"])
-        await kit.all_done(step(gone, opened.handles, [0], x[:3]))
-        lost = asyncio.ensure_future(step(gone, opened.handles, [3], x[3:6], 3))
-        await kit.settle()
-        leave(kit, gone)
-        claimed = asyncio.ensure_future(resume(origin, ["s"], [have], opened.epochs.tolist()))
-        await kit.settle()
-        assert not claimed.done()
-        await kit.finish(error=RuntimeError("injected"))
-        resumed = await claimed
-        assert (refused(resumed), resumed.next_seqs.tolist()) == ([], [3])
-        (reply,) = await kit.all_done(step(origin, resumed.handles, [3], x[3:], 3))
-        (again,) = await kit.all_done(step(origin, resumed.handles, [3], x[3:], 3))
-        assert again.y.tobytes() == reply.y.tobytes()
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])
-        lost.cancel()
 
 
 async def test_a_claim_on_a_stream_that_is_closing_waits_for_its_end(rng: np.random.Generator) -> None:

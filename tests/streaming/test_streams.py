@@ -36,20 +36,6 @@ async def fork(
     return await kit.frontend.ask(lambda: kit.operations.fork(origin, handles, names, refused))
 
 
-async def test_an_initial_state_is_used_and_the_final_one_returned(rng: np.random.Generator) -> None:
-    states = rng.standard_normal((3, LAYERS, H)).astype(np.float32)
-    x = random_frames(rng, 6, 3)
-    async with streaming(InlineExecutor, model=MODEL) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["a", "b", "c"], rows_of(states))).handles
-        reply = await step(origin, handles, [0, 0, 0], x)
-        final = floats_of((await origin.close(handles)).states, LAYERS, H)
-    for column in range(3):
-        truth, state = whole(MODEL, x[:, column], states[column])
-        np.testing.assert_array_equal(reply.y[:, column], truth)
-        np.testing.assert_array_equal(final[column], state)
-
-
 async def test_a_stream_closes_when_all_messages_that_it_is_in_are_answered(rng: np.random.Generator) -> None:
     x = random_frames(rng, 9, 2)
     order = list[str]()
@@ -190,22 +176,6 @@ async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other
     np.testing.assert_array_equal(reply.y[:, 1], whole(MODEL, np.concatenate([x[:5, 0], x[5:, 1]]))[0][5:])
 
 
-async def test_a_copy_whose_origin_left_meanwhile_leaves_no_stream_behind(rng: np.random.Generator) -> None:
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["source"])).handles
-        lost = asyncio.ensure_future(step(origin, handles, [0], random_frames(rng, 1)))
-        forked = asyncio.ensure_future(fork(kit, origin, handles, ["copy"]))
-        await kit.settle()
-        kit.frontend.disconnect(origin)
-        kit.reaper.tick(0)
-        heir = kit.frontend.connect()
-        await kit.finish_all()
-        assert not (await forked).handles.any()
-        assert (await heir.open(["copy"])).codes.tolist() == [0]
-        lost.cancel()
-
-
 # ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
 
 
@@ -269,29 +239,6 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
         kit.faulty.good_loads = 100
         again = (await taker.open(["s0"])).handles
         np.testing.assert_array_equal((await step(taker, again, [0], x)).y[:, 0], whole(SMALL, x[:, 0])[0])
-
-
-async def test_a_change_that_fails_half_way_ends_the_streams_that_it_has_changed_and_no_others(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 3, 4)
-    async with streaming(InlineExecutor, states=FaultyStates, copy_at_once=2) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(list("abcd"))).handles
-        await step(origin, handles, [0] * 4, x[:2])
-        kit.faulty.good_loads = 1  # of two streams
-        assert await write(kit, origin, handles, None) == [Code.STEP_FAILED] * 4
-        await kit.settle()
-        assert [(event.code, event.handles.tolist()) for event in origin.events] == [
-            (Code.STATE_LOST, handles[:2].tolist())
-        ]
-        reply = await step(origin, handles, [2] * 4, x[2:])
-        assert [(column, code) for column, _, code, _ in failures(reply)] == [
-            (0, Code.UNKNOWN_STREAM),
-            (1, Code.UNKNOWN_STREAM),
-        ]
-        for column in (2, 3):
-            np.testing.assert_array_equal(reply.y[:, column], whole(SMALL, x[:, column])[0][2:])
 
 
 async def test_frames_that_come_before_a_change_is_done_are_applied_behind_it_and_once(

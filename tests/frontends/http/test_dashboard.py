@@ -188,36 +188,6 @@ def test_a_stopped_server_is_said_and_found_again(folder: Path, pages: Pages) ->
         expect(page.locator("#rows td.name")).to_have_text(["violin"])
 
 
-def test_a_refusal_is_said_in_whole_sentences(server: WarmServer, pages: Pages) -> None:
-    page = pages.open(server.started["http"])
-    expect(page.locator("#link")).to_have_text("Live")
-    pages.expected.add("503 (Service Unavailable)")
-    error = {"message": "close a page"}
-    page.route("**/api/events*", lambda route: route.fulfill(status=503, json={"error": error}))
-    for code, link, banner in (
-        ("TOO_MANY_LISTENERS", "Refused", "The server refuses: close a page. These numbers are "),
-        ("SHUTTING_DOWN", "Stopped", "The server is shutting down, or has ended. These numbers are "),
-    ):
-        error["code"] = code
-        page.evaluate("location.hash = '#stream=nobody' + Math.random()")  # the page connects anew
-        expect(page.locator("#link")).to_have_text(link)
-        expect(page.locator("#banner")).to_contain_text(banner)
-
-
-def test_it_has_two_themes_and_fits_a_telephone(server: WarmServer, pages: Pages) -> None:
-    background = "getComputedStyle(document.documentElement).backgroundColor"
-    light = pages.open(server.started["http"], width=400)
-    page = pages.open(server.started["http"], width=400, scheme="dark")
-    expect(page.locator("#streams-open")).to_have_text(re.compile(r"\d"))
-    dark = page.evaluate(background)
-    keep(page, "narrow-dark")
-    page.get_by_role("button", name="Switch between light and dark").click()
-    assert page.evaluate(background) != dark
-    page.reload()
-    assert page.evaluate(background) != dark
-    assert page.evaluate(background) == light.evaluate(background)
-
-
 def test_a_token_opens_the_page_once_and_for_all(folder: Path, tmp_path: Path, pages: Pages) -> None:
     token = tmp_path / "token"
     token.write_text("a-token-that-nobody-guesses")

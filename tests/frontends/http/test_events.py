@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 
 from instep.frontends.http.streams import FrameRates
-from instep.server.server import Server
-from instep.streaming.stats import MOST_EVENTS as MOST
 from instep_client import AsyncClient
-from tests.support.admin import administered, connect, error, longest_turn
+from tests.support.admin import administered, connect, error
 from tests.support.models import SEED_SIZED, SMALL
 
 F = 5
@@ -128,43 +126,6 @@ async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
                     server.stop()
             assert kinds[-1] == "bye"
             assert time.monotonic() - began < 5
-
-
-async def test_a_listener_that_had_not_read_hears_goodbye_too() -> None:
-    async with administered() as (server, _):
-        server.default.events.add("parked", "s", detail="x" * 20_000_000)
-        server.default.events.add_all(
-            "opened", ["s"] * 64
-        )  # the last comes behind that, for which there is no room yet
-        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server), limit=4096)
-        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
-        await reader.readuntil(b"event: stats\n")
-        await asyncio.sleep(0.1)
-        server.stop()
-        told = await reader.read()
-        writer.close()
-    assert b"event: log\n" in told[-1000:]
-    assert b"event: bye\n" in told[-1000:]
-
-
-async def test_a_listener_that_wants_the_whole_log_keeps_nobody_waiting() -> None:
-    async with administered() as (server, _), longest_turn() as longest:
-        server.default.events.add_all("parked", [f"stream-{number:05d}" for number in range(MOST)])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
-        writer.write(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\nlast-event-id: 0\r\n\r\n")
-        told = b""
-        longest[0], began = 0.0, time.thread_time()
-        while b"id: %d\n" % MOST not in told[-200_000:]:
-            told += await reader.read(2**16)
-        writer.close()
-        assert told.count(b"event: log\n") == MOST
-        assert longest[0] < (time.thread_time() - began) / 3
-
-
-def port_of(server: Server) -> int:
-    """Of its admin server."""
-    assert server.admin is not None
-    return int(server.admin.url.rpartition(":")[2])
 
 
 async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it(

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from instep.config import HttpConfig
 from instep.frontends.http.admin import AdminServer, bind
@@ -50,16 +49,6 @@ async def test_the_last_ten_minutes_are_columns_of_one_row_a_second() -> None:
         assert max(history["columns"]["frames_per_s"]) > 0
         numbers = (await http.get("/api/stats")).json()["models"][0]["numbers"]
         assert numbers["recent_streams_open"] == 1
-
-
-async def test_prometheus_reads_the_metrics() -> None:
-    async with administered() as (server, http), AsyncClient(server.endpoint) as client:
-        await (await client.open("s")).step(np.zeros((5, 5)))
-        answer = await http.get("/metrics")
-        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-        families = {family.name: family for family in text_string_to_metric_families(answer.text)}
-        (frames,) = families["instep_frames"].samples
-        assert (frames.labels, frames.value) == ({"model": SMALL.name}, 5)
 
 
 async def test_is_ready_until_it_drains() -> None:

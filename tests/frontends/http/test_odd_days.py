@@ -260,52 +260,6 @@ def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: St
         keep(page, f"mismatch-{width}")
 
 
-def test_events_are_those_of_the_model_that_is_shown(admin: StagedAdmin, pages: Pages) -> None:
-    admin.models.append(model("denoise"))
-    page = pages.open(admin.url)
-    expect(page.locator("#log li").first).to_contain_text("parked")
-    admin.log = [event(number, "evicted") for number in range(1, 30)]
-    page.get_by_label("Model").select_option("denoise")
-    expect(page.locator("#log li").first).to_contain_text("evicted")
-    admin.log = []
-    page.get_by_label("Model").select_option("speech")
-    expect(page.locator("#no-events")).to_be_visible()
-    expect(page.locator("#log")).to_be_hidden()
-
-
-def test_a_badge_is_not_green_where_frames_are_not_compared(admin: StagedAdmin, pages: Pages) -> None:
-    admin.models[0]["verification"] |= {"skipped": 4_100_000}
-    page = pages.open(admin.url)
-    expect(page.locator("#verification")).to_have_text("75 % compared, all match")
-    expect(page.locator("#verification")).to_have_attribute("data-level", "fair")
-    expect(page.locator("#verification-detail")).to_contain_text("4,100,000 frames not compared")
-
-
-def test_large_numbers_refusals_and_crowds_fit(admin: StagedAdmin, pages: Pages) -> None:
-    admin.models[0]["numbers"] |= {"streams_open": 12_345_678.0, "recent_refused_per_s": 0.0}
-    admin.models[0]["max_streams"] = 20_000_000
-    admin.log = [{**event(number, "opened"), "time_s": 1e9} for number in range(1, 4_000)]
-    admin.models[0]["verification"] |= {"skipped": 1_234, "notes": ["another CPU"]}
-    for width in (1280, 400):
-        page = pages.open(admin.url, width=width)
-        expect(page.locator("#streams-open")).to_have_text("12,345,678")
-        expect(page.locator("#frames-total")).to_have_text("12,345,678")
-        expect(page.locator("#verification")).to_have_text("12,300,000 frames match")
-        expect(page.locator("#verification")).to_have_attribute("data-level", "fair")
-        expect(page.locator("#verification-detail")).to_contain_text("1,234 frames not compared")
-        expect(page.locator("#refused")).to_have_text("21 since the start")
-        expect(page.locator("#refused-codes dt")).to_have_text(["WINDOW_FULL", "BUSY"])
-        expect(page.locator("#log li")).to_have_count(1)
-        expect(page.locator("#log li")).to_contain_text("and 3,998 more")
-        keep(page, f"large-{width}")
-    more = {"refused_seq_gap_total": 3.0, "refused_conflict_total": 1.0}
-    admin.models[0]["numbers"] |= {"recent_refused_per_s": 12.0, **more}
-    expect(page.locator("#refused")).to_have_text("12 per second")
-    expect(page.locator("#refused-codes")).to_have_text("WINDOW_FULL17BUSY4others4")
-    admin.draining = True
-    expect(page.locator("#banner")).to_contain_text("draining")
-
-
 def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -> None:
     admin.streams, admin.log, admin.history_rows = [], [], 0
     admin.models[0] |= {"recording": None, "verification": None, "durability": "memory"}
@@ -327,9 +281,3 @@ def test_numbers_are_in_plain_words(admin: StagedAdmin, pages: Pages) -> None:
     for function, words in WORDS.items():
         code = f"async (values) => values.map((await import('/static/format.js')).{function})"
         assert page.evaluate(code, [None, *words]) == ["–", *words.values()], function
-
-
-def test_what_the_server_refuses_is_said_in_its_words(admin: StagedAdmin, pages: Pages) -> None:
-    pages.expected.add("404 (Not Found)")
-    page = pages.open(f"{admin.url}#model=nobody")
-    expect(page.locator("#banner")).to_contain_text("The server refuses: no model is called 'nobody'")

@@ -96,17 +96,6 @@ def ping_number(message: Sequence[bytes | memoryview]) -> int | None:
     return int(header[1]) if header[0] == Kind.PING else None
 
 
-def test_frames_are_on_the_account_of_a_peer_while_their_reply_waits() -> None:
-    rig = Rig()
-    rig.router.state[b"\0slow"] = Sent.FULL
-    rig.outbound.send(rig.slow, MESSAGE, frames=5)
-    rig.outbound.send(rig.fast, MESSAGE, frames=5)
-    assert (rig.backlog(), rig.outbound.is_empty, rig.outbound.total_bytes) == ([5, 0], False, 1000)
-    del rig.router.state[b"\0slow"]
-    rig.tick(1)
-    assert (rig.backlog(), rig.outbound.is_empty, rig.outbound.total_bytes) == ([0, 0], True, 0)
-
-
 def test_those_who_may_not_have_read_everything_are_asked_and_those_who_have_gone_are_not_waited_for() -> None:
     rig = Rig()
     rig.outbound.ask_all()
@@ -124,22 +113,6 @@ def test_those_who_may_not_have_read_everything_are_asked_and_those_who_have_gon
     rig.outbound.ask_all()
     assert (rig.gone, rig.outbound.is_read) == ([], False)
     rig.outbound.acknowledge(rig.fast, rig.pings(b"\0fast")[-1])
-    assert rig.outbound.is_read
-
-
-def test_what_a_peer_is_sent_when_it_has_read_the_rest_is_waited_for_too() -> None:
-    rig = Rig()
-    rig.outbound.send(rig.slow, MESSAGE)
-    rig.router.state[b"\0slow"] = Sent.FULL
-    rig.outbound.send(rig.slow, MESSAGE)
-    rig.outbound.ask_all()
-    assert not rig.outbound.is_read, "it could not be asked"
-    del rig.router.state[b"\0slow"]
-    rig.outbound.ask_all()
-    rig.outbound.acknowledge(rig.slow, rig.pings(b"\0slow")[-1])
-    assert (rig.outbound.is_empty, rig.outbound.is_read) == (True, False)
-    rig.outbound.ask_all()
-    rig.outbound.acknowledge(rig.slow, rig.pings(b"\0slow")[-1])
     assert rig.outbound.is_read
 
 
@@ -201,28 +174,6 @@ def test_all_peers_share_a_budget_of_unread_bytes_and_beyond_it_each_gets_one_re
     assert not rig.slow.outbox
 
 
-def test_a_silent_peer_is_asked_although_its_unread_bytes_leave_no_room() -> None:
-    rig = Rig(max_outbox_bytes=10**9, max_total_bytes=320_000)
-    for _ in range(20):
-        rig.outbound.send(rig.slow, MESSAGE)
-    other = rig.add(b"\0other")
-    for _ in range(200):
-        rig.outbound.send(rig.fast, MESSAGE)
-        rig.outbound.send(other, MESSAGE)
-    assert rig.pings(b"\0slow") == []
-    rig.tick(51)
-    rig.outbound.acknowledge(rig.slow, *rig.pings(b"\0slow"))
-    rig.outbound.send(rig.slow, MESSAGE)
-    assert not rig.slow.outbox
-
-
-def test_a_peer_is_dropped_once_whatever_finds_it_gone() -> None:
-    rig = Rig()
-    rig.outbound.drop(rig.slow)
-    rig.outbound.drop(rig.slow)
-    assert (rig.gone, rig.outbound.unread_bytes) == ([rig.slow], 0)
-
-
 def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
     rig = Rig()
     rig.router.state[b"\0slow"] = Sent.FULL
@@ -231,35 +182,6 @@ def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
     assert not rig.gone
     rig.tick(101)
     assert rig.gone == [rig.slow]
-
-
-def test_a_peer_that_says_that_it_reads_is_not_given_up_while_others_take_all_the_room() -> None:
-    rig = Rig(max_outbox_bytes=10**9, max_total_bytes=100_000)
-    for _ in range(5):
-        rig.outbound.send(rig.slow, MESSAGE)
-    rig.tick(51)
-    for _ in range(45):
-        rig.outbound.send(rig.slow, MESSAGE)
-    for number in range(30):
-        rig.outbound.send(rig.add(b"\0late%d" % number), MESSAGE)
-    rig.outbound.send(rig.slow, MESSAGE)
-    first, last = rig.pings(b"\0slow")
-    rig.now_ns = 1000  # the server was stopped, and the answers to both questions wait
-    rig.outbound.acknowledge(rig.slow, first)
-    assert (rig.gone, len(rig.slow.outbox)) == ([], 1)
-    rig.outbound.acknowledge(rig.slow, last)
-    assert not rig.slow.outbox
-
-
-def test_an_outbox_that_moves_is_not_given_up() -> None:
-    rig = Rig()
-    rig.router.room = 0
-    for _ in range(2):
-        rig.outbound.send(rig.slow, MESSAGE)
-    rig.router.room = 1
-    rig.tick(90)
-    rig.tick(150)
-    assert not rig.gone
 
 
 @pytest.mark.parametrize("is_blocked", [False, True])
@@ -273,17 +195,6 @@ def test_a_peer_that_is_gone_is_given_up_once_and_sent_nothing_more(is_blocked: 
     rig.tick(1)
     rig.outbound.send(rig.slow, MESSAGE)
     assert (rig.gone, rig.outbound.is_empty) == ([rig.slow], True)
-
-
-def test_silent_peers_are_asked_and_the_dead_among_them_found() -> None:
-    rig = Rig()
-    rig.fast.last_heard_ns = 60
-    rig.router.state[b"\0slow"] = Sent.GONE
-    rig.tick(100)
-    assert (rig.gone, rig.router.taken) == ([rig.slow], [])
-    rig.tick(111)
-    rig.tick(120)
-    assert len(rig.pings(b"\0fast")) == 1
 
 
 def test_a_peer_that_answers_no_question_is_given_up() -> None:
@@ -340,18 +251,6 @@ def test_the_outbox_moves_as_soon_as_the_peer_says_that_it_reads_and_lies_move_n
     assert len(rig.messages()) == 150
 
 
-def test_a_question_that_found_no_room_is_asked_again() -> None:
-    rig = Rig(max_outbox_bytes=10**6)
-    rig.router.takes_pings = False
-    for _ in range(120):
-        rig.outbound.send(rig.slow, MESSAGE)
-    rig.router.takes_pings = True
-    rig.tick(1)
-    assert len(rig.pings(b"\0slow")) == 1
-    rig.outbound.acknowledge(rig.slow, *rig.pings(b"\0slow"))
-    assert not rig.slow.outbox
-
-
 def test_the_last_message_follows_what_waits_whatever_the_peer_has_read() -> None:
     rig = Rig()
     rig.router.state[rig.fast.routing_id] = Sent.GONE
@@ -361,13 +260,6 @@ def test_the_last_message_follows_what_waits_whatever_the_peer_has_read() -> Non
     assert len(rig.slow.outbox) == 2
     rig.outbound.say_last(last)
     assert rig.messages() == [MESSAGE] * (UNREAD // 1000 + 3) + [last]
-
-
-def test_strangers_are_answered_and_nothing_is_kept_for_them() -> None:
-    rig = Rig()
-    rig.router.state[b"\0new"] = Sent.FULL
-    rig.outbound.send_unknown(b"\0new", MESSAGE)
-    assert rig.outbound.is_empty
 
 
 def headers(messages: Iterable[Sequence[bytes]]) -> list[list[object]]:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 import msgpack
 import numpy as np
 import pytest
-import zmq
 
 from instep.frontends.zmq.decode import Decoder
 from instep.server.server import Server
@@ -41,52 +40,32 @@ def header(kind: Kind, *fields: object) -> bytes:
 
 COLUMN = np.zeros(3, "<u8").tobytes()
 
-MALFORMED: list[tuple[list[bytes], Code, str]] = [
-    ([b""], Code.MALFORMED, "header"),
-    ([b"\xc1"], Code.MALFORMED, "msgpack"),
-    ([msgpack.packb({1: 2})], Code.MALFORMED, "msgpack"),
-    ([msgpack.packb([99, 1])], Code.MALFORMED, "kind"),
-    ([msgpack.packb([Kind.PING, -1])], Code.MALFORMED, "request"),
-    ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED, "frames"),
-    ([msgpack.packb([Kind.STATISTICS, 1, []])], Code.MALFORMED, "a message of the server's"),
-    ([step_header(99, 0, 1, F) + COLUMN, b""], Code.MALFORMED, "T must"),
-    ([step_header(99, 1, 1, F) + COLUMN, b"\0" * 19], Code.MALFORMED, "x must be 20 bytes"),
-    ([b"\x03", b""], Code.MALFORMED, "24 bytes"),
-    ([step_header(99, 1, 1, F + 1) + COLUMN, b"\0" * 24], Code.WRONG_SHAPE, "5 features, not 6"),
-    ([step_header(99, 1, 1, F, dtype=2) + COLUMN, b"\0" * 40], Code.WRONG_DTYPE, "float32"),
-    ([step_header(99, 65, 1, F) + COLUMN, b"\0" * 1300], Code.TOO_LARGE, "at most 64 frames"),
-    ([header(Kind.OPEN, 1, 2, 0), b"a", b"", b""], Code.MALFORMED, "has_states"),
-    ([header(Kind.OPEN, 1, 0, 0), b"\xff", b"", b""], Code.MALFORMED, "UTF-8"),
-    ([header(Kind.OPEN, 1, 0, 0), b"a", b"\0", b""], Code.MALFORMED, "no states"),
-    ([header(Kind.OPEN, 1, 1, 0), b"a", b"\0" * 4, b""], Code.WRONG_SHAPE, "rows of 32 bytes"),
-    ([header(Kind.OPEN, 1, 0, 0), b"a", b"", b"\0"], Code.MALFORMED, "no first seqs"),
-    ([header(Kind.OPEN, 1, 0, 1), b"a", b"", b"\0" * 7 + b"\x40"], Code.MALFORMED, "below 2^62"),
-    ([header(Kind.RESUME, 1, 2), b"a", b"\0" * 16], Code.MALFORMED, "take_over"),
-    ([header(Kind.RESUME, 1, 0), b"a", b"\0" * 15], Code.MALFORMED, "claims must be 16 bytes"),
-    ([header(Kind.RESUME, 2, 0), b"a\na", b"\0" * 32], Code.REPEATED_STREAM, "only once"),
-    ([header(Kind.READ_STATE, 1, 0), b"\0" * 9], Code.MALFORMED, "handles must be 8 bytes"),
-    ([header(Kind.RESET, 1, 1), b"\0" * 8, b"\0" * 36], Code.WRONG_SHAPE, "rows of 32 bytes"),
-    ([header(Kind.READ_STATE, 1, 2), b"a"], Code.MALFORMED, "by_name must"),
-    ([header(Kind.CLOSE, 1), b"\0" * 8], Code.MALFORMED, "closings must be 16 bytes"),
-    ([header(Kind.LIST, -1, 1, 0), b""], Code.MALFORMED, "the cursor"),
-    ([header(Kind.LIST, 0, 1, 4), b""], Code.MALFORMED, "the place"),
-    ([header(Kind.LIST, 0, 1, 0), b"x" * 201], Code.MALFORMED, "at most 200 bytes"),
-    ([header(Kind.HELLO, 1, "x", "")], Code.WRONG_VERSION, "version"),
-    ([header(Kind.HELLO, 6, "x", 5)], Code.MALFORMED, "model's name"),
-    ([header(Kind.HELLO, 6, "x", "another")], Code.MALFORMED, "belongs to the model"),
+REFUSED: list[tuple[list[bytes], Code]] = [
+    ([b""], Code.MALFORMED),
+    ([b"\xc1"], Code.MALFORMED),
+    ([msgpack.packb([99, 1])], Code.MALFORMED),
+    ([msgpack.packb([Kind.PING, 1]), b""], Code.MALFORMED),
+    ([step_header(99, 1, 1, F) + COLUMN, b"\0" * 19], Code.MALFORMED),
+    ([step_header(99, 1, 1, F + 1) + COLUMN, b"\0" * 24], Code.WRONG_SHAPE),
+    ([step_header(99, 1, 1, F, dtype=2) + COLUMN, b"\0" * 40], Code.WRONG_DTYPE),
+    ([step_header(99, 65, 1, F) + COLUMN, b"\0" * 1300], Code.TOO_LARGE),
+    ([header(Kind.OPEN, 1, 0, 0), b"\xff", b"", b""], Code.MALFORMED),
+    ([header(Kind.OPEN, 1, 1, 0), b"a", b"\0" * 4, b""], Code.WRONG_SHAPE),
+    ([header(Kind.RESUME, 2, 0), b"a\na", b"\0" * 32], Code.REPEATED_STREAM),
+    ([header(Kind.HELLO, 1, "x", "")], Code.WRONG_VERSION),
+    ([header(Kind.HELLO, 6, "x", "another")], Code.MALFORMED),
 ]
 
 
-@pytest.mark.parametrize(("message", "code", "part"), MALFORMED)
+@pytest.mark.parametrize(("message", "code"), REFUSED)
 async def test_a_bad_message_is_answered_and_the_connection_stays_usable(
-    client: RawClient, rng: np.random.Generator, message: list[bytes], code: Code, part: str
+    client: RawClient, rng: np.random.Generator, message: list[bytes], code: Code
 ) -> None:
     handles = (await client.open("s")).handles()
     x = random_frames(rng, 2)
     first = await client.step(handles, [0], x[:1])
     reply = await client.ask(*message)
     assert reply.code is code
-    assert part in reply.sentence
     second = await client.step(handles, [1], x[1:])
     truth, _ = whole(SMALL, x[:, 0])
     np.testing.assert_array_equal(np.concatenate([first.floats(), second.floats()]), truth.ravel())
@@ -112,7 +91,6 @@ async def test_a_self_chosen_identity_is_refused(server: Server, identity: bytes
     async with RawClient(server.endpoint, identity=identity) as client:
         reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 6, "raw", ""]))
         assert reply.code is Code.MALFORMED
-        assert "routing id" in reply.sentence
 
 
 async def test_streams_beyond_the_capacity_are_refused_and_the_others_open(client: RawClient) -> None:
@@ -126,13 +104,6 @@ async def test_streams_beyond_the_capacity_are_refused_and_the_others_open(clien
     ]
     assert np.flatnonzero(reply.handles()).tolist() == [0, 1, 6, 7]
     assert dict(map(tuple, reply.header[4])).keys() == {Code.NAME_IN_USE, Code.BAD_NAME, Code.TOO_MANY_STREAMS}
-
-
-async def test_a_state_that_is_not_finite_is_refused(client: RawClient) -> None:
-    states = np.zeros((2, 1, H), np.float32)
-    states[1, 0, 3] = np.nan
-    reply = await client.open("a", "b", states=states)
-    assert reply.failures() == [(1, 0, Code.NOT_FINITE, 0)]
 
 
 async def test_more_than_the_credit_is_refused_whole_and_what_is_behind_it_is_a_gap(
@@ -174,24 +145,7 @@ async def test_no_more_connections_than_the_limit() -> None:
             await first.hello()
             reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 6, "raw", ""]))
             assert reply.code is Code.BUSY
-            assert reply.sentence == (
-                "the server has 1 connections, as many as limits.max_connections allows; try again later"
-            )
             assert reply.header[4] == 1_000_000
-
-
-async def test_the_empty_message_that_begins_a_connection_is_answered_and_not_counted_as_refused(
-    server: Server, client: RawClient
-) -> None:
-    async def refused() -> float:
-        return (await client.statistics())["refused_messages_total"]
-
-    async with RawClient(server.endpoint, options={zmq.PROBE_ROUTER: 1}) as stranger:
-        assert (await stranger.receive()).code is Code.HELLO_FIRST
-        assert (await stranger.ask(b"")).code is Code.HELLO_FIRST
-        assert await refused() == 0
-        assert (await stranger.ask(b"nonsense")).code is Code.MALFORMED
-        assert await refused() == 1
 
 
 @pytest.mark.parametrize("kind", [Kind.STEP, Kind.LIST, Kind.OPEN])

@@ -80,28 +80,6 @@ async def test_a_vanished_connection_is_noticed_and_its_streams_are_parked_and_r
         np.testing.assert_array_equal(reply.floats().reshape(6, H), whole(SMALL, x[:, 0])[0][2:])
 
 
-async def test_a_stream_that_another_connection_takes_over_is_told_to_the_former_owner() -> None:
-    async with running(SMALL) as server, RawClient(server.endpoint) as old, RawClient(server.endpoint) as new:
-        await old.hello()
-        await new.hello()
-        opened = await old.open("s")
-        taken = await new.resume(["s"], [0], [0], take_over=True)
-        assert taken.failures() == []
-        notice = await old.receive()
-        assert (notice.kind, notice.header[3]) == (Kind.EVICTED, Code.FENCED)
-        assert notice.handles().tolist() == opened.handles().tolist()
-
-
-async def test_many_connections_come_and_go_through_few_numbers() -> None:
-    async with running(SMALL, transport={"heartbeat_s": 0.05}, limits={"max_connections": 2}) as server:
-        for index in range(6):
-            async with RawClient(server.endpoint) as client:
-                while (reply := await client.ask(*client.hello_message())).kind is not Kind.WELCOME:
-                    assert reply.code is Code.BUSY
-                    await asyncio.sleep(0.02)
-                assert (await client.open(f"s{index}")).failures() == []
-
-
 async def test_connections_that_have_no_streams_are_counted_no_more_when_they_are_gone() -> None:
     async with running(SMALL, transport={"heartbeat_s": 100.0}) as server:
         async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as idle:
@@ -109,33 +87,6 @@ async def test_connections_that_have_no_streams_are_counted_no_more_when_they_ar
             await idle.hello()
             await client.close((await client.open("s")).handles(), [0])
         await connections(server, 0)
-
-
-async def test_statistics_say_what_happened(rng: np.random.Generator) -> None:
-    async with running(SMALL) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        opened = await client.open("a", "b", "a")
-        await client.step(opened.handles()[:2], [0, 0], random_frames(rng, 3, 2))
-        await client.send(b"nonsense")
-        assert (await client.receive()).code is Code.MALFORMED
-        values = await client.statistics()
-    counted = {
-        "ready": 1,
-        "frames_total": 6,
-        "batches_total": 3,
-        "messages_total": 1,
-        "opened_streams_total": 2,
-        "refused_messages_total": 1,
-        "connections": 1,
-        "streams_open": 2,
-        "streams_parked": 0,
-        "streams_hibernated": 0,
-        "frames_pending": 0,
-        "batch_size_mean": 2,
-    }
-    assert {name: values[name] for name in counted} == counted
-    for name in ("queue_us", "compute_us", "send_us"):
-        assert 0 <= values[f"{name}_p50"] <= values[f"{name}_p99"]
 
 
 # ── More than the server takes ─────────────────────────────────────────────────────────────────────────────────────

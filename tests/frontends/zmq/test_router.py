@@ -12,9 +12,6 @@ import zmq
 from instep.config import TransportConfig
 from instep.frontends import CannotListen
 from instep.frontends.zmq.router import MOST_PARTS, Router, Sent
-from instep_client import AsyncClient
-from tests.support.models import SMALL
-from tests.support.running import running
 
 
 @contextmanager
@@ -89,20 +86,3 @@ def test_of_a_message_of_many_parts_the_first_are_given_and_the_rest_thrown_away
             portions += 1
         assert [message for _, message in found] == [[b"second"]]
         assert portions > 20, "other work gets its turn in between"
-
-
-def test_routing_ids_do_not_begin_where_those_of_another_socket_do() -> None:
-    ids = set()
-    for _ in range(4):
-        with bound() as router, dealer(router.endpoint) as peer:
-            peer.send(b"x")
-            ids.add(receive(router)[0])
-    assert len(ids) == 4
-
-
-async def test_a_client_reaches_a_server_on_ipv6() -> None:
-    with bound("tcp://[::1]:*"):
-        pass
-    async with running(SMALL, transport={"endpoint": "tcp://[::1]:*"}) as server:
-        async with AsyncClient(server.endpoint) as client:
-            assert client.info.features == 5
