@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from instep.models.agreement import agreement, distance
+from instep.models.handover.check import agreement, distance
 from instep.models.registry import build
 from tests.support.leaky import by_hand, leaky, registered
 from tests.support.models import with_head

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 
 
 def prepare() -> None:
@@ -37,3 +38,19 @@ def threads_as_here() -> Callable[[], None]:
     wait for each other where they are busy, and may have other bits.
     """
     return partial(torch.set_num_threads, torch.get_num_threads())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
+    training = [part for part in module.modules() if part.training]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in module.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        module.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True

@@ -16,24 +16,9 @@ from instep.models.recurrent.description import GruDescription
 from tests.support.forwards import Forward, Net, plain
 
 
-def step_by_step(net: Any, x: torch.Tensor) -> Any:
-    rows, h = net.encoder(x), None
-    for timestep in range(x.shape[1]):
-        y, h = net.gru(rows[:, timestep : timestep + 1], h)
-    return net.head(y)
-
-
 def begins_with_its_frames(net: Any, x: torch.Tensor) -> Any:
     rows = net.encoder(x)
     return net.head(net.gru(rows, rows[:, :2, :10].transpose(0, 1).contiguous())[0])
-
-
-def forgets_the_first(net: Any, x: torch.Tensor) -> Any:
-    return net.head(net.gru(net.encoder(x))[0])[:, 0]
-
-
-def in_chunks(net: Any, x: torch.Tensor) -> Any:
-    return torch.cat([plain(net, part) for part in torch.split(x, 16, dim=1)], 1)
 
 
 def answers_by_length(net: Any, x: torch.Tensor) -> Any:
@@ -44,41 +29,19 @@ def answers_by_length(net: Any, x: torch.Tensor) -> Any:
     ("forward", "named"),
     [
         (lambda net, x: plain(net, x) + x[..., :3], "`add`.*export_step"),
-        (lambda net, x: plain(net, x).clamp(-1e9, 1e9), "`clamp`"),
-        (lambda net, x: plain(net, torch.cat([x[..., :3], x[..., 3:]], -1)), "`cat`"),
-        (lambda net, x: torch.log_softmax(plain(net, x), -1), "`log_softmax`"),
         (lambda net, x: torch.softmax(plain(net, x), 1), "`softmax`"),
-        (lambda net, x: plain(net, x).round(), "`round`"),
         (lambda net, x: plain(net, x.half().float()), "float16"),
-        (lambda net, x: net.head.forward(net.gru(net.encoder(x))[0]), "`linear`"),
-        (lambda net, x: net.head(net.rms_norm(net.gru(net.encoder(x))[0])), "`rms_norm` is RMSNorm"),
         (lambda net, x: net.leaky(plain(net, x)), r"`leaky` is LeakyReLU\(negative_slope=0.2\)"),
-        (lambda net, x: (plain(net, x), net.encoder(x)), "its input more than once, for `encoder.0`"),
         (lambda net, x: tuple(map(net.head, [net.gru(net.encoder(x))[0]] * 2)), "the output of `gru` more than once"),
-        (lambda net, x: torch.from_numpy(plain(net, x).numpy() * 2), "torch.fx cannot follow"),
-        (lambda net, x: {"y": plain(net, x)}, "does not return first what comes last, from `last`"),
-        (lambda net, x: (x, plain(net, x)), "does not return first what comes last, from `last`"),
+        (lambda net, x: (x, plain(net, x)), "`last`"),
         (lambda net, x: net.encoder(x), "does not run its recurrent module"),
-        (step_by_step, "more than once, for `gru` and for `gru`"),
-        (lambda net, x: plain(net, x if x.sum() > 0 else -x), "torch.fx cannot follow"),
+        (lambda net, x: plain(net, x if x.sum() > 0 else -x), "torch.export"),
         (begins_with_its_frames, "runs `gru` on a state that depends on the frames"),
-        (
-            lambda net, x: net.gru(net.encoder(x), torch.ones(2, x.size(0), 10).cumsum(1))[0],
-            "`gru` begins each sequence with another state",
-        ),
-        (
-            lambda net, x: net.gru(net.encoder(x), torch.rand(2, 1, 10).expand(2, x.size(0), 10).contiguous())[0],
-            "they differ by",
-        ),
-        (lambda net, x: net.gru(net.encoder(x))[1], "gives the shape|they differ by"),
-        (lambda net, x: net.head(net.gru(net.encoder(x))[1][0]), "they differ by"),
-        (forgets_the_first, "they differ by [0-9.]+, where rounding explains"),
-        (lambda net, x: plain(net, x)[..., :2], r"gives the shape \[32, 6, 2\]"),
-        (lambda net, x: plain(net, x[:, -8:])[:, -1], r"frames \[1, 403, 6\] .* they differ by"),
-        (lambda net, x: plain(net, x)[:, :64], r"gives the shape \[1, 64, 3\]"),
+        (lambda net, x: net.gru(net.encoder(x), torch.ones(2, x.size(0), 10).cumsum(1))[0], "`gru` .*another state"),
+        (lambda net, x: net.head(net.gru(net.encoder(x))[1][0]), "differ by"),
+        (lambda net, x: plain(net, x)[..., :2], r"\[32, 6, 2\]"),
         (lambda net, x: plain(net, x.reshape(-1, 6, 6)), r"fails on frames \[1, 403, 6\]"),
-        (in_chunks, r"frames \[1, 403, 6\] .* they differ by"),
-        (answers_by_length, r"frames \[1, 403, 6\] .* they differ by"),
+        (answers_by_length, r"frames \[1, 403, 6\] .* differ by"),
     ],
 )
 def test_a_forward_that_does_more_or_depends_on_the_length_is_refused_and_nothing_is_written(
@@ -94,15 +57,10 @@ def test_an_example_that_the_forward_cannot_take_is_refused(tmp_path: Path) -> N
     for example, named in (
         (torch.zeros(2, 5, 7), r"on frames \[2, 5, 7\]"),
         (torch.zeros(1, 1, 6), "a single frame"),
-        (5, "float32 tensor"),
         (torch.zeros(2, 5, 6).double(), "float32 tensor"),
-        ([torch.zeros(2, 5, 6)], "float32 tensor"),
     ):
         with pytest.raises(ModelError, match=named):
             save_model(tmp_path / "m", Net(plain), example=example)
-    net = Net(lambda net, x: plain(net, x.flatten(2)))
-    with pytest.raises(ModelError, match="gives the shape"):
-        save_model(tmp_path / "m", net, example=torch.zeros(2, 5, 2, 3))
     assert not (tmp_path / "m").exists()
 
 
@@ -116,25 +74,11 @@ def test_an_example_of_any_shape_is_compared_at_another_length(tmp_path: Path, s
 
     h = torch.zeros((2, shape[0], 10) if len(shape) == 3 else (2, 10))
     save_model(tmp_path / "m", Net(with_state), example=(torch.zeros(shape), h))
-    with pytest.raises(ModelError, match="they differ by"):
+    with pytest.raises(ModelError, match="differ by"):
         save_model(tmp_path / "w", Net(window), example=(torch.zeros(shape), h))
     if len(shape) == 2:
         steps_alone = Net(lambda net, x: net.head(net.gru(net.encoder(x.unsqueeze(1)))[0]).squeeze(1))
         save_model(tmp_path / "s", steps_alone, example=torch.zeros(shape))
-
-
-def test_advice_fits_what_a_forward_does(tmp_path: Path) -> None:
-    def stateful(net: Any, x: torch.Tensor) -> Any:
-        y, net.kept = net.gru(net.encoder(x), net.kept)
-        return y
-
-    (net := Net(stateful)).kept = torch.zeros(2, 3, 10)
-    with pytest.raises(ModelError, match="keeps a state between calls in `kept`: start every sequence from zeros"):
-        save_model(tmp_path / "m", net)
-    net = Net(lambda net, x: plain(net, x if x.sum() > 0 else -x))
-    with pytest.raises(ModelError, match=r"torch\.fx cannot follow") as refused:
-        save_model(tmp_path / "m", net)
-    assert "example" not in str(refused.value)
 
 
 class Plain(nn.Module):
@@ -182,7 +126,7 @@ def test_a_recurrent_module_runs_once(tmp_path: Path) -> None:
 
 def test_layers_go_with_a_gru_and_not_with_a_whole_module(tmp_path: Path) -> None:
     net = Plain()
-    with pytest.raises(ModelError, match="before and after go with a recurrent module"):
+    with pytest.raises(ModelError, match="save_model\\(path, net\\)"):
         save_model(tmp_path / "m", net, after=[(net.head, "none")])
     by_hand = save_model(tmp_path / "by hand", net.gru, after=[(net.head, "none")])
     found = save_model(tmp_path / "found", net)

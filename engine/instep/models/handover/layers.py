@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -15,7 +16,15 @@ from instep.models.base import LEARNED
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, check_output_names
 from instep.models.model import Model, check_weights
-from instep.models.recurrent.description import BIDIRECTIONAL, DESCRIPTIONS, PROJECTION, Activation
+from instep.models.recurrent.description import (
+    ACTIVATIONS,
+    BIDIRECTIONAL,
+    DESCRIPTIONS,
+    PROJECTION,
+    Activation,
+    activation_name,
+)
+from instep.models.recurrent.module import FUNCTIONS
 from instep.models.registry import sentences
 
 RecurrentModule: TypeAlias = nn.GRU | nn.LSTM | nn.RNN
@@ -181,3 +190,46 @@ def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None
             f"{label} is a {type(module).__name__} with a forward of its own, which cannot be served: hand over an "
             f"nn.{kind.__name__} that computes the same"
         )
+
+
+def activation_of(given: object, place: str) -> Activation:
+    """The activation that a name, a module or a function of torch means; `place` is how sentences call it.
+
+    Raises:
+        ModelError: when it is none that can be served.
+    """
+    name = activation_name(given)
+    if name in ACTIVATIONS:
+        return name
+    allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
+    if isinstance(given, str) and (close := get_close_matches(given.lower(), ACTIVATIONS, n=1)):
+        allowed = f"did you mean {close[0]}? If not, {allowed}"
+    found = recognised(given, (4, 30)) if callable(given) and not isinstance(given, type) else None
+    if found is None:
+        raise ModelError(f"{place} is {shown(given)}, which cannot be served: {allowed}")
+    return found
+
+
+@torch.no_grad()
+def recognised(function: Callable[[torch.Tensor], Any], shape: Sequence[int]) -> Activation | None:
+    """The activation that gives the same values as a function for tensors of a shape, some of them huge."""
+    x = 10 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    x.view(-1)[::7] *= 1e25
+    try:
+        y = function(x.clone())
+    except Exception:  # whatever the user's function raises
+        return None
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        return None
+    alike = (name for name, each in FUNCTIONS.items() if torch.allclose(y.cpu(), each(x), rtol=1e-5, atol=1e-6))
+    return next(alike, None)
+
+
+def plain_path(name: str) -> str:
+    """A module's path without what torch.compile wraps around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def shown(value: object) -> str:
+    """A value in a sentence."""
+    return " ".join(f"{value!r:.120}".split())

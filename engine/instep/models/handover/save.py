@@ -10,9 +10,8 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.folder import write_model
-from instep.models.handover.layers import Chain, Layer, RecurrentModule, check_recurrent, kind_of
+from instep.models.handover.layers import Chain, Layer, RecurrentModule, activation_of, check_recurrent, kind_of
 from instep.models.handover.tensors import chain_of_tensors, read_tensors
-from instep.models.handover.traced_module import TracedModule, activation_of
 from instep.models.model import Model
 from instep.models.recurrent.description import Nonlinearity
 
@@ -37,7 +36,7 @@ def save_model(
     """Write a trained network as a model folder.
 
     `save_model(path, net)` is enough for a module whose forward runs one `nn.GRU`, `nn.LSTM` or `nn.RNN`, with Linear
-    and LayerNorm layers before and after it: `torch.fx` shows which, and what would be served is compared with what
+    and LayerNorm layers before and after it: `torch.export` shows which, and what would be served is compared with what
     the module gives. A recurrent module by itself, a state dict or a file of weights needs `before` and `after`
     for the layers around it.
 
@@ -71,6 +70,8 @@ def save_model(
                 "before and after go with a recurrent module: save_model(path, net.gru, after=[…]), not with the whole "
                 f"{type(network).__name__}, of which the layers are found: save_model(path, net)"
             )
+        from instep.models.handover.traced_module import TracedModule  # torch.export takes a second to import
+
         traced = TracedModule(network, example)
         chain = traced.chain
     elif example is not None:

@@ -20,8 +20,16 @@ from torch import nn
 
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import DESCRIPTION_FILE
-from instep.models.handover.layers import RECURRENT, SERVED, Chain, Layer, RecurrentModule, dense
-from instep.models.handover.traced_module import activation_of, plain_path
+from instep.models.handover.layers import (
+    RECURRENT,
+    SERVED,
+    Chain,
+    Layer,
+    RecurrentModule,
+    activation_of,
+    dense,
+    plain_path,
+)
 from instep.models.recurrent.description import BIDIRECTIONAL, GruLayers, LstmLayers, Nonlinearity, RnnLayers
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]

@@ -1,24 +1,21 @@
-"""The layers of an `nn.Module`, read from the graph that `torch.fx` makes of its forward.
+"""The layers of an `nn.Module`, read from the graph that `torch.export` makes of its forward.
 
 The graph shows which layers there are. A comparison of outputs shows that nothing else matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
-from operator import attrgetter
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.utils._pytree import tree_leaves, tree_map
 
-from instep.core.typing import F32
-from instep.models.agreement import Agreement, agreement, first_output
 from instep.models.errors import ModelError, first_line
+from instep.models.handover.check import Agreement, agreement, outputs_of
 from instep.models.handover.layers import (
     RECURRENT,
     SERVED,
@@ -28,31 +25,44 @@ from instep.models.handover.layers import (
     check_recurrent,
     dense,
     folded,
+    plain_path,
+    recognised,
+    shown,
     sizes,
 )
 from instep.models.model import Model
-from instep.models.recurrent.description import ACTIVATIONS, Activation, activation_name
-from instep.models.recurrent.module import FUNCTIONS
+from instep.models.module.export import copied, exported
+from instep.models.module.operators import Operator, name_of
+from instep.models.numerics import evaluating
+from instep.models.recurrent.description import Activation
 from instep.models.registry import build
 
 ROWS: Final = 32
 STEPS: Final = 6
-"""Of the random frames: sequences, and frames of each."""
+"""The random frames are this many sequences of this many frames."""
 MORE_STEPS: Final = 397
 """A second input is longer by this prime, which neither a window nor a chunk of frames divides."""
 _LAYERS: Final = (*RECURRENT.values(), nn.Linear, nn.LayerNorm, nn.BatchNorm1d)
+_OF_LAYERS: Final = frozenset(
+    [
+        "linear",
+        "layer_norm",
+        "batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "gru",
+        "lstm",
+        "rnn_tanh",
+        "rnn_relu",
+    ]
+)
 _ARRANGING: Final = frozenset(
-    ["chunk", "expand", "flatten", "getitem", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze"]
-) | {"swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
-"""Functions that only arrange values. The comparison of outputs shows whether what they leave out is missed."""
+    ["chunk", "expand", "flatten", "getitem", "movedim", "narrow", "permute", "reshape", "select", "slice", "split"]
+) | {"split_with_sizes", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
+"""Operators that only arrange values. The comparison of outputs shows whether a value that they drop matters."""
 _OF_SHAPES: Final = frozenset(
     ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
 )
-"""Functions that take only the shape of their tensor."""
-_LIKE: Final = frozenset(["to", "type_as"])
-"""Methods that take only the dtype and the device of their argument."""
-_SIZES: Final = frozenset(["dim", "is_contiguous", "is_floating_point", "ndimension", "numel", "size", "stride"])
-"""Methods whose results do not depend on values."""
+"""Operators that take only the shape of their tensor."""
 _INSTEAD: Final = (
     "write the network as a step and export it with instep.models.export_step, or hand over the layers that are served "
     "one by one: save_model(path, net.gru, before=[…], after=[…])"
@@ -71,23 +81,22 @@ class TracedModule:
     """
 
     def __init__(self, module: nn.Module, example: Any) -> None:
-        self._module, self._kind, self._has_example = module, type(module).__name__, example is not None
+        self._kind, self._has_example = type(module).__name__, example is not None
         _check_recurrent(module)
-        tensor = next(module.parameters())
-        if tensor.dtype != torch.float32:
-            raise ModelError(f"the weights of {self._kind} are {_plain(tensor.dtype)}: convert them with .float()")
-        self._device = tensor.device
+        dtype = next(module.parameters()).dtype
+        if dtype != torch.float32:
+            raise ModelError(f"the weights of {self._kind} are {_plain(dtype)}: convert them with .float()")
         given = example if isinstance(example, tuple) else (example,)
         if self._has_example and not (given and isinstance(given[0], torch.Tensor) and given[0].dtype == torch.float32):
             raise ModelError("example must be a float32 tensor of frames, or a tuple that begins with one")
         if self._has_example and given[0].numel() == given[0].shape[-1]:
             raise ModelError("example is a single frame, which does not tell its axes apart; give a sequence")
-        self._others = given[1:]
-        layers = (layer for layer in module.modules() if _is_layer(layer))
-        shapes = [given[0].shape] if self._has_example else [(ROWS, STEPS, sizes(layer)[0]) for layer in layers]
-        with evaluating(module):
-            self._shape, tracer, graph = self._traced(list(dict.fromkeys(shapes)))
-            self.chain: Final = _Walk(self._kind, tracer, self._shape[-1]).chain(graph)
+        self._module = module
+        self._others = tree_map(lambda each: each.cpu() if isinstance(each, torch.Tensor) else each, given[1:])
+        widths = dict.fromkeys(sizes(layer)[0] for layer in module.modules() if isinstance(layer, _LAYERS))
+        shapes = [given[0].shape] if self._has_example else [(ROWS, STEPS, width) for width in widths]
+        self._shape, root, program = self._exported(shapes)
+        self.chain: Final[Chain] = _Walk(self._kind, root, program, self._shape[-1]).chain
         """The layers in the order in which the forward runs them."""
         if self.chain.initial_state and self._others:
             raise ModelError(
@@ -109,34 +118,31 @@ class TracedModule:
                 longer[found.rows_axis] = 1
             self._compare(model, longer)
 
-    def _traced(self, shapes: Sequence[Sequence[int]]) -> tuple[Sequence[int], _Tracer, fx.Graph]:
-        """The graph for frames of the first of these shapes that the forward takes."""
+    def _copy(self) -> nn.Module:
+        """A copy for a single run, because a forward may leave something in its attributes."""
+        return copied(self._module, self._kind).cpu()
+
+    def _exported(self, shapes: Sequence[Sequence[int]]) -> tuple[Sequence[int], nn.Module, ExportedProgram]:
+        """The first of these shapes of frames that the forward takes, a copy of the module, and its graph."""
         failure: Exception | None = None
         for shape in shapes:
-            tracer = _Tracer(self._frames(shape))
             try:
-                with _unchanged(self._module):
-                    return shape, tracer, tracer.trace(_OfFrames(self._module, self._others))
+                root = self._copy()
+                with evaluating(root):
+                    return shape, root, exported(root, (_frames(shape), *self._others), None)
             except Exception as error:  # whatever the user's forward raises
                 failure = failure or error
         assert failure is not None
-        advice = "give an example of its arguments, as in save_model(path, net, example=(x, h)), or "
-        if self._has_example or isinstance(failure, fx.proxy.TraceError):
-            advice = ""
-        if kept := _kept(self._module, failure):
-            advice = f"it keeps a state between calls in {kept}: start every sequence from zeros, or "
+        example = "give an example of its arguments, as in save_model(path, net, example=(x, h)), or "
         raise ModelError(
-            f"{self._kind}.forward fails or does what torch.fx cannot follow on frames {list(shapes[0])} "
-            f"({first_line(failure):.200}); {advice}{_INSTEAD}"
+            f"{self._kind}.forward fails or does what torch.export cannot follow on frames {list(shapes[0])} "
+            f"({first_line(failure):.200}); {'' if self._has_example else example}{_INSTEAD}"
         ) from failure
 
-    def _frames(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(self._device)
-
     def _compare(self, model: Model, shape: Sequence[int]) -> Agreement:
-        x = self._frames(shape)
-        y = outputs_of(self._module, x, self._others, f"{self._kind}.forward")
-        found = agreement(build(model, torch.device("cpu")), x.cpu().numpy(), y)
+        x = _frames(shape)
+        y = outputs_of(self._copy(), x, self._others, f"{self._kind}.forward")
+        found = agreement(build(model, torch.device("cpu")), x.numpy(), y)
         if found is None or not found.agrees:
             how = f"it gives the shape {list(y.shape)}"
             if found is not None:
@@ -149,179 +155,82 @@ class TracedModule:
         return found
 
 
-def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subject: str) -> F32:
-    """The first output of a network over sequences.
-
-    Args:
-        module: the network.
-        x: its frames.
-        others: its further arguments.
-        subject: how sentences call it.
-
-    Raises:
-        ModelError: when it fails, or returns no tensor.
-    """
-    try:
-        with evaluating(module), _unchanged(module):
-            result = module(x.clone(), *others)
-    except Exception as error:  # whatever the user's forward raises
-        raise ModelError(
-            f"{subject} fails on frames {list(x.shape)} ({first_line(error):.200}); a network over sequences of any "
-            "length is needed here, while instep.models.export_step takes a step"
-        ) from error
-    y: F32 = first_output(result, subject).float().cpu().numpy()
-    return y
+def _frames(shape: Sequence[int]) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-class _OfFrames(nn.Module):
-    """A network as a function of its frames alone."""
-
-    def __init__(self, module: nn.Module, others: Sequence[Any]) -> None:
-        super().__init__()
-        self.module, self._others = module, others
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.module(x, *self._others)
-
-
-class _Proxy(fx.Proxy):
-    """A tensor in the forward that is followed, with the shape of a real one."""
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.node.meta["value"], name)
-        return super().__getattr__(name) if callable(value) or isinstance(value, torch.Tensor) else value
-
-    def __len__(self) -> int:
-        return len(self.node.meta["value"])
-
-
-class _Tracer(fx.Tracer):
-    """Runs a forward on frames and records its calls, with their results as `value` in the nodes' `meta`.
-
-    Layers and all modules of torch are one call each. What torch.compile wraps is called in its place.
-    """
-
-    def __init__(self, x: torch.Tensor) -> None:
-        super().__init__()
-        self._x = x
-        self._is_computing = False
-
-    def call(self, node: fx.Node, replaced: Mapping[fx.Node, torch.Tensor] = MappingProxyType({})) -> Any:
-        """What a node computes from the results of others, some of them replaced."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: replaced.get(each, self.value(each)))
-        target: Any = node.target
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        self._is_computing = True
-        try:
-            return (self.root.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
-        finally:
-            self._is_computing = False
-
-    def value(self, node: fx.Node) -> Any:
-        """The result of a node."""
-        return node.meta["value"] if "value" in node.meta else attrgetter(str(node.target))(self.root)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        proxy = super().create_proxy(kind, target, *args, **kwargs)
-        node = proxy.node
-        node.meta["value"] = self._x if kind == "placeholder" else self.call(node)
-        return node.meta["value"] if kind == "call_method" and target in _SIZES else proxy
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_layer(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        inner: Any = getattr(m, "_orig_mod", m)
-        call = forward if _is_plain(m) else inner.forward
-        return call(*args, **kwargs) if self._is_computing else super().call_module(inner, call, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        items: Any = obj
-        return iter([items[at] for at in range(len(self.value(obj.node)))])
-
-
-class _Walk:
-    """The layers along a graph.
+class _Walk(fx.Interpreter):
+    """Runs a graph and collects the layers along it.
 
     Raises:
         ModelError: when it computes something that a model folder cannot hold.
     """
 
-    def __init__(self, kind: str, tracer: _Tracer, features: int) -> None:
-        self._kind, self._tracer = kind, tracer
+    def __init__(self, kind: str, root: nn.Module, program: ExportedProgram, features: int) -> None:
+        super().__init__(program.graph_module)
+        self._kind, self._root = kind, root
         self._width = features
         self._before: list[Layer] = []
         self._after: list[Layer] = []
         self._recurrent: tuple[str, RecurrentModule] | None = None
         self._initial_state: list[torch.Tensor] = []
         self._labels: list[str] = []
-        """Of the layers and activations so far."""
+        """The layers and activations so far."""
         self._origins: dict[fx.Node, int] = {}
-        """Of nodes whose values depend on the frames: how many of these lead to them."""
+        """For each node that depends on the frames, how many layers and activations lead to it."""
+        self._values: dict[fx.Node, Any] = {}
         self._is_open = False
         """Whether the last one was a layer that takes an activation."""
-
-    def chain(self, graph: fx.Graph) -> Chain:
-        """Its layers."""
-        self._use_what_changed_in_place(graph)
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        for node in graph.nodes:
-            self._follow(node)
+        signature, tensors = program.graph_signature, {**program.state_dict, **program.constants}
+        self._frames = signature.user_inputs[0]
+        given = iter(tree_leaves(program.example_inputs))
+        program.graph.eliminate_dead_code()
+        self.extra_traceback = False
+        self.run(*(tensors[spec.target] if spec.target else next(given) for spec in signature.input_specs))
+        self._check_returned(signature.output_specs, program.graph.output_node().args[0])
         if self._recurrent is None:
-            raise ModelError(f"{self._kind}.forward does not run its recurrent module on its input; {SERVED}")
+            raise ModelError(f"{kind}.forward does not run its recurrent module on its input; {SERVED}")
         initial = dict(zip(("h", "c"), self._initial_state, strict=False))
-        return Chain(self._before, self._recurrent, self._after, initial)
+        self.chain: Chain = Chain(self._before, self._recurrent, self._after, initial)
 
-    def _use_what_changed_in_place(self, graph: fx.Graph) -> None:
-        """Where a call returns its own argument, let all later uses of that refer to the call."""
-        seen: set[fx.Node] = set()
-        for node in graph.nodes:
-            seen.add(node)
-            for given in node.all_input_nodes if node.op != "output" else ():
-                value = self._tracer.value(given)
-                if isinstance(value, torch.Tensor) and self._tracer.value(node) is value:
-                    given.replace_all_uses_with(node, lambda user: user not in seen)
-
-    def _follow(self, n: fx.Node) -> None:
-        given = [node for node in n.all_input_nodes if node in self._origins]
-        if n.op == "output":
-            self._check_returned(n.args[0])
-        elif n.op == "placeholder":
+    def run_node(self, n: fx.Node) -> Any:
+        self._values[n] = value = super().run_node(n)
+        if n.op == "placeholder" and n.name == self._frames:
             self._origins[n] = 0
-        elif given and _name(n) not in _OF_SHAPES and not (_name(n) in _LIKE and n.args[0] not in self._origins):
-            tensors = [each for each in tree_leaves(self._tracer.value(n)) if isinstance(each, torch.Tensor)]
-            if any(each.dtype != torch.float32 for each in tensors):
-                self._refuse(f"{self._kind}.forward computes in {_plain(tensors[0].dtype)}")
-            self._origins[n] = self._after_node(n, given)
+        given = [node for node in n.all_input_nodes if node in self._origins]
+        tensors = [each for each in tree_leaves(value) if isinstance(each, torch.Tensor)]
+        if n.op != "call_function" or not given or not tensors or _name(n) in _OF_SHAPES:
+            return value
+        if _name(n) in ("to", "type_as") and n.args[0] not in self._origins:
+            return value
+        if any(each.dtype != torch.float32 for each in tensors):
+            self._refuse(f"{self._kind}.forward computes in {_plain(tensors[0].dtype)}")
+        self._origins[n] = self._follow(n, given)
+        return value
 
-    def _after_node(self, n: fx.Node, given: Sequence[fx.Node]) -> int:
+    def _follow(self, n: fx.Node, given: Sequence[fx.Node]) -> int:
         """How many layers and activations lead to the result of a node."""
         origin, name = self._origins[given[0]], _name(n)
-        module = self._tracer.root.get_submodule(str(n.target)) if n.op == "call_module" else None
-        if len(given) == 1 and module is None and name in _ARRANGING:
-            return origin
-        if module is not None and _is_layer(module):
-            label = f"`{_path(n)}`"
+        path = [path for path, _ in n.meta.get("nn_module_stack", {"": ("", "")}).values()][-1]
+        module = self._root.get_submodule(path)
+        label = f"`{plain_path(path)}`"
+        if name in _OF_LAYERS and isinstance(module, _LAYERS):
             self._add(label, origin)
             self._add_layer(label, module, n, given)
             return len(self._labels)
+        if len(given) == 1 and name in _ARRANGING:
+            return origin
         activation: Activation | None = None
-        if len(given) == 1 and isinstance(x := self._tracer.value(given[0]), torch.Tensor):
-            activation = _recognised(lambda values: self._tracer.call(n, {given[0]: values}), x.shape)
-        if activation is None and type(module).__module__.startswith("torch."):
-            self._refuse(f"`{_path(n)}` is {_shown(module)}, which cannot be served as a layer")
+        if len(given) == 1 and isinstance(x := self._values[given[0]], torch.Tensor):
+            activation = recognised(lambda values: self._computed(n, {given[0]: values}), x.shape)
+        is_torchs = path and type(module).__module__.startswith("torch.")
+        if activation is None and is_torchs:
+            self._refuse(f"{label} is {shown(module)}, which cannot be served as a layer")
         if activation is None:
             self._refuse(f"{self._kind}.forward computes `{name}`, which cannot be served as a layer")
         if activation == "none":
             return origin
-        label = name if module is None else f"`{_path(n)}`"
+        label = label if is_torchs else name
         self._add(label, origin)
         layers = self._before if self._recurrent is None else self._after
         if self._is_open:
@@ -330,6 +239,11 @@ class _Walk:
             layers.append(Layer(label, dense(torch.eye(self._width)), activation))  # which changes no value
         self._is_open = False
         return len(self._labels)
+
+    def _computed(self, n: fx.Node, replaced: dict[fx.Node, torch.Tensor]) -> Any:
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda each: replaced.get(each, self._values[each]))
+        target: Any = n.target
+        return target(*args, **kwargs)
 
     def _add(self, label: str, origin: int) -> None:
         if origin != len(self._labels):
@@ -353,10 +267,8 @@ class _Walk:
         elif isinstance(module, nn.Linear | nn.LayerNorm):
             layers.append(Layer(label, module).checked())
         elif isinstance(module, nn.BatchNorm1d):
-            if module.running_mean is None:
-                raise ModelError(f"{label} keeps no running statistics; train it with track_running_stats=True")
             if not (self._is_open and isinstance(layers[-1].module, nn.Linear)):
-                layers.append(Layer(label, dense(torch.eye(module.num_features, device=module.running_mean.device))))
+                layers.append(Layer(label, dense(torch.eye(module.num_features))))
             linear = layers[-1].module
             assert isinstance(linear, nn.Linear)
             layers[-1] = layers[-1]._replace(module=folded(linear, module))
@@ -364,21 +276,19 @@ class _Walk:
         self._is_open = not isinstance(module, RecurrentModule)
 
     def _begin(self, label: str, n: fx.Node) -> None:
-        """Note what the recurrent module begins with: [layers, hidden size], with rows in the middle if there are."""
-        state = fx.map_arg((n.args[1:], n.kwargs.get("hx")), self._tracer.value)
-        leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-        if any(bool((leaf != leaf[:, :1]).any()) for leaf in leaves if leaf.ndim > 2):
+        """Note the state, [layers, rows, hidden size], that the recurrent module begins with."""
+        leaves = tree_leaves(fx.map_arg(n.args[1], self._values.__getitem__))
+        if any(bool((leaf != leaf[:, :1]).any()) for leaf in leaves):
             self._refuse(
                 f"{label} begins each sequence with another state, and a model folder holds one for all",
                 "hand over the layers one by one, and open each stream with its state",
             )
         if any(bool(leaf.any()) for leaf in leaves):
-            self._initial_state = [leaf[:, 0] if leaf.ndim > 2 else leaf for leaf in leaves]
+            self._initial_state = [leaf[:, 0] for leaf in leaves]
 
-    def _check_returned(self, returned: Any) -> None:
-        while isinstance(returned, list | tuple) and returned:
-            returned = returned[0]
-        if not isinstance(returned, fx.Node) or self._origins.get(returned) != len(self._labels):
+    def _check_returned(self, specs: Sequence[Any], results: Sequence[Any]) -> None:
+        returned = [result for spec, result in zip(specs, results, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
+        if not returned or self._origins.get(returned[0]) != len(self._labels):
             last = self._labels[-1] if self._labels else "its layers"
             raise ModelError(
                 f"{self._kind}.forward does not return first what comes last, from {last}; return the outputs first, "
@@ -389,67 +299,13 @@ class _Walk:
         raise ModelError(f"{sentence}: {advice}")
 
 
-def activation_of(given: object, place: str) -> Activation:
-    """The activation that a name, a module or a function of torch means; `place` is how sentences call it.
-
-    Raises:
-        ModelError: when it is none that can be served.
-    """
-    name = activation_name(given)
-    if name in ACTIVATIONS:
-        return name
-    allowed = f"give one of {', '.join(ACTIVATIONS)}, or torch's module or function of that name"
-    if isinstance(given, str) and (close := get_close_matches(given.lower(), ACTIVATIONS, n=1)):
-        allowed = f"did you mean {close[0]}? If not, {allowed}"
-    found = _recognised(given, (4, 30)) if callable(given) and not isinstance(given, type) else None
-    if found is None:
-        raise ModelError(f"{place} is {_shown(given)}, which cannot be served: {allowed}")
-    return found
-
-
-@torch.no_grad()
-def _recognised(function: Callable[[torch.Tensor], Any], shape: Sequence[int]) -> Activation | None:
-    """The activation that gives the same values as a function for tensors of a shape, some of them huge."""
-    x = 10 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    x.view(-1)[::7] *= 1e25
-    try:
-        y = function(x.clone())
-    except Exception:  # whatever the user's function raises
-        return None
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-        return None
-    alike = (name for name, each in FUNCTIONS.items() if torch.allclose(y.cpu(), each(x), rtol=1e-5, atol=1e-6))
-    return next(alike, None)
-
-
-def plain_path(name: str) -> str:
-    """A module's path without what torch.compile wraps around it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _path(n: fx.Node) -> str:
-    return plain_path(str(n.target).removeprefix("module."))
-
-
 def _name(n: fx.Node) -> str:
-    return getattr(n.target, "__name__", str(n.target)).strip("_")
-
-
-def _shown(value: object) -> str:
-    return " ".join(f"{value!r:.120}".split())
+    target: Any = n.target
+    return name_of(target) if isinstance(target, Operator) else getattr(target, "__name__", str(target))
 
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether torch.compile did not touch it."""
-    return not hasattr(module, "_orig_mod") and module._compiled_call_impl is None
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _LAYERS)
 
 
 def _check_recurrent(module: nn.Module) -> None:
@@ -468,43 +324,3 @@ def _check_recurrent(module: nn.Module) -> None:
         check_recurrent(f"`{name}`", part)
     if not found:
         raise ModelError(f"{kind} has no recurrent module; {SERVED}")
-
-
-def _kept(module: nn.Module, failure: Exception) -> str:
-    """The tensors that a module keeps as plain attributes, or why it could not set a buffer; empty if neither."""
-    names = [
-        f"`{name}`"
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if not name.startswith("_") and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-    ]
-    return "a buffer" if "to buffer" in str(failure) else ", ".join(names)
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Give all parts of a module the attributes and buffers back that a forward sets."""
-    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes, buffers in before:
-            for there, wanted in ((vars(part), attributes), (part._buffers, buffers)):
-                there.clear()
-                there.update(wanted)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
-    training = [part for part in module.modules() if part.training]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if not all(map(_is_plain, module.modules())):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        module.eval()
-        try:
-            yield
-        finally:
-            for part in training:
-                part.training = True

@@ -22,12 +22,12 @@ from torch.export import Dim, ExportedProgram, export
 import instep
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import check_free, check_name, check_output_names, write_model
-from instep.models.handover.traced_module import evaluating
 from instep.models.model import Model, check_weights
 from instep.models.module.capture import captured
 from instep.models.module.description import ModuleDescription
 from instep.models.module.example import ROWS, Example, example_of
 from instep.models.network import PortableNetwork
+from instep.models.numerics import evaluating
 from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
 from instep_tools.words import counted
@@ -81,7 +81,7 @@ def export_step(
         raise ModelError(f'initial_state is {initial_state!r:.80}: expected "zeros" or "example"')
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     with evaluating(module), _in_silence():
-        mine = _copied(module).cpu()
+        mine = copied(module, "the step").cpu()
         with _remembering_nothing(mine):
             example = example_of(mine, example_x, example_state)
         if initial_state == "zeros" and (given := [leaf.name for leaf in example.leaves if leaf.initial != 0]):
@@ -89,7 +89,7 @@ def export_step(
                 f"the example state is not zeros in {', '.join(given)}, and every stream would begin with it: say so "
                 'with initial_state="example", or give zeros'
             )
-        model = _model(_exported(example), example, name, outputs)
+        model = _model(_exported_step(example), example, name, outputs)
         with _remembering_nothing(mine):
             _compare(example, PortableNetwork(model))
     write_model(folder, model, overwrite=overwrite)
@@ -112,19 +112,25 @@ def _model(program: ExportedProgram, example: Example, name: str, outputs: Seque
     return Model(check_name(name), description, tensors, names)
 
 
-def _exported(example: Example) -> ExportedProgram:
+def _exported_step(example: Example) -> ExportedProgram:
     batch = Dim("B", min=1, max=MOST_ROWS)
     arguments = (example.frames(ROWS, torch.Generator().manual_seed(0)), *example.initial(ROWS))
     shapes = {"x": {0: batch}, "leaves": tuple({0: batch} for _ in example.leaves)}
     try:
-        with redirect_stderr(io.StringIO()):  # where torch prints a graph of what it had done before it failed
-            program = export(example.flat, arguments, dynamic_shapes=shapes, strict=False)
-            # With no operator to decompose, this only makes new tensors of changes in place.
-            return program.run_decompositions({})  # type: ignore[no-any-return]
+        return exported(example.flat, arguments, shapes)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(_refusal(error)) from error
+
+
+def exported(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
+    """The graph of a module's forward, in which nothing changes in place."""
+    # While it fails, torch.export prints the graph so far.
+    with _in_silence(), redirect_stderr(io.StringIO()):
+        program = export(module, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+        # With no operator to decompose, this only makes new tensors of changes in place.
+        return program.run_decompositions({})  # type: ignore[no-any-return]
 
 
 def _refusal(error: Exception) -> str:
@@ -158,13 +164,17 @@ def _where(error: Exception) -> str:
     return f"the step ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line.strip():.80})"
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy, so that what the step changes in itself stays as it was."""
+def copied(module: nn.Module, subject: str) -> nn.Module:
+    """A copy, so that the user's module stays as it was; `subject` is how sentences call it.
+
+    Raises:
+        ModelError: when it cannot be copied.
+    """
     try:
         return copy.deepcopy(module)
     except Exception as error:
         raise ModelError(
-            f"the step cannot be copied ({type(error).__name__}: {first_line(error)}); make it of parameters, buffers "
+            f"{subject} cannot be copied ({type(error).__name__}: {first_line(error)}); make it of parameters, buffers "
             "and plain values"
         ) from error
 
