@@ -160,7 +160,7 @@ class TestServe:
     def test_a_setting_without_a_value_is_refused(self, server: Stub) -> None:
         result = instep("serve", "m", "--set", "limits.max_idle_s")
         assert result.exit_code == 2
-        assert "should look like limits.max_idle_s=60" in result.stderr
+        assert "--set" in result.stderr
         assert server.calls == []
 
     def test_what_is_wrong_with_a_start_is_said_before_pytorch_is_loaded(self, tmp_path: Path) -> None:
