@@ -1,8 +1,8 @@
-"""Which frames of a message may be applied, decided column by column before anything of the column is changed.
+"""Admission: decides which frames of a message may be applied, column by column, before the column is changed.
 
 A column holds T frames of one stream, seq by seq. Leading frames that were applied before are answered again with the
-same outputs, provided they hold the same bytes and the frame buffer still has them. The others are admitted as far as
-they follow on, lie within the window (at most `window` frames from the first unacknowledged one) and are finite.
+same outputs, provided they hold the same bytes and the frame buffer still has them. The others are admitted if they are
+the next ones, within the window (at most `window` frames from the first unacknowledged one) and finite.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from instep.core.typing import I32, I64, U32, U64, Int
 from instep_client.protocol.codes import Code
 
 SENT_COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<i8"), ("acked", "<i8")])
-"""One column as a producer sends it. Seqs are unsigned on the wire; as signed numbers those of 2^63 and more are
-negative, which no rule lets pass."""
+"""One column as a producer sends it. Seqs are unsigned on the wire; read as signed numbers, those of 2^63 and more are
+negative, and every rule refuses them."""
 SENT_MESSAGE: Final = np.dtype(
     [("tag", "<i8"), ("origin", "<i8"), ("timesteps", "<i8"), ("width", "<i8"), ("arrived_ns", "<i8")]
 )
-"""One message as a front end hands it over: T and N are at least 1, and its columns and inputs as many as they say."""
+"""One message as a front end hands it over: T and N are at least 1, and its columns and inputs have the sizes that they
+give."""
 
 # Plain numbers, so that kernels hold constants.
 _ACK_AHEAD: Final = int(Code.ACK_AHEAD)
@@ -63,7 +64,7 @@ _EXPONENT: Final = np.uint32(0x7F80_0000)  # all ones in NaN and infinity
 
 @inlined
 def resolve_handle(tables: Tables, handle: np.uint64, origin: Int) -> tuple[Int, int]:
-    """The slot that a handle names, and 0 where `origin` may use it, else the code that says why not."""
+    """Return the slot of a handle, and 0 if `origin` may use it or else the code of the refusal."""
     streams = tables.streams
     slot = np.int64(handle & _SLOT_MASK)
     if slot == 0 or slot >= len(streams) or streams["owner"][slot] == NO_OWNER or streams["closing"][slot]:
@@ -102,17 +103,17 @@ def _is_finite(frame: U32) -> bool:
 def _admit_column(
     tables: Tables, sent: Records, at: int, column: Int, message: Int, x: U32, first: int, width: int, timesteps: int
 ) -> Int:
-    """Judge one column and apply what is good; returns how many of its frames were admitted to be computed.
+    """Judge one column, apply its good frames, and return the count of frames that have to be computed.
 
     Args:
-        tables: everything.
+        tables: all tables.
         sent: SENT_COLUMN.
         at: the column's place in it.
         column: its record in `tables.columns`.
         message: the record of its message.
         x: uint32, the bits of float32 inputs.
-        first: where in `x` the column's first frame begins.
-        width: columns of the message: each timestep lies width × features further on.
+        first: the position in `x` of the column's first frame.
+        width: columns of the message; timesteps are width × features values apart.
         timesteps: T.
     """
     counts, streams, columns = tables.counts, tables.streams, tables.columns
@@ -181,17 +182,18 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
     """Admit the good frames of messages, one message after another.
 
     Args:
-        packed: everything; a message that is refused as a whole changes nothing.
+        packed: all tables; a message that is refused as a whole changes nothing.
         messages: SENT_MESSAGE [M].
         sent: SENT_COLUMN, the columns of all messages, one message after another.
         x: uint32, the bits of their float32 [T, N, features], likewise.
 
     Returns:
-        complete: how many messages are complete already, because nothing of them has to be computed: the first ones
-            of `complete`.
-        partly_repeated: how many messages have frames of both kinds, those to compute and those that are answered
-            again: the last ones of the first M of `complete`.
-        refused: how many are refused as a whole: `outcomes` [M] is BUSY or REPEATED_STREAM there, else 0.
+        complete: the count of messages that are complete already, because none of their frames has to be computed;
+            `complete` begins with their numbers.
+        partly_repeated: the count of messages that have both frames to compute and frames to answer again; their
+            numbers end the first M entries of `complete`.
+        refused: the count of messages that are refused as a whole; `outcomes` [M] is BUSY or REPEATED_STREAM for them,
+            else 0.
     """
     tables = Tables(*packed)
     outcomes, numbers = tables.outcomes, tables.complete
@@ -259,7 +261,7 @@ def resolve_handles(packed: Packed, handles: U64, origin: int, slots: I64, codes
     """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
 
     Returns:
-        Whether they name a stream of the origin's twice.
+        Whether a stream of the origin is named twice.
     """
     tables = Tables(*packed)
     tables.counts[STAMP] += 1

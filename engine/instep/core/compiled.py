@@ -1,4 +1,4 @@
-"""The compiler of the hot path: plain loops over arrays, compiled once a machine and cached.
+"""The compiler of the hot path: plain loops over arrays, compiled once on each machine and cached.
 
 Compiled kernels are cached next to the source or, where that is read-only, in ~/.cache/instep (`NUMBA_CACHE_DIR` names
 another folder). `NUMBA_DISABLE_JIT=1` runs every kernel as ordinary Python, for debuggers and for measuring coverage.
@@ -25,10 +25,10 @@ _KERNELS: list[Any] = []
 
 
 def _cache_folder() -> str:
-    """Where kernels made of these sources are cached, or nothing where no folder can be written.
+    """Return the cache folder for these sources, or an empty string if no folder can be written.
 
-    numba compiles a kernel again when its own file has changed, but not when what it inlines from another file has, or
-    a constant. So each state of the sources has a folder of its own.
+    numba compiles a kernel again when its own file has changed, but not when a function or constant that it inlines
+    from another file has. So each state of the sources has a folder of its own.
     """
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), Path(codes.__file__)]
@@ -49,8 +49,8 @@ CACHE_FOLDER: Final = _cache_folder()
 def kernel(function: F) -> F:
     """Compile a function over arrays. It releases the interpreter's lock and keeps IEEE arithmetic as written.
 
-    Kernels make no arrays and return none. So they count no references to arrays (numba's `_nrt`), which took two
-    thirds of the time of `admit`: each use of a column of `Tables` counted one up and down.
+    Kernels neither make nor return arrays, so reference counting (numba's `_nrt`) is off: it took two thirds of the
+    time of `admit`.
     """
     usual, _config.CACHE_DIR = _config.CACHE_DIR, CACHE_FOLDER  # read by the decorator
     try:
@@ -65,13 +65,13 @@ def kernel(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """A part of kernels, compiled into each of them: a call would pass all of `Tables` by value."""
+    """Compile a function into each kernel that calls it: a call would pass all of `Tables` by value."""
     typed: F = _njit(nogil=True, inline="always")(function)
     return typed
 
 
 def are_cached(package: str) -> bool:
-    """Whether the cache holds every kernel in a package, as far as its files tell; else first calls compile it."""
+    """Whether every kernel of a package is cached, as far as the files show; otherwise first calls compile."""
     kernels = (kernel for kernel in _KERNELS if kernel.__module__.startswith(package) and hasattr(kernel, "stats"))
     return all(map(_is_cached, kernels))
 

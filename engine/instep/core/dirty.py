@@ -1,4 +1,4 @@
-"""Which states the recording lacks, so that a checkpoint writes only those."""
+"""Tracks the states that the recording lacks, so that a checkpoint writes only those."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DIRTY: Final = 2
 
 
 class DirtyTracker:
-    """For slots 1 … `max_streams`, whether each state is clean (a committed row holds it), being flushed, or dirty.
+    """Whether the states of slots 1 … `max_streams` are clean (in a committed row), being flushed, or dirty.
 
     A slot without a stream is clean: nothing of it has to be written.
     """
@@ -23,11 +23,11 @@ class DirtyTracker:
         self._states: U8 = np.zeros(max_streams + 1, np.uint8)
 
     def mark_dirty(self, slots: I64) -> None:
-        """The states are about to change: int64 [N]."""
+        """Mark states that are about to change: int64 [N]."""
         self._states[slots] = _DIRTY
 
     def mark_clean(self, slots: I64) -> None:
-        """The recording holds the states as they are, or never needs to: int64 [N]."""
+        """Mark states that the recording has, or will never need: int64 [N]."""
         self._states[slots] = _CLEAN
 
     def are_dirty(self, slots: I64) -> Bool:
@@ -36,7 +36,7 @@ class DirtyTracker:
         return dirty
 
     def begin_flush(self) -> I64:
-        """The slots that a checkpoint has to write that begins now: int64 [N]. One checkpoint at a time."""
+        """Begin a checkpoint and return the slots that it has to write: int64 [N]. One checkpoint runs at a time."""
         slots = np.flatnonzero(self._states == _DIRTY)
         self._states[slots] = _FLUSHING
         return slots
@@ -46,5 +46,5 @@ class DirtyTracker:
         self._states[slots[self._states[slots] == _FLUSHING]] = _CLEAN
 
     def flush_failed(self, slots: I64) -> None:
-        """Those of these slots, int64 [N], that are being flushed still will not be in the recording."""
+        """Mark those of these slots, int64 [N], that are still being flushed as dirty again."""
         self._states[slots[self._states[slots] == _FLUSHING]] = _DIRTY

@@ -1,4 +1,4 @@
-"""Histograms of durations and sizes: fixed entries, one increment a value, quantiles within an eighth, exact sums."""
+"""Histograms of durations and sizes: fixed entries, quantiles within an eighth, exact sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENTRIES: Final = _PARTS * 61
 
 @inlined
 def entry_of(value: int) -> int:
-    """The entry that counts a value of 0 or more: exact below 8, then 8 entries for each doubling."""
+    """Return the entry of a value of 0 or more: exact below 8, then 8 entries for each doubling."""
     shift = 0
     while value >> shift >= 2 * _PARTS:
         shift += 1
@@ -31,20 +31,20 @@ def _add(histogram: I64, value: int, times: int) -> None:
 
 @kernel
 def add_to(histogram: I64, value: int, times: int) -> None:
-    """Count a value so many times."""
+    """Count a value a number of times."""
     _add(histogram, value, times)
 
 
 @kernel
 def add_steps(compute_us: I64, batch_size: I64, streams: int, step_ns: int, steps: int) -> None:
-    """Count steps of one run in their histograms.
+    """Count the steps of a run in their histograms.
 
     Args:
-        compute_us: of what a step took.
-        batch_size: of the streams of a batch, less one: so a batch of 2^k streams is the largest of its entry.
+        compute_us: the histogram of step times.
+        batch_size: the histogram of batch sizes minus one, so that a batch of 2^k streams is the largest of its entry.
         streams: of each batch.
-        step_ns: what each step took.
-        steps: how many.
+        step_ns: the time of each step.
+        steps: the count of steps.
     """
     _add(compute_us, step_ns // 1000, steps)
     _add(batch_size, streams - 1, steps)
@@ -81,7 +81,7 @@ def largest_of(entry: int) -> int:
 
 
 def quantile(histogram: I64, share: float) -> float:
-    """The largest value of the entry that holds this quantile; 0 where nothing was counted."""
+    """Return the largest value of the quantile's entry; 0 if nothing was counted."""
     counted = np.cumsum(histogram[:ENTRIES])
     if not counted[-1]:
         return 0.0

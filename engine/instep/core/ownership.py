@@ -1,4 +1,4 @@
-"""Whether a stream may be resumed, and from where: decided by epoch and by the outputs that the claimant holds."""
+"""Decides by epochs and by the outputs that the claimant has whether, and from where, a stream may be resumed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from instep_client.protocol.codes import HAVE_ALL, Code
 
 @dataclass(frozen=True, slots=True)
 class ResumeDecision:
-    """The decision on streams that a client asks to resume, one entry for each name."""
+    """The decision on a request to resume streams, one entry for each name."""
 
     slots: I64
     """The scratch slot where refused."""
     codes: I32
     have: I64
-    """The claimant holds the outputs of all seqs below this one."""
+    """The claimant has the outputs of all seqs below this one."""
     former_epochs: U64
     """The epoch that the claimant holds; 0 where it takes a stream over."""
     expected_seq: I64
@@ -40,11 +40,11 @@ def check_resume(
 ) -> ResumeDecision:
     """Decide on a request to resume streams; nothing is changed.
 
-    The holder of the present epoch is the owner, even if the server still takes its former connection for alive. The
+    The holder of the present epoch is the owner, even if the server still considers its former connection alive. The
     previous epoch is also accepted until a frame has been sent under the current one, because the RESUMED reply may
     have been lost. It must come on a connection at least as new as the current owner's; otherwise it is a delayed
-    duplicate. An epoch beyond the present one was granted by a server that lost what it had not made durable. It may
-    have lost more than that (the end of this stream, and another one of the same name), so that is data loss.
+    duplicate. An epoch above the present one was granted by a server that then lost records which were not durable. It
+    may also have lost the end of this stream and another one of the same name, so the answer is DATA_LOSS.
 
     Args:
         table: the streams.

@@ -32,7 +32,7 @@ from instep.core.typing import F32, I32, I64
 
 @inlined
 def _group(tables: Tables, numbers: I32, max_frames: int, max_messages: int) -> tuple[int, int]:
-    """Group messages by origin and length, in order, as far as their outputs fit; the groups, and messages, made.
+    """Group messages by origin and length, in order, while their outputs fit; return the counts of groups and messages.
 
     While they are grouped, `messages["next_free"]` holds the group of each.
     """
@@ -82,17 +82,17 @@ def assemble(
     """Write the replies of complete messages and forget the messages.
 
     Args:
-        packed: everything.
+        packed: all tables.
         numbers: int32 [M], the messages.
         began_ns: when the step of their last frames began; 0 where nothing was computed.
-        max_frames: T × N of a group of several messages.
-        max_messages: of a group.
+        max_frames: the largest T × N of a group of several messages.
+        max_messages: the most messages of a group.
         queue_us: a histogram of the microseconds that messages waited for that step.
 
     Returns:
-        groups: how many of `groups`; `reply_messages`, `reply_columns` and `reply_y` hold their messages, columns and
+        groups: the count of groups; `reply_messages`, `reply_columns` and `reply_y` have their messages, columns and
             outputs.
-        taken: how many of the messages; fewer than M where their outputs need more than `reply_y`.
+        taken: the count of messages that were taken; fewer than M if the outputs do not fit into `reply_y`.
     """
     tables = Tables(*packed)
     counts, messages, streams, records = tables.counts, tables.messages, tables.streams, tables.columns
@@ -157,13 +157,13 @@ def _copy_repeated(packed: Packed, number: int, y: F32, skipped: I64) -> None:
 
 
 def repeated_outputs(packed: Packed, number: int) -> tuple[F32, I64]:
-    """The outputs that a pending message only repeats.
+    """Copy the outputs that a pending message only repeats.
 
     The client may acknowledge them before the message is answered, and later frames take their rows.
 
     Returns:
         y: float32 [most repeats, N, outputs].
-        skipped: int64 [N], how many timesteps of each column `y` holds.
+        skipped: int64 [N], the count of timesteps of each column in `y`.
     """
     tables = Tables(*packed)
     message = tables.messages[number]

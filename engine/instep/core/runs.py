@@ -1,4 +1,4 @@
-"""Runs on their way back: what was stepped moves on, and messages that have all their outputs are found."""
+"""The end of runs: advances their streams and finds the messages that have all their outputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _SEQ_GAP: Final = int(Code.SEQ_GAP)
 
 @kernel
 def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, has_succeeded: bool) -> int:
-    """`steps` steps of a run over `slots`, int64 [B], were applied; the streams may step again if the run succeeded.
+    """Record that `steps` steps of a run over `slots`, int64 [B], were applied.
 
-    After a run that failed, `fail_run` follows for the steps that were not applied.
+    The streams may step again if the run succeeded. After a run that failed, `fail_run` follows for the steps that were
+    not applied.
 
     Returns:
-        How many messages are complete now: the first ones of `complete`.
+        The count of messages that are complete now; `complete` begins with their numbers.
     """
     tables = Tables(*packed)
     counts, streams, remaining = tables.counts, tables.streams, tables.messages["remaining"]
@@ -44,7 +45,7 @@ def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, has_succeede
 
 @kernel
 def hold(packed: Packed, slots: I64) -> None:
-    """Let streams, int64 [N], begin no further step until `release`."""
+    """Keep streams, int64 [N], from beginning a further step until `release`."""
     tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] += 1
@@ -52,7 +53,7 @@ def hold(packed: Packed, slots: I64) -> None:
 
 @kernel
 def release(packed: Packed, slots: I64, now_ns: int) -> None:
-    """Undo one `hold` of streams, int64 [N]; those that may step again and have frames become ready."""
+    """Undo one `hold` of streams, int64 [N]; those that are not held any more and have frames become ready."""
     tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] -= 1
@@ -81,7 +82,7 @@ def are_pending(packed: Packed, slots: I64) -> bool:
 
 @kernel
 def fail_run(packed: Packed, slots: I64, code: int) -> int:
-    """Nothing that is pending of these streams, int64 [B], can be applied: take it out; they are in no run any more.
+    """Remove all pending frames of these streams, int64 [B], which cannot be applied; the run of these streams is over.
 
     The oldest pending frame of each fails with `code`. Those behind it fail with SEQ_GAP, or with the same code where
     the state is lost and the stream is about to end.

@@ -14,13 +14,13 @@ _SLOT_MASK: Final = np.uint64(0xFFFF_FFFF)
 
 
 class SlotAllocator:
-    """Gives out slots 1 … `capacity` and takes them back.
+    """Allocates slots 1 … `capacity`.
 
     A slot carries a generation that grows when it is released, and a handle names both (`generation << 32 | slot`), so
     a handle of a slot's former stream never matches its next one.
 
-    The generations of slots begin at `first_generations`, uint32 [capacity + 1]. Random ones after each start make old
-    handles unknown, and handles hard to guess.
+    The generations of slots begin at `first_generations`, uint32 [capacity + 1]. If they are random at each start, old
+    handles are unknown and handles are hard to guess.
     """
 
     def __init__(self, tables: Tables, first_generations: U32) -> None:
@@ -33,7 +33,7 @@ class SlotAllocator:
         self.free_count = self.capacity
 
     def allocate(self, count: int) -> I64:
-        """Take `count` slots, fewer when fewer are free: int64 [≤ count]."""
+        """Take up to `count` free slots: int64 [≤ count]."""
         taken = min(count, self.free_count)
         slots = self._free[self.free_count - taken : self.free_count][::-1].astype(np.int64)
         self.free_count -= taken
@@ -46,7 +46,7 @@ class SlotAllocator:
         self.free_count += len(slots)
 
     def renew(self, slots: I64) -> None:
-        """Void the handles of slots that stay in use; `handles` gives new ones."""
+        """Make the handles of slots in use void; `handles` returns new ones."""
         generations = self.generations(slots) + np.uint32(1)  # wraps round
         self._handles[slots] = (generations.astype(np.uint64) << _SLOT_BITS) | slots.astype(np.uint64)
 

@@ -40,11 +40,11 @@ class StreamTable:
         self.last_active_ns: I64 = streams["last_active_ns"]
         self.epoch: U64 = np.zeros(rows, np.uint64)
         self.former_epoch: U64 = np.zeros(rows, np.uint64)
-        """The epoch that its holder gave up for the present one; 0 where the stream was taken over."""
+        """The epoch with which the owner resumed the stream; 0 if the stream was taken over."""
         self.granted_seq: I64 = np.zeros(rows, np.int64)
         """The seq that the stream expected next when the present epoch was granted."""
         self.granted_to: I64 = np.zeros(rows, np.int64)
-        """The arrival number of the connection that it was granted to; 0 where it is not known."""
+        """The arrival number of the owner's connection; 0 if unknown."""
         self.first_seq: I64 = np.zeros(rows, np.int64)
         """The seq with which the stream began."""
         self.recording_id: U32 = np.zeros(rows, np.uint32)
@@ -81,7 +81,7 @@ class StreamTable:
         """Open streams.
 
         Args:
-            names: some of which may be in use.
+            names: the streams' names; names in use are refused.
             owner: the number of their owner.
             now_ns: any monotonic clock.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
@@ -123,7 +123,7 @@ class StreamTable:
         return slots, codes
 
     def incarnations(self, slots: I64) -> U32:
-        """Which opening of its slot each open stream is, uint32 [N]: another number for the slot's next stream."""
+        """A number for each open stream, uint32 [N], that the next stream in its slot does not have."""
         numbers: U32 = self._first_generation[slots]
         return numbers
 

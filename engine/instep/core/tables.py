@@ -174,7 +174,7 @@ def make_tables(
     credit_frames: int,
     zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
 ) -> Tables:
-    """Allocate everything; pages that nobody touches take no memory.
+    """Allocate all tables; untouched pages take no memory.
 
     Args:
         max_streams: slots run from 1 to this.
@@ -186,7 +186,7 @@ def make_tables(
             pending messages, and the most pending columns.
         max_block_frames: the most frames of one message.
         credit_frames: the most unanswered frames of one origin.
-        zeros: makes the arrays of streams, inputs and outputs; another than numpy's may be memory shared between
+        zeros: allocates the arrays of streams, inputs and outputs, as numpy's `zeros` does or in memory shared between
             processes.
     """
     rows = window * (max_streams + 1)
@@ -226,7 +226,7 @@ def make_tables(
 
 
 def _free_list(count: int) -> I32:
-    """Each entry names the next one; the last one names none."""
+    """Return a linked list of all entries."""
     entries = np.arange(1, count + 1, dtype=np.int32)
     entries[-1] = NOTHING
     return entries
@@ -235,7 +235,7 @@ def _free_list(count: int) -> I32:
 def rows_of(tables: Tables, slots: I64, seqs: I64) -> I64:
     """Rows of the frame buffer: slots and seqs of any shapes that broadcast → int64.
 
-    Rows of equal seq lie next to each other, so streams that advance in step are copied as one block.
+    Rows of equal seq are adjacent, so streams that advance in step are copied as one block.
     """
     rows: I64 = seqs % tables.counts[WINDOW] * tables.counts[STRIDE] + slots
     return rows

@@ -1,4 +1,4 @@
-"""Array types of the core, and the array that most things begin with, in one place."""
+"""Array types of the core."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 
 
 Int: TypeAlias = int | np.integer[Any]
-"""A whole number in a kernel: Python's where kernels are not compiled, a machine's elsewhere."""
+"""An integer in a kernel: Python's where kernels are not compiled, a machine integer otherwise."""
 
 
 def float32_zeros(shape: tuple[int, ...]) -> F32:
-    """Zeros; pages that nobody touches take no memory."""
+    """Zeros; untouched pages take no memory."""
     return np.zeros(shape, np.float32)
