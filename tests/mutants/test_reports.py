@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from instep.replay import past
-from instep.replay.comparison import differ
 from instep.replay.past import Moment, Past
+from instep.replay.replay import differ
 from instep_tools import page
 from tests.replay import test_state
 from tests.replay.test_state import Story

@@ -15,7 +15,6 @@ from instep.replay.bound import (
     LARGE,
     RUNS,
     ErrorBound,
-    LeastBound,
     absolute_error,
     largest_errors,
 )
@@ -97,26 +96,6 @@ def test_the_bound_is_as_stated() -> None:
     assert bound.states({"h": np.full((1, 1, 1), 16.0)})["h"].distance.tolist() == [16 * (FACTOR * 0.5 + FLOOR)]
 
 
-def test_the_least_bound_is_that_of_runs_without_an_error() -> None:
-    truth = np.array([[1.0, -4.0], [NAN, 8.0], [-2.0, 16.0], [0.25, 0.0]])[:, :, None]
-    valid = np.array([[True, True], [True, True], [True, False], [True, False]])
-    least, x, active = LeastBound(2), np.zeros((2, 2, 3), np.float32), np.full(2, 2)
-    found = [least.outputs(x, truth[part], valid[part], active).distance for part in (slice(2), slice(2, 4))]
-    assert (np.concatenate(found) / FLOOR).tolist() == [[1, 4], [1, 8], [2, 8], [2, 8]]
-    assert (least.states({"h": np.array([[0.5, -2.0], [3.0, INF]])})["h"].distance / FLOOR).tolist() == [2, 3]
-
-
-def test_the_least_bound_is_never_above_the_bound() -> None:
-    truth = np.random.default_rng(0).standard_normal((50, 9, 1)) * np.arange(1, 51)[:, None, None]
-    valid, active = np.ones((50, 9), np.bool_), np.full(50, 9)
-    bound = bound_of(Given(truth[:, :, 0] + 1e-6), 9)
-    x = np.zeros((50, 9, 3), np.float32)
-    least = LeastBound(9).outputs(x, truth, valid, active)
-    assert (least.distance < bound.outputs(x, truth, valid, active).distance).all()
-    state = {"h": truth[0]}
-    assert (LeastBound(9).states(state)["h"].distance < bound.states(state)["h"].distance).all()
-
-
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_every_stream_has_copies_one_unit_off(rows: int) -> None:
     given = Given([0.0])
@@ -145,11 +124,6 @@ def test_no_stream_influences_the_bound_of_another(beside: list[float]) -> None:
     assert ours.lossy.tolist() == [[False, True]] * 2
     both = together.states({"h": np.full((2, 1, 1), 2.5)})
     assert both["h"].distance[0] == alone.states({"h": np.full((1, 1, 1), 2.5)})["h"].distance[0]
-
-
-def test_a_leaf_of_large_values_does_not_widen_the_bound_of_another() -> None:
-    limits = LeastBound(1).states({"c": np.full((1, 2), 1e6), "h": np.full((1, 3), 0.5)})
-    assert [limits[name].distance.tolist() for name in ("c", "h")] == [[1e6 * FLOOR], [FLOOR]]
 
 
 @pytest.mark.parametrize("cause", ["frame", "state", "overflow"])

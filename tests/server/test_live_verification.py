@@ -275,7 +275,6 @@ STATUS: dict[str, Any] = {
     "lag_s": 20,
     "trimmed": False,
     "mismatches": [],
-    "notes": [],
     "unreadable": "it is locked",
     "left": False,
 }

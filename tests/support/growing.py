@@ -13,8 +13,6 @@ from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.replay.following import Follower
 from instep.replay.live_check import LiveCheck
-from instep.replay.recorded_model import why_not_bits
-from instep.replay.verifier import make_checkers
 from tests.support.recordings import make_gru, record_gru, served_step
 from tests.support.scribe import F32, Scribe
 
@@ -33,15 +31,11 @@ class Story:
         self.model = load_model(model.folder)
         self.folder = model.folder
         self.network = PortableNetwork(self.model)
-        notes = why_not_bits([model.header])
-        self.checkers = make_checkers(self.model, notes)
         self.path = where / "a.rec"
         writer = RecordingWriter.create(self.path, model.header, retention)
         self.rng = np.random.default_rng(seed)
         self.corrupts = 0
         """Which of the rows of the next step get another output, counted from 1; 0 for none."""
-        self.rounds_otherwise = False
-        """Whether outputs and states are one unit in the last place off."""
         self.scribe = Scribe(writer, self._step(served_step(self.network)), seed=seed)
         self.frames = 0
         """That were applied."""
@@ -50,8 +44,6 @@ class Story:
     def _step(self, honest: Any) -> Any:
         def step(x: F32, h: F32) -> tuple[F32, F32]:
             y, after = honest(x, h)
-            if self.rounds_otherwise:
-                y, after = np.nextafter(y, np.float32(2)), np.nextafter(after, np.float32(-2))
             if self.corrupts:
                 y[self.corrupts - 1, 2] += np.float32(0.25)
                 self.corrupts = 0
@@ -116,7 +108,7 @@ class Story:
 
     def check(self, position: int = 0, applied: int | None = 0) -> LiveCheck:
         """A live check of it."""
-        return LiveCheck(self.path, self.checkers, position, applied)
+        return LiveCheck(self.path, self.network, position, applied)
 
 
 def look(check: Follower) -> None:

@@ -6,7 +6,7 @@ import operator
 import os
 import sqlite3
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,6 @@ from instep.recording.records import (
 )
 from instep.recording.schema import (
     APPLICATION_ID,
-    COUNTED,
     END_EVENT,
     ENGINE_EVENT,
     FAILED_EVENT,
@@ -320,7 +319,7 @@ class RecordingReader(Closing):
             if row[0] > self.trimmed.position or row[2] not in ended:
                 count += row[0] <= self.trimmed.position
                 yield row
-        expected = self._oldest.openings - self._oldest.closings
+        expected = self.oldest.openings - self.oldest.closings
         if count != expected:
             raise self.damaged(f"{count:,} streams are left from before it was trimmed instead of {expected:,}")
 
@@ -405,7 +404,7 @@ class RecordingReader(Closing):
             if event.kind == RESET_EVENT:
                 if event.stream is None or event.seq is None:
                     raise self.damaged(f"the event at position {event.position} resets no stream")
-                if event.position > self._oldest.completed or not (
+                if event.position > self.oldest.completed or not (
                     event.stream in self._forgotten or event.seq < self._trimmed_to.get(event.stream, (0, None))[0]
                 ):
                     yield StateReset(event.position, event.time_ns, event.stream, event.seq, event.state)
@@ -427,7 +426,7 @@ class RecordingReader(Closing):
     @property
     def trimmed_until(self) -> int:
         """Batches up to this position may hold frames that the states hold, too, with which the history begins."""
-        return self._oldest.completed
+        return self.oldest.completed
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, in order; where the history was trimmed, it begins at the first.
@@ -450,8 +449,21 @@ class RecordingReader(Closing):
         return (self.checkpoints() or [Checkpoint()])[-1]
 
     def states(self) -> Iterator[StreamState]:
-        """All states, by stream and checkpoint: the last of a stream is its newest; closed streams may be there."""
-        return map(self.stream_state, self.rows("states"))
+        """All states `at_once`, by stream and checkpoint: the last of a stream is its newest; closed ones may be there.
+
+        Raises:
+            DamagedRecording: at the end, also when some are missing.
+        """
+        count = 0
+        for row in self.rows("states"):
+            state, count = self.stream_state(row), count + 1
+            if state.position > self.last_position:
+                raise self.damaged(
+                    f"a state of stream {state.stream} is of position {state.position}, which there is not"
+                )
+            yield state
+        if count != self.state_rows:
+            raise self.damaged(f"it holds {count:,} states instead of {self.state_rows:,}")
 
     def stream_state(self, row: tuple[Any, ...]) -> StreamState:
         """A row of the table `states`."""
@@ -494,25 +506,13 @@ class RecordingReader(Closing):
         found = self.state(initial, position)
         return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
 
-    def check_checkpoint(self, announced: int, positions: Mapping[str, I64]) -> None:
-        """Raise unless the newest checkpoint is the one that an event announced, and counts the rows that are there.
-
-        Args:
-            announced: the position in the newest event `checkpoint`, 0 where there is none.
-            positions: those of the rows of each of the tables that a checkpoint counts.
-        """
-        mark = self.checkpoint()
-        if mark.position != announced:
+    def check_announced(self, position: int) -> None:
+        """Raise unless the newest checkpoint is that of the newest event `checkpoint`, at `position`, 0 for none."""
+        if (newest := self.checkpoint().position) != position:
             raise self.damaged(
-                f"up to position {self.last_position} its newest checkpoint should be of position {announced}, and is "
-                f"of {mark.position}"
+                f"up to position {self.last_position} its newest checkpoint should be of position {position}, and is "
+                f"of {newest}"
             )
-        for table in COUNTED:
-            later = positions[table][positions[table] > self.trimmed.position]
-            count = int((later <= mark.position).sum())
-            expected = getattr(mark, table) - getattr(self._oldest, table)
-            if count != expected:
-                raise self.damaged(f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}")
 
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
@@ -521,7 +521,7 @@ class RecordingReader(Closing):
         return [event for event in (*before, *self.events(self._since + 1)) if event.kind in MARKS]
 
     @cached_property
-    def _oldest(self) -> Checkpoint:
+    def oldest(self) -> Checkpoint:
         """The checkpoint that the history begins with; of position 0 where it was not trimmed."""
         return self.checkpoints()[0] if self.trimmed.position else Checkpoint()
 
@@ -531,7 +531,7 @@ class RecordingReader(Closing):
         found: dict[int, tuple[int, U8]] = {}
         if self.trimmed.position:
             open_streams = self._open_where_trimmed
-            for state in self.states():
+            for state in map(self.stream_state, self.rows("states")):
                 if state.position <= self.trimmed.position and state.stream in open_streams:
                     found[state.stream] = (state.seq, state.state)
         return found
@@ -541,7 +541,7 @@ class RecordingReader(Closing):
         """Streams that closed while the checkpoint was taken where it was trimmed: they may have no state there."""
         if not self.trimmed.position:
             return frozenset()
-        closed = {row[2] for row in self.rows("closings", self.first_position, self._oldest.completed)}
+        closed = {row[2] for row in self.rows("closings", self.first_position, self.oldest.completed)}
         return self._open_where_trimmed & closed
 
     @cached_property

@@ -114,7 +114,13 @@ class Recovered(Closing):
         names = self._read_openings()
         closings = self._read_closings()
         announced, events = self._read_events()
-        reader.check_checkpoint(announced, {"openings": self._opened_at, "closings": closings, "events": events})
+        reader.check_announced(announced)
+        for table, positions in (("openings", self._opened_at), ("closings", closings), ("events", events)):
+            count = int(((positions > reader.trimmed.position) & (positions <= mark.position)).sum())
+            if count != (expected := getattr(mark, table) - getattr(reader.oldest, table)):
+                raise reader.damaged(
+                    f"up to position {mark.position} it holds {count:,} {table} instead of {expected:,}"
+                )
         self._read_states()
         in_order = np.argsort(self._opened_at, kind="stable")
         open_places = in_order[self._closed_at[in_order] == _NEVER]
@@ -180,16 +186,14 @@ class Recovered(Closing):
 
     def _read_states(self) -> None:
         """Note the seq of the newest state of each stream."""
-        columns, ended, count = array("q"), self.reader.ended_where_trimmed, 0
-        for count, state in enumerate(self.reader.states(), 1):  # noqa: B007 - counts to the last
+        columns, ended = array("q"), self.reader.ended_where_trimmed
+        for state in self.reader.states():
             if state.stream not in ended:
                 columns.extend((state.stream, state.position, state.seq))
-        if count != self.reader.state_rows:
-            raise self.reader.damaged(f"it holds {count:,} states instead of {self.reader.state_rows:,}")
         rows = np.array(columns, np.int64).reshape(-1, 3)
         rows = rows[np.append(rows[1:, 0] != rows[:-1, 0], np.ones(min(len(rows), 1), np.bool_))]  # the newest of each
         places, are_known = find_sorted(self._numbers, rows[:, 0])
-        for stream in rows[~are_known | (rows[:, 1] > self.last_position), 0].tolist():
+        for stream in rows[~are_known, 0].tolist():
             raise self.reader.damaged(f"the state of stream {stream} fits no stream")
         is_open = self._closed_at[places] == _NEVER
         at, rows = places[is_open], rows[is_open]

@@ -37,8 +37,6 @@ from instep.models.base import Reference
 F64: TypeAlias = npt.NDArray[np.float64]
 Leaves: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """States by leaf, [R, *shape]."""
-LeafLimits: TypeAlias = Mapping[str, "Limits"]
-"""Limits of states, [R], by leaf: of the leaves that hold floats."""
 
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
@@ -56,36 +54,6 @@ class Limits(NamedTuple):
     lossy: Bool
     """Where an element beyond the distance proves nothing."""
 
-    def doubled(self) -> Limits:
-        """For two float32 results, each of which may be off by the distance."""
-        return Limits(2 * self.distance, self.lossy)
-
-
-class LeastBound:
-    """A lower limit of the bound, found without a run in float32: its last term alone.
-
-    Whatever is within it is within the bound; the rest has to be compared with `ErrorBound`.
-    """
-
-    runs = 1
-    """How often each frame is computed."""
-
-    def __init__(self, rows: int) -> None:
-        self._scale: F64 = np.ones(rows)
-
-    def outputs(self, x: F32, truth: F64, valid: Bool, active: I64) -> Limits:
-        """As `ErrorBound.outputs`."""
-        scales = _scales(truth, valid, self._scale)
-        self._scale = scales[-1]
-        return Limits(scales * FLOOR, np.zeros(valid.shape, np.bool_))
-
-    def states(self, truth: Leaves) -> LeafLimits:
-        """Limits of states after the timesteps so far."""
-        return {
-            name: Limits(_leaf_scales(floats) * FLOOR, np.zeros(len(floats), np.bool_))
-            for name, floats in _floats(truth).items()
-        }
-
 
 class ErrorBound:
     """The bound of some streams, frame after frame.
@@ -98,8 +66,6 @@ class ErrorBound:
     Attributes:
         relative_error: [R], up to the newest timestep.
     """
-
-    runs = RUNS
 
     def __init__(self, rounded: Reference, states: Leaves, relative_error: F64 | None = None) -> None:
         floats = _floats(states)
@@ -127,7 +93,7 @@ class ErrorBound:
         error = largest_errors(rounded[:, :, 0], truth)
         for run in range(1, RUNS):
             error = np.maximum(error, largest_errors(rounded[:, :, run], truth))
-        scales = _scales(truth, valid, self._scale)
+        scales = scales_of(truth, valid, self._scale)
         overflows = ~np.isfinite(error)
         relative = np.where(valid & ~overflows, error / scales, 0) + self._carried
         relative = np.maximum(np.maximum.accumulate(relative), self.relative_error)
@@ -136,14 +102,14 @@ class ErrorBound:
         self._scale, self.relative_error, self._lossy = scales[-1], relative[-1], lossy[-1]
         return Limits(scales * (FACTOR * relative + FLOOR), lossy)
 
-    def states(self, truth: Leaves) -> LeafLimits:
-        """Limits of states after the timesteps so far."""
+    def states(self, truth: Leaves) -> dict[str, Limits]:
+        """Limits of the leaves that hold floats, [R], after the timesteps so far."""
         runs, limits = _floats(self._states), dict[str, Limits]()
         for name, floats in _floats(truth).items():
             rounded = runs[name].reshape(len(floats), RUNS, -1)
             error = absolute_error(rounded, floats[:, None]).max(axis=(1, 2))
             overflows = ~np.isfinite(error)
-            scales = _leaf_scales(floats)
+            scales = leaf_scales(floats)
             relative = np.maximum(np.where(overflows, 0, error) / scales, self.relative_error)
             limits[name] = Limits(scales * (FACTOR * relative + FLOOR), self._lossy | overflows)
         return limits
@@ -201,7 +167,7 @@ def as_float32(truth: npt.NDArray[Any]) -> F32:
         return truth.astype(np.float32)
 
 
-def _scales(truth: F64, valid: Bool, before: F64) -> F64:
+def scales_of(truth: F64, valid: Bool, before: F64) -> F64:
     """The scales [T, R] of outputs [T, R, outputs], from those before them [R]."""
     scales: F64 = np.maximum(np.maximum.accumulate(np.where(valid, _magnitudes(truth), 0)), before)
     return scales
@@ -212,7 +178,7 @@ def _floats(states: Leaves) -> dict[str, npt.NDArray[Any]]:
     return {name: leaf.reshape(len(leaf), -1) for name, leaf in states.items() if leaf.dtype.kind == "f"}
 
 
-def _leaf_scales(truth: F64) -> F64:
+def leaf_scales(truth: F64) -> F64:
     """The scales of one leaf's values [R, elements], as [R]."""
     scale: F64 = np.maximum(_magnitudes(truth[None])[0], 1)
     return scale

@@ -1,25 +1,37 @@
 """The ways in which stretches of recorded frames are computed again and compared with what was recorded.
 
-Each begins in the states that the compiled step had before the stretches. At first the reference is compared within
-`LeastBound` and float32 within twice its floor, which costs no run of the bound. That settles a stretch unless
-something is farther off where bits need not be equal; `check_with_bound` checks those again, within the bound itself.
+Each begins in the states that the compiled step had before the stretches. Torch and the reference first measure the
+distances of whole blocks. A stretch within the least that its bound can be is settled; `examine` computes the others
+again and compares them value by value, within the bound itself.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel, Reference, StateSpec
-from instep.replay.bound import F64, FLOOR, ErrorBound, LeafLimits, LeastBound, Leaves, Limits
-from instep.replay.comparison import Comparison
+from instep.replay.bound import (
+    F64,
+    FLOOR,
+    RUNS,
+    ErrorBound,
+    Leaves,
+    Limits,
+    absolute_error,
+    largest_errors,
+    leaf_scales,
+    scales_of,
+)
 from instep.replay.replay import End, Stretches
+from instep.replay.report import Checker, Divergence, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +53,13 @@ CHECK_LIMITS: Final = CheckLimits()
 MOST_ROWS: Final = 256
 """Stretches side by side, at most."""
 _FULL_ROWS: Final = 16
-"""Larger blocks are a multiple of it, where stretches are left for the next: so many rows fill the widest vectors."""
+"""Larger blocks are a multiple of it, where stretches are left for the next: this many rows fill the widest vectors."""
 _LEAST_ROWS: Final = 8
 """Fewer rows side by side take about as long."""
 _LEAST_FILL: Final = 0.75
 """A stretch shorter than this share of the longest one in a block goes into the next block."""
 _DEFINITION_RUNS: Final = 16
-"""A frame takes the definition about as long as so many."""
+"""How often a frame could be stepped in the time that the definition takes for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +151,7 @@ class Block:
         return len(self.rows)
 
     def spans(self, frames: int) -> Iterator[Span]:
-        """All timesteps in order, in parts of about so many frames, until it is stopped."""
+        """All timesteps in order, in parts of about this many frames, until it is stopped."""
         longest, steps = int(self.lengths[0]), max(frames // len(self), 1)
         for start in range(0, longest, steps):
             if self.checkers.stopped.is_set():
@@ -162,39 +174,6 @@ class Block:
     def seq_after(self, row: int) -> int:
         """Of the frame after the last one."""
         return int(self.first_seqs[row] + self.lengths[row])
-
-    def limits(self, distance: float, *, lossy: bool = False) -> Bounds:
-        """The same limit for everything."""
-
-        def everywhere(*shape: int) -> Limits:
-            same: F64 = np.broadcast_to(distance, shape)
-            return Limits(same, np.broadcast_to(np.bool_(lossy), shape))
-
-        floats = [leaf.name for leaf in self.checkers.state.leaves if leaf.dtype.kind == "f"]
-        return Bounds(everywhere(int(self.lengths[0]), len(self)), dict.fromkeys(floats, everywhere(len(self))))
-
-    def least(self) -> Bounds:
-        """Limits that settle a replay at any scale; without a reference, a distance beyond them proves nothing."""
-        return self.limits(2 * FLOOR, lossy=self.checkers.truth is None)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How far the recorded values of a block may be from those that a checker computes."""
-
-    outputs: Limits
-    """[T, R]."""
-    states: LeafLimits
-    """Of the states after the last frames."""
-
-    def at(self, span: Span) -> Limits:
-        """Those of some timesteps."""
-        of = slice(span.start, span.start + len(span))
-        return Limits(self.outputs.distance[of], self.outputs.lossy[of])
-
-    def doubled(self) -> Bounds:
-        """For a replay, since each side may be off by the bound."""
-        return Bounds(self.outputs.doubled(), {name: leaf.doubled() for name, leaf in self.states.items()})
 
 
 def plan_blocks(lengths: I64, rows: I64, most_rows: int = MOST_ROWS, most_frames: int = 2**62) -> Iterator[I64]:
@@ -224,99 +203,244 @@ def plan_blocks(lengths: I64, rows: I64, most_rows: int = MOST_ROWS, most_frames
         yield empty
 
 
-def check_stepped(block: Block, y: F32, after: U8, bounds: Bounds | None = None) -> Comparison:
-    """Compare with the compiled step.
+class Distances:
+    """How far the recorded values of a block are from those that one checker computed.
+
+    Attributes:
+        largest: [R].
+        settled: [R]: whether every value is within the least that the bound can be.
+        elements: how many values were compared.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.largest: F64 = np.zeros(rows)
+        self.settled: Bool = np.ones(rows, np.bool_)
+        self.elements = 0
+
+    def add_outputs(self, span: Span, computed: npt.NDArray[Any], limits: F64 | float) -> None:
+        """Measure outputs [T, R, outputs]; limits as [T, R]."""
+        error = np.where(span.answered, largest_errors(span.y, computed), 0)
+        self.largest = np.maximum(self.largest, error.max(axis=0))
+        self.settled &= (error <= limits).all(axis=0)
+        self.elements += int(span.answered.sum()) * computed.shape[2]
+
+    def add_state(self, row: int, spec: StateSpec, recorded: U8, computed: Leaves, scales: Mapping[str, float]) -> None:
+        """Measure a state [row_bytes]; the limits are the floor times a scale, and 0 for leaves without one."""
+        for name, leaf in spec.unpack(recorded[None]).items():
+            error = float(absolute_error(leaf[0], computed[name]).max())
+            self.largest[row] = max(self.largest[row], error)
+            self.settled[row] &= error <= scales[name] * FLOOR if name in scales else (leaf[0] == computed[name]).all()
+            self.elements += leaf.size
+
+
+def check_stepped(block: Block, y: F32, after: U8) -> Distances:
+    """Measure how far the compiled step is from what was recorded, where bits need not be equal.
 
     Args:
         block: the stretches.
         y: outputs that were computed, [frames, outputs].
         after: the states after the stretches of the block, [R, row_bytes].
-        bounds: None for those that settle a replay at any scale.
     """
-    bounds = bounds or block.least()
-    found = Comparison("stepped", len(block), block.checkers.bits_required)
+    found, spec = Distances(len(block)), block.checkers.state
     for span in block.spans(block.checkers.limits.part_frames):
-        found.add_replay(span.starts, span.y, y[span.at], span.answered, bounds.at(span))
+        found.add_outputs(span, y[span.at], 2 * FLOOR)
+    scales = {leaf.name: 2.0 for leaf in spec.leaves if leaf.dtype.kind == "f"}
     for row, end in block.ends.items():
-        both = (end.state, after[row])
-        found.add_replayed_state(row, block.seq_after(row), block.checkers.state, *both, bounds.states, end.place)
+        found.add_state(row, spec, end.state, _row_of(spec.unpack(after), row), scales)
     return found
 
 
-def check_torch(block: Block, bounds: Bounds | None = None) -> Comparison:
+def check_torch(block: Block) -> Distances:
     """Compute with torch's own module, in one call or in several where memory does not suffice.
 
     Without a reference nothing says how far it may be off. Compares nothing where there is no such module.
     """
     checkers, states = block.checkers, block.states
-    bounds = bounds or (block.limits(np.inf) if checkers.truth is None else block.least())
-    found = Comparison("torch", len(block), bits_required=False)
+    found, limit = Distances(len(block)), np.inf if checkers.truth is None else 2 * FLOOR
     for span in block.spans(checkers.call_frames):
         whole = checkers.network.sequence(span.x, states)
         if whole is None:
             break
         y, states = whole
-        found.add_distance(span.starts, span.y, y, span.answered, bounds.at(span))
+        found.add_outputs(span, y, limit)
     return found
 
 
-def check_definition(block: Block, after: U8, ends_s: float, at_least: int) -> tuple[Comparison, I64]:
+def check_reference(block: Block) -> Distances:
+    """Compute in float64. Compares nothing where the network has no reference."""
+    checkers, leaves = block.checkers, block.leaves(np.float64)
+    found, scales = Distances(len(block)), np.ones((1, len(block)))
+    if checkers.truth is None:
+        return found
+    for span in block.spans(checkers.limits.part_frames):
+        y, leaves = checkers.truth.run(span.x, leaves, span.active)
+        scales = scales_of(y, span.valid, scales[-1])
+        found.add_outputs(span, y, scales * FLOOR)
+    for row, end in block.ends.items():
+        truth = _row_of(leaves, row)
+        of_leaves = {
+            name: float(leaf_scales(leaf.reshape(1, -1))[0]) for name, leaf in truth.items() if leaf.dtype.kind == "f"
+        }
+        found.add_state(row, checkers.state, end.state, truth, of_leaves)
+    return found
+
+
+@dataclass(slots=True)
+class Comparison:
+    """The values of one stretch compared one by one with those that a checker computed."""
+
+    checker: Checker
+    largest: float = 0.0
+    """The largest distance of a value that its limit says something about."""
+    first: Divergence | None = None
+    """The first wrong value."""
+    undecided: int | None = None
+    """The seq of the first frame with a value beyond a limit that proves nothing."""
+
+    def compare(
+        self,
+        seqs: I64,
+        recorded: npt.NDArray[Any],
+        computed: npt.NDArray[Any],
+        limits: Limits,
+        *,
+        exact: bool,
+        place: Place = "output",
+        offset: int = 0,
+    ) -> None:
+        """Compare values.
+
+        Args:
+            seqs: [T].
+            recorded: [T, values].
+            computed: [T, values].
+            limits: [T]; a value beyond its limit is wrong, unless that is lossy.
+            exact: every bit must be equal, and the limits count for nothing.
+            place: where the values are.
+            offset: the index of the first value there.
+        """
+        error = absolute_error(recorded, computed)
+        if exact:
+            wrong = differing_bits(recorded, computed.astype(recorded.dtype))
+        else:
+            beyond, lossy = error > limits.distance[:, None], limits.lossy[:, None]
+            if self.undecided is None and (beyond & lossy).any():
+                self.undecided = int(seqs[np.argmax((beyond & lossy).any(axis=1))])
+            wrong, error = beyond & ~lossy, np.where(lossy, 0, error)
+        self.largest = max(self.largest, float(error.max(initial=0)))
+        if self.first is None and wrong.any():
+            at, element = np.argwhere(wrong)[0].tolist()
+            values = float(recorded[at, element]), float(computed[at, element])
+            self.first = Divergence(self.checker, place, int(seqs[at]), offset + element, *values)
+
+    def compare_state(
+        self, seq: int, spec: StateSpec, end: End, computed: Leaves, limits: Mapping[str, Limits], *, exact: bool
+    ) -> None:
+        """Compare a state before the frame `seq`; leaves without limits, [1], must be equal."""
+        recorded, offset, seqs = spec.unpack(end.state[None]), 0, np.array([seq])
+        for leaf in spec.leaves:
+            both = recorded[leaf.name].reshape(1, -1), computed[leaf.name].reshape(1, -1)
+            limit, is_exact = limits.get(leaf.name, _NO_LIMIT), exact or leaf.name not in limits
+            self.compare(seqs, *both, limit, exact=is_exact, place=end.place, offset=offset)
+            offset += leaf.elements
+
+
+_NO_LIMIT: Final = Limits(np.zeros(1), np.zeros(1, np.bool_))
+
+
+def examine(block: Block, y: F32, after: U8) -> tuple[list[Sequence[Comparison]], F64]:
+    """Compare each stretch with the compiled step, torch and the reference, within its bound.
+
+    Args:
+        block: the stretches.
+        y: outputs of the compiled step, [frames, outputs].
+        after: its states after the stretches of the block, [R, row_bytes].
+
+    Returns:
+        What each stretch has been found to be, without a reference by the compiled step alone, and the relative errors
+        [R] up to the ends.
+    """
+    checkers, spec, exact = block.checkers, block.checkers.state, block.checkers.bits_required
+    leaves, states, bound, truth = block.leaves(np.float64), block.states, None, checkers.truth
+    names: tuple[Checker, ...] = ("stepped",)
+    if checkers.rounded is not None:
+        bound = ErrorBound(checkers.rounded, block.leaves(np.float32), block.carried)
+        names = ("stepped", "torch", "float64 reference")
+    found = [[Comparison(name) for name in names] for _ in range(len(block))]
+    for span in block.spans(checkers.limits.part_frames // RUNS):
+        computed: list[npt.NDArray[Any] | None] = [y[span.at]]
+        limits = Limits(np.full(span.valid.shape, FLOOR), np.ones(span.valid.shape, np.bool_))
+        if bound is not None and truth is not None:
+            whole = checkers.network.sequence(span.x, states)
+            true_y, leaves = truth.run(span.x, leaves, span.active)
+            limits = bound.outputs(span.x, true_y, span.valid, span.active)
+            states = states if whole is None else whole[1]
+            computed += [None if whole is None else whole[0], true_y]
+        for row, findings in enumerate(found):
+            of = span.answered[:, row]
+            seqs = span.starts[row] + np.flatnonzero(of)
+            for finding, other in zip(findings, computed, strict=True):
+                if other is not None:
+                    factor = 1 if finding.checker == "float64 reference" else 2  # each of two may be off by the bound
+                    limit = Limits(factor * limits.distance[of, row], limits.lossy[of, row])
+                    is_exact = exact and finding.checker == "stepped"
+                    finding.compare(seqs, span.y[of, row], other[of, row], limit, exact=is_exact)
+    least = Limits(np.full(len(block), FLOOR), np.ones(len(block), np.bool_))
+    floats = {leaf.name: least for leaf in spec.leaves if leaf.dtype.kind == "f"}
+    of_states = floats if bound is None else bound.states(leaves)
+    for row, end in block.ends.items():
+        seq, stepped = block.seq_after(row), _row_of(spec.unpack(after), row)
+        single = {name: Limits(each.distance[[row]], each.lossy[[row]]) for name, each in of_states.items()}
+        doubled = {name: Limits(2 * each.distance, each.lossy) for name, each in single.items()}
+        found[row][0].compare_state(seq, spec, end, stepped, doubled, exact=exact)
+        if bound is not None:
+            found[row][2].compare_state(seq, spec, end, _row_of(leaves, row), single, exact=False)
+    return [*found], np.zeros(len(block)) if bound is None else bound.relative_error
+
+
+def check_definition(block: Block, after: U8, ends_s: float, at_least: int) -> tuple[dict[int, Comparison], I64, int]:
     """Compute with the definition of the arithmetic, bit for bit, up to a time.
 
     Args:
         block: the stretches.
         after: the states after the stretches of the block by the compiled step, [R, row_bytes].
         ends_s: no part begins later, in seconds of the monotonic clock.
-        at_least: but so many parts do.
+        at_least: this many parts are computed even so.
 
     Returns:
-        The comparison, and the number of frames of each row that were compared, [R].
+        By row, those that differ; the number of frames of each row that were compared, [R]; and that of the values.
     """
-    checkers = block.checkers
-    found, frames, done = Comparison("definition", len(block), bits_required=True), np.zeros(len(block), np.int64), 0
-    definition, leaves, exact = checkers.network.definition(), checkers.state.unpack(block.states), block.limits(0.0)
+    checkers, spec = block.checkers, block.checkers.state
+    found, frames, values, done = dict[int, Comparison](), np.zeros(len(block), np.int64), 0, 0
+    definition, leaves = checkers.network.definition(), spec.unpack(block.states)
     for at, span in enumerate(block.spans(checkers.limits.part_frames // _DEFINITION_RUNS)):
         if definition is None or (at >= at_least and time.monotonic() > ends_s):
             break
         y, leaves = definition.run(span.x, leaves, span.active)
-        found.add_replay(span.starts, span.y, y, span.answered, exact.at(span))
+        differs = differing_bits(span.y, y).any(axis=2) & span.answered
+        for row in np.flatnonzero(differs.any(axis=0)).tolist():
+            of = differs[:, row]
+            seqs = span.starts[row] + np.flatnonzero(of)
+            finding = found.setdefault(row, Comparison("definition"))
+            finding.compare(seqs, span.y[of, row], y[of, row], _NO_LIMIT, exact=True)
         frames += span.answered.sum(axis=0)
+        values += int(span.answered.sum()) * y.shape[2]
         done = span.start + len(span)
-    states = checkers.state.pack(leaves)
     for row in np.flatnonzero(block.lengths <= done).tolist():
-        end = block.ends.get(row, End(after[row], "state"))
-        both = (end.state, states[row])
-        found.add_replayed_state(row, block.seq_after(row), checkers.state, *both, exact.states, end.place)
-    return found, frames
+        end, computed = block.ends.get(row, End(after[row], "state")), _row_of(leaves, row)
+        values += sum(leaf.elements for leaf in spec.leaves)
+        if spec.pack({name: leaf[None] for name, leaf in computed.items()}).tobytes() != end.state.tobytes():
+            finding = found.setdefault(row, Comparison("definition"))
+            finding.compare_state(block.seq_after(row), spec, end, computed, {}, exact=True)
+    return found, frames, values
 
 
-def check_reference(block: Block, bound: LeastBound | ErrorBound | None = None) -> tuple[Comparison, Bounds]:
-    """Compute in float64; by default within the smallest bound. The bounds are good for the replays, too.
-
-    Compares nothing where the network has no reference.
-    """
-    checkers = block.checkers
-    bound, leaves = bound or LeastBound(len(block)), block.leaves(np.float64)
-    found = Comparison("float64 reference", len(block), bits_required=False)
-    if checkers.truth is None:
-        return found, block.least()
-    limits = [Limits(np.zeros((0, len(block))), np.zeros((0, len(block)), np.bool_))]
-    for span in block.spans(checkers.limits.part_frames // bound.runs):
-        y, leaves = checkers.truth.run(span.x, leaves, span.active)
-        limits.append(bound.outputs(span.x, y, span.valid, span.active))
-        found.add_distance(span.starts, span.y, y, span.answered, limits[-1])
-    states = bound.states(leaves)
-    for row, end in () if checkers.stopped.is_set() else block.ends.items():
-        truth = {name: leaf[row] for name, leaf in leaves.items()}
-        found.add_true_state(row, block.seq_after(row), checkers.state, end.state, truth, states, end.place)
-    distance, lossy = (np.concatenate(each) for each in zip(*limits, strict=True))
-    return found, Bounds(Limits(distance, lossy), states)
+def differing_bits(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Bool:
+    """Elementwise, of one shape and dtype."""
+    bits = f"u{one.itemsize}"
+    differ: Bool = one.view(bits) != other.view(bits)
+    return differ
 
 
-def check_with_bound(block: Block, y: F32, after: U8) -> tuple[Sequence[Comparison], F64]:
-    """Stepped, torch and reference, each within the bound of each stretch; and the relative errors so far."""
-    assert block.checkers.rounded is not None, "without a reference, nothing is wrong unless bits are required"
-    bound = ErrorBound(block.checkers.rounded, block.leaves(np.float32), block.carried)
-    reference, bounds = check_reference(block, bound)
-    bounds = bounds.doubled()
-    return (check_stepped(block, y, after, bounds), check_torch(block, bounds), reference), bound.relative_error
+def _row_of(leaves: Leaves, row: int) -> Leaves:
+    return {name: leaf[row] for name, leaf in leaves.items()}

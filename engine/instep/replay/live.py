@@ -125,7 +125,6 @@ class _Recording:
                 "lag_s": round(check.lag_s + unread_s, 3),
                 "position": check.position or 0,
                 "applied": check.applied,
-                "notes": check.checkers.notes,
                 "mismatches": [wrong.as_json() for wrong in new[at : at + 1]],
                 "mismatches_total": check.mismatches_total,
                 "unreadable": unreadable,

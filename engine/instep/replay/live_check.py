@@ -1,8 +1,7 @@
 """Committed frames of a recording that is being written, stepped again and compared.
 
-Where the engine computes in `portable-1`, a frame is wrong when any bit of its output differs. Elsewhere it is wrong
-beyond the bound of `instep verify`. There the states drift apart, so the check goes on from the recorded ones whenever
-there is a new checkpoint.
+A frame is wrong when any bit of its output differs. Engines that promise no bits are refused: `instep verify` compares
+their recordings within its bound.
 """
 
 from __future__ import annotations
@@ -15,18 +14,16 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from instep.core.typing import F32, I64, U8
+from instep.core.typing import F32
+from instep.models.base import RecurrentModel
 from instep.recording.portions import Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
 from instep.recording.schema import read_checkpoint_frames
-from instep.replay.bound import F64
-from instep.replay.checkers import Block, Checkers, check_stepped, check_with_bound, plan_blocks
-from instep.replay.comparison import differ
 from instep.replay.following import Follower
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
-from instep.replay.replay import StateTable, Stretches
-from instep.replay.verifier import make_checkers
+from instep.replay.replay import StateTable, differ
+from instep.replay.report import CannotVerify
 
 LATE_S: Final = 15.0
 """Behind the newest commit by more than this, everything up to the newest checkpoint is left out."""
@@ -59,7 +56,7 @@ class LiveCheck(Follower):
 
     Args:
         path: the recording.
-        checkers: of the recorded network.
+        network: the recorded one.
         position: everything up to here was checked before; it begins at the newest checkpoint, and does not count
             frames up to here again.
         applied: how many frames were applied up to there since the recording began; None for what the checkpoint says.
@@ -71,18 +68,13 @@ class LiveCheck(Follower):
         mismatches_total: how many there are.
     """
 
-    def __init__(self, path: Path, checkers: Checkers, position: int, applied: int | None) -> None:
-        super().__init__(path, StateTable(checkers.network), position=None if position else 0)
-        self.checkers = checkers
+    def __init__(self, path: Path, network: RecurrentModel, position: int, applied: int | None) -> None:
+        super().__init__(path, StateTable(network), position=None if position else 0)
         self.applied = applied if position else 0
         self.frames = self.skipped = self.mismatches_total = 0
         self.mismatches: list[WrongOutput] = []
         self.has_trimmed = False
         self._told_until = self._counted = position
-        self._began = 0
-        """The checkpoint from whose states it goes on."""
-        self._drift: dict[int, float] = {}
-        """By number, the relative error of streams so far: see `ErrorBound`."""
         self._compared_from = 0
         """Frames up to here were computed by another engine, and stepped again by this one as it started."""
         self._wrong = set[int]()
@@ -94,13 +86,13 @@ class LiveCheck(Follower):
 
         Raises:
             RecordingError: when the recording cannot be read.
-            CannotVerify: when the model cannot be found, or computed here.
+            CannotVerify: when the model cannot be found or computed here, or bits were not promised.
         """
         with RecordingReader(path) as reader:
             model, engine = recorded_model(reader.header, None), reader.engines[-1]
-        notes = why_not_bits([engine.header])  # the file is closed while the network is compiled
-        checkers = make_checkers(model, notes) if notes else Checkers(recorded_network(model), None, None, ())
-        check = cls(path, checkers, position, applied)
+        if notes := why_not_bits([engine.header]):
+            raise CannotVerify(f"{notes[0]}: `instep verify` compares the recording within a tolerance")
+        check = cls(path, recorded_network(model), position, applied)  # the file is closed by now: compiling takes long
         check._compared_from = engine.position
         return check
 
@@ -109,10 +101,7 @@ class LiveCheck(Follower):
         if super().is_to_begin(reader, checkpoint):
             self.has_trimmed = True
             return True
-        newest, position = checkpoint.position, self.position or 0
-        if newest > position:
-            return self.lag_s > LATE_S
-        return newest > self._began and not self.checkers.bits_required
+        return checkpoint.position > (self.position or 0) and self.lag_s > LATE_S
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """Count what is left out; what is read again counts no more."""
@@ -124,7 +113,6 @@ class LiveCheck(Follower):
         elif checkpoint.position > self._counted:
             self.skipped += max(0, applied - self.applied)
             self.applied = max(applied, self.applied)
-        self._began, self._drift = checkpoint.position, {}
         return checkpoint.position
 
     def meet(self, numbers: Sequence[int]) -> None:
@@ -134,56 +122,20 @@ class LiveCheck(Follower):
     def take(self, portion: Portion) -> None:
         """Step a portion and compare."""
         stretches = self.plan(portion)
-        before = None if self.checkers.bits_required else self.states_before(stretches)
-        y, after = self.step(stretches)
+        y, _ = self.step(stretches)
         frames = stretches.frames
-        compared = frames.answered & (frames.positions > self._compared_from)
         is_applied = np.zeros(len(frames), np.bool_)
         is_applied[stretches.applied()] = True
-        compared &= is_applied
-        if before is None:
-            wrong = [(at, "") for at in np.flatnonzero(compared & differ(y, frames.y)).tolist()]
-        else:
-            beyond, undecided = self._beyond(stretches, before, y, after)
-            wrong = [(at, words) for at, words in beyond if compared[at]]
-            compared[undecided] = False
-        for at, words in wrong:
+        compared = is_applied & frames.answered & (frames.positions > self._compared_from)
+        for at in np.flatnonzero(compared & differ(y, frames.y)).tolist():
             where = int(frames.streams[at]), int(frames.seqs[at]), int(frames.positions[at])
-            self._tell(*where, y[at], frames.y[at], words)
+            self._tell(*where, y[at], frames.y[at])
         for defect in stretches.defects:
             self._tell(defect.stream, defect.seq, defect.position, sentence=defect.sentence)
         is_new = frames.positions > self._counted
         self.applied = (self.applied or 0) + int(is_new.sum())
         self.frames += int((compared & is_new).sum())
         self.skipped += int((~compared & is_new).sum())
-
-    def _beyond(self, stretches: Stretches, before: U8, y: F32, after: U8) -> tuple[list[tuple[int, str]], list[int]]:
-        """The first frame of each stretch that is beyond the bound, as its index and in words.
-
-        Also the indices of frames from the first one on of which the bound cannot say whether it is wrong.
-        """
-        beyond, undecided = list[tuple[int, str]](), list[int]()
-        numbers = stretches.streams.tolist()
-        carried = [0.0 if at in stretches.given else self._drift.get(each, 0.0) for at, each in enumerate(numbers)]
-        drift: F64 = np.array(carried, np.float64)
-        for rows in plan_blocks(stretches.lengths, np.flatnonzero(stretches.lengths).astype(np.int64)):
-            found = check_stepped(Block(self.checkers, stretches, rows, before, drift), y, after[rows])
-            if found.wrong.any():
-                at_wrong: I64 = np.flatnonzero(found.wrong).astype(np.int64)
-                again = rows[at_wrong]
-                block = Block(self.checkers, stretches, again, before, drift)
-                (bounded, *_), drift[again] = check_with_bound(block, y, after[again])
-                found.replace(at_wrong, bounded)
-            for at in np.flatnonzero(found.wrong).tolist():
-                first, row = found.first[at], int(rows[at])
-                offset = min(first.frame - stretches.first_seqs[row], stretches.lengths[row] - 1)
-                beyond.append((int(stretches.order[stretches.starts[row] + offset]), first.sentence()))
-            for at, seq in found.undecided.items():
-                row = int(rows[at])
-                start, offset = stretches.starts[row], seq - stretches.first_seqs[row]
-                undecided += stretches.order[start + offset : start + stretches.lengths[row]].tolist()
-        self._drift |= zip(numbers, drift.tolist(), strict=True)
-        return beyond, undecided
 
     def _tell(
         self, number: int, seq: int, position: int, expected: F32 = _NOTHING, got: F32 = _NOTHING, sentence: str = ""

@@ -15,9 +15,8 @@ from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, StreamInfo, select_streams
 from instep.recording.schema import RESET_EVENT
-from instep.replay.comparison import differ
 from instep.replay.recorded_model import recorded_network, why_not_bits
-from instep.replay.replay import LAST, Replay, StateTable
+from instep.replay.replay import LAST, Replay, StateTable, differ
 from instep_tools.words import counted
 
 Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]

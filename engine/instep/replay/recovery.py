@@ -22,7 +22,7 @@ from instep.recording.recovery import Recovered
 from instep.recording.schema import RecordingHeader
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
-from instep.replay.replay import NoStates, Replay, Stepping, Stretches
+from instep.replay.replay import NoStates, Replay, Stepping, Stretches, differ
 from instep.runtime.stepper import Stepper
 from instep.streaming.service import Recovery
 from instep.streaming.states import put_into_memory
@@ -174,8 +174,7 @@ class _EngineReplay(_OpenStreams):
 
     def _compare(self, portion: Portion, y: F32) -> None:
         frames = portion.frames
-        differs = (y.view(np.uint32) != frames.y.view(np.uint32)).any(axis=1) & frames.answered
-        for at in np.flatnonzero(differs)[:1].tolist():
+        for at in np.flatnonzero(differ(y, frames.y) & frames.answered)[:1].tolist():
             raise RecordingError(
                 f"stepping the batch at position {frames.positions[at]} of {self.recovered.path} again gives other "
                 f"outputs than were recorded, first for frame {frames.seqs[at]} of stream {frames.streams[at]}: the "

@@ -102,6 +102,12 @@ class NoStates:
         raise NotImplementedError
 
 
+def differ(one: F32, other: F32) -> Bool:
+    """Whether any bit differs, by row of [N, values]."""
+    differs: Bool = (one.view(np.uint32) != other.view(np.uint32)).any(axis=1)
+    return differs
+
+
 class RecordedState(NamedTuple):
     """A state of a stream in a checkpoint."""
 

@@ -70,7 +70,7 @@ class StreamReport:
     problems: list[str] = field(default_factory=list)
     """Why it is a mismatch or not checked, as sentences."""
     divergence: Divergence | None = None
-    """The first one; also of a stream within tolerance, whose bits differ."""
+    """The first wrong value."""
     max_difference: float = 0.0
     """Largest distance from the compiled step."""
     max_distance: float = 0.0
@@ -91,9 +91,8 @@ class StreamReport:
         self.worsen(verdict)
 
     def add_mismatch(self, divergence: Divergence) -> None:
-        """A value is wrong; of the first one, the values are kept."""
-        if self.divergence is None or self.verdict != "mismatch":
-            self.divergence = divergence
+        """A value is wrong."""
+        self.divergence = self.divergence or divergence
         self.add_problem(divergence.sentence())
 
     def as_json(self) -> dict[str, Any]:

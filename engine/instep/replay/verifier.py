@@ -21,7 +21,7 @@ recorded, because the engine was killed while it computed them, are replayed but
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from threading import Event
@@ -47,16 +47,17 @@ from instep.replay.checkers import (
     Block,
     Checkers,
     CheckLimits,
+    Comparison,
+    Distances,
     check_definition,
     check_reference,
     check_stepped,
     check_torch,
-    check_with_bound,
+    examine,
     plan_blocks,
 )
-from instep.replay.comparison import Comparison, differ
 from instep.replay.recorded_model import recorded_network, why_not_bits
-from instep.replay.replay import LAST, RecordedState, Replay, StateTable, Stretches
+from instep.replay.replay import LAST, RecordedState, Replay, StateTable, Stretches, differ
 from instep.replay.report import (
     CannotVerify,
     Checker,
@@ -163,37 +164,19 @@ class CheckpointStates:
         self._tails: dict[int, list[tuple[int, RecordedState]]] = {}
         self.states: dict[int, list[RecordedState]] = {}
         with reader.at_once():
-            self.position = reader.checkpoint().position
-            resets = self._check_counts()
-            self._read_states(None if wanted is None else set(wanted.tolist()), resets)
+            self.position, announced, resets = reader.checkpoint().position, 0, set[tuple[int | None, int | None]]()
+            for event in reader.events():
+                announced = event.seq or 0 if event.kind == CHECKPOINT_EVENT else announced
+                if event.kind == RESET_EVENT:
+                    resets.add((event.stream, event.seq))
+            reader.check_announced(announced)
+            for row in reader.states():
+                if row.position > reader.trimmed.position and (wanted is None or row.stream in wanted):
+                    state = RecordedState(row.seq, row.position, row.state, (row.stream, row.seq) in resets)
+                    self.states.setdefault(row.stream, []).append(state)
+                    if row.tail_seq < row.seq:
+                        self._tails.setdefault(row.stream, []).append((row.tail_seq, state))
         self.newest = {number: states[-1].seq for number, states in self.states.items()}
-
-    def _read_states(self, wanted: set[int] | None, resets: set[tuple[int | None, int | None]]) -> None:
-        reader, rows = self._reader, 0
-        for row in reader.states():
-            rows += 1
-            if row.position > reader.last_position:
-                raise reader.damaged(
-                    f"a state of stream {row.stream} is of position {row.position}, which there is not"
-                )
-            if row.position > reader.trimmed.position and (wanted is None or row.stream in wanted):
-                state = RecordedState(row.seq, row.position, row.state, (row.stream, row.seq) in resets)
-                self.states.setdefault(row.stream, []).append(state)
-                if row.tail_seq < row.seq:
-                    self._tails.setdefault(row.stream, []).append((row.tail_seq, state))
-        if rows != reader.state_rows:
-            raise reader.damaged(f"it holds {rows:,} states instead of {reader.state_rows:,}")
-
-    def _check_counts(self) -> set[tuple[int | None, int | None]]:
-        """Raise where rows are missing; the resets, by stream and seq."""
-        reader = self._reader
-        events = list(reader.events())
-        announced = [event.seq or 0 for event in events if event.kind == CHECKPOINT_EVENT] or [0]
-        positions: dict[str, I64] = {"events": np.array([event.position for event in events], np.int64)}
-        for table in ("openings", "closings"):
-            positions[table] = np.array([row[0] for row in reader.rows(table, reader.first_position)], np.int64)
-        reader.check_checkpoint(announced[-1], positions)
-        return {(event.stream, event.seq) for event in events if event.kind == RESET_EVENT}
 
     def compare_tails(self, stretches: Stretches) -> Iterator[tuple[int, str]]:
         """Compare the frames that checkpoints hold with the recorded ones: numbers of streams, and sentences.
@@ -345,8 +328,9 @@ class _Check:
         return _PortionCheck(self.checkers, self._replay, stretches, drift, self._pool)
 
     def _finish(self, check: _PortionCheck) -> None:
-        for comparison in check.finish():
-            self.elements[comparison.checker] += comparison.elements
+        check.finish()
+        for checker, count in check.elements.items():
+            self.elements[checker] += count
         numbers = check.stretches.streams.tolist()
         for row, number in enumerate(numbers):
             check.report(row, self._by_number[number])
@@ -373,13 +357,14 @@ class _Check:
         (check, task), self._definition_begun = self._definition_begun, None
         found, seconds = task.result()
         self._definition_s -= seconds
-        for rows, comparison, frames in found:
+        for rows, findings, frames, values in found:
             numbers = check.stretches.streams[rows]
-            self.elements["definition"] += comparison.elements
+            self.elements["definition"] += values
             self._compared[0].update(numbers[frames > 0].tolist())
             self._compared = self._compared[0], self._compared[1] + int(frames.sum())
-            for row, divergence in comparison.first.items():
-                self._by_number[int(numbers[row])].add_mismatch(divergence)
+            for row, finding in findings.items():
+                if finding.first is not None:
+                    self._by_number[int(numbers[row])].add_mismatch(finding.first)
 
     def _check_complete(self) -> None:
         """Raise when a state that belongs into the newest checkpoint is missing, or is older than the checkpoint."""
@@ -404,9 +389,9 @@ class _PortionCheck:
 
     Attributes:
         stretches: what is checked.
-        before: the states before them.
-        stepped: the outputs, the states after them, and how long stepping has taken.
-        drift: [S], the relative errors up to their ends.
+        stepped: the outputs, the states after the stretches, and how long stepping has taken.
+        elements: how many values each checker compared.
+        drift: [S], the relative errors up to the ends.
     """
 
     def __init__(self, checkers: Checkers, replay: Replay, stretches: Stretches, drift: F64, pool: Executor) -> None:
@@ -414,82 +399,85 @@ class _PortionCheck:
         self._pool = pool
         self.stretches = stretches
         self.drift = drift
-        self.before = replay.states_before(stretches)
+        self._before = replay.states_before(stretches)
         self.stepped: Future[tuple[F32, U8, float]] = pool.submit(_step, replay, stretches)
         self.with_frames: I64 = np.flatnonzero(stretches.lengths).astype(np.int64)
         rows = min(MOST_ROWS, max(len(self.with_frames) // _threads(), LEAST_SHARE))
-        self._reference = [
-            (block.rows, pool.submit(check_reference, block)) for block in self.blocks(self.with_frames, rows)
+        self._measuring: list[tuple[Checker, I64, Future[Distances]]] = [
+            ("float64 reference", block.rows, pool.submit(check_reference, block))
+            for block in self.blocks(self.with_frames, rows)
         ]
-        self._torch = [
-            (block.rows, pool.submit(check_torch, block))
+        self._measuring += [
+            ("torch", block.rows, pool.submit(check_torch, block))
             for block in self.blocks(self.with_frames, rows, checkers.call_frames)
         ]
+        self.elements: Counter[Checker] = Counter()
+        self._distances: dict[Checker, F64] = {
+            name: np.zeros(len(stretches)) for name in ("stepped", "torch", "float64 reference")
+        }
+        self._settled: Bool = np.ones(len(stretches), np.bool_)
+        self._findings: dict[int, Sequence[Comparison]] = {}
 
     def blocks(self, rows: I64, most_rows: int = MOST_ROWS, most_frames: int = LAST) -> Iterator[Block]:
         """Some of the stretches in blocks."""
         for of_block in plan_blocks(self.stretches.lengths, rows, most_rows, most_frames):
-            yield Block(self._checkers, self.stretches, of_block, self.before, self.drift)
+            yield Block(self._checkers, self.stretches, of_block, self._before, self.drift)
 
-    def finish(self) -> Sequence[Comparison]:
+    def finish(self) -> None:
         """Wait for all of it."""
         count, checkers, stretches = len(self.stretches), self._checkers, self.stretches
-        bits_required = checkers.bits_required
-        stepped = Comparison("stepped", count, bits_required)
-        torch, reference = (Comparison(each, count, bits_required=False) for each in ("torch", "float64 reference"))
         y, after, _ = self.stepped.result()
         frames, applied = stretches.frames, stretches.applied()
         of = np.repeat(np.arange(count), stretches.lengths)
         self._answered = np.bincount(of[frames.answered[applied]], minlength=count)
-        differs: Bool = np.zeros(count, np.bool_)
-        differs[of[(differ(y, frames.y) & frames.answered)[applied]]] = True
+        self._differs: Bool = np.zeros(count, np.bool_)
+        self._differs[of[(differ(y, frames.y) & frames.answered)[applied]]] = True
         for row, end in stretches.ends.items():
-            differs[row] |= end.state.tobytes() != after[row].tobytes()
-        for block in self.blocks(np.flatnonzero(differs)):
-            stepped.replace(block.rows, check_stepped(block, y, after[block.rows]))
+            self._differs[row] |= end.state.tobytes() != after[row].tobytes()
+        for checker, rows, measured in self._measuring:
+            self._take(checker, rows, measured.result())
+        differing = np.flatnonzero(self._differs)
+        if checkers.bits_required:
+            self._settled[differing] = False
+        else:
+            for block in self.blocks(differing):
+                self._take("stepped", block.rows, check_stepped(block, y, after[block.rows]))
         values = sum(leaf.elements for leaf in checkers.state.leaves)
         ends = sum(bool(stretches.lengths[row]) for row in stretches.ends)
-        stepped.elements = int(self._answered.sum()) * frames.y.shape[1] + ends * values
-        for rows, found in self._torch:
-            torch.replace(rows, found.result())
-        for rows, checked in self._reference:
-            reference.replace(rows, checked.result()[0])
-        unsettled: Bool = reference.wrong | torch.wrong
-        if not bits_required:
-            unsettled |= stepped.wrong
-        again = [
-            (block.rows, self._pool.submit(check_with_bound, block, y, after[block.rows]))
-            for block in self.blocks(np.flatnonzero(unsettled), most_frames=checkers.call_frames)
+        self.elements["stepped"] = int(self._answered.sum()) * frames.y.shape[1] + ends * values
+        examined = [
+            (block.rows, self._pool.submit(examine, block, y, after[block.rows]))
+            for block in self.blocks(np.flatnonzero(~self._settled), most_frames=checkers.call_frames)
         ]
-        self._comparisons = (stepped, torch, reference)
-        for rows, bounded in again:
-            comparisons, self.drift[rows] = bounded.result()
-            for comparison, other in zip(self._comparisons, comparisons, strict=True):
-                comparison.replace(rows, other, elements=False)
-        return self._comparisons
+        for rows, task in examined:
+            findings, self.drift[rows] = task.result()
+            for row, of_row in zip(rows.tolist(), findings, strict=True):
+                self._findings[row] = of_row
+                for finding in of_row:
+                    self._distances[finding.checker][row] = finding.largest
+
+    def _take(self, checker: Checker, rows: I64, found: Distances) -> None:
+        self._distances[checker][rows] = found.largest
+        self._settled[rows] &= found.settled
+        self.elements[checker] += found.elements
 
     def report(self, row: int, report: StreamReport) -> None:
         """Add what was found in a stretch."""
-        stepped, torch, reference = self._comparisons
-        frames, compared = int(self.stretches.lengths[row]), int(self._answered[row])
+        stepped, torch, reference = (float(each[row]) for each in self._distances.values())
+        frames, compared, findings = int(self.stretches.lengths[row]), int(self._answered[row]), self._findings.get(row)
         report.frames += compared
         report.not_compared += frames - compared
-        report.max_difference = max(report.max_difference, float(stepped.max_error[row]))
-        report.max_distance = max(report.max_distance, float(torch.max_error[row]))
-        report.max_error = max(report.max_error, float(reference.max_error[row]))
-        undecided = [each.undecided[row] for each in self._comparisons if row in each.undecided]
+        report.max_difference = max(report.max_difference, stepped)
+        report.max_distance = max(report.max_distance, torch)
+        report.max_error = max(report.max_error, reference)
+        undecided = {each.checker: each.undecided for each in findings or () if each.undecided is not None}
         if undecided and report.lossy_from is None:
-            report.lossy_from = min(undecided)
-        for comparison in self._comparisons:
-            if comparison.wrong[row]:
-                report.add_mismatch(comparison.first[row])
-        for comparison in self._comparisons:
-            if row in comparison.first and report.divergence is None:
-                report.divergence = comparison.first[row]
-        if row in stepped.undecided or (row in torch.undecided and stepped.differs[row]):
-            report.worsen("not checked")
-        elif stepped.differs[row]:
-            report.worsen("within tolerance")
+            report.lossy_from = min(undecided.values())
+        for finding in findings or ():
+            if finding.first is not None:
+                report.add_mismatch(finding.first)
+        if self._differs[row]:
+            report.worsen("not checked" if undecided.keys() & {"stepped", "torch"} else "within tolerance")
         elif compared or (frames and row in self.stretches.ends):
             report.worsen("exact")
 
@@ -502,8 +490,8 @@ def _step(replay: Replay, stretches: Stretches) -> tuple[F32, U8, float]:
 
 def _compare_definition(
     blocks: Iterator[Block], after: U8, time_s: float, at_least: int
-) -> tuple[list[tuple[I64, Comparison, I64]], float]:
-    """Blocks' rows, what was found, and how many frames of each row were compared; and how long it took."""
+) -> tuple[list[tuple[I64, dict[int, Comparison], I64, int]], float]:
+    """Blocks' rows and what `check_definition` found; and how long it took."""
     began, found = time.monotonic(), []
     for block in blocks:
         if not at_least and time.monotonic() > began + time_s:

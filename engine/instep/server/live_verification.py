@@ -221,8 +221,6 @@ class LiveVerification:
             log.error("cannot verify", reason=found.reason)
             each.has_left.set()
             return
-        if said["notes"] and tuple(said["notes"]) != found.notes:
-            log.warning("verifying within a tolerance", reason="; ".join(said["notes"]))
         if said["unreadable"] and not found.reason:
             log.warning("checker waits", reason=said["unreadable"])
         if said["trimmed"] and not found.has_trimmed:
@@ -231,7 +229,7 @@ class LiveVerification:
                 reason="the history was trimmed before the checker had read it",
                 next="keep more of it (recording.keep_bytes, recording.keep_s), or leave the checker more time",
             )
-        found.reason, found.notes, found.has_trimmed = said["unreadable"], tuple(said["notes"]), said["trimmed"]
+        found.reason, found.has_trimmed = said["unreadable"], said["trimmed"]
         found.frames_total = before.frames_total + said["frames"]
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
         found.skipped = before.skipped + said["skipped"]

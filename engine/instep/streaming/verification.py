@@ -47,8 +47,6 @@ class Verification:
     """Recorded frames that were not compared."""
     has_trimmed: bool = False
     """Whether some of these were trimmed before they were read."""
-    notes: tuple[str, ...] = ()
-    """Why frames are compared within a tolerance; empty where bits must be equal."""
     mismatch: WrongFrame | None = None
     """The last one."""
     reported_lag_s: float = 0.0
@@ -95,7 +93,6 @@ class Verification:
             "reason": self.reason,
             "frames": self.frames_total,
             "skipped": self.skipped,
-            "notes": self.notes,
             "lag_s": self.lag_s,
             "mismatches": self.mismatches_total,
             "mismatch": mismatch,

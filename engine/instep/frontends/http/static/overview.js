@@ -145,12 +145,12 @@ const LEAST_COMPARED = 0.99; // below this, the badge does not look as if everyt
 const floored = (share) => `${Math.floor(share * 100)} %`;
 
 function verificationBadge(verification) {
-  const { state, frames, skipped, mismatches, notes } = verification ?? {};
+  const { state, frames, skipped, mismatches } = verification ?? {};
   const compared = frames / (frames + (skipped || 0));
   switch (state) {
     case "verified":
       if (compared < LEAST_COMPARED) return ["fair", `${floored(compared)} compared, all match`];
-      return [notes?.length ? "fair" : "good", `${count(frames)} frames match`];
+      return ["good", `${count(frames)} frames match`];
     case "checking": return ["busy", frames ? `Behind: ${count(frames)} frames match` : "Checking"];
     case "mismatch": return ["bad", mismatches === 1 ? "1 mismatch" : `${count(mismatches)} mismatches`];
     default: return ["off", "Off"];
@@ -158,11 +158,10 @@ function verificationBadge(verification) {
 }
 
 function verificationDetail(verification) {
-  const { state, reason, lag_s, skipped, notes } = verification ?? { state: "off" };
+  const { state, reason, lag_s, skipped } = verification ?? { state: "off" };
   if (state === "off") return reason || "With verify.live the server replays what it serves while it serves it.";
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind what is served`];
-  if (notes?.length) parts.unshift("within a tolerance");
   if (reason) parts.unshift(reason);
   if (skipped) parts.push(`${count(skipped)} frames not compared`);
   return parts.join("; ");
