@@ -3,28 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from instep.demo.picture import draw, examples, settled_after
+from instep.demo.picture import draw
 from instep.demo.producers import Heard, make_producers
-
-NEVER = np.inf
-
-
-def test_settled_after() -> None:
-    right = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], np.bool_)
-    assert settled_after(right).tolist() == [1, 2, 3, NEVER, NEVER]
-
-
-@pytest.mark.parametrize(
-    ("settled", "rows"),
-    [
-        ([1, 1, 3, NEVER, 9, 2], [0, 2, 4, 3]),  # later are 2, 3 and 9, of which 3 is in the middle
-        ([1, 1, 1, 1], [0, 3, 3, 3]),
-    ],
-)
-def test_examples_go_from_certain_to_wrong(settled: list[float], rows: list[int]) -> None:
-    assert examples(np.array(settled)) == rows
 
 
 def test_draw_writes_a_png(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import signal
-import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from rich.console import Console
 from instep.demo import MODEL_FOLDER, speakers
 from instep.demo.child_server import ChildFailed
 from instep.demo.producers import Heard, Producer, load_utterances, make_producers
-from instep.demo.speakers import received_is_recorded, show_verification
+from instep.demo.speakers import received_is_recorded
 from instep.models.folder import load_model
 from instep.recording.reader import RecordingReader
 from instep.recording.table import OpenedRecording
@@ -53,13 +52,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 
 def test_it_ends_with_the_verifiers_line(demo: Shown) -> None:
-    assert demo.lines[-2].startswith("verified: 370 streams, 5,687 frames, exact, 0 mismatches")
-    assert demo.lines[-1].endswith("demo --keep")
+    assert demo.lines[-1].startswith("verified: 370 streams, 5,687 frames, exact, 0 mismatches")
     assert demo.status == 0
 
 
 def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) -> None:
-    assert "370 connections, 16 to 800 frames/s each" in demo.lines
     with RecordingReader(demo.out / "speakers.recording") as reader:
         assert len(reader.streams()) == 370
         assert {stream.reason for stream in reader.streams()} == {"closed"}
@@ -105,7 +102,6 @@ def test_the_accuracy_is_that_of_torch_over_whole_recordings(demo: Shown) -> Non
         for count in (1, 2, 3, 5, 7, 10, 15, 29)
     ]
     assert ["correct", *map(str, right)] in [line.split() for line in demo.lines]
-    assert f"speakers named correctly at the last frame: {right[-1] / 370:.2%}" in demo.lines
 
 
 def test_what_it_leaves_is_named_and_replaces_an_earlier_demo(demo: Shown) -> None:
@@ -115,33 +111,6 @@ def test_what_it_leaves_is_named_and_replaces_an_earlier_demo(demo: Shown) -> No
     assert {path.name for path in demo.out.iterdir()} == {"speakers.recording", "speakers.png", "mine"}
     height, width, _ = imread(picture).shape
     assert width > height > 800
-
-
-def test_a_pipe_gets_no_colours_and_lines_of_80_columns(demo: Shown) -> None:
-    assert "\x1b" not in demo.text
-    assert "\r" not in demo.text
-    assert all(len(line) <= 80 for line in demo.lines if "/" not in line.removeprefix("370 connections"))
-
-
-def test_commands_are_shown_as_they_can_be_typed_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bin = tmp_path / ".venv" / "bin"
-    bin.mkdir(parents=True)
-    monkeypatch.setattr("sys.executable", str(bin / "python3"))
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.chdir(tmp_path)
-    assert speakers.program() == "instep"
-    (bin / "instep").touch(0o755)
-    assert speakers.program() == ".venv/bin/instep"
-    for elsewhere in (bin, "/"):
-        monkeypatch.chdir(elsewhere)
-        assert speakers.program().endswith("/.venv/bin/instep")
-        assert Path(speakers.program()).exists()
-    monkeypatch.setenv("PATH", str(bin))
-    assert speakers.program() == "instep"
-
-
-def test_throughput_and_latency_are_shown(demo: Shown) -> None:
-    assert any(re.fullmatch(r" *5,687( +[\d.,]+){6} *", line) for line in demo.lines)
 
 
 def recorded(recording: Path) -> tuple[list[Producer], Heard]:
@@ -173,17 +142,6 @@ class TestReceivedIsRecorded:
         assert not received_is_recorded(demo.out / "speakers.recording", producers[:-1], heard)
 
 
-def test_what_the_verifier_finds_is_shown_in_full(demo: Shown, tmp_path: Path) -> None:
-    forged = tmp_path / "forged"
-    forged.write_bytes((demo.out / "speakers.recording").read_bytes())
-    with sqlite3.connect(forged) as database:
-        database.execute("DELETE FROM openings WHERE position = (SELECT max(position) FROM openings)")
-    database.close()
-    file = io.StringIO()
-    assert show_verification(forged, Console(file=file, width=80)) != 0
-    assert "missing" in file.getvalue()
-
-
 class NoServer:
     def __init__(self, model: Path, arguments: Sequence[str] = (), *, administered: bool = False) -> None:
         pass
@@ -200,12 +158,4 @@ class TestFailures:
         monkeypatch.setattr(speakers, "ChildServer", NoServer)
         file = io.StringIO()
         assert speakers.run(tmp_path, Console(file=file)) == 1
-        assert file.getvalue().endswith("the server did not start: for this reason\n")
-
-    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        file = io.StringIO()
-        assert speakers.run(tmp_path / "file", Console(file=file)) == 1
-        assert file.getvalue() == (
-            f"cannot write into {tmp_path / 'file'}: File exists; name another folder with --out\n"
-        )
+        assert "for this reason" in file.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -14,13 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from instep.interrupts import Stopped
-
 _STOP_TIMEOUT_S: Final = 60.0
-_OWN_END_S: Final = 3.0
-"""Time that a child which may have been told to end has for that."""
 _LINES_KEPT: Final = 1000
-"""Lines of its log that are kept, for the sentence on why it failed."""
+"""Lines of the log that are kept, for the sentence on why the server failed."""
 
 
 class ChildFailed(Exception):
@@ -66,28 +61,23 @@ class ChildServer:
                     self.started |= json.loads(line)
                 if "endpoint" in self.started:
                     break
-        except BaseException:  # a signal has come, perhaps to this process alone
+        except BaseException:  # a signal has come
             self._process.kill()
             self._process.communicate()
             raise
-        if "endpoint" in self.started:
-            self.endpoint = str(self.started["endpoint"])
-            # A pipe that nobody reads fills up, and then the server's loop waits there for ever.
-            self._reader = threading.Thread(target=self._logged.extend, args=(self._process.stderr,), daemon=True)
-            self._reader.start()
-            return self
-        self._process.communicate()
-        raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [self._said()]))}")
+        if "endpoint" not in self.started:
+            self._process.communicate()
+            raise ChildFailed(f"the server did not start: {' '.join(self.started.get('reasons', [self._said()]))}")
+        self.endpoint = str(self.started["endpoint"])
+        # A pipe that nobody reads fills up, and then the server's loop waits there for ever.
+        self._reader = threading.Thread(target=self._logged.extend, args=(self._process.stderr,), daemon=True)
+        self._reader.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt)):
-            # A signal of the terminal has reached the child, too, and a second one would force it to stop.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_OWN_END_S)
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -100,8 +90,14 @@ class ChildServer:
             raise ChildFailed(f"the server ended with status {self._process.returncode}: {self._said()}")
 
     def _begin(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "instep", *self._arguments]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        # In a session of its own, so that Ctrl-C in the terminal does not reach it, too, and force its end.
+        return subprocess.Popen(
+            [sys.executable, "-m", "instep", *self._arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
 
     def _said(self) -> str:
         return "".join(self._logged).strip()
