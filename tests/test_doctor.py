@@ -30,8 +30,6 @@ def test_everything_is_said_and_is_true(tmp_path: Path) -> None:
     status, found = examined("--record", str(tmp_path / "r.instep"), *ANY_PORT)
     assert (status, set(found), found["problems"]) == (0, {"facts", "warnings", "problems"}, [])
     facts = found["facts"]
-    assert facts["settings"]["recording.file"] == str(tmp_path / "r.instep")
-    assert "limits.park_s" not in facts["settings"]
     assert (facts["python"], facts["fma"], facts["sync_ms"] > 0) == (platform.python_version(), True, True)
     assert facts["would record"] == f"file {tmp_path / 'r.instep'}, durability commit"
     assert "exactness exact" in facts["can serve speakers"]
@@ -45,7 +43,6 @@ def test_a_bad_configuration_is_named_and_the_rest_is_still_said(
     monkeypatch.setenv("INSTEP_PARK_S", "3")
     done = CliRunner().invoke(app, ["doctor", "--config", str(tmp_path / "bad.yaml")])
     assert done.exit_code == 1
-    assert max(map(len, done.stdout.splitlines())) <= 80
     text = " ".join(done.stdout.split())
     assert "cannot start: limits.park_z (file" in text
     assert "cannot start: engine.max_batch_size" in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import structlog
 
-from instep.config import Config, ConfigError, explain_config, unknown_variables
+from instep.config import Config, ConfigError, load_config, unknown_variables
 from instep.memory import size, usable_memory
 from instep.models.errors import ModelError
 from instep.models.portable.machine import host
@@ -24,7 +23,6 @@ from instep_tools.machine import machine
 
 _SYNCS: Final = 9
 SLOW_SYNC_MS: Final = 10.0
-_COLUMNS: Final = 80
 
 
 def doctor(file: Path | None, flags: Mapping[str, str], demo: Path, as_json: bool, write: Callable[[str], None]) -> int:
@@ -41,19 +39,14 @@ def doctor(file: Path | None, flags: Mapping[str, str], demo: Path, as_json: boo
         0, or 1 when a server could not start.
     """
     findings = [Finding("warning", sentence, "correct the variable, or unset it") for sentence in unknown_variables()]
-    facts: dict[str, Any] = {}
-    config, sources = Config(), dict[str, str]()
+    config: Config | None = None
     try:
-        config, sources = explain_config(file, flags)
+        config = load_config(file, flags)
     except ConfigError as error:
         findings += (Finding("problem", problem, "") for problem in error.problems)
-    values = config.model_dump(mode="json")
-    given = [path.split(".") for path, source in sources.items() if source != "default"]
-    if sources:
-        facts["settings"] = {f"{section}.{key}": values[section][key] for section, key in given}
-    facts |= _machine()
-    findings += _disk(config, facts)
-    if sources:
+    facts = _machine()
+    findings += _disk(config or Config(), facts)
+    if config is not None:
         if config.model.folder is None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"folder": demo})})
         try:
@@ -130,18 +123,9 @@ def _collecting(findings: list[Finding], facts: dict[str, Any]) -> structlog.std
 
 
 def _in_words(facts: Mapping[str, Any], warnings: list[Finding], problems: list[Finding]) -> Iterator[str]:
-    for name, value in facts.items():
-        text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else value
-        yield from _wrapped(f"{name}: ", str(text) or "the defaults")
+    yield from (f"{name}: {value}" for name, value in facts.items())
     yield ""
     for title, found in (("warning", warnings), ("cannot start", problems)):
-        for each in found:
-            yield from _wrapped(f"{title}: ", each.what)
-            if each.cure:
-                yield from _wrapped("  → ", each.cure)
+        yield from (f"{title}: {each}" for each in found)
     if not (warnings or problems):
         yield "nothing to warn of"
-
-
-def _wrapped(first: str, text: str) -> list[str]:
-    return textwrap.wrap(text, _COLUMNS, initial_indent=first, subsequent_indent="    ", break_on_hyphens=False)
