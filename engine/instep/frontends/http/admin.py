@@ -27,8 +27,6 @@ from instep.streaming.tasks import Tasks
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
 """Bound of a request's line and headers while they are incomplete."""
-UNREAD_S: Final = 10.0
-"""A connection is ended when its peer has read nothing for this long."""
 _LINGER_S: Final = 0.5
 """Time that answers under way may take when the server ends."""
 _BACKLOG: Final = 128
@@ -148,7 +146,6 @@ class _Connection(H11Protocol):
     """One of a bounded number: the one that has asked for nothing for longest makes room for the next."""
 
     _silent_since_s = 0.0
-    _unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -161,19 +158,3 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._silent_since_s = self.loop.time()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._read_again()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unread_timer = self.loop.call_later(UNREAD_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._read_again()
-
-    def _read_again(self) -> None:
-        if self._unread_timer is not None:
-            self._unread_timer.cancel()

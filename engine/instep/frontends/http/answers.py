@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mimetypes
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from html import escape
@@ -12,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from instep_tools.words import finite
@@ -63,25 +60,3 @@ def to_json(value: Any) -> bytes:
     except ValueError:
         text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode(errors="replace")
-
-
-class Pages:
-    """Every file below a folder, in memory, so that no request leads to another file; `/` is its index.html."""
-
-    def __init__(self, folder: Path = STATIC) -> None:
-        self._files = {
-            f"/static/{path.relative_to(folder).as_posix()}": path.read_bytes()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
-        }
-
-    def answer(self, request: Request) -> Response:
-        """The file, or that the browser has it already."""
-        path = "/static/index.html" if request.url.path == "/" else request.url.path
-        if (content := self._files.get(path)) is None:
-            raise HttpError(404, "NOT_FOUND", f"there is no file {path[:80]!r}: the page is at /")
-        etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-        headers = {"etag": etag, "cache-control": "no-cache"}  # it is asked for, and sent if it has changed
-        if request.headers.get("if-none-match") == etag:
-            return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=mimetypes.guess_type(path)[0])

@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from instep.frontends.http import Subject
-from instep.frontends.http.answers import HttpError, Pages, bad_request, json_answer, to_json
+from instep.frontends.http.answers import STATIC, HttpError, bad_request, json_answer, to_json
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import CONTENT_TYPE, exposition
 from instep.frontends.http.status import ServerStatus
@@ -31,7 +32,7 @@ def make_app(
     subject: Subject, status: ServerStatus, inspector: Inspector, events: Events, log: structlog.stdlib.BoundLogger
 ) -> ASGIApp:
     """Answers every path. What no code expects is logged and answered with INTERNAL."""
-    pages = Pages()
+    files = StaticFiles(directory=STATIC)
 
     async def alive(request: Request) -> Response:
         return json_answer({"alive": True})
@@ -76,7 +77,7 @@ def make_app(
         return events.listen(request)
 
     async def page(request: Request) -> Response:
-        return pages.answer(request)
+        return await files.get_response(request.path_params.get("file", "index.html"), request.scope)
 
     async def refused(request: Request, error: Any) -> Response:
         assert isinstance(error, HttpError)
@@ -99,7 +100,7 @@ def make_app(
         _route("/api/stats", stats),
         _route("/metrics", metrics),
         _route("/api/history", history, "model"),
-        _route("/api/streams", streams, "model", "prefix", "contains", "state", "sort", "limit", "cursor"),
+        _route("/api/streams", streams, "model", "contains", "state", "sort", "limit", "cursor"),
         Route("/api/streams/", no_such_path),  # no stream has an empty name
         _route("/api/streams/{name:path}", stream, "model"),
         _route("/api/events", listen, "model", "stream"),

@@ -32,8 +32,8 @@ KEPT_FOR_HEALTH: Final = 8
 """Connections beyond those."""
 REQUESTS_PER_S: Final = 50.0
 BURST: Final = 200.0
-"""All clients share this rate, and those that are refused another one, so that nobody without the token can use it up.
-Health checks are not counted: a supervisor must always get an answer."""
+"""All clients share this rate. Requests that are refused are not counted, so that nobody without the token can use it
+up; neither are health checks, because a supervisor must always get an answer."""
 _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HEADERS: Final = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -95,7 +95,7 @@ class Guard:
         self._token = token
         self._is_loopback = is_loopback
         self._cookie = f"instep_{port}"
-        self._rate, self._rate_of_refused = RateLimit(time.monotonic), RateLimit(time.monotonic)
+        self._rate = RateLimit(time.monotonic)
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +107,7 @@ class Guard:
                 for name, value in _HEADERS.items():
                     headers[name] = value
                 headers["date"] = formatdate(usegmt=True)
-                headers.setdefault("cache-control", "no-store")
+                headers.setdefault("cache-control", "no-cache" if scope["path"].startswith("/static/") else "no-store")
             await send(message)
 
         try:
@@ -133,15 +133,11 @@ class Guard:
         if self._under_way >= MOST_REQUESTS:
             sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
             raise HttpError(503, "TOO_MANY_CONNECTIONS", sentence)
-        rate = self._rate_of_refused
-        try:
-            answer = self._check_request(scope)
-            rate = self._rate
-            return answer
-        finally:
-            if (wait_s := rate.take()) > 0:
-                sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
-                raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
+        answer = self._check_request(scope)
+        if (wait_s := self._rate.take()) > 0:
+            sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
+            raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
+        return answer
 
     def _check_request(self, scope: Scope) -> Response | None:
         headers, path = Headers(scope=scope), scope["path"]

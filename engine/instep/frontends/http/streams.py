@@ -6,21 +6,17 @@ import asyncio
 import base64
 import heapq
 import json
-import math
 import re
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from instep.core.tables import SCRATCH_SLOT, WINDOW, rows_of
-from instep.core.typing import F64, I64, U8, U32
+from instep.core.typing import F64, I64, U32
 from instep.frontends.http import Subject
 from instep.frontends.http.answers import HttpError, bad_request, meant
-from instep.models.base import StateSpec
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Place
@@ -46,7 +42,6 @@ Key: TypeAlias = tuple[float, str]
 class Query:
     """A choice of streams, and their order."""
 
-    prefix: str
     contains: str
     state: str
     sort: str
@@ -69,8 +64,8 @@ class Query:
             raise bad_request(f"no stream has the state {state!r:.40}", state, STATES)
         if limit and not (re.fullmatch(r"[0-9]{1,9}", limit) and 1 <= int(limit) <= MOST):
             raise HttpError(400, "BAD_REQUEST", f"limit is {limit!r:.40}: expected 1 to {MOST}")
-        names = parameters.get("prefix", ""), parameters.get("contains", "")
-        return cls(*names, state, sort, int(limit or USUAL), key_after(parameters.get("cursor"), sort))
+        after = key_after(parameters.get("cursor"), sort)
+        return cls(parameters.get("contains", ""), state, sort, int(limit or USUAL), after)
 
 
 def cursor_behind(key: Key, sort: str) -> str:
@@ -103,7 +98,6 @@ class Inspector:
         self._tasks = tasks
         self._rates: dict[ModelService, FrameRates] = {}
         """Rates of services that were asked for lately; an entry does not keep an unloaded model in memory for long."""
-        self._traces = Traces(self.find, tasks)
         self._one_at_a_time = asyncio.Lock()
 
     def find(self, model: str) -> ModelService | None:
@@ -200,14 +194,10 @@ class Inspector:
                 await asyncio.sleep(_PAUSE_S)
 
     def record(self, service: ModelService, name: str) -> dict[str, Any] | None:
-        """A stream with its trace and its newest events, or None; it is sampled from now on."""
+        """A stream with its newest events, or None."""
         if (record := self._record(service, name)) is None:
             return None
-        return {
-            **record,
-            "trace": self._traces.of(service.name, name),
-            "events": [event._asdict() for event in service.events.since(0, name)[-_EVENTS:]],
-        }
+        return record | {"events": [event._asdict() for event in service.events.since(0, name)[-_EVENTS:]]}
 
     def _record(self, service: ModelService, name: str) -> dict[str, Any] | None:
         rates, stream = self._rates_of(service), service.listing.find(name, time.monotonic_ns())
@@ -237,9 +227,7 @@ class Inspector:
 
 
 def _named(query: Query, keys: Iterable[Key]) -> list[Key]:
-    if not query.prefix and not query.contains:
-        return list(keys)
-    return [key for key in keys if key[1].startswith(query.prefix) and query.contains in key[1]]
+    return [key for key in keys if query.contains in key[1]]
 
 
 def _seconds(time_ns: int) -> float:
@@ -292,94 +280,3 @@ class FrameRates:
                 await asyncio.sleep(self._EVERY_S)
         finally:
             self._forget()
-
-
-class _TracedFrame(NamedTuple):
-    time_s: float
-    seq: int
-    inputs: list[float]
-    outputs: list[float]
-    state_norm: float | None
-
-
-@dataclass(slots=True)
-class _Trace:
-    until_s: float
-    samples: deque[_TracedFrame] = field(default_factory=lambda: deque(maxlen=240))
-
-
-class Traces:
-    """Samples of the streams that were asked for lately: one of each now and then.
-
-    `find` gives the service of a name now, or None: a model may be swapped while a stream is looked at.
-    """
-
-    _EVERY_S: Final = 0.25
-    _WATCHED_S: Final = 60.0
-    """A stream is sampled for this long after each request for it."""
-    _MOST_STREAMS: Final = 32
-    """Beyond it, those that were asked for least recently are forgotten."""
-    _MOST_STATE_BYTES: Final = 1024 * 1024
-    """Larger states are not read: it would take too long while everything else waits."""
-    _VALUES: Final = 4
-    """Count of leading values of a frame and of an output that a sample holds."""
-
-    def __init__(self, find: Callable[[str], ModelService | None], tasks: Tasks) -> None:
-        self._find = find
-        self._tasks = tasks
-        self._traces: dict[tuple[str, str], _Trace] = {}
-        """By model and stream, the one that was asked for least recently first."""
-        self._is_sampling = False
-
-    def of(self, model: str, stream: str) -> dict[str, list[Any]]:
-        """The samples of a stream so far, as columns; it is sampled for a while from now on."""
-        trace = self._traces.pop((model, stream), None) or _Trace(0.0)
-        trace.until_s = time.monotonic() + self._WATCHED_S
-        self._traces[model, stream] = trace
-        if len(self._traces) > self._MOST_STREAMS:
-            del self._traces[next(iter(self._traces))]
-        if not self._is_sampling:
-            self._is_sampling = True
-            self._tasks.start(self._sample_all())
-        return {name: [getattr(sample, name) for sample in trace.samples] for name in _TracedFrame._fields}
-
-    async def _sample_all(self) -> None:
-        try:
-            while self._traces:
-                for (model, stream), trace in list(self._traces.items()):
-                    if time.monotonic() > trace.until_s:
-                        self._traces.pop((model, stream), None)
-                    elif (service := self._find(model)) is not None:
-                        await self._sample(service, stream, trace.samples)
-                await asyncio.sleep(self._EVERY_S)
-        finally:
-            self._is_sampling = False
-
-    async def _sample(self, service: ModelService, name: str, samples: deque[_TracedFrame]) -> None:
-        """Look at the newest frame of a stream, if there is one that was not looked at."""
-        table, tables = service.engine.table, service.engine.tables
-        slots = table.find([name])
-        slot = int(slots[0])
-        newest = int(table.step_seq[slot]) - 1
-        if slot == SCRATCH_SLOT or newest < table.first_seq[slot] or (samples and samples[-1].seq == newest):
-            return
-        norm = None
-        if service.states.spec.row_bytes <= self._MOST_STATE_BYTES:
-            seqs, states, lost = await service.states.read(slots)  # between two of its steps
-            if lost[0] or table.find([name])[0] != slot:
-                return
-            newest, norm = int(seqs[0]) - 1, _norm(service.states.spec, states)
-        if table.next_seq[slot] - newest > tables.counts[WINDOW]:
-            return  # its place in the frame buffer holds the inputs of a frame that waits
-        row = int(rows_of(tables, slots, np.array([newest]))[0])
-        inputs, outputs = (
-            [float(f"{value:.6g}") for value in values[row, : self._VALUES].tolist()] for values in (tables.x, tables.y)
-        )
-        samples.append(_TracedFrame(round(time.time(), 3), newest, inputs, outputs, norm))
-
-
-def _norm(spec: StateSpec, states: U8) -> float | None:
-    """Euclidean norm of all floats of a state, [1, row_bytes]."""
-    floats = [leaf for leaf in spec.unpack(states).values() if leaf.dtype.kind == "f"]
-    squares = sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in floats)
-    return float(f"{math.sqrt(squares):.6g}") if floats else None

@@ -4,7 +4,7 @@ import { byId, duration, element, setText } from "./format.js";
 import { History } from "./history.js";
 import { Live, getJson, query } from "./live.js";
 import { Overview, showAlarm } from "./overview.js";
-import { StreamPage, showLog } from "./stream.js";
+import { showLog, showRecord } from "./stream.js";
 import { StreamTable } from "./streams.js";
 
 const REMEMBERED = 4096; // as many as the server
@@ -27,7 +27,6 @@ function address({ model, stream }) {
 const page = {
   ...readAddress(),
   stats: null,
-  record: null,
   events: [],
   connection: "connecting",
   sentence: "", // what the server says to a refusal
@@ -37,7 +36,6 @@ const page = {
 const linkTo = (stream) => address({ model: page.model, stream });
 const overview = new Overview();
 const streams = new StreamTable(linkTo);
-const streamPage = new StreamPage();
 let history = new History(page.model);
 let live = null;
 
@@ -47,7 +45,7 @@ const serverNow = () => Date.now() / 1000 + page.ahead_s;
 function connect() {
   live?.close();
   if (history.model !== page.model) history = new History(page.model);
-  Object.assign(page, { record: null, events: [] });
+  page.events = [];
   showEvents();
   streams.show("");
   live = new Live(`api/events?${query({ model: page.model, stream: page.stream })}`, onEvent, onConnection);
@@ -81,8 +79,7 @@ function onEvent(kind, data) {
     if (numbers) history.append(numbers.recent_time_s ?? data.time_s, numbers);
     showStats();
   } else if (kind === "stream" && data.name === page.stream) {
-    page.record = data.state === "closed" ? null : data;
-    showStream();
+    showRecord(data.state === "closed" ? null : data, page.stream);
   } else if (kind === "log") {
     page.events.push(data);
     if (page.events.length > REMEMBERED) page.events.shift();
@@ -131,10 +128,6 @@ function showEvents() {
   });
 }
 
-function showStream() {
-  if (page.stream !== null) streamPage.show(page.record, page.stream, serverNow());
-}
-
 function draw() {
   if (page.stream === null) overview.drawCharts(history, serverNow());
 }
@@ -174,7 +167,7 @@ function route({ isFirst = false } = {}) {
   byId("back").href = address({ model: page.model });
   connect();
   if (isStream) {
-    streamPage.show(null, page.stream, serverNow());
+    showRecord(null, page.stream);
     setText("no-stream", "Asking the server about it …");
   }
   if (!isFirst) {

@@ -1,48 +1,18 @@
-// The page of one stream: its state, inputs, outputs and events; and the lists of events.
+// The page of one stream: its state and events; and the lists of events.
 
-import { Chart } from "./charts.js";
 import { ago, byId, clock, count, duration, element, setPairs, setText } from "./format.js";
-
-const KEYS = ["blue", "orange", "violet", "green"];
-
-const signed = (text) => text.replace("-", "−");
-const value = (number) => (number === null || number === undefined ? "–" : signed((+number).toFixed(3)));
-const axis = (number) => signed(`${+number.toPrecision(3)}`);
-
-const channels = (what) => KEYS.map((key, index) => ({ label: `${what}[${index}]`, key }));
 
 const GONE = "The server holds no stream of this name: it was closed, it expired, or it was never opened.";
 
-export class StreamPage {
-  #charts = null;
-
-  /** record: an answer of /api/streams/NAME, or null while it is not known; now_s: Unix seconds of the server. */
-  show(record, name, now_s) {
-    setText("stream-name", name);
-    byId("no-stream").hidden = record !== null;
-    byId("facts").hidden = byId("traces").hidden = record === null;
-    setText("stream-state", record?.state ?? "");
-    byId("stream-state").dataset.state = record?.state ?? "";
-    if (record === null) {
-      setText("no-stream", GONE);
-      return;
-    }
-    setPairs(byId("facts"), facts(record));
-    this.#draw(record.trace, now_s);
-  }
-
-  #draw(trace, now_s) {
-    const columns = (rows) => KEYS.map((_, index) => rows.map((row) => row[index] ?? null));
-    this.#charts ??= [
-      { title: "First inputs", series: channels("x") },
-      { title: "First outputs", series: channels("y") },
-      { title: "Norm of the state", series: [{ label: "‖h‖", key: "blue" }] },
-    ].map((spec) => new Chart(byId("traces"), { ...spec, value, axis, sync: "stream", window_s: [20, 60] }));
-    const [inputs, outputs, norm] = this.#charts;
-    inputs.draw([trace.time_s, ...columns(trace.inputs)], now_s);
-    outputs.draw([trace.time_s, ...columns(trace.outputs)], now_s);
-    norm.draw([trace.time_s, trace.state_norm], now_s);
-  }
+/** record: an answer of /api/streams/NAME, or null while it is not known. */
+export function showRecord(record, name) {
+  setText("stream-name", name);
+  byId("no-stream").hidden = record !== null;
+  byId("facts").hidden = record === null;
+  setText("stream-state", record?.state ?? "");
+  byId("stream-state").dataset.state = record?.state ?? "";
+  if (record === null) setText("no-stream", GONE);
+  else setPairs(byId("facts"), facts(record));
 }
 
 function facts(record) {
