@@ -47,10 +47,11 @@ async def reload_models(server: Server, folder: Any, on_reload: str = "keep", **
     """
     folders = {"ears": folder} if isinstance(folder, Path) else folder
     sections = {"folder": folders, "on_reload": on_reload, **model}
-    server.loader.reload(server.config.model_validate(server.config.model_dump() | {"model": sections}).model)
+    has_ended = asyncio.Event()
+    wanted = server.config.model_validate(server.config.model_dump() | {"model": sections}).model
+    server.loader.reload(wanted, has_ended.set)
     async with asyncio.timeout(30):
-        while server.loader.is_reloading:
-            await asyncio.sleep(0.005)
+        await has_ended.wait()
     return server.loader.problem
 
 

@@ -174,13 +174,10 @@ def _recording(config: Config) -> Iterator[Finding]:
     if place is None:
         return
     folders = [folder for _, folder in config.model.folders]
-    if os.path.realpath(place) in map(os.path.realpath, folders):
-        yield Finding("problem", f"{place} is a model folder", "name another folder, or a file, for the recording")
-        return
-    around = list(map(str, Path(os.path.realpath(place)).parents))
+    around = [os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)]
     if inside := [folder for folder in folders if os.path.realpath(folder) in around]:
-        cure = "name a place outside it for the recording"
-        yield Finding("problem", f"{place} is inside the model folder {inside[0]}", cure)
+        what = f"recording.file {place} is in the model folder {inside[0]}"
+        yield Finding("problem", what, "name a place outside it for the recording")
         return
     try:
         check_several(place, is_only=len(folders) < 2)

@@ -84,10 +84,8 @@ _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
 _LONG_S: Final = 0.5
 """While nothing is received, it may not take more."""
-_SHORTER: Final = 0.9
-"""A pass has brought the replay nearer if it took less than this part of the shortest one before."""
-_MOST_IN_VAIN: Final = 4
-"""After so many passes in a row that brought it no nearer it cannot catch up; a busy machine may cause fewer."""
+_MOST_PASSES: Final = 12
+"""After this many passes, frames arrive as quickly as they are replayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,46 +107,22 @@ class Moved:
         old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
 
 
-class CatchingUp:
-    """The passes of a replay, each over the frames that were recorded during the one before."""
-
-    def __init__(self) -> None:
-        self._least_s = math.inf
-        self._in_vain = 0
-
-    def is_over(self, frames: int, took_s: float) -> bool:
-        """Whether the replay has caught up: little is left to do, and another pass would hardly leave less.
-
-        Args:
-            frames: replayed in this pass.
-            took_s: how long it took.
-
-        Raises:
-            CannotServe: when frames arrive too quickly for that.
-        """
-        if took_s <= _SHORT_S:
-            return True
-        # Without any frames it has caught up, on a machine with too much to do.
-        if took_s >= self._least_s / 2 and (took_s <= _LONG_S or not frames):
-            return True
-        self._in_vain = 0 if took_s < _SHORTER * self._least_s else self._in_vain + 1
-        if self._in_vain == _MOST_IN_VAIN:
-            raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
-        self._least_s = min(self._least_s, took_s)
-        return False
-
-
 async def catch_up(replay: WarmUpReplay, thread: LoadingThread) -> None:
-    """Replay until little is left to do while nothing is received; the old version serves meanwhile.
+    """Replay what was recorded during the last pass, until little is left to do while nothing is received.
 
     Raises:
         CannotServe: when frames arrive too quickly for that.
     """
-    catching_up, is_over = CatchingUp(), False
-    while not is_over:
+    least_s = math.inf
+    for _ in range(_MOST_PASSES):
         began_s = time.monotonic()
         frames = await thread.do(replay.follow)
-        is_over = catching_up.is_over(frames, time.monotonic() - began_s)
+        took_s = time.monotonic() - began_s
+        # Another pass would hardly leave less; without any frames, the machine only has too much to do.
+        if took_s <= _SHORT_S or (took_s >= least_s / 2 and (took_s <= _LONG_S or not frames)):
+            return
+        least_s = min(least_s, took_s)
+    raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
 
 
 async def move(
@@ -262,11 +236,6 @@ class Loader:
     def config(self) -> ModelConfig:
         """The configuration that is in force, or will be once the reload that is under way has ended."""
         return self._followed or self._server.config.model
-
-    @property
-    def is_reloading(self) -> bool:
-        """Whether a reload is under way or waits for its turn."""
-        return self._followed is not None or self._wanted is not None
 
     def reload(self, wanted: ModelConfig, on_end: Callable[[], object] = lambda: None) -> None:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended.

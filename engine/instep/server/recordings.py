@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import structlog
@@ -50,6 +50,7 @@ from instep.server.recording_files import (
 from instep.server.services import Foundation, lay_foundation
 from instep.streaming.service import ModelService, Recovery
 from instep.streaming.states import state_rows
+from instep_client.protocol.wire import ServerInfo
 
 QUEUE_BATCHES: Final = 64
 """Batches that may wait to be written; when the disk falls behind by this many, stepping waits for it."""
@@ -59,19 +60,7 @@ _FINGERPRINT: Final = 8
 """Digits of a fingerprint in a name."""
 
 
-class Sizes(Protocol):
-    """What has the sizes of a version: its recording's header, or what clients are told of it."""
-
-    @property
-    def features(self) -> int:
-        """Floats in a frame."""
-
-    @property
-    def outputs(self) -> int:
-        """Floats in an output."""
-
-
-def check_sizes(former: Sizes, network: RecurrentModel, *, allowed: bool) -> None:
+def check_sizes(former: RecordingHeader | ServerInfo, network: RecurrentModel, *, allowed: bool) -> None:
     """Refuse a version of a model with other sizes of frames or outputs than the former one, unless that is `allowed`.
 
     Raises:
@@ -85,7 +74,9 @@ def check_sizes(former: Sizes, network: RecurrentModel, *, allowed: bool) -> Non
         )
 
 
-def check_policy(policy: StreamPolicy, former: Sizes, state: StateSpec, network: RecurrentModel) -> None:
+def check_policy(
+    policy: StreamPolicy, former: RecordingHeader | ServerInfo, state: StateSpec, network: RecurrentModel
+) -> None:
     """Refuse a version in which streams of the former one, whose state is given, cannot continue by this policy.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import structlog
 import torch
 
-from instep.config import Config, ConfigError, ModelConfig, TransportConfig
+from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
 from instep.server.assembly import make_server
 from instep.server.checks import (
@@ -326,14 +326,5 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             max_streams=server.config.engine.max_streams,
         )
     admin = {} if server.admin is None else {"http": server.admin.url}
-    log.info("serving", endpoint=server.endpoint, **admin, next=ping_command(server.endpoint, os.environ))
-
-
-def ping_command(endpoint: str, environ: Mapping[str, str]) -> str:
-    """A command that asks this server whether it is ready.
-
-    It names the endpoint unless that is the default one, and these variables of the environment name no other.
-    """
-    usual = TransportConfig().endpoint
-    goes_there = endpoint == usual and (environ.get("INSTEP_ENDPOINT") or usual) == usual
-    return f"instep-client ping{'' if goes_there else f' -e {shlex.quote(endpoint)}'}"
+    asks = f"instep-client ping -e {shlex.quote(server.endpoint)}"
+    log.info("serving", endpoint=server.endpoint, **admin, next=asks)

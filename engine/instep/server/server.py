@@ -27,8 +27,6 @@ from instep.server.services import idle_limits
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread
 
-_EVERY_S: Final = 1.0
-
 
 class FreeSpace:
     """Looks at the disk of a recording; says once that it is nearly full, and once that it has room again."""
@@ -37,19 +35,14 @@ class FreeSpace:
         self._path = path
         self._log = log
         self._is_low = False
-        self._next_s = 0.0
-        self._free_bytes = 0
 
-    def tick(self, now_s: float, warn_bytes: int) -> int:
-        """Look if it is time, and warn below so many bytes; how many were free when it last looked."""
-        if now_s < self._next_s:
-            return self._free_bytes
-        self._next_s = now_s + _EVERY_S
+    def tick(self, warn_bytes: int) -> int:
+        """Warn below this number of free bytes; how many are free."""
         try:
             disk = os.statvfs(self._path.parent)
         except OSError:  # the recorder notices it, too, if it matters
-            return self._free_bytes
-        self._free_bytes = free_bytes = disk.f_bavail * disk.f_frsize
+            return 0
+        free_bytes = disk.f_bavail * disk.f_frsize
         enough_bytes = warn_bytes + warn_bytes // 8 if self._is_low else warn_bytes  # not to and fro at the limit
         if (free_bytes < enough_bytes) is not self._is_low:
             self._is_low = not self._is_low
@@ -335,7 +328,7 @@ class Server:
                 for summary in self._summaries.values():
                     summary.tick(now_ns / 1e9, self.config.log.summary_s)
                 if free_space is not None:
-                    free_bytes = free_space.tick(now_ns / 1e9, self.config.recording.warn_free_bytes)
+                    free_bytes = free_space.tick(self.config.recording.warn_free_bytes)
                     for service in self.services:
                         service.engine.stats.recording_free_bytes = free_bytes
                 for frontend in self._frontends:
