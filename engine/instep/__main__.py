@@ -39,9 +39,9 @@ def main() -> None:
 
 
 def _end_without_threads(status: int) -> None:
-    """End the process with this status if a thread is left that nobody waits for: a load, or a step that hangs.
+    """End the process with this status if a thread is still running, such as a load or a step that hangs.
 
-    Python ends such threads when it ends itself, and one that is in torch by then aborts the process.
+    Python would end such threads itself, and a thread that is in torch at that moment aborts the process.
     """
     if any(thread.daemon for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):

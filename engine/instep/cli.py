@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _EngineCommands(PlainCommands):
-    """Commands whose users' errors, and signals, end in a red sentence and an exit status, not in a traceback."""
+    """Commands that end with a red sentence and an exit status, not a traceback, after users' errors and signals."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         as_json = "--json" in (sys.argv if args is None else args)
@@ -122,7 +122,7 @@ def _given(
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is a `Given`, the options that it is made of."""
+    """Replace a command's first parameter, a `Given`, by the options that a `Given` is made from."""
     shared = inspect.signature(_given, eval_str=True).parameters
 
     def run(**values: Any) -> None:
@@ -343,7 +343,7 @@ def _fail(sentence: str, *, as_json: bool) -> None:
 
 @contextmanager
 def _logged(log: LogConfig | None) -> Iterator[None]:
-    """Write why the block fails into the log, too, where that is a file, or JSON instead of words."""
+    """If the block fails, write the reason also into a log that is a file or JSON."""
     try:
         yield
     except _users_errors() as error:
@@ -357,7 +357,7 @@ def _logged(log: LogConfig | None) -> Iterator[None]:
 
 
 def _users_errors() -> tuple[type[Exception], ...]:
-    """Errors that are a sentence for the user; imported only once something was raised."""
+    """The exceptions whose message is for the user; imported only once something was raised."""
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGHUP end a command at once, or once it has cleaned up; a second one always at once.
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP end a command after it has cleaned up; a second signal ends it at once.
 
 This is imported before anything else, so it imports next to nothing.
 """
@@ -25,10 +25,10 @@ class Stopped(SystemExit):
 
 
 def end_at_once() -> None:
-    """From here on these signals end the process without a word, and with their exit status.
+    """Let these signals end the process silently, with their exit statuses.
 
-    Python's own handler raises wherever it meets the program, and packages in C report that at length; the system's
-    does nothing in the first process of a container.
+    Python's own handler raises wherever the program happens to be, and packages in C report that at length; the
+    system's handler does nothing in the first process of a container.
     """
     for number in ENDINGS:
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
@@ -36,13 +36,13 @@ def end_at_once() -> None:
 
 
 def raise_stopped() -> None:
-    """From here on the first signal raises `Stopped` where it would have ended the process: the command cleans up."""
+    """Let the first signal raise `Stopped` instead of ending the process, so that the command cleans up."""
     for number in _ours():
         signal.signal(number, _stop)
 
 
 def stop_no_more() -> None:
-    """From here on these signals do nothing: the work is done, and the exit status decided."""
+    """Ignore these signals: the work is done, and the exit status is decided."""
     for number in _ours():
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The commands `instep model`, as typed: import, check and show a model folder, and compare one on live streams."""
+"""The commands `instep model`: import, check and show a model folder, and compare one on live streams."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _named(place: str, text: str) -> tuple[str, str]:
 
 
 def _assigned(option: str, texts: Sequence[str], parse: Callable[[str], Value]) -> dict[str, Value]:
-    """What was typed as `NAME=VALUE`, by name."""
+    """Parse options of the form `NAME=VALUE` into a dict."""
     found = {}
     for text in texts:
         name, _, value = text.rpartition("=")

@@ -1,4 +1,4 @@
-"""The configuration: sections and defaults, and how files, environment and flags are laid over them."""
+"""The configuration: sections and defaults, overridden by files, environment and flags."""
 
 from instep.config.loading import ConfigError, explain_config, load_config, unknown_variables
 from instep.config.sections import (

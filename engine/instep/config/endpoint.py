@@ -1,4 +1,4 @@
-"""Endpoints: which are accepted, and which cannot be reached from another machine."""
+"""Endpoints: which are accepted, and which only this machine can reach."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MAX_IPC_PATH_BYTES: Final = 107  # sockaddr_un
 
 
 def checked_endpoint(endpoint: str) -> str:
-    """The endpoint, when a socket can be bound to it: `tcp://HOST:PORT` or `ipc://PATH`.
+    """Return a valid endpoint, `tcp://HOST:PORT` or `ipc://PATH`.
 
-    Port 0 becomes `*`: both stand for any free port.
+    Port 0 becomes `*`, ZeroMQ's sign for any free port.
 
     Raises:
-        ValueError: saying what it should look like.
+        ValueError: with the expected form.
     """
     path = endpoint.removeprefix("ipc://")
     if path != endpoint:
@@ -45,7 +45,7 @@ def is_loopback(endpoint: str) -> bool:
 
 
 def checked_http_endpoint(endpoint: object) -> object:
-    """The endpoint of the admin server, `HOST:PORT`; None where it is `off`, which YAML reads as False.
+    """Return the admin server's endpoint, `HOST:PORT`, or None for `off`, which YAML reads as False.
 
     Raises:
         ValueError: saying what it should look like.
@@ -62,7 +62,7 @@ def checked_http_endpoint(endpoint: object) -> object:
 
 
 def host_and_port(endpoint: str) -> tuple[str, int]:
-    """Of a checked endpoint of the admin server; an IPv6 address without its brackets."""
+    """Split an admin server's endpoint; an IPv6 address loses its brackets."""
     host, _, port = endpoint.rpartition(":")
     return host.strip("[]"), int(port)
 

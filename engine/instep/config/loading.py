@@ -1,4 +1,4 @@
-"""From a file, the environment and flags to one checked configuration: flag > environment > file > default."""
+"""Builds one checked configuration: a flag overrides the environment, that the file, and that the default."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ConfigError(Exception):
     """The configuration cannot be used.
 
     Attributes:
-        problems: everything that is wrong with it, a sentence each.
-        log: its section of that name; None where that is wrong, too.
+        problems: a sentence for each problem.
+        log: the section `log`, or None if that has problems too.
     """
 
     def __init__(self, problems: Iterable[str], log: LogConfig | None = None) -> None:
@@ -57,27 +57,27 @@ class _Settings(BaseSettings, Config):
 
 
 class _Environment(EnvSettingsSource):
-    """`INSTEP_<SECTION>__<KEY>`; other variables are not looked at, because `INSTEP_MODEL` is not the section."""
+    """Reads `INSTEP_<SECTION>__<KEY>` only, because `INSTEP_MODEL` is not the section `model`."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
         return {name: text for name, text in super()._load_env_vars().items() if "__" in name}
 
 
 def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None) -> Config:
-    """The configuration from a YAML file, the environment and flags, strongest last.
+    """Load the configuration from a YAML file, the environment and flags; later ones override earlier ones.
 
     Args:
         file: a YAML file; relative paths in it are relative to its folder.
         flags: text by `section.key`.
 
     Raises:
-        ConfigError: holding every problem.
+        ConfigError: with every problem.
     """
     return explain_config(file, flags)[0]
 
 
 def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = None) -> tuple[Config, dict[str, str]]:
-    """As `load_config`, and for every `section.key` where its value came from.
+    """Load as `load_config` does, and return the source of each value by `section.key`.
 
     Raises:
         ConfigError: holding every problem.
@@ -109,7 +109,7 @@ def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = N
 
 
 def unknown_variables() -> list[str]:
-    """Sentences about variables of the environment that look like settings and are none."""
+    """Return a sentence for each environment variable that looks like a setting but is not one."""
     known = [_variable(path) for path in KEYS]
     return [
         f"{name} is not a setting, and was ignored; {_did_you_mean(name, known)}"
@@ -164,7 +164,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _placed(value: Any, base: Path) -> Any:
-    """A path, several or none, from text; where it cannot be read why, which no key takes for a value."""
+    """Read a path, several or none from text; an error becomes a value that every key refuses."""
     try:
         return _absolute(value, base)
     except Exception as error:  # of PyYAML, as for a file, and of paths
@@ -172,7 +172,6 @@ def _placed(value: Any, base: Path) -> Any:
 
 
 def _absolute(value: Any, base: Path) -> Any:
-    """With all paths absolute. A slash at the end stays."""
     if isinstance(value, str):
         if value[:1] in ("[", "{"):
             value = _Loader(value).get_single_data()

@@ -1,6 +1,6 @@
 """The sections and keys of the configuration, with their types, bounds and defaults.
 
-`configs/default.yaml` says what each key means; a test keeps the two in step.
+`configs/default.yaml` explains each key; a test compares the two.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
-"""A timer of libzmq: never off, and within its 16-bit deciseconds."""
+"""A timer of libzmq: above 0, and within its 16-bit deciseconds."""
 NO_RECORDING: Final = (
     "it needs a recording, and nothing is recorded: name a recording.file (--record FILE), or leave it out"
 )
 _LAST_CUDA_DEVICE: Final = 127
-"""PyTorch keeps the index in a signed byte, and takes a larger one for another device: cuda:256 is cuda:0 there."""
+"""PyTorch keeps the index in a signed byte, so that cuda:256 would be cuda:0."""
 
 
 def _checked_device(device: str) -> str:
@@ -73,14 +73,14 @@ def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
 
 
 def _new_or_existing(place: object) -> object:
-    """A slash at the end asks for a folder of recordings; without that folder a file of its name would be written."""
+    """Refuse a path with a trailing slash if that folder does not exist: a file of its name would be written."""
     if isinstance(place, str) and place.endswith("/") and not os.path.isdir(place):
         raise ValueError(f"there is no folder {place}: make it, or leave out the slash to record into a file")
     return place
 
 
 def _agree(contradictions: Iterable[str]) -> None:
-    """Raise a ValueError with every one of these, a line each, if there are any: `section.key: why`."""
+    """Raise a ValueError if there are any problems, with a line `section.key: why` for each."""
     if lines := list(contradictions):
         raise ValueError("\n".join(lines))
 
@@ -100,11 +100,11 @@ class Section(BaseModel):
 
 
 class StreamPolicy(NamedTuple):
-    """What becomes of the open streams of a model that gets another version: `keep`, `move` or `replay:N`."""
+    """The fate of a model's open streams when its version changes: `keep`, `move` or `replay:N`."""
 
     word: Literal["keep", "move", "replay"]
     frames: int = 0
-    """With replay, how many of its newest frames each stream is replayed from."""
+    """With `replay`, the count of newest frames that are replayed for each stream."""
 
     @classmethod
     def parse(cls, text: str) -> StreamPolicy:
@@ -137,7 +137,7 @@ class ModelConfig(Section):
 
     @property
     def folders(self) -> list[tuple[str | None, Path]]:
-        """The folder of each model, with a name where the model is not to have its own."""
+        """The folder of each model, and the name that replaces the one in its model.yaml, if any."""
         if self.folder is None:
             return []
         if isinstance(self.folder, Path):

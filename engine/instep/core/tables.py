@@ -226,7 +226,6 @@ def make_tables(
 
 
 def _free_list(count: int) -> I32:
-    """Return a linked list of all entries."""
     entries = np.arange(1, count + 1, dtype=np.int32)
     entries[-1] = NOTHING
     return entries

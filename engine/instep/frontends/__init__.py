@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class CannotListen(Exception):
-    """A front end cannot be opened for connections; the message says why, or what to do."""
+    """A front end cannot listen; the message gives the reason or the cure."""
 
 
 class Frontend(Protocol):
@@ -28,33 +28,33 @@ class Frontend(Protocol):
 
     @property
     def is_readable(self) -> bool:
-        """Whether something has arrived; where nothing has, the next arrival is signalled."""
+        """Whether something has arrived; if not, the next arrival is signalled."""
 
     def receive(self, budget_ns: int) -> bool:
-        """Take what has arrived, for about that long; whether there was anything.
+        """Take messages for about `budget_ns`; return whether there were any.
 
         Frames are submitted to the engine of their model. A request that changes streams is started as a task, and
-        nothing more is taken in this turn; the loop receives again when the request has begun. So what came before it
-        is admitted before it, and what came after it is taken after it.
+        nothing more is taken in this turn; the loop receives again when the request has begun. So earlier messages are
+        admitted before the request, and later ones are taken after it.
         """
 
     def tick(self, now_ns: int) -> None:
-        """Do what is due now and then, as finding producers that have died."""
+        """Do periodic work, such as finding producers that have died."""
 
     def added(self, served: Served) -> None:
-        """Another model is served, or a version of one under its name."""
+        """Begin to serve a model, or another version under a model's name."""
 
     def removed(self, served: Served, reason: str) -> None:
-        """A model is served no longer: tell its connections why, and end them."""
+        """Stop serving a model: notify its connections with the reason, and end them."""
 
     def moved(self, former: Served, served: Served) -> None:
-        """The streams of a model, and so its connections, belong to another version now."""
+        """Hand the connections of a model, whose streams have moved, to another version."""
 
     def drain(self, *, asks: bool) -> bool:
-        """Whether everything that was delivered has been read, as far as that is known; `asks` producers about it."""
+        """Whether everything that was delivered has been read, as far as known; with `asks`, ask the producers."""
 
     def say_goodbye(self, reason: str) -> None:
         """Tell all producers that the server ends."""
 
     def close(self) -> None:
-        """Let go of the transport."""
+        """Close the transport."""

@@ -1,4 +1,4 @@
-"""The models of a server, as connections of any kind see them."""
+"""The models of a server, as connections see them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Served:
 
     service: ModelService
     info: ServerInfo
-    """What clients are told of it."""
+    """The contents of WELCOME."""
 
     def keep_as(self, name: str) -> None:
-        """Be another name's from now on, for the connections and streams there are: another version has replaced it."""
+        """Take another name, because another version has replaced this one; connections and streams stay."""
         self.service.name, self.service.is_former = name, True
         self.info = replace(self.info, model=name)
 
@@ -40,7 +40,7 @@ class Served:
 
 
 class Models:
-    """All of them; the first one is for connections that name none."""
+    """The models by name; the first one is the default."""
 
     def __init__(self) -> None:
         self._models: dict[str, Served] = {}
@@ -50,7 +50,7 @@ class Models:
 
     @property
     def default(self) -> Served:
-        """The model of connections that name none."""
+        """The model for connections that name none."""
         return next(iter(self._models.values()))
 
     def find(self, name: str) -> Served:
@@ -66,11 +66,11 @@ class Models:
         return self._models[name]
 
     def add(self, served: Served) -> None:
-        """Serve a model by its name, also in the place of the one that has it."""
+        """Add a model, replacing one of the same name."""
         self._models[served.service.name] = served
 
     def remove(self, served: Served) -> None:
-        """Serve a model no longer."""
+        """Remove a model."""
         del self._models[served.service.name]
 
     def reorder(self, names: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ class RunResult:
 
     began_ns: int
     ended_ns: int
-    """Both of the monotonic clock."""
+    """`began_ns` and `ended_ns` are of the monotonic clock."""
     steps: int
     """Count of steps that were applied, from the first on."""
     error: Exception | None
@@ -59,7 +59,7 @@ class StepExecutor(Protocol):
 
     @property
     def signal_fd(self) -> int | None:
-        """Becomes readable when a run has ended that did not end within `begin`; None where all do."""
+        """Becomes readable when a run has ended after `begin`; None if all runs end within `begin`."""
 
     @property
     def has_ended(self) -> bool:
@@ -72,25 +72,25 @@ class StepExecutor(Protocol):
             slots: streams, int64 [B].
             rows: their frames, int64 [steps, B].
             expected_ns: about how long the steps take; 0 for unknown.
-            loop_ns: about how long the loop is busy with the messages of these frames, at least.
+            loop_ns: about how long the loop is busy at least with the messages of these frames.
         """
 
     def ended(self) -> list[RunResult]:
         """The runs that have ended since the last call, in order.
 
         Raises:
-            ExecutorDied: it has.
+            ExecutorDied: if the executor has died.
         """
 
     def take_signal(self) -> None:
-        """`signal_fd` is readable: take the signal, so that it waits for the next one.
+        """Consume the signal after `signal_fd` became readable.
 
         Raises:
             ExecutorDied: it has.
         """
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Let it finish what has begun, then end it; after the timeout it is abandoned or killed. May come twice."""
+        """Finish the runs that have begun, then end, killed after the timeout. May be called twice."""
 
 
 def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
@@ -190,16 +190,16 @@ GROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def usable_cores(membership: Path = MEMBERSHIP, groups: Path = GROUPS) -> int:
-    """Cores that this process may run on, and has the time of: its affinity, and its share where groups are limited.
+    """The number of cores that this process may use, by its affinity and the CPU quota of its control groups.
 
-    A share is that of a control group of version 2, as containers and systemd set it, rounded down; 1 at least.
+    The quota is that of version 2, as containers and systemd set it, rounded down and at least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *_shares(membership, groups)]))
 
 
 def _shares(membership: Path, groups: Path) -> list[int]:
-    """Limits in whole cores of this process's group and of those around it."""
+    """Yield the limits in cores of this process's control group and its ancestors."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

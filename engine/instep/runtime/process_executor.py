@@ -1,10 +1,10 @@
 # ruff: noqa: D102 - see `StepExecutor`
 """Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
 
-The process is forked, so it has the network just as the server has it; states and frame buffer are shared memory. The
-two talk through pipes with a few bytes a run: the number of a place in shared memory that holds the batch, and the
-outcome. Closing the pipe ends the process after the run that is under way; on Linux the kernel kills it as soon as the
-server is gone, even in the middle of a step.
+The process is forked, so it has the server's network; states and frame buffer are shared memory. Each run takes a few
+bytes through pipes: the number of a place in shared memory with the batch, and the outcome. Closing the pipe ends the
+process after the run that is under way; on Linux the kernel kills it as soon as the server is gone, even in the middle
+of a step.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ _ENOUGH_LONG_WAITS: Final = 8
 _PR_SET_PDEATHSIG: Final = 1
 _SHORT_NS: Final = 300_000
 """Runs shorter than this execute inline in the event loop when the process is idle, and so do runs that take less time
-than the loop needs for their messages. This leaves a core to the clients, and saves the way to the process and back."""
+than the loop needs for their messages. This leaves a core to the clients, and saves a round trip to the process."""
 
 
 class StepFailed(Exception):
-    """A step raised something; the message is its name and words. No state has changed."""
+    """A step raised an exception, whose name and text are the message. No state has changed."""
 
 
 class ProcessExecutor:
     """A forked process that steps one run after another.
 
     Args:
-        step: steps a batch; everything it changes that the server reads is shared memory.
+        step: steps a batch; everything that it changes for the server is in shared memory.
         max_batch_size: the largest batch.
         busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
 
@@ -76,7 +76,7 @@ class ProcessExecutor:
         """Runs that the process has."""
         self._results: list[RunResult] = []
         self._status: int | None = None
-        """With which the process has ended, once that was noticed."""
+        """The exit status of the process, once its end was noticed."""
         commands, self._commands = os.pipe()
         self.signal_fd, outcomes = os.pipe()
         server = os.getpid()
@@ -118,7 +118,7 @@ class ProcessExecutor:
         return results
 
     def take_signal(self) -> None:
-        """See `StepExecutor`; an idle process says nothing, but its end makes the pipe readable."""
+        """See `StepExecutor`; the end of an idle process also makes the pipe readable."""
         try:
             outcomes = os.read(self.signal_fd, _PLACES * _OUTCOME.size)
         except BlockingIOError:
@@ -208,7 +208,7 @@ def _has_ended(pid: int, *, wait: bool) -> bool:
 
 
 class _Commands:
-    """Runs as they come; polls for the next one for a while, unless the last ones all came much later than that."""
+    """Reads runs from the pipe; polls for the next one for a while, unless the last ones all came much later."""
 
     def __init__(self, fd: int, busy_poll_ns: int) -> None:
         self._fd = fd
@@ -220,7 +220,7 @@ class _Commands:
         os.set_blocking(fd, False)
 
     def read(self) -> bytes:
-        """Runs as `_COMMAND`, at least one; nothing when there will be none."""
+        """Return at least one run as `_COMMAND`, or nothing after the pipe was closed."""
         began_ns = time.monotonic_ns()
         until_ns = began_ns + (self._busy_poll_ns if self._long_waits < _ENOUGH_LONG_WAITS else 0)
         while True:
@@ -238,7 +238,7 @@ class _Commands:
 
 
 def _die_with(server: int) -> None:
-    """Have the kernel kill this process when the thread that forked it ends: the one of the server's loop."""
+    """Have the kernel kill this process when the thread of the server's loop, which forked it, ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:  # it was killed before the kernel knew
@@ -246,7 +246,7 @@ def _die_with(server: int) -> None:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Close every other file: sockets and files that the server closes would stay open here otherwise."""
+    """Close every other file, or sockets and files that the server closes would stay open here."""
     bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
     for last_kept, next_kept in pairwise(bounds):
         if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
@@ -254,7 +254,7 @@ def _close_all_but(*kept: int) -> None:
 
 
 def shared_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """Zeros that processes forked later read and write, too. Pages that nobody touches take no memory.
+    """Zeros in memory that processes forked later share. Untouched pages take no memory.
 
     Raises:
         MemoryError: when there is no room for it.

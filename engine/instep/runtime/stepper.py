@@ -24,7 +24,7 @@ from instep.runtime.executor import StateLost
 _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Batch sizes for which a graph is captured on a GPU."""
 _WARM_UPS: Final = 3
-"""Runs before the capture: libraries allocate and choose kernels in them. As many as in torch's own example."""
+"""Runs before the capture, in which libraries allocate and choose kernels; the count of torch's own example."""
 
 
 class StateStore:
@@ -199,11 +199,11 @@ class _OnGpu:
 
 
 class _GraphBatch:
-    """Room for one batch of one size, padding included, used again for the next one.
+    """Buffers for one batch of one size, padding included, reused for the next batch.
 
     Copies to the device, gather, step, scatter and copies back are one launch; the host waits once, for the outputs.
 
-    `pool` is memory that graphs of other sizes use, too (`torch.cuda.graph_pool_handle`).
+    `pool` is memory shared with graphs of other sizes (`torch.cuda.graph_pool_handle`).
     """
 
     def __init__(self, model: TorchNetwork, store: StateStore, size: int, pool: Any) -> None:
@@ -244,7 +244,7 @@ class _GraphBatch:
             The outputs, float32 [B, outputs], until the next call.
 
         Raises:
-            StateLost: when anything went wrong: what a graph had done by then is not known.
+            StateLost: after any error, because the progress of a graph is unknown.
         """
         count = len(slots)
         self._slots_given[:count], self._slots_given[count:] = slots, SCRATCH_SLOT

@@ -21,7 +21,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Threshold:
-    """Leaves out lines below a level (`LogConfig.level`), which may change while the server runs."""
+    """Drops lines below a level, which may change while the server runs."""
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -34,7 +34,7 @@ class Threshold:
 
 
 def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog.stdlib.BoundLogger:
-    """A logger of its own; nothing global is changed. A threshold decides on lines instead of the level in `config`.
+    """Make a logger without changing global state. A `threshold` replaces the level in `config`.
 
     Raises:
         OSError: when the file cannot be written.
@@ -61,7 +61,7 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
 
 
 class _StandardError:
-    """Writes lines, or loses them: a full disk, a pipe that broke or a terminal that has closed end no server."""
+    """Writes lines, and drops them after an error, such as a full disk, a broken pipe or a closed terminal."""
 
     def msg(self, line: str) -> None:
         try:
@@ -75,7 +75,7 @@ class _StandardError:
 
 
 class _LogFile:
-    """Appends lines to a file, or loses them. It opens the file for each line, so it may be moved away at any time."""
+    """Appends lines to a file, which it opens for each line, and drops them after an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,7 +1,7 @@
 """`instep serve --restart`: a process that starts the server again when a signal kills it.
 
-The supervisor loads and compiles the model, forks the server, and waits. It has no thread and no socket, so there is
-little in it that can die, and the next server is a fork of it that need not load anything again.
+The supervisor loads and compiles the model, forks the server, and waits. It has no thread and no socket, so that little
+in it can fail, and the next server is a fork that has everything loaded.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _become_server(supervisor: int) -> None:
 
 
 def _wait(child: int, heard: set[signal.Signals]) -> tuple[int, bool]:
-    """Pass signals on until the child has ended: its wait status, and whether it was told to end."""
+    """Pass signals on until the child has ended; return its wait status, and whether it was asked to end."""
     was_told_to_end = False
     while True:
         number = signal.sigwait({*heard, signal.SIGCHLD})

@@ -31,12 +31,12 @@ class Delivery:
         self._arrived_ns: I64 = tables.messages["arrived_ns"]
 
     def keep_repeated(self, numbers: I32) -> None:
-        """Copy the outputs that these pending messages, int32 [N], only repeat: their rows may be taken until then."""
+        """Copy the outputs that these pending messages, int32 [N], only repeat: later frames may take their rows."""
         for number in numbers.tolist():
             self._repeated[number] = repeated_outputs(self._packed, number)
 
     def deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
-        """Answer complete messages, whose last frames were stepped between those times; 0 where none were."""
+        """Answer complete messages. The times are those of the step of their last frames, 0 if nothing was stepped."""
         queue_us = self._stats.queue_us
         while len(numbers):
             groups, taken = assemble(self._packed, numbers, began_ns, self._max_frames, MAX_REPLY_MESSAGES, queue_us)

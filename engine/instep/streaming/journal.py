@@ -1,7 +1,7 @@
-"""The journal: what the engine hands to the recorder, and when it is durable.
+"""The journal hands records to the recorder and knows when they are durable.
 
-Everything recorded has a log sequence number (`lsn`), and these rise. Where replies wait, each waits for the lsn of
-everything that it rests on: no client is told of an output, a state, a stream or its end that a crash could undo.
+Everything recorded has a rising log sequence number (`lsn`). With `commit` and `fsync` a reply waits for the lsn of
+everything that it rests on, so a crash cannot undo an output, a state, a stream or its end that a client knows of.
 (Refusals of frames and messages do not wait, those of a resume do.)
 """
 
@@ -39,9 +39,9 @@ _MANY: Final = 2**31
 
 
 class Journal:
-    """Turns slots and rows into what a recording holds; without a recorder, everything is durable at once.
+    """Turns slots and rows into records; without a recorder, everything is durable at once.
 
-    A recorder that has failed takes nothing more. Everything that waits for it waits until the server ends, soon after.
+    A recorder that has failed takes nothing more, and waiting requests wait until the server ends soon after.
 
     `wake` lets the loop take a turn; it is called on the loop's thread when more is durable.
     """
@@ -53,7 +53,7 @@ class Journal:
         self.last_inputs = 0
         """The lsn of the newest batch of inputs, or of the newest row that the recording held at the start."""
         self.released = NEVER - 1
-        """Replies that rest on nothing newer may go."""
+        """Replies that rest on nothing newer than this lsn may be sent."""
         self.computed_ns = 0
         """Duration of the steps since the last checkpoint."""
         self._tables = tables
@@ -66,11 +66,11 @@ class Journal:
         self._through = 0
         """The lsn up to which the states of the checkpoint under way contain every batch; 0 where there is none."""
         self._durable = Waiters()
-        """Requests that wait for the recorder."""
+        """Requests that wait for durability."""
         self._committing = Waiters()
-        """Everything else that does."""
+        """Other waiters, which wait for a commit."""
         self._releases = 0
-        """Releases that come behind coroutines that waited."""
+        """Releases that follow after the coroutines that waited."""
 
     def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool, replayed_ns: int = 0) -> None:
         """Record from now on.
@@ -78,7 +78,7 @@ class Journal:
         Args:
             recorder: takes everything.
             last_stream: the highest number of a stream in the recording.
-            last_row: the newest position of the recording; the streams are as of it.
+            last_row: the newest position of the recording, which the streams correspond to.
             waits: whether replies wait until what they rest on is durable.
             replayed_ns: how long it took to step the frames that are in no checkpoint yet: the next restart would have
                 to step them once more.
@@ -110,16 +110,16 @@ class Journal:
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether the recorder needs one, so that it can trim the history before it later."""
+        """Whether the recorder needs a checkpoint, before which it can later trim history."""
         return self._recorder is not None and self._recorder.wants_checkpoint
 
     @property
     def is_quiet(self) -> bool:
-        """Whether no request waits for the recorder, and none has yet to answer after it waited."""
+        """Whether no request waits for the recorder or has yet to answer after waiting."""
         return not self._durable
 
     def advance(self, lsn: int) -> None:
-        """Everything up to this lsn is committed; called on the loop's thread."""
+        """Record that everything up to this lsn is committed; called on the loop's thread."""
         self._committed = lsn
         if not (self._committing or self._durable or self._releases):
             self._release(lsn)
@@ -146,7 +146,7 @@ class Journal:
             await self._durable.until(lambda: lsn <= self._committed)
 
     async def committed(self, lsn: int) -> None:
-        """Return once the recording holds the record of this lsn, whether replies wait or not."""
+        """Return once the record of this lsn is committed, whatever the durability."""
         self._hurry(lsn)
         await self._committing.until(lambda: lsn <= self._committed)
 
@@ -157,7 +157,7 @@ class Journal:
     # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def inputs(self, slots: I64, rows: I64) -> list[int]:
-        """A run is about to begin, of slots int64 [B] and rows int64 [steps, B]; the lsn of each step."""
+        """Record the inputs of a run, slots int64 [B] and rows int64 [steps, B]; return the lsn of each step."""
         if self._recorder is None:
             return [0] * len(rows)
         self.dirty.mark_dirty(slots)  # now: a checkpoint taken during the run says that it contains the run
@@ -175,7 +175,7 @@ class Journal:
         return self._put(lambda writer: writer.add_inputs(time_ns, streams, seqs, x), batches=1, is_awaited=self._waits)
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
-        """The batch of that lsn was computed. Replies rest on its inputs, so nothing waits for this record."""
+        """Record the outputs of the batch of that lsn. Replies rest on its inputs, so nothing waits for this record."""
         if self._recorder is None:
             return
         self.computed_ns += computed_ns
@@ -183,26 +183,26 @@ class Journal:
         self._put(lambda writer: writer.add_outputs(time_ns, lsn, y), is_awaited=False)
 
     def failed(self, lsn: int, detail: str) -> int:
-        """The step of that lsn failed: none of its frames was applied."""
+        """Record that the step of that lsn failed and none of its frames was applied."""
         time_ns = time.time_ns()
         return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
 
     def begin_checkpoint(self) -> int:
-        """A checkpoint begins; the lsn up to which its states contain every batch."""
+        """Begin a checkpoint; return the lsn up to which its states contain every batch."""
         self._through = self.newest
         return self._through
 
     def end_checkpoint(self) -> None:
-        """It is complete, or has failed."""
+        """End the checkpoint under way, complete or failed."""
         self._through = 0
 
     def hibernated(self, slots: I64, rows: StateRows) -> int:
-        """Streams leave memory in these states; part of the checkpoint under way, or of the next one."""
+        """Record the states of streams that leave memory, as part of the checkpoint under way or of the next one."""
         self.dirty.mark_clean(slots)
         return self.states(self._through or self.newest, rows, is_last=False)
 
     def states(self, through: int, rows: StateRows, *, is_last: bool) -> int:
-        """Part of a checkpoint, whose states contain every batch up to the lsn `through`."""
+        """Record part of a checkpoint, whose states contain every batch up to the lsn `through`."""
         if is_last:
             self._through = 0
         time_ns = time.time_ns()
@@ -213,7 +213,7 @@ class Journal:
     # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def opened(self, slots: I64, names: Sequence[str], initial_states: U8 | None) -> int:
-        """Streams were opened under those names.
+        """Record streams that were opened.
 
         Args:
             slots: int64 [N].
@@ -230,10 +230,10 @@ class Journal:
     def moved(
         self, slots: I64, names: Sequence[str], now: StateRows, replayed_from: I64 | None, file: Path | None
     ) -> int:
-        """Streams have come from another version of the model, in these states; as `RowWriter.move_streams`.
+        """Record streams that have come from another version of the model; see `RowWriter.move_streams`.
 
-        `now` also has the frames whose outputs clients may lack: this recording has them nowhere else. `file` is the
-        recording of that version; None where nothing is recorded.
+        `now` also has the frames whose outputs clients may lack, because this recording does not have them otherwise.
+        `file` is the recording of that version; None where nothing is recorded.
         """
         table, count, time_ns = self._table, len(slots), time.time_ns()
         numbers, streams = table.recording_ids(slots), self._number(slots)
@@ -257,27 +257,27 @@ class Journal:
         return streams
 
     def resumed(self, slots: I64) -> int:
-        """Streams have new owners, and so new epochs."""
+        """Record new owners, and so new epochs, of streams."""
         table = self._table
         details = map(owner_detail, table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist())
         return self._events(slots, OWNER_EVENT, table.epoch[slots].astype(np.int64), details)
 
     def parked(self, slots: I64) -> int:
-        """The connection of these streams is gone."""
+        """Record that the connection of these streams is gone."""
         return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
 
     def reset(self, slots: I64, states: U8 | None) -> int:
-        """Streams with nothing pending were given other states [N, …], None for the model's initial ones."""
+        """Record new states [N, …] of streams without pending frames; None for the model's initial ones."""
         self.dirty.mark_dirty(slots)
         return self._events(slots, RESET_EVENT, self._table.step_seq[slots], repeat("", len(slots)), states)
 
     def closed(self, slots: I64, reason: str, final_states: U8, lost: Bool) -> int:
-        """Streams closed; final states [N, …], not recorded where `lost`."""
+        """Record closed streams with their final states [N, …], without a state where `lost`."""
         self.dirty.mark_clean(slots)
         return self.ended(self._table.recording_ids(slots), reason, self._table.next_seq[slots], final_states, lost)
 
     def ended(self, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
-        """As `closed`, of streams by their numbers, with the seqs that their next frames would have had."""
+        """As `closed`, for streams by their numbers, with the seqs that they expected next."""
         time_ns = time.time_ns()
         return self._put_rows(
             len(streams), lambda writer: writer.close_streams(time_ns, streams, reason, frames, final_states, lost)
@@ -295,7 +295,7 @@ class Journal:
     def _put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
     ) -> int:
-        """The lsn; 0 where nothing is recorded."""
+        """Put a record into the recorder's queue; return its lsn, 0 without a recording."""
         if self._recorder is None:
             return 0
         try:

@@ -1,4 +1,4 @@
-"""Open streams as people see them who look after a server: one by its name, or page by page."""
+"""Lists open streams for operators: one by its name, or page by page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instep.streaming.hibernation import Hibernation
 from instep_client.protocol.codes import Place
 
 SCANNED: Final = 4096
-"""Streams that one page looks at: no page keeps the loop for long, and one may show nothing and not be the last."""
+"""Streams examined for one page, so that no page holds up the loop. A page may be empty without being the last."""
 
 
 class StreamStatus(NamedTuple):

@@ -1,7 +1,7 @@
-"""The admin server: what streams and models do, over HTTP. It only reads.
+"""The admin server: shows streams and models over HTTP. It only reads.
 
-`admin` holds the socket and the connections, `security` decides who is answered, `app` has the paths, and each kind of
-answer is in a file of its own. `Subject` is all that it knows of the server.
+`admin` has the socket and the connections, `security` decides which requests are answered, `app` has the paths, and
+each kind of answer has a file of its own. `Subject` is the only interface to the server.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Subject(Protocol):
 
     @property
     def outdated(self) -> str:
-        """Why what runs is not what the configuration says; empty where it is."""
+        """The reason why the running models differ from the configuration; empty if they do not."""
 
     @property
     def services(self) -> list[ModelService]:
-        """The models now, the one for connections that name none first."""
+        """The current models, the default one first."""

@@ -1,4 +1,4 @@
-"""Server-sent events: the statistics every second, the log of streams as it grows, and a stream that is looked at.
+"""Server-sent events: the statistics every second, the log of streams as it grows, and one watched stream.
 
 All listeners get the same object of statistics. Only the listener's position in the log is stored. One that stops
 reading costs one socket buffer until its connection is closed.
@@ -22,7 +22,7 @@ from instep.streaming.tasks import Tasks
 MOST_LISTENERS: Final = 32
 _EVERY_S: Final = 0.25
 _TURNS: Final = 4
-"""Turns of the log for each one of the statistics."""
+"""The log is sent this many times as often as the statistics."""
 _AT_ONCE: Final = 64
 """Events of the log that are sent before the loop gets its turn."""
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -43,10 +43,10 @@ class Events:
         self._is_running = self._is_over = False
 
     def listen(self, request: Request) -> Response:
-        """Events from now on, or those since `Last-Event-ID`, too.
+        """Answer with events from now on, or since `Last-Event-ID`.
 
         Raises:
-            HttpError: when there is no such model, or nobody more may listen.
+            HttpError: if there is no such model, or too many listeners.
         """
         service = self._inspector.service(request.query_params.get("model", ""))
         if request.method == "HEAD":
@@ -61,19 +61,19 @@ class Events:
         return _Listener(self, self._tell(service.name, request.query_params.get("stream"), said))
 
     def close(self) -> None:
-        """Say goodbye to everybody."""
+        """Send `bye` to all listeners."""
         self._is_over = True
         self._wake()
 
     def joined(self) -> None:
-        """One more listens."""
+        """Count a new listener."""
         self._listeners += 1
         if not self._is_running:
             self._is_running = True
             self._tasks.start(self._run())
 
     def left(self) -> None:
-        """One listens no more."""
+        """Forget a listener."""
         self._listeners -= 1
 
     async def _run(self) -> None:
@@ -118,7 +118,7 @@ class Events:
 
 
 class _Listener(StreamingResponse):
-    """The answer to a listener, counted as long as it lasts."""
+    """The answer to a listener, which counts as open while it lasts."""
 
     def __init__(self, events: Events, body: AsyncIterator[bytes]) -> None:
         super().__init__(body, headers=_HEADERS, media_type=_TYPE)

@@ -1,4 +1,4 @@
-"""The metrics of a server in the text format of Prometheus: one table of all of them, and what is made of it."""
+"""The metrics of a server in the text format of Prometheus: one table of all metrics, and their exposition."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Scale:
     """The scale on which a histogram of `core.histogram` is shown; its entries have exactly these bounds."""
 
     bounds: Sequence[int]
-    """A bucket counts the values below one of these; each is where an entry begins."""
+    """Upper bounds of buckets; each is the beginning of an entry."""
     unit: int
     """The value that is shown as 1."""
     is_less_one: bool = False
-    """Whether the values were counted less one."""
+    """Whether the values were counted minus one."""
 
 
 DURATION: Final = Scale([10 * 2**doubling for doubling in range(18)], 1_000_000)
@@ -61,7 +61,8 @@ class Metric:
     """With the prefix and the unit of Prometheus."""
     help: str
     source: str | Source
-    """The name of a number or, of a histogram, of the attribute of `EngineStats`; or the values by labels."""
+    """The name of a number, or of the attribute of `EngineStats` for a histogram; or a function that gives values by
+    labels."""
     labels: tuple[str, ...]
     scale: Scale | None
     """Set for a histogram."""
@@ -74,7 +75,7 @@ class Metric:
         return "counter" if self.name.endswith("_total") else "gauge"
 
     def family(self, models: Sequence[ModelNumbers]) -> Family:
-        """Its samples of all models; one that does not have the number has no sample."""
+        """Return the samples of all models that have the number."""
         if self.scale is not None:
             histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
             for model in models:
@@ -94,7 +95,7 @@ class Metric:
 
 
 def _buckets(histogram: I64, scale: Scale) -> tuple[list[tuple[str, float]], float]:
-    """Upper bound and how many values are at most that, the last one for all; and the sum."""
+    """Return upper bounds with cumulative counts, the last one for all values, and the sum."""
     counted = np.cumsum(histogram[:ENTRIES])
     count = float(counted[-1])
     upto = [(str(bound / scale.unit), float(counted[entry_of(bound - 1)])) for bound in scale.bounds]
@@ -231,8 +232,6 @@ METRICS: Final = (
 
 
 class _One(Collector):
-    """One metric with its samples."""
-
     def __init__(self, family: Family) -> None:
         self._family = family
 
@@ -241,9 +240,9 @@ class _One(Collector):
 
 
 def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
-    """All metrics of these models now, as `CONTENT_TYPE` says, and those of the process, where /proc tells them.
+    """Yield the metrics of these models as `CONTENT_TYPE`, and those of the process if there is a /proc.
 
-    One metric at a time: all of them take milliseconds, in which the loop may have frames to answer.
+    They come one at a time, because all of them take milliseconds in which the loop may have frames to answer.
     """
     models = [ModelNumbers(service, service.numbers()) for service in services]
     for metric in METRICS:

@@ -17,7 +17,7 @@ _FRESH_S: Final = 0.2
 
 
 class ServerStatus:
-    """Builds the object of /api/stats, once for everybody who asks at the same time."""
+    """Builds the object of /api/stats, once for all requests of the same moment."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -27,7 +27,7 @@ class ServerStatus:
         self._stats = b""
 
     def problems(self) -> list[str]:
-        """Why the server does not take new streams and frames as it should; nothing where it is ready."""
+        """The reasons why the server is not ready; empty if it is."""
         problems = ["the server is shutting down"] if self._subject.is_draining else []
         for service in self._subject.services:
             if service.engine.journal.has_failed:
@@ -37,7 +37,7 @@ class ServerStatus:
         return problems
 
     def late(self) -> str:
-        """Which models are verified much later than they are served; empty where none is."""
+        """The names of models whose live verification is far behind."""
         found = [(service.name, service.verification) for service in self._subject.services]
         late = [f"{name!r}, {check.lag_s:.0f} s" for name, check in found if check is not None and check.is_late]
         return f"live verification is behind: {'; '.join(late)}" if late else ""

@@ -1,4 +1,4 @@
-"""Messages that peers send, checked field by field before anything of them is used. Pure: bytes in, values out."""
+"""Decodes peers' messages, and checks every field before any is used. Pure: bytes in, values out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AUTOMATIC_ID_BYTES: Final = 5
 
 
 def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
-    """HELLO: what the client calls itself, and the model, empty for the default; raises as `Decoder` does."""
+    """Read HELLO: the client's name, and the model's name, empty for the default; raises as `Decoder` does."""
     version, name, model = header.fields
     if version != wire.PROTOCOL_VERSION:
         raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
@@ -35,7 +35,7 @@ def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
 
 
 def text(field: Any, name: str) -> str:
-    """A header field that is text; raises as `Decoder` does."""
+    """Check that a header field is text; raises as `Decoder` does."""
     if type(field) is not str:
         raise MalformedMessage(f"{name} must be text")
     return field
@@ -51,7 +51,7 @@ class Decoder:
     max_message_bytes: int
 
     def step(self, origin: Origin, parts: list[bytes], arrived_ns: int) -> Frames:
-        """STEP: everything except the contents of columns and frames. Admission judges those."""
+        """Read STEP. The contents of columns and frames are left to admission."""
         request, timesteps, width, features, dtype = unpack_step(parts)
         header, x = parts
         if dtype != DTYPE_F32:
@@ -68,7 +68,7 @@ class Decoder:
         return Frames(origin, request, timesteps, width, columns, x, arrived_ns)
 
     def listing(self, header: Header, prefix: bytes) -> tuple[int, int, int, str]:
-        """LIST: cursor, the most streams, place and prefix."""
+        """Read LIST: cursor, the most streams, place and prefix."""
         cursor, most, place = header.fields
         wire.count_field(cursor, "the cursor", 2**62, at_least=0)
         wire.count_field(most, "the most streams", wire.MAX_BLOCK_STREAMS)
@@ -97,7 +97,7 @@ class Decoder:
         return handles
 
     def states(self, has_states: Any, frame: bytes, count: int) -> U8 | None:
-        """Rows of bytes [N, row_bytes], None where the header says that none follow."""
+        """Read states: uint8 [N, row_bytes], or None if the header says that none follow."""
         if not wire.count_field(has_states, "has_states", 1, at_least=0):
             if len(frame):
                 raise MalformedMessage("the header says that no states follow, the states frame is not empty")
@@ -119,7 +119,7 @@ class Decoder:
         return np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
 
     def first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
-        """int64 [N], None where the header says that none follow."""
+        """Read first seqs: int64 [N], or None if the header says that none follow."""
         if not wire.count_field(has_seqs, "has_seqs", 1, at_least=0):
             if len(frame):
                 raise MalformedMessage("the header says that no first seqs follow, their frame is not empty")

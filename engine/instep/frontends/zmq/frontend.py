@@ -26,16 +26,16 @@ from instep_client.protocol.wire import Code, Header, Kind
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
 _MOST_REQUESTS: Final = 512
-"""Requests on streams that may be under way, of all peers together. A peer may have as many as places are left to the
-others: 256 when it is the only one, a third each when there are two. So there is always a place for one more peer."""
+"""Requests on streams that may be under way, of all peers together. A peer may have no more requests than places are
+free: 256 for a single peer, about 170 each for two. So there is always a place for another peer."""
 _BUSY_RETRY_US: Final = 2000
 
 
 class ZmqFrontend:
     """The ROUTER socket's side of the engines.
 
-    A peer that was not heard of for `probe_after_ns` is asked whether it still exists. `wake` lets the loop take a
-    turn, because a send outside of one may have taken the signal of an arrival. The front end closes the router.
+    A peer that has been silent for `probe_after_ns` is sent a PING. `wake` lets the loop take a turn, because a send
+    outside of a turn may have consumed the signal of an arrival. The front end closes the router.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ZmqFrontend:
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, routing_id: bytes, parts: list[bytes], now_ns: int) -> bool:
-        """Take one message. Errors in it are answered with a message and never raised.
+        """Take one message; errors in it are answered and never raised.
 
         Returns:
             Whether a request on streams was begun, so that the loop has to take a turn before the next message.
@@ -223,9 +223,9 @@ class ZmqFrontend:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
-        """Refuse a message as a whole; of connections that belong to no model yet, the first one counts it.
+        """Refuse a message as a whole; the default model counts it if the connection belongs to no model yet.
 
-        An exception that no code expects is a bug in reading the message, which has changed nothing yet.
+        Any other exception is a bug in reading the message, and nothing has been applied yet.
         """
         refusal = error if isinstance(error, Refusal) else Refusal(Code.MALFORMED, str(error))
         if not isinstance(error, MalformedMessage | Refusal):

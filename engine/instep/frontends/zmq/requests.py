@@ -19,12 +19,12 @@ from instep_client.protocol import wire
 from instep_client.protocol.wire import Header, Kind, Message
 
 Answer: TypeAlias = Callable[[], Awaitable[tuple[I32, Message]]]
-"""Does what a request on N streams asks: why they were refused, int32 [N], 0 where they were not, and the reply."""
+"""Carries out a request on N streams; returns the codes of refusals, int32 [N], and the reply."""
 
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Each of them decodes its message at once, raising MalformedMessage or Refusal; the answer does what it asks."""
+    """Decodes requests, raising MalformedMessage or Refusal, and returns an `Answer` that carries each out."""
 
     served: Served
     decoder: Decoder

@@ -22,7 +22,7 @@ MOST_PARTS: Final = max(FRAME_COUNT.values())
 
 
 _SKIP_AT_ONCE: Final = 2000
-"""Parts that are thrown away before the other work of the loop gets its turn."""
+"""Parts of an overlong message that are discarded in one turn of the loop."""
 HIGH_WATER_MARK: Final = 1000
 """Messages that ZeroMQ queues for one connection in each direction."""
 
@@ -33,7 +33,7 @@ class Sent(Enum):
     HANDED_OVER = "handed over"
     """ZeroMQ has it; whether the peer ever reads it is not known."""
     FULL = "full"
-    """The peer's queue is at its high-water mark: it reads too slowly, or not at all."""
+    """The peer's queue is at its high-water mark."""
     GONE = "gone"
     """The peer's connection no longer exists."""
 
@@ -42,7 +42,7 @@ class Sender(Protocol):
     """Hands messages to connections."""
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
-        """Hand a message to ZeroMQ, or say why it could not be."""
+        """Hand a message to ZeroMQ, and return the outcome."""
 
 
 class Router:
@@ -87,21 +87,21 @@ class Router:
     def signal_fd(self) -> int:
         """Becomes readable when something has arrived.
 
-        It tells of each arrival once, and anything done with the socket may take the signal: after each `receive` and
-        `send`, `is_readable` has to be looked at again.
+        ZeroMQ signals each arrival once, and any call on the socket may consume the signal: check `is_readable` again
+        after each `receive` and `send`.
         """
         return self._socket.fileno()
 
     @property
     def is_readable(self) -> bool:
-        """Whether a message is there now; where none is, the next arrival will be signalled."""
+        """Whether a message has arrived; if not, the next arrival will be signalled."""
         return multipart.ready(self._socket)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
         """Messages that have arrived: the routing id and the parts of each.
 
-        A message with too many parts is cut off behind the first one too many; the rest is read in portions and thrown
-        away.
+        A message with too many parts is truncated after the first surplus part; the rest is read in portions and
+        discarded.
         """
         if self._is_skipping and not self._skip_rest():
             return
@@ -112,7 +112,7 @@ class Router:
                 return
 
     def _skip_rest(self) -> bool:
-        """Throw away a portion of a message with too many parts; whether all of it is gone."""
+        """Discard a portion of an overlong message; return whether all of it is gone."""
         self._is_skipping = not multipart.skip_parts(self._socket, _SKIP_AT_ONCE)
         return not self._is_skipping
 
@@ -135,7 +135,7 @@ class Router:
 
 
 def _refuse_path_in_use(endpoint: str) -> None:
-    """ZeroMQ takes the path of an `ipc://` endpoint from whichever process listens there, so ask it first."""
+    """Refuse an `ipc://` path on which a process listens: ZeroMQ would silently take it over."""
     scheme, _, path = endpoint.partition("://")
     if scheme != "ipc" or not Path(path).is_socket():
         return
