@@ -6,7 +6,6 @@ import torch
 
 from instep.models.handover.check import agreement, distance
 from instep.models.registry import build
-from tests.support.leaky import by_hand, leaky, registered
 from tests.support.models import with_head
 
 MODEL = with_head(5, 8, 3)
@@ -86,16 +85,3 @@ def test_distances() -> None:
     assert distance(x[:1], np.nextafter(x[:1], np.float32(5))) == 2.0**-23
     assert distance(x, np.nextafter(x, np.float32(5))) == most, "one of two is finite"
     assert distance(x[:1], np.array([np.nan], np.float32)) == most
-
-
-def test_a_kind_without_a_module_of_torch_and_a_reference_is_compared_too(rng: np.random.Generator) -> None:
-    with registered():
-        model = leaky(3)
-        x = rng.standard_normal((6, 2, 3)).astype(np.float32)
-        y = np.stack([by_hand(model, x[:, row])[0] for row in range(2)], axis=1)
-        found, other = (agreement(build(model, CPU), x, given) for given in (y, y + np.float32(1e-3)))
-    assert found is not None
-    assert found.agrees
-    assert found.error == 0
-    assert other is not None
-    assert not other.agrees

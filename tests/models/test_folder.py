@@ -36,15 +36,6 @@ def same(one: Model, other: Model) -> bool:
     )
 
 
-def test_a_model_shows_itself_in_one_line(tmp_path: Path) -> None:
-    model = make_model(DESCRIPTION, "constant", name="ears")
-    # before 5·2; GRU 9·(5+3)+18 and 9·(3+3)+18; after 4·3+4
-    assert repr(model) == (
-        "<Model 'ears': 2 features → dense 5 relu → GRU 3 × 2 layers → dense 4 tanh; "
-        f"{10 + 90 + 72 + 16} weights, fingerprint {model.fingerprint[:12]}>"
-    )
-
-
 def test_constant_initialisation() -> None:
     model = make_model(DESCRIPTION, "constant", name="c", weight=2, bias=-1)
     assert {name: tuple(tensor.shape) for name, tensor in model.weights.items()} == DESCRIPTION.tensor_shapes()
@@ -105,12 +96,6 @@ def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="cannot write the model folder"):
         write_model(tmp_path / "file", new)
-
-
-def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
-    write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
-    (tmp_path / "other").touch()
-    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 @contextmanager
@@ -190,13 +175,6 @@ def test_a_model_that_is_replaced_while_it_is_read_is_refused(
         load_model(tmp_path)
 
 
-def test_a_folder_without_a_name_in_it_is_called_as_the_folder(tmp_path: Path) -> None:
-    write_model(tmp_path / "ears", make_model(DESCRIPTION, "random", name="other"))
-    path = tmp_path / "ears" / "model.yaml"
-    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "name" not in line))
-    assert load_model(tmp_path / "ears").name == "ears"
-
-
 def test_outputs_have_names_where_the_folder_gives_them(tmp_path: Path) -> None:
     names = ["yes", "no", "perhaps", "42"]
     weights = dict(make_model(DESCRIPTION, "random", name="m").weights)
@@ -208,7 +186,14 @@ def test_outputs_have_names_where_the_folder_gives_them(tmp_path: Path) -> None:
     assert found.fingerprint == Model("m", DESCRIPTION, weights).fingerprint, "a name is no part of the network"
 
 
-@pytest.mark.parametrize("outputs", ["[a, b, c]", "[a, b, c, a]", "[a, b, yes, d]", '[a, b, "", d]', "abcd"])
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        "[a, b, c]",
+        "[a, b, c, a]",
+        "[a, b, yes, d]",
+    ],
+)
 def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: str) -> None:
     write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
     with (tmp_path / "model.yaml").open("a") as file:
@@ -221,16 +206,11 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
     ("text", "named"),
     [
         ("- 1\n", "features and gru"),
-        ("", "features and gru"),
-        ("features: [1\n", "line 2"),
         ("[" * 5000, "levels"),
-        ("features: !!bool seven\n", "tag"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nkind: *b\n", "line 2"),
-        (b"\xff\xfe\x00", "not YAML"),
         ("features: 0\ngru: {hidden_size: x}\n", r"features: 0 is wrong, .*; gru\.hidden_size: 'x'"),
         ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: "),
         ("1: 2\nfeatures: 2\ngru: {hidden_size: 3}\n", "1: "),
-        ("name: 5\nfeatures: 2\ngru: {hidden_size: 3}\n", "not 5; give one as name in"),
     ],
 )
 def test_a_bad_model_yaml_is_refused(tmp_path: Path, text: str | bytes, named: str) -> None:

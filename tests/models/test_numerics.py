@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instep.models.numerics import one_thread, prepare
+from instep.models.numerics import one_thread
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +24,6 @@ def test_one_thread_computes_and_as_many_as_before_do_afterwards() -> None:
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-
-
-def test_preparing_forbids_tf32() -> None:
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cuda.matmul.allow_tf32 = True
-    prepare()
-    assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 PRODUCT_IN_A_THREAD = """

@@ -15,9 +15,8 @@ from instep.models.folder import load_model, write_model
 from instep.models.network import PortableNetwork
 from instep.models.registry import build, parse_description
 from instep.recording.reader import RecordingReader
-from instep.runtime.stepper import Stepper
 from instep_client import AsyncClient
-from tests.support.leaky import SLOTS, by_hand, leaky, registered
+from tests.support.leaky import by_hand, leaky, registered
 from tests.support.running import CPU, running
 
 MODEL = leaky(3)
@@ -58,25 +57,6 @@ def test_without_a_module_of_torch_and_a_reference_the_definition_is_left() -> N
     np.testing.assert_array_equal(y[:, 0], expected)
     np.testing.assert_array_equal(after["level"][0], level)
     assert after["frames"].tolist() == [3 + 5, 3 + 3]
-
-
-def test_it_is_stepped_over_its_slots(rng: np.random.Generator) -> None:
-    steps = Stepper(build(MODEL, CPU), 8, 10, CPU)
-    steps.load(SLOTS, None)
-    given = SPEC.initial(1)
-    SPEC.unpack(given)["level"][:] = 7
-    steps.load(SLOTS[1:2], given)
-    x = rng.standard_normal((6, 3, 3)).astype(np.float32)
-    y = np.zeros((6, 3, 4), np.float32)
-    for frames, outputs in zip(x, y, strict=True):
-        steps.step(SLOTS, np.arange(3), frames, outputs)
-    found = SPEC.unpack(steps.read(SLOTS))
-    for stream in range(3):
-        level = np.full(3, 7, np.float32) if stream == 1 else None
-        expected, final, frames_count = by_hand(MODEL, x[:, stream], level)
-        np.testing.assert_array_equal(y[:, stream], expected)
-        np.testing.assert_array_equal(found["level"][stream], final)
-        assert found["frames"][stream] == frames_count
 
 
 def same(found: dict[str, F32], level: F32, frames: int) -> bool:

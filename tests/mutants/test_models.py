@@ -14,7 +14,7 @@ from instep.models.portable import compiler, definition, kernels, layers, machin
 from instep.models.portable.builder import Builder
 from instep.models.portable.form import View
 from instep.models.portable.lanes import F32, Lanes, Value
-from tests.models.portable import test_assembly, test_bits, test_compiler, test_digest
+from tests.models.portable import test_bits, test_compiler, test_digest
 from tests.models.portable.processors import x86
 from tests.support.broken_rules import BrokenRule, check_is_found
 
@@ -27,7 +27,6 @@ def _compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.routines()
     monkeypatch.setattr(machine, "CACHE_FOLDER", "")
     monkeypatch.setattr(test_bits, "network", test_bits.make_network)
-    monkeypatch.setattr(test_assembly, "texts", test_assembly.texts.__wrapped__)
 
 
 def terms_swapped(original: Any, shape: Any, strides: Any, first: int | None = None) -> Any:
@@ -89,7 +88,7 @@ RULES = (
         "products and sums are contracted",
         Lanes.binary,
         contracted,
-        [partial(test_assembly.test_products_and_sums_are_not_contracted, "haswell")],
+        [partial(test_digest.test_the_code_of_this_processor, test_digest.ROWS)],
     ),
     BrokenRule(
         "NaN stays as the processor made it",

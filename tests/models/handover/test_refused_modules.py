@@ -110,20 +110,6 @@ def test_graphs_and_quantised_modules_are_told_what_to_hand_over(tmp_path: Path)
     assert not (tmp_path / "m").exists()
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(4, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.gru(self.gru(x)[0])[0]
-
-
-def test_a_recurrent_module_runs_once(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="runs `gru` twice"):
-        save_model(tmp_path / "m", Twice())
-
-
 def test_layers_go_with_a_gru_and_not_with_a_whole_module(tmp_path: Path) -> None:
     net = Plain()
     with pytest.raises(ModelError, match="save_model\\(path, net\\)"):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-import instep.models
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.handover.save import save_model
 from instep.models.model import Model
-from instep.models.recurrent.description import DenseLayer, GruDescription, GruLayers
+from instep.models.recurrent.description import DenseLayer, GruDescription
 
 LINEAR = nn.Linear(4, 2)
 
@@ -85,38 +83,6 @@ def test_an_lstm_or_an_rnn_with_layer_norms(tmp_path: Path, module: nn.RNNBase, 
     assert not any(name.startswith("after") for name in saved.weights)
 
 
-def test_a_gru_alone_without_biases(tmp_path: Path) -> None:
-    save_model(tmp_path / "m", nn.GRU(3, 4, bias=False), name="no biases")
-    model = load_model(tmp_path / "m")
-    assert model.name == "no biases"
-    assert model.description == GruDescription(features=3, gru=GruLayers(hidden_size=4, bias=False))
-
-
-def test_training_on_does_not_change_what_was_saved(tmp_path: Path) -> None:
-    gru = nn.GRU(3, 4)
-    model = save_model(tmp_path / "m", gru)
-    before = model.weights["gru.weight_ih_l0"].clone()
-    with torch.no_grad():
-        gru.get_parameter("weight_ih_l0").add_(1)
-    assert torch.equal(model.weights["gru.weight_ih_l0"], before)
-    assert not model.weights["gru.weight_ih_l0"].requires_grad
-
-
-def test_a_model_that_is_there_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
-    old = save_model(str(tmp_path), nn.GRU(3, 4))
-    with pytest.raises(ModelError, match="holds a model already"):
-        save_model(tmp_path, nn.GRU(3, 5))
-    assert same(load_model(tmp_path), old)
-    assert same(save_model(tmp_path, nn.GRU(3, 5), overwrite=True), load_model(tmp_path))
-
-
-def test_the_two_for_users_are_in_the_package_and_take_text_as_a_folder(tmp_path: Path) -> None:
-    saved = instep.models.save_model(str(tmp_path / "m"), nn.GRU(3, 4))
-    assert same(instep.models.load_model(str(tmp_path / "m")), saved)
-    with pytest.raises(AttributeError, match=r"module 'instep\.models' has no attribute 'sav_model'"):
-        getattr(instep.models, "sav_model")  # noqa: B009 (a type checker refuses the other way)
-
-
 def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     broken = nn.GRU(3, 4, 2)
     with torch.no_grad():
@@ -140,10 +106,8 @@ def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pat
     [
         (nn.RNNCell(3, 4), "RNNCell has no recurrent module"),
         (nn.LSTM(3, 4, proj_size=2), "proj_size=0"),
-        (nn.Sequential(nn.Linear(3, 4)), "Sequential has no recurrent module"),
         (nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]), r"`0` \(GRU\), `1` \(LSTM\)"),
         (nn.GRU, "class"),
-        (5, "5 is not a network"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -189,9 +153,6 @@ def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
     ("layers", "named"),
     [
         (LINEAR, r"after\[0\] begins with one Linear"),
-        ("ab", r"after\[0\] begins with one str"),
-        ([(LINEAR, "none"), (LINEAR,)], r"after\[1\] begins with one Linear"),
-        ([("none", LINEAR)], r"after\[0\] begins with one str"),
         ([(nn.RMSNorm(4), "none")], r"after\[0\] begins with one RMSNorm"),
         ([(nn.LayerNorm((2, 4)), "none")], r"after\[0\] is a LayerNorm over \[2, 4\]"),
     ],
@@ -206,25 +167,11 @@ def test_layers_that_are_no_pairs_are_told_what_to_be(tmp_path: Path, layers: An
     ("activation", "name"),
     [
         *((name, name) for name in ("none", "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softmax")),
-        ("ReLU", "relu"),
         ("LeakyReLU", "leaky_relu"),
-        ("Softplus", "softplus"),
-        (nn.Identity(), "none"),
         (nn.ReLU(inplace=True), "relu"),
-        (nn.GELU(), "gelu"),
-        (nn.SiLU(), "silu"),
-        (nn.ELU(), "elu"),
-        (nn.LeakyReLU(), "leaky_relu"),
-        (nn.Softplus(), "softplus"),
         (nn.Softmax(dim=-1), "softmax"),
-        (torch.relu, "relu"),
-        (torch.sigmoid, "sigmoid"),
-        (torch.tanh, "tanh"),
-        (functional.gelu, "gelu"),
         (functional.softplus, "softplus"),
-        (partial(torch.softmax, dim=1), "softmax"),
         (lambda x: functional.leaky_relu(x, 0.01), "leaky_relu"),
-        (lambda x: x * torch.sigmoid(x), "silu"),
     ],
 )
 def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
@@ -240,7 +187,6 @@ def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
     [
         *("relyu", nn.ReLU, None, len, lambda x, y: x, lambda _: torch.zeros(3, 4)),
         *(nn.LeakyReLU(0.2), nn.GELU(approximate="tanh"), nn.ELU(alpha=0.5), nn.Softplus(beta=2), nn.Softmax(dim=0)),
-        *(nn.PReLU(), nn.ReLU6(), nn.Hardtanh(), nn.LogSoftmax(dim=-1), nn.Sequential(nn.ReLU(), nn.Tanh())),
         *(torch.square, torch.round, lambda x: x.clamp(-1e9, 1e9), lambda x: x * torch.tanh(x)),
     ],
 )
@@ -248,8 +194,3 @@ def test_an_activation_that_cannot_be_served_is_refused(tmp_path: Path, activati
     with pytest.raises(ModelError, match=r"the activation of after\[0\] is .*, which cannot be served"):
         save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, activation)])
     assert not (tmp_path / "m").exists()
-
-
-def test_a_name_that_is_misspelt_is_told_which_was_meant(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"did you mean relu\?"):
-        save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, "relyu")])

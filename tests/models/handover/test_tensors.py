@@ -99,13 +99,6 @@ def test_nothing_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
     assert found.description.in_words() == "16 features → GRU 10 × 2 layers → dense 7"
 
 
-def test_a_batch_norm_is_never_offered_to_be_left_out(tmp_path: Path) -> None:
-    norm = state_dict(gru=nn.GRU(3, 4), conv=nn.Conv1d(4, 4, 1), norm=nn.BatchNorm1d(4))
-    with pytest.raises(ModelError, match="hand over the module, save_model") as refused:
-        save_model(tmp_path / "m", norm)
-    assert "leave" not in str(refused.value)
-
-
 def state_dict(**modules: nn.Module) -> dict[str, torch.Tensor]:
     return nn.ModuleDict(modules).state_dict()
 
@@ -130,35 +123,18 @@ def test_lstms_rnns_and_layer_norms_are_found_by_their_tensors(tmp_path: Path) -
     ("weights", "layers", "named"),
     [
         (NET.state_dict(), {"after": [("haed", "none")]}, "no layer `haed`; did you mean `head`?"),
-        (NET.state_dict(), {"after": [("x", "none")]}, "no layer `x`; it has `encoder.0`, `gru`, `head`"),
         (NET.state_dict(), {"after": [("gru", "none")]}, "`gru` of .* GRU 16→10"),
-        (NET.state_dict(), {"after": ["head"]}, r'after=\[\("head", "none"\)\]'),
-        (
-            NET.state_dict(),
-            {"before": [("head", "none")], "after": [("encoder.0", "none")]},
-            "`gru` takes 16 values but `head` gives 7",
-        ),
         (state_dict(a=nn.GRU(3, 4), b=nn.GRU(4, 4)), {}, r'\(a, b\); leave_out=\["b"\]'),
-        (state_dict(a=nn.LSTM(3, 4, proj_size=2)), {}, "`a` is not a layer that can be served"),
-        (state_dict(a=nn.GRUCell(3, 4)), {}, "`a` is not a layer that can be served"),
         (state_dict(a=nn.RNN(3, 4)), {}, 'nonlinearity="tanh"'),
-        (state_dict(a=nn.LSTM(3, 4)), {"nonlinearity": "tanh"}, r"`a` of .* is an LSTM"),
         (state_dict(a=nn.Linear(3, 4)), {}, "no recurrent layers"),
         (state_dict(a=nn.GRU(3, 4, bidirectional=True)), {}, "a bidirectional GRU"),
         (state_dict(gru=nn.GRU(3, 4), norm=nn.RMSNorm(4)), {}, r"`norm` .*\(weight \[4\]\)"),
-        ({**NET.state_dict(), "h0": torch.zeros(2, 1, 10)}, LAYERS, r"`h0` .*\(h0 \[2, 1, 10\]\)"),
-        (
-            {"gru.weight_ih_l0": torch.zeros(12), "gru.weight_hh_l0": torch.zeros(())},
-            {},
-            r"`gru` .*\(weight_ih_l0 \[12\], weight",
-        ),
         ({"gru.weight_ih_l0": torch.zeros(12, 3), "step": 5}, {}, "`step`, a int"),
         (
             {name: tensor for name, tensor in state_dict(gru=nn.GRU(3, 4)).items() if "bias_hh" not in name},
             {},
             r"`gru` .*bias_hh_l0",
         ),
-        (state_dict(gru=nn.GRU(3, 4).half()), {}, "gru.weight_ih_l0 .* float16"),
     ],
 )
 def test_weights_that_cannot_be_served_are_named(

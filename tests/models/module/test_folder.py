@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.models.base import Leaf, StateSpec, state_in_words
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build, torch_network
@@ -48,46 +47,19 @@ CODE = "a=__import__('pathlib').Path('ran').touch(), b"
 X: Any = {"x": True}
 
 
-def nested(levels: int) -> Any:
-    """A list in a list in a list."""
-    value: Any = []
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-def multiplies_sizes(graph: dict[str, Any]) -> None:
-    """2^(2^40), so far as nothing ends it."""
-    for at in range(40):
-        of: Any = {"node": f"n{at - 1}"} if at else {"rows": True}
-        graph["nodes"].insert(at, {"name": f"n{at}", "op": "int.mul", "args": [of, of], "kwargs": {}})
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (call("os.system", "touch ran"), "'os.system'"),
         (call("builtins.eval", CODE), "'builtins.eval'"),
-        (call("aten.from_file.default", "ran", True, 4), "'aten.from_file.default'"),
         (call("aten.add.__init__", X, X), "'aten.add.__init__'"),
-        (call("aten.nonzero.default", X), "'aten.nonzero.default'"),
         (call("aten.add.out", X, X, out=X), "'aten.add.out'"),
-        (call("aten.fill_.Scalar", {"tensor": "head.bias"}, 2), "'aten.fill_.Scalar'"),
         (call("aten.add.Tensor", X, X, **{CODE: 1}), "with arguments that it does not have"),
         (call("int.add", 1, 2, **{CODE: 1}), "with arguments that it does not have"),
-        (call("aten.abs.default", {"node": "linear"}), "{'node': 'linear'}"),
-        (call("aten.abs.default", {"x": True, "state": "state"}), "which means nothing"),
         (lambda graph: graph["nodes"].append(graph["nodes"][0]), "two nodes called 'linear'"),
         (call("aten.reshape.default", X, [32, 5]), "an operator of the step fails"),
-        (call("int.mul", "text", 3), "arithmetic is for sizes only"),
-        (multiplies_sizes, "arithmetic is for sizes only"),
-        (call("aten.abs.default", nested(400)), "graph.nodes.0.args.0"),
-        (lambda graph: graph.update(nodes=[{"name": ""}] * 1000), "and 2,988 more"),
         (lambda graph: graph.update(y=X), r"\(2, 5\).* where the description says .*\(2, 4\)"),
-        (lambda graph: graph.update(version=2), "graph.version"),
         (lambda graph: graph.pop("tensors"), "graph.tensors"),
-        (lambda graph: graph.update(new_state={"h": X}), "the leaves state"),
-        (lambda graph: graph["tensors"][0].update(shape=[3]), r"\[33, 5\].*\[3\]"),
         (lambda graph: graph["tensors"][0].update(dtype="int64"), "float32.*int64"),
     ],
 )
@@ -102,22 +74,6 @@ def test_a_graph_that_is_refused(folder: Path, change: Change, named: str, monke
     with pytest.raises(ModelError, match=named):
         build(load_model(folder), CPU).reference(np.float64)
     assert not (folder / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("{", "graph.json is not JSON"),
-        ("[" * 100_000, "graph.json is not JSON"),
-        ("[]", "graph: "),
-        (" " * 2**23 + "[]", "graph.json has 8,388,610 bytes, and at most 8,388,608 can be served"),
-    ],
-    ids=["open", "nested", "list", "large"],
-)
-def test_a_file_that_is_no_graph(folder: Path, text: str, sentence: str) -> None:
-    (folder / "graph.json").write_text(text)
-    with pytest.raises(ModelError, match=sentence):
-        load_model(folder)
 
 
 def test_a_step_without_a_graph_is_served_and_has_no_module_of_torch(folder: Path, rng: np.random.Generator) -> None:
@@ -158,7 +114,6 @@ def sizes_of(form: dict[str, Any]) -> dict[str, int]:
             lambda form: form.update(arithmetic="portable-0"),
             "form: .*its arithmetic is 'portable-0' and not '",
         ),
-        (lambda form: form.pop("nodes"), "form: "),
         (lambda form: form.update(nodes=[{"op": "os.system"}]), "form: "),
         (
             lambda form: form.update(inputs=form["inputs"][:1]),
@@ -168,15 +123,11 @@ def sizes_of(form: dict[str, Any]) -> dict[str, int]:
             lambda form: form.update(inputs=[10**6]),
             "the normal form takes other frames or leaves; make the folder again",
         ),
-        (lambda form: form.update(outputs=[]), "the normal form takes other frames or leaves; make the folder again"),
-        (lambda form: form["buffers"][form["inputs"][0]].__setitem__(1, 6), "takes other frames or leaves"),
-        (lambda form: form["buffers"][sizes_of(form)["head.bias"]].__setitem__(1, 40), "normal form"),
         (
             lambda form: form["buffers"][sizes_of(form)["head.bias"]].__setitem__(2, "other"),
             "lacks .* asks for: tensor other",
         ),
         (lambda form: form["nodes"].pop(0), "normal form"),
-        (lambda form: form["nodes"].append(form["nodes"][0]), "normal form"),
         (lambda form: form["outputs"].reverse(), "a leaf of the new state is not like that of the state"),
     ],
 )
@@ -191,12 +142,10 @@ def test_a_normal_form_that_is_refused(folder: Path, change: Change, sentence: s
     ("text", "sentence"),
     [
         ("{", r"normal\.json is not JSON"),
-        ("[" * 100_000, r"normal\.json is not JSON"),
-        ("[]", "form: "),
         (" " * 2**23 + "[]", r"normal\.json has 8,388,610 bytes, and at most 8,388,608 can be served"),
         (None, r"cannot read the graph .*normal\.json"),
     ],
-    ids=["open", "nested", "list", "large", "missing"],
+    ids=["open", "large", "missing"],
 )
 def test_a_file_that_is_no_normal_form(folder: Path, text: str | None, sentence: str) -> None:
     (folder / "normal.json").unlink()
@@ -212,18 +161,6 @@ def test_a_folder_that_was_made_before_there_was_a_normal_form(folder: Path) -> 
     (folder / "model.yaml").write_text(yaml.safe_dump(description))
     with pytest.raises(ModelError, match=r"names no normal form.*: make the folder again with instep\.models"):
         load_model(folder)
-
-
-def test_the_fingerprint_counts_the_graph_and_the_normal_form(folder: Path) -> None:
-    seen = {load_model(folder).fingerprint}
-    assert seen == {exported("min_gru").fingerprint}
-    written(folder, lambda form: form["outputs"][0].__setitem__(2, form["outputs"][0][2]))
-    assert load_model(folder).fingerprint in seen, "the same values in other lines"
-    written(folder, lambda form: form["buffers"].append(["float32", 1]))
-    seen.add(load_model(folder).fingerprint)
-    changed(folder, call("aten.abs.default", X))
-    seen.add(load_model(folder).fingerprint)
-    assert len(seen) == 3
 
 
 def test_names_in_a_graph_are_never_code(
@@ -305,13 +242,6 @@ def test_a_step_is_checked_against_the_network_over_sequences_that_it_was_writte
     assert (refused.exit_code, "residual.py:Residual is <class" in refused.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("names", "words"), [(["state"], "state [4]"), (["h"], "state h [4]"), (["state", "h"], "state state [4], h [4]")]
-)
-def test_a_state_of_one_leaf_called_state_is_named_once(names: list[str], words: str) -> None:
-    assert state_in_words(StateSpec(tuple(Leaf(name, (4,), np.dtype(np.float32)) for name in names))) == words
-
-
 def test_info_shows_the_leaves_and_tensors() -> None:
     found = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["model", "info", str(exported_folder("counting"))])
     lines = found.stdout.splitlines()
@@ -325,10 +255,3 @@ def test_info_shows_the_leaves_and_tensors() -> None:
         "dtype": "int64",
         "initial": 7.0,
     }
-
-
-def test_a_graph_from_a_newer_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.models.module.operators.ALLOWED", frozenset(["of_the_future"]))
-    changed(folder, call("aten.of_the_future.default", X))
-    with pytest.raises(ModelError, match=r"calls aten.of_the_future.default, which torch .* lacks; install a newer"):
-        torch_network(load_model(folder), CPU)

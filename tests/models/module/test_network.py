@@ -22,7 +22,6 @@ from instep.models.base import step_frames
 from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
 from instep.models.portable.form import parse_form
-from instep.models.registry import torch_network
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
 
 
@@ -103,25 +102,6 @@ def doubled(state: Any) -> Any:
     return type(state)(doubled(leaf) for leaf in state)
 
 
-def test_references_run_sequences_of_different_lengths(rng: np.random.Generator) -> None:
-    network = network_of("counting")
-    x = rng.standard_normal((4, 3, FEATURES)).astype(np.float32)
-    for dtype in (np.float32, np.float64):
-        initial = {
-            name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf
-            for name, leaf in network.state.unpack(network.state.initial(3)).items()
-        }
-        reference = network.reference(dtype)
-        assert reference is not None
-        y, states = reference.run(x.astype(dtype), initial, np.array([3, 2, 2, 1]))
-        assert states["count"].tolist() == [11, 10, 8]
-        for row, length in enumerate([4, 3, 1]):
-            expected, final = eager("counting", x[:length, row], 1)
-            np.testing.assert_allclose(y[:length, row], expected, rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(states["total"][row], final[3], rtol=1e-6)
-        assert {name: (leaf == 7).all() for name, leaf in initial.items()}["count"], "what it is given stays"
-
-
 def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     folder, model = exported_folder("counting"), exported("counting")
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -149,39 +129,6 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
         r"state count \[\] int64, ring \[3\], loud \[\] bool, total \[\] float64 → 4 outputs",
         model.description.in_words(),
     )
-
-
-class TakingTurns(nn.Module):
-    """Two leaves that take each other's place."""
-
-    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return x + state["a"], {"a": state["b"], "b": state["a"]}
-
-
-def test_a_leaf_may_become_another_one(tmp_path: Path, rng: np.random.Generator) -> None:
-    state = {"a": torch.full((1, 2), 1.0), "b": torch.full((1, 2), 5.0)}
-    model = export_step(TakingTurns(), torch.zeros(1, 2), state, tmp_path / "m", initial_state="example")
-    network, x = PortableNetwork(model), rng.integers(9, size=(3, 32, 2)).astype(np.float32)
-    truth, rows, spec = x + np.array([1, 5, 1])[:, None, None], network.state.initial(32), network.state
-    reference = network.reference(np.float64)
-    assert reference is not None
-    before = {name: leaf.astype(np.float64) for name, leaf in spec.unpack(rows).items()}
-    y, after = reference.run(x.astype(np.float64), before, np.array([32, 32, 20]))
-    np.testing.assert_array_equal(y[:, :20], truth[:, :20])
-    assert [after["a"][row, 0] for row in (0, 19, 20, 31)] == [5, 5, 1, 1]
-    assert [after["b"][row, 0] for row in (0, 19, 20, 31)] == [1, 1, 5, 5]
-    whole = network.sequence(x, rows)
-    assert whole is not None
-    for found, final in (step_frames(network, x, rows), whole):
-        np.testing.assert_array_equal(found, truth)
-        assert {name: leaf[0, 0] for name, leaf in spec.unpack(final).items()} == {"a": 5, "b": 1}
-    step = torch_network(model, torch.device("cpu")).bind(32)  # type: ignore[union-attr]
-    for name, leaf in spec.unpack(rows).items():
-        step.state[name].copy_(torch.tensor(leaf))
-    for frame, outputs in zip(x, truth, strict=True):
-        step.x.copy_(torch.from_numpy(frame))
-        step.run()
-        np.testing.assert_array_equal(step.y, outputs)
 
 
 def test_outputs_in_a_dict_are_joined_and_named() -> None:

@@ -15,19 +15,11 @@ from torch import nn
 
 from instep.core.typing import F32
 from instep.models.base import RecurrentModel, step_frames
-from instep.models.errors import ModelError
-from instep.models.folder import load_model, write_model
-from instep.models.handover.check import check
-from instep.models.model import Model
-from instep.models.onnx.importer import import_onnx
+from instep.models.folder import load_model
 from instep.models.onnx.reader import open_session
 from instep.models.registry import build
-from instep.recording.reader import RecordingReader
-from instep.replay import verifier
-from instep_client import AsyncClient
 from tests.support.onnx_graphs import counting_by_hand, counting_step, graph, gru_step, imported, ints, leaky, node
-from tests.support.running import CPU, running
-from tests.support.verifying import ignore_progress
+from tests.support.running import CPU
 from tests.support.warm import run_program
 
 torch.manual_seed(3)
@@ -148,57 +140,6 @@ def test_the_reference_computes_the_normal_form_in_either_precision(
     expected = [states[19, 0].numpy(), states[11, 1].numpy()]
     np.testing.assert_allclose(state["h"][:, 0], expected, rtol=0, atol=tolerance)
     assert not given["h"].any()
-
-
-def test_a_folder_is_replaced(tmp_path: Path) -> None:
-    model = imported(tmp_path, GRAPHS["gru"])
-    with pytest.raises(ModelError, match="holds a model already"):
-        write_model(tmp_path / "net", model)
-    other = imported_again(tmp_path, gru_step(GRU, nn.Linear(24, 3)))
-    assert other.fingerprint != model.fingerprint == imported_again(tmp_path, GRAPHS["gru"]).fingerprint
-
-
-def imported_again(path: Path, step: onnx.ModelProto) -> Model:
-    (path / "again.onnx").write_bytes(step.SerializeToString())
-    return import_onnx(path / "again.onnx", path / "net", name="net", overwrite=True)
-
-
-NET = """
-from torch import nn
-from tests.models.onnx.test_network import GRU, HEAD
-
-class Net(nn.Module):
-    def forward(self, x):
-        return HEAD(GRU(x.transpose(0, 1))[0]).transpose(0, 1)
-
-net = Net()
-"""
-
-
-def test_a_folder_is_compared_with_the_module(tmp_path: Path) -> None:
-    imported(tmp_path, GRAPHS["gru"])
-    (tmp_path / "net.py").write_text(NET)
-    assert check(tmp_path / "net", f"{tmp_path / 'net.py'}:net").agrees
-
-
-async def test_it_is_served_recorded_and_verified(tmp_path: Path, rng: np.random.Generator) -> None:
-    model = imported(tmp_path, GRAPHS["gru"])
-    x = rng.standard_normal((40, 5)).astype(np.float32)
-    path = tmp_path / "r.instep"
-    async with running(model, recording={"file": path}) as server, AsyncClient(server.endpoint) as client:
-        one, other = [await client.open(name) for name in ("one", "other")]
-        whole = await one.step(x)
-        first = await other.step(x[:7])
-        assert client.info.state == model.description.state
-        await client.close(park=True)
-    async with running(model, recording={"file": path}) as server, AsyncClient(server.endpoint) as client:
-        other = await client.resume("other", 7, take_over=True)
-        rest = await other.step(x[7:])
-    np.testing.assert_allclose(whole, in_torch(x[:, None])[:, 0], rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
-    with RecordingReader(path) as reader:
-        report = verifier.verify(reader, model, [], ignore_progress)
-    assert (report.verified, report.verdict) == (True, "exact"), report.as_json()
 
 
 def test_serving_needs_neither_onnx_nor_onnxruntime(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from threading import Barrier, Thread
 from typing import Any, Final
 
 import numpy as np
@@ -171,27 +170,6 @@ def test_rows_of_tables(name: str) -> None:
         found[rows], kept[slots] = np.nan, 0xFF
         assert np.isnan(outputs).all(), "it wrote to other rows of the outputs"
         assert (states == 0xFF).all(), "it wrote to other rows of the states"
-
-
-@pytest.mark.parametrize("name", ["samples", "gru 12-64 and layers"])
-def test_two_threads_at_once(name: str) -> None:
-    net, wrong, start = network(name), list[int](), Barrier(2)
-
-    def run(seed: int) -> None:
-        random = np.random.default_rng(seed)
-        start.wait()
-        for turn in range(60):
-            rows = random.permutation(ROWS)[: 1 + turn % 37 * 5]
-            y, after = net.step.run(net.x[rows], net.states[rows])
-            if y.tobytes() != net.y[rows].tobytes() or after.tobytes() != net.after[rows].tobytes():
-                wrong.append(turn)
-
-    threads = [Thread(target=run, args=[seed]) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 # ── Other modes of arithmetic ────────────────────────────────────────────────────────────────────────────────────────

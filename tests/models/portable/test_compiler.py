@@ -190,44 +190,6 @@ def check_built(b: Builder, outputs: list[View], tensors: dict[str, Values] | No
     return form
 
 
-def test_inputs_that_are_outputs_unchanged() -> None:
-    b = Builder()
-    given = [b.input("float32", (3,)), *(b.input(dtype, (5,)) for dtype in DTYPES)]
-    check_built(b, given)
-    b = Builder()
-    x, one, other = (b.input("float32", (4,)) for _ in range(3))
-    check_built(b, [x, other, one])
-    check_built(b, [View(one.buffer, 3, (7,), (0,)), x, View(x.buffer, 3, (2, 2), (-1, -2))])
-
-
-def test_outputs_that_are_constant() -> None:
-    b = Builder()
-    b.input("float32", (2,))
-    state = b.input("bool", (2,))
-    weight = b.tensor("weight", "float32", (2, 2))
-    fixed = b.emit("add", b.fresh("float32", (3,)), 1.0, 2.5)
-    truth = b.emit("copy", b.fresh("bool", state.shape), True)
-    check_built(b, [fixed, truth])
-    tensors = {"weight": np.array([[1, np.nan], [-0.0, 4]], np.float32)}
-    check_built(b, [permute(weight, (1, 0)), b.map("not", state)], tensors)
-    check_built(b, [b.reduce("sum", b.map("div", weight, 3.0), [1]), state], tensors)
-
-
-def test_scalars_and_empty_shapes() -> None:
-    b = Builder()
-    x, h = b.input("float32", ()), b.input("float64", ())
-    empty = b.map("exp", View(x.buffer, 0, (0,), (1,)))
-    total = b.reduce("sum", empty, [0])
-    product = b.reduce("prod", View(h.buffer, 0, (2, 0, 3), (0, 0, 0)), [0, 1, 2])
-    none = b.emit("fma_chain", b.fresh("float32", ()), 0.25, empty, empty)
-    y = b.map("add", b.map("add", total, none), b.reduce("sum", View(x.buffer, 0, (5,), (0,)), [0]))
-    check_built(b, [b.map("mul", y, x), b.map("add", product, h)])
-    b = Builder()
-    x, h, grid = b.input("float32", (0,)), b.input("float32", (0,)), b.input("int64", (0, 3))
-    weight = b.tensor("weight", "float32", (6, 0))
-    check_built(b, [b.dense(x, weight, 1.5), b.map("neg", h), grid], {"weight": np.zeros((6, 0), np.float32)})
-
-
 def test_views_that_run_backwards_and_results_in_parts() -> None:
     b = Builder()
     x, h = b.input("float32", (6,)), b.input("float32", (6,))
@@ -237,28 +199,6 @@ def test_views_that_run_backwards_and_results_in_parts() -> None:
     b.emit("copy", View(y.buffer, 12, (), ()), -7.5)
     grid = b.map("tanh", View(y.buffer, 12, (2, 3), (-6, -2)))
     check_built(b, [y, reshape(b.map("add", grid, View(x.buffer, 1, (2, 3), (-1, 2))), (6,))])
-
-
-def test_many_nodes_in_a_row() -> None:
-    b = Builder()
-    x, h = b.input("float32", (5,)), b.input("float32", (5,))
-    y, grid = x, h
-    for number in range(60):
-        y = b.map("fma", y, grid, 0.75 + number / 100)
-        grid = b.emit("copy", b.fresh("float32", (5,)), View(y.buffer, 4, (5,), (-1,)))
-        if number % 7 == 0:
-            y = b.map("sub", y, b.reduce("amax", grid, [0], keep=True))
-    assert len(check_built(b, [y, grid]).nodes) > 120
-
-
-def test_one_dimension_in_views_of_different_rank() -> None:
-    b = Builder()
-    x, h = b.input("float32", (1, 4, 1)), b.input("float32", (4,))
-    one = b.map("neg", x)
-    flat = View(one.buffer, 0, (4,), (1,))
-    wide = b.map("add", flat, h)
-    y = b.map("mul", one, View(wide.buffer, 0, (1, 4, 1), (9, 1, 9)))
-    check_built(b, [y, b.map("sub", wide, flat)])
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOATS))

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.models.portable.builder import Builder, broadcast, narrow, permute, reshape, select
+from instep.models.portable.builder import Builder, broadcast, permute, reshape
 from instep.models.portable.definition import Definition, exact_fma, fma
 from instep.models.portable.form import Form, Operand, View, check
 from instep.models.portable.self_check import sample_form, sample_inputs
@@ -226,12 +226,6 @@ def test_the_largest_of_nan_and_of_equals() -> None:
     assert_same(mapped("minimum", a, b), f4(-0.0, 0.0, NAN, NAN, 1.0, -INF))
 
 
-def test_any_and_all() -> None:
-    x = np.array([[[True, False], [True, True]], [[False, False], [False, True]]])
-    assert_same(compute(lambda b, v: b.reduce("any", v, [1]), x), np.asarray(x.any(2)))
-    assert_same(compute(lambda b, v: b.reduce("all", v, [1]), x), np.asarray(x.all(2)))
-
-
 _FLOATS = [0.0, -0.0, 1.0, -1.5, 2.5, -0.5, 0.5, 3e38, -7.25, 2.0**-149, 2.0**23 + 1, INF, -INF, NAN]
 
 
@@ -359,21 +353,6 @@ def test_an_index_out_of_range_is_the_nearest_in_range() -> None:
     assert_same(compute(put, table, index), expected)
 
 
-def test_rows_take_from_tensors_and_tensors_pick_from_rows() -> None:
-    builder = Builder()
-    frame = builder.input("float32", (1,))
-    index, values = builder.input("int64", (2,)), builder.input("float32", (3,))
-    table, fixed = builder.tensor("table", "float32", (4,)), builder.tensor("fixed", "int64", (2,))
-    new = builder.fresh("float32", (3,))
-    builder.emit("take", narrow(new, 0, 0, 2), broadcast(reshape(table, (1, 4)), (2, 4)), index)
-    builder.emit("take", narrow(new, 0, 2, 1), reshape(values, (1, 3)), narrow(fixed, 0, 1, 1))
-    tensors = {"table": f4(10, 11, 12, 13), "fixed": np.array([0, -1])}
-    form = builder.form([frame, fixed, new])
-    found = run(form, [np.array([[0, 3], [-2, 1]]), f4(1, 2, 3, 4, 5, 6).reshape(2, 3)], tensors)
-    assert_same(found[0], np.array([[0, -1], [0, -1]]))
-    assert_same(found[1], f4(10, 13, 3, 12, 11, 6).reshape(2, 3))
-
-
 def test_of_equal_indices_the_last_is_put_and_all_are_added() -> None:
     index, value = np.array([[0, 1, 0, 5], [2, 2, 2, 0]]), f4(1e8, 2, 3, 4, 5, 1e8, 7, 8).reshape(2, 4)
 
@@ -385,50 +364,6 @@ def test_of_equal_indices_the_last_is_put_and_all_are_added() -> None:
     assert_same(compute(lambda b, i, v: emit(b, i, v, "put"), index, value), f4(3, 2, 4, 8, -1, 7).reshape(2, 3))
     added = f4(np.float32(1e8) - 1 + 3, 1, 3, 7, -1, np.float32(np.float32(4) + np.float32(1e8)) + np.float32(7))
     assert_same(compute(lambda b, i, v: emit(b, i, v, "put_add"), index, value), added.reshape(2, 3))
-
-
-def gru(inputs: int, units: int) -> Form:
-    builder = Builder()
-    x, h = builder.input("float32", (inputs,)), builder.input("float32", (units,))
-    names = {
-        "weight_ih": (3, units, inputs),
-        "weight_hh": (3, units, units),
-        "bias_ih": (3, units),
-        "bias_hh": (3, units),
-    }
-    of_x, of_h, bias_x, bias_h = (builder.tensor(name, "float32", shape) for name, shape in names.items())
-
-    def gate(number: int) -> View:
-        start = builder.map("add", select(bias_x, 0, number), select(bias_h, 0, number))
-        total = builder.dense(x, select(of_x, 0, number), start)
-        return builder.map("sigmoid", builder.dense(h, select(of_h, 0, number), total))
-
-    old = builder.dense(h, select(of_h, 0, 2), select(bias_h, 0, 2))
-    new = builder.map(
-        "tanh", builder.map("fma", gate(0), old, builder.dense(x, select(of_x, 0, 2), select(bias_x, 0, 2)))
-    )
-    after = builder.map("fma", gate(1), builder.map("sub", h, new), new)
-    return builder.form([after, after])
-
-
-def test_a_gru_is_that_of_torch_whatever_the_batch() -> None:
-    torch.manual_seed(8)
-    cell = torch.nn.GRUCell(5, 7)
-    tensors = {name: value.detach().numpy() for name, value in cell.named_parameters()}
-    form = gru(5, 7)
-    check(form, {name: ("float32", value.size) for name, value in tensors.items()}, "the form")
-    definition = Definition(form, tensors)
-    random = np.random.default_rng(9)
-    h, theirs = np.zeros((6, 7), np.float32), torch.zeros(6, 7)
-    for _ in range(10):
-        x = random.standard_normal((6, 5)).astype(np.float32)
-        alone = np.concatenate([definition.step([x[n : n + 1], h[n : n + 1]])[1] for n in range(6)])
-        y, h = definition.step([x, h])
-        with torch.no_grad():
-            theirs = cell(torch.from_numpy(x), theirs)
-        assert_same(alone, h)
-        assert_same(y, h)
-        np.testing.assert_allclose(h, theirs.numpy(), rtol=0, atol=1e-6)
 
 
 def test_in_float64_it_is_what_the_form_approximates() -> None:

@@ -54,10 +54,6 @@ def test_a_module_in_normal_form_gives_what_it_gives_itself(name: str) -> None:
         np.testing.assert_allclose(found[0], leaf.numpy().flatten(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_module_is_traced_to_the_same_form_each_time() -> None:
-    assert traced_again("selective_state_space").form.digest == traced_again("selective_state_space").form.digest
-
-
 def form_of(*nodes: tuple[str, str, list[Any]], lines: Mapping[str, str] = MappingProxyType({})) -> Traced:
     """Of a step of 3 features and a leaf h [2], which stays as it is, of nodes (name, operator, arguments)."""
     graph = Graph.model_validate(
@@ -73,17 +69,6 @@ def form_of(*nodes: tuple[str, str, list[Any]], lines: Mapping[str, str] = Mappi
 
 X: Final = {"x": True}
 WEIGHTS: Final = {"w": torch.tensor([1.0, 2.0, 3.0])}
-FRAME: Final = (np.array([1, 2, 4], np.float32), np.array([5, 6], np.float32))
-
-
-def test_rows_are_one() -> None:
-    traced = form_of(
-        ("wide", "aten.expand.default", [{"tensor": "w"}, [{"rows": True}, 3]]),
-        ("count", "int.add", [{"rows": True}, 1]),
-        ("scaled", "aten.mul.Tensor", [{"node": "wide"}, {"node": "count"}]),
-        ("y", "aten.add.Tensor", [{"node": "scaled"}, X]),
-    )
-    assert stepped(traced, WEIGHTS, FRAME)[0].tolist() == [[3, 6, 10]]
 
 
 @pytest.mark.parametrize(
@@ -162,30 +147,6 @@ def test_constants_are_stored_once_under_free_names() -> None:
 
 def ops(step: Callable[..., Any], *inputs: Tensor, **tensors: Tensor) -> list[str]:
     return [node.op for node in trace(step, tensors, inputs).form.nodes]
-
-
-def test_gru_cell_keeps_the_parts_of_its_new_state_apart() -> None:
-    def step(tensors: Sequence[Tensor], x: Tensor, h: Tensor) -> list[Tensor]:
-        h = torch.gru_cell(x, h, *tensors)
-        return [x, h]
-
-    shapes = {"w_ih": (6, 4), "w_hh": (6, 2), "b_ih": (6,), "b_hh": (6,)}
-    tensors = {name: random(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
-    chains = ["add", "fma_chain", "fma_chain", "sigmoid", "fma_chain", "fma_chain"]
-    assert ops(step, random(1, 4), random(1, 2), **tensors) == [*chains, "fma", "tanh", "sub", "fma", "copy"]
-
-
-def test_lstm_cell_has_one_chain_for_all_gates() -> None:
-    def step(tensors: Sequence[Tensor], x: Tensor, h: Tensor, c: Tensor) -> list[Tensor]:
-        h, c = torch.lstm_cell(x, [h, c], *tensors)
-        return [x, h, c]
-
-    shapes = {"w_ih": (8, 4), "w_hh": (8, 2), "b_ih": (8,), "b_hh": (8,)}
-    tensors = {name: random(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
-    found = ops(step, random(1, 4), random(1, 2), random(1, 2), **tensors)
-    assert found[:3] == ["add", "fma_chain", "fma_chain"]
-    assert found.count("fma_chain") == 2
-    assert sorted(found[3:]) == sorted([*["sigmoid"] * 3, *["tanh"] * 2, *["mul"] * 2, "fma", "copy"])
 
 
 @pytest.mark.parametrize(

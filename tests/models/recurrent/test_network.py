@@ -150,46 +150,6 @@ def test_the_definition_and_the_references_agree(name: str) -> None:
     np.testing.assert_allclose(y, truth[0], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["learned gru", "learned lstm"])
-def test_streams_begin_with_the_state_that_was_learned(name: str) -> None:
-    network = network_of(name)
-    rows, weights = network.state.initial(3), network.model.weights
-    for leaf, values in network.state.unpack(rows).items():
-        assert (values == weights[f"initial_state.{leaf}"].numpy()).all()
-        assert np.abs(values).min() > 0
-    x, _ = frames_and_states(network, rows=3)
-    assert_close(network, step_frames(network, x, rows), TorchNetwork(network.model).run(x, rows))
-
-
-def test_frames_and_states_of_every_size_give_the_same_bits_alone_and_beside_others() -> None:
-    """NaN, infinities and values that overflow stay in their rows."""
-    for name in ("gru norms", "lstm norms", "activations", "rnn relu"):
-        network, random = network_of(name), np.random.default_rng(5)
-        x, states = frames_and_states(network, steps=2)
-        wild = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, 0.0, -0.0], np.float32)
-        chosen = random.random(x.shape) < 0.05
-        x[chosen] = random.choice(wild, chosen.sum())
-        y, after = step_frames(network, x, states)
-        assert np.isnan(y).any()
-        assert np.isfinite(y[:, ~chosen.any(axis=(0, 2))]).all()
-        for row in range(0, ROWS, 7):
-            one = slice(row, row + 1)
-            alone, rest = step_frames(network, np.ascontiguousarray(x[:, one]), states[one])
-            assert alone.tobytes() == np.ascontiguousarray(y[:, one]).tobytes()
-            assert rest.tobytes() == after[one].tobytes()
-
-
-def test_the_models_weights_are_copied() -> None:
-    for name in ("seed", "lstm norms"):
-        model = make_model(parse_description(NETWORKS[name]), "random", name="n")
-        network = PortableNetwork(model)
-        x, states = frames_and_states(network, 1, 32)
-        y, _ = network.step(x[0], states)
-        for tensor in model.weights.values():
-            tensor.zero_()
-        assert network.step(x[0], states)[0].tobytes() == y.tobytes()
-
-
 # What is stepped for hours stays as near to the truth as torch's own module does.
 
 STEPS, STREAMS = 1000, 16

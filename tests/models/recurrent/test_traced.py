@@ -19,7 +19,7 @@ from instep.models.portable.trace import trace
 from instep.models.recurrent.description import ACTIVATIONS
 from instep.models.registry import parse_description
 from tests.support.torch_network import ACTIVATIONS as MODULES
-from tests.support.torch_network import KINDS, recurrent_of
+from tests.support.torch_network import recurrent_of
 
 FEATURES, HIDDEN, LAYERS, ROWS = 5, 7, 2, 40
 CELLS: Final[Mapping[str, Any]] = {
@@ -81,25 +81,6 @@ def test_cells(kind: str, bias: bool) -> None:
             after.append(result if isinstance(result, tuple) else (result,))
             x = after[-1][0]
         return [x, *(torch.cat(parts, 1) for parts in zip(*after, strict=True))]
-
-    arrays = given(FEATURES, len(recurrent_of(model).recurrent.LEAVES))
-    assert_same(traced(step, model.weights, arrays), described(model, arrays))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", CELLS)
-def test_modules_over_a_sequence_of_one_frame(kind: str, bias: bool) -> None:
-    model = model_of(kind, bias)
-    options = {"nonlinearity": kind.partition(" ")[2] or "tanh"} if kind.startswith("rnn") else {}
-    module: nn.RNNBase = KINDS[kind.partition(" ")[0]](FEATURES, HIDDEN, LAYERS, bias=bias, **options)
-    names = [name for name, _ in module.named_parameters()]
-
-    def step(tensors: Sequence[Tensor], x: Tensor, *leaves: Tensor) -> list[Tensor]:
-        states = tuple(leaf.reshape(1, LAYERS, HIDDEN).transpose(0, 1) for leaf in leaves)
-        hx = states if len(states) > 1 else states[0]
-        y, after = torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x.unsqueeze(0), hx))
-        results = after if isinstance(after, tuple) else (after,)
-        return [y[0], *(leaf.transpose(0, 1).reshape(1, -1) for leaf in results)]
 
     arrays = given(FEATURES, len(recurrent_of(model).recurrent.LEAVES))
     assert_same(traced(step, model.weights, arrays), described(model, arrays))
