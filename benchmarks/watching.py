@@ -32,7 +32,7 @@ from benchmarks.rows import (
 from instep.demo.child_server import ChildServer
 
 HTTP: Final = ("--http", "127.0.0.1:0")
-TABLE: Final = "/api/streams?sort=-rate&limit=50"
+TABLE: Final = "/api/streams?limit=50"
 """The requests that an open page of the dashboard makes every two seconds."""
 SETTLING: Final = 2.0
 """Times the length of a round: after about 3 s `instep-client top` has started, at more cost than that of its work."""

@@ -9,8 +9,7 @@ import pytest
 from instep.config import endpoint
 from instep.frontends.http import security
 from instep.frontends.http.status import ServerStatus
-from instep.frontends.http.streams import key_after
-from tests.frontends.http import test_health, test_security, test_streams
+from tests.frontends.http import test_health, test_security
 from tests.frontends.http.test_security import token_file as token_file
 from tests.support.broken_rules import BrokenRule, check_is_found
 
@@ -35,15 +34,6 @@ def the_cookie_is_the_token(original: Any, token: str) -> str:
 
 def always_ready(original: Any, status: Any) -> list[str]:
     return []
-
-
-def of_any_order(original: Any, cursor: str, sort: str) -> Any:
-    for each in (sort, "name", "seq"):
-        try:
-            return original(cursor, each)
-        except Exception as error:
-            problem = error
-    raise problem
 
 
 RULES = (
@@ -76,12 +66,6 @@ RULES = (
         replaces=ServerStatus.problems,
         variant=always_ready,
         found_by=[test_health.test_is_ready_until_it_drains],
-    ),
-    BrokenRule(
-        "a cursor of one order is taken in another",
-        replaces=key_after,
-        variant=of_any_order,
-        found_by=[test_streams.test_what_there_is_not_is_answered_with_what_was_meant],
     ),
 )
 

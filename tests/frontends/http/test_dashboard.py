@@ -103,24 +103,19 @@ def test_it_shows_what_the_server_does_as_it_does_it(server: WarmServer, pages: 
     expect(page.locator("#recording-facts")).to_contain_text("99th percentile–")  # none in the last ten seconds
 
 
-def test_streams_are_found_sorted_and_turned_over(server: WarmServer, pages: Pages) -> None:
+def test_streams_are_found_and_turned_over(server: WarmServer, pages: Pages) -> None:
     with load(server, [f"b-{name}" for name in NAMES]), load(server, ["a", "quick"]):
         page = pages.open(server.started["http"])
         names = page.locator("#rows td.name")
-        expect(names.first).to_have_text("a")
+        expect(names).to_have_count(25)
+        first = names.first.inner_text()
         page.get_by_role("button", name="Next").click()
-        expect(names.first).not_to_have_text("a")
+        expect(names.first).not_to_have_text(first)
         page.get_by_role("button", name="Previous").click()
-        expect(names.first).to_have_text("a")
-        page.locator("#heads").get_by_role("button", name="name").click()
-        expect(names.first).not_to_have_text("a")
-        expect(page.locator("th[data-sort=name]")).to_have_attribute("aria-sort", "descending")
-        page.locator("#heads").get_by_role("button", name="frames", exact=True).click()
-        expect(page.locator("th[data-sort=seq]")).to_have_attribute("aria-sort", "descending")
+        expect(names.first).to_have_text(first)
         page.locator("body").press("/")
         page.keyboard.type("b-mic-04")
         expect(page.locator("#rows tr")).to_have_count(10)
-        expect(page.locator("#matched")).to_contain_text("10 found among")
         page.get_by_label("Show streams in the state").select_option("parked")
         expect(page.locator("#no-streams")).to_be_visible()
     expect(page.locator("#rows tr")).to_have_count(10)
@@ -135,7 +130,7 @@ def test_a_stream_has_a_page_with_an_address(server: WarmServer, pages: Pages) -
         assert page.url.endswith("#stream=violin")
         expect(page.locator("#stream-name")).to_have_text("violin")
         expect(page.locator("#stream-state")).to_have_text("connected")
-        expect(page.locator("#facts")).to_contain_text("frames per second")
+        expect(page.locator("#facts")).to_contain_text("last frame")
         expect(page.locator("#stream-log")).to_contain_text("opened")
         keep(page, "stream")
         page.get_by_role("link", name="Skip to the numbers").press("Enter")
@@ -157,6 +152,7 @@ def test_names_of_strangers_are_only_text(server: WarmServer, pages: Pages) -> N
     with load(server, [HOSTILE]):
         for width in (1280, 400):
             page = pages.open(server.started["http"], width=width)
+            page.get_by_role("searchbox").fill("<img")
             page.locator("#rows").get_by_role("link", name=HOSTILE).click()
             expect(page.locator("#stream-name")).to_have_text(HOSTILE)
             assert page.url.endswith(f"stream={quote(HOSTILE, safe='!()*')}")

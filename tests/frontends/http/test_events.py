@@ -12,9 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 
-from instep.frontends.http.streams import FrameRates
 from instep_client import AsyncClient
 from tests.support.admin import administered, connect, error
 from tests.support.models import SEED_SIZED, SMALL
@@ -128,10 +126,7 @@ async def test_the_end_of_the_server_ends_them_at_once_with_goodbye() -> None:
             assert time.monotonic() - began < 5
 
 
-async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(FrameRates, "_WANTED_S", 0.5)
+async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_was_asked_of_it() -> None:
     async with administered(SMALL, SEED_SIZED) as (server, http):
         asked = {"model": SEED_SIZED.name}
         await http.get("/api/streams", params=asked)

@@ -117,7 +117,7 @@ class StagedAdmin:
         return JSONResponse({"model": self.models[0]["name"], "columns": columns})
 
     async def _streams(self, request: Request) -> Response:
-        page = {"streams": self.streams[:25], "total": len(self.streams), "matched": len(self.streams), "cursor": None}
+        page = {"streams": self.streams[:25], "total": len(self.streams), "cursor": None}
         return JSONResponse({"model": self.models[0]["name"], **page})
 
     async def _events(self, request: Request) -> Response:
@@ -200,7 +200,6 @@ def stream(name: str, number: int) -> dict[str, Any]:
         "state": state,
         "owner": number % 8 if state == "connected" else None,
         "seq": 1_000 + 37 * number,
-        "rate": 100.0 if state == "connected" else 0.0,
         "pending": number % 3,
         "idle_s": 0.01 if state == "connected" else 12.5 * (number % 40),
         "expires_in_s": None if state == "connected" else 600.0 - number % 500,

@@ -81,7 +81,7 @@ class AdminServer:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
-        status, inspector = ServerStatus(subject), Inspector(subject, self._tasks)
+        status, inspector = ServerStatus(subject), Inspector(subject)
         self._events = Events(status, inspector, self._tasks)
         app = make_app(subject, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.

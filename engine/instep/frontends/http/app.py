@@ -100,7 +100,7 @@ def make_app(
         _route("/api/stats", stats),
         _route("/metrics", metrics),
         _route("/api/history", history, "model"),
-        _route("/api/streams", streams, "model", "contains", "state", "sort", "limit", "cursor"),
+        _route("/api/streams", streams, "model", "prefix", "state", "limit", "cursor"),
         Route("/api/streams/", no_such_path),  # no stream has an empty name
         _route("/api/streams/{name:path}", stream, "model"),
         _route("/api/events", listen, "model", "stream"),

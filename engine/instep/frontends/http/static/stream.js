@@ -18,7 +18,6 @@ export function showRecord(record, name) {
 function facts(record) {
   const pairs = [
     ["frames", count(record.seq)],
-    ["frames per second", count(record.rate)],
     ["waiting", count(record.pending)],
     ["last frame", record.idle_s === null ? "none yet" : ago(record.idle_s)],
     ["connection", record.owner === null ? "none" : `#${record.owner}`],

@@ -1,4 +1,4 @@
-// The table of streams: the server searches, sorts and cuts into pages, since there may be a hundred thousand.
+// The table of streams: the server searches and cuts into pages, since there may be a hundred thousand.
 
 import { ago, byId, count, duration, element, setText } from "./format.js";
 import { getJson, query } from "./live.js";
@@ -8,11 +8,10 @@ const POLL_MS = 2000;
 const NONE = "No streams are open. They appear here as soon as clients open them.";
 
 const COLUMNS = [
-  { label: "name", sort: "name", text: (stream) => stream.name, className: "name" },
+  { label: "name", text: (stream) => stream.name, className: "name" },
   { label: "state", text: (stream) => stream.state },
-  { label: "frames", sort: "seq", text: (stream) => count(stream.seq), className: "number minor" },
-  { label: "frames/s", sort: "rate", text: (stream) => count(stream.rate), className: "number" },
-  { label: "last frame", sort: "idle", text: (stream) => ago(stream.idle_s), className: "number" },
+  { label: "frames", text: (stream) => count(stream.seq), className: "number" },
+  { label: "last frame", text: (stream) => ago(stream.idle_s), className: "number" },
   { label: "waiting", text: (stream) => count(stream.pending), className: "number minor" },
   { label: "connection", text: ({ owner }) => (owner === null ? "–" : `#${owner}`), className: "number minor" },
   { label: "parked for", text: (stream) => duration(stream.parked_s), className: "number minor" },
@@ -20,7 +19,6 @@ const COLUMNS = [
 
 export class StreamTable {
   #model = "";
-  #sort = "name";
   #cursors = [""]; // of the pages up to this one
   #next = null;
   #asked = null;
@@ -29,7 +27,7 @@ export class StreamTable {
   /** linkTo: name of a stream → address. */
   constructor(linkTo) {
     this.linkTo = linkTo;
-    for (const column of COLUMNS) byId("heads").append(this.#head(column));
+    for (const column of COLUMNS) byId("heads").append(head(column));
     byId("search").addEventListener("input", () => this.#first());
     byId("state").addEventListener("change", () => this.#first());
     byId("previous").addEventListener("click", () => this.#turn(() => this.#cursors.pop()));
@@ -58,31 +56,6 @@ export class StreamTable {
     this.#load();
   }
 
-  #head({ label, sort, className }) {
-    const head = element("th", { className });
-    head.scope = "col";
-    if (!sort) {
-      head.textContent = label;
-      return head;
-    }
-    const button = element("button", { text: label });
-    button.type = "button";
-    head.dataset.sort = sort;
-    head.append(button);
-    head.setAttribute("aria-sort", sort === this.#sort ? "ascending" : "none");
-    button.addEventListener("click", () => {
-      const firstDown = sort === "seq" || sort === "rate"; // the largest first is what people look for
-      const [first, second] = firstDown ? [`-${sort}`, sort] : [sort, `-${sort}`];
-      this.#sort = this.#sort === first ? second : first;
-      for (const other of byId("heads").children) {
-        if (other.dataset.sort) other.setAttribute("aria-sort", "none");
-      }
-      head.setAttribute("aria-sort", this.#sort.startsWith("-") ? "descending" : "ascending");
-      this.#first();
-    });
-    return head;
-  }
-
   async #load() {
     clearTimeout(this.#timer);
     this.#asked?.abort();
@@ -98,13 +71,13 @@ export class StreamTable {
   }
 
   #path() {
-    const contains = byId("search").value.trim();
-    const parameters = { model: this.#model, contains, state: byId("state").value, sort: this.#sort, limit: PAGE };
+    const prefix = byId("search").value.trim();
+    const parameters = { model: this.#model, prefix, state: byId("state").value, limit: PAGE };
     return `api/streams?${query({ ...parameters, cursor: this.#cursors.at(-1) })}`;
   }
 
   /** Changes texts in place, so that focus and scrolling stay where they are. */
-  #fill({ streams, total, matched, cursor }) {
+  #fill({ streams, total, cursor }) {
     this.#next = cursor;
     const body = byId("rows");
     while (body.children.length > streams.length) body.lastElementChild.remove();
@@ -121,14 +94,19 @@ export class StreamTable {
       link.title = stream.name;
     });
     const before = (this.#cursors.length - 1) * PAGE;
-    const range = streams.length ? `${count(before + 1)} to ${count(before + streams.length)} of ` : "";
-    const among = matched === total ? `${count(total)} streams` : `${count(matched)} found among ${count(total)}`;
-    setText("matched", range + among);
+    const range = streams.length ? `${count(before + 1)} to ${count(before + streams.length)}, ` : "";
+    setText("matched", `${range}${count(total)} streams in all`);
     byId("previous").disabled = this.#cursors.length === 1;
     byId("next").disabled = cursor === null;
     byId("no-streams").hidden = streams.length > 0;
     setText("no-streams", total ? "No stream matches." : NONE);
   }
+}
+
+function head({ label, className }) {
+  const cell = element("th", { className, text: label });
+  cell.scope = "col";
+  return cell;
 }
 
 function emptyRow() {
