@@ -192,14 +192,6 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str, key: st
         load_config(written(tmp_path, text))
 
 
-@pytest.mark.parametrize("text", ["[a, b", "{a: b", "{a: b, a: c}", "{a: !!bool soon}", "[" * 3000, "a\0"])
-def test_a_path_that_cannot_be_read_is_one_problem_among_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert problems(None, {"model.folder": text, "x.y": "1"}) == ["model.folder (flag)", "x.y (flag)"]
-    if "\0" not in text and len(text) < 99:
-        monkeypatch.setenv("INSTEP_MODEL__FOLDER", text)
-        assert problems() == ["model.folder (INSTEP_MODEL__FOLDER)"]
-
-
 def test_a_durability_that_is_asked_for_needs_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path, {"recording": {"durability": "commit"}})
     load_config(file)  # which repeats the default

@@ -6,7 +6,6 @@ import json
 import re
 import resource
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from instep.config import Config
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
 from instep.server import checks
-from instep.server.checks import before_loading, memory_when_full, rehearse
+from instep.server.checks import before_loading, rehearse
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import config, prepared, running
+from tests.support.running import running
 from tests.support.streaming import random_frames
 
 
@@ -132,12 +131,6 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
-def test_a_server_that_is_to_be_restarted_needs_a_port(model: Path) -> None:
-    check(configured(model))
-    with pytest.raises(CannotServe, match="--restart needs a port"):
-        check(configured(model), restart=True)
-
-
 def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,15 +163,6 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     check(configured(model, limits={"window_frames": 65_536}, engine={"max_streams": 2**20}))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert any(line["reason"].startswith("the limits allow 3.5 TiB, and ") for line in lines if "reason" in line)
-
-
-def test_states_count_only_where_they_are_in_the_memory_of_the_machine() -> None:
-    settings = config(engine={"max_streams": 1000}, limits={"window_frames": 8})
-    ready = prepared(SMALL)
-    frames = 1000 * 8 * (4 * (5 + 8) + 4)
-    most = checks.MAX_BUFFERED_BYTES
-    assert memory_when_full(settings, [ready, ready]) == 2 * (frames + 1000 * 4 * 8) + most
-    assert memory_when_full(settings, [replace(ready, device=torch.device("cuda"))]) == frames + most
 
 
 def test_what_will_hurt_is_warned_of(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zmq
 
 from instep.frontends.zmq.router import Router
 from instep.recording.records import OpenStream
@@ -174,21 +173,6 @@ async def test_draining_ends_after_its_time_though_a_step_never_ends(rng: np.ran
     assert server.unanswered_messages == 1
 
 
-async def test_the_end_waits_until_a_client_that_was_busy_has_read_its_answer(rng: np.random.Generator) -> None:
-    """When a connection ends, ZeroMQ drops what the client has received and not read yet (IMMEDIATE)."""
-    gate, options = Gate(), {zmq.IMMEDIATE: 1}
-    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint, options=options) as client:
-        await client.hello()
-        handles = (await client.open("s")).handles()
-        await client.send(*client.step_message(handles, [0], waiting(rng)))
-        await taken(server)
-        server.stop()
-        gate.open()
-        await asyncio.sleep(0.4)  # meanwhile the client reads nothing
-        async with asyncio.timeout(10):
-            assert (await client.receive()).kind is Kind.STEPPED
-
-
 async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye_and_there_after_a_restart(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -212,17 +196,6 @@ async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_go
         resumed = await client.resume(["s"], [0], opened.epochs())
         assert resumed.codes() == []
         np.testing.assert_array_equal((await client.read_state(resumed.handles())).floats(), state.ravel())
-
-
-async def test_an_ordinary_end_saves_the_next_start_the_replay(rng: np.random.Generator, tmp_path: Path) -> None:
-    recording = {"file": tmp_path / "r.instep"}
-    x = random_frames(rng, 3)
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        await client.step((await client.open("s")).handles(), [0], x)
-    async with running(SMALL, recording=recording) as server:
-        assert server.default.recovery is not None
-        assert (server.default.recovery.streams, server.default.recovery.frames) == (1, 0)
 
 
 # ── An early end ───────────────────────────────────────────────────────────────────────────────────────────────────

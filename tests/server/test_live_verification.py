@@ -22,7 +22,6 @@ import pytest
 
 from instep.config import Config
 from instep.core.typing import F32, I64
-from instep.frontends.http.status import ServerStatus
 from instep.models.folder import write_model
 from instep.runtime.stepper import Stepper
 from instep.server.live_verification import LINE_BYTES, Supervision
@@ -268,36 +267,6 @@ async def test_a_process_that_dies_is_followed_by_another(
     assert verification.frames_total == 90, "what was recorded just before the end, too"
     (line,) = (line for line in told if line["event"] == "checker restarts")
     assert "signal 35" in line["reason"]
-
-
-STATUS: dict[str, Any] = {
-    **dict.fromkeys(("frames", "skipped", "position", "applied", "mismatches_total"), 0),
-    "lag_s": 20,
-    "trimmed": False,
-    "mismatches": [],
-    "unreadable": "it is locked",
-    "left": False,
-}
-SAYS_THE_SAME = f"""
-import json
-file = json.loads(input())["follow"]
-print(*[json.dumps({STATUS!r} | {{"file": file}})] * 3, sep='\\n', flush=True)
-input()
-"""
-
-
-async def test_a_recording_that_cannot_be_read_and_a_late_check_are_told_of_once(folder: Path, tmp_path: Path) -> None:
-    told, sections = list[dict[str, Any]](), {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
-    supervision = Supervision(partial(start_program, SAYS_THE_SAME))
-    async with running(EARS, folder=folder, told=told, supervision=supervision, **sections) as server:
-        await until(lambda: any(line["event"] == "checker late" for line in told))
-        assert (found(server).state, found(server).as_json()["reason"]) == ("checking", "it is locked")
-        assert "'ears', 2" in ServerStatus(server).late()
-        await asyncio.sleep(1.5)
-    (line,) = (line for line in told if line["event"] == "checker waits")
-    assert (line["level"], line["reason"]) == ("warning", "it is locked")
-    (line,) = (line for line in told if line["event"] == "checker late")
-    assert (line["level"], line["lag_s"] >= 20) == ("warning", True)
 
 
 async def test_a_process_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:

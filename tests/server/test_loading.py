@@ -168,18 +168,6 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
             thread.join()  # a thread that calls torch while the interpreter ends aborts the process
 
 
-async def test_a_model_is_loaded_with_what_was_reloaded_meanwhile(folder: Path, reading: Reading) -> None:
-    async with running(EARS, engine=EXACT) as server:
-        loading = asyncio.create_task(reload_models(server, with_ears(folder)))
-        await reading.until_due()
-        limits = server.config.limits.model_copy(update={"park_s": 77.0})
-        server.configure(server.config.model_copy(update={"limits": limits}))
-        reading.may_begin.set()
-        assert not await loading
-        async with AsyncClient(server.endpoint, model="vowels") as client:
-            assert client.info.park_s == 77
-
-
 async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loaded(
     folder: Path, reading: Reading
 ) -> None:

@@ -24,7 +24,6 @@ from instep.models.errors import ModelError
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
 from instep.models.portable.machine import host
-from instep.recording.lock import WriterLock
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.preparation import CannotServe, prepare
@@ -180,15 +179,6 @@ def test_an_endpoint_in_use_is_refused_before_the_model_is_compiled(
         with pytest.raises(CannotServe, match=endpoint):
             serve.run(configured(model, http={"endpoint": endpoint}))
     assert "compiled" not in capsys.readouterr().err
-
-
-def test_what_belongs_to_another_server_is_left_alone(model: Path, tmp_path: Path) -> None:
-    """The other one has just begun: there is a lock, and no file yet."""
-    lock = WriterLock(tmp_path / "r.instep")
-    with pytest.raises(CannotServe, match="is being written by another"):
-        serve.run(configured(model, recording={"file": tmp_path / "r.instep"}))
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.instep-lock"]
-    lock.release()
 
 
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(

@@ -105,21 +105,6 @@ async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_m
                 assert refused.value.code is Code.BUSY
 
 
-async def test_an_unknown_model_is_refused_with_the_names_of_those_that_are_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with running(EARS, VOWELS) as server:
-        for wrong, hint in (("vowel", "did you mean 'vowels'?"), ("x" * 90, "it serves 'ears', 'vowels'")):
-            with pytest.raises(Refused) as refused:
-                await AsyncClient(server.endpoint, model=wrong).connect()
-            assert refused.value.code is Code.UNKNOWN_MODEL
-            assert hint in refused.value.sentence
-        monkeypatch.setenv("INSTEP_MODEL", "vowels")
-        async with AsyncClient(server.endpoint) as client, AsyncClient(server.endpoint, model="") as default:
-            assert (client.info.model, default.info.model) == ("vowels", "ears")
-            assert (await default.stats())["refused_messages_total"] == 2, "one for each wrong name"
-
-
 async def test_a_model_whose_steps_hang_or_that_is_flooded_does_not_keep_the_other_one_waiting(
     rng: np.random.Generator,
 ) -> None:

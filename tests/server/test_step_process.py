@@ -34,23 +34,6 @@ async def test_frames_and_changes_of_states_keep_their_order(rng: np.random.Gene
         np.testing.assert_array_equal(second, whole(SMALL, x[4:])[0])
 
 
-async def test_short_runs_in_the_loop_and_long_ones_in_the_process_give_the_networks_bits(
-    rng: np.random.Generator,
-) -> None:
-    """Alone, together, and again alone: each run finds the states that the other kind has left."""
-    x = rng.standard_normal((30, 7, F)).astype(np.float32)
-    async with running(SMALL, apart=True) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open(*"abcdefg")).handles()
-        y = np.zeros((30, 7, H), np.float32)
-        for seq in range(30):
-            for part in [slice(0, 7)] if seq % 3 == 1 else [slice(0, 1), slice(1, 4), slice(4, 7)]:
-                reply = await client.step(handles[part], [seq] * len(handles[part]), x[seq : seq + 1, part])
-                y[seq, part] = reply.floats().reshape(-1, H)
-    for stream in range(7):
-        np.testing.assert_array_equal(y[:, stream], whole(SMALL, x[:, stream])[0])
-
-
 def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import time
-from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, closing
-from functools import partial
 from pathlib import Path
 from socket import create_server
 from typing import Any
@@ -21,7 +17,6 @@ from instep.models.model import Model
 from instep_client import AsyncClient, AsyncStream
 from tests.support.models import whole
 from tests.support.running import running
-from tests.support.served import Served, serving
 from tests.support.swapping import (
     DEEPER,
     EXACT,
@@ -138,33 +133,6 @@ async def test_streams_without_a_connection_move_too(
         np.testing.assert_array_equal(y, truth(x, 10) if policy == "move" else replayed_truth(x, 4, 10))
 
 
-async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
-    folder: Path, recordings: Path, rng: np.random.Generator
-) -> None:
-    write_model(folder, DEEPER, overwrite=True)
-    x = rng.standard_normal((6, 300, 5)).astype(np.float32)
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {**EXACT, "max_streams": 4}}
-    async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
-        for number in (0, 1, 2, 3):  # their slots are taken by later ones
-            gone = await client.open(f"gone{number}")
-            await gone.step(x[number, :50])
-            await gone.close()
-        often, once, empty = [await client.open(name) for name in ("often", "once", "empty")]
-        await often.step(x[4, :100])
-        await often.reset()
-        await once.step(x[5, :20])
-        await often.step(x[4, 100:130])
-        copy = await once.fork("copy")
-        await copy.step(x[5, 20:40])
-        assert not await reload_models(server, folder, "replay:100")
-        for stream, which, first, at in ((often, 4, 100, 130), (once, 5, 0, 20), (copy, 5, 20, 40), (empty, 3, 0, 0)):
-            assert stream.moved_at == at
-            y = await stream.step(x[which, at:])
-            np.testing.assert_array_equal(y, whole(DEEPER, x[which, first:])[0][at - first :])
-    assert replays(recordings / "ears@2.instep") == {"often": 100, "once": 0, "copy": 20, "empty": 0}
-    assert_each_verifies_with_its_version(recordings, folder)
-
-
 async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_more(
     folder: Path, recordings: Path, rng: np.random.Generator
 ) -> None:
@@ -201,50 +169,28 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
     assert_each_verifies_with_its_version(recordings, folder)
 
 
-@pytest.mark.long
-def test_a_swap_triples_the_99th_percentile_of_the_latency_at_most(folder: Path, tmp_path: Path) -> None:
-    """The best of three swaps, because another program may want the cores during one."""
-    write_model(tmp_path / "old", A)
-    with closing(create_server(("127.0.0.1", 0))) as probe:
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    file = tmp_path / "c.yaml"
-
-    def swap(served: Served, version: Path) -> None:
-        file.write_text(f"model: {{folder: {{ears: {version}}}, on_reload: move}}")
-        served.process.send_signal(signal.SIGHUP)
-        served.until("models reloaded")
-
-    file.write_text(f"model: {{folder: {{ears: {tmp_path / 'old'}}}}}")
-    with serving(None, "--config", str(file), endpoint=endpoint) as served:
-        served.until("serving")
-        swaps = [partial(swap, served, version) for version in (folder, tmp_path / "old", folder)]
-        ratios = asyncio.run(ratios_of_latencies(endpoint, swaps))
-    assert min(ratios) <= 3, ratios
-
-
-async def ratios_of_latencies(endpoint: str, swaps: Sequence[Callable[[], None]]) -> list[float]:
-    """Of each swap: the 99th percentile while it lasts over that in the two seconds before it."""
-    latencies_s: list[float] = []
-
-    async def paced(stream: AsyncStream) -> None:
-        while True:
-            began_s = time.perf_counter()
-            await stream.step(np.zeros(5, np.float32))
-            latencies_s.append(time.perf_counter() - began_s)
-            await asyncio.sleep(0.02)
-
-    async def percentile(during: Awaitable[object]) -> float:
-        latencies_s.clear()
-        await during
-        return float(np.percentile(latencies_s, 99))
-
-    async with AsyncClient(endpoint) as client:
-        load = [asyncio.create_task(paced(await client.open(f"s{number}"))) for number in range(32)]
-        ratios = []
-        for swap in swaps:
-            before = await percentile(asyncio.sleep(2))
-            ratios.append(await percentile(asyncio.to_thread(swap)) / before)
-        for each in load:
-            each.cancel()
-        await asyncio.gather(*load, return_exceptions=True)
-    return ratios
+async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
+    folder: Path, recordings: Path, rng: np.random.Generator
+) -> None:
+    write_model(folder, DEEPER, overwrite=True)
+    x = rng.standard_normal((6, 300, 5)).astype(np.float32)
+    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {**EXACT, "max_streams": 4}}
+    async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
+        for number in (0, 1, 2, 3):  # their slots are taken by later ones
+            gone = await client.open(f"gone{number}")
+            await gone.step(x[number, :50])
+            await gone.close()
+        often, once, empty = [await client.open(name) for name in ("often", "once", "empty")]
+        await often.step(x[4, :100])
+        await often.reset()
+        await once.step(x[5, :20])
+        await often.step(x[4, 100:130])
+        copy = await once.fork("copy")
+        await copy.step(x[5, 20:40])
+        assert not await reload_models(server, folder, "replay:100")
+        for stream, which, first, at in ((often, 4, 100, 130), (once, 5, 0, 20), (copy, 5, 20, 40), (empty, 3, 0, 0)):
+            assert stream.moved_at == at
+            y = await stream.step(x[which, at:])
+            np.testing.assert_array_equal(y, whole(DEEPER, x[which, first:])[0][at - first :])
+    assert replays(recordings / "ears@2.instep") == {"often": 100, "once": 0, "copy": 20, "empty": 0}
+    assert_each_verifies_with_its_version(recordings, folder)

@@ -19,7 +19,7 @@ from instep.runtime.executor import ThreadExecutor
 from instep.server.server import Server
 from instep.streaming.service import ModelService
 from instep_client import AsyncClient, StreamEvicted
-from instep_client.protocol.wire import Code, Kind
+from instep_client.protocol.wire import Code
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain
 from tests.support.raw import RawClient
@@ -83,24 +83,6 @@ async def gated(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, **sec
                 yield Gated(server, vowels, raw, handles, gate)
             finally:
                 gate.open()
-
-
-async def test_a_model_that_is_being_unloaded_answers_what_it_has_and_takes_nothing_new(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with gated(folders, monkeypatch, shutdown={"drain_timeout_s": 120}) as its:
-        unloading = asyncio.create_task(reload_models(its.server, folders["ears"]))
-        while not its.vowels.engine.draining:
-            await asyncio.sleep(0.001)
-        refused = await its.raw.step(its.handles, [1], np.zeros((1, 1, 3), np.float32))
-        assert refused.header[2:4] == [
-            Code.SHUTTING_DOWN,
-            "the model 'vowels' is being unloaded and takes nothing new",
-        ]
-        assert not unloading.done()
-        its.gate.open()
-        assert (await its.raw.receive()).kind is Kind.STEPPED
-        assert not await unloading
 
 
 async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(

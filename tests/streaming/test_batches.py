@@ -11,7 +11,6 @@ from instep.runtime.executor import InlineExecutor
 from tests.support.models import SMALL, whole
 from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, step, streaming
 
-H = 8
 FOREVER_NS = 10**15
 """A delay of a batch that no test waits for."""
 
@@ -37,25 +36,6 @@ async def test_frames_that_arrive_during_a_step_share_the_next_one_unless_that_i
         assert kit.hand.shapes == [(1, 1), (1, 3)], "a full batch is handed over during a step"
         await kit.finish_all()
         assert kit.hand.shapes == [(1, 1), (1, 3), (1, 2)]
-
-
-@pytest.mark.parametrize(("width", "shapes"), [(1, [(1, 2), (1, 2), (1, 1)]), (3, [(1, 5)])])
-async def test_batches_are_small_while_most_frames_come_in_messages_of_their_own(
-    rng: np.random.Generator, width: int, shapes: list[tuple[int, int]]
-) -> None:
-    x = random_frames(rng, 1, 5)
-    async with streaming(max_light_batch=2) as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 5)
-        for tag, first in enumerate(range(0, 5, width)):
-            columns = slice(first, first + width)
-            kit.submit(one, tag, handles[columns], [0] * len(handles[columns]), x[:, columns])
-        kit.loop.turn()
-        await kit.finish_all()
-        assert kit.hand.shapes == shapes
-        served = np.concatenate([reply.y[0] for reply in one.replies])
-        for column in range(5):
-            np.testing.assert_array_equal(served[column], whole(SMALL, x[:, column])[0][0])
 
 
 async def test_frames_of_a_stream_that_wait_alone_are_stepped_in_one_run(rng: np.random.Generator) -> None:

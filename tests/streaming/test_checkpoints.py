@@ -9,7 +9,7 @@ import numpy as np
 
 from instep.core.typing import U64
 from instep.recording.recovery import Recovered
-from instep.runtime.executor import InlineExecutor, StateLost
+from instep.runtime.executor import InlineExecutor
 from instep.streaming.states import Checkpoints
 from tests.support.commits import held_commits
 from tests.support.in_process import InProcessOrigin
@@ -130,29 +130,3 @@ async def test_the_one_after_a_checkpoint_that_was_cut_off_is_complete(
             assert stream.state is not None, stream.name
             frames = x[:3, column] if column == 0 else x[:2, column]
             np.testing.assert_array_equal(stream.state.view("<f4")[None], whole(SMALL, frames)[1])
-
-
-async def test_one_that_meets_a_lost_state_is_given_up_and_the_next_one_complete(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
-    async with streaming() as kit:
-        kit.record(path)
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["lost", "kept"])).handles
-        first = asyncio.ensure_future(step(origin, handles, [0, 0], x[:1]))
-        await kit.settle()
-        await kit.finish()
-        await first
-        checkpoints = checkpoints_of(kit)
-        failing = asyncio.ensure_future(step(origin, handles[:1], [1], x[1:, :1]))
-        await kit.settle()
-        taking = asyncio.ensure_future(checkpoints.take())
-        await kit.settle()
-        assert not taking.done(), "a run is under way"
-        await kit.finish(error=StateLost("injected"))
-        await asyncio.gather(failing, taking)
-        await checkpoints.take()
-    with Recovered(path) as recovered:
-        assert [(stream.name, stream.seq) for stream in recovered.load(recovered.names)] == [("kept", 1)]
-        assert replayed(recovered) == 0

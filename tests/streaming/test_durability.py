@@ -126,25 +126,6 @@ async def test_nobody_is_told_that_a_stream_ended_before_the_recording_has_its_e
             await closing
 
 
-async def test_a_recorder_that_is_behind_holds_steps_back_and_loses_nothing(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    x = random_frames(rng, 30)
-    async with held_commits() as may_commit, streaming(InlineExecutor) as kit:
-        kit.record(tmp_path / "r.instep", durability="memory", queue_batches=2)
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        may_commit.clear()
-        asked = asyncio.ensure_future(step(origin, handles, [0], x))
-        while not kit.stats.batches_total:
-            await asyncio.sleep(0.001)
-        for _ in range(10):
-            await kit.settle()
-        assert kit.stats.batches_total <= 4, "two that are being committed and two that wait"
-        may_commit.set()
-        np.testing.assert_array_equal((await asked).y[:, 0], whole(SMALL, x[:, 0])[0])
-
-
 async def test_after_the_recorder_failed_nothing_is_answered_any_more(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
 
@@ -76,26 +74,6 @@ async def test_a_close_that_could_lose_outputs_is_refused_until_they_have_come(r
         assert resumed.next_seqs.tolist() == [3]
         [again] = await kit.all_done(step(heir, resumed.handles, [0], x))
         np.testing.assert_array_equal(again.y[:, 0], y)
-
-
-async def test_a_turn_that_comes_before_a_request_has_begun_takes_nothing_that_is_behind_it(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 4)
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        before = asyncio.ensure_future(step(origin, handles, [0], x[:3]))
-        closing = asyncio.ensure_future(origin.close(handles))
-        behind = asyncio.ensure_future(step(origin, handles, [3], x[3:]))
-        for _ in range(10):
-            await asyncio.sleep(0)
-            kit.loop.turn()
-            kit.loop.turn()
-        await kit.finish_all()
-        assert failures(await behind) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-        assert failures(await before) == []
-        np.testing.assert_array_equal(floats_of((await closing).states, 1, H)[0], whole(SMALL, x[:3, 0])[1])
 
 
 async def test_a_resume_fences_the_frames_behind_it_and_waits_for_those_before_it(rng: np.random.Generator) -> None:

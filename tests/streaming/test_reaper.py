@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from instep.runtime.executor import InlineExecutor
 from instep.streaming.hibernation import IdleLimits
@@ -49,22 +47,6 @@ async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> Non
         assert kit.frontend.connect().number == gone.number
 
 
-async def test_an_origin_that_left_before_its_request_began_gets_no_streams() -> None:
-    async with streaming(InlineExecutor) as kit:
-        gone = kit.frontend.connect()
-        opened = await gone.open(["kept"])
-        asked = [
-            asyncio.ensure_future(gone.open(["new"])),
-            asyncio.ensure_future(gone.resume(["kept"], np.zeros(1, np.uint64), opened.epochs)),
-        ]
-        await asyncio.sleep(0)  # both are asked, and neither has begun
-        kit.frontend.disconnect(gone)
-        await asyncio.gather(*asked)
-        await ticks(kit, count=1)
-        assert (kit.table.open_count, parked(kit)) == (1, 1)
-        assert kit.table.epoch[kit.table.find(["kept"])[0]] == opened.epochs[0]
-
-
 async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_other(rng: np.random.Generator) -> None:
     async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
@@ -81,22 +63,6 @@ async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_othe
         assert (parked(kit), kit.stats.parked_streams_total) == (2, 5)
         reply = await step(origin, resumed.handles, [0] * 8, random_frames(rng, 1, 8))
         assert failures(reply) == []
-
-
-@pytest.mark.parametrize("park_ns", [0, PARK_NS])
-async def test_origins_that_leave_at_once_take_a_tick_no_longer_than_one_of_them(park_ns: int) -> None:
-    limits = replace(KEEP, park_ns=park_ns, max_parked=4)
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits, max_streams=20) as kit:
-        origins = [kit.frontend.connect() for _ in range(5)]
-        for origin in origins:
-            await origin.open([f"{origin.number}-a", f"{origin.number}-b"])
-        for origin in origins:
-            kit.frontend.disconnect(origin)
-        counts = await ticks(kit)
-        drops = [-difference for difference in np.diff([COUNT, *counts])]
-        assert max(drops) <= AT_ONCE
-        assert counts[-1] == (4 if park_ns else 0)
-        assert sorted(kit.frontend.connect().number for _ in range(5)) == sorted(origin.number for origin in origins)
 
 
 async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from instep.runtime.executor import InlineExecutor
 from instep.server.recordings import recording_header
 from tests.support.models import SMALL
 from tests.support.rows import open_stream
-from tests.support.running import config, prepared, running
+from tests.support.running import config, prepared
 from tests.support.streaming import random_frames, step, streaming
 
 F = 5
@@ -63,28 +62,6 @@ async def test_more_streams_than_fit_are_refused_with_what_to_do(tmp_path: Path,
         recovery = kit.record(path)
         assert recovery is not None, "the attempt has left it as it was"
         assert recovery.streams == 4
-
-
-async def test_what_a_restart_has_replayed_the_next_one_need_not(tmp_path: Path) -> None:
-    """Lives that are too short for a checkpoint of their own must not add up."""
-    path = tmp_path / "r.instep"
-    recording = {"file": path, "recovery_target_s": 1e-6}
-    writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording=recording)))
-    open_stream(writer, 1, "s", 1000, 0, 1, None)
-    for seq in range(3):
-        numbers, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
-        writer.add_inputs(1, numbers, seqs, np.ones((1, F), np.float32))
-    writer.commit()
-    writer.abandon()
-    async with running(SMALL, recording=recording):
-        async with asyncio.timeout(60):
-            while not _checkpoint(path):
-                await asyncio.sleep(0.01)
-
-
-def _checkpoint(path: Path) -> int:
-    with RecordingReader(path) as reader:
-        return reader.checkpoint().position
 
 
 async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promises_them(tmp_path: Path) -> None:

@@ -52,25 +52,6 @@ async def test_a_reply_to_several_messages_has_a_bounded_number_of_frames(
         assert one.tags() == shared
 
 
-async def test_a_message_is_answered_with_the_step_of_its_last_frame_and_waits_for_no_other(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 3, 2)
-    async with streaming() as kit:
-        one = kit.listen()
-        handles = await opened(kit, one, 3)
-        kit.submit(one, 0, handles[:2], [0, 0], x)
-        kit.submit(one, 1, handles[2:], [0], x[:1, :1])
-        kit.submit(one, 2, handles[2:], [5], x[:1, :1])  # a gap: nothing to compute
-        kit.loop.turn()
-        assert one.tags() == [[2]]
-        await kit.finish()
-        assert one.tags() == [[2], [1]]
-        await kit.finish_all()
-        assert one.tags() == [[2], [1], [0]]
-        assert kit.engine.is_quiet
-
-
 async def test_frames_that_were_applied_before_are_answered_with_the_outputs_of_then(
     rng: np.random.Generator,
 ) -> None:

@@ -123,25 +123,6 @@ async def test_a_resume_under_the_present_epoch_fences_an_owner_that_is_still_co
     np.testing.assert_array_equal(late.y[:, 1], whole(SMALL, x[:, 1])[0][2:])
 
 
-async def test_of_two_that_claim_a_stream_at_once_the_later_gets_it(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 3)
-    async with streaming() as kit:
-        gone, first, second = (kit.frontend.connect() for _ in range(3))
-        opened = await gone.open(["s"])
-        lost = asyncio.ensure_future(step(gone, opened.handles, [0], x[:2]))
-        await kit.settle()
-        leave(kit, gone)
-        of_first, of_second = await kit.all_done(
-            resume(first, ["s"], [0], opened.epochs.tolist()), resume(second, ["s"], [0], [0], take_over=True)
-        )
-        assert [event.code for event in first.events] == [Code.FENCED]
-        assert [code for code, _ in refused(of_first)] == [Code.FENCED]
-        assert (refused(of_second), of_second.next_seqs.tolist()) == ([], [2])
-        (reply,) = await kit.all_done(step(second, of_second.handles, [0], x))
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
-        lost.cancel()
-
-
 async def test_a_stream_whose_new_owner_leaves_before_it_was_told_is_parked_and_resumed_under_the_old_epoch(
     rng: np.random.Generator,
 ) -> None:

@@ -36,23 +36,6 @@ async def fork(
     return await kit.frontend.ask(lambda: kit.operations.fork(origin, handles, names, refused))
 
 
-async def test_a_stream_closes_when_all_messages_that_it_is_in_are_answered(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 9, 2)
-    order = list[str]()
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["quick", "slow"])).handles
-        asked = {
-            "slow": step(origin, handles[1:], [0], x[:, 1:]),
-            "both": step(origin, handles, [0, 9], x[:1]),
-            "closed": origin.close(handles[:1]),
-        }
-        for name, each in asked.items():
-            asyncio.ensure_future(each).add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
-        await kit.finish_all()
-    assert order == ["slow", "both", "closed"]
-
-
 async def test_a_read_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: np.random.Generator) -> None:
     x = random_frames(rng, 7, 2)
     async with streaming(InlineExecutor, model=MODEL) as kit:
@@ -126,24 +109,6 @@ async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Gener
         )
 
 
-@pytest.mark.parametrize("to_zeros", [True, False])
-async def test_a_changed_stream_continues_from_the_new_state_and_from_its_seq(
-    rng: np.random.Generator, to_zeros: bool
-) -> None:
-    x = random_frames(rng, 7, 2)
-    state = None if to_zeros else rng.standard_normal((1, LAYERS, H)).astype(np.float32)
-    async with streaming(InlineExecutor, model=MODEL) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["changed", "beside"])).handles
-        first = await step(origin, handles, [0, 0], x[:4])
-        assert await write(kit, origin, handles[:1], state) == [0]
-        again = await step(origin, handles, [0, 0], x[:4])
-        assert again.y.tobytes() == first.y.tobytes(), "what was answered before stays what it was"
-        rest = await step(origin, handles, [4, 4], x[4:])
-    np.testing.assert_array_equal(rest.y[:, 0], whole(MODEL, x[4:, 0], None if state is None else state[0])[0])
-    np.testing.assert_array_equal(rest.y[:, 1], whole(MODEL, x[:, 1])[0][4:])
-
-
 async def test_a_change_is_refused_while_frames_are_pending_and_where_it_was_refused_before(
     rng: np.random.Generator,
 ) -> None:
@@ -177,34 +142,6 @@ async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other
 
 
 # ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
-
-
-async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, states=FaultyStates, max_streams=2) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["s"])).handles
-        await step(origin, handles, [0], x[:1])
-        kit.faulty.is_broken = True
-        read = await origin.read_states(handles)
-        assert read.codes.tolist() == [Code.STATE_LOST]
-        assert np.isnan(floats_of(read.states, -1)).all()
-        assert (await fork(kit, origin, handles, ["copy"])).codes.tolist() == [Code.STATE_LOST]
-        assert await write(kit, origin, handles, None) == [Code.STEP_FAILED]
-        for _ in range(3):
-            assert (await origin.open(["other"])).codes.tolist() == [Code.STEP_FAILED]
-        assert {str(error) for error in kit.failures} == {"injected"}
-        kit.faulty.is_broken = False
-        reply = await step(origin, handles, [1], x[1:])
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][1:])
-        assert (await origin.open(["other"])).codes.tolist() == [0]
-        kit.faulty.is_broken = True
-        closed = await origin.close(handles)
-        assert closed.codes.tolist() == [Code.STATE_LOST]
-        kit.faulty.is_broken = False
-        assert (await origin.open(["s"])).codes.tolist() == [0]
 
 
 # ── Many states, between whose parts other things happen ───────────────────────────────────────────────────────────
@@ -260,3 +197,31 @@ async def test_frames_that_come_before_a_change_is_done_are_applied_behind_it_an
         assert (await first, await second) == ([0] * 12, [0] * 12)
         np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
         assert kit.stats.frames_total == 3
+
+
+async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 3)
+    async with streaming(InlineExecutor, states=FaultyStates, max_streams=2) as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        await step(origin, handles, [0], x[:1])
+        kit.faulty.is_broken = True
+        read = await origin.read_states(handles)
+        assert read.codes.tolist() == [Code.STATE_LOST]
+        assert np.isnan(floats_of(read.states, -1)).all()
+        assert (await fork(kit, origin, handles, ["copy"])).codes.tolist() == [Code.STATE_LOST]
+        assert await write(kit, origin, handles, None) == [Code.STEP_FAILED]
+        for _ in range(3):
+            assert (await origin.open(["other"])).codes.tolist() == [Code.STEP_FAILED]
+        assert {str(error) for error in kit.failures} == {"injected"}
+        kit.faulty.is_broken = False
+        reply = await step(origin, handles, [1], x[1:])
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][1:])
+        assert (await origin.open(["other"])).codes.tolist() == [0]
+        kit.faulty.is_broken = True
+        closed = await origin.close(handles)
+        assert closed.codes.tolist() == [Code.STATE_LOST]
+        kit.faulty.is_broken = False
+        assert (await origin.open(["s"])).codes.tolist() == [0]

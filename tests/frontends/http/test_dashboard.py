@@ -181,20 +181,3 @@ def test_a_stopped_server_is_said_and_found_again(folder: Path, pages: Pages) ->
         expect(page.locator("#end")).to_contain_text("for")
         expect(page.locator("body")).not_to_have_class("stale")
         expect(page.locator("#rows td.name")).to_have_text(["violin"])
-
-
-def test_a_token_opens_the_page_once_and_for_all(folder: Path, tmp_path: Path, pages: Pages) -> None:
-    token = tmp_path / "token"
-    token.write_text("a-token-that-nobody-guesses")
-    with WarmServer(folder, ["--http", "127.0.0.1:0", "--set", f"http.token_file={token}"]) as server:
-        url = server.started["http"]
-        elsewhere = f"{url.replace('127.0.0.1', 'localhost')}/healthz"  # needs no token, and is another site
-        pages.expected.add("401 (Unauthorized)")  # for the icon that browsers ask for by themselves
-        page = pages.open(elsewhere)
-        for link in (f"{url}/?token={token.read_text()}", f"{url}/#stream=violin"):
-            page.goto(elsewhere)
-            page.evaluate("(link) => { location.href = link; }", link)
-            expect(page.locator("#link")).to_have_text("Live")
-            assert "token" not in page.url
-        page.goto(url)
-        expect(page.locator("#streams-open")).to_have_text("0")

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
-from instep.core.histogram import add_steps, add_to, new_histogram
+from instep.core.histogram import add_to
 from instep.frontends.http.metrics import METRICS, exposition
 from instep.server.server import Server
 from instep.streaming.verification import Verification
@@ -143,15 +143,3 @@ async def test_histograms_of_times_count_what_numpy_counts(rng: np.random.Genera
         upper_s = next(bound for bound, count in found if count >= share * len(values_us))
         assert truth_s < upper_s
         assert upper_s <= max(2 * truth_s, 1e-5) or upper_s == np.inf
-
-
-async def test_histograms_of_batches_count_what_numpy_counts(rng: np.random.Generator) -> None:
-    streams = rng.integers(1, 1500, 2000)
-    async with running(SMALL) as server:
-        stats = server.default.engine.stats
-        for of in streams.tolist():
-            add_steps(new_histogram(), stats.batch_size, of, 0, 1)
-        families = scraped(server)
-    found = buckets(families, "instep_batch_size")
-    assert [count for _, count in found] == [(streams <= bound).sum() for bound, _ in found]
-    assert value(families, "instep_batch_size_sum") == streams.sum()

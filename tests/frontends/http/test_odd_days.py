@@ -259,22 +259,6 @@ def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(admin: St
         keep(page, f"mismatch-{width}")
 
 
-def test_an_idle_server_says_what_is_missing(admin: StagedAdmin, pages: Pages) -> None:
-    admin.streams, admin.log, admin.history_rows = [], [], 0
-    admin.models[0] |= {"recording": None, "verification": None, "durability": "memory"}
-    nothing = ("streams_open", "streams_parked", "frames_total", "recent_frames_per_s")
-    admin.models[0]["numbers"] = dict.fromkeys(nothing, 0.0)
-    page = pages.open(admin.url)
-    expect(page.locator("#no-streams")).to_contain_text("No streams are open")
-    expect(page.locator("#no-events")).to_be_visible()
-    expect(page.locator("#recording")).to_have_text("Off")
-    expect(page.locator("#verification")).to_have_text("Off")
-    expect(page.locator("#verification-detail")).to_contain_text("verify.live")
-    expect(page.locator("#refused")).to_have_text("None since the start")
-    expect(page.locator("#p99")).to_have_text("–")
-    keep(page, "empty")
-
-
 def test_numbers_are_in_plain_words(admin: StagedAdmin, pages: Pages) -> None:
     page = pages.open(admin.url)
     for function, words in WORDS.items():

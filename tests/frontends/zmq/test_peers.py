@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import msgpack
 import numpy as np
-import pytest
 
 from instep.core.tables import make_tables
 from instep.frontends.zmq.peers import Outbound, Peer
@@ -184,19 +183,6 @@ def test_an_outbox_that_stands_still_for_too_long_is_given_up() -> None:
     assert rig.gone == [rig.slow]
 
 
-@pytest.mark.parametrize("is_blocked", [False, True])
-def test_a_peer_that_is_gone_is_given_up_once_and_sent_nothing_more(is_blocked: bool) -> None:
-    rig = Rig()
-    if is_blocked:
-        rig.router.state[b"\0slow"] = Sent.FULL
-        rig.outbound.send(rig.slow, MESSAGE)
-    rig.router.state[b"\0slow"] = Sent.GONE
-    rig.outbound.send(rig.slow, MESSAGE)
-    rig.tick(1)
-    rig.outbound.send(rig.slow, MESSAGE)
-    assert (rig.gone, rig.outbound.is_empty) == ([rig.slow], True)
-
-
 def test_a_peer_that_answers_no_question_is_given_up() -> None:
     rig = Rig()
     for now_ns in range(60, 201, 20):
@@ -249,17 +235,6 @@ def test_the_outbox_moves_as_soon_as_the_peer_says_that_it_reads_and_lies_move_n
     rig.outbound.acknowledge(rig.slow, asked)
     assert not rig.slow.outbox
     assert len(rig.messages()) == 150
-
-
-def test_the_last_message_follows_what_waits_whatever_the_peer_has_read() -> None:
-    rig = Rig()
-    rig.router.state[rig.fast.routing_id] = Sent.GONE
-    last: Message = [b"y" * 744]
-    for _ in range(UNREAD // 1000 + 3):
-        rig.outbound.send(rig.slow, MESSAGE)
-    assert len(rig.slow.outbox) == 2
-    rig.outbound.say_last(last)
-    assert rig.messages() == [MESSAGE] * (UNREAD // 1000 + 3) + [last]
 
 
 def headers(messages: Iterable[Sequence[bytes]]) -> list[list[object]]:

@@ -80,15 +80,6 @@ async def test_a_vanished_connection_is_noticed_and_its_streams_are_parked_and_r
         np.testing.assert_array_equal(reply.floats().reshape(6, H), whole(SMALL, x[:, 0])[0][2:])
 
 
-async def test_connections_that_have_no_streams_are_counted_no_more_when_they_are_gone() -> None:
-    async with running(SMALL, transport={"heartbeat_s": 100.0}) as server:
-        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as idle:
-            await client.hello()
-            await idle.hello()
-            await client.close((await client.open("s")).handles(), [0])
-        await connections(server, 0)
-
-
 # ── More than the server takes ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -122,26 +113,6 @@ async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_ta
             replies = [await client.receive() for _ in range(1 + MANY - refused)]
             assert {reply.kind for reply in replies} <= {Kind.OPENED, Kind.STATE_READ, Kind.RESUMED}
             assert (await client.open("u")).failures() == []
-
-
-async def test_one_connection_leaves_room_for_the_requests_of_others(tmp_path: Path) -> None:
-    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
-    async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
-        async with RawClient(server.endpoint) as greedy, RawClient(server.endpoint) as client:
-            await greedy.hello()
-            await client.hello()
-            handles = (await greedy.open("s")).handles()
-            may_commit.clear()
-            await greedy.send(*greedy.open_message("t"))
-            for _ in range(2 * MANY):
-                await greedy.send(*greedy.read_state_message(handles))
-            assert (await greedy.receive()).code is Code.BUSY
-            while (await client.ask(msgpack.packb([Kind.PING, 9]))).kind is not Kind.PONG:
-                pass
-            await client.send(*client.read_named_message(["s"]))
-            assert (await client.ask(msgpack.packb([Kind.PING, 10]))).kind is Kind.PONG
-            may_commit.set()
-            assert (await client.receive()).kind is Kind.STATE_READ
 
 
 SILENT = {"max_message_bytes": 65_536}
@@ -205,3 +176,12 @@ async def test_readers_that_do_not_read_share_one_budget(monkeypatch: pytest.Mon
         finally:
             for each in silent:
                 await each.__aexit__(None, None, None)
+
+
+async def test_connections_that_have_no_streams_are_counted_no_more_when_they_are_gone() -> None:
+    async with running(SMALL, transport={"heartbeat_s": 100.0}) as server:
+        async with RawClient(server.endpoint) as client, RawClient(server.endpoint) as idle:
+            await client.hello()
+            await idle.hello()
+            await client.close((await client.open("s")).handles(), [0])
+        await connections(server, 0)

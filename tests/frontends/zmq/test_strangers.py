@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import resource
-import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -140,44 +137,3 @@ async def test_parts_beyond_those_of_a_message_are_not_taken_for_messages_of_oth
                 assert (await stranger.receive()).code is Code.MALFORMED
             reply = await client.step(handles, [0], random_frames(rng, 1))
             assert reply.failures() == []
-
-
-GREETING = b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32)
-READY = b"\5READY\x0bSocket-Type\0\0\0\6DEALER"
-EMPTY_PART = b"\1\0"
-"""ZMTP 3.0: flag MORE, length 0."""
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory that a process holds."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-async def refused_messages(endpoint: str) -> int:
-    async with RawClient(endpoint) as client:
-        await client.hello()
-        return int((await client.statistics())["refused_messages_total"])
-
-
-def test_a_message_that_never_ends_is_never_taken_and_costs_memory_but_no_service(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    """libzmq shows a message when its last part has come, and sends none before: this stranger speaks ZMTP itself."""
-    write_model(tmp_path / "model", SMALL)
-    # A process of its own: one that has run other tests takes memory that they freed, and does not grow.
-    with WarmServer(tmp_path / "model") as server:
-        host, port = server.endpoint.removeprefix("tcp://").split(":")
-        asyncio.run(assert_serves(server.endpoint, rng, "before"))
-        before = resident_bytes(server.pid)
-        with socket.create_connection((host, int(port)), timeout=30) as stranger, stranger.makefile("rb") as received:
-            stranger.sendall(GREETING)
-            received.read(len(GREETING))
-            stranger.sendall(bytes([4, len(READY)]) + READY)
-            received.read(1)  # libzmq resets a connection whose messages come before its own READY has left
-            for number in range(10):
-                stranger.sendall(EMPTY_PART * 50_000)
-                asyncio.run(assert_serves(server.endpoint, rng, f"s{number}"))
-            while resident_bytes(server.pid) - before < 16 * 2**20:  # of 1 MB on the wire: docs/behavior.md says so
-                time.sleep(0.01)
-            assert asyncio.run(refused_messages(server.endpoint)) == 0
-        asyncio.run(assert_serves(server.endpoint, rng, "after"))
