@@ -15,11 +15,10 @@ from instep.core.typing import F32
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.replay import command, verifier
-from instep.runtime.executor import InlineExecutor
 from instep_client import AsyncClient
 from tests.support.running import prepared, running
 from tests.support.steps import FEATURES, STEPS, eager, exported, exported_folder
-from tests.support.streaming import step, streaming
+from tests.support.streaming import InlineExecutor, step, streaming
 
 STREAMS, FRAMES = 6, 25
 

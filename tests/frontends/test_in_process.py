@@ -9,13 +9,12 @@ import pytest
 
 from instep.core.typing import F32
 from instep.models.model import Model
-from instep.runtime.executor import InlineExecutor
 from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, plain, whole, with_head
 from tests.support.running import running
 from tests.support.states import floats_of
-from tests.support.streaming import failures, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, failures, random_frames, step, streaming
 
 STREAMS, FRAMES = 5, 40
 

@@ -16,7 +16,6 @@ from instep.core.tables import MOST_STEPS
 from instep.core.typing import F32, I64
 from instep.runtime import executor
 from instep.runtime.executor import (
-    InlineExecutor,
     RunResult,
     StateLost,
     Step,
@@ -28,7 +27,6 @@ from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 
 DEADLINE_S = 60
 KINDS: dict[str, Callable[[Step], StepExecutor]] = {
-    "inline": InlineExecutor,
     "thread": ThreadExecutor,
     "process": lambda step: ProcessExecutor(step, 8),
     "polling process": lambda step: ProcessExecutor(step, 8, 10**12),

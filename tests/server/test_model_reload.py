@@ -143,7 +143,7 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
             while len(done := [line for line in told if line["event"] == "models reloaded"]) < 2:
                 await asyncio.sleep(0.01)
         assert [(line["loaded"], line["swapped"]) for line in done] == [([], ["ears"]), (["eyes"], ["ears"])]
-        assert server.served("ears").info.fingerprint == C.fingerprint
+        assert server.models.find("ears").info.fingerprint == C.fingerprint
 
 
 async def test_models_are_kept_for_the_next_server_once_they_are_in_force(tmp_path: Path) -> None:

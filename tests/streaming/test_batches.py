@@ -7,9 +7,8 @@ import pytest
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import U64
-from instep.runtime.executor import InlineExecutor
 from tests.support.models import SMALL, whole
-from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, Listener, StreamingEngine, failures, random_frames, step, streaming
 
 FOREVER_NS = 10**15
 """A delay of a batch that no test waits for."""

@@ -9,13 +9,12 @@ import numpy as np
 
 from instep.core.typing import U64
 from instep.recording.recovery import Recovered
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.states import Checkpoints
 from tests.support.commits import held_commits
 from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
-from tests.support.streaming import StreamingEngine, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, StreamingEngine, random_frames, step, streaming
 
 COUNT = 10
 NAMES = [f"s{number}" for number in range(COUNT)]

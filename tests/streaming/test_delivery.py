@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from instep.core.typing import U64
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Refusal
 from instep_client.protocol.codes import Code
 from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
-from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
 
 H, W = 8, 8
 

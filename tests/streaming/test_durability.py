@@ -13,13 +13,12 @@ import pytest
 from instep.core.typing import F32, U64
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
-from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of, rows_of
-from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
 
 H = 8
 ONES: F32 = np.ones((1, 1, H), np.float32)

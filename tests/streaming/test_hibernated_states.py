@@ -14,13 +14,12 @@ import pytest
 from instep.recording.errors import DamagedRecording
 from instep.recording.reader import load_open_streams
 from instep.recording.records import OpenStream
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LATER_NS, LIMITS, have, tick
 from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
-from tests.support.streaming import FaultyStates, random_frames, step, streaming
+from tests.support.streaming import FaultyStates, InlineExecutor, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
 

@@ -13,13 +13,12 @@ import pytest
 from instep.core.typing import F32
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.hibernating import LIMITS, SOON_NS, ZERO, have, tick
 from tests.support.models import SMALL, whole
-from tests.support.streaming import failures, random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, failures, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
 

@@ -14,11 +14,10 @@ import pytest
 
 from instep.recording.reader import RecordingReader, load_open_streams
 from instep.recording.records import OpenStream
-from instep.runtime.executor import InlineExecutor
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick
 from tests.support.models import SMALL, whole
-from tests.support.streaming import random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
 

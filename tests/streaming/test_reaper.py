@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.hibernation import IdleLimits
 from instep_client.protocol.codes import Code
-from tests.support.streaming import PARK_NS, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import PARK_NS, InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
 
 COUNT, AT_ONCE = 10, 3
 NAMES = [f"s{number}" for number in range(COUNT)]

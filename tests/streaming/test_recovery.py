@@ -12,12 +12,11 @@ import pytest
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
-from instep.runtime.executor import InlineExecutor
 from instep.server.recordings import recording_header
 from tests.support.models import SMALL
 from tests.support.rows import open_stream
 from tests.support.running import config, prepared
-from tests.support.streaming import random_frames, step, streaming
+from tests.support.streaming import InlineExecutor, random_frames, step, streaming
 
 F = 5
 MANY = 20_000_000

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, U64
-from instep.runtime.executor import InlineExecutor
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.in_process import InProcessOrigin
 from tests.support.models import SMALL, plain, whole
 from tests.support.states import floats_of, rows_of
-from tests.support.streaming import FaultyStates, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import (
+    FaultyStates,
+    InlineExecutor,
+    StreamingEngine,
+    failures,
+    random_frames,
+    step,
+    streaming,
+)
 
 F, H, LAYERS = 5, 8, 2
 MODEL = plain(F, H, layers=LAYERS)

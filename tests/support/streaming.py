@@ -73,6 +73,37 @@ PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
 
 
+class InlineExecutor:
+    """Steps within `begin`: a `StepExecutor`."""
+
+    capacity = 1
+    signal_fd = None
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._results: list[RunResult] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """See `StepExecutor`."""
+        return bool(self._results)
+
+    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
+        """See `StepExecutor`."""
+        self._results.append(run_steps(self._step, slots, rows))
+
+    def ended(self) -> list[RunResult]:
+        """See `StepExecutor`."""
+        results, self._results = self._results, []
+        return results
+
+    def take_signal(self) -> None:
+        """There is none."""
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Nothing is under way."""
+
+
 class HandExecutor:
     """Steps a run when `finish` is called: a `StepExecutor`.
 

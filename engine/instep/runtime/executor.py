@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - `StepExecutor` documents what every executor has
-"""Executors of steps: in the event loop's thread, in a thread, or in a process (`process_executor`)."""
+"""Executors of steps: in a thread, or in a process (`process_executor`)."""
 
 from __future__ import annotations
 
@@ -103,34 +103,6 @@ def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
     except Exception as raised:
         error = raised
     return RunResult(began_ns, time.monotonic_ns(), steps, error)
-
-
-class InlineExecutor:
-    """Steps within `begin`, in the caller's thread: nothing to hand over, but nothing else happens meanwhile."""
-
-    capacity = 1
-    signal_fd = None
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-        self._results: list[RunResult] = []
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self._results)
-
-    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        self._results.append(run_steps(self._step, slots, rows))
-
-    def ended(self) -> list[RunResult]:
-        results, self._results = self._results, []
-        return results
-
-    def take_signal(self) -> None:
-        """There is none."""
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Nothing is under way."""
 
 
 class ThreadExecutor:

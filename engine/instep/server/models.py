@@ -291,7 +291,7 @@ class Loader:
         unloaded = [name for name, service in served.items() if name not in found and not service.is_former]
         for name in unloaded:
             await self._unload(name)
-        self._server.reorder(list(found))
+        self._server.models.reorder(list(found))
         self._server.config = self._server.config.model_copy(update={"model": wanted})
         self.problem = ""
         self._on_end()
@@ -318,7 +318,7 @@ class Loader:
         has none any more. To move them, they continue in the new one from the states that they have, and after a
         replay from those that it has after their newest frames.
         """
-        log, former, config = self._log.bind(model=name), self._server.served(name), self._wanted_config
+        log, former, config = self._log.bind(model=name), self._server.models.find(name), self._wanted_config
         policy = StreamPolicy.parse(config.model.on_reload)
         kept_as = name_kept(name, former.info.fingerprint) if policy.word == "keep" else ""
         first = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long

@@ -142,7 +142,7 @@ class Server:
         self._began_ns = time.monotonic_ns()
         self._shutdown = shutdown
         self._turns = loop
-        self._models = models
+        self.models = models
         self._log = log
         self._summaries: dict[ModelService, Summary] = {}
         self.admin: AdminServer | None = None
@@ -154,14 +154,14 @@ class Server:
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
         self._enter(served)
-        self._models.add(served)
+        self.models.add(served)
         for frontend in self._frontends:
             frontend.added(served)
         self.configure(self.config)
 
     async def remove(self, name: str, reason: str) -> None:
         """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
-        served, timeout_s = self._models.find(name), self.config.shutdown.drain_timeout_s
+        served, timeout_s = self.models.find(name), self.config.shutdown.drain_timeout_s
         service = served.service
         service.drain(f"the model {name!r} is being unloaded and takes nothing new")
         await _quiet(service, timeout_s)
@@ -170,7 +170,7 @@ class Server:
                 await service.checkpoints.take()
         service.end_streams()
         await _quiet(service, timeout_s)
-        self._models.remove(served)
+        self.models.remove(served)
         for frontend in self._frontends:
             frontend.removed(served, reason)
         self._leave(service)
@@ -186,7 +186,7 @@ class Server:
             structlog.get_context(former.service.log)["model"] = kept_as  # of the log that all of its parts write to
             former.keep_as(kept_as)
             self.add(served)
-            self._models.add(former)
+            self.models.add(former)
             return
         self._leave(former.service)
         served.service.history.follow(former.service.history)
@@ -229,19 +229,15 @@ class Server:
         self._turns.remove(service)
         del self._summaries[service]
 
-    def served(self, name: str) -> Served:
-        """The model of that name, which there is."""
-        return self._models.find(name)
-
     @property
     def services(self) -> list[ModelService]:
         """The models, the one for connections that name none first."""
-        return [served.service for served in self._models]
+        return [served.service for served in self.models]
 
     @property
     def default(self) -> ModelService:
         """The model of connections that name none."""
-        return self._models.default.service
+        return self.models.default.service
 
     @property
     def endpoint(self) -> str:
@@ -281,12 +277,8 @@ class Server:
         self.config = config
         for service in self.services:
             service.operations.hibernation.limits = idle_limits(config)
-        for served in self._models:
+        for served in self.models:
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
-
-    def reorder(self, names: Sequence[str]) -> None:
-        """List the models of these names first; the first one is for connections that name none."""
-        self._models.reorder(names)
 
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""

@@ -9,7 +9,7 @@ from instep.core.runs import are_pending, are_running
 from instep.core.streams import StreamTable
 from instep.core.tables import make_tables
 from instep.core.typing import I64
-from instep.runtime.executor import InlineExecutor
+from instep.runtime.executor import ThreadExecutor
 from instep.streaming.api import Frames, Refusal, Reply, StreamEvent
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.journal import Journal
@@ -45,7 +45,7 @@ def warm_up() -> None:
         tables,
         table,
         origins,
-        InlineExecutor(_step),
+        ThreadExecutor(_step),
         journal,
         limits,
         EngineStats(),
@@ -69,8 +69,10 @@ def warm_up() -> None:
     engine.release(slots)
     for _ in range(2):
         engine.schedule()
-        engine.collect()
+        while engine.is_running:
+            engine.collect()
         engine.flush()
+    engine.executor.stop()
     send(1)  # one frame again, and a new one
     engine.fail_pending(slots, Code.STEP_FAILED)
     engine.flush()
