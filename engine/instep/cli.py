@@ -16,8 +16,8 @@ import typer
 
 from instep import interrupts
 from instep.model_app import app as model_app
-from instep.recording.app import app as recordings_app
-from instep.replay import app as timetravel
+from instep.replay.app import recordings as recordings_app
+from instep.replay.app import replay_from
 from instep_tools.command_line import CommandLine, PlainCommands, add_version, typed_as
 
 if TYPE_CHECKING:
@@ -315,7 +315,13 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
 
 
-timetravel.add_to(app, recordings_app)
+app.command(
+    "replay-from",
+    examples=[
+        "instep replay-from today.instep mic-7 --seq 1200",
+        "instep replay-from today.instep mic-7 --seq 1200 --as what-if --continue",
+    ],
+)(replay_from)
 add_version(app)
 
 

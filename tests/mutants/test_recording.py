@@ -73,7 +73,7 @@ RULES = (
         "a row that does not match its checksum is read",
         sound_rows,
         lambda original, table, rows: len(rows),
-        [test_commands.test_repair_keeps_everything_before_the_damage],
+        [test_commands.test_repair_names_the_new_file_and_what_was_left_out],
     ),
     BrokenRule(
         "a row that is missing is passed over",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.replay import past
-from instep.replay.past import Moment, Past
+from instep.replay import recorded_state
+from instep.replay.recorded_state import Moment, Past
 from instep.replay.replay import differ
 from instep_tools import page
 from tests.replay import test_state
@@ -36,7 +36,7 @@ def one_frame_too_few(original: Any, past: Past, seq: int | None = None) -> Mome
 RULES = (
     BrokenRule(
         "the state before a reset passes for that before the frame",
-        past._resets,
+        recorded_state._resets,
         lambda original, portion: [],
         [states_are_those_of_the_definition],
     ),

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.recording.copies import Bound, cut, repair
+from instep.recording.copies import repair
 from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
@@ -32,6 +32,7 @@ from tests.support.recordings import gru_description, gru_step, make_gru, make_h
 from tests.support.replaying import replay
 from tests.support.scribe import F32, Scribe
 from tests.support.stretches import stretches_of
+from tests.support.written import cut_out
 
 STREAMS = [1, 2, 3, 4]
 
@@ -328,7 +329,7 @@ def test_a_checkpoint_whose_streams_have_closed_is_no_beginning(by_age: Scribe, 
     by_age.writer.commit()
     position = by_age.writer.position
     by_age.writer.commit()
-    cut(by_age.writer.path, tmp_path / "cut.rec", Bound("position", position), None)
+    cut_out(by_age.writer.path, tmp_path / "cut.rec", position - 1)
     check_that_it_goes_on_after_trimming(by_age)
 
 

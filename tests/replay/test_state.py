@@ -20,12 +20,13 @@ from instep.models.network import PortableNetwork
 from instep.recording.reader import RecordingReader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
-from instep.replay.past import NoSuchMoment, NotExact, Past
+from instep.replay.recorded_state import NoSuchMoment, NotExact, Past
 from instep_client import StreamSnapshot
 from tests.support.forger import Forger
 from tests.support.models import whole
 from tests.support.recordings import Recorded, make_gru, record_gru, served_step
 from tests.support.scribe import Scribe
+from tests.support.written import cut_out
 
 FIRST, END = 10, 27
 """Frames of the stream `a`."""
@@ -165,12 +166,7 @@ def test_a_name_that_was_opened_twice_means_the_newest_that_has_the_frame(story:
 
 def test_what_is_not_recorded_is_refused_with_what_is(story: Story, tmp_path: Path) -> None:
     cut = tmp_path / "cut.instep"
-    assert (
-        CliRunner()
-        .invoke(app, ["recordings", "cut", str(story.path), str(cut), "--from", str(story.middle + 1)])
-        .exit_code
-        == 0
-    )
+    cut_out(story.path, cut, story.middle + 1)
     (tmp_path / "there.safetensors").touch()
     for arguments, problem in (
         ((story.path, "b"), "the recording has no stream 'b'"),

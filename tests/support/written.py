@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from instep.recording.copies import Cut, cut
+from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import make_header
 from tests.support.rows import close_stream, open_stream
@@ -105,3 +107,9 @@ def bits(floats: npt.ArrayLike) -> list[int]:
 
 def exact(rows: Sequence[Row]) -> list[tuple[str, int, int, int, list[int], list[int]]]:
     return [(row.stream, row.stream_id, row.seq, row.time_ns, bits(row.x), bits(row.y)) for row in rows]
+
+
+def cut_out(source: Path, target: Path, after: int = 0, last: int | None = None) -> Cut:
+    """`cut` on a reader of its own."""
+    with RecordingReader(source) as reader:
+        return cut(reader, target, after, last)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
 
-from instep.recording.copies import Bound, cut, repair
+from instep.recording.copies import cut, repair
 from instep.recording.database import bytes_on_disk, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording, with_advice
 from instep.recording.inspection import facts, inspect, look_over, recordings_in, when
 from instep.recording.lock import check_not_written, is_being_written
+from instep.recording.reader import RecordingReader
 from instep_tools.terminal import say
 from instep_tools.words import counted, printable
 
@@ -34,52 +36,36 @@ def info(place: Path, console: Console, *, json: bool = False) -> int:
         RecordingError: when it cannot be read.
     """
     if not os.path.isdir(place):
-        return _info_of_file(place, console, json=json)
+        return _show(place, console, json=json)
     files = recordings_in(place)
     if not files:
         say(Console(stderr=True), f"{place} holds no recordings", "yellow")
-    statuses = [_line_of_file(file, console, json=json) for file in files]
-    return max(statuses, default=DONE)
+    statuses = [DONE]
+    for file in files:
+        try:
+            statuses.append(_show(file, console, json=json, briefly=True))
+        except RecordingError as error:
+            if json:
+                write_json({"file": str(file), "error": str(error), "bytes": bytes_on_disk(file)})
+            else:
+                _print(console, f"{file.name}: {error}")
+            statuses.append(DAMAGED if isinstance(error, DamagedRecording) else NOT_DONE)
+    return max(statuses)
 
 
-def _info_of_file(file: Path, console: Console, *, json: bool) -> int:
+def _show(file: Path, console: Console, *, json: bool, briefly: bool = False) -> int:
     found = look_over(file)
     if json:
         write_json(found)
-        return _status(file)
-    known = facts(found)
-    width = max(map(len, known)) + 2
-    for name, value in known.items():
-        _print(console, f"{name:<{width}}{value}".rstrip())
-    return _status(file)
-
-
-def _line_of_file(file: Path, console: Console, *, json: bool) -> int:
-    """Print one of several recordings as a line, or as an object."""
-    try:
-        found = look_over(file)
-        if json:
-            write_json(found)
-        else:
-            streams = f"{counted(found['streams'], 'stream')} ({found['open_streams']:,} open)"
-            parts = (
-                f"{found['model']} from {found['began']}",
-                streams,
-                counted(found["frames"], "frame"),
-                found["ends"],
-            )
-            _print(console, f"{file.name}: {', '.join(parts)}; {found['bytes']:,} bytes")
-        return _status(file)
-    except RecordingError as error:
-        if json:
-            write_json({"file": str(file), "error": str(error), "bytes": bytes_on_disk(file)})
-        else:
-            _print(console, f"{file.name}: {error}")
-        return DAMAGED if isinstance(error, DamagedRecording) else NOT_DONE
-
-
-def _status(file: Path) -> int:
-    """Of a recording that was read: its WAL may have lost commits."""
+    elif briefly:
+        streams = f"{counted(found['streams'], 'stream')} ({found['open_streams']:,} open)"
+        parts = f"{found['model']} from {found['began']}", streams, counted(found["frames"], "frame"), found["ends"]
+        _print(console, f"{file.name}: {', '.join(parts)}; {found['bytes']:,} bytes")
+    else:
+        known = facts(found)
+        width = max(map(len, known)) + 2
+        for name, value in known.items():
+            _print(console, f"{name:<{width}}{value}".rstrip())
     return DAMAGED if not is_being_written(file) and lost_tail(file) else DONE
 
 
@@ -90,50 +76,51 @@ def repair_file(file: Path, output: Path | None, console: Console) -> None:
         RecordingError: when nothing could be saved.
     """
     target = output or file.with_name(f"{file.stem}.repaired{file.suffix}")
-    if _is_whole(file):
-        say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
-        return
-    found = repair(file, target)
-    kept = (
-        f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
-        f"({counted(found.positions, 'position')})"
-    )
-    say(console, f"{kept}; left out: {found.left_out}" if found.left_out else kept, "bold yellow")
-
-
-def _is_whole(file: Path) -> bool:
     check_not_written(file)
     try:
         inspect(file)
     except UnavailableRecording:
         raise
-    except RecordingError:
-        return False  # `repair` gives the reason where nothing can be saved
-    return True
+    except RecordingError:  # `repair` gives the reason where nothing can be saved
+        found = repair(file, target)
+        parts = (
+            f"{target}: saved {counted(found.frames, 'frame')} of {counted(found.streams, 'stream')} "
+            f"({counted(found.positions, 'position')})",
+            f"left out: {found.left_out}" if found.left_out else "",
+        )
+        say(console, "; ".join(filter(None, parts)), "bold yellow")
+    else:
+        say(console, f"{file} is whole: nothing to repair, and nothing was written", "bold green")
 
 
 def cut_file(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> None:
-    """Write a range of a recording to a new file and sum it up.
+    """Write what was recorded between two times to a new file and sum it up.
 
     Raises:
         RecordingError: when it was not written.
     """
-    bounds = [None if text is None else Bound.parse(text) for text in (begin, end)]
-    found = cut(file, output, *bounds)
-    say(
-        console,
-        f"{output}: positions {found.first_position:,} to {found.last_position:,} of {file} "
-        f"({when(found.first_ns)} to {when(found.last_ns)}), "
-        f"{counted(found.frames, 'frame')} of {counted(found.streams, 'stream')}",
-        "bold green",
-    )
-    if found.begins_early:
-        say(
-            console,
-            "it begins earlier than --from, because a range can begin only where the recording does, or at a "
-            "checkpoint that was kept",
-            "yellow",
-        )
+    begin_ns, end_ns = (None if text is None else parse_time(text) for text in (begin, end))
+    with RecordingReader(file) as reader:
+        after = 0 if begin_ns is None else reader.first_at(begin_ns) - 1
+        found = cut(reader, output, after, None if end_ns is None else reader.first_at(end_ns + 1) - 1)
+    with RecordingReader(output) as reader:
+        times = [when(reader.time_at(position)) for position in (found.first_position, found.last_position)]
+    of = f"{counted(found.frames, 'frame')} of {counted(found.streams, 'stream')}"
+    say(console, f"{output}: {of} of {file}, {' to '.join(times)}", "bold green")
+
+
+def parse_time(text: str) -> int:
+    """Nanoseconds since 1970 of `2026-11-26T18:30`, in UTC where it names no offset.
+
+    Raises:
+        RecordingError: when it is not a time.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise RecordingError(f"{text!r} is not a time like 2026-11-26T18:30 or 2026-11-26T18:30:05+01:00") from None
+    moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1e6) * 1000
 
 
 def write_json(value: Any) -> None:

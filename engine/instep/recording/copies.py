@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import astuple, dataclass
-from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from instep.interrupts import stop_no_more
 from instep.recording import inspection
 from instep.recording.database import check_place, insert, make_tables, remove_database, with_crcs
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.inspection import Inspection, when
+from instep.recording.inspection import Inspection
 from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, Trimmed
@@ -33,81 +32,40 @@ _SLICE_POSITIONS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """One end of a range: a position of the history, or a time."""
-
-    kind: Literal["position", "time"]
-    value: int
-    """A position, or nanoseconds since 1970."""
-
-    @classmethod
-    def parse(cls, text: str) -> Bound:
-        """Read a position (`1200`) or a time (`2026-11-26T18:30`, in UTC where it names no offset).
-
-        Raises:
-            RecordingError: when it is neither.
-        """
-        if text.isascii() and text.isdecimal():
-            return cls("position", int(text))
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            raise RecordingError(
-                f"{text!r} is neither a position, like 1200, nor a time, like 2026-11-26T18:30 or "
-                "2026-11-26T18:30:05+01:00"
-            ) from None
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
-        return cls("time", round(moment.timestamp() * 1e6) * 1000)
-
-
-@dataclass(frozen=True, slots=True)
-class Archive:
+class Cut:
     """The range that was cut out."""
 
     first_position: int
     last_position: int
     """Of the source."""
-    first_ns: int
-    last_ns: int
-    """When they were recorded."""
     streams: int
     frames: int
-    begins_early: bool
-    """Whether the range begins before what was asked for."""
 
 
-def cut(source: Path, target: Path, begin: Bound | None, end: Bound | None) -> Archive:
-    """Write a new recording that holds a range of another, from the last checkpoint at or before its beginning.
+def cut(reader: RecordingReader, target: Path, after: int = 0, last: int | None = None) -> Cut:
+    """Write a new recording that holds a range of another, which may still be written.
 
     Args:
-        source: a recording, which may still be written; it is only read.
+        reader: of the other one.
         target: the new file.
-        begin: where the range begins; None for where the recording does.
-        end: the last position, or the last moment, in it; None for the end of the recording.
+        after: the range begins after the last checkpoint kept up to this position, or where the recording does.
+        last: the position of its last row; None for the end of the recording.
 
     Raises:
         RecordingError: when the range is empty, or a file cannot be read or written, or the new one exists.
     """
-    with RecordingReader(source) as reader:
-        last = reader.last_position
-        if end is not None:
-            last = min(end.value, last) if end.kind == "position" else reader.first_at(end.value + 1) - 1
-        wanted = until = 0
-        if begin is not None:
-            wanted = begin.value if begin.kind == "position" else reader.first_at(begin.value)
-            until = wanted if begin.kind == "position" else wanted - 1
-        base = None if wanted > last else _base(reader, until, last)
-        if base is None:
-            raise RecordingError(f"the range is empty: {_what_there_is(reader)}")
-        first = base.position + 1
-        # Read now: once the new file is written, the source may have been trimmed.
-        first_ns, last_ns = reader.time_at(first), reader.time_at(last)
-        try:
-            _, found = write_new(target, lambda database: _write_range(reader, database, base, last))
-        except InconsistentCopy:
-            raise DamagedRecording(f"{source} is damaged, and so is what was cut out of it", source) from None
-    return Archive(first, last, first_ns, last_ns, found.streams, found.frames, first < wanted)
+    last = reader.last_position if last is None else min(last, reader.last_position)
+    base = _base(reader, after, last) if after < last else None
+    if base is None:
+        raise RecordingError(
+            f"the range is empty: {reader.path} holds the positions {reader.first_position:,} to "
+            f"{reader.last_position:,}"
+        )
+    try:
+        _, found = write_new(target, lambda database: _write_range(reader, database, base, last))
+    except InconsistentCopy:
+        raise DamagedRecording(f"{reader.path} is damaged, and so is what was cut out of it", reader.path) from None
+    return Cut(base.position + 1, last, found.streams, found.frames)
 
 
 def _base(reader: RecordingReader, until: int, last: int) -> Checkpoint | None:
@@ -122,14 +80,6 @@ def _base(reader: RecordingReader, until: int, last: int) -> Checkpoint | None:
     later = [each for each in kept[1:] if each.position <= until and each.completed < last]
     found = later[-1] if later else kept[0]
     return found if max(found.position, found.completed) < last else None
-
-
-def _what_there_is(reader: RecordingReader) -> str:
-    first, last = reader.first_position, reader.last_position
-    if last < first:
-        return f"{reader.path} holds nothing"
-    times = (when(reader.time_at(position)) for position in (first, last))
-    return f"{reader.path} holds the positions {first:,} to {last:,}, from {' to '.join(times)}"
 
 
 def _write_range(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint, last: int) -> None:
@@ -190,8 +140,9 @@ class Repaired:
 def repair(source: Path, target: Path) -> Repaired:
     """Write a new recording that holds everything of a damaged one up to its first damage.
 
-    The damaged one is only read. The new one can be verified, exported and continued. Its streams continue from where
-    the damage was, and their clients are told so.
+    The damaged one is only read. The new one can be verified, exported and continued: its streams continue from where
+    the damage was, and their clients are told so. It has only the states that the history begins with, because later
+    ones can be computed; so the next start replays all of it.
 
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
@@ -263,66 +214,33 @@ def _write_sound_rows(reader: _DamagedReader, database: sqlite3.Connection) -> t
     """The number of positions that were saved, and the losses in words."""
     make_tables(database)
     insert(database, "header", reader.header.rows())
-    first = last = named = reader.trimmed.position
+    first = last = reader.trimmed.position
+    states = list[Row]()
     if first:
         insert(database, "trimmed", with_crcs([astuple(reader.trimmed)]))
         for table in ("openings", "closings", "events"):
             insert(database, table, with_crcs(row for row in reader.sound(table) if row[0] <= first))
-    kind, seq = map(list(HISTORY["events"]).index, ("kind", "seq"))
+        checkpoints = [row for row in reader.sound("checkpoints") if row[0] == first]
+        states = [row for row in reader.sound("states") if row[1] <= first]
+        if not checkpoints or "states" in reader.damage:
+            raise RecordingError(f"nothing of {reader.path} can be saved: the states that it begins with are damaged")
+        insert(database, "checkpoints", with_crcs(checkpoints))
+        insert(database, "states", with_crcs(states))
     for table, row in reader.history():
         insert(database, table, with_crcs([row]))
         last = row[0]
-        if table == "events" and row[kind] == CHECKPOINT_EVENT:
-            named = row[seq]
-    positions = last - first
-    newest = next(reader.sound("newest"), None)
-    left_out = []
-    if newest is None or newest[0] > last:
-        left_out.append(f"positions {last + 1:,} to {'the last' if newest is None else f'{newest[0]:,}'}")
-    found, states = _copy_states(reader, database, named, None if newest is None else newest[1])
+    positions, newest = last - first, next(reader.sound("newest"), None)
     reasons = f" ({'; '.join(reader.damage.values())})" if reader.damage else ""
     if not positions and not states:
         raise RecordingError(f"nothing of {reader.path} can be saved{reasons}")
-    if found != named:
-        left_out.append("the states of the newest checkpoint, which can be computed from everything before it")
-        last = _add_event(database, last, CHECKPOINT_EVENT, found, "newer states were lost")
-    said = "; ".join(left_out) + reasons if left_out else ""
-    if said:
-        last = _add_event(database, last, REPAIRED_EVENT, None, f"left out {said}")
-    insert(database, "newest", with_crcs([(last, states)]))
+    left_out = ""
+    if newest is None or newest[0] > last:
+        left_out = f"positions {last + 1:,} to {'the last' if newest is None else f'{newest[0]:,}'}{reasons}"
+    last = _add_event(database, last, CHECKPOINT_EVENT, first, "later states were left out")
+    last = _add_event(database, last, REPAIRED_EVENT, None, f"left out: {left_out or 'the newer states'}")
+    insert(database, "newest", with_crcs([(last, len(states))]))
     database.execute("COMMIT")
-    return positions, said
-
-
-def _copy_states(
-    reader: _DamagedReader, database: sqlite3.Connection, named: int, expected: int | None
-) -> tuple[int, int]:
-    """Save the checkpoints, if they are whole, and otherwise at least the one that the history begins with.
-
-    Args:
-        reader: of the damaged recording.
-        database: the new one.
-        named: position of the newest checkpoint, as the saved history says.
-        expected: how many states there should be; None where that is damaged.
-
-    Returns:
-        The position of the newest checkpoint that was saved, 0 for none, and the number of states.
-    """
-    first = reader.trimmed.position
-    checkpoints = [row for row in reader.sound("checkpoints") if first <= row[0] <= named]
-    states = list(reader.sound("states"))
-    are_sound = not reader.damage.keys() & {"states", "checkpoints"}
-    newest = checkpoints[-1][0] if checkpoints else 0
-    # States beyond the newest checkpoint that was saved replaced some of its own.
-    is_whole = newest == named and all(row[1] <= named for row in states) and expected in (None, len(states))
-    if not are_sound or not is_whole:
-        if first and (not are_sound or not newest or checkpoints[0][0] != first):
-            raise RecordingError(f"nothing of {reader.path} can be saved: the states that it begins with are damaged")
-        newest, checkpoints = first, [row for row in checkpoints if row[0] == first]
-        states = [row for row in states if first and row[1] <= first]
-    insert(database, "checkpoints", with_crcs(checkpoints))
-    insert(database, "states", with_crcs(states))
-    return newest, len(states)
+    return positions, left_out
 
 
 def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:
@@ -350,8 +268,9 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         InconsistentCopy: when the new file is not a sound recording.
     """
     check_place(target)
+    exists = RecordingError(f"{target} already exists; a recording is never written over: choose another name")
     if os.path.lexists(target):
-        raise _already_there(target)
+        raise exists
     part = part_of(target)
     try:
         with ExitStack() as held:
@@ -365,7 +284,7 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
             rename_to_new(part, target)
         return written, found
     except FileExistsError:
-        raise _already_there(target) from None
+        raise exists from None
     except (sqlite3.Error, OSError) as error:
         raise RecordingError(f"cannot write the recording {target}: {error}") from None
     except DamagedRecording as error:
@@ -374,7 +293,3 @@ def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T
         raise InconsistentCopy(str(error).removeprefix(f"{part} is damaged: ")) from None
     finally:
         remove_database(part)
-
-
-def _already_there(target: Path) -> RecordingError:
-    return RecordingError(f"{target} already exists; a recording is never written over: choose another name")

@@ -1,24 +1,45 @@
-"""The state of a recorded stream before any of its frames, to the bit."""
+"""The state of a recorded stream before any of its frames, to the bit: shown, saved, or continued on a live server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from instep.core.typing import F32, U8, Bool
 from instep.models.model import Model
+from instep.recording.commands import write_json
 from instep.recording.errors import RecordingError
 from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, StreamInfo, select_streams
-from instep.recording.schema import RESET_EVENT
-from instep.replay.recorded_model import recorded_network, why_not_bits
+from instep.recording.schema import RESET_EVENT, RecordingHeader
+from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import LAST, Replay, StateTable, differ
-from instep_tools.words import counted
+from instep_client.aio_streams import AsyncStream
+from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.wire import ServerInfo
+from instep_client.snapshots import StreamSnapshot
+from instep_client.states import as_state
+from instep_tools.compare import ReplayComparison, compare
+from instep_tools.connect import Target, connected
+from instep_tools.pacing import Stop
+from instep_tools.problems import CommandProblem, Exit, check_new
+from instep_tools.running import run_undrained
+from instep_tools.sequences import RecordedSequences
+from instep_tools.state import leaving, plain, restored, save_new, state_lines, tell_parked
+from instep_tools.terminal import Terminal
+from instep_tools.words import counted, folded
 
+_CHUNK: Final = 256
+"""Frames sent at once, at most."""
 Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]
 
 
@@ -199,3 +220,163 @@ class Past:
 
 def _resets(portion: Portion) -> list[RecordedEvent]:
     return [mark for mark in portion.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]
+
+
+def show_state(
+    file: Path,
+    stream: str,
+    seq: int | None,
+    *,
+    model_folder: Path | None,
+    out: Path | None,
+    json: bool,
+    console: Console,
+) -> None:
+    """Show a recorded stream's state before a frame, or after the last one, and save it in a new file if asked to.
+
+    Raises:
+        RecordingError, CannotVerify, CommandProblem: when the state cannot be had exactly, or a file not be written.
+    """
+    if out is not None:
+        check_new(out, "--out")
+    with _past(file, stream, model_folder) as (past, header):
+        moment = past.before(seq)
+    taken = _snapshot(moment, header)
+    if out is not None:
+        save_new(taken, out, "--out")
+    with np.errstate(all="ignore"):  # a network may have computed NaN or infinity
+        norms = {
+            name: float(np.linalg.norm(leaf.reshape(-1).astype(np.float64)))
+            for name, leaf in header.state_spec.unpack(moment.state[None]).items()
+        }
+    if json:
+        write_json(
+            {
+                "file": str(file),
+                "stream": moment.info.name,
+                "number": moment.info.stream,
+                "seq": moment.seq,
+                "model": taken.model,
+                "fingerprint": taken.fingerprint,
+                "origin": moment.origin,
+                "origin_seq": moment.origin_seq,
+                "replayed_frames": moment.replayed,
+                "compared_frames": moment.compared,
+                "norm": {leaf: plain(norm) for leaf, norm in norms.items()},
+                "state": plain(taken.state),
+                "out": None if out is None else str(out),
+            }
+        )
+        return
+    leaves = ", ".join(
+        f"{leaf.name} {leaf.dtype} {list(leaf.shape)} with norm {norms[leaf.name]:.6g}"
+        for leaf in header.state_spec.leaves
+    )
+    several = f", the newest of {moment.openings} of this name," if moment.openings > 1 else ""
+    about = f"stream {moment.info.stream} ({moment.info.name!r}){several} before frame {moment.seq}: {leaves}"
+    results = [moment.in_words(), f"saved in {out}" if out is not None else ""]
+    for line in [*folded(about), *state_lines(taken.state, header.state_spec)]:
+        console.print(Text(line), soft_wrap=True, highlight=False)
+    for line in folded("; ".join(filter(None, results))):
+        console.print(Text(line, "bold green"), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _past(file: Path, stream: str, model_folder: Path | None) -> Iterator[tuple[Past, RecordingHeader]]:
+    """The past of a stream, with the header of its recording."""
+    with RecordingReader(file) as reader:
+        model = recorded_model(reader.header, model_folder)
+        yield Past(reader, model, stream), reader.header
+
+
+def _snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:
+    """The state as a client takes it from a live stream."""
+    state = as_state(moment.state[None], header.state_spec, single=True)
+    return StreamSnapshot(moment.info.name, moment.seq, state, header.model_fingerprint, header.model_name)
+
+
+def replay_from(
+    file: Path,
+    stream: str,
+    seq: int,
+    *,
+    name: str | None,
+    model_folder: Path | None,
+    endpoint: str,
+    continues: bool,
+    json: bool,
+) -> int:
+    """Open the stream and leave it parked; if it `continues`, send the recorded frames and compare the outputs.
+
+    Returns:
+        The exit status: 0, 1 when outputs differ from the recorded ones, 2 when it could not be done, 130 after Ctrl-C.
+
+    Raises:
+        RecordingError, CannotVerify: when the state cannot be had exactly.
+    """
+    with _past(file, stream, model_folder) as (past, header):
+        moment = past.before(seq)
+        rest = past.since(moment) if continues else None
+        taken = _snapshot(moment, header)
+    opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken, rest)
+    return run_undrained(opened, Terminal(json))
+
+
+async def _open(
+    file: Path,
+    name: str,
+    target: Target,
+    moment: Moment,
+    taken: StreamSnapshot,
+    rest: PastFrames | None,
+    terminal: Terminal,
+    stop: Stop,
+) -> Exit:
+    target = await _with_the_model(target, taken, terminal, stop)
+    async with leaving(target, "replay", terminal, stop) as client:
+        info = client.info
+        try:
+            taken.check(info)
+        except InvalidInput as error:
+            raise CommandProblem(f"{file}: {error}") from None
+        stream = await restored(client, taken, name)
+        found = None if rest is None else await _continue(stream, rest, info)
+        about: dict[str, Any] = {
+            "file": str(file),
+            "of": moment.info.name,
+            "from_seq": moment.seq,
+            "origin": moment.origin,
+            "origin_seq": moment.origin_seq,
+            "replayed_frames": moment.replayed,
+            "check": None if found is None else found.as_json(),
+        }
+        terminal.note(f"the state before frame {moment.seq}: {moment.in_words()}")
+        if found is not None:
+            if found.first is not None:
+                terminal.note(found.first.sentence())
+            terminal.note(f"sent the recorded frames from {moment.seq} on: {found.sentence(info.exactness)}")
+        tell_parked(terminal, f"{name!r} continues from {moment.info.name!r} in {file}", stream, info, about)
+    return Exit.FOUND_PROBLEMS if found is not None and found.different else Exit.OK
+
+
+async def _with_the_model(target: Target, taken: StreamSnapshot, terminal: Terminal, stop: Stop) -> Target:
+    """The server's default model, or the one that is called as in the recording where the default is another."""
+    async with connected(target, "replay-from", terminal, stop) as client:
+        if client.info.fingerprint == taken.fingerprint:
+            return target
+        others = {served.name for served in await client.list_models()}
+    return target._replace(model=taken.model) if taken.model in others else target
+
+
+async def _continue(stream: AsyncStream, rest: PastFrames, info: ServerInfo) -> ReplayComparison:
+    """Send recorded frames, and compare the outputs with the recorded ones, bit for bit."""
+    chunk = min(_CHUNK, info.max_block_frames, info.window_frames, info.credit_frames)
+    outputs = np.full(rest.y.shape, np.nan, np.float32)
+    for at in range(0, len(rest.x), chunk):
+        outputs[at : at + chunk] = await stream.step(rest.x[at : at + chunk])
+    lengths = np.array([len(rest.x)], np.int64)
+    recorded = RecordedSequences((stream.name,), lengths, rest.x, outputs=rest.y, answered=rest.answered)
+    found = compare(recorded, outputs, np.ones(len(rest.x), np.bool_))
+    if found.first is None:
+        return found
+    return replace(found, first=replace(found.first, frame=found.first.frame + rest.first_seq))
