@@ -36,7 +36,7 @@ def test_the_admin_server_can_be_off(off: Any) -> None:
     ],
 )
 def test_the_admin_server_has_endpoints_of_its_own(wrong: str) -> None:
-    with pytest.raises(ValidationError, match="is not an endpoint"):
+    with pytest.raises(ValidationError):
         HttpConfig(endpoint=wrong)
 
 

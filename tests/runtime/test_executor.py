@@ -151,7 +151,7 @@ def test_a_thread_that_dies_says_so(death: type[BaseException]) -> None:
 
     runs = ThreadExecutor(step)
     runs.begin(np.array([1]), np.array([[1]]), 0)
-    with pytest.raises(executor.ExecutorDied, match=r"the thread that steps has died: .*injected"):
+    with pytest.raises(executor.ExecutorDied, match="injected"):
         ended(runs, 1)
     runs.stop()
 

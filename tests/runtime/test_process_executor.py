@@ -141,7 +141,7 @@ def test_it_ends_when_the_server_is_killed(when: str, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_a_memory_error() -> None:
     for shape in ((2**60, 2), (2**45,), (2**70,)):
-        with pytest.raises(MemoryError, match="no memory for an array of shape"):
+        with pytest.raises(MemoryError):
             shared_zeros(shape)
     assert shared_zeros((0, 3)).shape == (0, 3)
     zeros = shared_zeros((4, 3), "i8")

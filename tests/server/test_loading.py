@@ -92,7 +92,7 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
             assert not await reload_models(server, tmp_path / "ears")
             assert [each.name for each in await busy.list_models()] == ["ears"]
             stepping = asyncio.create_task(stream.step(x[10:]))
-            with pytest.raises(ConnectionFailed, match="the model 'vowels' is unloaded"):
+            with pytest.raises(ConnectionFailed, match="'vowels'"):
                 await unused.ping()
             await unused.close()
             with pytest.raises(Refused) as refused:

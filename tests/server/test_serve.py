@@ -53,18 +53,18 @@ def configured(model: Path, **sections: dict[str, Any]) -> Config:
 
 def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CannotServe, match="no CUDA device"):
+    with pytest.raises(CannotServe, match="CUDA"):
         prepare(configured(model, engine={"device": "cuda"}), QUIET)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(CannotServe, match="only 1 CUDA"):
+    with pytest.raises(CannotServe, match="cuda:3"):
         prepare(configured(model, engine={"device": "cuda:3"}), QUIET)
 
 
 def test_a_processor_without_fma_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = replace(host(), triple="x86_64-unknown-linux-gnu", features="+avx2,-fma")
     monkeypatch.setattr("instep.server.preparation.host", lambda: without)
-    with pytest.raises(CannotServe, match=r"no fused multiply-add \(FMA\), .*`instep verify` works here, slowly"):
+    with pytest.raises(CannotServe, match="FMA"):
         prepare(configured(model, engine={"device": "cpu"}), QUIET)
 
 
@@ -73,7 +73,7 @@ def test_arithmetic_that_gives_other_bits_is_refused(model: Path, monkeypatch: p
         raise ModelError("this machine computes other bits")
 
     monkeypatch.setattr("instep.server.preparation.check_arithmetic", differs)
-    with pytest.raises(CannotServe, match="this machine computes other bits"):
+    with pytest.raises(CannotServe, match="other bits"):
         prepare(configured(model), QUIET)
 
 

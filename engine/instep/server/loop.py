@@ -21,7 +21,7 @@ _RECEIVE_NS: Final = 2_000_000
 _SLICE_NS: Final = 50_000
 """How long the loop polls before the other work of the event loop gets its turn."""
 _LATE_NS: Final = 1_000_000_000
-"""The loop was held up if it comes this late; and the time that it has then to read what waits."""
+"""A turn this late counts as a stall. After it, waiting messages have this time to be read before anything expires."""
 
 
 class Loop:
@@ -124,7 +124,7 @@ class Loop:
         return has_received
 
     def _serve(self, service: ModelService) -> bool:
-        """The part of one model in a turn; whether runs have ended."""
+        """Take the turn of one model; return whether runs have ended."""
         engine = service.engine
         has_ended = engine.collect()
         engine.flush()  # before what arrived meanwhile is admitted: those who waited longer are answered first
@@ -181,10 +181,10 @@ class Loop:
 
 
 class HeldUp:
-    """Finds that the loop was held up, because the process was stopped or the machine had no time for it.
+    """Notices that the loop was held up, because the process was stopped or the machine was too busy.
 
-    Messages wait then that show which connections and streams are in use: none may end for its silence before they were
-    read.
+    Waiting messages may show that connections and streams are in use, so none may end for its silence before those
+    messages are read.
     """
 
     def __init__(self) -> None:

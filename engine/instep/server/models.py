@@ -1,4 +1,4 @@
-"""Models that a reload loads, swaps and unloads while others are served."""
+"""A reload loads, swaps and unloads models while others are served."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ that is served meanwhile could have to wait that long several times."""
 
 
 class LoadingThread:
-    """Does one long piece of work at a time; the server can end meanwhile."""
+    """Does one long task at a time, without keeping the server from ending."""
 
     def __init__(self, shutdown: Shutdown) -> None:
         self._shutdown = shutdown
@@ -78,12 +78,12 @@ class LoadingThread:
 
 
 _MOST_PAUSE_S: Final = 1.0
-"""Time in which nothing is received, so that what was received before can end and streams can be moved."""
+"""For this long at most, nothing is received until everything received before is answered."""
 _LOOK_S: Final = 0.0005
 _SHORT_S: Final = 0.01
 """A replay has caught up when it takes less to read and step what was recorded since the last time."""
 _LONG_S: Final = 0.5
-"""While nothing is received, it may not take more."""
+"""The last pass, during which nothing is received, should not take longer."""
 _MOST_PASSES: Final = 12
 """After this many passes, frames arrive as quickly as they are replayed."""
 
@@ -101,7 +101,7 @@ class Moved:
     """[N, row_bytes], as they left it."""
 
     async def end(self, old: ModelService, new: ModelService) -> None:
-        """Say in the recording of the old version that they have left, once that of the new one has them."""
+        """Record that the streams have left the old version, once the new recording has committed them."""
         await new.engine.journal.committed(self.lsn)
         none_lost = np.zeros(len(self.numbers), np.bool_)
         old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
@@ -204,7 +204,7 @@ class _Made:
 
 
 class Loader:
-    """Makes the models that are served those of the configuration, in a thread beside serving.
+    """Loads, swaps and unloads models until they are those of the configuration, in a thread next to the loop.
 
     A model's steps run in a thread, because no process can be forked once ZeroMQ has threads.
     """
@@ -351,7 +351,6 @@ class Loader:
         return self._server.config.model_copy(update={"model": self.config})
 
     async def _unload(self, name: str) -> None:
-        """Serve a model no longer."""
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
 
@@ -382,7 +381,6 @@ class Loader:
     async def _move(
         self, former: Served, made: _Made, policy: StreamPolicy, log: structlog.stdlib.BoundLogger
     ) -> Moved:
-        """Let all streams and connections continue in another version."""
         old, replay = former.service, None
         if policy.word == "replay":
             assert old.file is not None, "`_swap` has refused it"

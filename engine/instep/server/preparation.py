@@ -1,4 +1,4 @@
-"""Everything that is decided before the socket is bound: the models, compiled, and the device."""
+"""Load and compile the models and choose the device, before the socket is bound."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ON_GPU: Final = "on a GPU torch's operators serve, within a tolerance and witho
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything about a model that is decided before the socket is bound."""
+    """A model that was loaded and compiled, and its device."""
 
     model: Model
     model_path: Path
@@ -126,12 +126,11 @@ def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) ->
 
 
 def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> structlog.stdlib.BoundLogger:
-    """A log of its own for what concerns one model: it names the model, unless that is the only one."""
+    """A logger that names the model in each line, unless the server has only one."""
     return log.bind() if is_only else log.bind(model=name)
 
 
 def _check_forkable(config: Config) -> None:
-    """Refuse what `--restart` cannot start again."""
     if find_device(config.engine.device).type != "cpu":
         raise CannotServe(
             "--restart forks the server with its model loaded, which needs engine.device cpu; leave "
@@ -149,7 +148,6 @@ def versions(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Version]:
 
 
 def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]]:
-    """Every model and its folder, the default one first."""
     if not folders:
         raise CannotServe(
             "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), or "

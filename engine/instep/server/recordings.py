@@ -168,7 +168,7 @@ def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, 
 
 
 def name_kept(name: str, fingerprint: str) -> str:
-    """What a version of a model is called that keeps its streams when another one replaces it."""
+    """The name of a version that keeps its streams when another one replaces it."""
     return check_name(f"{name}@{fingerprint[:_FINGERPRINT]}", "give the model a shorter one")
 
 
@@ -446,7 +446,7 @@ def _moved(streams: Sequence[OpenStream], states: U8, last_stream: int, replay: 
 
 
 def _states(streams: Sequence[OpenStream], former: Former) -> U8:
-    """As the former version left them, uint8 [N, row_bytes]."""
+    """The states as the former version left them, uint8 [N, row_bytes]."""
     spec = former.header.state_spec
     initial = spec.missing(1)[0]
     if any(stream.state is None for stream in streams):
@@ -457,7 +457,6 @@ def _states(streams: Sequence[OpenStream], former: Former) -> U8:
 
 
 def _tails(streams: Sequence[OpenStream], moved: MovedStreams) -> StateRows:
-    """The states, with the outputs that clients may lack."""
     tail_seqs = np.array([each.tail_seq for each in streams], np.int64)
     x, y = (np.concatenate([getattr(each, name) for each in streams]) for name in ("tail_x", "tail_y"))
     return StateRows(moved.streams, moved.next_seqs, moved.states, tail_seqs, x, y)

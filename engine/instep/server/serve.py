@@ -36,7 +36,7 @@ from instep.streaming.warm_up import warm_up
 
 
 class ServiceManager:
-    """The manager at the other end of $NOTIFY_SOCKET; without that variable, everything here does nothing.
+    """Notifies the service manager at $NOTIFY_SOCKET; without that variable, it does nothing.
 
     Make it before the process forks: the watchdog is meant for the process whose id is in $WATCHDOG_PID.
     """
@@ -177,7 +177,6 @@ def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
 
 
 def _in_words(value: Any) -> str:
-    """Several folders as they are written in a configuration."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{name}: {each}' for name, each in value.items())}}}"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

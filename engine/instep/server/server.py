@@ -29,7 +29,7 @@ from instep.streaming.tasks import in_daemon_thread
 
 
 class FreeSpace:
-    """Looks at the disk of a recording; says once that it is nearly full, and once that it has room again."""
+    """Watches the disk of a recording, and logs once that it is nearly full and once that it has room again."""
 
     def __init__(self, path: Path, log: structlog.stdlib.BoundLogger) -> None:
         self._path = path
@@ -66,12 +66,12 @@ COUNTED: Final = (
     "busy",
     "refused_messages",
 )
-"""What is said only where it happened, by the names in STATISTICS without `_total`."""
+"""Counts that are logged unless they are 0, by their names in STATISTICS without `_total`."""
 _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *COUNTED))
 
 
 class Summary:
-    """Says every so often what has happened since it last did, by the numbers that STATISTICS has."""
+    """Logs at intervals what has happened since the last summary, from the numbers of STATISTICS."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Summary:
         self._before: Mapping[str, float] = statistics()
 
     def tick(self, now_s: float, every_s: float) -> None:
-        """Say it when it was last said `every_s` seconds ago and anything has happened since; never where that is 0."""
+        """Log a summary `every_s` seconds after the last one, if anything has happened; never if that is 0."""
         seconds = now_s - self._since_s
         if not every_s or seconds < every_s:
             return
@@ -115,7 +115,7 @@ _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """How long a drained server waits for peers to read their replies."""
 _ASK_EVERY_S: Final = 0.1
-"""How often they are asked: each time covers replies that were sent, and peers that have gone, since the last one."""
+"""They are asked again at this interval, because replies may have been sent and peers may have left meanwhile."""
 _FORCED_JOIN_S: Final = 1.0
 """How long a forced end waits for the step that is under way, and for the recorder."""
 
@@ -160,7 +160,7 @@ class Server:
         self.configure(self.config)
 
     async def remove(self, name: str, reason: str) -> None:
-        """Serve a model no longer: finish what it has admitted, end its connections, close its recording."""
+        """Stop serving a model: finish what it has admitted, end its connections, close its recording."""
         served, timeout_s = self.models.find(name), self.config.shutdown.drain_timeout_s
         service = served.service
         service.drain(f"the model {name!r} is being unloaded and takes nothing new")
@@ -241,7 +241,7 @@ class Server:
 
     @property
     def endpoint(self) -> str:
-        """Where the server can be reached."""
+        """The endpoint at which clients reach the server."""
         return self._frontends[0].endpoint
 
     @property
@@ -418,7 +418,7 @@ class Server:
 
 
 async def _quiet(service: ModelService, timeout_s: float) -> None:
-    """Wait until a service has nothing to do, but not for longer."""
+    """Wait until a service has nothing to do, for at most `timeout_s`."""
     for _ in range(round(timeout_s / _LOOK_S)):
         if service.is_quiet:
             return

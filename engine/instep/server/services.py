@@ -86,7 +86,7 @@ def idle_limits(config: Config) -> IdleLimits:
 
 
 _FEW_CORES: Final = 2
-"""Too few for the loop, a process for steps and what else there is."""
+"""On this many cores, the loop and a process for steps leave none for clients and the recorder."""
 _BUSY_POLL_NS: Final = 300_000
 """How long the loop polls after an event, rather than sleep and be woken, which costs more than a small step."""
 _LIGHT_BATCH: Final = 128
@@ -197,7 +197,7 @@ def make_service(
     log: structlog.stdlib.BoundLogger,
     former: ModelService | None = None,
 ) -> ModelService:
-    """A service that nobody uses yet, and that records nothing yet; called inside the event loop.
+    """Make a service without connections and without a recorder; call it inside the event loop.
 
     `file` will be its recording. `wake` lets the loop take a turn, and `on_bug` is told of an exception that no code
     expects. `former` is the service of another version of the model, whose tables the foundation has: its streams and
@@ -302,7 +302,7 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
 
 
 def _random_generations(max_streams: int) -> U32:
-    """Where the generations of slots begin: unpredictable, so that handles are, and never 0."""
+    """The first generation of each slot, never 0, and random so that handles cannot be guessed."""
     numbers = np.frombuffer(secrets.token_bytes(4 * (max_streams + 1)), np.uint32)
     return (numbers | np.uint32(1)).astype(np.uint32)
 

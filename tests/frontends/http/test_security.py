@@ -102,7 +102,7 @@ async def test_a_token_file_without_a_token_ends_the_start(
 
 async def test_other_machines_are_only_served_with_a_token(token_file: Path) -> None:
     for endpoint in ("0.0.0.0:0", "[::]:0", "example.org:80"):
-        with pytest.raises(ValueError, match="can be reached from other machines"):
+        with pytest.raises(ValueError, match=r"http\.endpoint"):
             Config.model_validate({"http": {"endpoint": endpoint}})
     async with administered(http={"endpoint": "0.0.0.0:0", "token_file": token_file}) as (_, http):
         assert "Bearer" in await error(http, "/api/stats", 401, headers={"host": "gpu-7.example.org"})

@@ -53,7 +53,7 @@ def test_any_loopback_endpoint_can_be_bound_and_is_told_as_written(endpoint: str
 def test_a_path_at_which_another_process_listens_is_not_taken_away(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path / 'socket'}"
     with bound(endpoint):
-        with pytest.raises(CannotListen, match="Address already in use; is another server using it"):
+        with pytest.raises(CannotListen, match="Address already in use"):
             Router(TransportConfig(endpoint=endpoint))
     assert (tmp_path / "socket").is_socket()
     with bound(endpoint):
