@@ -15,6 +15,7 @@ from instep.core.typing import F32
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.replay import command, verifier
+from instep.replay.recorded_model import recorded_model
 from instep_client import AsyncClient
 from tests.support.running import prepared, running
 from tests.support.steps import FEATURES, STEPS, eager, exported, exported_folder
@@ -64,7 +65,7 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
         rest = await parked.step(x[0, 10:])
         check(name, np.concatenate([first, rest]), x[0], await parked.close())
     with RecordingReader(tmp_path / "r.instep") as reader:
-        report = verifier.verify(reader, exported(name), [], lambda share: None)
+        report = verifier.verify(reader, recorded_model(reader.header, None), [], lambda share: None)
     assert report.verified, report.streams
     assert (report.reference, report.verdict, report.notes) == ("same graph", "exact", ())
 

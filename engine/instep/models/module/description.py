@@ -114,13 +114,16 @@ class ModuleDescription(PlainFields):
         wanted = [("float32", self.features), *((leaf.dtype.name, leaf.elements) for leaf in state.leaves)]
         if [(each.dtype, each.size) for each in inputs] != wanted or not self.form.outputs:
             raise PydanticCustomError("form", "the normal form takes other frames or leaves; make the folder again")
-        names = tuple(leaf.name for leaf in self.leaves)
-        if self.graph is not None and tuple(self.graph.new_state) != names:
+        names = [leaf.name for leaf in self.leaves]
+        new_state = self.graph.new_state if self.graph else dict.fromkeys(names)
+        if new_state.keys() != set(names):
             raise PydanticCustomError(
                 "leaves",
                 "the state has the leaves {names}, and the graph gives {given}; make the folder again",
-                {"names": ", ".join(names), "given": ", ".join(self.graph.new_state) or "none"},
+                {"names": ", ".join(names), "given": ", ".join(new_state) or "none"},
             )
+        for name in names:  # a recording's header has sorted them
+            new_state[name] = new_state.pop(name)
         return self
 
     @property
