@@ -13,6 +13,9 @@ from benchmarks.report import number, threshold, value
 from instep_tools.machine import typed_command
 from instep_tools.page import BAD, GOOD, SOFT, Cell, Chart, Marked, Page, PageSection, Part, Table
 
+MOST_RATIO = 3.0
+"""Longer bars would flatten all others."""
+
 
 def benchmark_page(result: Mapping[str, Any], rows: Sequence[Row]) -> Page:
     """The page."""
@@ -72,6 +75,7 @@ def _bars(rows: Sequence[Row], judged: bool) -> Chart:
         if row.threshold
     ]
     colours = [SOFT if not judged else GOOD if row.reached else BAD for row in rows]
+    ratios = [min(ratio, MOST_RATIO) for ratio in ratios]
     axes.barh(places, ratios, color=colours, height=0.62)
     for place, ratio, row in zip(places, ratios, rows, strict=True):
         said = f"{value(row.value, row.unit)}, {threshold(row)}"

@@ -1,24 +1,26 @@
 """A report as one HTML page that can be attached to an issue: nothing in it is fetched, and it needs no script.
 
-A command says what is on the page; all text is escaped here, because names of streams come from anybody.
+A command says what is on the page. The template escapes all text, because names of streams come from anybody.
 """
 
 from __future__ import annotations
 
 import datetime
-import html
 import io
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import jinja2
+from markupsafe import Markup
 
 from instep_tools.machine import machine, machine_line, versions_line
-from instep_tools.pictures import save
 from instep_tools.problems import BadFile, check_drawable, write_file
+from instep_tools.words import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +80,7 @@ class Table:
 class Facts:
     """Names and values."""
 
-    values: Mapping[str, Cell]
+    facts: Mapping[str, Cell]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class Page:
     """A few words, in large letters."""
     summary: str
     """The grounds of the verdict, in a sentence or two."""
-    sections: Sequence[PageSection]
+    sections: list[PageSection]
     conditions: Mapping[str, str]
     """The exact command, and what else a reader needs to know of the run; machine and versions are added."""
 
@@ -135,86 +137,32 @@ def write_page(path: Path, page: Page) -> None:
     Raises:
         BadFile: when it cannot be written.
     """
-    write_file(path, as_html(page).encode())
-
-
-def as_html(page: Page) -> str:
-    """The page."""
     found, now = machine(), datetime.datetime.now().astimezone()
-    conditions = Facts(
-        {
-            **page.conditions,
-            "machine": machine_line(found),
-            "versions": versions_line(found),
-            "written": now.strftime("%Y-%m-%d %H:%M:%S %z"),
-        }
+    conditions = {
+        **page.conditions,
+        "machine": machine_line(found),
+        "versions": versions_line(found),
+        "written": now.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("instep_tools", "."),
+        autoescape=True,
+        finalize=_shown,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    sections, verdict = [*page.sections, PageSection("Conditions", [conditions])], page.verdict.text
-    style = files("instep_tools").joinpath("page.css").read_text(encoding="utf-8")
-    return "\n".join(
-        (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{_text(page.program)}: {_text(verdict)}</title>",
-            f"<style>\n{style}</style>\n</head>\n<body>\n<header>",
-            f'<p class="program">{_text(page.program)}</p>\n<h1>{_text(page.title)}</h1>',
-            f'<p class="verdict {page.verdict.tone}">{_text(verdict[:1].upper() + verdict[1:])}</p>',
-            f"<p>{_text(page.summary)}</p>\n</header>\n<main>",
-            *map(_section, sections),
-            "</main>\n</body>\n</html>\n",
-        )
-    )
+    template = environment.get_template("page.html")
+    section = PageSection("Conditions", [Facts(conditions)])
+    text = template.render(page=page, conditions=section, most_rows=MOST_ROWS, svg=_svg)
+    write_file(path, text.encode())
 
 
-def _section(section: PageSection) -> str:
-    return "\n".join((f"<section>\n<h2>{_text(section.title)}</h2>", *map(_part, section.parts), "</section>"))
-
-
-def _part(part: Part) -> str:
-    match part:
-        case Table():
-            return _table(part)
-        case Facts():
-            pairs = (f"<dt>{_text(name)}</dt><dd>{_cell(value)}</dd>" for name, value in part.values.items())
-            return "\n".join(("<dl>", *pairs, "</dl>"))
-        case Chart():
-            return f"<figure>\n<figcaption>{_text(part.caption)}</figcaption>\n{_svg(part.figure)}\n</figure>"
-        case _:
-            return f"<p>{_cell(part)}</p>"
-
-
-def _table(table: Table) -> str:
-    aligned = [' class="number"' if heading in table.numbers else "" for heading in table.headings]
-
-    def line(cells: Iterable[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}{how}>{cell}</{tag}>' for how, cell in zip(aligned, cells, strict=True))}</tr>"
-
-    rows = (line(map(_cell, row), "td") for row in table.rows[:MOST_ROWS])
-    head = f'<div class="table">\n<table>\n<thead>{line(map(_text, table.headings), "th")}</thead>\n<tbody>'
-    left_out = len(table.rows) - MOST_ROWS
-    more = f'\n<p class="rest">and {left_out:,} more {_text(table.rest)}</p>' if left_out > 0 else ""
-    return "\n".join((head, *rows, f"</tbody>\n</table>\n</div>{more}"))
-
-
-def _cell(cell: Cell) -> str:
-    if isinstance(cell, Marked):
-        return f'<span class="{cell.tone}">{_text(cell.text)}</span>' if cell.tone else _text(cell.text)
-    return _text(cell)
-
-
-def printable(text: str) -> str:
+def _shown(value: Any) -> Any:
     """Text whose control characters, and those that change the direction of writing, are written as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
-    )
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
-def _text(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure) -> Markup:
     """The picture as an element of the page, in the page's colours and letters."""
     import matplotlib as mpl
 
@@ -222,15 +170,18 @@ def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.patch.set_alpha(0)
     drawn = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}):
-        save(figure, drawn, ".svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    with mpl.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in any script; boxes where the font has none
+        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg role="img" \1>', svg, count=1)
     svg = re.sub(r'<g id="[\w.]+_\d+">', "<g>", svg)  # names that several pictures have; none is referred to
     svg = svg.replace("xlink:href=", "href=")
-    return re.sub("<[^>]*>", _in_colours_of_the_page, svg).strip()  # in tags only: a name may look like a colour
+    return Markup(
+        re.sub("<[^>]*>", _in_colours_of_the_page, svg).strip()
+    )  # in tags only: a name may look like a colour
 
 
 def _in_colours_of_the_page(tag: re.Match[str]) -> str:
