@@ -211,12 +211,6 @@ def in_plain_words(error: typer.BadParameter) -> str:
     return f"{message} Did you mean {close[0]!r}?" if close else message
 
 
-def options_given(context: typer.Context) -> list[str]:
-    """The options on the command line, whatever their values, by their long names."""
-    sources = {param: context.get_parameter_source(param.name or "") for param in context.command.params}
-    return [max(param.opts, key=len) for param, source in sources.items() if source and source.name == "COMMANDLINE"]
-
-
 def endpoint(text: str) -> str:
     """The text, when a client may connect to it.
 

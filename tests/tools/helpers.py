@@ -77,16 +77,12 @@ class ModelAnswer:
 
 
 class ModelGroup:
-    """Answers after a time on the test's clock; `behave` gives it for the number of the block, or raises.
-
-    After a negative time it answers over another connection.
-    """
+    """Answers after a time on the test's clock; `behave` gives it for the number of the block, or raises."""
 
     def __init__(self, clock: JumpingClock, names: Sequence[str], behave: Callable[[int], float]) -> None:
         self.names = tuple(names)
         self.shapes: list[tuple[int, ...]] = []
         self.sent_at: list[float] = []
-        self.epochs = np.ones(len(names), np.uint64)
         self._clock = clock
         self._behave = behave
 
@@ -95,9 +91,6 @@ class ModelGroup:
         self.shapes.append(x.shape)
         self.sent_at.append(self._clock.time)
         seconds = self._behave(number)
-        if seconds < 0:  # the connection was lost meanwhile
-            self.epochs += np.uint64(1)
-            seconds = -seconds
         if np.isinf(seconds):
             await asyncio.Event().wait()
         self._clock.time += seconds
@@ -116,7 +109,7 @@ class ModelServer:
         self.connections = 0
         self._clock = clock
         self._behave = behave
-        self.is_there = True
+        self.is_connected = True
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[ModelServer]:
@@ -126,11 +119,6 @@ class ModelServer:
             yield self
         finally:
             self.open_connections -= 1
-
-    async def ping(self) -> float:
-        if not self.is_there:
-            await asyncio.Event().wait()
-        return 0.0
 
     async def open_group(self, names: Sequence[str], /) -> ModelGroup:
         group = ModelGroup(self._clock, names, self._behave)

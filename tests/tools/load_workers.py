@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from ctypes import c_uint64
-from multiprocessing.connection import Connection
 from typing import Any
 
-from instep_tools.load.processes import READY, work
+from instep_tools.load.processes import work
 
 
-def signalled(*arguments: Any) -> None:
+def signalled(*arguments: Any) -> Any:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.raise_signal(number)
-    work(*arguments)
+        os.kill(os.getpid(), number)
+    return work(*arguments)
 
 
 def die(*anything: object) -> None:
-    raise SystemExit(9)
+    os._exit(9)
 
 
-def never_end(part: Any, target: Any, pipe: Connection[Any, Any], answered: c_uint64) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    pipe.send(READY)
-    pipe.recv()
-    answered.value = 1
+def never_end(*anything: object) -> None:
     time.sleep(600)

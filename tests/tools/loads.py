@@ -8,33 +8,19 @@ from typer.testing import CliRunner, Result
 
 from instep_tools.app import app
 from instep_tools.connect import Target
-from instep_tools.load.command import LoadTest, LoadTester
-from instep_tools.load.plan import LoadPlan, Mode
+from instep_tools.load.app import LoadTest
+from instep_tools.load.plan import LoadPlan
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from tests.support.fake_server import FakeServer
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
 
-PLAN = LoadPlan(
-    streams=6,
-    connections=2,
-    processes=1,
-    mode=Mode.OPEN,
-    rate_hz=20.0,
-    duration_s=1.0,
-    warmup_s=0.5,
-    block=2,
-    steps=1,
-)
+PLAN = LoadPlan(streams=6, connections=2, processes=1, rate_hz=20.0, duration_s=1.0, warmup_s=0.5, block=2)
 SHORT = ("--streams", "4", "--duration", "0.2s", "--warmup", "0")
 
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["loadtest", *map(str, arguments)], env={"COLUMNS": "80"})
-
-
-def fits(text: str) -> bool:
-    return all(len(line) <= 80 for line in text.splitlines())
 
 
 class Timed:
@@ -46,16 +32,14 @@ class Timed:
         self.clock = JumpingClock()
         self.server = FakeServer(info_with(max_streams=max_streams, model=model))
 
-    async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, **files: Path) -> Exit:
+    async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, report: Path | None = None) -> Exit:
         with self.server as server:
-            test = LoadTest(Target(server.endpoint), plan, **files)
-            ending = await LoadTester(test, self.terminal, self.stop, self.clock).run()
+            test = LoadTest(Target(server.endpoint), plan, report, self.terminal, self.stop, self.clock)
+            ending = await test.run()
             assert server.rules.names == {} or not all_closed, "streams are left open"
         return ending
 
     @property
     def last(self) -> str:
-        """The last sentence that was said, in one line."""
-        said = (self.terminal.complained if self.terminal.as_json else self.terminal.said).splitlines()
-        at = max(number for number, line in enumerate(said) if not line.startswith("  "))
-        return " ".join(" ".join(said[at:]).split())
+        """The last sentence that was said."""
+        return (self.terminal.complained if self.terminal.as_json else self.terminal.said).splitlines()[-1]

@@ -1,29 +1,40 @@
-"""The options of `instep-client loadtest`."""
+"""`instep-client loadtest`: its options, one load measured, or the largest one within a service level."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from rich.text import Text
 
-from instep_tools.command_line import options_given, positive
-from instep_tools.connect import Target
-from instep_tools.load.command import LoadTest, LoadTester
-from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, Mode
-from instep_tools.load.saved import compare as compare_runs
-from instep_tools.pacing import Stop
-from instep_tools.problems import Exit
-from instep_tools.terminal import Terminal
+from instep_client.protocol.wire import ServerInfo
+from instep_tools.command_line import positive
+from instep_tools.connect import Target, connected
+from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, split
+from instep_tools.load.processes import run_parts
+from instep_tools.load.result import PERCENTILES, TRIAL_TITLES, LoadResult, server_as_json, trial_rows
+from instep_tools.load.search import Search
+from instep_tools.pacing import Clock, Stop
+from instep_tools.problems import BadFile, CommandProblem, Exit
+from instep_tools.terminal import Terminal, progress
+from instep_tools.words import counted
 
 EXAMPLES: Final = (
     "instep-client loadtest --streams 1024 --block 256",
-    "instep-client loadtest --streams 64 --rate 50 --duration 1m --plot load.png",
+    "instep-client loadtest --streams 64 --rate 50 --duration 1m --report load.html",
     "instep-client loadtest --slo-ms 20 --rate 50 --processes 2",
-    "instep-client loadtest --rate 50 --report load.html",
 )
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600}
+_STYLES: Final = {"met": "green", "not met": "red", "invalid": "yellow"}
 
 
 def _seconds(value: str | float) -> float:
@@ -38,22 +49,19 @@ async def loadtest(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    context: typer.Context,
     streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
     connections: Annotated[
         int | None, typer.Option(min=1, help="Connections they are spread over. (default: one for each process)")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
-    mode: Annotated[
-        Mode | None,
-        typer.Option(
-            help="closed: a block is sent when the one before it is answered. open: when it is due, whatever the "
-            "answers do. Default: open with --rate or --slo-ms, else closed."
-        ),
-    ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="HZ", callback=positive, help="Open loop: frames a second for each. (default: 100)"),
+        typer.Option(
+            metavar="HZ",
+            callback=positive,
+            help="Open loop: frames a second for each stream, sent when they are due. "
+            "Default: closed loop, a block is sent when the one before it is answered; with --slo-ms 100 Hz.",
+        ),
     ] = None,
     duration: Annotated[
         float,
@@ -78,7 +86,6 @@ async def loadtest(
         int | None,
         typer.Option(min=1, help="At most this many streams per message. (default: all of the connection's that fit)"),
     ] = None,
-    steps_per_block: Annotated[int, typer.Option(min=1, help="Timesteps a message.")] = 1,
     slo_ms: Annotated[
         float | None,
         typer.Option(
@@ -87,24 +94,9 @@ async def loadtest(
             help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
         ),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the result: a PNG, SVG or PDF.", dir_okay=False)
-    ] = None,
-    hdr: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.hgrm", help="Write the percentiles for HdrHistogram's plotters.", dir_okay=False),
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Save the result, for --compare.", dir_okay=False)
-    ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(
-            "--report", metavar="FILE.html", help="Write a page with all of it, to attach or to send.", dir_okay=False
-        ),
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two saved results; measure nothing.")
+        typer.Option(metavar="FILE.html", help="Write a page with all of it, to attach or to send.", dir_okay=False),
     ] = None,
 ) -> Exit:
     """Measure throughput and latency, or the largest load within a service level.
@@ -115,23 +107,121 @@ async def loadtest(
     The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
     and 3 when the load generator could not keep up, so the result says nothing about the server.
     """
-    if compare is not None:
-        if given := [option for option in options_given(context) if option not in ("--compare", "--json")]:
-            raise typer.BadParameter(f"it measures nothing: leave out {', '.join(given)}", param_hint="--compare")
-        return compare_runs(*compare, terminal)
-    if mode is Mode.CLOSED and (rate is not None or slo_ms is not None):
-        raise typer.BadParameter("--rate and --slo-ms need an open loop: leave out --mode closed")
-    is_open = mode is Mode.OPEN or rate is not None or slo_ms is not None
     plan = LoadPlan(
         streams=streams,
         connections=connections or processes,
         processes=processes,
-        mode=Mode.OPEN if is_open else Mode.CLOSED,
-        rate_hz=REAL_TIME_RATE_HZ if rate is None else rate,
+        rate_hz=REAL_TIME_RATE_HZ if rate is None and slo_ms is not None else rate,
         duration_s=duration,
         warmup_s=warmup,
         block=block,
-        steps=steps_per_block,
         slo_ms=slo_ms,
     )
-    return await LoadTester(LoadTest(target, plan, plot, save, hdr, report), terminal, stop).run()
+    return await LoadTest(target, plan, report, terminal, stop).run()
+
+
+@dataclass
+class LoadTest:
+    """Runs a plan and reports; with `slo_ms`, the plan is the first one that a search tries."""
+
+    target: Target
+    plan: LoadPlan
+    report: Path | None
+    """Where the page goes."""
+    terminal: Terminal
+    stop: Stop
+    clock: Clock | None = None
+    _info: ServerInfo = field(init=False)
+
+    async def run(self) -> Exit:
+        """The whole command.
+
+        Raises:
+            InstepError: as the client does.
+            CommandProblem: the load does not fit the server, or the page cannot be written.
+        """
+        if self.report is not None:
+            from instep_tools.page import check_report_path
+
+            check_report_path(self.report)
+        async with connected(self.target, "loadtest", self.terminal, self.stop) as client:
+            self._info = info = client.info
+        self.terminal.note(
+            f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}; from "
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+            f"instep {version('instep')}"
+        )
+        self.terminal.note(self.plan.sentence())
+        return await (self._measure_once() if self.plan.slo_ms is None else self._search(self.plan.slo_ms))
+
+    async def _measure_once(self) -> Exit:
+        result = await self._measure(self.plan)
+        if not self.terminal.as_json and len(result.answered):
+            self._show_latencies(result)
+        ending = Exit.OK if result.whole else Exit.FOUND_PROBLEMS
+        ending = Exit.MEASURED_ITSELF if result.measured_itself else ending
+        return self._tell(result.as_json(), result, None, result.sentence(), ending)
+
+    async def _search(self, slo_ms: float) -> Exit:
+        plan, limit = self.plan, self._info.max_streams
+        if plan.streams > limit:
+            raise CommandProblem(f"the server keeps {limit} streams at most; begin the search with fewer")
+
+        async def attempt(streams: int, processes: int) -> LoadResult:
+            connections = min(max(plan.connections, processes), streams)
+            tried = replace(plan, streams=streams, connections=connections, processes=processes)
+            trial = await self._measure(tried, f"try {len(search.trials) + 1}")
+            if not self.stop.requested:  # else it says nothing
+                where = f"{counted(streams, 'stream')} from {counted(processes, 'process', 'processes')}"
+                self.terminal.note(f"{where}: {trial.verdict(slo_ms)}: {trial.sentence()}")
+            return trial
+
+        search = Search(attempt, slo_ms, plan.processes, self.stop)
+        await search.run(plan.streams, limit)
+        if search.trials and not self.terminal.as_json:
+            rows: list[list[str | Text]] = [
+                [*cells, Text(verdict, _STYLES[verdict])] for *cells, verdict in trial_rows(search.trials, slo_ms)
+            ]
+            self.terminal.table(TRIAL_TITLES, rows, slice(-1))
+            if search.best is not None:
+                self._show_latencies(search.best)
+        good = search.best is not None and not search.ended
+        ending = Exit.MEASURED_ITSELF if search.measured_itself else Exit.OK if good else Exit.FOUND_PROBLEMS
+        return self._tell(search.as_json(), search.best, search, search.sentence(), ending)
+
+    async def _measure(self, plan: LoadPlan, title: str = "measuring") -> LoadResult:
+        parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
+        seconds, began = plan.warmup_s + plan.duration_s, time.monotonic()
+        async with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, time.monotonic() - began)):
+            return LoadResult(plan, await run_parts(parts, self.target, self.stop, self.clock))
+
+    def _show_latencies(self, result: LoadResult) -> None:
+        headings = (f"ms, n = {len(result.samples):,}", *PERCENTILES)
+        self.terminal.table(headings, ((title, *values) for title, values in result.latency_rows()))
+
+    def _tell(
+        self, values: Mapping[str, Any], best: LoadResult | None, search: Search | None, sentence: str, ending: Exit
+    ) -> Exit:
+        """Print the JSON and the summary, and write the page."""
+        if self.terminal.as_json:
+            self.terminal.result({"server": server_as_json(self._info), **values})
+        if self.stop.requested:
+            sentence += "; stopped, all streams closed"
+        summary = sentence
+        has_found = search.trials if search is not None else best and (len(best.samples) or best.found.refused)
+        if self.report is not None and not has_found:
+            summary += f"; {self.report} not written"
+        elif self.report is not None:
+            from instep_tools.load.page import load_page
+            from instep_tools.page import write_page
+
+            try:
+                asked = self.plan.sentence()
+                page = load_page(self.target.endpoint, self._info, best, search, sentence, ending, asked)
+                write_page(self.report, page)
+                summary += f"; report in {self.report}"
+            except BadFile as error:
+                self.terminal.error(str(error))
+                ending = ending or Exit.COULD_NOT_RUN
+        self.terminal.summary(summary, good=ending is Exit.OK)
+        return ending

@@ -1,142 +1,197 @@
-"""The results of a load test as the content of a page."""
+"""The result of a load test as a page: tables, facts and charts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from instep_client.protocol.wire import ServerInfo
-from instep_tools.load.plan import LoadPlan, Mode
-from instep_tools.load.plot import PANELS, DrawPanel, draw_trials
-from instep_tools.load.report import PERCENTILE_NAMES, TRIAL_TITLES, latency_rows, trial_rows
-from instep_tools.load.result import Measured, Verdict
+from instep_tools.load.result import (
+    PERCENTILES,
+    ROWS,
+    TRIAL_TITLES,
+    LoadResult,
+    Verdict,
+    percentiles,
+    server_as_json,
+    trial_rows,
+)
+from instep_tools.load.search import Search
 from instep_tools.machine import typed_command
 from instep_tools.page import Cell, Chart, Facts, Marked, Page, PageSection, Part, Table, Tone
 from instep_tools.problems import Exit
 from instep_tools.words import counted, three_digits
 
-PANEL_INCHES: Final = (9.6, 3.0)
-TONES: Final[dict[Verdict, Tone]] = {"met": "good", "not met": "bad", "invalid": "doubt"}
+MOST_BINS: Final = 60
+LEAST_MS: Final = 1e-3
+"""Nothing is faster on a logarithmic axis."""
+BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
+COLOURS: Final = {
+    "late_us": ORANGE,
+    "queue_us": "#90cdf4",
+    "compute_us": BLUE,
+    "send_us": "#9ae6b4",
+    "rest_us": "#d6bcfa",
+}
+NINES: Final = {2: "50 %", 10: "90 %", 100: "99 %", 10**3: "99.9 %", 10**4: "99.99 %", 10**5: "99.999 %"}
+VERDICTS: Final[dict[Verdict, tuple[str, str, Tone]]] = {
+    "met": ("o", BLUE, "good"),
+    "not met": ("X", ORANGE, "bad"),
+    "invalid": ("^", GREY, "doubt"),
+}
+"""Marker and colour in the chart, and the colour in the table."""
 
 
 def load_page(
     endpoint: str,
     info: ServerInfo,
-    plan: LoadPlan,
-    trials: Sequence[Measured],
-    best: Measured | None,
+    best: LoadResult | None,
+    search: Search | None,
     sentence: str,
     ending: Exit,
+    asked: str,
 ) -> Page:
-    """The page of one load, or of a search for the largest within a service level.
+    """The page of one load, or of a search.
 
-    `trials` is every load that was tried, at least one; `best` is the one to show in full, if any; `sentence` is the
-    summary on the terminal.
+    `best` is the load to show in full, if any; `sentence` is the summary on the terminal; `asked` describes the load
+    where there is none to show.
     """
-    server = {
-        "endpoint": endpoint,
-        "model": f"{info.model} ({info.features} → {info.outputs})",
-        "fingerprint": info.fingerprint,
-        "device": info.device,
-        "exactness": info.exactness,
-        "arithmetic": info.arithmetic,
-        "durability": info.durability,
-    }
-    search = f"the most streams at {plan.rate_hz:g} Hz within {plan.slo_ms or 0:g} ms at the 99th percentile"
-    sections = [*([] if best is None else _sections(best)), PageSection("Server", [Facts(server)])]
-    if plan.slo_ms is not None:
-        sections.insert(0, _search(trials, plan.slo_ms))
+    sections = [*([] if search is None else [_search(search)]), *([] if best is None else _sections(best))]
+    server = Facts({"endpoint": endpoint, **{name: str(value) for name, value in server_as_json(info).items()}})
+    load = asked if best is None else best.plan.sentence()
     return Page(
         program="instep-client loadtest",
-        title=f"{info.model}: {plan.sentence() if plan.slo_ms is None else search}",
-        verdict=_verdict(plan, best, ending),
+        title=f"{info.model}: {load}",
+        verdict=_verdict(best, search, ending),
         summary=f"{sentence[:1].upper()}{sentence[1:]}.",
-        sections=sections,
-        conditions={"command": typed_command("instep-client"), "load": plan.sentence()},
+        sections=[*sections, PageSection("Server", [server])],
+        conditions={"command": typed_command("instep-client"), "load": load},
     )
 
 
-def _verdict(plan: LoadPlan, best: Measured | None, ending: Exit) -> Marked:
-    if plan.slo_ms is not None and best is not None:
-        least = "" if ending is Exit.OK else "at least "
-        found = f"{least}{counted(best.plan.streams, 'stream')} within {plan.slo_ms:g} ms"
+def _verdict(best: LoadResult | None, search: Search | None, ending: Exit) -> Marked:
+    if search is not None and best is not None:
+        least = "at least " if search.ended else ""
+        found = f"{least}{counted(best.plan.streams, 'stream')} within {search.slo_ms:g} ms"
         return Marked(found, "doubt" if least else "good")
     if ending is Exit.MEASURED_ITSELF:
         return Marked("no verdict: the load generator could not keep up", "doubt")
-    if plan.slo_ms is not None:
-        return Marked(f"no load stayed within {plan.slo_ms:g} ms", "bad")
+    if search is not None:
+        return Marked(f"no load stayed within {search.slo_ms:g} ms", "bad")
     if best is not None and best.whole:
         return Marked("every frame was answered", "good")
     return Marked("not every frame was answered", "bad")
 
 
-def _search(trials: Sequence[Measured], slo_ms: float) -> PageSection:
-    verdicts = (Marked(verdict, TONES[verdict]) for verdict in (trial.verdict(slo_ms) for trial in trials))
-    rows: list[list[Cell]] = [
-        [*cells[:-1], verdict] for cells, verdict in zip(trial_rows(trials, slo_ms), verdicts, strict=True)
-    ]
-    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
-    drawn = [trial for trial in trials if len(trial.samples)]
+def _search(search: Search) -> PageSection:
+    slo_ms = search.slo_ms
+    rows: list[list[Cell]] = []
+    for trial, cells in zip(search.trials, trial_rows(search.trials, slo_ms), strict=True):
+        verdict = trial.verdict(slo_ms)
+        rows.append([*cells[:-1], Marked(verdict, VERDICTS[verdict][2])])
     table = Table((*TRIAL_TITLES[:-1], f"p99 within {slo_ms:g} ms"), rows, TRIAL_TITLES[:-1], "loads")
-    if not drawn:
-        return PageSection("Search", [table])
-    draw_trials(figure.subplots(), drawn, slo_ms)
-    return PageSection(
-        "Search",
-        [table, Chart(figure, "Latency at the 99th percentile of each load (dashed: the service level)")],
-    )
+    figure, axes = _axes()
+    for verdict, (marker, colour, _) in VERDICTS.items():
+        chosen = [trial for trial in search.trials if trial.verdict(slo_ms) == verdict and len(trial.samples)]
+        places = [trial.plan.streams for trial in chosen], [max(trial.p99_ms, LEAST_MS) for trial in chosen]
+        axes.scatter(*places, marker=marker, color=colour, s=60, label=verdict)
+    axes.axhline(slo_ms, color=BLACK, linestyle="--", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="streams", ylabel="ms")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    axes.legend()
+    caption = "Latency at the 99th percentile of each load (dashed: the service level)"
+    return PageSection("Search", [table, Chart(figure, caption)])
 
 
-def _sections(result: Measured) -> Iterator[PageSection]:
-    rows = [[title.strip(), *values] for title, values in latency_rows(result)]
-    parts: list[Part] = [
-        Table((f"milliseconds, n = {len(result.samples):,}", *PERCENTILE_NAMES), rows, PERCENTILE_NAMES)
-    ]
-    title = "Latency" if result.plan.slo_ms is None else f"Latency of {counted(result.plan.streams, 'stream')}"
-    if len(result.answered):
-        parts += [_panel(draw, result) for draw in PANELS]
-    yield PageSection(title, parts)
-    yield PageSection("Frames and connections", [Facts(_facts(result))])
+def _sections(result: LoadResult) -> list[PageSection]:
+    rows = [[title.strip(), *values] for title, values in result.latency_rows()]
+    table = Table((f"milliseconds, n = {len(result.samples):,}", *PERCENTILES), rows, tuple(PERCENTILES))
+    charts = [_over_time(result), _by_percentile(result), _split(result)] if len(result.answered) else []
+    parts: list[Part] = [table, *charts]
+    return [PageSection("Latency", parts), PageSection("Frames", [Facts(_facts(result))])]
 
 
-def _panel(draw: DrawPanel, result: Measured) -> Chart:
-    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
-    axes = figure.subplots()
-    draw(axes, result)
-    caption = axes.get_title()
-    axes.set_title("")
-    return Chart(figure, caption)
-
-
-def _facts(result: Measured) -> dict[str, Marked | str]:
-    """Numbers in words, in colour where they are the reason of a verdict."""
-    found, late = result.found, result.parts["late_us"]
-
-    def none_is_good(number: int, noun: str) -> Marked | str:
-        return Marked(counted(number, noun), "bad") if number else "none"
-
-    facts: dict[str, Marked | str] = {
+def _facts(result: LoadResult) -> dict[str, Cell]:
+    found = result.found
+    refused = ", ".join(f"{counted(frames, 'frame')} ({code})" for code, frames in found.refused.items())
+    facts: dict[str, Cell] = {
         "measured for": f"{result.seconds:.1f} s",
         "throughput": f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s",
+        "refused": Marked(refused, "bad") if refused else "none",
     }
-    if result.plan.mode is Mode.OPEN:
-        facts["due"] = f"{result.plan.offered_frames_s:,.0f} frames/s"
-        levels = zip(PERCENTILE_NAMES, asdict(late).values(), strict=True)
-        lateness = ", ".join(f"{name} {three_digits(value / 1000)}" for name, value in levels) + " ms"
-        facts["sent late"] = Marked(lateness, "doubt") if result.measured_itself else lateness
-        facts["not sent"] = none_is_good(found.unsent, "frame")
-    facts["refused"] = "none"
-    if found.refused:
-        codes = ", ".join(f"{counted(frames, 'frame')} ({code})" for code, frames in found.refused.items())
-        facts["refused"] = Marked(codes, "bad")
-    facts["unanswered"] = none_is_good(found.unanswered, "frame")
-    facts["reconnections"] = (
-        f"{result.reconnections:,}, {result.away_s:.1f} s without a connection" if found.gaps else "none"
-    )
+    for frames, what in result.missing:
+        facts[what] = Marked(counted(frames, "frame"), "bad") if frames else "none"
     facts["longest silence"] = f"{result.longest_silence_s:.2f} s"
     if found.lost:
         facts["ended by"] = Marked(found.lost, "bad")
     return facts
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _over_time(result: LoadResult) -> Chart:
+    samples = result.samples
+    edges = np.linspace(0, max(result.plan.duration_s, 1e-3), min(MOST_BINS, max(1, len(samples) // 20)) + 1)
+    places = np.searchsorted(edges, samples["at_s"], "right") - 1
+    parts = [samples[places == number] for number in range(len(edges) - 1)]
+    levels = [percentiles(np.maximum(part["latency_us"] / 1000, LEAST_MS), part["frames"]) for part in parts]
+    figure, axes = _axes()
+    for name, colour, line in (("p50", BLUE, "-"), ("p99", ORANGE, "-"), ("max", BLACK, ":")):
+        values = [level[name] for level in levels]
+        axes.plot((edges[1:] + edges[:-1]) / 2, values, label=name, color=colour, linestyle=line, marker=".")
+    axes.set(yscale="log", xlabel="s", ylabel="ms", xlim=(0, edges[-1]))
+    _plain_numbers(axes.yaxis)
+    axes.legend(loc="upper right", ncols=3)
+    return Chart(figure, "Latency over time")
+
+
+def _by_percentile(result: LoadResult) -> Chart:
+    """Over 1 / (1 - percentile), so that each further nine takes the same width."""
+    latency_ms, frames = np.maximum(result.samples["latency_us"] / 1000, LEAST_MS), result.samples["frames"]
+    most = max(10.0, float(len(latency_ms)))
+    levels = np.geomspace(1, most, 400)
+    curve = np.quantile(latency_ms, 1 - 1 / levels, weights=frames, method="inverted_cdf")
+    figure, axes = _axes()
+    axes.plot(levels, curve, color=BLUE)
+    axes.set(xscale="log", yscale="log", ylabel="ms", xlabel="of the frames are at least as fast")
+    ticks = {level: name for level, name in NINES.items() if level <= most}
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks.get(round(value), "")))
+    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_numbers(axes.yaxis)
+    return Chart(figure, f"Latency by percentile, n = {len(latency_ms):,}")
+
+
+def _split(result: LoadResult) -> Chart:
+    """The means of the parts of a latency, of the answered frames; they add up."""
+    answered = result.answered
+    figure, axes = _axes()
+    figure.set_figheight(1.6)
+    left = 0.0
+    for name, colour in COLOURS.items():
+        mean_ms = max(0.0, float(np.average(answered[name], weights=answered["frames"])) / 1000)
+        axes.barh([0], [mean_ms], left=left, color=colour, label=f"{ROWS[name].strip()} {three_digits(mean_ms)}")
+        left += mean_ms
+    axes.set(xlabel="ms", yticks=[], ylim=(-0.5, 1.5))
+    axes.legend(loc="upper center", ncols=len(COLOURS), frameon=False, fontsize=8)
+    return Chart(figure, "Where the time goes, on average")
+
+
+def _plain_numbers(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """0.5, 1, 2, 5, 10 and so on along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())

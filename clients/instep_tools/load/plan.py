@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, ServerInfo
@@ -12,16 +10,7 @@ from instep_tools.problems import CommandProblem
 from instep_tools.words import counted
 
 REAL_TIME_RATE_HZ: Final = 100.0
-"""An open loop's rate where none is given: speech features come every 10 ms."""
-
-
-class Mode(StrEnum):
-    """How a load is made."""
-
-    CLOSED = "closed"
-    """The next block of a group is sent when the one before it is answered."""
-    OPEN = "open"
-    """Blocks are sent when they are due, whatever the answers do."""
+"""The rate of a search where none is given: speech features come every 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +20,28 @@ class LoadPlan:
     streams: int
     connections: int
     processes: int
-    mode: Mode
-    rate_hz: float
-    """Frames a second for each stream; of an open loop."""
+    rate_hz: float | None
+    """Open loop: a frame of each stream is due so often, whatever the answers do. None for a closed loop: a block is
+    sent when the one before it is answered."""
     duration_s: float
     warmup_s: float
-    block: int | None
+    block: int | None = None
     """Streams a block at most; None for as many as the connection has and the server takes."""
-    steps: int
-    """Timesteps a block."""
     slo_ms: float | None = None
-    """99 % of the frames are to be answered within this time; the test ends once they cannot be."""
+    """99 % of the frames are to be answered within this time."""
 
     @property
-    def offered_frames_s(self) -> float:
+    def due_frames_s(self) -> float:
         """Frames a second that are due in an open loop."""
-        return self.streams * self.rate_hz
+        return self.streams * (self.rate_hz or 0.0)
 
     def sentence(self) -> str:
         """The load in words."""
-        loop = f"open loop at {self.rate_hz:g} Hz a stream" if self.mode is Mode.OPEN else "closed loop"
-        block = "" if self.block is None else f" of at most {counted(self.block, 'stream')}"
+        loop = "closed loop" if self.rate_hz is None else f"open loop at {self.rate_hz:g} Hz a stream"
+        block = "" if self.block is None else f", at most {counted(self.block, 'stream')} a block"
         return (
             f"{counted(self.streams, 'stream')} on {counted(self.connections, 'connection')} "
-            f"from {counted(self.processes, 'process', 'processes')}, {loop}, "
-            f"{counted(self.steps, 'timestep')} a block{block}, "
+            f"from {counted(self.processes, 'process', 'processes')}, {loop}{block}, "
             f"{self.duration_s:g} s after {self.warmup_s:g} s of warm-up"
         )
 
@@ -70,17 +56,7 @@ class LoadPart:
     """For each connection the numbers of streams of its groups; a block holds the frames of one group."""
     plan: LoadPlan
     offset: float = 0.0
-    """Where this process's sends lie between those of the others, see `Schedule`."""
-
-    @property
-    def slo_s(self) -> float:
-        """The time within which a frame is to be answered; infinite without a service level."""
-        return math.inf if self.plan.slo_ms is None else self.plan.slo_ms / 1000
-
-    @property
-    def most_slow(self) -> float:
-        """With more frames than these, of all processes, that take longer, the level is missed."""
-        return math.inf if self.plan.slo_ms is None else self.plan.offered_frames_s * self.plan.duration_s / 100
+    """The place of this process's sends between those of the others, see `Schedule`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +76,12 @@ class Schedule:
         """When send `number` (from 0, over all senders) is due, in seconds after the start."""
         return (number + self.offset) * (self.period_s / self.senders)
 
-    def sender(self, number: int) -> int:
-        """Whose send it is."""
-        return number % self.senders
-
     def count(self, duration_s: float) -> int:
         """How many sends are due before `duration_s`."""
-        numbers = int(duration_s * self.senders / self.period_s) + 2
-        while numbers > 0 and self.due_s(numbers - 1) >= duration_s:
-            numbers -= 1
-        return numbers
+        number = int(duration_s * self.senders / self.period_s) + 2
+        while number > 0 and self.due_s(number - 1) >= duration_s:
+            number -= 1
+        return number
 
 
 def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
@@ -118,7 +90,7 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
     The streams are called after `name`, which is different in every test.
 
     Raises:
-        CommandProblem: when the numbers do not fit together, or the server does not take as much.
+        CommandProblem: the numbers do not fit together, or the server takes less.
     """
     if not 1 <= plan.processes <= plan.connections <= plan.streams:
         raise CommandProblem(
@@ -131,31 +103,17 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
             f"the server keeps {info.max_streams} streams at most; ask for fewer, or start it with "
             f"--set engine.max_streams={plan.streams}"
         )
-    block = block_limit(plan.steps, info)
-    if plan.block is not None:
-        if plan.block > block:
-            raise CommandProblem(f"the server takes at most {block} streams of {plan.steps} timesteps in one block")
-        block = plan.block
+    most_frames = min(info.max_block_frames, info.credit_frames, info.max_message_bytes // (4 * info.features))
+    largest = min(most_frames, MAX_BLOCK_STREAMS)
+    if plan.block is not None and plan.block > largest:
+        raise CommandProblem(f"the server takes at most {counted(largest, 'stream')} in one block")
+    block = plan.block or largest
     connections = [tuple(_evenly(size, -(-size // block))) for size in _evenly(plan.streams, plan.connections)]
     parts: list[LoadPart] = []
     for process, count in enumerate(_evenly(plan.connections, plan.processes)):
         parts.append(LoadPart(f"{name}-{process}", tuple(connections[:count]), plan, process / plan.processes))
         del connections[:count]
     return parts
-
-
-def block_limit(steps: int, info: ServerInfo) -> int:
-    """The most streams that a block of this number of timesteps may hold.
-
-    Raises:
-        CommandProblem: when not even one stream's frames fit.
-    """
-    most_frames = min(info.max_block_frames, info.credit_frames, info.max_message_bytes // (4 * info.features))
-    if steps > most_frames:
-        raise CommandProblem(
-            f"{counted(steps, 'timestep')} do not fit in one block of this server, which takes {most_frames:,} at most"
-        )
-    return min(most_frames // steps, MAX_BLOCK_STREAMS)
 
 
 def _evenly(number: int, parts: int) -> list[int]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from ctypes import c_double
+from functools import partial
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
-from typing import Any, Final
+from multiprocessing.synchronize import Barrier, Event
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -22,12 +26,24 @@ from instep_client.protocol.errors import InstepError
 from instep_tools.connect import PATIENCE_S, Target
 from instep_tools.load.generator import LEAD_S, Connect, Load, PartResult
 from instep_tools.load.plan import LoadPart
-from instep_tools.pacing import Clock, Stop, WallClock, loop_factory
+from instep_tools.pacing import LONGEST_NAP_S, Clock, Stop, WallClock, loop_factory
 from instep_tools.problems import CommandProblem
 
-READY: Final = "ready"
-END: Final = "end"
 _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Shared(NamedTuple):
+    """What the processes of a load test share."""
+
+    begin: Barrier
+    """All have opened their streams."""
+    start: c_double
+    """The moment of the first send, on the clock `time.monotonic`."""
+    end: Event
+    """They are to stop, drain and close."""
+
+
+_shared: _Shared
 
 
 def connector(target: Target) -> Connect:
@@ -35,37 +51,24 @@ def connector(target: Target) -> Connect:
     return lambda: AsyncClient(target.endpoint, "instep-client loadtest", PATIENCE_S, model=target.model)
 
 
-async def run_parts(
-    parts: Sequence[LoadPart],
-    target: Target,
-    stop: Stop,
-    clock: Clock | None = None,
-    answered: Sequence[ctypes.c_uint64] | None = None,
-) -> PartResult:
+async def run_parts(parts: Sequence[LoadPart], target: Target, stop: Stop, clock: Clock | None = None) -> PartResult:
     """Run all parts at once and merge what they measured.
 
-    One part stays in this process, with `clock` where it is given; several get a process each. `answered`, from
-    `counters`, counts the frames of each part that are answered while it runs.
+    One part stays in this process, with `clock` where it is given; several get a process each.
 
     Raises:
         InstepError: as the client does.
-        CommandProblem: when a process failed.
+        CommandProblem: a process failed.
     """
-    answered = counters(len(parts)) if answered is None else answered
     if len(parts) > 1:
-        return merge(await _run_processes(parts, target, stop, answered))
+        return merge(await _run_processes(parts, target, stop))
     with WallClock() as wall_clock:
         chosen = clock or wall_clock
 
         async def ready() -> float:
             return chosen.now() + LEAD_S
 
-        return await Load(parts[0], connector(target), chosen, stop, answered[0]).run(ready)
-
-
-def counters(number: int) -> list[ctypes.c_uint64]:
-    """Numbers that other processes may change."""
-    return [RawValue(ctypes.c_uint64) for _ in range(number)]
+        return await Load(parts[0], connector(target), chosen, stop).run(ready)
 
 
 def merge(results: Sequence[PartResult]) -> PartResult:
@@ -75,75 +78,40 @@ def merge(results: Sequence[PartResult]) -> PartResult:
         merged.refused.update(result.refused)
         merged.unanswered += result.unanswered
         merged.unsent += result.unsent
-        merged.gaps += result.gaps
-        merged.gone += result.gone
         merged.stopped |= result.stopped
-        merged.gave_up |= result.gave_up
         merged.lost = merged.lost or result.lost
     return merged
 
 
-async def _run_processes(
-    parts: Sequence[LoadPart], target: Target, stop: Stop, answered: Sequence[ctypes.c_uint64]
-) -> list[PartResult]:
-    """Each process: sends READY, gets the moment of the start, sends its result, gets END (earlier on a stop)."""
-    context = multiprocessing.get_context("spawn")
+async def _run_processes(parts: Sequence[LoadPart], target: Target, stop: Stop) -> list[PartResult]:
+    context, start = multiprocessing.get_context("spawn"), RawValue(c_double)
+    shared = _Shared(context.Barrier(len(parts), partial(_set_start, start)), start, context.Event())
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(len(parts), context, _begin, (shared, os.getpid()))
     loop = asyncio.get_running_loop()
-    pipes: list[Connection[Any, Any]] = []
-    workers = []
-    with ThreadPoolExecutor(len(parts)) as threads:
-
-        async def receive(pipe: Connection[Any, Any]) -> Any:
-            try:
-                message = await loop.run_in_executor(threads, pipe.recv)
-            except (EOFError, ConnectionError):  # the latter when it had not read all that it was told
-                raise CommandProblem("a process of the load test was killed") from None
-            if isinstance(message, Exception):
-                raise message
-            if isinstance(message, PartResult) and message.gave_up:
-                _tell(pipes, END)  # what one part has found is true of all
-            return message
-
-        async def receive_all() -> list[Any]:
-            """One message of each; when one fails, all are told to end, and waited for."""
-            receiving = [asyncio.create_task(receive(pipe)) for pipe in pipes]
-            _, pending = await asyncio.wait(receiving, return_when=asyncio.FIRST_EXCEPTION)
-            if pending:
-                _tell(pipes, END)
-                await asyncio.wait(pending)
-            return await asyncio.gather(*receiving)  # takes note of every failure, and raises the first
-
-        try:
-            for part, counter in zip(parts, answered, strict=True):
-                pipe, theirs = context.Pipe()
-                worker = context.Process(target=work, args=(part, target, theirs, counter), daemon=True)
-                pipes.append(pipe)
-                with _held_back():
-                    worker.start()
-                    workers.append(worker)
-                theirs.close()
-            await receive_all()
-            _tell(pipes, time.monotonic() + LEAD_S)
-            ending = asyncio.create_task(_end_on_stop(pipes, stop))
-            try:
-                return await receive_all()
-            finally:
-                ending.cancel()
-        except (asyncio.CancelledError, KeyboardInterrupt):  # nobody waits for the last answers
-            for worker in workers:
-                worker.kill()
-            raise
-        finally:
-            _tell(pipes, END)
-            for worker in workers:
-                await loop.run_in_executor(threads, worker.join)
-            for pipe in pipes:
-                pipe.close()
+    with _held_back():
+        running = [loop.run_in_executor(pool, work, part, target) for part in parts]
+    ending = asyncio.create_task(_end_on_stop(shared.end, stop))
+    try:
+        return await asyncio.gather(*running)
+    except BrokenProcessPool:
+        raise CommandProblem("a process of the load test was killed") from None
+    except (asyncio.CancelledError, KeyboardInterrupt):  # nobody waits for the last answers
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
+    finally:
+        ending.cancel()
+        shared.end.set()
+        await asyncio.to_thread(pool.shutdown)
 
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back: here for the block, in a process that begins in it until `work` ignores them."""
+    """Hold Ctrl-C and SIGTERM back: here for the block, and for good in a process that begins in it.
+
+    Both may be sent to the whole process group, and the processes are to drain then, as `end` tells them.
+    """
     resource_tracker.ensure_running()  # starting it in the block would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
     try:
@@ -152,58 +120,63 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-async def _end_on_stop(pipes: Sequence[Connection[Any, Any]], stop: Stop) -> None:
+async def _end_on_stop(end: Event, stop: Stop) -> None:
     await stop.wait()
-    _tell(pipes, END)
+    end.set()
 
 
-def _tell(pipes: Sequence[Connection[Any, Any]], message: float | str) -> None:
-    for pipe in pipes:
-        with suppress(OSError):  # it has ended already
-            pipe.send(message)
+def _set_start(start: c_double) -> None:
+    start.value = time.monotonic() + LEAD_S
 
 
-def work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
-    """Run one process of the load test; a Ctrl-C or SIGTERM reaches it as its parent's END."""
-    for number in _ENDINGS:  # which may be sent to the whole process group
-        signal.signal(number, signal.SIG_IGN)
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_work(part, target, pipe, answered))
+def _begin(shared: _Shared, parent: int) -> None:
+    """Begin a process of the load test, which ends with its parent."""
+    global _shared
+    _shared = shared
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(LONGEST_NAP_S)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-async def _work(part: LoadPart, target: Target, pipe: Connection[Any, Any], answered: ctypes.c_uint64) -> None:
-    loop = asyncio.get_running_loop()
+def work(part: LoadPart, target: Target) -> PartResult:
+    """Run one process of the load test; when it fails, the others end, too.
+
+    Raises:
+        CommandProblem: nobody answers, or a stream cannot be opened.
+    """
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_work(part, target))
+    except Exception as error:
+        _shared.begin.abort()
+        if isinstance(error, InstepError):
+            raise CommandProblem(str(error)) from None
+        raise
+
+
+async def _work(part: LoadPart, target: Target) -> PartResult:
     stop = Stop()
-    start: asyncio.Future[float] = loop.create_future()
-
-    def on_message(message: float | str) -> None:
-        if message == END:
-            stop.request()
-        if not start.done():
-            start.set_result(time.monotonic() if isinstance(message, str) else message)
-
-    def listen() -> None:
-        message: float | str = READY
-        while message != END:
-            try:
-                message = pipe.recv()
-            except (EOFError, OSError):  # the parent is gone
-                message = END
-            loop.call_soon_threadsafe(on_message, message)
 
     async def ready() -> float:
-        pipe.send(READY)
-        return await start
+        try:
+            await asyncio.to_thread(_shared.begin.wait)
+        except threading.BrokenBarrierError:
+            stop.request()
+            return time.monotonic()
+        return _shared.start.value
 
-    listening = loop.run_in_executor(None, listen)
+    async def stop_at_end() -> None:
+        while not _shared.end.is_set():  # noqa: ASYNC110  # another process sets it
+            await asyncio.sleep(LONGEST_NAP_S)
+        stop.request()
+
+    stopping = asyncio.create_task(stop_at_end())
     try:
         with WallClock() as clock:
-            load = Load(part, connector(target), clock, stop, answered)
-            result: PartResult | CommandProblem = await load.run(ready)
-    except InstepError as error:
-        result = CommandProblem(str(error))
-    except Exception as error:  # the parent waits for a message, whatever happens here
-        result = CommandProblem(f"a process of the load test failed: {type(error).__name__}: {error}")
-    with suppress(OSError):
-        pipe.send(result)
-    await listening
+            return await Load(part, connector(target), clock, stop).run(ready)
+    finally:
+        stopping.cancel()

@@ -1,209 +1,221 @@
-"""What a load test found: as numbers, as a verdict, as JSON."""
+"""What a load test found: as numbers, as a verdict, in words, as JSON."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from instep_client.protocol.wire import ServerInfo
-from instep_tools.load.generator import PartResult
-from instep_tools.load.plan import LoadPlan, Mode
-from instep_tools.load.samples import F64, Distribution, SampleArray, distribution
-from instep_tools.words import finite
+from instep_tools.load.generator import F64, PartResult, SampleArray
+from instep_tools.load.plan import LoadPlan
+from instep_tools.words import counted, finite, three_digits
 
-PARTS: Final = ("late_us", "away_us", "queue_us", "compute_us", "send_us", "rest_us")
-"""The parts of a latency, as they are called in `SAMPLE`."""
-TOLERATED_LATE_US: Final = 1000.0
+PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+P999_SAMPLES: Final = 1000
+"""With fewer, 99.9 % is the largest of them all, and not shown."""
+ROWS: Final = {
+    "latency_us": "latency, from when it was due",
+    "late_us": "  sent late",
+    "queue_us": "  server: queue",
+    "compute_us": "  server: compute",
+    "send_us": "  server: send",
+    "rest_us": "  wire and client",
+    "own_us": "own share of the load generator",
+}
+"""The rows of the table of latencies."""
+TOLERATED_OWN_US: Final = 1000.0
 """At the 99th percentile; beyond it, a load generator that causes half of the latency by itself is too slow."""
+LONG_SILENCE_S: Final = 1.0
+ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
 
 Verdict: TypeAlias = Literal["met", "not met", "invalid"]
+Percentiles: TypeAlias = dict[str, float]
+
+
+def percentiles(values: F64, frames: F64) -> Percentiles:
+    """The percentiles over all frames of a value that whole blocks have; NaN values are left out."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return dict.fromkeys(PERCENTILES, math.nan)
+    levels = list(PERCENTILES.values())
+    found = np.quantile(values[known], levels, weights=frames[known], method="inverted_cdf").tolist()
+    named = dict(zip(PERCENTILES, found, strict=True))
+    return named if known.sum() >= P999_SAMPLES else named | {"p99.9": math.nan}
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadResult:
     """One load and what came of it."""
 
     plan: LoadPlan
     found: PartResult
-    seconds: float
-    """How long frames were counted."""
-    frames_s: float
-    """Frames a second that were answered in this time."""
-    answers_s: float
-    """Blocks a second that were answered in this time."""
-    latency: Distribution
-    """In µs; frames that were due but not answered count with the time they waited."""
-    parts: Mapping[str, Distribution]
-    """By `PARTS`, in µs."""
-
-    @property
-    def shown(self) -> list[str]:
-        """The parts that this load has: in a closed loop nothing is due, so nothing is late."""
-        missing = {"late_us"} if self.plan.mode is Mode.CLOSED else set()
-        if not (self.samples["away_us"] > 0).any():
-            missing.add("away_us")
-        return [name for name in PARTS if name not in missing]
 
     @property
     def samples(self) -> SampleArray:
-        """One for each block."""
+        """One for each block that was sent."""
         return self.found.samples
 
-    @property
+    @cached_property
     def answered(self) -> SampleArray:
         """Those of the blocks that were answered."""
         answered: SampleArray = self.samples[~np.isnan(self.samples["rest_us"])]
         return answered
 
+    @cached_property
+    def seconds(self) -> float:
+        """How long frames were counted; up to the last answer of a test that ended early."""
+        whole = not (self.found.stopped or self.found.lost)
+        return self.plan.duration_s if whole else min(self.plan.duration_s, self.answered["at_s"].max(initial=0.0))
+
+    @cached_property
+    def in_time(self) -> SampleArray:
+        """The blocks that were answered before the end."""
+        in_time: SampleArray = self.answered[self.answered["at_s"] <= self.seconds]
+        return in_time
+
+    @property
+    def frames_s(self) -> float:
+        """Frames a second that were answered before the end."""
+        return float(self.in_time["frames"].sum()) / self.seconds if self.seconds else 0.0
+
+    @property
+    def answers_s(self) -> float:
+        """Blocks a second that were answered before the end."""
+        return len(self.in_time) / self.seconds if self.seconds else 0.0
+
+    @cached_property
+    def latencies(self) -> dict[str, Percentiles]:
+        """By `ROWS`, in µs. Frames without an answer count with the time that they waited."""
+        return {name: percentiles(self.samples[name], self.samples["frames"]) for name in ROWS}
+
+    @property
+    def p99_ms(self) -> float:
+        """Of the latency."""
+        return self.latencies["latency_us"]["p99"] / 1000
+
     @property
     def whole(self) -> bool:
         """Whether every frame that was due was answered."""
         found = self.found
-        missing = found.unanswered or found.unsent or found.gave_up or found.lost
-        return not found.refused and not missing and len(self.samples) > 0
-
-    @property
-    def due_frames(self) -> int:
-        """How many frames were due by the end of the test, or sent in a closed loop."""
-        return int(self.samples["frames"].sum()) + self.found.refused.total()
+        return not (found.refused or found.unanswered or found.unsent or found.lost) and len(self.samples) > 0
 
     @property
     def measured_itself(self) -> bool:
-        """Whether this side could not keep up: what it found says nothing about the server."""
-        late_us = self.parts["late_us"].p99
-        return self.found.unsent > 0 or late_us > max(TOLERATED_LATE_US, self.latency.p99 / 2)
+        """Whether the load generator could not keep up: what it found says nothing about the server."""
+        own_us, latency_us = self.latencies["own_us"]["p99"], self.latencies["latency_us"]["p99"]
+        is_open = self.plan.rate_hz is not None
+        return is_open and (self.found.unsent > 0 or own_us > max(TOLERATED_OWN_US, latency_us / 2))
 
-    @property
-    def sent_share(self) -> float:
-        """The share of the frames due that this side sent, late or not."""
-        found = self.samples
-        was_answered, had_time = ~np.isnan(found["rest_us"]), found["late_us"] < found["latency_us"]
-        due = found["frames"].sum()
-        return float(found["frames"][was_answered | had_time].sum() / due) if due else 0.0
+    def without_own_ms(self, slo_ms: float) -> float:
+        """The 99th percentile of the latency less twice the load generator's own share, which decides on `invalid`.
 
-    @property
-    def own_us(self) -> F64:
-        """This side's own share of each latency: the time until it sent, and the time it stood still afterwards."""
-        own_us: F64 = self.samples["late_us"] + self.samples["held_up_us"]
-        return own_us
-
-    @property
-    def own_p99_us(self) -> float:
-        """99 % of the frames have a smaller share of this side's in their latency."""
-        return distribution(self.own_us, self.samples["frames"]).p99
+        The share counts twice, because the threads that send and receive below the event loop wait for the processor as
+        well. Where it is less than a tenth of the level, it is not taken off.
+        """
+        own_us = np.where(self.samples["own_us"] > 100 * slo_ms, self.samples["own_us"], 0.0)
+        return percentiles(self.samples["latency_us"] - 2 * own_us, self.samples["frames"])["p99"] / 1000
 
     def verdict(self, slo_ms: float) -> Verdict:
-        """Whether every frame was answered, and 99 % of them in time; `invalid` where this side may be the cause.
+        """Whether every frame was answered, and 99 % of them in time.
 
-        It may be when it was late by half of the level, or when the level would have been met without its own share of
-        each latency: the time until it sent, and the time in which it stood still afterwards. That counts twice: the
-        threads that send and receive below the event loop wait for the processor as well.
+        `invalid` where the load generator may be the cause: it did not send what was due, or every frame was answered
+        and the level would have been met without its own share.
         """
-        found, slo_us = self.found, 1000 * slo_ms
-        if self.whole and self.latency.p99 <= slo_us:
+        if self.whole and self.p99_ms <= slo_ms:
             return "met"
-        if found.unsent or self.parts["late_us"].p99 > max(TOLERATED_LATE_US, slo_us / 2):
+        if self.found.unsent or (self.whole and self.without_own_ms(slo_ms) <= slo_ms):
             return "invalid"
-        if found.refused or found.unanswered or found.lost:
-            return "not met"
-        own_us = self.own_us
-        own_us[own_us <= min(TOLERATED_LATE_US, slo_us / 10)] = 0
-        served_us = self.samples["latency_us"] - 2 * own_us
-        return "invalid" if distribution(served_us, self.samples["frames"]).p99 <= slo_us else "not met"
+        return "not met"
 
     @property
     def longest_silence_s(self) -> float:
         """The longest time in which nothing was answered."""
-        at_s = np.sort(self.answered["at_s"])
-        end = max(self.seconds, float(at_s.max(initial=0.0)), *(end for _, end in self.found.gaps))
-        return float(np.diff(at_s, prepend=0.0, append=end).max())
+        at_s = np.sort(self.in_time["at_s"])
+        return float(np.diff(at_s, prepend=0.0, append=self.plan.duration_s if self.found.lost else self.seconds).max())
+
+    def sentence(self) -> str:
+        """All of it in words. The latencies are those of the answered frames; unanswered frames are counted apart."""
+        found, plan = self.found, self.plan
+        parts = []
+        if self.measured_itself:
+            own_ms = three_digits(self.latencies["own_us"]["p99"] / 1000)
+            parts.append(f"measured the load generator, not the server: its own share is {own_ms} ms at p99; {ADVICE}")
+        if found.lost:
+            parts.append(f"ended after {self.seconds:.1f} of {plan.duration_s:g} s: {found.lost}")
+        if len(self.answered):
+            due = "" if plan.rate_hz is None or found.lost else f" of {plan.due_frames_s:,.0f} due"
+            latency = percentiles(self.answered["latency_us"], self.answered["frames"])
+            p50_ms, p99_ms = (three_digits(latency[name] / 1000) for name in ("p50", "p99"))
+            parts.append(
+                f"{int(self.answered['frames'].sum()):,} frames answered, {self.frames_s:,.0f} frames/s{due}, "
+                f"{self.answers_s:,.0f} answers/s, p50 {p50_ms} ms, p99 {p99_ms} ms"
+            )
+        else:
+            parts.append("nothing was answered" if len(self.samples) or found.refused else "nothing was measured")
+        for frames, what in (*((n, f"refused ({code})") for code, n in found.refused.items()), *self.missing):
+            if frames:
+                parts.append(f"{counted(frames, 'frame')} {what}")
+        period_s = 1 / plan.rate_hz if plan.rate_hz else 0.0
+        if len(self.answered) and not found.lost and self.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
+            parts.append(f"nothing was answered for {self.longest_silence_s:.1f} s")
+        return "; ".join(parts)
 
     @property
-    def gaps(self) -> list[tuple[float, float]]:
-        """When at least one connection was lost, in seconds after the warm-up: gaps that overlap are one."""
-        merged: list[tuple[float, float]] = []
-        for start, end in sorted(self.found.gaps):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = merged[-1][0], max(end, merged[-1][1])
-            else:
-                merged.append((start, end))
-        return merged
+    def missing(self) -> list[tuple[int, str]]:
+        """Frames that have no answer, and why."""
+        return [(self.found.unanswered, "unanswered"), (self.found.unsent, "not sent")]
 
-    @property
-    def shown_s(self) -> float:
-        """How much time a picture shows: the planned one where the server went away before."""
-        return self.plan.duration_s if self.found.lost else self.seconds
-
-    @property
-    def reconnections(self) -> int:
-        """How many connections were lost and came back."""
-        return len(self.found.gaps) - self.found.gone
-
-    @property
-    def away_s(self) -> float:
-        """How long at least one connection was lost."""
-        return math.fsum(end - start for start, end in self.gaps)
+    def latency_rows(self) -> list[tuple[str, list[str]]]:
+        """The latency and its parts: what each is called, and its percentiles in milliseconds."""
+        rows = self.latencies
+        if self.plan.rate_hz is None:  # nothing is due, so nothing is late
+            rows = {name: rows[name] for name in rows if name not in ("late_us", "own_us")}
+        return [(ROWS[name], [three_digits(each / 1000) for each in levels.values()]) for name, levels in rows.items()]
 
     def as_json(self) -> dict[str, Any]:
         """All that was found, as JSON values; latencies in microseconds."""
-        latencies = {"latency": self.latency} | {name.removesuffix("_us"): part for name, part in self.parts.items()}
-        is_open = self.plan.mode is Mode.OPEN
         return {
-            "load": {**asdict(self.plan), "rate_hz": self.plan.rate_hz if is_open else None},
+            "load": asdict(self.plan),
             "seconds": self.seconds,
             "samples": len(self.samples),
             "frames_per_second": self.frames_s,
             "answers_per_second": self.answers_s,
-            "latency_us": {name: finite(asdict(part)) for name, part in latencies.items()},
+            "latency_us": {name.removesuffix("_us"): finite(levels) for name, levels in self.latencies.items()},
             "refused_frames": dict(self.found.refused),
             "unanswered_frames": self.found.unanswered,
             "unsent_frames": self.found.unsent,
             "measured_itself": self.measured_itself,
-            "reconnections": self.reconnections,
-            "without_connection_s": self.away_s,
             "longest_silence_s": self.longest_silence_s,
             "error": self.found.lost or None,
         }
 
 
-def measured(plan: LoadPlan, found: PartResult) -> Measured:
-    """Boil a result down."""
-    samples = found.samples
-    answered = samples[~np.isnan(samples["rest_us"])]
-    seconds = plan.duration_s
-    if found.stopped or found.gave_up or found.lost:
-        seconds = min(seconds, float(answered["at_s"].max(initial=0.0)))
-    in_time = answered[answered["at_s"] <= seconds]
-    return Measured(
-        plan=plan,
-        found=found,
-        seconds=seconds,
-        frames_s=float(in_time["frames"].sum()) / seconds if seconds else 0.0,
-        answers_s=len(in_time) / seconds if seconds else 0.0,
-        latency=distribution(samples["latency_us"], samples["frames"]),
-        parts={name: distribution(samples[name], samples["frames"]) for name in PARTS},
-    )
+TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 ms", "p99 ms", "less own share", "")
 
 
-def search_as_json(
-    trials: Sequence[Measured], slo_ms: float, best: Measured | None, limited: bool, ended: str
-) -> dict[str, Any]:
-    """All tries of a search."""
-    return {
-        "slo_ms": slo_ms,
-        "streams": 0 if best is None else best.plan.streams,
-        "limited_by_server": limited,
-        "ended": ended or None,
-        "best": None if best is None else best.as_json(),
-        "trials": [trial.as_json() | {"verdict": trial.verdict(slo_ms)} for trial in trials],
-    }
+def trial_rows(trials: Sequence[LoadResult], slo_ms: float) -> list[list[str]]:
+    """The tries of a search under `TRIAL_TITLES`; the last cell is the verdict."""
+    return [
+        [
+            f"{trial.plan.streams:,}",
+            f"{trial.plan.processes}",
+            f"{trial.plan.due_frames_s:,.0f}",
+            f"{trial.frames_s:,.0f}",
+            three_digits(trial.latencies["latency_us"]["p50"] / 1000),
+            three_digits(trial.p99_ms),
+            three_digits(trial.without_own_ms(slo_ms)),
+            trial.verdict(slo_ms),
+        ]
+        for trial in trials
+    ]
 
 
 def server_as_json(info: ServerInfo) -> dict[str, Any]:
     """What was measured."""
-    names = ("model", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic")
+    names = ("model", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic", "durability")
     return {name: getattr(info, name) for name in names}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,21 +11,15 @@ import pytest
 from instep_client.protocol.codes import SENTENCES, Code
 from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused, StreamEvicted
 from instep_tools.load.generator import Load, PartResult
-from instep_tools.load.plan import LoadPart, LoadPlan, Mode
+from instep_tools.load.plan import LoadPart, LoadPlan
 from instep_tools.pacing import Stop
 from tests.tools.helpers import JumpingClock, ModelServer
 
-PLAN = LoadPlan(
-    streams=2,
-    connections=1,
-    processes=1,
-    mode=Mode.OPEN,
-    rate_hz=10.0,
-    duration_s=1.0,
-    warmup_s=0.0,
-    block=None,
-    steps=1,
-)
+PLAN = LoadPlan(streams=2, connections=1, processes=1, rate_hz=10.0, duration_s=1.0, warmup_s=0.0)
+
+
+RATES = (10.0, None)
+"""Of an open and a closed loop."""
 
 
 async def run(
@@ -41,7 +34,7 @@ async def run(
         return clock.time + 0.5
 
     plan = replace(PLAN, streams=sum(map(sum, connections)), **changes)
-    load = Load(LoadPart("load", connections, plan), cast(Any, server.connect), clock, stop or Stop(), ping_s=0.05)
+    load = Load(LoadPart("load", connections, plan), cast(Any, server.connect), clock, stop or Stop())
     return await load.run(ready, drain_s)
 
 
@@ -88,14 +81,6 @@ async def test_groups_of_all_connections_take_turns() -> None:
     assert len(set(names)) == 6
 
 
-async def test_blocks_of_several_timesteps_go_out_less_often() -> None:
-    clock = JumpingClock()
-    server = ModelServer(clock)
-    result = await run(server, clock, steps=5)
-    assert server.groups[0].shapes == [(5, 2, 3)] * 2
-    assert result.samples["frames"].tolist() == [10, 10]
-
-
 async def test_the_warm_up_does_not_count() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.09 if number < 5 else 0.001)
@@ -109,14 +94,14 @@ async def test_the_warm_up_does_not_count() -> None:
 async def test_a_closed_loop_sends_when_answered() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: 0.03)
-    result = await run(server, clock, mode=Mode.CLOSED, warmup_s=0.3)
+    result = await run(server, clock, rate_hz=None, warmup_s=0.3)
     np.testing.assert_allclose(np.diff(server.groups[0].sent_at), 0.03)
     np.testing.assert_allclose(result.samples["latency_us"], 30_000, rtol=1e-6)
     assert len(server.groups[0].sent_at) == math.ceil(1.3 / 0.03)
 
 
 async def test_a_stop_ends_both_loops_and_closes() -> None:
-    for mode in Mode:
+    for rate_hz in RATES:
         clock, stop = JumpingClock(), Stop()
 
         def behave(number: int, stop: Stop = stop) -> float:
@@ -125,7 +110,7 @@ async def test_a_stop_ends_both_loops_and_closes() -> None:
             return 0.02
 
         server = ModelServer(clock, behave)
-        result = await run(server, clock, stop=stop, mode=mode)
+        result = await run(server, clock, stop=stop, rate_hz=rate_hz)
         assert result.stopped
         assert len(result.samples) == 4
 
@@ -136,20 +121,12 @@ async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
     result = await run(server, clock)
     assert (result.unanswered, result.lost) == (4, "")
     assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 8 + [True] * 2
-    np.testing.assert_allclose(result.samples["latency_us"][8:], [100_000, 0], atol=1e-3)
+    np.testing.assert_allclose(np.sort(result.samples["latency_us"][8:]), [0, 100_000], atol=1e-3)
     assert server.open_connections == 0
     server = ModelServer(clock, lambda number: math.inf if number >= 6 else 0.0)
-    server.is_there = False
+    server.is_connected = False
     result = await run(server, clock)
-    assert (result.unanswered, result.lost) == (8, "the server does not answer any more")
-    assert result.gone == 1
-    np.testing.assert_allclose(result.gaps, [(0.5, 0.9)])
-    np.testing.assert_allclose(result.samples["away_us"][6:], [200_000, 100_000, 0, 0], atol=1e-3)
-    np.testing.assert_allclose(result.samples["late_us"][6:], [100_000, 100_000, 100_000, 0], atol=1e-3)
-    result = await run(server, clock, warmup_s=10.0)
-    assert (result.unanswered, result.lost) == (20, "the server went away during the warm-up")
-    assert result.gone == 1
-    np.testing.assert_allclose(result.gaps, [(0, 0.9)])
+    assert (result.unanswered, bool(result.lost)) == (8, True)
 
 
 async def test_what_was_due_in_the_warm_up_is_not_missed() -> None:
@@ -192,10 +169,12 @@ def lose_one_of_a_block(number: int) -> float:
 
 
 @pytest.mark.parametrize("lose", [lose_the_stream, lose_one_of_a_block])
-@pytest.mark.parametrize("mode", list(Mode))
-async def test_a_stream_that_has_ended_at_the_server_ends_the_test(mode: Mode, lose: Callable[[int], float]) -> None:
+@pytest.mark.parametrize("rate_hz", RATES)
+async def test_a_stream_that_has_ended_at_the_server_ends_the_test(
+    rate_hz: float | None, lose: Callable[[int], float]
+) -> None:
     clock = JumpingClock()
-    result = await run(ModelServer(clock, lose), clock, mode=mode)
+    result = await run(ModelServer(clock, lose), clock, rate_hz=rate_hz)
     assert "UNKNOWN_STREAM" in result.lost or "SEQ_GAP" in result.lost
     assert len(result.samples) == 4, "what was measured before is not lost"
 
@@ -206,15 +185,15 @@ def lose_the_server(number: int) -> float:
     return 0.01
 
 
-@pytest.mark.parametrize("mode", list(Mode))
-async def test_a_connection_that_is_lost_for_good_ends_the_test(mode: Mode) -> None:
+@pytest.mark.parametrize("rate_hz", RATES)
+async def test_a_connection_that_is_lost_for_good_ends_the_test(rate_hz: float | None) -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lose_the_server)
-    result = await run(server, clock, ((1, 1), (1,)), mode=mode)
+    result = await run(server, clock, ((1, 1), (1,)), rate_hz=rate_hz)
     assert result.lost == "the server went away"
     assert len(result.samples) >= 4
     assert server.open_connections == 0
-    result = await run(ModelServer(clock, lambda number: lose_the_server(4)), clock, mode=mode)
+    result = await run(ModelServer(clock, lambda number: lose_the_server(4)), clock, rate_hz=rate_hz)
     assert (result.lost, len(result.samples), result.unanswered) == ("the server went away", 1, 2)
     assert np.isnan(result.samples["rest_us"]).all(), "nothing was answered"
 
@@ -224,32 +203,18 @@ async def test_what_was_on_its_way_when_the_connection_was_lost_for_good_is_unan
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number in (2, 3) else lose_the_server(number))
     result = await run(server, clock)
-    assert (result.lost, result.unanswered, result.gone) == ("the server went away", 6, 1)
+    assert (result.lost, result.unanswered) == ("the server went away", 6)
     np.testing.assert_allclose(np.sort(result.samples["latency_us"][2:]), [100_000, 200_000, 300_000], atol=1e-3)
 
 
-async def test_the_time_without_a_connection_is_told_apart() -> None:
-    """The fourth block is sent at 0.3 s, and answered over another connection at 0.55 s."""
-    clock = JumpingClock()
-    result = await run(ModelServer(clock, lambda number: -0.25 if number == 3 else 0.01), clock)
-    assert result.gaps == [pytest.approx((0.21, 0.55))]
-    np.testing.assert_allclose(result.samples["away_us"][3], 250_000, rtol=1e-6)
-    assert not np.delete(result.samples["away_us"], 3).any()
-    np.testing.assert_allclose(result.samples["rest_us"][3], -60, atol=1e-3)  # the server's split alone is left
-    result = await run(ModelServer(clock, lambda number: -0.25 if number == 3 else 0.01), clock, warmup_s=0.6)
-    assert result.gaps == [], "a loss in the warm-up does not count"
-
-
 async def test_what_this_side_is_too_late_to_send_is_not_sent() -> None:
-    """Blocks 2 and 3 hold the loop up until 1.3 s: what was due until then, and did not go out, has waited as long."""
+    """Blocks 2 and 3 hold the loop up until 1.3 s, when it is too late for the other six."""
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: {2: 0.9, 3: 0.3}.get(number, 0.0))
     result = await run(server, clock)
     assert len(server.groups[0].sent_at) == 4
     assert (result.unsent, result.unanswered) == (12, 0)
-    assert np.isnan(result.samples["compute_us"]).tolist() == [False] * 4 + [True] * 6
-    late = [0, 0, 0, 0.8, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
-    np.testing.assert_allclose(result.samples["late_us"] / 1e6, late, atol=1e-6)
+    np.testing.assert_allclose(result.samples["late_us"] / 1e6, [0, 0, 0, 0.8], atol=1e-6)
 
 
 async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -> None:
@@ -263,42 +228,5 @@ async def test_what_this_side_is_too_late_to_send_in_the_warm_up_is_left_out() -
 async def test_a_closed_loop_ends_though_answers_do_not_come() -> None:
     clock = JumpingClock()
     server = ModelServer(clock, lambda number: math.inf if number == 3 else 0.3)
-    result = await run(server, clock, mode=Mode.CLOSED, drain_s=0.01, duration_s=1.2)
+    result = await run(server, clock, rate_hz=None, drain_s=0.01, duration_s=1.2)
     assert (len(result.samples), result.unanswered) == (4, 2)
-
-
-@pytest.mark.parametrize(
-    ("behave", "sent"),
-    [
-        (lambda number: 0.1 if number >= 20 else 0.0, 22),
-        (lambda number: math.inf if number >= 20 else 0.0, 22),
-        (lambda number: 10.0 if number == 20 else 0.0, 21),
-    ],
-    ids=["slow answers", "no answers", "late sends"],
-)
-async def test_it_ends_once_the_level_cannot_be_met(behave: Callable[[int], float], sent: int) -> None:
-    clock = JumpingClock()
-    server = ModelServer(clock, behave)
-    result = await run(server, clock, duration_s=10.0, slo_ms=50.0)
-    assert result.gave_up
-    assert len(server.groups[0].sent_at) == sent
-    assert result.unsent == 0
-    assert len(result.samples) == (100 if sent == 21 else sent + 1), "also what was due and not sent"
-
-
-async def test_answered_frames_are_counted_while_it_runs() -> None:
-    clock, answered = JumpingClock(), ctypes.c_uint64()
-    seen: list[int] = []
-
-    def behave(number: int) -> float:
-        seen.append(answered.value)
-        return 0.0
-
-    async def ready() -> float:
-        return clock.time
-
-    server = ModelServer(clock, behave)
-    part = LoadPart("load", ((2,),), PLAN)
-    await Load(part, cast(Any, server.connect), clock, Stop(), answered).run(ready)
-    assert seen == list(range(0, 20, 2))
-    assert answered.value == 20

@@ -1,0 +1,253 @@
+"""`instep-client loadtest` as a user sees it: what it prints, its page, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import Kind
+from instep_tools.connect import Target
+from instep_tools.load.app import LoadTest
+from instep_tools.load.generator import Load
+from instep_tools.load.result import LoadResult, Verdict
+from instep_tools.problems import Exit
+from instep_tools.running import run_command
+from instep_tools.words import three_digits
+from tests.support.fake_server import FakeServer, Message, error
+from tests.support.pages import read_page
+from tests.support.ring_server import RingServer
+from tests.tools.helpers import RememberingTerminal
+from tests.tools.loads import PLAN, SHORT, Timed, run
+
+
+def refuse_steps(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+    return [error(header[1], Code.TOO_LARGE)] if header[0] == Kind.STEP else None
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
+    """Let real runs be judged by their number of streams."""
+
+    def verdict(result: LoadResult, slo_ms: float) -> Verdict:
+        return "met" if result.plan.streams <= capacity else "not met"
+
+    monkeypatch.setattr(LoadResult, "verdict", verdict)
+
+
+async def test_an_open_loop() -> None:
+    run = Timed()
+    assert await run() == Exit.OK
+    assert set(run.server.rules.blocks) == {(1, 2), (1, 1)}
+    assert sum(streams for _, streams in run.server.rules.blocks) == 6 * 30
+    head, latency, _, queue, *_ = run.terminal.said.splitlines()
+    assert head.split() == ["ms,", "n", "=", "80", "p50", "p90", "p99", "p99.9", "max"]
+    assert queue.split() == ["server:", "queue", "0.00700", "0.00700", "0.00700", "–", "0.00700"]
+    assert run.last.startswith("120 frames answered, 120 frames/s of 120 due, 80 answers/s, p50 ")
+    assert len(latency) <= 80
+
+
+async def test_the_page_says_what_the_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "load.html"
+    once = Timed(as_json=True, model="<b>halving")
+    assert await once(report=file) == Exit.OK
+    values, page = once.terminal.json(), read_page(file)
+    assert page.verdict == "Every frame was answered"
+    rows = page.table(f"milliseconds, n = {values['samples']:,}")
+    for row, name in zip(rows, ("latency", "late", "queue", "compute", "send", "rest", "own"), strict=True):
+        found = values["latency_us"][name]
+        for level in ("p50", "p99", "max"):
+            assert row[level] == three_digits(found[level] / 1000)
+    assert page.facts["model"] == "<b>halving"
+    assert page.facts["throughput"].startswith(f"{values['frames_per_second']:,.0f} frames/s, ")
+    assert (page.facts["refused"], page.facts["unanswered"], page.tags["svg"]) == ("none", "none", 3)
+
+
+async def test_the_page_of_a_search_shows_every_try_and_the_load_of_the_best(tmp_path: Path) -> None:
+    file, search = tmp_path / "load.html", Timed(as_json=True, max_streams=25)
+    assert await search(replace(PLAN, slo_ms=1e6), report=file) == Exit.OK
+    values, page = search.terminal.json(), read_page(file)
+    assert (values["streams"], values["limited_by_server"], values["best"]["load"]["streams"]) == (25, True, 25)
+    assert page.verdict == "25 streams within 1e+06 ms"
+    assert page.facts["load"].startswith("25 streams on ")
+    for row, trial in zip(page.table("streams", "processes"), values["trials"], strict=True):
+        assert row["streams"] == f"{trial['load']['streams']:,}"
+        assert row["p99 within 1e+06 ms"] == trial["verdict"] == "met"
+        assert row["less own share"] == three_digits(trial["p99_less_own_ms"])
+
+
+def test_a_closed_loop_has_nothing_that_is_due() -> None:
+    with FakeServer() as server:
+        closed = run(*SHORT, "--endpoint", server.endpoint)
+        values = json.loads(run(*SHORT, "--json", "--endpoint", server.endpoint).stdout)
+    assert closed.exit_code == 0
+    assert "sent late" not in closed.stdout
+    assert (values["load"]["rate_hz"], values["server"]["model"]) == (None, "halving")
+    assert (values["latency_us"]["queue"]["p50"], values["frames_per_second"] > 0) == (7, True)
+
+
+def test_loads_are_described_as_they_were_asked_for() -> None:
+    asked = ("--rate", "50", "--duration", "0.003m", "--block", "3", "--processes", "2")
+    with FakeServer() as server:
+        result = run(*SHORT, *asked, "--json", "-e", server.endpoint)
+        assert server.rules.names == {}
+    load = json.loads(result.stdout)["load"]
+    assert (load["rate_hz"], load["block"], load["processes"], load["connections"]) == (50, 3, 2, 2)
+    assert load["duration_s"] == pytest.approx(0.18)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--report", "absent/p.html"], "absent/p.html"),
+        (["--duration", "10 days"], "10 days"),
+        (["--duration", "0s"], "--duration"),
+        (["--streams", "1", "--processes", "2"], "2 processes"),
+        (["--streams", "200000"], "100000"),
+        (["--streams", "200000", "--slo-ms", "5"], "100000"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_sent(arguments: list[str], named: str) -> None:
+    with FakeServer() as server:
+        result = run(*arguments, "--endpoint", server.endpoint)
+        assert Kind.STEP not in server.rules.kinds
+    assert result.exit_code == 2
+    assert named in " ".join(result.stderr.replace("│", " ").split())
+
+
+async def test_a_load_generator_that_is_too_slow_says_so() -> None:
+    run = Timed()
+    run.clock.tick_s = 0.05
+    assert await run() == Exit.MEASURED_ITSELF
+    assert run.last.startswith("measured the load generator")
+    search = Timed()
+    search.clock.tick_s = 0.05
+    assert await search(replace(PLAN, streams=1, connections=1, slo_ms=50.0)) == Exit.MEASURED_ITSELF
+    assert search.terminal.said.count("invalid") == 2
+
+
+async def test_refusals_are_told_and_are_no_success(tmp_path: Path) -> None:
+    run = Timed(as_json=True)
+    run.server.rules.fault = refuse_steps
+    assert await run(report=tmp_path / "a.html") == Exit.FOUND_PROBLEMS
+    assert run.terminal.json()["refused_frames"]["TOO_LARGE"] > 0
+    page = read_page(tmp_path / "a.html")
+    assert page.verdict == "Not every frame was answered"
+    assert "(TOO_LARGE)" in page.facts["refused"]
+
+
+@pytest.mark.parametrize("slo_ms", [None, 1e6])
+async def test_a_stop_in_the_warm_up_leaves_the_page_of_another_run(tmp_path: Path, slo_ms: float | None) -> None:
+    run, page = Timed(), tmp_path / "base.html"
+    page.write_text("before")
+    run.clock.on_sleep = lambda moment: run.stop.request()
+    assert await run(replace(PLAN, slo_ms=slo_ms), report=page) == Exit.FOUND_PROBLEMS
+    assert run.last.startswith("nothing was measured; ")
+    assert page.read_text() == "before"
+
+
+def test_a_server_that_is_restarted_in_the_middle_costs_no_frame() -> None:
+    rules, steps = RingServer(), 0
+
+    def restart_once(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
+        nonlocal steps
+        steps += frames[0][0] == Kind.STEP
+        if steps == 20 and not rules.boots:
+            rules.restart()
+        return rules.handle(peer, frames)
+
+    with FakeServer(handle=restart_once) as server:
+        result = run(*SHORT, "--connections", "2", "--duration", "2s", "--json", "-e", server.endpoint)
+    assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
+    assert json.loads(result.stdout)["unanswered_frames"] == 0
+
+
+async def test_frames_that_were_never_answered_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Load, "run", partialmethod(Load.run, drain_s=0.0))
+    run = Timed()
+    run.server.rules.fault = lambda header, frames: [] if header[0] == Kind.STEP else None
+    assert await run(all_closed=False) == Exit.FOUND_PROBLEMS
+    assert run.last == "nothing was answered; 120 frames unanswered"
+
+
+def test_a_page_that_cannot_be_written_costs_the_page_and_not_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_is_full)
+    with FakeServer() as server:
+        result = run(*SHORT, "--report", tmp_path / "p.html", "--endpoint", server.endpoint)
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert " frames/s, " in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_search_ends_with_the_largest_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged(monkeypatch, capacity=11)
+    run = Timed(as_json=True)
+    assert await run(replace(PLAN, streams=1, connections=4, slo_ms=1e6)) == Exit.OK
+    values = run.terminal.json()
+    assert values["streams"] == 11
+    assert [trial["load"]["streams"] for trial in values["trials"]] == [1, 2, 4, 8, 16, 16, 12, 12, 10, 11]
+    judged(monkeypatch, capacity=0)
+    nothing = Timed()
+    assert await nothing(replace(PLAN, streams=2, slo_ms=1e6)) == Exit.FOUND_PROBLEMS
+    assert nothing.last.startswith("not even 1 stream ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_keeps_what_it_found_when_one_signal_comes_twice(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `timeout` sends it: to its child, and to the whole process group."""
+    judged(monkeypatch, capacity=1000)
+    sent: list[int] = []
+
+    def end_the_second_try(header: list[Any], frames: list[bytes]) -> None:
+        if header[0] == Kind.STEP and not sent and len(server.rules.blocks) > 10:
+            for _ in range(2):
+                sent.append(number)
+                os.kill(os.getpid(), number)
+                time.sleep(0.02)  # or Python takes the two for one
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sent.append(0))  # a test that fails is not to end all others
+    terminal = RememberingTerminal(as_json=True)
+    try:
+        with FakeServer() as server:
+            server.rules.fault = end_the_second_try
+            plan = replace(
+                PLAN, streams=4, connections=1, rate_hz=50, duration_s=0.2, warmup_s=0, block=None, slo_ms=1e6
+            )
+            target = Target(server.endpoint)
+            status = run_command(lambda *given: LoadTest(target, plan, None, *given).run(), terminal, 1e9)
+            assert server.rules.names == {}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sent == [number, number]
+    assert status == 128 + number
+    assert terminal.json()["streams"] == 4
+
+
+async def test_a_search_ends_without_a_server_and_keeps_what_it_found() -> None:
+    run = Timed(as_json=True)
+
+    def end(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        is_second = len(run.server.rules.blocks) > 6 * 30
+        return [error(header[1], Code.UNKNOWN_STREAM)] if is_second and header[0] == Kind.STEP else None
+
+    run.server.rules.fault = end
+    assert await run(replace(PLAN, slo_ms=1e6), all_closed=False) == Exit.FOUND_PROBLEMS
+    values = run.terminal.json()
+    assert values["streams"] == 6
+    assert "UNKNOWN_STREAM" in values["ended"]
