@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
             with may_give_up(stop), _told_how_to_open():
                 if descriptor is not None:
                     names = _names(what.name, streams)
-                    async with _progress(what, terminal, answers, math.inf):
+                    with _progress(what, terminal, answers, math.inf):
                         streams = await live.send_lines(read_lines(descriptor, stop), names, what.choice)
                 elif sequences is not None:
                     sequences = _repeated(sequences, what)
@@ -82,7 +82,7 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
                     live.all_ended = await _send_sequences(what, client, sequences, answers, terminal, stop, clock)
                 else:
                     signal = make_signal(what.signal or Signal.SINE, streams, client.info.features)
-                    async with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
+                    with _progress(what, terminal, answers, (what.pace.frames or math.inf) * streams):
                         await live.send_signal(_names(what.name, streams), signal)
             seconds = clock.now() - started
     if lines and not (answers.frames or answers.refused or live.bad_lines or stop.requested):
@@ -204,7 +204,7 @@ async def _send_sequences(
         answers.take(sent, result)
 
     run = PlanRun(client, plan, names, take, stop, clock)
-    async with _progress(what, terminal, answers, len(sequences.frames), run.waits):
+    with _progress(what, terminal, answers, len(sequences.frames), run.waits):
         await run.run(math.inf if what.pace.seconds is None else what.pace.seconds)
     return run.all_ended
 
@@ -245,7 +245,7 @@ def _names(name: str | None, streams: int) -> list[str]:
 
 def _progress(
     what: Produce, terminal: Terminal, answers: Answers, total: float, detail: Callable[[], str] | None = None
-) -> AbstractAsyncContextManager[None]:
+) -> AbstractContextManager[None]:
     """Where the outputs are printed they are the progress."""
     if what.save is None:
         return nullcontext()

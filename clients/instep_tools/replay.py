@@ -109,7 +109,7 @@ async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) 
                 terminal.note(f"replaying in real time, which takes {minutes}; --speed max is as fast as possible")
         started = clock.now()
         total = len(sequences.frames)
-        async with progress(terminal.err, "replaying", total, "frames", lambda: back.answered, run.waits):
+        with progress(terminal.err, "replaying", total, "frames", lambda: back.answered, run.waits):
             with may_give_up(stop):
                 await run.run()
         seconds = clock.now() - started

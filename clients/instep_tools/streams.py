@@ -86,7 +86,7 @@ async def close(
     async with connected(target, "streams close", terminal, stop) as client:
         if not names:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
-        async with progress(terminal.err, "closing", len(names), "streams", lambda: len(closed) + len(missing)):
+        with progress(terminal.err, "closing", len(names), "streams", lambda: len(closed) + len(missing)):
             for name in names:
                 try:
                     await (await client.resume(name, take_over=True)).close()

@@ -7,13 +7,14 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -128,86 +129,64 @@ class Terminal:
             timer.cancel()
 
 
-@asynccontextmanager
-async def progress(
+@contextmanager
+def progress(
     console: Console,
     title: str,
     total: float,
     unit: str,
     done: Callable[[], float],
     detail: Callable[[], str] | None = None,
-) -> AsyncIterator[None]:
+) -> Iterator[None]:
     """Show how far the work in the block is, once it takes longer than two seconds.
 
     Args:
         console: a bar is drawn on a terminal, and a line written now and then into a file or a pipe.
-        title: what is being done.
+        title: names the work.
         total: how much there is to do; infinite where it is not known.
         unit: of `total`.
-        done: how much is done by now.
-        detail: the text beside it; by default, and in place of an empty text, the elapsed time.
+        done: how much is done by now; called in a thread of its own.
+        detail: the text next to it; by default, and in place of an empty text, the elapsed time.
     """
-    started = time.monotonic()
+    started, ended = time.monotonic(), threading.Event()
 
     def said() -> str:
         return (detail and detail()) or f"{time.monotonic() - started:.0f} s"
 
-    async def show() -> None:
-        await asyncio.sleep(QUIET_S)
-        while not console.is_terminal:
+    def show() -> None:
+        is_over = ended.wait(QUIET_S)
+        while not (is_over or console.is_terminal):
             of = "" if math.isinf(total) else f"/{total:,.0f}"
             line = f"{title} {done():,.0f}{of} {unit} · {said()}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-            await asyncio.sleep(LOG_S)
+            is_over = ended.wait(LOG_S)
+        if is_over:
+            return
         texts = TextColumn(unit), TextColumn("· {task.fields[detail]}")
         columns = (TextColumn("{task.description}"), BarColumn(BAR_COLUMNS), MofNCompleteColumn(), *texts)
         with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
             task = bar.add_task(title, total=None if math.isinf(total) else total, detail="")
-            try:
-                while True:
-                    bar.update(task, completed=done(), detail=said(), refresh=True)
-                    await asyncio.sleep(DRAW_S)
-            finally:
-                bar.update(task, completed=done(), refresh=True)  # a bar ends at what was done: 100 %, if all was
+            while not is_over:  # a bar ends at what was done: 100 %, if all was
+                is_over = ended.wait(DRAW_S)
+                bar.update(task, completed=done(), detail=said(), refresh=True)
 
-    showing = asyncio.create_task(show())
+    showing = threading.Thread(target=show, daemon=True)
+    showing.start()
     try:
         yield
     finally:
-        showing.cancel()
-        await asyncio.gather(showing, return_exceptions=True)
+        ended.set()
+        showing.join()
 
 
 @contextmanager
-def show_progress(*titles: str) -> Iterator[Callable[[str, float], None]]:
-    """As `progress`, without an event loop: show on stderr how far the block is, once it takes longer than two seconds.
+def show_progress(title: str) -> Iterator[Callable[[float], None]]:
+    """As `progress` on stderr; gives a function that takes the share (0 to 1) that is done."""
+    share = 0.0
 
-    Args:
-        titles: what is being done, one after another.
+    def tell(now: float) -> None:
+        nonlocal share
+        share = now
 
-    Yields:
-        A function that takes one of the titles and the share (0 to 1) of it that is done.
-    """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=console, transient=True)
-    tasks = {title: bars.add_task(title, total=1.0) for title in titles}
-    started = time.monotonic()
-    due = started + QUIET_S
-    with ExitStack() as drawn:
-
-        def show(title: str, share: float) -> None:
-            nonlocal due
-            now = time.monotonic()
-            if now < due and share < 1:
-                return
-            bars.update(tasks[title], completed=share)
-            if now < due:
-                return
-            due = now + (DRAW_S if console.is_terminal else LOG_S)
-            if not console.is_terminal:
-                console.print(f"{title} {share:.0%} · {now - started:.0f} s")
-            elif not bars.live.is_started:
-                drawn.enter_context(bars)
-
-        yield show
+    with progress(Console(stderr=True), title, 100, "%", lambda: 100 * share):
+        yield tell

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -257,9 +258,10 @@ async def test_a_long_replay_says_that_it_keeps_real_time(
 
 async def test_a_wait_for_the_next_frame_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("QUIET_S", "LOG_S"):
-        monkeypatch.setattr(terminal_module, name, 0.0)
+        monkeypatch.setattr(terminal_module, name, 0.01)
     (tmp_path / "pause.csv").write_text("at_s,x0,x1,x2\n0,1,2,3\n9,4,5,6\n")
     run = Run()
+    run.clock.on_sleep = lambda moment: time.sleep(0.012)  # while it is said
     assert await run(tmp_path / "pause.csv", choice=Choice(time="at_s")) == Exit.OK
     lines = run.terminal.complained.splitlines()
     assert any(re.fullmatch(r"replaying [01]/2 frames · next frame due in 5 s", line) for line in lines)

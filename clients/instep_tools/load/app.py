@@ -192,7 +192,7 @@ class LoadTest:
     async def _measure(self, plan: LoadPlan, title: str = "measuring") -> LoadResult:
         parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
         seconds, began = plan.warmup_s + plan.duration_s, time.monotonic()
-        async with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, time.monotonic() - began)):
+        with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, time.monotonic() - began)):
             return LoadResult(plan, await run_parts(parts, self.target, self.stop, self.clock))
 
     def _show_latencies(self, result: LoadResult) -> None:

@@ -114,7 +114,7 @@ async def _stream(endpoint: str, producers: list[Producer], connections: int, he
     def finished() -> str:
         return f"{int((heard.answered == heard.lengths).sum())} finished"
 
-    async with progress(console, "streaming", heard.frames, "frames", lambda: int(heard.answered.sum()), finished):
+    with progress(console, "streaming", heard.frames, "frames", lambda: int(heard.answered.sum()), finished):
         return await stream_all(endpoint, producers, connections, heard)
 
 

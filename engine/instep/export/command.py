@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,9 +60,8 @@ def _export(what: Export) -> str:
         header = _header(reader, chosen)
         names = np.array([info.name for info in chosen], np.object_)
         index = StreamIndex(chosen)
-        on_share = partial(on_progress, "exporting")
         with WRITERS[kind](target, header) as writer:
-            for part in read_frames(reader, streams, selected, on_share, part_frames=what.part_frames):
+            for part in read_frames(reader, streams, selected, on_progress, part_frames=what.part_frames):
                 if len(part):
                     labels = (names[index.rows(part.streams)], part.streams, part.seqs.astype(np.uint64), part.times_ns)
                     writer.add(TableRows(*labels, part.x, known_outputs(part)))

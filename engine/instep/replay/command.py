@@ -6,7 +6,6 @@ import os
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,7 +66,7 @@ def run(
             check_report_path(page)
         title = f"{file.name}: verifying" if briefly else "verifying"
         with RecordingReader(file) as reader, show_progress(title) as show:
-            report = verify(reader, recorded_model(reader.header, model_folder), streams, partial(show, title))
+            report = verify(reader, recorded_model(reader.header, model_folder), streams, show)
         if json:
             write_json(report.as_json())
         else:
