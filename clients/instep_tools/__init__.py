@@ -6,7 +6,6 @@ whatever was being imported; hence it imports next to nothing.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -14,33 +13,6 @@ from types import FrameType
 
 INTERRUPTED = 130
 """The exit status, as shells have it."""
-SAME_SIGNAL_S = 0.5
-"""A signal that comes this soon after another is the same one: programs such as `timeout`, `npm` and `uv run` pass on a
-signal that the whole process group has already received."""
-
-
-class EndingSignals:
-    """The signals that ask a command to end: the first one is obeyed in order, and a second one at once.
-
-    Args:
-        same_signal_s: one that comes this soon after another is the same one.
-
-    Attributes:
-        count: how many have come.
-    """
-
-    def __init__(self, same_signal_s: float = SAME_SIGNAL_S) -> None:
-        self.count = 0
-        self._same_signal_s = same_signal_s
-        self._newest_s = -math.inf
-
-    def take(self, at_s: float) -> bool:
-        """Take note of a signal that came at this time of `time.monotonic`; False for the newest one once more."""
-        if at_s - self._newest_s < self._same_signal_s:
-            return False
-        self.count += 1
-        self._newest_s = at_s
-        return True
 
 
 def main() -> None:

@@ -76,13 +76,13 @@ class CommandLine(typer.Typer):
         def register(command: ServerCommand) -> ServerCommand:
             def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
                 from instep_tools.connect import Target
-                from instep_tools.running import run_command, run_undrained
+                from instep_tools.running import run_command
                 from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
                     return command(Target(endpoint, model), terminal, stop, **own)
 
-                raise typer.Exit((run_command if drains else run_undrained)(begin, Terminal(as_json)))
+                raise typer.Exit(run_command(begin, Terminal(as_json), drains=drains))
 
             own = list(inspect.signature(command, eval_str=True).parameters.values())[3:]
             shared = [
@@ -150,7 +150,7 @@ class PlainCommand(TyperCommand):
 
 
 class PlainCommands(TyperGroup):
-    """Commands that say in plain words which value of an option cannot be; `help COMMAND` is `COMMAND --help`."""
+    """Commands that say in plain words which value of an option cannot be."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """Run what was typed and exit; quietly, with the status `BROKEN_PIPE`, where nobody reads the output."""
@@ -171,10 +171,6 @@ class PlainCommands(TyperGroup):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails again
             raise SystemExit(BROKEN_PIPE) from None
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Options of the group itself, and the command that was typed."""
-        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options of the group itself."""

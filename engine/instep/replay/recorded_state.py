@@ -32,7 +32,7 @@ from instep_tools.compare import ReplayComparison, compare
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit, check_new
-from instep_tools.running import run_undrained
+from instep_tools.running import run_command
 from instep_tools.sequences import RecordedSequences
 from instep_tools.state import leaving, plain, restored, save_new, state_lines, tell_parked
 from instep_tools.terminal import Terminal
@@ -319,7 +319,7 @@ def replay_from(
         rest = past.since(moment) if continues else None
         taken = _snapshot(moment, header)
     opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken, rest)
-    return run_undrained(opened, Terminal(json))
+    return run_command(opened, Terminal(json), drains=False)
 
 
 async def _open(
