@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.result import (
@@ -39,7 +38,6 @@ COLOURS: Final = {
     "send_us": "#9ae6b4",
     "rest_us": "#d6bcfa",
 }
-NINES: Final = {2: "50 %", 10: "90 %", 100: "99 %", 10**3: "99.9 %", 10**4: "99.99 %", 10**5: "99.999 %"}
 VERDICTS: Final[dict[Verdict, tuple[str, str, Tone]]] = {
     "met": ("o", BLUE, "good"),
     "not met": ("X", ORANGE, "bad"),
@@ -113,7 +111,7 @@ def _search(search: Search) -> PageSection:
 def _sections(result: LoadResult) -> list[PageSection]:
     rows = [[title.strip(), *values] for title, values in result.latency_rows()]
     table = Table((f"milliseconds, n = {len(result.samples):,}", *PERCENTILES), rows, tuple(PERCENTILES))
-    charts = [_over_time(result), _by_percentile(result), _split(result)] if len(result.answered) else []
+    charts = [_over_time(result), _split(result)] if len(result.answered) else []
     parts: list[Part] = [table, *charts]
     return [PageSection("Latency", parts), PageSection("Frames", [Facts(_facts(result))])]
 
@@ -157,23 +155,6 @@ def _over_time(result: LoadResult) -> Chart:
     return Chart(figure, "Latency over time")
 
 
-def _by_percentile(result: LoadResult) -> Chart:
-    """Over 1 / (1 - percentile), so that each further nine takes the same width."""
-    latency_ms, frames = np.maximum(result.samples["latency_us"] / 1000, LEAST_MS), result.samples["frames"]
-    most = max(10.0, float(len(latency_ms)))
-    levels = np.geomspace(1, most, 400)
-    curve = np.quantile(latency_ms, 1 - 1 / levels, weights=frames, method="inverted_cdf")
-    figure, axes = _axes()
-    axes.plot(levels, curve, color=BLUE)
-    axes.set(xscale="log", yscale="log", ylabel="ms", xlabel="of the frames are at least as fast")
-    ticks = {level: name for level, name in NINES.items() if level <= most}
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks.get(round(value), "")))
-    axes.xaxis.set_minor_locator(NullLocator())
-    _plain_numbers(axes.yaxis)
-    return Chart(figure, f"Latency by percentile, n = {len(latency_ms):,}")
-
-
 def _split(result: LoadResult) -> Chart:
     """The means of the parts of a latency, of the answered frames; they add up."""
     answered = result.answered
@@ -189,9 +170,8 @@ def _split(result: LoadResult) -> Chart:
     return Chart(figure, "Where the time goes, on average")
 
 
-def _plain_numbers(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+def _plain_numbers(axis: Axis) -> None:
     """0.5, 1, 2, 5, 10 and so on along a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
