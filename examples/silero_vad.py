@@ -14,8 +14,7 @@ from examples.example import SPEECH_RATE, Example, shipped, speech
 from instep.core.typing import F32
 from instep.models import load_model
 from instep.models.model import Model
-from instep.models.onnx.importer import import_onnx
-from instep.models.onnx.reader import Extents
+from instep.models.onnx.importer import Extents, import_onnx
 
 FRAME: Final = 512
 CONTEXT: Final = 64

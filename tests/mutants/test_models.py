@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.models.portable import compiler, definition, kernels, layers, machine
-from instep.models.portable.builder import Builder
-from instep.models.portable.form import View
+from instep.models.portable import compiler, definition, kernels, machine
+from instep.models.portable.form import Builder, View
 from instep.models.portable.lanes import F32, Lanes, Value
+from instep.models.recurrent import normal
 from tests.models.portable import test_bits, test_compiler, test_digest
 from tests.models.portable.processors import x86
 from tests.support.broken_rules import BrokenRule, check_is_found
@@ -47,7 +47,7 @@ def last_term_first(original: Any, code: Any, line: Value, add: Callable[[Value,
         add(b.mul(at, stride), code.at(line, b.mul(at, code.i(code.panel)), F32))
 
 
-def difference_contracted(original: Any, b: Builder, x: View, h: View, weights: layers.Weights) -> View:
+def difference_contracted(original: Any, b: Builder, x: View, h: View, weights: normal.Weights) -> View:
     original(b, x, h, weights)
     update, _, new = b.nodes[-1].args
     return b.map("fma", update, h, b.map("fma", b.map("neg", update), new, new))
@@ -80,7 +80,7 @@ RULES = (
     ),
     BrokenRule(
         "h - n of a GRU is contracted",
-        layers.gru_cell,
+        normal.gru_cell,
         difference_contracted,
         [partial(test_digest.test_the_code_of_this_processor, test_digest.ROWS)],
     ),

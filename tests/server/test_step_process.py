@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from instep.models.portable.network import Rows
+from instep.models.portable.compiler import Rows
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running

@@ -19,8 +19,7 @@ from instep.core.typing import F32, I64
 from instep.models.base import Leaf, Shape, StateSpec
 from instep.models.folder import make_model
 from instep.models.model import Model
-from instep.models.portable.builder import Builder, narrow, select
-from instep.models.portable.form import Form
+from instep.models.portable.form import Builder, Form, narrow, select
 from instep.models.registry import KINDS, ModelKind
 from instep_client.protocol.state_spec import DTYPES
 

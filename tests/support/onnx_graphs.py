@@ -13,8 +13,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from instep.models.model import Model
-from instep.models.onnx.importer import describe, import_onnx
-from instep.models.onnx.reader import StepGraph, open_session
+from instep.models.onnx.importer import StepGraph, describe, import_onnx, open_session
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Shape: TypeAlias = Sequence[int | str | None]

@@ -13,8 +13,8 @@ from instep.core.typing import F32, I64, U8
 from instep.models import registry
 from instep.models.base import Floats, Reference, StateSpec, scan
 from instep.models.model import Model
+from instep.models.portable.compiler import CompiledStep, Rows, as_arrays, shaped
 from instep.models.portable.form import ARITHMETIC, Form
-from instep.models.portable.network import CompiledStep, Rows, as_arrays, shaped
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -13,8 +13,7 @@ from pydantic_core import PydanticCustomError
 from instep.core.typing import I64
 from instep.models.base import Description, Floats, Leaf, PlainFields, Reference, Shape, StateSpec
 from instep.models.errors import ModelError
-from instep.models.portable.builder import Builder, narrow
-from instep.models.portable.form import Form
+from instep.models.portable.form import Builder, Form, narrow
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import nn
 from instep.core.typing import F32
 from instep.models.base import RecurrentModel, step_frames
 from instep.models.folder import load_model
-from instep.models.onnx.reader import open_session
+from instep.models.onnx.importer import open_session
 from instep.models.registry import build
 from tests.support.onnx_graphs import counting_by_hand, counting_step, graph, gru_step, imported, ints, leaky, node
 from tests.support.running import CPU

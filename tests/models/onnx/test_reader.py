@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from instep.models.errors import ModelError
-from instep.models.onnx.reader import open_session, read_onnx
+from instep.models.onnx.importer import open_session, read_onnx
 from instep.models.portable.definition import Definition
 from tests.support.onnx_graphs import (
     BOOL,

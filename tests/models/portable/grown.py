@@ -8,8 +8,20 @@ from typing import Final
 
 import numpy as np
 
-from instep.models.portable.builder import Builder, contiguous
-from instep.models.portable.form import COMPARISONS, DTYPES, FLOATS, MAPS, REDUCTIONS, SCANS, Form, Operand, Shape, View
+from instep.models.portable.form import (
+    COMPARISONS,
+    DTYPES,
+    FLOATS,
+    MAPS,
+    REDUCTIONS,
+    SCANS,
+    Builder,
+    Form,
+    Operand,
+    Shape,
+    View,
+    contiguous,
+)
 from tests.models.portable.guarded import Values
 
 _MAPS: Final = sorted(MAPS)

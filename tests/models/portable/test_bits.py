@@ -17,9 +17,9 @@ import torch
 from instep.core.typing import F32, U8
 from instep.models.base import StateSpec
 from instep.models.folder import make_model
+from instep.models.portable.compiler import CompiledStep, as_arrays, shaped, unpacked
 from instep.models.portable.definition import Definition
 from instep.models.portable.form import Form
-from instep.models.portable.network import CompiledStep, as_arrays, shaped, unpacked
 from instep.models.portable.self_check import STATE, sample_form, sample_inputs
 from instep.models.recurrent.description import RecurrentDescription
 from instep.models.recurrent.normal import form_of

@@ -5,8 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute, reshape
-from instep.models.portable.form import COMPARISONS, DTYPES, FLOATS, MAPS, REDUCTIONS, SCANS, Form, View
+from instep.models.portable.form import (
+    COMPARISONS,
+    DTYPES,
+    FLOATS,
+    MAPS,
+    REDUCTIONS,
+    SCANS,
+    Builder,
+    Form,
+    View,
+    broadcast,
+    contiguous,
+    narrow,
+    permute,
+    reshape,
+)
 from tests.models.portable.guarded import Values, check_form, hard_inputs
 
 SIZE = 12

@@ -14,9 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.models.portable.builder import Builder, broadcast, permute, reshape
 from instep.models.portable.definition import Definition, exact_fma, fma
-from instep.models.portable.form import Form, Operand, View, check
+from instep.models.portable.form import Builder, Form, Operand, View, broadcast, check, permute, reshape
 from instep.models.portable.self_check import sample_form, sample_inputs
 
 Values = npt.NDArray[Any]

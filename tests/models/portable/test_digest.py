@@ -11,9 +11,9 @@ from typing import Final
 
 import pytest
 
+from instep.models.portable.compiler import CompiledStep, shaped, unpacked
 from instep.models.portable.definition import Definition
 from instep.models.portable.machine import Processor
-from instep.models.portable.network import CompiledStep, shaped, unpacked
 from instep.models.portable.self_check import STATE, digest_of, sample_form, sample_inputs
 from tests.models.portable.guarded import Values
 from tests.models.portable.processors import NEEDS, Emulator, arm, step_on, x86

@@ -12,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep.models.errors import ModelError
-from instep.models.portable.builder import Builder, broadcast, narrow, permute, reshape
 from instep.models.portable.definition import Definition
 from instep.models.portable.form import (
     MAX_ITERATIONS,
     Buffer,
+    Builder,
     Form,
     Node,
     View,
+    broadcast,
     check,
+    narrow,
     parse_form,
+    permute,
+    reshape,
 )
 
 TENSORS: dict[str, npt.NDArray[Any]] = {"weight": np.ones((3, 4), np.float32), "order": np.array([1, 0], np.int64)}

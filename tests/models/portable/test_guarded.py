@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from instep.models.errors import ModelError
 from instep.models.portable import machine
-from instep.models.portable.builder import Builder, broadcast, reshape, select
 from instep.models.portable.compiler import MAX_UNITS, StepCode
-from instep.models.portable.form import Form, View, check, parse_form
+from instep.models.portable.form import Builder, Form, View, broadcast, check, parse_form, reshape, select
 from tests.models.portable import test_form
 from tests.models.portable.grown import Grower
 from tests.models.portable.guarded import check_form, hard_inputs

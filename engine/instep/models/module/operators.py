@@ -1,6 +1,6 @@
 """The operators that a graph may call: those of torch's `aten` that are listed here, and nothing else.
 
-Each gives every row its own answer if it is called so, changes nothing, and computes no size from values. `capture`
+Each gives every row its own answer if it is called so, changes nothing, and computes no size from values. `export`
 refuses a step that calls others; `program` refuses a folder that does.
 """
 
@@ -69,6 +69,17 @@ NUMBERS: Final[dict[str, Callable[..., Any]]] = {
     "int.neg": operator.neg,
 }
 """Picking one of an operator's results, and arithmetic with sizes."""
+_HINTS: Final = {
+    **dict.fromkeys(("cond", "while_loop"), "use torch.where, or a fixed number of rounds"),
+    **dict.fromkeys(
+        ("item", "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "_unique2"),
+        "rows of other streams would decide along: use torch.where over all elements",
+    ),
+    **dict.fromkeys(
+        ("rand", "randn", "rand_like", "randn_like", "bernoulli", "native_dropout"),
+        "a frame could never be computed again: leave noise out, or take it from the frame",
+    ),
+}
 _MOST: Final = 2**40
 _SIZES: Final = (int, torch.SymInt)
 """The latter while a step is traced."""
@@ -123,3 +134,8 @@ def written(op: Operator) -> list[int]:
         for at, declared in enumerate(op._schema.arguments)
         if declared.alias_info is not None and declared.alias_info.is_write
     ]
+
+
+def unknown(where: str, name: str) -> str:
+    """Why a call cannot be served."""
+    return f"{where} calls {name}, which cannot be served; {_HINTS.get(name, 'write it with other functions of torch')}"

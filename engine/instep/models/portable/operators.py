@@ -17,10 +17,22 @@ import torch
 from torch import fx
 
 from instep.models.errors import ModelError, first_line
-from instep.models.module.capture import unknown
-from instep.models.module.operators import Operator, name_of, written
-from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute
-from instep.models.portable.form import COMPARISONS, DTYPES, FLOATS, MAPS, Number, Operand, Shape, View
+from instep.models.module.operators import Operator, name_of, unknown, written
+from instep.models.portable.form import (
+    COMPARISONS,
+    DTYPES,
+    FLOATS,
+    MAPS,
+    Builder,
+    Number,
+    Operand,
+    Shape,
+    View,
+    broadcast,
+    contiguous,
+    narrow,
+    permute,
+)
 
 aten: Final = torch.ops.aten
 _WITHOUT_EFFECT: Final = frozenset(["dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking"])

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from instep.models.portable.builder import contiguous
-from instep.models.portable.form import COMPARISONS, MAPS, Buffer, Form, Node, View
+from instep.models.portable.form import COMPARISONS, MAPS, Buffer, Form, Node, View, contiguous
 from instep.models.portable.lanes import SIZES
 
 ONE_NAN: Final = "one_nan"

@@ -15,10 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from instep.models.errors import ModelError
-from instep.models.portable import layers
-from instep.models.portable.builder import Builder, broadcast, contiguous, narrow, permute, reshape
-from instep.models.portable.form import ARITHMETIC, COMPARISONS, MAPS, Form, View
-from instep.models.portable.network import CompiledStep
+from instep.models.portable.compiler import CompiledStep
+from instep.models.portable.form import (
+    ARITHMETIC,
+    COMPARISONS,
+    MAPS,
+    Builder,
+    Form,
+    View,
+    broadcast,
+    contiguous,
+    narrow,
+    permute,
+    reshape,
+)
+from instep.models.recurrent import normal
 from instep_client.protocol.state_spec import DTYPES, Leaf, StateSpec
 
 ROWS: Final = 27
@@ -47,7 +58,7 @@ def sample_form() -> tuple[Form, dict[str, npt.NDArray[Any]]]:
         tensors[name] = values.reshape(shape)
         return b.tensor(name, "float32", shape)
 
-    def cell(name: str, gates: int) -> layers.Weights:
+    def cell(name: str, gates: int) -> normal.Weights:
         rows = gates * _UNITS
         return (
             weight(f"{name}.ih", rows, FEATURES),
@@ -73,11 +84,11 @@ def sample_form() -> tuple[Form, dict[str, npt.NDArray[Any]]]:
     spread = b.map("copy", h)
     parts.append(b.emit("put_add", reshape(spread, (1, _UNITS)), narrow(index, 0, 0, 1), narrow(x, 0, 3, 1)))
     filtered = _filtered(b, x, weight("filter", 6, 3))
-    gru = layers.gru_cell(b, x, h, cell("gru", 3))
-    hidden, memory = layers.lstm_cell(b, x, gru, h, cell("lstm", 4))
-    rnn = layers.rnn_cell(b, x, memory, cell("rnn", 1), "relu")
-    normed = layers.layer_norm(b, hidden, weight("norm.w", _UNITS), weight("norm.b", _UNITS), 1e-5)
-    parts += [filtered, layers.softmax(b, rnn), normed]
+    gru = normal.gru_cell(b, x, h, cell("gru", 3))
+    hidden, memory = normal.lstm_cell(b, x, gru, h, cell("lstm", 4))
+    rnn = normal.rnn_cell(b, x, memory, cell("rnn", 1), "relu")
+    normed = normal.layer_norm(b, hidden, weight("norm.w", _UNITS), weight("norm.b", _UNITS), 1e-5)
+    parts += [filtered, normal.softmax(b, rnn), normed]
     wide = b.cast(x, "float64")
     parts.append(b.cast(b.map("sqrt", b.map("fma", wide, wide, 1.5)), "float32"))
     y = b.fresh("float32", (sum(part.elements for part in parts),))

@@ -25,9 +25,8 @@ from instep.models.module import operators as allowed
 from instep.models.module.description import Graph
 from instep.models.module.operators import Operator, name_of, written
 from instep.models.module.program import Program
-from instep.models.portable.builder import Builder
 from instep.models.portable.composites import OF_COMPLEX, OWN, SPECTRA, Complex
-from instep.models.portable.form import MAX_NODES, Form, View, check
+from instep.models.portable.form import MAX_NODES, Builder, Form, View, check
 from instep.models.portable.operators import Located, Lowering, Value, dtype_of
 
 aten: Final = torch.ops.aten
