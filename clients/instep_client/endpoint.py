@@ -14,7 +14,7 @@ _HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:[0-9]*)?(/.*)?")
 _ADDRESS: Final = re.compile(r"[^\s:/*]+:[0-9]{1,5}")
 EXAMPLES: Final = "tcp://127.0.0.1:5757 or ipc:///path"
 DEFAULT_PORT: Final = 5757
-"""Of ZeroMQ."""
+"""The default port of the ZeroMQ endpoint."""
 DEFAULT_HTTP_PORT: Final = 5780
 
 
@@ -22,7 +22,7 @@ def checked_endpoint(endpoint: str) -> str:
     """The endpoint, when it is `tcp://HOST:PORT` or `ipc://PATH`.
 
     Raises:
-        InvalidInput: saying what to write instead.
+        InvalidInput: with the expected form.
     """
     if isinstance(endpoint, str):
         match = _TCP.fullmatch(endpoint)
@@ -53,7 +53,7 @@ async def nothing_listens(endpoint: str) -> bool:
     not waited for here for longer than the system takes.
 
     Raises:
-        ConnectionFailed: when the operating system knows no host of that name.
+        ConnectionFailed: if the host name is unknown.
     """
     loop = asyncio.get_running_loop()
     addresses: list[tuple[int, Any]]

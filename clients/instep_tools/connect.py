@@ -1,4 +1,4 @@
-"""Connecting, as all commands do it."""
+"""Connects the commands to a server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from instep_tools.terminal import Terminal  # and rich, which processes of a load test do without
 
 PATIENCE_S: Final = 5.0
-"""How long a silent server is waited for."""
+"""The time to wait for a silent server."""
 RECONNECT_S: Final = 30.0
-"""For how long another connection is tried for when one is lost."""
+"""The time to try for another connection after one was lost."""
 STOPPED_RECONNECT_S: Final = 1.0
-"""For how long when a stop is requested."""
+"""The same after a stop was requested."""
 
 
 class Target(NamedTuple):

@@ -14,7 +14,7 @@ from instep_tools.problems import BadFile
 
 CHUNK_BYTES: Final = 65_536
 MAX_LINE_MIB: Final = 16
-"""More than the text of any frame: a longer line is not text."""
+"""Longer than the text of any frame; a longer line is not text."""
 
 
 async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, bytes]]:
@@ -38,7 +38,7 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
 
 
 async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
-    """What can be read now, or what comes first; nothing at the end or on a stop."""
+    """Read what is there, or wait for it; return nothing at the end or on a stop."""
     reading = asyncio.ensure_future(_read(descriptor))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -53,7 +53,7 @@ async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
 
 
 def _read(descriptor: int) -> asyncio.Future[bytes]:
-    """One read in a thread of its own.
+    """Read once, in a thread of its own.
 
     A daemon: a read from a terminal may never return, and must not keep the process from ending.
     """

@@ -15,7 +15,6 @@ import zmq
 
 CPU_INFO: Final = Path("/proc/cpuinfo")
 _PACKAGES: Final = ("torch", "numpy", "pyzmq", "msgpack")
-"""Installed or not, the ones that results depend on."""
 
 
 def machine() -> dict[str, Any]:
@@ -57,7 +56,7 @@ def processor(cpu_info: Path = CPU_INFO) -> str:
 def typed_command(program: str) -> str:
     """The command that this process runs, as it can be typed into a shell.
 
-    `program` is its name, whichever path it was started by.
+    `program` replaces the path by which it was started.
     """
     return shlex.join([*program.split(), *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""Clocks, and whether a command was asked to end."""
+"""Clocks, and requests to end a command."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
 LONGEST_NAP_S: Final = 0.1
-"""A wait looks at least this often whether it was asked to stop."""
+"""A wait checks at least this often whether a stop was requested."""
 
 _LOOP_GRAIN_S: Final = 0.002
 """asyncio rounds its waits up to whole milliseconds; the rest of a wait is slept in a thread, to some 0.1 ms."""
 
 
 class Clock(Protocol):
-    """What the commands know of time; tests bring their own."""
+    """The clock of the commands; tests bring their own."""
 
     def now(self) -> float:
         """Seconds since some fixed moment; never goes back."""
@@ -28,7 +28,7 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """The machine's monotonic clock, the same in all its processes. To be used in one event loop, in a `with` block."""
+    """The machine's monotonic clock, for one event loop, as a context manager."""
 
     def __init__(self) -> None:
         self._sleeper = ThreadPoolExecutor(1, "instep-client-clock")
@@ -54,11 +54,11 @@ class WallClock:
 
 
 class Stop:
-    """Whether the command was asked to end: no new sends, then drain and close."""
+    """A request to end the command: no new sends, then drain and close."""
 
     def __init__(self) -> None:
         self.connected = False
-        """Whether there ever was a connection, so that something may have been sent whose answers are waited for."""
+        """Whether there ever was a connection, so that answers may be outstanding."""
         self.drains = True
         """Whether the command waits for answers when it is asked to end."""
         self.gave_up = False
@@ -72,13 +72,13 @@ class Stop:
 
     @property
     def words(self) -> str:
-        """How the command ended when it was asked to."""
+        """The end of the command after a request, in words."""
         if self.gave_up:
             return "stopped without a connection, so the last frames that were sent may have no answer"
         return "stopped, all streams closed"
 
     def request(self) -> None:
-        """Ask it to end; asking again changes nothing. To be called in the event loop's thread."""
+        """Request the end; further calls change nothing. Call it in the event loop's thread."""
         self._event.set()
 
     async def wait(self) -> None:

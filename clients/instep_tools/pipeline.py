@@ -1,4 +1,4 @@
-"""Blocks on their way: sent without waiting for each other's answers, and handed over in the order of sending."""
+"""Blocks in flight: sent without waiting for earlier answers, which are handed over in the order of sending."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Key = TypeVar("Key")
 Call = Callable[[], Coroutine[Any, Any, F32]]
 
 DEPTH: Final = 64
-"""Blocks that may be on their way at once; sending waits when there are more."""
+"""Blocks that may be in flight; sending waits at this number."""
 
 
 @asynccontextmanager
 async def pipeline(
     take: Callable[[Key, F32 | Refused], None], depth: int = DEPTH
 ) -> AsyncIterator[Callable[[Key, Call], Awaitable[None]]]:
-    """Start calls of the client in order, and hand each one's outputs, or why they were refused, to `take`.
+    """Start calls of the client in order, and hand the outputs or the refusal of each to `take`.
 
     The block gets `send(key, call)`, which starts the call and waits only while `depth` others are on their way. When
     the block ends, all answers have been taken.
 
     Raises:
-        InstepError: as the calls do, but for `Refused`.
+        InstepError: as the calls do, except `Refused`.
     """
     answers: asyncio.Queue[tuple[Key, asyncio.Task[F32 | Refused]] | None] = asyncio.Queue(depth)
 
@@ -53,7 +53,7 @@ async def pipeline(
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A TaskGroup that raises the first failure itself, not a group of them."""
+    """A TaskGroup that raises its first failure instead of an exception group."""
     try:
         async with asyncio.TaskGroup() as tasks:
             yield tasks
@@ -106,7 +106,7 @@ class LivingGroup:
                 self._idle.set()
 
     async def close(self) -> None:
-        """Close it after all steps that were called; streams that the server ended are told of by their frames."""
+        """Close the group after all pending steps; their frames report streams that the server ended."""
         await self._idle.wait()
         with suppress(Refused):
             await self._group.close()

@@ -1,4 +1,4 @@
-"""`instep-client ping`, `models` and `stats`: what a server says of itself."""
+"""`instep-client ping`, `models` and `stats`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
 
 ROUND_TRIPS: Final = 5
-"""The first one still warms things up; the best one counts."""
+"""Round trips of a ping, of which the best counts; the first one warms up."""
 
 _NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
-"""Why a server that is there takes no connection."""
+"""Codes with which a running server refuses connections."""
 _MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean")
-"""Suffixes of numbers that are 0 only as long as there was nothing to measure."""
+"""Suffixes of numbers that are 0 until something was measured."""
 
 
 async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:

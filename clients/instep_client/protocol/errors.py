@@ -56,8 +56,8 @@ class Refused(InstepError):
     """The server answered with a code.
 
     Attributes:
-        code: why, as a `wire.Code`.
-        sentence: why, and what to do, in words; the message names the stream behind it, the sentence does not.
+        code: the reason as a `wire.Code`.
+        sentence: the reason and the cure. The exception's message also names the stream.
     """
 
     def __init__(self, code: Code, sentence: str, where: str = "") -> None:
@@ -90,8 +90,8 @@ class FramesRefused(Refused):
     """Some frames of a step were not applied; the others were.
 
     Attributes:
-        failures: one entry a stream that failed.
-        outputs: the answer in the shape it would have had, NaN where a frame was refused.
+        failures: one entry for each stream that failed.
+        outputs: the answer in its usual shape, NaN where a frame was refused.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StreamEvicted(Refused):
     """The stream has ended here: it was idle, parked for too long, taken over, or its state was lost.
 
     Attributes:
-        stream: its name; of a group's streams, the first that has ended.
+        stream: its name, or that of the first stream of a group that has ended.
         failures: of a step that was sent, one entry for each stream that failed; empty when nothing was sent.
         outputs: as in `FramesRefused`; None when nothing was sent.
     """
@@ -126,14 +126,14 @@ class StreamEvicted(Refused):
 
 
 class DataLoss(StreamEvicted):
-    """The server holds less of the stream than the client was given, or no longer what it asks for.
+    """The server has lost frames of the stream, or no longer has outputs that the client asks for.
 
-    Resume it with `take_over` to go on from what the server holds all the same.
+    Resume it with `take_over` to continue from what the server has.
 
     Attributes:
-        have: outputs that the client was given: those of seqs below it.
-        server_has: frames that the server has applied: those of seqs below it. Less than `have`: the server lost some.
-            Otherwise outputs from `have` on were computed and are no longer kept.
+        have: the client was given the outputs of all seqs below this one.
+        server_has: the server has applied the frames of all seqs below this one. If it is less than `have`, frames were
+            lost; otherwise outputs from `have` on are no longer kept.
     """
 
     def __init__(self, code: Code, sentence: str, stream: str, have: int, server_has: int) -> None:
@@ -143,7 +143,7 @@ class DataLoss(StreamEvicted):
 
 
 def stream_ended(code: Code, sentence: str, stream: str, have: int, server_has: int) -> StreamEvicted:
-    """The exception that says why a stream has ended."""
+    """Make the exception for a stream that has ended."""
     if code.name in ("DATA_LOSS", "OUTPUTS_GONE"):
         return DataLoss(code, sentence, stream, have, server_has)
     return StreamEvicted(code, sentence, stream)

@@ -1,4 +1,4 @@
-"""Messages of several frames through a ZeroMQ socket, now or not at all.
+"""Sends and receives messages of several frames through a ZeroMQ socket without waiting.
 
 pyzmq's flags are `enum.IntFlag`: combining two of them takes several times as long as sending a frame does. (Measured
 with pyzmq 27.3, Python 3.11: 43 µs for `send_multipart` of three frames with `zmq.NOBLOCK`, 6 µs with plain numbers.)
@@ -21,8 +21,8 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
     """Hand a message to ZeroMQ.
 
     Raises:
-        zmq.Again: there is no room for it now.
-        zmq.ZMQError: whatever else is wrong; nothing of the message was taken.
+        zmq.Again: there is no room for the message now.
+        zmq.ZMQError: any other error; nothing of the message was taken.
     """
     send = socket.send
     for frame in frames[:-1]:
@@ -31,10 +31,10 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
 
 
 def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
-    """The frames of the next message, of which only the header is copied; none where no message is there.
+    """Return the frames of the next message, of which only the header is copied, or none if there is no message.
 
     `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
-    frames know it. (An empty socket raises, which costs three times what asking it does.)
+    frames know it. (Reading an empty socket raises, which costs three times as much as asking.)
     """
     recv = socket.recv
     try:
@@ -53,10 +53,10 @@ def received_from(
 ) -> Iterator[tuple[bytes, list[bytes], bool]]:
     """The messages of a ROUTER: the routing id, the frames, copied, and whether these are the whole message.
 
-    At most `at_most` messages are read. Of one with more than `most_parts` frames only the first ones are read, and one
-    more; the caller gets the others out of the way with `skip_parts`.
+    At most `at_most` messages are read. Of a longer message only the first `most_parts` frames and one more are read;
+    the caller discards the rest with `skip_parts`.
 
-    The routing id never comes alone, so it is not asked whether there is more. (Four frames, the last three of 9, 24
+    A routing id is never alone, so the socket is not asked whether there is more. (Four frames, the last three of 9, 24
     and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
     """
     recv = router.recv
@@ -76,7 +76,7 @@ def received_from(
 
 
 def skip_parts(socket: zmq.Socket[bytes], at_most: int) -> bool:
-    """Throw away the rest of a message, so many parts at most; whether all of it is gone."""
+    """Discard up to a number of parts of a message; return whether all of it is gone."""
     return any(not socket.recv(NOW, False).more for _ in range(at_most))
 
 

@@ -33,7 +33,7 @@ _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,31}")
 
 
 class InvalidStateSpec(ValueError):
-    """A specification that no state can have; the message names the leaf and the rule."""
+    """An invalid specification; the message names the leaf and the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Leaf:
     """The value of every element before the first frame: finite, an integer for int64, 0 or 1 for bool. None where the
     model has learned an array of its own."""
     learned: bytes = field(default=b"", compare=False, repr=False)
-    """That array as it is in a row; empty where it is not known, as in clients. It is not compared: states fit another
-    version of the model too, whatever its streams begin with. The model's fingerprint covers it."""
+    """The learned array as bytes of a row; empty where it is unknown, as in clients. It is not compared, because states
+    fit another version of the model whatever its streams begin with; the model's fingerprint covers it."""
 
     def __post_init__(self) -> None:
         if type(self.name) is not str or not _NAME.fullmatch(self.name):
@@ -90,7 +90,7 @@ class Leaf:
 
     @property
     def elements(self) -> int:
-        """How many values the leaf has per stream."""
+        """The number of values of the leaf for each stream."""
         return math.prod(self.shape)
 
     @property
@@ -146,7 +146,7 @@ class StateSpec:
 
     @classmethod
     def decode(cls, value: Any) -> StateSpec:
-        """What `encode` made, from a peer or a file that is not trusted.
+        """Read the result of `encode` from an untrusted peer or file.
 
         Raises:
             InvalidStateSpec: naming what is wrong.
@@ -166,7 +166,7 @@ class StateSpec:
         return cls(tuple(leaves))
 
     def with_learned(self, arrays: LeafArrays) -> StateSpec:
-        """The specification with the arrays, of a leaf's shape and dtype each, that its learned leaves begin with."""
+        """Return the specification with the initial arrays of its learned leaves."""
         return StateSpec(
             tuple(
                 leaf if leaf.initial is not None else replace(leaf, learned=arrays[leaf.name].tobytes())
@@ -221,11 +221,11 @@ class StateSpec:
         return rows
 
     def missing(self, count: int) -> U8:
-        """Rows [count, row_bytes] where there is no state to show: NaN in floats, 0 in the other leaves."""
+        """Rows [count, row_bytes] in place of missing states: NaN in floats, 0 in other leaves."""
         return self._filled(count, [math.nan if leaf.dtype.kind == "f" else 0 for leaf in self.leaves])
 
     def valid(self, rows: U8) -> Bool:
-        """Which rows [N, row_bytes] a stream can be given: finite floats, bools of 0 or 1, zero padding. bool [N]."""
+        """Whether each of the rows [N, row_bytes] is valid, bool [N]: finite floats, bools of 0 or 1, zero padding."""
         valid = np.ones(len(rows), np.bool_)
         padding = np.ones(self.row_bytes, np.bool_)
         for leaf, offset in zip(self.leaves, self.offsets, strict=True):

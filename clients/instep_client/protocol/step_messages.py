@@ -1,9 +1,9 @@
 """STEP and STEPPED, the two messages that carry frames of streams: binary headers of fixed size, then records.
 
-    STEP     frame 0: header (24 bytes), COLUMN [N]                    frame 1: x float32 [T, N, features]
-    STEPPED  frame 0: header (32 bytes), ANSWERED [M], FAILURE [F]     frame 1: y float32 [T, N, outputs]
+    STEP     frame 0: header (24 bytes), COLUMN [N]                    frame 1: x float32 [T, N, features] STEPPED
+    frame 0: header (32 bytes), ANSWERED [M], FAILURE [F]     frame 1: y float32 [T, N, outputs]
 
-The first byte is the kind. That of every other message is at least 0x90, with which a msgpack array begins.
+The first byte is the kind. Every other message begins with a msgpack array, whose first byte is at least 0x90.
 
 This module is pure: bytes in, values out.
 """
@@ -43,7 +43,7 @@ STEPPED_HEADER: Final = struct.Struct("<BBH7I")
 """Kind, reserved (0), M, T, N, queue_us, compute_us, send_us, F, reserved (0)."""
 
 ANSWERED: Final = np.dtype([("request", "<u8"), ("columns", "<u8")])
-"""One request that a STEPPED answers, and how many of the columns belong to it (16 bytes)."""
+"""One request that a STEPPED answers, and the number of its columns (16 bytes)."""
 
 _ANSWERED: Final = struct.Struct("<2Q")
 _F4: Final = np.dtype("<f4")
@@ -73,10 +73,10 @@ def pack_step(request: int, timesteps: int, features: int, columns: Frame) -> by
 
 
 def unpack_step(frames: Sequence[Frame]) -> tuple[int, int, int, int, int]:
-    """Check and read frame 0 of a STEP. The size of x is the caller's to check.
+    """Check and read frame 0 of a STEP. The caller checks the size of x.
 
     Returns:
-        request, T, N, features and dtype; the columns are behind the first `STEP_HEADER.size` bytes.
+        request, T, N, features and dtype; the columns follow after `STEP_HEADER.size` bytes.
 
     Raises:
         MalformedMessage: naming what is wrong.
@@ -135,7 +135,7 @@ def pack_stepped(
         answered: ANSWERED [M].
         timesteps: T.
         width: N, the columns of all requests.
-        times_us: queue, compute and send; longer ones than 2^32 - 1 are sent as that.
+        times_us: queue, compute and send, at most 2^32 - 1 each.
         failures: FAILURE [F].
     """
     requests, failed = len(answered) // ANSWERED.itemsize, len(failures) // FAILURE.itemsize
@@ -147,7 +147,7 @@ def pack_stepped(
 
 
 def unpack_stepped(frames: Sequence[Frame]) -> SteppedMessage:
-    """Check and read a STEPPED, up to what its failures say.
+    """Check and read a STEPPED, except the contents of its failures.
 
     Raises:
         MalformedMessage: naming what is wrong.
