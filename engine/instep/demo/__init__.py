@@ -1,4 +1,4 @@
-"""The main job on recorded speech, from hundreds of producers to the verifier's verdict."""
+"""The demo: recorded speech from hundreds of producers, served, recorded and verified."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _LINES_KEPT: Final = 1000
 
 
 class ChildFailed(Exception):
-    """The server did not start, or did not end well; the message holds its output."""
+    """The server did not start, or ended with an error; the message contains its output."""
 
 
 class ChildServer:

@@ -23,9 +23,9 @@ SPEAKERS: Final = 9
 
 FASTEST_S: Final = 0.005
 SLOWEST_S: Final = 0.25
-"""The fastest producer has a frame every `FASTEST_S` seconds, the slowest every `SLOWEST_S`."""
+"""Seconds between frames of the slowest producer; `FASTEST_S` for the fastest one."""
 WINDOW_S: Final = 7.0
-"""Producers start when they will be done about then."""
+"""Producers start so that they end at about the end of this window."""
 BURSTY_SHARE: Final = 0.2
 BURST_FRAMES: Final = 4
 """A bursty producer collects this many frames, as sound cards do, and sends them as one chunk."""
@@ -37,13 +37,13 @@ class Utterances:
     """Recordings and their speakers."""
 
     frames: tuple[F32, ...]
-    """One array [T, 12] an utterance."""
+    """An array [T, 12] for each utterance."""
     speakers: I32
-    """0 to 8, one an utterance."""
+    """A number from 0 to 8 for each utterance."""
 
 
 def load_utterances(path: Path = TEST) -> Utterances:
-    """The utterances of a file; the README next to it says what it holds."""
+    """Load the utterances of a file, which the README next to it describes."""
     with np.load(path, allow_pickle=False) as arrays:
         frames = np.split(arrays["frames"], np.cumsum(arrays["lengths"])[:-1])
         return Utterances(tuple(frames), arrays["speaker"])
@@ -54,7 +54,6 @@ class Producer:
     """One recording and the times at which its frames are sent."""
 
     name: str
-    """Name of its stream."""
     frames: F32
     """float32 [T, features]."""
     due_s: F64
@@ -81,12 +80,12 @@ def make_producers(recordings: Sequence[F32], speed: float = 1.0) -> list[Produc
 
 
 class Heard:
-    """Outputs so far, one entry for each producer; they fill it, anybody may look.
+    """The outputs so far, one entry for each producer, which the producers fill.
 
     Attributes:
-        outputs: float32 [T, outputs] each, NaN where nothing came yet.
-        latency_s: float64 [T] each: from when a frame was due to be sent until its output was there.
-        answered: int64 [producers]: how many frames came back.
+        outputs: float32 [T, outputs] each, NaN where no output has come yet.
+        latency_s: float64 [T] each, from the time at which a frame was due to the arrival of its output.
+        answered: int64 [producers], the counts of answered frames.
     """
 
     def __init__(self, producers: Sequence[Producer], outputs: int) -> None:
@@ -101,7 +100,7 @@ class Heard:
         return int(self.lengths.sum())
 
     def add(self, row: int, y: F32, latency_s: F64) -> None:
-        """The next frames of a producer came back: y [T, outputs], latency_s [T]."""
+        """Add answers to a producer's next frames: y [T, outputs], latency_s [T]."""
         first, last = int(self.answered[row]), int(self.answered[row]) + len(y)
         self.outputs[row][first:last] = y
         self.latency_s[row][first:last] = latency_s

@@ -31,7 +31,7 @@ FAILED: Final = 1
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
 """Numbers of frames after which the table says how many decisions are right."""
 _FILES_A_CONNECTION: Final = 2
-"""ZeroMQ's socket, and what wakes the event loop for it."""
+"""Files that a ZeroMQ socket takes, with those that wake the event loop."""
 _OTHER_FILES: Final = 150
 
 
@@ -132,7 +132,7 @@ def accuracy_table(right: Bool) -> Table:
 
 
 def received_is_recorded(recording: Path, producers: list[Producer], heard: Heard) -> bool:
-    """Whether the recording holds what every producer sent and received, bit for bit, and nothing else."""
+    """Whether the recording contains exactly the frames and outputs of all producers, bit for bit."""
     with OpenedRecording(recording) as opened:
         recorded = {name: (stream.inputs.tobytes(), stream.outputs.tobytes()) for name, stream in opened.items()}
     return recorded == {
@@ -142,6 +142,6 @@ def received_is_recorded(recording: Path, producers: list[Producer], heard: Hear
 
 
 def program() -> str:
-    """How this program is started here: by its name, or by its path where it is not on PATH, as in `make demo`."""
+    """The command that starts this program: its name, or its path if it is not on PATH, as in `make demo`."""
     script = Path(sys.executable).with_name("instep")
     return "instep" if shutil.which("instep") or not script.exists() else shlex.quote(str(script))

@@ -1,4 +1,4 @@
-"""Recordings: what streams sent and got, in one SQLite file.
+"""Recordings: frames and outputs of streams, in one SQLite file.
 
 `open("r.instep")["mic-7"]` gives a stream's frames and outputs as arrays.
 """

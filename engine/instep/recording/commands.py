@@ -27,7 +27,7 @@ NOT_DONE: Final = 2
 
 
 def info(place: Path, console: Console, *, json: bool = False) -> int:
-    """Say what a recording is, without reading all of it; of a folder, what each recording in it is.
+    """Summarize a recording without reading all of it, or each recording in a folder.
 
     Returns:
         0, 1 where one is damaged, 2 where one of a folder cannot be read.
@@ -130,7 +130,7 @@ def write_json(value: Any) -> None:
 
 
 def write_failure(error: Exception, **about: Any) -> None:
-    """Say why a command with --json failed: in an object on standard output, and in words on standard error."""
+    """Print the error of a command with --json: an object on stdout and the sentence on stderr."""
     sentence = with_advice(error)
     write_json({**about, "error": sentence})
     say(Console(stderr=True), sentence, "bold red")

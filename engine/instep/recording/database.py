@@ -1,4 +1,4 @@
-"""The SQLite database of a recording as files on a disk: made, left as one file, measured, removed."""
+"""The SQLite database of a recording as files: created, closed to one file, measured, removed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from instep.recording.schema import (
 )
 
 SUFFIX: Final = ".instep"
-"""The names that the server gives to recordings end in it; those that users give need not."""
+"""The suffix of recordings that the server names; users may choose other names."""
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
 """SQLite appends these to the name of a database for the files that it keeps next to it."""
 
@@ -40,14 +40,15 @@ class DatabaseLimits:
     """How far a writer lets the WAL grow, how long it waits, and how much it deletes at once.
 
     Attributes:
-        page_bytes: of a new file.
-        wal_bytes: the WAL is copied into the file when it holds about this much. The pause, some milliseconds, grows
-            with it.
-        most_wal_bytes: the WAL cannot be reused while another program reads the file: beyond this, it grows no more.
+        page_bytes: the page size of a new file.
+        wal_bytes: the WAL is copied into the file when it has about this size. The pause, some milliseconds, grows with
+            it.
+        most_wal_bytes: the writer fails when the WAL would grow beyond this size, because another program reads the
+            file and the WAL cannot be reused.
         lock_wait_s: how long another program may keep the file locked; nothing is recorded, and no frame answered,
             meanwhile.
-        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a commit that
-            is due meanwhile waits some milliseconds.
+        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a commit that is due
+            meanwhile waits some milliseconds.
     """
 
     page_bytes: int = PAGE_BYTES
@@ -91,7 +92,7 @@ def looks_like_one(path: Path) -> bool:
 
 
 def holds_recording(path: Path) -> bool:
-    """Whether there is a recording to resume; what a writer left that died while creating it is undone.
+    """Whether there is a recording to resume; remains of a writer that died while creating it are removed.
 
     Raises:
         RecordingError: when the file cannot be read or written.
@@ -132,7 +133,7 @@ def put_wal_away(database: sqlite3.Connection) -> None:
     """Copy the WAL into the file and remove it.
 
     While another program reads the file, the WAL stays next to it with the part that could not be copied; every reader
-    understands that. This waits for nobody.
+    understands that. This does not wait.
 
     Raises:
         sqlite3.Error: when the disk is full or fails.
@@ -176,7 +177,7 @@ def bytes_on_disk(path: Path) -> int:
 _HEADER: Final = struct.Struct(">8I")
 _FRAME: Final = struct.Struct(">6I")
 _MAGIC: Final = 0x377F0682
-"""The last bit says whether checksums are over big-endian words."""
+"""The first word of a WAL; its last bit is set if checksums are over big-endian words."""
 
 
 def lost_tail(path: Path) -> str:
@@ -212,7 +213,7 @@ def lost_tail(path: Path) -> str:
 
 
 def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str:
-    """The sentence about a WAL whose frames are valid up to the one at index `bad`."""
+    """Describe a WAL whose frames are valid up to the one at index `bad`."""
     later = 0
     for at in range(bad + 1, frames):
         *_, salt1, salt2, _, _ = _FRAME.unpack_from(wal, _HEADER.size + at * size)
@@ -228,8 +229,8 @@ def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str
 def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
     """Continue SQLite's checksum, a pair of sums, over data whose length is a multiple of 8 bytes.
 
-    It adds each word to the sum of its last two results. So a result is the sum of all words before it, times Fibonacci
-    numbers.
+    It adds each word to the sum of its last two results. So a result is the sum of all words before it, each times a
+    Fibonacci number.
     """
     before = np.array([sums[0], (sums[1] - sums[0]) % 2**32], np.uint32)  # as words, these give the sums
     words = np.concatenate([before, np.frombuffer(data, f"{order}u4")])
@@ -239,7 +240,7 @@ def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]
 
 @cache
 def _fibonacci(count: int) -> npt.NDArray[np.uint32]:
-    """So many Fibonacci numbers modulo 2**32, the last ones first."""
+    """Return `count` Fibonacci numbers modulo 2**32, the last first."""
     numbers = [1, 1]
     while len(numbers) < count:
         numbers.append((numbers[-1] + numbers[-2]) % 2**32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 _FULL: Final = ("disk is full", os.strerror(errno.ENOSPC))
-"""Said by SQLite, and by the system."""
+"""The words of SQLite and of the system for a full disk."""
 
 
 class RecordingError(Exception):
@@ -43,7 +43,7 @@ class DamagedRecording(RecordingError):
 
 
 def with_advice(error: Exception) -> str:
-    """The message of an error and, where a recording is damaged or its disk is full, what can be done about it."""
+    """The message of an error, with advice if the recording is damaged or its disk is full."""
     if isinstance(error, DamagedRecording):
         save = f"instep recordings repair {shlex.quote(str(error.path))}"
         return f"{error}; what comes before the damage is saved by: {save}"

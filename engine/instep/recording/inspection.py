@@ -27,14 +27,14 @@ class Inspection:
     open_streams: int
     frames: int
     unanswered: int
-    """How many of the frames have no recorded outputs."""
+    """The count of frames without recorded outputs."""
     restarts: int
-    """How often another process resumed it."""
+    """The count of restarts."""
     positions: int
     first_position: int
     """Above 1 where the history was trimmed."""
     checkpoint_position: int
-    """How far the newest states go; 0 for no checkpoint."""
+    """The position of the newest states; 0 without a checkpoint."""
 
 
 def inspect(path: Path) -> Inspection:
@@ -66,7 +66,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def how_it_ends(reader: RecordingReader) -> str:
-    """In words."""
+    """Describe the end of a recording."""
     if is_being_written(reader.path):
         return "being written"
     if reader.finished:
@@ -84,10 +84,10 @@ def where_it_begins(reader: RecordingReader) -> str:
 
 
 def look_over(path: Path) -> dict[str, Any]:
-    """The facts about a recording, as JSON has them.
+    """Return the facts about a recording as JSON values.
 
     Frames of failed steps are counted, too; `bytes` includes the WAL. Each opening, batch, output, closing and event
-    has a position. `trimmed` says where the history begins, and is empty where it is whole. A restart replays what
+    has a position. `trimmed` gives the beginning of a trimmed history, and is empty otherwise. A restart replays what
     comes after `checkpoint_position`, which is 0 where there is no checkpoint.
 
     Raises:
@@ -124,7 +124,7 @@ def look_over(path: Path) -> dict[str, Any]:
 
 
 def facts(found: Mapping[str, Any]) -> dict[str, str]:
-    """What `look_over` gives, for people."""
+    """The result of `look_over` in words."""
     return {name.replace("_", " "): f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
 
 

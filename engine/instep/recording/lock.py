@@ -1,4 +1,4 @@
-"""One writer at a time, through locks on the recording and next to it. They end with the process that holds them."""
+"""Allows one writer at a time, by locks on the recording and on a file next to it, which end with their process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _RETRY_S: Final = 0.005
 
 
 class WriterLock:
-    """Held from when it is made until `release` or the end of the process.
+    """A lock that is held until `release` or the end of the process.
 
     There are two locks. That of the file `path` + `-lock` exists before the recording does, and names the process that
-    holds it. `hold` adds one of the recording itself, which works without the lock file, and for every name of it.
+    holds it. `hold` adds a lock on the recording itself, which works without the lock file and under every name of the
+    recording.
 
     Raises:
         RecordingError: when another process, or another writer in this one, holds it.
@@ -83,7 +84,7 @@ class WriterLock:
         return self._held is None or _is_file_of(self._recording, self._held)
 
     def release(self) -> None:
-        """Let others write, and take the file away, if the folder can still be written."""
+        """Release the locks, and remove the lock file if the folder can still be written."""
         if self._held is not None:
             os.close(self._held)
             self._held = None

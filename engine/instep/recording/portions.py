@@ -16,7 +16,7 @@ from instep.recording.records import RecordedEvent, RecordedFrames
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, RESET_EVENT
 
 PORTION_BYTES: Final = 16 * 2**20
-"""Of the frames and outputs in a portion, about."""
+"""The approximate size of the frames and outputs in a portion."""
 _KINDS: Final = (RESET_EVENT, CHECKPOINT_EVENT, ENGINE_EVENT, END_EVENT)
 
 
@@ -39,9 +39,9 @@ class Closed:
     position: int
     stream: int
     next_seq: int
-    """The seq that its next frame would have had."""
+    """The seq that the stream expected next."""
     state: U8 | None
-    """After its last frame; None where it was not known."""
+    """The state after the last frame; None if it was lost."""
 
 
 Mark: TypeAlias = Opened | Closed | RecordedEvent
@@ -54,14 +54,13 @@ class Portion:
 
     frames: RecordedFrames
     marks: Sequence[Mark]
-    """In order."""
     position: int
-    """Everything up to here is in this portion or in an earlier one."""
+    """All positions up to this one are in this portion or an earlier one."""
     is_last: bool = False
-    """Whether no other one follows."""
+    """Whether this is the last portion."""
 
     def only(self, streams: I64) -> Portion:
-        """What concerns some streams, by number."""
+        """Select the rows of some streams, by number."""
         numbers = set(streams.tolist())
         marks = [mark for mark in self.marks if mark.stream in numbers]
         return replace(self, frames=self.frames.only(np.isin(self.frames.streams, streams)), marks=marks)

@@ -15,17 +15,17 @@ from instep.recording.writer import RecordingWriter
 Write: TypeAlias = Callable[[RecordingWriter], object]
 
 TRIM_EVERY_S: Final = 1.0
-"""How often the age of the history is looked at when nothing is written."""
+"""The interval at which the age of the history is checked when nothing is written."""
 LATE_S: Final = 0.02
-"""The longest time that rows which nothing waits for are held back, so that later ones share their commit."""
+"""The longest delay of rows that nothing waits for, so that later rows share their commit."""
 SMALL_ROWS_PER_BATCH: Final = 256
-"""How many openings, closings and events may wait for each batch that may wait."""
+"""Openings, closings and events that may wait, for each batch that may wait."""
 
 
 class Recorder:
-    """Takes rows without blocking and writes them in order, each commit holding all that waited.
+    """Takes rows without blocking and writes them in order; each commit contains all waiting rows.
 
-    A ticket is the position that a row will have in the recording, so tickets rise by one a row.
+    A ticket is the position that a row will have in the recording, so tickets rise by one for each row.
 
     Its user bounds the queue: look at `room` before adding a batch, and wait for `on_room` when there is none. Batches
     and rows count as waiting until they are committed; the outcome of a batch goes with the batch.
@@ -74,7 +74,7 @@ class Recorder:
         self._small_rows = 0
         self._was_full = False
         self._is_awaited = False
-        """Whether something waits for the rows that wait."""
+        """Whether an answer waits for the queued rows."""
         self._is_asleep = False
         """Whether the thread has to be woken even for rows that nothing waits for."""
         self._stopping = False
@@ -85,7 +85,7 @@ class Recorder:
 
     @property
     def room(self) -> int:
-        """How many more batches may be added now; 0 or less for none."""
+        """The number of batches that may be added now; none if it is 0 or less."""
         is_full = self._small_rows >= self._queue_batches * SMALL_ROWS_PER_BATCH
         return 0 if is_full else self._queue_batches - self._batches
 
@@ -95,10 +95,10 @@ class Recorder:
         """Have the writer append something.
 
         Args:
-            write: calls a verb of the writer, in the recorder's thread, so arrays in it belong to the recorder.
-            rows: how many positions that takes.
-            batches: how many of them are inputs of a batch.
-            small_rows: how many openings, closings, events and states it holds.
+            write: calls a method of the writer in the recorder's thread; its arrays belong to the recorder.
+            rows: the count of positions that it takes.
+            batches: the count of rows that are inputs of a batch.
+            small_rows: the count of openings, closings, events and states.
             is_awaited: whether something waits until it is committed. Otherwise it may be committed together with what
                 comes next, within `late_s`, unless the queue is half full or `hurry` is called.
 
@@ -124,17 +124,17 @@ class Recorder:
             return self._ticket
 
     def hurry(self) -> None:
-        """Something waits for rows that nothing waited for when they were put."""
+        """Commit queued rows soon, because something waits for them now."""
         with self._changed:
             if self._queue and not self._is_awaited:
                 self._is_awaited = True
                 self._changed.notify()
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Write and commit what waits, close the file and end the thread; look at `failed` afterwards.
+        """Write and commit queued rows, close the file and end the thread; check `failed` afterwards.
 
         Returns:
-            Whether all of that is done; False when it takes longer than the timeout. May be asked again.
+            Whether all of that is done; False after the timeout. May be called again.
         """
         with self._changed:
             self._stopping = True

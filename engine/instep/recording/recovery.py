@@ -1,4 +1,4 @@
-"""Going on with a recording: the newest states, and what has to be stepped again after them."""
+"""Continues a recording: reads the newest states, and the frames that have to be stepped again after them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Recovered(Closing):
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.reader.close()
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
@@ -97,7 +97,6 @@ class Recovered(Closing):
             raise self.reader.damaged(f"the state of stream {stream} holds frames that were not recorded")
 
     def _places(self, streams: I64, positions: I64) -> I64:
-        """Of streams, by number."""
         places, are_known = find_sorted(self._numbers, streams)
         for at in np.flatnonzero(~are_known)[:1].tolist():
             raise self.reader.damaged(
@@ -127,7 +126,7 @@ class Recovered(Closing):
         self.names = {stream: names[stream] for stream in self._numbers[open_places].tolist()}
 
     def _read_openings(self) -> dict[int, str]:
-        """Note where each stream opens, and its first seq; the names, by number."""
+        """Note the position of each opening and its first seq; return the names by number."""
         reader, names = self.reader, dict[int, str]()
         columns = array("q")
         self.last_stream, self.last_epoch = reader.trimmed.last_stream, reader.trimmed.last_epoch
@@ -144,7 +143,7 @@ class Recovered(Closing):
         rows = np.array(columns, np.int64).reshape(-1, 4)
         columns_by_number = np.ascontiguousarray(rows[np.argsort(rows[:, 0])].T)
         self._numbers, self._opened_at, first_seqs, self._epochs = columns_by_number
-        """The numbers of the streams that open here, rising: what follows is by the place of each in it."""
+        """The numbers of the streams that open here, rising; the next arrays are in the same order."""
         self._closed_at: I64 = np.full(len(names), _NEVER, np.int64)
         self._held: I64 = first_seqs.copy()
         """The seq before which the frames are in the state."""
@@ -153,7 +152,7 @@ class Recovered(Closing):
         return names
 
     def _read_closings(self) -> I64:
-        """Note where each stream closes; the positions of the closings."""
+        """Note and return the positions of closings."""
         closings = [(row[0], row[2]) for row in self.reader.rows("closings", self.reader.first_position)]
         places, are_known = find_sorted(self._numbers, np.array([stream for _, stream in closings], np.int64))
         for (position, stream), at, is_known in zip(closings, places.tolist(), are_known.tolist(), strict=True):
@@ -163,7 +162,7 @@ class Recovered(Closing):
         return np.array([position for position, _ in closings], np.int64)
 
     def _read_events(self) -> tuple[int, I64]:
-        """The position of the newest checkpoint that was announced, and those of all events."""
+        """Return the position of the newest complete checkpoint, and those of all events."""
         positions, owned, newest = array("q"), array("q"), 0
         before = self.reader.events_that_count() if self.reader.trimmed.position else []
         for event in (*before, *self.reader.events()):

@@ -111,7 +111,7 @@ Column: TypeAlias = int | str | bytes | None
 
 FORMAT_VERSION: Final = 2
 LOST: Final = "state_lost"
-"""The reason for a closing whose final state was not known."""
+"""The reason of a closing without a final state."""
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
@@ -213,7 +213,7 @@ _BYTES: Final[dict[type, Callable[[Any], bytes]]] = {
 
 
 def _encoders(columns: dict[str, str]) -> list[tuple[int, Callable[..., Any]]]:
-    """How the CRC sees a row: the number of columns that are encoded together, and the function that encodes them.
+    """The encoding of rows for their CRCs: groups of columns, and a function that encodes each group.
 
     Each function raises TypeError or struct.error for values of another type than the columns declare.
     """
@@ -238,7 +238,7 @@ _ENCODERS: Final = {table: _encoders(columns) for table, columns in TABLES.items
 
 
 def owner_detail(former_epoch: int, seq: int) -> str:
-    """The detail of an owner event: the epoch that the new owner held, 0 for none, and the frame it goes on with."""
+    """The detail of an owner event: the new owner's former epoch, 0 for none, and the frame that it continues with."""
     return f"held {former_epoch}, goes on at {seq}"
 
 
@@ -268,12 +268,12 @@ def read_moved_detail(detail: str) -> tuple[int, str]:
 
 
 def checkpoint_detail(states: int, frames: int) -> str:
-    """The detail of a checkpoint event: how many states were written, and how many frames were applied by then."""
+    """The detail of a checkpoint event: the counts of states that were written and of frames applied by then."""
     return f"{states} states, {frames} frames"
 
 
 def read_checkpoint_frames(detail: str) -> int:
-    """How many frames were applied up to a checkpoint, from its event's detail; 0 where that does not say."""
+    """Read the count of frames applied up to a checkpoint from its event's detail; 0 if it is missing."""
     found = re.search(r", (\d+) frames", detail)
     return 0 if found is None else int(found[1])
 
@@ -304,7 +304,7 @@ class RecordingHeader:
     """Nanoseconds since 1970."""
     model_name: str
     model_folder: str
-    """Where the model lay: its folder, or its weights file where the description came from the config."""
+    """The path of the model's folder."""
     description: dict[str, Any]
     """The network's description as plain JSON values."""
     features: int
@@ -353,7 +353,7 @@ class RecordingHeader:
             return cls(**fields, output_names=tuple(output_names))._checked()
 
     def changed(self, detail: str) -> RecordingHeader:
-        """That of a later engine, from the detail of its event.
+        """Return the header of a later engine from the detail of its event.
 
         Raises:
             RecordingError: when it is damaged.
@@ -389,7 +389,7 @@ def _reading_json(what: str) -> Iterator[None]:
 
 @cache
 def _field_types() -> dict[str, type]:
-    """Those of the header's values, by name; a recording that is followed is opened every moment."""
+    """The types of the header's values by name, cached because a followed recording is opened often."""
     hints = get_type_hints(RecordingHeader)
     return {name: str if hint is Durability else get_origin(hint) or hint for name, hint in hints.items()}
 
@@ -400,9 +400,9 @@ def row_crc(*columns: Column) -> int:
 
 
 def sound_rows(table: str, rows: Sequence[tuple[Any, ...]]) -> int:
-    """How many rows of a table, up to the first that is not sound.
+    """Count the rows up to the first that is not sound.
 
-    A row, its CRC last, is sound if it holds what its columns declare and matches its CRC.
+    A sound row has values of the declared types and matches its CRC, which is the last column.
     """
     if not rows:
         return 0

@@ -30,7 +30,7 @@ from instep.server.services import Foundation, busy_poll_ns, lay_foundation, mak
 from instep.streaming.service import ModelService, Recovery
 
 UNREACHABLE_AFTER_S: Final = 30.0
-"""How long a connection may leave the replies in its outbox before it is given up."""
+"""The time after which a connection that does not read its outbox is given up."""
 
 MakeStepper = Callable[[Prepared, Config], Stepper]
 
@@ -44,7 +44,7 @@ def make_server(
     forks: bool | None = None,
     supervision: Supervision | None = None,
 ) -> Server:
-    """A server that is bound and not yet serving; called inside the event loop.
+    """Make a server that is bound and not yet serving; call it inside the event loop.
 
     For tests, `make_stepper` makes other steppers than usual, `forks` says whether steps get a process of their own,
     and `supervision` runs the process that checks in another way.

@@ -26,10 +26,10 @@ from instep.streaming.verification import Verification, WrongFrame
 LINE_BYTES: Final = 2**24
 """A process that writes a longer line is ended."""
 _FIRST_PAUSE_S: Final = 1.0
-"""Before a process that has ended is followed by another one; each further pause is twice as long."""
+"""The pause before a process that has ended is replaced; each further pause is twice as long."""
 _LONGEST_PAUSE_S: Final = 60.0
 _FINISH_S: Final = 2.0
-"""Time for checking the newest frames when a model or the server ends in order."""
+"""The time for checking the newest frames at a clean shutdown."""
 _LOOK_S: Final = 1.0
 
 
@@ -48,7 +48,7 @@ async def start_checker() -> Process:
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """How the process is run.
+    """Options for running the process.
 
     Attributes:
         start: starts it. It may raise OSError.
@@ -67,9 +67,9 @@ class _Followed:
     service: ModelService
     found: Verification
     position: int
-    """Everything up to here was checked or left out."""
+    """All positions up to here were checked or skipped."""
     applied: int | None
-    """How many frames were applied up to there; None where the recording says it."""
+    """The count of frames applied up to there; None if the recording has it."""
     before: Verification = field(default_factory=Verification)
     """Findings of former processes."""
     has_left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,13 +77,12 @@ class _Followed:
 
 
 class LiveVerification:
-    """Has the recordings of services checked, and notes what is found in the `verification` of each."""
+    """Runs the process that checks the recordings, and notes its findings in each service's `verification`."""
 
     def __init__(self, supervision: Supervision, log: structlog.stdlib.BoundLogger) -> None:
         self._supervision = supervision
         self._log = log
         self._followed: dict[str, _Followed] = {}
-        """By file."""
         self._process: Process | None = None
         self._last_words = ""
         self._tasks: list[asyncio.Task[None]] = []
@@ -100,7 +99,7 @@ class LiveVerification:
             self._began(str(service.file), self._process.pid)
 
     async def leave(self, services: Sequence[ModelService], *, finishes: bool) -> None:
-        """Check services no longer. Where it `finishes`, what is not late is checked up to its newest frames first."""
+        """Stop checking services, with `finishes` after the newest frames of recordings that are not late."""
         left = {file: each for file, each in self._followed.items() if each.service in services}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FINISH_S):
@@ -150,7 +149,7 @@ class LiveVerification:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _listen(self) -> int:
-        """Run a process until it ends; its exit status, negative for a signal."""
+        """Run a process until it ends; return its exit status, negative for a signal."""
         self._last_words = ""
         self._process = process = await self._supervision.start()
         try:
@@ -172,7 +171,7 @@ class LiveVerification:
             await process.wait()
 
     async def _watch(self) -> None:
-        """Say what is late, and kill a process that may keep a recording from being written."""
+        """Log late recordings, and kill a process that may keep a recording from being written."""
         while True:
             await asyncio.sleep(_LOOK_S)
             for file, each in self._followed.items():

@@ -1,4 +1,4 @@
-"""Which file records which version of a model, and in which of them streams are open."""
+"""Finds the file of each version of a model, and the streams that are open in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import MOVED_EVENT, RecordingHeader, read_moved_detail
 
 _MOST_BYTES: Final = 200
-"""Of a name that becomes a file's; SQLite and the lock add endings to it."""
+"""The longest name for a file, because SQLite and the lock append suffixes."""
 
 
 def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
@@ -50,14 +50,15 @@ def check_several(place: Path, *, is_only: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """A recording of a model that another one has followed, and the streams that are open there."""
+    """An earlier recording of a model, and the streams that are open in it."""
 
     file: Path
     header: RecordingHeader
     streams: dict[int, str]
-    """Names by number of those that continue in no later recording."""
+    """Names by number of the streams that continue in no later recording."""
     moved: dict[int, int]
-    """The seq at which those continue in a later one whose end was not written here because the server was killed."""
+    """The seq at which streams continue in a later recording although their end is missing here, because the server was
+    killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +67,18 @@ class Versions:
 
     file: Path
     newest: RecordingHeader | None
-    """That of the newest version; None where nothing was recorded."""
+    """The recording of the newest version; None if nothing was recorded."""
     formers: list[Former]
-    """The others, as far as streams are open there, in the order in which they came."""
+    """Earlier recordings with open streams, the oldest first."""
 
 
 def find_versions(first: Path, fingerprint: str, log: structlog.stdlib.BoundLogger) -> Versions:
-    """Which file is to record a version of a model, and whose streams continue from others.
+    """Find the file for a version of a model, and the streams that continue from other files.
 
-    The versions of a model are recorded in NAME.instep, NAME@2.instep, NAME@3.instep and so on, in the order in which
-    they came. The newest file goes on where its version is the one that is to be served; otherwise the next one begins.
-    A stream continues from an older file unless a newer one has its `moved` event, which is committed together with its
-    state. What is being written belongs to a version that is served. The log is told of older files that are damaged.
+    The versions of a model are recorded in NAME.instep, NAME@2.instep, NAME@3.instep and so on, in the order of their
+    beginnings. The newest file is continued if it is of the version to serve; otherwise the next one begins. A stream
+    continues from an older file unless a newer one has its `moved` event, which is committed together with its state.
+    What is being written belongs to a version that is served. The log is told of older files that are damaged.
 
     Raises:
         RecordingError: when the newest one cannot be read.
@@ -105,20 +106,20 @@ def find_versions(first: Path, fingerprint: str, log: structlog.stdlib.BoundLogg
 
 
 def say_not_served(file: Path, reason: str, log: structlog.stdlib.BoundLogger) -> None:
-    """Say in the log that nobody serves the streams of a recording."""
+    """Log that the streams of a recording are not served."""
     log.warning("streams not served", file=str(file), reason=reason, next=f"instep verify {shlex.quote(str(file))}")
 
 
 def next_recording(first: Path) -> Path:
-    """Where a version is recorded that replaces another one."""
+    """The file for a version that replaces another one."""
     files = recordings(first)
     return first.with_stem(f"{first.stem}@{_number(files[-1], first) + 1}") if files else first
 
 
 def recordings(first: Path) -> list[Path]:
-    """The recordings that there are of the versions of a model, in order.
+    """Return the existing recordings of a model's versions, in order.
 
-    A file without a row was left by a server that was killed as it made it, and counts as none.
+    A file without a row was left by a server that was killed while it made it, and is skipped.
     """
     later = (each for each in first.parent.glob(f"{glob.escape(first.stem)}@*{first.suffix}") if _number(each, first))
     return [each for each in (first, *sorted(later, key=lambda each: _number(each, first))) if not holds_nothing(each)]

@@ -129,7 +129,6 @@ class Planned:
     prepared: Prepared
     log: structlog.stdlib.BoundLogger
     file: Path | None = None
-    """Its recording."""
     formers: Sequence[Former] = ()
     """Those whose streams continue in it."""
     kept_as: str = ""

@@ -1,4 +1,4 @@
-"""From a configuration to a running server, and its exit status."""
+"""Runs a server from a configuration, and returns its exit status."""
 
 from __future__ import annotations
 
@@ -96,23 +96,24 @@ CHANGEABLE: Final = (
 )
 """Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
 MODELS: Final = ("model.folder",)
-"""They change, too, but it takes a while: see `Loader.reload`."""
+"""Keys that change too, but take a while: see `Loader.reload`."""
 
 _KEPT_BYTES: Final = 2**20
 
 
 class Kept:
-    """The values that the newest reload has put in place, where they outlive a server that a signal kills.
+    """The values of the newest reload, kept where they outlive a server that a signal kills.
 
     They are in memory that every process forked after this was made shares with the others.
     """
 
     def __init__(self) -> None:
         self._shared = mmap.mmap(-1, 1 + 2 * _KEPT_BYTES)
-        """Which half counts, and two halves: a process that dies while it writes one leaves the other."""
+        """The index of the valid half, and two halves, so that a process that dies while writing one leaves the other.
+        """
 
     def keep(self, server: Server) -> None:
-        """Remember what can change of the configuration that is in force, and which versions of models are."""
+        """Remember the changeable values in force, and the versions of models."""
         half, config = 1 - self._shared[0], server.config
         fingerprints = {each.name: each.about.fingerprint for each in server.services if not each.is_former}
         values = [_changeable(config), config.model.model_dump(mode="json"), fingerprints]
@@ -120,7 +121,7 @@ class Kept:
         self._shared[0] = half
 
     def laid_over(self, config: Config) -> tuple[Config, dict[str, str]]:
-        """A configuration with the values that were kept, and the models' fingerprints; the latter only if any were."""
+        """Return a configuration with the kept values, and the kept models' fingerprints, if any."""
         text = bytes(self._half(self._shared[0])).strip(b"\0")
         if not text:
             return config, {}
@@ -199,7 +200,7 @@ def _values(config: Config) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """How a server is started, besides its configuration."""
+    """Options of a start other than the configuration."""
 
     reread: Callable[[], Config]
     on_ready: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""From a prepared model to a service: memory and executor first, then everything that works with them."""
+"""Builds the service of a prepared model: memory and executor first, then everything that uses them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ENVELOPE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class EffectiveLimits:
-    """The limits that may be smaller for a model than they are configured."""
+    """Limits that a model may lower below the configured ones."""
 
     max_block_frames: int
     credit_frames: int
@@ -75,7 +75,7 @@ def effective_limits(config: Config, features: int, outputs: int) -> EffectiveLi
 
 
 def idle_limits(config: Config) -> IdleLimits:
-    """When streams that do nothing leave memory, and when they end."""
+    """The times after which idle streams leave memory, and end."""
     limits = config.limits
     return IdleLimits(
         round(limits.max_idle_s * 1e9),
@@ -88,7 +88,7 @@ def idle_limits(config: Config) -> IdleLimits:
 _FEW_CORES: Final = 2
 """On this many cores, the loop and a process for steps leave none for clients and the recorder."""
 _BUSY_POLL_NS: Final = 300_000
-"""How long the loop polls after an event, rather than sleep and be woken, which costs more than a small step."""
+"""The time for which the loop polls after an event, because being woken costs more than a small step."""
 _LIGHT_BATCH: Final = 128
 """The most single frames in a batch that the loop steps. (AMD EPYC with 2 cores, GRU 40→128, 256 streams in closed
 loop: 86,000 messages/s with 96, 95,000 with 128, 90,000 with 192, 72,000 with all of them stepped in a process.)"""
@@ -100,16 +100,16 @@ def steps_in_process(device: torch.device) -> bool:
 
 
 def max_light_batch(config: Config, forks: bool) -> int:
-    """The most single frames in a batch, where the loop itself steps those; 0 where it does not.
+    """The most single frames in a batch that the loop itself steps; 0 if it does not step.
 
-    It does where a process for steps would share its cores.
+    It steps if a process for steps would share its cores.
     """
     steps_inline = forks and config.recording.file is None and usable_cores() <= _FEW_CORES
     return min(_LIGHT_BATCH, config.engine.max_batch_size) if steps_inline else 0
 
 
 def busy_poll_ns(config: Config) -> int:
-    """For how long the loop polls; 0 where that would keep the recorder from a core.
+    """The polling time of the loop; 0 if polling would keep the recorder from a core.
 
     (Intel Xeon with 2 cores, GRU 40→128, 64 streams at 50 Hz, recorded: p99 8.7 ms with polling, 7.1 ms without; the
     median of a single stream in closed loop is the same.)
@@ -119,7 +119,7 @@ def busy_poll_ns(config: Config) -> int:
 
 
 def make_executor(config: Config, step: Step, forks: bool) -> StepExecutor:
-    """A process that steps, where it `forks`; otherwise a thread.
+    """Make a process that steps if `forks`, otherwise a thread.
 
     Raises:
         CannotServe: when its process cannot be started.
