@@ -28,10 +28,6 @@ def nobody_asks_too_much(original: Any, limit: Any) -> float:
     return 0.0
 
 
-def the_cookie_is_the_token(original: Any, token: str) -> str:
-    return token
-
-
 def always_ready(original: Any, status: Any) -> list[str]:
     return []
 
@@ -54,12 +50,6 @@ RULES = (
         replaces=security.RateLimit.take,
         variant=nobody_asks_too_much,
         found_by=[test_security.test_a_rate_comes_back_with_time],
-    ),
-    BrokenRule(
-        "the cookie gives the token away",
-        replaces=security._cookie_of,
-        variant=the_cookie_is_the_token,
-        found_by=[test_security.test_a_browser_shows_the_token_once_and_gets_a_cookie_that_does_not_hold_it],
     ),
     BrokenRule(
         "a server that drains says that it is ready",

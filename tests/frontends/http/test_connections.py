@@ -44,7 +44,7 @@ async def test_requests_under_way_are_bounded_and_leave_places_for_health() -> N
             await is_over.wait()
         await Response("done")(scope, receive, send)
 
-    transport = httpx.ASGITransport(Guard(app, None, True, 80))
+    transport = httpx.ASGITransport(Guard(app, None, True))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         slow = [asyncio.create_task(http.get("/slow")) for _ in range(64)]
         await asyncio.sleep(0.1)

@@ -88,7 +88,7 @@ class AdminServer:
         anyio.get_cancelled_exc_class()
         list(exposition(subject.services))
         self._listener = listener
-        self._server = make_server(Guard(app, token, is_loopback_host(host), port))
+        self._server = make_server(Guard(app, token, is_loopback_host(host)))
 
     async def start(self) -> None:
         """Answer from now on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -29,11 +28,6 @@ class HttpError(Exception):
     def response(self) -> Response:
         """The answer."""
         return json_answer({"error": {"code": self.code, "message": str(self)}}, self.status, self.headers)
-
-    def page(self) -> Response:
-        """The answer for people, in a browser."""
-        text = f"<!doctype html><meta charset=utf-8><title>instep</title><h1>instep</h1><p>{escape(str(self))}</p>\n"
-        return Response(text, self.status, self.headers, "text/html")
 
 
 def bad_request(problem: str, wrong: str, known: Sequence[str]) -> HttpError:

@@ -104,7 +104,7 @@ def make_app(
         Route("/api/streams/", no_such_path),  # no stream has an empty name
         _route("/api/streams/{name:path}", stream, "model"),
         _route("/api/events", listen, "model", "stream"),
-        _route("/", page, "token"),  # `Guard` takes it where one is needed
+        _route("/", page),
         _route("/static/{file:path}", page),
     ]
     app = Starlette(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import hmac
 import re
 import time
@@ -10,8 +10,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instep.config import HttpConfig
@@ -23,7 +22,6 @@ DEFAULT: Final = HttpConfig().endpoint
 _METHODS: Final = ("GET", "HEAD")
 _HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
-_PAGE: Final = "/"
 _LEAST_TOKEN: Final = 16
 _MOST_TOKEN_BYTES: Final = 4096
 MOST_REQUESTS: Final = 64
@@ -87,14 +85,12 @@ class Guard:
         token: what requests have to show; None where they need not.
         is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
             from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
-        port: where the server listens; browsers share cookies between the ports of a host.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, is_loopback: bool, port: int) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, is_loopback: bool) -> None:
         self._app = app
         self._token = token
         self._is_loopback = is_loopback
-        self._cookie = f"instep_{port}"
         self._rate = RateLimit(time.monotonic)
         self._under_way = 0
 
@@ -110,37 +106,31 @@ class Guard:
                 headers.setdefault("cache-control", "no-cache" if scope["path"].startswith("/static/") else "no-store")
             await send(message)
 
+        app, counted = self._app, scope["path"] not in _HEALTH
         try:
-            answer = self._check(scope)
+            self._check(scope)
         except HttpError as error:
-            is_read = scope["path"] == _PAGE and "text/html" in Headers(scope=scope).get("accept", "")
-            answer = error.page() if is_read else error.response()
-        counted = answer is None and scope["path"] not in _HEALTH
+            app, counted = error.response(), False
         self._under_way += counted
         try:
-            await (answer or self._app)(scope, receive, send_safely)
+            await app(scope, receive, send_safely)
         finally:
             self._under_way -= counted
 
-    def _check(self, scope: Scope) -> Response | None:
-        """An answer to a request that must not pass.
-
-        Raises:
-            HttpError: another one.
-        """
+    def _check(self, scope: Scope) -> None:
         if scope["path"] in _HEALTH:
             return self._check_request(scope)
         if self._under_way >= MOST_REQUESTS:
             sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
             raise HttpError(503, "TOO_MANY_CONNECTIONS", sentence)
-        answer = self._check_request(scope)
+        self._check_request(scope)
         if (wait_s := self._rate.take()) > 0:
             sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
             raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
-        return answer
+        return None
 
-    def _check_request(self, scope: Scope) -> Response | None:
-        headers, path = Headers(scope=scope), scope["path"]
+    def _check_request(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
         if scope["method"] not in _METHODS:
             sentence = f"the admin server changes nothing: use GET or HEAD, not {scope['method']:.20}"
             raise HttpError(405, "METHOD_NOT_ALLOWED", sentence, {"allow": ", ".join(_METHODS), "connection": "close"})
@@ -155,50 +145,28 @@ class Guard:
         is_other_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and headers.get("sec-fetch-mode") != "navigate":  # what a link leads to, no page can read
             raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
-        return self._check_token(headers, path, scope)
+        shown = _shown_token(headers.get("authorization", ""))
+        if self._token is not None and scope["path"] not in _HEALTH and not _are_equal(shown, self._token):
+            sentence = (
+                "this needs the token in http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
+            )
+            raise HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": 'Basic realm="instep"'})
 
-    def _check_token(self, headers: Headers, path: str, scope: Scope) -> Response | None:
-        if self._token is None or path in _HEALTH:
-            return None
-        if path == _PAGE and (shown := QueryParams(scope["query_string"]).get("token")) is not None:
-            if not _are_equal(shown, self._token):
-                raise _unauthorized("the token is wrong")
-            # Lax, so that a link on a page of another site leads to this one; no such page can read what comes.
-            cookie = f"{self._cookie}={_cookie_of(self._token)}; HttpOnly; SameSite=Lax; Path=/"
-            return Response(status_code=303, headers={"location": _PAGE, "set-cookie": cookie})
-        scheme, _, shown = headers.get("authorization", "").partition(" ")
-        if shown:
-            if scheme.lower() != "bearer" or not _are_equal(shown.strip(), self._token):
-                raise _unauthorized("the token is wrong")
-            return None
-        if not _are_equal(_cookie_named(self._cookie, headers.get("cookie", "")), _cookie_of(self._token)):
-            raise _unauthorized("this needs the token in http.token_file")
-        return None
+
+def _shown_token(authorization: str) -> str:
+    """The token as programs show it, or as browsers do: as the password of a user of any name."""
+    scheme, _, shown = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return shown.strip()
+    try:
+        return base64.b64decode(shown).decode().partition(":")[2] if scheme.lower() == "basic" else ""
+    except ValueError:
+        return ""
 
 
 def _are_equal(shown: str, expected: str) -> bool:
-    """Compared in a time that does not depend on where they differ."""
+    """Compare in a time that does not depend on where the texts differ."""
     return hmac.compare_digest(shown.encode(errors="replace"), expected.encode())
-
-
-def _cookie_of(token: str) -> str:
-    """The content of the cookie. Browsers send it to other servers of this host too, so it hides the token."""
-    return hmac.new(token.encode(), b"instep cookie", hashlib.sha256).hexdigest()
-
-
-def _cookie_named(name: str, header: str) -> str:
-    """The value of a cookie, empty where there is none.
-
-    `http.cookies` gives up at what another server of this host has put there, and takes half a second for 16 KiB
-    of backslashes, in which no stream would be answered.
-    """
-    pairs = (pair.partition("=") for pair in header.split(";"))
-    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
-
-
-def _unauthorized(reason: str) -> HttpError:
-    sentence = f"{reason}: send `Authorization: Bearer TOKEN`, or open /?token=TOKEN once in a browser"
-    return HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": "Bearer"})
 
 
 class RateLimit:
