@@ -38,7 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from instep_client.aio import AsyncClient
     from instep_client.aio_streams import AsyncGroup, AsyncStream
-    from instep_client.calls import TimedOutputs
+    from instep_client.frames import TimedOutputs
     from instep_client.protocol.errors import (
         ClientClosed,
         ConnectionFailed,
@@ -61,7 +61,7 @@ else:
     _NAMES = {
         "aio": ["AsyncClient"],
         "aio_streams": ["AsyncGroup", "AsyncStream"],
-        "calls": ["TimedOutputs"],
+        "frames": ["TimedOutputs"],
         "protocol.wire": ["Code", "ServerInfo"],
         "replies": ["ListedStream", "ServedModel"],
         "snapshots": ["StreamSnapshot"],

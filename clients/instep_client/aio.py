@@ -10,8 +10,8 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy.typing as npt
 
 from instep_client.aio_streams import AsyncGroup, AsyncStream
+from instep_client.connection import OPEN
 from instep_client.driver import Driver
-from instep_client.liveness import OPEN
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, Code, Place, ServerInfo
 from instep_client.replies import ListedStream, ServedModel

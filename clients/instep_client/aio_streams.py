@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.calls import Call, TimedOutputs
+from instep_client.connection import Call
 from instep_client.driver import Driver
-from instep_client.handles import StreamHandle
+from instep_client.frames import TimedOutputs
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import F32, U64
 from instep_client.session import Session
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import State, as_state
+from instep_client.streams import StreamHandle
 
 
 class StreamView:

@@ -16,14 +16,14 @@ from typing import Any, Final, TypeVar
 
 import zmq
 
-from instep_client.calls import Call
+from instep_client.connection import Call
 from instep_client.endpoint import nothing_listens
-from instep_client.handles import StreamHandle
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
 from instep_client.sockets import Sockets
+from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
 
@@ -211,13 +211,13 @@ class Driver:
             if session.take_reconnect():
                 _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
                 self._reconnect(self.socket)
-            self.backlog.extend(session.pending.take_messages())
+            self.backlog.extend(session.outbox.take_messages())
             if self.backlog:
                 self._send(self.socket)
             self._set_timer(now)
         except Exception as error:
             self._fail(error)
-        if session.pending.woken:
+        if session.outbox.woken:
             self._wake_tasks()
 
     def _act_now(self) -> None:
@@ -234,7 +234,7 @@ class Driver:
         self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
 
     def _wake_tasks(self) -> None:
-        for whom in self._session.pending.take_woken():
+        for whom in self._session.outbox.take_woken():
             waiter = whom.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)

@@ -219,6 +219,13 @@ def moved(header: Header, frames: Sequence[Frame]) -> tuple[U64, U64]:
     return handles, seqs
 
 
+def woken(header: Header, frames: Sequence[Frame]) -> tuple[U64, U64]:
+    """Former and new handles of streams that hibernated."""
+    count = wire.count_field(header.fields[0], "N", _MOST)
+    former, handles = (wire.array_frame(frame, "<u8", (count,), "handles") for frame in frames[1:])
+    return former, handles
+
+
 def goodbye(header: Header) -> str:
     """The server's last words."""
     return _text(header.fields[0], "the sentence")

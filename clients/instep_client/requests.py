@@ -1,38 +1,160 @@
-"""Requests that users make: the questions about the server, and what requests about streams have in common.
+"""Everything that is asked of the server except frames: one class for each kind of request.
 
-A new kind of request is a verb of `Session` that asks a `Question`, or one that makes a class of its own, here or in
-`openings.py` or `changes.py`. The class names its messages and their replies, and says what a reply, a refusal and a
-lost connection mean to it.
+A class names its messages and their replies, and says what a reply, a refusal and a lost connection mean to it. A new
+kind of request is such a class and a verb of `Session` that asks it, or a verb that asks a `Question`.
+
+Request
+├── Greeting, Claim, Farewell  the session's own
+├── Question, PingCall         about the server
+└── StreamsRequest             about streams, one message for each part of them
+    ├── ReadStateCall
+    ├── OpenCall, ResumeCall   streams that come to this client
+    └── TurnCall               waits until everything sent through its handle was answered
+        └── ForkCall, ResetCall, CloseCall
+
+What was asked and not answered when the connection was lost is asked again. An OPEN or FORK that is then refused
+because the name is in use, or a RESUME because the stream was taken over, may have been granted over the lost
+connection, and fails with ConnectionFailed, which says so.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from instep_client import replies
+from instep_client import arrays, replies
 from instep_client.arrays import Indices, good_names
-from instep_client.calls import Request
-from instep_client.connection import Connection
-from instep_client.handles import StreamHandle, TurnRequest
-from instep_client.pending import parts
+from instep_client.connection import Asked, Request, parts
 from instep_client.protocol import wire
-from instep_client.protocol.codes import Code
+from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.errors import (
     ClientClosed,
+    ConnectionFailed,
     InstepError,
+    InvalidInput,
     StreamEvicted,
     StreamRefused,
+    stream_ended,
 )
 from instep_client.protocol.state_spec import U8
-from instep_client.protocol.wire import U64, Frame, Header, Kind, Message
+from instep_client.protocol.wire import (
+    CLAIM,
+    CLOSING,
+    GRANT,
+    U64,
+    Frame,
+    GrantArray,
+    Header,
+    Kind,
+    Message,
+    ServerInfo,
+    raw,
+)
 from instep_client.replies import ColumnError, ErrorReply
-from instep_client.streams import ENDING
+from instep_client.states import State, state_rows
+from instep_client.streams import ENDING, StreamHandle
+
+if TYPE_CHECKING:
+    from instep_client.session import Session
 
 R = TypeVar("R")
+
+_FENCED: Final = (
+    "the stream has another owner, or has had one since the epoch that was given: give the epoch that it was granted "
+    "last (epoch=…), or take it over (take_over=True); a program that was started again and has no epoch continues its "
+    'parked stream with open(name, if_exists="resume")'
+)
+_IN_USE: Final = (
+    'a stream of this name is open or parked: continue it (if_exists="resume"), or close it and begin anew '
+    '(if_exists="replace")'
+)
+_RESTARTED: Final = "the server was restarted and no longer has this stream, which was not recorded; open it again"
+_SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE})
+
+
+class Greeting(Request[ServerInfo]):
+    """HELLO, at the beginning of every connection. The call ends with the first welcome."""
+
+    kind, reply = Kind.HELLO, Kind.WELCOME
+
+    def __init__(self, session: Session, name: str, model: str) -> None:
+        self._session = session
+        self._name = name
+        self._model = model
+
+    def ask(self) -> None:
+        self._session.outbox.ask(self, wire.PROTOCOL_VERSION, self._name, self._model)
+
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        info = replies.welcome(header, frames)
+        self._model = info.model  # a server that is started again may have another default
+        self._session.welcomed(info)
+        self.finish(info)
+
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
+        super().refused(part, refusal)
+        self._session.turned_away(refusal)
+
+    def lost(self) -> bool:
+        return False  # each attempt sends its own
+
+
+class Claim(Request[None]):
+    """The claim on this client's streams over a new connection, one portion after the other.
+
+    The server wakes those that hibernate; portions are so small that it can make room for them.
+    """
+
+    kind, reply = Kind.RESUME, Kind.RESUMED
+
+    def __init__(self, session: Session, rows: Indices) -> None:
+        self._session = session
+        self._left = rows
+
+    def ask(self) -> None:
+        table, info = self._session.table, self._session.info
+        left = self._left[(table.numbers[self._left] != 0) & (table.ended[self._left] == 0)]
+        if len(left):
+            most = min(len(parts(len(left), info)[0]), max(1, info.max_streams // 4))
+            part, self._left = left[:most], left[most:]
+            frames = [wire.pack_names(table.names(part)), table.claims(part)]
+            self._session.outbox.ask(self, len(part), 0, frames=frames, part=part)
+
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        """Take the new handles of those that were granted; the others have ended.
+
+        A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
+        outputs came out of order only the first missing one was named in the claim.
+        """
+        session, table = self._session, self._session.table
+        grants, failures = replies.granted(header, frames, len(part))
+        ended: dict[tuple[Code, str], list[int]] = {}
+        for column, _, code, sentence, expected in failures:
+            row = int(part[column])
+            table.server_has[row] = expected
+            if code is Code.UNKNOWN_STREAM and session.forgets:
+                sentence = _RESTARTED
+            ended.setdefault((code, sentence), []).append(row)
+        is_granted = (grants["handle"] != 0) & (table.numbers[part] != 0)
+        rows = part[is_granted]
+        table.resumed(rows, grants[is_granted])
+        for row, next_seq in zip(rows.tolist(), grants["next_seq"][is_granted].tolist(), strict=True):
+            if next_seq < table.given(row):
+                table.server_has[row] = next_seq
+                ended.setdefault((Code.DATA_LOSS, SENTENCES[Code.DATA_LOSS]), []).append(row)
+        session.queue.end(ended)
+        self.ask()
+        session.open_again()
+
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
+        self._session.turned_away(refusal)
+
+    def lost(self) -> bool:
+        return False  # the next connection has a claim of its own
 
 
 class Question(Request[R]):
@@ -40,23 +162,23 @@ class Question(Request[R]):
 
     def __init__(
         self,
-        connection: Connection,
+        session: Session,
         kind: Kind,
         reply: Kind,
         decode: Callable[[Header, Sequence[Frame]], R],
         *fields: int | str,
         frames: Sequence[Frame] = (),
     ) -> None:
-        self.connection = connection
+        self._session = session
         self.kind, self.reply = kind, reply
         self._decode = decode
         self._fields = fields
         self._frames = frames
 
     def ask(self) -> None:
-        self.connection.pending.ask(self, *self._fields, frames=self._frames)
+        self._session.outbox.ask(self, *self._fields, frames=self._frames)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         self.finish(self._decode(header, frames))
 
 
@@ -65,29 +187,32 @@ class PingCall(Request[float]):
 
     kind, reply = Kind.PING, Kind.PONG
 
-    def __init__(self, connection: Connection, now: float) -> None:
-        self._connection = connection
+    def __init__(self, session: Session, now: float) -> None:
+        self._session = session
         self._sent_at = now
 
     def ask(self) -> None:
-        self._sent_at = max(self._sent_at, self._connection.now)  # what was lost with a connection does not count
-        self._connection.pending.ask(self)
+        self._sent_at = max(self._sent_at, self._session.now)  # what was lost with a connection does not count
+        self._session.outbox.ask(self)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        self.finish(self._connection.now - self._sent_at)
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        self.finish(self._session.now - self._sent_at)
+
+
+# ── About streams ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class StreamsRequest(Request[R]):
     """A request about streams: one message for each part of them. It ends when every part was answered.
 
     Args:
-        connection: over which it is asked.
+        session: asks it.
         names: of the streams it is about, or will open.
         handle: whose streams it is about, if it is about streams of this client.
     """
 
-    def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
-        self.connection = connection
+    def __init__(self, session: Session, names: Sequence[str], handle: StreamHandle | None = None) -> None:
+        self.session = session
         self.names = good_names(names)
         self.handle = handle
         self.parts_left = 0
@@ -95,6 +220,8 @@ class StreamsRequest(Request[R]):
         """The first refused stream; its column counts the request's streams."""
         self.asked_before = False
         """Whether it was asked over a connection that was lost, and may have been done then."""
+        self._asked: U64 = np.zeros(len(self.names), np.uint64)
+        """The server's handles under which the streams were asked for."""
 
     # What a subclass says of itself.
 
@@ -106,10 +233,6 @@ class StreamsRequest(Request[R]):
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
         """Take what a reply gives for some of its streams; which of them were refused."""
 
-    def _slept(self, which: Indices) -> None:
-        """Ask again for streams that hibernated when the message came; a read names them then, and wakes nobody."""
-        self._send(which)
-
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
         """Streams were granted or refused for good."""
 
@@ -120,7 +243,7 @@ class StreamsRequest(Request[R]):
     # What all of them do.
 
     def ask(self) -> None:
-        ended = None if self.handle is None else self.connection.table.why_any_ended(self.handle.rows)
+        ended = None if self.handle is None else self.session.table.why_any_ended(self.handle.rows)
         if ended is not None:
             self._end(ended)
         else:
@@ -133,21 +256,20 @@ class StreamsRequest(Request[R]):
         self.refusal = None
 
     def _send(self, which: Indices) -> None:
-        for piece in parts(len(which), self.connection.info):
+        for piece in parts(len(which), self.session.info):
             part = which[piece]
             fields, frames = self._encode(part)
             self.parts_left += 1
-            self.connection.pending.ask(self, len(part), *fields, frames=frames, part=part)
+            self.session.outbox.ask(self, len(part), *fields, frames=frames, part=part)
 
-    def answered(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
         failures = self._decode(part, header, frames)
         refused = [failure._replace(column=int(part[failure.column])) for failure in failures]
-        asleep = {each.column for each in refused if self._only_sleeps(each)}
-        if asleep:
-            refused = [each for each in refused if each.column not in asleep]
-            again = np.array(sorted(asleep), np.int64)
+        again = [each.column for each in refused if self._is_renewed(each)]
+        if again:
+            refused = [each for each in refused if each.column not in again]
             part = np.setdiff1d(part, again)
-            self._slept(again)
+            self._send(np.array(sorted(again), np.int64))
         for each in refused:
             self._note(each)
         self._settled(part, refused)
@@ -166,14 +288,15 @@ class StreamsRequest(Request[R]):
 
     def _handles_of(self, part: Indices) -> U64:
         assert self.handle is not None
-        handles: U64 = self.connection.table.numbers[self.handle.rows[part]]
-        return handles
+        self._asked[part] = self.session.table.numbers[self.handle.rows[part]]
+        return self._asked[part]
 
-    def _only_sleeps(self, refused: ColumnError) -> bool:
-        """Whether a stream of its handle was refused only because it hibernated when the message came."""
+    def _is_renewed(self, refused: ColumnError) -> bool:
+        """Whether the request crossed the word that a stream, which had hibernated, has a new handle."""
         if self.handle is None or self.handle.closed or refused.code is not Code.UNKNOWN_STREAM:
             return False
-        return bool(self.connection.table.asleep[self.handle.rows[refused.column]])
+        number = self.session.table.numbers[self.handle.rows[refused.column]]
+        return bool(number != 0 and number != self._asked[refused.column])
 
     def _note(self, refused: ColumnError) -> None:
         """A stream was refused for good; the first one is told."""
@@ -188,14 +311,14 @@ class StreamsRequest(Request[R]):
         if self.handle is None or refused.code not in ENDING:
             return StreamRefused(refused.code, refused.sentence, name)
         rows = self.handle.rows[[refused.column]]
-        known = None if self.handle.closed else self.connection.table.why_any_ended(rows)
+        known = None if self.handle.closed else self.session.table.why_any_ended(rows)
         return known or StreamEvicted(refused.code, refused.sentence, name)
 
     def _end(self, error: InstepError | None = None) -> None:
         """It has ended, with a result unless an error is given."""
         if error is not None:
             self.fail(error)
-        self.connection.pending.woken.append(self)
+        self.session.outbox.woken.append(self)
 
     def _part_answered(self) -> None:
         self.parts_left -= 1
@@ -203,41 +326,35 @@ class StreamsRequest(Request[R]):
             self._conclude()
 
 
-class TurnCall(StreamsRequest[R], TurnRequest):
-    """A request about a handle's streams that waits for its turn."""
+class TurnCall(StreamsRequest[R]):
+    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
 
     handle: StreamHandle
+    stamp: int
+    """When it was queued, on the session's counter."""
 
-    def _slept(self, which: Indices) -> None:
-        """Ask for streams that hibernate as they wake: the server may not have room for all of them at once."""
-        self.parts_left += len(which)
-        if len(which):
-            self.connection.sleepers.hold(self, which)
-
-    def woke(self, which: Indices) -> None:
-        self.parts_left -= len(which)
-        self._send(which)
+    def streams_ended(self, error: StreamEvicted) -> bool:
+        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
+        return True
 
     def _end(self, error: InstepError | None = None) -> None:
         super()._end(error)
-        self.connection.flow.release(self.handle)
+        self.session.queue.release(self.handle)
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
-    """A read of states: of a handle's streams, or of anybody's by name. It changes nothing, and wakes nobody.
+    """A read of states: of a handle's streams, or of anybody's by name. It changes nothing.
 
     The result is the next seqs uint64 [N] and rows of states [N, row_bytes].
     """
 
     kind, reply = Kind.READ_STATE, Kind.STATE_READ
 
-    def __init__(self, connection: Connection, names: Sequence[str], handle: StreamHandle | None = None) -> None:
-        super().__init__(connection, names, handle)
+    def __init__(self, session: Session, names: Sequence[str], handle: StreamHandle | None = None) -> None:
+        super().__init__(session, names, handle)
         self._seqs: U64 = np.zeros(len(self.names), np.uint64)
-        self._states = connection.info.state.missing(len(self.names))
+        self._states = session.info.state.missing(len(self.names))
         self._is_read = np.zeros(len(self.names), np.bool_)
-        self._asked: U64 = np.zeros(len(self.names), np.uint64)
-        """The server's handles for the streams when they were asked for; 0 of those that were named."""
 
     def ask(self) -> None:
         """Ask, unless the handle was closed before it was asked again: other streams may be in its rows."""
@@ -251,14 +368,12 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._is_read[:] = False
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
-        if self.handle is None or self.handle.has_sleepers:  # one that hibernates has no handle
-            self._asked[part] = 0
+        if self.handle is None:
             return (1,), [self._names_of(part)]
-        self._asked[part] = self._handles_of(part)
-        return (0,), [self._asked[part].tobytes()]
+        return (0,), [self._handles_of(part).tobytes()]
 
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        state = self.connection.info.state
+        state = self.session.info.state
         if self._states.shape[1] != state.row_bytes:  # the model was swapped for one with another state
             self._states = state.missing(len(self.names))
             self._send(np.flatnonzero(self._is_read))
@@ -267,16 +382,331 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
         self._seqs[part], self._states[part], failures = replies.state_read(header, frames, len(part), state.row_bytes)
         return failures
 
-    def _only_sleeps(self, refused: ColumnError) -> bool:
-        """Also if it is awake again by the time of the answer; a sleeper that was named and is unknown is no more."""
-        asked, table = self._asked[refused.column], self.connection.table
-        if self.handle is None or self.handle.closed or not asked or refused.code is not Code.UNKNOWN_STREAM:
-            return False
-        row = self.handle.rows[refused.column]
-        return bool(table.asleep[row] or table.numbers[row] != asked)
-
     def _conclude(self) -> None:
         error = self._why_refused()
         if error is None:
             self.finish((self._seqs, self._states))
         self._end(error)
+
+
+# ── Streams that come to this client ───────────────────────────────────────────────────────────────────────────────
+
+
+class Opening(StreamsRequest[StreamHandle]):
+    """Streams that come to this client: the result is their stream handle. All of them come, or none."""
+
+    begins_streams: ClassVar[bool] = True
+    """Whether the streams begin with it, and are closed again when nobody gets them."""
+
+    def __init__(
+        self, session: Session, names: Sequence[str], single: bool, source: StreamHandle | None = None
+    ) -> None:
+        super().__init__(session, names, source)
+        self.single = single
+        self.grants: GrantArray = np.zeros(len(self.names), GRANT)
+        self.abandoned = False
+        """Whether nobody waits any more."""
+
+    def ask(self) -> None:
+        """Ask for all streams, unless nobody waits for them any more."""
+        if self.abandoned:
+            self._end(InstepError("the call was cancelled"))
+        else:
+            super().ask()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.grants[:] = 0
+
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        self.grants[part], failures = replies.granted(header, frames, len(part))
+        return failures
+
+    def _conclude(self) -> None:
+        error = InstepError("the call was cancelled") if self.abandoned else self._why_refused()
+        if error is None:
+            self.finish(self.session.table.add(self.names, self.grants, self.single))
+            self._end()
+        else:
+            self._undo(error)
+
+    def _undo(self, error: InstepError) -> None:
+        is_open = self.grants["handle"] != 0
+        if self.begins_streams and is_open.any():
+            names = [name for name, is_mine in zip(self.names, is_open, strict=True) if is_mine]
+            handle = self.session.table.add(names, self.grants[is_open], single=False)
+            self.session.queue.enqueue(CloseCall(self.session, handle, then=lambda: self._end(error)))
+        else:
+            self._end(error)
+
+    def cancel(self) -> None:
+        self.abandoned = True
+        if self.begins_streams and self.done and self.error is None:
+            self.session.queue.enqueue(CloseCall(self.session, self.result()))
+
+    def lost(self) -> bool:
+        """Ask again, unless some were opened: those could not be told from another client's."""
+        super().lost()
+        if self.begins_streams and np.any(self.grants["handle"] != 0):
+            self._end(self._doubt(self.names[0]))
+            return False
+        return True
+
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        if self.asked_before and refused.code is Code.NAME_IN_USE:
+            return self._doubt(name)
+        return StreamRefused(refused.code, refused.sentence, name)
+
+    def _doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
+        """It may have been done over a connection that was lost, and nobody can tell."""
+        return ConnectionFailed(
+            f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
+            "resume it with take_over=True"
+        )
+
+
+class OpenCall(Opening):
+    """The opening of streams: one, with a state, or a group, with states of N streams; the initial one where None."""
+
+    kind, reply = Kind.OPEN, Kind.OPENED
+
+    def __init__(
+        self,
+        session: Session,
+        names: Sequence[str],
+        states: State | None,
+        single: bool,
+        first_seqs: npt.ArrayLike | None = None,
+    ) -> None:
+        super().__init__(session, names, single)
+        count = len(self.names)
+        self._states = None if states is None else state_rows(states, session.info.state, None if single else count)
+        self._first_seqs = None if first_seqs is None else arrays.counts(first_seqs, count, "first seqs")
+
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        states = b"" if self._states is None else raw(self._states[part])
+        seqs = b"" if self._first_seqs is None else self._first_seqs[part].tobytes()
+        has = (int(self._states is not None), int(self._first_seqs is not None))
+        return has, [self._names_of(part), states, seqs]
+
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        if self.single and refused.code is Code.NAME_IN_USE:
+            refused = refused._replace(sentence=_IN_USE)
+        return super()._explain(refused, name)
+
+
+class ForkCall(Opening, TurnCall[StreamHandle]):
+    """The copying of a handle's streams, as they are after everything sent through it, to new ones."""
+
+    kind, reply = Kind.FORK, Kind.OPENED
+
+    def __init__(self, session: Session, source: StreamHandle, names: Sequence[str]) -> None:
+        super().__init__(session, names, source.single, source)
+        if len(self.names) != len(source.rows):
+            raise InvalidInput(f"{len(source.rows)} streams are copied, there are names for {len(self.names)}")
+
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        return (), [self._handles_of(part).tobytes(), self._names_of(part)]
+
+
+class ResumeCall(Opening):
+    """The resuming of streams of which the user has the outputs of seqs below `have`; all that there are where None.
+
+    A stream that was there before stays, whatever happens.
+    """
+
+    kind, reply = Kind.RESUME, Kind.RESUMED
+    begins_streams = False
+
+    def __init__(
+        self,
+        session: Session,
+        names: Sequence[str],
+        have: npt.ArrayLike | None,
+        epochs: npt.ArrayLike,
+        take_over: bool,
+        single: bool,
+    ) -> None:
+        super().__init__(session, names, single)
+        self._claims = np.zeros(len(self.names), CLAIM)
+        self._claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(self.names), "have")
+        self._claims["epoch"] = arrays.counts(epochs, len(self.names), "epochs")
+        self._take_over = int(take_over)
+
+    def _begin(self) -> None:
+        held = self.grants["handle"] != 0  # over a connection that was lost
+        self._claims["epoch"][held] = self.grants["epoch"][held]
+        super()._begin()
+
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        return (self._take_over,), [self._names_of(part), self._claims[part].tobytes()]
+
+    def _conclude(self) -> None:
+        if self.refusal is None and not self.abandoned:
+            self.grants["next_seq"] = np.minimum(self._claims["have"], self.grants["next_seq"])
+            former = self.session.table.rows_named(self.names).tolist()
+            if former:
+                self.session.queue.end({(Code.FENCED, SENTENCES[Code.FENCED]): former})
+        super()._conclude()
+
+    def _explain(self, refused: ColumnError, name: str) -> InstepError:
+        which, _, code, sentence, expected_seq = refused
+        if code in _SAID:
+            return stream_ended(code, sentence, name, int(self._claims["have"][which]), expected_seq)
+        if code is Code.FENCED:
+            return self._doubt(name, "resumed") if self.asked_before else StreamRefused(code, _FENCED, name)
+        return StreamRefused(code, sentence, name)
+
+
+# ── Other states for a handle's streams, and their end ─────────────────────────────────────────────────────────────
+
+
+class ResetCall(TurnCall[None]):
+    """Other states for a handle's streams, initial ones if None, after everything sent through it."""
+
+    kind, reply = Kind.RESET, Kind.CHANGED
+
+    def __init__(self, session: Session, handle: StreamHandle, states: State | None) -> None:
+        super().__init__(session, handle.names, handle)
+        count = None if handle.single else len(handle.rows)
+        self._states = None if states is None else state_rows(states, session.info.state, count)
+
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        states = b"" if self._states is None else raw(self._states[part])
+        return (int(self._states is not None),), [self._handles_of(part).tobytes(), states]
+
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        return replies.changed(header, frames, len(part))
+
+    def _conclude(self) -> None:
+        error = self._why_refused()
+        if error is None:
+            self.finish(None)
+        self._end(error)
+
+
+class CloseCall(TurnCall[U8]):
+    """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended.
+
+    `then` is called when it was done or has failed.
+    """
+
+    kind, reply = Kind.CLOSE, Kind.CLOSED
+
+    def __init__(self, session: Session, handle: StreamHandle, then: Callable[[], None] | None = None) -> None:
+        super().__init__(session, handle.names, handle)
+        handle.closing = True
+        self._then = then
+        self._finals = session.info.state.missing(len(handle.rows))
+
+    def ask(self) -> None:
+        """Ask for those streams that the server has not ended or closed."""
+        self._begin()
+        table, rows = self.session.table, self.handle.rows
+        self._send(np.flatnonzero((table.ended[rows] == 0) & (table.numbers[rows] != 0)))
+        if not self.parts_left:
+            self._conclude()
+
+    def finish(self, result: U8) -> None:
+        super().finish(result)
+        self._go_on()
+
+    def fail(self, error: InstepError) -> None:
+        super().fail(error)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+    def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
+        return (), [closings(self._handles_of(part))]
+
+    def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
+        state = self.session.info.state
+        if self._finals.shape[1] != state.row_bytes:  # the model was swapped for one with another state
+            self._finals = state.missing(len(self.handle.rows))
+        self._finals[part], failures = replies.closed(header, frames, len(part), state.row_bytes)
+        return failures
+
+    def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
+        """Streams were closed, had ended, or could not be closed."""
+        which = [each.column for each in refused]
+        self._finals[which] = self.session.info.state.missing(len(which))
+        closed = np.setdiff1d(part, [each.column for each in refused if each.code not in ENDING])
+        self.session.table.numbers[self.handle.rows[closed]] = 0
+
+    def _note(self, refused: ColumnError) -> None:
+        """Of a group, streams that have ended have no final state, and are no reason to fail."""
+        if self.handle.single or refused.code not in ENDING:
+            super()._note(refused)
+
+    def _conclude(self) -> None:
+        ended = self.session.table.why_any_ended(self.handle.rows) if self.handle.single else None
+        error = ended or self._why_refused()
+        if error is None:
+            self.finish(self._finals)
+        if self.refusal is not None and self.refusal.code not in ENDING:
+            self.handle.closing = False  # the streams are as they were: the user may try again
+        else:
+            self.session.table.remove(self.handle)
+        self._end(error)
+        self.session.outbox.woken.append(self.handle)
+
+    def streams_ended(self, error: StreamEvicted) -> bool:
+        """A single stream's close fails, and stays to give the row back when nothing is unanswered."""
+        if self.handle.single:
+            self.fail(error)
+        return False
+
+
+def closings(handles: U64) -> bytes:
+    """Of streams of which everything that was sent is answered: other outputs are not wanted."""
+    records = np.zeros(len(handles), CLOSING)
+    records["handle"], records["have"] = handles, HAVE_ALL
+    return records.tobytes()
+
+
+class Farewell(Request[None]):
+    """The closing of every stream. It ends when the server has read that nothing else will come.
+
+    Args:
+        session: which has ended.
+        openings: OPENs and FORKs that the server will answer, by number: what it grants is closed too.
+    """
+
+    kind, reply = Kind.PING, Kind.PONG
+
+    def __init__(self, session: Session, openings: Mapping[int, Asked]) -> None:
+        self._session = session
+        for number, asked in openings.items():
+            session.outbox.unanswered[number] = Asked(_LastOpening(self), asked.part)
+
+    def close(self, handles: U64) -> None:
+        """Close streams, whose final states nobody waits for; PING once no grant is waited for."""
+        outbox = self._session.outbox
+        for part in parts(len(handles), self._session.info):
+            frames = [closings(handles[part])]
+            Question(self._session, Kind.CLOSE, Kind.CLOSED, lambda *_: None, len(part), frames=frames).ask()
+        if not outbox.waits_for(Kind.OPENED):
+            outbox.ask(self)
+
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        self.finish(None)
+
+
+class _LastOpening(Request[None]):
+    """An OPEN or FORK that was asked before the end."""
+
+    kind, reply = Kind.OPEN, Kind.OPENED
+
+    def __init__(self, farewell: Farewell) -> None:
+        self._farewell = farewell
+
+    def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
+        grants, _ = replies.granted(header, frames, len(part))
+        self._farewell.close(grants["handle"][grants["handle"] != 0])
+
+    def refused(self, part: Indices, refusal: ErrorReply) -> None:
+        self._farewell.close(np.zeros(0, np.uint64))

@@ -5,40 +5,80 @@ A driver (`driver.py` is one) does five things and nothing else:
 1. hands every message to `receive`, and lets users make calls (`open`, `step`, `close`, …), each giving a `Call`;
 2. calls `advance(now)` after that, and when `deadline()` has come;
 3. connects a new socket in place of the old one when `take_reconnect` says so;
-4. sends what `pending.take_messages` gives, in order;
-5. wakes what `pending.take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
+4. sends what `outbox.take_messages` gives, in order;
+5. wakes what `outbox.take_woken` gives: calls that ended or were sent, and stream handles whose outputs changed.
 
-`now` is any monotonic clock in seconds. `connection.py` has the rules of messages, silence and lost connections,
-`flow.py` and `in_flight.py` those of sending frames. Every other request is an object that knows how it is sent and
-what its replies mean; its class is in `requests.py`, `openings.py` or `changes.py`.
+`now` is any monotonic clock in seconds. A session owns a table of streams (`streams.py`) and the queue of their frames
+(`frames.py`). Everything else that is asked is a request, which knows how it is sent and what its replies mean
+(`requests.py`). `connection.py` has the state of the connection.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from random import Random
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from instep_client import arrays, replies
-from instep_client.calls import Call, Request
-from instep_client.changes import CloseCall, ResetCall
-from instep_client.connection import Connection
-from instep_client.farewell import Farewell
-from instep_client.handles import StepCall, StreamHandle, TurnRequest
-from instep_client.liveness import ENDED, OPEN, RECONNECTING
-from instep_client.openings import ForkCall, OpenCall, Opening, ResumeCall
-from instep_client.protocol.errors import ClientClosed, InvalidInput
-from instep_client.protocol.wire import MAX_NAME_BYTES, Kind
-from instep_client.replies import ListedStream, ServedModel
-from instep_client.requests import PingCall, Question, ReadStateCall
+from instep_client.arrays import check_settings
+from instep_client.connection import (
+    ENDED,
+    GREETING,
+    OPEN,
+    RECONNECTING,
+    Attempts,
+    Call,
+    Outbox,
+    Request,
+    Silence,
+    cannot_continue,
+)
+from instep_client.endpoint import DEFAULT_HTTP_PORT, DEFAULT_PORT, checked_endpoint
+from instep_client.frames import SendQueue, StepCall
+from instep_client.protocol import wire
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import (
+    ClientClosed,
+    ConnectionFailed,
+    InstepError,
+    InvalidInput,
+    MalformedMessage,
+)
+from instep_client.protocol.wire import MAX_NAME_BYTES, Frame, Header, Kind, ServerInfo
+from instep_client.replies import ErrorReply, ListedStream, ServedModel
+from instep_client.requests import (
+    Claim,
+    CloseCall,
+    Farewell,
+    ForkCall,
+    Greeting,
+    OpenCall,
+    Opening,
+    PingCall,
+    Question,
+    ReadStateCall,
+    ResetCall,
+    ResumeCall,
+    TurnCall,
+)
+from instep_client.streams import OpenStreams, StreamHandle
 
 P = ParamSpec("P")
 Q = TypeVar("Q", bound=Request[Any])
-T = TypeVar("T", bound=TurnRequest)
+T = TypeVar("T", bound=TurnCall[Any])
+
+_STEPPED: Final = int(Kind.STEPPED)
+_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
+"""Why a HELLO or RESUME is refused that may be granted a little later: a model is unloaded and loaded again, too."""
+_SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
+"""Why a stream that hibernates cannot be woken now."""
 
 
-def asks(kind: Callable[Concatenate[Connection, P], Q]) -> Callable[Concatenate[Session, P], Q]:
+def asks(kind: Callable[Concatenate[Session, P], Q]) -> Callable[Concatenate[Session, P], Q]:
     """The verb that asks a request of a kind; it takes what the request is made of."""
 
     def verb(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> Q:
@@ -49,34 +89,141 @@ def asks(kind: Callable[Concatenate[Connection, P], Q]) -> Callable[Concatenate[
 
 
 def queues(
-    kind: Callable[Concatenate[Connection, StreamHandle, P], T],
+    kind: Callable[Concatenate[Session, StreamHandle, P], T],
 ) -> Callable[Concatenate[Session, StreamHandle, P], T]:
     """The verb that asks a request of a kind after everything that was sent through a handle."""
 
     def verb(session: Session, handle: StreamHandle, /, *args: P.args, **kwargs: P.kwargs) -> T:
         session.check_handle(handle)
         request = kind(session, handle, *args, **kwargs)
-        session.flow.enqueue(request)
+        session.queue.enqueue(request)
         return request
 
     verb.__doc__ = kind.__doc__
     return verb
 
 
-class Session(Connection):
-    """One client's side of the protocol: the verbs that users call, and what a driver does; see `Connection`.
+class Session:
+    """One client's side of the protocol: the verbs that users call, and what a driver does.
 
     Each verb raises at once when a thing cannot be asked: InvalidInput for arguments, ClientClosed after the end of the
     client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. What is asked
     while there is no connection waits for the next one.
+
+    Args:
+        endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
+        name: told to the server.
+        timeout_s: how long a silent server is waited for.
+        reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
+        rng: what the delays between attempts are drawn from.
+        model: the model that the connection is to; empty for the server's default.
+
+    Raises:
+        InvalidInput: for a bad endpoint, name or time.
     """
 
-    # For the driver.
+    def __init__(
+        self,
+        endpoint: str,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        rng: Random | None = None,
+        model: str = "",
+    ) -> None:
+        self.endpoint = checked_endpoint(endpoint)
+        check_settings(name, model, timeout_s, reconnect_s)
+        self.state = GREETING
+        self.now = 0.0
+        """The time of the last `receive` or `advance`, on the driver's clock."""
+        self.table = OpenStreams()
+        self.outbox = Outbox()
+        self.queue = SendQueue(self.table, self.outbox, timeout_s, reconnect_s)
+        self.attempts = Attempts(reconnect_s, timeout_s, rng or Random())
+        self.greeting = Greeting(self, name, model)
+        """Ends with the server's welcome."""
+        self._silence = Silence(self.outbox, timeout_s)
+        self._info: ServerInfo | None = None
+        self.forgets = False
+        """Whether the server was restarted between the last two connections, and records nothing."""
+        self._failure: tuple[type[InstepError], str] = (
+            ClientClosed,
+            "the client is not connected: use `async with`, or await client.connect()",
+        )
+        self._wants_socket = False
+        self._postponed: dict[Request[Any], None] = {}
+        """Requests that are to be asked, or asked again, over the next connection."""
+        self._is_new = True
+        """Whether the server has yet to say that it does not know the connection that the socket has just made."""
+        self.greeting.ask()
+
+    @property
+    def info(self) -> ServerInfo:
+        """The server's description of itself and of the model; raises before the welcome."""
+        if self._info is None:
+            raise self.failure()
+        return self._info
+
+    # ── For the driver ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything is unanswered."""
+        return bool(self.queue.on_the_way or self.outbox.unanswered)
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
-        wanted, self.wants_socket = self.wants_socket, False
+        wanted, self._wants_socket = self._wants_socket, False
         return wanted
+
+    def receive(self, frames: Sequence[Frame], now: float) -> None:
+        """A message came. One that does not follow the protocol ends the session."""
+        if self.state is RECONNECTING and not self.is_waiting:
+            return  # of the connection that was given up
+        self.now = self._silence.heard_at = now
+        try:
+            if frames and len(frames[0]) and frames[0][0] == _STEPPED:
+                self._handle_stepped(frames)
+            else:
+                self._handle(wire.unpack_header(frames), frames)
+        except MalformedMessage as error:
+            self.fail(
+                MalformedMessage,
+                f"the server at {self.endpoint} does not follow the protocol, the connection was given up: {error}",
+            )
+
+    def advance(self, now: float) -> None:
+        """Send what may be sent; watch for silence; try for another connection when one was lost."""
+        self.now = now
+        if self.state is RECONNECTING:
+            self._recover()
+        if self.state is OPEN:
+            self.queue.advance(now)
+        is_waiting = self.state is not ENDED and self.is_waiting
+        keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
+        if self._silence.lasts_too_long(now, is_waiting, self.state is OPEN, keep_alive_s):
+            asks = "is the server running there"
+            if self.state is GREETING and self.endpoint.startswith("tcp://"):
+                asks += (
+                    f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
+                )
+            self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
+
+    def deadline(self) -> float | None:
+        """When `advance` is to be called though nothing happens; None for never."""
+        if self.state is ENDED:
+            return None
+        soonest = self._silence.deadline
+        if self.state is OPEN:
+            soonest = min(soonest, self.queue.deadline())
+        elif self.state is RECONNECTING and not self.outbox.waits_for(Kind.RESUMED):
+            soonest = min(soonest, self.attempts.deadline())
+        return None if soonest == math.inf else soonest
+
+    def cancel(self, call: Call[Any]) -> None:
+        """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
+        if self.state is OPEN or self.state is RECONNECTING:
+            call.cancel()
 
     def leave(self, park: bool = False) -> Call[None] | None:
         """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
@@ -85,22 +232,31 @@ class Session(Connection):
         is closed: the server parks the streams, and forgets them in time.
         """
         can_tell = self.state is OPEN and not park
-        openings = self.pending.under_way(Kind.OPENED)
-        granted = [
-            request.grants["handle"][request.grants["handle"] != 0]
-            for request in {*(asked.request for asked in openings.values()), *self.sleepers.held}
-            if isinstance(request, Opening)
-        ]
+        openings = self.outbox.under_way(Kind.OPENED)
+        begun = {asked.request for asked in openings.values()}
+        grants = [request.grants["handle"] for request in begun if isinstance(request, Opening)]
         self.fail(ClientClosed, "the client was closed")
-        if not can_tell or not (openings or granted or len(self.table.live_rows())):
+        handles = np.concatenate([self.table.numbers[self.table.live_rows()], *grants])
+        handles = handles[handles != 0]
+        if not can_tell or not (openings or len(handles)):
             return None
         farewell = Farewell(self, openings)
-        for handles in granted:
-            farewell.close(handles)
-        farewell.ask()
+        farewell.close(handles)
         return farewell
 
-    # Streams.
+    def fail(self, error: type[InstepError], sentence: str) -> None:
+        """End the session: every call fails with that error, now and later."""
+        if self.state is ENDED:
+            return
+        self.state = ENDED
+        self._failure = (error, sentence)
+        for request in [*self.outbox.forget(), *self._postponed]:
+            request.fail(error(sentence))
+            self.outbox.woken.append(request)
+        self._postponed.clear()
+        self.queue.fail(error, sentence)
+
+    # ── Streams ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     open = asks(OpenCall)
     resume = asks(ResumeCall)
@@ -112,7 +268,7 @@ class Session(Connection):
         self.check_open()
         _check_not_closed(handle)
         call = CloseCall(self, handle)
-        self.flow.enqueue(call)
+        self.queue.enqueue(call)
         if handle.single and handle.has_ended:
             self.table.check_not_ended(handle.rows)  # the call stays, to give the row back when nothing is unanswered
         return call
@@ -126,7 +282,7 @@ class Session(Connection):
         """Read the states of streams, whoever owns them."""
         return self.ask(ReadStateCall(self, names))
 
-    # Frames.
+    # ── Frames ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step(
         self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
@@ -149,20 +305,18 @@ class Session(Connection):
             frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self.table.check_not_ended(table_rows)
-        call = StepCall(
-            self.flow.withdraw, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep
-        )
-        self.flow.submit(call)
+        call = StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
+        self.queue.submit(call)
         return call
 
     def finish(self, handle: StreamHandle) -> None:
         """Nothing more will be sent; the outputs end after those of what was sent with `keep`."""
         handle.finished = True
-        self.pending.woken.append(handle)
+        self.outbox.woken.append(handle)
 
     def take(self, handle: StreamHandle) -> StepCall | None:
         """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
-        return self.flow.take(handle)
+        return self.queue.take(handle)
 
     def outputs_end(self, handle: StreamHandle) -> bool:
         """Whether `take` will never give anything more.
@@ -180,7 +334,7 @@ class Session(Connection):
             self.table.check_not_ended(handle.rows)
         return False
 
-    # The server.
+    # ── The server ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     ping = asks(PingCall)
 
@@ -200,10 +354,18 @@ class Session(Connection):
         question = Question(self, Kind.LIST, Kind.LISTED, replies.listed, cursor, most, place, frames=[begins])
         return self.ask(question)
 
-    def cancel(self, call: Call[Any]) -> None:
-        """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
-        if self.state is OPEN or self.state is RECONNECTING:
-            call.cancel()
+    # ── What may be asked ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def failure(self) -> InstepError:
+        """Why nothing can be asked: an error object of its own each time."""
+        error, sentence = self._failure
+        return error(sentence)
+
+    def check_open(self) -> ServerInfo:
+        """The server's description of itself, where anything may be asked; raises where not."""
+        if self._info is None or self.state is ENDED:
+            raise self.failure()
+        return self._info
 
     def check_handle(self, handle: StreamHandle) -> None:
         """Raise where nothing may be asked of a handle's streams."""
@@ -211,6 +373,167 @@ class Session(Connection):
         _check_not_closed(handle)
         if handle.has_ended:
             self.table.check_not_ended(handle.rows)
+
+    def ask(self, request: Q) -> Q:
+        """Ask, now or when there is a connection again; raises where nothing may be asked."""
+        self.check_open()
+        if self.state is RECONNECTING:
+            self._postponed[request] = None
+        else:
+            request.ask()
+        return request
+
+    # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _handle_stepped(self, frames: Sequence[Frame]) -> None:
+        for answer in replies.stepped(frames):
+            if self.state is ENDED:
+                return
+            self.queue.stepped(answer)
+            if self.state is OPEN:
+                self.attempts.worked()
+
+    def _handle(self, header: Header, frames: Sequence[Frame]) -> None:
+        kind, number = header.kind, header.request
+        asked = self.outbox.unanswered.get(number)
+        if self.state is ENDED and asked is None:
+            return  # only the farewell is still waited for
+        if kind is Kind.ERROR:
+            self._handle_error(number, replies.error(header))
+        elif kind is Kind.GOODBYE:
+            self.lose(replies.goodbye(header))
+        elif kind is Kind.EVICTED:
+            self._handle_evicted(header, frames)
+        elif kind is Kind.WOKEN:
+            self.queue.woke(self.table.woke(*replies.woken(header, frames)))
+        elif kind is Kind.MOVED:
+            self.table.moved(*replies.moved(header, frames))
+        elif kind is Kind.WELCOME and number == 0:
+            self._info = replies.welcome(header, frames)
+        elif kind is Kind.PING:
+            self.outbox.messages.append([wire.pack_header(Kind.PONG, number)])  # all up to the PING was read
+        else:
+            if asked is None or asked.request.reply is not kind:
+                raise MalformedMessage(f"{kind.name} with number {number} answers nothing that was asked")
+            if self.state is OPEN:
+                self.attempts.worked()
+            del self.outbox.unanswered[number]
+            try:
+                asked.request.accept(asked.part, header, frames)
+            except MalformedMessage:
+                self.outbox.unanswered[number] = asked  # it fails with the others
+                raise
+            if asked.request.done:
+                self.outbox.woken.append(asked.request)
+
+    def _handle_evicted(self, header: Header, frames: Sequence[Frame]) -> None:
+        handles, code, sentence = replies.evicted(header, frames)
+        rows = self.table.rows_of(handles)
+        if code is Code.HIBERNATED:
+            self.table.sleep(rows)
+        elif code in _SLEEPS_ON:
+            self.table.sleep(rows, False)
+            self.queue.sleep_on(rows, code, sentence)
+        else:
+            self.queue.end({(code, sentence): rows.tolist()})
+
+    def _handle_error(self, number: int, refusal: ErrorReply) -> None:
+        if refusal.code is Code.HELLO_FIRST and number == 0 and self._is_new:
+            # ZeroMQ announced the connection before our HELLO, as it does each time it makes one. Perhaps it made one
+            # before and lost our HELLO with it: then the server will not know who sends this PING, and say so.
+            self._is_new = False
+            self._silence.ask()
+        elif refusal.code is Code.HELLO_FIRST:
+            self.lose(f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
+        elif (asked := self.outbox.unanswered.pop(number, None)) is not None:
+            asked.request.refused(asked.part, refusal)
+            if asked.request.done:
+                self.outbox.woken.append(asked.request)
+        elif not self.queue.refused(number, refusal, self.now):
+            self.fail(
+                ConnectionFailed,
+                f"the server at {self.endpoint} could not read a message of this client, the connection was given up: "
+                f"{refusal.code.name}: {refusal.sentence}",
+            )
+
+    # ── Greeting, loss and recovery ────────────────────────────────────────────────────────────────────────────────
+
+    def welcomed(self, info: ServerInfo) -> None:
+        """WELCOME came.
+
+        Raises:
+            MalformedMessage: when the server speaks another version of the protocol.
+        """
+        self._is_new = False
+        if info.protocol_version != wire.PROTOCOL_VERSION:
+            raise MalformedMessage(
+                f"it speaks protocol version {info.protocol_version}, this client {wire.PROTOCOL_VERSION}"
+            )
+        former, self._info = self._info, info
+        if former is None:
+            self.queue.limit(info)
+            self.state = OPEN
+            return
+        problem = cannot_continue(former, info)
+        if problem:
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
+            return
+        self.forgets = info.boot_id != former.boot_id and info.durability == "memory"
+        Claim(self, self.table.live_rows()).ask()
+        self.open_again()
+
+    def turned_away(self, refusal: ErrorReply) -> None:
+        """A HELLO or a claim was refused."""
+        if refusal.code in _PASSES and self.state is RECONNECTING:
+            self.lose(refusal.sentence)
+        else:
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
+
+    def open_again(self) -> None:
+        """Send unanswered frames and requests again, once the last claim after a loss was answered."""
+        if self.state is not RECONNECTING or self.outbox.waits_for(Kind.RESUMED):
+            return
+        self.state = OPEN
+        postponed, self._postponed = self._postponed, {}
+        for request in postponed:
+            request.ask()
+        if not self.outbox.unanswered:
+            self.attempts.worked()
+
+    def lose(self, sentence: str) -> None:
+        """The connection is lost: there will be another, or it is the end of the session."""
+        if self.state is ENDED:
+            return
+        if self.state is GREETING:
+            self.fail(ConnectionFailed, sentence)
+            return
+        if not self.attempts.lost(self.now, sentence):
+            self.fail(ConnectionFailed, self.attempts.why_given_up())
+            return
+        self.state = RECONNECTING
+        self.queue.lost()
+        for request in self.outbox.forget():
+            if request.lost():
+                self._postponed[request] = None
+        self._silence.lost()
+
+    def _recover(self) -> None:
+        if self.outbox.waits_for(Kind.RESUMED):
+            return  # the attempt has had its WELCOME, and only silence ends it now
+        if self.attempts.is_over(self.now):
+            self.fail(ConnectionFailed, self.attempts.why_given_up())
+        elif self.attempts.is_due(self.now) and self.is_waiting:
+            self.lose("")
+        elif self.attempts.is_due(self.now):
+            self.attempts.begin(self.now)
+            self._wants_socket = True
+            self._is_new = True
+            self.greeting.ask()
+
+    def _keep_alive_s(self) -> float:
+        """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
+        is_needed = self.state is OPEN and not self.table.is_empty and self.attempts.reconnect_s > 0
+        return self.info.park_s / 2 if is_needed and self.info.park_s > 0 else math.inf
 
 
 def _check_not_closed(handle: StreamHandle) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.pending import MAX_REPLY_BYTES
+from instep_client.connection import MAX_REPLY_BYTES
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ServerInfo
 from instep_client.states import State, state_rows

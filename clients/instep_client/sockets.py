@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
+from instep_client.connection import MAX_REPLY_BYTES
 from instep_client.endpoint import EXAMPLES
-from instep_client.pending import MAX_REPLY_BYTES
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ConnectionFailed
 from instep_client.protocol.wire import Message

@@ -1,20 +1,28 @@
-"""Streams as the client knows them: one table with a row for each stream.
+"""Streams as the client knows them: one table with a row for each stream, and the stream handles that users hold.
 
-The server's handles are the numbers in its column `HANDLE`; stream handles are what users hold.
+A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
+which they were made; there is no order between the calls of different stream handles. The server's handles are the
+numbers in the table's column `HANDLE`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from instep_client.arrays import Indices
-from instep_client.handles import StreamHandle
 from instep_client.protocol.errors import StreamEvicted, stream_ended
 from instep_client.protocol.wire import CLAIM, U64, Code, GrantArray
+
+if TYPE_CHECKING:
+    from asyncio import Future
+
+    from instep_client.frames import StepCall
+    from instep_client.requests import TurnCall
 
 ENDING: Final = frozenset(
     {
@@ -37,6 +45,47 @@ SEQ = 1
 ACKED = 2
 
 
+class StreamHandle:
+    """One stream or group: its rows, the calls that wait to be sent in order, and their outputs."""
+
+    unanswered = 0
+    """Frames sent and not answered for good (BUSY is not for good)."""
+    rewound_at = 0
+    """When the next seq of any of the rows was last rewound, on the session's counter."""
+    has_ended = False
+    """Whether the server ended any of the streams."""
+    has_sleepers = False
+    """Whether the server is waking any of the streams."""
+    closing = False
+    closed = False
+    finished = False
+    """Whether the user said that nothing more will be sent."""
+    unread = 0
+    """Frames in `results` that were sent."""
+    last_seqs: U64 | None = None
+    last_epochs: U64 | None = None
+    """The next seqs and the epochs as they were when the rows were given back."""
+    waiter: Future[None] | None = None
+    is_idle = True
+    """Whether it is not in line to send, and not held up by a request that was asked or by outputs that nobody takes.
+    What is to be sent waits for answers, or for streams to wake, then."""
+
+    def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
+        self.names = tuple(names)
+        self.rows = rows
+        self.single = single
+        self.steps: deque[StepCall] = deque()
+        """Calls that were not sent, or not sent completely."""
+        self.requests: deque[TurnCall[Any]] = deque()
+        """Those that wait for their turn among `steps`."""
+        self.results: deque[StepCall] = deque()
+        """Pipelined sends whose outputs were not taken, oldest first."""
+
+    def name_of(self, row: int | np.int64) -> str:
+        """The name of the stream in one of its rows, which are in ascending order."""
+        return self.names[int(np.searchsorted(self.rows, row))]
+
+
 class OpenStreams:
     """All open streams, a row each; rows are reused after `remove`."""
 
@@ -54,16 +103,17 @@ class OpenStreams:
         """The seq that the server expected when the stream was ended, of those that it refused to resume."""
         self._early: dict[int, list[tuple[int, int]]] = {}
         """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
-        self.added_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """When the stream came into the row, on the session's counter."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """When the next seq was last rewound to what the server expects, on the session's counter."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether frames of the stream were answered BUSY and wait to be sent again."""
+        """Whether frames of the stream were not taken and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
         self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the stream hibernates: the server knows its handle no more, and it has to be resumed first."""
+        """Whether the stream hibernates and the server is waking it."""
+        self.slept: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the server said that the handle is that of a stream that hibernates, so not that of an unknown one;
+        until every frame that was sent before was answered."""
         self.sentences: dict[int, str] = {}
         """The server's sentence for each code in `ended`."""
         self.moved_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -91,9 +141,8 @@ class OpenStreams:
         self.seqs[rows] = grants["next_seq"]
         self.acked[rows] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
-        self.added_at[rows] = self.stamp()
         self.ended[rows] = 0
-        self.asleep[rows] = False
+        self.asleep[rows] = self.slept[rows] = False
         self.moved_at[rows] = -1
         for row in rows.tolist():
             self.handles[row] = handle
@@ -178,9 +227,23 @@ class OpenStreams:
 
     def moved(self, handles: U64, seqs: U64) -> None:
         """Another version of the model computes these streams from these seqs on."""
-        seq_of = dict(zip(handles.tolist(), seqs.tolist(), strict=True))
-        rows = self.rows_of(handles)
-        self.moved_at[rows] = [seq_of[number] for number in self.numbers[rows].tolist()]
+        rows, index = self._find(handles)
+        self.moved_at[rows] = seqs[index]
+
+    def woke(self, former: U64, handles: U64) -> Indices:
+        """Streams that hibernated are in memory again, under new handles; their rows."""
+        rows, index = self._find(former)
+        self.numbers[rows] = handles[index]
+        self.sleep(rows, False)
+        self.slept[rows] = False
+        return rows
+
+    def sleep(self, rows: Indices, asleep: bool = True) -> None:
+        """The server wakes these streams, or does so no more. Those that have ended never sleep."""
+        self.asleep[rows] = asleep & (self.ended[rows] == 0)
+        self.slept[rows] |= self.asleep[rows]
+        for handle in self.handles_of(rows):
+            handle.has_sleepers = bool(self.asleep[handle.rows].any())
 
     def claims(self, rows: Indices) -> bytes:
         """The claims on the streams of these rows, as a RESUME carries them."""
@@ -188,30 +251,12 @@ class OpenStreams:
         claims["have"], claims["epoch"] = self.acked[rows], self.epoch[rows]
         return claims.tobytes()
 
-    def rows_of(self, handles: U64) -> Indices:
-        """The rows of those of the handles that are open here."""
-        return np.flatnonzero(np.isin(self.numbers, handles))
-
-    def live_rows(self) -> Indices:
-        """The rows of the streams that are open."""
-        return np.flatnonzero((self.numbers != 0) & (self.ended == 0))
-
-    def open_since(self, rows: Indices, stamp: int) -> npt.NDArray[np.bool_]:
-        """Which of these rows still have the stream that they had then, and it has not ended."""
-        is_open: npt.NDArray[np.bool_] = (self.numbers[rows] != 0) & (self.ended[rows] == 0)
-        return is_open & (self.added_at[rows] < stamp)
-
     def resumed(self, rows: Indices, grants: GrantArray) -> None:
         """The streams go on under new handles and epochs; the next seqs stay what they were."""
         self.numbers[rows] = grants["handle"]
         self.epoch[rows] = grants["epoch"]
         self.sleep(rows, False)
-
-    def sleep(self, rows: Indices, asleep: bool = True) -> None:
-        """The streams hibernate, or do so no more. Those that have ended never do."""
-        self.asleep[rows] = asleep & (self.ended[rows] == 0)
-        for handle in {self.handles[row] for row in rows.tolist()} - {None}:
-            handle.has_sleepers = bool(self.asleep[handle.rows].any())
+        self.slept[rows] = False
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """The server ended these streams; of those that had ended before, the first reason stays."""
@@ -242,6 +287,20 @@ class OpenStreams:
         """Whether there is no stream, open or ended."""
         return len(self._free) == len(self.handles)
 
+    def rows_of(self, handles: U64) -> Indices:
+        """The rows of those of the server's handles that are open here."""
+        return self._find(handles)[0]
+
+    def _find(self, handles: U64) -> tuple[Indices, Indices]:
+        """The rows of those of the server's handles that are open here, and the place of each in `handles`."""
+        rows = np.flatnonzero(np.isin(self.numbers, handles))
+        order = np.argsort(handles, kind="stable")
+        return rows, order[np.searchsorted(handles, self.numbers[rows], sorter=order)]
+
+    def live_rows(self) -> Indices:
+        """The rows of the streams that are open."""
+        return np.flatnonzero((self.numbers != 0) & (self.ended == 0))
+
     def names(self, rows: Indices) -> list[str]:
         """The names of the streams in these rows."""
         handles = [self.handles[row] for row in rows.tolist()]
@@ -252,9 +311,14 @@ class OpenStreams:
         wanted, live = set(names), self.live_rows()
         return live[[name in wanted for name in self.names(live)]]
 
+    def handles_of(self, rows: Indices) -> list[StreamHandle]:
+        """The stream handles of these rows, each once."""
+        handles = (self.handles[row] for row in rows.tolist())
+        return list(dict.fromkeys(handle for handle in handles if handle is not None))
+
     def live_handles(self) -> list[StreamHandle]:
         """Every stream handle that has rows."""
-        return list(dict.fromkeys(handle for handle in self.handles if handle is not None))
+        return self.handles_of(np.arange(len(self.handles)))
 
     def _grow(self, at_least: int) -> None:
         old = len(self.handles)
@@ -262,7 +326,7 @@ class OpenStreams:
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.numbers, self.seqs, self.acked = self.columns.T
         self._words = self.columns.data.cast("B").cast("Q")
-        for name in ("epoch", "server_has", "added_at", "rewound_at", "held", "ended", "moved_at", "asleep"):
+        for name in ("epoch", "server_has", "rewound_at", "held", "ended", "moved_at", "asleep", "slept"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros(more, column.dtype)]))
         self.handles.extend([None] * more)

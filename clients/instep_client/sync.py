@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from instep_client.aio import AsyncClient, IfExists
 from instep_client.aio_streams import AsyncGroup, AsyncStream, GroupView, StreamView
-from instep_client.calls import Call, TimedOutputs
+from instep_client.connection import Call
+from instep_client.frames import TimedOutputs
 from instep_client.loop_thread import InThread, LoopThread, blocking
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.snapshots import StreamSnapshot

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.handles import StepCall, StreamHandle
-from instep_client.liveness import State
+from instep_client.connection import State
+from instep_client.frames import StepCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FramesRefused, InstepError
 from instep_client.protocol.wire import COLUMN, Kind
 from instep_client.session import Session
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error, stepped
 from tests.support.step_messages import parts
 
@@ -218,7 +219,7 @@ class Run:
     def advance(self) -> None:
         """The session acts."""
         self.session.advance(self.now)
-        self.to_server.extend([bytes(frame) for frame in message] for message in self.session.pending.take_messages())
+        self.to_server.extend([bytes(frame) for frame in message] for message in self.session.outbox.take_messages())
 
     def drain(self) -> None:
         """Until everything is answered."""

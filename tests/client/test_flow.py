@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.handles import StreamHandle
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FrameFailure, InstepError, InvalidInput, StreamEvicted
 from instep_client.protocol.wire import ServerInfo
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, error, evicted, reference, stepped
 from tests.support.session_link import BAD, Link, X, blocks, ending, limited, refusal, refuse, sizes
 

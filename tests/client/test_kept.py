@@ -34,14 +34,14 @@ def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None
 def test_the_handle_is_woken_when_its_outputs_change() -> None:
     link = Link()
     handle = link.open("a")
-    link.session.pending.take_woken()
+    link.session.outbox.take_woken()
     call = link.session.step(handle, X[0], keep=True)
     link.advance()
-    assert link.session.pending.take_woken() == [call]
+    assert link.session.outbox.take_woken() == [call]
     link.settle()
-    assert link.session.pending.take_woken() == [call, handle]
+    assert link.session.outbox.take_woken() == [call, handle]
     link.session.finish(handle)
-    assert link.session.pending.take_woken() == [handle]
+    assert link.session.outbox.take_woken() == [handle]
 
 
 def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
@@ -161,7 +161,7 @@ def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_lon
     handle = link.open("a")
     link.session.step(handle, X[0], keep=True)
     link.finish(link.session.close(handle))
-    link.session.pending.take_woken()
+    link.session.outbox.take_woken()
     rows = weakref.ref(handle.rows)
     del handle
     gc.collect()

@@ -1,4 +1,4 @@
-"""Resumes, closes, reads, hibernation and limited room in any order: every call ends, and no frame goes astray."""
+"""Resumes, closes, reads and hibernation in any order: every call ends, and no frame goes astray."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.calls import Call
-from instep_client.handles import StreamHandle
-from instep_client.liveness import State
-from instep_client.openings import Opening
+from instep_client.connection import Call, State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import Kind
+from instep_client.requests import Opening
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import evicted
 from tests.support.ring_link import RingLink
 from tests.support.step_messages import parts
@@ -30,7 +29,8 @@ ACTIONS = {
     "open": 2,
     "hibernate": 6,
     "end": 1,
-    "change_room": 3,
+    "wake": 8,
+    "wake_none": 2,
     "advance": 12,
     "serve": 14,
     "deliver": 12,
@@ -62,14 +62,14 @@ class Chance:
         self.handles = [handle for handle in dict.fromkeys([*self.handles, *opened]) if not handle.closed]
 
     def settle(self) -> None:
-        """Everything finds room and nothing breaks, for a minute in which nobody says more than a little at a time."""
-        self.link.server.room = None
+        """All that hibernate wake and nothing breaks, for a minute in which nobody says much at a time."""
         end = self.link.now + 60
         while self.link.now < end:
             self.link.advance(0.25)
             waiting = len(self.link.to_server[self.link.peer])
             for _ in range(waiting):
                 self.link.serve()
+            self.wake()
             if not waiting and not self.link.to_client:
                 self.link.now = max(self.link.now, min(end, self.link.session.deadline() or end) - 0.25)
             while self.link.to_client:
@@ -101,7 +101,7 @@ class Chance:
     def hibernate(self) -> None:
         owned = [name for name, stream in self.link.server.streams.items() if stream.owner is not None]
         if owned:
-            self.link.send(self.link.server.hibernate(self.rng.choice(owned)))
+            self.link.server.hibernate(self.rng.choice(owned))
 
     def end(self) -> None:
         if self.link.server.streams:
@@ -109,8 +109,11 @@ class Chance:
             self.link.to_client.append(evicted([self.link.server.streams[name].handle], Code.IDLE))
             self.link.server.expire(name)
 
-    def change_room(self) -> None:
-        self.link.server.room = self.rng.choice([None, 1, 2])
+    def wake(self) -> None:
+        self.link.send(self.link.server.wake())
+
+    def wake_none(self) -> None:
+        self.link.send(self.link.server.wake(self.rng.choice([Code.TOO_MANY_STREAMS, Code.STEP_FAILED])))
 
     def advance(self) -> None:
         self.link.advance(self.rng.choice([0.0, 0.0, 0.3]))

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.calls import TimedOutputs
-from instep_client.changes import CloseCall
-from instep_client.handles import StepCall, StreamHandle
-from instep_client.liveness import State
+from instep_client.connection import State
+from instep_client.frames import StepCall, TimedOutputs
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
+from instep_client.requests import CloseCall
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, reference
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
@@ -59,7 +59,7 @@ class Run:
         match self.dice.randrange(8):
             case 6 | 7:
                 if self.server.streams:
-                    link.send(self.server.hibernate(self.dice.choice(list(self.server.streams))))
+                    self.server.hibernate(self.dice.choice(list(self.server.streams)))
             case 0:
                 link.cut(noticed=False)
             case 1:
@@ -86,6 +86,8 @@ class Run:
             return
         if self.dice.random() < self.busy:
             self.server.busy.append(True)
+        if self.dice.random() < 0.2:
+            link.send(self.server.wake())
         match self.dice.randrange(7):
             case 0:
                 if not self.closings:

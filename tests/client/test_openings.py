@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.openings import OpenCall
-from instep_client.pending import parts
+from instep_client.connection import parts
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import Kind
+from instep_client.requests import OpenCall
 from tests.support.fake_server import INFO, Message, evicted, reference
 from tests.support.session_link import Link, X, headers, refuse
 from tests.support.states import floats_of, gru_state
@@ -99,7 +99,7 @@ def test_a_group_is_refused_when_those_of_it_that_were_opened_are_closed_again()
     link.serve()
     assert not opening.done
     link.settle_client()
-    assert opening in link.session.pending.take_woken()
+    assert opening in link.session.outbox.take_woken()
     with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*\(stream 'b'\)"):
         opening.result()
     assert len(link.open("a", "c").rows) == 2
@@ -116,7 +116,7 @@ def test_a_refused_group_is_refused_though_the_session_ends_before_it_is_closed_
     if is_closing:
         link.advance()
     link.session.fail(ClientClosed, "over")
-    assert opening in link.session.pending.take_woken()
+    assert opening in link.session.outbox.take_woken()
     with pytest.raises(StreamRefused, match="NAME_IN_USE"):
         opening.result()
 

@@ -10,8 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from instep_client.calls import Call
-from instep_client.liveness import Attempts, State
+from instep_client.connection import Attempts, Call, State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, InvalidInput
 from instep_client.protocol.wire import Kind
@@ -80,9 +79,9 @@ class TestLoss:
 
     def test_a_first_greeting_that_was_lost_fails_at_once(self) -> None:
         session = Session("tcp://somewhere:1")
-        assert [msgpack.unpackb(message[0])[0] for message in session.pending.take_messages()] == [Kind.HELLO]
+        assert [msgpack.unpackb(message[0])[0] for message in session.outbox.take_messages()] == [Kind.HELLO]
         session.receive(error(0, Code.HELLO_FIRST), 0.0)
-        (ping,) = session.pending.take_messages()
+        (ping,) = session.outbox.take_messages()
         kind, request = msgpack.unpackb(ping[0])
         assert kind == Kind.PING
         session.receive(error(request, Code.HELLO_FIRST), 0.0)

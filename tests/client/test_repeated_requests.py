@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.calls import Call
+from instep_client.connection import Call
 from instep_client.protocol.errors import ConnectionFailed, InstepError, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import reference

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from instep_client.handles import StreamHandle
 from instep_client.protocol.codes import Code
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, stepped
 from tests.support.session_link import Link, X
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.calls import Call
-from instep_client.liveness import State
+from instep_client.connection import Call, State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
@@ -30,7 +29,7 @@ X = np.ones(3, np.float32)
 
 def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
     link = Link(greet=False)
-    assert headers(link.advance()) == [[Kind.HELLO, 1, 6, "test", ""]]
+    assert headers(link.advance()) == [[Kind.HELLO, 1, 7, "test", ""]]
     with pytest.raises(ClientClosed, match="not connected"):
         _ = link.session.info
     with pytest.raises(ClientClosed, match="not connected"):
@@ -63,7 +62,7 @@ def test_another_protocol_version_is_no_welcome() -> None:
     link = Link(greet=False)
     link.advance()
     link.deliver(welcome(1, replace(INFO, protocol_version=2)))
-    with pytest.raises(MalformedMessage, match="protocol version 2, this client 6"):
+    with pytest.raises(MalformedMessage, match="protocol version 2, this client 7"):
         link.session.greeting.result()
 
 
@@ -334,7 +333,7 @@ def test_leaving_closes_what_is_about_to_be_opened(is_refused: bool) -> None:
     assert farewell is not None
     with pytest.raises(ClientClosed):
         unsent.result()
-    assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE, Kind.CLOSE]
+    assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE] * (1 if is_refused else 2)
     assert not farewell.done
     link.settle()
     assert farewell.done

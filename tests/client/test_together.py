@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from instep_client.handles import StepCall
-from instep_client.liveness import State
+from instep_client.connection import State
+from instep_client.frames import StepCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
 from instep_client.protocol.wire import FAILURE

@@ -63,7 +63,7 @@ class ModelClient:
         """Ask for a copy, whatever is pending."""
         copy = self.lanes[COPY]
         if lane.state is Is.OPEN and copy.state is Is.NOTHING:
-            asked = Asked(Kind.FORK, [COPY], [_life(lane)])
+            asked = Asked(Kind.FORK, [COPY], [_life(lane)], [lane.handle])
             request = self._ask(asked, (1,), [_handle(lane), wire.pack_names([COPY])])
             self._lanes_anew(copy, Is.FORKING, request)
 
@@ -123,7 +123,7 @@ class ModelClient:
             self._reset(lane, state)
 
     def _reset(self, lane: Lane, state: int) -> None:
-        asked = Asked(Kind.RESET, [lane.name], [_life(lane)], lines=[lane.line], states=[state])
+        asked = Asked(Kind.RESET, [lane.name], [_life(lane)], [lane.handle], lines=[lane.line], states=[state])
         states = rows_of([[state]]).tobytes() if state else b""
         self._ask(asked, (1, int(state > 0)), [_handle(lane), states])
 
@@ -131,7 +131,7 @@ class ModelClient:
         """Close a stream, though frames of it may be unanswered."""
         if lane.state is Is.OPEN:
             closings = np.array([(lane.handle, lane.have)], wire.CLOSING).tobytes()
-            asked = Asked(Kind.CLOSE, [lane.name], [_life(lane)], have=[lane.have])
+            asked = Asked(Kind.CLOSE, [lane.name], [_life(lane)], [lane.handle], have=[lane.have])
             lane.request = self._ask(asked, (1,), [closings])
             lane.state = Is.CLOSING
 
@@ -149,6 +149,7 @@ class ModelClient:
             Kind.STEP,
             [lane.name for lane in lanes],
             [_life(lane) for lane in lanes],
+            [lane.handle for lane in lanes],
             [lane.epoch for lane in lanes],
             [lane.line for lane in lanes],
             first_seqs,
@@ -192,6 +193,8 @@ class ModelClient:
             self._refused(Code(fields[0]))
         elif kind == Kind.EVICTED:
             self._evicted(Code(fields[1]), np.frombuffer(arrays[0], "<u8").tolist())
+        elif kind == Kind.WOKEN:
+            self._woken(*(np.frombuffer(array, "<u8").tolist() for array in arrays))
         elif asked is None:
             pass
         elif kind == Kind.STEPPED:
@@ -211,7 +214,28 @@ class ModelClient:
     def _evicted(self, code: Code, handles: list[int]) -> None:
         for lane in list(self.lanes.values()):
             if lane.handle in handles and lane.state not in (Is.NOTHING, Is.OPENING):
-                self._told(lane, code)
+                if code is Code.HIBERNATED:
+                    self._truth.seen.add(code.name)
+                    lane.is_waking = True
+                else:
+                    self._told(lane, code)
+
+    def _woken(self, former: list[int], handles: list[int]) -> None:
+        for lane in self.lanes.values():
+            if lane.handle in former and lane.state in (Is.OPEN, Is.CLOSING, Is.RESUMING):
+                self._truth.seen.add("woken")
+                lane.handle, lane.is_waking = handles[former.index(lane.handle)], False
+
+    def _is_renewed(self, lane: Lane, code: Code, former: int) -> bool:
+        """Whether a refusal means only that the stream has slept, and the request has to be sent again.
+
+        Where the word of its sleep or its new handle was lost, the stream is resumed.
+        """
+        if code is not Code.UNKNOWN_STREAM or lane.life is None or not lane.life.has_slept:
+            return False
+        if lane.handle == former and not lane.is_waking and lane.state in (Is.OPEN, Is.CLOSING):
+            self._resume([lane], [lane.have], takes_over=False)
+        return True
 
     def _stepped(self, asked: Asked, entries: bytes) -> None:
         good = [asked.timesteps] * len(asked.names)
@@ -228,18 +252,20 @@ class ModelClient:
                     lane.have += 1
                 lane.cursor = max(lane.cursor, lane.have)
         for failure in failures:
-            lane, code = self.lanes[asked.names[int(failure["column"])]], Code(int(failure["code"]))
-            if lane.line is not asked.lines[int(failure["column"])] or lane.state is not Is.OPEN:
+            column, code = int(failure["column"]), Code(int(failure["code"]))
+            lane = self.lanes[asked.names[column]]
+            if lane.line is not asked.lines[column] or lane.state is not Is.OPEN:
                 continue
             if asked.is_conflict and code in (Code.CONFLICT, Code.SEQ_REPEATED):
+                continue
+            if self._is_renewed(lane, code, asked.handles[column]):
+                lane.cursor = lane.have
                 continue
             self._step_refused(lane, code, int(failure["expected_seq"]))
 
     def _step_refused(self, lane: Lane, code: Code, expected_seq: int) -> None:
         if code in (Code.SEQ_GAP, Code.WINDOW_FULL, Code.STEP_FAILED):
             lane.cursor = max(lane.have, min(lane.cursor, expected_seq))
-        elif code is Code.UNKNOWN_STREAM and lane.life is not None and lane.life.has_slept:
-            self._told(lane, Code.HIBERNATED)  # the word of it was lost
         elif code is not Code.SEQ_REPEATED:  # that one is answered when it is sent again later
             self._told(lane, code)
 
@@ -280,6 +306,7 @@ class ModelClient:
             lane.have = next_seq if not lane.was_set_back else min(lane.have, next_seq)
             lane.later = set()
         lane.state, lane.handle, lane.epoch, lane.life, lane.line = Is.OPEN, handle, epoch, life, line
+        lane.is_waking = False
         lane.later = {seq for seq in lane.later if seq > lane.have}
         lane.cursor = lane.have
         lane.was_set_back = False
@@ -295,8 +322,10 @@ class ModelClient:
         if code is None or code is Code.FRAMES_PENDING:
             lane.new_state = None
             self._truth.seen.add("reset too early" if code else "reset")
-        else:
-            self._told(lane, Code.HIBERNATED if code is Code.UNKNOWN_STREAM and _life(lane).has_slept else code)
+        elif not self._is_renewed(lane, code, asked.handles[0]):
+            self._told(lane, code)
+        elif lane.state is Is.OPEN:
+            self._reset(lane, lane.new_state)
 
     def _closed(self, request: int, asked: Asked, message: Message) -> None:
         lane = self.lanes[asked.names[0]]
@@ -309,8 +338,11 @@ class ModelClient:
                 self._truth.seen.add("closed too early")
                 lane.state = Is.OPEN
                 return
-            has_slept = code is Code.UNKNOWN_STREAM and _life(lane).has_slept
-            self._told(lane, Code.HIBERNATED if has_slept else code)
+            if not self._is_renewed(lane, code, asked.handles[0]):
+                self._told(lane, code)
+            elif lane.state is Is.CLOSING:
+                lane.state = Is.OPEN
+                self.close(lane)
             return
         state = np.frombuffer(message[1], "<f4")[0]
         require(state == lane.line.states[asked.have[0]], "a stream was closed of which not all outputs had come")
@@ -321,11 +353,7 @@ class ModelClient:
         """The server does not go on with a stream; whether it may say so."""
         truth, life = self._truth, lane.life
         truth.seen.add(code.name)
-        if code is Code.HIBERNATED:
-            is_right = life is not None and life.has_slept
-            if lane.state in (Is.OPEN, Is.CLOSING):
-                self._resume([lane], [lane.have], takes_over=False)
-        elif code in (Code.UNKNOWN_STREAM, Code.EXPIRED, Code.STATE_LOST):
+        if code in (Code.UNKNOWN_STREAM, Code.EXPIRED, Code.STATE_LOST):
             is_right = life is None or life.has_ended or truth.is_lossy
             self._lanes_anew(lane, Is.NOTHING)
         elif code is Code.NAME_IN_USE:
@@ -344,7 +372,7 @@ class ModelClient:
         else:
             is_right = False
         if lane.state is Is.REFUSED:
-            lane.new_state = None
+            lane.new_state, lane.is_waking = None, False
         require(is_right, f"a client was told {code.name} for no reason")
 
 

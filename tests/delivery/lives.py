@@ -92,6 +92,7 @@ class Asked:
     kind: Kind
     names: list[str]
     lives: list[Life] = field(default_factory=list)
+    handles: list[int] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     first_seqs: list[int] = field(default_factory=list)
@@ -140,6 +141,8 @@ class Lane:
     """It was told that given outputs are lost."""
     new_state: int | None = None
     """What a RESET sets that is not answered."""
+    is_waking: bool = False
+    """It was told that the stream hibernates, and not yet its new handle."""
 
     @property
     def is_answered(self) -> bool:
@@ -148,4 +151,5 @@ class Lane:
     @property
     def waits(self) -> bool:
         """Whether a request is not answered."""
-        return self.new_state is not None or self.state not in (Is.NOTHING, Is.OPEN, Is.REFUSED)
+        is_asked = self.new_state is not None or self.is_waking
+        return is_asked or self.state not in (Is.NOTHING, Is.OPEN, Is.REFUSED)

@@ -105,14 +105,17 @@ class _WatchedOperations(StreamOperations):
         return await super().resume(origin, names, have, epochs, take_over)
 
     async def write_states(self, origin: Origin, handles: U64, states: U8 | None, codes: I32) -> I32:
+        handles, _ = await self.awake(origin, handles)
         self.watcher.resets(origin, handles, states)
         return await super().write_states(origin, handles, states, codes)
 
     async def read_own_states(self, origin: Origin, handles: U64) -> StatesRead:
+        handles, _ = await self.awake(origin, handles)
         self.watcher.reads(origin, handles)
         return await super().read_own_states(origin, handles)
 
     async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
+        handles, _ = await self.awake(origin, handles)
         self.watcher.reads(origin, handles, names)
         return await super().fork(origin, handles, names, codes)
 

@@ -87,6 +87,7 @@ def test_the_examples_reach_what_they_are_for() -> None:
         "DATA_LOSS",
         "EXPIRED",
         "HIBERNATED",
+        "woken",
         "FENCED",
         "NAME_IN_USE",
         "STATE_LOST",

@@ -9,21 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.flow import Flow
-from instep_client.in_flight import InFlight
-from instep_client.pending import Pending
+from instep_client.connection import Outbox
+from instep_client.frames import SendQueue
 from instep_client.protocol.wire import ServerInfo
-from instep_client.requests import ReadStateCall
-from instep_client.sleepers import Sleepers
+from instep_client.requests import Claim, StreamsRequest
 from instep_client.streams import OpenStreams
 from tests.client import (
     test_busy,
     test_exactly_once,
     test_flow,
+    test_hibernation,
     test_resuming,
     test_rewind,
     test_session,
-    test_sleepers,
     test_window,
 )
 from tests.support.broken_rules import BrokenRule, check_is_found
@@ -31,24 +29,22 @@ from tests.support.broken_rules import BrokenRule, check_is_found
 pytestmark = pytest.mark.long
 
 
-def new_frames_are_sent(original: Any, in_flight: InFlight, now: float) -> bool:
-    original(in_flight, now)
+def new_frames_are_sent(original: Any, queue: SendQueue, now: float) -> bool:
+    original(queue, now)
     return True
 
 
-def without_credit(original: Any, flow: Flow, info: ServerInfo) -> None:
-    original(flow, replace(info, credit_frames=2**30))
+def without_credit(original: Any, queue: SendQueue, info: ServerInfo) -> None:
+    original(queue, replace(info, credit_frames=2**30))
 
 
-def nothing_is_lost(original: Any, sleepers: Sleepers, rows: Any, grants: Any, *rest: Any) -> Any:
-    granted = grants.copy()
-    granted["next_seq"] = 2**62
-    return original(sleepers, rows, granted, *rest)
+def nothing_is_lost(original: Any, table: OpenStreams, row: int) -> int:
+    return 0
 
 
-def whoever_resumes(original: Any, sleepers: Sleepers, now: float) -> Any:
-    sleepers.resuming.clear()
-    return original(sleepers, now)
+def first_portion_alone(original: Any, claim: Claim) -> None:
+    original(claim)
+    claim._left = claim._left[:0]
 
 
 def with_busy_alone() -> None:
@@ -60,25 +56,25 @@ def with_busy_alone() -> None:
 RULES = (
     BrokenRule(
         "frames in flight are forgotten with the connection",
-        replaces=InFlight.blocks,
-        variant=lambda original, in_flight: [],
+        replaces=SendQueue.lost,
+        variant=lambda original, queue: queue.on_the_way.clear(),
         found_by=[test_resuming.TestFrames().test_what_was_applied_is_answered_again_and_the_rest_is_applied],
     ),
     BrokenRule(
         "a frame that was refused as BUSY fails at once",
-        replaces=InFlight._passes,
-        variant=lambda original, in_flight, code, now: False,
+        replaces=SendQueue._passes,
+        variant=lambda original, queue, code, now: False,
         found_by=[test_busy.test_everything_waits_then_refused_frames_go_first_in_their_order],
     ),
     BrokenRule(
         "new frames overtake those that were refused as BUSY",
-        replaces=InFlight.is_free,
+        replaces=SendQueue._is_free,
         variant=new_frames_are_sent,
         found_by=[test_busy.test_everything_waits_then_refused_frames_go_first_in_their_order],
     ),
     BrokenRule(
         "more frames are in flight than the server's credit allows",
-        replaces=Flow.limit,
+        replaces=SendQueue.limit,
         variant=without_credit,
         found_by=[test_flow.test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns],
     ),
@@ -90,8 +86,8 @@ RULES = (
     ),
     BrokenRule(
         "a frame that waits behind a refused one is acknowledged",
-        replaces=InFlight._acknowledge,
-        variant=lambda original, in_flight, block, failures: original(in_flight, block, []),
+        replaces=SendQueue._acknowledge,
+        variant=lambda original, queue, block, failures: original(queue, block, []),
         found_by=[with_busy_alone],
     ),
     BrokenRule(
@@ -114,36 +110,34 @@ RULES = (
     ),
     BrokenRule(
         "frames that the server lost are passed over in silence",
-        replaces=Sleepers.granted,
+        replaces=OpenStreams.given,
         variant=nothing_is_lost,
         found_by=[
             test_resuming.TestPersonsDecide().test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come
         ],
     ),
     BrokenRule(
-        "frames go to a stream that hibernates",
-        replaces=Flow._wakes,
-        variant=lambda original, flow, queue, rows: False,
-        found_by=[test_sleepers.test_the_next_frame_wakes_its_stream_and_no_other],
+        "a stream that hibernates is taken for one that has ended",
+        replaces=OpenStreams.sleep,
+        variant=lambda original, table, rows, asleep=True: None,
+        found_by=[test_hibernation.test_frames_of_a_stream_wait_in_order_while_others_go_on],
     ),
     BrokenRule(
-        "a request that crossed the word of a stream's sleep is refused",
-        replaces=ReadStateCall._only_sleeps,
+        "a request that crossed the word of a new handle is refused",
+        replaces=StreamsRequest._is_renewed,
         variant=lambda original, request, refused: False,
-        found_by=[partial(test_sleepers.test_a_read_that_crossed_the_word_is_repeated_by_name, False)],
+        found_by=[test_hibernation.test_a_request_that_crossed_the_word_of_a_new_handle_is_repeated],
     ),
     BrokenRule(
-        "the client claims a stream that its user has asked to resume",
-        replaces=Sleepers.due,
-        variant=whoever_resumes,
-        found_by=[
-            test_sleepers.test_a_stream_that_is_resumed_while_its_sleeper_is_waited_for_belongs_to_who_resumed_it
-        ],
+        "a claim ends with its first portion",
+        replaces=Claim.ask,
+        variant=first_portion_alone,
+        found_by=[test_hibernation.test_streams_are_claimed_in_portions_that_find_room_though_they_sleep],
     ),
     BrokenRule(
         "what is granted while the client leaves stays open",
-        replaces=Pending.under_way,
-        variant=lambda original, pending, reply: {},
+        replaces=Outbox.under_way,
+        variant=lambda original, outbox, reply: {},
         found_by=[partial(test_session.test_leaving_closes_what_is_about_to_be_opened, False)],
     ),
 )

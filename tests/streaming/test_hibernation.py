@@ -38,13 +38,21 @@ async def test_a_stream_comes_back_with_the_same_bits(
             origin = kit.frontend.connect()
         await tick(kit)
         assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
-        assert [(event.code, event.handles.tolist()) for event in origin.events] == (
-            [] if is_parked else [(Code.HIBERNATED, opened.handles.tolist())]
-        )
+        assert origin.events == []
         assert failures(await step(origin, opened.handles, [5], x[5:])) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-        resumed = await origin.resume(["s"], have(5), opened.epochs)
-        assert (resumed.codes.tolist(), resumed.next_seqs.tolist()) == ([0], [5])
-        after = await step(origin, resumed.handles, [5], x[5:])
+        if is_parked:
+            resumed = await origin.resume(["s"], have(5), opened.epochs)
+            assert (resumed.codes.tolist(), resumed.next_seqs.tolist()) == ([0], [5])
+            handles = resumed.handles
+        else:
+            while len(kit.tasks):
+                await asyncio.sleep(0.001)
+            asleep, awake = origin.events
+            assert (asleep.code, asleep.handles.tolist(), asleep.renewed) == (Code.HIBERNATED, [*opened.handles], None)
+            assert awake.handles.tolist() == opened.handles.tolist()
+            assert awake.renewed is not None
+            handles = awake.renewed
+        after = await step(origin, handles, [5], x[5:])
         served = np.concatenate([before.y[:, 0], after.y[:, 0]])
         assert_same_bits(served, whole(SMALL, x[:, 0])[0], "the stream")
         assert (kit.stats.hibernated_streams_total, kit.stats.woken_streams_total) == (1, 1)
@@ -54,7 +62,7 @@ async def test_a_stream_comes_back_with_the_same_bits(
             *([("parked", 5)] if is_parked else []),
             ("hibernated", 5),
             ("woken", 5),
-            ("resumed", 5),
+            *([("resumed", 5)] if is_parked else []),
         ]
 
 

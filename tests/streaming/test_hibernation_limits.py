@@ -66,7 +66,10 @@ async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -
         assert resumed.codes.tolist() == [Code.EXPIRED] * 4 + [0] * 2
 
 
-async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sleeper_stays(tmp_path: Path) -> None:
+async def test_parked_and_quiet_streams_make_room_for_others_and_where_there_is_none_a_sleeper_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.streaming.hibernation._MOST_WAIT_NS", 0)
     never = replace(LIMITS, hibernate_after_ns=0)
     async with streaming(InlineExecutor, idle=never, max_streams=3) as kit:
         kit.record(tmp_path / "r.instep")
@@ -82,6 +85,55 @@ async def test_parked_streams_make_room_for_others_and_where_there_is_none_a_sle
         assert refused.codes.tolist() == [Code.TOO_MANY_STREAMS]
         assert (await origin.open(["f"])).codes.tolist() == [Code.TOO_MANY_STREAMS]
         assert "b" in kit.hibernation
+        kit.table.last_active_ns[kit.table.find(["d"])] -= 2 * 10**9
+        assert not (await origin.resume(["b"], ZERO, parked.epochs[1:2])).codes.any()
+        assert "d" in kit.hibernation, "it has done nothing for the longest time"
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_a_frame_waits_for_room_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, has_room: bool
+) -> None:
+    monkeypatch.setattr("instep.streaming.hibernation._QUIET_NS", 10**15)
+    async with streaming(InlineExecutor, idle=LIMITS, max_streams=1) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await tick(kit)
+        other = await origin.open(["other"])
+        await step(origin, opened.handles, [0], random_frames(rng, 1))
+        await kit.settle()
+        await kit.durable()
+        assert [event.code for event in origin.events] == [Code.HIBERNATED]
+        if has_room:
+            await origin.close(other.handles)
+        else:
+            monkeypatch.setattr("instep.streaming.hibernation._MOST_WAIT_NS", 0)
+            real, late_ns = time.monotonic_ns, time.monotonic_ns() + 10**10
+            monkeypatch.setattr("instep.streaming.hibernation.time.monotonic_ns", lambda: max(real(), late_ns))
+        kit.table.last_active_ns[:] = time.monotonic_ns()
+        while len(kit.tasks):
+            kit.hibernation.tick(time.monotonic_ns())
+            await asyncio.sleep(0.001)
+        told = origin.events[-1]
+        assert (told.code, told.renewed is not None) == (
+            (Code.HIBERNATED, True) if has_room else (Code.TOO_MANY_STREAMS, False)
+        )
+
+
+async def test_streams_that_sleep_are_closed_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3, 2)
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["a", "b", "c"])
+        await step(origin, opened.handles[:2], [0, 0], x)
+        await tick(kit)
+        closed = await origin.close(opened.handles, have(3, 2, 0))
+        assert closed.codes.tolist() == [0, Code.FRAMES_PENDING, 0]
+        expected = whole(SMALL, x[:, 0])[1]
+        assert_same_bits(closed.states[0].view(np.float32).reshape(expected.shape), expected, "the final state")
+        assert (list(kit.hibernation), kit.stats.woken_streams_total) == (["b"], 0)
 
 
 @pytest.mark.parametrize("fell_asleep", [2, 4, 9])

@@ -82,6 +82,12 @@ def evicted(handles: Sequence[int], code: Code = Code.IDLE) -> Message:
     return [pack(Kind.EVICTED, 0, len(handles), int(code), SENTENCES[code]), np.array(handles, "<u8").tobytes()]
 
 
+def woken(former: Sequence[int], handles: Sequence[int]) -> Message:
+    """WOKEN."""
+    arrays = [np.array(each, "<u8").tobytes() for each in (former, handles)]
+    return [pack(Kind.WOKEN, 0, len(handles)), *arrays]
+
+
 def goodbye() -> Message:
     """GOODBYE."""
     return [pack(Kind.GOODBYE, 0, "the server is shutting down: it was asked to")]

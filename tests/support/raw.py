@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from instep.core.typing import F32, U64
 from instep_client.protocol import wire
+from instep_client.protocol.codes import PROTOCOL_VERSION
 from instep_client.protocol.wire import Code, Kind
 from tests.support.step_messages import apart, parts, step_header
 
@@ -125,7 +126,7 @@ class RawClient:
         self._request += 1
         return self._request
 
-    def hello_message(self, version: int = 6, model: str = "") -> list[bytes]:
+    def hello_message(self, version: int = PROTOCOL_VERSION, model: str = "") -> list[bytes]:
         """A HELLO."""
         return [msgpack.packb([Kind.HELLO, self.next_request(), version, "raw", model])]
 

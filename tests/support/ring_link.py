@@ -6,10 +6,9 @@ from collections import deque
 from random import Random
 from typing import Any, TypeVar
 
-from instep_client.calls import Call
-from instep_client.handles import StreamHandle
-from instep_client.liveness import State
+from instep_client.connection import Call, State
 from instep_client.session import Session
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import Message
 from tests.support.ring_server import RingServer
 
@@ -42,7 +41,7 @@ class RingLink:
         self.session.advance(self.now)
         if self.session.take_reconnect():
             self.new_socket()
-        for message in self.session.pending.take_messages():
+        for message in self.session.outbox.take_messages():
             self.to_server[self.peer].append([bytes(frame) for frame in message])
 
     def new_socket(self) -> None:
@@ -76,12 +75,14 @@ class RingLink:
         """Nothing breaks, until nobody has anything to say; the clock turns while calls have not ended."""
         end = self.now + at_most_s
         while True:
+            self.send(self.server.wake())
             self.advance()
             while self.to_server[self.peer] or self.to_client:
                 if self.to_server[self.peer]:
                     self.serve()
                 if self.to_client:
                     self.deliver()
+                self.send(self.server.wake())
                 self.advance()
             if all(call.done for call in calls) or self.now > end:
                 return

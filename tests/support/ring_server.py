@@ -13,7 +13,19 @@ import numpy as np
 
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
 from instep_client.protocol.wire import CLAIM, CLOSING, COLUMN, FAILURE, GRANT, Kind, ServerInfo
-from tests.support.fake_server import F32, INFO, Message, error, evicted, goodbye, granted, pack, stepped, welcome
+from tests.support.fake_server import (
+    F32,
+    INFO,
+    Message,
+    error,
+    evicted,
+    goodbye,
+    granted,
+    pack,
+    stepped,
+    welcome,
+    woken,
+)
 from tests.support.step_messages import parts
 
 RING_INFO = replace(INFO, window_frames=8, credit_frames=64)
@@ -33,6 +45,7 @@ class RingStream:
     former_epoch: int = 0
     """Good as long as the present owner has not used its handle, for later connections: its owner may never have been
     told of it, and claim it again. A claim of an earlier connection that comes late is fenced."""
+    is_asleep: bool = False
     hello: int = 0
     """Which connection the present owner's is, in the order of their HELLOs."""
     ring: dict[int, tuple[bytes, F32]] = field(default_factory=dict)
@@ -55,8 +68,10 @@ class RingServer:
         """Every code that answered frames."""
         self.busy: list[bool] = []
         """Whether to refuse the next STEPs with BUSY, last first."""
-        self.room: int | None = None
-        """How many streams may be owned before those that hibernate find no room; None for any number."""
+        self.wanted: dict[str, None] = {}
+        """Streams that hibernate and that frames have come for; `wake` wakes them."""
+        self._notices: list[tuple[bytes, Message]] = []
+        """What goes out before the answer."""
         self.busy_resumes = 0
         """How many RESUMEs are still to be refused with BUSY."""
         self.refuses: dict[Kind, Code] = {}
@@ -76,7 +91,7 @@ class RingServer:
         frames = [frames[0], *arrays]
         kind, request = Kind(header[0]), header[1]
         self.kinds.append(kind)
-        notices: list[tuple[bytes, Message]] = []
+        self._notices = []
         if kind is Kind.HELLO:
             if self.refused_hellos:
                 self.refused_hellos -= 1
@@ -95,10 +110,8 @@ class RingServer:
             return [(peer, error(request, Code.BUSY, 1000))]
         if kind in self.refuses and kind is not Kind.RESUME:
             return [(peer, error(request, self.refuses[kind]))]
-        if kind is Kind.RESUME:
-            return [(peer, self._resume(peer, header, frames, notices)), *notices]
         answer: Message = getattr(self, f"_{kind.name.lower()}")(peer, header, frames)
-        return [(peer, answer)]
+        return [*self._notices, (peer, answer)]
 
     def drop(self, peer: bytes) -> None:
         """The server notices that a connection is gone."""
@@ -134,13 +147,26 @@ class RingServer:
         del self.streams[name]
         self.expired.add(name)
 
-    def hibernate(self, name: str) -> list[tuple[bytes, Message]]:
-        """A stream leaves memory: nobody owns it, and its handle is void."""
-        stream = self.streams[name]
-        owner, handle = stream.owner, stream.handle
+    def hibernate(self, name: str) -> None:
+        """A stream leaves memory."""
+        self.streams[name].is_asleep = True
+
+    def wake(self, refused: Code | None = None) -> list[tuple[bytes, Message]]:
+        """Wake what frames have come for, or say why that cannot be done now."""
+        self._notices = []
+        wanted, self.wanted = self.wanted, {}
+        for stream in (self.streams[name] for name in wanted if name in self.streams):
+            if stream.is_asleep and refused is None:
+                self._wake(stream)
+            elif stream.is_asleep and stream.owner in self.peers:
+                self._notices.append((stream.owner, evicted([stream.handle], refused or Code.BUSY)))
+        return self._notices
+
+    def _wake(self, stream: RingStream) -> None:
         self.numbers += 1
-        stream.owner, stream.handle = None, self.numbers
-        return [(owner, evicted([handle], Code.HIBERNATED))] if owner in self.peers else []
+        if stream.owner in self.peers:
+            self._notices.append((stream.owner, woken([stream.handle], [self.numbers])))
+        stream.is_asleep, stream.handle = False, self.numbers
 
     def take_over(self, name: str) -> list[tuple[bytes, Message]]:
         """Another client takes a stream."""
@@ -192,9 +218,7 @@ class RingServer:
         refused = [(there[entry[0]], *entry[1:]) for entry in refused]
         return granted(Kind.OPENED, header[1], grants, sorted([*missing, *refused]))
 
-    def _resume(
-        self, peer: bytes, header: list[Any], frames: list[bytes], notices: list[tuple[bytes, Message]]
-    ) -> Message:
+    def _resume(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         names, take_over = frames[1].decode().split("\n"), bool(header[3])
         given: list[RingStream | None] = []
         refused: list[Any] = []
@@ -207,8 +231,10 @@ class RingServer:
                 given.append(None)
                 refused.append((index, 0, int(code), 0, stream.next_seq if stream else 0))
                 continue
+            if stream.is_asleep:
+                self._wake(stream)
             if stream.owner not in (None, peer) and stream.owner in self.peers:
-                notices.append((stream.owner, evicted([stream.handle], Code.FENCED)))
+                self._notices.append((stream.owner, evicted([stream.handle], Code.FENCED)))
             self.numbers += 1
             stream.owner, stream.handle, stream.hello = peer, self.numbers, self.peers[peer]
             stream.epoch, stream.former_epoch = self.numbers, 0 if take_over else epoch
@@ -221,9 +247,6 @@ class RingServer:
             return Code.EXPIRED if name in self.expired else Code.UNKNOWN_STREAM
         if Kind.RESUME in self.refuses:
             return self.refuses[Kind.RESUME]
-        owned = sum(each.owner is not None for each in self.streams.values())
-        if stream.owner is None and self.room is not None and owned >= self.room:
-            return Code.TOO_MANY_STREAMS
         is_former = 0 < epoch == stream.former_epoch and self.peers[peer] >= stream.hello
         if epoch < stream.epoch and not take_over and not is_former:
             return Code.FENCED
@@ -232,7 +255,7 @@ class RingServer:
             return Code.DATA_LOSS
         return Code.OUTPUTS_GONE if claimed < stream.next_seq - self.info.window_frames else 0
 
-    def _find(self, peer: bytes, frame: bytes) -> tuple[list[RingStream | None], list[Any]]:
+    def _find(self, peer: bytes, frame: bytes, *, wakes: bool = True) -> tuple[list[RingStream | None], list[Any]]:
         found: list[RingStream | None] = []
         refused: list[Any] = []
         by_handle = {stream.handle: stream for stream in self.streams.values()}
@@ -243,6 +266,8 @@ class RingServer:
                 refused.append((index, 0, int(Code.UNKNOWN_STREAM), 0, 0))
                 continue
             stream.former_epoch = 0
+            if stream.is_asleep and wakes:
+                self._wake(stream)
             found.append(stream)
         return found, refused
 
@@ -263,7 +288,7 @@ class RingServer:
 
     def _close(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         closings = np.frombuffer(frames[1], CLOSING)
-        found, refused = self._find(peer, closings["handle"].tobytes())
+        found, refused = self._find(peer, closings["handle"].tobytes(), wakes=False)
         for index, stream in enumerate(found):
             if stream is not None and closings["have"][index] < stream.next_seq:
                 found[index] = None
@@ -306,6 +331,11 @@ class RingServer:
             stream = by_handle.get(handle)
             if stream is None or stream.owner != peer:
                 failures.append((column, 0, Code.UNKNOWN_STREAM if stream is None else Code.FOREIGN_STREAM, 0))
+                continue
+            if stream.is_asleep:
+                self.wanted[stream.name] = None
+                self._notices.append((peer, evicted([handle], Code.HIBERNATED)))
+                failures.append((column, 0, Code.UNKNOWN_STREAM, 0))
                 continue
             stream.former_epoch = 0
             for t in range(steps):

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from instep_client.calls import Call
-from instep_client.handles import StepCall, StreamHandle
+from instep_client.connection import Call
+from instep_client.frames import StepCall
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import FramesRefused, StreamEvicted
 from instep_client.protocol.wire import COLUMN, Kind, ServerInfo
 from instep_client.session import Session
+from instep_client.streams import StreamHandle
 from tests.support.fake_server import F32, INFO, FakeRules, Message, error
 from tests.support.step_messages import parts
 
@@ -42,7 +43,7 @@ class Link:
         """Turn the clock and let the session act; what it sent."""
         self.now += seconds
         self.session.advance(self.now)
-        sent = [[bytes(frame) for frame in message] for message in self.session.pending.take_messages()]
+        sent = [[bytes(frame) for frame in message] for message in self.session.outbox.take_messages()]
         self.to_server.extend(sent)
         return sent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
@@ -98,7 +98,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.OUTPUTS_GONE: "outputs after those that the client holds are no longer kept, and cannot be sent again",
     Code.ACK_AHEAD: "the message acknowledges an output that has not been computed yet",
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",
-    Code.HIBERNATED: "the stream was idle and has left memory; resume it to continue",
+    Code.HIBERNATED: "the stream was idle and has left memory; the server wakes it: wait for its new handle (WOKEN)",
     Code.UNLOADED: "the stream was ended because its model was unloaded, and no recording keeps it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included (those of a client that died are "

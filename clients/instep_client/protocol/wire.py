@@ -111,6 +111,7 @@ class Kind(IntEnum):
     LISTED = 77
     SERVED = 78
     MOVED = 79
+    WOKEN = 80
 
 
 HEADER_LENGTH: Final[dict[Kind, int]] = {
@@ -139,6 +140,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.LISTED: 4,  # kind, request, N, cursor of the next page (0 after the last)
     Kind.SERVED: 3,  # kind, request, N
     Kind.MOVED: 4,  # kind, request (0), N, fingerprint
+    Kind.WOKEN: 3,  # kind, request (0), N
 }
 """Of every kind with a msgpack header."""
 
@@ -168,6 +170,7 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.LISTED: 3,  # names, listings [N]
     Kind.SERVED: 3,  # names, models [N]
     Kind.MOVED: 3,  # handles uint64 [N], seqs uint64 [N]
+    Kind.WOKEN: 3,  # former handles uint64 [N], new handles uint64 [N]
 }
 
 

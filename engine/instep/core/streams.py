@@ -159,6 +159,10 @@ class StreamTable:
         self._move(slots, self.parked)
         self.last_active_ns[slots] = now_ns
 
+    def unpark(self, slots: I64, owner: int) -> None:
+        """Parked streams are again those of the owner that holds their epochs."""
+        self._move(slots, owner)
+
     def _move(self, slots: I64, owner: int) -> None:
         np.subtract.at(self.owned, self.owner[slots], _ONE)
         self.owner[slots] = owner
@@ -209,8 +213,14 @@ class StreamTable:
 
     def parked_longest(self) -> I64:
         """Slots of parked streams with nothing pending, the one parked longest first: int64 [N]."""
-        parked = self.parked_since(np.iinfo(np.int64).max)
-        return parked[np.argsort(self.last_active_ns[parked], kind="stable")]
+        return self._longest(self.parked_since(np.iinfo(np.int64).max))
+
+    def idle_longest(self, before_ns: int) -> I64:
+        """Those of `idle_since`, the one idle longest first: int64 [N]."""
+        return self._longest(self.idle_since(before_ns))
+
+    def _longest(self, slots: I64) -> I64:
+        return slots[np.argsort(self.last_active_ns[slots], kind="stable")]
 
     def _silent(self, before_ns: int, among: Bool) -> I64:
         return np.flatnonzero(among & ~self.closing & (self.unanswered == 0) & (self.last_active_ns < before_ns))

@@ -131,6 +131,8 @@ class Loop:
         while engine.lost:
             service.operations.lose(engine.lost.pop())
         engine.admit()
+        if engine.wanted:
+            service.operations.hibernation.wake_wanted()
         engine.schedule()
         if engine.executor.has_ended:  # it ran inline
             engine.collect()

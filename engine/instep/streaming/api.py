@@ -63,10 +63,16 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """The server ended the origin's use of streams: evicted, fenced or lost."""
+    """What has become of streams of the origin: evicted, fenced or lost, or they hibernate.
+
+    With HIBERNATED the server wakes them. An event with `renewed` follows once they are in memory, or one that says why
+    they cannot be woken now.
+    """
 
     code: Code
     handles: U64
+    renewed: U64 | None = None
+    """The handles from now on, of streams that hibernated and are in memory again."""
 
 
 class Origin(Protocol):
@@ -84,7 +90,7 @@ class Origin(Protocol):
         """A message of frames was refused as a whole; nothing of it was applied."""
 
     def notify(self, event: StreamEvent) -> None:
-        """Streams are not this origin's any more."""
+        """Something has become of streams of this origin."""
 
 
 class Refusal(Exception):

@@ -27,7 +27,7 @@ from instep.core.tables import (
 )
 from instep.core.typing import I32, I64
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
-from instep.streaming.api import Frames, Refusal
+from instep.streaming.api import Frames, Origin, Refusal, StreamEvent
 from instep.streaming.delivery import Delivery
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
@@ -113,6 +113,10 @@ class Engine:
         """Checked whenever frames were answered or a run has ended."""
         self.lost: list[I64] = []
         """Slots whose state was lost by a failed step, for the operations to close."""
+        self.asleep: dict[int, tuple[Origin, str]] = {}
+        """Streams that hibernate and whose owners are connected: owner and name by the handle that the owner has."""
+        self.wanted: set[str] = set()
+        """Names of those of them that frames have come for, for `Hibernation` to wake."""
         self.draining = False
         """While True, nothing more arrives that a batch could be held for."""
         self.expected_ns = 0
@@ -180,6 +184,8 @@ class Engine:
         messages = np.array(fields, np.int64).view(SENT_MESSAGE)
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
+        if self.asleep and not self.asleep.keys().isdisjoint(columns["handle"].tolist()):
+            self._note_wanted(frames)
         complete, partly_repeated, refused = admit(self.packed, messages, columns, x)
         if partly_repeated:  # the kernel lists them at the end of `complete`
             self._delivery.keep_repeated(self.tables.complete[len(frames) - partly_repeated : len(frames)])
@@ -190,6 +196,16 @@ class Engine:
                     self._refuse(each, Code(outcome))
         if complete:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
+
+    def _note_wanted(self, frames: list[Frames]) -> None:
+        """Frames have come for streams that hibernate: their owners are told before the frames are refused."""
+        for each in frames:
+            handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
+            asleep = {handle: self.asleep[handle] for handle in handles if handle in self.asleep}
+            own = {handle: name for handle, (owner, name) in asleep.items() if owner is each.origin}
+            if own:
+                self.wanted.update(own.values())
+                each.origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(own), np.uint64)))
 
     def _refuse(self, frames: Frames, code: Code) -> None:
         is_busy = code is Code.BUSY

@@ -1,8 +1,8 @@
 """Hibernation: streams that do nothing leave memory, and come back as they were.
 
 A stream that hibernates is open, and the recording holds all of it: its state, its seq, its epoch and the frames that
-its client has not acknowledged. In memory only its name is left, and where to find it. It has no slot, so the handles
-of its owner are void; the owner is told, and resumes it before its next frame.
+its client has not acknowledged. In memory only its name is left, and where to find it. Its owner notices nothing until
+its next frame or request, which wakes the stream. It comes into another slot then, so the owner is told a new handle.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ import numpy as np
 from instep.core.typing import I32, I64, U8, Bool
 from instep.recording.errors import DamagedRecording
 from instep.recording.records import OpenStream
-from instep.streaming.api import Names, Origin
+from instep.streaming.api import Names, Origin, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.states import StreamStates, put_into_memory, state_rows
-from instep.streaming.tasks import Tasks
+from instep.streaming.stats import EventKind
+from instep.streaming.tasks import Tasks, Waiters
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 1024
 """Streams that leave memory in one tick, that come back before the loop gets its turn, or whose age is looked at."""
 _MOST_TOMBSTONES: Final = 65_536
+_QUIET_NS: Final = 1_000_000_000
+"""A stream with nothing to do for this long leaves memory where another one is to wake."""
+_MOST_WAIT_NS: Final = 5_000_000_000
+"""The longest that a stream which is to wake waits for room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Sleeper(NamedTuple):
     """Who owned it; None where its connection was gone, or before a restart."""
     since_ns: int
     """Since when it is idle or, without an owner, since when its connection is gone."""
+    handle: int = 0
+    """The one by which its owner knows it; 0 without an owner."""
 
 
 class Tombstones:
@@ -121,6 +128,10 @@ class Hibernation(Mapping[str, Sleeper]):
         """Names whose age is to be looked at."""
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
+        self._needs_room = Waiters()
+        """Those who wake streams and wait for room in memory."""
+        self.granting: I64 = np.zeros(len(engine.table.owner), np.int64)
+        """By slot: requests under way that will tell an origin the handle of the stream, which stays in memory."""
 
     def __getitem__(self, name: str) -> Sleeper:
         return self._asleep[name]
@@ -148,6 +159,7 @@ class Hibernation(Mapping[str, Sleeper]):
 
         It `looks` through all streams for idle ones, or only where some were left over last time.
         """
+        self._needs_room.check()
         if not self.is_possible or not self._journal.room:
             return
         if self.limits.hibernate_after_ns and (looks or self._is_behind):
@@ -156,23 +168,37 @@ class Hibernation(Mapping[str, Sleeper]):
             self._tasks.start(self._expire(old))
 
     def _hibernate_idle(self, before_ns: int) -> None:
-        table, journal = self._table, self._journal
-        idle = table.parked_since(before_ns)
-        # While a request waits, the handles that it will grant are not known to their owner yet.
-        if journal.is_quiet and not self._engine.waiters:
-            idle = np.concatenate([idle, table.idle_since(before_ns)])
-        sleepy = self._sleepy(idle)
+        sleepy = self._sleepy(np.concatenate([self._table.parked_since(before_ns), self._table.idle_since(before_ns)]))
         self._is_behind = len(sleepy) > self._at_once
         self._hibernate(sleepy[: self._at_once])
 
-    async def make_room(self, slots: int) -> None:
-        """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left."""
+    async def make_room(self, slots: int, *, of_idle: bool = False) -> None:
+        """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left.
+
+        Then, if `of_idle`, those that do nothing at present, the one that has done so longest first.
+        """
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
             if not self._journal.room:
                 await self._journal.committed(self._journal.newest)
-            if not self.hibernate_parked(min(missing, self._at_once)):
+            count = min(missing, self._at_once)
+            if not (self.hibernate_parked(count) or (of_idle and self._hibernate(self._idle()[:count]))):
                 return
             await self._journal.committed(self._newest_lsn)
+
+    def _idle(self) -> I64:
+        return self._sleepy(self._table.idle_longest(time.monotonic_ns() - _QUIET_NS))
+
+    async def _may_have_room(self, until_ns: int) -> None:
+        """Wait until a stream may find room in memory, or until that time."""
+        table = self._table
+        await self._needs_room.until(
+            lambda: (
+                time.monotonic_ns() > until_ns
+                or table.slots.free_count > 0
+                or len(self._idle()) > 0
+                or len(self._sleepy(table.parked_longest())) > 0
+            )
+        )
 
     def hibernate_parked(self, count: int) -> int:
         """Let up to `count` parked streams hibernate, those parked longest first; how many did."""
@@ -183,7 +209,7 @@ class Hibernation(Mapping[str, Sleeper]):
     def _sleepy(self, slots: I64) -> I64:
         """Leave out streams that an operation works on; none of `slots` has anything pending."""
         records = self._engine.tables.streams
-        is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots]
+        is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots] & (self.granting[slots] == 0)
         return slots[is_free]
 
     def _hibernate(self, slots: I64) -> int:
@@ -201,29 +227,64 @@ class Hibernation(Mapping[str, Sleeper]):
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # their openings and owners count too
         origins, numbers, now_ns = engine.origins, table.recording_ids(slots), time.monotonic_ns()
-        fields = slots.tolist(), numbers.tolist(), table.owner[slots].tolist(), table.last_active_ns[slots].tolist()
-        for slot, number, owner, active_ns in zip(*fields, strict=True):
-            origin = origins[owner]
+        columns = slots, numbers, table.owner[slots], table.last_active_ns[slots], table.slots.handles(slots)
+        for slot, number, owner, active_ns, handle in zip(*(column.tolist() for column in columns), strict=True):
+            name, origin = table.name(slot), origins[owner]
             is_leaving = origin is None and owner != table.parked  # its connection has just gone
-            self._asleep[table.name(slot)] = Sleeper(number, origin, now_ns if is_leaving else active_ns)
-        owners = origins.owners(table, slots)
+            since_ns = now_ns if is_leaving else active_ns
+            self._asleep[name] = Sleeper(number, origin, since_ns, 0 if origin is None else handle)
+            if origin is not None:
+                engine.asleep[handle] = origin, name
         engine.events.add_all("hibernated", table.names(slots), seqs=table.next_seq[slots])
         table.release(slots)
         origins.release_left()
         engine.stats.hibernated_streams_total += len(slots)
-        origins.notify(owners, Code.HIBERNATED)
+        self._needs_room.check()
         return len(slots)
+
+    def _leave(self, name: str) -> Sleeper:
+        """A stream hibernates no more."""
+        asleep = self._asleep.pop(name)
+        self._engine.asleep.pop(asleep.handle, None)
+        return asleep
 
     # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def wake(self, names: Names) -> I32:
-        """Put those of these streams into memory, parked, that hibernate.
+    def wake_wanted(self) -> None:
+        """Begin to wake the streams that frames have come for."""
+        names, self._engine.wanted = list(self._engine.wanted), set()
+        self._tasks.start(self._wake_for_frames(names))
 
-        None goes back to sleep before the caller's next wait.
+    async def _wake_for_frames(self, names: list[str]) -> None:
+        """Tell the owners of those that cannot be woken why; those that can be do not wait for the others."""
+        until_ns = time.monotonic_ns() + _MOST_WAIT_NS
+        while names:
+            refused = dict(zip(names, (await self._wake(names)).tolist(), strict=True))
+            is_over = time.monotonic_ns() > until_ns
+            names = [] if is_over else [name for name in names if refused[name] == Code.TOO_MANY_STREAMS]
+            for name, code in refused.items():
+                asleep = self._asleep.get(name)
+                if code and name not in names and asleep is not None and asleep.owner is not None:
+                    self._engine.origins.notify([(asleep.owner, np.array([asleep.handle], np.uint64))], Code(code))
+            if names:
+                await self._may_have_room(until_ns)
+
+    async def wake(self, names: Names) -> I32:
+        """Put those of these streams into memory that hibernate: owned as before, or parked if the owner is gone.
+
+        It waits for room, but not for long. None goes back to sleep before the caller's next wait.
 
         Returns:
             int32 [N], why streams hibernate still; 0 where they do not.
         """
+        until_ns = time.monotonic_ns() + _MOST_WAIT_NS
+        while True:
+            codes = await self._wake(names)
+            if not (codes == Code.TOO_MANY_STREAMS).any() or time.monotonic_ns() > until_ns:
+                return codes
+            await self._may_have_room(until_ns)
+
+    async def _wake(self, names: Names) -> I32:
         woken: list[I64] = []
         refused: dict[str, Code] = {}
         tried: set[str] = set()
@@ -237,7 +298,7 @@ class Hibernation(Mapping[str, Sleeper]):
                         part = {name: self._asleep[name] for name in sleepers[first : first + self._at_once]}
                         streams, unread = await self._load_all(part)
                         refused |= unread
-                        await self.make_room(len(streams))
+                        await self.make_room(len(streams), of_idle=True)
                         woken.append(self._put(streams, refused))
                         self._engine.hold(woken[-1])
         finally:
@@ -261,10 +322,17 @@ class Hibernation(Mapping[str, Sleeper]):
             self._engine.log_failure(error, len(streams))
             slots, code = np.zeros(0, np.int64), Code.STEP_FAILED
         refused.update((stream.name, code) for stream in streams[len(slots) :])
+        owned: dict[Origin, list[tuple[int, int]]] = {}
         for slot, stream in zip(slots.tolist(), streams, strict=False):
-            asleep = self._asleep.pop(stream.name)
+            asleep = self._leave(stream.name)
             if asleep.owner is None:  # being woken does not prolong its time
                 self._table.last_active_ns[slot] = asleep.since_ns
+            elif self._engine.origins.is_connected(asleep.owner):
+                owned.setdefault(asleep.owner, []).append((slot, asleep.handle))
+        for owner, pairs in owned.items():
+            own, former = (np.array(column) for column in zip(*pairs, strict=True))
+            self._table.unpark(own, owner.number)
+            owner.notify(StreamEvent(Code.HIBERNATED, former.astype(np.uint64), self._table.slots.handles(own)))
         self._engine.stats.woken_streams_total += len(slots)
         self._engine.events.add_all("woken", self._table.names(slots), seqs=self._table.next_seq[slots])
         return slots
@@ -340,8 +408,9 @@ class Hibernation(Mapping[str, Sleeper]):
         for name in looked_at:
             if (asleep := self._asleep.get(name)) is None:
                 continue
-            stream, owner, since_ns = asleep
+            stream, owner, since_ns, handle = asleep
             if owner is not None and not origins.is_connected(owner):
+                self._engine.asleep.pop(handle, None)
                 self._asleep[name] = Sleeper(stream, None, now_ns)
             elif (owner is None or limits.max_idle_ns) and now_ns - since_ns > (
                 limits.park_ns if owner is None else limits.max_idle_ns
@@ -355,18 +424,51 @@ class Hibernation(Mapping[str, Sleeper]):
         if not names:
             return
         with self._reading(names):
-            await self._journal.committed(self._newest_lsn)
-            streams, unread = await self._load_all({name: self._asleep[name] for name in names})
+            asleep = {name: self._asleep[name] for name in names}
+            streams, unread = await self._end(asleep, "expired", "evicted")
             for name in unread:  # it is tried again as late as if it went to sleep now
                 self._asleep[name] = self._asleep[name]._replace(since_ns=time.monotonic_ns())
-            numbers, seqs = (
-                np.array([getattr(each, name) for each in streams], np.int64) for name in ("stream", "seq")
-            )
-            none_lost = np.zeros(len(streams), np.bool_)
-            self._journal.ended(numbers, Code.EXPIRED.name.lower(), seqs, self._rows(streams), none_lost)
-            for stream in streams:
-                del self._asleep[stream.name]
             self.tombstones.add(stream.name for stream in streams)
-            self._engine.stats.closed_streams_total += len(streams)
-            self._engine.stats.evicted(Code.EXPIRED.name.lower(), len(streams))
-            self._engine.events.add_all("evicted", [stream.name for stream in streams], "expired", seqs)
+            self._engine.stats.evicted("expired", len(streams))
+            ended = [asleep[stream.name] for stream in streams]
+            owners = [(each.owner, np.array([each.handle], np.uint64)) for each in ended if each.owner is not None]
+            self._engine.origins.notify(owners, Code.EXPIRED)
+
+    async def close(self, have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
+        """End streams without waking them.
+
+        Args:
+            have: by name, the seq before which the owner has every output or does without.
+
+        Returns:
+            By name, of those that hibernated: why it was not closed, and the final state, uint8 [row_bytes].
+        """
+        nothing = self._states.spec.missing(1)[0]
+        closed: dict[str, tuple[Code | None, U8]] = {}
+        names = await self._sleepers(list(have), set())
+        with self._reading(names):
+            for first in range(0, len(names), self._at_once):
+                part = {name: self._asleep[name] for name in names[first : first + self._at_once]}
+                streams, refused = await self._end(part, "closed", "closed", have)
+                closed |= {name: (code, nothing) for name, code in refused.items()}
+                rows = self._rows(streams)
+                closed |= {stream.name: (None, row) for stream, row in zip(streams, rows, strict=True)}
+        await self._journal.durable(self._journal.newest)
+        return closed
+
+    async def _end(
+        self, sleepers: Mapping[str, Sleeper], reason: str, kind: EventKind, have: Mapping[str, int] | None = None
+    ) -> tuple[list[OpenStream], dict[str, Code]]:
+        """Those that were ended, and by name why others were not."""
+        await self._journal.committed(self._newest_lsn)
+        streams, refused = await self._load_all(sleepers)
+        if have is not None:
+            refused |= {each.name: Code.FRAMES_PENDING for each in streams if have[each.name] < each.seq}
+            streams = [stream for stream in streams if stream.name not in refused]
+        numbers, seqs = (np.array([getattr(each, name) for each in streams], np.int64) for name in ("stream", "seq"))
+        self._journal.ended(numbers, reason, seqs, self._rows(streams), np.zeros(len(streams), np.bool_))
+        for stream in streams:
+            self._leave(stream.name)
+        self._engine.stats.closed_streams_total += len(streams)
+        self._engine.events.add_all(kind, [stream.name for stream in streams], reason, seqs)
+        return streams, refused

@@ -7,12 +7,14 @@ is. Changes that later frames must find are made there.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 
 from instep.core.admission import resolve_handles
-from instep.core.ownership import check_resume
+from instep.core.ownership import ResumeDecision, check_resume
 from instep.core.runs import are_pending
 from instep.core.tables import SCRATCH_SLOT, WINDOW
 from instep.core.typing import I32, I64, U8, U64, Bool
@@ -77,14 +79,25 @@ class StreamOperations:
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         lsn = self._journal.opened(opened, granted_names, initial)
         grants = Grants.of(self._table, slots, codes)
-        if await self._states.load(opened, initial) < len(opened):
-            await self._give_up_opened(origin, opened, codes, granted)
-            return Grants.none(codes)
-        self._engine.stats.opened_streams_total += len(opened)
-        self._engine.events.add_all("opened", granted_names, _connection(origin), grants.next_seqs[granted])
-        self._tombstones.remove(granted_names)
-        await self._journal.durable(lsn)
+        with self._granting(opened):
+            if await self._states.load(opened, initial) < len(opened):
+                await self._give_up_opened(origin, opened, codes, granted)
+                return Grants.none(codes)
+            self._engine.stats.opened_streams_total += len(opened)
+            self._engine.events.add_all("opened", granted_names, _connection(origin), grants.next_seqs[granted])
+            self._tombstones.remove(granted_names)
+            await self._journal.durable(lsn)
         return grants
+
+    @contextmanager
+    def _granting(self, slots: I64) -> Iterator[None]:
+        """While the block runs, these streams, int64 [N], stay in memory: their handles are about to be told."""
+        granting = self.hibernation.granting
+        granting[slots] += 1
+        try:
+            yield
+        finally:
+            granting[slots] -= 1
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
         """The initial states could not be written: close the streams, even if they have another owner by now."""
@@ -105,7 +118,7 @@ class StreamOperations:
             names: of the copies.
             codes: int32 [N], not 0 where the copy is refused already.
         """
-        slots, found = self._own(origin, handles)
+        slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
         good = np.flatnonzero(codes == 0)
         if not len(good):
@@ -154,6 +167,12 @@ class StreamOperations:
         self._origins.notify(self._origins.owners(table, elsewhere), Code.FENCED)
         engine.events.add_all("fenced", table.names(elsewhere), _connection(origin), table.next_seq[elsewhere])
         table.hand_over(slots, origin.number, time.monotonic_ns(), decision.former_epochs[good], origin.arrival)
+        with self._granting(slots):
+            return await self._grant(origin, names, decision, slots)
+
+    async def _grant(self, origin: Origin, names: Names, decision: ResumeDecision, slots: I64) -> Grants:
+        """Grant streams that were handed over, once nothing of them is pending and that is durable."""
+        table, engine, good = self._table, self._engine, decision.codes == 0
         incarnations = table.incarnations(slots)
         named = table.find(names)
         await self._ended(named[table.closing[named]])
@@ -191,7 +210,7 @@ class StreamOperations:
         Each is the state before the frame of its next seq; pending frames are not in it. It is sent when everything
         that it rests on is durable.
         """
-        slots, codes = self._own(origin, handles)
+        slots, codes = await self._own(origin, handles)
         return await self._read_states(slots, codes)
 
     async def read_states(self, names: Names) -> StatesRead:
@@ -237,7 +256,7 @@ class StreamOperations:
         Returns:
             int32 [N], 0 where it was done.
         """
-        slots, found = self._own(origin, handles)
+        slots, found = await self._own(origin, handles)
         found[(found == 0) & (self._table.unanswered[slots] > 0)] = Code.FRAMES_PENDING
         codes = np.where(found, found, codes).astype(np.int32)
         good = codes == 0
@@ -269,12 +288,20 @@ class StreamOperations:
             states: the final ones [N, row_bytes].
             codes: int32 [N].
         """
-        slots, codes = self._own(origin, handles)
-        codes[(codes == 0) & (have < self._table.next_seq[slots].astype(np.uint64))] = Code.FRAMES_PENDING
-        good = codes == 0
-        states = self._states.spec.missing(len(slots))
-        if good.any():
-            states[good], lost = await self._end(slots[good], "closed")
+        states, codes = self._states.spec.missing(len(handles)), np.zeros(len(handles), np.int32)
+        rest = np.ones(len(handles), np.bool_)
+        if asleep := self._asleep(origin, handles):
+            closed = await self.hibernation.close({name: int(have[index]) for index, name in asleep.items()})
+            for index, name in asleep.items():
+                if name in closed:
+                    code, states[index] = closed[name]
+                    codes[index], rest[index] = code or 0, False
+        slots, found = await self._own(origin, handles[rest])
+        found[(found == 0) & (have[rest] < self._table.next_seq[slots].astype(np.uint64))] = Code.FRAMES_PENDING
+        codes[rest] = found
+        good = np.flatnonzero(rest)[found == 0]
+        if len(good):
+            states[good], lost = await self._end(slots[found == 0], "closed")
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
         return states, codes
 
@@ -316,12 +343,36 @@ class StreamOperations:
         await self._end(slots, code.name.lower())
         self._origins.notify(owners, code)
 
-    def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
-        slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
+    def _asleep(self, origin: Origin, handles: U64) -> dict[int, str]:
+        """The names of those of an origin's streams that hibernate, by their places in uint64 [N]."""
+        asleep = self._engine.asleep
+        found = {index: asleep[handle] for index, handle in enumerate(handles.tolist()) if handle in asleep}
+        return {index: name for index, (owner, name) in found.items() if owner is origin}
+
+    async def awake(self, origin: Origin, handles: U64) -> tuple[U64, I32]:
+        """Wake those of an origin's streams that hibernate.
+
+        Returns:
+            handles: of all, from now on, uint64 [N].
+            codes: int32 [N], why a stream hibernates still, else 0.
+        """
         # A copy: of an array that cannot be written, as a message's is, another kernel would be compiled.
-        if resolve_handles(self._engine.packed, handles.copy(), origin.number, slots, codes):
+        handles, codes = handles.copy(), np.zeros(len(handles), np.int32)
+        if asleep := self._asleep(origin, handles):
+            places, names = list(asleep), list(asleep.values())
+            codes[places] = await self.hibernation.wake(names)
+            woken = self._table.find(names)
+            is_own = self._table.owner[woken] == origin.number
+            handles[places] = np.where(is_own, self._table.slots.handles(woken), handles[places])
+        return handles, codes
+
+    async def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
+        """The slots of an origin's streams, which are woken, and why some may not be used."""
+        handles, refused = await self.awake(origin, handles)
+        slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
+        if resolve_handles(self._engine.packed, handles, origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
-        return slots, codes
+        return slots, np.where(refused, refused, codes).astype(np.int32)
 
 
 def _connection(origin: Origin) -> str:

@@ -164,6 +164,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "SERVED": encode.served(19, {"seed": (5, 3, 2, 3, 4), "ears": (0, 0, 0, 40, 128)}),
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "MOVED": encode.moved(u64(MIC_1, MIC_2), i64(3, 2), "90c2"),
+    "WOKEN": encode.woken(u64(MIC_1), u64(RESUMED_1)),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),
 }

@@ -117,9 +117,14 @@ def served(request: int, models: Mapping[str, tuple[int, int, int, int, int]]) -
 
 
 def evicted(event: StreamEvent) -> Message:
-    """EVICTED: these streams are not the peer's any more."""
+    """EVICTED: these streams are not the peer's any more, or hibernate."""
     header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), wire.SENTENCES[event.code])
     return [header, event.handles.tobytes()]
+
+
+def woken(handles: U64, renewed: U64) -> Message:
+    """WOKEN: streams that hibernated are in memory again, under other handles."""
+    return [wire.pack_header(Kind.WOKEN, 0, len(handles)), handles.tobytes(), renewed.tobytes()]
 
 
 def moved(handles: U64, next_seqs: I64, fingerprint: str) -> Message:

@@ -66,7 +66,8 @@ class Peer:
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
-        self.outbound.send(self, encode.evicted(event))
+        renewed = event.renewed
+        self.outbound.send(self, encode.evicted(event) if renewed is None else encode.woken(event.handles, renewed))
 
 
 class Outbound:

@@ -1,0 +1,159 @@
+"""Streams that hibernate on the server: whoever uses them does not notice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import ClientClosed, FramesRefused, StreamEvicted
+from instep_client.protocol.wire import Kind
+from tests.support.fake_server import F32, evicted, reference
+from tests.support.ring_link import RingLink, lose
+from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.states import floats_of
+
+X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
+
+
+def exchange(link: RingLink, rounds: int = 20) -> None:
+    """A few messages, while nothing wakes."""
+    for _ in range(rounds):
+        link.advance(0.01)
+        while link.to_server[link.peer]:
+            link.serve()
+        while link.to_client:
+            link.deliver()
+
+
+def test_a_frame_wakes_its_stream_and_no_other_and_is_applied_once() -> None:
+    link = RingLink()
+    group = link.open("a", "b", "c")
+    first = link.finish(link.session.step(group, np.stack([X[:3]] * 3, axis=1)))
+    link.server.hibernate("a")
+    link.server.hibernate("b")
+    link.server.kinds.clear()
+    second = link.finish(link.session.step(group, np.stack([X[3]] * 2), rows=[1, 2]))
+    assert link.server.kinds == [Kind.STEP, Kind.STEP]
+    assert [name for name, stream in link.server.streams.items() if stream.is_asleep] == ["a"]
+    assert np.array_equal(np.concatenate([first.outputs[:, 1], second.outputs[:1]]), reference(X[:4])[0])
+
+
+def test_frames_of_a_stream_wait_in_order_while_others_go_on() -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    link.server.hibernate("a")
+    calls = [link.session.step(a, X[:2]), link.session.step(a, X[2])]
+    exchange(link)
+    calls.append(link.session.step(a, X[3]))
+    beside = [link.session.step(other, x) for x in X[:3]]
+    exchange(link)
+    assert all(call.done for call in beside)
+    assert not any(call.done for call in calls)
+    link.run(*calls)
+    outputs = np.concatenate([call.result().outputs.reshape(-1, 2) for call in calls])
+    assert np.array_equal(outputs, reference(X[:4])[0])
+
+
+@pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
+def test_what_waits_fails_where_a_stream_cannot_be_woken_and_it_can_be_later(code: Code) -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    link.server.hibernate("a")
+    waits, beside = [link.session.step(a, x) for x in X[:2]], link.session.step(other, X[0])
+    exchange(link)
+    link.send(link.server.wake(code))
+    exchange(link)
+    assert beside.done
+    for call in waits:
+        assert isinstance(call.error, FramesRefused)
+        assert call.error.code is code
+    outputs = link.finish(link.session.step(a, X[:2])).outputs
+    assert np.array_equal(outputs, reference(X[:2])[0])
+
+
+def test_a_request_that_crossed_the_word_of_a_new_handle_is_repeated() -> None:
+    link = RingLink()
+    link.open("a", "b")
+    handle = link.open("s")
+    link.finish(link.session.step(handle, X[:2]))
+    for ask in (
+        lambda: link.session.read_state(handle),
+        lambda: link.session.reset(handle, np.ones((2, 2), np.float32)),
+        lambda: link.session.fork(handle, ["copy"]),
+        lambda: link.session.close(handle),
+    ):
+        link.server.hibernate("s")
+        link.server.wanted["s"] = None
+        call = ask()
+        link.advance()
+        link.send(link.server.wake())  # before it reads the request
+        link.run(call)
+        assert call.error is None
+    assert np.array_equal(floats_of(link.server.closed["s"].state.view(np.uint8)[None], 4)[0], np.ones(4))
+
+
+def test_streams_are_claimed_in_portions_that_find_room_though_they_sleep() -> None:
+    link = RingLink(RingServer(replace(RING_INFO, max_streams=8)))
+    group = link.open(*"abcde")
+    link.finish(link.session.step(group, np.stack([X[:2]] * 5, axis=1)))
+    link.server.hibernate("a")
+    call = link.session.step(group, np.stack([X[2]] * 5))
+    exchange(link)
+    lose(link)
+    link.server.kinds.clear()
+    assert np.array_equal(link.finish(call).outputs, np.stack([reference(X[:3])[0][2]] * 5))
+    assert link.server.kinds.count(Kind.RESUME) == 3
+
+
+def test_a_stream_that_has_ended_does_not_wait_to_wake() -> None:
+    link = RingLink()
+    a = link.open("a")
+    link.server.hibernate("a")
+    call = link.session.step(a, X[0])
+    exchange(link)
+    link.send([(link.peer, evicted([link.server.streams["a"].handle], Code.EXPIRED))])
+    exchange(link)
+    assert isinstance(call.error, StreamEvicted)
+    with pytest.raises(StreamEvicted):
+        link.session.close(a)
+    exchange(link)
+    assert a.closed
+
+
+def test_leaving_closes_streams_that_sleep() -> None:
+    link = RingLink()
+    link.open("a")
+    link.open("b", "c")
+    for name in "ab":
+        link.server.hibernate(name)
+    farewell = link.session.leave()
+    assert farewell is not None
+    link.advance()
+    while link.to_server[link.peer]:
+        link.serve()
+    link.deliver()
+    assert not link.server.streams
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_read_of_a_stream_that_ends_and_is_closed_fails_alone(is_lost: bool) -> None:
+    link = RingLink()
+    a, other = link.open("a"), link.open("other")
+    read = link.session.read_state(a)
+    link.advance()
+    link.to_client.append(evicted([link.server.streams["a"].handle], Code.IDLE))
+    link.server.expire("a")
+    link.deliver()
+    with pytest.raises(StreamEvicted):
+        link.session.close(a)
+    link.advance()
+    assert a.closed
+    if is_lost:
+        link.cut()
+    link.run(read)
+    with pytest.raises(ClientClosed if is_lost else StreamEvicted):
+        read.result()
+    assert np.array_equal(link.finish(link.session.step(other, X[1])).outputs, reference(X[1:2])[0][0])
