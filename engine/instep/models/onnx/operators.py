@@ -357,66 +357,49 @@ def _scatter_nd(node: OnnxNode) -> Tensor:
 
 _GATES: Final = {"GRU": (1, 0, 2), "LSTM": (0, 2, 3, 1), "RNN": (0,)}
 """Torch's order of gates (GRU: reset, update, new; LSTM: input, forget, cell, output) in ONNX's."""
-_ACTIVATIONS: Final = {
-    "GRU": (["sigmoid", "tanh"],),
-    "LSTM": (["sigmoid", "tanh", "tanh"],),
-    "RNN": (["tanh"], ["relu"]),
+_LAYERS: Final[Mapping[str, tuple[list[str], Callable[..., tuple[Tensor, ...]]]]] = {
+    "GRU": (["sigmoid", "tanh"], torch.gru),
+    "LSTM": (["sigmoid", "tanh", "tanh"], torch.lstm),
+    "RNN": (["tanh"], torch.rnn_tanh),
+    "RNN relu": (["relu"], torch.rnn_relu),
 }
+"""The usual activations, and torch's function."""
 
 
 def _recurrent(node: OnnxNode) -> Sequence[Tensor]:
     """Y [timesteps, directions, batch, hidden], and the last states [directions, batch, hidden]."""
-    x, w, r = node.x, node.array(1), node.array(2)
-    b = None if node.value(3) is None else node.array(3)
+    op, x, w, r = node.proto.op_type, node.x, node.array(1), node.array(2)
+    halves = [] if node.value(3) is None else np.split(node.array(3), 2, 1)
     directions, hidden = len(r), r.shape[-1]
-    _check_recurrent(node, len(x), directions)
-    starts = [node.optional(5), node.optional(6)][: 2 if node.proto.op_type == "LSTM" else 1]
-    outputs, finals = [], list[list[Tensor]]()
-    for at in range(directions):
-        given = [each[at].reshape(-1, hidden, each.shape[-1]) for each in (w, r)]
-        given += [half.reshape(-1, hidden) for half in np.split(b[at], 2)] if b is not None else []
-        weights = [
-            node.constant(f"{name}.{at}", np.concatenate(each[list(_GATES[node.proto.op_type])]))
-            for name, each in zip(("W", "R", "Wb", "Rb"), given, strict=False)
-        ]
-        state = [x.new_zeros(x.shape[1], hidden) if each is None else each[at] for each in starts]
-        backwards = at == 1 or node.get("direction") == "reverse"
-        frames, found = x.unbind(0), list[Tensor]()
-        for frame in reversed(frames) if backwards else frames:
-            state = _cell(node, frame, state, weights)
-            found.append(state[0])
-        outputs.append(torch.stack(found[::-1] if backwards else found))
-        finals.append(state)
-    return [torch.stack(outputs, 1), *(torch.stack(each) for each in zip(*finals, strict=True))]
+    given = [each.decode().lower() for each in node.get("activations", [])]
+    usual, function = _LAYERS["RNN relu" if given[:1] == ["relu"] else op]
+    _check_recurrent(node, len(x), given not in ([], usual * directions))
+    params = [
+        node.constant(f"{name}.{at}", np.concatenate(each[at].reshape(-1, hidden, *each.shape[2:])[list(_GATES[op])]))
+        for at in range(directions)
+        for name, each in zip(("W", "R", "Wb", "Rb"), (w, r, *halves), strict=False)
+    ]
+    starts = [node.optional(5), node.optional(6)][: 2 if op == "LSTM" else 1]
+    state = [x.new_zeros(directions, x.shape[1], hidden) if each is None else each for each in starts]
+    is_backwards = node.get("direction") == "reverse"
+    y, *finals = function(
+        x.flip(0) if is_backwards else x, state if len(state) > 1 else state[0], params, bool(halves), 1, 0.0, False,
+        directions == 2, False,
+    )  # fmt: skip
+    y = y.reshape(*y.shape[:2], directions, hidden).transpose(1, 2)
+    return [y.flip(0) if is_backwards else y, *finals]
 
 
-def _check_recurrent(node: OnnxNode, timesteps: int, directions: int) -> None:
+def _check_recurrent(node: OnnxNode, timesteps: int, is_unusual: bool) -> None:
     node.refuse("clip", "input_forget", "layout")
-    named = [each.decode().lower() for each in node.get("activations", [])]
-    if named and named not in [each * directions for each in _ACTIVATIONS[node.proto.op_type]]:
-        raise UnservedOperator(f"its activations are {', '.join(named):.100}, and only the usual ones can be served")
+    if is_unusual:
+        raise UnservedOperator("it has other than the usual activations")
     if node.value(7) is not None:
         raise UnservedOperator("it has peepholes: train it without them")
+    if node.proto.op_type == "GRU" and not node.get("linear_before_reset"):
+        raise UnservedOperator("its reset gate comes before the product with the state: train it with reset_after=True")
     if node.value(4) is not None and (node.array(4) != timesteps).any():
         raise UnservedOperator("its sequences have different lengths")
-
-
-def _cell(node: OnnxNode, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    h = state[0]
-    if node.proto.op_type == "LSTM":
-        return list(torch.lstm_cell(x, list(state), *weights))
-    if node.proto.op_type == "RNN":
-        is_relu = [each.lower() for each in node.get("activations", [])[:1]] == [b"relu"]
-        return [(torch.rnn_relu_cell if is_relu else torch.rnn_tanh_cell)(x, h, *weights)]
-    if node.get("linear_before_reset"):
-        return [torch.gru_cell(x, h, *weights)]
-    of_x = F.linear(x, weights[0], *weights[2:3]).chunk(3, 1)
-    w_r, w_z, w_n = weights[1].chunk(3)
-    b_r, b_z, b_n = weights[3].chunk(3) if len(weights) > 2 else (None, None, None)
-    reset = torch.sigmoid(of_x[0] + F.linear(h, w_r, b_r))
-    update = torch.sigmoid(of_x[1] + F.linear(h, w_z, b_z))
-    new = torch.tanh(of_x[2] + F.linear(reset * h, w_n, b_n))
-    return [new + update * (h - new)]
 
 
 _NAMED: Final = (
