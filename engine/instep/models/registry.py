@@ -80,13 +80,10 @@ def _step_forward(model: Model, device: torch.device) -> Forward | None:
 
 
 def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
-    from instep.models.module.program import GraphReference
     from instep.models.network import DefinitionReference
     from instep.models.portable.compiler import as_arrays
 
     assert isinstance(model.description, ModuleDescription)
-    if model.description.graph is not None:
-        return GraphReference(model, dtype)
     return DefinitionReference(model.description.form, as_arrays(model.weights), model.state, dtype)
 
 

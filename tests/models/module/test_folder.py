@@ -71,8 +71,6 @@ def test_a_graph_that_is_refused(folder: Path, change: Change, named: str, monke
         torch_network(load_model(folder), CPU)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 3000
-    with pytest.raises(ModelError, match=named):
-        build(load_model(folder), CPU).reference(np.float64)
     assert not (folder / "ran").exists()
 
 

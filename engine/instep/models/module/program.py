@@ -1,4 +1,4 @@
-"""A graph of plain data as a function that runs, as a network in torch, and as the reference in float64."""
+"""A graph of plain data as a function that runs, and as a network in torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import fx, nn
 
-from instep.core.typing import I64
-from instep.models.base import Floats, scan
 from instep.models.errors import ModelError, first_line
 from instep.models.model import Model
 from instep.models.module.description import Graph, ModuleDescription, OperatorCall
@@ -31,7 +28,6 @@ class Program:
         graph: it is checked, since it may come from a stranger.
         weights: by name, on the CPU.
         device: where it runs.
-        double: compute in float64 what the graph computes in float32.
 
     Raises:
         ModelError: when the graph calls anything but allowed operators, or refers to nothing.
@@ -42,11 +38,8 @@ class Program:
         graph: Graph,
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
-        *,
-        double: bool = False,
     ) -> None:
         self._device = device
-        self._double = double
         self.graph: Final = fx.Graph()
         """Of (*tensors, x, *leaves, rows), with the outputs and the leaves of the new state as its result."""
         names = [
@@ -61,7 +54,7 @@ class Program:
         self.graph.output(tuple(self._decoded(each) for each in (graph.y, *graph.new_state.values())))
         forward: Callable[..., tuple[torch.Tensor, ...]] = fx.GraphModule(nn.Module(), self.graph).forward
         self._forward = forward
-        self.weights: Final = [self._converted(weights[tensor.name]).to(device) for tensor in graph.tensors]
+        self.weights: Final = [weights[tensor.name].to(device) for tensor in graph.tensors]
 
     def __call__(self, x: torch.Tensor, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Step every row: the outputs [rows, outputs], and each leaf of the new state [rows, *shape].
@@ -80,9 +73,6 @@ class Program:
                 f"an operator of the step fails ({first_line(error):.200}): keep numbers that choose elements in "
                 "range, as with .clamp(0, size - 1)"
             ) from error
-
-    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.double() if self._double and tensor.dtype == torch.float32 else tensor
 
     def _add_call(self, node: OperatorCall) -> None:
         function = resolve(node.op)
@@ -108,7 +98,7 @@ class Program:
             case (("float", ("inf" | "-inf" | "nan") as number),):
                 return float(number)
             case (("dtype", str(name)),) if name in _DTYPES:
-                return torch.float64 if self._double and name == "float32" else _DTYPES[name]
+                return _DTYPES[name]
             case (("memory_format", str(name)),) if name in _MEMORY_FORMATS:
                 return _MEMORY_FORMATS[name]
             case (("device", True),):
@@ -148,7 +138,7 @@ class GraphModule:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         self._names = [leaf.name for leaf in model.state.leaves]
-        self._program = _tried(model, device, double=False)
+        self._program = _tried(model, device)
 
     def __call__(self, x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # noqa: D102
         state, outputs = [leaves[name] for name in self._names], []
@@ -158,47 +148,15 @@ class GraphModule:
         return torch.stack(outputs), dict(zip(self._names, state, strict=True))
 
 
-class GraphReference:
-    """A `Reference` that shares the step's graph, but neither its precision nor its operators' code.
-
-    Raises:
-        ModelError: when the graph cannot be run.
-    """
-
-    independent = False
-
-    def __init__(self, model: Model, dtype: type[np.floating[Any]]) -> None:
-        is_wide = dtype is np.float64
-        self._outputs = model.description.outputs
-        self._dtype = np.dtype(np.float64 if is_wide else np.float32)
-        self._dtypes = {
-            leaf.name: self._dtype if leaf.dtype == np.float32 else leaf.dtype for leaf in model.state.leaves
-        }
-        self._program = _tried(model, torch.device("cpu"), double=is_wide)
-
-    def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
-        """See `Reference`."""
-        leaves = {name: np.asarray(state[name], dtype) for name, dtype in self._dtypes.items()}
-        return scan(self._step, np.ascontiguousarray(x, self._dtype), leaves, active, self._outputs)
-
-    @torch.inference_mode()
-    def _step(self, x: Floats, state: Mapping[str, Any]) -> tuple[Floats, dict[str, Any]]:
-        y, *leaves = self._program(torch.from_numpy(x), [torch.from_numpy(leaf) for leaf in state.values()])
-        return y.numpy(), {name: leaf.numpy() for name, leaf in zip(state, leaves, strict=True)}
-
-
 @torch.inference_mode()
-def _tried(model: Model, device: torch.device, *, double: bool) -> Program:
+def _tried(model: Model, device: torch.device) -> Program:
     """The program of a graph, which may come from a stranger, once a step of two rows has fitted the description."""
     description = model.description
     assert isinstance(description, ModuleDescription)
     assert description.graph is not None
-    program = Program(description.graph, model.weights, device, double=double)
-    wide = {"float32": "float64"} if double else {}
+    program = Program(description.graph, model.weights, device)
     shapes = [((2, description.features), "float32"), *(((2, *leaf.shape), leaf.dtype) for leaf in description.leaves)]
-    x, *leaves = (
-        torch.zeros(shape, dtype=getattr(torch, wide.get(each, each)), device=device) for shape, each in shapes
-    )
+    x, *leaves = (torch.zeros(shape, dtype=getattr(torch, each), device=device) for shape, each in shapes)
     found = [tuple(each.shape) for each in program(x, leaves)]
     wanted = [(2, description.outputs), *(shape for shape, _ in shapes[1:])]
     if found != wanted:
