@@ -54,10 +54,8 @@ class LeakyDescription:
         return asdict(self)
 
 
-def normal_form(model: Model) -> tuple[Form, dict[str, Any]]:
-    """The step, and no tensors but the weights."""
-    description = model.description
-    assert isinstance(description, LeakyDescription)
+def normal_form(description: LeakyDescription) -> Form:
+    """The step."""
     b, shape = Builder(), (description.features,)
     x, frames, level = b.input("float32", shape), b.input("int64", ()), b.input("float32", shape)
     gained = b.map("mul", b.tensor("gain", "float32", shape), x)
@@ -66,7 +64,7 @@ def normal_form(model: Model) -> tuple[Form, dict[str, Any]]:
     y = b.fresh("float32", (description.features + 1,))
     b.map("copy", now, out=narrow(y, 0, 0, description.features))
     b.map("copy", b.cast(count, "float32"), out=select(y, 0, description.features))
-    return b.form([y, count, now]), {}
+    return b.form([y, count, now])
 
 
 @contextmanager

@@ -51,15 +51,11 @@ def load_model(folder: str | Path) -> Model:
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
     try:
-        if folder.is_file():
+        if folder.exists() and not path.exists():
             raise ModelError(
-                f"{folder} is a file and not a model folder: name a folder, which instep.models.save_model or "
-                "export_step makes of a module, and `instep model import` of weights or an ONNX graph"
-            )
-        if folder.is_dir() and not path.exists():
-            raise ModelError(
-                f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; make one with "
-                "instep.models.save_model or `instep model import`, or name another"
+                f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; name a folder, which "
+                "instep.models.save_model or export_step makes of a module, and `instep model import` of weights or an "
+                "ONNX graph"
             )
         check_regular(path)
         written_ns = _written_ns(path)

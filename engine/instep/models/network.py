@@ -38,8 +38,8 @@ class PortableNetwork:
         self.description, self.fingerprint = model.description, model.fingerprint
         self.state: StateSpec = model.state
         self.device = torch.device("cpu")
-        self.form, constants = registry.normal_form(model)
-        self._tensors = as_arrays({**model.weights, **constants})
+        self.form = registry.normal_form(model.description)
+        self._tensors = as_arrays(model.weights)
         self._step = CompiledStep(self.form, self._tensors, self.state, f"the normal form of {model.name}")
 
     def bind(self, inputs: F32, states: U8, outputs: F32) -> Rows:

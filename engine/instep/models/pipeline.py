@@ -94,12 +94,11 @@ class PipelineDescription(PlainFields):
         return {"kind": self.kind, "features": self.features, "context": self.context, "network": network}
 
 
-def form_of(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-    """The normal form, and tensors of the network besides its weights."""
+def form_of(description: PipelineDescription) -> Form:
+    """The normal form."""
     from instep.models.registry import normal_form
 
-    description, network = _parts(model)
-    form, tensors = normal_form(network)
+    form = normal_form(description.network)
     features, size = description.features, description.context
     b = Builder()
     x = b.input("float32", (features,))
@@ -107,7 +106,7 @@ def form_of(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
     both = b.fresh("float32", (size + features,))
     b.map("copy", context, out=narrow(both, 0, 0, size))
     b.map("copy", x, out=narrow(both, 0, size, features))
-    return b.form([*b.inline(form, [both, *leaves]), narrow(both, 0, features, size)]), tensors
+    return b.form([*b.inline(form, [both, *leaves]), narrow(both, 0, features, size)])
 
 
 def forward_of(model: Model, device: torch.device) -> Forward | None:

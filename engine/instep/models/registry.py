@@ -18,7 +18,6 @@ from instep.models.errors import ModelError
 from instep.models.module.description import ModuleDescription
 from instep.models.pipeline import PipelineDescription, form_of, forward_of, reference_of
 from instep.models.recurrent.description import DESCRIPTIONS as RECURRENT
-from instep.models.recurrent.description import RecurrentDescription
 from instep.models.recurrent.normal import form_of as recurrent_form
 from instep.models.recurrent.reference import RecurrentReference
 
@@ -41,19 +40,14 @@ class ModelKind:
 
     parse: Callable[[Mapping[str, Any]], Description]
     """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
-    normal_form: Callable[[Model], tuple[Form, Mapping[str, torch.Tensor]]]
-    """The form of a model, and tensors that it takes besides the model's weights."""
+    normal_form: Callable[[Any], Form]
+    """The normal form of a description."""
     forward: Callable[[Model, torch.device], Forward | None]
     """The model as a module of torch, if there is one."""
     reference: Callable[[Model, type[np.floating[Any]]], Reference | None]
     """See `RecurrentModel.reference`."""
     files: Mapping[str, str] = field(default_factory=dict)
     """JSON files beside `model.yaml`, with the fields of the description that they hold."""
-
-
-def _recurrent_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-    assert isinstance(model.description, RecurrentDescription)
-    return recurrent_form(model.description), {}
 
 
 def _recurrent_forward(model: Model, device: torch.device) -> Forward:
@@ -65,11 +59,6 @@ def _recurrent_forward(model: Model, device: torch.device) -> Forward:
 def _recurrent_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
     weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
     return RecurrentReference(model.description.as_json(), weights, dtype)
-
-
-def _step_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-    assert isinstance(model.description, ModuleDescription)
-    return model.description.form, {}
 
 
 def _step_forward(model: Model, device: torch.device) -> Forward | None:
@@ -89,12 +78,12 @@ def _step_reference(model: Model, dtype: type[np.floating[Any]]) -> Reference:
 
 KINDS: Final[dict[str, ModelKind]] = {
     **{
-        kind: ModelKind(each.model_validate, _recurrent_form, _recurrent_forward, _recurrent_reference)
+        kind: ModelKind(each.model_validate, recurrent_form, _recurrent_forward, _recurrent_reference)
         for kind, each in RECURRENT.items()
     },
     "module": ModelKind(
         ModuleDescription.model_validate,
-        _step_form,
+        lambda description: description.form,
         _step_forward,
         _step_reference,
         {"normal.json": "form", "graph.json": "graph"},
@@ -124,9 +113,9 @@ def kind_of_network(description: Description) -> ModelKind:
     return KINDS[network.kind]
 
 
-def normal_form(model: Model) -> tuple[Form, Mapping[str, torch.Tensor]]:
-    """The normal form of a model, and tensors that it takes besides the model's weights."""
-    return KINDS[model.description.kind].normal_form(model)
+def normal_form(description: Description) -> Form:
+    """The normal form of a network."""
+    return KINDS[description.kind].normal_form(description)
 
 
 def reference(model: Model, dtype: type[np.floating[Any]]) -> Reference | None:
