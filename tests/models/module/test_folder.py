@@ -119,7 +119,7 @@ def sizes_of(form: dict[str, Any]) -> dict[str, int]:
         ),
         (
             lambda form: form.update(inputs=[10**6]),
-            "the normal form takes other frames or leaves; make the folder again",
+            "takes other frames or leaves",
         ),
         (
             lambda form: form["buffers"][sizes_of(form)["head.bias"]].__setitem__(2, "other"),

@@ -112,15 +112,12 @@ class ModuleDescription(PlainFields):
             )
         inputs = [self.form.buffers[index] for index in self.form.inputs if 0 <= index < len(self.form.buffers)]
         wanted = [("float32", self.features), *((leaf.dtype.name, leaf.elements) for leaf in state.leaves)]
-        if [(each.dtype, each.size) for each in inputs] != wanted or not self.form.outputs:
-            raise PydanticCustomError("form", "the normal form takes other frames or leaves; make the folder again")
         names = [leaf.name for leaf in self.leaves]
         new_state = self.graph.new_state if self.graph else dict.fromkeys(names)
-        if new_state.keys() != set(names):
+        takes_others = [(each.dtype, each.size) for each in inputs] != wanted or not self.form.outputs
+        if takes_others or new_state.keys() != set(names):
             raise PydanticCustomError(
-                "leaves",
-                "the state has the leaves {names}, and the graph gives {given}; make the folder again",
-                {"names": ", ".join(names), "given": ", ".join(new_state) or "none"},
+                "form", "the normal form or the graph takes other frames or leaves; make the folder again"
             )
         for name in names:  # a recording's header has sorted them
             new_state[name] = new_state.pop(name)

@@ -128,7 +128,7 @@ class StepCode:
         """All functions; with those of `kernels`, too, for other processors than this one."""
         processor, found = self._processor, ir.Module("step")
         found.triple = processor.triple
-        for name, arguments in () if with_kernels else kernels.names(processor).items():
+        for name, arguments in () if with_kernels else kernels.names().items():
             ir.Function(found, ir.FunctionType(VOID, arguments), kernels.symbol(name, processor))
         if with_kernels:
             kernels.write_all(found, processor)

@@ -31,7 +31,7 @@ MOVE: Final = (POINTER, POINTER, I64, I64)
 """Addresses of rows, lanes, elements of a row, rows."""
 
 
-def names(processor: Processor) -> dict[str, Sequence[object]]:
+def names() -> dict[str, Sequence[object]]:
     """The routines' names and the types of their arguments."""
     return {
         "dense_many": DENSE,
@@ -56,7 +56,7 @@ def routines() -> Library:
 def symbols() -> dict[str, int]:
     """Their addresses, by the names that code calls them by."""
     library, processor = routines(), host()
-    return {symbol(name, processor): library.address(symbol(name, processor)) for name in names(processor)}
+    return {symbol(name, processor): library.address(symbol(name, processor)) for name in names()}
 
 
 def module(processor: Processor) -> ir.Module:

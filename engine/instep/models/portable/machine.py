@@ -68,19 +68,6 @@ def host() -> Processor:
 
 def object_code(text: str, processor: Processor) -> bytes:
     """Compile a module."""
-    parsed, machine = _optimized(text, processor)
-    code: bytes = machine.emit_object(parsed)
-    return code
-
-
-def assembly(text: str, processor: Processor) -> str:
-    """The same as text, for people and tests."""
-    parsed, machine = _optimized(text, processor)
-    code: str = machine.emit_assembly(parsed)
-    return code
-
-
-def _optimized(text: str, processor: Processor) -> tuple[Any, Any]:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(processor.triple).create_target_machine(
@@ -97,7 +84,8 @@ def _optimized(text: str, processor: Processor) -> tuple[Any, Any]:
     options.loop_vectorization = True  # where there is one lane; it keeps the order of every sum
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(parsed, builder)
-    return parsed, machine
+    code: bytes = machine.emit_object(parsed)
+    return code
 
 
 class Library:
