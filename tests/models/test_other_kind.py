@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from instep.core.typing import F32
 from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.network import PortableNetwork
 from instep.models.registry import build, parse_description
-from instep.recording.reader import RecordingReader
-from instep_client import AsyncClient
 from tests.support.leaky import by_hand, leaky, registered
-from tests.support.running import CPU, running
+from tests.support.running import CPU
 
 MODEL = leaky(3)
 SPEC = MODEL.description.state
@@ -57,41 +54,3 @@ def test_without_a_module_of_torch_and_a_reference_the_definition_is_left() -> N
     np.testing.assert_array_equal(y[:, 0], expected)
     np.testing.assert_array_equal(after["level"][0], level)
     assert after["frames"].tolist() == [3 + 5, 3 + 3]
-
-
-def same(found: dict[str, F32], level: F32, frames: int) -> bool:
-    return found["level"].tolist() == level.tolist() and int(found["frames"]) == frames
-
-
-async def test_it_is_served_recorded_and_continued(tmp_path: Path, rng: np.random.Generator) -> None:
-    x = rng.standard_normal((12, 3)).astype(np.float32)
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(MODEL, recording=recording) as server, AsyncClient(server.endpoint) as client:
-        assert client.info.state == SPEC
-        stream = await client.open("s")
-        first = await stream.step(x[:5])
-        expected, level, frames = by_hand(MODEL, x[:5])
-        np.testing.assert_array_equal(first, expected)
-        seq, state = await stream.read_state()
-        assert seq == 5
-        assert same(state, level, frames)
-        copy = await client.open("copy", state, seq)
-        np.testing.assert_array_equal(await copy.step(x[5:8]), by_hand(MODEL, x[5:8], level, frames)[0])
-        await stream.reset()
-        np.testing.assert_array_equal(await stream.step(x[5:8]), by_hand(MODEL, x[5:8])[0])
-        assert same(await stream.close(), *by_hand(MODEL, x[5:8])[1:])
-        (await copy.snapshot()).save(tmp_path / "copy.safetensors")
-        await client.close(park=True)
-    with RecordingReader(tmp_path / "r.instep") as reader:
-        assert reader.header.state_spec == SPEC
-        closed, opened = reader.streams()
-        assert closed.initial_state is None
-        assert closed.final_state is not None
-        assert same(
-            {name: leaf[0] for name, leaf in SPEC.unpack(closed.final_state[None]).items()}, *by_hand(MODEL, x[5:8])[1:]
-        )
-        assert opened.initial_state is not None
-    async with running(MODEL, recording=recording) as server, AsyncClient(server.endpoint) as client:
-        copy = await client.resume("copy", 8, take_over=True)
-        y = await copy.step(x[8:])
-        np.testing.assert_array_equal(y, by_hand(MODEL, x[5:], level, frames)[0][3:])

@@ -102,10 +102,3 @@ def test_it_may_hold_a_step_module(tmp_path: Path, rng: np.random.Generator) -> 
 def test_a_description_that_cannot_be_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         parse_description(learned(**changes))
-
-
-def test_it_says_what_it_does() -> None:
-    description = parse_description(LISTENS)
-    assert description.in_words() == "16 features → context of 40 values → GRU 8"
-    assert parse_description(description.as_json(defaults=False)) == description
-    assert parse_description(description.as_json()) == description

@@ -80,12 +80,6 @@ def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> N
         load_weights(tmp_path / "w.safetensors", DESCRIPTION)
 
 
-def test_a_file_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ModelError, match="cannot read the weights"):
-            load_weights(path, DESCRIPTION)
-
-
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_loads_as_the_description_says_or_is_refused(

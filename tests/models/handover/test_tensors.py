@@ -169,15 +169,9 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
     monkeypatch.chdir(tmp_path)
     torch.save(NET, "whole.pt")
     torch.save(Trap(), "trap.pt")
-    torch.save({"a": np.ones(3)}, "array.pt")
     torch.save({"ema": NET.state_dict(), "model": NET.state_dict()}, "two.pt")
-    torch.save([1, 2], "list.pt")
     Path("text.pt").write_text("hello world")
     Path("empty.pt").touch()
-    Path("text.safetensors").write_text("hello world")
-    Path("net.onnx").touch()
-    Path("train.py").write_text("import torch")
-    Path("text.txt").write_text("(hello)")
     torch.save(NET.state_dict(), "whole_state.pt")
     content = Path("whole_state.pt").read_bytes()
     Path("cut.pt").write_bytes(content[: len(content) // 10])  # where torch itself says "Invalid argument"
@@ -185,24 +179,14 @@ def test_files_that_hold_no_weights_are_told_what_to_do_and_nothing_in_them_runs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own deprecations
         torch.jit.trace(NET.eval(), torch.randn(2, 5, 6)).save("script.pt")  # type: ignore[no-untyped-call]
-    Path("net.pt2").touch()
     no_weights = "is not a whole file of tensors alone"
     for name, named in {
-        **dict.fromkeys(
-            ("whole.pt", "trap.pt", "array.pt", "text.pt", "empty.pt", "text.txt", "script.pt"), no_weights
-        ),
+        **dict.fromkeys(("whole.pt", "trap.pt", "text.pt", "empty.pt", "script.pt"), no_weights),
         "two.pt": "holds 2 state dicts",
-        "list.pt": "holds no state dict",
         "cut.pt": "cut.pt",
-        "text.safetensors": no_weights,
-        "net.onnx": no_weights,
-        "net.pt2": no_weights,
-        "train.py": no_weights,
         "folder/weights.safetensors": "folder is a model folder already",
-        "folder": "folder is a model folder already",
         "nothing.pt": "cannot read nothing.pt",
         "x" * 300: "cannot read x+: File name too long",
-        "nothing.safetensors": "cannot read nothing.safetensors",
     }.items():
         with pytest.raises(ModelError, match=named) as refused:
             save_model("m", name)

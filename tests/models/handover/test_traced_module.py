@@ -194,15 +194,6 @@ def test_a_state_that_the_forward_begins_with_becomes_that_of_every_stream(tmp_p
         save_model(tmp_path / "e", net, example=(x, torch.ones(2, 3, 10)))
 
 
-def test_a_batch_norm_without_statistics_cannot_be_folded(tmp_path: Path) -> None:
-    net = Net(with_bn)
-    net.norm = nn.BatchNorm1d(7, track_running_stats=False)
-    with pytest.raises(ModelError, match="`norm` is BatchNorm1d"):
-        save_model(tmp_path / "m", net)
-    net.norm = nn.BatchNorm1d(7, affine=False)
-    assert "dense 7 gelu" in save_model(tmp_path / "m", net).description.in_words()
-
-
 def test_compiled_modules_are_unwrapped_and_graphs_of_modules_run(tmp_path: Path) -> None:
     net = Net(plain)
     expected = save_model(tmp_path / "m", net).fingerprint

@@ -144,11 +144,6 @@ def test_a_row_that_sees_another_its_place_or_how_many_there_are(
     assert re.search(ROWS, found := refusal(Step(body), tmp_path / "m")), found
 
 
-def test_a_step_that_one_row_is_too_few_for(tmp_path: Path) -> None:
-    found = refusal(Step(lambda s, x, h: (functional.batch_norm(x, None, None, training=True), h)), tmp_path / "m")
-    assert found.startswith("the step fails in a batch of 1 row")
-
-
 def places_in_a_ring(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
     h, place = h.clone(), (x[:, 0] > 0).long()
     h[numbers(x), place] = x[:, 1]
@@ -199,23 +194,6 @@ def test_what_streams_begin_with_is_zeros_unless_it_is_said(tmp_path: Path) -> N
         export_step(step, x, state, tmp_path / "m", initial_state=given)
     spec = export_step(step, x, state, tmp_path / "m", initial_state="example").state
     assert [leaf.initial for leaf in spec.leaves] == [1, 0, 1]
-
-
-def test_what_is_no_step(tmp_path: Path) -> None:
-    step: Any = Step(lambda s, x, h: (x, h))
-    for module, x, sentence in (
-        (lambda x, h: (x, h), torch.zeros(1, 4), "the step is one function; give an nn.Module"),
-        (step, torch.zeros(4), r"must be a float32 tensor of frames \[rows, features\], not float32 \[4\]"),
-        (step, torch.zeros(1, 4).double(), "not float64"),
-        (step, np.zeros((1, 4), np.float32), "not ndarray"),
-    ):
-        with pytest.raises(ModelError, match=sentence):
-            export_step(module, x, torch.zeros(1, 4), tmp_path / "m")  # type: ignore[arg-type]
-    with torch.no_grad():
-        step.layer.weight[0, 0] = float("nan")
-    step.body = lambda s, x, h: (s.layer(x), h)
-    assert "layer.weight of the step holds NaN or infinity" in refusal(step, tmp_path / "m")
-    assert step.training, "it is left as it was"
 
 
 def test_a_folder_that_holds_a_model_is_refused_before_the_step_runs(tmp_path: Path) -> None:

@@ -128,11 +128,6 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     )
 
 
-def test_outputs_in_a_dict_are_joined_and_named() -> None:
-    assert exported("causal_convolution").output_names == ("level", "class.0", "class.1")
-    assert exported("causal_convolution").description.outputs == 3
-
-
 class Recurrent(nn.Module):
     """What people have: layers of torch around an attention over a cache, in evaluation mode after training."""
 

@@ -151,27 +151,6 @@ def test_beside_hostile_rows(name: str) -> None:
     check_equal((y, after), net.define(x, states))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_of_tables(name: str) -> None:
-    """Rows have numbers, tables have gaps of an odd number of bytes, and NaN is all around."""
-    net, random = network(name), np.random.default_rng(8)
-    room, width = 2 * ROWS, net.states.shape[1]
-    inputs, outputs = (np.full((room, n), np.nan, np.float32) for n in (net.x.shape[1] + 3, net.y.shape[1] + 2))
-    states = np.full((room, width + 7), 0xFF, np.uint8)
-    frames, kept, found = inputs[:, 1:-2], states[:, 4:-3], outputs[:, 2:]
-    bound = net.step.bind(frames, kept, found)
-    for size in (1, 4, 9, 17, 40, 100, ROWS):
-        which = random.permutation(ROWS)[:size]
-        slots, rows = (random.permutation(room)[:size].astype(np.int64) for _ in range(2))
-        inputs[:], states[:], outputs[:] = np.nan, 0xFF, np.nan
-        frames[rows], kept[slots] = net.x[which], net.states[which]
-        bound.run(slots, rows)
-        check_rows(net, which, found[rows], kept[slots])
-        found[rows], kept[slots] = np.nan, 0xFF
-        assert np.isnan(outputs).all(), "it wrote to other rows of the outputs"
-        assert (states == 0xFF).all(), "it wrote to other rows of the states"
-
-
 # ── Other modes of arithmetic ────────────────────────────────────────────────────────────────────────────────────────
 
 
