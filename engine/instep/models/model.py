@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from instep.models.base import LEARNED, Description, Shape, StateSpec
 from instep.models.errors import ModelError
+from instep.models.numerics import dtype_name
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,7 +96,7 @@ def check_weights(tensors: Mapping[str, torch.Tensor], description: Description,
     _check_names(tensors, shapes, source)
     for name, shape in shapes.items():
         tensor, wanted = tensors[name], description.tensor_dtype(name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         if tensor.shape != shape:
             raise ModelError(
                 f"tensor {name} of {source} has shape {list(tensor.shape)}, the network's description asks for "

@@ -54,3 +54,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         finally:
             for part in training:
                 part.training = True
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As descriptions and forms call it: `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -33,7 +33,7 @@ from instep.models.handover.layers import (
 from instep.models.model import Model
 from instep.models.module.export import copied, exported
 from instep.models.module.operators import Operator, name_of
-from instep.models.numerics import evaluating
+from instep.models.numerics import dtype_name, evaluating
 from instep.models.recurrent.description import Activation
 from instep.models.registry import build
 
@@ -85,7 +85,7 @@ class TracedModule:
         _check_recurrent(module)
         dtype = next(module.parameters()).dtype
         if dtype != torch.float32:
-            raise ModelError(f"the weights of {self._kind} are {_plain(dtype)}: convert them with .float()")
+            raise ModelError(f"the weights of {self._kind} are {dtype_name(dtype)}: convert them with .float()")
         given = example if isinstance(example, tuple) else (example,)
         if self._has_example and not (given and isinstance(given[0], torch.Tensor) and given[0].dtype == torch.float32):
             raise ModelError("example must be a float32 tensor of frames, or a tuple that begins with one")
@@ -204,7 +204,7 @@ class _Walk(fx.Interpreter):
         if _name(n) in ("to", "type_as") and n.args[0] not in self._origins:
             return value
         if any(each.dtype != torch.float32 for each in tensors):
-            self._refuse(f"{self._kind}.forward computes in {_plain(tensors[0].dtype)}")
+            self._refuse(f"{self._kind}.forward computes in {dtype_name(tensors[0].dtype)}")
         self._origins[n] = self._follow(n, given)
         return value
 
@@ -302,10 +302,6 @@ class _Walk(fx.Interpreter):
 def _name(n: fx.Node) -> str:
     target: Any = n.target
     return name_of(target) if isinstance(target, Operator) else getattr(target, "__name__", str(target))
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_recurrent(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 import instep
 from instep.models.base import LEARNED
@@ -34,7 +35,7 @@ from instep.models.module.description import Graph, ModuleDescription, StateLeaf
 from instep.models.module.operators import Operator, is_allowed, name_of, unknown
 from instep.models.module.program import encoded
 from instep.models.network import PortableNetwork
-from instep.models.numerics import evaluating
+from instep.models.numerics import dtype_name, evaluating
 from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec, Leaf
@@ -273,42 +274,28 @@ ROWS: Final = 32
 FORM: Final = "step(x, state) must return (y, new_state)"
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """How a state is made of its leaves."""
+def _structure_of(state: Any) -> tuple[list[torch.Tensor], TreeSpec, tuple[str, ...]]:
+    """The leaves of the example state, how they make it, and their names."""
+    leaves, spec = tree_flatten(state)
+    is_flat = isinstance(state, torch.Tensor) or spec.num_children == len(leaves)
+    if not leaves or not is_flat or not all(isinstance(each, torch.Tensor) for each in leaves):
+        raise ModelError("example_state must be a tuple or dict of tensors, at least one and none inside another")
+    if isinstance(state, torch.Tensor | dict):
+        return leaves, spec, tuple(state) if isinstance(state, dict) else ("state",)
+    return leaves, spec, getattr(state, "_fields", tuple(f"s{at}" for at in range(len(leaves))))
 
-    kind: type[Any]
-    names: tuple[str, ...]
 
-    @classmethod
-    def of(cls, state: Any) -> Structure:
-        """Of the example state: a tensor, or a tuple, list, named tuple or dict of tensors.
+class Flat(nn.Module):
+    """The user's step as `forward(x, *leaves) -> (y, *leaves)`, y as [rows, outputs]."""
 
-        Raises:
-            ModelError: when it is anything else.
-        """
-        values: Sequence[Any]
-        match state:
-            case torch.Tensor():
-                return cls(torch.Tensor, ("state",))
-            case dict():
-                names, values = tuple(state), list(state.values())
-            case tuple() | list():
-                names = getattr(state, "_fields", tuple(f"s{at}" for at in range(len(state))))
-                values = state
-            case _:
-                raise ModelError(f"example_state is one {type(state).__name__}; give a tuple or dict of tensors")
-        if not values or not all(isinstance(each, torch.Tensor) for each in values):
-            raise ModelError("example_state must be a tuple or dict of tensors, at least one and none inside another")
-        return cls(type(state), names)
+    def __init__(self, step: nn.Module, spec: TreeSpec) -> None:
+        super().__init__()
+        self.step, self.spec = step, spec
 
-    def build(self, leaves: Sequence[torch.Tensor]) -> Any:
-        """A state of these leaves."""
-        if self.kind is torch.Tensor:
-            return leaves[0]
-        if issubclass(self.kind, dict):
-            return dict(zip(self.names, leaves, strict=True))
-        return self.kind(*leaves) if hasattr(self.kind, "_fields") else self.kind(leaves)
+    def forward(self, x: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Outputs [rows, outputs] and the new leaves."""
+        y, state = _split(self.step(x, tree_unflatten(leaves, self.spec)))
+        return _joined_outputs(y), *self.leaves(state)
 
     def leaves(self, state: Any) -> list[Any]:
         """The leaves of a state that the step returned.
@@ -316,31 +303,15 @@ class Structure:
         Raises:
             ModelError: when it has other leaves than the example state.
         """
-        if self.kind is torch.Tensor and isinstance(state, torch.Tensor):
-            return [state]
-        if isinstance(state, Mapping) and issubclass(self.kind, dict) and set(state) == set(self.names):
-            return [state[name] for name in self.names]
-        if isinstance(state, tuple | list) and issubclass(self.kind, tuple | list) and len(state) == len(self.names):
-            return list(state)
-        found = ", ".join(map(str, state)) if isinstance(state, Mapping) else f"one {type(state).__name__}"
-        raise ModelError(
-            f"the new state has the leaves {found}, and the state before the frame, one {self.kind.__name__}, "
-            f"{', '.join(map(str, self.names))}: return the same ones in the same form"
-        )
-
-
-class Flat(nn.Module):
-    """The user's step as `forward(x, *leaves) -> (y, *leaves)`, y as [rows, outputs]."""
-
-    def __init__(self, step: nn.Module, structure: Structure) -> None:
-        super().__init__()
-        self.step = step
-        self.structure = structure
-
-    def forward(self, x: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs [rows, outputs] and the new leaves."""
-        y, state = _split(self.step(x, self.structure.build(leaves)))
-        return _joined_outputs(y), *self.structure.leaves(state)
+        if isinstance(state, dict) and set(state) == set(names := self.spec.context or ()):
+            state = {name: state[name] for name in names}
+        leaves, spec = tree_flatten(state)
+        if spec != self.spec:
+            raise ModelError(
+                f"the new state is {spec}, and the state before the frame {self.spec}: return the same leaves in the "
+                "same form"
+            )
+        return leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,14 +351,13 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
         raise ModelError(
             f"example_x must be a float32 tensor of frames [rows, features], not {shown}".replace("torch.", "")
         )
-    structure = Structure.of(state)
-    given = list(state.values()) if isinstance(state, dict) else [state] if isinstance(state, torch.Tensor) else state
-    leaves = tuple(_leaf(name, leaf, len(x)) for name, leaf in zip(structure.names, given, strict=True))
+    given, spec, names = _structure_of(state)
+    leaves = tuple(_leaf(name, leaf, len(x)) for name, leaf in zip(names, given, strict=True))
     begins_with = tuple(leaf[0].detach().cpu().clone() for leaf in given)
-    plain = Example(Flat(module, structure), x.shape[1], leaves, begins_with, ())
+    plain = Example(Flat(module, spec), x.shape[1], leaves, begins_with, ())
     frames = plain.frames(ROWS, torch.Generator().manual_seed(0))
     try:
-        result = module(frames, structure.build(plain.initial(ROWS)))
+        result = module(frames, tree_unflatten(plain.initial(ROWS), spec))
     except Exception as error:
         raise ModelError(
             f"the step fails on frames [{ROWS}, {plain.features}] and a state like the example's "
@@ -396,7 +366,7 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
         ) from error
     y, after = _split(result)
     parts = _outputs_of(y)
-    for leaf, new in zip(leaves, structure.leaves(after), strict=True):
+    for leaf, new in zip(leaves, plain.flat.leaves(after), strict=True):
         _check_leaf(leaf, new)
     return replace(plain, output_names=_output_names(parts))
 
@@ -601,8 +571,3 @@ def _line_of(node: fx.Node) -> str:
         return "the step"
     file, line, code = (of_user or found)[-1]
     return f"the step ({Path(file).name}, line {line}: {code.strip():.80})"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As forms and descriptions call it: `float32`."""
-    return str(dtype).removeprefix("torch.")

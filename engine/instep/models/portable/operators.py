@@ -18,6 +18,7 @@ from torch import fx
 
 from instep.models.errors import ModelError, first_line
 from instep.models.module.operators import Operator, name_of, unknown, written
+from instep.models.numerics import dtype_name
 from instep.models.portable.form import (
     COMPARISONS,
     DTYPES,
@@ -188,7 +189,7 @@ class Lowering(Located):
     def compare(self, op: str, like: torch.Tensor, a: Value, b: Value) -> View:
         """A comparison in the dtype that torch would take."""
         given: list[Any] = [self._typed(each) if isinstance(each, View) else each for each in (a, b)]
-        dtype = str(torch.result_type(*given)).removeprefix("torch.")
+        dtype = dtype_name(torch.result_type(*given))
         return self.builder.map(op, self.operand(a, dtype), self.operand(b, dtype), out=self.fresh(like))
 
     def truth(self, value: Value) -> Operand:
@@ -236,7 +237,7 @@ class Lowering(Located):
 
 def dtype_of(tensor: torch.Tensor) -> str:
     """Its dtype as forms call it."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)
 
 
 def _flat(value: Any) -> list[Any]:
