@@ -237,7 +237,7 @@ Endpoint = Annotated[
         "-e",
         envvar="INSTEP_ENDPOINT",
         callback=endpoint,
-        help="Where the engine listens.",
+        help="The server's endpoint.",
         show_default=True,
     ),
 ]
@@ -247,7 +247,7 @@ ModelName = Annotated[
         "--model",
         metavar="NAME",
         envvar="INSTEP_MODEL",
-        help="The model, where the server has several. (default: the server's first)",
+        help="The model to use. (default: the server's first)",
         show_default=False,
     ),
 ]

@@ -49,18 +49,18 @@ async def loadtest(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    streams: Annotated[int, typer.Option(min=1, help="How many streams. With --slo-ms: the first number tried.")] = 256,
+    streams: Annotated[int, typer.Option(min=1, help="Number of streams; with --slo-ms, of the first try.")] = 256,
     connections: Annotated[
-        int | None, typer.Option(min=1, help="Connections they are spread over. (default: one for each process)")
+        int | None, typer.Option(min=1, help="Number of connections. (default: one for each process)")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes the connections are spread over.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of load-generating processes.")] = 1,
     rate: Annotated[
         float | None,
         typer.Option(
             metavar="HZ",
             callback=positive,
-            help="Open loop: frames a second for each stream, sent when they are due. "
-            "Default: closed loop, a block is sent when the one before it is answered; with --slo-ms 100 Hz.",
+            help="Frames per second for each stream, sent when due (open loop). "
+            "Default: as fast as answers come (closed loop); with --slo-ms, 100.",
         ),
     ] = None,
     duration: Annotated[
@@ -78,31 +78,31 @@ async def loadtest(
         typer.Option(
             metavar="TIME",
             parser=_seconds,
-            help="The time before that, which does not count. (default: 2s)",
+            help="Warm-up before the measurement. (default: 2s)",
             show_default=False,
         ),
     ] = 2.0,
     block: Annotated[
         int | None,
-        typer.Option(min=1, help="At most this many streams per message. (default: all of the connection's that fit)"),
+        typer.Option(min=1, help="The most streams in a message. (default: all that fit)"),
     ] = None,
     slo_ms: Annotated[
         float | None,
         typer.Option(
             callback=positive,
             metavar="MS",
-            help="Find the largest number of streams of which 99 % of the frames are answered within MS of being due.",
+            help="Find the most streams with 99 % of frames answered within MS milliseconds.",
         ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write a page with all of it, to attach or to send.", dir_okay=False),
+        typer.Option(metavar="FILE.html", help="Also write an HTML report.", dir_okay=False),
     ] = None,
 ) -> Exit:
     """Measure throughput and latency, or the largest load within a service level.
 
-    In an open loop latency counts from the moment a frame was due, not from when it could be sent: a slow answer cannot
-    hide the frames that queue behind it. The server's own share is shown beside it.
+    With --rate, latency counts from the time at which a frame was due, so a slow answer cannot hide the frames that
+    queue behind it. The table shows the server's share of it.
 
     The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
     and 3 when the load generator could not keep up, so the result says nothing about the server.
