@@ -30,7 +30,7 @@ from instep_tools.words import counted
 
 EXAMPLES: Final = (
     "instep-client loadtest --streams 1024 --block 256",
-    "instep-client loadtest --streams 64 --rate 50 --duration 1m --report load.html",
+    "instep-client loadtest --streams 64 --rate 50 --report load.html",
     "instep-client loadtest --slo-ms 20 --rate 50 --processes 2",
 )
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600}
