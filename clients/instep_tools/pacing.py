@@ -59,8 +59,6 @@ class Stop:
     def __init__(self) -> None:
         self.connected = False
         """Whether there ever was a connection, so that answers may be outstanding."""
-        self.drains = True
-        """Whether the command waits for answers when it is asked to end."""
         self.gave_up = False
         """Whether the command ended without a connection, so that it could neither drain nor close."""
         self._event = asyncio.Event()

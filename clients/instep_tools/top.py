@@ -56,7 +56,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class ScreenView:
-    """Two successive snapshots, between which rates are measured."""
+    """A snapshot and the one before it, for rates."""
 
     endpoint: str
     now: Snapshot
@@ -72,7 +72,7 @@ class ScreenView:
         return (now - before) / (self.now.at_s - self.before.at_s)
 
     def rates(self) -> dict[str, float]:
-        """Of the counters in STATS."""
+        """The increase per second of each counter in STATS."""
         before = self.before.numbers if self.before else {}
         return {
             name: self.rate(value, before.get(name))
@@ -101,7 +101,7 @@ class ScreenView:
         return rated
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; rates are per second."""
+        """The view as JSON values; rates are per second."""
         now, model_rates = self.now, self.model_rates()
         return {
             "endpoint": self.endpoint,
@@ -281,7 +281,7 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
 
 
 def _recent(numbers: Mapping[str, float], name: str) -> float:
-    """Over the last seconds; since the start of a model that has had no whole second yet."""
+    """The number over the last seconds, or since the start of a model that is not a second old."""
     recent = numbers[f"recent_{name}"]
     return numbers[name] if math.isnan(recent) else recent
 

@@ -21,7 +21,7 @@ from instep_tools.command_line import positive
 from instep_tools.connect import Target, connected
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, split
 from instep_tools.load.processes import run_parts
-from instep_tools.load.result import PERCENTILES, TRIAL_TITLES, LoadResult, server_as_json, trial_rows
+from instep_tools.load.result import ADVICE, PERCENTILES, TRIAL_TITLES, LoadResult, server_as_json, trial_rows
 from instep_tools.load.search import Search
 from instep_tools.pacing import Clock, Stop
 from instep_tools.problems import BadFile, CommandProblem, Exit
@@ -160,7 +160,10 @@ class LoadTest:
             self._show_latencies(result)
         ending = Exit.OK if result.whole else Exit.FOUND_PROBLEMS
         ending = Exit.MEASURED_ITSELF if result.measured_itself else ending
-        return self._tell(result.as_json(), result, None, result.sentence(), ending)
+        sentence = result.sentence()
+        if result.measured_itself:
+            sentence = f"measured the load generator, not the server: {ADVICE}; {sentence}"
+        return self._tell(result.as_json(), result, None, sentence, ending)
 
     async def _search(self, slo_ms: float) -> Exit:
         plan, limit = self.plan, self._info.max_streams

@@ -39,14 +39,14 @@ SAMPLE: Final = np.dtype(
         ("own_us", "<f8"),  # this side's own share: until it began to send, and while it stood still afterwards
     ]
 )
-"""A block; one without an answer has waited for its latency by then, and NaN as its split."""
+"""One block. The latency of an unanswered block is the time that it had waited at the end, and its split is NaN."""
 
 DRAIN_S: Final = 5.0
-"""How long after the last send the answers may still take; what comes later counts as unanswered."""
+"""Answers that come later than this after the last send do not count."""
 LEAD_S: Final = 0.05
 """From everything being open to the first send."""
 GRACE_S: Final = 0.25
-"""How long after the end an open loop may still send what was due before; the rest counts as not sent."""
+"""After the end, an open loop may still send overdue blocks for this time; the rest counts as not sent."""
 OPENINGS: Final = 16
 """Groups that are opened at once: the server refuses too many requests on streams."""
 BEAT_S: Final = 0.005
@@ -59,7 +59,7 @@ Connect = Callable[[], AbstractAsyncContextManager[AsyncClient]]
 
 @dataclass
 class PartResult:
-    """What one process measured after the warm-up."""
+    """The measurements of one process after the warm-up."""
 
     samples: SampleArray
     refused: Counter[str] = field(default_factory=Counter)
@@ -233,7 +233,7 @@ def as_samples(numbers: array[float], stalls: Sequence[tuple[float, float]] = ()
     """The fields of samples, one sample behind the other, as an array of `SAMPLE`.
 
     `stalls` are the times in which the process stood still, in seconds after the warm-up, in order and without overlap.
-    What of them lies between the sending of a block and its answer is added to its `own_us`.
+    The stalls between the sending of a block and its answer are added to its `own_us`.
     """
     samples: SampleArray = np.frombuffer(numbers, SAMPLE).copy()
     if stalls:

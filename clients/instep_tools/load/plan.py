@@ -1,4 +1,4 @@
-"""What a load test does, and how its streams are spread over processes, connections and blocks."""
+"""The load of a test, and how its streams are spread over processes, connections and blocks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REAL_TIME_RATE_HZ: Final = 100.0
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A load, as one sees it from outside."""
+    """A load, as the options describe it."""
 
     streams: int
     connections: int
     processes: int
     rate_hz: float | None
-    """Open loop: a frame of each stream is due so often, whatever the answers do. None for a closed loop: a block is
-    sent when the one before it is answered."""
+    """Of an open loop: frames a second of each stream, which are due whatever the answers do. None for a closed loop,
+    which sends a block when the one before it is answered."""
     duration_s: float
     warmup_s: float
     block: int | None = None
@@ -48,7 +48,7 @@ class LoadPlan:
 
 @dataclass(frozen=True, slots=True)
 class LoadPart:
-    """What one process does of a plan."""
+    """The part of a plan that one process sends."""
 
     name: str
     """The streams are called after it."""

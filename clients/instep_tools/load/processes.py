@@ -33,14 +33,14 @@ _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Shared(NamedTuple):
-    """What the processes of a load test share."""
+    """Objects that all processes of a load test share."""
 
     begin: Barrier
-    """All have opened their streams."""
+    """Passed when all processes have opened their streams."""
     start: c_double
     """The moment of the first send, on the clock `time.monotonic`."""
     end: Event
-    """They are to stop, drain and close."""
+    """Set when they are to stop, drain and close."""
 
 
 _shared: _Shared

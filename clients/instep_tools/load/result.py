@@ -1,4 +1,4 @@
-"""What a load test found: as numbers, as a verdict, in words, as JSON."""
+"""The result of a load test: numbers, a verdict, words, JSON."""
 
 from __future__ import annotations
 
@@ -50,31 +50,31 @@ def percentiles(values: F64, frames: F64) -> Percentiles:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """One load and what came of it."""
+    """The measurement of one load."""
 
     plan: LoadPlan
     found: PartResult
 
     @property
     def samples(self) -> SampleArray:
-        """One for each block that was sent."""
+        """One sample for each block that was sent."""
         return self.found.samples
 
     @cached_property
     def answered(self) -> SampleArray:
-        """Those of the blocks that were answered."""
+        """The samples of answered blocks."""
         answered: SampleArray = self.samples[~np.isnan(self.samples["rest_us"])]
         return answered
 
     @cached_property
     def seconds(self) -> float:
-        """How long frames were counted; up to the last answer of a test that ended early."""
+        """The time in which frames were counted; a test that ended early ends with its last answer."""
         whole = not (self.found.stopped or self.found.lost)
         return self.plan.duration_s if whole else min(self.plan.duration_s, self.answered["at_s"].max(initial=0.0))
 
     @cached_property
     def in_time(self) -> SampleArray:
-        """The blocks that were answered before the end."""
+        """The samples of blocks that were answered before the end."""
         in_time: SampleArray = self.answered[self.answered["at_s"] <= self.seconds]
         return in_time
 
@@ -90,12 +90,12 @@ class LoadResult:
 
     @cached_property
     def latencies(self) -> dict[str, Percentiles]:
-        """By `ROWS`, in µs. Frames without an answer count with the time that they waited."""
+        """Percentiles by the names of `ROWS`, in µs. Unanswered frames count with the time that they waited."""
         return {name: percentiles(self.samples[name], self.samples["frames"]) for name in ROWS}
 
     @property
     def p99_ms(self) -> float:
-        """Of the latency."""
+        """The 99th percentile of the latency."""
         return self.latencies["latency_us"]["p99"] / 1000
 
     @property
@@ -106,7 +106,7 @@ class LoadResult:
 
     @property
     def measured_itself(self) -> bool:
-        """Whether the load generator could not keep up: what it found says nothing about the server."""
+        """Whether the load generator could not keep up, so that the result says nothing about the server."""
         own_us, latency_us = self.latencies["own_us"]["p99"], self.latencies["latency_us"]["p99"]
         is_open = self.plan.rate_hz is not None
         return is_open and (self.found.unsent > 0 or own_us > max(TOLERATED_OWN_US, latency_us / 2))
@@ -139,12 +139,9 @@ class LoadResult:
         return float(np.diff(at_s, prepend=0.0, append=self.plan.duration_s if self.found.lost else self.seconds).max())
 
     def sentence(self) -> str:
-        """All of it in words. The latencies are those of the answered frames; unanswered frames are counted apart."""
+        """The result in words. Latencies are those of answered frames; unanswered frames are counted apart."""
         found, plan = self.found, self.plan
         parts = []
-        if self.measured_itself:
-            own_ms = three_digits(self.latencies["own_us"]["p99"] / 1000)
-            parts.append(f"measured the load generator, not the server: its own share is {own_ms} ms at p99; {ADVICE}")
         if found.lost:
             parts.append(f"ended after {self.seconds:.1f} of {plan.duration_s:g} s: {found.lost}")
         if len(self.answered):
@@ -171,14 +168,14 @@ class LoadResult:
         return [(self.found.unanswered, "unanswered"), (self.found.unsent, "not sent")]
 
     def latency_rows(self) -> list[tuple[str, list[str]]]:
-        """The latency and its parts: what each is called, and its percentiles in milliseconds."""
+        """The latency and its parts: names, and percentiles in milliseconds."""
         rows = self.latencies
         if self.plan.rate_hz is None:  # nothing is due, so nothing is late
             rows = {name: rows[name] for name in rows if name not in ("late_us", "own_us")}
         return [(ROWS[name], [three_digits(each / 1000) for each in levels.values()]) for name, levels in rows.items()]
 
     def as_json(self) -> dict[str, Any]:
-        """All that was found, as JSON values; latencies in microseconds."""
+        """The result as JSON values; latencies in microseconds."""
         return {
             "load": asdict(self.plan),
             "seconds": self.seconds,
@@ -216,6 +213,6 @@ def trial_rows(trials: Sequence[LoadResult], slo_ms: float) -> list[list[str]]:
 
 
 def server_as_json(info: ServerInfo) -> dict[str, Any]:
-    """What was measured."""
+    """The server that was measured."""
     names = ("model", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic", "durability")
     return {name: getattr(info, name) for name in names}

@@ -19,11 +19,11 @@ FAILURES_TO_BELIEVE: Final = 2
 """A size counts as too large when it failed this often: one hiccup of the machine decides nothing."""
 
 Try = Callable[[int, int], Awaitable[LoadResult]]
-"""Serves that many streams, from that many processes."""
+"""Measures a number of streams from a number of processes."""
 
 
 def next_size(good: int, bad: int, limit: int) -> int | None:
-    """The next number of streams to try; None when the answer is known to within `RESOLUTION`.
+    """The next number of streams to try; None when the answer is known with the precision `RESOLUTION`.
 
     Args:
         good: the largest that met the level; 0 for none.
@@ -39,7 +39,7 @@ def next_size(good: int, bad: int, limit: int) -> int | None:
 
 @dataclass
 class Search:
-    """A search, and what it has found so far.
+    """A search and its tries.
 
     A try in which the load generator was too slow says nothing about the server. It is repeated with twice the
     processes, up to one a core; where that does not help, no larger number of streams is tried.
@@ -51,11 +51,11 @@ class Search:
     stop: Stop
     trials: list[LoadResult] = field(default_factory=list)
     limited: bool = False
-    """It ended at the most that the server has room for."""
+    """The server has no room for more."""
     ended: str = ""
-    """Why a larger number may be possible than the one that was found."""
+    """Why a number larger than the best one may be possible."""
     measured_itself: bool = False
-    """That was the load generator."""
+    """`ended` names the load generator."""
 
     @property
     def best(self) -> LoadResult | None:
@@ -87,7 +87,7 @@ class Search:
             self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {ADVICE}"
 
     async def _judge(self, streams: int) -> Verdict | None:
-        """What a number of streams comes to; None when the search is over."""
+        """The verdict on a number of streams; None when the search is over."""
         failures = 0
         while True:
             try:
@@ -114,7 +114,7 @@ class Search:
                 return verdict
 
     def sentence(self) -> str:
-        """What was found, in words."""
+        """The result in words."""
         best = self.best
         if best is not None:
             least = "at least " if self.ended else ""
