@@ -319,7 +319,7 @@ app.command(
     "replay-from",
     examples=[
         "instep replay-from today.instep mic-7 --seq 1200",
-        "instep replay-from today.instep mic-7 --seq 1200 --as what-if --continue",
+        "instep replay-from today.instep mic-7 --seq 1200 --as what-if",
     ],
 )(replay_from)
 add_version(app)

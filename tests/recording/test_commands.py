@@ -131,14 +131,6 @@ def test_info_of_a_recording_whose_wal_is_damaged_is_status_1(tmp_path: Path) ->
     assert said(commands.info, tmp_path)[0] == 1
 
 
-def test_control_characters_of_a_strange_file_are_escaped(tmp_path: Path) -> None:
-    record(tmp_path / "a.rec")
-    Forger(tmp_path / "a.rec", tmp_path / "b.rec").change_header("model_name", json.dumps("\x1b[31mred"))
-    for place in (tmp_path / "b.rec", tmp_path):
-        status, text = said(commands.info, place)
-        assert (status, "\\x1b[31mred" in text, "\x1b" in text) == (0, True, False)
-
-
 def test_repair_of_what_is_whole_writes_nothing(tmp_path: Path) -> None:
     write_recording(tmp_path)
     status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
@@ -169,3 +161,11 @@ def test_repair_takes_no_lock_for_damage(tmp_path: Path) -> None:
         status, text = said(commands.repair_file, tmp_path / "a.rec", tmp_path / "b.rec")
     assert (status, "cannot be read now" in text) == (2, True)
     assert not (tmp_path / "b.rec").exists()
+
+
+def test_control_characters_of_a_strange_file_are_escaped(tmp_path: Path) -> None:
+    record(tmp_path / "a.rec")
+    Forger(tmp_path / "a.rec", tmp_path / "b.rec").change_header("model_name", json.dumps("\x1b[31mred"))
+    for place in (tmp_path / "b.rec", tmp_path):
+        status, text = said(commands.info, place)
+        assert (status, "\\x1b[31mred" in text, "\x1b" in text) == (0, True, False)

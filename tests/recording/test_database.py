@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep.recording.database import DatabaseLimits, check_place, lost_tail, put_wal_away
-from instep.recording.errors import RecordingError
+from instep.recording.database import DatabaseLimits, lost_tail, put_wal_away
 from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
@@ -76,16 +75,6 @@ def test_it_waits_for_no_reader_and_leaves_the_wal(path: Path, database: sqlite3
         assert rows(path) == [1, 2]
         assert reader.execute("SELECT count(*) FROM numbers").fetchone() == (1,)
     assert rows(path) == [1, 2]
-
-
-def test_what_is_no_place_for_a_recording(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match=r"is a folder: name a file for the recording, like .*r\.instep"):
-        check_place(tmp_path)
-    with pytest.raises(RecordingError, match=r"there is no folder .*nodir for the recording x\.instep: make it"):
-        check_place(tmp_path / "nodir" / "x.instep")
-    with pytest.raises(RecordingError, match=r"cannot look for the recording .*: File name too long; name another"):
-        check_place(tmp_path / ("x" * 300))
-    check_place(tmp_path / "x.instep")
 
 
 def test_a_disk_that_fails_as_the_wal_is_removed_is_said(tmp_path: Path, path: Path) -> None:
@@ -176,8 +165,3 @@ def test_a_transaction_that_was_not_complete_is_not_missing(killed: Path, cut: i
     end = 32 + frames(wal) * FRAME_BYTES
     wal.write_bytes(wal.read_bytes()[: end - cut] if cut > 31 else wal.read_bytes()[:cut])
     assert lost_tail(killed) == ""
-
-
-def test_a_recording_without_a_wal(tmp_path: Path) -> None:
-    RecordingWriter.create(tmp_path / "a.rec", HEADER).close()
-    assert lost_tail(tmp_path / "a.rec") == ""

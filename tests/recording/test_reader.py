@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import shutil
 import sqlite3
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from instep.recording.errors import DamagedRecording, RecordingError
@@ -134,18 +132,6 @@ def test_commits_while_it_opens_are_no_damage(tmp_path: Path, monkeypatch: pytes
     writer.close()
 
 
-def test_a_finished_recording_is_read_where_nothing_can_be_written(path: Path) -> None:
-    before = sorted(path.parent.iterdir())
-    read_all(path)
-    assert sorted(path.parent.iterdir()) == before, "reading left nothing behind"
-
-
-def test_names_that_look_like_queries_are_only_names(path: Path) -> None:
-    odd = path.parent / "what?mode=rw #1%20.rec"
-    shutil.copyfile(path, odd)
-    read_all(odd)
-
-
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=r"cannot read the recording .*No such file"):
         RecordingReader(tmp_path / "missing.rec")
@@ -231,17 +217,6 @@ def test_a_close_without_an_opening_is_damage(path: Path) -> None:
     forger.change("closings", forger.rows("closings")[0]["position"], stream=77)
     with pytest.raises(RecordingError, match="stream 77 was closed, but never opened"):
         read_all(forger.path)
-
-
-def test_states_keep_their_bits(tmp_path: Path) -> None:
-    odd = np.array([[0.0, -0.0, 1e-45, np.pi]] * 2, np.float32)
-    writer = RecordingWriter.create(tmp_path / "a.rec", HEADER)
-    open_stream(writer, 1, "a", 1, 0, 1, odd)
-    writer.close()
-    with RecordingReader(tmp_path / "a.rec") as reader:
-        (info,) = reader.streams()
-    assert info.initial_state is not None
-    assert info.initial_state.tobytes() == odd.tobytes()
 
 
 def test_a_checkpoint_that_is_completed_meanwhile_is_no_damage(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import sqlite3
 import threading
 import time
@@ -220,60 +219,6 @@ def test_a_failing_disk_ends_the_recording_aloud(tmp_path: Path, failure: Except
         assert reader.last_position == 0
 
 
-def test_a_failure_is_told_though_the_folder_cannot_be_written_any_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read_only(self: Path, missing_ok: bool = False) -> None:
-        raise OSError(errno.EROFS, "read-only file system")
-
-    writer, recorder, calls = start(tmp_path / "a.rec")
-    writer.failure = OSError(errno.EIO, "broken")
-    monkeypatch.setattr(Path, "unlink", read_only)
-    open_stream(recorder, 1, "a", 7, 0, 1, None)
-    writer.gate.set()
-    assert calls.failed.wait(60)
-    recorder.stop()
-    assert calls.failures == [writer.failure]
-
-
-def test_after_stop_nothing_is_taken(tmp_path: Path) -> None:
-    writer, recorder, _ = start(tmp_path / "a.rec")
-    writer.gate.set()
-    recorder.stop()
-    with pytest.raises(RecordingError, match="was stopped"):
-        stream_event(recorder, 1, "late", 1, 0)
-
-
-def test_a_stop_is_heard_in_the_moment_in_which_a_wait_for_rows_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late_s, waited, told = 0.0123, threading.Event(), threading.Event()
-
-    class SlowToReturn(threading.Condition):
-        """Somebody else gets the lock first when a wait of `late_s` has timed out."""
-
-        def wait(self, timeout: float | None = None) -> bool:
-            was_told = super().wait(timeout)
-            if timeout == late_s and not was_told:
-                self.release()
-                waited.set()
-                told.wait(60)
-                self.acquire()
-            return was_told
-
-        def notify(self, n: int = 1) -> None:
-            super().notify(n)
-            if waited.is_set():  # the thread's own beginning is told, too
-                told.set()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading, "Condition", SlowToReturn)
-        writer, recorder, _ = start(tmp_path / "r.instep", late_s=late_s)
-    writer.gate.set()
-    assert waited.wait(60)
-    assert recorder.stop(10)
-
-
 def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> None:
     writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
     opened = open_stream(recorder, 1, "a", 7, 0, 1, None)
@@ -296,27 +241,3 @@ def test_tickets_are_positions_and_become_durable_in_order(tmp_path: Path) -> No
         assert (found.position, found.completed, found.openings, found.closings, found.events) == (5, 6, 1, 0, 1)
         (state,) = reader.states()
         assert (state.stream, state.position, state.seq) == (1, outputs, 1)
-
-
-def test_after_a_failure_nothing_is_called_durable(tmp_path: Path) -> None:
-    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
-    writer.failure = OSError("broken")
-    open_stream(recorder, 1, "a", 7, 0, 1, None)
-    writer.gate.set()
-    assert calls.failed.wait(60)
-    recorder.stop()
-    assert calls.durable == []
-
-
-def test_it_goes_on_counting_where_the_recording_ended(tmp_path: Path) -> None:
-    writer, recorder, _ = start(tmp_path / "a.rec")
-    writer.gate.set()
-    open_stream(recorder, 1, "a", 7, 0, 1, None)
-    recorder.stop()
-    again = Calls()
-    resumed = Recorder(
-        RecordingWriter.resume(tmp_path / "a.rec", HEADER), 2, again.on_room, again.on_failure, again.on_durable
-    )
-    assert stream_event(resumed, 1, "note", 1, 0) == 4  # after the opening, the end and what says that it goes on
-    resumed.stop()
-    assert again.durable[-1] == 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from instep.recording.errors import RecordingError
+from instep.recording.errors import NoSuchStream, RecordingError
 from instep.recording.records import StreamInfo, changed_values, refuse_other_model, select_streams
 from tests.support.recordings import gru_description, make_gru, make_header
 
@@ -52,30 +52,16 @@ def test_names_come_before_numbers(wanted: list[str], found: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "sentence"),
+    ("names", "wanted", "near"),
     [
-        ((), "the recording has no stream 'mic'; it has no streams at all"),
-        (("zzz",), "the recording has no stream 'mic'; its only stream is 'zzz'"),
-        (("xx", "yy", "zz"), "the recording has no stream 'mic'; it has 3 streams, from 'xx' to 'zz'"),
-        (("mic-1", "mic-1", "zz"), "the recording has no stream 'mic'; did you mean 'mic-1'?"),
+        ((), "mic", ""),
+        (("zzz",), "mic", "zzz"),
+        (("mic-1", "mic-1", "zz"), "mic", "mic-1"),
+        (("mic-1", "mic-2", "x"), "mic1", "mic-2"),
     ],
 )
-def test_one_that_is_not_there(names: tuple[str, ...], sentence: str) -> None:
-    with pytest.raises(RecordingError) as caught:
-        select_streams(opened(*names), ["mic"])
-    assert str(caught.value) == sentence
-
-
-@pytest.mark.parametrize(
-    ("names", "wanted", "sentence"),
-    [
-        (("left", "right"), "rihgt", "the recording has no stream 'rihgt'; did you mean 'right'?"),
-        (("mic-1", "mic-2", "x"), "mic1", "did you mean 'mic-1' or 'mic-2'?"),
-        (("left", "right"), "zzz", "it has 2 streams, from 'left' to 'right'"),
-        (("left",), "99", "its only stream is 'left'"),
-    ],
-)
-def test_what_is_near_is_named(names: tuple[str, ...], wanted: str, sentence: str) -> None:
-    with pytest.raises(RecordingError) as caught:
-        select_streams(opened(*names), ["left", wanted] if "left" in names else [wanted])
-    assert sentence in str(caught.value)
+def test_one_that_is_not_there_is_named_with_what_is(names: tuple[str, ...], wanted: str, near: str) -> None:
+    with pytest.raises(NoSuchStream) as caught:
+        select_streams(opened(*names), [wanted])
+    assert repr(wanted) in str(caught.value)
+    assert near in str(caught.value)

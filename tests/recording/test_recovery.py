@@ -179,18 +179,6 @@ def test_a_snapshot_that_was_not_finished_leaves_the_older_one_good_and_some_sta
         assert [(stream.stream, stream.seq) for stream in recovered.load(recovered.names)] == [(1, 4), (2, 4), (3, 2)]
 
 
-def test_states_of_a_snapshot_that_was_not_finished_are_counted(tmp_path: Path) -> None:
-    scribe = scribe_on(tmp_path / "a.rec")
-    scribe.open(1)
-    scribe.open(2)
-    scribe.checkpoint(scribe.step([1, 2]), only=[1], is_part=True)
-    scribe.writer.close()
-    forger = Forger(tmp_path / "a.rec", tmp_path / "b.rec")
-    forger.remove("states", 1)
-    with pytest.raises(DamagedRecording, match="it holds 0 states instead of 1"):
-        read(forger.path)
-
-
 def closed(path: Path) -> Path:
     """As `busy`, in one file: gone on with and closed."""
     busy(path)

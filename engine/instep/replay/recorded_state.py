@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from instep.core.typing import F32, U8, Bool
+from instep.core.typing import U8
 from instep.models.model import Model
 from instep.recording.commands import write_json
 from instep.recording.errors import RecordingError
@@ -23,23 +23,17 @@ from instep.recording.records import RecordedEvent, StreamInfo, select_streams
 from instep.recording.schema import RESET_EVENT, RecordingHeader
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import LAST, Replay, StateTable, differ
-from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.errors import InvalidInput
-from instep_client.protocol.wire import ServerInfo
 from instep_client.snapshots import StreamSnapshot
 from instep_client.states import as_state
-from instep_tools.compare import ReplayComparison, compare
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit, check_new
 from instep_tools.running import run_command
-from instep_tools.sequences import RecordedSequences
 from instep_tools.state import leaving, plain, restored, save_new, state_lines, tell_parked
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, folded
 
-_CHUNK: Final = 256
-"""Frames sent at once, at most."""
 Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]
 
 
@@ -86,19 +80,6 @@ class Moment:
         return f"from {recorded}, with {counted(self.replayed, 'frame')} stepped again; {agree}"
 
 
-@dataclass(frozen=True, slots=True)
-class PastFrames:
-    """Consecutive frames of a stream."""
-
-    first_seq: int
-    x: F32
-    """float32 [N, features]."""
-    y: F32
-    """float32 [N, outputs], as recorded."""
-    answered: Bool
-    """bool [N]: False where the outputs were not recorded."""
-
-
 class Past:
     """Every opening of one stream; what is asked for is read from the newest recorded state before it on.
 
@@ -133,19 +114,6 @@ class Past:
                 if seq is None or found.seq == seq:
                     return found
         raise self._no_such(seq or 0, self._walk(self._openings[-1], None))
-
-    def since(self, moment: Moment) -> PastFrames:
-        """The frames from a moment on, up to the end of the stream or to the next reset of its state."""
-        first, found = moment.seq, []
-        for portion in self._portions(moment.info, self._recorded_before(moment.info, first)[0]):
-            frames = portion.frames
-            later = [reset.seq or 0 for reset in _resets(portion) if (reset.seq or 0) > first]
-            end = min(later, default=LAST)
-            found.append(frames.only((frames.seqs >= first) & (frames.seqs < end)))
-            if later:
-                break
-        columns = [np.concatenate([getattr(frames, name) for frames in found]) for name in ("x", "y", "answered")]
-        return PastFrames(first, *columns)
 
     def _walk(self, info: StreamInfo, seq: int | None) -> Moment:
         """An opening before a frame, or after its last one where that comes first."""
@@ -244,11 +212,6 @@ def show_state(
     taken = _snapshot(moment, header)
     if out is not None:
         save_new(taken, out, "--out")
-    with np.errstate(all="ignore"):  # a network may have computed NaN or infinity
-        norms = {
-            name: float(np.linalg.norm(leaf.reshape(-1).astype(np.float64)))
-            for name, leaf in header.state_spec.unpack(moment.state[None]).items()
-        }
     if json:
         write_json(
             {
@@ -262,16 +225,12 @@ def show_state(
                 "origin_seq": moment.origin_seq,
                 "replayed_frames": moment.replayed,
                 "compared_frames": moment.compared,
-                "norm": {leaf: plain(norm) for leaf, norm in norms.items()},
                 "state": plain(taken.state),
                 "out": None if out is None else str(out),
             }
         )
         return
-    leaves = ", ".join(
-        f"{leaf.name} {leaf.dtype} {list(leaf.shape)} with norm {norms[leaf.name]:.6g}"
-        for leaf in header.state_spec.leaves
-    )
+    leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in header.state_spec.leaves)
     several = f", the newest of {moment.openings} of this name," if moment.openings > 1 else ""
     about = f"stream {moment.info.stream} ({moment.info.name!r}){several} before frame {moment.seq}: {leaves}"
     results = [moment.in_words(), f"saved in {out}" if out is not None else ""]
@@ -303,22 +262,20 @@ def replay_from(
     name: str | None,
     model_folder: Path | None,
     endpoint: str,
-    continues: bool,
     json: bool,
 ) -> int:
-    """Open the stream and leave it parked; if it `continues`, send the recorded frames and compare the outputs.
+    """Open a stream on a running server that continues from a recorded frame, and leave it parked.
 
     Returns:
-        The exit status: 0, 1 when outputs differ from the recorded ones, 2 when it could not be done, 130 after Ctrl-C.
+        The exit status: 0, 2 when it could not be done, 130 after Ctrl-C.
 
     Raises:
         RecordingError, CannotVerify: when the state cannot be had exactly.
     """
     with _past(file, stream, model_folder) as (past, header):
         moment = past.before(seq)
-        rest = past.since(moment) if continues else None
         taken = _snapshot(moment, header)
-    opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken, rest)
+    opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken)
     return run_command(opened, Terminal(json), drains=False)
 
 
@@ -328,7 +285,6 @@ async def _open(
     target: Target,
     moment: Moment,
     taken: StreamSnapshot,
-    rest: PastFrames | None,
     terminal: Terminal,
     stop: Stop,
 ) -> Exit:
@@ -340,7 +296,6 @@ async def _open(
         except InvalidInput as error:
             raise CommandProblem(f"{file}: {error}") from None
         stream = await restored(client, taken, name)
-        found = None if rest is None else await _continue(stream, rest, info)
         about: dict[str, Any] = {
             "file": str(file),
             "of": moment.info.name,
@@ -348,15 +303,10 @@ async def _open(
             "origin": moment.origin,
             "origin_seq": moment.origin_seq,
             "replayed_frames": moment.replayed,
-            "check": None if found is None else found.as_json(),
         }
         terminal.note(f"the state before frame {moment.seq}: {moment.in_words()}")
-        if found is not None:
-            if found.first is not None:
-                terminal.note(found.first.sentence())
-            terminal.note(f"sent the recorded frames from {moment.seq} on: {found.sentence(info.exactness)}")
         tell_parked(terminal, f"{name!r} continues from {moment.info.name!r} in {file}", stream, info, about)
-    return Exit.FOUND_PROBLEMS if found is not None and found.different else Exit.OK
+    return Exit.OK
 
 
 async def _with_the_model(target: Target, taken: StreamSnapshot, terminal: Terminal, stop: Stop) -> Target:
@@ -366,17 +316,3 @@ async def _with_the_model(target: Target, taken: StreamSnapshot, terminal: Termi
             return target
         others = {served.name for served in await client.list_models()}
     return target._replace(model=taken.model) if taken.model in others else target
-
-
-async def _continue(stream: AsyncStream, rest: PastFrames, info: ServerInfo) -> ReplayComparison:
-    """Send recorded frames, and compare the outputs with the recorded ones, bit for bit."""
-    chunk = min(_CHUNK, info.max_block_frames, info.window_frames, info.credit_frames)
-    outputs = np.full(rest.y.shape, np.nan, np.float32)
-    for at in range(0, len(rest.x), chunk):
-        outputs[at : at + chunk] = await stream.step(rest.x[at : at + chunk])
-    lengths = np.array([len(rest.x)], np.int64)
-    recorded = RecordedSequences((stream.name,), lengths, rest.x, outputs=rest.y, answered=rest.answered)
-    found = compare(recorded, outputs, np.ones(len(rest.x), np.bool_))
-    if found.first is None:
-        return found
-    return replace(found, first=replace(found.first, frame=found.first.frame + rest.first_seq))

@@ -155,20 +155,9 @@ class Report:
         """Streams whose outputs could be neither confirmed nor refuted."""
         return sum(stream.verdict == "not checked" for stream in self.streams)
 
-    @property
-    def max_difference(self) -> float:
-        """Largest distance from the compiled step."""
-        return max((stream.max_difference for stream in self.streams), default=0.0)
-
-    @property
-    def max_distance(self) -> float:
-        """Largest distance from torch's own module."""
-        return max((stream.max_distance for stream in self.streams), default=0.0)
-
-    @property
-    def max_error(self) -> float:
-        """Largest distance from the float64 reference."""
-        return max((stream.max_error for stream in self.streams), default=0.0)
+    def largest(self, distance: Literal["max_difference", "max_distance", "max_error"]) -> float:
+        """The largest of any stream."""
+        return max((getattr(stream, distance) for stream in self.streams), default=0.0)
 
     @property
     def verdict(self) -> Verdict:
@@ -194,16 +183,16 @@ class Report:
     def checkers(self) -> str:
         """How the outputs were checked, in one line."""
         are_equal = not self.notes and not self.mismatches
-        stepped = "bit for bit" if are_equal else f"at most {self.max_difference:.1e} away"
+        stepped = "bit for bit" if are_equal else f"at most {self.largest('max_difference'):.1e} away"
         found = [f"compiled step: every frame, {stepped}"]
         if not self.notes:
             found.append(f"definition: {self.by_definition}{', bit for bit' if are_equal else ''}")
         if self.elements.get("torch"):
             explained = "" if self.mismatches or self.reference == "none" else ", as rounding explains"
-            found.append(f"torch's own module: at most {self.max_distance:.1e} away{explained}")
+            found.append(f"torch's own module: at most {self.largest('max_distance'):.1e} away{explained}")
         if self.reference != "none":
             truth = "float64" if self.reference == "independent" else "the same graph in float64"
-            found.append(f"{truth}: at most {self.max_error:.1e} away")
+            found.append(f"{truth}: at most {self.largest('max_error'):.1e} away")
         return "; ".join(found)
 
     @property
@@ -231,9 +220,9 @@ class Report:
             "not_compared": self.not_compared,
             "mismatches": self.mismatches,
             "unchecked": self.unchecked,
-            "max_difference": _json_number(self.max_difference),
-            "max_distance": _json_number(self.max_distance) if self.elements.get("torch") else None,
-            "max_error": None if self.reference == "none" else _json_number(self.max_error),
+            "max_difference": _json_number(self.largest("max_difference")),
+            "max_distance": _json_number(self.largest("max_distance")) if self.elements.get("torch") else None,
+            "max_error": None if self.reference == "none" else _json_number(self.largest("max_error")),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
             "elements": self.elements,

@@ -204,8 +204,8 @@ class Shadow(Follower):
         """By number, of streams that are followed."""
         self._compared_from: dict[int, int] = {}
         self._past: list[StreamDifference] = []
-        """Of streams that have ended, those that differ most."""
-        self._past_count = self._frames = self._equal = 0
+        """Of streams that have ended."""
+        self._frames = self._equal = 0
         self._largest = self._total = 0.0
         self._outputs = network.description.outputs
         self._bins: I64 = np.zeros(_BINS, np.int64)
@@ -269,7 +269,7 @@ class Shadow(Follower):
 
     def report(self) -> Differences:
         """Findings so far."""
-        present = [found for found in self._found.values() if found.frames]
+        streams = [*self._past, *(found for found in self._found.values() if found.frames)]
         edges = 2.0 ** ((np.arange(_BINS) + 1) / _PARTS + _SMALLEST)
         counts, quantiles = np.cumsum(self._bins), dict[float, float]()
         for share in (0.5, 0.9, 0.99):
@@ -282,18 +282,15 @@ class Shadow(Follower):
             largest=self._largest,
             mean=self._total / values if values else 0.0,
             quantiles=quantiles,
-            streams=_worst([*self._past, *present]),
-            streams_total=self._past_count + len(present),
+            streams=sorted(streams, key=lambda each: -each.largest)[:MOST_LISTED],
+            streams_total=len(streams),
         )
 
     def _end(self, number: int) -> None:
         """A stream is followed no longer; how it differed counts."""
         found, _ = self._found.pop(number), self._compared_from.pop(number, None)
         if found.frames:
-            self._past_count += 1
             self._past.append(found)
-            if len(self._past) > 2 * MOST_LISTED:
-                self._past = _worst(self._past)
 
     def _is_chosen(self, name: str) -> bool:
         return zlib.crc32(name.encode()) < self._share * 2**32
@@ -314,7 +311,3 @@ class Shadow(Follower):
         with np.errstate(divide="ignore"):
             bins = np.ceil((np.log2(largest) - _SMALLEST) * _PARTS) - 1
         np.add.at(self._bins, np.clip(bins, 0, _BINS - 1).astype(np.int64), 1)
-
-
-def _worst(streams: list[StreamDifference]) -> list[StreamDifference]:
-    return sorted(streams, key=lambda each: -each.largest)[:MOST_LISTED]
