@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,14 +109,17 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
 
 async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path) -> None:
     old, new, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B, OTHER)]
-    wide, more = folder_of(tmp_path / "wide", plain(5, 9)), folder_of(tmp_path / "more", plain(2, 2))
+    newer, more = folder_of(tmp_path / "newer", plain(5, 16, seed=2)), folder_of(tmp_path / "more", plain(2, 2))
+    in_the_way = tmp_path / "recordings" / "eyes@2.instep" / "folder"
+    in_the_way.mkdir(parents=True)
     told: list[dict[str, Any]] = []
-    async with running(A, told=told, folder=old) as server:
+    async with running(A, told=told, folder=old, recording={"file": tmp_path / "recordings"}) as server:
         reloads = Reloads(server, told)
         assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
-        line = await reloads({"ears": new, "eyes": wide, "more": more}, on_reload="move")
+        line = await reloads({"ears": new, "eyes": newer, "more": more}, on_reload="move")
         assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
         assert line["reason"].startswith("of model.folder only the models loaded and swapped are in force: 'eyes': ")
+        assert server.config.model.folder == {"ears": new, "eyes": eyes, "more": more}, "also after a crash"
 
         def served() -> dict[str, str]:
             return {each.name: each.about.fingerprint for each in server.services}
@@ -146,20 +150,39 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
         assert server.models.find("ears").info.fingerprint == C.fingerprint
 
 
-async def test_models_are_kept_for_the_next_server_once_they_are_in_force(tmp_path: Path) -> None:
-    old, broken, new = folder_of(tmp_path / "old", A), tmp_path / "broken", folder_of(tmp_path / "new", B)
-    kept, told = Kept(), list[dict[str, Any]]()
-    async with running(A, told=told, folder=old, model={"folder": old}) as server:
+class Journaled(list[dict[str, Any]]):
+    """Lines of a log; `kept` has, for each event, what was kept when it was told."""
+
+    def __init__(self, kept: Callable[[], object]) -> None:
+        super().__init__()
+        self.kept: dict[str, object] = {}
+        self._kept = kept
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.kept[line["event"]] = self._kept()
+        super().append(line)
+
+
+async def test_models_are_kept_for_the_next_server_before_the_first_stream_moves(tmp_path: Path) -> None:
+    old, broken, eyes = folder_of(tmp_path / "old", A), tmp_path / "broken", folder_of(tmp_path / "eyes", OTHER)
+    new, more = folder_of(tmp_path / "new", B), folder_of(tmp_path / "more", replace(plain(5, 16, seed=2), name="eyes"))
+
+    def in_force() -> tuple[Any, dict[str, str], bool]:
+        config, fingerprints, _, problem = kept.laid_over(first)
+        return config.model.folder, fingerprints, bool(problem)
+
+    kept, told = Kept(), Journaled(in_force)
+    async with running(A, OTHER, told=told, folder=old, model={"folder": (old, eyes)}) as server:
         first = server.config
-        for folder in (broken, new):  # the second waits for the first
+        before = {"ears": A.fingerprint, "eyes": OTHER.fingerprint}
+        for folder in ((old, broken), (new, more)):  # the second waits for the first
             wanted = first.model_validate(first.model_dump() | {"model": {"folder": folder, "on_reload": "move"}})
             reload(server, partial(lambda wanted: wanted, wanted), Threshold("info"), log_into([]), kept)
-            config, fingerprints = kept.laid_over(first)
-            assert (config.model.folder, config.model.on_reload) == (old, "move")
-            assert fingerprints == {"ears": A.fingerprint}
+            assert in_force() == ((old, eyes), before, True)
         async with asyncio.timeout(20):
-            while "models reloaded" not in [line["event"] for line in told]:
+            while "models reloaded" not in told.kept:
                 await asyncio.sleep(0.01)
-        assert "models not reloaded" in [line["event"] for line in told]
-        config, fingerprints = kept.laid_over(first)
-        assert (config.model.folder, fingerprints) == (new, {"ears": B.fingerprint})
+        after = {"ears": B.fingerprint, "eyes": plain(5, 16, seed=2).fingerprint}
+        assert told.kept["models not reloaded"] == ((old, eyes), before, True)
+        for event in ("moved", "swapped", "models reloaded"):
+            assert told.kept[event] == ((new, more), after, False), event

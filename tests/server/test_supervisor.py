@@ -93,12 +93,17 @@ def test_a_crash_undoes_no_reload_whatever_the_file_holds_by_then(
         served.until("reloaded")
     good = (tmp_path / "c.yaml").read_text()
     (tmp_path / "c.yaml").write_text("limits: [\n")
-    for _ in range(2):
+    for is_read in (False, True):
+        if is_read:
+            served.process.send_signal(signal.SIGHUP)
+            served.until("not reloaded")
         server_of(served).send_signal(signal.SIGSEGV)
         served.lines.clear()
         served.until("serving")
         changed = [line["changed"] for line in served.lines if line["event"] == "reload kept"]
         assert changed == [["limits.park_s: 60.0 → 77.0"]]
+        ready = httpx.get(f"{served.lines[-1]['http']}/readyz").json()
+        assert ("YAML" in ready.get("outdated", "")) is is_read
     (tmp_path / "c.yaml").write_text(good)
     served.process.send_signal(signal.SIGHUP)
     assert served.until("reloaded")["changed"] == [], "77 was in effect"
@@ -126,9 +131,11 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
             y = [stream.step(x[:10])]
             configure("new")
             served.process.send_signal(signal.SIGHUP)
-            served.until("models reloaded")
-            y.append(stream.step(x[10:20]))
+            served.until("moved")
+            server_of(served).kill()  # in the middle of the reload
             file.write_text("model: [")
+            served.until("serving")
+            y.append(stream.step(x[10:20]))
             server_of(served).send_signal(signal.SIGSEGV)
             served.until("serving")
             y.append(stream.step(x[20:]))

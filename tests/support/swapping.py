@@ -15,6 +15,7 @@ from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.recording.reader import RecordingReader
+from instep.server.models import UNDER_WAY
 from instep.server.server import Server
 from tests.support.models import plain, whole
 
@@ -47,11 +48,11 @@ async def reload_models(server: Server, folder: Any, on_reload: str = "keep", **
     """
     folders = {"ears": folder} if isinstance(folder, Path) else folder
     sections = {"folder": folders, "on_reload": on_reload, **model}
-    has_ended = asyncio.Event()
     wanted = server.config.model_validate(server.config.model_dump() | {"model": sections}).model
-    server.loader.reload(wanted, has_ended.set)
+    server.loader.reload(wanted)
     async with asyncio.timeout(30):
-        await has_ended.wait()
+        while server.loader.problem == UNDER_WAY or len(server.loader.tasks):
+            await asyncio.sleep(0.005)
     return server.loader.problem
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,13 +26,14 @@ from instep.recording.writer import RecordingWriter
 from instep.replay.warm_up import WarmUpReplay
 from instep.runtime.stepper import Stepper
 from instep.server.loop import Loop, Shutdown
-from instep.server.preparation import CannotServe, prepare_another, versions
+from instep.server.preparation import CannotServe, Prepared, load_models, prepare_loaded
 from instep.server.recording_files import next_recording, recording_file
 from instep.server.recordings import Planned, check_policy, check_sizes, name_kept, open_recording, plan, record, use
 from instep.server.services import lay_foundation, make_served, make_service
 from instep.streaming.service import ModelService, Recovery
 from instep.streaming.states import state_rows
 from instep.streaming.tasks import Tasks, in_daemon_thread
+from instep_client.protocol.wire import ServerInfo
 
 if TYPE_CHECKING:
     from instep.server.server import Server
@@ -190,6 +190,9 @@ async def _settle(service: ModelService) -> None:
             raise CannotServe(f"streams hibernate that cannot be read: {use('keep')}")
 
 
+UNDER_WAY: Final = "models are as before: the last reload has not ended"
+"""The `problem` of a loader until a reload has loaded and checked everything."""
+
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
 
 
@@ -221,6 +224,8 @@ class Loader:
         """The reload, or the unloading of a version that nobody uses, that is under way: one at most."""
         self.problem = ""
         """Why the models that are served are not those of the configuration read last; empty where they are."""
+        self._accepted: dict[str, str] = {}
+        """Fingerprints of the models that are about to be served."""
         self._server = server
         self._loop = loop
         self._shutdown = shutdown
@@ -228,21 +233,32 @@ class Loader:
         self._log = log
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
-        self._on_end: Callable[[], object] = lambda: None
+        self._on_change: Callable[[], object] = lambda: None
         self._followed: ModelConfig | None = None
-        """The configuration of the reload that is under way."""
+        """The configuration of the reload that is under way, until everything of it is loaded and checked."""
 
     @property
     def config(self) -> ModelConfig:
         """The configuration that is in force, or will be once the reload that is under way has ended."""
         return self._followed or self._server.config.model
 
-    def reload(self, wanted: ModelConfig, on_end: Callable[[], object] = lambda: None) -> None:
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the models in the server's configuration, by name."""
+        return self._accepted or {each.name: each.about.fingerprint for each in self._current}
+
+    @property
+    def _current(self) -> list[ModelService]:
+        return [service for service in self._server.services if not service.is_former]
+
+    def reload(self, wanted: ModelConfig, on_change: Callable[[], object] = lambda: None) -> None:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended.
 
-        `on_end` is called whenever a reload has ended, well or not: from now on, also at the end of an earlier one.
+        Everything is loaded and checked before anything changes. `on_change` is called then, when the models in the
+        server's configuration are those that a server which follows this one has to serve, and at the end, well or not:
+        from now on, also by an earlier reload.
         """
-        self._wanted, self._on_end = wanted, on_end
+        self._wanted, self._on_change, self.problem = wanted, on_change, UNDER_WAY
         self.tick()
 
     def tick(self) -> None:
@@ -254,26 +270,30 @@ class Loader:
             self.tasks.start(self._unload(unused[0].name))
         elif self._wanted is not None:
             self._followed, self._wanted = self._wanted, None
-            self.tasks.start(self._reload(self._followed), self._reload_ended)
-
-    def _reload_ended(self) -> None:
-        self._followed = None
+            self.tasks.start(self._reload(self._followed))
 
     async def _reload(self, wanted: ModelConfig) -> None:
         loaded, swapped, at = list[str](), list[str](), ""
+        before, config = self._server.config.model.folder, self._server.config.model_copy(update={"model": wanted})
+        served, changed = {service.name: service for service in self._server.services}, dict[str, Prepared]()
         try:
-            found = await self._thread.do(partial(versions, wanted.folders))
-            served = {service.name: service for service in self._server.services}
-            for name, (folder, _) in found.items():
-                if name not in served:
-                    at = f"{name!r}: "
-                    await self._load(name, folder)
-                    loaded.append(name)
-            for name, (folder, fingerprint) in found.items():
-                if name in served and served[name].about.fingerprint != fingerprint:
-                    at = f"{name!r}: "
-                    await self._swap(name, folder)
-                    swapped.append(name)
+            found = await self._thread.do(partial(load_models, wanted.folders))
+            for model, folder in found:
+                if model.name not in served or served[model.name].about.fingerprint != model.fingerprint:
+                    at, log = f"{model.name!r}: ", self._log.bind(model=model.name)
+                    prepared = await self._thread.do(partial(prepare_loaded, config, model, folder, log))
+                    if model.name in served:
+                        self._check_swap(config, prepared)
+                    changed[model.name] = prepared
+            self._adopt(wanted, accepted={model.name: model.fingerprint for model, _ in found})
+            for name in [name for name in changed if name not in served]:
+                at = f"{name!r}: "
+                await self._load(config, changed[name])
+                loaded.append(name)
+            for name in [name for name in changed if name in served]:
+                at = f"{name!r}: "
+                await self._swap(config, changed[name])
+                swapped.append(name)
         except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
             if not swapped:
                 for name in loaded:
@@ -281,82 +301,96 @@ class Loader:
                 loaded = []
             if self._shutdown.requested.is_set():
                 return
-            extent = "models are as before"
+            extent, folders = "models are as before", before
             if swapped:
                 extent = "of model.folder only the models loaded and swapped are in force"
-            self.problem = f"{extent}: {at}{_why(error)}"
-            self._on_end()
-            self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=self.problem)
+                folders = {service.name: service.folder for service in self._current}
+            reason = f"{extent}: {at}{_why(error)}"
+            self._adopt(self._server.config.model.model_copy(update={"folder": folders}), reason)
+            self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             return
-        unloaded = [name for name, service in served.items() if name not in found and not service.is_former]
+        names = [model.name for model, _ in found]
+        unloaded = [name for name, service in served.items() if name not in names and not service.is_former]
         for name in unloaded:
             await self._unload(name)
-        self._server.models.reorder(list(found))
-        self._server.config = self._server.config.model_copy(update={"model": wanted})
-        self.problem = ""
-        self._on_end()
+        self._server.models.reorder(names)
+        self._adopt(self._server.config.model)
         if loaded or swapped or unloaded:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
-    async def _load(self, name: str, folder: Path) -> None:
+    def _adopt(self, models: ModelConfig, problem: str = "", accepted: dict[str, str] | None = None) -> None:
+        """Make `models` those of the server's configuration; they are served already, or about to be if `accepted`."""
+        self._followed, self._accepted = None, accepted or {}
+        self.problem = problem if self._wanted is None else UNDER_WAY
+        self._server.config = self._server.config.model_copy(update={"model": models})
+        self._on_change()
+
+    async def _load(self, config: Config, prepared: Prepared) -> None:
         """Serve another model, and the former versions of it that keep their streams."""
-        log, config = self._log.bind(model=name), self._wanted_config
+        log = self._log.bind(model=prepared.model.name)
         with ExitStack() as undo:
-            prepared = await self._thread.do(partial(prepare_another, config, name, folder, log))
             planned = await self._thread.do(partial(plan, config, prepared, log, is_only=False))
-            made = [await self._make(each, undo) for each in planned]
+            made = [await self._make(config, each, undo) for each in planned]
             for each in made:
                 self._record(each)
                 self._server.add(each.served)
             undo.pop_all()
-        log.info("loaded", folder=str(folder))
+        log.info("loaded", folder=str(prepared.model_path))
 
-    async def _swap(self, name: str, folder: Path) -> None:
+    def _check_swap(self, config: Config, prepared: Prepared) -> None:
+        """Refuse a version that cannot follow the one that is served.
+
+        Raises:
+            RecordingError, CannotServe: with a sentence.
+        """
+        policy, former = StreamPolicy.parse(config.model.on_reload), self._server.models.find(prepared.model.name).info
+        file = recording_file(config, former.model, is_only=False)
+        kept_as = _kept_as(policy, former)
+        if kept_as in [service.name for service in self._server.services]:
+            raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
+        if policy.word == "replay" and file is None:
+            raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
+        check_sizes(former, prepared.network, allowed=config.model.allow_other_sizes)
+        check_policy(policy, former, former.state, prepared.network)
+
+    async def _swap(self, config: Config, prepared: Prepared) -> None:
         """Serve another version of a model under its name.
 
         To keep the streams, they and the connections there are stay with the former version, which is unloaded when it
         has none any more. To move them, they continue in the new one from the states that they have, and after a
         replay from those that it has after their newest frames.
         """
-        log, former, config = self._log.bind(model=name), self._server.models.find(name), self._wanted_config
-        policy = StreamPolicy.parse(config.model.on_reload)
-        kept_as = name_kept(name, former.info.fingerprint) if policy.word == "keep" else ""
-        first = recording_file(config, name, is_only=False)  # one that cannot be is told before anything takes long
-        if kept_as in [service.name for service in self._server.services]:
-            raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
-        if policy.word == "replay" and first is None:
-            raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
+        name, fingerprint = prepared.model.name, prepared.model.fingerprint
+        policy, log = StreamPolicy.parse(config.model.on_reload), self._log.bind(model=name)
+        former = self._server.models.find(name)
+        kept_as = _kept_as(policy, former.info)
+        first = recording_file(config, name, is_only=False)
+        planned = Planned(prepared, log, None if first is None else next_recording(first))
         with ExitStack() as undo:
-            prepared = await self._thread.do(partial(prepare_another, config, name, folder, log))
-            check_sizes(former.info, prepared.network, allowed=config.model.allow_other_sizes)
-            check_policy(policy, former.info, former.info.state, prepared.network)
-            planned = Planned(prepared, log, None if first is None else next_recording(first))
-            made = await self._make(planned, undo, None if kept_as else former.service)
+            made = await self._make(config, planned, undo, None if kept_as else former.service)
             if kept_as:
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
             else:
                 moved = await self._move(former, made, policy, log)
             undo.pop_all()
-        fingerprint = made.served.info.fingerprint
         made.served.service.events.add("swapped", detail=fingerprint)
         if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
             await moved.end(former.service, made.served.service)
             await self._server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
-        log.info("swapped", folder=str(folder), fingerprint=fingerprint, **kept, streams=config.model.on_reload)
-
-    @property
-    def _wanted_config(self) -> Config:
-        return self._server.config.model_copy(update={"model": self.config})
+        folder = str(prepared.model_path)
+        log.info("swapped", folder=folder, fingerprint=fingerprint, **kept, streams=config.model.on_reload)
 
     async def _unload(self, name: str) -> None:
         await self._server.remove(name, f"the model {name!r} is unloaded")
         self._log.info("unloaded", model=name)
 
-    async def _make(self, planned: Planned, undo: ExitStack, moves: ModelService | None = None) -> _Made:
+    async def _make(
+        self, config: Config, planned: Planned, undo: ExitStack, moves: ModelService | None = None
+    ) -> _Made:
         """A version that nobody uses yet; it will have the streams and connections of the service that `moves`."""
-        config, prepared = self._server.config, planned.prepared
+        prepared = planned.prepared
         tables = None if moves is None else moves.engine.tables
         foundation = await self._thread.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
         undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
@@ -364,7 +398,7 @@ class Loader:
         service = make_service(config, foundation, planned.file, wake, bug, planned.log, moves)
         opened = None
         if planned.file is not None:
-            opening = partial(open_recording, self._wanted_config, foundation, service, planned.formers)
+            opening = partial(open_recording, config, foundation, service, planned.formers)
             opened = writer, recovery = await self._thread.do(opening)
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
@@ -393,6 +427,10 @@ class Loader:
             self._server.replace(former, made.served, "")
         log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return moved
+
+
+def _kept_as(policy: StreamPolicy, former: ServerInfo) -> str:
+    return name_kept(former.model, former.fingerprint) if policy.word == "keep" else ""
 
 
 def _why(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import structlog
 import torch
@@ -25,10 +25,6 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.server.checks import CannotServe as CannotServe
 from instep.server.recording_files import recording_file, recordings
-
-Version: TypeAlias = tuple[Path, str]
-"""A model's folder and fingerprint."""
-
 
 _NO_FMA: Final = (
     "this processor has no fused multiply-add (FMA), without which a step takes 7 to 30 times as long: serve on x86-64 "
@@ -72,7 +68,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
     prepare_numerics()
     find_device(config.engine.device)
     try:
-        loaded = _load(config.model.folders)
+        loaded = load_models(config.model.folders)
         is_only = len(loaded) == 1
         for model, _ in loaded:
             if (file := recording_file(config, model.name, is_only=is_only)) is not None:
@@ -88,19 +84,6 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
         ]
     except (ModelError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
-
-
-def prepare_another(config: Config, name: str, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
-    """Load, check and compile a model for a server that has others already, in a thread beside them.
-
-    Raises:
-        CannotServe: with a sentence.
-    """
-    try:
-        model = replace(load_model(folder), name=check_name(name, "load it under another"))
-        return prepare_loaded(config, model, folder.resolve(), log)
-    except ModelError as error:
-        raise CannotServe(str(error)) from None
 
 
 def prepare_loaded(config: Config, model: Model, folder: Path, log: structlog.stdlib.BoundLogger) -> Prepared:
@@ -138,16 +121,12 @@ def _check_forkable(config: Config) -> None:
         )
 
 
-def versions(folders: Sequence[tuple[str | None, Path]]) -> dict[str, Version]:
-    """The models in these folders by name, the default one first.
+def load_models(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]]:
+    """Every model and its folder, the default one first.
 
     Raises:
         CannotServe, ModelError: with a sentence, when one of them cannot be loaded or there is none.
     """
-    return {model.name: (path, model.fingerprint) for model, path in _load(folders)}
-
-
-def _load(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]]:
     if not folders:
         raise CannotServe(
             "no model to serve: name its folder (instep serve FOLDER, or model.folder in the configuration), or "

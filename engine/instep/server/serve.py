@@ -29,6 +29,7 @@ from instep.server.checks import (
     with_all_streams,
 )
 from instep.server.log import Threshold, make_log
+from instep.server.models import UNDER_WAY
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import supervise
@@ -113,21 +114,26 @@ class Kept:
         """
 
     def keep(self, server: Server) -> None:
-        """Remember the changeable values in force, and the versions of models."""
-        half, config = 1 - self._shared[0], server.config
-        fingerprints = {each.name: each.about.fingerprint for each in server.services if not each.is_former}
-        values = [_changeable(config), config.model.model_dump(mode="json"), fingerprints]
+        """Remember the changeable values in force, the versions of models, and why anything else is not in force."""
+        half, config, loader = 1 - self._shared[0], server.config, server.loader
+        models = config.model.model_dump(mode="json")
+        values = [_changeable(config), models, loader.fingerprints, server.unread, loader.problem]
         self._half(half)[:] = json.dumps(values).encode().ljust(_KEPT_BYTES)
         self._shared[0] = half
 
-    def laid_over(self, config: Config) -> tuple[Config, dict[str, str]]:
-        """Return a configuration with the kept values, and the kept models' fingerprints, if any."""
+    def laid_over(self, config: Config) -> tuple[Config, dict[str, str], str, str]:
+        """Return a configuration with the kept values, and the kept models' fingerprints, if any.
+
+        The others are `Server.unread` and `Loader.problem`: why what the file says is not in force.
+        """
         text = bytes(self._half(self._shared[0])).strip(b"\0")
         if not text:
-            return config, {}
-        values, models, fingerprints = json.loads(text)
+            return config, {}, "", ""
+        values, models, fingerprints, unread, problem = json.loads(text)
         config = _with_values(config, values).model_copy(update={"model": ModelConfig.model_validate(models)})
-        return config, fingerprints
+        if problem == UNDER_WAY:
+            problem = "models are as before the last reload, during which the server was killed: reload again"
+        return config, fingerprints, unread, problem
 
     def _half(self, half: int) -> memoryview:
         return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
@@ -143,7 +149,7 @@ def reload(
     """Read the configuration again and use what can change of it; a broken one changes nothing.
 
     The log says what has changed, at whatever level, and which changes of models are under way: whether they succeed is
-    said later. `reread` raises ConfigError; `kept` gets the new values, and the models once they are in force.
+    said later. `reread` raises ConfigError; `kept` gets the new values, and the models once they are accepted.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
@@ -153,17 +159,20 @@ def reload(
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
         server.loader.reload(wanted.model, lambda: kept.keep(server))
-        kept.keep(server)
         level = wanted.log.level
         changed = dict(differences(running, wanted))
+        left = [path for path in changed if path not in (*CHANGEABLE, *MODELS)]
+        server.unread = f"read at the start only, and changed since: {', '.join(left)}" if left else ""
+        kept.keep(server)
         also = {"under_way": under_way} if under_way else {}
         log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **also)
-        server.unread = ""
-        if left := [path for path in changed if path not in (*CHANGEABLE, *MODELS)]:
-            server.unread = f"{', '.join(left)} changed, and {'are' if left[1:] else 'is'} read at the start only"
+        if left:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
     except ConfigError as error:
         server.unread = "; ".join(map(str, error.problems))
+        if server.loader.problem != UNDER_WAY:
+            server.loader.problem = ""  # of what the file said before
+        kept.keep(server)
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
     finally:
@@ -245,25 +254,49 @@ def run(
     manager = ServiceManager(os.environ, log)
     start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
     if restart and supervise(log):
-        began, (config, fingerprints) = config, start.kept.laid_over(config)  # the server that died may have reloaded
-        loaded = {each.model.name: each.model.fingerprint for each in prepared}
-        if config.model.folder != began.model.folder or (fingerprints or loaded) != loaded:
-            try:
-                prepared = prepare(config, log, restart=restart)
-            except CannotServe as error:  # those that were loaded at the start can still be served
-                log.error("models not reloaded", reason=f"models are as at the start: {error}")
-                config = _with_values(began, _changeable(config))
-        if changed := [change for _, change in differences(began, config)]:
-            log.info("reload kept", changed=changed)
-        threshold.level = config.log.level
+        return _serve_again(config, prepared, log, threshold, start)
     return asyncio.run(_serve(config, prepared, log, threshold, start))
 
 
+def _serve_again(
+    at_start: Config,
+    loaded: Sequence[Prepared],
+    log: structlog.stdlib.BoundLogger,
+    threshold: Threshold,
+    start: _Start,
+) -> int:
+    """Serve what the server that died had accepted, or the models of the start where those cannot be served."""
+    config, fingerprints, unread, problem = start.kept.laid_over(at_start)
+    threshold.level = config.log.level
+    if changed := [change for _, change in differences(at_start, config)]:
+        log.info("reload kept", changed=changed)
+    if unread:
+        log.error("not reloaded", reason=unread)
+    have = {each.model.name: each.model.fingerprint for each in loaded}
+    if config.model.folder != at_start.model.folder or (fingerprints or have) != have:
+        try:
+            prepared = prepare(config, log, restart=True)
+            return asyncio.run(_serve(config, prepared, log, threshold, start, unread, problem))
+        except CannotServe as error:
+            problem = f"models are as at the start: {error}"
+            config = _with_values(at_start, _changeable(config))
+    return asyncio.run(_serve(config, loaded, log, threshold, start, unread, problem))
+
+
 async def _serve(
-    config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger, threshold: Threshold, start: _Start
+    config: Config,
+    prepared: Sequence[Prepared],
+    log: structlog.stdlib.BoundLogger,
+    threshold: Threshold,
+    start: _Start,
+    unread: str = "",
+    problem: str = "",
 ) -> int:
     allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
     server = make_server(config, prepared, log)
+    server.unread, server.loader.problem = unread, problem
+    if problem:
+        log.error("models not reloaded", reason=problem)
     stops = 0
 
     def stop() -> None:
@@ -321,6 +354,7 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
         log.info(
             "ready",
             model=each.model.name,
+            fingerprint=each.model.fingerprint[:8],
             device=str(each.device),
             exactness=each.exactness,
             max_streams=server.config.engine.max_streams,

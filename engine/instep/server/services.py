@@ -253,6 +253,7 @@ def make_service(
         about=_about(config, foundation),
         steps_apart=foundation.forks,
         file=file,
+        folder=foundation.prepared.model_path,
         verification=Verification() if config.verify.live else None,
     )
 

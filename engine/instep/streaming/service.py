@@ -81,6 +81,8 @@ class ModelService:
     """Whether it steps in a process of its own, where polling keeps no interpreter's lock from it."""
     file: Path | None = None
     """Its recording."""
+    folder: Path = Path()
+    """The model's."""
     recorder: Recorder | None = None
     recovery: Recovery | None = None
     """How it continued an older recording, where there was one."""
