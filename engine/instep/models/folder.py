@@ -130,7 +130,7 @@ def _written_ns(path: Path) -> int | None:
 
 
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fields of a description, and of the network within a pipeline."""
+    """The description, and the network inside if it is a pipeline."""
     return [part for part in (fields, fields.get("network")) if isinstance(part, dict)]
 
 

@@ -160,7 +160,6 @@ class PipelineReference:
 
 
 def _parts(model: Model) -> tuple[PipelineDescription, Model]:
-    """The description, and the network inside as a model."""
     from instep.models.model import Model
 
     assert isinstance(model.description, PipelineDescription)

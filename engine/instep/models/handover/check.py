@@ -108,7 +108,7 @@ def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subjec
 
 
 def _first_output(result: Any, module: str) -> torch.Tensor:
-    """The first tensor among what a module returned.
+    """The first tensor of a result.
 
     Raises:
         ModelError: when there is none.

@@ -98,7 +98,7 @@ def save_model(
 
 
 def _plain(network: Any) -> Any:
-    """Without what torch.compile and data parallel training wrap around a module."""
+    """Unwrap a module from torch.compile and from data parallel training."""
     while isinstance(network, nn.Module):
         if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
             network = network.module
@@ -121,7 +121,7 @@ def _layers(place: str, given: Layers) -> list[Layer]:
 
 
 def _pairs(place: str, given: Any, kind: Any, sample: str) -> Iterator[tuple[str, Any, object]]:
-    """How sentences call each pair, and its parts; `given` is what a user gave, who may not run a type checker."""
+    """For each pair, its name in sentences, the layer and the activation. `given` is not checked by a type checker."""
     pairs = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for index, pair in enumerate(pairs):
         label = f"{place}[{index}]"

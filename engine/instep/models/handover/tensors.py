@@ -129,7 +129,6 @@ def _is_state_dict(content: object) -> TypeGuard[dict[str, torch.Tensor]]:
 
 
 def _tensors(given: Mapping[str, object], source: str) -> Tensors:
-    """All tensors, by their paths in the network."""
     found = {plain_path(str(name)): value for name, value in given.items()}
     if all(name.startswith("module.") for name in found):  # of nn.DataParallel
         found = {name.removeprefix("module."): value for name, value in found.items()}
@@ -148,7 +147,6 @@ def _tensor(name: str, value: object, source: str) -> torch.Tensor:
 
 
 def _without(leave_out: Sequence[str], tensors: Tensors, source: str) -> Tensors:
-    """The tensors that are not these, nor inside one of these."""
     parts = [".".join(path.split(".")[:depth]) for path in tensors for depth in range(1, path.count(".") + 2)]
     for name in leave_out:
         if name not in parts:
@@ -158,7 +156,6 @@ def _without(leave_out: Sequence[str], tensors: Tensors, source: str) -> Tensors
 
 
 def _layers(tensors: Tensors) -> dict[str, Tensors]:
-    """The tensors of each layer, by its name and theirs."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for path, tensor in tensors.items():
         layer, _, name = path.rpartition(".")
@@ -167,7 +164,6 @@ def _layers(tensors: Tensors) -> dict[str, Tensors]:
 
 
 def _kind(tensors: Tensors) -> str:
-    """What a layer is by its tensors."""
     names = tensors.keys()
     if {"weight_ih_l0", "weight_hh_l0"} <= names and "weight_hr_l0" not in names:
         of_input, of_state = tensors["weight_ih_l0"].shape, tensors["weight_hh_l0"].shape
@@ -181,7 +177,6 @@ def _kind(tensors: Tensors) -> str:
 
 
 def _in_words(tensors: Tensors) -> str:
-    """A layer and its sizes."""
     match _kind(tensors):
         case "GRU" | "LSTM" | "RNN" as kind:
             deep = sum(name.startswith("weight_ih_l") for name in tensors)
@@ -249,7 +244,7 @@ def _to_leave_out(names: Sequence[str], layers: Mapping[str, Tensors]) -> str:
 
 
 def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Sequence[str], source: str) -> str:
-    """What to do about layers that nobody named."""
+    """Advice for layers that are named nowhere: the call to copy if none is named."""
     if len(left) < len(layers) - 1:
         words = ", ".join(f"`{name}` ({_in_words(layers[name])})" for name in left)
         advice = _to_leave_out(left, layers)

@@ -209,7 +209,7 @@ class _Walk(fx.Interpreter):
         return value
 
     def _follow(self, n: fx.Node, given: Sequence[fx.Node]) -> int:
-        """How many layers and activations lead to the result of a node."""
+        """Take in a node; returns how many layers and activations lead to its result."""
         origin, name = self._origins[given[0]], _name(n)
         path = [path for path, _ in n.meta.get("nn_module_stack", {"": ("", "")}).values()][-1]
         module = self._root.get_submodule(path)
@@ -305,7 +305,6 @@ def _name(n: fx.Node) -> str:
 
 
 def _check_recurrent(module: nn.Module) -> None:
-    """Refuse a module that does not have one recurrent module that can be served."""
     kind = type(module).__name__
     parts = dict(module.named_modules())
     found = {plain_path(name): part for name, part in parts.items() if isinstance(part, RecurrentModule)}

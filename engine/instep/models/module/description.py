@@ -47,7 +47,7 @@ AnyForm = Annotated[Form, PlainValidator(_parsed), PlainSerializer(lambda form: 
 
 
 class StateLeaf(PlainFields):
-    """One leaf of the state: [rows, *shape] in the graph."""
+    """One leaf of the state, [rows, *shape] in the graph."""
 
     name: str
     shape: tuple[Size, ...]
@@ -132,7 +132,7 @@ class ModuleDescription(PlainFields):
         return StateSpec(tuple(leaf.of_row for leaf in self.leaves))
 
     def _of_step(self) -> dict[str, tuple[Shape, str]]:
-        """The tensors of the graph, and of those that only the form has their elements, with dtypes."""
+        """Shape and dtype of each tensor. One that only the form has is flat."""
         graph = self.graph.tensors if self.graph else ()
         form = {each.tensor: ((each.size,), each.dtype) for each in self.form.buffers if each.tensor}
         return {each.name: (each.shape, each.dtype) for each in graph} | {

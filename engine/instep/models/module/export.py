@@ -143,7 +143,6 @@ def exported(module: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any)
 
 
 def _refusal(error: Exception) -> str:
-    """Why torch.export gave up, in the user's words."""
     text = str(error)
     if "data-dependent" in text:
         return (
@@ -165,7 +164,6 @@ def _refusal(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The line of the user's code that an error comes from."""
     packages = tuple(str(Path(module.__file__).parent) for module in (torch, instep) if module.__file__)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(packages)]
     if not frames or not frames[-1].line:
@@ -190,7 +188,7 @@ def copied(module: nn.Module, subject: str) -> nn.Module:
 
 @contextmanager
 def _remembering_nothing(module: nn.Module) -> Iterator[None]:
-    """Refuse a step that changes an attribute, of which a graph holds only one value."""
+    """Refuse a step that changes an attribute: the graph would keep its first value."""
 
     def attributes() -> dict[str, str]:
         parts = [(f"self.{path}.".replace("..", "."), vars(part)) for path, part in module.named_modules()]
@@ -209,7 +207,7 @@ def _remembering_nothing(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """Without what torch.export writes for those who work on it."""
+    """Silence the warnings and logs of torch.export."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -221,9 +219,9 @@ def _in_silence() -> Iterator[None]:
 
 
 def _compare(example: Example, network: PortableNetwork) -> None:
-    """Run the step beside what is served of it and its graph: one row at first, where nothing can be mixed, then 32.
+    """Run the step next to its folder and its graph, with 1 row, where nothing can be mixed, and with 32.
 
-    A graph does not show what is a constant in it, such as a counter in Python, nor that rows of a batch mix.
+    The graph alone does not show that a constant in it was a counter in Python, or that rows of a batch mix.
     """
     generator = torch.Generator().manual_seed(1)
     names = [leaf.name for leaf in example.leaves]
@@ -316,7 +314,7 @@ class Flat(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A step with what it takes and gives."""
+    """A step with the sizes of its frames, leaves and outputs."""
 
     flat: Flat
     features: int
@@ -327,11 +325,11 @@ class Example:
     """Of outputs that the step returns in a dict; empty otherwise."""
 
     def initial(self, rows: int) -> list[torch.Tensor]:
-        """The state of streams before their first frame."""
+        """The initial state of `rows` streams."""
         return [leaf.repeat(rows, *[1] * leaf.dim()) for leaf in self.begins_with]
 
     def learned(self) -> dict[str, torch.Tensor]:
-        """What leaves begin with that have more than one value, by their names in the weights file."""
+        """The arrays of the weights file with which learned leaves begin."""
         both = zip(self.leaves, self.begins_with, strict=True)
         return {LEARNED + leaf.name: values for leaf, values in both if leaf.initial == "learned"}
 
@@ -372,7 +370,6 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
 
 
 def _split(result: Any) -> tuple[Any, Any]:
-    """The outputs and the new state that a step returned."""
     if not isinstance(result, tuple | list) or len(result) != 2:
         shown = f"{len(result)} values" if isinstance(result, tuple | list) else f"one {type(result).__name__}"
         raise ModelError(f"{FORM}, and it returns {shown}; several outputs go into y, as a tuple or dict of them")
@@ -380,7 +377,6 @@ def _split(result: Any) -> tuple[Any, Any]:
 
 
 def _joined_outputs(y: Any) -> torch.Tensor:
-    """All outputs that a step returned as one tensor [rows, outputs]."""
     parts = [part if part.dim() > 1 else part.unsqueeze(1) for _, part in _outputs_of(y)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -563,7 +559,6 @@ def _arguments(node: fx.Node, found: Mapping[fx.Node, Any]) -> dict[str, Any]:
 
 
 def _line_of(node: fx.Node) -> str:
-    """How sentences call the line of the user's code that a call comes from."""
     lines = pairwise(node.meta.get("stack_trace", "").split("\n"))
     found = [(*match.groups(), code) for line, code in lines if (match := _SOURCE.match(line))]
     of_user = [each for each in found if not each[0].startswith(_TORCH)]

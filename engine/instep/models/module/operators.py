@@ -107,7 +107,7 @@ def resolve(op: str) -> Callable[..., Any]:
 
 
 def _of_sizes(function: Callable[..., int]) -> Callable[..., int]:
-    """Arithmetic that no graph can make a text, a list or a number of a billion digits with."""
+    """Arithmetic that only takes and gives sizes, so a graph cannot make huge values with it."""
 
     def calculate(*sizes: int) -> int:
         if not all(isinstance(size, _SIZES) and -_MOST < size < _MOST for size in sizes):

@@ -85,7 +85,6 @@ class Program:
         self._values["node", node.name] = self.graph.call_function(function, args, kwargs)
 
     def _decoded(self, value: Any) -> Any:
-        """An argument as the function takes it."""
         if isinstance(value, list):
             return [self._decoded(each) for each in value]
         if not isinstance(value, dict):

@@ -130,7 +130,6 @@ def parse(content: bytes, source: str) -> ModelProto:
 
 
 def _tensors(message: Any) -> Iterator[TensorProto]:
-    """Every tensor in a message of protobuf, however deep."""
     from onnx import TensorProto
 
     if isinstance(message, TensorProto):
@@ -416,7 +415,7 @@ def describe(
 
 
 def _pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, str]:
-    """The inputs that have an output of the same shape and a similar name, with that output."""
+    """Pair each input with the output of the same shape whose name shares most with its own."""
     found: dict[str, str] = {}
     for each in inputs:
         keys = _keys(each.name, _BEFORE)
@@ -433,13 +432,13 @@ def _pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, str]:
 
 
 def _fit(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether shapes are equal, as far as the graph says them."""
+    """Whether the extents that the graph fixes are equal."""
     both = zip(one, other, strict=False)
     return len(one) == len(other) and all(a == b for a, b in both if isinstance(a, int) and isinstance(b, int))
 
 
 def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
-    """A name, and what it is without what marks it as an input, or as an output."""
+    """A name in lower case, and the same without each affix that marks it as an input or an output."""
     keys, left = set[str](), name
     while left and left.lower() not in keys:
         keys.add(left.lower())
@@ -448,7 +447,7 @@ def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
 
 
 def _leaf_names(step: StepGraph) -> list[str]:
-    """A name for each leaf: what the names of its input and output share, in letters that a leaf's name may have."""
+    """A valid name for each leaf: the part that the names of its input and output share."""
     names: list[str] = []
     for at, (leaf, after) in enumerate(step.state.items()):
         shared = max(_keys(leaf.name, _BEFORE) & _keys(after, _AFTER), key=len, default=leaf.name)
@@ -520,7 +519,6 @@ def _compare(network: RecurrentModel, session: Any, step: StepGraph) -> None:
 
 
 def _by_row(values: Array, axis: int | None) -> Array:
-    """Values [rows, elements]."""
     return values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
 
 

@@ -187,7 +187,6 @@ def _conv_transpose(node: OnnxNode) -> Tensor:
 
 
 def _window(node: OnnxNode, kernel: Sequence[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """The strides, dilations and padding of each dimension."""
     dims, auto = len(kernel), node.get("auto_pad", "NOTSET")
     strides, dilations = node.get("strides", [1] * dims), node.get("dilations", [1] * dims)
     if not auto.startswith("SAME"):
@@ -202,7 +201,6 @@ def _window(node: OnnxNode, kernel: Sequence[int]) -> tuple[list[int], list[int]
 
 
 def _padded(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """With padding of the last dimensions."""
     flat = [n for pair in reversed(pads) for n in pair]
     return F.pad(x, flat, value=value) if any(flat) else x
 
@@ -234,7 +232,7 @@ def _layer_norm(node: OnnxNode) -> Tensor:
 
 
 def _group_norm(node: OnnxNode) -> Tensor:
-    """Scale and shift are of groups before opset 21, and of channels since then."""
+    """Before opset 21 scale and shift have one value for each group, since then one for each channel."""
     x, scale, shift = node.tensors
     parts = F.group_norm(x, node.get("num_groups"), eps=node.get("epsilon", 1e-5)).reshape(x.shape[0], len(scale), -1)
     return (parts * scale[:, None] + shift[:, None]).reshape(x.shape)
@@ -316,7 +314,6 @@ def _pad(node: OnnxNode) -> Tensor:
 
 
 def _picked(node: OnnxNode, x: Tensor, dim: int, places: Array) -> Tensor:
-    """Elements at constant places along a dimension."""
     runs = np.split(places, 1 + np.flatnonzero(np.diff(places) != 1))
     if len(runs) > _MOST_PARTS or not len(places):
         return x.index_select(dim, node.constant("places", places.astype(np.int64)))

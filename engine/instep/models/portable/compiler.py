@@ -83,13 +83,13 @@ class Compiled:
 
 
 def _host_library(code: StepCode, key: str) -> Library:
-    """With the routines of `kernels` that all steps share."""
+    """The step alone; it calls the routines of `kernels` that all steps share."""
     made = cached(key, code.processor, lambda: object_code(code.text(), code.processor))
     return Library(made, kernels.symbols())
 
 
 def _whole_library(code: StepCode, key: str) -> Library:
-    """With routines of its own."""
+    """The step with routines of its own, for a processor other than the host."""
     text = str(code.module(with_kernels=True))
     return Library(cached(f"{key} and kernels", code.processor, lambda: object_code(text, code.processor)), {})
 
@@ -301,7 +301,7 @@ class _Unit(Lanes):
             self._write_put(node)
 
     def _write_maps(self, group: Sequence[Node]) -> None:
-        """Maps of one shape in one loop; what one makes of an element, others take from its register."""
+        """Maps of one shape share a loop and pass their results on in registers."""
         made = {node.out.buffer: node.out for node in group}
         stored = [node for node in group if node.out.buffer in self._plan.kept or node.out.buffer in self._plan.shared]
         given = [view for node in group for view in node.views if not self._is_made(view, made)]
@@ -342,7 +342,7 @@ class _Unit(Lanes):
         return self.map(node.op, dtype, arguments, dtypes)
 
     def _write_chain(self, node: Node) -> None:
-        """Several outputs at once that have a factor in common, if there are such."""
+        """Compute several outputs with a common factor together, where there are some."""
         start, a, b = node.args
         assert isinstance(a, View)
         assert isinstance(b, View)
@@ -444,7 +444,7 @@ class _Unit(Lanes):
                 self._store(value, node.out, b.add(of_out, to_out))
 
     def _bounded(self, index: Value, count: int) -> Value:
-        """An index that exists: those below 0 count from the end."""
+        """Move an index into range; one below 0 counts from the end."""
         b, zero, most = self.b, self.const(0, "int64"), self.const(count - 1, "int64")
         below = b.icmp_signed("<", index, zero)
         index = b.select(below, b.add(index, self.const(count, "int64")), index)
@@ -496,7 +496,6 @@ class _Unit(Lanes):
                 self.put(one, place, SIZES[dtype])
 
     def _write_product(self, number: int) -> None:
-        """Calls of a routine of `kernels`."""
         product, code, b = self._plan.products[number], self._code, self.b
         panel, processor = product.panel, code.processor
         each = panel.size(processor.columns) // max(1, math.prod(panel.others))
@@ -529,7 +528,7 @@ class _Unit(Lanes):
 
 
 def _neighbours_joined(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Loops that follow one another in memory as one."""
+    """Join loops whose elements follow one another in memory."""
     found: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in dims:
         if found and all(outer == inner * size for outer, inner in zip(found[-1][1], strides, strict=True)):

@@ -150,7 +150,7 @@ def _gates(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None
 def _gru_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
-    """The parts of the new state stay apart, since the reset gate scales only what comes from the state."""
+    """The two parts of the new gate are separate chains: the reset gate scales only the one from the state."""
     gates, new = ([None if w is None else w[part] for w in (w_ih, w_hh, b_ih, b_hh)] for part in _parts(2 * h.shape[1]))
     r, z = torch.sigmoid(_gates(x, h, *gates)).chunk(2, 1)  # type: ignore[arg-type]
     n = torch.tanh(torch.addcmul(_chain(new[2], x, new[0]), r, _chain(new[3], h, new[1])))  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def _rnn_cell(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _layers(cell: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-    """Of cells whose state is a tensor, or two in a list."""
+    """Layers over time of a cell, whose state is a tensor or a list of two."""
 
     def run(
         x: Tensor, state: Any, params: Sequence[Tensor], _biases: bool, layers: int, _dropout: float, _train: bool,
@@ -211,7 +211,6 @@ def _layers(cell: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
 def _var(
     x: Tensor, dims: Sizes | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The variance and the mean."""
     dims = list(dims or range(x.dim()))
     mean, _, squares = _deviation(x, dims)
     count = math.prod(x.shape[dim] for dim in dims) - (1 if correction is None else correction)
@@ -448,7 +447,6 @@ def _mirrored(x: Complex, size: int) -> Complex:
 
 
 def _spectrum(kind: str) -> Callable[..., Any]:
-    """fft, ifft, rfft or irfft."""
     is_inverse = kind in ("ifft", "irfft")
 
     def run(x: Any, n: int | None = None, dim: int = -1, norm: str | None = None) -> Any:

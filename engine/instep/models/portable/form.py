@@ -335,7 +335,7 @@ class _Checker:
         self._written.append(np.full(0 if buffer.tensor else buffer.size, False))
 
     def _elements(self, view: View) -> npt.NDArray[np.bool_]:
-        """Of the mask of what was written; repeated dimensions once."""
+        """A view of the mask of written elements, with each repeated dimension once."""
         size = self._form.buffers[view.buffer].size
         if len(view.shape) != len(view.strides) or len(view.shape) > MAX_RANK or any(n < 0 for n in view.shape):
             raise _Wrong("a view has no valid shape")

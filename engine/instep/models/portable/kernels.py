@@ -77,7 +77,7 @@ def write_all(module: ir.Module, processor: Processor) -> None:
 
 
 class _Dense(Lanes):
-    """A product; reads the arguments that both kinds have."""
+    """A product, with the arguments that both kinds have."""
 
     def __init__(
         self, module: ir.Module, name: str, processor: Processor, arguments: Sequence[object], count: int
@@ -152,7 +152,7 @@ def _write_many(module: ir.Module, processor: Processor) -> None:
 
 
 def _write_few(module: ir.Module, processor: Processor) -> None:
-    """Calls the function for as many rows as there are."""
+    """Dispatch to the function for this number of rows, or the next larger one."""
     tiles = {rows: _write_rows(module, processor, rows) for rows in FEW_ROWS if rows <= processor.few}
     code = Lanes(module, symbol("dense_few", processor), DENSE_FEW, 1)
     *arguments, count = code.function.args

@@ -163,7 +163,6 @@ def _write(path: Path, code: bytes) -> None:
 
 @cache
 def _sources() -> str:
-    """A digest of the sources that write code."""
     here = Path(__file__).parent
     names = ("form.py", "plan.py", "lanes.py", "kernels.py", "compiler.py", "machine.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()

@@ -135,7 +135,7 @@ def _bytes(buffer: Buffer) -> int:
 
 
 def _grouped(nodes: Sequence[Node], written: dict[int, list[Node]]) -> list[list[Node]]:
-    """Nodes in an order in which maps of a shape follow one another where they can."""
+    """Order nodes so that maps of one shape are together."""
     numbers = {id(node): number for number, node in enumerate(nodes)}
     waits: list[set[int]] = [set() for _ in nodes]
     before: dict[int, int] = {}
@@ -216,7 +216,7 @@ def _placed(
     inputs: Sequence[int],
     results: set[int],
 ) -> tuple[dict[int, int], int]:
-    """Places in a row's memory; one is used again when its buffer is read no more."""
+    """Place buffers in a row's memory; a place is reused after its buffer's last read."""
     last: dict[int, int] = {}
     for number, group in enumerate(groups):
         for node in group:
@@ -253,7 +253,7 @@ def _placed(
 
 
 def _product(plan: StepPlan, node: Node) -> Product | None:
-    """A product as a call of `kernels`, where one factor is weights that many outputs differ by."""
+    """The product as a call of `kernels`, if one factor is a weight matrix with enough outputs."""
     start, one, other = node.args
     assert isinstance(one, View)
     assert isinstance(other, View)
@@ -300,7 +300,7 @@ def _product(plan: StepPlan, node: Node) -> Product | None:
 
 
 def _merged(x: View, weight: View, rank: int) -> list[tuple[int, int, int]]:
-    """The reduced dimensions (size, stride in x, stride in the weights), joined where that changes nothing."""
+    """The reduced dimensions (size, stride in x, stride in the weights), with neighbours joined."""
     found: list[tuple[int, int, int]] = []
     for dim in range(rank, len(x.shape)):
         size, of_x, of_weight = x.shape[dim], x.strides[dim], weight.strides[dim]

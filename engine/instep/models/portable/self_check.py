@@ -103,7 +103,7 @@ def sample_form() -> tuple[Form, dict[str, npt.NDArray[Any]]]:
 
 
 def _outer(grid: View) -> tuple[View, View]:
-    """[i, j, k] of a grid's rows i and j: their products over k."""
+    """Factors [i, j, k] of the products of a grid's rows i and j."""
     rows, columns = grid.strides
     count, inner = grid.shape
     return (

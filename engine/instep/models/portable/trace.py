@@ -87,12 +87,11 @@ def form_of_module(
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """Contiguous memory of its own."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 class _WithDefinitions(Located):
-    """Calls the definitions of operators that have one."""
+    """Replaces operators by their definitions in `composites`."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(target, Operator):
@@ -109,7 +108,7 @@ class _WithDefinitions(Located):
 
 
 def _traced(module: fx.GraphModule, tensors: Mapping[str, Tensor], arguments: Sequence[Any]) -> Traced:
-    """The normal form of a graph of (tensors, a frame, leaves and anything that is not a tensor)."""
+    """The normal form of a graph whose arguments are tensors of weights, a frame, leaves, and other values."""
     run = _WithDefinitions(module)
     given = [each for each in arguments if isinstance(each, Tensor)]
     rest = arguments[len(given) :]
@@ -135,7 +134,7 @@ def _traced(module: fx.GraphModule, tensors: Mapping[str, Tensor], arguments: Se
 
 
 def _decomposed(step: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph of a step without changes in place, as far as decompositions keep to that."""
+    """The decomposed graph of a step. Some decompositions still change in place what they made."""
     with torch.no_grad(), traceback.preserve_node_meta():
         module = make_fx(
             functionalize(step, remove="mutations"), decomposition_table=_decompositions(), tracing_mode="fake"
@@ -145,7 +144,7 @@ def _decomposed(step: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphMo
 
 
 def _result(lowering: Lowering, value: Value, given: Sequence[View]) -> View:
-    """A result in memory of the row that is not an input's."""
+    """Copy a result that shares memory with an input or a weight."""
     if isinstance(value, View) and value.buffer not in {each.buffer for each in given}:
         return value
     assert isinstance(value, View | Tensor)

@@ -83,7 +83,7 @@ class NormLayer(PlainFields):
 
 
 def _layer(value: object, _: object) -> DenseLayer | NormLayer:
-    """The layer that is meant, so that errors name its keys and not those of the other one."""
+    """Choose the kind of layer first, so that errors name its keys only."""
     if isinstance(value, NormLayer) or (isinstance(value, Mapping) and "layer_norm" in value):
         return NormLayer.model_validate(value)
     return DenseLayer.model_validate(value)

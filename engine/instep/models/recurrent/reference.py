@@ -109,8 +109,6 @@ class _Cell:
 
 
 class _Layer:
-    """One layer over time."""
-
     def __init__(
         self, weights: Mapping[str, Floats], prefix: str, suffix: str, cell: type[_Cell], layers: Mapping[str, Any]
     ) -> None:
