@@ -21,7 +21,7 @@ from instep.models import export_step
 from instep.models.base import step_frames
 from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
-from instep.models.portable.form import parse_form
+from instep.models.portable.form import form_of_values
 from tests.support.steps import FEATURES, STEPS, eager, example, exported, exported_folder, leaves, step_of
 
 
@@ -115,7 +115,7 @@ def test_its_folder_is_plain_text_and_tensors_and_is_read_back() -> None:
     assert {node["op"].split(".")[0] for node in graph["nodes"]} <= {"aten", "int", "getitem"}
     (scale,) = load_file(folder / "weights.safetensors").values()
     torch.testing.assert_close(scale, step_of("counting").get_buffer("scale"), rtol=0, atol=0)
-    form = parse_form((folder / "normal.json").read_bytes(), "normal.json")
+    form = form_of_values(json.loads((folder / "normal.json").read_text()), "normal.json")
     (x, *leaves) = [(form.buffers[at].dtype, form.buffers[at].size) for at in form.inputs]
     assert x == ("float32", FEATURES)
     assert leaves == [("int64", 1), ("float32", 3), ("bool", 1), ("float64", 1)]

@@ -147,11 +147,6 @@ class Form:
         """sha256, hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    @property
-    def multiply_adds(self) -> int:
-        """Iterations of all nodes for one row, about."""
-        return sum(iterations(node) for node in self.nodes)
-
     def dtype(self, view: View) -> str:
         """The dtype of a view's elements."""
         return self.buffers[view.buffer].dtype
@@ -193,18 +188,6 @@ def _operand_json(operand: Operand) -> Any:
 
 class _Wrong(Exception):
     """What is wrong with a form."""
-
-
-def parse_form(text: str | bytes, source: str) -> Form:
-    """A form from JSON, not checked; `source` is how sentences call it.
-
-    Raises:
-        ModelError: when it is not one.
-    """
-    try:
-        return form_of_values(json.loads(text), source)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source} is not a normal form ({error}); make the folder again") from None
 
 
 def form_of_values(values: Any, source: str) -> Form:
