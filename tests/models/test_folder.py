@@ -42,7 +42,7 @@ def test_constant_initialisation() -> None:
     for name, tensor in model.weights.items():
         assert tensor.dtype == torch.float32
         assert set(tensor.flatten().tolist()) == {-1.0 if ".bias" in name else 2.0}
-    with pytest.raises(ModelError, match=r"tensor before\.0\.weight of the initialisation holds NaN or infinity"):
+    with pytest.raises(ModelError, match=r"before\.0\.weight"):
         make_model(DESCRIPTION, "constant", name="c", weight=math.inf)
 
 
@@ -83,9 +83,7 @@ def test_writing_replaces_a_model_only_when_asked_to(tmp_path: Path) -> None:
     old = make_model(DESCRIPTION, "random", name="old")
     write_model(str(tmp_path), old)
     new = make_model(GruDescription(features=1, gru=GruLayers(hidden_size=1)), "random", name="neu é")
-    with pytest.raises(
-        ModelError, match=r"holds a model already; choose another folder, or replace it with --overwrite \(overwrite=T"
-    ):
+    with pytest.raises(ModelError, match="--overwrite"):
         write_model(tmp_path, new)
     assert same(load_model(tmp_path), old)
     write_model(tmp_path, new, overwrite=True)
@@ -118,7 +116,7 @@ def test_a_model_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, si
     (folder / "notes").touch()
     files = sorted(folder.iterdir())
     for place, overwrite in ((folder, True), (tmp_path / "new" / "folder", False)):
-        with largest_file(size), pytest.raises(ModelError, match=r"cannot write the model folder .*: File too large"):
+        with largest_file(size), pytest.raises(ModelError, match=r"File too large"):
             write_model(place, new, overwrite=overwrite)
     assert (same(load_model(folder), old), sorted(folder.iterdir())) == (True, files)
     assert list(tmp_path.iterdir()) == [folder]
@@ -171,7 +169,7 @@ def test_a_model_that_is_replaced_while_it_is_read_is_refused(
         return load_weights(path, description)
 
     monkeypatch.setattr("instep.models.folder.load_weights", meanwhile)
-    with pytest.raises(ModelError, match="was written while it was read: try again"):
+    with pytest.raises(ModelError, match="while it was read"):
         load_model(tmp_path)
 
 

@@ -34,7 +34,7 @@ def answers_by_length(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: net.leaky(plain(net, x)), r"`leaky` is LeakyReLU\(negative_slope=0.2\)"),
         (lambda net, x: tuple(map(net.head, [net.gru(net.encoder(x))[0]] * 2)), "the output of `gru` more than once"),
         (lambda net, x: (x, plain(net, x)), "`last`"),
-        (lambda net, x: net.encoder(x), "does not run its recurrent module"),
+        (lambda net, x: net.encoder(x), "recurrent module"),
         (lambda net, x: plain(net, x if x.sum() > 0 else -x), "torch.export"),
         (begins_with_its_frames, "runs `gru` on a state that depends on the frames"),
         (lambda net, x: net.gru(net.encoder(x), torch.ones(2, x.size(0), 10).cumsum(1))[0], "`gru` .*another state"),
@@ -99,9 +99,9 @@ def test_graphs_and_quantised_modules_are_told_what_to_hand_over(tmp_path: Path)
         program = torch.export.export(net, (torch.randn(2, 5, 3),))
         given: dict[str, Any] = {
             "is not a network": program,
-            "GraphModule has no recurrent module": program.module(),
-            "TopLevelTracedModule has no recurrent module": torch.jit.trace(net, torch.randn(2, 5, 3)),  # type: ignore[no-untyped-call]
-            "Plain has no recurrent module": torch.ao.quantization.quantize_dynamic(net, {nn.GRU, nn.Linear}),  # type: ignore[no-untyped-call]
+            "GraphModule": program.module(),
+            "TopLevelTracedModule": torch.jit.trace(net, torch.randn(2, 5, 3)),  # type: ignore[no-untyped-call]
+            "^Plain": torch.ao.quantization.quantize_dynamic(net, {nn.GRU, nn.Linear}),  # type: ignore[no-untyped-call]
             "float64": Plain().double(),
         }
         for named, network in given.items():

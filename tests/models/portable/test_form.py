@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Form, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_form_that_cannot_be_computed_is_refused(name: str) -> None:
     form, said = REFUSED[name]
-    with pytest.raises(ModelError, match=f"^the form is not a valid normal form: .*{said}.*; make the folder again$"):
+    with pytest.raises(ModelError, match=said):
         verify(form)
 
 

@@ -76,7 +76,7 @@ WEIGHTS: Final = {"w": torch.tensor([1.0, 2.0, 3.0])}
     [
         (
             [("found", "aten.fft_rfft.default", [X]), ("y", "aten.neg.default", [{"node": "found"}])],
-            "calls neg with complex numbers; take their parts, or abs, before",
+            "neg with complex",
         ),
         (
             [
@@ -84,14 +84,14 @@ WEIGHTS: Final = {"w": torch.tensor([1.0, 2.0, 3.0])}
                 ("found", "aten.exp.default", [{"node": "wide"}]),
                 ("y", "aten.to.dtype", [{"node": "found"}, {"dtype": "float32"}]),
             ],
-            "line 7.* calls exp for float64, in which there is no exp; use float32",
+            "line 7.* exp for float64",
         ),
         (
             [
                 ("found", "aten.to.dtype", [X, {"dtype": "int8"}]),
                 ("y", "aten.to.dtype", [{"node": "found"}, {"dtype": "float32"}]),
             ],
-            "line 7.* calls _to_copy for int8; use float32, float64, int64, int32 or bool",
+            "line 7.* for int8",
         ),
     ],
 )
@@ -104,12 +104,12 @@ def test_what_has_no_portable_form_is_refused_with_its_line(nodes: list[Any], ma
 
 def test_too_many_operations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "MAX_NODES", 2)
-    with pytest.raises(ModelError, match="the step takes 3 operations for one row, and 2 at most can be compiled"):
+    with pytest.raises(ModelError, match="3 operations"):
         trace(lambda tensors, x: [x.sin().cos().tanh()], {}, [random(1, 4)])
 
 
 def test_a_step_that_changes_its_frame_in_place_is_refused() -> None:
-    with pytest.raises(ModelError, match="changes what it is given in place"):
+    with pytest.raises(ModelError, match="in place"):
         trace(lambda tensors, x: [x.mul_(2)], {}, [random(1, 4)])
 
 
