@@ -76,7 +76,7 @@ class Description(Protocol):
         """One line for people: `40 features → GRU 128 → dense 10`."""
 
     def as_json(self, *, defaults: bool = True) -> dict[str, Any]:
-        """As plain JSON values, always with `kind`; the registry reads it back with or without defaults."""
+        """Plain JSON values, always with `kind`. The registry reads them back with or without defaults."""
 
 
 class Reference(Protocol):
@@ -116,7 +116,7 @@ class RecurrentModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it steps."""
+        """The device on which it steps."""
 
     @property
     def arithmetic(self) -> str:

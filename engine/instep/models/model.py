@@ -47,7 +47,7 @@ class Model:
 
     @property
     def weight_count(self) -> int:
-        """How many numbers the weights are; those of a step module include buffers and constants."""
+        """The number of weights, which for a step module include buffers and constants."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
     def __repr__(self) -> str:

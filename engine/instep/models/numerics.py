@@ -19,7 +19,7 @@ def prepare() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread, as the server does, and afterwards with as many as before: for many small steps.
+    """Compute with one thread, as the server does, and restore the number of threads afterwards.
 
     Threads that share such a step out wait for one another, and for other programs on their cores.
     """
@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 
 def threads_as_here() -> Callable[[], None]:
-    """Called first in a new thread, so that products use as many threads there as in this one.
+    """A function to call first in a new thread, so that its products use as many threads as those of this one.
 
     torch sets a thread up with its first loop that it would share out; a product before that takes all cores, which
     wait for each other where they are busy, and may have other bits.

@@ -47,7 +47,7 @@ class ModelKind:
     reference: Callable[[Model, type[np.floating[Any]]], Reference | None]
     """See `RecurrentModel.reference`."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """JSON files beside `model.yaml`, with the fields of the description that they hold."""
+    """JSON files next to `model.yaml`, and the fields of the description that each holds."""
 
 
 def _recurrent_forward(model: Model, device: torch.device) -> Forward:
@@ -156,7 +156,7 @@ def sentences(error: ValidationError) -> str:
 
 
 def in_words(problem: ErrorDetails) -> str:
-    """What is wrong with a field, and what to do."""
+    """The problem of a field, and its cure."""
     match problem["type"]:
         case "missing":
             return "it is missing; add it"

@@ -40,9 +40,9 @@ class Agreement:
     tolerance: float
     """The largest error that rounding in float32 explains."""
     steps_axis: int
-    """Which axis of the module's input counts timesteps; negative where it has none."""
+    """The axis of timesteps in the module's input; negative if there is none."""
     rows_axis: int
-    """Which one counts sequences; negative where it has none."""
+    """The axis of sequences; negative if there is none."""
 
     @property
     def agrees(self) -> bool:
@@ -131,7 +131,7 @@ def distance(one: F32, other: F32) -> float:
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
-    """What rounding explains between two float32 results for these frames, relative to the largest output."""
+    """The largest difference between two float32 results for these frames that rounding explains."""
     truth, rounded = (_referred(network, frames, dtype) for dtype in (np.float64, np.float32))
     if truth is None or rounded is None:
         finite = outputs[np.isfinite(outputs)]
@@ -157,7 +157,7 @@ STEPS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How far a module's outputs are from those that are served, over random frames."""
+    """A module's outputs compared with the served ones over random frames."""
 
     model: str
     against: str
@@ -178,7 +178,7 @@ class Check:
         return {"agrees": self.agrees, **asdict(self)}
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The result in words."""
         yield f"{self.model} and {self.against}, on random frames {list(self.frames)}"
         yield ""
         yield from textwrap.wrap(self._verdict(), 79)

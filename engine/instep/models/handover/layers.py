@@ -41,7 +41,7 @@ class Layer(NamedTuple):
     """A dense layer or a layer norm, and the activation after it."""
 
     label: str
-    """How sentences name it."""
+    """Its name in sentences."""
     module: nn.Linear | nn.LayerNorm
     activation: Activation = "none"
 
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
         return self
 
     def fields(self) -> dict[str, Any]:
-        """As in `model.yaml`."""
+        """The keys of the layer in `model.yaml`."""
         module, bias = self.module, self.module.bias is not None
         if isinstance(module, nn.Linear):
             return {"size": module.out_features, "bias": bias, "activation": self.activation}
@@ -91,7 +91,7 @@ def folded(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """How many values of a frame a layer takes, and how many it gives."""
+    """The number of values that a layer takes from a frame and gives."""
     match module:
         case nn.Linear():
             return module.in_features, module.out_features
@@ -119,7 +119,7 @@ def check_recurrent(label: str, module: RecurrentModule) -> None:
 
 
 def kind_of(module: RecurrentModule) -> str:
-    """As in `model.yaml`."""
+    """The kind in `model.yaml`."""
     return next(kind for kind, each in RECURRENT.items() if isinstance(module, each))
 
 
@@ -129,10 +129,10 @@ class Chain:
 
     before: Sequence[Layer]
     recurrent: tuple[str, RecurrentModule]
-    """How sentences name it, and the module."""
+    """Its name in sentences, and the module."""
     after: Sequence[Layer]
     initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By leaf, [num_layers, hidden_size], what streams begin with where that was learned; empty for zeros."""
+    """The learned initial state by leaf, [num_layers, hidden_size]; empty for zeros."""
 
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
         """The model, of copies of the tensors.

@@ -86,7 +86,7 @@ class Graph(PlainFields):
     y: JsonValue
     """The outputs, [rows, outputs]."""
     new_state: dict[str, JsonValue]
-    """By leaf, [rows, *shape]."""
+    """Values by leaf, [rows, *shape]."""
 
 
 class ModuleDescription(PlainFields):
@@ -96,9 +96,9 @@ class ModuleDescription(PlainFields):
     features: Annotated[int, Field(ge=1, strict=True)]
     leaves: tuple[StateLeaf, ...] = Field(alias="state")
     form: AnyForm
-    """For one row; its inputs are the frame and the leaves in order."""
+    """The normal form of one row, whose inputs are the frame and the leaves in order."""
     graph: Graph | None = None
-    """In torch's operators, for any number of rows; None for a step that comes from elsewhere."""
+    """The step in torch's operators, for any number of rows; None if it does not come from torch."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -41,7 +41,7 @@ class Program:
     ) -> None:
         self._device = device
         self.graph: Final = fx.Graph()
-        """Of (*tensors, x, *leaves, rows), with the outputs and the leaves of the new state as its result."""
+        """A function of (*tensors, x, *leaves, rows) that returns the outputs and the leaves of the new state."""
         names = [
             *(("tensor", tensor.name) for tensor in graph.tensors),
             ("x", ""),
@@ -149,7 +149,7 @@ class GraphModule:
 
 @torch.inference_mode()
 def _tried(model: Model, device: torch.device) -> Program:
-    """The program of a graph, which may come from a stranger, once a step of two rows has fitted the description."""
+    """The program of a graph. It may come from a stranger, so two rows are stepped to compare shapes."""
     description = model.description
     assert isinstance(description, ModuleDescription)
     assert description.graph is not None

@@ -60,12 +60,12 @@ class Tensor(NamedTuple):
 
     @property
     def of_row(self) -> Shape:
-        """Without that axis. A graph of one row does not say which it is, so all axes of extent 1 are left out."""
+        """The shape without the axis of rows, or without the axes of extent 1 in a graph of a single row."""
         return tuple(extent for extent in self.shape if extent != ROWS and (extent != 1 or ROWS in self.shape))
 
     @property
     def elements(self) -> int:
-        """Of a row."""
+        """The number of elements of a row."""
         return math.prod(self.of_row)
 
     def sized(self, rows: int) -> Shape:
@@ -79,10 +79,10 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class StepGraph:
-    """Which inputs and outputs of a graph are the frame, the answer, the state and constants."""
+    """The roles of the inputs and outputs of a graph."""
 
     source: str
-    """How sentences call the graph."""
+    """The name of the graph in sentences."""
     frame: Tensor
     answer: str
     state: Mapping[Tensor, str]
@@ -160,7 +160,7 @@ def open_session(content: bytes, source: str) -> Any:
 
 
 def explain(error: Exception) -> str:
-    """What onnxruntime said, on one line of bounded length."""
+    """Onnxruntime's message on one line of bounded length."""
     text = " ".join(str(error).split())
     _, marker, last = text.rpartition("[ONNXRuntimeError]")  # then come a number, its name, and what is wrong
     return (last.split(" : ", 3)[-1] if marker else text)[:200]
@@ -375,7 +375,7 @@ def describe(
     constants: Mapping[str, float],
     shapes: Mapping[str, Extents],
 ) -> StepGraph:
-    """Which inputs and outputs of a graph are the frame, the answer and the state; see `import_onnx`.
+    """Find the frame, the answer and the state among inputs and outputs; see `import_onnx`.
 
     Raises:
         ModelError: with what to name.

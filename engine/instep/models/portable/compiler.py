@@ -121,7 +121,7 @@ class StepCode:
         self.memory_bytes = self.plan.row_bytes * max(processor.lanes, processor.few)
 
     def text(self) -> str:
-        """In LLVM's language."""
+        """The module in LLVM's language."""
         return str(self.module())
 
     def module(self, *, with_kernels: bool = False) -> ir.Module:
@@ -144,12 +144,12 @@ class StepCode:
 
     @property
     def processor(self) -> Processor:
-        """What the code is made for."""
+        """The target."""
         return self._processor
 
     @property
     def ports(self) -> list[tuple[int, int, str]]:
-        """Of each input, then of each output: bytes from the start of a row's memory, elements, and dtype."""
+        """For each input, then each output: bytes from the start of a row's memory, elements, and dtype."""
         buffers = [*self._form.inputs, *(view.buffer for view in self.plan.outputs)]
         return [(self.plan.places[b], self.plan.buffers[b].size, self.plan.buffers[b].dtype) for b in buffers]
 

@@ -334,7 +334,7 @@ def _avg_pool(rank: int) -> Callable[..., Tensor]:
 
 
 def _flat_index(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor, list[int], list[int], Tensor]:
-    """Where indices point in a tensor whose indexed dimensions come first and are one.
+    """Move the indexed dimensions to the front, merge them into one, and index that.
 
     Returns:
         That tensor [places, others], the order of dimensions that makes it, the sizes of the others, and the places.

@@ -271,7 +271,7 @@ def floor_divide(a: Values, b: Values) -> Values:
 
 
 def remainder(a: Values, b: Values) -> Values:
-    """What `floor_divide` leaves over, with the sign of b."""
+    """The remainder of `floor_divide`, with the sign of b."""
     return np.asarray(a % _divisor(b))
 
 
@@ -388,7 +388,7 @@ def _result(values: Values, rows: int) -> Values:
 
 
 def _elements(memory: Memory, view: View) -> Values:
-    """Shaped as the view, and one more dimension for rows."""
+    """The elements of a view, [*shape, rows]."""
     buffer = memory[view.buffer]
     columns = buffer.shape[1]
     strides = (*(stride * columns * buffer.itemsize for stride in view.strides), buffer.itemsize)
@@ -396,7 +396,7 @@ def _elements(memory: Memory, view: View) -> Values:
 
 
 def _offsets(shape: Sequence[int], strides: Sequence[int], first: int = 0) -> I64:
-    """Where the elements are in their buffer, in row-major order."""
+    """The elements' offsets in their buffer, in row-major order."""
     found = np.full(1, first, np.int64)
     for n, stride in zip(shape, strides, strict=True):
         found = np.add.outer(found, stride * np.arange(n, dtype=np.int64)).reshape(-1)

@@ -101,7 +101,7 @@ class View:
 
     @property
     def elements(self) -> int:
-        """How many there are."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -152,7 +152,7 @@ class Form:
         return self.buffers[view.buffer].dtype
 
     def to_json(self) -> str:
-        """With one buffer or node in each line."""
+        """JSON with one buffer or node in each line."""
         buffers = [[b.dtype, b.size, *([b.tensor] if b.tensor else [])] for b in self.buffers]
         nodes = [[n.op, _view_json(n.out), *map(_operand_json, n.args)] for n in self.nodes]
         parts = [
@@ -166,7 +166,7 @@ class Form:
 
 
 def iterations(node: Node) -> int:
-    """How often the innermost loop of a node runs for one row."""
+    """The number of iterations of the innermost loop of a node for one row."""
     views = (node.out, *(view for view in node.views if node.op != "take"))
     return max(math.prod(max(n, 1) for n in view.shape) for view in views)
 
@@ -187,7 +187,7 @@ def _operand_json(operand: Operand) -> Any:
 
 
 class _Wrong(Exception):
-    """What is wrong with a form."""
+    """The problem of a form."""
 
 
 def form_of_values(values: Any, source: str) -> Form:
@@ -249,7 +249,7 @@ def _parse_operand(value: Any) -> Operand:
 
 
 def check(form: Form, tensors: Mapping[str, tuple[str, int]], source: str) -> None:
-    """Check everything that code made of a form relies on.
+    """Check everything that compiled code relies on.
 
     Args:
         form: it may come from a stranger.
@@ -470,7 +470,7 @@ def select(view: View, dim: int, index: int) -> View:
 
 
 def drop(view: View, dim: int) -> View:
-    """Without a dimension of size 1."""
+    """Remove a dimension of size 1."""
     keep = [d for d in range(len(view.shape)) if d != dim]
     return permute(view, keep)
 

@@ -21,7 +21,7 @@ LEVELS: Final = 3
 """Dimensions of the inputs of a product."""
 _MEMORY: Final = {"1": I8, "4": F32, "8": I64}
 FEW_ROWS: Final = (1, 2, 3, 4, 6, 8)
-"""For how many rows there is code; others take that of the next larger number, and compute rows that nobody reads."""
+"""Numbers of rows for which there is code. Other numbers use the next larger code, and nobody reads the extra rows."""
 DENSE: Final = (POINTER, POINTER, POINTER, POINTER, *(I64,) * (2 * LEVELS + 3))
 """x, panels, out, start (or null where it is in the panels), the size and stride of each dimension of the inputs,
 outputs, the strides of out and start."""
@@ -94,7 +94,7 @@ class _Dense(Lanes):
         self.panel_size = b.mul(b.add(inputs, self.i(1)), self.i(self.panel))
 
     def chain(self, line: Value, add: Callable[[Value, Value], None]) -> None:
-        """For each input in order, `add` the offset of x and the address of its line of weights."""
+        """Call `add` for each input in order, with the offset of x and the address of its line of weights."""
         b, place = self.b, self.room(POINTER)
         b.store(line, place)
         (outer, outer_stride), (middle, middle_stride), (inner, inner_stride) = self.dims

@@ -298,7 +298,7 @@ class Lanes:
         return self.b.xor(x, self.const(1 if dtype == "bool" else -1, dtype))
 
     def _divisor(self, dtype: str, y: Value) -> Value:
-        """Without those that would end the process: 0, and -1 under the smallest number."""
+        """Replace the divisors that would end the process: 0, and -1 under the smallest number."""
         b = self.b
         bad = b.or_(b.icmp_signed("==", y, self.const(0, dtype)), b.icmp_signed("==", y, self.const(-1, dtype)))
         return b.select(bad, self.const(1, dtype), y)
@@ -471,7 +471,7 @@ def _rounded(value: float) -> float:
 
 
 def _type_name(kind: Any) -> str:
-    """As in the names of LLVM's functions: `v16f32`."""
+    """The type in the names of LLVM's functions: `v16f32`."""
     if isinstance(kind, ir.VectorType):
         return f"v{kind.count}{_type_name(kind.element)}"
     return {F32: "f32", F64: "f64", I32: "i32", I64: "i64"}[kind]

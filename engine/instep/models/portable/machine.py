@@ -22,12 +22,12 @@ from instep.models.errors import ModelError
 _DIGEST_BYTES: Final = 32
 """A cached file begins with the sha256 of the code behind it."""
 _FEW: Final = 8
-"""With vectors of 16 floats; half as many with vectors of 8, whose registers are fewer."""
+"""The limit with vectors of 16 floats. It is halved with vectors of 8, which have fewer registers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What code is made for. None of it decides a bit.
+    """A target of the compiler. No field changes a bit of a result.
 
     Attributes:
         triple: LLVM's name of architecture and system.

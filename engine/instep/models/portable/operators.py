@@ -127,7 +127,7 @@ class Lowering(Located):
     # Values
 
     def seen(self, target: Operator, of: View, *args: Any, **kwargs: Any) -> Any:
-        """What an operator that returns a view makes of one: torch works out the strides."""
+        """Apply an operator that returns a view. Torch computes the strides."""
         of = self.view(of)
         size = self.builder.buffers[of.buffer].size
         memory = torch.empty(size, dtype=getattr(torch, self.dtype(of)), device="meta")
@@ -479,7 +479,7 @@ def _convolution(
 
 
 def _surrounded(code: Lowering, x: View, spread: Sequence[int], before: Sequence[int], after: Sequence[int]) -> View:
-    """With zeros around and between the elements of the last dimensions; below 0, less of them."""
+    """Put zeros around and between the elements of the last dimensions. A negative number removes elements."""
     if not any([*before, *after, *(s - 1 for s in spread)]):
         return x
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], spread, strict=True)]
@@ -497,7 +497,7 @@ def _surrounded(code: Lowering, x: View, spread: Sequence[int], before: Sequence
 
 
 def _line(view: View, dim: int, shape: Shape) -> View:
-    """For each element of `shape`, the elements of a dimension, in which its index picks one."""
+    """A table for each element of `shape`: the elements of one dimension."""
     strides = (0 if d == dim else stride for d, stride in enumerate(view.strides))
     return replace(view, shape=(*shape, view.shape[dim]), strides=(*strides, view.strides[dim]))
 

@@ -42,7 +42,7 @@ class WeightPanel:
     start: View | str | None
     """[others…, outputs], or one number for all, as text, since -0.0 equals 0.0; None where rows have their own."""
     inputs: int
-    """How many of the dimensions are inputs."""
+    """The number of dimensions that are inputs."""
 
     def size(self, columns: int) -> int:
         """Bytes."""
@@ -68,7 +68,7 @@ class Product:
     """Like `out`; None where it is in the panel."""
     panel: WeightPanel
     strides: tuple[int, ...]
-    """How far one index of each of the dimensions `others` is in those of the panel."""
+    """The stride of each of the dimensions `others` within the dimensions of the panel."""
 
 
 @dataclass
@@ -89,11 +89,11 @@ class StepPlan:
     outputs: list[View]
     row_bytes: int
     weight_bytes: int
-    """Without panels."""
+    """The size of the weights' memory before the panels."""
     products: dict[int, Product] = field(default_factory=dict)
-    """By the group's number."""
+    """Products by the number of their group."""
     panels: dict[WeightPanel, None] = field(default_factory=dict)
-    """In order."""
+    """Panels in order."""
 
 
 def plan(form: Form) -> StepPlan:

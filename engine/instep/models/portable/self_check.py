@@ -145,7 +145,7 @@ def _random_bits(count: int, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def _uniform(count: int, seed: int) -> npt.NDArray[np.float32]:
-    """In [-1, 1), exact multiples of 2^-23."""
+    """Values in [-1, 1) that are exact multiples of 2^-23."""
     whole = (_random_bits(count, seed) >> np.uint64(40)).astype(np.int64) - 2**23
     return (whole.astype(np.float32) * np.float32(2.0**-23)).astype(np.float32)
 

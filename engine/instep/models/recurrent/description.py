@@ -62,7 +62,7 @@ class NormLayer(PlainFields):
     """An `nn.LayerNorm` over the values of a frame, and the activation after it."""
 
     layer_norm: Literal[True]
-    """What tells this layer from a dense one."""
+    """This key distinguishes the layer from a dense one."""
     activation: Annotated[Activation, BeforeValidator(activation_name)] = "none"
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
     elementwise_affine: StrictBool = True
@@ -100,7 +100,7 @@ class RecurrentLayers(PlainFields):
     GATES: ClassVar[int]
     """Weights hold that many rows for each hidden unit."""
     LEAVES: ClassVar[tuple[str, ...]] = ("h",)
-    """What it keeps between frames: float32 [num_layers, hidden_size] each."""
+    """The leaves of its state, float32 [num_layers, hidden_size] each."""
 
     hidden_size: Size
     num_layers: LayerCount = 1

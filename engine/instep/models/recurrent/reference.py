@@ -42,7 +42,7 @@ TILE_ROWS: Final = 32
 TILE_BYTES: Final = 2**15
 """Of the weights of a tile: they stay in the nearest cache while they are used for a tile's rows."""
 WHOLE_COLUMNS: Final = 16
-"""Columns of a tile, where there are so many, are a multiple of it: BLAS is slower over the rest."""
+"""A tile with at least this many columns has a multiple of it, because BLAS is slower over the rest."""
 SMALL: Final = 2.0**-7
 """Below it, the quick way to tanh would be off by more than 2^-44 of the value: float32 rounds by 2^-24."""
 BLOCK_BYTES: Final = 2**19
@@ -265,7 +265,7 @@ class Affine:
         return outputs
 
     def room(self, rows: int) -> Floats:
-        """Where `product` can write for so many rows: [R, outputs padded to tiles]."""
+        """A buffer for the result of `product`: [R, outputs padded to tiles]."""
         return np.empty((rows, len(self._tiles) * self._columns), self.bias.dtype)
 
     def product(self, rows: Floats, room: Floats) -> Floats:
