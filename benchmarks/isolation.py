@@ -28,6 +28,19 @@ HEARTBEAT: Final = ("--set", "transport.heartbeat_s=0.5")
 PHASES: Final = {"alive": None, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
 _COMMANDS: Final = (sys.executable, "-m", "instep_tools")
+_PRODUCE: Final = """
+import sys, time
+import numpy as np
+from instep_client import Client
+endpoint, name, streams, rate_hz = sys.argv[1:]
+with Client(endpoint) as client:
+    group = client.open_group([f"{name}-{number}" for number in range(int(streams))])
+    noise, due = np.random.default_rng(0), time.monotonic()
+    while True:
+        group.step(noise.standard_normal((len(group), client.info.features), np.float32))
+        due += 1 / float(rate_hz)
+        time.sleep(max(0, due - time.monotonic()))
+"""
 
 
 def isolation(bench: Bench) -> list[Row]:
@@ -80,10 +93,7 @@ def _phase(endpoint: str, names: Iterator[str], sent: signal.Signals | None, war
 @contextmanager
 def _neighbour(endpoint: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """A producer in a process of its own that streams until it is ended."""
-    produce = [
-        *(*_COMMANDS, "produce", "--signal", "noise", "--endpoint", endpoint, "--name", name),
-        *("--streams", str(NEIGHBOUR_STREAMS), "--rate", str(RATE_HZ), "--seconds", "600"),
-    ]
+    produce = [sys.executable, "-c", _PRODUCE, endpoint, name, str(NEIGHBOUR_STREAMS), str(RATE_HZ)]
     process = subprocess.Popen(produce, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process

@@ -1,4 +1,4 @@
-"""Sending live: a signal as one group, lines each when it comes."""
+"""Sending live: lines, each when it comes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import shlex
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from math import inf
 from typing import Final
-
-import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.aio_streams import AsyncStream
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_tools.formats.columns import Choice
-from instep_tools.formats.text import BAD_LINES_NAMED, BadLine, Line, LineReader
+from instep_tools.formats.lines import BAD_LINES_NAMED, BadLine, LineReader
 from instep_tools.outputs import Answers, SentFrames
 from instep_tools.pacing import Clock, Stop, wait_until
-from instep_tools.pipeline import LivingGroup, pipeline
+from instep_tools.pipeline import pipeline
 from instep_tools.problems import CommandProblem
-from instep_tools.signals import SignalPart
 from instep_tools.terminal import Terminal
-
-CHUNK_STEPS: Final = 32
-"""Timesteps a block where no rate is kept."""
 
 LINES_ON_THE_WAY: Final = 1024
 
@@ -46,14 +39,12 @@ def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast and how long to send."""
+    """How fast to send, and how much."""
 
     rate_hz: float | None
     """Frames a second for each stream; None for as fast as they are taken, or when they are due by their times."""
     frames: int | None
     """The most frames of each stream."""
-    seconds: float | None
-    """The longest time."""
     speed: float | None = None
     """How many times as fast as their times say; infinite to take no notice of times; None for 1."""
 
@@ -74,32 +65,11 @@ class LiveRun:
     """Whether it stopped because the server had ended every stream."""
     _start: float = 0.0
     _first_ns: int | None = None
-    _ids: dict[str, list[int]] = field(default_factory=dict)
 
-    async def send_signal(self, names: list[str], part: SignalPart) -> None:
-        """Send all streams as one group until it is enough; drain; close."""
-        group = LivingGroup(await self.client.open_group(names), self.client.info.outputs)
-        rows = np.arange(len(names))
-        most = self.pace.frames
-        steps = min(CHUNK_STEPS, max(1, self.client.info.max_block_frames // len(names)))
-        steps = steps if self.pace.rate_hz is None else 1
-        first = 0
-        self._start = self.clock.now()
-        async with pipeline(self.answers.take) as send:
-            while most is None or first < most:
-                if not await self._wait_for(first, None) or group.ended.all():
-                    break
-                frames = part(first, steps if most is None else min(steps, most - first))
-                await send(SentFrames(tuple(names), frames), partial(group.step, frames, rows))
-                first += len(frames)
-        self.all_ended = bool(group.ended.all())
-        await group.close()
-
-    async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], names: list[str], choice: Choice) -> int:
+    async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], own_name: str, choice: Choice) -> int:
         """Send every line when it comes, or when its stream's next frame is due; drain; close.
 
-        Gives the number of streams. Lines that name no stream go to the streams in turn. A bad line takes its turn: it
-        costs its stream this frame and the other streams nothing.
+        Returns the number of streams. Lines that name no stream go to the one called `own_name`.
 
         Raises:
             CommandProblem: when streams are chosen by name and a line names none.
@@ -107,7 +77,7 @@ class LiveRun:
         reader = LineReader(choice, self.client.info.features)
         streams: dict[str, AsyncStream | None] = {}
         sent: Counter[str] = Counter()
-        turn = bad_together = 0
+        bad_together = 0
         async with pipeline(self.answers.take, LINES_ON_THE_WAY) as send:
             self._start = self.clock.now()
             async for number, text in lines:
@@ -116,7 +86,6 @@ class LiveRun:
                 except ValueError as error:
                     bad_together += 1
                     self._tell_bad_line(number, error, bad_together)
-                    turn += 1
                     continue
                 if line is None:
                     continue
@@ -128,15 +97,14 @@ class LiveRun:
                 if line.stream is not None and not fnmatchcase(line.stream, choice.only):
                     continue
                 bad_together = 0
-                name = self._name_of(line) or names[turn % len(names)]
-                turn += 1
+                name = line.stream or own_name
                 if self.answers.ended and self.answers.ended >= {*filter(streams.get, streams)}:
                     self.all_ended = True
                     break
                 if name not in streams:
                     streams[name] = await self._open(name, is_own_name=line.stream is None)
                 stream = streams[name]
-                if sent[name] == self.pace.frames and all(sent[name] == self.pace.frames for name in names):
+                if sent[name] == self.pace.frames and line.stream is None:
                     break
                 if stream is None or sent[name] == self.pace.frames:
                     continue
@@ -149,16 +117,6 @@ class LiveRun:
                 with suppress(Refused):  # told of when its frames were refused
                     await stream.close()
         return len(streams)
-
-    def _name_of(self, line: Line) -> str | None:
-        """The stream's name; its second opening is called NAME-2, and so on."""
-        if line.stream is None:
-            return None
-        ids = self._ids.setdefault(line.stream, [])
-        if line.stream_id not in ids:
-            ids.append(line.stream_id)
-        number = ids.index(line.stream_id) + 1
-        return line.stream if number == 1 else f"{line.stream}-{number}"
 
     def _tell_bad_line(self, number: int, error: ValueError, together: int) -> None:
         """Name it; of many one behind the other only the first: then it is the file that is wrong, not a line."""
@@ -179,11 +137,7 @@ class LiveRun:
 
     async def _wait_for(self, frame: int, time_ns: int | None) -> bool:
         """Wait until it is due; False when sending is over before."""
-        due = self._start + self._due_s(frame, time_ns)
-        end = self._start + (inf if self.pace.seconds is None else self.pace.seconds)
-        if max(due, self.clock.now()) >= end:
-            return False
-        return await wait_until(due, self.clock, self.stop)
+        return await wait_until(self._start + self._due_s(frame, time_ns), self.clock, self.stop)
 
     def _due_s(self, frame: int, time_ns: int | None) -> float:
         """When a frame is due, in seconds after the start."""

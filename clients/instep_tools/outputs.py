@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ import numpy as np
 
 from instep_client.protocol.errors import FramesRefused, Refused, StreamEvicted
 from instep_client.protocol.wire import F32
-from instep_tools.formats.text import csv_lines, float_texts
+from instep_tools.formats.table import json_numbers
 from instep_tools.terminal import Terminal
 
 
@@ -21,7 +23,6 @@ class OutputFormat(StrEnum):
     """How outputs are printed."""
 
     CSV = "csv"
-    TSV = "tsv"
     JSONL = "jsonl"
 
 
@@ -34,31 +35,33 @@ class Outputs(Protocol):
 
 
 class PrintedOutputs:
-    """A line for each frame: stream, seq, and the output; in CSV and TSV a line of column names precedes the first."""
+    """Prints a line for each frame: stream, seq and output, in JSON the frame, too. CSV begins with column names.
+
+    Each float has the fewest digits that read back as the same float32.
+    """
 
     def __init__(self, write: Callable[[str], object], format: OutputFormat, columns: Sequence[str]) -> None:
         self._write = write
         self._format = format
-        self._separator = "\t" if format is OutputFormat.TSV else ","
         self._head = [["stream", "seq", *columns]]
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
         """Print them."""
-        rows = enumerate(float_texts(outputs), seq)
-        if self._format is not OutputFormat.JSONL:
-            self._write(csv_lines([*self._head, *([stream, number, *row] for number, row in rows)], self._separator))
-            self._head.clear()
+        if self._format is OutputFormat.CSV:
+            text = io.StringIO()
+            lines = csv.writer(text, lineterminator="\n")
+            lines.writerows(self._head)
+            lines.writerows([stream, number, *map(str, y)] for number, y in enumerate(outputs, seq))
+            self._head = []
+            self._write(text.getvalue())
             return
-        name = json.dumps(stream)
-        lines = (
-            f'{{"stream": {name}, "seq": {number}, "y": [{", ".join(map(_json, row))}]}}\n' for number, row in rows
+        name, rows = json.dumps(stream), enumerate(zip(frames, outputs, strict=True), seq)
+        self._write(
+            "".join(
+                f'{{"stream": {name}, "seq": {number}, "x": {json_numbers(x)}, "y": {json_numbers(y)}}}\n'
+                for number, (x, y) in rows
+            )
         )
-        self._write("".join(lines))
-
-
-def _json(number: str) -> str:
-    """The shortest digits are JSON; what is not finite is null there."""
-    return number if number[-1].isdigit() else "null"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ numbers: it knows no clock and no server.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -108,8 +109,7 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
     starts, ends = sequences.starts, np.cumsum(sequences.lengths)
     begin_ns = times_ns.min()
     times_s: F64 = (times_ns - begin_ns) / 1e9
-    opened_s: F64 = times_s[starts] if sequences.opened_ns is None else (sequences.opened_ns - begin_ns) / 1e9
-    cohorts = _opened_together(opened_s, OPEN_TOGETHER_S * speed)
+    cohorts = _opened_together(times_s[starts], OPEN_TOGETHER_S * speed)
     cohort_of = np.empty(len(sequences), np.intp)
     place_of = np.empty(len(sequences), np.intp)
     for cohort, members in enumerate(cohorts):
@@ -162,6 +162,31 @@ def make_plan(
             "choose some with --only, or use --speed max"
         )
     return plan
+
+
+def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
+    """Raise CommandProblem unless the frames have as many numbers as the model takes."""
+    if sequences.features == info.features:
+        return
+    is_of_another = sequences.model not in (None, info.model) and sequences.fingerprint not in (None, info.fingerprint)
+    of = f" was recorded with the model {sequences.model!r} and" if is_of_another else ""
+    cure = ""
+    if is_of_another:
+        cure = f"; connect to a server of {sequences.model!r}, by --endpoint or --model"
+    elif sequences.features > info.features:
+        cure = "; choose columns with --columns"
+    raise CommandProblem(
+        f"{file}{of} has {sequences.features} numbers a frame, the model {info.model!r} takes {info.features}{cure}"
+    )
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of streams that are open together: the second of a name is called NAME-2, and so on."""
+    found: dict[str, None] = {}
+    for name in names:
+        new = next(each for number in count(1) if (each := name if number == 1 else f"{name}-{number}") not in found)
+        found[new] = None
+    return list(found)
 
 
 def _opened_together(opened_s: F64, within_s: float) -> tuple[Rows, ...]:

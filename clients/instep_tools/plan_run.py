@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +43,8 @@ class PlanRun:
     _closing: deque[asyncio.Task[None]] = field(default_factory=deque)
     _open_streams: int = 0
 
-    async def run(self, seconds: float = math.inf) -> None:
-        """Send until the plan's end, a stop, or for at most so long; drain; close all streams.
+    async def run(self) -> None:
+        """Send until the plan's end or a stop; drain; close all streams.
 
         Raises:
             InstepError: as the client does, but for refused frames.
@@ -53,11 +52,9 @@ class PlanRun:
         async with task_group() as closing, pipeline(self.take) as send:
             start: float | None = None
             for block in self.plan.sends:
-                due = None if start is None else start + block.due_s
-                if due is not None and start is not None:
-                    self._due = due
-                    late = max(due, self.clock.now()) >= start + seconds
-                    if late or not await wait_until(due, self.clock, self.stop):
+                if start is not None:
+                    self._due = start + block.due_s
+                    if not await wait_until(self._due, self.clock, self.stop):
                         break
                 self.all_ended = bool(self._groups) and all(group.ended.all() for group in self._groups.values())
                 if self.all_ended:

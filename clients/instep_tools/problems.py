@@ -67,7 +67,7 @@ def check_writable(path: Path) -> None:
 
 def is_special(path: Path) -> bool:
     """Whether it is a pipe or a device, which can only be written to and not be replaced."""
-    return path.exists() and not path.is_file()
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def check_drawable(path: Path, what: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -11,20 +11,19 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import FramesRefused, Refused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.compare import ReplayComparison, compare
 from instep_tools.connect import Target, connected, may_give_up
-from instep_tools.formats.columns import Choice, output_columns
+from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.write import check_output_path, save_sequences
 from instep_tools.pacing import Clock, Stop
-from instep_tools.plan import Send, make_plan
+from instep_tools.plan import Send, check_fits, distinct, make_plan
 from instep_tools.plan_run import PlanRun
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.produce import check_fits
 from instep_tools.sequences import RecordedSequences
-from instep_tools.stream_plot import check_plot_path, plot_streams
 from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
 
@@ -45,7 +44,6 @@ class ReplayJob:
     choice: Choice = field(default_factory=Choice)
     """Which columns and streams of the file."""
     save: Path | None = None
-    plot: Path | None = None
     check: bool = False
     """Compare with the outputs in the file."""
 
@@ -92,16 +90,12 @@ async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) 
         raise CommandProblem(f"{what.file} holds no outputs to compare with: it has no columns y0, y1, …")
     if what.save is not None:
         check_output_path(what.save)
-    if what.plot is not None:
-        check_plot_path(what.plot)
     async with connected(what.target, "replay", terminal, stop) as client:
         info = client.info
         _check_fits(what, sequences, info)
         back = ReplayedOutputs(len(sequences.frames), info.outputs)
         plan = make_plan(sequences, what.speed, what.rate_hz, info, what.file)
-        prefix = f"replay-{secrets.token_hex(4)}"
-        names = [f"{prefix}-{row}" for row in range(len(sequences))]
-        run = PlanRun(client, plan, names, back.take, stop, clock)
+        run = PlanRun(client, plan, await _free_names(client, sequences.names), back.take, stop, clock)
         if what.speed is None and what.rate_hz is None and sequences.times_ns is not None:
             real_s = np.ptp(sequences.times_ns) / 1e9
             if real_s > LONG_S:
@@ -113,28 +107,23 @@ async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) 
             with may_give_up(stop):
                 await run.run()
         seconds = clock.now() - started
-    replayed = replace(
-        sequences, outputs=back.outputs, answered=None, fingerprint=info.fingerprint, model=info.model
-    ).keep(back.done)
-    written: dict[Path, str] = {}
-    for path, write in ((what.save, _save), (what.plot, _plot)):
-        if path is not None:
-            try:
-                written[path] = write(what, path, replayed, info)
-            except CommandProblem as problem:
-                terminal.error(str(problem))
+    is_saved = False
+    if what.save is not None:
+        replayed = replace(sequences, outputs=back.outputs).keep(back.done)
+        try:
+            save_sequences(what.save, replayed, info)
+            is_saved = True
+        except CommandProblem as problem:
+            terminal.error(str(problem))
     comparison = compare(sequences, back.outputs, back.done) if what.check else None
-    return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, written, info))
+    return _report(what, terminal, stop, Replayed(sequences, back, run, seconds, comparison, is_saved, info))
 
 
-def _save(what: ReplayJob, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
-    save_sequences(path, replayed, info)
-    return f"saved in {path}"
-
-
-def _plot(what: ReplayJob, path: Path, replayed: RecordedSequences, info: ServerInfo) -> str:
-    columns = output_columns(info, info.outputs)
-    return plot_streams(replayed, path, f"{what.file.name}, answered by {info.model}", columns)
+async def _free_names(client: AsyncClient, names: Sequence[str]) -> list[str]:
+    """The names in the file, with a suffix where the server has a stream of that name, so that none is disturbed."""
+    taken = {stream.name for stream in await client.list_streams()}
+    suffix = f"~{secrets.token_hex(4)}"
+    return [name + suffix if name in taken else name for name in distinct(names)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +136,7 @@ class Replayed:
     seconds: float
     comparison: ReplayComparison | None
     """Of the frames that were answered; None where nothing was to be compared."""
-    written: Mapping[Path, str]
-    """For each file that was written, the end of a sentence that names its contents."""
+    is_saved: bool
     info: ServerInfo
 
     @property
@@ -178,8 +166,7 @@ def _report(what: ReplayJob, terminal: Terminal, stop: Stop, done: Replayed) -> 
                 "answered_frames": answered,
                 "seconds": done.seconds,
                 "exactness": done.info.exactness,
-                "saved": str(what.save) if what.save in done.written else None,
-                "plot": str(what.plot) if what.plot in done.written else None,
+                "saved": str(what.save) if done.is_saved else None,
                 "stopped": stop.requested,
                 "check": None if comparison is None else comparison.as_json(),
             }
@@ -193,14 +180,13 @@ def _report(what: ReplayJob, terminal: Terminal, stop: Stop, done: Replayed) -> 
         line += f"; {_missing(done, stop)}"
     if comparison is not None:
         line += f"; {comparison.sentence(done.info.exactness)}"
-    files = [path for path in (what.save, what.plot) if path is not None]
-    for path in files:
-        line += f"; {done.written.get(path, f'{path} not written')}"
+    if what.save is not None:
+        line += f"; saved in {what.save}" if done.is_saved else f"; {what.save} not written"
     good = done.whole if comparison is None else comparison.complete and not comparison.different
-    is_written = len(done.written) == len(files)
-    terminal.summary(line, good=good and is_written)
+    is_lost = what.save is not None and not done.is_saved
+    terminal.summary(line, good=good and not is_lost)
     if good:
-        return Exit.OK if is_written else Exit.COULD_NOT_RUN
+        return Exit.OK if not is_lost else Exit.COULD_NOT_RUN
     return Exit.COULD_NOT_RUN if comparison is not None and not comparison.different else Exit.FOUND_PROBLEMS
 
 

@@ -32,8 +32,6 @@ class RecordedSequences:
     """[sum(lengths)] which `outputs` can be compared; None for all."""
     times_ns: I64 | None = None
     """[sum(lengths)] when each frame was sent, in nanoseconds since any moment; never going back in a sequence."""
-    opened_ns: I64 | None = None
-    """[R] when each stream was opened, on the same clock; None where it is the time of its first frame."""
     initial_states: Mapping[int, State] = field(default_factory=dict)
     """The states from which sequences started, by row; where one is not given, from the model's initial state."""
     fingerprint: str | None = None
@@ -77,7 +75,6 @@ class RecordedSequences:
             self,
             names=tuple(self.names[row] for row in rows),
             lengths=self.lengths[rows],
-            opened_ns=None if self.opened_ns is None else self.opened_ns[rows],
             initial_states={
                 new: self.initial_states[old] for new, old in enumerate(rows) if old in self.initial_states
             },

@@ -60,12 +60,11 @@ def test_the_name_says_the_format(written: Written) -> None:
         assert export(written.path, output=written.path.with_name(name))[0] == 0
         assert (written.path.with_name(name).read_bytes()[:2] == b"PK") == (name == "b.npz")
     status, text = export(written.path, output=written.path.with_name("out.txt"))
-    assert (status, "says no format" in text) == (2, True)
+    assert (status, "must end in" in text) == (2, True)
     assert names(written.path.parent) == {"a.rec", "b.CSV", "b.npz"}
 
 
 def test_parquet_when_nothing_is_said(written: Written) -> None:
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     assert CliRunner().invoke(app, ["export", str(written.path)]).exit_code == 0
     assert written.path.with_name("a.parquet").read_bytes()[:4] == b"PAR1"
 
@@ -79,7 +78,7 @@ async def test_columns_have_the_names_that_the_served_model_gives_its_outputs(tm
         assert reader.header.output_names == ("speech", "silence")
     assert export(tmp_path / "a.instep")[0] == 0
     header, row = ((tmp_path / "a.csv").read_text().splitlines())[-2:]
-    assert header.split(",")[-2:] == ["speech", "silence"]
+    assert header.split(",")[-2:] == ['"speech"', '"silence"']
     assert [np.float32(cell) for cell in row.split(",")[-2:]] == y.tolist()
 
 
@@ -136,8 +135,6 @@ def test_a_library_that_is_missing(written: Written, monkeypatch: pytest.MonkeyP
 @pytest.fixture(params=WRITERS)
 def format(request: pytest.FixtureRequest) -> Format:
     found: Format = request.param
-    for library in {"parquet": ["pyarrow"], "mcap": ["mcap", "google.protobuf"]}.get(found, []):
-        pytest.importorskip(library, reason=f"{library} is not installed")
     return found
 
 
@@ -192,7 +189,7 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
-    assert text == f"cannot write {written.path.with_name(f'a.{format}')}: File too large\n"
+    assert text == f"{written.path.with_name(f'a.{format}')} cannot be written: File too large\n"
     assert names(written.path.parent) == {"a.rec"}
 
 

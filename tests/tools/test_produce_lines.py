@@ -1,3 +1,5 @@
+"""`produce` with lines as they arrive."""
+
 from __future__ import annotations
 
 import os
@@ -12,14 +14,11 @@ import pytest
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import F32
-from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.problems import BadFile, CommandProblem, Exit
-from instep_tools.produce import Produce, produce
-from instep_tools.signals import Signal
 from tests.support.fake_server import reference
-from tests.tools.producing import FAST, ProduceRun, lines_of
+from tests.tools.producing import ProduceRun, lines_of
 
 
 @pytest.fixture
@@ -27,206 +26,131 @@ def frames(rng: np.random.Generator) -> F32:
     return rng.standard_normal((7, 3)).astype(np.float32)
 
 
-async def test_lines_of_a_file(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in.csv").write_text("a,b,c\n" + lines_of(frames))
-    run = ProduceRun()
-    assert await run(file=tmp_path / "in.csv") == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
-    assert "7 frames of 1 stream sent and answered" in run.terminal.complained
-
-
-async def test_lines_go_to_the_streams_in_turn(tmp_path: Path, frames: F32) -> None:
+@pytest.fixture
+def lines(tmp_path: Path, frames: F32) -> Path:
     (tmp_path / "in").write_text(lines_of(frames))
+    return tmp_path / "in"
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+async def test_lines_of_standard_input(lines: Path, frames: F32) -> None:
     run = ProduceRun()
-    assert await run(file=tmp_path / "in", streams=3, name="mic") == Exit.OK
-    assert sorted(run.printed()) == ["mic-0", "mic-1", "mic-2"]
-    for stream in range(3):
-        np.testing.assert_array_equal(run.printed()[f"mic-{stream}"], reference(frames[stream::3])[0])
+    assert await run(lines) == Exit.OK
+    np.testing.assert_array_equal(run.printed()["produce"], reference(frames)[0])
 
 
-async def test_a_bad_line_costs_its_stream_one_frame_and_the_others_none(tmp_path: Path, frames: F32) -> None:
-    lines = lines_of(frames).splitlines()
-    lines[3] = "1 2 oh"
-    (tmp_path / "in").write_bytes("\n".join(lines).encode() + b"\n\xff 2 3\n1 nan 3\n\n")
+async def test_a_pipe_by_its_name(tmp_path: Path, frames: F32) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(descriptor, lines_of(frames).encode())
     run = ProduceRun()
-    assert await run(file=tmp_path / "in", streams=3) == Exit.FOUND_PROBLEMS
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[[0, 6]])[0])
-    np.testing.assert_array_equal(run.printed()["produce-1"], reference(frames[[1, 4]])[0])
-    np.testing.assert_array_equal(run.printed()["produce-2"], reference(frames[[2, 5]])[0])
-    assert "error: line 4: 'oh' is not a number" in run.terminal.complained
-    assert "error: line 8: it is not UTF-8" in run.terminal.complained
-    assert "error: line 9: nan is not a finite number" in run.terminal.complained
-    assert run.terminal.complained.splitlines()[-1].endswith("3 bad lines")
+    assert await run(file=tmp_path / "pipe", pace=Pace(None, 6)) == Exit.OK  # nobody closes it
+    os.close(descriptor)
+    np.testing.assert_array_equal(run.printed()["produce"], reference(frames[:6])[0])
 
 
-@pytest.mark.parametrize(
-    ("separator", "name", "hint"),
-    [
-        (";", "", ": separate numbers by commas or white space, not by semicolons"),
-        (" ", "mic ", ": if 'mic' names the stream, give --named"),
-    ],
-)
-async def test_a_file_of_bad_lines_is_told_of_shortly_and_with_what_to_do(
-    tmp_path: Path, separator: str, name: str, hint: str
-) -> None:
-    good = "1 2 3\n"
-    bad = f"{name}1{separator}2{separator}3\n"
-    (tmp_path / "in").write_text(20 * bad + good + bad)
+async def test_a_bad_line_costs_one_frame(tmp_path: Path, lines: Path, frames: F32) -> None:
+    texts = lines_of(frames).splitlines()
+    texts[3] = "1 2 oh"
+    write(lines, "\n".join(texts) + "\n\udcff 2 3\n1 nan 3\n\n")
     run = ProduceRun()
-    assert await run(file=tmp_path / "in") == Exit.FOUND_PROBLEMS
-    *told, summary = run.terminal.complained.splitlines()
-    assert [line.split(":")[1] for line in told] == [
-        *(f" line {number}" for number in range(1, 6)),
-        " and so on",
-        " line 22",
-    ]
-    assert all(line.endswith(f"a frame has 3{hint}") for line in [*told[:5], told[-1]])
-    assert "1 frame of 1 stream sent and answered" in summary
-    assert "21 bad lines" in summary
+    assert await run(lines) == Exit.FOUND_PROBLEMS
+    np.testing.assert_array_equal(run.printed()["produce"], reference(frames[[0, 1, 2, 4, 5, 6]])[0])
+    assert re.findall(r"^error: line (\d+): ", run.terminal.complained, re.M) == ["4", "8", "9"]
 
 
-async def test_an_input_without_frames_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "empty.csv").write_text("# nothing\n\n")
-    with pytest.raises(BadFile, match=r"there are no frames in .*empty\.csv$"):
-        await ProduceRun()(file=tmp_path / "empty.csv")
-    with (tmp_path / "empty.csv").open() as nothing:
-        monkeypatch.setattr("sys.stdin", nothing)
-        run = ProduceRun()
-        with pytest.raises(BadFile, match=r"there are no frames on standard input$"):
-            await run()
-        assert run.terminal.data == ""
-    (tmp_path / "bad.csv").write_text("x\n")
-    assert await ProduceRun()(file=tmp_path / "bad.csv") == Exit.FOUND_PROBLEMS
+async def test_many_bad_lines_are_told_of_shortly_and_with_what_to_do(lines: Path) -> None:
+    write(lines, 20 * "mic 1 2 3\n" + "1 2 3\n" + "mic 1 2 3\n")
+    run = ProduceRun()
+    assert await run(lines) == Exit.FOUND_PROBLEMS
+    told = run.terminal.complained.splitlines()
+    assert re.findall(r"^error: line (\d+): ", run.terminal.complained, re.M) == ["1", "2", "3", "4", "5", "22"]
+    assert all("--named" in line for line in told[:5])
+    assert "21 bad lines" in told[-1]
+
+
+async def test_an_input_without_frames_is_an_error(lines: Path) -> None:
+    write(lines, "# nothing\n\n")
+    run = ProduceRun()
+    with pytest.raises(BadFile):
+        await run(lines)
+    assert run.terminal.data == ""
     stopped = ProduceRun()
     stopped.stop.request()
-    assert await stopped(file=tmp_path / "empty.csv") == Exit.OK
+    assert await stopped(lines) == Exit.OK
 
 
-async def test_the_first_column_names_the_stream(tmp_path: Path, frames: F32) -> None:
+async def test_the_first_column_names_the_stream(lines: Path, frames: F32) -> None:
     names = ["left", "right", "left", "left", "right", "left", "middle"]
-    text = "".join(f"{name} {line}\n" for name, line in zip(names, lines_of(frames).splitlines(), strict=True))
-    (tmp_path / "in").write_text(text)
+    texts = zip(names, lines_of(frames).splitlines(), strict=True)
+    write(lines, "".join(f"{name} {line}\n" for name, line in texts))
     run = ProduceRun()
-    assert await run(file=tmp_path / "in", choice=Choice(named=True)) == Exit.OK
+    assert await run(lines, choice=Choice(named=True)) == Exit.OK
     for name in set(names):
         mine = [index for index, other in enumerate(names) if other == name]
         np.testing.assert_array_equal(run.printed()[name], reference(frames[mine])[0])
-    assert "of 3 streams" in run.terminal.complained
     chosen = ProduceRun()
-    assert await chosen(file=tmp_path / "in", choice=Choice(named=True, only="l*")) == Exit.OK
+    assert await chosen(lines, choice=Choice(named=True, only="l*")) == Exit.OK
     assert set(chosen.printed()) == {"left"}
 
 
-async def test_a_name_that_no_stream_may_have_is_said(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in.csv").write_text("stream,a,b,c\nleft,1,2,3\nri\u00adght,1,2,3\n")
+async def test_a_name_that_no_stream_may_have_is_said(lines: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"302 bytes|300 bytes"):
+        await ProduceRun()(lines, name="a" * 300)
+    write(lines, "stream,a,b,c\nleft,1,2,3\nri\u00adght,1,2,3\n")
     run = ProduceRun()
-    assert await run(file=tmp_path / "in.csv", name=None) == Exit.FOUND_PROBLEMS
-    assert run.terminal.complained.startswith(
-        r"error: line 3: 'ri\xadght' is not a valid stream name: it holds '\xad'; "
-    )
-    with pytest.raises(InvalidInput, match=r"^'a{59}… \(name 1 of 2\) is not a valid stream name: it has 302 bytes"):
-        await ProduceRun()(signal=Signal.SINE, streams=2, name="a" * 300)
+    assert await run(lines) == Exit.FOUND_PROBLEMS
+    assert run.terminal.complained.startswith(r"error: line 3: 'ri\xadght' ")
 
 
-async def test_names_cannot_choose_among_lines_without_names(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = ProduceRun()
-    with pytest.raises(CommandProblem, match=r"^--only chooses streams by their names, and the lines have none"):
-        await run(file=tmp_path / "in", choice=Choice(only="mic-*"))
-    assert run.terminal.data == ""
+async def test_names_cannot_choose_among_lines_without_names(lines: Path) -> None:
+    with pytest.raises(CommandProblem, match="--only"):
+        await ProduceRun()(lines, choice=Choice(only="mic-*"))
 
 
-async def test_a_stream_that_cannot_be_opened_is_left_out(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text("".join(f"{name} 1 2 3\n" for name in ("a", "b", "a", "b", "b")))
+async def test_a_stream_that_cannot_be_opened_is_left_out(lines: Path) -> None:
+    write(lines, "".join(f"{name} 1 2 3\n" for name in ("a", "b", "a", "b", "b")))
     run = ProduceRun()
     run.server.rules.names["b"] = 999
-    with run.server as server:
-        what = Produce(Target(server.endpoint), FAST, file=tmp_path / "in", choice=Choice(named=True))
-        assert await produce(what, run.terminal, run.stop, run.clock) == Exit.FOUND_PROBLEMS
+    run.keeps = {"b"}
+    assert await run(lines, choice=Choice(named=True)) == Exit.FOUND_PROBLEMS
     assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
-    assert run.terminal.complained.count("NAME_IN_USE") == 1
-    assert run.terminal.complained.startswith(
-        "error: NAME_IN_USE: a stream 'b' is open or parked: close it with instep-client streams close b; "
-        "its lines are left out\n"
-    )
+    assert run.terminal.complained.count("error: NAME_IN_USE: ") == 1
 
 
-@pytest.mark.parametrize("what", [{"signal": Signal.SINE}, {"file": Path("in.npy")}, {"file": Path("in.txt")}])
-async def test_a_name_in_use_is_answered_with_what_helps_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: F32, what: dict[str, Any]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    np.save("in.npy", frames)
-    np.savetxt("in.txt", frames)
+@pytest.mark.parametrize("source", ["stdin", "file"])
+async def test_a_name_in_use_is_answered_with_what_helps_on_the_command_line(lines: Path, source: str) -> None:
     run = ProduceRun()
-    run.server.rules.names["it's-0"] = 999
-    with run.server as server:
-        wanted = Produce(Target(server.endpoint), FAST, name="it's", **what)
-        try:
-            await produce(wanted, run.terminal, run.stop, run.clock)
-            said = run.terminal.complained
-        except CommandProblem as problem:
-            said = str(problem)
-    assert (
-        'NAME_IN_USE: a stream "it\'s-0" is open or parked: choose another name with --name, or close it with ' in said
-    )
-    (closing,) = re.findall("instep-client (streams close '.+-0')", said)
-    assert shlex.split(closing) == ["streams", "close", "it's-0"]
+    run.server.rules.names["it's"] = 999
+    run.keeps = {"it's"}
+    what: dict[str, Any] = {source: lines}
+    try:
+        await run(**what, name="it's")
+        said = run.terminal.complained
+    except CommandProblem as problem:
+        said = str(problem)
+    assert "NAME_IN_USE" in said
+    assert "--name" in said
+    (closing,) = re.findall(r"instep-client (streams close '.+s')", said)
+    assert shlex.split(closing) == ["streams", "close", "it's"]
 
 
-async def test_standard_input(monkeypatch: pytest.MonkeyPatch, frames: F32) -> None:
-    reader, writer = os.pipe()
-    os.write(writer, lines_of(frames).encode())
-    os.close(writer)
-    with os.fdopen(reader) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        run = ProduceRun()
-        assert await run() == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames)[0])
-
-
-async def test_lines_at_a_rate(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
+async def test_lines_at_a_rate(lines: Path) -> None:
     run = ProduceRun()
-    assert await run(file=tmp_path / "in", streams=2, pace=Pace(10.0, None, None)) == Exit.OK
-    assert sorted(set(run.clock.slept)) == pytest.approx([1000.1, 1000.2, 1000.3])
+    assert await run(lines, pace=Pace(10.0, None)) == Exit.OK
+    assert sorted(set(run.clock.slept)) == pytest.approx([1000 + number / 10 for number in range(1, 7)])
 
 
-async def test_enough_frames_end_it_though_more_lines_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.write(writer, b"1 2 3\n" * 5)
-    with os.fdopen(reader) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        run = ProduceRun()
-        assert await run(streams=2, pace=Pace(None, 2, None)) == Exit.OK
-        os.close(writer)
-    assert {name: len(outputs) for name, outputs in run.printed().items()} == {"produce-0": 2, "produce-1": 2}
-
-
-async def test_seconds_end_lines(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = ProduceRun()
-    assert await run(file=tmp_path / "in", pace=Pace(10.0, None, 0.35)) == Exit.OK
-    assert len(run.printed()["produce-0"]) == 4
-
-
-@pytest.mark.parametrize("streams", [1, 2])
-async def test_lines_beyond_the_number_of_frames_are_left_out(tmp_path: Path, frames: F32, streams: int) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
-    run = ProduceRun()
-    assert await run(file=tmp_path / "in", streams=streams, pace=Pace(None, 2, None)) == Exit.OK
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[::streams][:2])[0])
-
-
-async def test_a_line_stream_that_the_server_ends(tmp_path: Path, frames: F32) -> None:
-    (tmp_path / "in").write_text(lines_of(frames))
+async def test_a_line_stream_that_the_server_ends(lines: Path, frames: F32) -> None:
     run = ProduceRun()
     run.end_at_block(3, handle=1, code=Code.IDLE)
-    assert await run(file=tmp_path / "in", pace=Pace(10.0, None, None)) == Exit.FOUND_PROBLEMS
-    np.testing.assert_array_equal(run.printed()["produce-0"], reference(frames[:2])[0])
+    assert await run(lines, pace=Pace(10.0, None)) == Exit.FOUND_PROBLEMS
+    np.testing.assert_array_equal(run.printed()["produce"], reference(frames[:2])[0])
     told = [line for line in run.terminal.complained.splitlines() if line.startswith("error: ")]
     codes = [line.split(": ")[1] for line in told if line != f"error: {ALL_ENDED}"]  # it may have sent all by then
     assert codes
     assert len(codes) == len(set(codes))
     assert set(codes) <= {"IDLE", "UNKNOWN_STREAM"}
-    assert re.search(r"2 frames of 1 stream sent and answered .*, \d frames? refused$", run.terminal.complained)

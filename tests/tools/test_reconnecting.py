@@ -10,6 +10,7 @@ import pytest
 
 from instep_client.protocol.wire import F32, Kind
 from instep_tools.connect import Target
+from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.live import Pace
 from instep_tools.pacing import Stop, WallClock
@@ -42,17 +43,17 @@ class Forgetful:
 
 async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: np.random.Generator) -> None:
     frames: F32 = rng.standard_normal((60, 3)).astype(np.float32)
-    (tmp_path / "in").write_text("".join(" ".join(str(value) for value in frame) + "\n" for frame in frames))
+    rows = (f"p-{row % 3} {' '.join(map(str, frame))}\n" for row, frame in enumerate(frames))
+    (tmp_path / "in").write_text("".join(rows))
     terminal, forgetful = RememberingTerminal(), Forgetful(3)
-    with forgetful.server as server:
-        wanted = Produce(
-            Target(server.endpoint), file=tmp_path / "in", pace=Pace(None, None, None), streams=3, name="p"
-        )
+    with forgetful.server as server, (tmp_path / "in").open() as lines, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", lines)
+        wanted = Produce(Target(server.endpoint), pace=Pace(None, None), choice=Choice(named=True))
         assert await produce(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
-    rows = [line.split(",") for line in terminal.data.splitlines()[1:]]
+    printed = [line.split(",") for line in terminal.data.splitlines()[1:]]
     for stream in range(3):
-        mine = [row for row in rows if row[0] == f"p-{stream}"]
+        mine = [row for row in printed if row[0] == f"p-{stream}"]
         assert [int(row[1]) for row in mine] == list(range(20))
         outputs = np.array([row[2:] for row in mine], np.float32)
         np.testing.assert_array_equal(outputs, reference(frames[stream::3])[0])
@@ -93,7 +94,7 @@ async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(
     with FakeServer(handle=handle) as server, WallClock() as clock:
         started = clock.now()
         if command == "produce":
-            pace = Pace(100.0, None, None)
+            pace = Pace(100.0, None)
             what = Produce(Target(server.endpoint), file=tmp_path / "in.npy", pace=pace, save=tmp_path / "out.npz")
             await asyncio.wait_for(produce(what, terminal, stop, clock), 20)
         else:

@@ -83,10 +83,26 @@ async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: RecordedS
     assert len((tmp_path / "again.csv").read_text().splitlines()) == 15
 
 
-async def test_equal_outputs(file: Path) -> None:
+async def test_equal_outputs_of_streams_that_keep_their_names(file: Path) -> None:
     run = Run()
+    opened: list[str] = []
+
+    def watch(header: list[Any], frames: list[bytes]) -> None:
+        opened.extend(name for name in run.server.rules.names if name not in opened)
+
+    run.server.rules.fault = watch
     assert await run(file, check=True) == Exit.OK
+    assert tuple(opened) == NAMES
     assert "all 14 equal the recording, bit for bit" in run.terminal.said
+
+
+async def test_a_name_that_is_in_use_gets_a_suffix(file: Path) -> None:
+    run = Run()
+    run.server.rules.names["tap-1"] = 999
+    with run.server as server:
+        what = ReplayJob(Target(server.endpoint), file, check=True)
+        assert await replay(what, run.terminal, run.stop, run.clock) == Exit.OK
+    assert run.server.rules.names == {"tap-1": 999}
 
 
 async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequences) -> None:
@@ -121,7 +137,6 @@ async def test_json(file: Path) -> None:
         "seconds": 0.0,
         "exactness": "exact",
         "saved": None,
-        "plot": None,
         "stopped": False,
         "check": None,
     }
@@ -176,7 +191,7 @@ async def test_frames_that_cannot_be_compared_are_no_success(
 ) -> None:
     assert await Run()(file, save=tmp_path / "t.csv") == Exit.OK
     header, *rows = (tmp_path / "t.csv").read_text().splitlines()
-    one = [row for row in rows if row.startswith("tap-1,")]
+    one = [row for row in rows if row.startswith('"tap-1",')]
     others = [row for row in rows if row not in one]
     if differs:
         others[0] = others[0].rsplit(",", 1)[0] + ",123"
@@ -319,7 +334,7 @@ async def test_streams_that_the_server_ends(file: Path, check: bool) -> None:
     end_at_block(run, 3, handle=3, code=Code.STATE_LOST)
     ending = await run(file, rate_hz=10.0, check=check)
     assert ending == (Exit.COULD_NOT_RUN if check else Exit.FOUND_PROBLEMS)
-    assert run.terminal.complained.count("(stream 'replay-") >= 1
+    assert run.terminal.complained.count("(stream 'tap-1'") >= 1
     assert "4 frames got no answer: the server refused them" in run.terminal.said
     assert ("all 10 equal the recording" in run.terminal.said) == check
 
@@ -376,7 +391,6 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
             "has 4 numbers a frame, the model 'halving' takes 3; choose columns with --columns$",
         ),
         ({}, {"save": Path("y.txt")}, r"must end in \.csv, \.npz, \.parquet or \.mcap"),
-        ({}, {"plot": Path("y.txt")}, r"must end in \.png, \.svg, \.pdf"),
     ],
 )
 async def test_what_cannot_be_is_told(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final
 
 from instep_tools.formats.table import TableHeader
 from instep_tools.problems import CommandProblem
-from instep_tools.sequences import RecordedSequences
 
 TIME_COLUMNS: Final = ("time", "time_ns", "time_us", "time_ms", "time_s")
 """The first of them that a table has is its time, unless another column is named."""
@@ -24,20 +22,30 @@ _NUMBERED: Final = re.compile(r"x\d+")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which columns and streams of a file are meant."""
+    """The columns and streams of a file to be sent."""
 
     named: bool = False
     """The first column of text or Parquet names the stream, whatever the column is called."""
     columns: tuple[str, ...] = ()
-    """The columns that are the frame, in this order; empty for those that look like it."""
+    """Names or shell patterns of the columns of the frame, in this order; empty for those that look like it."""
     time: str | None = None
     """The column with the time; None for the first of `TIME_COLUMNS`."""
     only: str = "*"
-    """A pattern of stream names, as in a shell."""
+    """A shell pattern of stream names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The columns of a table by what they are for; None where there is none. `stream_id` and `seq` have fixed names."""
+
+    stream: str | None
+    time: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 def input_columns(features: int) -> tuple[str, ...]:
-    """What the numbers of a frame are called."""
+    """The names of a frame's numbers."""
     return tuple(f"x{at}" for at in range(features))
 
 
@@ -47,7 +55,7 @@ def unit_ns(time: str) -> int:
 
 
 def output_columns(source: object, outputs: int) -> tuple[str, ...]:
-    """What the outputs are called: y0, y1, …, or as the model says.
+    """The names of the outputs: y0, y1, …, or those of the model.
 
     `source` may know the model's names: a server's description of itself, or a recording's header.
     """
@@ -58,87 +66,60 @@ def output_columns(source: object, outputs: int) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """Which columns of a table are what, as places among its columns; None where there is none."""
-
-    stream: int | None
-    stream_id: int | None
-    seq: int | None
-    time: int | None
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+def column_names(fields: Sequence[str], named: bool) -> tuple[list[str], bool]:
+    """The names of a text's columns, and whether its first line, split into these fields, gives them."""
+    if fields and not any(map(_is_number, fields[named:])):
+        return list(fields), True
+    return [*["stream"] * named, *input_columns(len(fields) - named)], False
 
 
 def find_roles(names: Sequence[str], choice: Choice, header: TableHeader | None = None) -> Roles:
-    """Tell what the columns of these names are.
+    """Tell what the columns of these names are for.
 
-    The frame is what was chosen, or what the header says, or x0, x1, …, or else every column that is nothing else.
-    Outputs are those of the header, or y0, y1, …, or else what follows the columns x0, x1, ….
+    The frame is what was chosen, or the header's inputs, or x0, x1, …, or else every column that is nothing else.
+    Outputs are those of the header, or y0, y1, …, or else the columns that follow the last x.
 
     Raises:
-        CommandProblem: when a column that was named is not there.
+        CommandProblem: when a column that was named is not there, or a name is there twice.
     """
-    names = ["stream", *names[1:]] if choice.named else names
-    at = {name: place for place, name in reversed(list(enumerate(names)))}
-    time = choice.time or next((name for name in TIME_COLUMNS if name in at), None)
-    for name in (*choice.columns, *filter(None, [choice.time])):
-        if name not in at:
-            raise CommandProblem(no_such_column(name, names))
-    rest = [place for place, name in enumerate(names) if name not in LABELS and name != time]
+    name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise CommandProblem(f"{count} columns are called {name!r}: give each a name of its own")
     known = header or TableHeader()
-    numbered = _numbered("x", at)
-    outputs = _places(known.outputs, at) or _numbered("y", at)
-    if not outputs and numbered:
-        outputs = [place for place in rest if place > max(numbered)]
-    inputs = _places(choice.columns, at) or _places(known.inputs, at) or numbered
-    inputs = inputs or [place for place in rest if place not in outputs] or outputs
-    return Roles(
-        stream=at.get("stream"),
-        stream_id=at.get("stream_id"),
-        seq=at.get("seq"),
-        time=None if time is None else at[time],
-        inputs=tuple(inputs),
-        outputs=tuple(place for place in outputs if place not in inputs),
+    stream = next(iter(names), None) if choice.named else "stream" if "stream" in names else None
+    time = (
+        _fitting(choice.time, names)[0] if choice.time else next((each for each in TIME_COLUMNS if each in names), None)
     )
+    rest = [name for name in names if name not in LABELS and name not in (stream, time)]
+    x = _numbered("x", rest)
+    after = rest[max(map(rest.index, x)) + 1 :] if x else []
+    outputs = _all_of(known.outputs, rest) or _numbered("y", rest) or after
+    chosen = [name for pattern in choice.columns for name in _fitting(pattern, names)]
+    inputs = chosen or _all_of(known.inputs, rest) or x or [each for each in rest if each not in outputs] or outputs
+    return Roles(stream, time, tuple(inputs), tuple(name for name in outputs if name not in inputs))
 
 
-def _numbered(letter: str, at: Mapping[str, int]) -> list[int]:
-    """Where x0, x1, … are, as far as they are there."""
-    count = 0
-    while f"{letter}{count}" in at:
-        count += 1
-    return [at[f"{letter}{number}"] for number in range(count)]
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
 
 
-def _places(names: Sequence[str], at: Mapping[str, int]) -> list[int]:
-    """Where all of them are; empty when one is missing."""
-    return [at[name] for name in names] if all(name in at for name in names) else []
+def _numbered(letter: str, names: Sequence[str]) -> list[str]:
+    return sorted((name for name in names if re.fullmatch(rf"{letter}\d+", name)), key=lambda name: int(name[1:]))
 
 
-def no_such_column(name: str, names: Sequence[str]) -> str:
-    """The sentence for a column that was named and is not there."""
-    near = difflib.get_close_matches(name, names, n=1)
-    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-    hint = f"did you mean {near[0]!r}?" if near else f"its columns are {', '.join(names[:8])}{more}"
-    return f"there is no column {name!r}; {hint}"
+def _all_of(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    return list(wanted) if set(wanted) <= set(names) else []
 
 
-def chosen_columns(
-    sequences: RecordedSequences, choice: Choice, header: TableHeader | None = None
-) -> RecordedSequences:
-    """The sequences of a file that holds frames and outputs as arrays, with the chosen columns as the frame.
-
-    Raises:
-        CommandProblem: when there is no such column.
-    """
-    if not choice.columns:
-        return sequences
-    known = header or TableHeader()
-    outputs = sequences.outputs
-    names = list(known.inputs or input_columns(sequences.features))
-    names += () if outputs is None else known.outputs or output_columns(None, outputs.shape[1])
-    numbers: npt.NDArray[Any] = sequences.frames if outputs is None else np.hstack([sequences.frames, outputs])
-    roles = find_roles(names, Choice(columns=choice.columns), known)
-    frames = np.ascontiguousarray(numbers[:, roles.inputs])
-    return replace(sequences, frames=frames, outputs=None if outputs is None else numbers[:, roles.outputs])
+def _fitting(pattern: str, names: Sequence[str]) -> list[str]:
+    found = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=1)
+        more = f", and {len(names) - 8} more" if len(names) > 8 else ""
+        hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(names[:8])}{more}"
+        raise CommandProblem(f"there is no column {pattern!r}; {hint}")
+    return found

@@ -3,104 +3,124 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import F32
 from instep_client.states import State, as_state
+from instep_tools.formats.columns import Roles, unit_ns
 from instep_tools.formats.table import TableHeader
 from instep_tools.problems import BadFile
 from instep_tools.sequences import I64, RecordedSequences
 from instep_tools.words import counted
 
+Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""The columns of a table by name, each [rows]."""
+CHOOSE: Final = "choose the frame's columns with --columns, and give --named if the first column names the stream"
 
-def sequences_of(
-    path: Path,
-    names: Sequence[str],
-    stream_ids: Sequence[int] | None,
-    seqs: I64 | None,
-    times_ns: I64 | None,
-    x: F32,
-    y: F32 | None,
-    header: TableHeader,
-) -> RecordedSequences:
-    """The rows of a table as sequences, one for each opening of a stream and each reset of its state.
+
+def sequences_of(path: Path, columns: Columns, roles: Roles, header: TableHeader) -> RecordedSequences:
+    """The rows as sequences, one for each opening of a stream and each reset of its state.
 
     Frames whose outputs are all NaN have none.
 
     Raises:
-        BadFile: when a frame of a stream is missing, or is there twice.
+        BadFile: when a column does not hold what it must, or a frame of a stream is missing, or is there twice.
     """
+    lengths_found = {len(column) for column in columns.values()}
+    if len(lengths_found) > 1:
+        raise BadFile(f"{path}: its columns have different lengths")
+    if not roles.inputs or lengths_found == {0}:
+        raise BadFile(f"{path} holds no frames")
+    x, y = (_matrix(path, columns, names) for names in (roles.inputs, roles.outputs))
+    streams = [path.stem] * len(x) if roles.stream is None else [str(name) for name in columns[roles.stream].tolist()]
+    ids = [0] * len(x) if "stream_id" not in columns else _integers(path, columns, "stream_id").tolist()
+    seqs = None if "seq" not in columns else _integers(path, columns, "seq")
+    times_ns = None if roles.time is None else _times_ns(path, roles.time, columns[roles.time])
     index: dict[tuple[str, int], int] = {}
-    ids = [0] * len(names) if stream_ids is None else stream_ids
-    codes = np.array([index.setdefault(key, len(index)) for key in zip(names, ids, strict=True)], np.int64)
-    y = None if y is None or not y.shape[1] else y
-    answered = None if y is None else np.asarray(~np.isnan(y).all(axis=1))
-    return grouped(path, list(index), codes, seqs, times_ns, x, y, answered, header)[0]
-
-
-def grouped(
-    path: Path,
-    streams: Sequence[tuple[str, int]],
-    codes: I64,
-    seqs: I64 | None,
-    times_ns: I64 | None,
-    x: F32,
-    y: F32 | None,
-    answered: npt.NDArray[np.bool_] | None,
-    header: TableHeader,
-) -> tuple[RecordedSequences, list[tuple[int, int]]]:
-    """As `sequences_of`, with the number of each one's stream and the seq of its first frame.
-
-    `streams` are names and numbers; `codes`, [N], says which of them each row is of, and `answered`, [N], whether it
-    has an output, None for all.
-    """
+    codes = np.array([index.setdefault(key, len(index)) for key in zip(streams, ids, strict=True)], np.int64)
     order = np.argsort(codes, kind="stable") if seqs is None else np.lexsort((seqs, codes))
-    counts = np.bincount(codes, minlength=len(streams))
-    starts = np.cumsum(counts) - counts
-    firsts = np.zeros(len(streams), np.int64) if seqs is None else seqs[order[starts]]
-    if seqs is not None:
-        _check_seqs(path, streams, codes[order], seqs[order], firsts[codes[order]] - starts[codes[order]])
     given = {(state.stream_id, state.seq): state.row for state in header.states}
-    begins_of: dict[int, list[int]] = defaultdict(list)
+    starts: dict[int, list[int]] = defaultdict(list)
     for stream_id, seq in sorted(given):
-        begins_of[stream_id].append(seq)
-    found: list[str] = []
-    keys: list[tuple[int, int]] = []
+        starts[stream_id].append(seq)
+    names: list[str] = []
     lengths: list[int] = []
-    initial: dict[int, State] = {}
-    known = np.ones(len(codes), np.bool_)
-    for (name, stream_id), start, count, first in zip(streams, starts, counts, firsts.tolist(), strict=True):
-        begins = [first, *(seq for seq in begins_of[stream_id] if first < seq < first + count)]
-        for begin, end in pairwise([*begins, first + int(count)]):
+    states: dict[int, State] = {}
+    is_known: list[bool] = []
+    for (name, stream_id), rows in zip(index, np.split(order, np.cumsum(np.bincount(codes))[:-1]), strict=True):
+        first = _first_seq(path, name, None if seqs is None else seqs[rows])
+        end = first + len(rows)
+        for begin, until in pairwise([first, *(seq for seq in starts[stream_id] if first < seq < end), end]):
             row = given.get((stream_id, begin))
-            if row is not None and header.spec is not None:
-                initial[len(found)] = _state(path, row, header.spec)
-            elif begin > 0 and (stream_id, begin) not in given:
-                known[start + begin - first : start + end - first] = False
-            found.append(name)
-            keys.append((stream_id, begin))
-            lengths.append(end - begin)
-    comparable = known if answered is None else known & answered[order]
-    unknown = len(np.unique(codes[order][~known]))
-    sequences = RecordedSequences(
-        names=tuple(found),
+            if row is not None:
+                states[len(names)] = _state(path, row, header)
+            is_known.append(begin == 0 or (stream_id, begin) in given)
+            names.append(name)
+            lengths.append(until - begin)
+    answered = np.repeat(is_known, lengths) & ~np.isnan(y[order]).all(axis=1)
+    return RecordedSequences(
+        names=tuple(names),
         lengths=np.array(lengths, np.int64),
         frames=x[order],
-        outputs=None if y is None else y[order],
-        answered=None if comparable.all() else comparable,
+        outputs=y[order] if roles.outputs else None,
+        answered=None if answered.all() else answered,
         times_ns=None if times_ns is None else times_ns[order],
-        initial_states=initial,
+        initial_states=states,
         fingerprint=header.about.get("fingerprint"),
         model=header.about.get("model"),
-        notes=_notes(unknown),
+        notes=_notes(is_known.count(False)),
     )
-    return sequences, keys
+
+
+def _matrix(path: Path, columns: Columns, names: Sequence[str]) -> F32:
+    """Some columns as float32 [rows, len(names)]."""
+    values = np.empty((len(next(iter(columns.values()))), len(names)), np.float32)
+    for at, name in enumerate(names):
+        column = columns[name]
+        if column.dtype.kind not in "fiu":
+            raise BadFile(f"{path}: {CHOOSE}: {name!r} holds something other than numbers")
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+            values[:, at] = column
+    return values
+
+
+def _integers(path: Path, columns: Columns, name: str) -> I64:
+    if columns[name].dtype.kind not in "iu":
+        raise BadFile(f"{path}: {name!r} must hold whole numbers, without gaps")
+    return columns[name].astype(np.int64)
+
+
+def _times_ns(path: Path, name: str, values: npt.NDArray[Any]) -> I64:
+    if values.dtype.kind == "M" and not np.isnat(values).any():
+        return values.astype("datetime64[ns]").astype(np.int64)
+    unit = unit_ns(name)
+    if values.dtype.kind in "iuf" and (np.abs(values.astype(np.float64) * unit) < 2**63).all():
+        return np.round(values * unit).astype(np.int64)
+    raise BadFile(f"{path}: {name!r} must hold times or numbers, without gaps")
+
+
+def _first_seq(path: Path, name: str, seqs: I64 | None) -> int:
+    if seqs is None:
+        return 0
+    wrong = np.flatnonzero(seqs != seqs[0] + np.arange(len(seqs)))
+    if len(wrong):
+        raise BadFile(
+            f"{path}: stream {name!r} has frame {seqs[wrong[0]]} where frame {seqs[0] + wrong[0]} belongs: a stream "
+            "can only be sent again with all its frames"
+        )
+    return int(seqs[0])
+
+
+def _state(path: Path, row: bytes, header: TableHeader) -> State:
+    if header.spec is None or len(row) != header.spec.row_bytes:
+        raise BadFile(f"{path} is damaged: a state does not have the size of the model's")
+    return as_state(np.frombuffer(row, np.uint8).reshape(1, -1), header.spec, single=True)
 
 
 def _notes(unknown: int) -> tuple[str, ...]:
@@ -111,20 +131,3 @@ def _notes(unknown: int) -> tuple[str, ...]:
         f"{counted(unknown, 'stream')} {begin} after the first frame, and the file does not hold the state there: "
         "the outputs cannot be compared",
     )
-
-
-def _check_seqs(path: Path, streams: Sequence[tuple[str, int]], codes: I64, seqs: I64, offsets: I64) -> None:
-    wrong = np.flatnonzero(seqs != offsets + np.arange(len(seqs)))
-    if len(wrong):
-        at = int(wrong[0])
-        name, expected = streams[codes[at]][0], int(offsets[at]) + at
-        raise BadFile(
-            f"{path}: stream {name!r} has frame {seqs[at]} where frame {expected} belongs: a stream must hold all its "
-            "frames to be sent again"
-        )
-
-
-def _state(path: Path, row: bytes, spec: StateSpec) -> State:
-    if len(row) != spec.row_bytes:
-        raise BadFile(f"{path} is damaged: a state has {len(row)} bytes instead of {spec.row_bytes}")
-    return as_state(np.frombuffer(row, np.uint8).reshape(1, -1), spec, single=True)

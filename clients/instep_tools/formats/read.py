@@ -1,81 +1,35 @@
-"""Any file of frames: recognised by its content, read by its format's module."""
+"""Any file of frames: recognised by its content, read as columns, and cut into sequences."""
 
 from __future__ import annotations
 
-import os
-import zipfile
-import zlib
+import codecs
+import csv
+import io
+import json
+import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from instep_tools.formats.columns import Choice, chosen_columns
+from instep_tools.formats.columns import Choice, Roles, column_names, find_roles, input_columns, output_columns
+from instep_tools.formats.grouping import CHOOSE, Columns, sequences_of
 from instep_tools.formats.mcap_file import read_mcap
-from instep_tools.formats.npz import read_numpy
-from instep_tools.formats.parquet import read_parquet
-from instep_tools.formats.recording import read_recording
-from instep_tools.formats.text import read_text
+from instep_tools.formats.table import StartState, TableHeader, optional_libraries
 from instep_tools.problems import BadFile, CommandProblem, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 
-Reader = Callable[[Path, Choice], RecordedSequences]
+Table: TypeAlias = tuple[Columns, Roles, TableHeader]
+Reader: TypeAlias = Callable[[Path, Choice], Table]
 
-READABLE: Final = "recordings, CSV and other text, NPZ, NPY, Parquet and MCAP can be read"
-
-
-def _read_recording(path: Path, choice: Choice) -> RecordedSequences:
-    return chosen_columns(read_recording(path), choice)
-
-
-def _read_archive(path: Path, choice: Choice) -> RecordedSequences:
-    """Other programs write zip archives, too."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith("/data.pkl") for name in names):
-        raise BadFile(f"{path} is a PyTorch file: save its frames with numpy.savez; {READABLE}")
-    if not all(name.endswith(".npy") for name in names):
-        raise BadFile(f"{path} is a zip archive, but no NPZ: {READABLE}")
-    return read_numpy(path, choice)
-
-
-_READERS: Final[dict[bytes, Reader]] = {
-    b"SQLite format 3\0": _read_recording,
-    b"PAR1": read_parquet,
-    b"\x89MCAP0\r\n": read_mcap,
-    b"PK\x03\x04": _read_archive,
-    b"PK\x05\x06": _read_archive,
-    b"\x93NUMPY": read_numpy,
-}
-"""By the first bytes of a file."""
-_STRANGERS: Final = {
-    b"\x80\x02": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "compressed by gzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"RIFF": "a WAV file",
-    b"\x89PNG": "a picture",
-    b"#ROSBAG": "a bag of ROS 1",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xfe": "text in UTF-16",
-}
 _START_BYTES: Final = 4096
 
 
-def holds_lines(path: Path) -> bool:
-    """Whether it is text, or no file but a pipe or a device: it is read line by line, as lines come.
-
-    Raises:
-        BadFile: when it cannot be opened, or is of a kind that cannot be read.
-    """
-    return (os.path.exists(path) and not path.is_file()) or _reader(path) is read_text
-
-
 def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequences:
-    """Read a recording, NPZ, NPY, Parquet, MCAP, or text; sequences without a frame are left out.
+    """Read a recording, text, JSON lines, NPZ, NPY, Parquet or MCAP; sequences without a frame are left out.
 
     Raises:
         BadFile: naming the file and what is wrong with it.
@@ -83,50 +37,21 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
     """
     choice = choice or Choice()
     reader = _reader(path)
-    if choice.named and reader not in (read_text, read_parquet):
+    if choice.named and reader not in (_read_text, _read_parquet):
         raise CommandProblem(f"--named is for text and Parquet, whose first column names the stream: {path} is neither")
-    if choice.time and reader not in (read_text, read_parquet):
-        raise CommandProblem(f"--time names a column of text or Parquet: {path} has none")
     try:
-        sequences = reader(path, choice)
-    except UnicodeDecodeError:
-        raise BadFile(f"{path} is not UTF-8 text: {READABLE}") from None
-    except (EOFError, OSError, OverflowError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        sequences = sequences_of(path, *reader(path, choice))
+    except CommandProblem:
+        raise
+    except Exception as error:  # of a damaged file, the libraries raise errors of many kinds
         why = str(getattr(error, "strerror", None) or error)
         raise BadFile(f"{path} cannot be read: {' '.join(why.split())}") from None
-    if not sequences.lengths.any():
-        raise BadFile(f"{path} holds no frames")
-    kept = [
-        row
-        for row, (name, length) in enumerate(zip(sequences.names, sequences.lengths, strict=True))
-        if length and fnmatchcase(name, choice.only)
-    ]
+    kept = [row for row, name in enumerate(sequences.names) if fnmatchcase(name, choice.only)]
     if not kept:
         raise CommandProblem(f"no stream's name fits {choice.only!r}; the first one is called {sequences.names[0]!r}")
     sequences = sequences if len(kept) == len(sequences) else sequences.select(kept)
     _check_values(path, sequences)
     return sequences
-
-
-def _reader(path: Path) -> Reader:
-    with reads_or_writes(path, "read"):
-        if path.is_dir():
-            raise BadFile(f"{path} is a folder: name one file in it")
-        with path.open("rb") as file:
-            start = file.read(_START_BYTES)
-    for magic, reader in _READERS.items():
-        if start.startswith(magic):
-            return reader
-    for magic, what in _STRANGERS.items():
-        if start.startswith(magic):
-            raise BadFile(f"{path} is {what}: {READABLE}")
-    if start[8:9] == b"{" and b"\0" in start[:8]:
-        raise BadFile(f"{path} is a safetensors file: {READABLE}")
-    if b"\0" in start:
-        raise BadFile(f"{path} is a binary file of another kind: {READABLE}")
-    if not start and path.suffix.lower() not in ("", ".csv", ".txt", ".tsv"):
-        raise BadFile(f"{path} is empty")
-    return read_text
 
 
 def _check_values(path: Path, sequences: RecordedSequences) -> None:
@@ -142,3 +67,175 @@ def _check_values(path: Path, sequences: RecordedSequences) -> None:
         goes_back = np.flatnonzero(np.diff(sequences.times_ns) < 0) + 1
         if len(np.setdiff1d(goes_back, sequences.starts)):
             raise BadFile(f"{path}: the times of a stream must never go back")
+
+
+def _reader(path: Path) -> Reader:
+    with reads_or_writes(path, "read"):
+        with path.open("rb") as file:
+            start = file.read(_START_BYTES)
+    for magic, reader in _READERS.items():
+        if start.startswith(magic):
+            return reader
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        start = b"\0"
+    if b"\0" in start:
+        raise _unknown(path)
+    return _read_text
+
+
+def _unknown(path: Path) -> BadFile:
+    return BadFile(
+        f"{path} is of another kind: recordings, CSV and other UTF-8 text, JSON lines, NPZ, NPY, Parquet and MCAP can "
+        "be read"
+    )
+
+
+def _read_recording(path: Path, choice: Choice) -> Table:
+    """All streams of a recording; of one that is still being written, up to its last commit."""
+    from instep.recording.errors import RecordingError
+    from instep.recording.reader import RecordingReader
+    from instep.recording.records import RecordedFrames
+    from instep.recording.table import StreamIndex, known_outputs, read_frames
+
+    try:
+        with RecordingReader(path) as reader:
+            streams, of = reader.streams(), reader.header
+            frames = RecordedFrames.join(list(read_frames(reader, streams, range(len(streams)))))
+            states = [StartState(*start) for start in reader.start_states(streams)]
+    except RecordingError as error:
+        raise BadFile(str(error)) from None
+    names = np.array([info.name for info in streams], np.object_)
+    columns: dict[str, npt.NDArray[Any]] = {
+        "stream": names[StreamIndex(streams).rows(frames.streams)],
+        "stream_id": frames.streams,
+        "seq": frames.seqs,
+        "time_ns": frames.times_ns,
+        **dict(zip(input_columns(of.features), frames.x.T, strict=True)),
+        **dict(zip(output_columns(of, of.outputs), known_outputs(frames).T, strict=True)),
+    }
+    about = {"fingerprint": of.model_fingerprint, "model": of.model_name}
+    outputs = output_columns(of, of.outputs)
+    header = TableHeader(input_columns(of.features), outputs, about=about, spec=of.state_spec, states=states)
+    return columns, find_roles(list(columns), choice, header), header
+
+
+def _read_numpy(path: Path, choice: Choice) -> Table:
+    """The table as `NpzWriter` writes it, or any arrays [T, features] or [R, T, features]."""
+    with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
+        loaded = np.load(file, allow_pickle=False)
+        arrays = (
+            {path.stem: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+        )
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise _unknown(path)  # a zip archive of other files
+    header = TableHeader()
+    if {"stream", "x"} <= arrays.keys():
+        header = TableHeader.from_metadata(json.loads(arrays.pop("metadata", np.array(b"{}")).item()))
+    else:
+        arrays = _end_to_end(path, arrays)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for name, array in arrays.items():
+        if name not in ("x", "y"):
+            columns[name] = array
+        elif array.ndim != 2:
+            raise BadFile(f"{path}: {name!r} must be [frames, numbers]")
+        else:
+            columns |= {f"{name}{at}": column for at, column in enumerate(array.T)}
+    return columns, find_roles(list(columns), choice, header), header
+
+
+def _end_to_end(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of one stream each as `stream` and `x`."""
+    parts: dict[str, npt.NDArray[Any]] = {}
+    for name, array in arrays.items():
+        if array.ndim == 3:
+            width = len(str(len(array) - 1))
+            parts |= {f"{name}-{row:0{width}}": part for row, part in enumerate(array)}
+        else:
+            parts[name] = array
+    for name, part in parts.items():
+        if part.ndim != 2 or part.dtype.kind not in "fiu":
+            raise BadFile(f"{path}: {name!r} must be numbers [T, features], or [R, T, features] for R streams")
+    if len({part.shape[1] for part in parts.values()}) > 1:
+        raise BadFile(f"{path} holds arrays of different widths; all streams must have the same number of features")
+    return {
+        "stream": np.repeat(np.array(list(parts), np.object_), [len(part) for part in parts.values()]),
+        "x": np.concatenate(list(parts.values())),
+    }
+
+
+def _read_parquet(path: Path, choice: Choice) -> Table:
+    with optional_libraries("Parquet"):
+        from pyarrow import parquet
+    with parquet.ParquetFile(path) as file:
+        own = {key.decode(): text.decode() for key, text in (file.schema_arrow.metadata or {}).items()}
+        prefix = "instep."
+        header = TableHeader.from_metadata(
+            {key.removeprefix(prefix): text for key, text in own.items() if key.startswith(prefix)}
+        )
+        names = file.schema_arrow.names
+        roles = find_roles(names, choice, header)
+        labels = ["stream_id", "seq", roles.stream, roles.time]
+        table = file.read([name for name in names if name in (*labels, *roles.inputs, *roles.outputs)])
+    return {name: table.column(name).to_numpy() for name in table.column_names}, roles, header
+
+
+def _read_json(path: Path, choice: Choice) -> Table:
+    """JSON lines as `produce` prints them; lists of numbers become columns: x0, x1 and so on."""
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for name, first in lines[0].items():
+        values = [line[name] for line in lines]
+        if isinstance(first, list):
+            columns |= {f"{name}{at}": column for at, column in enumerate(np.array(values, np.float64).T)}
+        else:
+            columns[name] = np.array(values)
+    return columns, find_roles(list(columns), choice), TableHeader()
+
+
+def _read_text(path: Path, choice: Choice) -> Table:
+    """Numbers separated by commas, semicolons, tabs or spaces, with or without a line of names."""
+    with optional_libraries("text"):
+        import pyarrow as pa
+        from pyarrow import csv as arrow_csv
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = enumerate(io.BytesIO(data))
+    skipped, first = next(((at, line) for at, line in lines if line.strip() and line[:1] != b"#"), (0, b""))
+    separator = next((each for each in ",;\t" if each.encode() in first), " ")
+    if separator == " ":
+        data = re.sub(rb"[ \t]+", b" ", re.sub(rb"(?m)^[ \t]+|[ \t\r]+$", b"", data))
+        first = b" ".join(first.split())
+    fields = next(csv.reader([first.decode().strip()], delimiter=separator), [])
+    names, has_names = column_names([each.strip() for each in fields], choice.named)
+    roles = find_roles(names, choice)
+    if not names:
+        return {}, roles, TableHeader()
+    types = {name: pa.float64() for name in (*roles.inputs, *roles.outputs)}
+    types |= {name: pa.int64() for name in ("stream_id", "seq") if name in names}
+    types |= {} if roles.stream is None else {roles.stream: pa.string()}
+    try:
+        table = arrow_csv.read_csv(
+            pa.py_buffer(data),
+            arrow_csv.ReadOptions(column_names=names, skip_rows=skipped + has_names, use_threads=False),
+            arrow_csv.ParseOptions(delimiter=separator),
+            arrow_csv.ConvertOptions(
+                column_types=types, include_columns=[name for name in names if name in types or name == roles.time]
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise BadFile(f"{path}: {'' if choice.columns else f'{CHOOSE}: '}{' '.join(str(error).split())}") from None
+    return {name: table.column(name).to_numpy() for name in table.column_names}, roles, TableHeader()
+
+
+_READERS: Final[dict[bytes, Reader]] = {
+    b"SQLite format 3\0": _read_recording,
+    b"PAR1": _read_parquet,
+    b"\x89MCAP0\r\n": read_mcap,
+    b"PK": _read_numpy,
+    b"\x93NUMPY": _read_numpy,
+    b"{": _read_json,
+}
+"""By the first bytes of a file."""

@@ -1,15 +1,14 @@
-"""Frames and outputs as one table: what is known about it beside its rows, and rows to be written."""
+"""A table of frames and outputs: its rows, and the metadata that goes with them."""
 
 from __future__ import annotations
 
 import base64
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
-from typing import Final, Self
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +24,17 @@ CHUNK_FRAMES: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class StartState:
-    """The state before frame `seq` of a stream, where it is not what the frames before it left."""
+    """The state before frame `seq` of a stream, where the frames before it did not lead to it."""
 
     stream_id: int
     seq: int
     row: bytes | None
-    """Laid out as the `StateSpec` says; None for the model's initial state."""
+    """In the layout of the `StateSpec`; None for the model's initial state."""
 
 
 @dataclass(frozen=True)
 class TableHeader:
-    """What is known about a table beside its rows."""
+    """The metadata of a table."""
 
     inputs: tuple[str, ...] = ()
     """Names of the frame's columns."""
@@ -51,7 +50,7 @@ class TableHeader:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """All of it as text, for files that have a place for that."""
+        """All of it as text, for files that have metadata."""
         values = {**self.about, "inputs": json.dumps(self.inputs), "outputs": json.dumps(self.outputs)}
         if self.states and self.spec is not None:
             rows = [
@@ -63,27 +62,23 @@ class TableHeader:
 
     @classmethod
     def from_metadata(cls, values: Mapping[str, str]) -> TableHeader:
-        """What `metadata` gave; empty where a file has none.
+        """The header whose `metadata` this is; an empty one where a file has none.
 
         Raises:
-            ValueError: when it is damaged.
+            Exception: of any kind, when it is damaged.
         """
-        known = ("inputs", "outputs", "state", "states")
-        try:
-            about = {name: text for name, text in values.items() if name not in known}
-            inputs, outputs = (tuple(map(str, json.loads(values.get(part, "[]")))) for part in ("inputs", "outputs"))
-            spec = StateSpec.decode(json.loads(values["state"])) if "state" in values else None
-            states = [
-                StartState(int(stream), int(seq), None if row is None else base64.b64decode(row, validate=True))
-                for stream, seq, row in json.loads(values.get("states", "[]"))
-            ]
-        except (TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"its metadata is damaged: {error}") from None
-        return cls(inputs, outputs, True, about, spec, states)
+        own = dict(values)
+        inputs, outputs = (tuple(map(str, json.loads(own.pop(part, "[]")))) for part in ("inputs", "outputs"))
+        states = [
+            StartState(int(stream), int(seq), None if row is None else base64.b64decode(row, validate=True))
+            for stream, seq, row in json.loads(own.pop("states", "[]"))
+        ]
+        spec = StateSpec.decode(json.loads(own.pop("state"))) if "state" in own else None
+        return cls(inputs, outputs, about=own, spec=spec, states=states)
 
 
 def about_model(model: str, fingerprint: str, arithmetic: str, instep: str | None = None) -> dict[str, str]:
-    """The entries of `TableHeader.about`; the version of instep is this one's where it is not given."""
+    """The entries of `TableHeader.about`; the version of instep is the installed one unless it is given."""
     values = {"model": model, "fingerprint": fingerprint, "arithmetic": arithmetic}
     return {**values, "version": version("instep") if instep is None else instep}
 
@@ -106,34 +101,17 @@ class TableRows:
     def __len__(self) -> int:
         return len(self.seqs)
 
+    @classmethod
+    def join(cls, parts: Sequence[TableRows]) -> TableRows:
+        """The rows of all parts, of which there is at least one."""
+        columns: list[list[Any]] = [[getattr(part, each.name) for part in parts] for each in fields(cls)]
+        joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
+        return cls(*joined)
 
-class TableWriter(ABC):
-    """Writes a table of one format into an open binary file, which stays open. Leaving a `with` block closes it.
 
-    Raises:
-        CommandProblem: when a library is missing, or the format cannot hold the table.
-        OSError: when it cannot be written.
-    """
-
-    @abstractmethod
-    def add(self, rows: TableRows) -> None:
-        """Write these rows after those before."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Write the file's end."""
-
-    def discard(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of what is held: the file will not be used."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+def json_numbers(values: F32) -> str:
+    """A JSON list with the fewest digits that give every float32 back, and null for what is not finite."""
+    return f"[{', '.join(str(value) if np.isfinite(value) else 'null' for value in values)}]"
 
 
 @contextmanager
@@ -147,6 +125,6 @@ def optional_libraries(format: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise CommandProblem(
-            f"{format} needs the library {error.name or error}, which is not installed: "
-            'pip install "instep[export]", or pip install -e ".[export]" in a checkout; or use csv or npz'
+            f"{format} needs the package {error.name or error}, which is not installed: "
+            'pip install "instep[export]", or pip install -e ".[export]" in a checkout; or use npz'
         ) from error

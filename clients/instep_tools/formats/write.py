@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, TypeAlias
+from typing import Any, BinaryIO, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,52 +16,101 @@ from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.states import state_rows
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.mcap_file import McapWriter
-from instep_tools.formats.npz import NpzWriter
-from instep_tools.formats.parquet import ParquetWriter
 from instep_tools.formats.table import (
     CHUNK_FRAMES,
     StartState,
     TableHeader,
     TableRows,
-    TableWriter,
     about_model,
     optional_libraries,
 )
-from instep_tools.formats.text import TextWriter
-from instep_tools.problems import (
-    BadFile,
-    CommandProblem,
-    check_writable,
-    reads_or_writes,
-    written_aside,
-)
+from instep_tools.problems import BadFile, check_writable, reads_or_writes, written_aside
 from instep_tools.sequences import RecordedSequences
 
 Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
 
+
+class TableWriter(Protocol):
+    """Writes a table of one format into an open binary file, which stays open."""
+
+    def write(self, rows: TableRows) -> None:
+        """Append rows."""
+        ...
+
+    def close(self) -> None:
+        """Write the file's end."""
+        ...
+
+
+class NpzWriter:
+    """Collects the table in memory, and writes an array for each label, `x`, `y` and `metadata`, a JSON text."""
+
+    def __init__(self, file: BinaryIO, header: TableHeader) -> None:
+        self._file, self._header = file, header
+        labels = (np.empty(0, np.object_), np.empty(0, np.int64), np.empty(0, np.uint64))
+        x, y = (np.empty((0, len(names)), np.float32) for names in (header.inputs, header.outputs))
+        self._parts = [TableRows(*labels, np.empty(0, np.int64) if header.timed else None, x, y)]
+
+    def write(self, rows: TableRows) -> None:
+        """Collect them."""
+        self._parts.append(rows)
+
+    def close(self) -> None:
+        """Write the archive."""
+        rows = TableRows.join(self._parts)
+        arrays: dict[str, Any] = {"stream": rows.names.astype(np.str_), "stream_id": rows.stream_ids.astype(np.uint32)}
+        arrays |= {"seq": rows.seqs} | ({} if rows.times_ns is None else {"time_ns": rows.times_ns})
+        arrays |= {"x": rows.x, "y": rows.y, "metadata": np.array(json.dumps(self._header.metadata).encode())}
+        np.savez(self._file, **arrays)
+
+
+class ArrowWriter:
+    """CSV, or Parquet compressed by zstd with a row group for each `write`; a column for each number."""
+
+    def __init__(self, file: BinaryIO, header: TableHeader, format: Format) -> None:
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+
+        self._pa = pa
+        kinds = [("stream", pa.string()), ("stream_id", pa.uint32()), ("seq", pa.uint64())]
+        kinds += [("time", pa.timestamp("ns", "UTC"))] * header.timed
+        kinds += [(name, pa.float32()) for name in (*header.inputs, *header.outputs)]
+        fields = [pa.field(name, kind, nullable=False) for name, kind in kinds]
+        self._schema = pa.schema(fields, {f"instep.{key}": text for key, text in header.metadata.items()})
+        if format == "csv":
+            self._writer = csv.CSVWriter(file, self._schema)
+        else:
+            labels = ["stream", "stream_id"]
+            self._writer = parquet.ParquetWriter(file, self._schema, compression="zstd", use_dictionary=labels)
+
+    def write(self, rows: TableRows) -> None:
+        """Write them."""
+        times = [] if rows.times_ns is None else [rows.times_ns]
+        columns = [rows.names, rows.stream_ids, rows.seqs, *times, *rows.x.T, *rows.y.T]
+        arrays = [self._pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+        self._writer.write_batch(self._pa.record_batch(arrays, self._schema))
+
+    def close(self) -> None:
+        """Write the metadata at the end."""
+        self._writer.close()
+
+
 WRITERS: Final[dict[Format, Callable[[BinaryIO, TableHeader], TableWriter]]] = {
-    "parquet": ParquetWriter,
+    "parquet": partial(ArrowWriter, format="parquet"),
+    "csv": partial(ArrowWriter, format="csv"),
     "npz": NpzWriter,
-    "csv": TextWriter,
     "mcap": McapWriter,
 }
-
-
-_LIBRARIES: Final[dict[Format, str]] = {"parquet": "pyarrow", "mcap": "mcap"}
-
-
-def format_of(path: Path) -> Format | None:
-    """The format that a file's name says, or None."""
-    return next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
+_LIBRARIES: Final[dict[Format, str]] = {"parquet": "pyarrow", "csv": "pyarrow", "mcap": "mcap"}
 
 
 def check_output_path(path: Path) -> Format:
-    """Find out before the work, not after it, whether outputs can be saved there.
+    """Find out before the work, not after it, whether a table can be saved there.
 
     Raises:
-        CommandProblem: when they cannot, or a library is missing.
+        CommandProblem: when it cannot, or a library is missing.
     """
-    kind = format_of(path)
+    kind = next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
     if kind is None:
         raise BadFile(f"cannot tell from the name {path} how to save: it must end in .csv, .npz, .parquet or .mcap")
     if kind in _LIBRARIES:
@@ -69,96 +120,71 @@ def check_output_path(path: Path) -> Format:
     return kind
 
 
+@contextmanager
+def written_table(path: Path, header: TableHeader, new: str = "") -> Iterator[TableWriter]:
+    """A file of the format that its name says; see `written_aside`.
+
+    Raises:
+        CommandProblem: when it cannot be written, or a library is missing, or the format cannot hold the table.
+    """
+    kind = check_output_path(path)
+    with written_aside(path, new) as part, part.open("wb") as file:
+        writer = WRITERS[kind](file, header)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(Exception):  # some write to the file when they are collected, and it is closed by then
+                writer.close()
+            raise
+        writer.close()
+
+
 def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState, ...] = ()) -> TableHeader:
-    """What is known about outputs of a server."""
-    return TableHeader(
-        input_columns(info.features),
-        output_columns(info, info.outputs),
-        timed,
-        about_model(info.model, info.fingerprint, info.arithmetic),
-        info.state,
-        states,
-    )
+    """The metadata of outputs of a server."""
+    about = about_model(info.model, info.fingerprint, info.arithmetic)
+    inputs, outputs = input_columns(info.features), output_columns(info, info.outputs)
+    return TableHeader(inputs, outputs, timed, about, info.state, states)
 
 
 class SavedOutputs:
     """A file of frames and their outputs, as they come from a live producer; used in a `with` block.
 
-    It takes the place of an older file when the block ends. Only a new CSV can be watched: it grows with every answer.
-    Rows have no time.
-
-    Args:
-        path: where it is saved.
-        info: of the server.
-        tell: called once, with the reason, when it cannot be written any more; what comes later is left out.
-        stop: called then, too, unless everything has come.
-
-    Raises:
-        CommandProblem: when it cannot be begun.
+    Rows have no time. However the block ends, what has come until then is saved.
     """
 
-    def __init__(self, path: Path, info: ServerInfo, tell: Callable[[str], None], stop: Callable[[], None]) -> None:
+    def __init__(self, path: Path, info: ServerInfo) -> None:
         self.path = path
-        self.has_failed = False
-        self._tell, self._stop = tell, stop
-        kind = check_output_path(path)
-        self._is_watched = kind == "csv" and not path.exists()
-        with ExitStack() as stack:
-            stack.enter_context(reads_or_writes(path, "written"))
-            place = path if self._is_watched else stack.enter_context(written_aside(path))
-            self._file = stack.enter_context(place.open("wb"))
-            self._writer = stack.enter_context(WRITERS[kind](self._file, table_header(info)))
-            self._stack = stack.pop_all()
-        self._most = 0 if kind == "csv" else CHUNK_FRAMES
+        self._file = ExitStack()
+        self._writer = self._file.enter_context(written_table(path, table_header(info)))
         self._ids: dict[str, int] = {}
-        self._rows: list[TableRows] = []
-        self._count = 0
+        self._parts: list[TableRows] = []
+        self._has_failed = False
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
         """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
-        number = self._ids.setdefault(stream, len(self._ids) + 1)
-        count = len(frames)
-        seqs = np.arange(seq, seq + count, dtype=np.uint64)
-        names, ids = np.full(count, stream, np.object_), np.full(count, number, np.int64)
-        self._rows.append(TableRows(names, ids, seqs, None, frames, outputs))
-        self._count += count
-        if self._count > self._most:
-            with self._told_of_failure():
-                self._flush()
-            if self.has_failed:
-                self._stop()
-
-    @property
-    def outcome(self) -> str:
-        """Whether the file was saved, in words that end a sentence; known after the block."""
-        if not self.has_failed:
-            return f"saved in {self.path}"
-        return f"{self.path} {'is incomplete' if self._is_watched else 'not written'}"
+        count, number = len(frames), self._ids.setdefault(stream, len(self._ids) + 1)
+        labels = (np.full(count, stream, np.object_), np.full(count, number, np.int64))
+        self._parts.append(TableRows(*labels, np.arange(seq, seq + count, dtype=np.uint64), None, frames, outputs))
+        if sum(map(len, self._parts)) > CHUNK_FRAMES:
+            self._flush()
 
     def _flush(self) -> None:
-        rows, self._rows, self._count = self._rows, [], 0
-        if rows and not self.has_failed:
-            with reads_or_writes(self.path, "written"):
-                self._writer.add(_joined(rows))
-                self._file.flush()
-
-    @contextmanager
-    def _told_of_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except CommandProblem as problem:
-            if not self.has_failed:
-                self.has_failed = True
-                self._tell(str(problem))
+        if not self._parts:
+            return
+        self._has_failed = True
+        with reads_or_writes(self.path, "written"):
+            self._writer.write(TableRows.join(self._parts))
+        self._parts, self._has_failed = [], False
 
     def __enter__(self) -> SavedOutputs:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with self._told_of_failure(), self._stack:
+    def __exit__(self, *failure: Any) -> None:
+        if self._has_failed:
+            self._file.__exit__(*failure)
+            return
+        with self._file:
             self._flush()
-            if self.has_failed:
-                raise BadFile(f"{self.path} is not complete")
 
 
 def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
@@ -167,32 +193,17 @@ def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -
     Raises:
         CommandProblem: when it cannot be written; an older file is as it was.
     """
-    kind = check_output_path(path)
     states = tuple(
         StartState(row + 1, 0, state_rows(state, info.state, None)[0].tobytes())
         for row, state in sequences.initial_states.items()
     )
     outputs = sequences.outputs
     assert outputs is not None
-    header = table_header(info, sequences.times_ns is not None, states)
     rows = np.repeat(np.arange(len(sequences)), sequences.lengths)
-    names = np.array(sequences.names, np.object_)
-    with written_aside(path) as part, part.open("wb") as file, WRITERS[kind](file, header) as writer:
+    seqs = (np.arange(len(rows)) - sequences.starts[rows]).astype(np.uint64)
+    names = np.array(sequences.names, np.object_)[rows]
+    with written_table(path, table_header(info, sequences.times_ns is not None, states)) as writer:
         for first in range(0, len(rows), CHUNK_FRAMES):
-            chunk = slice(first, first + CHUNK_FRAMES)
-            seqs = np.arange(first, first + len(rows[chunk])) - sequences.starts[rows[chunk]]
-            times_ns = None if sequences.times_ns is None else sequences.times_ns[chunk]
-            labels = (names[rows[chunk]], rows[chunk] + 1, seqs.astype(np.uint64), times_ns)
-            writer.add(TableRows(*labels, sequences.frames[chunk], outputs[chunk]))
-
-
-def _joined(parts: list[TableRows]) -> TableRows:
-    """Rows without times as one."""
-    return TableRows(
-        np.concatenate([part.names for part in parts]),
-        np.concatenate([part.stream_ids for part in parts]),
-        np.concatenate([part.seqs for part in parts]),
-        None,
-        np.concatenate([part.x for part in parts]),
-        np.concatenate([part.y for part in parts]),
-    )
+            at = slice(first, first + CHUNK_FRAMES)
+            times_ns = None if sequences.times_ns is None else sequences.times_ns[at]
+            writer.write(TableRows(names[at], rows[at] + 1, seqs[at], times_ns, sequences.frames[at], outputs[at]))

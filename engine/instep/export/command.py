@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -15,11 +12,9 @@ from rich.console import Console
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StreamInfo, select_streams
 from instep.recording.table import PART_FRAMES, StreamIndex, known_outputs, read_frames
-from instep_client.snapshots import rename_to_new
 from instep_tools.formats.columns import input_columns, output_columns
 from instep_tools.formats.table import StartState, TableHeader, TableRows, about_model
-from instep_tools.formats.write import WRITERS, format_of
-from instep_tools.problems import CommandProblem, part_of
+from instep_tools.formats.write import written_table
 from instep_tools.terminal import say, show_progress
 from instep_tools.words import counted
 
@@ -49,30 +44,26 @@ def run(what: Export, console: Console) -> None:
 
 def _export(what: Export) -> str:
     path = what.output or what.file.with_suffix(".parquet")
-    kind = format_of(path)
-    if kind is None:
-        raise CommandProblem(f"the name {path.name!r} says no format: let it end in .parquet, .npz, .csv or .mcap")
     frames = unanswered = 0
-    with RecordingReader(what.file) as reader, new_file(path) as target, show_progress("exporting") as on_progress:
+    with RecordingReader(what.file) as reader, show_progress("exporting") as on_progress:
         streams = reader.streams()
         selected = select_streams(streams, what.streams)
         chosen = [streams[at] for at in selected]
         header = _header(reader, chosen)
         names = np.array([info.name for info in chosen], np.object_)
         index = StreamIndex(chosen)
-        with WRITERS[kind](target, header) as writer:
+        with written_table(path, header, new="--output") as writer:
             for part in read_frames(reader, streams, selected, on_progress, part_frames=what.part_frames):
-                if len(part):
-                    labels = (names[index.rows(part.streams)], part.streams, part.seqs.astype(np.uint64), part.times_ns)
-                    writer.add(TableRows(*labels, part.x, known_outputs(part)))
-                    frames, unanswered = frames + len(part), unanswered + int((~part.answered).sum())
+                labels = (names[index.rows(part.streams)], part.streams, part.seqs.astype(np.uint64), part.times_ns)
+                writer.write(TableRows(*labels, part.x, known_outputs(part)))
+                frames, unanswered = frames + len(part), unanswered + int((~part.answered).sum())
         parts = [
             f"{path}: {counted(frames, 'frame')} of {counted(len(chosen), 'stream')}, "
             f"{counted(len(header.inputs), 'input')} and {counted(len(header.outputs), 'output')} each"
         ]
         if unanswered:
             parts.append(f"the outputs of {counted(unanswered, 'frame')} are not recorded, and NaN here")
-        if kind == "csv" and header.states:
+        if path.suffix.lower() == ".csv" and header.states:
             which = counted(len({state.stream_id for state in header.states}), "stream")
             parts.append(f"CSV does not hold the states that {which} began with, which replay --check needs")
         if not reader.finished:
@@ -81,37 +72,9 @@ def _export(what: Export) -> str:
 
 
 def _header(reader: RecordingReader, streams: Sequence[StreamInfo]) -> TableHeader:
-    """What goes with the rows: the model, and the states from which they follow."""
+    """The model, and the states from which the rows follow."""
     of = reader.header
     about = about_model(of.model_name, of.model_fingerprint, of.arithmetic, of.instep_version)
     inputs, outputs = input_columns(of.features), output_columns(of, of.outputs)
     states = [StartState(*start) for start in reader.start_states(streams)]
     return TableHeader(inputs, outputs, about=about, spec=of.state_spec, states=states)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Write inside; nothing is left when that fails or is interrupted, and nothing is written over.
-
-    Raises:
-        CommandProblem: when there is such a file already, or it cannot be written.
-    """
-    if os.path.lexists(path):
-        raise _exists(path)
-    unfinished = part_of(path)
-    try:
-        try:
-            with unfinished.open("xb") as file:
-                yield file
-            try:
-                rename_to_new(unfinished, path)
-            except FileExistsError:
-                raise _exists(path) from None
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise CommandProblem(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _exists(path: Path) -> CommandProblem:
-    return CommandProblem(f"{path} exists already and is not written over: move it, or name another with --output")

@@ -11,7 +11,7 @@ import pytest
 from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
-from instep_tools.formats.recording import read_recording
+from instep_tools.formats.read import read_sequences
 from instep_tools.problems import BadFile
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.states import gru_state
@@ -78,30 +78,28 @@ def write_three(writer: RecordingWriter) -> None:
     writer.commit()
 
 
-def test_streams_come_in_the_order_in_which_they_opened(tmp_path: Path, writer: RecordingWriter) -> None:
+def test_streams_of_a_recording(tmp_path: Path, writer: RecordingWriter) -> None:
     write_three(writer)
     writer.close()
-    read = read_recording(tmp_path / "r.db")
-    assert read.names == ("tap", "mic", "mic")
-    assert read.lengths.tolist() == [3, 1, 1]
-    assert read.frames.tolist() == [[v, v + 0.5] for v in (20, 21, 22, 10, 30)]
+    read = read_sequences(tmp_path / "r.db")
+    assert read.names == ("mic", "tap", "mic")
+    assert read.lengths.tolist() == [1, 3, 1]
+    assert read.frames.tolist() == [[v, v + 0.5] for v in (10, 20, 21, 22, 30)]
     assert read.outputs is not None
-    assert read.outputs.tolist() == [[v, -v, 0] for v in (20, 21, 22, 10, 30)]
+    assert read.outputs.tolist() == [[v, -v, 0] for v in (10, 20, 21, 22, 30)]
     assert read.times_ns is not None
-    assert read.opened_ns is not None
-    assert ((read.times_ns - START_NS) // MS).tolist() == [10, 20, 40, 10, 40]
-    assert ((read.opened_ns - START_NS) // MS).tolist() == [0, 5, 30]
-    assert list(read.initial_states) == [1]
-    np.testing.assert_array_equal(read.initial_states[1], np.arange(6).reshape(2, 3))
+    assert ((read.times_ns - START_NS) // MS).tolist() == [10, 10, 20, 40, 40]
+    assert list(read.initial_states) == [0]
+    np.testing.assert_array_equal(read.initial_states[0], np.arange(6).reshape(2, 3))
     assert read.fingerprint == "f" * 64
 
 
 def test_a_recording_being_written_is_read_up_to_its_last_commit(tmp_path: Path, writer: RecordingWriter) -> None:
     write_three(writer)
     batch(writer, 50, [(2, 3, 23.0)])
-    assert read_recording(tmp_path / "r.db").lengths.tolist() == [3, 1, 1]
+    assert read_sequences(tmp_path / "r.db").lengths.tolist() == [1, 3, 1]
     writer.commit()
-    assert read_recording(tmp_path / "r.db").lengths.tolist() == [4, 1, 1]
+    assert read_sequences(tmp_path / "r.db").lengths.tolist() == [1, 4, 1]
     writer.close()
 
 
@@ -111,7 +109,7 @@ def test_frames_of_a_failed_step_do_not_count(tmp_path: Path, writer: RecordingW
     writer.fail_batch(START_NS + MS, failed, "out of memory")
     batch(writer, 2, [(1, 0, 6.0)])
     writer.close()
-    assert read_recording(tmp_path / "r.db").frames[:, 0].tolist() == [6]
+    assert read_sequences(tmp_path / "r.db").frames[:, 0].tolist() == [6]
 
 
 def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path: Path, writer: RecordingWriter) -> None:
@@ -123,7 +121,7 @@ def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path:
     writer = RecordingWriter.resume(tmp_path / "r.db", header())
     batch(writer, 3, [(1, 9, 7.0)])
     writer.close()
-    read = read_recording(tmp_path / "r.db")
+    read = read_sequences(tmp_path / "r.db")
     assert read.frames[:, 0].tolist() == [5, 6, 7]
     assert read.answered is not None
     assert read.answered.tolist() == [True, False, True]
@@ -142,14 +140,12 @@ def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingW
     batch(writer, 30, [(1, 1, 3.0)])
     stream_event(writer, START_NS + 40 * MS, "reset", 1, 2, "", None)  # nothing follows
     writer.close()
-    read = read_recording(tmp_path / "r.db")
-    assert read.names == ("a", "b", "a")
+    read = read_sequences(tmp_path / "r.db")
+    assert read.names == ("a", "a", "b")
     assert read.lengths.tolist() == [1, 1, 1]
-    assert read.frames[:, 0].tolist() == [1, 2, 3]
-    assert read.opened_ns is not None
-    assert ((read.opened_ns - START_NS) // MS).tolist() == [0, 1, 21]
-    assert list(read.initial_states) == [0, 2]
-    np.testing.assert_array_equal(read.initial_states[2], states[1])
+    assert read.frames[:, 0].tolist() == [1, 3, 2]
+    assert list(read.initial_states) == [0, 1]
+    np.testing.assert_array_equal(read.initial_states[1], states[1])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +164,7 @@ def test_damage_is_found(tmp_path: Path, writer: RecordingWriter, damage: str, w
     database.execute(damage)
     database.close()
     with pytest.raises(BadFile, match=why):
-        read_recording(tmp_path / "r.db")
+        read_sequences(tmp_path / "r.db")
 
 
 def test_nothing_is_needed_but_what_the_client_library_needs(tmp_path: Path, writer: RecordingWriter) -> None:
@@ -177,18 +173,18 @@ def test_nothing_is_needed_but_what_the_client_library_needs(tmp_path: Path, wri
     program = (
         "import sys\nfrom pathlib import Path\n"
         "sys.modules.update(dict.fromkeys(('torch', 'numba', 'pydantic', 'structlog', 'typer', 'rich', 'yaml')))\n"
-        "from instep_tools.formats.recording import read_recording\n"
-        "print(read_recording(Path(sys.argv[1])).lengths.tolist())\n"
+        "from instep_tools.formats.read import read_sequences\n"
+        "print(read_sequences(Path(sys.argv[1])).lengths.tolist())\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "r.db")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("[3, 1, 1]\n", "")
+    assert (done.stdout, done.stderr) == ("[1, 3, 1]\n", "")
 
 
 def test_what_is_no_recording_or_holds_nothing(tmp_path: Path, writer: RecordingWriter) -> None:
     writer.close()
     (tmp_path / "x.db").write_bytes(b"SQLite format 3\0 and then nonsense" * 100)
     sqlite3.connect(tmp_path / "bag.db3").execute("CREATE TABLE topics (id)").connection.close()
-    for name, why in (("r.db", "no frames"), ("x.db", "is not a recording"), ("bag.db3", "mcap convert")):
+    for name, why in (("r.db", "no frames"), ("x.db", "is not a recording"), ("bag.db3", "is not a recording")):
         with pytest.raises(BadFile, match=why):
-            read_recording(tmp_path / name)
+            read_sequences(tmp_path / name)

@@ -21,23 +21,21 @@ from instep_tools.app import app
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.table import TableHeader, TableRows
-from instep_tools.formats.write import WRITERS, Format
+from instep_tools.formats.write import WRITERS, Format, written_table
 from instep_tools.problems import BadFile, CommandProblem
 from tests.support.fake_server import INFO, FakeServer, reference
 from tests.support.recordings import make_header
 from tests.support.rows import close_stream, open_stream, stream_event
 from tests.support.scribe import START_NS
 from tests.support.written import DESCRIPTION
+from tests.tools.formats.test_read import write_ros2
 
-LIBRARIES: dict[Format, tuple[str, ...]] = {"csv": (), "npz": (), "parquet": ("pyarrow",), "mcap": ("mcap", "google")}
 STEP_NS = 1_000_003
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=WRITERS)
 def format(request: pytest.FixtureRequest) -> Format:
     found: Format = request.param
-    for library in LIBRARIES[found]:
-        pytest.importorskip(library, reason=f"{library} is not installed")
     return found
 
 
@@ -45,10 +43,6 @@ def format(request: pytest.FixtureRequest) -> Format:
 def server() -> Iterator[FakeServer]:
     with FakeServer() as server:
         yield server
-
-
-def test_every_format_is_tested() -> None:
-    assert LIBRARIES.keys() == WRITERS.keys()
 
 
 @dataclass
@@ -183,11 +177,14 @@ def test_what_produce_saves_is_replayed_and_what_it_prints_is_produced(
             np.testing.assert_array_equal(saved.outputs[start : start + length], expected)
         checked = client(server, "replay", path, "--check")
         assert (checked.exit_code, checked.stderr) == (0, "")
-    for flags in (["--columns", "x0,x1,x2"], []):
-        again = client(server, "produce", path, "--json", "--format", "jsonl", *flags)
+    for flags in (["--columns", "x*"], []):
+        again = client(server, "produce", path, "--format", "jsonl", *flags)
+        assert again.exit_code == 0, again.stderr
+        (tmp_path / "y.jsonl").write_text(again.stdout)
         rows = [json.loads(line) for line in again.stdout.splitlines()]
-        assert [row["y"] for row in rows[:-1]] == reference(x[1::2])[0].tolist()
-        assert rows[-1]["frames"] == 6
+        assert [row["y"] for row in rows] == reference(x[1::2])[0].tolist()
+        checked = client(server, "replay", tmp_path / "y.jsonl", "--check")
+        assert (checked.exit_code, checked.stderr) == (0, "")
 
 
 def test_columns_by_name_and_names_in_the_first_column(tmp_path: Path, server: FakeServer) -> None:
@@ -202,29 +199,22 @@ def test_columns_by_name_and_names_in_the_first_column(tmp_path: Path, server: F
         done = client(server, command, tmp_path / "n.csv", "--named", "--save", tmp_path / "n.npz")
         assert done.exit_code == 0, done.stderr
         assert read_sequences(tmp_path / "n.npz").names == ("mic", "tap")
-        assert "it has 12 numbers" not in done.output
-        for columns, said in (("a,a", "name each column once"), ("a,d", "there is no column 'd'")):
-            failed = client(server, command, tmp_path / "s.csv", "--columns", columns)
-            assert (failed.exit_code, said in failed.stderr.replace("\n", " ")) == (2, True)
+        failed = client(server, command, tmp_path / "s.csv", "--columns", "a,d")
+        assert (failed.exit_code, "'d'" in failed.stderr) == (2, True)
 
 
 def test_a_topic_of_a_bag_is_replayed(tmp_path: Path, server: FakeServer) -> None:
-    pytest.importorskip("mcap", reason="mcap is not installed")
-    from tests.tools.formats.test_messages import IMU, imu, write
-
-    numbers = np.arange(34, dtype=float).reshape(2, 17)
-    channels = {"/imu": ("cdr", "sensor_msgs/msg/Imu", "ros2msg", IMU.encode())}
-    write(tmp_path / "bag.mcap", channels, [("/imu", at * 10**6, imu("<", row)) for at, row in enumerate(numbers)])
+    write_ros2(tmp_path / "bag.mcap")
     for command in ("replay", "produce"):
-        flags = ["--columns", "angular_velocity", "--save"]
-        done = client(server, command, tmp_path / "bag.mcap", *flags, tmp_path / "y.csv")
+        flags = ["--only", "/imu", "--speed", "max"]
+        done = client(
+            server, command, tmp_path / "bag.mcap", *flags, "--columns", "rate.*", "--save", tmp_path / "y.csv"
+        )
         assert done.exit_code == 0, done.stderr
         saved = read_sequences(tmp_path / "y.csv")
-        assert saved.outputs is not None
-        np.testing.assert_array_equal(saved.outputs, reference(numbers[:, 13:16].astype(np.float32))[0])
-        wide = client(server, command, tmp_path / "bag.mcap")
-        assert wide.exit_code == 2
-        assert "has 17 numbers a frame, the model 'halving' takes 3; choose columns with --columns" in wide.stderr
+        assert (saved.names, saved.frames.tolist()) == (("/imu",), [[1, 10, 100], [2, 20, 200]])
+        wide = client(server, command, tmp_path / "bag.mcap", *flags)
+        assert (wide.exit_code, "--columns" in wide.stderr) == (2, True)
 
 
 def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -> None:
@@ -241,8 +231,8 @@ def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -
     header = TableHeader(("x0",), ("speech", "noise, loud"))
     x, y = np.array([[1], [2]], np.float32), np.array([[3, 4], [np.nan, np.nan]], np.float32)
     labels = (np.array(["a", "a"], np.object_), np.array([1, 1]), np.array([0, 1], np.uint64), np.array([5, 6]))
-    with path.open("wb") as file, WRITERS[format](file, header) as writer:
-        writer.add(TableRows(*labels, x, y))
+    with written_table(path, header) as writer:
+        writer.write(TableRows(*labels, x, y))
     read = read_sequences(path)
     assert read.outputs is not None
     assert read.answered is not None
@@ -254,14 +244,14 @@ def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -
     )
     assert read.times_ns.tolist() == [5, 6]
     with pytest.raises(BadFile, match=r"not (a )?finite"):
-        read_sequences(path, Choice(columns=("speech",)))
+        read_sequences(path, Choice(columns=("speech" if format in ("csv", "parquet") else "y0",)))
 
 
 def test_a_file_without_rows(tmp_path: Path, format: Format) -> None:
     path = tmp_path / f"n.{format}"
-    with path.open("wb") as file, WRITERS[format](file, TableHeader(("x0",), ("y0",))):
+    with written_table(path, TableHeader(("x0",), ("y0",))):
         pass
-    with pytest.raises(BadFile, match=r"holds no frames|has no topic with numbers"):
+    with pytest.raises(BadFile, match=r"holds no frames|has no messages"):
         read_sequences(path)
 
 
