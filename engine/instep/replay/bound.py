@@ -1,11 +1,11 @@
-"""How far float32 may be from the float64 reference, for this network on the frames of one stream.
+"""The bound on the distance between float32 results and the float64 reference, for one stream's frames.
 
 The float64 reference is taken as the truth: its own rounding is 2^29 times finer. The error that float32 can reach is
 measured rather than assumed: the reference runs again with every operation in float32, on the stream's own frames and
 on copies of them whose inputs are one unit in the last place off. The served network and these runs evaluate the same
-equations with the same unit of rounding, only in another order, so their errors are of the same kind and size. With
-the scale of a stream (its largest output so far, at least 1; for a leaf of its state, the largest value in that), the
-bound at a frame is
+equations with the same unit of rounding, only in another order, so their errors are of the same kind and size. With the
+scale of a stream (its largest output so far, at least 1; for a leaf of its state, the largest value in that), the bound
+at a frame is
 
     scale · (32 · (largest error of these runs so far, relative to the scale) + 64 · 2^-23)
 
@@ -20,7 +20,7 @@ more than float32 does.
 
 The bound says nothing once a stream is **lossy**: a frame or a state was so large (`LARGE`) that float32 may round the
 sums of the gates by whole units, so that another order of summation opens or closes a gate, or float32 overflowed in
-one of the runs. From there on, outputs beyond the bound prove nothing.
+one of the runs. From that frame on, outputs beyond the bound are undecided.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ BLOCK_BYTES: Final = 2**18
 
 
 class Limits(NamedTuple):
-    """How far an element may be from another way of computing it, [T, R] for outputs and [R] for states."""
+    """The largest accepted distances between two computations, [T, R] for outputs and [R] for states."""
 
     distance: F64
     lossy: Bool
-    """Where an element beyond the distance proves nothing."""
+    """Whether an element beyond the distance is undecided."""
 
 
 class ErrorBound:

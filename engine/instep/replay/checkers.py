@@ -1,4 +1,4 @@
-"""The ways in which stretches of recorded frames are computed again and compared with what was recorded.
+"""The checkers: each computes stretches of recorded frames again and compares them with the recording.
 
 Each begins in the states that the compiled step had before the stretches. Torch and the reference first measure the
 distances of whole blocks. A stretch within the least that its bound can be is settled; `examine` computes the others
@@ -36,10 +36,10 @@ from instep.replay.report import Checker, Divergence, Place
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """How much is computed at once."""
+    """Sizes of the parts that are computed at once."""
 
     portion_bytes: int = 16 * 2**20
-    """Of frames and outputs that are read at once."""
+    """The size of frames and outputs that are read at once."""
     part_frames: int = 4096
     """Frames that are computed and compared together, about: few enough for their values to stay in a cache."""
     call_bytes: int = 96 * 2**20
@@ -59,19 +59,19 @@ _LEAST_ROWS: Final = 8
 _LEAST_FILL: Final = 0.75
 """A stretch shorter than this share of the longest one in a block goes into the next block."""
 _DEFINITION_RUNS: Final = 16
-"""How often a frame could be stepped in the time that the definition takes for it."""
+"""The cost of a frame in the definition, in steps of the compiled code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkers:
-    """Everything that computes."""
+    """The programs that compute a model."""
 
     network: RecurrentModel
     """Steps, and computes whole sequences with torch."""
     truth: Reference | None
-    """In float64; None where the kind of model has no reference."""
+    """The reference in float64; None where the kind of model has no reference."""
     rounded: Reference | None
-    """In float32; None likewise."""
+    """The reference in float32; None likewise."""
     notes: tuple[str, ...]
     """Why bits need not be equal; empty where they must."""
     stopped: Event = field(default_factory=Event)
@@ -172,7 +172,7 @@ class Block:
         return {name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf for name, leaf in leaves.items()}
 
     def seq_after(self, row: int) -> int:
-        """Of the frame after the last one."""
+        """The seq after the last frame."""
         return int(self.first_seqs[row] + self.lengths[row])
 
 
@@ -204,7 +204,7 @@ def plan_blocks(lengths: I64, rows: I64, most_rows: int = MOST_ROWS, most_frames
 
 
 class Distances:
-    """How far the recorded values of a block are from those that one checker computed.
+    """Distances between a block's recorded values and those of a checker.
 
     Attributes:
         largest: [R].
@@ -234,7 +234,7 @@ class Distances:
 
 
 def check_stepped(block: Block, y: F32, after: U8) -> Distances:
-    """Measure how far the compiled step is from what was recorded, where bits need not be equal.
+    """Measure the distance between the compiled step and the recording where bits need not be equal.
 
     Args:
         block: the stretches.
@@ -357,8 +357,8 @@ def examine(block: Block, y: F32, after: U8) -> tuple[list[Sequence[Comparison]]
         after: its states after the stretches of the block, [R, row_bytes].
 
     Returns:
-        What each stretch has been found to be, without a reference by the compiled step alone, and the relative errors
-        [R] up to the ends.
+        Return the finding for each stretch, which without a reference rests on the compiled step alone, and the
+        relative errors [R] at the ends.
     """
     checkers, spec, exact = block.checkers, block.checkers.state, block.checkers.bits_required
     leaves, states, bound, truth = block.leaves(np.float64), block.states, None, checkers.truth
@@ -408,7 +408,7 @@ def check_definition(block: Block, after: U8, ends_s: float, at_least: int) -> t
         at_least: this many parts are computed even so.
 
     Returns:
-        By row, those that differ; the number of frames of each row that were compared, [R]; and that of the values.
+        Return the differences by row, the counts of compared frames [R], and the count of values.
     """
     checkers, spec = block.checkers, block.checkers.state
     found, frames, values, done = dict[int, Comparison](), np.zeros(len(block), np.int64), 0, 0

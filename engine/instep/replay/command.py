@@ -47,10 +47,10 @@ def run(
 
     Args:
         file: the recording.
-        model_folder: the model; None for where the recording says.
+        model_folder: the model; None for the recorded path.
         streams: names or numbers of the streams to check; none for all.
         json: write one JSON object to standard output and nothing else.
-        console: where everything else goes, except the progress, which goes to standard error.
+        console: gets everything else, except the progress, which goes to standard error.
         page: an HTML page to write as well.
         briefly: as one of several, in as few lines as possible.
 
@@ -98,7 +98,7 @@ def run_all(
 
     Returns:
         The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked or none holds
-        frames, otherwise 0. Those without frames do not count.
+        frames, otherwise 0. Recordings without frames do not count.
     """
     found: list[Path] = []
     for place in places:

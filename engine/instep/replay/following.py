@@ -44,7 +44,7 @@ def newest_state(reader: RecordingReader, stream: int) -> OpenState | None:
 
 
 class Follower(Replay):
-    """Steps what is committed to a recording.
+    """Follows a recording that is written, and steps the committed frames.
 
     Each look opens the file anew and reads it in short transactions: a reader that stays would keep the writer from
     reusing its WAL, from trimming and from closing the file in order. It begins at the newest checkpoint. A stream that
@@ -65,7 +65,7 @@ class Follower(Replay):
             super().__init__(stepper, reader, ignore_until=LAST)
 
     def look(self, most_portions: int | None = None, portion_bytes: int = PORTION_BYTES) -> bool:
-        """Step what was committed by now, some portions of it or all; whether nothing is left that can be stepped.
+        """Step some or all committed portions; return whether nothing is left to step.
 
         Raises:
             RecordingError: when the recording is damaged.

@@ -1,4 +1,4 @@
-"""The process that checks what a server records, at the lowest priority: `python -m instep.replay.live`.
+"""The process that checks a server's recordings at the lowest priority: `python -m instep.replay.live`.
 
 Each line of standard input is a JSON object: `{"follow": FILE, "position": P, "applied": N}` checks what comes after a
 position, up to which N frames were applied since the recording began (null for what the checkpoint there says);
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 _NICE: Final = 19
 _WORK_S: Final = 0.001
-"""Of a slice. Every frame that is served meanwhile takes longer, since the two share caches."""
+"""Every frame that is served meanwhile takes longer, since the two share caches."""
 _REST_S: Final = 0.010
 """Between two slices."""
 _SLICED_S: Final = 0.5
 """Work that takes longer than this is too much for slices: the rest of it is done without rests."""
 _PAUSE_S: Final = 0.2
-"""From one look at a recording to the next."""
+"""The interval between two looks at a recording."""
 _RETRY_S: Final = 1.0
 """The same after a look at which it could not be read."""
 _UNREADABLE_S: Final = 10.0
-"""A recording that could not be read for longer than this is told of; a passing lock is not."""
+"""A recording that could not be read for longer than this is reported; a passing lock is not."""
 _TELL_S: Final = 1.0
 
 
@@ -81,7 +81,7 @@ class _Recording:
         self._told = 0
 
     def look(self) -> None:
-        """Check what is committed, or some of it, and report."""
+        """Check some or all committed frames, and report."""
         from instep.recording.errors import RecordingError, UnavailableRecording, with_advice
         from instep.replay.live_check import LiveCheck
         from instep.replay.report import CannotVerify

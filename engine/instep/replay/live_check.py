@@ -28,7 +28,7 @@ from instep.replay.report import CannotVerify
 LATE_S: Final = 15.0
 """Behind the newest commit by more than this, everything up to the newest checkpoint is left out."""
 _MOST_KEPT: Final = 1024
-"""Mismatches that are told with their values: a broken model has one for each stream."""
+"""Mismatches that are reported with their values; a broken model has one for each stream."""
 _NOTHING: Final[F32] = np.zeros(0, np.float32)
 
 
@@ -52,14 +52,15 @@ class WrongOutput:
 
 
 class LiveCheck(Follower):
-    """Compares what is committed to a recording with what is computed again.
+    """Compares committed outputs with the results of stepping again.
 
     Args:
         path: the recording.
         network: the recorded one.
         position: everything up to here was checked before; it begins at the newest checkpoint, and does not count
             frames up to here again.
-        applied: how many frames were applied up to there since the recording began; None for what the checkpoint says.
+        applied: how many frames were applied up to there since the recording began; None for the count in the
+            checkpoint.
 
     Attributes:
         frames: how many frames were compared.
@@ -78,7 +79,7 @@ class LiveCheck(Follower):
         self._compared_from = 0
         """Frames up to here were computed by another engine, and stepped again by this one as it started."""
         self._wrong = set[int]()
-        """Streams that are followed no further."""
+        """Streams that did not match and are not followed any more."""
 
     @classmethod
     def of(cls, path: Path, position: int, applied: int | None) -> Self:
@@ -104,7 +105,7 @@ class LiveCheck(Follower):
         return checkpoint.position > (self.position or 0) and self.lag_s > LATE_S
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
-        """Count what is left out; what is read again counts no more."""
+        """Count skipped frames; frames that are read again do not count twice."""
         self._counted = max(self._counted, self.position or 0)
         rows = reader.rows("events", checkpoint.completed, checkpoint.completed)
         applied = sum(read_checkpoint_frames(row[5]) for row in rows)

@@ -51,7 +51,7 @@ class Moment:
 
     info: StreamInfo
     seq: int
-    """Of the frame."""
+    """The seq of the frame."""
     state: U8
     """uint8 [row_bytes]."""
     origin: Origin
@@ -69,7 +69,7 @@ class Moment:
         return self.seq - self.origin_seq
 
     def in_words(self) -> str:
-        """Where the state comes from, as the end of a sentence."""
+        """The origin of the state, as the end of a sentence."""
         recorded = "the opening" if self.origin == "opening" else f"the {self.origin} before frame {self.origin_seq:,}"
         if not self.replayed:
             return f"as recorded by {recorded}"
@@ -81,7 +81,7 @@ class Moment:
 
 
 class Past:
-    """Every opening of one stream; what is asked for is read from the newest recorded state before it on.
+    """All openings of one stream; states are computed from the newest recorded state before a frame.
 
     Args:
         reader: the recording.
@@ -102,7 +102,7 @@ class Past:
         self._network = recorded_network(model)
 
     def before(self, seq: int | None = None) -> Moment:
-        """The stream before a frame, after a reset or write that took place there; None for after its last frame.
+        """The stream before a frame and after any reset there; None for after the last frame.
 
         Raises:
             NoSuchMoment: when the frame is not recorded, or frames are missing before it.
@@ -157,7 +157,7 @@ class Past:
         return Moment(info, reached, replay.state(number), origin, origin_seq, sum(compared), len(self._openings))
 
     def _portions(self, info: StreamInfo, position: int) -> Iterator[Portion]:
-        """What concerns a stream after a position."""
+        """Yield the rows of a stream after a position."""
         for portion in portions(self._reader, position + 1):
             yield portion.only(np.array([info.stream]))
 

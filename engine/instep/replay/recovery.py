@@ -1,4 +1,4 @@
-"""From a recording back to a running engine: states, frame buffers and owners as they were, to the bit."""
+"""Restores an engine from a recording: states, frame buffers and owners, to the bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def resume_recording(
     """Continue the open streams of a recording in an engine that serves nobody yet, and continue writing it.
 
     Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
-    `header` is what the engine says of itself now, and `dirty` is told of the states that the recording lacks.
+    `header` describes the present engine, and `dirty` marks the states that the recording lacks.
 
     Raises:
         RecordingError: when the recording is being written, damaged or of another model, more streams have to be
@@ -104,7 +104,7 @@ class _OpenStreams(Replay):
             self.add_loaded(stream.stream, stream.seq, stream.stream)
 
     def checked(self, portion: Portion) -> Stretches:
-        """As `plan`; what does not follow is damage."""
+        """Plan as `plan` does; a defect is damage."""
         stretches = self.plan(portion)
         for defect in stretches.defects:
             raise self.reader.damaged(

@@ -17,7 +17,7 @@ from instep_tools.terminal import say
 from instep_tools.words import counted
 
 FIRST_STREAMS: Final = 20
-"""Streams shown even when nothing is wrong with them."""
+"""The number of streams that are shown even if they match."""
 HEADINGS: Final = ("stream", "name", "frames", "vs. torch", "vs. float64", "verdict")
 NUMBERS: Final = ("stream", "frames", "vs. torch", "vs. float64")
 """The headings of columns of numbers."""

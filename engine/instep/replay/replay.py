@@ -1,7 +1,7 @@
 """Recorded frames stepped again: the one place where that is done.
 
-`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. It takes a portion
-in two moves: `plan` cuts each stream's frames into stretches, which begin in a given state or in the one that the
+`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. It handles a portion
+in two steps: `plan` cuts each stream's frames into stretches, which begin in a given state or in the one that the
 stretch before has left, and end where a state was recorded; `step` steps them, many streams at once and each in order.
 """
 
@@ -83,7 +83,7 @@ class StateTable:
 
 
 class NoStates:
-    """A stepper for whoever plans only."""
+    """A stepper for plans without steps."""
 
     max_batch_size: int = 1
 
@@ -121,14 +121,14 @@ class RecordedState(NamedTuple):
 
 
 class Defect(NamedTuple):
-    """A row of a stream that does not follow what came before."""
+    """A row that does not follow the rows before it."""
 
     stream: int
     position: int
     seq: int
     """The frame that was recorded."""
     next_seq: int
-    """The one that belongs there."""
+    """The expected seq."""
     sentence: str
 
 
@@ -153,15 +153,16 @@ class Stretches:
     """Numbers."""
     slots: I64
     starts: I64
-    """Where the frames of each begin in `order`."""
+    """The index in `order` of each stretch's first frame."""
     lengths: I64
     first_seqs: I64
     rounds: I64
-    """How many stretches of the same stream come before it."""
+    """The count of earlier stretches of the same stream."""
     given: dict[int, U8 | None]
-    """By stretch, the recorded state that it begins in, None for the model's initial one; others carry theirs on."""
+    """By stretch, the recorded state that it begins in, None for the model's initial one; other stretches continue from
+    the one before."""
     ends: dict[int, End]
-    """By stretch, the recorded state that must come out."""
+    """By stretch, the recorded state at its end."""
     defects: list[Defect]
     closed: list[int]
     """Numbers of the streams that end here."""
@@ -234,22 +235,22 @@ class Replay:
 
     @property
     def next_seqs(self) -> dict[int, int]:
-        """By number of the open streams that have no defect, the seq of the next frame."""
+        """The next seqs of open streams without a defect, by number."""
         return {number: stream.next_seq for number, stream in self._streams.items() if not stream.is_broken}
 
     def state(self, number: int) -> U8:
-        """That of an open stream, [row_bytes]."""
+        """The state of an open stream, [row_bytes]."""
         state: U8 = self.stepper.read(np.array([self._streams[number].slot]))[0]
         return state
 
     def add(self, number: int, seq: int, state: U8 | None) -> None:
-        """Let a stream go on from the state before a frame; its frames and resets before that one are left out."""
+        """Continue a stream from the state before a frame; earlier frames and resets are skipped."""
         slot = self._take_slot()
         self.stepper.load(np.array([slot]), None if state is None else state[None])
         self.add_loaded(number, seq, slot)
 
     def add_loaded(self, number: int, seq: int, slot: int) -> None:
-        """As `add`, where the stepper has the state in a slot of the caller's choice."""
+        """As `add`, for a state that the stepper already has in a slot."""
         self._streams[number] = _Stream(slot, seq, skip_below=seq)
 
     def drop(self, number: int) -> None:
@@ -464,7 +465,7 @@ class Replay:
             self._recorded.pop(number, None)
 
     def _find_defects(self, stretches: Stretches, broken: set[int]) -> None:
-        """Shorten stretches to the frames that follow each other, and leave out what comes after them."""
+        """Shorten stretches to consecutive frames."""
         offsets, applied = stretches.offsets(), stretches.applied()
         seqs, positions = stretches.frames.seqs[applied], stretches.frames.positions[applied]
         expected = np.repeat(stretches.first_seqs, stretches.lengths) + offsets

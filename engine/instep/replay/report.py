@@ -42,10 +42,10 @@ class Divergence:
     """Index in the output, or among all values of the state, leaf by leaf."""
     recorded: float
     replayed: float
-    """In the float64 reference, with its full precision."""
+    """The value of the float64 reference, with its full precision."""
 
     def sentence(self) -> str:
-        """As a sentence."""
+        """Describe the divergence."""
         where = f"frame {self.frame}" if self.place == "output" else f"{self.place} before frame {self.frame}"
         recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
         other = str(self.replayed if self.checker == "float64 reference" else np.float32(self.replayed))
@@ -86,7 +86,7 @@ class StreamReport:
         self.verdict = min(self.verdict, verdict, key=WORST_FIRST.index)
 
     def add_problem(self, sentence: str, verdict: Verdict = "mismatch") -> None:
-        """Something is wrong."""
+        """Add a problem."""
         self.problems.append(sentence)
         self.worsen(verdict)
 
@@ -104,7 +104,7 @@ class StreamReport:
 
 
 class Coverage(NamedTuple):
-    """How far a checker came that need not compare everything."""
+    """The coverage of a checker that need not compare everything."""
 
     streams: int = 0
     frames: int = 0
@@ -124,15 +124,15 @@ class Report:
     """Why bits were not required to be equal, where they were not."""
     seconds: float
     ending: str = ""
-    """How the recording ends, in words."""
+    """The end of the recording in words."""
     lost: str = ""
-    """What the WAL has lost of it, in words; empty where nothing is missing."""
+    """The losses of the WAL in words; empty if nothing is missing."""
     trimmed: str = ""
-    """Where the recording begins, such as "begins at position 1,201 (…)"; empty where no history was trimmed."""
+    """The beginning of the recording, such as "begins at position 1,201 (…)"; empty where no history was trimmed."""
     elements: dict[Checker, int] = field(default_factory=dict)
-    """How many elements of outputs and states each checker compared."""
+    """The count of output and state elements that each checker compared."""
     definition: Coverage = field(default_factory=Coverage)
-    """What was compared with the definition."""
+    """The coverage of the definition."""
     reference: ReferenceKind = "independent"
 
     @property
@@ -181,7 +181,7 @@ class Report:
         return f"verified: {checked}, {self.verdict}, {mismatches}"
 
     def checkers(self) -> str:
-        """How the outputs were checked, in one line."""
+        """Describe the checks in one line."""
         are_equal = not self.notes and not self.mismatches
         stepped = "bit for bit" if are_equal else f"at most {self.largest('max_difference'):.1e} away"
         found = [f"compiled step: every frame, {stepped}"]
@@ -197,7 +197,7 @@ class Report:
 
     @property
     def by_definition(self) -> str:
-        """What was compared with the definition, in words."""
+        """The coverage of the definition in words."""
         streams, frames = self.definition
         if frames == self.frames:
             return "every frame"

@@ -39,7 +39,6 @@ NOT_COMPARED: Final = 2
 WARM_UP: Final = 256
 MOST_LISTED: Final = 1024
 _SHOWN: Final = 10
-"""Streams in the table."""
 _PAUSE_S: Final = 0.25
 """Between two looks at the recording."""
 
@@ -111,7 +110,7 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
 
 @dataclass(slots=True)
 class StreamDifference:
-    """How the outputs of a stream differ."""
+    """The difference of a stream's outputs."""
 
     name: str
     frames: int = 0
@@ -122,7 +121,7 @@ class StreamDifference:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Differences of all frames that were compared. Of a frame, its value that differs most counts in the quantiles."""
+    """Differences of all frames that were compared. The quantiles count the largest difference of each frame."""
 
     frames: int
     """Compared."""
@@ -132,11 +131,11 @@ class Differences:
     mean: float
     """The mean absolute difference of all values."""
     quantiles: dict[float, float]
-    """By share of frames, within a tenth."""
+    """Quantiles by share of frames, accurate to a tenth."""
     streams: list[StreamDifference]
-    """Those that differ most, the most of all first."""
+    """The streams that differ most, in descending order."""
     streams_total: int
-    """How many were compared."""
+    """The count of streams that were compared."""
 
     def as_json(self, asked: Shadowing) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: it becomes null."""
@@ -180,17 +179,17 @@ _PARTS: Final = 8
 """Bins of differences for each doubling."""
 _SMALLEST: Final = -64
 _BINS: Final = 128 * _PARTS
-"""From 2^-64 to 2^64; the first one counts 0 too, the last one all that is not finite."""
+"""Bins from 2^-64 to 2^64; the first one also counts 0, the last one also values that are not finite."""
 
 
 class Shadow(Follower):
-    """Steps what is recorded of some streams in a candidate, and compares its outputs with the recorded ones.
+    """Steps recorded frames of some streams in a candidate, and compares its outputs with the recorded ones.
 
     Args:
         path: the recording of the version that is served.
         network: the candidate.
-        warm_up: None to begin with the states of the version that is served; N to begin in the candidate's initial
-            state, and to leave out the first N frames of each stream.
+        warm_up: None to begin with the served version's states; N to begin in the candidate's initial state, and to
+            leave out the first N frames of each stream.
         share: of the streams; whether one is followed depends on its name alone.
     """
 
@@ -201,10 +200,10 @@ class Shadow(Follower):
         self._warm_up = warm_up
         self._share = share
         self._found: dict[int, StreamDifference] = {}
-        """By number, of streams that are followed."""
+        """Differences of followed streams, by number."""
         self._compared_from: dict[int, int] = {}
         self._past: list[StreamDifference] = []
-        """Of streams that have ended."""
+        """Differences of streams that have ended."""
         self._frames = self._equal = 0
         self._largest = self._total = 0.0
         self._outputs = network.description.outputs
@@ -216,7 +215,7 @@ class Shadow(Follower):
         return len(self._streams)
 
     def follow(self) -> bool:
-        """Step what was committed by now, or some of it; whether that was all that can be read at the moment."""
+        """Step some or all committed frames; return whether nothing is left to read."""
         try:
             is_all, self.unavailable = self.look(1), None
         except UnavailableRecording as error:

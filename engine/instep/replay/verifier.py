@@ -1,10 +1,10 @@
-"""Verification: compute a whole recording again in four ways, and compare with what was served.
+"""Verification: compute a whole recording again in four ways, and compare it with the recorded outputs.
 
-1. **Stepped**: every frame by the compiled step, from the recorded initial states, streams side by side.
-2. **Definition**: by the second program of the same arithmetic, as many frames as it computes in about the time of 1.
-3. **torch**: whole sequences by torch's own module, if the kind of model has one.
-4. **float64 reference**: written independently, from the original weights; it bounds the true error (see `bound`). That
-   of a graph is the graph in float64, which bounds what rounding does, and the report says so. A kind may have none.
+1. **Stepped**: every frame by the compiled step, from the recorded initial states, streams side by side. 2.
+   **Definition**: by the second program of the same arithmetic, as many frames as it computes in about the time of 1.
+   3. **torch**: whole sequences by torch's own module, if the kind of model has one. 4. **float64 reference**: written
+   independently, from the original weights; it bounds the true error (see `bound`). That of a graph is the graph in
+   float64, which bounds what rounding does, and the report says so. A kind may have none.
 
 1 carries the states of streams from one portion of the recording to the next; 2, 3 and 4 begin each portion in these
 states. Where the engine computed in `portable-1`, bits must be equal in 1 and 2, whichever machines recorded and
@@ -13,7 +13,7 @@ left out. In 3, values must always be within twice the bound, and in 4 within th
 large for the bound to mean anything (see `bound`), or there is no reference, equal bits are enough, and the report
 names the first such frame; where bits need not be equal either, the stream counts as not checked.
 
-States of checkpoints and final states are compared in 1, 2 and 4, and the stream goes on from there. Every frame of a
+States of checkpoints and final states are compared in 1, 2 and 4, and the stream continues from there. Every frame of a
 stream must be there, once and in order, and so must every state of a checkpoint. Frames whose outputs were not
 recorded, because the engine was killed while it computed them, are replayed but not compared.
 """
@@ -75,7 +75,7 @@ Progress: TypeAlias = Callable[[float], None]
 MOST_THREADS: Final = 4
 """More threads, even on more cores, would only take their caches from each other."""
 LEAST_SHARE: Final = 64
-"""Streams are shared out among threads, but a block of fewer than this would cost more than it gains."""
+"""The smallest block of streams that is worth a thread of its own."""
 _ROWS: Final = 16
 """Stretches that the definition takes side by side."""
 
@@ -94,7 +94,7 @@ def verify(
         model: the recorded model; the caller compares it with the one that the header names.
         wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
-        limits: of what is computed at once.
+        limits: sizes of the parts that are computed at once.
 
     Raises:
         CannotVerify: when there is nothing to check.
@@ -209,10 +209,10 @@ class _Check:
     """The check of a recording.
 
     Attributes:
-        checkers: everything that computes.
+        checkers: the programs that compute.
         reports: one for each opening, in order.
-        elements: how many elements each checker compared.
-        coverage: what was compared with the definition.
+        elements: the count of elements that each checker compared.
+        coverage: of the definition.
     """
 
     def __init__(
@@ -240,15 +240,15 @@ class _Check:
         self.elements: dict[Checker, int] = {"stepped": 0, "definition": 0, "torch": 0, "float64 reference": 0}
         self._by_number: dict[int, StreamReport] = {}
         self._first_seqs: dict[int, int] = {}
-        """Of open streams that were not reset."""
+        """First seqs of open streams that were not reset."""
         self._at_checkpoint: dict[int, int] = {}
-        """By number of streams that had changed at the newest checkpoint, the seq of the next frame."""
+        """Next seqs of streams that had changed at the newest checkpoint, by number."""
         self._drift: dict[int, float] = {}
-        """By number, where bits are not required, the relative error so far: see `ErrorBound`."""
+        """Relative errors so far where bits are not required, by number; see `ErrorBound`."""
         self._frames = 0
-        """That are recorded, of all streams."""
+        """The count of recorded frames."""
         self._compared: tuple[set[int], int] = (set(), 0)
-        """With the definition: the streams, and how many frames."""
+        """Streams, and the count of frames, compared with the definition."""
         self._definition_s = self.checkers.limits.definition_s
         """Time that is left for it."""
         self._definition_begun: tuple[_PortionCheck, Future[Any]] | None = None
@@ -283,7 +283,7 @@ class _Check:
 
     @property
     def coverage(self) -> Coverage:
-        """What was compared with the definition."""
+        """The coverage of the definition."""
         streams, frames = self._compared
         return Coverage(len(streams), frames)
 
@@ -388,9 +388,9 @@ class _PortionCheck:
     """Begins to check the stretches of a portion when it is made; `finish` waits for the end.
 
     Attributes:
-        stretches: what is checked.
+        stretches: the stretches to check.
         stepped: the outputs, the states after the stretches, and how long stepping has taken.
-        elements: how many values each checker compared.
+        elements: the count of values that each checker compared.
         drift: [S], the relative errors up to the ends.
     """
 
@@ -462,7 +462,7 @@ class _PortionCheck:
         self.elements[checker] += found.elements
 
     def report(self, row: int, report: StreamReport) -> None:
-        """Add what was found in a stretch."""
+        """Add the findings of a stretch."""
         stepped, torch, reference = (float(each[row]) for each in self._distances.values())
         frames, compared, findings = int(self.stretches.lengths[row]), int(self._answered[row]), self._findings.get(row)
         report.frames += compared
@@ -491,7 +491,7 @@ def _step(replay: Replay, stretches: Stretches) -> tuple[F32, U8, float]:
 def _compare_definition(
     blocks: Iterator[Block], after: U8, time_s: float, at_least: int
 ) -> tuple[list[tuple[I64, dict[int, Comparison], I64, int]], float]:
-    """Blocks' rows and what `check_definition` found; and how long it took."""
+    """Return blocks' rows with the results of `check_definition`, and its duration."""
     began, found = time.monotonic(), []
     for block in blocks:
         if not at_least and time.monotonic() > began + time_s:

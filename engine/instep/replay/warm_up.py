@@ -36,7 +36,7 @@ class WarmUpReplay(Follower):
         self._free = list(range(max_streams, SCRATCH_SLOT, -1))
         self._frames = frames
         self._firsts: dict[int, int] = {}
-        """By stream, the first frame that is in its state."""
+        """The first frame in each stream's state."""
         self._taken = 0
 
     def follow(self) -> int:

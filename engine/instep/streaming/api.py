@@ -1,4 +1,4 @@
-"""Everything that a front end sees of the engine: arrays and plain values; no bytes of a wire, no sockets."""
+"""The engine's interface to front ends: arrays and plain values, without sockets or bytes of a wire."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Reply:
     y: F32
     """float32 [T, N, outputs], NaN where a frame was not applied."""
     failures: I64 | None
-    """int64 [3, N], None where everything was applied. By column: why its next frame was refused, 0 where none was; how
-    many leading timesteps were applied; and what its stream expects next, 0 where the stream is not the origin's."""
+    """int64 [3, N], None where everything was applied. By column: the code of its refusal or 0, the count of leading
+    timesteps that were applied, and the seq that its stream expects, 0 if the stream is not the origin's."""
     frames: int
     """Count of frames that were computed for it."""
     queue_ns: int
     """The time from the arrival of the first message to the step of its last frames."""
     compute_ns: int
     send_ns: int
-    """From the end of that step to this reply."""
+    """The time from the end of that step to this reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What has become of streams of the origin: evicted, fenced or lost, or they hibernate.
+    """A change of streams of the origin: evicted, fenced or lost, or they hibernate.
 
     With HIBERNATED the server wakes them. An event with `renewed` follows once they are in memory, or one that says why
     they cannot be woken now.
@@ -90,16 +90,16 @@ class Origin(Protocol):
         """A message of frames was refused as a whole; nothing of it was applied."""
 
     def notify(self, event: StreamEvent) -> None:
-        """Something has become of streams of this origin."""
+        """Report a change of streams of this origin."""
 
 
 class Refusal(Exception):
     """A request is refused as a whole, and nothing of it was applied.
 
     Args:
-        code: why.
-        detail: what the code's sentence does not say.
-        retry_after_us: when to try again, where that may help.
+        code: the reason.
+        detail: more than the code's sentence.
+        retry_after_us: the time to wait before trying again, if that may help.
         sentence: instead of the code's own.
     """
 
@@ -131,7 +131,7 @@ class Grants:
 
     @classmethod
     def of(cls, table: StreamTable, slots: I64, codes: I32) -> Grants:
-        """Of slots int64 [N] where `codes`, int32 [N], are 0."""
+        """Make the grants of slots int64 [N] whose `codes`, int32 [N], are 0."""
         granted = codes == 0
         return cls(
             np.where(granted, table.slots.handles(slots), 0).astype(np.uint64),

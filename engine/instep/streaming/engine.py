@@ -82,8 +82,8 @@ class Engine:
     between turns, so every frame submitted before them is admitted before them; this is the only place that orders
     frames and operations.
 
-    `log_failure` is told of failed steps, and of states that could not be read or written: the error and the number of
-    streams. `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
+    `log_failure` gets the error and the number of streams after failed steps and failed accesses to states.
+    `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Engine:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
     def _note_wanted(self, frames: list[Frames]) -> None:
-        """Frames have come for streams that hibernate: their owners are told before the frames are refused."""
+        """Note frames for streams that hibernate: their owners are notified before the frames are refused."""
         for each in frames:
             handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
             asleep = {handle: self.asleep[handle] for handle in handles if handle in self.asleep}

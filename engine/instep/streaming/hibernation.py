@@ -1,8 +1,8 @@
 """Hibernation: streams that do nothing leave memory, and come back as they were.
 
 A stream that hibernates is open, and the recording holds all of it: its state, its seq, its epoch and the frames that
-its client has not acknowledged. In memory only its name is left, and where to find it. Its owner notices nothing until
-its next frame or request, which wakes the stream. It comes into another slot then, so the owner is told a new handle.
+its client has not acknowledged. Memory keeps only its name and its position in the recording. Its owner notices nothing
+until its next frame or request, which wakes the stream. It then gets another slot, so the owner is sent a new handle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from instep.streaming.tasks import Tasks, Waiters
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 1024
-"""Streams that leave memory in one tick, that come back before the loop gets its turn, or whose age is looked at."""
+"""Streams that leave memory, return to it or are checked for their age in one turn of the loop."""
 _MOST_TOMBSTONES: Final = 65_536
 _QUIET_NS: Final = 1_000_000_000
 """A stream with nothing to do for this long leaves memory where another one is to wake."""
@@ -68,7 +68,7 @@ class Sleeper(NamedTuple):
     since_ns: int
     """Since when it is idle or, without an owner, since when its connection is gone."""
     handle: int = 0
-    """The one by which its owner knows it; 0 without an owner."""
+    """The handle that its owner has; 0 without an owner."""
 
 
 class Tombstones:
@@ -125,11 +125,11 @@ class Hibernation(Mapping[str, Sleeper]):
         self._newest_lsn = 0
         """The recording is read only once it holds this lsn."""
         self._ages: Iterator[str] = iter(())
-        """Names whose age is to be looked at."""
+        """Names whose age is to be checked."""
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
         self._needs_room = Waiters()
-        """Those who wake streams and wait for room in memory."""
+        """Wakers that wait for room in memory."""
         self.granting: I64 = np.zeros(len(engine.table.owner), np.int64)
         """By slot: requests under way that will tell an origin the handle of the stream, which stays in memory."""
 
@@ -148,7 +148,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return self._journal.is_recording and not self._journal.has_failed
 
     def restarted(self, streams: Mapping[str, int]) -> None:
-        """Streams of the recording that a restart did not put into memory: name → number."""
+        """Add streams of the recording that a restart did not load: name → number."""
         now_ns = time.monotonic_ns()
         self._asleep.update((name, Sleeper(stream, None, now_ns)) for name, stream in streams.items())
 
@@ -353,7 +353,7 @@ class Hibernation(Mapping[str, Sleeper]):
         """Read states without waking anybody.
 
         Returns:
-            By name, of those of these streams that hibernate: why it could not be read, the next seq, and the state,
+            By name, for those of these streams that hibernate: the code of a failure, the next seq, and the state,
             uint8 [row_bytes].
         """
         found: dict[str, tuple[Sleeper, tuple[Code | None, int, U8]]] = {}
@@ -419,7 +419,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return [name for name in old if name not in self._busy]
 
     async def _expire(self, names: list[str]) -> None:
-        """End streams; clients that ask for them later are told that they expired."""
+        """End streams; later requests for them get EXPIRED."""
         names = [name for name in names if name in self._asleep and name not in self._busy]  # a moment has passed
         if not names:
             return
@@ -441,7 +441,7 @@ class Hibernation(Mapping[str, Sleeper]):
             have: by name, the seq before which the owner has every output or does without.
 
         Returns:
-            By name, of those that hibernated: why it was not closed, and the final state, uint8 [row_bytes].
+            By name, for those that hibernated: the code of a refusal and the final state, uint8 [row_bytes].
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
@@ -459,7 +459,7 @@ class Hibernation(Mapping[str, Sleeper]):
     async def _end(
         self, sleepers: Mapping[str, Sleeper], reason: str, kind: EventKind, have: Mapping[str, int] | None = None
     ) -> tuple[list[OpenStream], dict[str, Code]]:
-        """Those that were ended, and by name why others were not."""
+        """End streams; return those that were ended, and codes by name of the others."""
         await self._journal.committed(self._newest_lsn)
         streams, refused = await self._load_all(sleepers)
         if have is not None:

@@ -35,7 +35,7 @@ _LOOK_EVERY: Final = 10
 
 
 class StreamOperations:
-    """Everything that happens to streams except frames."""
+    """All operations on streams except frames."""
 
     def __init__(
         self,
@@ -137,9 +137,9 @@ class StreamOperations:
     async def resume(self, origin: Origin, names: Names, have: U64, epochs: U64, take_over: bool) -> Grants:
         """Give streams to an origin.
 
-        The former owner's handles are fenced at once. The grant follows when nothing of the streams is pending, so
-        that frames which the new owner sends again are answered from the frame buffer. No claimant is told that a
-        stream has ended before that is as durable as an output would be: a crash could undo it.
+        The former owner's handles are fenced at once. The grant follows when nothing of the streams is pending, so that
+        frames which the new owner sends again are answered from the frame buffer. The end of a stream is reported once
+        it is as durable as an output, because a crash could undo it.
 
         Args:
             origin: the claimant.
@@ -327,7 +327,7 @@ class StreamOperations:
         self.evict(slots[~self._table.closing[slots]], Code.STATE_LOST)
 
     def expire(self, slots: I64) -> None:
-        """Evict parked streams, int64 [N]; clients that ask for them later are told that they expired."""
+        """Evict parked streams, int64 [N]; later requests for them get EXPIRED."""
         self._tombstones.add(map(self._table.name, slots.tolist()))
         self.evict(slots, Code.EXPIRED)
 
@@ -414,7 +414,7 @@ class Reaper:
             self._detaching.discard(origin.number)
 
     def tick(self, now_ns: int) -> None:
-        """Do what is due."""
+        """Do the work that is due."""
         if self._detaching:
             self._park(now_ns)
         self._evict_surplus()

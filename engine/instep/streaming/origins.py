@@ -71,7 +71,7 @@ class Origins:
         ]
 
     def notify(self, owners: list[tuple[Origin, U64]], code: Code) -> None:
-        """Tell owners, as `owners` gave them, what has become of their streams."""
+        """Notify owners, as `owners` gave them, of a change of their streams."""
         for owner, handles in owners:
             if self.is_connected(owner):
                 owner.notify(StreamEvent(code, handles))

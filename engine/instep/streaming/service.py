@@ -1,4 +1,4 @@
-"""One model that is served: its engine, and everything that looks after the streams there."""
+"""One served model: its engine, and all that manages its streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Recovery:
     """The result of continuing a recording."""
 
     streams: int
-    """Streams that are open again, until somebody resumes them: parked, or hibernated."""
+    """The count of reopened streams, parked or hibernating until they are resumed."""
     frames: int
     """Frames that were stepped again."""
     seconds: float
@@ -53,7 +53,7 @@ class Recovery:
     hibernated: dict[str, int]
     """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
     checkpoint_position: int
-    """Up to here, the recovery read only the rows that still count; 0 where it read all of them."""
+    """Up to this position, the recovery read only rows that still count; 0 if it read all rows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,15 +85,15 @@ class ModelService:
     """The model's."""
     recorder: Recorder | None = None
     recovery: Recovery | None = None
-    """How it continued an older recording, where there was one."""
+    """The recovery of an older recording, if there was one."""
     verification: Verification | None = None
     """Findings of the process that checks the recording meanwhile, where there is to be one."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
-    """When the server began that serves it, on the monotonic clock."""
+    """The start of the server, on the monotonic clock."""
     is_former: bool = False
     """Whether another version has replaced it, and it ends with its last connection."""
     leaves: str = ""
-    """Why it takes nothing new, where the server goes on without it."""
+    """The reason for refusing everything new, if the server continues without this model."""
     history: History = field(init=False)
     """The last ten minutes."""
     _logged: dict[Code, int] = field(default_factory=dict)
@@ -128,13 +128,13 @@ class ModelService:
         self.engine.draining, self.leaves = True, leaves
 
     def end_streams(self) -> None:
-        """Begin to end all streams, unless a recording keeps them; their owners are told."""
+        """Begin to end all streams, unless a recording keeps them, and notify their owners."""
         if not self.engine.journal.is_recording:
             slots = self.engine.table.open_slots()
             self.operations.evict(slots[~self.engine.table.closing[slots]], Code.UNLOADED)
 
     def tick(self, now_ns: int) -> None:
-        """Do what is due now and then."""
+        """Do periodic work."""
         self.reaper.tick(now_ns)
         self.checkpoints.take_if_due()
         if self.history.sample(now_ns):
@@ -148,7 +148,7 @@ class ModelService:
         self._logged = refusals
 
     def numbers(self) -> dict[str, float]:
-        """Everything that can be counted, by name; `recent_` is the newest row of the history."""
+        """All numbers by name; `recent_` is the newest row of the history."""
         return self._counted() | {f"recent_{name}": value for name, value in self.history.newest().items()}
 
     def _counted(self) -> dict[str, float]:

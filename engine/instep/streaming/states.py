@@ -36,15 +36,15 @@ class StreamStates:
         self._at_once = at_once
         self._numbers = count(1)
         self._turns: dict[int, set[int]] = {}
-        """Numbers of those who have streams or wait for them, each with all that it waits for."""
+        """Numbers of waiters, each with the ones it waits for."""
         self._newest: I64 = np.zeros(len(engine.table.owner), np.int64)
-        """By slot: the number of who wanted it last."""
+        """By slot, the number of the last waiter."""
 
     @asynccontextmanager
     async def settled(self, slots: I64) -> AsyncIterator[None]:
         """While the block runs, these streams are in no run and begin none, and nobody else reads or writes them.
 
-        Those who want the same streams get their turns in the order in which they asked.
+        Waiters for the same streams get their turns in order.
         """
         packed, number = self._engine.packed, next(self._numbers)
         earlier = self._turns.keys() & set(np.unique(self._newest[slots]).tolist())
@@ -176,7 +176,7 @@ class Checkpoints:
         self.is_under_way = False
         """Until the recording holds it."""
         self.taken_ns = time.monotonic_ns()
-        """When the newest one began that was complete; before the first one, when the service was made."""
+        """The beginning of the newest complete checkpoint, or of the service before the first one."""
 
     def take_if_due(self) -> None:
         """Begin one if a restart would have to replay for longer than the target, or the recording is to be trimmed."""

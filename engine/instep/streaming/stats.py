@@ -62,7 +62,7 @@ class EngineStats:
     commit_us: I64 = field(default_factory=new_histogram)
     """Microseconds that transactions of the recording took; the recorder's thread adds them."""
     batch_size: I64 = field(default_factory=new_histogram)
-    """Streams of a batch, less one; see `add_steps`."""
+    """Streams of a batch minus one; see `add_steps`."""
 
     def stepped(self, streams: int, steps: int, step_ns: int) -> None:
         """A run ended: its streams, its steps, and the nanoseconds of each step."""
@@ -86,12 +86,12 @@ class EngineStats:
         self.refused[0] = 0
 
     def evicted(self, reason: str, streams: int) -> None:
-        """Streams were evicted for this reason."""
+        """Count evicted streams by reason."""
         self.evicted_streams_total += streams
         self.evicted_by_reason[reason] = self.evicted_by_reason.get(reason, 0) + streams
 
     def values(self) -> dict[str, float]:
-        """Everything by name; quantiles are exact to an eighth."""
+        """All numbers by name; quantiles are accurate to an eighth."""
         values: dict[str, float] = {
             name: float(getattr(self, name)) for name in self.__slots__ if name.endswith("_total")
         }
@@ -155,10 +155,10 @@ COLUMNS: Final = ("time_s", *_RATES, *_MEANS, *_QUANTILES, *_SPLIT, *_GAUGES)
 
 
 class History:
-    """A ring of rows. `time_s` is Unix time (UTC); what is said of latencies is of ten seconds, everything else of one.
+    """A ring of rows. `time_s` is Unix time (UTC); latencies cover ten seconds, everything else one.
 
     Args:
-        read: the present counters and gauges, by name; what is missing counts as 0.
+        read: the present counters and gauges, by name; missing ones count as 0.
         histograms: those whose quantiles are kept (`core.histogram`), by name.
     """
 
@@ -225,7 +225,7 @@ class History:
 
 
 def _split(histograms: Mapping[str, I64]) -> tuple[float, float, float, float]:
-    """The columns of `_SPLIT`; what is neither waiting nor sending was computing."""
+    """The columns of `_SPLIT`; time that is neither waiting nor sending is computing."""
     if "latency_us" not in histograms or not (answered := int(histograms["latency_us"][:ENTRIES].sum())):
         return 0.0, 0.0, 0.0, 0.0
     latency, queue, send = (
@@ -256,10 +256,9 @@ EventKind: TypeAlias = Literal[
 
 
 class Event(NamedTuple):
-    """One thing that happened."""
+    """An event of streams."""
 
     number: int
-    """From 1; every event has the next one."""
     time_s: float
     """Unix time, UTC."""
     kind: EventKind
@@ -290,7 +289,7 @@ class EventLog:
         """The number of the newest event; 0 where there is none."""
 
     def add(self, kind: EventKind, stream: str = "", detail: str = "", seq: int | None = None) -> None:
-        """Something has happened now."""
+        """Add an event at the present time."""
         self._append(kind, [stream], detail, [seq])
 
     def add_all(self, kind: EventKind, streams: Sequence[str], detail: str = "", seqs: I64 | None = None) -> None:

@@ -32,7 +32,7 @@ async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
 class Tasks:
     """Starts coroutines in order; each runs up to its first wait before the loop continues.
 
-    `on_bug` is told of an exception that a coroutine raised: clients may be waiting for its result.
+    `on_bug` gets an exception that a coroutine raised, because clients may be waiting for its result.
     """
 
     def __init__(self, on_bug: Callable[[BaseException], None]) -> None:
@@ -102,7 +102,7 @@ class Waiters:
                 self._count -= 1
 
     def check(self) -> None:
-        """Something has changed."""
+        """Check the predicates after a change."""
         if not self._waiting:
             return
         still_waiting = []

@@ -21,7 +21,7 @@ class WrongFrame:
     stream: str
     seq: int
     position: int
-    """Of its batch, in the recording."""
+    """The position of its batch in the recording."""
     expected: list[float | str]
     """The output as computed again, values that are not finite as text; empty where the frame is out of order."""
     got: list[float | str]
@@ -38,11 +38,10 @@ class Verification:
     reason: str = ""
     """Why it is off, or the recording cannot be read for the time being."""
     pid: int | None = None
-    """Of the process that checks."""
     frames_total: int = 0
     """Frames that were compared."""
     mismatches_total: int = 0
-    """Streams of which a frame did not match; each is followed no further."""
+    """Streams with a frame that did not match; each counts once."""
     skipped: int = 0
     """Recorded frames that were not compared."""
     has_trimmed: bool = False
@@ -51,9 +50,9 @@ class Verification:
     """The last one."""
     reported_lag_s: float = 0.0
     reported_s: float = 0.0
-    """When the lag was last reported, of the monotonic clock; 0 before the first report."""
+    """The monotonic time of the last report of the lag; 0 before the first."""
     began_s: float = 0.0
-    """When the first process began, of that clock."""
+    """The monotonic time at which the first process began."""
 
     @property
     def _silent_s(self) -> float:
@@ -72,7 +71,7 @@ class Verification:
 
     @property
     def is_late(self) -> bool:
-        """Whether what is served now is checked much later."""
+        """Whether checking is far behind serving."""
         return not self.is_off and self.lag_s >= _LATE_S
 
     @property
@@ -99,7 +98,7 @@ class Verification:
         }
 
     def numbers(self) -> dict[str, float]:
-        """Everything that can be counted, by name."""
+        """All numbers by name."""
         return {
             "verified_frames_total": float(self.frames_total),
             "verify_mismatches_total": float(self.mismatches_total),
