@@ -94,7 +94,7 @@ def test_a_closed_loop_has_nothing_that_is_due() -> None:
 
 
 def test_loads_are_described_as_they_were_asked_for() -> None:
-    asked = ("--rate", "50", "--duration", "0.003m", "--block", "3", "--processes", "2")
+    asked = ("--rate", "50", "--duration", "0.18", "--block", "3", "--processes", "2")
     with FakeServer() as server:
         result = run(*SHORT, *asked, "--json", "-e", server.endpoint)
         assert server.rules.names == {}
@@ -107,8 +107,7 @@ def test_loads_are_described_as_they_were_asked_for() -> None:
     ("arguments", "named"),
     [
         (["--report", "absent/p.html"], "absent/p.html"),
-        (["--duration", "10 days"], "10 days"),
-        (["--duration", "0s"], "--duration"),
+        (["--duration", "0"], "--duration"),
         (["--streams", "1", "--processes", "2"], "2 processes"),
         (["--streams", "200000"], "100000"),
         (["--streams", "200000", "--slo-ms", "5"], "100000"),
@@ -164,7 +163,7 @@ def test_a_server_that_is_restarted_in_the_middle_costs_no_frame() -> None:
         return rules.handle(peer, frames)
 
     with FakeServer(handle=restart_once) as server:
-        result = run(*SHORT, "--connections", "2", "--duration", "2s", "--json", "-e", server.endpoint)
+        result = run(*SHORT, "--connections", "2", "--duration", "2", "--json", "-e", server.endpoint)
     assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
     assert json.loads(result.stdout)["unanswered_frames"] == 0
 
