@@ -169,10 +169,11 @@ class LoadResult:
 
     def latency_rows(self) -> list[tuple[str, list[str]]]:
         """The latency and its parts: names, and percentiles in milliseconds."""
-        rows = self.latencies
+        titles = dict(ROWS)
         if self.plan.rate_hz is None:  # nothing is due, so nothing is late
-            rows = {name: rows[name] for name in rows if name not in ("late_us", "own_us")}
-        return [(ROWS[name], [three_digits(each / 1000) for each in levels.values()]) for name, levels in rows.items()]
+            titles["latency_us"] = "latency, from when it was sent"
+            del titles["late_us"], titles["own_us"]
+        return [(titles[name], [three_digits(us / 1000) for us in self.latencies[name].values()]) for name in titles]
 
     def as_json(self) -> dict[str, Any]:
         """The result as JSON values; latencies in microseconds."""

@@ -12,7 +12,6 @@ from matplotlib.ticker import PercentFormatter
 
 from instep.core.typing import F32, I32
 from instep.demo.producers import SPEAKERS, Heard, right_after
-from instep_tools.pictures import save
 
 BLUE: Final = "#2b6cb0"
 RED: Final = "#c53030"
@@ -46,7 +45,7 @@ def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:
     latency.hist(latency_ms, np.geomspace(latency_ms.min() * 0.99, latency_ms.max() * 1.01, 60).tolist(), color=BLUE)
     latency.set(xscale="log", xlabel="ms from the time a frame was due to its output", ylabel="frames")
     latency.set_title(f"Latency of all {len(latency_ms):,} frames")
-    save(figure, path, ".png")
+    figure.savefig(path, dpi=110)
 
 
 def _settling(axes: Axes, outputs: F32, speaker: int) -> None:

@@ -91,7 +91,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
             draw(heard, utterances.speakers, picture, f"{len(producers)} recordings of nine speakers, frame by frame")
             if keep:
                 say(console, f"dashboard: {said.get('http', 'none, because another program uses its port')}")
-                say(console, f"in a terminal: {program()}-client top {server.endpoint}")
+                say(console, f"in a terminal: {program()}-client top -e {server.endpoint}")
                 say(console, "streaming the same recordings again and again; Ctrl-C ends it, and verifies them all")
                 is_streamed = True
                 while True:
