@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from instep_tools.machine import machine, machine_line, versions_line
-from instep_tools.problems import BadFile, check_drawable, write_file
+from instep_tools.problems import BadFile, check_writable, write_file
 from instep_tools.words import printable
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def check_report_path(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadFile(f"a report is an HTML page, so its name must end in .html, and {path} does not")
-    check_drawable(path, "a report")
+    check_writable(path)
     if shutil.disk_usage(path.parent).free < LARGEST_BYTES:
         raise BadFile(f"{path} cannot be written: the disk is full")
 

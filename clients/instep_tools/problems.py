@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import Final
@@ -68,20 +67,6 @@ def check_writable(path: Path) -> None:
 def is_special(path: Path) -> bool:
     """Whether it is a pipe or a device, which can only be written to and not be replaced."""
     return os.path.exists(path) and not os.path.isfile(path)
-
-
-def check_drawable(path: Path, what: str) -> None:
-    """Find out before the work whether `what`, which has pictures, can be drawn and written there.
-
-    Raises:
-        BadFile: when it cannot.
-    """
-    if find_spec("matplotlib") is None:
-        raise BadFile(
-            f"{what} needs the package 'matplotlib', which is not installed: "
-            'pip install "instep[cli]", or pip install -e ".[cli]" in a checkout'
-        )
-    check_writable(path)
 
 
 @contextmanager

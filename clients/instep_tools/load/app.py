@@ -117,6 +117,7 @@ class LoadTest:
             CommandProblem: the load does not fit the server, or the page cannot be written.
         """
         if self.report is not None:
+            import instep_tools.load.page  # noqa: F401  # name a missing library before the work
             from instep_tools.page import check_report_path
 
             check_report_path(self.report)
