@@ -26,7 +26,7 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("typer", "rich", "jinja2", "matplotlib", "safetensors"):
+        if package not in ("typer", "rich", "jinja2", "matplotlib", "pyarrow", "safetensors"):
             raise
         sys.stderr.write(f"instep-client needs the package {package!r}, which is not installed: ")
         sys.stderr.write('pip install "instep[cli]", or pip install -e ".[cli]" in a checkout\n')

@@ -51,8 +51,6 @@ class Plan:
     sequences: RecordedSequences
     cohorts: tuple[Rows, ...]
     """Which sequences each cohort opens."""
-    at_once: int
-    """The most streams open at the same time."""
     sends: Iterator[Send]
     """Sorted by `due_s`; a cohort is opened before its first send and closed after its last."""
 
@@ -98,7 +96,7 @@ def plan_waves(
                 yield Send(due_s, cohort, rows, starts[rows] + steps[:, None], is_last)
             begin += longest
 
-    return Plan(sequences, cohorts, max(len(members) for members in cohorts), sends())
+    return Plan(sequences, cohorts, sends())
 
 
 def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
@@ -106,10 +104,8 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
     times_ns = sequences.times_ns
     if times_ns is None:
         raise ValueError("the sequences have no times")
-    starts, ends = sequences.starts, np.cumsum(sequences.lengths)
-    begin_ns = times_ns.min()
-    times_s: F64 = (times_ns - begin_ns) / 1e9
-    cohorts = _opened_together(times_s[starts], OPEN_TOGETHER_S * speed)
+    times_s: F64 = (times_ns - times_ns.min()) / 1e9
+    cohorts = _opened_together(times_s[sequences.starts], OPEN_TOGETHER_S * speed)
     cohort_of = np.empty(len(sequences), np.intp)
     place_of = np.empty(len(sequences), np.intp)
     for cohort, members in enumerate(cohorts):
@@ -126,10 +122,7 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
             due_s = float(times_s[flat[0]]) / speed
             yield Send(due_s, cohort, rows, flat[None, :], left[cohort] == 0)
 
-    first_s = np.array([times_s[starts[members]].min() for members in cohorts])
-    last_s = np.array([times_s[ends[members] - 1].max() for members in cohorts])
-    at_once = most_at_once(first_s, last_s, np.array([len(members) for members in cohorts]))
-    return Plan(sequences, cohorts, at_once, sends())
+    return Plan(sequences, cohorts, sends())
 
 
 def make_plan(
@@ -145,7 +138,7 @@ def make_plan(
         file: for what errors say.
 
     Raises:
-        CommandProblem: when there are no times to keep, or more streams would be open than the server takes.
+        CommandProblem: when there are no times to keep.
     """
     timed = rate_hz is not None or sequences.times_ns is not None
     if speed is not None and math.isfinite(speed) and not timed:
@@ -155,13 +148,7 @@ def make_plan(
         return plan_waves(sequences, info.max_streams, min(info.max_block_frames, info.credit_frames))
     if rate_hz is not None:
         return plan_waves(sequences, info.max_streams, 1, rate_hz * speed)
-    plan = plan_timed(sequences, speed)
-    if plan.at_once > info.max_streams:
-        raise CommandProblem(
-            f"{file} has {plan.at_once} streams open at once, the server keeps {info.max_streams}: "
-            "choose some with --only, or use --speed max"
-        )
-    return plan
+    return plan_timed(sequences, speed)
 
 
 def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
@@ -213,10 +200,3 @@ def _same_moment(times_s: F64, sequence_of: Rows, cohort_of: Rows) -> Iterator[I
             once.sort()
             yield flat[once]
             flat = np.delete(flat, once)
-
-
-def most_at_once(begins: F64, ends: F64, sizes: I64) -> int:
-    """The largest sum of sizes between beginning and end, both included; all [N]."""
-    by_begin, by_end = np.argsort(begins), np.argsort(ends)
-    begun, ended = np.cumsum(sizes[by_begin]), np.cumsum([0, *sizes[by_end]])
-    return int((begun - ended[np.searchsorted(ends[by_end], begins[by_begin])]).max())

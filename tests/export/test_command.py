@@ -123,15 +123,6 @@ def test_a_file_that_is_made_at_the_last_moment_is_not_written_over(
     assert names(written.path.parent) == {"a.rec", "a.csv"}
 
 
-def test_a_library_that_is_missing(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    status, text = export(written.path, "parquet")
-    assert status == 2
-    assert 'pip install "instep[export]"' in text
-    assert len(text.splitlines()) == 1
-    assert names(written.path.parent) == {"a.rec"}
-
-
 @pytest.fixture(params=WRITERS)
 def format(request: pytest.FixtureRequest) -> Format:
     found: Format = request.param

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, most_at_once, plan_timed, plan_waves
+from instep_tools.plan import COHORT_STREAMS, OPEN_TOGETHER_S, Plan, cuts, plan_timed, plan_waves
 from instep_tools.sequences import RecordedSequences
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -27,8 +27,8 @@ def sequences(lengths: list[int], times_s: list[float] | None = None) -> Recorde
     )
 
 
-def carried_out(plan: Plan) -> dict[int, list[int]]:
-    """The frames that each sequence sends, in order, after checking what holds for every plan."""
+def carried_out(plan: Plan) -> tuple[dict[int, list[int]], int]:
+    """The frames that each sequence sends, in order, and the most streams open at once."""
     sent: dict[int, list[int]] = defaultdict(list)
     due_s = 0.0
     closed: set[int] = set()
@@ -48,8 +48,7 @@ def carried_out(plan: Plan) -> dict[int, list[int]]:
             closed.add(send.cohort)
             del open_now[send.cohort]
     assert closed == set(range(len(plan.cohorts)))
-    assert most <= plan.at_once
-    return sent
+    return sent, most
 
 
 def all_in_order(of: RecordedSequences) -> dict[int, list[int]]:
@@ -63,8 +62,9 @@ def test_fast_plans_send_all_in_order_within_the_limits(lengths: list[int], max_
     sends = list(plan.sends)
     assert all(send.flat.size <= max_frames or len(send.flat) == 1 for send in sends)
     assert all(send.due_s == 0 for send in sends)
-    assert plan.at_once <= max_streams
-    assert carried_out(Plan(of, plan.cohorts, plan.at_once, iter(sends))) == all_in_order(of)
+    sent, most = carried_out(Plan(of, plan.cohorts, iter(sends)))
+    assert sent == all_in_order(of)
+    assert most <= max_streams
 
 
 def test_fast_plans_use_few_blocks() -> None:
@@ -80,8 +80,9 @@ def test_a_rate_gives_every_stream_a_frame_a_period(lengths: list[int], max_stre
     of = sequences(lengths)
     plan = plan_waves(of, max_streams, 1, rate_hz=50.0)
     sends = list(plan.sends)
-    assert carried_out(Plan(of, plan.cohorts, plan.at_once, iter(sends))) == all_in_order(of)
-    assert plan.at_once <= max_streams
+    sent, most = carried_out(Plan(of, plan.cohorts, iter(sends)))
+    assert sent == all_in_order(of)
+    assert most <= max_streams
     dues: dict[int, list[float]] = defaultdict(list)
     for send in sends:
         for row in send.rows:
@@ -109,7 +110,7 @@ def test_timed_plans_keep_the_times_and_the_order(ticks: list[list[int]], speed:
     of = sequences([len(stream) for stream in ticks], times_s)
     plan = plan_timed(of, speed)
     sends = list(plan.sends)
-    assert carried_out(Plan(of, plan.cohorts, plan.at_once, iter(sends))) == all_in_order(of)
+    assert carried_out(Plan(of, plan.cohorts, iter(sends)))[0] == all_in_order(of)
     for send in sends:
         assert send.flat.shape[0] == 1
         np.testing.assert_allclose([(times_s[flat] - min(times_s)) / speed for flat in send.flat[0]], send.due_s)
@@ -126,13 +127,7 @@ def test_streams_that_open_later_are_opened_later() -> None:
     of = sequences([1, 1, 1], [2 * late, 0.0, 0.1])
     plan = plan_timed(of, 1.0)
     assert [cohort.tolist() for cohort in plan.cohorts] == [[1, 2], [0]]
-    assert plan.at_once == 2
     assert plan_timed(of, 4.0).cohorts[0].tolist() == [1, 2, 0]
-
-
-def test_how_many_are_open_at_once() -> None:
-    of = sequences([2, 2, 2], [0, 10, 5, 6, 20, 30])
-    assert plan_timed(of, 1.0).at_once == 2
 
 
 def test_without_times_there_is_nothing_to_keep() -> None:
@@ -143,18 +138,3 @@ def test_without_times_there_is_nothing_to_keep() -> None:
 def test_cuts_keep_to_the_shortest_stream_and_the_largest_block() -> None:
     found = [(steps.tolist(), rows.tolist()) for steps, rows in cuts(np.array([5, 9]), max_frames=6)]
     assert found == [([0, 1, 2], [0, 1]), ([3, 4], [0, 1]), ([5, 6, 7, 8], [1])]
-
-
-@pytest.mark.parametrize(
-    ("spans", "most"),
-    [
-        ([(0.0, 1.0)], 1),
-        ([(0.0, 1.0), (2.0, 3.0)], 1),
-        ([(0.0, 1.0), (1.0, 3.0)], 2),
-        ([(0.0, 9.0), (1.0, 2.0), (3.0, 4.0), (3.5, 5.0)], 3),
-    ],
-)
-def test_most_at_once(spans: list[tuple[float, float]], most: int) -> None:
-    begins, ends = np.transpose(spans)
-    assert most_at_once(begins, ends, np.ones(len(spans), np.int64)) == most
-    assert most_at_once(begins, ends, np.full(len(spans), 3)) == 3 * most

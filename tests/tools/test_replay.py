@@ -403,12 +403,6 @@ async def test_what_cannot_be_is_told(
     assert run.server.rules.names == {}
 
 
-async def test_more_streams_at_once_than_the_server_keeps(tmp_path: Path, recorded: RecordedSequences) -> None:
-    save_table(tmp_path / "r.npz", replace(recorded, times_ns=np.zeros(14, np.int64)))
-    with pytest.raises(CommandProblem, match="has 4 streams open at once, the server keeps 3"):
-        await Run(info=info_with(max_streams=3))(tmp_path / "r.npz")
-
-
 async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: RecordedSequences) -> None:
     save_table(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
     assert await Run()(tmp_path / "r.npz") == Exit.OK

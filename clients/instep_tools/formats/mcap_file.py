@@ -12,6 +12,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from instep_tools.formats.columns import Choice, Roles, find_roles
 from instep_tools.formats.grouping import Columns
-from instep_tools.formats.table import TableHeader, TableRows, json_numbers, optional_libraries
+from instep_tools.formats.table import TableHeader, TableRows, json_numbers
 from instep_tools.problems import BadFile, CommandProblem
 
 MOST_CHANNELS: Final = 2**16 - 1
@@ -30,16 +31,26 @@ _SCHEMA: Final = {"type": "object", "properties": {"seq": {"type": "integer"}, "
 _LOW_32_BITS: Final = 2**32 - 1
 
 
+def check_installed() -> None:
+    """Raise CommandProblem where the packages for MCAP are not installed."""
+    for package in ("mcap", "mcap_protobuf", "mcap_ros2"):
+        if find_spec(package) is None:
+            raise CommandProblem(
+                f"MCAP needs the package {package!r}, which is not installed: "
+                'pip install "instep[export]", or pip install -e ".[export]" in a checkout'
+            )
+
+
 def read_mcap(path: Path, choice: Choice) -> tuple[Columns, Roles, TableHeader]:
     """The messages of each topic as the rows of a stream, in order of log time, which is also the frames' time.
 
     The columns are the numbers of a message: `angular_velocity.x`, `data2`.
     """
-    with optional_libraries("MCAP"):
-        from mcap.decoder import DecoderFactory
-        from mcap.reader import make_reader
-        from mcap_protobuf.decoder import DecoderFactory as ProtobufDecoders
-        from mcap_ros2.decoder import DecoderFactory as Ros2Decoders
+    check_installed()
+    from mcap.decoder import DecoderFactory
+    from mcap.reader import make_reader
+    from mcap_protobuf.decoder import DecoderFactory as ProtobufDecoders
+    from mcap_ros2.decoder import DecoderFactory as Ros2Decoders
 
     class JsonDecoders(DecoderFactory):
         def decoder_for(self, message_encoding: str, schema: object) -> Any:
@@ -95,8 +106,8 @@ class McapWriter:
     """Writes the table as messages."""
 
     def __init__(self, file: BinaryIO, header: TableHeader) -> None:
-        with optional_libraries("MCAP"):
-            from mcap.writer import Writer
+        from mcap.writer import Writer
+
         self._writer = Writer(file)
         self._writer.start()
         self._writer.add_metadata(METADATA, header.metadata)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from instep_tools.formats.columns import Choice, Roles, column_names, find_roles, input_columns, output_columns
 from instep_tools.formats.grouping import CHOOSE, Columns, sequences_of
 from instep_tools.formats.mcap_file import read_mcap
-from instep_tools.formats.table import StartState, TableHeader, optional_libraries
+from instep_tools.formats.table import StartState, TableHeader
 from instep_tools.problems import BadFile, CommandProblem, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 
@@ -167,8 +167,8 @@ def _end_to_end(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, np
 
 
 def _read_parquet(path: Path, choice: Choice) -> Table:
-    with optional_libraries("Parquet"):
-        from pyarrow import parquet
+    from pyarrow import parquet
+
     with parquet.ParquetFile(path) as file:
         own = {key.decode(): text.decode() for key, text in (file.schema_arrow.metadata or {}).items()}
         prefix = "instep."
@@ -198,9 +198,9 @@ def _read_json(path: Path, choice: Choice) -> Table:
 
 def _read_text(path: Path, choice: Choice) -> Table:
     """Numbers separated by commas, semicolons, tabs or spaces, with or without a line of names."""
-    with optional_libraries("text"):
-        import pyarrow as pa
-        from pyarrow import csv as arrow_csv
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     lines = enumerate(io.BytesIO(data))
     skipped, first = next(((at, line) for at, line in lines if line.strip() and line[:1] != b"#"), (0, b""))

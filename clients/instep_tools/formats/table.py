@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, Final
@@ -15,7 +14,6 @@ import numpy.typing as npt
 
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import F32
-from instep_tools.problems import CommandProblem
 from instep_tools.sequences import I64
 
 CHUNK_FRAMES: Final = 65_536
@@ -112,19 +110,3 @@ class TableRows:
 def json_numbers(values: F32) -> str:
     """A JSON list with the fewest digits that give every float32 back, and null for what is not finite."""
     return f"[{', '.join(str(value) if np.isfinite(value) else 'null' for value in values)}]"
-
-
-@contextmanager
-def optional_libraries(format: str) -> Iterator[None]:
-    """Import inside what only this format needs.
-
-    Raises:
-        CommandProblem: when it is not installed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise CommandProblem(
-            f"{format} needs the package {error.name or error}, which is not installed: "
-            'pip install "instep[export]", or pip install -e ".[export]" in a checkout; or use npz'
-        ) from error

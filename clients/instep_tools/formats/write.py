@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, Protocol, TypeAlias
 
@@ -15,14 +14,13 @@ import numpy as np
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.states import state_rows
 from instep_tools.formats.columns import input_columns, output_columns
-from instep_tools.formats.mcap_file import McapWriter
+from instep_tools.formats.mcap_file import McapWriter, check_installed
 from instep_tools.formats.table import (
     CHUNK_FRAMES,
     StartState,
     TableHeader,
     TableRows,
     about_model,
-    optional_libraries,
 )
 from instep_tools.problems import BadFile, check_writable, reads_or_writes, written_aside
 from instep_tools.sequences import RecordedSequences
@@ -101,7 +99,6 @@ WRITERS: Final[dict[Format, Callable[[BinaryIO, TableHeader], TableWriter]]] = {
     "npz": NpzWriter,
     "mcap": McapWriter,
 }
-_LIBRARIES: Final[dict[Format, str]] = {"parquet": "pyarrow", "csv": "pyarrow", "mcap": "mcap"}
 
 
 def check_output_path(path: Path) -> Format:
@@ -113,9 +110,8 @@ def check_output_path(path: Path) -> Format:
     kind = next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
     if kind is None:
         raise BadFile(f"cannot tell from the name {path} how to save: it must end in .csv, .npz, .parquet or .mcap")
-    if kind in _LIBRARIES:
-        with optional_libraries(path.suffix):
-            import_module(_LIBRARIES[kind])
+    if kind == "mcap":
+        check_installed()
     check_writable(path)
     return kind
 
