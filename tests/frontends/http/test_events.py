@@ -33,22 +33,19 @@ async def read(answer: httpx.Response) -> AsyncIterator[tuple[str, str, Any]]:
             yield kind, number, json.loads(value)
 
 
-async def test_statistics_come_every_second_and_are_the_same_for_everybody() -> None:
+async def test_statistics_come_every_second() -> None:
     async with administered() as (server, http), AsyncClient(server.endpoint) as client:
         await (await client.open("s")).step(np.zeros((3, F)))
-        async with http.stream("GET", "/api/events") as one, http.stream("GET", "/api/events") as other:
-            assert one.headers["content-type"].startswith("text/event-stream")
-            told: list[list[Any]] = [[], []]
-            for listener, answer in zip(told, (one, other), strict=True):
-                async for kind, _, data in read(answer):
-                    assert kind == "stats"
-                    listener.append(data)
-                    if len(listener) == 3:
-                        break
-            assert told[0][-1] in told[1]
-            assert told[0][-1]["models"][0]["numbers"]["frames_total"] == 3
-            steps = np.diff([data["time_s"] for data in told[0]])
-            assert (steps > 0.5).all()
+        async with http.stream("GET", "/api/events") as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            told: list[Any] = []
+            async for kind, _, data in read(answer):
+                assert kind == "stats"
+                told.append(data)
+                if len(told) == 3:
+                    break
+            assert told[-1]["models"][0]["numbers"]["frames_total"] == 3
+            assert (np.diff([data["time_s"] for data in told]) > 0.5).all()
 
 
 async def test_a_stream_that_is_looked_at_comes_with_them_until_it_is_closed() -> None:

@@ -22,7 +22,6 @@ from instep.frontends.http.metrics import exposition
 from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, Guard, cannot_listen
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
-from instep.streaming.tasks import Tasks
 
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
@@ -80,9 +79,8 @@ class AdminServer:
     ) -> None:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._tasks = Tasks(lambda error: log.error("bug in the admin server", exc_info=error))
         status, inspector = ServerStatus(subject), Inspector(subject)
-        self._events = Events(status, inspector, self._tasks)
+        self._events = Events(status, inspector)
         app = make_app(subject, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
@@ -101,7 +99,6 @@ class AdminServer:
     async def close(self) -> None:
         """End every connection; answers under way get a moment."""
         self._events.close()
-        self._tasks.cancel()
         await close_server(self._server, self._listener)
 
 
