@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -123,12 +120,8 @@ class LoadTest:
             check_report_path(self.report)
         async with connected(self.target, "loadtest", self.terminal, self.stop) as client:
             self._info = info = client.info
-        self.terminal.note(
-            f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}; from "
-            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-            f"instep {version('instep')}"
-        )
-        self.terminal.note(self.plan.sentence())
+        model = f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}"
+        self.terminal.note(f"{model}: {self.plan.sentence()}")
         return await (self._measure_once() if self.plan.slo_ms is None else self._search(self.plan.slo_ms))
 
     async def _measure_once(self) -> Exit:
@@ -196,8 +189,7 @@ class LoadTest:
             from instep_tools.page import write_page
 
             try:
-                asked = self.plan.sentence()
-                page = load_page(self.target.endpoint, self._info, best, search, sentence, ending, asked)
+                page = load_page(self.target.endpoint, self._info, self.plan, best, search, sentence, ending)
                 write_page(self.report, page)
                 summary += f"; report in {self.report}"
             except BadFile as error:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from instep_client.protocol.wire import ServerInfo
+from instep_tools.load.plan import LoadPlan
 from instep_tools.load.result import (
     PERCENTILES,
     ROWS,
@@ -49,20 +50,20 @@ VERDICTS: Final[dict[Verdict, tuple[str, str, Tone]]] = {
 def load_page(
     endpoint: str,
     info: ServerInfo,
+    plan: LoadPlan,
     best: LoadResult | None,
     search: Search | None,
     sentence: str,
     ending: Exit,
-    asked: str,
 ) -> Page:
     """The page of one load, or of a search.
 
-    `best` is the load to show in full, if any; `sentence` is the summary on the terminal; `asked` describes the load
-    where there is none to show.
+    `best` is the load to show in full, if any, and `plan` the one to name where there is none. `sentence` is the
+    summary on the terminal.
     """
-    sections = [*([] if search is None else [_search(search)]), *([] if best is None else _sections(best))]
+    sections = [*([] if search is None else [_search(search)]), *([] if best is None else [_latency(best)])]
     server = Facts({"endpoint": endpoint, **{name: str(value) for name, value in server_as_json(info).items()}})
-    load = asked if best is None else best.plan.sentence()
+    load = (plan if best is None else best.plan).sentence()
     return Page(
         program="instep-client loadtest",
         title=f"{info.model}: {load}",
@@ -108,28 +109,12 @@ def _search(search: Search) -> PageSection:
     return PageSection("Search", [table, Chart(figure, caption)])
 
 
-def _sections(result: LoadResult) -> list[PageSection]:
+def _latency(result: LoadResult) -> PageSection:
     rows = [[title.strip(), *values] for title, values in result.latency_rows()]
     table = Table((f"milliseconds, n = {len(result.samples):,}", *PERCENTILES), rows, tuple(PERCENTILES))
     charts = [_over_time(result), _split(result)] if len(result.answered) else []
     parts: list[Part] = [table, *charts]
-    return [PageSection("Latency", parts), PageSection("Frames", [Facts(_facts(result))])]
-
-
-def _facts(result: LoadResult) -> dict[str, Cell]:
-    found = result.found
-    refused = ", ".join(f"{counted(frames, 'frame')} ({code})" for code, frames in found.refused.items())
-    facts: dict[str, Cell] = {
-        "measured for": f"{result.seconds:.1f} s",
-        "throughput": f"{result.frames_s:,.0f} frames/s, {result.answers_s:,.0f} answers/s",
-        "refused": Marked(refused, "bad") if refused else "none",
-    }
-    for frames, what in result.missing:
-        facts[what] = Marked(counted(frames, "frame"), "bad") if frames else "none"
-    facts["longest silence"] = f"{result.longest_silence_s:.2f} s"
-    if found.lost:
-        facts["ended by"] = Marked(found.lost, "bad")
-    return facts
+    return PageSection("Latency", parts)
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -72,21 +72,11 @@ class LoadResult:
         whole = not (self.found.stopped or self.found.lost)
         return self.plan.duration_s if whole else min(self.plan.duration_s, self.answered["at_s"].max(initial=0.0))
 
-    @cached_property
-    def in_time(self) -> SampleArray:
-        """The samples of blocks that were answered before the end."""
-        in_time: SampleArray = self.answered[self.answered["at_s"] <= self.seconds]
-        return in_time
-
     @property
     def frames_s(self) -> float:
         """Frames a second that were answered before the end."""
-        return float(self.in_time["frames"].sum()) / self.seconds if self.seconds else 0.0
-
-    @property
-    def answers_s(self) -> float:
-        """Blocks a second that were answered before the end."""
-        return len(self.in_time) / self.seconds if self.seconds else 0.0
+        in_time = self.answered["at_s"] <= self.seconds
+        return float(self.answered["frames"][in_time].sum()) / self.seconds if self.seconds else 0.0
 
     @cached_property
     def latencies(self) -> dict[str, Percentiles]:
@@ -135,7 +125,7 @@ class LoadResult:
     @property
     def longest_silence_s(self) -> float:
         """The longest time in which nothing was answered."""
-        at_s = np.sort(self.in_time["at_s"])
+        at_s = np.sort(np.minimum(self.answered["at_s"], self.seconds))
         return float(np.diff(at_s, prepend=0.0, append=self.plan.duration_s if self.found.lost else self.seconds).max())
 
     def sentence(self) -> str:
@@ -150,22 +140,18 @@ class LoadResult:
             p50_ms, p99_ms = (three_digits(latency[name] / 1000) for name in ("p50", "p99"))
             parts.append(
                 f"{int(self.answered['frames'].sum()):,} frames answered, {self.frames_s:,.0f} frames/s{due}, "
-                f"{self.answers_s:,.0f} answers/s, p50 {p50_ms} ms, p99 {p99_ms} ms"
+                f"p50 {p50_ms} ms, p99 {p99_ms} ms"
             )
         else:
             parts.append("nothing was answered" if len(self.samples) or found.refused else "nothing was measured")
-        for frames, what in (*((n, f"refused ({code})") for code, n in found.refused.items()), *self.missing):
+        refused = {f"refused ({code})": frames for code, frames in found.refused.items()}
+        for what, frames in (refused | {"unanswered": found.unanswered, "not sent": found.unsent}).items():
             if frames:
                 parts.append(f"{counted(frames, 'frame')} {what}")
         period_s = 1 / plan.rate_hz if plan.rate_hz else 0.0
         if len(self.answered) and not found.lost and self.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
             parts.append(f"nothing was answered for {self.longest_silence_s:.1f} s")
         return "; ".join(parts)
-
-    @property
-    def missing(self) -> list[tuple[int, str]]:
-        """Frames that have no answer, and why."""
-        return [(self.found.unanswered, "unanswered"), (self.found.unsent, "not sent")]
 
     def latency_rows(self) -> list[tuple[str, list[str]]]:
         """The latency and its parts: names, and percentiles in milliseconds."""
@@ -182,7 +168,6 @@ class LoadResult:
             "seconds": self.seconds,
             "samples": len(self.samples),
             "frames_per_second": self.frames_s,
-            "answers_per_second": self.answers_s,
             "latency_us": {name.removesuffix("_us"): finite(levels) for name, levels in self.latencies.items()},
             "refused_frames": dict(self.found.refused),
             "unanswered_frames": self.found.unanswered,
