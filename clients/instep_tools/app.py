@@ -26,7 +26,7 @@ from instep_tools.top import top
 
 app: Final = CommandLine(
     name="instep-client",
-    help="Send frames to an instep server, live, recorded or as a load test, and manage its streams.",
+    help="Send frames to an instep server, measure it, and manage its streams.",
 )
 
 app.add_typer(state_app, name="state")
@@ -66,13 +66,13 @@ Time = Annotated[
     str | None,
     typer.Option(metavar="COLUMN", help="The column of times, for --speed. (default: time, time_ns or time_s)"),
 ]
-Only = Annotated[str, typer.Option(metavar="PATTERN", help="Only streams whose names fit, as in 'mic-*'.")]
+Only = Annotated[str, typer.Option(metavar="PATTERN", help="Only streams whose names match, as in 'mic-*'.")]
 Speed = Annotated[
     float | None,
     typer.Option(
         parser=_speed,
         metavar="1|xN|max",
-        help="1: real time, xN: N times as fast, max: as fast as possible. "
+        help="1: in real time; xN: N times as fast; max: as fast as possible. "
         "Default: 1 where the times are known, else max.",
     ),
 ]
@@ -112,18 +112,17 @@ async def produce_command(
     ] = None,
     speed: Speed = None,
     rate: Annotated[float | None, typer.Option(metavar="HZ", callback=positive, help=RATE_HELP)] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Send at most this many frames of each stream.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="The most frames to send for each stream.")] = None,
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
 ) -> Exit:
-    """Stream frames live from lines or a file; print or save the outputs.
+    """Send frames live from lines or a file, and print or save the outputs.
 
-    Lines hold numbers separated by commas or white space, one frame a line. A bad line is named on stderr and costs its
-    stream this one frame; the exit status is 1 then. A file is read before the first frame is sent.
+    A line is one frame: numbers separated by commas or white space. A bad line is reported on stderr and skipped; the
+    exit status is 1 then. A file is read before the first frame is sent.
 
-    Every output is printed as a line of stream, seq and values, or as JSON with its frame. With --json only the result
-    of the command is printed. Sending stops when the server has ended all streams, as a restart without a recording
-    does.
+    Each output is printed as a line of stream, seq and values, or as JSON with its frame. With --json only the result
+    of the command is printed. Sending stops when the server has ended all streams.
     """
     what = Produce(
         target=target,
@@ -164,7 +163,7 @@ async def replay_command(
     save: Save = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the outputs with the file's, bit for bit.")] = False,
 ) -> Exit:
-    """Send recorded sequences again: in real time, N times as fast, or as fast as possible.
+    """Replay recorded sequences in real time, N times as fast, or as fast as possible.
 
     Each sequence is a new stream with its name in the file, or with a suffix where the server has a stream of that
     name.

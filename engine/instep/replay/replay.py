@@ -171,7 +171,7 @@ class Stretches:
         return len(self.lengths)
 
     def offsets(self) -> I64:
-        """Of each frame of each stretch, how many frames of the stretch come before it."""
+        """The index of each frame within its stretch."""
         offsets: I64 = np.arange(self.lengths.sum()) - np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
         return offsets
 
