@@ -33,10 +33,9 @@ class AsyncClient:
     Frames that many tasks send in the same turn of the event loop travel together.
 
     When the connection is lost, or the server is restarted, the client connects again, resumes its streams and sends
-    again what was not answered. Calls that wait just take longer: every frame is applied once, and every output comes
-    once and in order. Only what a person must decide is raised: that a stream has ended meanwhile (StreamEvicted), that
-    the server lost frames (DataLoss), that an opening is in doubt or that no server came back in time
-    (ConnectionFailed).
+    unanswered frames again. Calls that wait just take longer: every frame is applied once, and every output comes once
+    and in order. Exceptions leave decisions to the caller: a stream has ended meanwhile (StreamEvicted), the server
+    lost frames (DataLoss), an opening is in doubt or no server came back in time (ConnectionFailed).
     """
 
     def __init__(
@@ -52,13 +51,13 @@ class AsyncClient:
         """Nothing is sent before `connect` or `async with`.
 
         Args:
-            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; where None, what the environment
-                variable INSTEP_ENDPOINT says, else `tcp://127.0.0.1:5757`.
-            name: told to the server, which writes it to its log at level debug; may be empty.
-            timeout_s: how long a silent server is waited for, in seconds.
-            reconnect_s: how long to try for another connection when one is lost, in seconds; 0 for not at all.
-            model: the name of the model, where the server has several; where None, what the environment variable
-                INSTEP_MODEL says, else the server's default. A connection belongs to one model.
+            endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; None for $INSTEP_ENDPOINT, or else
+                `tcp://127.0.0.1:5757`.
+            name: for the server's log at level debug; may be empty.
+            timeout_s: seconds to wait for a silent server.
+            reconnect_s: seconds to try for another connection after one was lost; 0 for none.
+            model: the name of the model; None for $INSTEP_MODEL, or else the server's default. A connection belongs to
+                one model.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
 
         Raises:
@@ -93,7 +92,7 @@ class AsyncClient:
         await self._driver.start(self._wait)
 
     async def close(self, park: bool = False) -> None:
-        """Close the open streams and the connection; what waits fails with ClientClosed. May be called twice.
+        """Close the open streams and the connection; waiting calls fail with ClientClosed. May be called twice.
 
         With `park` the streams are left open: the server parks them as if the connection was lost, and for
         `info.park_s` seconds they can be resumed.
@@ -123,9 +122,9 @@ class AsyncClient:
             name: the stream's name.
             initial_state: before its first frame.
             first_seq: the seq of its first frame.
-            if_exists: what to do where a stream of this name is open or parked, as after a crash of its producer:
+            if_exists: the treatment of a stream of this name that is open or parked, as after a crash of its producer:
                 `error`; `resume` it, after all frames that were applied to it (`next_seq` tells), and in its own state;
-                or `replace` it, which closes it. The last two take it from whoever has it.
+                or `replace` it, which closes it. The last two take it from its owner.
 
         Raises:
             StreamRefused: when the server refuses it.
@@ -167,18 +166,18 @@ class AsyncClient:
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
         """Go on with a stream that is parked, or that another client has.
 
-        The stream goes on from `have`: the frames from there on are to be sent. Those that the server has applied are
-        answered as before, provided they are the same; it keeps the last `info.window_frames` outputs.
+        The stream continues from `have`: send the frames from there on. Frames that the server has applied are answered
+        as before if they are the same; it keeps the last `info.window_frames` outputs.
 
         Args:
             name: the stream's name.
-            have: outputs that the user holds, those of seqs below it; None: go on after all that were computed.
-            epoch: the number under which the user had the stream (`AsyncStream.epoch`).
-            take_over: take the stream whoever has it since, and go on from what the server holds of it, be that less.
+            have: outputs that the user holds, those of seqs below it; None continues after the last computed frame.
+            epoch: the number of the former ownership (`AsyncStream.epoch`).
+            take_over: take the stream from any owner, and continue from what the server has, even if it is less.
 
         Raises:
-            StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none, FENCED when its epoch is newer.
-            DataLoss: when the server holds less than the user, or no longer what comes next.
+            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is none, FENCED if its epoch is newer.
+            DataLoss: if the server has fewer frames than the user has outputs, or no longer the next outputs.
             ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
             InvalidInput: for a bad name or number.
         """
@@ -209,7 +208,7 @@ class AsyncClient:
             The seq of the stream's next frame, and its state.
 
         Raises:
-            StreamRefused: UNKNOWN_STREAM or EXPIRED when there is none.
+            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is none.
             InvalidInput: for a bad name.
         """
         seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))
@@ -223,7 +222,7 @@ class AsyncClient:
         return StreamSnapshot(name, seq, state, info.fingerprint, info.model)
 
     async def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> AsyncStream:
-        """Open a stream that goes on from a snapshot, under the snapshot's name unless another is given.
+        """Open a stream that continues from a snapshot, by default under the snapshot's name.
 
         Raises:
             InvalidInput: when the snapshot is of another model, or its state holds NaN or infinity.
@@ -233,9 +232,9 @@ class AsyncClient:
         return await self.open(snapshot.name if name is None else name, snapshot.state, snapshot.seq)
 
     async def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
-        """The streams of the model whose names begin so, whoever has them; those at one place only, where it is given.
+        """List the model's streams by the beginning of their names and, if given, by place, whoever owns them.
 
-        Streams that open, close or move meanwhile may be missing, or stand there twice.
+        Streams that open, close or move meanwhile may be missing or appear twice.
 
         Raises:
             InvalidInput: for another place, or a prefix that no name can begin with.

@@ -46,7 +46,7 @@ class StreamView:
     def moved_at(self) -> int | None:
         """The seq from which on the present version of the model computes it, where the server has swapped the model.
 
-        None where no version was swapped since this client has the stream.
+        None if the model has not been swapped since.
         """
         seq = int(self._session.table.moved_at[self._handle.rows[0]])
         return None if seq < 0 else seq
@@ -126,7 +126,7 @@ class AsyncStream(_Handle, StreamView):
         return call.result().outputs
 
     async def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
-        """Like `step`, with the server's times beside the outputs."""
+        """Like `step`, with the server's times."""
         return await self._driver.wait(self._session.step(self._handle, x))
 
     async def send(self, x: npt.ArrayLike) -> None:
@@ -144,7 +144,7 @@ class AsyncStream(_Handle, StreamView):
             call.result()  # raises what it failed with
 
     def finish(self) -> None:
-        """Nothing more will be sent: iterating ends after the last output, and `send` and `step` are refused."""
+        """Send nothing more: iterating ends after the last output, and `send` and `step` are refused."""
         self._session.finish(self._handle)
         self._driver.wake()
 
@@ -155,7 +155,7 @@ class AsyncStream(_Handle, StreamView):
         """The outputs of the next `send`, in the shape that `step` would give.
 
         Raises:
-            FramesRefused: in place of outputs; iterating may go on.
+            FramesRefused: in place of outputs; iterating may continue.
         """
         call = await self.next_call()
         if call is None:
@@ -176,13 +176,13 @@ class AsyncStream(_Handle, StreamView):
     async def read_state(self) -> tuple[int, State]:
         """The state as it is now and the seq of the frame that comes next.
 
-        What was sent and is not applied yet is not in it.
+        Frames that are not applied yet are not in it.
         """
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return int(seqs[0]), self._state(states)
 
     async def reset(self, state: State | None = None) -> None:
-        """Set the state once everything sent was answered, to the initial one unless given; seqs go on.
+        """Set the state, by default to the initial one, once all sent frames are answered; seqs continue.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -222,7 +222,7 @@ class AsyncGroup(_Handle, GroupView):
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.
 
-        With `rows`, distinct indices, only those streams take a step, and N is their number.
+        With `rows`, distinct indices, only these N streams take a step.
 
         Raises:
             FramesRefused: when some were not applied; its `outputs` hold the others'.

@@ -1,7 +1,7 @@
 """Users' arrays and names, checked, and copied into the arrays that are sent.
 
-Every function copies: what the caller does to its array afterwards changes nothing that was or will be sent. Every
-function raises InvalidInput, which names what is wrong.
+Every function copies, so later changes to the caller's array do not change what is sent. Every function raises
+InvalidInput, which names what is wrong.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tu
 
 
 def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
-    """Which streams of a group of `count`: at least one distinct index from 0 to `count - 1`."""
+    """Indices of streams in a group of `count`: at least one, distinct, from 0 to `count - 1`."""
     raw = as_array(rows, "rows", "an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
@@ -103,10 +103,10 @@ def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
 
 
 def check_settings(client: str, model: str, timeout_s: float, reconnect_s: float) -> None:
-    """Check what a client calls itself and which model it asks for, both of which may be empty, and its times.
+    """Check a client's name and model, which may be empty, and its times.
 
     Raises:
-        InvalidInput: saying what they must be.
+        InvalidInput: with the accepted values.
     """
     if client and not name_is_good(client):
         raise InvalidInput(f"a client's name must be at most {MAX_NAME_BYTES} bytes of printable UTF-8")

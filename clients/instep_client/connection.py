@@ -1,8 +1,7 @@
-"""The state of one connection: what was asked over it, how long the server has been silent, and when to try another.
+"""The state of one connection: its requests, the silence of the server, and attempts at another connection.
 
-    lost ── after a delay ──► HELLO sent ── WELCOME ──► streams claimed ── every RESUMED ──► OPEN
-     ▲                            │                            │
-     └─────── no answer, or a refusal that will pass ──────────┘
+    lost ── after a delay ──► HELLO sent ── WELCOME ──► streams claimed ── every RESUMED ──► OPEN ▲
+     │                            │ └─────── no answer, or a refusal that will pass ──────────┘
 
 Delays double from attempt to attempt and are drawn at random, so that a thousand clients of a server that was restarted
 do not come back in one moment. The state of streams is in `streams.py`; `session.py` has the rules.
@@ -44,7 +43,7 @@ _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_m
 
 
 class Call(Generic[R]):
-    """Something asked of the session. `done` once, with a result or an error."""
+    """A call of the session. `done` once, with a result or an error."""
 
     done = False
     error: InstepError | None = None
@@ -85,9 +84,9 @@ class Request(Call[R], ABC):
     """
 
     kind: Kind
-    """Of its messages."""
+    """The kind of its messages."""
     reply: Kind
-    """Of the messages that answer them; an ERROR may come instead."""
+    """The kind of the replies; an ERROR may come instead."""
 
     def ask(self) -> None:
         """Send its messages, perhaps once more after the connection was lost.
@@ -123,7 +122,7 @@ class Asked(NamedTuple):
 
     request: Request[Any]
     part: Indices
-    """Which of the request's streams it is about."""
+    """The indices of the request's streams that it is about."""
 
 
 class Outbox:
@@ -136,7 +135,7 @@ class Outbox:
         self.unanswered: dict[int, Asked] = {}
         """By number."""
         self.messages: list[Message] = []
-        """To be sent, in order."""
+        """Messages to send, in order."""
         self.woken: list[Call[Any] | StreamHandle] = []
         """Whom the driver has to wake: calls that ended or were sent, and stream handles whose outputs changed."""
         self._last_number = 0
@@ -168,7 +167,7 @@ class Outbox:
         }
 
     def forget(self) -> list[Request[Any]]:
-        """The connection is lost: nothing will be answered. What was asked, in order."""
+        """The connection is lost: nothing will be answered. Return the requests that were asked, in order."""
         asked = dict.fromkeys(each.request for each in self.unanswered.values())
         self.unanswered.clear()
         self.messages.clear()
@@ -195,7 +194,7 @@ def parts(count: int, info: ServerInfo) -> list[Indices]:
 
 
 class State(Enum):
-    """Where a connection stands."""
+    """The phase of a connection."""
 
     GREETING = "not connected yet"
     OPEN = "connected"
@@ -210,9 +209,9 @@ class Attempts:
     """The attempts at another connection.
 
     Args:
-        reconnect_s: how long attempts are made after the loss; 0 for not at all.
+        reconnect_s: seconds of attempts after a loss; 0 for none.
         timeout_s: the longest that any attempt waits for its WELCOME.
-        rng: what delays are drawn from.
+        rng: draws the delays.
     """
 
     def __init__(self, reconnect_s: float, timeout_s: float, rng: Random) -> None:
@@ -220,11 +219,11 @@ class Attempts:
         self._attempt_timeout_s = min(timeout_s, MAX_ATTEMPT_S)
         self._rng = rng
         self.why = ""
-        """How the connection was lost, as a sentence."""
+        """The reason of the loss, as a sentence."""
         self._lost_at: float | None = None
         self._attempts = 0
         self._next_at = 0.0
-        """When to begin the next attempt, or to give the present one up."""
+        """The time to begin the next attempt, or to give the present one up."""
 
     def lost(self, now: float, why: str) -> bool:
         """The connection is lost, or an attempt failed; whether there is time for another one."""
@@ -250,15 +249,15 @@ class Attempts:
         return self._lost_at is not None and now >= self._lost_at + self.reconnect_s
 
     def deadline(self) -> float:
-        """When one of these two is so, until an attempt has had its WELCOME."""
+        """The time of the next attempt or of giving up."""
         return self._next_at if self._lost_at is None else min(self._next_at, self._lost_at + self.reconnect_s)
 
     def worked(self) -> None:
-        """Something was answered over the new connection: the next loss is one of its own."""
+        """Note an answer over the new connection, so that the next loss counts anew."""
         self._lost_at = None
 
     def why_given_up(self) -> str:
-        """How the connection was lost, and that no other was made in time."""
+        """A sentence with the reason of the loss, and that no other connection was made in time."""
         if not self.reconnect_s:
             return self.why
         end = " " if self.why.endswith("?") else "; "
@@ -292,9 +291,9 @@ class Silence(Request[None]):
         self._outbox = outbox
         self.timeout_s = timeout_s
         self.heard_at = 0.0
-        """When the newest message came; 0 before the first."""
+        """The time of the newest message; 0 before the first."""
         self.deadline = math.inf
-        """When to watch again though no message comes; infinity for never."""
+        """The time to watch again without a message; infinity for never."""
         self._waiting_since = math.inf
         self._is_asked = False
         self._asked_at = 0.0

@@ -1,9 +1,8 @@
 """Socket, clock and tasks around a session, on one asyncio event loop.
 
 `receive` takes messages in and wakes the tasks that wait for them. `act` does the rest: the session's rules, a new
-socket if they want one, messages out. It runs once for everything that the tasks of one turn of the loop asked for, so
-that their frames share a block. After messages came it runs when the tasks that they woke have had their turn. It also
-runs when the session's deadline has come.
+socket if they want one, messages out. It runs once for all calls of one turn of the loop, so that their frames share a
+block. After messages it runs once the tasks that they woke have had their turn. It also runs at the session's deadline.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _log = logging.getLogger("instep_client")
 _SEND_AT: Final = 128
 """Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
 _FIRST_LOOK_S: Final = 0.05
-"""How long a server may take to answer before it is looked whether anything listens at its endpoint."""
+"""The time without an answer after which the driver checks whether anything listens at the endpoint."""
 FAREWELL_S: Final = 1.0
 
 
@@ -47,7 +46,7 @@ class Driver:
         self._farewell_s = farewell_s
         self._sockets: Sockets
         self.socket: zmq.Socket[bytes] | None = None
-        """From `start` to `stop`."""
+        """Set from `start` to `stop`."""
         self.backlog: deque[Message] = deque()
         """Messages that wait until the socket takes them."""
         self._timer: asyncio.TimerHandle | None = None
@@ -109,7 +108,7 @@ class Driver:
             self._close(socket)
 
     async def wait(self, call: Call[R]) -> R:
-        """The call's result. When the waiting task is cancelled, the session is told that nobody waits."""
+        """The call's result. If the waiting task is cancelled, the call is cancelled in the session."""
         await self.until_woken(call)
         return call.result()
 
@@ -166,7 +165,7 @@ class Driver:
         self._sockets.close(self._loop, socket)
 
     def _reconnect(self, former: zmq.Socket[bytes]) -> None:
-        """Another socket in place of the one whose connection is lost; what was not sent will be asked anew."""
+        """Replace the socket of a lost connection; unsent requests are asked again."""
         self.backlog.clear()
         try:
             self._connect()

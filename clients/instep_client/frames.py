@@ -5,14 +5,13 @@ each stream. A block stays in flight until every frame of it was answered for go
 do to it.
 
 The server refuses a whole block with BUSY and, because a frame is then missing, fails later blocks of the same streams
-with SEQ_GAP. So on the first BUSY nothing new is sent until every block on its way was answered; then the refused
-frames go out once more in the order in which they were sent, before anything new. When the connection is lost, all
-that was on its way waits with them, and goes out once more under the handles of the next connection: what the server
-had applied is answered again with the same outputs, the rest is applied now. A frame that was answered otherwise is
-never sent again.
+with SEQ_GAP. So on the first BUSY nothing new is sent until every block in flight was answered; then the refused frames
+are sent again in their order, before anything new. When the connection is lost, blocks in flight join them and are sent
+again under the handles of the next connection: frames that were applied are answered again with the same outputs, the
+others are applied now. A frame that was answered otherwise is never sent again.
 
-The server does not apply frames of a stream that hibernates, and wakes the stream. They go out once more under the
-stream's new handle, and hold nothing else up.
+The server does not apply frames of a stream that hibernates, and wakes the stream. They are sent again under the
+stream's new handle, and delay nothing else.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25
-"""How long blocks wait that a server refuses because it shuts down: its end, or another server, comes soon."""
+"""The delay of blocks that a server refuses because it shuts down: it ends soon, or another server comes."""
 _ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
 
 EndedRows = dict[tuple[Code, str], list[int]]
@@ -61,9 +60,9 @@ class TimedOutputs(NamedTuple):
     outputs: F32
     """[outputs], [T, outputs], [N, outputs] or [T, N, outputs], as the frames were given."""
     queue_us: int
-    """From the block's admission until its last batch began to be computed."""
+    """From the block's admission to the start of its last batch."""
     compute_us: int
-    """That batch's step."""
+    """The step of that batch."""
     send_us: int
     """From the end of that step until the server began to make the answer; copying the outputs and sending come after.
 
@@ -72,7 +71,7 @@ class TimedOutputs(NamedTuple):
 
 
 class FailedFrames(NamedTuple):
-    """From frame `seq` on nothing of one column was applied."""
+    """The frames of a column from `seq` on that were not applied."""
 
     seq: int
     code: Code
@@ -87,9 +86,9 @@ class StepCall(Call[TimedOutputs]):
     """Whether every frame was sent, or refused before it could be."""
     times = (0, 0, 0)
     t = n = 0
-    """Where the next piece begins: timestep and column."""
+    """The timestep and column at which the next piece begins."""
     height = width = 1
-    """How large pieces are."""
+    """The timesteps and columns of a piece."""
     _outputs: F32 | None = None
 
     def __init__(
@@ -107,20 +106,20 @@ class StepCall(Call[TimedOutputs]):
         self.rows = rows
         self.x = x
         self._shape = shape
-        """Of the outputs, as the user gets them."""
+        """The shape of the user's outputs."""
         self.stamp = stamp
-        """When it was made, on the session's counter: a stream rewound later takes none of its frames."""
+        """The session's counter when it was made: a stream that was rewound later takes none of its frames."""
         self.keep = keep
         """Whether the outputs wait to be taken in order (a pipelined send)."""
         self.frames = self.left = len(x) * len(rows)
         """`left` are those not answered for good."""
         self.lone = handle.single and self.frames == 1
-        """Whether it is one frame of one stream, to be sent beside others."""
+        """Whether it is one frame of one stream, which shares a block with others."""
         self.failures: dict[int, FailedFrames] = {}
-        """By column; the earliest of each."""
+        """The earliest failure of each column."""
 
     def cancel(self) -> None:
-        """See `Call.cancel`; what was not sent is not sent."""
+        """See `Call.cancel`; unsent frames are dropped."""
         self._queue.withdraw(self)
 
     @property
@@ -170,7 +169,7 @@ class StepCall(Call[TimedOutputs]):
         self.handle.unanswered -= 1
 
     def refuse(self, column: int, failed: FailedFrames) -> None:
-        """Frames of a column were not applied; the earliest refusal of a column is the one that is told."""
+        """Note that frames of a column were not applied; the earliest refusal counts."""
         known = self.failures.get(column)
         if known is None or failed.seq < known.seq:
             self.failures[column] = failed
@@ -209,7 +208,7 @@ class StepBlock:
         self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
     ) -> None:
         self.calls = calls
-        """The one call, or one call a column."""
+        """The only call, or a call for each column."""
         self.rows = rows
         self.columns = columns
         """(handle, seq of the first timestep, seq before which every output has come) of each column, as sent."""
@@ -218,9 +217,9 @@ class StepBlock:
         self.start = start
         """The call's timestep that is the block's first."""
         self.where = where
-        """Which column of its call each column is."""
+        """The index of each column in its call."""
         self.frames = len(x) * len(rows)
-        """How many frames it carries, T × N."""
+        """Its number of frames, T × N."""
         self.number = 0
         """The number it was last sent with; numbers grow."""
 
@@ -291,7 +290,7 @@ class SendQueue:
         self._window = self._most_frames = self._most_columns = 1
         self._outputs_width = 0
         self._credit = 0
-        """How many frames the server lets be unanswered."""
+        """The number of frames that may be unanswered."""
         self._line: deque[StreamHandle] = deque()
         """The handles that take turns."""
         self._full_since: dict[StreamHandle, float] = {}
@@ -308,7 +307,7 @@ class SendQueue:
         self._shutting_down_since: float | None = None
 
     def limit(self, info: ServerInfo) -> None:
-        """Keep what the server takes."""
+        """Set the server's limits."""
         self._outputs_width = info.outputs
         self._credit = info.credit_frames
         self._window = info.window_frames
@@ -346,7 +345,7 @@ class SendQueue:
         self.go_on(request.handle)
 
     def withdraw(self, call: StepCall) -> None:
-        """Nobody waits for a call any more: what of it was not sent is not sent; the rest stays on its way."""
+        """Drop the unsent frames of a cancelled call; the rest stays in flight."""
         if call in call.handle.steps:
             self._abort(call, InstepError("the call was cancelled"))
 
@@ -374,7 +373,7 @@ class SendQueue:
                 pass
 
     def deadline(self) -> float:
-        """When `advance` has something to do though no message comes; infinity for never."""
+        """The time at which `advance` has something to do without a message; infinity for never."""
         resend_at = self._resend_at if self._congested and not self.on_the_way else math.inf
         return min(min(self._full_since.values()) + self._timeout_s, resend_at) if self._full_since else resend_at
 
@@ -409,12 +408,12 @@ class SendQueue:
         return True
 
     def woke(self, rows: Indices) -> None:
-        """Streams that hibernated have new handles: their handles go on."""
+        """Continue stream handles whose streams have woken under new handles."""
         for handle in self._table.handles_of(rows):
             self.go_on(handle)
 
     def sleep_on(self, rows: Indices, code: Code, sentence: str) -> None:
-        """Streams could not be woken: what waits for them fails."""
+        """Fail the calls of streams that could not be woken."""
         for block in sorted(self._refused, key=lambda block: block.number):
             is_asleep = np.isin(block.rows, rows)
             if is_asleep.any():
@@ -433,7 +432,7 @@ class SendQueue:
         self._unanswered_frames = 0
 
     def end(self, reasons: EndedRows) -> None:
-        """Streams have ended: what waits for them fails, except the steps of groups, which go on for the others."""
+        """Fail the calls of streams that have ended, except steps of groups, which continue for the other streams."""
         handles: dict[StreamHandle, None] = {}
         for (code, sentence), ended in reasons.items():
             rows = np.array(ended, np.int64)
@@ -478,7 +477,7 @@ class SendQueue:
     # Sending.
 
     def _take_turns(self, now: float) -> bool:
-        """One round: the next block's worth of every stream handle in line, single frames side by side."""
+        """One round: the next block of every waiting stream handle, with single frames sharing a block."""
         table = self._table
         room = self._credit - self._unanswered_frames
         singles: list[StepCall] = []
@@ -569,7 +568,7 @@ class SendQueue:
         self._unanswered_frames += block.frames
 
     def _is_free(self, now: float) -> bool:
-        """Whether new blocks may be sent; what waits to be sent again is, when its time has come."""
+        """Whether new blocks may be sent; sends blocks again whose time has come."""
         if self._congested:
             if self.on_the_way or now < self._resend_at:
                 return False
@@ -630,7 +629,7 @@ class SendQueue:
         return [*self.on_the_way.values(), *self._refused]
 
     def _passes(self, code: Code, now: float) -> bool:
-        """Whether what was refused with this code may be taken later."""
+        """Whether a block that was refused with this code may be accepted later."""
         if code is not Code.SHUTTING_DOWN:
             return code is Code.BUSY
         if self._shutting_down_since is None:
@@ -642,7 +641,7 @@ class SendQueue:
         self._unanswered_frames -= block.frames
 
     def _fail(self, block: StepBlock, code: Code, sentence: str) -> None:
-        """Nothing of a block was applied, nor will it be."""
+        """Fail a block, of which nothing was or will be applied."""
         failures = [
             ColumnError(column, 0, code, sentence, int(seq)) for column, seq in enumerate(block.columns[:, SEQ])
         ]
@@ -675,9 +674,9 @@ class SendQueue:
         self._table.came(block.rows, first, end)
 
     def _sort_failures(self, block: StepBlock, failures: list[ColumnError], ended: EndedRows) -> list[int]:
-        """Tell the calls what failed and set the streams back; returns the columns that have to be sent again.
+        """Pass failures to the calls, rewind the streams, and return the columns that have to be sent again.
 
-        Those are the ones that only wait for a BUSY one, and those of streams that hibernated when their frames came.
+        These are columns that wait for a BUSY one, and those of streams that hibernated.
         """
         table = self._table
         held: list[int] = []
@@ -704,10 +703,10 @@ class SendQueue:
         return held
 
     def _rewind(self, row: int, call: StepCall, expected: int, outputs_are_gone: bool = False) -> None:
-        """The stream goes on from the seq the server expects.
+        """Continue a stream from the seq that the server expects.
 
-        What was asked for before the last rewind says nothing new. (Should a step on the server fail after a later
-        frame of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
+        Answers to frames from before the last rewind are ignored. (Should a step on the server fail after a later frame
+        of the stream was refused, the stream's next frame is refused once more, and that sets it right.)
         """
         table = self._table
         if call.stamp > table.rewound_at[row]:
@@ -715,7 +714,7 @@ class SendQueue:
             table.rewind(row, expected, outputs_are_gone)
 
     def _conclude(self, calls: Iterable[StepCall]) -> None:
-        """End the calls of which every frame was answered, and let their stream handles go on."""
+        """End the calls whose frames are all answered, and continue their stream handles."""
         for call in calls:
             if call.left == 0 and not call.done:
                 call.conclude(self._table)

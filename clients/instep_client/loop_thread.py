@@ -30,7 +30,7 @@ class LoopThread:
 
     It knows nothing of the `Client`, so that a client that nobody holds can be finalized while the thread runs.
 
-    However the thread ends, nobody is left waiting: what waits then fails, and so does every later call.
+    However the thread ends, waiting and later calls fail.
     """
 
     def __init__(self, client: AsyncClient) -> None:
@@ -126,7 +126,7 @@ class LoopThread:
 
     @contextmanager
     def _failure_kept(self) -> Iterator[None]:
-        """Keep what goes wrong for those who call, and take no more of their work."""
+        """Keep an exception for the callers, and refuse further work."""
         try:
             yield
         except BaseException as error:  # an exit or interrupt raised in this thread ends nothing but the thread
@@ -155,7 +155,7 @@ class LoopThread:
 
 
 class InThread(Generic[A]):
-    """Something asynchronous that lives in the loop of a thread, for the use of other threads."""
+    """An asynchronous object in the loop of a thread, for the use of other threads."""
 
     def __init__(self, thread: LoopThread, inner: A) -> None:
         self._thread = thread

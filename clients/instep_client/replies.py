@@ -20,7 +20,7 @@ _CODES: Final = {int(code): code for code in Code}
 
 
 class ColumnError(NamedTuple):
-    """One failure entry, its code's sentence beside it."""
+    """A failure with its code's sentence."""
 
     column: int
     timestep: int
@@ -47,19 +47,19 @@ class ErrorReply(NamedTuple):
 
 
 class ListedStream(NamedTuple):
-    """A stream of the server, whoever has it."""
+    """A stream of the server, whoever owns it."""
 
     name: str
     place: str
     """`connected`, `parked` (its connection is gone) or `hibernating` (in the recording alone)."""
     next_seq: int | None
-    """The seq of its next frame; None where it hibernates."""
+    """The seq of its next frame; None if it hibernates."""
     pending: int
     """Frames admitted and not answered yet."""
     idle_s: float
-    """How long it has been idle."""
+    """Seconds since it was last active."""
     expires_in_s: float | None
-    """How long the server keeps it if it stays idle; None if it never expires."""
+    """Seconds for which the server keeps it if it stays idle; None if it never expires."""
 
 
 class ServedModel(NamedTuple):
@@ -100,7 +100,7 @@ def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
 
 
 def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[ColumnError]]:
-    """OPENED or RESUMED: grants [count], handle 0 where refused, and what was refused."""
+    """OPENED or RESUMED: grants [count], handle 0 where refused, and the refusals."""
     n, durability, sentences = header.fields
     _count(n, count)
     _text(durability, "durability")
@@ -132,7 +132,7 @@ def stepped(frames: Sequence[Frame]) -> list[Stepped]:
 
 
 def closed(header: Header, frames: Sequence[Frame], count: int, row_bytes: int) -> tuple[U8, list[ColumnError]]:
-    """Final states as rows of bytes [count, row_bytes], and what was refused."""
+    """Final states as rows of bytes [count, row_bytes], and the refusals."""
     _count(header.fields[0], count)
     finals: U8 = wire.array_frame(frames[1], "u1", (count, row_bytes), "final states")
     return finals, _failures(frames[2], header.fields[1], count)
@@ -141,7 +141,7 @@ def closed(header: Header, frames: Sequence[Frame], count: int, row_bytes: int) 
 def state_read(
     header: Header, frames: Sequence[Frame], count: int, row_bytes: int
 ) -> tuple[U64, U8, list[ColumnError]]:
-    """Next seqs [count], states as rows of bytes [count, row_bytes], and what was refused."""
+    """Next seqs [count], states as rows of bytes [count, row_bytes], and the refusals."""
     _count(header.fields[0], count)
     seqs: U64 = wire.array_frame(frames[1], "<u8", (count,), "seqs")
     states: U8 = wire.array_frame(frames[2], "u1", (count, row_bytes), "states")

@@ -1,16 +1,12 @@
-"""Everything that is asked of the server except frames: one class for each kind of request.
+"""Requests to the server, except frames: one class for each kind.
 
-A class names its messages and their replies, and says what a reply, a refusal and a lost connection mean to it. A new
-kind of request is such a class and a verb of `Session` that asks it, or a verb that asks a `Question`.
+A class gives the kinds of its messages and replies, and handles a reply, a refusal and a lost connection. A new kind of
+request is such a class and a verb of `Session` that asks it, or a verb that asks a `Question`.
 
-Request
-├── Greeting, Claim, Farewell  the session's own
-├── Question, PingCall         about the server
-└── StreamsRequest             about streams, one message for each part of them
-    ├── ReadStateCall
-    ├── OpenCall, ResumeCall   streams that come to this client
-    └── TurnCall               waits until everything sent through its handle was answered
-        └── ForkCall, ResetCall, CloseCall
+Request ├── Greeting, Claim, Farewell  the session's own ├── Question, PingCall         about the server └──
+        StreamsRequest             about streams, one message for each part of them ├── ReadStateCall ├── OpenCall,
+        ResumeCall   streams that come to this client └── TurnCall               waits until everything sent through its
+        handle was answered └── ForkCall, ResetCall, CloseCall
 
 What was asked and not answered when the connection was lost is asked again. An OPEN or FORK that is then refused
 because the name is in use, or a RESUME because the stream was taken over, may have been granted over the lost
@@ -231,10 +227,10 @@ class StreamsRequest(Request[R]):
 
     @abstractmethod
     def _decode(self, part: Indices, header: Header, frames: Sequence[Frame]) -> list[ColumnError]:
-        """Take what a reply gives for some of its streams; which of them were refused."""
+        """Read a reply about some of its streams; return which were refused."""
 
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
-        """Streams were granted or refused for good."""
+        """Note streams that were granted or finally refused."""
 
     @abstractmethod
     def _conclude(self) -> None:
@@ -251,7 +247,7 @@ class StreamsRequest(Request[R]):
             self._send(np.arange(len(self.names)))
 
     def _begin(self) -> None:
-        """Forget what was answered over an earlier connection."""
+        """Forget answers of an earlier connection."""
         self.parts_left = 0
         self.refusal = None
 
@@ -299,12 +295,12 @@ class StreamsRequest(Request[R]):
         return bool(number != 0 and number != self._asked[refused.column])
 
     def _note(self, refused: ColumnError) -> None:
-        """A stream was refused for good; the first one is told."""
+        """Note a stream that was finally refused; the first one is reported."""
         if self.refusal is None or refused.column < self.refusal.column:
             self.refusal = refused
 
     def _why_refused(self) -> InstepError | None:
-        """What it fails with, if a stream was refused."""
+        """The error, if a stream was refused."""
         return None if self.refusal is None else self._explain(self.refusal, self.names[self.refusal.column])
 
     def _explain(self, refused: ColumnError, name: str) -> InstepError:
@@ -315,7 +311,7 @@ class StreamsRequest(Request[R]):
         return known or StreamEvicted(refused.code, refused.sentence, name)
 
     def _end(self, error: InstepError | None = None) -> None:
-        """It has ended, with a result unless an error is given."""
+        """End it, with a result or an error."""
         if error is not None:
             self.fail(error)
         self.session.outbox.woken.append(self)
@@ -331,7 +327,7 @@ class TurnCall(StreamsRequest[R]):
 
     handle: StreamHandle
     stamp: int
-    """When it was queued, on the session's counter."""
+    """The session's counter when it was queued."""
 
     def streams_ended(self, error: StreamEvicted) -> bool:
         """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
@@ -393,7 +389,7 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
 
 
 class Opening(StreamsRequest[StreamHandle]):
-    """Streams that come to this client: the result is their stream handle. All of them come, or none."""
+    """A request that gives streams to this client; the result is their stream handle. All of them come, or none."""
 
     begins_streams: ClassVar[bool] = True
     """Whether the streams begin with it, and are closed again when nobody gets them."""
@@ -458,7 +454,7 @@ class Opening(StreamsRequest[StreamHandle]):
         return StreamRefused(refused.code, refused.sentence, name)
 
     def _doubt(self, name: str, done: str = "opened") -> ConnectionFailed:
-        """It may have been done over a connection that was lost, and nobody can tell."""
+        """Fail because the request may have been carried out over a lost connection."""
         return ConnectionFailed(
             f"the connection was lost while stream {name!r} was asked for, which may have been {done} over it; "
             "resume it with take_over=True"
@@ -631,14 +627,14 @@ class CloseCall(TurnCall[U8]):
         return failures
 
     def _settled(self, part: Indices, refused: list[ColumnError]) -> None:
-        """Streams were closed, had ended, or could not be closed."""
+        """Note streams that were closed, had ended, or could not be closed."""
         which = [each.column for each in refused]
         self._finals[which] = self.session.info.state.missing(len(which))
         closed = np.setdiff1d(part, [each.column for each in refused if each.code not in ENDING])
         self.session.table.numbers[self.handle.rows[closed]] = 0
 
     def _note(self, refused: ColumnError) -> None:
-        """Of a group, streams that have ended have no final state, and are no reason to fail."""
+        """Streams of a group that have ended have no final state, and are not an error."""
         if self.handle.single or refused.code not in ENDING:
             super()._note(refused)
 
@@ -662,14 +658,14 @@ class CloseCall(TurnCall[U8]):
 
 
 def closings(handles: U64) -> bytes:
-    """Of streams of which everything that was sent is answered: other outputs are not wanted."""
+    """Closings of streams whose frames are all answered; further outputs are given up."""
     records = np.zeros(len(handles), CLOSING)
     records["handle"], records["have"] = handles, HAVE_ALL
     return records.tobytes()
 
 
 class Farewell(Request[None]):
-    """The closing of every stream. It ends when the server has read that nothing else will come.
+    """The closing of every stream. It ends once the server has read the last message.
 
     Args:
         session: which has ended.

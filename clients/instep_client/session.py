@@ -107,15 +107,15 @@ class Session:
     """One client's side of the protocol: the verbs that users call, and what a driver does.
 
     Each verb raises at once when a thing cannot be asked: InvalidInput for arguments, ClientClosed after the end of the
-    client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. What is asked
-    while there is no connection waits for the next one.
+    client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. Calls without a
+    connection wait for the next one.
 
     Args:
         endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
-        name: told to the server.
-        timeout_s: how long a silent server is waited for.
-        reconnect_s: for how long another connection is tried for when one is lost; 0 for not at all.
-        rng: what the delays between attempts are drawn from.
+        name: for the server's log.
+        timeout_s: seconds to wait for a silent server.
+        reconnect_s: seconds to try for another connection after one was lost; 0 for none.
+        rng: draws the delays between attempts.
         model: the model that the connection is to; empty for the server's default.
 
     Raises:
@@ -172,12 +172,12 @@ class Session:
         return bool(self.queue.on_the_way or self.outbox.unanswered)
 
     def take_reconnect(self) -> bool:
-        """Whether to close the socket, drop what was not sent through it, and connect a new one now."""
+        """Whether to close the socket with its unsent messages, and connect a new one now."""
         wanted, self._wants_socket = self._wants_socket, False
         return wanted
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
-        """A message came. One that does not follow the protocol ends the session."""
+        """A message came. A message that does not follow the protocol ends the session."""
         if self.state is RECONNECTING and not self.is_waiting:
             return  # of the connection that was given up
         self.now = self._silence.heard_at = now
@@ -193,7 +193,7 @@ class Session:
             )
 
     def advance(self, now: float) -> None:
-        """Send what may be sent; watch for silence; try for another connection when one was lost."""
+        """Send what may be sent, watch for silence, and try for another connection after a loss."""
         self.now = now
         if self.state is RECONNECTING:
             self._recover()
@@ -210,7 +210,7 @@ class Session:
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
-        """When `advance` is to be called though nothing happens; None for never."""
+        """The time to call `advance` although nothing has happened; None for never."""
         if self.state is ENDED:
             return None
         soonest = self._silence.deadline
@@ -221,15 +221,15 @@ class Session:
         return None if soonest == math.inf else soonest
 
     def cancel(self, call: Call[Any]) -> None:
-        """Nobody waits for a call any more. What was sent counts as sent, and its answer is dropped when it comes."""
+        """Nobody waits for a call any more. Sent frames stay sent, and their answers are dropped."""
         if self.state is OPEN or self.state is RECONNECTING:
             call.cancel()
 
     def leave(self, park: bool = False) -> Call[None] | None:
-        """End the session: what waits fails, open streams are closed. The call ends when the server has read that.
+        """End the session: waiting calls fail, and open streams are closed.
 
-        Streams that the server is about to open are closed once it has. With `park`, and without a connection, nothing
-        is closed: the server parks the streams, and forgets them in time.
+        The call ends when the server has read that. Streams that are being opened are closed afterwards. With `park`,
+        and without a connection, nothing is closed: the server parks the streams, and forgets them in time.
         """
         can_tell = self.state is OPEN and not park
         openings = self.outbox.under_way(Kind.OPENED)
@@ -310,7 +310,7 @@ class Session:
         return call
 
     def finish(self, handle: StreamHandle) -> None:
-        """Nothing more will be sent; the outputs end after those of what was sent with `keep`."""
+        """Send nothing more; outputs end after those of frames sent with `keep`."""
         handle.finished = True
         self.outbox.woken.append(handle)
 
@@ -531,7 +531,7 @@ class Session:
             self.greeting.ask()
 
     def _keep_alive_s(self) -> float:
-        """How long silence alone is no reason for a word: a connection lost unnoticed has its streams parked."""
+        """The longest silence without a PING: the streams of an unnoticed lost connection are parked."""
         is_needed = self.state is OPEN and not self.table.is_empty and self.attempts.reconnect_s > 0
         return self.info.park_s / 2 if is_needed and self.info.park_s > 0 else math.inf
 

@@ -1,8 +1,8 @@
 """A stream's state in a file from which any server of the same model can continue the stream.
 
 It is a safetensors file with one tensor `state`, or `state.NAME` for each leaf where the state is a dict of arrays; its
-metadata say which stream and model the state belongs to. Only reading and writing files needs the package safetensors,
-which is therefore imported there and not above.
+metadata name the stream and the model. Only reading and writing files needs the package safetensors, which is therefore
+imported there and not above.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StreamSnapshot:
     state: State = field(repr=False)
     """See `instep_client.states`."""
     fingerprint: str
-    """Of the model, see `ServerInfo`."""
+    """The model's fingerprint."""
     model: str
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
@@ -135,7 +135,7 @@ class StreamSnapshot:
 
 
 def _tensors(state: State) -> dict[str, npt.NDArray[Any]]:
-    """By their names in the file."""
+    """Tensors by their names in the file."""
     if isinstance(state, Mapping):
         return {_LEAF + name: np.asarray(leaf) for name, leaf in state.items()}
     return {"state": np.asarray(state, np.float32)}

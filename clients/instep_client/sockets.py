@@ -1,4 +1,4 @@
-"""What the clients of one event loop share: a ZeroMQ context, which costs two threads, and one turn for all of them."""
+"""Shared by the clients of one event loop: a ZeroMQ context, which costs two threads, and one turn for all of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SocketUser(Protocol):
         """Take in messages."""
 
     def act(self) -> None:
-        """Do what is due, and send."""
+        """Do the work that is due, and send."""
 
     def wake(self) -> None:
         """Act in the next turn of the loop."""
@@ -73,7 +73,7 @@ class Sockets:
         """A new socket, to be closed with `close`.
 
         Raises:
-            ConnectionFailed: when the endpoint is none, or there is no room for a socket.
+            ConnectionFailed: if the endpoint is invalid, or no socket can be made.
         """
         self._open += 1
         try:
@@ -138,7 +138,7 @@ class Sockets:
         self.look(loop, due)
 
     def _end_unless_used(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One socket less; with the last one the context and its threads end."""
+        """Forget a socket; with the last one the context and its threads end."""
         self._open -= 1
         if self._open == 0:
             del shared[loop]
@@ -151,4 +151,4 @@ def _receive(users: Sequence[SocketUser]) -> None:
 
 
 shared: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = WeakKeyDictionary()
-"""By loop, while any client of it has a socket."""
+"""`Sockets` by loop, while any client of the loop has a socket."""

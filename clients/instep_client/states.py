@@ -26,7 +26,7 @@ def is_one_array(spec: StateSpec) -> bool:
 
 
 def state_rows(state: State, spec: StateSpec, count: int | None) -> U8:
-    """Rows of bytes [N, row_bytes] of what a user gave: states of `count` streams, or the state of one if None.
+    """Turn a user's states of `count` streams, or the state of one if None, into rows of bytes [N, row_bytes].
 
     Raises:
         InvalidInput: naming the shape or leaf that does not fit.

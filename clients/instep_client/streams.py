@@ -1,4 +1,4 @@
-"""Streams as the client knows them: one table with a row for each stream, and the stream handles that users hold.
+"""The client's streams: one table with a row for each stream, and the stream handles of users.
 
 A `Stream` has a stream handle of one row, a `Group` one of many. Calls of one stream handle are sent in the order in
 which they were made; there is no order between the calls of different stream handles. The server's handles are the
@@ -51,7 +51,7 @@ class StreamHandle:
     unanswered = 0
     """Frames sent and not answered for good (BUSY is not for good)."""
     rewound_at = 0
-    """When the next seq of any of the rows was last rewound, on the session's counter."""
+    """The session's counter at the last rewind of any of its rows."""
     has_ended = False
     """Whether the server ended any of the streams."""
     has_sleepers = False
@@ -68,7 +68,7 @@ class StreamHandle:
     waiter: Future[None] | None = None
     is_idle = True
     """Whether it is not in line to send, and not held up by a request that was asked or by outputs that nobody takes.
-    What is to be sent waits for answers, or for streams to wake, then."""
+    Otherwise its frames wait for answers, or for streams to wake."""
 
     def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
         self.names = tuple(names)
@@ -77,7 +77,7 @@ class StreamHandle:
         self.steps: deque[StepCall] = deque()
         """Calls that were not sent, or not sent completely."""
         self.requests: deque[TurnCall[Any]] = deque()
-        """Those that wait for their turn among `steps`."""
+        """Requests that wait for their turn among `steps`."""
         self.results: deque[StepCall] = deque()
         """Pipelined sends whose outputs were not taken, oldest first."""
 
@@ -98,13 +98,13 @@ class OpenStreams:
         self._words = memoryview(bytearray())
         """The numbers of `columns`, row by row: of one row they are read and written faster than through the array."""
         self.epoch: U64 = np.zeros(0, np.uint64)
-        """Under which each stream is held."""
+        """The epoch of each stream."""
         self.server_has: U64 = np.zeros(0, np.uint64)
         """The seq that the server expected when the stream was ended, of those that it refused to resume."""
         self._early: dict[int, list[tuple[int, int]]] = {}
         """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """When the next seq was last rewound to what the server expects, on the session's counter."""
+        """The session's counter at the last rewind of the next seq."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether frames of the stream were not taken and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -214,7 +214,7 @@ class OpenStreams:
         return max([int(self.acked[row]), *(end for _, end in self._early.get(row, ()))])
 
     def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
-        """Whether each of the rows may send so many frames more."""
+        """Whether each of the rows may send that number of frames more."""
         return int((self.seqs[rows] - self.acked[rows]).max()) <= window - timesteps
 
     def next_seqs(self, handle: StreamHandle) -> U64:
@@ -231,7 +231,7 @@ class OpenStreams:
         self.moved_at[rows] = seqs[index]
 
     def woke(self, former: U64, handles: U64) -> Indices:
-        """Streams that hibernated are in memory again, under new handles; their rows."""
+        """Give streams that have woken their new handles; return their rows."""
         rows, index = self._find(former)
         self.numbers[rows] = handles[index]
         self.sleep(rows, False)
@@ -239,7 +239,7 @@ class OpenStreams:
         return rows
 
     def sleep(self, rows: Indices, asleep: bool = True) -> None:
-        """The server wakes these streams, or does so no more. Those that have ended never sleep."""
+        """Note that the server wakes these streams, or has stopped waking them. Streams that have ended are skipped."""
         self.asleep[rows] = asleep & (self.ended[rows] == 0)
         self.slept[rows] |= self.asleep[rows]
         for handle in self.handles_of(rows):
@@ -252,7 +252,7 @@ class OpenStreams:
         return claims.tobytes()
 
     def resumed(self, rows: Indices, grants: GrantArray) -> None:
-        """The streams go on under new handles and epochs; the next seqs stay what they were."""
+        """Give streams new handles and epochs; next seqs stay as they were."""
         self.numbers[rows] = grants["handle"]
         self.epoch[rows] = grants["epoch"]
         self.sleep(rows, False)

@@ -32,7 +32,7 @@ class Client(InThread[AsyncClient]):
     Verbs and their arguments are those of `AsyncClient`.
 
     A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
-    works in the process that made it only.
+    works only in the process that made it.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Client(InThread[AsyncClient]):
         return Group(self, self._thread, group)
 
     def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> Stream:
-        """Open a stream that goes on from a snapshot; see `AsyncClient.restore`."""
+        """Open a stream that continues from a snapshot; see `AsyncClient.restore`."""
         return Stream(self, self._thread, self._thread.run(self._inner.restore(snapshot, name)))
 
 
@@ -144,10 +144,10 @@ class _ThreadHandle(InThread[H], Generic[H]):
 
 
 class Stream(_ThreadHandle[AsyncStream], StreamView):
-    """One stream; see `AsyncStream`, whose verbs these are. It keeps its client alive.
+    """One stream, with the methods of `AsyncStream`. It keeps its client alive.
 
     Ctrl-C while iterating loses no outputs: iterating again gives them. After a Ctrl-C in `step`, `next_seq` tells
-    whether the frames were sent; their outputs are lost. Where that matters, use `send` and iterate.
+    whether the frames were sent; their outputs are lost. Use `send` and iterate if that matters.
     """
 
     def __init__(self, client: object, thread: LoopThread, handle: AsyncStream) -> None:
@@ -165,7 +165,7 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
     close = blocking(AsyncStream.close)
 
     def finish(self) -> None:
-        """Nothing more will be sent: iterating ends after the last output; see `AsyncStream.finish`."""
+        """Send nothing more; iterating ends after the last output; see `AsyncStream.finish`."""
         self._thread.run(_finish(self._inner))
 
     def __iter__(self) -> Stream:

@@ -11,13 +11,13 @@ MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
 """Characters."""
 HAVE_ALL: Final = 2**64 - 1
-"""Said by who resumes a stream and does not know how many outputs it has given."""
+"""The `have` of a claimant that does not know how many outputs it has."""
 UNKNOWN: Final = 2**64 - 1
-"""In a list of streams: the next seq of one that hibernates, and the time left of one that never expires."""
+"""In a list of streams: the next seq of a hibernating stream, and the time left of one that never expires."""
 
 
 class Place(IntEnum):
-    """Where a stream is."""
+    """The place of a stream."""
 
     CONNECTED = 1
     PARKED = 2
@@ -111,5 +111,5 @@ SENTENCES: Final[dict[Code, str]] = {
 
 
 def sentence_of(code: Code) -> str:
-    """What a code means, where the message that carries it has no sentence."""
+    """The sentence of a code, for messages without one."""
     return SENTENCES.get(code, f"code {code}")

@@ -1,8 +1,8 @@
 """The wire: message kinds, codes and layouts, shared by the client and the engine.
 
 One ZeroMQ message is a list of frames. Frame 0 is the header: a short msgpack array of fixed length whose first two
-elements are the message kind and the request number. The frames after it are raw little-endian arrays; how many there
-are, and what they hold, depends on the kind alone (`FRAME_COUNT`). `docs/protocol.md` specifies them.
+elements are the message kind and the request number. The frames after it are raw little-endian arrays; their number and
+contents depend on the kind alone (`FRAME_COUNT`). `docs/protocol.md` specifies them.
 
 STEP and STEPPED, which carry the frames of streams, have binary headers instead; see `step_messages`.
 
@@ -142,7 +142,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.MOVED: 4,  # kind, request (0), N, fingerprint
     Kind.WOKEN: 3,  # kind, request (0), N
 }
-"""Of every kind with a msgpack header."""
+"""Header elements of every kind with a msgpack header."""
 
 FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.HELLO: 1,
