@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from instep.models.handover.check import agreement, distance
+from instep.models.handover.check import agreement
+from instep.models.numerics import difference
 from instep.models.registry import build
 from tests.support.models import with_head
 
@@ -81,7 +82,7 @@ def test_outputs_agree_in_proportion_to_their_size(size: float) -> None:
 
 def test_distances() -> None:
     x, most = np.array([1, -np.inf, 0], np.float32), float(np.finfo(np.float64).max)
-    assert distance(x, x) == 0
-    assert distance(x[:1], np.nextafter(x[:1], np.float32(5))) == 2.0**-23
-    assert distance(x, np.nextafter(x, np.float32(5))) == most, "one of two is finite"
-    assert distance(x[:1], np.array([np.nan], np.float32)) == most
+    assert difference(x, x) == 0
+    assert difference(x[:1], np.nextafter(x[:1], np.float32(5))) == 2.0**-23
+    assert difference(x, np.nextafter(x, np.float32(5))) == most, "one of two is finite"
+    assert difference(x[:1], np.array([np.nan], np.float32)) == most

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -44,18 +47,30 @@ def threads_as_here() -> Callable[[], None]:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
     training = [part for part in module.modules() if part.training]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in module.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        module.eval()
-        try:
+    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in module.modules())
+    module.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             yield
-        finally:
-            for part in training:
-                part.training = True
+    finally:
+        for part in training:
+            part.training = True
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As descriptions and forms call it: `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
+    """The largest difference, which is that of the largest float64 if only one of two values is finite or NaN."""
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        away = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))
+    return float(np.nan_to_num(away, nan=np.inf).clip(max=np.finfo(np.float64).max).max(initial=0))
+
+
+def magnitude(values: npt.NDArray[Any]) -> float:
+    """The largest finite value without its sign, at least 1."""
+    values = np.abs(values.astype(np.float64))
+    return float(values.max(initial=1, where=np.isfinite(values)))

@@ -22,13 +22,12 @@ from instep.core.typing import F32
 from instep.models.base import Floats, RecurrentModel, step_frames
 from instep.models.errors import ModelError, first_line
 from instep.models.folder import load_model
-from instep.models.numerics import evaluating, one_thread, prepare
+from instep.models.numerics import difference, evaluating, one_thread, prepare
 from instep.models.registry import build
 
 FACTOR: Final = 16
 FLOOR: Final = 8 * 2.0**-23
 """A float32 result may be off by this many times what the reference loses in float32, and this part of the largest."""
-_FARTHEST: Final = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
             for back in {tuple(np.argsort(order)), (0, 1, 2) if order[0] < order[1] else (1, 0, 2)}:
                 wanted = answered.transpose(back)
                 if wanted.size == y.size:
-                    error = distance(y.reshape(wanted.shape), wanted)
+                    error = difference(y.reshape(wanted.shape), wanted)
                     attempts.append((error, order[0] - missing, order[1] - missing, frames, stepped))
     if not attempts:
         return None
@@ -120,14 +119,6 @@ def _first_output(result: Any, module: str) -> torch.Tensor:
             f"{module} returns a {type(result).__name__}; return a tensor of outputs, or a tuple that begins with one"
         )
     return result
-
-
-def distance(one: F32, other: F32) -> float:
-    """The largest difference; the largest float64 where only one of two values is finite."""
-    with np.errstate(invalid="ignore"):
-        error = np.abs(one.astype(np.float64) - other)
-    error = np.where(one == other, 0, np.nan_to_num(error, nan=np.inf))  # equal infinities are no NaN apart
-    return float(np.minimum(error, _FARTHEST).max())
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import ValidationError
@@ -35,7 +34,7 @@ from instep.models.module.description import Graph, ModuleDescription, StateLeaf
 from instep.models.module.operators import Operator, is_allowed, name_of, unknown
 from instep.models.module.program import encoded
 from instep.models.network import PortableNetwork
-from instep.models.numerics import dtype_name, evaluating
+from instep.models.numerics import difference, dtype_name, evaluating, magnitude
 from instep.models.portable.trace import form_of_module
 from instep.models.registry import KINDS, sentences
 from instep_client.protocol.state_spec import DTYPES, InvalidStateSpec, Leaf
@@ -249,9 +248,8 @@ def _compare(example: Example, network: PortableNetwork) -> None:
 
 def _check_equal(name: str, of_step: torch.Tensor, found: npt.NDArray[Any]) -> None:
     expected = of_step.numpy()
-    largest = float(np.abs(np.nan_to_num(expected, posinf=0, neginf=0)).max(initial=1))
     within = _TOLERANCE if expected.dtype.kind == "f" else 0
-    if np.allclose(expected, found, rtol=within, atol=within * largest, equal_nan=True):
+    if difference(found, expected) <= within * magnitude(expected):
         return
     if len(expected) == 1:
         raise ModelError(

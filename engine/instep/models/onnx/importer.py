@@ -26,6 +26,7 @@ from instep.models.folder import check_name, check_output_names, graph_bytes, wr
 from instep.models.model import Model, check_weights
 from instep.models.module.description import ModuleDescription
 from instep.models.network import PortableNetwork
+from instep.models.numerics import difference, magnitude
 from instep.models.onnx.operators import OPERATORS, Array, OnnxNode, UnservedOperator, Value
 from instep.models.portable.compiler import shaped, unpacked
 from instep.models.portable.form import DTYPES
@@ -528,11 +529,7 @@ def _check(found: Array, wanted: Array, output: str) -> None:
             f"{output} has not {counted(found.shape[1], 'value')} for each row; name another with --answer"
         )
     tolerance = _TOLERANCE if wanted.dtype.kind == "f" else 0.0
-    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    with np.errstate(all="ignore"):
-        away = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))
-    largest = np.abs(wanted).max(initial=1, where=np.isfinite(wanted))
-    worst = float(np.nan_to_num(away, nan=np.inf).max(initial=0))
+    worst, largest = difference(found, wanted), magnitude(wanted)
     if worst > tolerance * largest:
         raise ModelError(
             f"{output} differs by {worst:.1e} from onnxruntime's, whose values reach {largest:.1e}: the results of a "
