@@ -36,8 +36,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from instep_client.aio import AsyncClient
-    from instep_client.aio_streams import AsyncGroup, AsyncStream
+    from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream
     from instep_client.frames import TimedOutputs
     from instep_client.protocol.errors import (
         ClientClosed,
@@ -59,8 +58,7 @@ if TYPE_CHECKING:
     from instep_client.sync import Client, Group, Stream
 else:
     _NAMES = {
-        "aio": ["AsyncClient"],
-        "aio_streams": ["AsyncGroup", "AsyncStream"],
+        "aio": ["AsyncClient", "AsyncGroup", "AsyncStream"],
         "frames": ["TimedOutputs"],
         "protocol.wire": ["Code", "ServerInfo"],
         "replies": ["ListedStream", "ServedModel"],

@@ -30,7 +30,9 @@ _SHOWN: Final = 60
 
 
 def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
-    """A user's argument as a numpy array, if it is one: not a ragged list, or a tensor that requires a gradient."""
+    """A user's argument as a numpy array, if it is one and not a ragged list; of a tensor, its values."""
+    if getattr(x, "requires_grad", False):
+        x = x.detach()  # type: ignore[union-attr]
     try:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:

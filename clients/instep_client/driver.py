@@ -11,28 +11,47 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import zmq
 
-from instep_client.connection import Call
-from instep_client.endpoint import nothing_listens
+from instep_client.connection import MAX_REPLY_BYTES, Call
+from instep_client.endpoint import EXAMPLES, nothing_listens
 from instep_client.protocol import multipart
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
-from instep_client.sockets import Sockets
 from instep_client.streams import StreamHandle
 
 R = TypeVar("R")
 
 _log = logging.getLogger("instep_client")
 
+OPTIONS: Final = {
+    zmq.LINGER: 0,  # closing waits for the server's PONG instead, so that nothing ever blocks the event loop
+    zmq.IPV6: 1,
+    zmq.PROBE_ROUTER: 1,  # ZeroMQ reconnects in silence; the server answers its first message with HELLO_FIRST
+    zmq.IMMEDIATE: 1,  # without it only the first connection begins with that message
+    zmq.RECONNECT_IVL: 50,  # milliseconds, and up to as many again, drawn at random
+    zmq.MAXMSGSIZE: MAX_REPLY_BYTES,
+    zmq.RCVHWM: 65_536,  # replies: never more than the requests that the server's credit allows
+    zmq.HEARTBEAT_IVL: 5_000,
+    zmq.HEARTBEAT_TIMEOUT: 15_000,  # we give a silent server up after this
+    zmq.HEARTBEAT_TTL: 15_000,  # and it us, even if it sends no heartbeats of its own
+}
+
+_RECEIVE_BURST: Final = 256
+"""Messages of one socket taken before other tasks get their turn."""
 _SEND_AT: Final = 128
 """Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
 _FIRST_LOOK_S: Final = 0.05
 """The time without an answer after which the driver checks whether anything listens at the endpoint."""
 FAREWELL_S: Final = 1.0
+_LAG_WINDOW_S: Final = 30.0
+_WARN_LAG_S: Final = 0.5
+_WARN_EVERY_S: Final = 60.0
 
 
 class Driver:
@@ -134,6 +153,11 @@ class Driver:
         if handle.waiter is None or handle.waiter.done():
             handle.waiter = self._loop.create_future()
         await asyncio.wait((handle.waiter,))
+
+    @property
+    def loop_lag_s(self) -> float:
+        """See `Sockets.lag_s`."""
+        return self._sockets.lag_s
 
     def wake(self) -> None:
         """Have the session act in the next turn of the loop."""
@@ -254,3 +278,136 @@ class Driver:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
+
+
+class Sockets:
+    """The sockets of one event loop's clients. It does not hold the loop, with which it is forgotten."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, int(self._context.get(zmq.SOCKET_LIMIT)))
+        self._open = 0
+        self._due: list[Driver] = []
+        self._after_tasks: list[Driver] = []
+        self._asked_at = 0.0
+        """When the next turn was asked for."""
+        self._lags = (0.0, 0.0)
+        """The longest that the loop took to give a turn: in the window of time before this one, and in this one."""
+        self._window_ends_at = self._warn_at = 0.0
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> Sockets:
+        """Those of a loop. Who has none open yet connects one before anything else happens in the loop."""
+        sockets = shared.get(loop)
+        if sockets is None:
+            sockets = shared[loop] = Sockets()
+        return sockets
+
+    def connect(self, loop: asyncio.AbstractEventLoop, endpoint: str) -> zmq.Socket[bytes]:
+        """A new socket, to be closed with `close`.
+
+        Raises:
+            ConnectionFailed: if the endpoint is invalid, or no socket can be made.
+        """
+        self._open += 1
+        try:
+            socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            self._end_unless_used(loop)
+            raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
+        for option, value in OPTIONS.items():
+            socket.set(option, value)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close(loop, socket)
+            raise ConnectionFailed(
+                f"{endpoint!r} is no endpoint that can be reached ({error}): write {EXAMPLES}"
+            ) from None
+        return socket
+
+    def close(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes]) -> None:
+        """Close a socket."""
+        socket.close()
+        self._end_unless_used(loop)
+
+    def act_in_next_turn(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
+        """Have a client act in the next turn of the loop, together with all others that asked for it."""
+        self._due.append(driver)
+        if len(self._due) == 1:
+            self._ask_turn(loop)
+
+    def act_after_tasks(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
+        """Have a client act in the turn of the loop after that of the tasks that are being woken now."""
+        self._after_tasks.append(driver)
+        if len(self._after_tasks) == 1:
+            loop.call_soon(self._pass_on, loop)
+
+    def look(self, loop: asyncio.AbstractEventLoop, drivers: Sequence[Driver]) -> None:
+        """Look which sockets are ready after their clients acted: a socket signals once, which acting may use up."""
+        by_socket: dict[Any, Driver] = {driver.socket: driver for driver in drivers if driver.socket is not None}
+        wanted = [
+            (socket, multipart.READABLE_OR_WRITABLE if driver.backlog else multipart.READABLE)
+            for socket, driver in by_socket.items()
+        ]
+        readable = []
+        for socket, events in zmq.zmq_poll(wanted, 0):
+            if events & multipart.READABLE:
+                readable.append(by_socket[socket])
+            else:
+                by_socket[socket].wake()
+        if readable:
+            loop.call_soon(self._receive, readable)
+
+    def _pass_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        after_tasks, self._after_tasks = self._after_tasks, []
+        if not self._due:
+            self._ask_turn(loop)
+        self._due += after_tasks
+
+    @property
+    def lag_s(self) -> float:
+        """The longest that the loop took to give a turn, in the last half to whole minute."""
+        return max(self._lags)
+
+    def _ask_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asked_at = time.monotonic()
+        loop.call_soon(self._take_turn, loop)
+
+    def _note_lag(self, now: float) -> None:
+        lag_s = now - self._asked_at
+        if now >= self._window_ends_at:
+            self._lags = self._lags[1] if now < self._window_ends_at + _LAG_WINDOW_S else 0.0, 0.0
+            self._window_ends_at = now + _LAG_WINDOW_S
+        if lag_s > self._lags[1]:
+            self._lags = self._lags[0], lag_s
+        if lag_s > _WARN_LAG_S and now >= self._warn_at:
+            self._warn_at = now + _WARN_EVERY_S
+            _log.warning(
+                "the event loop was held up for %.1f s by other work in it, and frames were late: do work that takes "
+                "long in another thread or process, or share the streams among several processes",
+                lag_s,
+            )
+
+    def _take_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._note_lag(time.monotonic())
+        due, self._due = self._due, []
+        for driver in due:
+            driver.act()
+        self.look(loop, due)
+
+    @staticmethod
+    def _receive(drivers: Sequence[Driver]) -> None:
+        for driver in drivers:
+            driver.receive(_RECEIVE_BURST)
+
+    def _end_unless_used(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget a socket; with the last one the context and its threads end."""
+        self._open -= 1
+        if self._open == 0:
+            del shared[loop]
+            self._context.term()
+
+
+shared: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = WeakKeyDictionary()
+"""`Sockets` by loop, while any client of the loop has a socket."""

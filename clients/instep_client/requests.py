@@ -51,7 +51,7 @@ from instep_client.protocol.wire import (
     raw,
 )
 from instep_client.replies import ColumnError, ErrorReply
-from instep_client.states import State, state_rows
+from instep_client.states import GivenState, state_rows
 from instep_client.streams import ENDING, StreamHandle
 
 if TYPE_CHECKING:
@@ -470,7 +470,7 @@ class OpenCall(Opening):
         self,
         session: Session,
         names: Sequence[str],
-        states: State | None,
+        states: GivenState | None,
         single: bool,
         first_seqs: npt.ArrayLike | None = None,
     ) -> None:
@@ -562,7 +562,7 @@ class ResetCall(TurnCall[None]):
 
     kind, reply = Kind.RESET, Kind.CHANGED
 
-    def __init__(self, session: Session, handle: StreamHandle, states: State | None) -> None:
+    def __init__(self, session: Session, handle: StreamHandle, states: GivenState | None) -> None:
         super().__init__(session, handle.names, handle)
         count = None if handle.single else len(handle.rows)
         self._states = None if states is None else state_rows(states, session.info.state, count)

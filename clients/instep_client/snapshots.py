@@ -1,29 +1,26 @@
 """A stream's state in a file from which any server of the same model can continue the stream.
 
-It is a safetensors file with one tensor `state`, or `state.NAME` for each leaf where the state is a dict of arrays; its
-metadata name the stream and the model. Only reading and writing files needs the package safetensors, which is therefore
-imported there and not above.
+It is a safetensors file with one tensor `state.NAME` for each leaf; its metadata name the stream and the model. Only
+reading and writing files needs the package safetensors, which is therefore imported there and not above.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from instep_client.connection import MAX_REPLY_BYTES
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ServerInfo
 from instep_client.states import State, state_rows
 
-_FORMAT: Final = "instep stream snapshot 1"
+_FORMAT: Final = "instep stream snapshot 2"
 _LEAF: Final = "state."
 _DTYPES: Final = ("F32", "F64", "I64", "BOOL")
 _LENGTH_BYTES: Final = 8
@@ -52,7 +49,7 @@ class StreamSnapshot:
             ModuleNotFoundError: when safetensors is not installed; it says how to install it.
         """
         of = {name: str(getattr(self, name)) for name in ("name", "seq", "fingerprint", "model")}
-        tensors = {name: np.array(leaf, order="C") for name, leaf in _tensors(self.state).items()}
+        tensors = {_LEAF + name: np.array(leaf, order="C") for name, leaf in self.state.items()}
         content = _safetensors().numpy.save(tensors, {"format": _FORMAT, **of})
         target = Path(path)
         part = target.with_name(f".{target.name}.{token_hex(4)}.part")
@@ -95,18 +92,15 @@ class StreamSnapshot:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             names = list(file.keys())
-            is_snapshot = names == ["state"] or (names and all(name.startswith(_LEAF) for name in names))
             if about.get("format") != _FORMAT:
-                raise ValueError("it has no instep metadata")
-            if not is_snapshot:
-                raise ValueError("its tensors must be `state`, or `state.NAME` for each leaf")
+                raise ValueError(f"its metadata do not say that it is an {_FORMAT}")
+            if not names or not all(name.startswith(_LEAF) for name in names):
+                raise ValueError("its tensors must be called `state.NAME`, one for each leaf")
             for name in names:
                 tensor = file.get_slice(name)
-                dtypes = ("F32",) if name == "state" else _DTYPES
-                if tensor.get_dtype() not in dtypes or 0 in tensor.get_shape():
+                if tensor.get_dtype() not in _DTYPES or 0 in tensor.get_shape():
                     raise ValueError(f"its {name} is {tensor.get_dtype()} {tensor.get_shape()}, which no state is")
-            leaves = {name.removeprefix(_LEAF): np.array(file.get_tensor(name)) for name in names}
-            state = leaves["state"] if names == ["state"] else leaves
+            state = {name.removeprefix(_LEAF): np.array(file.get_tensor(name)) for name in names}
         seq = int(about["seq"])
         if not 0 <= seq < 2**62:
             raise ValueError("its seq is out of range")
@@ -132,13 +126,6 @@ class StreamSnapshot:
                 f"the snapshot's state, before frame {self.seq} of stream {self.name!r}, holds NaN or infinity, which "
                 "no server accepts: use an earlier snapshot, or the initial state"
             )
-
-
-def _tensors(state: State) -> dict[str, npt.NDArray[Any]]:
-    """Tensors by their names in the file."""
-    if isinstance(state, Mapping):
-        return {_LEAF + name: np.asarray(leaf) for name, leaf in state.items()}
-    return {"state": np.asarray(state, np.float32)}
 
 
 def _safetensors() -> ModuleType:

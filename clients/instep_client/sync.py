@@ -6,24 +6,157 @@ the client and its streams at once; frames that they send in the same moment tra
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import logging
+import os
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import Any, Concatenate, Final, Generic, NoReturn, ParamSpec, TypeVar
 
 import numpy.typing as npt
 
-from instep_client.aio import AsyncClient, IfExists
-from instep_client.aio_streams import AsyncGroup, AsyncStream, GroupView, StreamView
+from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream, GroupView, IfExists, StreamView
 from instep_client.connection import Call
 from instep_client.frames import TimedOutputs
-from instep_client.loop_thread import InThread, LoopThread, blocking
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_client.snapshots import StreamSnapshot
-from instep_client.states import State
+from instep_client.states import GivenState
 
+A = TypeVar("A")
 H = TypeVar("H", bound=AsyncStream | AsyncGroup)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger("instep_client")
+
+_JOIN_S: Final = 5.0
+"""The longest that closing waits for the thread."""
+
+
+class LoopThread:
+    """An event loop in a daemon thread, which closes the client at its end.
+
+    It knows nothing of the `Client`, so that a client that nobody holds can be finalized while the thread runs.
+    """
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._parks = False
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """While work may be given to it."""
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._main, name="instep-client", daemon=True)
+        self._is_up = threading.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the thread; once."""
+        with self._lock:
+            if self._stopping or self._thread.ident is not None:
+                raise ClientClosed("this client was connected before; make a new one to connect again")
+            self._thread.start()
+        self._is_up.wait()
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine in the loop and wait for it; when the wait is interrupted, the coroutine is cancelled."""
+        if os.getpid() != self._process:
+            work.close()
+            raise ClientClosed("this client belongs to the process that was forked; make a new one in this process")
+        with self._lock:
+            if self._loop is None:
+                work.close()
+                self._raise_ended()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except (concurrent.futures.CancelledError, ClientClosed) as error:
+            if self._failure is None and isinstance(error, ClientClosed):
+                raise
+            self._raise_ended()
+        finally:
+            future.cancel()  # when the wait was interrupted; else it has ended
+
+    def stop(self, park: bool = False) -> None:
+        """Close the client and end the thread, if this is the process that has it; only the first call does anything.
+
+        Args:
+            park: leave its streams to be parked.
+        """
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping, self._parks = True, park
+            if self._loop is None:
+                return
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_JOIN_S)
+
+    def _main(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner, self._failure_kept():
+                runner.run(self._serve())
+        except BaseException as error:  # whatever is raised in this thread ends nothing but the thread
+            self._failure = self._failure or error
+            _log.exception("the client's thread failed")
+        self._is_up.set()
+
+    @contextmanager
+    def _failure_kept(self) -> Iterator[None]:
+        """Keep what goes wrong before the runner cancels what waits, so that it can be told why."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_up.set()
+        try:
+            await self._stop.wait()
+        finally:  # also where the loop fails: what can still be closed is
+            with self._lock:
+                self._loop = None
+            await asyncio.sleep(0)  # work that was given in the last moment begins, so that it fails with the client
+            await self._client.close(self._parks)
+
+    def _raise_ended(self) -> NoReturn:
+        """Say why nothing can be run."""
+        if self._failure is not None:
+            raise ConnectionFailed(f"the client's thread failed ({self._failure!r}); make a new client")
+        is_new = self._thread.ident is None and not self._stopping
+        hint = "is not connected: use `with Client(…) as client:`, or call client.connect()"
+        raise ClientClosed(f"the client {hint if is_new else 'was closed'}")
+
+
+class InThread(Generic[A]):
+    """An asynchronous object in the loop of a thread, for the use of other threads."""
+
+    def __init__(self, thread: LoopThread, inner: A) -> None:
+        self._thread = thread
+        self._inner = inner
+
+
+def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[InThread[A], P], R]:
+    """The same verb for other threads, with its signature and documentation: it returns when the work is done."""
+
+    @wraps(verb)
+    def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._thread.run(verb(self._inner, *args, **kwargs))
+
+    return call
 
 
 class Client(InThread[AsyncClient]):
@@ -72,9 +205,6 @@ class Client(InThread[AsyncClient]):
         self._thread.start()
         try:
             self._thread.run(self._inner.connect())
-        except KeyboardInterrupt as interrupt:
-            self.close()
-            raise interrupt.with_traceback(None)  # noqa: B904 (it is the same)
         except BaseException:
             self.close()
             raise
@@ -103,13 +233,13 @@ class Client(InThread[AsyncClient]):
     stats = blocking(AsyncClient.stats)
 
     def open(
-        self, name: str, initial_state: State | None = None, first_seq: int = 0, if_exists: IfExists = "error"
+        self, name: str, initial_state: GivenState | None = None, first_seq: int = 0, if_exists: IfExists = "error"
     ) -> Stream:
         """Open one stream; see `AsyncClient.open`."""
         stream = self._thread.run(self._inner.open(name, initial_state, first_seq, if_exists))
         return Stream(self, self._thread, stream)
 
-    def open_group(self, names: Sequence[str], initial_states: State | None = None) -> Group:
+    def open_group(self, names: Sequence[str], initial_states: GivenState | None = None) -> Group:
         """Open many streams to be stepped by one array; see `AsyncClient.open_group`."""
         return Group(self, self._thread, self._thread.run(self._inner.open_group(names, initial_states)))
 

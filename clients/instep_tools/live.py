@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Final
 
-from instep_client.aio import AsyncClient
-from instep_client.aio_streams import AsyncStream
+from instep_client.aio import AsyncClient, AsyncStream
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_tools.formats.columns import Choice

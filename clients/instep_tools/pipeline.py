@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.aio_streams import AsyncGroup
+from instep_client.aio import AsyncGroup
 from instep_client.protocol.errors import FrameFailure, FramesRefused, Refused, StreamEvicted
 from instep_client.protocol.wire import F32
 from instep_tools.plan import Rows

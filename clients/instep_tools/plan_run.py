@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from instep_client.aio import AsyncClient
-from instep_client.aio_streams import AsyncGroup
+from instep_client.aio import AsyncClient, AsyncGroup
 from instep_client.protocol.errors import Refused
 from instep_client.protocol.wire import F32
 from instep_client.states import as_state, state_rows

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from instep_client.aio import AsyncClient
-from instep_client.aio_streams import AsyncStream
+from instep_client.aio import AsyncClient, AsyncStream
 from instep_client.protocol.errors import InvalidInput, StreamRefused
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import Code, ServerInfo
@@ -60,7 +59,7 @@ async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Ex
 
 def state_lines(state: State, spec: StateSpec) -> list[str]:
     """A state as a table: for each row along the last axis of a leaf its range, mean and first values."""
-    arrays = state if isinstance(state, dict) else {spec.leaves[0].name: state}
+    arrays = state
     rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
     width = max(len(label) for label, _ in rows)
     lines = [f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values"]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import zmq
 
-from instep_client import AsyncClient, AsyncStream, ConnectionFailed, sockets
-from instep_client.driver import Driver
+from instep_client import AsyncClient, AsyncStream, ConnectionFailed
+from instep_client.driver import OPTIONS, Driver, shared
 from instep_client.session import Session
 from tests.support.fake_server import INFO, FakeServer, reference
 
@@ -22,7 +22,7 @@ X = np.arange(300, dtype=np.float32).reshape(100, 3)
 
 
 async def test_a_full_socket_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sockets.OPTIONS, zmq.SNDHWM, 1)
+    monkeypatch.setitem(OPTIONS, zmq.SNDHWM, 1)
     info = replace(INFO, features=2500, credit_frames=100_000, max_block_frames=100)
     x = np.ones((100, 2500), np.float32)
     with FakeServer(info) as server:
@@ -75,10 +75,10 @@ async def test_a_thousand_and_more_clients_share_one_context() -> None:
     with FakeServer() as server:
         clients = [AsyncClient(server.endpoint) for _ in range(1100)]
         await asyncio.gather(*[client.connect() for client in clients])
-        assert len(sockets.shared) == 1
+        assert len(shared) == 1
         await asyncio.gather(*[client.ping() for client in clients])
         await asyncio.gather(*[client.close() for client in clients])
-        assert len(sockets.shared) == 0
+        assert len(shared) == 0
     gc.collect()
 
 
@@ -141,6 +141,20 @@ async def test_a_socket_that_cannot_be_made_is_a_failed_connection(monkeypatch: 
             patch.setattr(zmq.Context, "socket", none_left)
             with pytest.raises(ConnectionFailed, match="cannot make a socket"):
                 await AsyncClient(server.endpoint).connect()
-        assert not sockets.shared
+        assert not shared
         async with AsyncClient(server.endpoint) as client:
             await client.ping()
+
+
+async def test_a_loop_that_is_held_up_is_told_in_the_numbers_and_once_in_the_log(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        stream = await client.open("a")
+        for _ in range(2):
+            step = asyncio.ensure_future(stream.step(X[0]))
+            await asyncio.sleep(0)
+            time.sleep(0.6)  # noqa: ASYNC251 (what users do)
+            await step
+        assert (await client.stats())["loop_lag_s"] >= 0.6
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1

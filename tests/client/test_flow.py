@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import FrameFailure, InstepError, InvalidInput, StreamEvicted
+from instep_client.protocol.errors import FrameFailure, InvalidInput, StreamEvicted
 from instep_client.protocol.wire import ServerInfo
 from instep_client.streams import StreamHandle
-from tests.support.fake_server import F32, INFO, error, evicted, reference, stepped
+from tests.support.fake_server import F32, INFO, evicted, reference
 from tests.support.session_link import BAD, Link, X, blocks, ending, limited, refusal, refuse, sizes
 
 
@@ -53,19 +53,6 @@ def test_single_frames_of_many_streams_travel_together_second_frames_in_a_second
         mine = [index for index, other in enumerate(order) if other is handle]
         expected, _ = reference(X[mine])
         assert [calls[index].result().outputs.tolist() for index in mine] == expected.tolist()
-
-
-def test_frames_without_room_keep_their_turn() -> None:
-    link = limited(credit=16, block=16)
-    a, b, c = (link.open(name) for name in "abc")
-    link.session.step(a, X[:13])
-    assert sizes(link.advance()) == [(4, 1), (4, 1), (4, 1), (1, 1)]
-    link.session.step(b, X[:4])  # there is room for three
-    link.session.step(c, X[:2])
-    assert sizes(link.advance()) == []
-    link.serve(1)
-    link.settle_client()
-    assert sizes(link.advance()) == [(4, 1), (2, 1)]
 
 
 def test_a_group_steps_all_its_streams_or_some_rows_in_their_order() -> None:
@@ -121,22 +108,6 @@ def test_blocks_stay_within_what_both_sides_take(info: ServerInfo, expected: lis
     assert sizes(link.advance()) == expected
 
 
-def test_a_chunk_stays_within_the_largest_frame_too() -> None:
-    link = Link(replace(INFO, max_message_bytes=24))
-    link.session.step(link.open("a"), X[:5])
-    assert sizes(link.advance()) == [(2, 1), (2, 1), (1, 1)]
-
-
-def test_the_longest_of_each_time_is_told_of_several_blocks() -> None:
-    link = limited(block=1)
-    step = link.session.step(link.open("a"), X[:2])
-    link.advance()
-    y = np.zeros((1, 1, 2), np.float32)
-    link.deliver(stepped(3, y, times=(1, 20, 3)), stepped(4, y, times=(10, 2, 30)))
-    answer = step.result()
-    assert (answer.queue_us, answer.compute_us, answer.send_us) == (10, 20, 30)
-
-
 def test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns() -> None:
     link = limited(credit=4)
     big, small = link.open("big"), link.open("small")
@@ -158,21 +129,6 @@ def test_nothing_is_sent_beyond_the_credit_and_stream_handles_take_turns() -> No
     assert frames[1].result()
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_many_stream_handles_share_the_credit(chunk: int) -> None:
-    link = limited(credit=4, block=1)
-    for handle in [link.open(f"s{i}") for i in range(6)]:
-        link.session.step(handle, X[:chunk])
-    assert sum(t * n for t, n in sizes(link.advance())) == 4
-
-
-def test_full_blocks_of_single_frames_are_sent_as_they_fill() -> None:
-    link = limited(block=2)
-    for handle in [link.open(f"s{i}") for i in range(5)]:
-        link.session.step(handle, X[0])
-    assert sizes(link.advance()) == [(1, 2), (1, 2), (1, 1)]
-
-
 def test_refused_frames_leave_the_others_and_the_next_seq_follows_the_server() -> None:
     link = Link()
     group = link.open("a", "b")
@@ -189,42 +145,6 @@ def test_refused_frames_leave_the_others_and_the_next_seq_follows_the_server() -
     assert link.session.table.next_seqs(group).tolist() == [3, 1]
     again = link.finish(link.session.step(group, np.ones((2, 3))))
     assert again.outputs[1].tolist() == reference(np.ones((2, 3), np.float32))[0][1].tolist()
-
-
-def test_frames_pipelined_behind_a_refused_one_are_refused_too_and_then_the_stream_goes_on() -> None:
-    link = Link()
-    handle = link.open("a")
-    first, bad, behind = (link.session.step(handle, x) for x in (X[0], BAD, X[1]))
-    link.settle()
-    assert first.result()
-    assert refusal(bad).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
-    assert refusal(behind).failures == (FrameFailure("a", 2, Code.SEQ_GAP, 1),)
-    assert link.finish(link.session.step(handle, X[1])).outputs.tolist() == reference(X[:2])[0][1].tolist()
-
-
-def test_a_frame_that_waited_to_be_sent_behind_a_refused_one_is_not_sent() -> None:
-    link = limited(credit=1)
-    handle = link.open("a")
-    bad, behind = link.session.step(handle, BAD), link.session.step(handle, X[0])
-    link.settle()
-    assert link.rules.blocks == [(1, 1)]
-    assert refusal(bad).code is Code.NOT_FINITE
-    assert refusal(behind).failures == (FrameFailure("a", 0, Code.SEQ_GAP, 0),)
-    assert np.isnan(refusal(behind).outputs).all()
-    assert "an earlier frame of this stream was refused" in str(behind.error)
-
-
-def test_the_rest_of_a_chunk_is_not_sent_once_a_frame_of_it_was_refused() -> None:
-    link = limited(credit=8, block=2)
-    handle = link.open("a", "b")
-    x = np.ones((6, 2, 3), np.float32)
-    x[1, 0] = BAD
-    step = link.session.step(handle, x)
-    link.settle()
-    assert sum(t * n for t, n in link.rules.blocks) < 12
-    assert refusal(step).failures == (FrameFailure("a", 1, Code.NOT_FINITE, 1),)
-    assert refusal(step).outputs[:, 1].tolist() == reference(x[:, 1])[0].tolist()
-    assert link.session.table.next_seqs(handle).tolist() == [1, 6]
 
 
 def test_a_refused_message_is_a_refusal_of_all_its_frames_and_is_not_sent_again() -> None:
@@ -293,18 +213,6 @@ def test_the_rest_of_a_chunk_is_sent_without_a_stream_that_has_ended() -> None:
     assert int(link.session.table.next_seqs(group)[0]) == 6
 
 
-def test_a_step_of_a_group_that_waits_ends_when_all_its_streams_have_ended() -> None:
-    link = Link()
-    group = link.open("a", "b")
-    step = link.session.step(group, X[:2])
-    link.rules.end([1, 2])
-    link.deliver(evicted([1, 2]))
-    assert link.advance() == []
-    error, outputs = ending(step)
-    assert [f.stream for f in error.failures] == ["a", "b"]
-    assert np.isnan(outputs).all()
-
-
 @pytest.mark.parametrize("x", [np.zeros(2), np.zeros((1, 1, 3)), ["a", "b", "c"]])
 def test_bad_input_sends_nothing(x: Any) -> None:
     link = Link()
@@ -345,12 +253,3 @@ def test_outputs_belong_to_the_user() -> None:
         assert outputs.flags.writeable
         assert outputs.base is None or outputs.base.base is None
         outputs += 1
-
-
-def test_an_error_that_answers_nothing_ends_the_session() -> None:
-    link = Link()
-    step = link.session.step(link.open("a"), X[0])
-    link.advance()
-    link.deliver(error(77, Code.TOO_LARGE))
-    with pytest.raises(InstepError, match="could not read a message"):
-        step.result()

@@ -31,19 +31,6 @@ def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None
             link.session.step(handle, X[0], keep=keep)
 
 
-def test_the_handle_is_woken_when_its_outputs_change() -> None:
-    link = Link()
-    handle = link.open("a")
-    link.session.outbox.take_woken()
-    call = link.session.step(handle, X[0], keep=True)
-    link.advance()
-    assert link.session.outbox.take_woken() == [call]
-    link.settle()
-    assert link.session.outbox.take_woken() == [call, handle]
-    link.session.finish(handle)
-    assert link.session.outbox.take_woken() == [handle]
-
-
 def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
     link = limited(credit=4)
     handle, other = link.open("a"), link.open("b")
@@ -56,13 +43,6 @@ def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
     link.settle()
     assert kept[4].done
     assert behind.done
-
-
-def test_a_chunk_larger_than_the_bound_goes_when_nothing_else_is_unread() -> None:
-    link = limited(credit=4)
-    handle = link.open("a")
-    chunk = link.session.step(handle, X[:10], keep=True)
-    assert link.finish(chunk).outputs.shape == (10, 2)
 
 
 @pytest.mark.parametrize("came_before", [False, True])
@@ -84,25 +64,6 @@ def test_nobody_reading_is_an_error_after_the_timeout(came_before: bool) -> None
     assert link.finish(link.session.step(handle, X[1], keep=True))
 
 
-def test_outputs_that_did_not_come_for_longer_than_the_timeout_were_not_left_unread() -> None:
-    link = limited(credit=1)
-    handle = link.open("a")
-    sent, held_back = (link.session.step(handle, x, keep=True) for x in X[:2])
-    link.advance()
-    step = link.to_server.popleft()
-    for _ in range(6):  # it takes its time, and answers PINGs meanwhile
-        link.advance(5.0)
-        link.serve()
-        link.settle_client()
-    assert not held_back.done
-    link.to_server.append(step)
-    link.settle()
-    link.advance(9.9)
-    assert not held_back.done
-    assert link.session.take(handle) is sent
-    assert link.finish(held_back)
-
-
 def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -> None:
     link = limited(credit=1)
     handle = link.open("a")
@@ -115,22 +76,6 @@ def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -
     assert link.session.table.next_seqs(handle).tolist() == [2]
 
 
-def test_a_kept_call_that_was_not_sent_leaves_no_output() -> None:
-    link = limited(credit=4, block=1)
-    handle = link.open("a")
-    link.session.step(link.open("b"), X[:2])
-    first = link.session.step(handle, X[0], keep=True)
-    half = link.session.step(handle, X[1:3], keep=True)
-    last = link.session.step(handle, X[3], keep=True)
-    link.advance()
-    link.session.cancel(half)
-    link.session.cancel(first)  # sent: counts as sent
-    link.settle()
-    assert [link.session.take(handle) for _ in range(3)] == [first, last, None]
-    assert handle.unread == 0
-    assert last.result().outputs.tolist() == reference(X[[0, 1, 3]])[0][2].tolist()
-
-
 def test_a_call_held_back_by_unread_outputs_can_be_withdrawn() -> None:
     link = limited(credit=1)
     handle = link.open("a")
@@ -141,15 +86,6 @@ def test_a_call_held_back_by_unread_outputs_can_be_withdrawn() -> None:
     assert handle.unread == 1
     assert link.session.deadline() is None
     assert link.finish(link.session.step(handle, X[2])).outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
-
-
-def test_the_only_call_of_a_handle_can_be_withdrawn() -> None:
-    link = Link()
-    handle = link.open("a")
-    call = link.session.step(handle, X[0])
-    link.session.cancel(call)
-    assert link.advance() == []
-    assert link.finish(link.session.step(handle, X[0]))
 
 
 def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_longer() -> None:

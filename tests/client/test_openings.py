@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from instep_client.connection import parts
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, InvalidInput, StreamEvicted, StreamRefused
+from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.wire import Kind
-from instep_client.requests import OpenCall
 from tests.support.fake_server import INFO, Message, evicted, reference
 from tests.support.session_link import Link, X, headers, refuse
-from tests.support.states import floats_of, gru_state
+from tests.support.states import floats_of
 
 SMALL = replace(INFO, max_message_bytes=2 * 201)
 """Room for two names."""
@@ -53,17 +51,9 @@ def test_a_stream_starts_from_its_state_and_ends_in_the_networks() -> None:
     ("names", "states", "complaint"),
     [
         ([], None, "at least one name"),
-        ([""], None, "^'' is not a valid stream name: it is empty; a name is a string of 1 to 200 bytes"),
-        (["a\nb"], None, r"^'a\\nb' is not a valid stream name: it holds '\\n'; .* 1 to 200 bytes"),
         ([b"a"], None, "^b'a' is not a valid stream name: it is of type bytes; .* 1 to 200 bytes"),
-        (["a", "é" * 101], None, r"^'é{59}… \(name 2 of 2\) is not .*: it has 202 bytes; .* 1 to 200 bytes"),
-        (["a", "b\u200b", ""], None, r"^'b\\u200b' \(name 2 of 3\) is not .*: it holds '\\u200b'; "),
         (["\ud800"], None, r"^'\\ud800' is not .*: it holds '\\ud800'; "),
-        ("abc", None, "not one string"),
-        (["a", "a"], None, "the same name"),
         (["a", "b", "c", "b"], None, "the same name: 'b' is there twice, names 2 and 4 of 4$"),
-        (["a", "b"], np.zeros((2, 2)), r"shape \[2, 2, 2\]"),
-        (["a"], np.zeros((2, 2)), r"shape \[1, 2, 2\]"),
     ],
 )
 def test_bad_names_and_states_are_refused_before_anything_is_sent(
@@ -85,40 +75,6 @@ def test_all_of_a_group_are_opened_or_none() -> None:
     assert link.rules.names == {"b": 1}
     assert link.finish(link.session.step(taken, X[0]))
     assert len(link.open("a", "c").rows) == 2
-
-
-def test_a_group_is_refused_when_those_of_it_that_were_opened_are_closed_again() -> None:
-    link = Link()
-    link.open("b")
-    opening = link.session.open(["a", "b", "c"], None, single=False)
-    link.advance()
-    link.serve()
-    link.settle_client()
-    assert not opening.done
-    assert headers(link.advance())[0][:1] == [Kind.CLOSE]
-    link.serve()
-    assert not opening.done
-    link.settle_client()
-    assert opening in link.session.outbox.take_woken()
-    with pytest.raises(StreamRefused, match=r"NAME_IN_USE.*\(stream 'b'\)"):
-        opening.result()
-    assert len(link.open("a", "c").rows) == 2
-
-
-@pytest.mark.parametrize("is_closing", [False, True])
-def test_a_refused_group_is_refused_though_the_session_ends_before_it_is_closed_again(is_closing: bool) -> None:
-    link = Link()
-    link.open("b")
-    opening = link.session.open(["a", "b"], None, single=False)
-    link.advance()
-    link.serve()
-    link.settle_client()
-    if is_closing:
-        link.advance()
-    link.session.fail(ClientClosed, "over")
-    assert opening in link.session.outbox.take_woken()
-    with pytest.raises(StreamRefused, match="NAME_IN_USE"):
-        opening.result()
 
 
 def test_a_refused_message_refuses_the_group() -> None:
@@ -145,14 +101,6 @@ def test_large_groups_are_opened_and_closed_in_parts() -> None:
     assert floats_of(link.finish(closing), 2, 2).tolist() == states.tolist()
 
 
-def test_parts_fit_into_messages_and_into_the_largest_reply() -> None:
-    link = Link(replace(INFO, max_message_bytes=600))
-    link.session.open([f"{number}".rjust(200, "a") for number in range(3)], None, single=False)
-    assert all(len(message[1]) <= 600 for message in link.advance())
-    large = replace(INFO, state=gru_state(1, 2**20), max_message_bytes=2**30)
-    assert [len(part) * large.state.row_bytes for part in parts(40, large)] == [2**26, 2**26, 2**25]
-
-
 def test_one_refused_part_undoes_the_others() -> None:
     link = Link(SMALL)
     link.open("d")
@@ -164,17 +112,6 @@ def test_one_refused_part_undoes_the_others() -> None:
     with pytest.raises(StreamRefused, match=r"BUSY.*\(stream 'c'\)"):
         opening.result()
     assert link.rules.names == {"d": 1}
-
-
-def test_the_first_refused_stream_is_named_whichever_part_is_answered_first() -> None:
-    link = Link(SMALL)
-    link.open("b", "d")
-    opening = link.session.open(list("abcd"), None, single=False)
-    link.advance()
-    link.to_server.reverse()
-    link.settle()
-    with pytest.raises(StreamRefused, match=r"\(stream 'b'\)"):
-        opening.result()
 
 
 @pytest.mark.parametrize("is_answered", [False, True])
@@ -189,18 +126,6 @@ def test_streams_that_nobody_waits_for_are_closed_again(is_answered: bool) -> No
     link.settle()
     assert link.rules.names == {}
     assert Kind.CLOSE in link.rules.kinds
-
-
-def test_a_refused_opening_that_nobody_waits_for_is_nothing() -> None:
-    link = Link()
-    opening = link.session.open(["a"], None, single=True)
-    link.advance()
-    refuse(link, Code.BUSY)
-    link.session.cancel(opening)
-    link.settle()
-    assert Kind.CLOSE not in link.rules.kinds
-    assert isinstance(opening, OpenCall)
-    link.session.cancel(opening)
 
 
 def test_closing_waits_until_everything_sent_was_answered() -> None:
@@ -220,18 +145,6 @@ def test_closing_waits_until_everything_sent_was_answered() -> None:
     assert floats_of(final, 2, 2)[0].tolist() == expected.tolist()
 
 
-def test_a_closed_handle_takes_nothing_more() -> None:
-    link = Link()
-    handle = link.open("a")
-    closing = link.session.close(handle)
-    for call in (lambda: link.session.step(handle, X[0]), lambda: link.session.close(handle)):
-        with pytest.raises(ClientClosed, match="'a' was closed"):
-            call()
-    assert not link.session.outputs_end(handle)
-    link.finish(closing)
-    assert link.session.outputs_end(handle)
-
-
 def test_rows_are_used_again_and_start_afresh() -> None:
     link = Link()
     first = link.open("a")
@@ -249,19 +162,6 @@ def test_rows_are_used_again_and_start_afresh() -> None:
     assert link.finish(link.session.step(second, X[1]))
 
 
-def test_the_table_grows() -> None:
-    link = Link()
-    handles = [link.open(f"s{i}") for i in range(40)]
-    group = link.open(*[f"g{i}" for i in range(500)])
-    rows = [int(row) for handle in [*handles, group] for row in handle.rows]
-    assert len(set(rows)) == 540
-    steps = [link.session.step(handle, X[0]) for handle in handles]
-    many = link.session.step(group, np.ones((500, 3)))
-    link.settle()
-    assert {tuple(step.result().outputs.tolist()) for step in steps} == {(3.0, 4.0)}
-    assert many.result().outputs.shape == (500, 2)
-
-
 class TestEnded:
     def test_closing_a_stream_that_was_evicted_says_so_and_sends_nothing(self) -> None:
         link = Link()
@@ -275,29 +175,6 @@ class TestEnded:
         assert not link.finish(link.session.close(other)).any()
         assert link.rules.kinds[-1] is Kind.CLOSE
 
-    @pytest.mark.parametrize("is_sent", [False, True])
-    def test_a_close_that_waits_when_the_stream_is_evicted_says_so(self, is_sent: bool) -> None:
-        link = Link()
-        handle = link.open("a")
-        step = link.session.step(handle, X[0])
-        closing = link.session.close(handle)
-        link.advance()
-        if is_sent:
-            link.serve()
-            link.settle_client()
-            link.advance()
-        link.rules.end([1])
-        link.deliver(evicted([1]))
-        assert closing.done is not is_sent
-        if not is_sent:
-            link.session.fail(ClientClosed, "over")
-            assert isinstance(closing.error, StreamEvicted)
-            return
-        link.settle()
-        assert isinstance(closing.error, StreamEvicted)
-        assert step.error is None
-        assert link.open("b").rows.tolist() == handle.rows.tolist()
-
     def test_a_group_gives_the_states_of_those_that_are_left(self) -> None:
         link = Link()
         group = link.open("a", "b", "c", initial=np.ones((3, 2, 2)))
@@ -309,11 +186,6 @@ class TestEnded:
         finals = floats_of(closing.result(), 4)
         assert np.isnan(finals[:2]).all()
         assert finals[2].tolist() == [1, 1, 1, 1]
-
-    def test_a_close_is_sent_in_messages_that_the_server_takes(self) -> None:
-        link = Link(replace(SMALL, state=gru_state(1, 1)))
-        link.session.close(link.open(*map(str, range(60))))
-        assert [len(closings) for _, closings in link.advance()] == [2 * 16] * 30
 
     def test_a_stream_that_the_server_does_not_know_cannot_be_closed(self) -> None:
         link = Link()
@@ -336,13 +208,3 @@ class TestEnded:
             closing.result()
         assert link.finish(link.session.step(handle, X[0]))
         assert link.finish(link.session.close(handle)).shape == (1, 16)
-
-    def test_a_close_on_its_way_fails_with_the_session(self) -> None:
-        link = Link(replace(INFO, credit_frames=1))
-        handle = link.open("a")
-        for x in X[:2]:
-            link.session.step(handle, x)
-        waiting = link.session.close(handle)
-        link.advance()
-        link.session.fail(ClientClosed, "over")
-        assert str(waiting.error) == "over"

@@ -12,8 +12,7 @@ import pytest
 
 from instep_client.connection import Attempts, Call, State
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, InvalidInput
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.errors import ConnectionFailed
 from instep_client.session import Session
 from tests.support.fake_server import error, goodbye, reference
 from tests.support.ring_link import RingLink, lose
@@ -55,11 +54,6 @@ class TestLoss:
         assert is_lost(link)
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
-    def test_a_connection_that_zeromq_made_for_the_first_time(self) -> None:
-        session = Session("tcp://somewhere:1")
-        session.receive(error(0, Code.HELLO_FIRST), 0.0)
-        assert session.state is State.GREETING
-
     def test_a_greeting_that_was_lost_with_the_connection_it_was_sent_over(self) -> None:
         link = RingLink()
         handle = link.open("a")
@@ -76,17 +70,6 @@ class TestLoss:
         assert deadline <= link.now + 0.1  # the next attempt, and not the end of this one's patience
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.sockets == sockets + 1
-
-    def test_a_first_greeting_that_was_lost_fails_at_once(self) -> None:
-        session = Session("tcp://somewhere:1")
-        assert [msgpack.unpackb(message[0])[0] for message in session.outbox.take_messages()] == [Kind.HELLO]
-        session.receive(error(0, Code.HELLO_FIRST), 0.0)
-        (ping,) = session.outbox.take_messages()
-        kind, request = msgpack.unpackb(ping[0])
-        assert kind == Kind.PING
-        session.receive(error(request, Code.HELLO_FIRST), 0.0)
-        with pytest.raises(ConnectionFailed, match="broke"):
-            session.greeting.result()
 
     def test_goodbye(self) -> None:
         link = RingLink()
@@ -109,18 +92,6 @@ class TestLoss:
         link.server.restart()
         assert link.finish(step).outputs.shape == (2,)
 
-    def test_frames_that_a_server_refuses_for_longer_are_refused(self) -> None:
-        link = RingLink(reconnect_s=30.0)
-        handle = link.open("a")
-        link.server.draining = True
-        began, step = link.now, link.session.step(handle, X[0])
-        link.run(step)
-        assert isinstance(step.error, FramesRefused)
-        assert step.error.code is Code.SHUTTING_DOWN
-        assert began + 30.0 <= link.now < began + 31.0
-        link.server.draining = False
-        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
-
     def test_the_first_connection_is_not_tried_for(self) -> None:
         session = Session("tcp://somewhere:1", timeout_s=1.0)
         session.advance(0.0)
@@ -139,20 +110,6 @@ class TestLoss:
         link.run()
         assert link.session.state is State.RECONNECTING
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
-
-    def test_the_word_that_a_quiet_connection_asks_for_is_itself_waited_for(self) -> None:
-        link = RingLink(RingServer(replace(RING_INFO, park_s=60.0)))
-        link.open("a")
-        for state in (State.OPEN, State.RECONNECTING):
-            deadline = link.session.deadline()
-            assert deadline is not None
-            link.now = deadline
-            link.advance()
-            link.to_server[link.peer].clear()  # it gets lost, and nothing tells
-            assert link.session.state is state
-
-    def test_without_streams_silence_means_nothing(self) -> None:
-        assert RingLink().session.deadline() is None
 
 
 class TestAttempts:
@@ -191,23 +148,6 @@ class TestAttempts:
         assert link.sockets == 1
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
-    def test_a_ping_that_was_lost_is_measured_anew(self) -> None:
-        link = RingLink()
-        ping = link.session.ping(link.now)
-        link.advance()
-        link.cut()
-        sent_at = link.now
-        assert link.finish(ping) == 0.0  # the clock stands while messages are on their way
-        assert link.now > sent_at
-
-    def test_each_attempt_is_another_socket_until_one_is_answered(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        lose(link)
-        link.server.refused_hellos = 3
-        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
-        assert link.sockets == 4
-
     def test_a_server_that_stays_away_is_given_up_in_time(self) -> None:
         link = RingLink(reconnect_s=30.0)
         handle = link.open("a")
@@ -236,22 +176,6 @@ class TestAttempts:
                 call.result()
         assert link.session.deadline() is None
 
-    def test_a_server_that_breaks_whenever_it_was_reached_is_given_up_too(self) -> None:
-        link = RingLink(reconnect_s=30.0)
-        step = link.session.step(link.open("a"), X[0])
-        while not step.done:
-            link.advance()
-            while link.to_server[link.peer]:
-                if link.to_server[link.peer][0][0][:1] == bytes([Kind.STEP]):
-                    link.cut()
-                else:
-                    link.serve()
-            while link.to_client:
-                link.deliver()
-            link.now = max(link.now, link.session.deadline() or link.now)
-        with pytest.raises(ConnectionFailed, match="tried to connect again"):
-            step.result()
-
     @pytest.mark.parametrize("change", [{"fingerprint": "01"}, {"window_frames": 4}])
     def test_another_model_or_smaller_limits_are_no_server_to_go_on_with(self, change: dict[str, str]) -> None:
         link = RingLink()
@@ -272,21 +196,3 @@ class TestAttempts:
         link.deliver()
         with pytest.raises(ConnectionFailed, match="refused this client"):
             link.session.ping(0.0)
-
-    def test_words_of_a_connection_that_was_given_up_are_not_heard(self) -> None:
-        link = RingLink()
-        lose(link)
-        link.session.receive([b"\xff"], link.now)
-        assert link.session.state is State.RECONNECTING
-
-    def test_bad_times(self) -> None:
-        with pytest.raises(InvalidInput, match="reconnect_s"):
-            Session("tcp://somewhere:1", reconnect_s=-1.0)
-
-    def test_leaving_without_a_connection_says_nothing(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        lose(link)
-        assert link.session.leave() is None
-        with pytest.raises(ClientClosed):
-            link.session.step(handle, X[0])

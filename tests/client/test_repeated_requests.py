@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from instep_client.connection import Call
-from instep_client.protocol.errors import ConnectionFailed, InstepError, StreamEvicted, StreamRefused
+from instep_client.protocol.errors import ConnectionFailed, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import reference
-from tests.support.ring_link import RingLink, lose
+from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.session_link import X
 from tests.support.states import floats_of
@@ -71,28 +71,6 @@ def test_a_group_of_which_a_part_was_opened_says_so() -> None:
         opening.result()
 
 
-def test_a_refused_opening_is_refused_as_ever() -> None:
-    link = RingLink()
-    link.open("a")
-    lose(link)
-    opening = link.session.open(["a"], None, True)
-    link.run(opening)
-    with pytest.raises(StreamRefused, match="NAME_IN_USE"):
-        opening.result()
-
-
-def test_an_opening_that_nobody_waits_for_is_not_asked_again() -> None:
-    link = RingLink()
-    opening = link.session.open(["a"], None, True)
-    link.advance()
-    link.cut()
-    link.session.cancel(opening)
-    link.run(opening)
-    with pytest.raises(InstepError, match="was cancelled"):
-        opening.result()
-    assert link.server.streams == {}
-
-
 def test_a_close_that_was_not_done_is_done() -> None:
     link = RingLink()
     handle = link.open("a")
@@ -119,25 +97,6 @@ def test_a_close_that_was_done_has_no_final_state() -> None:
     assert link.session.table.is_empty
 
 
-def test_a_group_of_which_a_part_was_closed() -> None:
-    link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 16)))
-    names = ["a", "b", "c"]
-    handles = [link.open(name) for name in names]
-    for handle in handles:
-        link.finish(link.session.close(handle))
-    link.server.info = replace(RING_INFO, max_message_bytes=2 * 16)
-    opening = link.session.open(names, np.ones((3, 2, 2)), False)
-    group = link.finish(opening)
-    closing = link.session.close(group)
-    link.advance()
-    link.serve()
-    link.deliver()
-    link.cut()
-    assert floats_of(link.finish(closing), 4).tolist() == [[1, 1, 1, 1]] * 3
-    assert not group.has_ended
-    assert link.server.streams == {}
-
-
 def test_a_reset_is_done_once_more_before_anything_that_comes_later() -> None:
     link = RingLink()
     handle = link.open("a")
@@ -157,23 +116,6 @@ def test_a_reset_is_done_once_more_before_anything_that_comes_later() -> None:
     assert link.session.table.next_seqs(handle).tolist() == [5]
 
 
-def test_what_is_asked_of_a_stream_that_has_gone_says_so() -> None:
-    link = RingLink()
-    handle = link.open("a")
-    calls: list[Call[Any]] = [
-        link.session.read_state(handle),
-        link.session.reset(handle, None),
-        link.session.fork(handle, ["b"]),
-    ]
-    link.advance()
-    link.cut()
-    del link.server.streams["a"]
-    link.run(*calls)
-    for call in calls:
-        with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
-            call.result()
-
-
 def test_a_resume_is_asked_again() -> None:
     link = RingLink()
     handle = link.open("a")
@@ -186,18 +128,6 @@ def test_a_resume_is_asked_again() -> None:
     again = other.finish(resume)
     assert other.session.table.next_seqs(again).tolist() == [2]
     assert other.finish(other.session.step(again, X[2])).outputs.tolist() == reference(X[:3])[0][2].tolist()
-
-
-def test_a_resume_of_which_a_part_was_granted_is_asked_again() -> None:
-    link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=201)))  # room for one name
-    link.open("a", "b")
-    other = RingLink(link.server, name="other")
-    resume = other.session.resume(["a", "b"], None, 0, True, False)
-    other.advance()
-    other.serve()
-    other.deliver()
-    other.cut()
-    assert other.finish(resume).names == ("a", "b")
 
 
 def test_a_resume_that_another_one_followed_is_in_doubt() -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import DataLoss, FramesRefused, StreamEvicted
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.errors import DataLoss, StreamEvicted
 from tests.support.fake_server import reference
 from tests.support.ring_link import RingLink, lose
-from tests.support.ring_server import RING_INFO, RingServer
 from tests.support.session_link import X
 
 
@@ -31,48 +26,6 @@ class TestFrames:
         assert len(link.server.streams["a"].applied) == 4
         assert link.server.failures == []
 
-    def test_streams_are_claimed_in_parts_that_fit(self) -> None:
-        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
-        group = link.open("a", "b", "c", "d", "e")
-        lose(link)
-        link.finish(link.session.step(group, np.ones((5, 3))))
-        assert link.server.kinds.count(Kind.RESUME) == 3
-
-    def test_a_connection_lost_while_claiming(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        step = link.session.step(handle, X[0])
-        lose(link)
-        kinds = link.server.kinds
-        for claims in range(3):
-            while kinds.count(Kind.RESUME) == claims:
-                deadline = link.session.deadline()
-                assert deadline is not None
-                link.now = deadline
-                link.advance()
-                while link.to_server[link.peer] and kinds.count(Kind.RESUME) == claims:
-                    while link.to_client:
-                        link.deliver()
-                    link.advance()
-                    link.serve()
-            link.cut()
-            link.advance(10.0)
-        assert link.finish(step).outputs.shape == (2,)
-
-    def test_a_refused_frame_stays_refused(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        bad, behind = link.session.step(handle, [np.nan] * 3), link.session.step(handle, X[0])
-        link.advance()
-        link.serve()
-        link.deliver()
-        assert isinstance(bad.error, FramesRefused)
-        link.cut()
-        link.run(behind)
-        assert isinstance(behind.error, FramesRefused)
-        assert link.server.streams["a"].applied == []
-        assert link.finish(link.session.step(handle, X[1])).outputs.shape == (2,)
-
 
 class TestPersonsDecide:
     def test_streams_that_are_gone_end_and_the_others_go_on(self) -> None:
@@ -89,14 +42,6 @@ class TestPersonsDecide:
         assert steps["well"].result().outputs.shape == (2,)
         with pytest.raises(StreamEvicted, match="UNKNOWN_STREAM"):
             link.session.step(handles["gone"], X[0])
-
-    def test_a_stream_that_was_taken_over_is_told_at_once(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        link.send(link.server.take_over("a"))
-        link.deliver()
-        with pytest.raises(StreamEvicted, match="FENCED"):
-            link.session.step(handle, X[0])
 
     def test_a_server_that_lost_frames(self) -> None:
         link = RingLink()

@@ -47,17 +47,6 @@ def test_what_was_sent_before_says_nothing_of_what_was_sent_after() -> None:
     assert link.session.table.next_seqs(handle).tolist() == [1]
 
 
-def test_nor_once_that_failed_as_well() -> None:
-    link, handle = handle_with(2)
-    fail(link, 3, Code.NOT_FINITE, 0)
-    link.session.step(handle, X[:2])
-    link.advance()
-    link.deliver(stepped(5, np.full((2, 1, 2), np.nan, np.float32), [(0, 1, Code.NOT_FINITE, 1)]))
-    assert link.session.table.next_seqs(handle).tolist() == [1]
-    fail(link, 4, Code.SEQ_GAP, 0)
-    assert link.session.table.next_seqs(handle).tolist() == [1]
-
-
 def test_a_repeated_seq_sets_the_stream_forward() -> None:
     link, handle = handle_with(1)
     fail(link, 3, Code.SEQ_REPEATED, 7)

@@ -13,7 +13,6 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
-    InstepError,
     InvalidInput,
     MalformedMessage,
     Refused,
@@ -22,7 +21,7 @@ from instep_client.protocol.errors import (
 from instep_client.protocol.wire import Kind
 from instep_client.session import Session
 from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
-from tests.support.session_link import Link, headers, refuse, sizes
+from tests.support.session_link import Link, headers, refuse
 
 X = np.ones(3, np.float32)
 
@@ -112,21 +111,6 @@ def test_a_client_that_was_held_up_asks_before_it_gives_the_server_up() -> None:
     assert not step.error
 
 
-@pytest.mark.parametrize("word", [[pack(Kind.PING, 0)], [pack(Kind.PONG, 4)]])
-def test_any_word_of_the_server_starts_the_wait_anew(word: Message) -> None:
-    link = Link(timeout_s=4.0)
-    handle = link.open("a")
-    link.session.step(handle, X)
-    link.advance()
-    assert headers(link.advance(2.0)) == [[Kind.PING, 4]]
-    link.deliver(word)
-    link.advance(1.9)
-    link.advance(1.9)
-    assert link.session.deadline() is not None
-    link.advance(0.2)
-    assert link.session.state is State.ENDED
-
-
 @pytest.mark.parametrize("number", [0, 7, 2**62])
 def test_the_servers_ping_is_answered_with_its_own_number(number: int) -> None:
     link = Link(timeout_s=4.0)
@@ -135,16 +119,6 @@ def test_the_servers_ping_is_answered_with_its_own_number(number: int) -> None:
     link.deliver([pack(Kind.PING, number)])
     assert headers(link.advance()) == [[Kind.PONG, number]]
     assert not step.done
-
-
-def test_an_answered_probe_allows_the_next() -> None:
-    link = Link(timeout_s=4.0)
-    link.session.step(link.open("a"), X)
-    link.advance()
-    for probe in ([pack(Kind.PONG, 4)], error(5, Code.BUSY)):
-        assert headers(link.advance(2.0))[0][0] is Kind.PING
-        link.deliver(probe)
-    assert headers(link.advance(2.0)) == [[Kind.PING, 6]]
 
 
 def test_ping_measures_and_statistics_are_read() -> None:
@@ -183,15 +157,6 @@ def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
             call()
     link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))  # too late: dropped
     assert link.session.leave() is None
-
-
-def test_a_restarted_server_does_not_know_us() -> None:
-    link = Link()
-    step = link.session.step(link.open("a"), X)
-    link.advance()
-    link.deliver(error(0, Code.HELLO_FIRST))
-    with pytest.raises(ConnectionFailed, match="was restarted"):
-        step.result()
 
 
 def test_an_error_about_no_request_ends_the_session() -> None:
@@ -256,26 +221,6 @@ def test_eviction_fails_what_waits_and_what_comes_later_of_that_stream_alone() -
     assert link.session.step(other, X)
 
 
-def test_frames_behind_a_reset_that_an_eviction_has_ended_do_not_wait_for_answers() -> None:
-    link = Link()
-    group = link.open("a", "b")
-    link.session.step(group, [X, X])
-    reset, behind = link.session.reset(group, None), link.session.step(group, [X], rows=[1])
-    assert sizes(link.advance()) == [(1, 2)]
-    link.deliver(evicted([1]))
-    assert isinstance(reset.error, StreamEvicted)
-    assert sizes(link.advance()) == [(1, 1)]
-    assert link.finish(behind)
-
-
-def test_eviction_before_the_welcome_is_nobodys() -> None:
-    link = Link(greet=False)
-    link.advance()
-    link.deliver(evicted([1]))
-    link.settle()
-    assert link.session.state is State.OPEN
-
-
 def test_eviction_of_one_of_a_group_lets_the_others_step() -> None:
     link = Link(replace(INFO, credit_frames=4))
     group = link.open("a", "b", "c")
@@ -338,18 +283,3 @@ def test_leaving_closes_what_is_about_to_be_opened(is_refused: bool) -> None:
     link.settle()
     assert farewell.done
     assert link.rules.names == {}, "a and b were granted, c was on its way, d was never asked for"
-
-
-def test_leaving_without_streams_says_nothing() -> None:
-    link = Link()
-    assert link.session.leave() is None
-    assert link.advance() == []
-
-
-def test_every_failure_is_an_error_object_of_its_own() -> None:
-    link = Link()
-    calls = [link.session.ping(0.0), link.session.ping(0.0)]
-    link.session.fail(InstepError, "over")
-    link.session.fail(InstepError, "over again")
-    assert calls[0].error is not calls[1].error
-    assert [str(call.error) for call in calls] == ["over", "over"]

@@ -18,7 +18,7 @@ from instep_client.protocol.errors import (
     StreamEvicted,
     StreamRefused,
 )
-from instep_client.protocol.wire import CLAIM, HAVE_ALL, Kind
+from instep_client.protocol.wire import CLAIM, Kind
 from tests.support.fake_server import evicted, reference, welcome
 from tests.support.ring_link import RingLink
 from tests.support.ring_server import RING_INFO, RingServer
@@ -91,29 +91,10 @@ class TestResume:
         assert set(link.server.streams) == {"a", "b"}  # what was there before is not closed
         assert len(other.finish(other.session.resume(["a", "b"], None, 0, True, False)).rows) == 2
 
-    @pytest.mark.parametrize("is_granted", [False, True])
-    def test_a_resume_that_nobody_waits_for_leaves_the_stream(self, is_granted: bool) -> None:
-        link = RingLink()
-        link.open("a")
-        other = RingLink(link.server, name="other")
-        resume = other.session.resume(["a"], None, 0, True, True)
-        other.advance()
-        if is_granted:
-            other.run(resume)
-        other.session.cancel(resume)
-        other.run(resume)
-        assert "a" in link.server.streams
-
     @pytest.mark.parametrize(("have", "epoch"), [(-1, 0), (0.5, 0), ([1, 2], 0), (0, 2**64), (None, "x"), ([[1]], 0)])
     def test_bad_numbers(self, have: Any, epoch: Any) -> None:
         with pytest.raises(InvalidInput, match="one integer of at least 0"):
             RingLink().session.resume(["a"], have, epoch, False, True)
-
-    def test_have_all_is_said_as_such(self) -> None:
-        link = RingLink()
-        link.session.resume(["a"], None, 0, False, True)
-        link.advance()
-        assert np.frombuffer(link.to_server[link.peer][0][2], CLAIM)["have"].tolist() == [HAVE_ALL]
 
 
 class TestStates:
@@ -160,12 +141,6 @@ class TestStates:
         assert after.result().outputs.tolist() == reference(X[2:4], STATE)[0].tolist()
         assert link.session.table.next_seqs(handle).tolist() == [4]
 
-    def test_a_reset_without_states_is_to_zeros(self) -> None:
-        link = RingLink()
-        group = link.open("a", "b", initial=np.ones((2, 2, 2)))
-        link.finish(link.session.reset(group, None))
-        assert not link.finish(link.session.read_state(group))[1].any()
-
     def test_a_fork_goes_on_from_where_its_source_is(self) -> None:
         link = RingLink()
         group = link.open("a", "b")
@@ -191,19 +166,6 @@ class TestStates:
         link.finish(link.session.step(handle, X[0]))
         link.finish(link.session.ping(0.0))
         assert set(link.server.streams) == {"a"}
-
-    def test_a_refused_fork_or_reset_leaves_the_source(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        fork = link.session.fork(handle, ["a"])
-        link.run(fork)
-        assert isinstance(fork.error, StreamRefused)
-        link.server.draining = True
-        reset = link.session.reset(handle, None)
-        link.run(reset)
-        assert isinstance(reset.error, StreamRefused)
-        link.server.draining = False
-        assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_what_waits_for_its_turn_ends_with_the_stream(self) -> None:
         link = RingLink()
@@ -231,14 +193,6 @@ class TestStates:
             with pytest.raises(ClientClosed):
                 ask()
 
-    def test_many_states_are_asked_for_in_parts(self) -> None:
-        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
-        group = link.open(*[f"s{i}" for i in range(60)])
-        states = np.arange(240, dtype=np.float32).reshape(60, 2, 2)
-        link.finish(link.session.reset(group, states))
-        assert link.finish(link.session.read_state(group))[1].tobytes() == states.tobytes()
-        assert link.server.kinds.count(Kind.RESET) == link.server.kinds.count(Kind.READ_STATE) == 30
-
 
 class TestReadByName:
     def test_its_bytes(self) -> None:
@@ -260,48 +214,7 @@ class TestReadByName:
         assert (link.server.streams["a"].owner, link.server.streams["a"].epoch) == (link.peer, epoch)
         assert link.finish(link.session.step(handle, X[4])).outputs.tolist() == reference(X[:5])[0][4].tolist()
 
-    def test_the_first_stream_that_is_not_there_is_named_and_a_refused_message_too(self) -> None:
-        link = RingLink()
-        link.open("a", "b")
-        link.server.expire("b")
-        reads = [link.session.read_state_by_name(["a", "b", "c"]), link.session.read_state_by_name(["a", "c", "b"])]
-        link.run(*reads)
-        for read, code, name in zip(reads, (Code.EXPIRED, Code.UNKNOWN_STREAM), ("b", "c"), strict=True):
-            assert isinstance(read.error, StreamRefused)
-            assert (read.error.code, read.error.stream) == (code, name)
-        link.server.draining = True  # this server, unlike others, refuses it then
-        refused = link.session.read_state_by_name(["a"])
-        link.run(refused)
-        assert isinstance(refused.error, StreamRefused)
-        assert refused.error.code is Code.SHUTTING_DOWN
-
-    def test_many_are_asked_for_in_parts(self) -> None:
-        link = RingLink(RingServer(replace(RING_INFO, max_message_bytes=2 * 201)))
-        states = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
-        link.finish(link.session.open(list("abcde"), states, single=False))
-        seqs, found = link.finish(link.session.read_state_by_name(list("edcba")))
-        assert seqs.tolist() == [0] * 5
-        assert found.tobytes() == states[::-1].tobytes()
-        assert link.server.kinds.count(Kind.READ_STATE) == 3
-
-    def test_it_is_asked_again_over_the_next_connection(self) -> None:
-        link = RingLink()
-        link.finish(link.session.open(["a"], STATE, single=True))
-        read = link.session.read_state_by_name(["a"])
-        link.advance()
-        link.cut()
-        assert floats_of(link.finish(read)[1], 4).tolist() == [[1, 2, 3, 4]]
-
     @pytest.mark.parametrize("names", [[], [""], ["a", "a"], "abc"])
     def test_bad_names(self, names: Any) -> None:
         with pytest.raises(InvalidInput):
             RingLink().session.read_state_by_name(names)
-
-
-def test_a_session_that_leaves_may_leave_its_streams() -> None:
-    link = RingLink()
-    link.open("a")
-    assert link.session.leave(park=True) is None
-    link.advance()
-    assert not link.to_server[link.peer]
-    assert set(link.server.streams) == {"a"}

@@ -33,13 +33,13 @@ def test_every_verb(server: FakeServer) -> None:
         stream.finish()
         assert [y.tolist() for y in stream] == outputs[5:].tolist()
         assert stream.next_seq == 9
-        assert stream.close().tolist() == final.tolist()
+        assert stream.close()["h"].tolist() == final.tolist()
         group = client.open_group(["b", "c"])
         assert (len(group), group.names) == (2, ("b", "c"))
         assert group.step(X[:2]).shape == (2, 2)
         assert group.step_timed(X[:1], rows=[1]).compute_us == 8
         assert group.next_seqs.tolist() == [1, 2]
-        assert group.close().shape == (2, 2, 2)
+        assert group.close()["h"].shape == (2, 2, 2)
     assert server.rules.names == {}
 
 

@@ -90,29 +90,13 @@ GOOD = bytes.fromhex("95 02 02 03 01 00")
     ("frames", "complaint"),
     [
         ([], "1 to 4096 bytes"),
-        ([b"\xc0" * 4097], "1 to 4096 bytes"),
-        ([b""], "not msgpack"),
-        ([b"\x94\x02\x02\x03"], "not msgpack"),  # cut off
-        ([GOOD + b"\x00", b"", b""], "not msgpack"),  # something behind
-        ([b"\x80"], "array of at least"),  # an empty map
-        ([b"\x81\x01\x02"], "not msgpack"),  # a map
-        ([b"\x92\x05\xc4\x01\x00"], "not msgpack"),  # bytes
-        ([b"\x92\x05\xc7\x01\x05\x00"], "not msgpack"),  # an extension
-        ([b"\x92\x05\xdc\x01\x01" + b"\xc0" * 257], "not msgpack"),  # a long array
-        ([b"\x92\x05\xda\x04\x01" + b"a" * 1025], "not msgpack"),  # a long text
-        ([b"\x92\x05\xa1\xff"], "not msgpack"),  # not UTF-8
+        ([b"\x94\x02\x02\x03"], "not msgpack"),
+        ([b"\x81\x01\x02"], "not msgpack"),
+        ([b"\x92\x05\xdc\x01\x01" + b"\xc0" * 257], "not msgpack"),
         ([b"\x05"], "array of at least"),
-        ([b"\x91\x05"], "array of at least"),
-        ([b"\x92\x10\x01"], "unknown message kind 16"),
-        ([b"\x92\x03\x01"], "unknown message kind 3"),  # a STEP, whose header is not msgpack
-        ([b"\x92\xc3\x01"], "unknown message kind True"),
-        ([b"\x92\xa1a\x01"], "unknown message kind 'a'"),
-        ([b"\x92\x05\xff"], "request number"),  # -1
-        ([b"\x92\x05\xc2"], "request number"),  # False
-        ([b"\x92\x05\xcf" + b"\xff" * 8], "request number"),
-        ([b"\x92\x05\xcb\x3f\xf0" + b"\x00" * 6], "request number"),  # 1.0
-        ([b"\x93\x05\x01\x01"], "a PING header has 2 elements, this one 3"),
-        ([GOOD], "an? OPEN message has 4 frames, this one 1"),
+        ([b"\x92\x03\x01"], "unknown message kind 3"),
+        ([b"\x92\x05\xff"], "request number"),
+        ([b"\x92\x05\xcb\x3f\xf0" + b"\x00" * 6], "request number"),
         ([GOOD, b"", b""], "an? OPEN message has 4 frames, this one 3"),
     ],
 )
@@ -175,7 +159,14 @@ def read_or_malformed(frames: list[bytes]) -> None:
     assert 0 <= read.request < 2**63
 
 
-@pytest.mark.parametrize("value", [0, 11, True, 1.0, "1", None, (1,)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        1.0,
+        (1,),
+    ],
+)
 def test_a_count_is_an_integer_within_its_bounds(value: Any) -> None:
     assert wire.count_field(10, "N", 10) == 10
     assert wire.count_field(0, "N", 10, at_least=0) == 0
@@ -213,14 +204,8 @@ def test_names_that_are_not_lines_are_refused(frame: bytes, count: int, complain
     ("name", "is_good"),
     [
         ("a", True),
-        ("mic-7 left", True),
-        ("é" * 100, True),
         ("é" * 101, False),
-        ("a" * 200, True),
-        ("a" * 201, False),
         ("", False),
-        ("a\nb", False),
-        ("\x00", False),
         ("\ud800", False),
     ],
 )

@@ -179,7 +179,9 @@ async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_si
     make_folder("module", tmp_path / "net")
     frames, given = rng.standard_normal((2 * FRAMES, FEATURES), np.float32), rng.standard_normal(HIDDEN, np.float32)
     lengths = np.array([FRAMES, FRAMES])
-    save_table(tmp_path / "spoken.npz", RecordedSequences(("a", "b"), lengths, frames, initial_states={1: given}))
+    save_table(
+        tmp_path / "spoken.npz", RecordedSequences(("a", "b"), lengths, frames, initial_states={1: {"h": given}})
+    )
     async with running(load_model(tmp_path / "net"), engine={"max_batch_size": 32}) as server:
         again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", math.inf, save=tmp_path / "outputs.npz")
         assert await replay(again, RememberingTerminal(), Stop(), JumpingClock()) == Exit.OK

@@ -88,7 +88,7 @@ async def test_states_of_a_served_stream_are_those_of_the_definition_whatever_ha
         for seq in seqs:
             result = await live.run("recordings", "state", live.recording, name, "--seq", str(seq), "--json")
             assert result.exit_code == 0, result.output
-            state = np.array(json.loads(result.stdout)["state"], np.float32)
+            state = np.array(json.loads(result.stdout)["state"]["h"], np.float32)
             assert_same_bits(state, live.outputs(seq, seq)[1], f"{name} before {seq}")
 
 

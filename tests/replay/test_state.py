@@ -132,8 +132,8 @@ def test_what_the_command_says_and_saves(story: Story, tmp_path: Path) -> None:
         2,
         2,
     )
-    assert bits(values["state"]) == bits(story.truth(18))
-    assert load_file(file)["state"].tobytes() == bits(story.truth(18))
+    assert bits(values["state"]["h"]) == bits(story.truth(18))
+    assert load_file(file)["state.h"].tobytes() == bits(story.truth(18))
     taken = StreamSnapshot.load(file)
     assert (taken.name, taken.seq, taken.fingerprint) == ("a", 18, story.recorded.header.model_fingerprint)
 
@@ -148,7 +148,7 @@ def test_what_the_command_says_and_saves(story: Story, tmp_path: Path) -> None:
     )
     assert run(story.path, "a", "--seq", "15").stdout.endswith("as recorded by the checkpoint before frame 15\n")
     idle = json.loads(run(story.path, "idle", "--json").stdout)
-    assert (idle["seq"], bits(idle["state"])) == (0, bits(story.written))
+    assert (idle["seq"], bits(idle["state"]["h"])) == (0, bits(story.written))
 
 
 def test_a_name_that_was_opened_twice_means_the_newest_that_has_the_frame(story: Story) -> None:

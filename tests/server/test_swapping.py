@@ -96,7 +96,7 @@ async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_o
                 y = np.array(outputs[number])
                 np.testing.assert_array_equal(y, expected(number, x[number, : stream.next_seq]))
             assert {client.info.fingerprint for client in clients} == {version.fingerprint}
-            assert (await streams[1].read_state())[1].shape == ((2, 8) if version is DEEPER else (1, 8))
+            assert (await streams[1].read_state())[1]["h"].shape == ((2, 8) if version is DEEPER else (1, 8))
             numbers = await clients[0].stats()
             moved = sum(stream.next_seq - (stream.moved_at or 0) for stream in streams.values())
             assert numbers["frames_total"] == moved, "what the new version has computed"

@@ -132,8 +132,8 @@ def save_table(path: Path, sequences: RecordedSequences) -> None:
     metadata = {"fingerprint": sequences.fingerprint}
     metadata |= {} if sequences.model is None else {"model": sequences.model}
     if sequences.initial_states:
-        shape = next(iter(sequences.initial_states.values())).shape
-        rows = [[row, 0, b64encode(state.tobytes()).decode()] for row, state in sequences.initial_states.items()]
+        shape = next(iter(sequences.initial_states.values()))["h"].shape
+        rows = [[row, 0, b64encode(state["h"].tobytes()).decode()] for row, state in sequences.initial_states.items()]
         metadata |= {"state": json.dumps([["h", shape, "float32", 0.0]]), "states": json.dumps(rows)}
     arrays: dict[str, Any] = {
         "stream": np.repeat(sequences.names, lengths),

@@ -39,7 +39,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
         names=("a", "b", "c", "d", "e"),
         lengths=lengths,
         frames=rng.standard_normal((124, 3), np.float32),
-        initial_states={2: rng.standard_normal((1, 4), np.float32)},
+        initial_states={2: {"h": rng.standard_normal((1, 4), np.float32)}},
     )
     save_table(tmp_path / "spoken.npz", spoken)
     async with running(SEED_SIZED, recording={"file": recording}) as server:
@@ -53,7 +53,8 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
     assert outputs.outputs is not None
     for row, start in enumerate(spoken.starts):
         frames = spoken.frames[start : start + lengths[row]]
-        expected, _ = whole(SEED_SIZED, frames, spoken.initial_states.get(row))
+        initial = spoken.initial_states.get(row)
+        expected, _ = whole(SEED_SIZED, frames, None if initial is None else initial["h"])
         np.testing.assert_array_equal(outputs.outputs[start : start + lengths[row]], expected)
     assert sorted(read_sequences(recording).lengths.tolist()) == sorted([20, 20, 20, *lengths.tolist()])
     async with running(SEED_SIZED) as server:
@@ -122,7 +123,7 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
         await stream.step(x[:5])
         assert await state.snapshot(Target(server.endpoint), RememberingTerminal(), stop, "mic", path) == Exit.OK
         np.testing.assert_array_equal(await stream.step(x[5:]), y[5:])
-    np.testing.assert_array_equal(load_file(path)["state"], whole(SEED_SIZED, x[:5])[1])
+    np.testing.assert_array_equal(load_file(path)["state.h"], whole(SEED_SIZED, x[:5])[1])
     async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
         terminal = RememberingTerminal(as_json=True)
         assert await state.restore(Target(server.endpoint), terminal, stop, path) == Exit.OK

@@ -76,7 +76,7 @@ def test_read(place: Place) -> None:
     value = f"{STATE[0, 0]:.6g}"
     assert [row.split() for row in rows] == [[f"h[{row}]", *[value] * 5] for row in range(2)]
     about = {"stream": "mic", "seq": 5, "model": "halving", "fingerprint": "00"}
-    assert place.json("read", "mic") == {**about, "state": STATE.tolist()}
+    assert place.json("read", "mic") == {**about, "state": {"h": STATE.tolist()}}
     assert place.ring.streams["mic"].epoch == 1
 
 
@@ -89,16 +89,16 @@ def test_a_state_of_odd_values_is_shown_and_stays_json(place: Place, owner: Clie
     def strict(word: str) -> None:
         raise ValueError(word)
 
-    assert json.loads(text, parse_constant=strict)["state"] == [["nan", "inf"], ["-inf", float(np.float32(0.1))]]
+    assert json.loads(text, parse_constant=strict)["state"]["h"] == [["nan", "inf"], ["-inf", float(np.float32(0.1))]]
 
 
 @pytest.mark.usefixtures("owner")
 def test_a_snapshot_is_a_new_safetensors_file(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "mic.safetensors"
     assert place.json("snapshot", "mic", "--to", path)["file"] == str(path)
-    assert load_file(path)["state"].tobytes() == STATE.tobytes()
+    assert load_file(path)["state.h"].tobytes() == STATE.tobytes()
     assert "exists already" in place.refused("snapshot", "mic", "--to", path)
-    assert load_file(path)["state"].tobytes() == STATE.tobytes()
+    assert load_file(path)["state.h"].tobytes() == STATE.tobytes()
     for nowhere in (tmp_path / "none" / "c", tmp_path / ("x" * 300) / "c"):
         assert place.refused("snapshot", "mic", "--to", nowhere).startswith(f"{nowhere} cannot be written")
     assert place.refused("snapshot", "none", "--to", tmp_path / "a").startswith("UNKNOWN_STREAM: ")
@@ -141,7 +141,7 @@ def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent() -> None:
 @pytest.mark.usefixtures("owner")
 @pytest.mark.parametrize("name", [None, "again"])
 def test_a_restored_stream_outlives_the_command(place: Place, tmp_path: Path, name: str | None) -> None:
-    StreamSnapshot("kept", 5, STATE, "00", "halving").save(tmp_path / "a")
+    StreamSnapshot("kept", 5, {"h": STATE}, "00", "halving").save(tmp_path / "a")
     arguments: list[str | Path] = ["restore", tmp_path / "a", *([] if name is None else ["--as", name])]
     name = name or "kept"
     values = place.json(*arguments)
@@ -170,13 +170,13 @@ def test_what_is_no_snapshot_for_this_server_is_not_restored(place: Place, tmp_p
     assert place.refused("restore", path).startswith(f"{path} is not a snapshot of a stream: ")
     not_finite = np.array([[0, np.nan], [0, 0]], np.float32)
     for state, fingerprint in ((STATE, "01" * 32), (not_finite, "00"), (np.zeros((1, 4), np.float32), "00")):
-        StreamSnapshot("kept", 5, state, fingerprint, "doubling").save(path)
+        StreamSnapshot("kept", 5, {"h": state}, fingerprint, "doubling").save(path)
         assert str(path) in place.refused("restore", path) or fingerprint == "00"
     assert place.ring.streams == {}
 
 
 def test_a_server_that_parks_nothing_is_given_no_stream_to_keep(tmp_path: Path) -> None:
     ring = RingServer(replace(RING_INFO, park_s=0.0))
-    StreamSnapshot("kept", 5, STATE, "00", "halving").save(tmp_path / "a")
+    StreamSnapshot("kept", 5, {"h": STATE}, "00", "halving").save(tmp_path / "a")
     with FakeServer(ring.info, ring.handle) as server:
         assert "limits.park_s" in Place(ring, server.endpoint).refused("restore", tmp_path / "a")

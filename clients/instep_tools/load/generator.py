@@ -15,8 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.aio import AsyncClient
-from instep_client.aio_streams import AsyncGroup
+from instep_client.aio import AsyncClient, AsyncGroup
 from instep_client.protocol.errors import ConnectionFailed, FramesRefused, InstepError, Refused
 from instep_client.protocol.wire import F32
 from instep_client.streams import ENDING

@@ -393,7 +393,7 @@ def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(
 
 def test_selecting_and_keeping(rng: np.random.Generator) -> None:
     frames = rng.standard_normal((6, 1), np.float32)
-    states = {2: np.ones((1, 1), np.float32)}
+    states = {2: {"h": np.ones((1, 1), np.float32)}}
     lengths, times_ns = np.array([1, 2, 3]), np.arange(6)
     sequences = RecordedSequences(("a", "b", "c"), lengths, frames, frames * 2, None, times_ns, states)
     chosen = sequences.select([2, 0])

@@ -90,7 +90,7 @@ def test_streams_of_a_recording(tmp_path: Path, writer: RecordingWriter) -> None
     assert read.times_ns is not None
     assert ((read.times_ns - START_NS) // MS).tolist() == [10, 10, 20, 40, 40]
     assert list(read.initial_states) == [0]
-    np.testing.assert_array_equal(read.initial_states[0], np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(read.initial_states[0]["h"], np.arange(6).reshape(2, 3))
     assert read.fingerprint == "f" * 64
 
 
@@ -145,7 +145,7 @@ def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingW
     assert read.lengths.tolist() == [1, 1, 1]
     assert read.frames[:, 0].tolist() == [1, 3, 2]
     assert list(read.initial_states) == [0, 1]
-    np.testing.assert_array_equal(read.initial_states[1], states[1])
+    np.testing.assert_array_equal(read.initial_states[1]["h"], states[1])
 
 
 @pytest.mark.parametrize(
