@@ -35,7 +35,7 @@ _PLAIN: Final = {
     "greater_than_equal": "it must be at least {ge}, not {value}",
     "less_than_equal": "it must be at most {le}, not {value}",
 }
-"""By pydantic's kinds of errors, with which newer versions of typer check."""
+"""Sentences by pydantic's kinds of errors, which newer versions of typer raise."""
 
 
 class CommandLine(typer.Typer):
@@ -153,7 +153,7 @@ class PlainCommands(TyperGroup):
     """Commands that say in plain words which value of an option cannot be."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        """Run what was typed and exit; quietly, with the status `BROKEN_PIPE`, where nobody reads the output."""
+        """Run the typed command and exit, silently with the status `BROKEN_PIPE` if nobody reads the output."""
         try:
             try:
                 return super().main(args, *others, **settings)
@@ -211,7 +211,7 @@ def endpoint(text: str) -> str:
     """The text, when a client may connect to it.
 
     Raises:
-        typer.BadParameter: saying what to write instead.
+        typer.BadParameter: with the expected form.
     """
     try:
         return checked_endpoint(text)

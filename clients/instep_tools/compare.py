@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayComparison:
-    """Answers beside a recording."""
+    """The comparison of answers with a recording."""
 
     total: int
     """Frames in the file."""
@@ -45,7 +45,7 @@ class ReplayComparison:
     """Frames with at least one bit that differs."""
     streams_different: int
     first: Difference | None
-    """In the order of the sequences."""
+    """The first difference in the order of the sequences."""
 
     @property
     def complete(self) -> bool:
@@ -53,7 +53,7 @@ class ReplayComparison:
         return self.frames == self.total
 
     def sentence(self, exactness: str) -> str:
-        """How much differs, as the end of a sentence."""
+        """Summarize the differences, as the end of a sentence."""
         if not self.frames:
             return "there was nothing to compare"
         compared = "" if self.complete else f"{self.frames:,} of {counted(self.total, 'frame')} were compared: "
@@ -66,7 +66,7 @@ class ReplayComparison:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The comparison as JSON values."""
         return asdict(self)
 
 
@@ -74,9 +74,9 @@ def compare(recorded: RecordedSequences, outputs: F32, which: npt.NDArray[np.boo
     """Compare outputs with the recorded ones as bits: NaN equals only the same NaN, and -0 is not 0.
 
     Args:
-        recorded: what was answered when it was recorded.
-        outputs: what was answered now, float32 [sum, outputs].
-        which: bool [sum], the frames that were answered now; those that were not recorded are left out, too.
+        recorded: the recorded outputs.
+        outputs: the present outputs, float32 [sum, outputs].
+        which: bool [sum], the frames that were answered now. Frames without a recorded output are skipped, too.
     """
     if recorded.outputs is None:
         raise ValueError("there must be recorded outputs")

@@ -23,7 +23,7 @@ STOPPED_RECONNECT_S: Final = 1.0
 
 
 class Target(NamedTuple):
-    """Where a command connects."""
+    """The server and model of a command."""
 
     endpoint: str
     model: str = ""
@@ -43,9 +43,9 @@ async def connected(
 
     Its streams are closed at the end, or with `park` left to the server to be parked, whatever happens.
 
-    Ctrl-C ends the command at once until there is a connection; from then on it requests a stop. When the connection
-    is lost and the command is stopped, another connection is waited for only a moment. Then the client is closed, and
-    calls that wait fail with ClientClosed; see `may_give_up`.
+    Ctrl-C ends the command at once until there is a connection; from then on it requests a stop. After a loss, a
+    stopped command waits only a moment for another connection. Then the client is closed, and calls that wait fail with
+    ClientClosed; see `may_give_up`.
 
     Raises:
         ConnectionFailed: nobody answers.

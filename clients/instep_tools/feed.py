@@ -38,7 +38,6 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
 
 
 async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
-    """Read what is there, or wait for it; return nothing at the end or on a stop."""
     reading = asyncio.ensure_future(_read(descriptor))
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)

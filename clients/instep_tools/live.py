@@ -38,14 +38,14 @@ def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast to send, and how much."""
+    """The rate and the amount of sending."""
 
     rate_hz: float | None
-    """Frames a second for each stream; None for as fast as they are taken, or when they are due by their times."""
+    """Frames a second for each stream; None for as fast as possible, or for the frames' own times."""
     frames: int | None
     """The most frames of each stream."""
     speed: float | None = None
-    """How many times as fast as their times say; infinite to take no notice of times; None for 1."""
+    """The factor on real time; infinite to ignore times; None for 1."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ class LiveRun:
         return await wait_until(self._start + self._due_s(frame, time_ns), self.clock, self.stop)
 
     def _due_s(self, frame: int, time_ns: int | None) -> float:
-        """When a frame is due, in seconds after the start."""
+        """The due time of a frame, in seconds after the start."""
         if self.pace.rate_hz is not None:
             return frame / self.pace.rate_hz
         if time_ns is None:

@@ -20,7 +20,7 @@ from instep_tools.terminal import Terminal
 
 
 class OutputFormat(StrEnum):
-    """How outputs are printed."""
+    """The format of printed outputs."""
 
     CSV = "csv"
     JSONL = "jsonl"
@@ -88,7 +88,7 @@ class Answers:
     _told: set[tuple[str, int]] = field(default_factory=set)
 
     def take(self, sent: SentFrames, result: F32 | Refused) -> None:
-        """One block's outputs [T, N, outputs] or [T, outputs], or why it has none."""
+        """Take a block's outputs [T, N, outputs] or [T, outputs], or its error."""
         steps, streams, _ = sent.frames.shape
         applied = np.ones((steps, streams), np.bool_)
         if isinstance(result, Refused):

@@ -1,6 +1,6 @@
 """A report as one HTML page that can be attached to an issue: nothing in it is fetched, and it needs no script.
 
-A command says what is on the page. The template escapes all text, because names of streams come from anybody.
+The command supplies the content. The template escapes all text, because names of streams come from anybody.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS: Final = 50
-"""Of a table; the rest is counted."""
+"""The most rows of a table; further rows are counted."""
 LARGEST_BYTES: Final = 2**20
 """No page is larger; so much must be free on the disk before the work begins."""
 SUFFIXES: Final = (".html", ".htm")
@@ -47,7 +47,7 @@ COLOURS: Final = {
     "#b7791f": "doubt",
     "#ffffff": "paper",
 }
-"""Colours of pictures, and what the style sheet calls them; there, each has another value in the dark."""
+"""Colours of pictures, and their names in the style sheet, which changes them in the dark theme."""
 GOOD, BAD, DOUBT, SOFT = "#2f855a", "#c53030", "#b7791f", "#808080"
 
 Tone: TypeAlias = Literal["", "good", "bad", "doubt"]
@@ -85,7 +85,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A picture and what it shows; colours of `COLOURS` follow the page's."""
+    """A picture with its caption; colours of `COLOURS` follow the page's theme."""
 
     figure: Figure
     caption: str
@@ -96,7 +96,7 @@ Part: TypeAlias = str | Marked | Table | Facts | Chart
 
 @dataclass(frozen=True, slots=True)
 class PageSection:
-    """A heading and what is below it; charts that follow each other are side by side where there is room."""
+    """A heading and its content; consecutive charts are placed in a row where there is room."""
 
     title: str
     parts: Sequence[Part]
@@ -115,7 +115,7 @@ class Page:
     """The grounds of the verdict, in a sentence or two."""
     sections: list[PageSection]
     conditions: Mapping[str, str]
-    """The exact command, and what else a reader needs to know of the run; machine and versions are added."""
+    """The exact command and other conditions of the run; machine and versions are added."""
 
 
 def check_report_path(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a replay sends when: whole recordings cut into blocks of frames, with the streams that must be open for them.
+"""The plan of a replay: recordings cut into blocks of frames, with their times and open streams.
 
 Streams are opened in cohorts, each one group of the client. A plan is made before anything is sent and holds only
 numbers: it knows no clock and no server.
@@ -34,7 +34,7 @@ class Send:
     """One block: `steps` frames of each of some streams of one cohort."""
 
     due_s: float
-    """When, in seconds after the start; 0 where it should go as soon as possible."""
+    """The time to send, in seconds after the start; 0 for as soon as possible."""
     cohort: int
     rows: Rows
     """[N] which streams, as places in the cohort."""
@@ -50,7 +50,7 @@ class Plan:
 
     sequences: RecordedSequences
     cohorts: tuple[Rows, ...]
-    """Which sequences each cohort opens."""
+    """The sequences that each cohort opens."""
     sends: Iterator[Send]
     """Sorted by `due_s`; a cohort is opened before its first send and closed after its last."""
 
@@ -76,13 +76,13 @@ def cuts(lengths: I64, max_frames: int) -> Iterator[tuple[I64, Rows]]:
 def plan_waves(
     sequences: RecordedSequences, max_streams: int, max_block_frames: int, rate_hz: float = math.inf
 ) -> Plan:
-    """One cohort after the other: as fast as possible in blocks as large as the server takes them, or at a rate.
+    """Plan one cohort after the other: as fast as possible in the largest blocks, or at a rate.
 
     Args:
-        sequences: what to send.
+        sequences: the sequences to send.
         max_streams: the most streams open at once.
-        max_block_frames: the most frames a block, where it has more than one timestep.
-        rate_hz: frames a second for each stream, for blocks of one timestep.
+        max_block_frames: the most frames in a block of more than one timestep.
+        rate_hz: frames per second for each stream, in blocks of one timestep.
     """
     size = min(max_streams, COHORT_STREAMS)
     cohorts = tuple(np.arange(first, min(first + size, len(sequences))) for first in range(0, len(sequences), size))
@@ -128,14 +128,14 @@ def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
 def make_plan(
     sequences: RecordedSequences, speed: float | None, rate_hz: float | None, info: ServerInfo, file: Path
 ) -> Plan:
-    """The plan for what was asked for.
+    """Make the plan of a replay.
 
     Args:
         sequences: what to send.
-        speed: times real time; infinite for as fast as possible; None for real time where it is known, else infinite.
-        rate_hz: frames a second for each stream in real time; it replaces the times of the frames.
+        speed: times real time; infinite for as fast as possible; None for real time if times are known, else infinite.
+        rate_hz: frames per second for each stream, which replace the times of the frames.
         info: the server's limits.
-        file: for what errors say.
+        file: for error messages.
 
     Raises:
         CommandProblem: when there are no times to keep.

@@ -28,7 +28,7 @@ class PlanRun:
     client: AsyncClient
     plan: Plan
     names: Sequence[str]
-    """Of the streams, one for each sequence of the plan."""
+    """Names of the streams, one for each sequence of the plan."""
     take: Callable[[Send, F32 | Refused], None]
     """Gets every block's outputs [T, N, outputs], or why they were refused, in the order of sending."""
     stop: Stop
@@ -46,7 +46,7 @@ class PlanRun:
         """Send until the plan's end or a stop; drain; close all streams.
 
         Raises:
-            InstepError: as the client does, but for refused frames.
+            InstepError: as the client does, except for refused frames.
         """
         async with task_group() as closing, pipeline(self.take) as send:
             start: float | None = None
@@ -73,7 +73,7 @@ class PlanRun:
                 closing.create_task(self._close(group))
 
     def waits(self) -> str:
-        """When the next frame is due, if it is long until then; else nothing."""
+        """A sentence about the next due time, if it is far away; else empty."""
         left_s = self._due - self.clock.now()
         return f"next frame due in {left_s:.0f} s" if left_s > LONG_WAIT_S else ""
 

@@ -13,7 +13,7 @@ from typing import Final
 
 _PART: Final = ".part"
 _MOST_LETTERS: Final = 50
-"""So many letters of a file's name are in the name of its part."""
+"""The number of letters of a file's name in the name of its part."""
 _TOKEN_BYTES: Final = 4
 
 
@@ -22,15 +22,15 @@ class Exit(IntEnum):
 
     OK = 0
     FOUND_PROBLEMS = 1
-    """It ran to the end, and something was refused, malformed or different; or the server is not ready."""
+    """The command ended, but something was refused, malformed or different, or the server is not ready."""
     COULD_NOT_RUN = 2
     """Nobody answers, a file cannot be used, or the arguments do not fit together."""
     MEASURED_ITSELF = 3
     """A load test's own sending was late: it measured the load generator and not the server."""
     INTERRUPTED = 130
-    """Ctrl-C: what was sent has been answered and the streams are closed."""
+    """Ctrl-C: sent frames were answered, and the streams are closed."""
     TERMINATED = 143
-    """SIGTERM: likewise."""
+    """SIGTERM: the same."""
 
 
 class CommandProblem(Exception):
@@ -38,7 +38,7 @@ class CommandProblem(Exception):
 
 
 class BadFile(CommandProblem):
-    """A file cannot be read as what it should be, or not be written; the message names it."""
+    """A file cannot be read or written; the message names it."""
 
 
 def check_writable(path: Path) -> None:
@@ -83,7 +83,7 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written until it is complete: next to it, under a name that fits whenever its own does."""
+    """The path at which a file is written until it is complete: next to it, under a name of allowed length."""
     return path.with_name(f".{path.name[:_MOST_LETTERS]}.{token_hex(_TOKEN_BYTES)}{_PART}")
 
 
@@ -127,10 +127,10 @@ def made_new(path: Path, option: str) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: Path, new: str = "") -> Iterator[Path]:
-    """Where to write a file in the block, next to it: at the end it replaces an older one, unless there was a failure.
+    """The path at which the block writes a file; at its end, unless it failed, the file replaces an older one.
 
     A link stays one: the file behind it is replaced. A pipe or a device is written to directly. With `new`, the option
-    that names the file, no older one is replaced.
+    that names the file, an older file is an error.
 
     Raises:
         BadFile: when it cannot be written, or is there already and must be new.
@@ -156,7 +156,7 @@ def written_aside(path: Path, new: str = "") -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file as a whole, or leave what is there as it is, also when the disk is full.
+    """Write a complete file, or leave an existing one as it is, also if the disk is full.
 
     Raises:
         BadFile: when it cannot be written.

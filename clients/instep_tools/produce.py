@@ -41,11 +41,11 @@ class Produce:
     choice: Choice = field(default_factory=Choice)
     """The columns and streams of it that are sent."""
     name: str | None = None
-    """The stream's name, or where a file has several, what their names begin with; None for the names in the file."""
+    """The stream's name, or the beginning of the names of several; None for the names in the file."""
     save: Path | None = None
     """None to print the outputs."""
     format: OutputFormat | None = None
-    """How outputs are printed; None for CSV."""
+    """The format of printed outputs; None for CSV."""
 
 
 async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
@@ -170,7 +170,7 @@ async def _send_sequences(
 def _progress(
     what: Produce, terminal: Terminal, answers: Answers, total: float = inf, run: PlanRun | None = None
 ) -> AbstractContextManager[None]:
-    """Where the outputs are printed they are the progress."""
+    """Printed outputs show the progress themselves."""
     if what.save is None:
         return nullcontext()
     return progress(

@@ -33,7 +33,7 @@ LONG_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ReplayJob:
-    """What to do."""
+    """The options of a replay."""
 
     target: Target
     file: Path
@@ -42,19 +42,19 @@ class ReplayJob:
     rate_hz: float | None = None
     """Frames a second for each stream in real time, whatever the file says."""
     choice: Choice = field(default_factory=Choice)
-    """Which columns and streams of the file."""
+    """The columns and streams of the file to send."""
     save: Path | None = None
     check: bool = False
     """Compare with the outputs in the file."""
 
 
 class ReplayedOutputs:
-    """What came back, beside the frames that were sent.
+    """The outputs of sent frames.
 
     Attributes:
         outputs: float32 [sum, outputs], NaN where there is none.
-        done: bool [sum], which frames were applied and answered.
-        refusals: why others were refused, each sentence once.
+        done: bool [sum], whether each frame was applied and answered.
+        refusals: the reasons of refusals, each sentence once.
     """
 
     def __init__(self, frames: int, outputs: int) -> None:
@@ -64,7 +64,7 @@ class ReplayedOutputs:
         self.refusals: dict[str, None] = {}
 
     def take(self, block: Send, result: F32 | Refused) -> None:
-        """One block's outputs [T, N, outputs], or why it has none."""
+        """Take a block's outputs [T, N, outputs], or its error."""
         applied: npt.NDArray[np.bool_] = np.ones(block.flat.shape, np.bool_)
         if isinstance(result, Refused):
             self.refusals.setdefault(str(result))
@@ -128,14 +128,14 @@ async def _free_names(client: AsyncClient, names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What came of it."""
+    """The result of a replay."""
 
     sequences: RecordedSequences
     back: ReplayedOutputs
     run: PlanRun
     seconds: float
     comparison: ReplayComparison | None
-    """Of the frames that were answered; None where nothing was to be compared."""
+    """The comparison of answered frames; None if nothing was to be compared."""
     is_saved: bool
     info: ServerInfo
 
@@ -191,7 +191,6 @@ def _report(what: ReplayJob, terminal: Terminal, stop: Stop, done: Replayed) -> 
 
 
 def _missing(done: Replayed, stop: Stop) -> str:
-    """How many frames have no output, and why."""
     sent = done.run.sent_frames
     unsent, unanswered = len(done.sequences.frames) - sent, sent - done.back.answered
     parts = [f"{counted(unanswered, 'frame')} got no answer"] if unanswered else []

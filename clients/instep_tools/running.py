@@ -1,4 +1,4 @@
-"""How a command runs in an event loop of its own, and how Ctrl-C and SIGTERM end it in order."""
+"""Runs a command in an event loop of its own, which Ctrl-C and SIGTERM end cleanly."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class _StoppedAtOnce(KeyboardInterrupt):
 def run_command(
     command: Command, terminal: Terminal, *, drains: bool = True, same_signal_s: float = SAME_SIGNAL_S
 ) -> Exit:
-    """Run a command in an event loop of its own and turn what ends it into one sentence and an exit status.
+    """Run a command in an event loop of its own, and turn exceptions into a sentence and an exit status.
 
     The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. Without `drains`, it cancels the
     command. The second signal ends it at once. So does the first one as long as there is no connection, because nothing
     was sent. The status of such a command is INTERRUPTED or TERMINATED, also when it ends with an error, which is said.
 
     Raises:
-        BrokenPipeError: at the end, where nobody read what was written to stdout.
+        BrokenPipeError: at the end, if nobody reads stdout.
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:

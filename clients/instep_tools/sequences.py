@@ -21,13 +21,13 @@ class RecordedSequences:
     """Whole sequences of frames, end to end in one array."""
 
     names: tuple[str, ...]
-    """[R] what each sequence is called."""
+    """The names of the sequences, [R]."""
     lengths: I64
     """[R] frames of each sequence, all at least 1."""
     frames: F32
     """[sum(lengths), features], finite, C-contiguous."""
     outputs: F32 | None = None
-    """[sum(lengths), outputs]: what was answered when this was recorded."""
+    """[sum(lengths), outputs]: the recorded outputs."""
     answered: npt.NDArray[np.bool_] | None = None
     """[sum(lengths)] which `outputs` can be compared; None for all."""
     times_ns: I64 | None = None
@@ -39,7 +39,7 @@ class RecordedSequences:
     model: str | None = None
     """Its name, where known."""
     notes: tuple[str, ...] = ()
-    """What is worth knowing about the comparison of outputs, a sentence each."""
+    """Sentences about the comparison of outputs."""
 
     @property
     def starts(self) -> I64:

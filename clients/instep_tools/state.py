@@ -33,7 +33,7 @@ app: Final = CommandLine(
     "The exit status is 0 on success, and 2 with an error that says why."
 )
 FIRST_VALUES: Final = 3
-"""How many values of a layer are shown."""
+"""The number of values of a layer that are shown."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream, whoever has it.")]
 
@@ -135,7 +135,7 @@ async def leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> 
 
 
 def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
-    """What was done with a stream, and for how long it waits for somebody to go on with it."""
+    """Print the result for a stream, and how long the server keeps it parked."""
     if terminal.as_json:
         about = {"stream": stream.name, "seq": stream.next_seq, "epoch": stream.epoch, "park_s": info.park_s}
         terminal.result({**about, **_of_model(info), **more})
@@ -181,7 +181,7 @@ def _rows(leaf: str, array: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray
 
 
 def plain(state: Any) -> Any:
-    """As JSON can hold it: a dict or nested lists, with `nan`, `inf` and `-inf` as text."""
+    """A state as JSON values: a dict or nested lists, with `nan`, `inf` and `-inf` as text."""
     if isinstance(state, dict):
         return {name: plain(leaf) for name, leaf in state.items()}
     if isinstance(state, np.ndarray):

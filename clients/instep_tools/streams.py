@@ -1,4 +1,4 @@
-"""`instep-client streams …`: what is open on a server, and making room there."""
+"""`instep-client streams …`: list and close the streams of a server."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def close(
 ) -> Exit:
     """Close streams by name, or all with a prefix or at a place.
 
-    Their states are lost. A client that owns one of them is told that the stream was taken over.
+    Their states are lost. A client that owns one of them is notified that it was taken over.
     """
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")

@@ -26,7 +26,7 @@ QUIET_S: Final = 2.0
 DRAW_S: Final = 0.1
 BAR_COLUMNS: Final = 20
 LOG_S: Final = 5.0
-"""How often progress is written where it cannot be redrawn: in a file or a pipe."""
+"""The interval of progress lines in a file or a pipe, where a bar cannot be redrawn."""
 
 
 def say(console: Console, sentence: str, style: str = "", *, first_style: str = "") -> None:
@@ -63,11 +63,11 @@ class Terminal:
         self._has_result = False
 
     def note(self, sentence: str) -> None:
-        """Something worth knowing."""
+        """Print a note."""
         say(self.err, sentence)
 
     def error(self, sentence: str) -> None:
-        """Something wrong."""
+        """Print an error."""
         say(self.err, f"error: {sentence}", first_style="bold red")
 
     def say(self, sentence: str) -> None:
@@ -104,7 +104,7 @@ class Terminal:
         say(console, line, "bold green" if good else "bold yellow")
 
     def result(self, values: Mapping[str, Any]) -> None:
-        """The one JSON object; numbers that are not finite become null, because JSON has no others."""
+        """Print the JSON object; NaN and infinity become null."""
         self._has_result = True
         self.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
@@ -121,7 +121,7 @@ class Terminal:
 
     @asynccontextmanager
     async def waiting(self, what: str) -> AsyncIterator[None]:
-        """Say what the block waits for, once it takes longer than two seconds."""
+        """Print what the block waits for if it takes longer than two seconds."""
         timer = asyncio.get_running_loop().call_later(QUIET_S, self.note, what)
         try:
             yield
@@ -181,7 +181,7 @@ def progress(
 
 @contextmanager
 def show_progress(title: str) -> Iterator[Callable[[float], None]]:
-    """As `progress` on stderr; gives a function that takes the share (0 to 1) that is done."""
+    """Show progress on stderr, through a function that takes the finished share (0 to 1)."""
     share = 0.0
 
     def tell(now: float) -> None:

@@ -121,8 +121,8 @@ async def top(
 ) -> Exit:
     """Watch a server: frames per second, latency, batches, refusals and the busiest streams.
 
-    s sorts the streams by another column, q quits. With --json, or where the output is not a terminal, it prints one
-    view and ends.
+    s sorts the streams by another column, q quits. With --json, or if the output is not a terminal, it prints one view
+    and ends.
     """
     stop.connected = True  # Ctrl-C cancels it, so that the terminal is given back
     is_watched = terminal.out.is_terminal and sys.stdin.isatty() and not terminal.as_json
@@ -220,7 +220,7 @@ def _names(snapshot: Snapshot) -> list[str]:
 
 @contextmanager
 def _keys(press: Callable[[str], None]) -> Iterator[None]:
-    """Give what is typed to `press` as it is typed; an empty text when the terminal is gone."""
+    """Pass typed keys to `press`, and an empty text when the terminal is gone."""
     loop, before = asyncio.get_running_loop(), termios.tcgetattr(0)
 
     def read() -> None:

@@ -11,17 +11,17 @@ COLUMNS: Final = 80
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number and what it counts, in the singular or plural: `1 stream`, `2,048 streams`."""
+    """A number with its noun in the singular or plural: `1 stream`, `2,048 streams`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def folded(sentence: str) -> list[str]:
-    """In lines of 80 columns, except that a long word, such as a path, stays whole."""
+    """Wrap text to 80 columns without breaking long words, such as paths."""
     return textwrap.wrap(sentence, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def three_digits(value: float) -> str:
-    """With three significant digits; – for NaN."""
+    """Format with three significant digits; – for NaN."""
     if math.isnan(value):
         return "–"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value >= 1 else f"{value:#.3g}" if value >= 1e-3 else "0"

@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The columns of a table by what they are for; None where there is none. `stream_id` and `seq` have fixed names."""
+    """The columns of a table by their roles; None where there is none. `stream_id` and `seq` have fixed names."""
 
     stream: str | None
     time: str | None
@@ -74,9 +74,9 @@ def column_names(fields: Sequence[str], named: bool) -> tuple[list[str], bool]:
 
 
 def find_roles(names: Sequence[str], choice: Choice, header: TableHeader | None = None) -> Roles:
-    """Tell what the columns of these names are for.
+    """Find the roles of columns by their names.
 
-    The frame is what was chosen, or the header's inputs, or x0, x1, …, or else every column that is nothing else.
+    The frame is the chosen columns, or the header's inputs, or x0, x1, …, or else every column without another role.
     Outputs are those of the header, or y0, y1, …, or else the columns that follow the last x.
 
     Raises:

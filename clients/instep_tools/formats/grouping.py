@@ -30,7 +30,7 @@ def sequences_of(path: Path, columns: Columns, roles: Roles, header: TableHeader
     Frames whose outputs are all NaN have none.
 
     Raises:
-        BadFile: when a column does not hold what it must, or a frame of a stream is missing, or is there twice.
+        BadFile: if a column has invalid values, or a frame of a stream is missing or repeated.
     """
     lengths_found = {len(column) for column in columns.values()}
     if len(lengths_found) > 1:

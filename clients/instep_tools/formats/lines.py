@@ -15,7 +15,7 @@ from instep_tools.formats.columns import Choice, Roles, column_names, find_roles
 from instep_tools.words import counted
 
 BAD_LINES_NAMED: Final = 5
-"""How many bad lines behind each other are named."""
+"""The number of consecutive bad lines that are reported."""
 
 
 class BadLine(ValueError):
@@ -24,7 +24,7 @@ class BadLine(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One frame as a line gave it."""
+    """One frame of a line."""
 
     stream: str | None
     """The stream's name, where the line names one."""

@@ -1,6 +1,6 @@
 """MCAP: one channel a stream, one message a frame, as written here or by others (a ROS 2 bag, for example).
 
-What is written here is JSON with a JSON schema: `{"seq": 0, "x": [0.5, 1.0], "y": [0.25]}`. The topic is the stream's
+Files are written as JSON with a JSON schema: `{"seq": 0, "x": [0.5, 1.0], "y": [0.25]}`. The topic is the stream's
 name, and the channel's metadata has `stream_id`: two openings of one name are two channels of one topic. Log time and
 publish time are the frame's, the sequence is its seq (the last 32 bits). A metadata record called `instep` holds the
 table's metadata.

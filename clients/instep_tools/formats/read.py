@@ -32,7 +32,7 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
     """Read a recording, text, JSON lines, NPZ, NPY, Parquet or MCAP; sequences without a frame are left out.
 
     Raises:
-        BadFile: naming the file and what is wrong with it.
+        BadFile: naming the file and the problem.
         CommandProblem: when something that was chosen is not there, or a library is missing.
     """
     choice = choice or Choice()
@@ -238,4 +238,4 @@ _READERS: Final[dict[bytes, Reader]] = {
     b"\x93NUMPY": _read_numpy,
     b"{": _read_json,
 }
-"""By the first bytes of a file."""
+"""Readers by the first bytes of a file."""

@@ -27,7 +27,7 @@ class StartState:
     stream_id: int
     seq: int
     row: bytes | None
-    """In the layout of the `StateSpec`; None for the model's initial state."""
+    """A row in the layout of the `StateSpec`; None for the model's initial state."""
 
 
 @dataclass(frozen=True)
@@ -108,5 +108,5 @@ class TableRows:
 
 
 def json_numbers(values: F32) -> str:
-    """A JSON list with the fewest digits that give every float32 back, and null for what is not finite."""
+    """A JSON list with the fewest digits that restore every float32, and null for NaN and infinity."""
     return f"[{', '.join(str(value) if np.isfinite(value) else 'null' for value in values)}]"

@@ -145,7 +145,7 @@ def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState
 class SavedOutputs:
     """A file of frames and their outputs, as they come from a live producer; used in a `with` block.
 
-    Rows have no time. However the block ends, what has come until then is saved.
+    Rows have no time. However the block ends, the outputs so far are saved.
     """
 
     def __init__(self, path: Path, info: ServerInfo) -> None:

@@ -100,7 +100,7 @@ class LoadTest:
     target: Target
     plan: LoadPlan
     report: Path | None
-    """Where the page goes."""
+    """The file for the page."""
     terminal: Terminal
     stop: Stop
     clock: Clock | None = None

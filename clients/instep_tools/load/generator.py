@@ -43,13 +43,13 @@ SAMPLE: Final = np.dtype(
 DRAIN_S: Final = 5.0
 """Answers that come later than this after the last send do not count."""
 LEAD_S: Final = 0.05
-"""From everything being open to the first send."""
+"""Seconds from the last opening to the first send."""
 GRACE_S: Final = 0.25
 """After the end, an open loop may still send overdue blocks for this time; the rest counts as not sent."""
 OPENINGS: Final = 16
 """Groups that are opened at once: the server refuses too many requests on streams."""
 BEAT_S: Final = 0.005
-"""How often a process finds out whether it stood still."""
+"""The interval at which a process checks whether it stood still."""
 STALL_S: Final = 0.002
 """Shorter ones are the grain of its timers."""
 
@@ -101,14 +101,14 @@ class Load:
     _stalls: list[tuple[float, float]] = field(default_factory=list)
     _waiting: set[asyncio.Task[None]] = field(default_factory=set)
     _left: list[tuple[float, float, int]] = field(default_factory=list)
-    """When each block that was given up without an answer was due and sent, and its frames."""
+    """Due time, send time and frames of each block that was given up without an answer."""
     _unsent: int = 0
 
     async def run(self, ready: Callable[[], Awaitable[float]], drain_s: float = DRAIN_S) -> PartResult:
         """Connect, open, call `ready` for the moment of the start, send, drain, close.
 
-        It ends when its time is over and the drain is, whatever the server does, and gives what it has measured when
-        the connection is lost for good or a stream has ended at the server.
+        It ends after its time and the drain, whatever the server does, and returns its measurements also if the
+        connection is lost for good or the server has ended a stream.
 
         Raises:
             InstepError: nobody answers, or a stream cannot be opened.

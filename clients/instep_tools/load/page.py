@@ -30,7 +30,7 @@ from instep_tools.words import counted, three_digits
 
 MOST_BINS: Final = 60
 LEAST_MS: Final = 1e-3
-"""Nothing is faster on a logarithmic axis."""
+"""The smallest latency on a logarithmic axis."""
 BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
 COLOURS: Final = {
     "late_us": ORANGE,

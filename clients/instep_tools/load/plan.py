@@ -21,12 +21,12 @@ class LoadPlan:
     connections: int
     processes: int
     rate_hz: float | None
-    """Of an open loop: frames a second of each stream, which are due whatever the answers do. None for a closed loop,
+    """In an open loop, frames per second of each stream, which are due regardless of answers. None for a closed loop,
     which sends a block when the one before it is answered."""
     duration_s: float
     warmup_s: float
     block: int | None = None
-    """Streams a block at most; None for as many as the connection has and the server takes."""
+    """The most streams in a block; None for all that the connection has and the server takes."""
     slo_ms: float | None = None
     """99 % of the frames are to be answered within this time."""
 
@@ -53,7 +53,7 @@ class LoadPart:
     name: str
     """The streams are called after it."""
     connections: tuple[tuple[int, ...], ...]
-    """For each connection the numbers of streams of its groups; a block holds the frames of one group."""
+    """For each connection the sizes of its groups; a block has the frames of one group."""
     plan: LoadPlan
     offset: float = 0.0
     """The place of this process's sends between those of the others, see `Schedule`."""
@@ -73,11 +73,11 @@ class Schedule:
     offset: float = 0.0
 
     def due_s(self, number: int) -> float:
-        """When send `number` (from 0, over all senders) is due, in seconds after the start."""
+        """The due time of send `number` (from 0, over all senders), in seconds after the start."""
         return (number + self.offset) * (self.period_s / self.senders)
 
     def count(self, duration_s: float) -> int:
-        """How many sends are due before `duration_s`."""
+        """The count of sends that are due before `duration_s`."""
         number = int(duration_s * self.senders / self.period_s) + 2
         while number > 0 and self.due_s(number - 1) >= duration_s:
             number -= 1
@@ -85,7 +85,7 @@ class Schedule:
 
 
 def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
-    """One part a process; streams and connections are spread evenly.
+    """Split a plan into a part for each process, with streams and connections spread evenly.
 
     The streams are called after `name`, which is different in every test.
 

@@ -47,14 +47,14 @@ _shared: _Shared
 
 
 def connector(target: Target) -> Connect:
-    """How a load connects to a server."""
+    """Make the function by which a load connects to a server."""
     return lambda: AsyncClient(target.endpoint, "instep-client loadtest", PATIENCE_S, model=target.model)
 
 
 async def run_parts(parts: Sequence[LoadPart], target: Target, stop: Stop, clock: Clock | None = None) -> PartResult:
-    """Run all parts at once and merge what they measured.
+    """Run all parts at once and merge their measurements.
 
-    One part stays in this process, with `clock` where it is given; several get a process each.
+    A single part runs in this process, with `clock` if given; several parts get a process each.
 
     Raises:
         InstepError: as the client does.

@@ -17,7 +17,7 @@ from instep_tools.words import counted, finite, three_digits
 
 PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 P999_SAMPLES: Final = 1000
-"""With fewer, 99.9 % is the largest of them all, and not shown."""
+"""With fewer samples p99.9 would be the maximum, so it is not shown."""
 ROWS: Final = {
     "latency_us": "latency, from when it was due",
     "late_us": "  sent late",
@@ -105,7 +105,7 @@ class LoadResult:
         """The 99th percentile of the latency less twice the load generator's own share, which decides on `invalid`.
 
         The share counts twice, because the threads that send and receive below the event loop wait for the processor as
-        well. Where it is less than a tenth of the level, it is not taken off.
+        well. A share below a tenth of the level is not subtracted.
         """
         own_us = np.where(self.samples["own_us"] > 100 * slo_ms, self.samples["own_us"], 0.0)
         return percentiles(self.samples["latency_us"] - 2 * own_us, self.samples["frames"])["p99"] / 1000
@@ -114,7 +114,7 @@ class LoadResult:
         """Whether every frame was answered, and 99 % of them in time.
 
         `invalid` where the load generator may be the cause: it did not send what was due, or every frame was answered
-        and the level would have been met without its own share.
+        and the level would be met without its share.
         """
         if self.whole and self.p99_ms <= slo_ms:
             return "met"

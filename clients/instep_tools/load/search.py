@@ -23,7 +23,7 @@ Try = Callable[[int, int], Awaitable[LoadResult]]
 
 
 def next_size(good: int, bad: int, limit: int) -> int | None:
-    """The next number of streams to try; None when the answer is known with the precision `RESOLUTION`.
+    """The next number of streams to try; None once the answer is known to the precision `RESOLUTION`.
 
     Args:
         good: the largest that met the level; 0 for none.
@@ -42,7 +42,7 @@ class Search:
     """A search and its tries.
 
     A try in which the load generator was too slow says nothing about the server. It is repeated with twice the
-    processes, up to one a core; where that does not help, no larger number of streams is tried.
+    processes, up to one for each core; if that does not help, no larger number of streams is tried.
     """
 
     attempt: Try
