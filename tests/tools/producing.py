@@ -44,20 +44,6 @@ class ProduceRun:
             assert server.rules.names.keys() == self.keeps, "streams are left open"
         return ending
 
-    def end_at_block(self, number: int, handle: int, code: Code) -> None:
-        """Let the server end a stream (handles count from 1) just before that block, from 1, and tell."""
-        rules = self.server.rules
-
-        def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-            if len(rules.blocks) != number or header[0] != Kind.STEP:
-                return None
-            rules.fault = None
-            rules.end([handle])
-            (_, answer), *_ = rules.handle(b"", frames)
-            return [evicted([handle], code), answer]
-
-        rules.fault = fault
-
     def printed(self) -> dict[str, F32]:
         """The outputs by stream; checks that seqs count from 0."""
         rows: dict[str, list[list[str]]] = {}
@@ -68,6 +54,21 @@ class ProduceRun:
             assert int(seq) == len(rows.setdefault(stream, []))
             rows[stream].append(values)
         return {stream: np.array(values, np.float32) for stream, values in rows.items()}
+
+
+def end_at_block(server: FakeServer, number: int, handle: int, code: Code) -> None:
+    """Let the server end a stream (handles count from 1) just before that block, from 1, and tell."""
+    rules = server.rules
+
+    def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
+        if len(rules.blocks) != number or header[0] != Kind.STEP:
+            return None
+        rules.fault = None
+        rules.end([handle])
+        (_, answer), *_ = rules.handle(b"", frames)
+        return [evicted([handle], code), answer]
+
+    rules.fault = fault
 
 
 def lines_of(frames: F32) -> str:

@@ -28,7 +28,7 @@ from instep_tools.problems import CommandProblem, Exit
 from instep_tools.produce import Produce, produce
 from tests.support.fake_server import reference
 from tests.tools.helpers import JumpingClock, RememberingTerminal
-from tests.tools.producing import FAST, ProduceRun, lines_of
+from tests.tools.producing import FAST, ProduceRun, end_at_block, lines_of
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ async def test_a_server_that_ends_every_stream_is_sent_nothing_more(tmp_path: Pa
     np.save(tmp_path / "x.npy", np.ones((1000, 3)))
     for what, on_the_way in (({"stdin": tmp_path / "in"}, LINES_ON_THE_WAY), ({"file": tmp_path / "x.npy"}, DEPTH)):
         run = ProduceRun()
-        run.end_at_block(3, handle=1, code=Code.UNKNOWN_STREAM)
+        end_at_block(run.server, 3, handle=1, code=Code.UNKNOWN_STREAM)
         assert await run(pace=Pace(10.0, None), **what) == Exit.FOUND_PROBLEMS
         assert len(run.printed()["produce"]) == 2
         assert run.clock.now() < 1000 + (on_the_way + 10) / 10  # however late the server's answer is read
@@ -180,7 +180,7 @@ async def test_lines_and_files_are_sent_at_their_times(tmp_path: Path, frames: F
 async def test_streams_that_the_server_ends_are_told_of_once(three: tuple[Path, F32]) -> None:
     file, x = three
     run = ProduceRun()
-    run.end_at_block(3, handle=2, code=Code.STATE_LOST)
+    end_at_block(run.server, 3, handle=2, code=Code.STATE_LOST)
     assert await run(file=file, pace=Pace(10.0, None)) == Exit.FOUND_PROBLEMS
     for stream in (0, 2):
         np.testing.assert_array_equal(run.printed()[f"produce-{stream}"], reference(x[stream])[0])

@@ -18,7 +18,7 @@ from instep_tools.formats.columns import Choice
 from instep_tools.live import ALL_ENDED, Pace
 from instep_tools.problems import BadFile, CommandProblem, Exit
 from tests.support.fake_server import reference
-from tests.tools.producing import ProduceRun, lines_of
+from tests.tools.producing import ProduceRun, end_at_block, lines_of
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ async def test_lines_at_a_rate(lines: Path) -> None:
 
 async def test_a_line_stream_that_the_server_ends(lines: Path, frames: F32) -> None:
     run = ProduceRun()
-    run.end_at_block(3, handle=1, code=Code.IDLE)
+    end_at_block(run.server, 3, handle=1, code=Code.IDLE)
     assert await run(lines, pace=Pace(10.0, None)) == Exit.FOUND_PROBLEMS
     np.testing.assert_array_equal(run.printed()["produce"], reference(frames[:2])[0])
     told = [line for line in run.terminal.complained.splitlines() if line.startswith("error: ")]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from instep.recording.schema import RecordingHeader
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind, ServerInfo
-from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
@@ -23,10 +20,11 @@ from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
-from tests.support.fake_server import FakeServer, Message, error, evicted, reference
+from tests.support.fake_server import FakeServer, Message, error, reference
 from tests.support.rows import close_stream, open_stream
 from tests.support.states import gru_state
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with, save_table
+from tests.tools.producing import end_at_block
 
 LENGTHS = [4, 1, 6, 3]
 NAMES = ("mic-1", "mic-2", "tap-1", "tap-2")
@@ -119,14 +117,6 @@ async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequence
     assert (check["different"], check["first"]["stream"], check["first"]["frame"]) == (1, "tap-1", 2)
 
 
-async def test_streams_are_chosen_by_a_pattern(file: Path) -> None:
-    run = Run()
-    assert await run(file, choice=Choice(only="tap-*"), check=True) == Exit.OK
-    assert "all 9 equal" in run.terminal.said
-    with pytest.raises(CommandProblem, match=r"no stream's name fits 'x\*'; the first one is called 'mic-1'"):
-        await Run()(file, choice=Choice(only="x*"))
-
-
 async def test_json(file: Path) -> None:
     run = Run(as_json=True)
     assert await run(file) == Exit.OK
@@ -211,7 +201,7 @@ async def test_frames_that_cannot_be_compared_are_no_success(
 START_NS = 1_700_000_000_000_000_000
 
 
-def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32], None] | None = None) -> None:
+def write_recording(path: Path, rng: np.random.Generator) -> None:
     """Two streams called `mic` after each other, the second with an initial state; one frame a batch, 0.1 s apart."""
     description = {"features": 3, "before": [], "gru": {"hidden_size": 2, "num_layers": 2}, "after": []}
     header = RecordingHeader(
@@ -231,8 +221,6 @@ def write_recording(path: Path, rng: np.random.Generator, forge: Callable[[F32],
     x = rng.integers(-5, 6, (8, 3)).astype(np.float32)
     state = np.full((2, 2), 3, np.float32)
     y = np.concatenate([reference(x[:4])[0], reference(x[4:], state)[0]])
-    if forge is not None:
-        forge(y)
     for frame in range(8):
         stream, seq = 1 + frame // 4, frame % 4
         time_ns = START_NS + frame * 100_000_000
@@ -271,27 +259,6 @@ async def test_a_long_replay_says_that_it_keeps_real_time(
     assert (sentence in run.terminal.complained.splitlines()) == said
 
 
-async def test_a_wait_for_the_next_frame_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("QUIET_S", "LOG_S"):
-        monkeypatch.setattr(terminal_module, name, 0.01)
-    (tmp_path / "pause.csv").write_text("at_s,x0,x1,x2\n0,1,2,3\n9,4,5,6\n")
-    run = Run()
-    run.clock.on_sleep = lambda moment: time.sleep(0.012)  # while it is said
-    assert await run(tmp_path / "pause.csv", choice=Choice(time="at_s")) == Exit.OK
-    lines = run.terminal.complained.splitlines()
-    assert any(re.fullmatch(r"replaying [01]/2 frames · next frame due in 5 s", line) for line in lines)
-
-
-async def test_a_recording_with_a_changed_output(tmp_path: Path, rng: np.random.Generator) -> None:
-    def forge(y: F32) -> None:
-        y[5, 0] += 1
-
-    write_recording(tmp_path / "r.db", rng, forge)
-    run = Run()
-    assert await run(tmp_path / "r.db", speed=math.inf, check=True) == Exit.FOUND_PROBLEMS
-    assert "stream 'mic', frame 1, element 0" in run.terminal.said
-
-
 async def test_streams_open_when_they_did(tmp_path: Path, rng: np.random.Generator) -> None:
     write_recording(tmp_path / "r.db", rng)
     run = Run(info=info_with(max_streams=1))
@@ -314,24 +281,10 @@ async def test_a_stop_drains_closes_and_saves_what_there_is(tmp_path: Path, file
     )
 
 
-def end_at_block(run: Run, number: int, handle: int, code: Code) -> None:
-    rules = run.server.rules
-
-    def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-        if len(rules.blocks) != number or header[0] != Kind.STEP:
-            return None
-        rules.fault = None
-        rules.end([handle])
-        (_, answer), *_ = rules.handle(b"", frames)
-        return [evicted([handle], code), answer]
-
-    rules.fault = fault
-
-
 @pytest.mark.parametrize("check", [True, False])
 async def test_streams_that_the_server_ends(file: Path, check: bool) -> None:
     run = Run()
-    end_at_block(run, 3, handle=3, code=Code.STATE_LOST)
+    end_at_block(run.server, 3, handle=3, code=Code.STATE_LOST)
     ending = await run(file, rate_hz=10.0, check=check)
     assert ending == (Exit.COULD_NOT_RUN if check else Exit.FOUND_PROBLEMS)
     assert run.terminal.complained.count("(stream 'tap-1'") >= 1
@@ -353,56 +306,22 @@ async def test_whole_blocks_that_are_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "problem"),
+    ("changes", "what", "named"),
     [
-        ({"outputs": None}, {"check": True}, "holds no outputs to compare with"),
-        ({}, {"speed": 2.0}, "does not know when its frames were sent: give --rate, or --speed max"),
-        ({"fingerprint": "ff" * 32}, {"check": True}, r"another model than 'halving'.*ffffffffffff and 00"),
-        (
-            {"outputs": np.zeros((14, 5), np.float32)},
-            {"check": True},
-            "has 5 outputs a frame, the model 'halving' gives 2",
-        ),
-        (
-            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
-            {"check": True},
-            r"recorded with 'ears', another model than 'halving'.*ffffffffffff and 00.*: there is nothing to compare",
-        ),
-        (
-            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
-            {},
-            "was recorded with the model 'ears' and has 2 numbers a frame, the model 'halving' takes 3; connect to a "
-            "server of 'ears', by --endpoint or --model$",
-        ),
-        (
-            {"frames": np.zeros((14, 4), np.float32), "fingerprint": "ff" * 32, "model": "ears"},
-            {},
-            "has 4 numbers a frame, the model 'halving' takes 3; connect to a server of 'ears', by --endpoint",
-        ),
-        (
-            {"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "halving"},
-            {},
-            r"r\.npz has 2 numbers a frame, the model 'halving' takes 3$",
-        ),
-        ({"frames": np.zeros((14, 2), np.float32)}, {}, "has 2 numbers a frame, the model 'halving' takes 3$"),
-        (
-            {"frames": np.zeros((14, 4), np.float32)},
-            {},
-            "has 4 numbers a frame, the model 'halving' takes 3; choose columns with --columns$",
-        ),
-        ({}, {"save": Path("y.txt")}, r"must end in \.csv, \.npz, \.parquet or \.mcap"),
+        ({"outputs": None}, {"check": True}, "no columns y0"),
+        ({}, {"speed": 2.0}, "--rate"),
+        ({"fingerprint": "ff" * 32}, {"check": True}, "ffffffffffff and 00"),
+        ({"outputs": np.zeros((14, 5), np.float32)}, {"check": True}, "5 outputs"),
+        ({"frames": np.zeros((14, 2), np.float32), "fingerprint": "ff" * 32, "model": "ears"}, {}, "'ears'.*--model"),
+        ({"frames": np.zeros((14, 4), np.float32)}, {}, "--columns"),
+        ({}, {"save": Path("y.txt")}, "y.txt"),
     ],
 )
 async def test_what_cannot_be_is_told(
-    tmp_path: Path, recorded: RecordedSequences, changes: dict[str, Any], what: dict[str, Any], problem: str
+    tmp_path: Path, recorded: RecordedSequences, changes: dict[str, Any], what: dict[str, Any], named: str
 ) -> None:
     save_table(tmp_path / "r.npz", replace(recorded, **changes))
     run = Run()
-    with pytest.raises(CommandProblem, match=problem):
+    with pytest.raises(CommandProblem, match=named):
         await run(tmp_path / "r.npz", **what)
     assert run.server.rules.names == {}
-
-
-async def test_another_model_is_fine_where_nothing_is_compared(tmp_path: Path, recorded: RecordedSequences) -> None:
-    save_table(tmp_path / "r.npz", replace(recorded, fingerprint="ff"))
-    assert await Run()(tmp_path / "r.npz") == Exit.OK
