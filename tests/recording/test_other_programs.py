@@ -130,7 +130,7 @@ def test_a_lock_is_not_damage_and_reading_again_helps(path: Path, monkeypatch: p
             database.execute("PRAGMA locking_mode=EXCLUSIVE")
             database.execute("BEGIN EXCLUSIVE")
             for read in (lambda: list(reader.rows("openings")), lambda: RecordingReader(path)):
-                with pytest.raises(UnavailableRecording, match="cannot be read now: database is locked; try again"):
+                with pytest.raises(UnavailableRecording):
                     read()
             database.execute("ROLLBACK")
     with RecordingReader(path) as reader:

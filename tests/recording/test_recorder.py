@@ -10,7 +10,7 @@ import pytest
 
 from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
-from instep.recording.recorder import LATE_S, SMALL_ROWS_PER_BATCH, Recorder, Write
+from instep.recording.recorder import LATE_S, SMALL_ROWS_PER_BATCH, Recorder
 from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.batches import batches_of
@@ -177,29 +177,6 @@ def test_small_rows_are_bounded_too(tmp_path: Path) -> None:
     writer.gate.set()
     assert calls.room.acquire(timeout=60)
     recorder.stop()
-
-
-def test_rows_given_together_are_counted_and_numbered_one_by_one(tmp_path: Path) -> None:
-    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=2)
-    count = 2 * SMALL_ROWS_PER_BATCH
-    numbers, zeros = np.arange(1, count + 1), np.zeros(count, np.int64)
-    epochs, names, lost = numbers.astype(np.uint64), ["a"] * count, np.ones(count, np.bool_)
-    states = np.zeros((count, 16), np.uint8)
-    writes: list[Write] = [
-        lambda writer: writer.open_streams(1, numbers, names, epochs, zeros, None),
-        lambda writer: writer.stream_events(1, "parked", numbers, zeros, [""] * count),
-        lambda writer: writer.close_streams(1, numbers, "closed", zeros, states, lost),
-    ]
-    for number, write in enumerate(writes, 1):
-        assert recorder.put(write, rows=count, small_rows=count) == number * count
-        assert recorder.room <= 0, "each row counts"
-    writer.gate.set()
-    assert calls.room.acquire(timeout=60)
-    recorder.stop()
-    with RecordingReader(tmp_path / "a.rec") as reader:
-        reader.check_positions()
-        assert reader.last_position == 3 * count + 1
-        assert [info.closed_position for info in reader.streams()] == list(range(2 * count + 1, 3 * count + 1))
 
 
 @pytest.mark.parametrize("failure", [sqlite3.OperationalError("database or disk is full"), OSError("broken")])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import instep.recording
+from instep.recording import reader as recording_reader
 from instep.recording.errors import DamagedRecording, NoSuchStream, RecordingError
-from instep.recording.reader import ReadLimits, RecordingReader
+from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedFrames, StreamInfo, select_streams
 from instep.recording.table import OpenedRecording, RecordedStream, StreamIndex, known_outputs, read_frames
 from instep.recording.writer import RecordingWriter
@@ -28,7 +30,8 @@ def chunks_of(
     part_frames: int = 10**6,
 ) -> tuple[list[StreamInfo], list[RecordedFrames]]:
     """The streams and the chunks, read batch by batch."""
-    with RecordingReader(path, ReadLimits(bytes_at_once=1, rows_a_look=1)) as reader:
+    small = mock.patch.multiple(recording_reader, BYTES_AT_ONCE=1, ROWS_A_LOOK=1)
+    with small, RecordingReader(path) as reader:
         streams = reader.streams()
         selected = select_streams(streams, wanted)
         chunks = list(read_frames(reader, streams, selected, on_progress, part_frames=part_frames))

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.recording.copies import repair
 from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
@@ -211,21 +210,6 @@ def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scri
             pass
         with pytest.raises(RecordingError, match="was trimmed while it was read: read it again"):
             list(batches_of(reader))
-
-
-def test_repair_of_a_trimmed_recording(trimmed: Path, tmp_path: Path) -> None:
-    whole = inspect(trimmed)
-    forger = Forger(trimmed, tmp_path / "b.rec", fix_crc=False)
-    forger.change("batches", forger.rows("batches")[-9]["position"], time_ns=7)
-    saved = repair(forger.path, tmp_path / "c.rec")
-    assert 0 < whole.frames - saved.frames < 60
-    found = inspect(tmp_path / "c.rec")
-    assert (found.first_position, found.frames) == (whole.first_position, saved.frames)
-    forger = Forger(trimmed, tmp_path / "d.rec", fix_crc=False)
-    state = forger.rows("states")[0]
-    forger.change_state(state["stream"], state["position"], tail_seq=state["tail_seq"] + 1)
-    with pytest.raises(RecordingError, match="can be saved: the states that it begins with are damaged"):
-        repair(forger.path, tmp_path / "e.rec")
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,8 @@ def test_a_recording_of_which_no_output_was_recorded_is_not_a_pass(scribe: Scrib
     scribe.open(2)
     scribe.step([1], "unanswered")
     scribe.writer.close()
-    for wanted, why in (([], "the recording has no frames with outputs"), (["1"], "stream '1' has no frames with")):
-        with pytest.raises(CannotVerify, match=why):
+    for wanted in ([], ["1"]):
+        with pytest.raises(CannotVerify):
             verify(scribe.writer.path, model, *wanted)
 
 

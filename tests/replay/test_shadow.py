@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -23,7 +22,6 @@ from instep.core.typing import F32
 from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
-from instep.recording.errors import UnavailableRecording
 from instep.recording.trim import Retention
 from instep.replay.shadow import COMPARED, DIFFERS, NOT_COMPARED, Differences, Shadow, Shadowing, make_shadow, run
 from instep.server.server import Server
@@ -276,19 +274,3 @@ def test_frames_that_a_killed_server_left_without_outputs_are_not_compared(tmp_p
     shadow.follow()
     assert shadow.report().frames == (6 if warm_up is None or is_fresh else 2)
     assert warm_up is not None or shadow.report().largest < 1e-5
-
-
-def test_a_recording_that_is_locked_is_followed_afterwards(tmp_path: Path) -> None:
-    story = Story(tmp_path)
-    story.step(story.open(), story.open(), frames=20)
-    story.scribe.writer.close()
-    shadow = make_shadow(asked_of(story))
-    with closing(sqlite3.connect(story.path, isolation_level=None)) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        shadow.follow()
-        assert shadow.unavailable is not None
-        with pytest.raises(UnavailableRecording):
-            run(asked_of(story), Console(file=StringIO()))
-        database.execute("ROLLBACK")
-    shadow.follow()
-    assert (shadow.report().frames, shadow.report().equal) == (40, 40)

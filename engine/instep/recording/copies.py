@@ -98,7 +98,7 @@ def _write_range(reader: RecordingReader, database: sqlite3.Connection, base: Ch
 
 
 def _write_beginning(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint) -> int:
-    """Write what later rows rest on, as trimming leaves it; the number of states."""
+    """Write the rows that trimming would leave before the range; return the number of states."""
     position, before = base.position, reader.trimmed
     closed = {row[2] for row in reader.rows("closings", last=position)}
     opened = list(reader.rows("openings", last=position))
@@ -141,7 +141,7 @@ def repair(source: Path, target: Path) -> Repaired:
     """Write a new recording that holds everything of a damaged one up to its first damage.
 
     The damaged one is only read. The new one can be verified, exported and continued: its streams continue from where
-    the damage was, and their clients are told so. It has only the states that the history begins with, because later
+    the damage was, and their clients are notified. It has only the states that the history begins with, because later
     ones can be computed; so the next start replays all of it.
 
     Raises:
@@ -211,7 +211,7 @@ class _DamagedReader(RecordingReader):
 
 
 def _write_sound_rows(reader: _DamagedReader, database: sqlite3.Connection) -> tuple[int, str]:
-    """The number of positions that were saved, and the losses in words."""
+    """Return the number of positions that were saved, and the losses in words."""
     make_tables(database)
     insert(database, "header", reader.header.rows())
     first = last = reader.trimmed.position
@@ -244,7 +244,6 @@ def _write_sound_rows(reader: _DamagedReader, database: sqlite3.Connection) -> t
 
 
 def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | None, detail: str) -> int:
-    """The position of the new event."""
     insert(database, "events", with_crcs([(last + 1, time.time_ns(), None, seq, kind, detail, None)]))
     return last + 1
 

@@ -8,7 +8,7 @@ import sqlite3
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -56,25 +56,16 @@ UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
 """The exceptions of Python's sqlite3 on a damaged file."""
 
 ROWS_AT_ONCE: Final = 1024
-"""Rows that are read in one transaction at most."""
+"""Rows that are read in one transaction at most, because it keeps the WAL from being reused."""
+BYTES_AT_ONCE: Final = 2**19
+"""Bytes of blobs in one transaction, about."""
+ROWS_A_LOOK: Final = 16
+"""Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)
 """Another program locks the file, or this one has too many files open."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadLimits:
-    """How much is read in one transaction, which keeps the WAL from being reused."""
-
-    bytes_at_once: int = 2**19
-    """Bytes of blobs, about."""
-    rows_a_look: int = 16
-    """Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
-
-
-READ_LIMITS: Final = ReadLimits()
 
 
 def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
@@ -105,12 +96,11 @@ class Closing:
 class RecordingReader(Closing):
     """Checked rows of a recording that is finished or still being written; never writes to it.
 
-    What it shows is fixed when it opens: rows of the history committed later are left out. Who reads from a position
-    on, again and again, says so with `since`: `engines` are then those after it.
+    What it shows is fixed when it opens: rows of the history committed later are left out. With
+    `since`, for a reader that follows a recording, `engines` are those after that position.
 
     Attributes:
         path: the file.
-        limits: of one transaction.
         header: what the file says of the engine that began it.
         trimmed: where the history was trimmed.
         last_position: the newest row it shows; 0 where there is none.
@@ -122,15 +112,14 @@ class RecordingReader(Closing):
         DamagedRecording: when it is damaged.
     """
 
-    def __init__(self, path: Path, limits: ReadLimits = READ_LIMITS, since: int = 0) -> None:
+    def __init__(self, path: Path, since: int = 0) -> None:
         self.path = path
-        self.limits = limits
         self._since = since
         # In WAL mode but without a WAL, nobody writes it, and its folder may be read-only.
         try:
             path.stat()
-            beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
-            alone = not beside and self._is_left_in_wal_mode()
+            has_more = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-journal"))
+            alone = not has_more and self._is_left_in_wal_mode()
         except IsADirectoryError:
             raise RecordingError(
                 f"cannot read the recording {path}: it is a folder; name a file in it, as `instep recordings info "
@@ -214,16 +203,16 @@ class RecordingReader(Closing):
                 raise self.damaged(f"the row at {key} {rows[sound][0]} (of {table}) does not match its CRC")
             if error is not None:
                 raise self.damaged(f"the rows after {key} {before[0]} (of {table}) cannot be read: {error}")
-            if not rows or len(rows) % self.limits.rows_a_look:
+            if not rows or len(rows) % ROWS_A_LOOK:
                 return  # the query had no more
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end, to the error that ended it, or to about `bytes_at_once`."""
+        """The rows of a query up to its end, to the error that ended it, or to about `BYTES_AT_ONCE`."""
         rows: list[tuple[Any, ...]] = []
-        size, count, look = 0, 0, self.limits.rows_a_look
+        size, count, look = 0, 0, ROWS_A_LOOK
         try:
             with closing(self._database.execute(query, values)) as cursor:
-                while len(rows) == count and size < self.limits.bytes_at_once:
+                while len(rows) == count and size < BYTES_AT_ONCE:
                     count += look
                     rows.extend(islice(cursor, look))  # those before an error are kept
                     size += look * sum(len(value) for row in rows[-1:] for value in row if type(value) is bytes)
@@ -374,7 +363,7 @@ class RecordingReader(Closing):
         return map(self._event, self.rows("events", max(first, self.first_position)))
 
     def events_that_count(self) -> list[RecordedEvent]:
-        """Those before the history was trimmed that say something about what came later, in order."""
+        """The events before the trimmed position that later rows depend on, in order."""
         rows = self.rows_that_count(self.trimmed.position, self._open_where_trimmed)
         if len(rows) != self.trimmed.events:
             raise self.damaged(
@@ -383,7 +372,7 @@ class RecordingReader(Closing):
         return [self._event(row) for row in rows]
 
     def rows_that_count(self, position: int, open_streams: Set[int]) -> list[tuple[Any, ...]]:
-        """The rows of `events` up to a position that later rows rest on: each stream's newest owner, every engine."""
+        """The rows of `events` up to a position that later rows depend on: each stream's newest owner, every engine."""
         owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
         for row in self.rows("events", last=position):
             if row[4] == ENGINE_EVENT:
@@ -512,7 +501,6 @@ class RecordingReader(Closing):
 
     @cached_property
     def _marks(self) -> list[RecordedEvent]:
-        """The events that say how to read the others."""
         before = self.events_that_count() if self.trimmed.position > self._since else []
         return [event for event in (*before, *self.events(self._since + 1)) if event.kind in MARKS]
 
@@ -566,7 +554,7 @@ class RecordingReader(Closing):
         return [event.position for event in self._marks if event.kind == RECOVERED_EVENT]
 
     def _check_unanswered(self, position: int, next_computed: int | None) -> None:
-        """A batch has no outcome: no later one may have, unless another process went on in between."""
+        """Raise if a later batch has an outcome, unless another process continued the recording in between."""
         at = bisect_right(self._failed, position)
         outcomes = [] if next_computed is None else [next_computed]
         outcomes += self._failed[at : at + 1]
@@ -657,7 +645,7 @@ class RecordingReader(Closing):
             pass
 
     def _check_schema(self) -> None:
-        """Raise unless the tables are those of a recording: a view in the place of a table could be read for ever."""
+        """Raise unless the tables are those of a recording; a view instead of a table could yield rows forever."""
         statements = set(create_statements())
         for name, statement in self._database.execute("SELECT name, sql FROM sqlite_schema"):
             if statement is None and str(name).startswith("sqlite_autoindex_"):

@@ -37,9 +37,9 @@ class Recorder:
         writer: a recording; the recorder owns and closes it.
         queue_batches: at most this many batches may wait.
         on_room: called in the recorder's thread when there is room again after there was none.
-        on_failure: called once in the recorder's thread with what went wrong.
+        on_failure: called once in the recorder's thread with the error.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
-        commit_us: a histogram (`core.histogram`) of what each transaction took, from its first row to its commit.
+        commit_us: a histogram (`core.histogram`) of the time of each transaction, from its first row to its commit.
         on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
         late_s: the longest time that rows which nothing waits for are held back.
     """
@@ -172,7 +172,6 @@ class Recorder:
         return True
 
     def _wait(self) -> None:
-        """Wait until there is something to do."""
         if not self._changed.wait(self._late_s) and not (self._queue or self._stopping):
             self._is_asleep = True
             self._changed.wait(self._trim_every_s)

@@ -86,7 +86,7 @@ class RecordedEvent:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEngine:
-    """One engine that wrote the recording: what followed it up to the next one."""
+    """One engine that wrote part of the recording; its rows end where the next engine begins."""
 
     position: int
     """Where it began; 0 for the first."""

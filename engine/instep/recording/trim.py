@@ -133,6 +133,6 @@ def _ranges(
 
 
 def _parts(rows: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """These rows, some at a time; once nothing where there are none, so that others get their turn."""
+    """Yield the rows in parts; one empty part if there are none, so that other work gets its turn."""
     for first in range(0, max(1, len(rows)), size):
         yield rows[first : first + size]

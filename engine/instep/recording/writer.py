@@ -115,7 +115,7 @@ class RecordingWriter:
         self._wal_name = f"{path}-wal"
         self._wal: tuple[int, int] | None = None
         """Device and inode of the WAL."""
-        wal = Path(f"{path}-wal")  # what a killed writer left counts too: each start has to read it
+        wal = Path(f"{path}-wal")  # that of a killed writer counts too: each start has to read it
         self._bytes_in_wal = wal.stat().st_size if wal.exists() else 0
         self._version = self._data_version()
         self._page_bytes = int(self._read("header", "PRAGMA page_size")[0][0])
@@ -145,7 +145,7 @@ class RecordingWriter:
         a restart that may have happened too."""
         left = "SELECT DISTINCT stream FROM states WHERE position > ? AND stream IN (SELECT stream FROM closings)"
         self._closed = [row[0] for row in self._read("states", left, self._kept.position)]
-        """Streams that have closed, whose rows in `states` go when the next ones come: repairing may need them."""
+        """Closed streams whose rows in `states` are deleted when the next states are written."""
         self._last_stream = max(self.trimmed.last_stream, self._highest("openings", "stream"))
         owners = self._highest("events", "seq", f"WHERE kind = '{OWNER_EVENT}'")
         self._last_epoch = max(self.trimmed.last_epoch, self._highest("openings", "epoch"), owners)
@@ -316,7 +316,7 @@ class RecordingWriter:
     def stream_events(
         self, time_ns: int, kind: str, streams: I64, seqs: I64, details: Iterable[str], states: U8 | None = None
     ) -> None:
-        """Something happened to streams, int64 [N], at `seqs`, int64 [N]; what the kinds mean is in `schema`."""
+        """Append events of streams, int64 [N], at `seqs`, int64 [N]; `schema` lists the kinds."""
         count = len(streams)
         columns = (streams.tolist(), seqs.tolist(), repeat(kind, count), details, state_blobs(states, count))
         self._insert_rows("events", time_ns, *columns)
@@ -324,7 +324,7 @@ class RecordingWriter:
             self._last_epoch = max([self._last_epoch, *seqs.tolist()])
 
     def event(self, time_ns: int, kind: str, seq: int | None, detail: str) -> None:
-        """Something happened that concerns no one stream; what the kinds mean is in `schema`."""
+        """Append an event that concerns no single stream; `schema` lists the kinds."""
         self._insert("events", time_ns, None, seq, kind, detail, None)
 
     def checkpoint(self, time_ns: int, through: int, rows: StateRows) -> None:
@@ -386,12 +386,11 @@ class RecordingWriter:
         return True
 
     def _whole_checkpoints(self) -> list[Checkpoint]:
-        """Those that have all their states."""
         newest = self._kept.position if self._is_partial else self.position
         return [checkpoint for checkpoint in self._checkpoints if checkpoint.position <= newest]
 
     def _trim_until(self, position: int) -> Iterator[None]:
-        """Let the history begin after a checkpoint's position, and then delete the rows before it."""
+        """Record that the history begins after a checkpoint's position, then delete the rows before it."""
         events = 0
         for count in counts_of_events(self._database, position):
             events += count
@@ -487,7 +486,7 @@ class RecordingWriter:
         self._state_rows += len(streams)
 
     def _delete_states(self, streams: list[int]) -> None:
-        """Those of these streams, and of streams that have closed, that no kept checkpoint needs."""
+        """Delete the states of these streams and of closed ones that no kept checkpoint needs."""
         changes = "SELECT total_changes()"
         ((before,),) = self._database.execute(changes)
         delete = "DELETE FROM states WHERE stream = ? AND position > ?"

@@ -143,7 +143,6 @@ def _say_if_slow() -> None:
 
 
 def _failed(file: Path, json: bool, console: Console, error: Exception, prefix: str = "") -> int:
-    """Say why a recording could not be checked."""
     with suppress(OSError):  # the terminal may be gone
         if json:
             write_failure(error, file=str(file), verified=False, verdict="not checked")

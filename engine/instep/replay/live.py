@@ -1,9 +1,10 @@
 """The process that checks a server's recordings at the lowest priority: `python -m instep.replay.live`.
 
 Each line of standard input is a JSON object: `{"follow": FILE, "position": P, "applied": N}` checks what comes after a
-position, up to which N frames were applied since the recording began (null for what the checkpoint there says);
-`{"leave": FILE, "finish": BOOL}` lets go of it, perhaps after what is committed by then is checked. The process ends
-with its standard input, which is also when the server dies. Each line of standard output is the state of a recording.
+position, up to which N frames were applied since the recording began (null: the checkpoint there knows);
+`{"leave": FILE, "finish": BOOL}` closes it, with `finish` after everything committed by then is checked. The process
+ends with its standard input, which is also when the server dies. Each line of standard output is the state of a
+recording.
 """
 
 from __future__ import annotations

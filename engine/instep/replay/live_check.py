@@ -147,7 +147,7 @@ class LiveCheck(Follower):
         self._wrong.add(number)
         if number in self:
             self.drop(number)
-        if position <= self._told_until:  # a former process has told of it
+        if position <= self._told_until:  # a former process has reported it
             return
         self.mismatches_total += 1
         if len(self.mismatches) < _MOST_KEPT:

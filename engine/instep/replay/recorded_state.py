@@ -116,7 +116,7 @@ class Past:
         raise self._no_such(seq or 0, self._walk(self._openings[-1], None))
 
     def _walk(self, info: StreamInfo, seq: int | None) -> Moment:
-        """An opening before a frame, or after its last one where that comes first."""
+        """Step an opening up to a frame, or to its end if that comes first."""
         position, origin, origin_seq, state = self._recorded_before(info, seq)
         replay, number = Replay(StateTable(self._network), self._reader), info.stream
         replay.add(number, origin_seq, state)
@@ -162,7 +162,7 @@ class Past:
             yield portion.only(np.array([info.stream]))
 
     def _recorded_before(self, info: StreamInfo, seq: int | None) -> tuple[int, Origin, int, U8 | None]:
-        """The newest recorded state before a frame: a position up to which all is in it, where from, the seq, it."""
+        """The newest recorded state before a frame: its position, the kind of its row, its seq, and the state."""
         trimmed = self._reader.trimmed.position
         is_trimmed = info.opened_position <= trimmed
         rows = map(self._reader.stream_state, self._reader.rows("states", info.stream, info.stream))
@@ -242,14 +242,12 @@ def show_state(
 
 @contextmanager
 def _past(file: Path, stream: str, model_folder: Path | None) -> Iterator[tuple[Past, RecordingHeader]]:
-    """The past of a stream, with the header of its recording."""
     with RecordingReader(file) as reader:
         model = recorded_model(reader.header, model_folder)
         yield Past(reader, model, stream), reader.header
 
 
 def _snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:
-    """The state as a client takes it from a live stream."""
     state = as_state(moment.state[None], header.state_spec, single=True)
     return StreamSnapshot(moment.info.name, moment.seq, state, header.model_fingerprint, header.model_name)
 

@@ -160,7 +160,7 @@ class _EngineReplay(_OpenStreams):
         if self._check_outputs:
             self._compare(portion, y)
         else:
-            y[frames.answered] = frames.y[frames.answered]  # who asks for an output again gets the same bytes
+            y[frames.answered] = frames.y[frames.answered]  # an output that is asked for again has the same bytes
         slots, seqs = np.repeat(stretches.slots, stretches.lengths), frames.seqs[applied]
         rows = rows_of(self._tables, slots, seqs)  # of frames beyond the window, the newest stay
         self._tables.x[rows], self._tables.y[rows] = frames.x[applied], y[applied]

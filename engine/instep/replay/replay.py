@@ -497,7 +497,7 @@ class Replay:
             self._streams[number].is_broken = True
 
     def _is_met_later(self, state: RecordedState, mark: Mark | None, until: int) -> bool:
-        """Whether a recorded state before the frame where a mark comes is the one behind the mark."""
+        """Whether a state at the frame of a mark was recorded after the mark took effect."""
         if mark is None:
             return state.has_reset and until < LAST
         if isinstance(mark, Opened):

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import Any, Final
@@ -139,20 +139,14 @@ class Differences:
 
     def as_json(self, asked: Shadowing) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: it becomes null."""
-        return {
+        fields = asdict(self) | {
             "recording": str(asked.recording),
             "candidate": str(asked.folder),
-            "frames": self.frames,
-            "equal": self.equal,
             "equal_share": self.equal / self.frames if self.frames else None,
-            "largest": finite(self.largest),
-            "mean": finite(self.mean),
-            "quantiles": {f"p{round(100 * share)}": finite(value) for share, value in self.quantiles.items()},
-            "streams": [
-                {"name": each.name, "frames": each.frames, "largest": finite(each.largest)} for each in self.streams
-            ],
-            "streams_total": self.streams_total,
+            "quantiles": {f"p{round(100 * share)}": value for share, value in self.quantiles.items()},
         }
+        found: dict[str, Any] = finite(fields)
+        return found
 
     def render(self, console: Console) -> None:
         """Print it."""
@@ -286,7 +280,6 @@ class Shadow(Follower):
         )
 
     def _end(self, number: int) -> None:
-        """A stream is followed no longer; how it differed counts."""
         found, _ = self._found.pop(number), self._compared_from.pop(number, None)
         if found.frames:
             self._past.append(found)

@@ -276,10 +276,8 @@ class _Check:
             return
         if not self._frames:
             raise NoFrames(f"{self._reader.path} holds no frames: nothing was recorded, so nothing can be verified")
-        whose = "the recording has no"
-        if wanted:
-            whose = f"stream {wanted[0]!r} has no" if len(wanted) == 1 else f"none of the {len(wanted)} streams has"
-        raise CannotVerify(f"{whose} frames with outputs: there is nothing to verify")
+        of = f" of {', '.join(wanted)}" if wanted else ""
+        raise CannotVerify(f"no frame{of} has outputs: there is nothing to verify")
 
     @property
     def coverage(self) -> Coverage:
@@ -288,9 +286,9 @@ class _Check:
         return Coverage(len(streams), frames)
 
     def _portions(self) -> Iterator[Portion]:
-        reader, newest = self._reader, self._stored.position
+        reader, newest, wanted = self._reader, self._stored.position, self._wanted
         for info in reader.streams() if reader.trimmed.position else ():
-            if info.opened_position <= reader.trimmed.position and self._is_wanted(info.stream):
+            if info.opened_position <= reader.trimmed.position and (wanted is None or info.stream in wanted):
                 self._replay.add(info.stream, info.first_seq, info.initial_state)
                 self._open(info.stream, info.name, info.first_seq)
         cuts = [newest] if newest >= reader.first_position else []
@@ -298,9 +296,6 @@ class _Check:
             self._frames += len(portion.frames)
             yield portion if self._wanted is None else portion.only(self._wanted)
         yield empty_portion(reader, LAST)
-
-    def _is_wanted(self, number: int) -> bool:
-        return self._wanted is None or number in self._wanted
 
     def _open(self, number: int, name: str, first_seq: int) -> None:
         report = StreamReport(number, name)
@@ -367,7 +362,7 @@ class _Check:
                     self._by_number[int(numbers[row])].add_mismatch(finding.first)
 
     def _check_complete(self) -> None:
-        """Raise when a state that belongs into the newest checkpoint is missing, or is older than the checkpoint."""
+        """Raise when the newest checkpoint lacks a state, or holds one from before the checkpoint."""
         reader, position, nexts = self._reader, self._stored.position, self._replay.next_seqs
         for number in self._stored.newest.keys() - self._by_number.keys():
             raise reader.damaged(f"a checkpoint holds a state of stream {number}, which was never opened")
@@ -502,7 +497,7 @@ def _compare_definition(
 
 
 def _spread_out(rows: I64) -> I64:
-    """The first, the middle, the quarters and so on: every beginning of this order is spread over all of them."""
+    """Order rows so that every prefix is spread over all of them: the first, the middle, the quarters and so on."""
     order = sorted(range(len(rows)), key=lambda at: f"{at:032b}"[::-1])
     spread: I64 = rows[order]
     return spread
