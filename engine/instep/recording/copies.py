@@ -1,4 +1,4 @@
-"""New recordings from old ones: a range cut out, and what a damaged one holds before its first damage."""
+"""Makes new recordings from old ones: a range, or the part of a damaged one before its first damage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Cut:
 
     first_position: int
     last_position: int
-    """Of the source."""
     streams: int
     frames: int
 
@@ -141,8 +140,8 @@ def repair(source: Path, target: Path) -> Repaired:
     """Write a new recording that holds everything of a damaged one up to its first damage.
 
     The damaged one is only read. The new one can be verified, exported and continued: its streams continue from where
-    the damage was, and their clients are notified. It has only the states that the history begins with, because later
-    ones can be computed; so the next start replays all of it.
+    the damage was, and their clients are notified. It has only the states at its beginning, because later ones can be
+    computed, so the next start replays all of it.
 
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
@@ -255,8 +254,8 @@ class InconsistentCopy(RecordingError):
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
     """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
 
-    Unfinished files of earlier runs for the same target, which were killed, are removed. From just
-    before the file gets its name, no signal stops the command.
+    Unfinished files of earlier runs for the same target, which were killed, are removed. No signal stops the command
+    from just before the file gets its name.
 
     Args:
         target: the new file.

@@ -1,4 +1,4 @@
-"""Reading a recording, finished or still being written: checked rows, and what they mean as values."""
+"""Reads a recording, finished or still being written: checked rows, and their values."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ class Closing:
 class RecordingReader(Closing):
     """Checked rows of a recording that is finished or still being written; never writes to it.
 
-    What it shows is fixed when it opens: rows of the history committed later are left out. With
-    `since`, for a reader that follows a recording, `engines` are those after that position.
+    Its contents are fixed when it opens: rows committed later are not shown. With `since`, for a reader that follows a
+    recording, `engines` are those after that position.
 
     Attributes:
         path: the file.
-        header: what the file says of the engine that began it.
-        trimmed: where the history was trimmed.
-        last_position: the newest row it shows; 0 where there is none.
-        state_rows: how many rows the table `states` should hold.
+        header: the engine that began the file.
+        trimmed: the beginning of a trimmed history.
+        last_position: the newest row; 0 if there is none.
+        state_rows: the expected count of rows in the table `states`.
 
     Raises:
         RecordingError: from every method, when the file is not a recording or of another version.
@@ -156,7 +156,7 @@ class RecordingReader(Closing):
 
     @property
     def first_position(self) -> int:
-        """From here on, no row of the history was trimmed."""
+        """The first position that was not trimmed."""
         return self.trimmed.position + 1
 
     def check_positions(self, first: int = 1, last: int | None = None) -> None:
@@ -180,7 +180,7 @@ class RecordingReader(Closing):
         return chain.from_iterable(self.row_lists(table, first, last))
 
     def row_lists(self, table: str, first: int = 1, last: int | None = None) -> Iterator[list[tuple[Any, ...]]]:
-        """As `rows`, in lists, each read in its own transaction: a long one would keep the WAL from being reused."""
+        """As `rows`, in lists that are each read in a short transaction, so that the WAL can be reused."""
         keys = ("stream", "position") if table == "states" else (next(iter(TABLES[table])),)
         columns = ", ".join((*TABLES[table], "crc"))
         key, order = keys[0], ", ".join(keys)
@@ -250,7 +250,7 @@ class RecordingReader(Closing):
         return int(batches), int(frames)
 
     def time_at(self, position: int) -> int:
-        """When the row at a position was recorded, in nanoseconds since 1970; 0 if there is none."""
+        """The time of the row at a position, in nanoseconds since 1970; 0 if there is none."""
         return next((row[1] for table in HISTORY for row in self.rows(table, position, position)), 0)
 
     def first_at(self, time_ns: int) -> int:
@@ -328,7 +328,7 @@ class RecordingReader(Closing):
         first, failed = max(first, self.first_position), set(self._failed)
         outputs_ahead = self.rows("outputs", first)
         outputs: dict[int, bytes] = {}
-        """Those read ahead, by the position of the batch, rising."""
+        """Outputs that were read ahead, by the rising position of the batch."""
         newest = 0
         for rows in self.row_lists("batches", first, last):
             waiting = [row for row in rows if row[0] not in failed]
@@ -430,7 +430,7 @@ class RecordingReader(Closing):
         return found
 
     def checkpoint(self) -> Checkpoint:
-        """The newest complete checkpoint; of position 0 when there is none."""
+        """The newest complete checkpoint, with position 0 if there is none."""
         return (self.checkpoints() or [Checkpoint()])[-1]
 
     def states(self) -> Iterator[StreamState]:
@@ -579,7 +579,7 @@ class RecordingReader(Closing):
         return self.state(state, position)
 
     def no_frames(self) -> RecordedFrames:
-        """None at all."""
+        """Columns without frames."""
         x, y = (np.empty((0, width), np.float32) for width in (self.header.features, self.header.outputs))
         none = np.empty(0, np.int64)
         return RecordedFrames(none, none, none, none, x, y, none.astype(np.bool_))

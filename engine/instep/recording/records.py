@@ -24,15 +24,13 @@ class StreamInfo:
     stream: int
     name: str
     epoch: int
-    """Of its first ownership."""
     first_seq: int
-    """Of its first frame."""
     opened_ns: int
     opened_position: int
     initial_state: U8 | None
-    """Before its first frame, uint8 [row_bytes]; None for the model's initial state."""
+    """The state before its first frame, uint8 [row_bytes]; None for the model's initial state."""
     closed_ns: int | None = None
-    """None where it was still open at the last commit; so are all the fields below."""
+    """None, as all fields below, if it was still open at the last commit."""
     closed_position: int | None = None
     reason: str | None = None
     frames: int | None = None
@@ -89,7 +87,7 @@ class RecordedEngine:
     """One engine that wrote part of the recording; its rows end where the next engine begins."""
 
     position: int
-    """Where it began; 0 for the first."""
+    """The position at which it began; 0 for the first."""
     header: RecordingHeader
 
 
@@ -99,7 +97,7 @@ class StreamState:
 
     stream: int
     position: int
-    """Of the checkpoint that wrote it."""
+    """The position of the checkpoint that wrote it."""
     seq: int
     """The state is that before this frame."""
     state: U8
@@ -129,12 +127,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """Where the history was trimmed; the fields are the columns of the table."""
+    """The beginning of a trimmed history; the fields are the columns of the table."""
 
     position: int = 0
-    """Of the checkpoint that the recording begins with."""
+    """The position of the checkpoint with which the recording begins."""
     events: int = 0
-    """How many events up to there still count."""
+    """The count of events up to there that still matter."""
     last_stream: int = 0
     last_epoch: int = 0
 
@@ -148,11 +146,11 @@ class OpenStream:
     epoch: int
     """The last one it was given."""
     former_epoch: int
-    """The one its owner held before, 0 for none or somebody else's."""
+    """The owner's former epoch, 0 if it had none."""
     granted_seq: int
     """The frame that was due next when it was given."""
     first_seq: int
-    """The one it opened with."""
+    """The seq with which it was opened."""
     seq: int
     """The state is that before this frame."""
     state: U8 | None
@@ -166,7 +164,7 @@ class OpenStream:
 
 
 def find_sorted(values: I64, wanted: I64) -> tuple[I64, Bool]:
-    """Where some values are in ascending ones, and whether they are there at all: int64 [N] → int64 [N], bool [N]."""
+    """Find values in ascending ones: their indices, int64 [N], and whether they are there, bool [N]."""
     if not len(values):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     places: I64 = np.minimum(np.searchsorted(values, wanted), len(values) - 1).astype(np.int64)
@@ -238,7 +236,7 @@ class MovedStreams:
     next_seqs: I64
     """int64 [N]."""
     states: U8
-    """Before those frames, uint8 [N, row_bytes]."""
+    """States before those frames, uint8 [N, row_bytes]."""
     replayed_from: I64 | None
     """int64 [N], the first frame in each state; None where the other version made the states."""
     numbers: I64

@@ -11,16 +11,16 @@ from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT
 
 _SCANNED_AT_ONCE: Final = 1024
-"""Rows that are looked at between two transactions."""
+"""Rows that are examined between two transactions."""
 APART_BYTES: Final = 2**28
-"""Where nothing is trimmed, a checkpoint is kept for each of these, so that a range can be cut out from there."""
+"""Without trimming, a checkpoint is kept for each of these portions, so that a range can begin there."""
 _SHARES: Final = 8
 """A checkpoint is kept for each such share of the limit, so the history exceeds it by one share at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much of the history is kept.
+    """The limits of the kept history.
 
     Attributes:
         keep_bytes: about the size of the file; 0 for any size.

@@ -67,7 +67,7 @@ from instep.recording.trim import DELETE_STATES, KEEP_ALL, Retention, counts_of_
 WAL_KEPT_BYTES: Final = 64 * 2**20
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 _PAGES_A_COMMIT: Final = 4
-"""Those that every commit touches, about."""
+"""About the pages that every commit touches."""
 _MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
 """About the bytes of a row without its blobs."""
@@ -237,15 +237,15 @@ class RecordingWriter:
         first_seqs: I64,
         initial_states: U8 | None,
     ) -> None:
-        """Streams opened.
+        """Record opened streams.
 
         Args:
             time_ns: nanoseconds since 1970.
             streams: int64 [N], numbers of these openings, from 1, new in this recording.
-            names: what the client calls them.
-            epochs: uint64 [N], of their first ownerships.
-            first_seqs: int64 [N], of their first frames.
-            initial_states: before those frames, uint8 [N, row_bytes]; None for the model's initial state.
+            names: the clients' names.
+            epochs: uint64 [N], the epochs of their first ownerships.
+            first_seqs: int64 [N], the seqs of their first frames.
+            initial_states: the states before those frames, uint8 [N, row_bytes]; None for the model's initial state.
         """
         columns = (streams.tolist(), names, epochs.tolist(), first_seqs.tolist())
         self._insert_rows("openings", time_ns, *columns, state_blobs(initial_states, len(streams)))
@@ -253,7 +253,7 @@ class RecordingWriter:
         self._last_epoch = max([self._last_epoch, *epochs.tolist()])
 
     def move_streams(self, time_ns: int, moved: MovedStreams, file: str) -> None:
-        """Streams of another version's recording, the file of that name, continue in this one: three rows for each."""
+        """Continue streams of another version's recording, the file `file`, in this one, with three rows for each."""
         count, epochs = len(moved.streams), np.array([epoch for epoch, *_ in moved.owners], np.uint64)
         self.open_streams(time_ns, moved.streams, moved.names, epochs, moved.next_seqs, moved.states)
         came = [moved_detail(number, file) for number in moved.numbers.tolist()]
@@ -294,7 +294,7 @@ class RecordingWriter:
         self._frames -= sum(size for (size,) in failed)
 
     def close_streams(self, time_ns: int, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> None:
-        """Streams ended.
+        """Record ended streams.
 
         Args:
             time_ns: nanoseconds since 1970.

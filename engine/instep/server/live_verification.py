@@ -1,4 +1,4 @@
-"""One process computes again what the models of a server record, and compares the outputs.
+"""Live verification: one process steps the recordings of a server's models again and compares the outputs.
 
 The process is `instep.replay.live`. It is started again when it dies; each recording continues where it was.
 """
@@ -52,8 +52,8 @@ class Supervision:
 
     Attributes:
         start: starts it. It may raise OSError.
-        most_wal_bytes: of a recording. A process that stops in the middle of a read keeps the WAL from being reused,
-            and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
+        most_wal_bytes: the largest WAL of a recording. A process that stops in the middle of a read keeps the WAL from
+            being reused, and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
     """
 
     start: Callable[[], Awaitable[Process]] = start_checker

@@ -1,4 +1,4 @@
-"""The server's loop: what one turn does, when the next one comes, and how it stays awake in between."""
+"""The server's loop: its turns, their times, and polling in between."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from instep.runtime.executor import ExecutorDied
 from instep.streaming.service import ModelService
 
 _RECEIVE_NS: Final = 2_000_000
-"""How long front ends receive before what came first is stepped."""
+"""The time for which front ends receive before a step."""
 _SLICE_NS: Final = 50_000
-"""How long the loop polls before the other work of the event loop gets its turn."""
+"""The polling time before other work of the event loop gets its turn."""
 _LATE_NS: Final = 1_000_000_000
 """A turn this late counts as a stall. After it, waiting messages have this time to be read before anything expires."""
 
@@ -35,8 +35,8 @@ class Loop:
     to other programs, so it is idle time that is used up, and power.
 
     Args:
-        busy_poll_ns: how long to poll while every model steps in a process of its own; 0 for not at all.
-        on_bug: told of an exception in a turn: clients would wait for what it did not do.
+        busy_poll_ns: the polling time while every model steps in a process of its own; 0 for none.
+        on_bug: gets an exception in a turn, after which clients would wait in vain.
     """
 
     def __init__(self, busy_poll_ns: int, on_bug: Callable[[BaseException], None]) -> None:
@@ -158,7 +158,7 @@ class Loop:
             return False
 
     def _poll(self) -> None:
-        """Something happened: poll from now on, unless that delays a step, or what is under way takes longer anyway."""
+        """Poll from now on, unless that delays a step, or the work under way takes longer anyway."""
         if any(
             not service.steps_apart or service.engine.expected_ns >= self._busy_poll_ns for service in self._services
         ):
@@ -205,7 +205,7 @@ class HeldUp:
 
 
 class Shutdown:
-    """The one place that decides that the server ends; a failure is told to the log."""
+    """The one place that ends the server; failures are logged."""
 
     def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
         self.requested = asyncio.Event()
@@ -223,7 +223,7 @@ class Shutdown:
         self.requested.set()
 
     def fail(self, reason: str) -> None:
-        """Something the server cannot work without is broken: end it at once."""
+        """End the server at once, because a vital part is broken."""
         if self.failure is None:
             self.failure = reason
             self._log.error("failed", reason=reason)

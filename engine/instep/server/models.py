@@ -78,14 +78,14 @@ class LoadingThread:
 
 
 _MOST_PAUSE_S: Final = 1.0
-"""For this long at most, nothing is received until everything received before is answered."""
+"""The longest pause of receiving until everything received before is answered."""
 _LOOK_S: Final = 0.0005
 _SHORT_S: Final = 0.01
-"""A replay has caught up when it takes less to read and step what was recorded since the last time."""
+"""A replay has caught up when a pass takes less time than this."""
 _LONG_S: Final = 0.5
 """The last pass, during which nothing is received, should not take longer."""
 _MOST_PASSES: Final = 12
-"""After this many passes, frames arrive as quickly as they are replayed."""
+"""The passes after which a replay that does not catch up is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Moved:
     """Streams that have left a version of their model."""
 
     lsn: int
-    """What the other version's recording must have committed before the streams may end in theirs."""
+    """The lsn that the other version's recording must have committed before the streams may end in theirs."""
     numbers: I64
     """int64 [N], in their recording."""
     next_seqs: I64
@@ -244,7 +244,7 @@ class Loader:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the models in the server's configuration, by name."""
+        """Fingerprints of the configured models, by name."""
         return self._accepted or {each.name: each.about.fingerprint for each in self._current}
 
     @property

@@ -130,15 +130,15 @@ class Planned:
     log: structlog.stdlib.BoundLogger
     file: Path | None = None
     formers: Sequence[Former] = ()
-    """Those whose streams continue in it."""
+    """The former recordings whose streams continue in it."""
     kept_as: str = ""
-    """What a former version is called, which keeps its streams."""
+    """The name of a former version that keeps its streams."""
 
 
 def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> list[Planned]:
     """A model, and the former versions of it that keep their streams.
 
-    What is left to be done in their recordings, because a server was killed, is done first.
+    Unfinished changes in their recordings, of a server that was killed, are completed first.
 
     Raises:
         RecordingError, CannotServe: as `find_recording`.
@@ -348,7 +348,7 @@ def continue_streams(
 
     Each stream is in exactly one of the two, whenever the process is killed: it counts where its `moved` event is.
     Streams whose names are taken are left, and so are all where frames were recorded after the newest states and the
-    former version, which alone could step them, cannot be loaded. The log is told.
+    former version, which alone could step them, cannot be loaded. This is logged.
 
     Args:
         config: says whether they move in their states or are replayed.
@@ -359,7 +359,7 @@ def continue_streams(
         recovery: what that holds.
 
     Returns:
-        What it holds now.
+        The present contents of the target.
     """
     log, table = service.log, service.engine.table
     names = {*recovery.hibernated, *table.names(table.open_slots())}

@@ -146,7 +146,7 @@ def reload(
     log: structlog.stdlib.BoundLogger,
     kept: Kept,
 ) -> None:
-    """Read the configuration again and use what can change of it; a broken one changes nothing.
+    """Read the configuration again and apply the changeable keys; a broken one changes nothing.
 
     The log says what has changed, at whatever level, and which changes of models are under way: whether they succeed is
     said later. `reread` raises ConfigError; `kept` gets the new values, and the models once they are accepted.
@@ -265,7 +265,7 @@ def _serve_again(
     threshold: Threshold,
     start: _Start,
 ) -> int:
-    """Serve what the server that died had accepted, or the models of the start where those cannot be served."""
+    """Serve the models in force when the last server died, or those of the start if they cannot be served."""
     config, fingerprints, unread, problem = start.kept.laid_over(at_start)
     threshold.level = config.log.level
     if changed := [change for _, change in differences(at_start, config)]:

@@ -113,11 +113,11 @@ class Summary:
 _TICK_S: Final = 0.05
 _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
-"""How long a drained server waits for peers to read their replies."""
+"""The time for which a drained server waits for peers to read their replies."""
 _ASK_EVERY_S: Final = 0.1
 """They are asked again at this interval, because replies may have been sent and peers may have left meanwhile."""
 _FORCED_JOIN_S: Final = 1.0
-"""How long a forced end waits for the step that is under way, and for the recorder."""
+"""The time for which a forced end waits for the step under way, and for the recorder."""
 
 
 class Server:
@@ -138,7 +138,7 @@ class Server:
         self.unanswered_messages = 0
         """Messages taken and never answered, because the end was forced or draining took too long."""
         self._drain_until = math.inf
-        """When draining has taken too long; of the monotonic clock."""
+        """The monotonic time at which draining has taken too long."""
         self._began_ns = time.monotonic_ns()
         self._shutdown = shutdown
         self._turns = loop
@@ -179,8 +179,8 @@ class Server:
     def replace(self, former: Served, served: Served, kept_as: str) -> None:
         """Serve another version of a model. Nothing here can fail.
 
-        The former one is `kept_as` another name for the connections that it has. Where that is empty, they and its
-        streams belong to the new one, and it is to be closed.
+        The former one is `kept_as` another name for the connections that it has. If that is empty, its connections and
+        streams belong to the new one, and the caller closes it.
         """
         if kept_as:
             structlog.get_context(former.service.log)["model"] = kept_as  # of the log that all of its parts write to
@@ -250,7 +250,7 @@ class Server:
 
     @property
     def outdated(self) -> str:
-        """Why what runs is not what the configuration says; empty where it is."""
+        """The reason why the running models differ from the configuration; empty if they do not."""
         return "; ".join(filter(None, (self.unread, self.loader.problem)))
 
     @property

@@ -23,7 +23,7 @@ _SHORT_PROBE_NS: Final = 1_000_000_000
 """The longest probing interval for peers that have no streams, or whose version waits for them to go: ZeroMQ tells of a
 connection that has ended only when something is sent there."""
 _LEAST_ASKED_BYTES: Final = 65_536
-"""Bytes after which a peer is asked what it has read, however many peers there are."""
+"""Bytes after which a peer is sent a PING, regardless of the number of peers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +41,8 @@ class Peer:
     """Messages that ZeroMQ did not take, with the frames that each answers."""
     outbox_bytes: int = 0
     blocked_since_ns: int = 0
-    """When the outbox last moved, or the peer last said that it reads; counts only while the outbox holds something."""
+    """The time at which the outbox last moved or the peer last acknowledged; valid only while the outbox is not empty.
+    """
     last_probed_ns: int = 0
     sent_bytes: int = 0
     """Bytes handed to ZeroMQ so far."""
@@ -73,16 +74,16 @@ class Peer:
 class Outbound:
     """Sends messages without ever waiting for a peer.
 
-    ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads
-    them. So bytes are counted here, and now and then a PING is sent, with a number that nobody can guess; the PONG that
+    ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads them.
+    So bytes are counted here, and now and then a PING is sent, with a number that nobody can guess; the PONG that
     echoes it says that the peer has read up to there.
 
     A peer may leave `max_unread_bytes` unread, and all peers together half of `max_total_bytes`; beyond the latter a
-    peer gets one reply at a time. Everything else, and what ZeroMQ has no room for, waits in the peer's outbox. An
-    outbox is bounded by the peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by
+    peer gets one reply at a time. Further messages, and those that ZeroMQ has no room for, wait in the peer's outbox.
+    An outbox is bounded by the peer's credit (its frames stay on the account until ZeroMQ has taken their reply) and by
     `max_outbox_bytes`. A peer is dropped when it exceeds its bound, or when for `unreachable_after_ns` its outbox has
-    not moved and the peer has not said that it reads. Where all outboxes need more than the other half of
-    `max_total_bytes`, the peer with the most is dropped.
+    not moved and the peer has not said that it reads. If all outboxes need more than the other half of
+    `max_total_bytes`, the peer with the largest is dropped.
 
     Args:
         router: the socket.
@@ -285,5 +286,5 @@ class Outbound:
 
 
 def size_bytes(message: Message) -> int:
-    """About what a message takes in memory: its parts, and the objects around them."""
+    """The approximate memory of a message: its parts, and the objects around them."""
     return _OBJECTS_BYTES + sum(map(len, message))

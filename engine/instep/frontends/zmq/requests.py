@@ -134,4 +134,4 @@ HANDLERS: Final[dict[Kind, Handler]] = {
     Kind.FORK: Requests.fork,
     Kind.CLOSE: Requests.close,
 }
-"""By the kind of their messages."""
+"""Handlers by the kind of message."""
