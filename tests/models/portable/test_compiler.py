@@ -88,19 +88,6 @@ def test_maps(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_casts_and_where(dtype: str) -> None:
-    sample = Sample()
-    b, x, y, condition = sample.b, sample.leaves[dtype], sample.others[dtype], sample.leaves["bool"]
-    for to in DTYPES:
-        if to != dtype:
-            sample.add(b.cast(x, to))
-    one, other = (True, False) if dtype == "bool" else (3, -4) if dtype not in FLOATS else (0.1, -2.5)
-    for arguments in ((x, y), (x, other), (one, y), (one, other)):
-        sample.add(b.emit("where", b.fresh(dtype, (SIZE,)), condition, *arguments))
-    sample.check()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_reductions_and_scans(dtype: str) -> None:
     sample = Sample()
     b, x = sample.b, sample.leaves[dtype]
@@ -148,51 +135,6 @@ def test_take_and_put(dtype: str) -> None:
 def _some(shape: tuple[int, ...], dtype: str) -> Values:
     values = np.random.default_rng(3).standard_normal(shape) * 4
     return (values > 0) if dtype == "bool" else values.astype(dtype)
-
-
-@pytest.mark.parametrize("dtype", sorted(FLOATS))
-def test_chains(dtype: str) -> None:
-    """Products with weights of many shapes, and of rows with rows."""
-    sample, random = Sample(), np.random.default_rng(4)
-    b, x, y = sample.b, sample.leaves[dtype], sample.others[dtype]
-    tensors: dict[str, Values] = {}
-
-    def weights(*shape: int) -> View:
-        name = f"w{len(tensors)}"
-        tensors[name] = random.standard_normal(shape).astype(dtype)
-        return b.tensor(name, dtype, shape)
-
-    for outputs in (1, 3, 4, 17, 40):
-        bias = weights(outputs)
-        for start in (bias, 0.25, broadcast(narrow(y, 0, 5, 1), (outputs,))):
-            sample.add(b.dense(x, weights(outputs, SIZE), start))
-        turned = permute(weights(SIZE, outputs), (1, 0))
-        sample.add(b.dense(View(x.buffer, SIZE - 1, (SIZE,), (-1,)), turned, bias))
-    # several rows of x with one matrix, and each with one of its own
-    for others in (0, 1):
-        one = weights(*((3,) if others else ()), 9, 4)
-        spread = View(one.buffer, 0, (3, 9, 4), (36 * others, 4, 1))
-        factor = broadcast(reshape(x, (3, 1, 4)), (3, 9, 4))
-        for start in (0.0, broadcast(reshape(narrow(y, 0, 0, 3), (3, 1)), (3, 9)), weights(3, 9)):
-            sample.add(b.emit("fma_chain", b.fresh(dtype, (3, 9), (1, 3)), start, factor, spread))
-    # a convolution over two channels, [outputs, places, channels, taps], and one of four reduced dimensions
-    taps = weights(6, 2, 3)
-    shape = (6, 4, 2, 3)
-    signal, kernel = View(x.buffer, 0, shape, (0, 1, 6, 1)), View(taps.buffer, 0, shape, (6, 0, 3, 1))
-    sample.add(b.emit("fma_chain", b.fresh(dtype, (6, 4)), 1.5, signal, kernel))
-    deep = (5, 2, 2, 2, 2)
-    signal, kernel = View(x.buffer, 11, deep, (0, -1, -3, -2, -4)), View(taps.buffer, 1, deep, (1, 7, 3, 4, 9))
-    sample.add(b.emit("fma_chain", b.fresh(dtype, (5,)), -0.0, signal, kernel))
-    # which all begin at the number that is given, although -0.0 equals 0.0
-    tensors["ones"] = np.ones((5, SIZE), dtype)
-    zeros = b.map("mul", b.map("minimum", b.map("abs", x), 1.0), -0.0)
-    for start in (0.0, -0.0, np.nan, 1e300):
-        sample.add(b.dense(zeros, b.tensor("ones", dtype, (5, SIZE)), start))
-    # of rows alone, and of weights alone
-    outer = View(x.buffer, 0, (3, 4, 2), (4, 0, 1)), View(y.buffer, 1, (3, 4, 2), (0, 2, 1))
-    sample.add(b.emit("fma_chain", b.fresh(dtype, (3, 4)), 0.5, *outer))
-    sample.add(b.dense(weights(7), weights(5, 7), weights(5)))
-    sample.check(tensors)
 
 
 # ── Unusual forms ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -97,7 +97,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         lambda x, y: torch.div(x, y, rounding_mode="floor"),
         lambda x, y: torch.div(x, y, rounding_mode="trunc"),
         lambda x, y: torch.div(places(x, 9) - 4, places(y) + 1, rounding_mode="floor"),
-        lambda x, y: torch.div(places(x, 9) - 4, places(y) + 1, rounding_mode="trunc"),
         lambda x, y: 2 / x,
     ],
     "remainder": [lambda x, y: x % -0.3, lambda x, y: (places(x, 9) - 4) % 3, lambda x, y: (places(x, 9) - 4) % -3],
@@ -136,7 +135,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "conv1d": [
         lambda x, y: F.conv1d(x, constant(3, 4, 3), constant(3)),
         lambda x, y: F.conv1d(x, constant(8, 2, 2), None, 2, 1, 2, 2),
-        lambda x, y: F.conv1d(x.transpose(1, 2), constant(6, 1, 3), None, 1, 2, 1, 6),
         lambda x, y: F.conv1d(torch.cat([x, y, x]), constant(3, 4, 3), padding="same"),
     ],
     "conv2d": [
@@ -147,7 +145,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "conv_transpose1d": [
         lambda x, y: F.conv_transpose1d(x, constant(4, 3, 3)),
         lambda x, y: F.conv_transpose1d(x, constant(4, 2, 3), constant(4), 2, 1, 1, 2, 2),
-        lambda x, y: F.conv_transpose1d(x, constant(4, 2, 2), None, 1, 2),
     ],
     "convolution": [
         lambda x, y: torch.convolution(x, constant(3, 4, 3), None, [1], [0], [1], False, [0], 1),
@@ -185,7 +182,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "layer_norm": [
         lambda x, y: F.layer_norm(x, (6,), constant(6), constant(6)),
         lambda x, y: F.layer_norm(x, (4, 6), constant(4, 6)),
-        lambda x, y: F.layer_norm(x, (6,)),
     ],
     "linear": [lambda x, y: F.linear(x, constant(5, 6), constant(5)), lambda x, y: F.linear(x[0, 0], constant(5, 6))],
     "linalg_norm": [lambda x, y: torch.linalg.norm(x, dim=-1), lambda x, y: torch.linalg.norm(x, 1, dim=-1)],
@@ -193,7 +189,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "linalg_vector_norm": [
         *(lambda x, y, order=order: torch.linalg.vector_norm(x, order, -1) for order in (0, 1, 2, 3, math.inf)),
         lambda x, y: torch.linalg.vector_norm(x, -math.inf, (1, 2)),
-        lambda x, y: torch.linalg.vector_norm(x, keepdim=True),
     ],
     "lstm": [
         lambda x, y: torch.lstm(
@@ -207,8 +202,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "lstm_cell": [lambda x, y: torch.lstm_cell(x[:, 0], [y[:, 0], y[:, 1]], *gates(4, 6, 6))],
     "matmul": [
         lambda x, y: x @ y.transpose(1, 2),
-        lambda x, y: x[0, 0] @ y[0, 1],
-        lambda x, y: x @ constant(6, 3),
         lambda x, y: x @ y[0, 0],
     ],
     "mm": [lambda x, y: x[0] @ y[0].t()],
@@ -223,7 +216,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         lambda x, y: F.scaled_dot_product_attention(x, y, y),
         lambda x, y: F.scaled_dot_product_attention(x, y, y, is_causal=True),
         lambda x, y: F.scaled_dot_product_attention(x, y, y, is_high(constant(4, 4)), scale=0.3),
-        lambda x, y: F.scaled_dot_product_attention(x, y, y, constant(4, 4)),
         lambda x, y: F.scaled_dot_product_attention(x[:, :, None], y[:, :2, None], y[:, :2, None], enable_gqa=True),
     ],
     "cosine_similarity": [lambda x, y: F.cosine_similarity(x, y)],
@@ -241,7 +233,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
         *(lambda x, y, n=n: torch.view_as_real(torch.fft.rfft(x.flatten(), n)) for n in (1, 2, 3, 12, 15, 16, 24, 32)),
         lambda x, y: torch.fft.rfft(x, dim=1, norm="ortho").abs(),
         lambda x, y: torch.fft.rfft(x, norm="forward").unsqueeze(1)[..., 1:].real,
-        lambda x, y: torch.fft.rfft(x.double()).imag,
     ],
     "fft_irfft": [
         *(lambda x, y, n=n: torch.fft.irfft(torch.complex(x, y), n) for n in (8, 9, 10, 16)),
@@ -279,16 +270,13 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "std_mean": [lambda x, y: torch.std_mean(x, -1)],
     "sum": [
         lambda x, y: x.sum(-1),
-        lambda x, y: x.sum(),
         lambda x, y: places(x).sum((1, 2)),
-        lambda x, y: is_high(x).sum(),
     ],
     "var": [lambda x, y: x.var(-1), lambda x, y: x.var((1, 2), correction=0, keepdim=True)],
     "var_mean": [lambda x, y: torch.var_mean(x, 1)],
     "avg_pool1d": [
         lambda x, y: F.avg_pool1d(x, 2),
         lambda x, y: F.avg_pool1d(x, 3, 2, 1, ceil_mode=True),
-        lambda x, y: F.avg_pool1d(x, 3, 2, 1, count_include_pad=False),
     ],
     "avg_pool2d": [
         lambda x, y: F.avg_pool2d(x, (1, 2)),
@@ -307,7 +295,6 @@ CASES: Final[dict[str, Sequence[Case]]] = {
     "constant_pad_nd": [
         lambda x, y: F.pad(x, [1, 2, 3, 0], value=0.5),
         lambda x, y: F.pad(x, [-1, 2, 1, -2]),
-        lambda x, y: F.pad(x, [-1, -2]),
     ],
     "pad": [
         lambda x, y: F.pad(x, [1, 2], "reflect"),
