@@ -270,7 +270,10 @@ class Attempts:
 def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
     """Why the streams cannot continue on a restarted server; empty if they can."""
     if any(getattr(info, name) != getattr(former, name) for name in _SAME):
-        return f"another model ({info.model!r})"
+        if info.model != former.model:
+            return f"another model ({info.model!r})"
+        kept = f"{former.model}@{former.fingerprint[:8]}"  # as where model.on_reload is `keep`
+        return f"another version of {info.model!r}, which has its streams unless they are kept as {kept!r}"
     smaller = [name for name in _NOT_LESS if getattr(info, name) < getattr(former, name)]
     return f"a smaller {smaller[0]}" if smaller else ""
 

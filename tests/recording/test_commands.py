@@ -16,6 +16,7 @@ from instep.cli import app
 from instep.recording import commands
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
+from instep.server.checks import CannotServe
 from tests.support.forger import Forger
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header
 from tests.support.scribe import Scribe
@@ -169,3 +170,9 @@ def test_control_characters_of_a_strange_file_are_escaped(tmp_path: Path) -> Non
     for place in (tmp_path / "b.rec", tmp_path):
         status, text = said(commands.info, place)
         assert (status, "\\x1b[31mred" in text, "\x1b" in text) == (0, True, False)
+
+
+def test_advice_for_a_full_disk_is_given_once() -> None:
+    full = with_advice(RecordingError("database or disk is full"))
+    assert full != "database or disk is full"
+    assert with_advice(CannotServe(full)) == full

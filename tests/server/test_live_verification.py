@@ -245,6 +245,7 @@ async def test_what_cannot_be_verified_is_said_and_served(
     async with running(EARS, folder=nowhere, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
             await until(lambda: found(server).state == "off")
+            assert found(server).is_late, "nothing is checked"
             await step_all([await client.open("s")], frames(rng, 20, 1))
     assert [line["event"] for line in told if line["level"] == "error"] == ["cannot verify"]
 

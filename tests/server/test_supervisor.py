@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -194,6 +196,26 @@ def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[
     assert [line["event"] for line in served.end()] == ["stopping", "stopped"]
     assert served.process.returncode == 0, "a second one would have forced the end"
     assert not server.is_running()
+
+
+UNHANDLED = """
+import signal, structlog
+from instep.server.supervisor import supervise
+
+supervise(structlog.get_logger())
+print("begun", flush=True)
+signal.pause()
+"""
+"""A server at the very end, when it handles no signals any more."""
+
+
+def test_a_server_that_a_second_interrupt_ends_has_not_failed() -> None:
+    with subprocess.Popen([sys.executable, "-c", UNHANDLED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.stdout.read() == ""
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(supervised: tuple[Served, str]) -> None:

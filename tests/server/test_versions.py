@@ -250,8 +250,8 @@ async def test_versions_that_cannot_continue_are_refused(old: Path, recordings: 
         (WIDER, "keep", "allow_other_sizes"),
         (WIDER, "move", "allow_other_sizes"),
     ):
-        with pytest.raises(CannotServe, match=setting):
-            async with running(replace(version, name="ears"), **sections(recordings, policy)):
+        with pytest.raises(CannotServe, match=f"a/new.*{setting}"):
+            async with running(replace(version, name="ears"), folder=Path("a/new"), **sections(recordings, policy)):
                 pass
     with pytest.raises(CannotServe, match="on_reload"):
         async with running(replace(WIDER, name="ears"), **sections(recordings, allow_other_sizes=True)):

@@ -47,6 +47,6 @@ def with_advice(error: Exception) -> str:
     if isinstance(error, DamagedRecording):
         save = f"instep recordings repair {shlex.quote(str(error.path))}"
         return f"{error}; what comes before the damage is saved by: {save}"
-    if any(words in str(error) for words in _FULL):
+    if isinstance(error, RecordingError) and any(words in str(error) for words in _FULL):
         return f"{error}; make room, or copy the recording and its -wal file to a larger disk and serve the copy"
     return str(error)

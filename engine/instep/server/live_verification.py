@@ -216,7 +216,7 @@ class LiveVerification:
     def _note(self, each: _Followed, said: dict[str, Any]) -> None:
         found, before, log = each.found, each.before, each.service.log
         if "error" in said:
-            found.is_off, found.reason = True, said["error"]
+            found.is_off, found.reason, each.is_told_late = True, said["error"], True
             log.error("cannot verify", reason=found.reason)
             each.has_left.set()
             return

@@ -113,12 +113,15 @@ def find_recording(
     if first == config.recording.file:  # there is no place for another version
         return Versions(first, None, [])
     versions = find_versions(first, prepared.model.fingerprint, log)
-    if versions.newest is not None:
-        check_sizes(versions.newest, prepared.network, allowed=config.model.allow_other_sizes)
     policy = StreamPolicy.parse(config.model.on_reload)
-    for former in formers_to_move(versions, prepared.model.fingerprint, policy):
-        if former.streams:
-            check_policy(policy, former.header, former.header.state_spec, prepared.network)
+    try:
+        if versions.newest is not None:
+            check_sizes(versions.newest, prepared.network, allowed=config.model.allow_other_sizes)
+        for former in formers_to_move(versions, prepared.model.fingerprint, policy):
+            if former.streams:
+                check_policy(policy, former.header, former.header.state_spec, prepared.network)
+    except CannotServe as error:
+        raise CannotServe(f"{prepared.model_path}: {error}") from None
     return versions
 
 
@@ -402,7 +405,7 @@ def continue_streams(
             source.close_streams(time.time_ns(), each.numbers, MOVED_EVENT, each.next_seqs, states, none_lost)
         source.close()
         undo.pop_all()
-    log.info("moved", file=str(former.file), streams=len(numbers))
+    log.info("moved", file=str(former.file), streams=len(numbers), on_reload=config.model.on_reload)
     return recovery
 
 

@@ -54,6 +54,8 @@ def supervise(log: structlog.stdlib.BoundLogger) -> bool:
         deaths.append(time.monotonic())
         gives_up = len(deaths) > MOST_RESTARTS and deaths[-1] - deaths[0] < WITHIN_S
         reason = f"the server was killed by {signal_name(number)}"
+        if was_told_to_end and number in heard:  # a second one, when the server had drained
+            raise SystemExit(128 + number)
         if was_told_to_end or gives_up:
             why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
             log.error("failed", reason=reason + why)

@@ -62,7 +62,7 @@ class Verification:
     @property
     def is_silent(self) -> bool:
         """Whether the process has not reported anything for a while: it was stopped, or hangs, or is starting."""
-        return not self.is_off and self._silent_s > _QUIET_S
+        return self._silent_s > _QUIET_S
 
     @property
     def lag_s(self) -> float:
@@ -71,8 +71,8 @@ class Verification:
 
     @property
     def is_late(self) -> bool:
-        """Whether checking is far behind serving."""
-        return not self.is_off and self.lag_s >= _LATE_S
+        """Whether checking is far behind serving, or off."""
+        return self.is_off or self.lag_s >= _LATE_S
 
     @property
     def state(self) -> VerificationState:

@@ -39,7 +39,11 @@ class ServerStatus:
     def late(self) -> str:
         """The names of models whose live verification is far behind."""
         found = [(service.name, service.verification) for service in self._subject.services]
-        late = [f"{name!r}, {check.lag_s:.0f} s" for name, check in found if check is not None and check.is_late]
+        late = [
+            f"{name!r}, {check.lag_s:.0f} s{check.reason and f' ({check.reason})'}"
+            for name, check in found
+            if check is not None and check.is_late
+        ]
         return f"live verification is behind: {'; '.join(late)}" if late else ""
 
     def stats(self) -> bytes:
