@@ -66,6 +66,19 @@ async def test_a_stream_comes_back_with_the_same_bits(
         ]
 
 
+async def test_an_owner_is_told_the_handles_that_it_had_to_the_last_digit(tmp_path: Path) -> None:
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["a", "b", "c"])
+        assert len({int(handle) < 2**63 for handle in opened.handles}) == 2
+        await tick(kit)
+        await step(origin, opened.handles, [0, 0, 0], random_frames(np.random.default_rng(1), 1, 3))
+        while len(kit.tasks):
+            await asyncio.sleep(0.001)
+        assert sorted(origin.events[-1].handles.tolist()) == sorted(opened.handles.tolist())
+
+
 async def test_unacknowledged_frames_are_answered_again_and_an_older_owner_is_fenced(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

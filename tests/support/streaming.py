@@ -231,7 +231,9 @@ class StreamingEngine:
             network.description.outputs,
         )
         self.tables = tables = make_tables(*sizes, size["max_pending"], size["max_block"], size["credit"])
-        self.table = StreamTable(tables, np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000)
+        generations = np.arange(1, size["max_streams"] + 2, dtype=np.uint32) * 1000
+        generations[::2] += np.uint32(2**31)  # handles from 2^63 on next to smaller ones, as in a server
+        self.table = StreamTable(tables, generations)
         self.stepper = Stepper(network, size["max_batch_size"], size["max_streams"], CPU)
         self.executor = executor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y))
         self.failures: list[Exception] = []

@@ -330,9 +330,10 @@ class Hibernation(Mapping[str, Sleeper]):
             elif self._engine.origins.is_connected(asleep.owner):
                 owned.setdefault(asleep.owner, []).append((slot, asleep.handle))
         for owner, pairs in owned.items():
-            own, former = (np.array(column) for column in zip(*pairs, strict=True))
+            own = np.array([slot for slot, _ in pairs])
+            former = np.array([handle for _, handle in pairs], np.uint64)  # else those from 2^63 on would be rounded
             self._table.unpark(own, owner.number)
-            owner.notify(StreamEvent(Code.HIBERNATED, former.astype(np.uint64), self._table.slots.handles(own)))
+            owner.notify(StreamEvent(Code.HIBERNATED, former, self._table.slots.handles(own)))
         self._engine.stats.woken_streams_total += len(slots)
         self._engine.events.add_all("woken", self._table.names(slots), seqs=self._table.next_seq[slots])
         return slots
