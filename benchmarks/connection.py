@@ -20,8 +20,7 @@ from instep_client.protocol import wire
 from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.multipart import ready
 from instep_client.protocol.state_spec import U8
-from instep_client.protocol.step_messages import STEPPED, STEPPED_HEADER
-from instep_client.protocol.wire import U64, Code, Header, Kind, ServerInfo
+from instep_client.protocol.wire import STEPPED, STEPPED_HEADER, U64, Code, Header, Kind, ServerInfo
 
 SILENT_MS: Final = 30_000
 """How long a server may leave a request unanswered."""

@@ -8,7 +8,7 @@ import sys
 
 import zmq
 
-from instep_client.protocol.step_messages import STEP_HEADER, pack_stepped
+from instep_client.protocol.wire import STEP_HEADER, pack_stepped
 
 _MORE = int(zmq.SNDMORE)
 _ANSWERED = struct.Struct("<2Q")

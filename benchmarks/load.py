@@ -24,8 +24,7 @@ import zmq
 
 from benchmarks.connection import BareConnection, Buffer
 from instep_client.protocol import wire
-from instep_client.protocol.step_messages import DTYPE_F32, STEP, STEP_HEADER
-from instep_client.protocol.wire import F32, U64
+from instep_client.protocol.wire import DTYPE_F32, F32, STEP, STEP_HEADER, U64
 
 F64: TypeAlias = npt.NDArray[np.float64]
 

@@ -33,8 +33,7 @@ from instep_client.protocol.errors import (
     MalformedMessage,
     StreamEvicted,
 )
-from instep_client.protocol.step_messages import pack_step
-from instep_client.protocol.wire import COLUMN, F32, MAX_BLOCK_STREAMS, U64, ServerInfo
+from instep_client.protocol.wire import COLUMN, F32, MAX_BLOCK_STREAMS, U64, ServerInfo, pack_step
 from instep_client.replies import ColumnError, ErrorReply, Stepped
 from instep_client.streams import ACKED, ENDING, HANDLE, SEQ, OpenStreams, StreamHandle
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client.protocol import step_messages, wire
+from instep_client.protocol import wire
 from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import U8, InvalidStateSpec, StateSpec
@@ -113,7 +113,7 @@ def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantA
 
 def stepped(frames: Sequence[Frame]) -> list[Stepped]:
     """The replies to the requests that one STEPPED answers, in order."""
-    answered, times, y, failures = step_messages.unpack_stepped(frames)
+    answered, times, y, failures = wire.unpack_stepped(frames)
     replies, ends, end = [], [], 0
     for request, columns in answered:
         start, end = end, end + columns

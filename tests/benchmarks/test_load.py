@@ -28,8 +28,7 @@ from benchmarks.load import (
 from benchmarks.reference import WrongOutput, check_and_close, own_network, truth
 from instep.core.typing import F32, U8, U64
 from instep_client.protocol import wire
-from instep_client.protocol.step_messages import unpack_stepped
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.wire import Kind, unpack_stepped
 from tests.support.models import SMALL, whole
 from tests.support.running import running
 

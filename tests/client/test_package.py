@@ -25,7 +25,7 @@ def test_everything_it_names_is_there() -> None:
     for name in instep_client.__all__:
         assert getattr(instep_client, name).__name__ == name
     assert instep_client.protocol.errors.InstepError is instep_client.InstepError
-    with pytest.raises(AttributeError, match=r"module 'instep_client' has no attribute 'Clinet'"):
+    with pytest.raises(AttributeError):
         getattr(instep_client, "Clinet")  # noqa: B009 (a type checker refuses the other way)
 
 

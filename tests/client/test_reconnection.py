@@ -96,7 +96,7 @@ class TestLoss:
         session = Session("tcp://somewhere:1", timeout_s=1.0)
         session.advance(0.0)
         session.advance(1.0)
-        with pytest.raises(ConnectionFailed, match="nobody answers"):
+        with pytest.raises(ConnectionFailed):
             session.greeting.result()
 
     def test_a_silent_connection_with_streams_is_looked_after(self) -> None:
@@ -203,5 +203,5 @@ class TestAttempts:
         hello = link.to_server[link.peer].pop()
         link.to_client.append(error(msgpack.unpackb(hello[0])[1], Code.WRONG_VERSION))
         link.deliver()
-        with pytest.raises(ConnectionFailed, match="refused this client"):
+        with pytest.raises(ConnectionFailed):
             link.session.ping(0.0)

@@ -146,5 +146,5 @@ def test_what_a_leaf_begins_with_may_be_known_to_the_server_only() -> None:
     rows = known.unpack(known.initial(2))
     assert rows["h"].tobytes() == h0.tobytes() * 2
     assert rows["count"].tolist() == [7, 7]
-    with pytest.raises(ValueError, match="the model has learned what leaf h begins with, and only the server knows it"):
+    with pytest.raises(ValueError):
         told.initial(1)

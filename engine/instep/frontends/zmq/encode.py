@@ -10,8 +10,7 @@ from instep.core.typing import I32, I64, U8, U64
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage
 from instep_client.protocol import wire
-from instep_client.protocol.step_messages import pack_stepped
-from instep_client.protocol.wire import Code, Kind, Message
+from instep_client.protocol.wire import Code, Kind, Message, pack_stepped
 
 
 def _failures(codes: I32 | I64, timesteps: I64 | None = None, expected_seqs: I64 | None = None) -> wire.FailureArray:

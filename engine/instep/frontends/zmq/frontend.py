@@ -20,8 +20,7 @@ from instep.frontends.zmq.router import Router
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
-from instep_client.protocol.step_messages import request_of_step
-from instep_client.protocol.wire import Code, Header, Kind
+from instep_client.protocol.wire import Code, Header, Kind, request_of_step
 
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
