@@ -32,6 +32,7 @@ def idle_engine() -> Any:
         admit=lambda: None,
         schedule=lambda: None,
         lost=[],
+        wanted=set(),
         is_running=False,
         expected_ns=0,
         executor=SimpleNamespace(has_ended=False, signal_fd=None),
