@@ -151,11 +151,7 @@ def lost(path: Path, query: str) -> None:
 @pytest.mark.parametrize(
     "query",
     [
-        "DELETE FROM outputs",
-        "DELETE FROM outputs WHERE batch >= 40",
-        "DELETE FROM batches WHERE position >= 40",
         "DELETE FROM batches WHERE position >= 40 AND position <= 44",
-        "DELETE FROM openings WHERE stream = 5",
         "DELETE FROM events",
     ],
 )

@@ -147,7 +147,7 @@ def test_printed_lines_give_every_bit_back(rng: np.random.Generator) -> None:
     texts = []
     PrintedOutputs(texts.append, OutputFormat.JSONL, []).add('"', 0, y[::-1, :1], y)
     values = [json.loads(line) for line in "".join(texts).splitlines()]
-    assert values[0] == {"stream": '"', "seq": 0, "x": [float(str(y[-1, 0]))], "y": [None, None]}
+    assert values[0] == {"stream": '"', "seq": 0, "x": [float(str(y[-1, 0]))], "y": [None, -math.inf]}
     np.testing.assert_array_equal(np.array([value["y"] for value in values[1:]], np.float32), y[1:])
 
 

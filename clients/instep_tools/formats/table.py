@@ -107,6 +107,10 @@ class TableRows:
         return cls(*joined)
 
 
+_NOT_FINITE: Final = {"nan": "null", "inf": "1e999", "-inf": "-1e999"}
+"""As JSON can hold them: a number that is too large for a float is read back as infinite."""
+
+
 def json_numbers(values: F32) -> str:
-    """A JSON list with the fewest digits that restore every float32, and null for NaN and infinity."""
-    return f"[{', '.join(str(value) if np.isfinite(value) else 'null' for value in values)}]"
+    """A JSON list with the fewest digits that give every float32 back; NaN is null."""
+    return f"[{', '.join(_NOT_FINITE.get(text, text) for text in map(str, values))}]"

@@ -229,7 +229,7 @@ def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -
         assert output_columns(SimpleNamespace(output_names=given), 2) == names
     path = tmp_path / f"n.{format}"
     header = TableHeader(("x0",), ("speech", "noise, loud"))
-    x, y = np.array([[1], [2]], np.float32), np.array([[3, 4], [np.nan, np.nan]], np.float32)
+    x, y = np.array([[1], [2]], np.float32), np.array([[3, -np.inf], [np.nan, np.nan]], np.float32)
     labels = (np.array(["a", "a"], np.object_), np.array([1, 1]), np.array([0, 1], np.uint64), np.array([5, 6]))
     with written_table(path, header) as writer:
         writer.write(TableRows(*labels, x, y))
@@ -239,7 +239,7 @@ def test_names_of_outputs_are_names_of_columns(tmp_path: Path, format: Format) -
     assert read.times_ns is not None
     assert (read.frames.tolist(), read.outputs[:1].tolist(), read.answered.tolist()) == (
         [[1], [2]],
-        [[3, 4]],
+        [[3, -np.inf]],
         [True, False],
     )
     assert read.times_ns.tolist() == [5, 6]
