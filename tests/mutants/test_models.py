@@ -88,7 +88,7 @@ RULES = (
         "products and sums are contracted",
         Lanes.binary,
         contracted,
-        [partial(test_digest.test_the_code_of_this_processor, test_digest.ROWS)],
+        [test_compiler.test_products_and_sums_are_not_contracted],
     ),
     BrokenRule(
         "NaN stays as the processor made it",

@@ -157,6 +157,12 @@ def test_views_that_run_backwards_and_results_in_parts() -> None:
     check_built(b, [y, reshape(b.map("add", grid, View(x.buffer, 1, (2, 3), (-1, 2))), (6,))])
 
 
+def test_products_and_sums_are_not_contracted() -> None:
+    b = Builder()
+    x, h = b.input("float32", (32,)), b.input("float32", (32,))
+    check_built(b, [b.map("add", b.map("mul", x, h), x), b.map("sub", b.map("mul", x, 0.3), h)])
+
+
 @pytest.mark.parametrize("dtype", sorted(FLOATS))
 @pytest.mark.parametrize("op", ["sqrt", "sub", "div", "mul", "fmod", "fma", "copy", "neg"])
 def test_a_nan_that_was_just_computed_is_the_one_nan_and_has_no_sign(op: str, dtype: str) -> None:
