@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -134,6 +135,8 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
             configure("new")
             served.process.send_signal(signal.SIGHUP)
             served.until("moved")
+            while stream.moved_at is None:  # a client that is not told yet has to connect again
+                time.sleep(0.01)
             server_of(served).kill()  # in the middle of the reload
             file.write_text("model: [")
             served.until("serving")

@@ -191,7 +191,7 @@ async def _settle(service: ModelService) -> None:
 
 
 UNDER_WAY: Final = "models are as before: the last reload has not ended"
-"""The `problem` of a loader until a reload has loaded and checked everything."""
+"""The `problem` of a loader until a reload begins to change models."""
 
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
 
@@ -235,7 +235,7 @@ class Loader:
         """The configuration of the newest reload, until it begins."""
         self._on_change: Callable[[], object] = lambda: None
         self._followed: ModelConfig | None = None
-        """The configuration of the reload that is under way, until everything of it is loaded and checked."""
+        """The configuration of the reload that is under way, until it begins to change models."""
 
     @property
     def config(self) -> ModelConfig:
@@ -254,9 +254,9 @@ class Loader:
     def reload(self, wanted: ModelConfig, on_change: Callable[[], object] = lambda: None) -> None:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended.
 
-        Everything is loaded and checked before anything changes. `on_change` is called then, when the models in the
-        server's configuration are those that a server which follows this one has to serve, and at the end, well or not:
-        from now on, also by an earlier reload.
+        Everything is loaded and checked before the first model changes. `on_change` is called just before that, when
+        the server's configuration has the models that a server which follows this one has to serve, and at the end,
+        well or not: from now on, also by an earlier reload.
         """
         self._wanted, self._on_change, self.problem = wanted, on_change, UNDER_WAY
         self.tick()
@@ -285,15 +285,17 @@ class Loader:
                     if model.name in served:
                         self._check_swap(config, prepared)
                     changed[model.name] = prepared
-            self._adopt(wanted, accepted={model.name: model.fingerprint for model, _ in found})
+            accept = partial(self._adopt, wanted, accepted={model.name: model.fingerprint for model, _ in found})
             for name in [name for name in changed if name not in served]:
                 at = f"{name!r}: "
+                accept()
                 await self._load(config, changed[name])
                 loaded.append(name)
             for name in [name for name in changed if name in served]:
                 at = f"{name!r}: "
-                await self._swap(config, changed[name])
+                await self._swap(config, changed[name], accept)
                 swapped.append(name)
+            accept()
         except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
             if not swapped:
                 for name in loaded:
@@ -353,7 +355,7 @@ class Loader:
         check_sizes(former, prepared.network, allowed=config.model.allow_other_sizes)
         check_policy(policy, former, former.state, prepared.network)
 
-    async def _swap(self, config: Config, prepared: Prepared) -> None:
+    async def _swap(self, config: Config, prepared: Prepared, accept: Callable[[], None]) -> None:
         """Serve another version of a model under its name.
 
         To keep the streams, they and the connections there are stay with the former version, which is unloaded when it
@@ -369,10 +371,11 @@ class Loader:
         with ExitStack() as undo:
             made = await self._make(config, planned, undo, None if kept_as else former.service)
             if kept_as:
+                accept()
                 self._record(made)
                 self._server.replace(former, made.served, kept_as)
             else:
-                moved = await self._move(former, made, policy, log)
+                moved = await self._move(former, made, policy, log, accept)
             undo.pop_all()
         made.served.service.events.add("swapped", detail=fingerprint)
         if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
@@ -413,9 +416,19 @@ class Loader:
             record(made.served.service, *made.opened, self._server.config, self._loop, self._shutdown)
 
     async def _move(
-        self, former: Served, made: _Made, policy: StreamPolicy, log: structlog.stdlib.BoundLogger
+        self,
+        former: Served,
+        made: _Made,
+        policy: StreamPolicy,
+        log: structlog.stdlib.BoundLogger,
+        accept: Callable[[], None],
     ) -> Moved:
         old, replay = former.service, None
+
+        def begin_recording() -> None:
+            accept()  # from here on, a server that follows this one would move the streams, too
+            self._record(made)
+
         if policy.word == "replay":
             assert old.file is not None, "`_swap` has refused it"
             replay = WarmUpReplay(old.file, made.stepper, len(old.engine.table.owner) - 1, policy.frames)
@@ -423,7 +436,7 @@ class Loader:
             await catch_up(replay, self._thread)
         paused_s = time.monotonic()
         with self._server.paused():
-            moved = await move(old, made.served.service, replay, self._thread, partial(self._record, made))
+            moved = await move(old, made.served.service, replay, self._thread, begin_recording)
             self._server.replace(former, made.served, "")
         log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return moved
