@@ -3,10 +3,14 @@
 A class gives the kinds of its messages and replies, and handles a reply, a refusal and a lost connection. A new kind of
 request is such a class and a verb of `Session` that asks it, or a verb that asks a `Question`.
 
-Request ├── Greeting, Claim, Farewell  the session's own ├── Question, PingCall         about the server └──
-        StreamsRequest             about streams, one message for each part of them ├── ReadStateCall ├── OpenCall,
-        ResumeCall   streams that come to this client └── TurnCall               waits until everything sent through its
-        handle was answered └── ForkCall, ResetCall, CloseCall
+    Request
+    ├── Greeting, Claim, Farewell  the session's own
+    ├── Question, PingCall         about the server
+    └── StreamsRequest             about streams, one message for each part of them
+        ├── ReadStateCall
+        ├── OpenCall, ResumeCall   streams that come to this client
+        └── TurnCall               waits until everything sent through its handle was answered
+            └── ForkCall, ResetCall, CloseCall
 
 What was asked and not answered when the connection was lost is asked again. An OPEN or FORK that is then refused
 because the name is in use, or a RESUME because the stream was taken over, may have been granted over the lost
