@@ -169,7 +169,7 @@ class Session:
     @property
     def is_waiting(self) -> bool:
         """Whether anything is unanswered."""
-        return bool(self.queue.on_the_way or self.outbox.unanswered)
+        return bool(self.outbox.unanswered) or (self.state is OPEN and self.queue.is_waiting)
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket with its unsent messages, and connect a new one now."""
@@ -432,7 +432,6 @@ class Session:
         if code is Code.HIBERNATED:
             self.table.sleep(rows)
         elif code in _SLEEPS_ON:
-            self.table.sleep(rows, False)
             self.queue.sleep_on(rows, code, sentence)
         else:
             self.queue.end({(code, sentence): rows.tolist()})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, FramesRefused, StreamEvicted
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink, lose
@@ -43,18 +43,53 @@ def test_a_frame_wakes_its_stream_and_no_other_and_is_applied_once() -> None:
 
 def test_frames_of_a_stream_wait_in_order_while_others_go_on() -> None:
     link = RingLink()
-    a, other = link.open("a"), link.open("other")
+    a, slow, other = link.open("a"), link.open("slow"), link.open("other")
     link.server.hibernate("a")
+    late = link.session.step(slow, X[0])
+    link.advance()
+    on_its_way = link.to_server[link.peer].popleft()
     calls = [link.session.step(a, X[:2]), link.session.step(a, X[2])]
     exchange(link)
     calls.append(link.session.step(a, X[3]))
     beside = [link.session.step(other, x) for x in X[:3]]
     exchange(link)
     assert all(call.done for call in beside)
-    assert not any(call.done for call in calls)
-    link.run(*calls)
+    assert not any(call.done for call in [late, *calls])
+    link.to_server[link.peer].append(on_its_way)
+    link.run(late, *calls)
     outputs = np.concatenate([call.result().outputs.reshape(-1, 2) for call in calls])
     assert np.array_equal(outputs, reference(X[:4])[0])
+
+
+def test_frames_that_crossed_the_word_of_a_new_handle_come_before_new_ones() -> None:
+    link = RingLink()
+    a = link.open("a")
+    link.server.hibernate("a")
+    calls = [link.session.step(a, X[0])]
+    link.advance()
+    link.serve()
+    calls.append(link.session.step(a, X[1]))
+    link.advance()
+    link.send(link.server.wake())
+    while link.to_client:
+        link.deliver()
+    calls.append(link.session.step(a, X[2]))
+    link.run(*calls)
+    assert np.array_equal([call.result().outputs for call in calls], reference(X[:3])[0])
+    assert link.server.failures == [Code.UNKNOWN_STREAM] * 2
+
+
+def test_a_server_that_falls_silent_while_a_stream_wakes_is_given_up() -> None:
+    link = RingLink(reconnect_s=0.0)
+    a = link.open("a")
+    link.server.hibernate("a")
+    call = link.session.step(a, X[0])
+    exchange(link)
+    for _ in range(2):
+        deadline = link.session.deadline()
+        assert deadline is not None
+        link.advance(deadline - link.now)
+    assert isinstance(call.error, ConnectionFailed)
 
 
 @pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
