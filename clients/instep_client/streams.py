@@ -39,6 +39,8 @@ ENDING: Final = frozenset(
     }
 )
 """Codes after which a stream can never be stepped again."""
+SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
+"""Why a stream that hibernates cannot be woken now."""
 
 HANDLE = 0
 SEQ = 1

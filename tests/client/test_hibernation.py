@@ -143,6 +143,39 @@ def test_streams_are_claimed_in_portions_that_find_room_though_they_sleep() -> N
     assert link.server.kinds.count(Kind.RESUME) == 3
 
 
+@pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
+def test_a_stream_that_finds_no_room_is_claimed_again_until_it_does(code: Code) -> None:
+    link = RingLink()
+    a = link.open("a")
+    call = link.session.step(a, X[0])
+    lose(link)
+    link.server.refuses[Kind.RESUME] = code
+    link.server.kinds.clear()
+    link.run(call, at_most_s=60.0)
+    assert not call.done
+    assert 20 < link.server.kinds.count(Kind.RESUME) < 80, "it is claimed again, and not in one go"
+    assert link.server.kinds.count(Kind.HELLO) == 1
+    del link.server.refuses[Kind.RESUME]
+    assert np.array_equal(link.finish(call).outputs, reference(X[:1])[0][0])
+
+
+def test_a_stream_that_finds_no_room_in_time_has_ended_here_and_not_on_the_server() -> None:
+    link = RingLink(reconnect_s=20.0)
+    a = link.open("a")
+    link.finish(link.session.step(a, X[0]))
+    call = link.session.step(a, X[1])
+    lose(link)
+    link.server.refuses[Kind.RESUME] = Code.TOO_MANY_STREAMS
+    lost_at = link.now
+    link.run(call, at_most_s=30.0)
+    assert isinstance(call.error, StreamEvicted)
+    assert call.error.code is Code.TOO_MANY_STREAMS
+    assert 20.0 <= link.now - lost_at < 25.0
+    del link.server.refuses[Kind.RESUME]
+    resumed = link.finish(link.session.resume(["a"], 1, link.session.table.epochs(a), False, single=True))
+    assert np.array_equal(link.finish(link.session.step(resumed, X[1])).outputs, reference(X[:2])[0][1])
+
+
 def test_a_stream_that_has_ended_does_not_wait_to_wake() -> None:
     link = RingLink()
     a = link.open("a")
