@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from instep.recording.errors import DamagedRecording
-from instep.recording.reader import load_open_streams
+from instep.recording.reader import RecordingReader, load_open_streams
 from instep.recording.records import OpenStream
+from instep.recording.schema import LOST
+from instep.replay.verifier import verify
 from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LATER_NS, LIMITS, have, tick
@@ -21,6 +23,7 @@ from tests.support.models import SMALL, whole
 from tests.support.states import floats_of
 from tests.support.streaming import FaultyStates, InlineExecutor, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
+from tests.support.verifying import ignore_progress
 
 
 async def test_a_name_stays_in_use_and_a_state_is_read_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -46,7 +49,6 @@ async def test_a_name_stays_in_use_and_a_state_is_read_without_waking(tmp_path: 
     [
         (sqlite3.OperationalError("unable to open database file"), Code.STEP_FAILED),
         (RuntimeError("can't start new thread"), Code.STEP_FAILED),
-        (DamagedRecording("r.instep is damaged", Path("r.instep")), Code.STATE_LOST),
     ],
 )
 async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
@@ -74,6 +76,44 @@ async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
         kit.load = load_open_streams
         assert (await kit.operations.read_states(["a"])).codes.tolist() == [0]
         assert not (await origin.resume(["a"], have(1), opened.epochs[:1])).codes.any()
+
+
+@pytest.mark.parametrize("met_by", ["frame", "resume", "close", "age"])
+async def test_a_stream_whose_rows_are_damaged_ends_and_its_name_is_free(
+    tmp_path: Path, rng: np.random.Generator, met_by: str
+) -> None:
+    path = tmp_path / "r.instep"
+    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+        kit.record(path)
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], random_frames(rng, 3))
+        await tick(kit)
+
+        def damaged(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            raise DamagedRecording("damaged", path)
+
+        kit.load = damaged
+        if met_by == "frame":
+            await step(origin, opened.handles, [3], random_frames(rng, 1))
+        elif met_by == "resume":
+            assert (await origin.resume(["s"], have(3), opened.epochs)).codes.tolist() == [Code.STATE_LOST]
+        elif met_by == "close":
+            assert (await origin.close(opened.handles)).codes.tolist() == [Code.STATE_LOST]
+        else:
+            await tick(kit, after_ns=2 * LATER_NS, count=3)
+        while len(kit.tasks):
+            await asyncio.sleep(0.001)
+        assert (origin.events[-1].code, origin.events[-1].handles.tolist()) == (Code.STATE_LOST, [*opened.handles])
+        assert not (await origin.open(["s"])).codes.any()
+        await kit.durable()
+    with RecordingReader(path) as reader:
+        assert [(each.name, each.reason, each.frames) for each in reader.streams()] == [
+            ("s", LOST, None),
+            ("s", None, None),
+        ]
+        report = verify(reader, SMALL, (), ignore_progress)
+    assert (report.verified, report.frames) == (True, 3)
 
 
 async def test_a_state_that_cannot_be_put_back_leaves_the_stream_asleep(

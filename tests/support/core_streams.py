@@ -197,7 +197,7 @@ class CoreStreams:
                 place += 1
         x = np.concatenate([sent.x.ravel() for sent in messages]).view(np.uint32)
         taken = _next_free(self.tables)
-        complete, partly_repeated, refused = admit(self._packed, heads, columns, x)
+        complete, partly_repeated, refused, _ = admit(self._packed, heads, columns, x)
         self.refusals = [int(code) for code in self.tables.outcomes[: len(messages)]]
         assert refused == sum(code != 0 for code in self.refusals)
         for number in self.tables.complete[len(messages) - partly_repeated : len(messages)].tolist():

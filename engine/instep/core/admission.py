@@ -178,7 +178,7 @@ def _admit_column(
 
 
 @kernel
-def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int, int, int]:
+def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int, int, int, int]:
     """Admit the good frames of messages, one message after another.
 
     Args:
@@ -194,11 +194,12 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
             numbers end the first M entries of `complete`.
         refused: the count of messages that are refused as a whole; `outcomes` [M] is BUSY or REPEATED_STREAM for them,
             else 0.
+        unknown: the count of columns that fail with UNKNOWN_STREAM.
     """
     tables = Tables(*packed)
     outcomes, numbers = tables.outcomes, tables.complete
     counts, features = tables.counts, tables.x.shape[1]
-    complete = partly_repeated = refused = first_column = first_value = 0
+    complete = partly_repeated = refused = unknown = first_column = first_value = 0
     for place in range(len(messages)):
         origin, timesteps, width = messages["origin"][place], messages["timesteps"][place], messages["width"][place]
         frames, column_at, value_at = timesteps * width, first_column, first_value
@@ -238,6 +239,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
             )
             repeats = max(repeats, tables.columns["skipped"][column])
             counts[REPEATED_FRAMES] += tables.columns["skipped"][column]
+            unknown += tables.columns["code"][column] == _UNKNOWN_STREAM
             column = tables.columns["next"][column]  # free columns are a list already
         counts[FREE_COLUMN] = column
         counts[FREE_COLUMNS] -= width
@@ -253,7 +255,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
         elif repeats:
             partly_repeated += 1
             numbers[len(messages) - partly_repeated] = number
-    return complete, partly_repeated, refused
+    return complete, partly_repeated, refused, unknown
 
 
 @kernel

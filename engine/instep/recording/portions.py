@@ -39,7 +39,7 @@ class Closed:
     position: int
     stream: int
     next_seq: int
-    """The seq that the stream expected next."""
+    """The seq that the stream expected next, or `UNKNOWN_SEQ`."""
     state: U8 | None
     """The state after the last frame; None if it was lost."""
 

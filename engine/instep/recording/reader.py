@@ -44,6 +44,7 @@ from instep.recording.schema import (
     RECOVERED_EVENT,
     RESET_EVENT,
     TABLES,
+    UNKNOWN_SEQ,
     RecordingHeader,
     create_statements,
     read_owner_detail,
@@ -569,7 +570,8 @@ class RecordingReader(Closing):
         if closing is None:
             return StreamInfo(*opened)
         position, time_ns, _, frames, reason, _ = closing
-        return StreamInfo(*opened, time_ns, position, reason, frames, self.final_state(closing))
+        known = None if frames == UNKNOWN_SEQ else frames
+        return StreamInfo(*opened, time_ns, position, reason, known, self.final_state(closing))
 
     def final_state(self, closing: tuple[Any, ...]) -> U8 | None:
         """The state in a row of the table `closings`."""

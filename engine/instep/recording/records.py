@@ -34,7 +34,7 @@ class StreamInfo:
     closed_position: int | None = None
     reason: str | None = None
     frames: int | None = None
-    """The seq that its next frame would have had, as counted at the close."""
+    """The seq that its next frame would have had, as counted at the close; None also where it was not known."""
     final_state: U8 | None = None
     """uint8 [row_bytes]; None also where it was not known."""
 

@@ -38,8 +38,8 @@ consistent recording.
   of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
   where every leaf has its initial value; `final_state` is NULL where it was not known, and `reason` is `state_lost` or
   `moved` then. `frames` is the seq that the stream's next frame would have had: with a `first_seq` of 0, how many were
-  applied. In `description`, the network as its `model.yaml` has it, the key `output_names` is there if the model names
-  its outputs.
+  applied; -1 where that was not known, because the rows of a stream in no memory were damaged. In `description`, the
+  network as its `model.yaml` has it, the key `output_names` is there if the model names its outputs.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -112,6 +112,8 @@ Column: TypeAlias = int | str | bytes | None
 FORMAT_VERSION: Final = 2
 LOST: Final = "state_lost"
 """The reason of a closing without a final state."""
+UNKNOWN_SEQ: Final = -1
+"""In a closing: it is not known which frame was next."""
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"

@@ -20,7 +20,7 @@ from instep.recording.errors import DamagedRecording
 from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, RecordedFrames
-from instep.recording.schema import RESET_EVENT
+from instep.recording.schema import RESET_EVENT, UNKNOWN_SEQ
 
 Place: TypeAlias = Literal["final state", "checkpoint", "state"]
 LAST: Final = int(np.iinfo(np.int64).max)
@@ -433,7 +433,7 @@ class Replay:
                     raise self._not_open(int(positions[0]), number)
                 given = (mark.state,)
             elif isinstance(mark, Closed):
-                fits = mark.next_seq == seq + end - start
+                fits = mark.next_seq in (seq + end - start, UNKNOWN_SEQ)
                 emit(end, End(mark.state, "final state") if fits and mark.state is not None else None)
                 if not fits:
                     defect(

@@ -113,8 +113,8 @@ class Engine:
         """Checked whenever frames were answered or a run has ended."""
         self.lost: list[I64] = []
         """Slots whose state was lost by a failed step, for the operations to close."""
-        self.asleep: dict[int, tuple[Origin, str]] = {}
-        """Streams that hibernate and whose owners are connected: owner and name by the handle that the owner has."""
+        self.asleep: dict[int, tuple[Origin, str, int]] = {}
+        """Streams that hibernate and whose owners are connected: owner, name and epoch by the owner's handle."""
         self.wanted: set[str] = set()
         """Names of those of them that frames have come for, for `Hibernation` to wake."""
         self.draining = False
@@ -184,9 +184,9 @@ class Engine:
         messages = np.array(fields, np.int64).view(SENT_MESSAGE)
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
-        if self.asleep and not self.asleep.keys().isdisjoint(columns["handle"].tolist()):
+        complete, partly_repeated, refused, unknown = admit(self.packed, messages, columns, x)
+        if unknown and self.asleep:
             self._note_wanted(frames)
-        complete, partly_repeated, refused = admit(self.packed, messages, columns, x)
         if partly_repeated:  # the kernel lists them at the end of `complete`
             self._delivery.keep_repeated(self.tables.complete[len(frames) - partly_repeated : len(frames)])
         if refused:
@@ -198,11 +198,11 @@ class Engine:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
     def _note_wanted(self, frames: list[Frames]) -> None:
-        """Note frames for streams that hibernate: their owners are notified before the frames are refused."""
+        """Note frames for streams that hibernate: their owners are notified before they get the refusals."""
         for each in frames:
             handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
             asleep = {handle: self.asleep[handle] for handle in handles if handle in self.asleep}
-            own = {handle: name for handle, (owner, name) in asleep.items() if owner is each.origin}
+            own = {handle: name for handle, (owner, name, _) in asleep.items() if owner is each.origin}
             if own:
                 self.wanted.update(own.values())
                 each.origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(own), np.uint64)))

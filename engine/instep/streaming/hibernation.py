@@ -17,9 +17,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from instep.core.typing import I32, I64, U8, Bool
+from instep.core.typing import I32, I64, U8, U64, Bool
 from instep.recording.errors import DamagedRecording
 from instep.recording.records import OpenStream
+from instep.recording.schema import UNKNOWN_SEQ
 from instep.streaming.api import Names, Origin, StreamEvent
 from instep.streaming.engine import Engine
 from instep.streaming.states import StreamStates, put_into_memory, state_rows
@@ -128,10 +129,14 @@ class Hibernation(Mapping[str, Sleeper]):
         """Names whose age is to be checked."""
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
+        self._wanted: dict[str, int] = {}
+        """Names of streams that frames have come for, and until when those wait for room."""
         self._needs_room = Waiters()
         """Wakers that wait for room in memory."""
-        self.granting: I64 = np.zeros(len(engine.table.owner), np.int64)
-        """By slot: requests under way that will tell an origin the handle of the stream, which stays in memory."""
+        self._vacant = 0
+        """While `_needs_room` is checked: how many more of them may proceed."""
+        self._staying: I64 = np.zeros(len(engine.table.owner), np.int64)
+        """By slot: requests under way that keep the stream in memory."""
 
     def __getitem__(self, name: str) -> Sleeper:
         return self._asleep[name]
@@ -159,7 +164,10 @@ class Hibernation(Mapping[str, Sleeper]):
 
         It `looks` through all streams for idle ones, or only where some were left over last time.
         """
-        self._needs_room.check()
+        if self._needs_room:
+            self._vacant = self._room(len(self._needs_room))
+            self._needs_room.check()
+            self._vacant = 0
         if not self.is_possible or not self._journal.room:
             return
         if self.limits.hibernate_after_ns and (looks or self._is_behind):
@@ -188,16 +196,22 @@ class Hibernation(Mapping[str, Sleeper]):
     def _idle(self) -> I64:
         return self._sleepy(self._table.idle_longest(time.monotonic_ns() - _QUIET_NS))
 
-    async def _may_have_room(self, until_ns: int) -> None:
-        """Wait until a stream may find room in memory, or until that time."""
-        table = self._table
+    def _room(self, most: int) -> int:
+        """How many streams, up to `most`, could find room in memory now."""
+        count = self._table.slots.free_count
+        if count < most and self.is_possible:
+            count += len(self._sleepy(self._table.parked_longest())) + len(self._idle())
+        return min(count, most)
+
+    async def _until_room(self, names: Iterable[str], until_ns: int) -> None:
+        """Wait until there may be room for one of these, none hibernates any more, or it is that time."""
+
+        def takes_room() -> bool:
+            self._vacant -= 1
+            return self._vacant >= 0
+
         await self._needs_room.until(
-            lambda: (
-                time.monotonic_ns() > until_ns
-                or table.slots.free_count > 0
-                or len(self._idle()) > 0
-                or len(self._sleepy(table.parked_longest())) > 0
-            )
+            lambda: time.monotonic_ns() > until_ns or not any(name in self._asleep for name in names) or takes_room()
         )
 
     def hibernate_parked(self, count: int) -> int:
@@ -209,8 +223,17 @@ class Hibernation(Mapping[str, Sleeper]):
     def _sleepy(self, slots: I64) -> I64:
         """Leave out streams that an operation works on; none of `slots` has anything pending."""
         records = self._engine.tables.streams
-        is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots] & (self.granting[slots] == 0)
+        is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots] & (self._staying[slots] == 0)
         return slots[is_free]
+
+    @contextmanager
+    def staying(self, slots: I64) -> Iterator[None]:
+        """While the block runs, the streams in these slots, int64 [N], stay in memory."""
+        self._staying[slots] += 1
+        try:
+            yield
+        finally:
+            self._staying[slots] -= 1
 
     def _hibernate(self, slots: I64) -> int:
         """Let streams, int64 [N], leave memory, which have nothing pending and no operation at work; how many did."""
@@ -227,19 +250,19 @@ class Hibernation(Mapping[str, Sleeper]):
             self._journal.hibernated(changed, rows)
         self._newest_lsn = self._journal.newest  # their openings and owners count too
         origins, numbers, now_ns = engine.origins, table.recording_ids(slots), time.monotonic_ns()
-        columns = slots, numbers, table.owner[slots], table.last_active_ns[slots], table.slots.handles(slots)
-        for slot, number, owner, active_ns, handle in zip(*(column.tolist() for column in columns), strict=True):
+        owners, epochs, handles = table.owner[slots], table.epoch[slots], table.slots.handles(slots)
+        columns = slots, numbers, owners, table.last_active_ns[slots], epochs, handles
+        for slot, number, owner, active_ns, epoch, handle in zip(*(each.tolist() for each in columns), strict=True):
             name, origin = table.name(slot), origins[owner]
             is_leaving = origin is None and owner != table.parked  # its connection has just gone
             since_ns = now_ns if is_leaving else active_ns
             self._asleep[name] = Sleeper(number, origin, since_ns, 0 if origin is None else handle)
             if origin is not None:
-                engine.asleep[handle] = origin, name
+                engine.asleep[handle] = origin, name, epoch
         engine.events.add_all("hibernated", table.names(slots), seqs=table.next_seq[slots])
         table.release(slots)
         origins.release_left()
         engine.stats.hibernated_streams_total += len(slots)
-        self._needs_room.check()
         return len(slots)
 
     def _leave(self, name: str) -> Sleeper:
@@ -251,23 +274,28 @@ class Hibernation(Mapping[str, Sleeper]):
     # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def wake_wanted(self) -> None:
-        """Begin to wake the streams that frames have come for."""
-        names, self._engine.wanted = list(self._engine.wanted), set()
-        self._tasks.start(self._wake_for_frames(names))
+        """Begin to wake the streams that frames have come for, unless that has begun."""
+        is_waking, until_ns = bool(self._wanted), time.monotonic_ns() + _MOST_WAIT_NS
+        self._wanted = dict.fromkeys(self._engine.wanted, until_ns) | self._wanted
+        self._engine.wanted.clear()
+        if not is_waking:
+            self._tasks.start(self._wake_for_frames())
 
-    async def _wake_for_frames(self, names: list[str]) -> None:
-        """Tell the owners of those that cannot be woken why; those that can be do not wait for the others."""
-        until_ns = time.monotonic_ns() + _MOST_WAIT_NS
-        while names:
-            refused = dict(zip(names, (await self._wake(names)).tolist(), strict=True))
-            is_over = time.monotonic_ns() > until_ns
-            names = [] if is_over else [name for name in names if refused[name] == Code.TOO_MANY_STREAMS]
-            for name, code in refused.items():
-                asleep = self._asleep.get(name)
-                if code and name not in names and asleep is not None and asleep.owner is not None:
-                    self._engine.origins.notify([(asleep.owner, np.array([asleep.handle], np.uint64))], Code(code))
-            if names:
-                await self._may_have_room(until_ns)
+    async def _wake_for_frames(self) -> None:
+        """Wake those that are wanted, as many at a time as find room, and tell the owners of others why not."""
+        while names := list(self._wanted):
+            codes = dict(zip(names, (await self._wake(names)).tolist(), strict=True))
+            now_ns, table = time.monotonic_ns(), self._table
+            for name, code in codes.items():
+                if code == Code.TOO_MANY_STREAMS and now_ns <= self._wanted[name]:
+                    continue
+                del self._wanted[name]
+                if code not in (0, Code.STATE_LOST) and (asleep := self._asleep.get(name)) is not None:
+                    self._engine.origins.notify(_owners([asleep]), Code(code))
+            slots = table.find([name for name, code in codes.items() if not code])
+            table.last_active_ns[slots[table.owner[slots] != table.parked]] = now_ns  # till their frames come again
+            if self._wanted.keys() <= codes.keys() and self._wanted:
+                await self._until_room(list(self._wanted), min(self._wanted.values()))
 
     async def wake(self, names: Names) -> I32:
         """Put those of these streams into memory that hibernate: owned as before, or parked if the owner is gone.
@@ -275,14 +303,16 @@ class Hibernation(Mapping[str, Sleeper]):
         It waits for room, but not for long. None goes back to sleep before the caller's next wait.
 
         Returns:
-            int32 [N], why streams hibernate still; 0 where they do not.
+            int32 [N], why streams hibernate still, or were lost; 0 for the others.
         """
         until_ns = time.monotonic_ns() + _MOST_WAIT_NS
         while True:
-            codes = await self._wake(names)
-            if not (codes == Code.TOO_MANY_STREAMS).any() or time.monotonic_ns() > until_ns:
+            with self.staying(self._table.find(names)):  # none of them makes room for another
+                codes = await self._wake(names)
+            missing = [names[at] for at in np.flatnonzero(codes == Code.TOO_MANY_STREAMS).tolist()]
+            if not missing or time.monotonic_ns() > until_ns:
                 return codes
-            await self._may_have_room(until_ns)
+            await self._until_room(missing, until_ns)
 
     async def _wake(self, names: Names) -> I32:
         woken: list[I64] = []
@@ -292,12 +322,15 @@ class Hibernation(Mapping[str, Sleeper]):
             # Those that were in memory may have gone to sleep while others were read.
             while sleepers := await self._sleepers(names, tried):
                 tried.update(sleepers)
-                with self._reading(sleepers):
+                room = self._room(len(sleepers))
+                refused |= dict.fromkeys(sleepers[room:], Code.TOO_MANY_STREAMS)
+                with self._reading(sleepers[:room]):
                     await self._journal.committed(self._newest_lsn)
-                    for first in range(0, len(sleepers), self._at_once):
-                        part = {name: self._asleep[name] for name in sleepers[first : first + self._at_once]}
+                    for first in range(0, room, self._at_once):
+                        part = {name: self._asleep[name] for name in sleepers[:room][first : first + self._at_once]}
                         streams, unread = await self._load_all(part)
                         refused |= unread
+                        await self._lose(part, unread)
                         await self.make_room(len(streams), of_idle=True)
                         woken.append(self._put(streams, refused))
                         self._engine.hold(woken[-1])
@@ -305,7 +338,8 @@ class Hibernation(Mapping[str, Sleeper]):
             for slots in woken:
                 self._engine.release(slots)
             self._engine.waiters.check()  # closings wait for it
-        return np.array([refused.get(name, 0) if name in self._asleep else 0 for name in names], np.int32)
+        woken_since = {name for name, code in refused.items() if name not in self._asleep and code != Code.STATE_LOST}
+        return np.array([0 if name in woken_since else refused.get(name, 0) for name in names], np.int32)
 
     async def _sleepers(self, names: Names, tried: set[str]) -> list[str]:
         """Names that hibernate and were not tried. It waits until nobody else wakes or ends any of them."""
@@ -325,9 +359,8 @@ class Hibernation(Mapping[str, Sleeper]):
         owned: dict[Origin, list[tuple[int, int]]] = {}
         for slot, stream in zip(slots.tolist(), streams, strict=False):
             asleep = self._leave(stream.name)
-            if asleep.owner is None:  # being woken does not prolong its time
-                self._table.last_active_ns[slot] = asleep.since_ns
-            elif self._engine.origins.is_connected(asleep.owner):
+            self._table.last_active_ns[slot] = asleep.since_ns  # being woken does not prolong its time
+            if asleep.owner is not None and self._engine.origins.is_connected(asleep.owner):
                 owned.setdefault(asleep.owner, []).append((slot, asleep.handle))
         for owner, pairs in owned.items():
             own = np.array([slot for slot, _ in pairs])
@@ -427,18 +460,17 @@ class Hibernation(Mapping[str, Sleeper]):
         with self._reading(names):
             asleep = {name: self._asleep[name] for name in names}
             streams, unread = await self._end(asleep, "expired", "evicted")
-            for name in unread:  # it is tried again as late as if it went to sleep now
+            for name in unread.keys() & self._asleep.keys():  # tried again as late as if it went to sleep now
                 self._asleep[name] = self._asleep[name]._replace(since_ns=time.monotonic_ns())
             self.tombstones.add(stream.name for stream in streams)
             self._engine.stats.evicted("expired", len(streams))
-            ended = [asleep[stream.name] for stream in streams]
-            owners = [(each.owner, np.array([each.handle], np.uint64)) for each in ended if each.owner is not None]
-            self._engine.origins.notify(owners, Code.EXPIRED)
+            self._engine.origins.notify(_owners(asleep[stream.name] for stream in streams), Code.EXPIRED)
 
-    async def close(self, have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
+    async def close(self, handles: Mapping[str, int], have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
         """End streams without waking them.
 
         Args:
+            handles: by name, those that the owner has.
             have: by name, the seq before which the owner has every output or does without.
 
         Returns:
@@ -446,7 +478,7 @@ class Hibernation(Mapping[str, Sleeper]):
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
-        names = await self._sleepers(list(have), set())
+        names = [name for name in await self._sleepers(list(have), set()) if self._asleep[name].handle == handles[name]]
         with self._reading(names):
             for first in range(0, len(names), self._at_once):
                 part = {name: self._asleep[name] for name in names[first : first + self._at_once]}
@@ -463,13 +495,32 @@ class Hibernation(Mapping[str, Sleeper]):
         """End streams; return those that were ended, and codes by name of the others."""
         await self._journal.committed(self._newest_lsn)
         streams, refused = await self._load_all(sleepers)
+        await self._lose(sleepers, refused)
         if have is not None:
             refused |= {each.name: Code.FRAMES_PENDING for each in streams if have[each.name] < each.seq}
             streams = [stream for stream in streams if stream.name not in refused]
-        numbers, seqs = (np.array([getattr(each, name) for each in streams], np.int64) for name in ("stream", "seq"))
-        self._journal.ended(numbers, reason, seqs, self._rows(streams), np.zeros(len(streams), np.bool_))
-        for stream in streams:
-            self._leave(stream.name)
-        self._engine.stats.closed_streams_total += len(streams)
-        self._engine.events.add_all(kind, [stream.name for stream in streams], reason, seqs)
+        seqs = np.array([each.seq for each in streams], np.int64)
+        self._ended([each.name for each in streams], reason, kind, seqs, self._rows(streams), is_lost=False)
         return streams, refused
+
+    async def _lose(self, sleepers: Mapping[str, Sleeper], refused: Mapping[str, Code]) -> None:
+        """End those that were refused because the recording has lost their states, and notify their owners."""
+        names = [name for name, code in refused.items() if code == Code.STATE_LOST]
+        if not names:
+            return
+        nothing, seqs = self._states.spec.missing(len(names)), np.full(len(names), UNKNOWN_SEQ)
+        self._ended(names, "state_lost", "lost", seqs, nothing, is_lost=True)
+        self._engine.stats.evicted("state_lost", len(names))
+        await self._journal.durable(self._journal.newest)
+        self._engine.origins.notify(_owners(sleepers[name] for name in names), Code.STATE_LOST)
+
+    def _ended(self, names: list[str], reason: str, kind: EventKind, seqs: I64, rows: U8, *, is_lost: bool) -> None:
+        numbers = np.array([self._leave(name).stream for name in names], np.int64)
+        self._journal.ended(numbers, reason, seqs, rows, np.full(len(names), is_lost))
+        self._engine.stats.closed_streams_total += len(names)
+        self._engine.events.add_all(kind, names, reason, seqs)
+
+
+def _owners(sleepers: Iterable[Sleeper]) -> list[tuple[Origin, U64]]:
+    """The owners of those that have one, each with the handle that it has."""
+    return [(each.owner, np.array([each.handle], np.uint64)) for each in sleepers if each.owner is not None]

@@ -7,8 +7,6 @@ is. Changes that later frames must find are made there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -79,7 +77,7 @@ class StreamOperations:
         granted_names = [name for name, is_granted in zip(names, granted.tolist(), strict=True) if is_granted]
         lsn = self._journal.opened(opened, granted_names, initial)
         grants = Grants.of(self._table, slots, codes)
-        with self._granting(opened):
+        with self.hibernation.staying(opened):
             if await self._states.load(opened, initial) < len(opened):
                 await self._give_up_opened(origin, opened, codes, granted)
                 return Grants.none(codes)
@@ -88,16 +86,6 @@ class StreamOperations:
             self._tombstones.remove(granted_names)
             await self._journal.durable(lsn)
         return grants
-
-    @contextmanager
-    def _granting(self, slots: I64) -> Iterator[None]:
-        """While the block runs, these streams, int64 [N], stay in memory: their handles are about to be told."""
-        granting = self.hibernation.granting
-        granting[slots] += 1
-        try:
-            yield
-        finally:
-            granting[slots] -= 1
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
         """The initial states could not be written: close the streams, even if they have another owner by now."""
@@ -167,7 +155,7 @@ class StreamOperations:
         self._origins.notify(self._origins.owners(table, elsewhere), Code.FENCED)
         engine.events.add_all("fenced", table.names(elsewhere), _connection(origin), table.next_seq[elsewhere])
         table.hand_over(slots, origin.number, time.monotonic_ns(), decision.former_epochs[good], origin.arrival)
-        with self._granting(slots):
+        with self.hibernation.staying(slots):
             return await self._grant(origin, names, decision, slots)
 
     async def _grant(self, origin: Origin, names: Names, decision: ResumeDecision, slots: I64) -> Grants:
@@ -291,11 +279,13 @@ class StreamOperations:
         states, codes = self._states.spec.missing(len(handles)), np.zeros(len(handles), np.int32)
         rest = np.ones(len(handles), np.bool_)
         if asleep := self._asleep(origin, handles):
-            closed = await self.hibernation.close({name: int(have[index]) for index, name in asleep.items()})
-            for index, name in asleep.items():
+            named = {name: int(handles[place]) for place, (name, _) in asleep.items()}
+            wants = {name: int(have[place]) for place, (name, _) in asleep.items()}
+            closed = await self.hibernation.close(named, wants)
+            for place, (name, _) in asleep.items():
                 if name in closed:
-                    code, states[index] = closed[name]
-                    codes[index], rest[index] = code or 0, False
+                    code, states[place] = closed[name]
+                    codes[place], rest[place] = code or 0, False
         slots, found = await self._own(origin, handles[rest])
         found[(found == 0) & (have[rest] < self._table.next_seq[slots].astype(np.uint64))] = Code.FRAMES_PENDING
         codes[rest] = found
@@ -343,36 +333,50 @@ class StreamOperations:
         await self._end(slots, code.name.lower())
         self._origins.notify(owners, code)
 
-    def _asleep(self, origin: Origin, handles: U64) -> dict[int, str]:
-        """The names of those of an origin's streams that hibernate, by their places in uint64 [N]."""
-        asleep = self._engine.asleep
-        found = {index: asleep[handle] for index, handle in enumerate(handles.tolist()) if handle in asleep}
-        return {index: name for index, (owner, name) in found.items() if owner is origin}
+    def _asleep(self, origin: Origin, handles: U64) -> dict[int, tuple[str, int]]:
+        """Names and epochs of those of an origin's streams that hibernate, by their places in uint64 [N]."""
+        listed, asleep = handles.tolist(), self._engine.asleep
+        if len(set(listed)) < len(listed):
+            raise Refusal(Code.REPEATED_STREAM)
+        found = {place: asleep[handle] for place, handle in enumerate(listed) if handle in asleep}
+        return {place: (name, epoch) for place, (owner, name, epoch) in found.items() if owner is origin}
 
     async def awake(self, origin: Origin, handles: U64) -> tuple[U64, I32]:
-        """Wake those of an origin's streams that hibernate.
+        """Wake those of an origin's streams that hibernate; the others stay awake meanwhile.
 
         Returns:
             handles: of all, from now on, uint64 [N].
-            codes: int32 [N], why a stream hibernates still, else 0.
+            codes: int32 [N], why a stream hibernates still or was lost, else 0.
+
+        Raises:
+            Refusal: a stream is named twice, or the origin has left meanwhile.
         """
         # A copy: of an array that cannot be written, as a message's is, another kernel would be compiled.
         handles, codes = handles.copy(), np.zeros(len(handles), np.int32)
         if asleep := self._asleep(origin, handles):
-            places, names = list(asleep), list(asleep.values())
-            codes[places] = await self.hibernation.wake(names)
-            woken = self._table.find(names)
-            is_own = self._table.owner[woken] == origin.number
-            handles[places] = np.where(is_own, self._table.slots.handles(woken), handles[places])
+            table, places, names = self._table, list(asleep), [name for name, _ in asleep.values()]
+            slots, found = self._resolve(origin, handles)
+            with self.hibernation.staying(slots[found == 0]):
+                codes[places] = await self.hibernation.wake(names)
+            if not self._origins.is_connected(origin):
+                raise Refusal(Code.CLIENT_GONE)
+            # Meanwhile a name may have become another stream's, or a stream another owner's. An epoch never does.
+            woken, epochs = table.find(names), np.array([epoch for _, epoch in asleep.values()], np.uint64)
+            is_same = (table.epoch[woken] == epochs) & (table.owner[woken] == origin.number)
+            handles[places] = np.where(is_same, table.slots.handles(woken), handles[places])
         return handles, codes
 
     async def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         """The slots of an origin's streams, which are woken, and why some may not be used."""
         handles, refused = await self.awake(origin, handles)
+        slots, codes = self._resolve(origin, handles)
+        return slots, np.where(refused, refused, codes).astype(np.int32)
+
+    def _resolve(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
         slots, codes = np.empty(len(handles), np.int64), np.empty(len(handles), np.int32)
         if resolve_handles(self._engine.packed, handles, origin.number, slots, codes):
             raise Refusal(Code.REPEATED_STREAM)
-        return slots, np.where(refused, refused, codes).astype(np.int32)
+        return slots, codes
 
 
 def _connection(origin: Origin) -> str:
