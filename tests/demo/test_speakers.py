@@ -71,7 +71,7 @@ def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Pat
         for line in demo.stdout:
             if line.startswith("in a terminal: "):
                 break
-        assert re.search(r" top tcp://127\.0\.0\.1:\d+$", line.strip())
+        assert re.search(r" top -e tcp://127\.0\.0\.1:\d+$", line.strip())
         while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
             time.sleep(0.1)
         os.killpg(demo.pid, number)  # as Ctrl-C in a terminal does it, to the server too
