@@ -1,7 +1,8 @@
 """The state of one connection: its requests, the silence of the server, and attempts at another connection.
 
-    lost ── after a delay ──► HELLO sent ── WELCOME ──► streams claimed ── every RESUMED ──► OPEN ▲
-     │                            │ └─────── no answer, or a refusal that will pass ──────────┘
+    lost ── after a delay ──► HELLO sent ── WELCOME ──► streams claimed ── every RESUMED ──► OPEN
+     ▲                            │                            │
+     └─────── no answer, or a refusal that will pass ──────────┘
 
 Delays double from attempt to attempt and are drawn at random, so that a thousand clients of a server that was restarted
 do not come back in one moment. The state of streams is in `streams.py`; `session.py` has the rules.

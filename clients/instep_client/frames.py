@@ -11,7 +11,7 @@ again under the handles of the next connection: frames that were applied are ans
 others are applied now. A frame that was answered otherwise is never sent again.
 
 The server does not apply frames of a stream that hibernates, and wakes the stream. They are sent again under the
-stream's new handle, and delay nothing else.
+stream's new handle once those that were sent under the former one are answered, and delay nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client.arrays import Indices
+from instep_client.arrays import NOBODY, Indices
 from instep_client.connection import MAX_REPLY_BYTES, Call, Outbox
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
@@ -302,6 +302,8 @@ class SendQueue:
         """Blocks that are to be sent again."""
         self._congested = False
         """Whether nothing may be sent until every block on its way was answered."""
+        self._settles = False
+        """Whether any stream is settling."""
         self._resend_at = 0.0
         self._shutting_down_since: float | None = None
 
@@ -367,9 +369,16 @@ class SendQueue:
                 self._full_since[handle] = now
             elif now >= since + self._timeout_s:
                 self._abort(handle.steps[0], _nobody_reads(handle))
+        if self._settles:
+            self._settle()
         if self._is_free(now):
             while self._line and self._take_turns(now):
                 pass
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any frame that was sent has no answer, or one after which it is sent again."""
+        return bool(self.on_the_way or self._refused)
 
     def deadline(self) -> float:
         """The time at which `advance` has something to do without a message; infinity for never."""
@@ -407,8 +416,21 @@ class SendQueue:
         return True
 
     def woke(self, rows: Indices) -> None:
-        """Continue stream handles whose streams have woken under new handles."""
-        for handle in self._table.handles_of(rows):
+        """Continue streams that are asleep no more, once frames that were sent before are answered.
+
+        Otherwise frames that are sent now could come before those, which have to be sent again.
+        """
+        self._table.sleep(rows)
+        self._table.settling[rows] = True
+        self._settle()
+
+    def _settle(self) -> None:
+        table = self._table
+        rows = np.flatnonzero(table.settling)
+        is_settled = ~np.isin(rows, np.concatenate([NOBODY, *(block.rows for block in self.on_the_way.values())]))
+        self._settles = not is_settled.all()
+        table.sleep(rows[is_settled], False)
+        for handle in table.handles_of(rows):
             self.go_on(handle)
 
     def sleep_on(self, rows: Indices, code: Code, sentence: str) -> None:
@@ -572,7 +594,6 @@ class SendQueue:
             if self.on_the_way or now < self._resend_at:
                 return False
             self._table.held[:] = False
-            self._table.slept[:] = self._table.asleep
             self._congested = False
             self._resend_at = 0.0
         return not self._refused or self._resend()
@@ -686,10 +707,8 @@ class SendQueue:
             if code is Code.SEQ_GAP and timestep == 0 and table.held[row] and not stale:
                 held.append(column)
                 continue
-            has_slept = table.slept[row] or table.numbers[row] != block.columns[column, HANDLE]
-            if code is Code.UNKNOWN_STREAM and has_slept:  # it may be awake again by the time of this answer
+            if code is Code.UNKNOWN_STREAM and table.asleep[row]:
                 held.append(column)
-                self._congested = table.held[row] = True
                 continue
             seq = int(block.columns[column, SEQ]) + timestep
             call.refuse(index, FailedFrames(seq, code, sentence, expected))

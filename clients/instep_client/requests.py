@@ -3,10 +3,14 @@
 A class gives the kinds of its messages and replies, and handles a reply, a refusal and a lost connection. A new kind of
 request is such a class and a verb of `Session` that asks it, or a verb that asks a `Question`.
 
-Request ├── Greeting, Claim, Farewell  the session's own ├── Question, PingCall         about the server └──
-        StreamsRequest             about streams, one message for each part of them ├── ReadStateCall ├── OpenCall,
-        ResumeCall   streams that come to this client └── TurnCall               waits until everything sent through its
-        handle was answered └── ForkCall, ResetCall, CloseCall
+    Request
+    ├── Greeting, Claim, Farewell  the session's own
+    ├── Question, PingCall         about the server
+    └── StreamsRequest             about streams, one message for each part of them
+        ├── ReadStateCall
+        ├── OpenCall, ResumeCall   streams that come to this client
+        └── TurnCall               waits until everything sent through its handle was answered
+            └── ForkCall, ResetCall, CloseCall
 
 What was asked and not answered when the connection was lost is asked again. An OPEN or FORK that is then refused
 because the name is in use, or a RESUME because the stream was taken over, may have been granted over the lost
@@ -52,7 +56,7 @@ from instep_client.protocol.wire import (
 )
 from instep_client.replies import ColumnError, ErrorReply
 from instep_client.states import GivenState, state_rows
-from instep_client.streams import ENDING, StreamHandle
+from instep_client.streams import ENDING, SLEEPS_ON, StreamHandle
 
 if TYPE_CHECKING:
     from instep_client.session import Session
@@ -102,7 +106,8 @@ class Greeting(Request[ServerInfo]):
 class Claim(Request[None]):
     """The claim on this client's streams over a new connection, one portion after the other.
 
-    The server wakes those that hibernate; portions are so small that it can make room for them.
+    The server wakes those that hibernate; portions are so small that it can make room for them. Those that find no room
+    are claimed again, as long as another connection would be tried for; then they have ended for this client.
     """
 
     kind, reply = Kind.RESUME, Kind.RESUMED
@@ -110,18 +115,28 @@ class Claim(Request[None]):
     def __init__(self, session: Session, rows: Indices) -> None:
         self._session = session
         self._left = rows
+        self._asleep: dict[tuple[Code, str], list[int]] = {}
+        """Rows of streams that could not be woken, by reason."""
 
     def ask(self) -> None:
-        table, info = self._session.table, self._session.info
+        """Claim the next portion, or note that all were claimed."""
+        session, table, info = self._session, self._session.table, self._session.info
         left = self._left[(table.numbers[self._left] != 0) & (table.ended[self._left] == 0)]
         if len(left):
             most = min(len(parts(len(left), info)[0]), max(1, info.max_streams // 4))
             part, self._left = left[:most], left[most:]
             frames = [wire.pack_names(table.names(part)), table.claims(part)]
-            self._session.outbox.ask(self, len(part), 0, frames=frames, part=part)
+            session.outbox.ask(self, len(part), 0, frames=frames, part=part)
+            return
+        asleep, self._asleep = self._asleep, {}
+        if asleep and session.attempts.lost(session.now, ""):
+            self._left = np.concatenate([np.array(rows) for rows in asleep.values()])  # the session asks after a delay
+        else:
+            session.queue.end(asleep)
+            session.claimed()
 
     def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        """Take the new handles of those that were granted; the others have ended.
+        """Take the new handles of those that were granted; the others sleep on or have ended.
 
         A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
         outputs came out of order only the first missing one was named in the claim.
@@ -131,6 +146,9 @@ class Claim(Request[None]):
         ended: dict[tuple[Code, str], list[int]] = {}
         for column, _, code, sentence, expected in failures:
             row = int(part[column])
+            if code in SLEEPS_ON:
+                self._asleep.setdefault((code, sentence), []).append(row)
+                continue
             table.server_has[row] = expected
             if code is Code.UNKNOWN_STREAM and session.forgets:
                 sentence = _RESTARTED
@@ -144,7 +162,6 @@ class Claim(Request[None]):
                 ended.setdefault((Code.DATA_LOSS, SENTENCES[Code.DATA_LOSS]), []).append(row)
         session.queue.end(ended)
         self.ask()
-        session.open_again()
 
     def refused(self, part: Indices, refusal: ErrorReply) -> None:
         self._session.turned_away(refusal)

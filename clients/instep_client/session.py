@@ -65,7 +65,7 @@ from instep_client.requests import (
     ResumeCall,
     TurnCall,
 )
-from instep_client.streams import OpenStreams, StreamHandle
+from instep_client.streams import SLEEPS_ON, OpenStreams, StreamHandle
 
 P = ParamSpec("P")
 Q = TypeVar("Q", bound=Request[Any])
@@ -74,8 +74,6 @@ T = TypeVar("T", bound=TurnCall[Any])
 _STEPPED: Final = int(Kind.STEPPED)
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
 """Why a HELLO or RESUME is refused that may be granted a little later: a model is unloaded and loaded again, too."""
-_SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
-"""Why a stream that hibernates cannot be woken now."""
 
 
 def asks(kind: Callable[Concatenate[Session, P], Q]) -> Callable[Concatenate[Session, P], Q]:
@@ -153,6 +151,8 @@ class Session:
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
         """Requests that are to be asked, or asked again, over the next connection."""
+        self._claim: Claim | None = None
+        """The claim over a new connection, from its WELCOME on until all streams were claimed."""
         self._is_new = True
         """Whether the server has yet to say that it does not know the connection that the socket has just made."""
         self.greeting.ask()
@@ -169,7 +169,7 @@ class Session:
     @property
     def is_waiting(self) -> bool:
         """Whether anything is unanswered."""
-        return bool(self.queue.on_the_way or self.outbox.unanswered)
+        return bool(self.outbox.unanswered or self._claim) or (self.state is OPEN and self.queue.is_waiting)
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket with its unsent messages, and connect a new one now."""
@@ -201,7 +201,7 @@ class Session:
             self.queue.advance(now)
         is_waiting = self.state is not ENDED and self.is_waiting
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
-        if self._silence.lasts_too_long(now, is_waiting, self.state is OPEN, keep_alive_s):
+        if self._silence.lasts_too_long(now, is_waiting, self.state is OPEN or self._claim is not None, keep_alive_s):
             asks = "is the server running there"
             if self.state is GREETING and self.endpoint.startswith("tcp://"):
                 asks += (
@@ -431,8 +431,7 @@ class Session:
         rows = self.table.rows_of(handles)
         if code is Code.HIBERNATED:
             self.table.sleep(rows)
-        elif code in _SLEEPS_ON:
-            self.table.sleep(rows, False)
+        elif code in SLEEPS_ON:
             self.queue.sleep_on(rows, code, sentence)
         else:
             self.queue.end({(code, sentence): rows.tolist()})
@@ -479,8 +478,8 @@ class Session:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
             return
         self.forgets = info.boot_id != former.boot_id and info.durability == "memory"
-        Claim(self, self.table.live_rows()).ask()
-        self.open_again()
+        self._claim = Claim(self, self.table.live_rows())
+        self._claim.ask()
 
     def turned_away(self, refusal: ErrorReply) -> None:
         """A HELLO or a claim was refused."""
@@ -489,10 +488,9 @@ class Session:
         else:
             self.fail(ConnectionFailed, f"the server at {self.endpoint} refused this client: {refusal.sentence}")
 
-    def open_again(self) -> None:
-        """Send unanswered frames and requests again, once the last claim after a loss was answered."""
-        if self.state is not RECONNECTING or self.outbox.waits_for(Kind.RESUMED):
-            return
+    def claimed(self) -> None:
+        """All streams were claimed after a loss: send unanswered frames and requests again."""
+        self._claim = None
         self.state = OPEN
         postponed, self._postponed = self._postponed, {}
         for request in postponed:
@@ -511,6 +509,7 @@ class Session:
             self.fail(ConnectionFailed, self.attempts.why_given_up())
             return
         self.state = RECONNECTING
+        self._claim = None
         self.queue.lost()
         for request in self.outbox.forget():
             if request.lost():
@@ -518,9 +517,10 @@ class Session:
         self._silence.lost()
 
     def _recover(self) -> None:
-        if self.outbox.waits_for(Kind.RESUMED):
-            return  # the attempt has had its WELCOME, and only silence ends it now
-        if self.attempts.is_over(self.now):
+        if self._claim is not None:  # only silence ends the attempt now
+            if self.now >= self.attempts.deadline() and not self.outbox.waits_for(Kind.RESUMED):
+                self._claim.ask()
+        elif self.attempts.is_over(self.now):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
         elif self.attempts.is_due(self.now) and self.is_waiting:
             self.lose("")

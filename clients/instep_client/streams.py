@@ -39,6 +39,8 @@ ENDING: Final = frozenset(
     }
 )
 """Codes after which a stream can never be stepped again."""
+SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
+"""Why a stream that hibernates cannot be woken now."""
 
 HANDLE = 0
 SEQ = 1
@@ -55,7 +57,7 @@ class StreamHandle:
     has_ended = False
     """Whether the server ended any of the streams."""
     has_sleepers = False
-    """Whether the server is waking any of the streams."""
+    """Whether any of the streams is asleep."""
     closing = False
     closed = False
     finished = False
@@ -110,10 +112,9 @@ class OpenStreams:
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
         self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the stream hibernates and the server is waking it."""
-        self.slept: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the server said that the handle is that of a stream that hibernates, so not that of an unknown one;
-        until every frame that was sent before was answered."""
+        """Whether nothing is sent because the stream hibernates, or has until now: see `settling`."""
+        self.settling: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the server has woken the stream or given that up, and frames sent before are not all answered."""
         self.sentences: dict[int, str] = {}
         """The server's sentence for each code in `ended`."""
         self.moved_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -142,7 +143,7 @@ class OpenStreams:
         self.acked[rows] = grants["next_seq"]
         self.epoch[rows] = grants["epoch"]
         self.ended[rows] = 0
-        self.asleep[rows] = self.slept[rows] = False
+        self.asleep[rows] = self.settling[rows] = False
         self.moved_at[rows] = -1
         for row in rows.tolist():
             self.handles[row] = handle
@@ -234,14 +235,12 @@ class OpenStreams:
         """Give streams that have woken their new handles; return their rows."""
         rows, index = self._find(former)
         self.numbers[rows] = handles[index]
-        self.sleep(rows, False)
-        self.slept[rows] = False
         return rows
 
     def sleep(self, rows: Indices, asleep: bool = True) -> None:
-        """Note that the server wakes these streams, or has stopped waking them. Streams that have ended are skipped."""
+        """Send nothing of these streams, or go on with them. Streams that have ended are skipped."""
         self.asleep[rows] = asleep & (self.ended[rows] == 0)
-        self.slept[rows] |= self.asleep[rows]
+        self.settling[rows] = False
         for handle in self.handles_of(rows):
             handle.has_sleepers = bool(self.asleep[handle.rows].any())
 
@@ -256,7 +255,6 @@ class OpenStreams:
         self.numbers[rows] = grants["handle"]
         self.epoch[rows] = grants["epoch"]
         self.sleep(rows, False)
-        self.slept[rows] = False
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
         """The server ended these streams; of those that had ended before, the first reason stays."""
@@ -326,7 +324,7 @@ class OpenStreams:
         self.columns = np.concatenate([self.columns, np.zeros((more, 3), np.uint64)])
         self.numbers, self.seqs, self.acked = self.columns.T
         self._words = self.columns.data.cast("B").cast("Q")
-        for name in ("epoch", "server_has", "rewound_at", "held", "ended", "moved_at", "asleep", "slept"):
+        for name in ("epoch", "server_has", "rewound_at", "held", "ended", "moved_at", "asleep", "settling"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros(more, column.dtype)]))
         self.handles.extend([None] * more)

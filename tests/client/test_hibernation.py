@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, FramesRefused, StreamEvicted
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink, lose
@@ -43,18 +43,53 @@ def test_a_frame_wakes_its_stream_and_no_other_and_is_applied_once() -> None:
 
 def test_frames_of_a_stream_wait_in_order_while_others_go_on() -> None:
     link = RingLink()
-    a, other = link.open("a"), link.open("other")
+    a, slow, other = link.open("a"), link.open("slow"), link.open("other")
     link.server.hibernate("a")
+    late = link.session.step(slow, X[0])
+    link.advance()
+    on_its_way = link.to_server[link.peer].popleft()
     calls = [link.session.step(a, X[:2]), link.session.step(a, X[2])]
     exchange(link)
     calls.append(link.session.step(a, X[3]))
     beside = [link.session.step(other, x) for x in X[:3]]
     exchange(link)
     assert all(call.done for call in beside)
-    assert not any(call.done for call in calls)
-    link.run(*calls)
+    assert not any(call.done for call in [late, *calls])
+    link.to_server[link.peer].append(on_its_way)
+    link.run(late, *calls)
     outputs = np.concatenate([call.result().outputs.reshape(-1, 2) for call in calls])
     assert np.array_equal(outputs, reference(X[:4])[0])
+
+
+def test_frames_that_crossed_the_word_of_a_new_handle_come_before_new_ones() -> None:
+    link = RingLink()
+    a = link.open("a")
+    link.server.hibernate("a")
+    calls = [link.session.step(a, X[0])]
+    link.advance()
+    link.serve()
+    calls.append(link.session.step(a, X[1]))
+    link.advance()
+    link.send(link.server.wake())
+    while link.to_client:
+        link.deliver()
+    calls.append(link.session.step(a, X[2]))
+    link.run(*calls)
+    assert np.array_equal([call.result().outputs for call in calls], reference(X[:3])[0])
+    assert link.server.failures == [Code.UNKNOWN_STREAM] * 2
+
+
+def test_a_server_that_falls_silent_while_a_stream_wakes_is_given_up() -> None:
+    link = RingLink(reconnect_s=0.0)
+    a = link.open("a")
+    link.server.hibernate("a")
+    call = link.session.step(a, X[0])
+    exchange(link)
+    for _ in range(2):
+        deadline = link.session.deadline()
+        assert deadline is not None
+        link.advance(deadline - link.now)
+    assert isinstance(call.error, ConnectionFailed)
 
 
 @pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
@@ -106,6 +141,39 @@ def test_streams_are_claimed_in_portions_that_find_room_though_they_sleep() -> N
     link.server.kinds.clear()
     assert np.array_equal(link.finish(call).outputs, np.stack([reference(X[:3])[0][2]] * 5))
     assert link.server.kinds.count(Kind.RESUME) == 3
+
+
+@pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
+def test_a_stream_that_finds_no_room_is_claimed_again_until_it_does(code: Code) -> None:
+    link = RingLink()
+    a = link.open("a")
+    call = link.session.step(a, X[0])
+    lose(link)
+    link.server.refuses[Kind.RESUME] = code
+    link.server.kinds.clear()
+    link.run(call, at_most_s=60.0)
+    assert not call.done
+    assert 20 < link.server.kinds.count(Kind.RESUME) < 80, "it is claimed again, and not in one go"
+    assert link.server.kinds.count(Kind.HELLO) == 1
+    del link.server.refuses[Kind.RESUME]
+    assert np.array_equal(link.finish(call).outputs, reference(X[:1])[0][0])
+
+
+def test_a_stream_that_finds_no_room_in_time_has_ended_here_and_not_on_the_server() -> None:
+    link = RingLink(reconnect_s=20.0)
+    a = link.open("a")
+    link.finish(link.session.step(a, X[0]))
+    call = link.session.step(a, X[1])
+    lose(link)
+    link.server.refuses[Kind.RESUME] = Code.TOO_MANY_STREAMS
+    lost_at = link.now
+    link.run(call, at_most_s=30.0)
+    assert isinstance(call.error, StreamEvicted)
+    assert call.error.code is Code.TOO_MANY_STREAMS
+    assert 20.0 <= link.now - lost_at < 25.0
+    del link.server.refuses[Kind.RESUME]
+    resumed = link.finish(link.session.resume(["a"], 1, link.session.table.epochs(a), False, single=True))
+    assert np.array_equal(link.finish(link.session.step(resumed, X[1])).outputs, reference(X[:2])[0][1])
 
 
 def test_a_stream_that_has_ended_does_not_wait_to_wake() -> None:

@@ -133,7 +133,12 @@ def test_all_problems_are_reported_at_once_each_with_its_place(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("path", "meant"),
-    [("limits.max_idel_s", "limits.max_idle_s"), ("engine.max_idle_s", "limits.max_idle_s"), ("xyzzy", "default.yaml")],
+    [
+        ("limits.max_idel_s", "limits.max_idle_s"),
+        ("engine.max_idle_s", "limits.max_idle_s"),
+        ("limits.max_streams", "engine.max_streams"),
+        ("xyzzy", "default.yaml"),
+    ],
 )
 def test_a_key_that_does_not_exist_is_answered_with_the_one_that_was_meant(path: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=meant):

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.log import Threshold
 from instep.server.serve import Kept, reload
 from instep.server.server import Server
+from instep.streaming.service import ModelService
 from instep_client import AsyncClient
 from tests.support.models import plain, whole
 from tests.support.running import log_into, running
@@ -134,6 +136,24 @@ async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path
         assert (line["event"], line["loaded"], line["swapped"]) == ("models reloaded", [], ["ears"])
         assert line["unloaded"] == ["more"]
         assert served() == {"ears": A.fingerprint, "eyes": OTHER.fingerprint}
+
+
+async def test_a_version_in_force_is_named_when_the_former_one_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B)]
+    close, told = Server.close, list[dict[str, Any]]()
+
+    async def fail(server: Server, service: ModelService) -> None:
+        await close(server, service)
+        raise OSError("no space left on device")
+
+    async with running(A, told=told, folder=old) as server:
+        monkeypatch.setattr(Server, "close", fail)
+        line = await Reloads(server, told)(new, on_reload="move")
+        assert (line["event"], line["swapped"]) == ("models not reloaded", ["ears"])
+        assert server.config.model.folder == {"ears": new}
+        assert [each.about.fingerprint for each in server.services] == [B.fingerprint]
 
 
 async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:

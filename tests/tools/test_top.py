@@ -75,7 +75,7 @@ async def test_a_server_with_fewer_numbers_is_shown_with_dashes() -> None:
             await client.open("mic")
             seen, shown = await as_json(server.endpoint), RememberingTerminal()
             assert await top(Target(server.endpoint), shown, Stop(), every=0.1) == Exit.OK  # it is no terminal
-    assert set(seen["numbers"]) == {"ready", "streams_open", "blocks"}
+    assert set(seen["numbers"]) == {"ready", "streams_open", "blocks", "loop_lag_s"}
     assert "mic" in shown.said
     assert "–" in shown.said
 

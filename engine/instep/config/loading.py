@@ -203,5 +203,7 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1, cutoff=0.7)
+    key = name.rpartition(".")[2]
+    close = [each for each in known if each.rpartition(".")[2] == key]  # in another section
+    close = close or get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else "configs/default.yaml lists every key"

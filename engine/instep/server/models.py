@@ -144,7 +144,7 @@ async def move(
     await old.engine.journal.committed(old.engine.journal.newest)
     if replay is not None:
         await thread.do(replay.follow)
-        await _settle(old)  # streams may have gone to sleep meanwhile
+    await _settle(old)  # streams may have gone to sleep meanwhile
     # From here on nothing waits, so nothing changes.
     engine, table = new.engine, new.engine.table
     slots = table.open_slots()
@@ -293,8 +293,7 @@ class Loader:
                 loaded.append(name)
             for name in [name for name in changed if name in served]:
                 at = f"{name!r}: "
-                await self._swap(config, changed[name], accept)
-                swapped.append(name)
+                await self._swap(config, changed[name], accept, swapped)
             accept()
         except Exception as error:  # also no memory, or a folder with things in it that nobody thought of
             if not swapped:
@@ -355,8 +354,8 @@ class Loader:
         check_sizes(former, prepared.network, allowed=config.model.allow_other_sizes)
         check_policy(policy, former, former.state, prepared.network)
 
-    async def _swap(self, config: Config, prepared: Prepared, accept: Callable[[], None]) -> None:
-        """Serve another version of a model under its name.
+    async def _swap(self, config: Config, prepared: Prepared, accept: Callable[[], None], swapped: list[str]) -> None:
+        """Serve another version of a model under its name, and add the name to `swapped` once it is in force.
 
         To keep the streams, they and the connections there are stay with the former version, which is unloaded when it
         has none any more. To move them, they continue in the new one from the states that they have, and after a
@@ -377,6 +376,7 @@ class Loader:
             else:
                 moved = await self._move(former, made, policy, log, accept)
             undo.pop_all()
+        swapped.append(name)
         made.served.service.events.add("swapped", detail=fingerprint)
         if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
             await moved.end(former.service, made.served.service)

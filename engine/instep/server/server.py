@@ -214,7 +214,7 @@ class Server:
         async with contextlib.AsyncExitStack() as closing:
             self._will_close([service], closing, timeout_s)
             service.tasks.cancel()
-            # LoadingThread the loop, which others are served by: a step may hang.
+            # In a thread, because a step may hang while the loop serves others.
             await in_daemon_thread(partial(service.engine.executor.stop, timeout_s), "instep-end")
 
     def _enter(self, served: Served) -> None:
