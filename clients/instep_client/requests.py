@@ -457,14 +457,6 @@ class Opening(StreamsRequest[StreamHandle]):
         if self.begins_streams and self.done and self.error is None:
             self.session.queue.enqueue(CloseCall(self.session, self.result()))
 
-    def lost(self) -> bool:
-        """Ask again, unless some were opened: those could not be told from another client's."""
-        super().lost()
-        if self.begins_streams and np.any(self.grants["handle"] != 0):
-            self._end(self._doubt(self.names[0]))
-            return False
-        return True
-
     def _explain(self, refused: ColumnError, name: str) -> InstepError:
         if self.asked_before and refused.code is Code.NAME_IN_USE:
             return self._doubt(name)

@@ -13,7 +13,6 @@ from instep_client.protocol.wire import Kind
 from tests.support.fake_server import F32, evicted, reference
 from tests.support.ring_link import RingLink, lose
 from tests.support.ring_server import RING_INFO, RingServer
-from tests.support.states import floats_of
 
 X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
 
@@ -109,15 +108,15 @@ def test_what_waits_fails_where_a_stream_cannot_be_woken_and_it_can_be_later(cod
     assert np.array_equal(outputs, reference(X[:2])[0])
 
 
-def test_a_request_that_crossed_the_word_of_a_new_handle_is_repeated() -> None:
+def test_a_request_is_repeated_for_streams_that_woke_under_new_handles_before_it_arrived() -> None:
     link = RingLink()
     link.open("a", "b")
-    handle = link.open("s")
-    link.finish(link.session.step(handle, X[:2]))
+    handle = link.open("s", "t")
+    link.finish(link.session.step(handle, np.stack([X[:2]] * 2, axis=1)))
     for ask in (
         lambda: link.session.read_state(handle),
-        lambda: link.session.reset(handle, np.ones((2, 2), np.float32)),
-        lambda: link.session.fork(handle, ["copy"]),
+        lambda: link.session.reset(handle, np.ones((2, 2, 2), np.float32)),
+        lambda: link.session.fork(handle, ["copy of s", "copy of t"]),
         lambda: link.session.close(handle),
     ):
         link.server.hibernate("s")
@@ -127,7 +126,26 @@ def test_a_request_that_crossed_the_word_of_a_new_handle_is_repeated() -> None:
         link.send(link.server.wake())  # before it reads the request
         link.run(call)
         assert call.error is None
-    assert np.array_equal(floats_of(link.server.closed["s"].state.view(np.uint8)[None], 4)[0], np.ones(4))
+    assert set(link.server.streams) == {"a", "b", "copy of s", "copy of t"}
+    for name in "st":
+        assert np.array_equal(link.server.closed[name].state, np.ones(4))
+
+
+def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
+    link = RingLink()
+    handle = link.open("s", "t")
+    link.server.hibernate("t")
+    link.server.wanted["t"] = None
+    call = link.session.fork(handle, ["copy of s", "copy of t"])
+    link.advance()
+    link.send(link.server.wake())
+    link.serve()
+    while link.to_client:
+        link.deliver()
+    link.cut()
+    link.run(call)
+    assert isinstance(call.error, ConnectionFailed)
+    assert set(link.server.streams) == {"s", "t", "copy of s"}
 
 
 def test_streams_are_claimed_in_portions_that_find_room_though_they_sleep() -> None:

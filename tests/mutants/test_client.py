@@ -126,7 +126,9 @@ RULES = (
         "a request that crossed the word of a new handle is refused",
         replaces=StreamsRequest._is_renewed,
         variant=lambda original, request, refused: False,
-        found_by=[test_hibernation.test_a_request_that_crossed_the_word_of_a_new_handle_is_repeated],
+        found_by=[
+            test_hibernation.test_a_request_is_repeated_for_streams_that_woke_under_new_handles_before_it_arrived
+        ],
     ),
     BrokenRule(
         "a claim ends with its first portion",
