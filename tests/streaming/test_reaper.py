@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 
@@ -125,3 +126,37 @@ async def test_streams_with_frames_under_way_are_not_idle(rng: np.random.Generat
         assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 1
         await kit.finish_all()
         assert (await ticks(kit, after_ns=2 * LATER_NS))[-1] == 0
+
+
+async def test_an_origin_with_the_number_of_one_that_left_keeps_its_streams(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+        gone, origin = kit.frontend.connect(), kit.frontend.connect()
+        opened = await gone.open(NAMES)
+        kit.frontend.disconnect(gone)
+        await ticks(kit, count=1)
+        have = np.zeros(COUNT, np.uint64)
+        resumed = await origin.resume(NAMES, have, opened.epochs)
+        await ticks(kit, count=1)
+        heir = kit.frontend.connect()
+        assert heir.number == gone.number
+        taken = await heir.resume(NAMES, have, resumed.epochs)
+        await ticks(kit)
+        assert parked(kit) == 0
+        reply = await step(heir, taken.handles, [0] * COUNT, random_frames(rng, 1, COUNT))
+        assert failures(reply) == []
+
+
+async def test_an_origin_that_left_before_its_request_began_gets_no_streams() -> None:
+    async with streaming(InlineExecutor) as kit:
+        gone = kit.frontend.connect()
+        opened = await gone.open(["kept"])
+        asked = [
+            asyncio.ensure_future(gone.open(["new"])),
+            asyncio.ensure_future(gone.resume(["kept"], np.zeros(1, np.uint64), opened.epochs)),
+        ]
+        await asyncio.sleep(0)  # both are asked, and neither has begun
+        kit.frontend.disconnect(gone)
+        await asyncio.gather(*asked)
+        await ticks(kit, count=1)
+        assert (kit.table.open_count, parked(kit)) == (1, 1)
+        assert kit.table.epoch[kit.table.find(["kept"])[0]] == opened.epochs[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
 from tests.support.models import SMALL, whole
-from tests.support.streaming import Listener, StreamingEngine, failures, random_frames, streaming
+from tests.support.streaming import InlineExecutor, Listener, StreamingEngine, failures, random_frames, step, streaming
 
 
 async def opened(kit: StreamingEngine, origin: Listener, count: int) -> np.ndarray:
@@ -92,3 +94,18 @@ async def test_an_origin_that_left_gets_no_replies_and_neither_does_the_next_one
         await kit.finish()
         assert not gone.replies + heir.replies
         assert kit.listen().number == gone.number
+
+
+async def test_frames_of_an_origin_that_left_before_they_were_admitted_are_nobodys(rng: np.random.Generator) -> None:
+    async with streaming(InlineExecutor) as kit:
+        gone = kit.frontend.connect()
+        asking = asyncio.ensure_future(step(gone, np.array([1], np.uint64), [0], random_frames(rng, 1)))
+        await asyncio.sleep(0)
+        kit.frontend.receive(1)  # submitted, and not yet admitted
+        kit.frontend.disconnect(gone)
+        heir = kit.frontend.connect()
+        assert heir.number == gone.number
+        await kit.settle()
+        assert not asking.done()
+        assert kit.engine.is_quiet
+        asking.cancel()

@@ -186,3 +186,22 @@ async def test_a_claim_on_a_stream_that_is_closing_waits_for_its_end(rng: np.ran
         assert refused(await claimed) == [(Code.UNKNOWN_STREAM, 0)]
         assert (kit.table.open_count, kit.stats.parked_streams_total) == (0, 0)
         pending.cancel()
+
+
+async def test_a_number_that_is_used_again_while_streams_of_it_are_parked_does_not_own_them(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 6)
+    async with streaming(InlineExecutor) as kit:
+        opened = await left_behind(kit, "parked", x=x[:3])
+        heir = kit.frontend.connect()
+        assert heir.number == 0
+        assert failures(await step(heir, opened.handles, [3], x[3:4])) == [(0, 0, Code.FOREIGN_STREAM, 0)]
+        assert (await heir.close(opened.handles)).codes.tolist() == [Code.FOREIGN_STREAM]
+        await heir.open(["its own"])
+        origin = kit.frontend.connect()
+        resumed = await resume(origin, ["parked"], [3], opened.epochs.tolist())
+        leave(kit, heir)
+        assert kit.frontend.connect().number == 0
+        reply = await step(origin, resumed.handles, [3], x[3:])
+        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0][3:])

@@ -174,3 +174,23 @@ async def test_a_stream_that_a_request_wakes_is_as_idle_as_before_and_one_that_f
         await step(origin, handles[1:], [0], random_frames(rng, 1))
         await ticking(kit)
         assert kit.table.last_active_ns[kit.table.find(["stepped"])[0]] >= slept_ns
+
+
+async def test_the_owner_is_told_of_a_sleeper_before_it_gets_the_reply_that_others_of_its_message_delay(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    async with streaming(idle=LIMITS) as kit:
+        origin, stranger = kit.frontend.connect(), kit.frontend.connect()
+        handles = await asleep(kit, tmp_path / "r.instep", origin, ["a"])
+        opened = await origin.open(["b"])
+        assert failures(await step(stranger, handles, [0], random_frames(rng, 1))) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
+        assert (stranger.events, origin.events) == ([], [])
+        stepping = asyncio.ensure_future(
+            step(origin, np.append(opened.handles, handles), [0, 0], random_frames(rng, 1, 2))
+        )
+        await kit.settle()
+        assert [(each.code, each.renewed) for each in origin.events[:1]] == [(Code.HIBERNATED, None)]
+        assert not stepping.done()
+        await ticking(kit)
+        await kit.finish_all()
+        assert failures(await stepping) == [(1, 0, Code.UNKNOWN_STREAM, 0)]
