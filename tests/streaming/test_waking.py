@@ -119,6 +119,18 @@ async def test_no_stream_of_a_request_makes_room_for_another(
         assert list(kit.hibernation) == ["a"]
 
 
+async def test_a_new_stream_takes_the_room_of_one_that_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.streaming.hibernation._QUIET_NS", 0)
+    async with streaming(InlineExecutor, idle=LIMITS, max_streams=1) as kit:
+        origin = kit.frontend.connect()
+        await asleep(kit, tmp_path / "r.instep", origin, ["a"])
+        for name in ("b", "c"):
+            assert (await origin.open([name])).codes.tolist() == [0]
+        assert list(kit.hibernation) == ["a", "b"]
+
+
 async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -101,8 +101,8 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.HIBERNATED: "the stream was idle and has left memory; the server wakes it: wait for its new handle (WOKEN)",
     Code.UNLOADED: "the stream was ended because its model was unloaded, and no recording keeps it",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
-    Code.TOO_MANY_STREAMS: "engine.max_streams streams are open, parked ones included (those of a client that died are "
-    "parked after about 10 s): close some (instep-client streams close --place parked), or raise the limit",
+    Code.TOO_MANY_STREAMS: "engine.max_streams streams are in memory, parked ones included: close some, raise the "
+    "limit, or try later where the server records, since streams that do nothing for 1 s make room there",
     Code.STEP_FAILED: "the network's step failed on the server; the frame was not applied; see the server's log",
     Code.STATE_LOST: "a failure of the server lost the stream's state, and the stream was closed; see the server's log",
     Code.INTERNAL: "the server could not read the message, which is a bug; nothing was applied, and its log says more",

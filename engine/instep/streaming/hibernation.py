@@ -180,16 +180,16 @@ class Hibernation(Mapping[str, Sleeper]):
         self._is_behind = len(sleepy) > self._at_once
         self._hibernate(sleepy[: self._at_once])
 
-    async def make_room(self, slots: int, *, of_idle: bool = False) -> None:
+    async def make_room(self, slots: int) -> None:
         """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left.
 
-        Then, if `of_idle`, those that do nothing at present, the one that has done so longest first.
+        Then those of connected clients that have been idle for longest.
         """
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
             if not self._journal.room:
                 await self._journal.committed(self._journal.newest)
             count = min(missing, self._at_once)
-            if not (self.hibernate_parked(count) or (of_idle and self._hibernate(self._idle()[:count]))):
+            if not (self.hibernate_parked(count) or self._hibernate(self._idle()[:count])):
                 return
             await self._journal.committed(self._newest_lsn)
 
@@ -331,7 +331,7 @@ class Hibernation(Mapping[str, Sleeper]):
                         streams, unread = await self._load_all(part)
                         refused |= unread
                         await self._lose(part, unread)
-                        await self.make_room(len(streams), of_idle=True)
+                        await self.make_room(len(streams))
                         woken.append(self._put(streams, refused))
                         self._engine.hold(woken[-1])
         finally:
