@@ -84,7 +84,7 @@ def test_it_shows_what_the_server_does_as_it_does_it(server: WarmServer, pages: 
         expect(page.locator("#p50")).to_have_text(re.compile(r"\d (µs|ms)"))
         expect(page.locator("#batch")).to_have_text("60")
         expect(page.locator("#exactness")).to_have_text(re.compile("Exact|Within tolerance"))
-        expect(page.locator("#recording")).to_have_text("Survives a crash")
+        expect(page.locator("#recording")).to_have_text("On")
         expect(page.locator("#recording-facts")).to_contain_text("speech.instep")
         expect(page.locator("#log")).to_contain_text("opened")
         expect(page.locator("#rows tr")).not_to_have_count(0)

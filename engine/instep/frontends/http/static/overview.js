@@ -23,7 +23,7 @@ const CHARTS = [
   {
     title: "Time busy", room: "narrow", axis: percent, value: percent, top: 1,
     series: [
-      { label: "executor", key: "orange", column: "executor_busy" },
+      { label: "step", key: "orange", column: "executor_busy" },
       { label: "event loop", key: "violet", column: "loop_busy" },
     ],
   },
@@ -32,7 +32,7 @@ const CHARTS = [
     series: [
       { label: "open", key: "blue", column: "streams_open" },
       { label: "parked", key: "orange", column: "streams_parked" },
-      { label: "hibernated", key: "violet", column: "streams_hibernated" },
+      { label: "on disk", key: "violet", column: "streams_hibernated" },
     ],
   },
 ];
@@ -119,8 +119,8 @@ export class Overview {
 
 const DURABILITY = {
   memory: ["fair", "A crash may lose frames"],
-  commit: ["good", "Survives a crash"],
-  fsync: ["good", "Survives a power cut"],
+  commit: ["good", "On"],
+  fsync: ["good", "On, survives a power cut"],
 };
 
 function badge(id, level, text) {
