@@ -263,7 +263,7 @@ class Attempts:
             return self.why
         end = " " if self.why.endswith("?") else "; "
         return (
-            f"{self.why}{end}this client tried to connect again for {self.reconnect_s:g} s and has given up: "
+            f"{self.why}{end}this client then tried to connect again for {self.reconnect_s:g} s and has given up: "
             "make another one"
         )
 
