@@ -84,7 +84,8 @@ async def close(
     closed: list[str] = []
     missing: list[str] = []
     async with connected(target, "streams close", terminal, stop) as client:
-        if not names:
+        by_name = bool(names)
+        if not by_name:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
         with progress(terminal.err, "closing", len(names), "streams", lambda: len(closed) + len(missing)):
             for name in names:
@@ -97,6 +98,8 @@ async def close(
                     missing.append(name)
     if terminal.as_json:
         terminal.result({"closed": closed, "missing": missing})
-    gone = f"; {counted(len(missing), 'stream')} not there: {', '.join(missing[:5])}" if missing else ""
-    terminal.summary(f"{counted(len(closed), 'stream')} closed{gone}", good=not missing)
-    return Exit.FOUND_PROBLEMS if missing else Exit.OK
+    ended = "not there" if by_name else "gone meanwhile"
+    gone = f"; {counted(len(missing), 'stream')} {ended}: {', '.join(missing[:5])}" if missing else ""
+    good = not (by_name and missing)
+    terminal.summary(f"{counted(len(closed), 'stream')} closed{gone}", good=good)
+    return Exit.OK if good else Exit.FOUND_PROBLEMS

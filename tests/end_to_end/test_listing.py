@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -143,6 +144,20 @@ class TestCommand:
                 assert await stats(target, terminal, Stop()) == Exit.OK
                 assert "streams_open" in terminal.said
                 assert SMALL.name in terminal.said
+
+    async def test_a_stream_that_ends_before_its_turn_is_no_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        list_streams = AsyncClient.list_streams
+
+        async def with_one_that_left(client: AsyncClient, *which: Any) -> Any:
+            found = await list_streams(client, *which)
+            return [found[0]._replace(name="old-0"), *found]
+
+        async with running(SMALL) as server:
+            await parked(server.endpoint, "old-1")
+            monkeypatch.setattr(AsyncClient, "list_streams", with_one_that_left)
+            terminal = RememberingTerminal(as_json=True)
+            assert await streams.close(Target(server.endpoint), terminal, Stop(), prefix="old") == Exit.OK
+            assert terminal.json() == {"closed": ["old-1"], "missing": ["old-0"]}
 
 
 async def test_the_client_for_threads_lists_too() -> None:
