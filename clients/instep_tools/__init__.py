@@ -20,7 +20,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, end_quietly)  # until a command handles it
     try:
         from instep_tools.app import app
+        from instep_tools.connect import leave_warnings_out
 
+        leave_warnings_out()
         app()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -28,6 +29,11 @@ class Target(NamedTuple):
     endpoint: str
     model: str = ""
     """Empty for the server's default."""
+
+
+def leave_warnings_out() -> None:
+    """Let the client library log errors only, in this process: commands report what was late themselves."""
+    logging.getLogger("instep_client").setLevel(logging.ERROR)
 
 
 @asynccontextmanager

@@ -47,6 +47,23 @@ def test_ping(server: FakeServer) -> None:
     assert (values["ready"], values["why"]) == (True, None)
 
 
+def test_no_warning_of_the_library_follows_a_verdict(server: FakeServer) -> None:
+    held_up = """
+import asyncio, time
+from instep_client.aio import AsyncClient
+ping = AsyncClient.ping
+async def slow(client):
+    asked = asyncio.ensure_future(ping(client))
+    await asyncio.sleep(0)
+    time.sleep(0.6)
+    return await asked
+AsyncClient.ping = slow
+"""
+    typed = [sys.executable, "-c", held_up + MAIN, "ping", "-e", server.endpoint]
+    done = subprocess.run(typed, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ping_of_a_server_that_takes_nothing_new(server: FakeServer) -> None:
     server.rules.ready = 0.0
     result = run("ping", "--endpoint", server.endpoint)
@@ -132,7 +149,7 @@ def test_replay(server: FakeServer, tmp_path: Path) -> None:
     assert result.stdout.startswith("5 frames of 1 stream in ")
     result = run("replay", tmp_path / "y.npz", "--check", "--speed", "max", "-e", server.endpoint)
     assert result.exit_code == 0
-    assert "all 5 equal the recording, bit for bit" in result.stdout
+    assert "all 5 equal those in the file, bit for bit" in result.stdout
     result = run("replay", tmp_path / "x.npy", "--check", "-e", server.endpoint)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")

@@ -23,7 +23,7 @@ import numpy as np
 
 from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
-from instep_tools.connect import PATIENCE_S, Target
+from instep_tools.connect import PATIENCE_S, Target, leave_warnings_out
 from instep_tools.load.generator import LEAD_S, Connect, Load, PartResult
 from instep_tools.load.plan import LoadPart
 from instep_tools.pacing import LONGEST_NAP_S, Clock, Stop, WallClock, loop_factory
@@ -133,6 +133,7 @@ def _begin(shared: _Shared, parent: int) -> None:
     """Begin a process of the load test, which ends with its parent."""
     global _shared
     _shared = shared
+    leave_warnings_out()
 
     def end_with_parent() -> None:
         while os.getppid() == parent:
