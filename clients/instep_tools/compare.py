@@ -58,10 +58,10 @@ class ReplayComparison:
             return "there was nothing to compare"
         compared = "" if self.complete else f"{self.frames:,} of {counted(self.total, 'frame')} were compared: "
         if not self.different:
-            return f"{compared}all {self.frames:,} equal the recording, bit for bit"
+            return f"{compared}all {self.frames:,} equal those in the file, bit for bit"
         note = "" if exactness == "exact" else " (the server is not exact)"
         return (
-            f"{compared}{self.different:,} of {self.frames:,} frames differ from the recording, "
+            f"{compared}{self.different:,} of {self.frames:,} frames differ from those in the file, "
             f"in {counted(self.streams_different, 'stream')}{note}"
         )
 

@@ -26,7 +26,7 @@ from instep_tools.plan import Send, check_fits, distinct, make_plan
 from instep_tools.plan_run import PlanRun
 from instep_tools.problems import BadFile, CommandProblem, Exit, is_special, reads_or_writes
 from instep_tools.sequences import RecordedSequences
-from instep_tools.terminal import Terminal, progress
+from instep_tools.terminal import Terminal, progress, show_progress
 from instep_tools.words import counted
 
 
@@ -60,7 +60,10 @@ async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -
     if what.format is not None and (what.save is not None or terminal.as_json):
         raise CommandProblem("--format is for outputs that are printed; with --save and --json they are not")
     by_lines = what.file is None or is_special(what.file)
-    sequences = None if what.file is None or by_lines else read_sequences(what.file, what.choice)
+    sequences = None
+    if what.file is not None and not by_lines:
+        with show_progress(f"reading {what.file}") as on_progress:
+            sequences = read_sequences(what.file, what.choice, on_progress)
     if sequences is not None and what.pace.frames is not None:
         places = np.arange(len(sequences.frames)) - np.repeat(sequences.starts, sequences.lengths)
         sequences = sequences.keep(places < what.pace.frames)

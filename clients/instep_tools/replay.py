@@ -24,11 +24,13 @@ from instep_tools.plan import Send, check_fits, distinct, make_plan
 from instep_tools.plan_run import PlanRun
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.sequences import RecordedSequences
-from instep_tools.terminal import Terminal, progress
+from instep_tools.terminal import Terminal, progress, show_progress
 from instep_tools.words import counted
 
 LONG_S: Final = 60.0
 """A replay in real time that takes longer says so before it begins."""
+NAMED: Final = 3
+"""The most streams that a sentence names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) 
         InstepError: as the client does.
         CommandProblem: when the file cannot be used, does not fit the model, or cannot be compared.
     """
-    sequences = read_sequences(what.file, what.choice)
+    with show_progress(f"reading {what.file}") as on_progress:
+        sequences = read_sequences(what.file, what.choice, on_progress)
     if what.check and sequences.outputs is None:
         raise CommandProblem(f"{what.file} holds no outputs to compare with: it has no columns y0, y1, …")
     if what.save is not None:
@@ -150,8 +153,12 @@ def _report(what: ReplayJob, terminal: Terminal, stop: Stop, done: Replayed) -> 
     for sentence in done.back.refusals:
         terminal.error(sentence)
     if comparison is not None:
-        for note in done.sequences.notes:
-            terminal.note(note)
+        if late := done.sequences.late:
+            named = ", ".join(map(repr, late[:NAMED])) + (", …" if len(late) > NAMED else "")
+            terminal.note(
+                f"{counted(len(late), 'stream')} ({named}) {'begins' if len(late) == 1 else 'begin'} after the first "
+                "frame, and the file does not hold the state there: the outputs cannot be compared"
+            )
         if comparison.unrecorded:
             have = "has" if comparison.unrecorded == 1 else "have"
             terminal.note(

@@ -38,13 +38,19 @@ class RecordedSequences:
     """Fingerprint of the model that gave `outputs`, where known."""
     model: str | None = None
     """Its name, where known."""
-    notes: tuple[str, ...] = ()
-    """Sentences about the comparison of outputs."""
 
     @property
     def starts(self) -> I64:
         """[R] where each sequence begins in `frames`."""
         return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """The names of sequences with outputs that cannot be compared, because their first states are not known."""
+        if self.answered is None or self.outputs is None:
+            return ()
+        unknown = ~self.answered & ~np.isnan(self.outputs).all(axis=1)
+        return tuple(self.names[row] for row in np.flatnonzero(np.logical_or.reduceat(unknown, self.starts)))
 
     @property
     def features(self) -> int:

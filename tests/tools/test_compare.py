@@ -21,7 +21,7 @@ def test_equal_bits() -> None:
     y = np.array([[0.0, np.nan]] * 5, np.float32)
     result = compare(with_outputs(y), y.copy(), ALL)
     assert (result.frames, result.different, result.streams_different, result.first) == (5, 0, 0, None)
-    assert result.sentence("exact") == "all 5 equal the recording, bit for bit"
+    assert result.sentence("exact") == "all 5 equal those in the file, bit for bit"
 
 
 def test_one_bit_is_a_difference_and_is_found() -> None:
@@ -34,7 +34,7 @@ def test_one_bit_is_a_difference_and_is_found() -> None:
     assert result.first is not None
     assert (result.first.stream, result.first.frame, result.first.element) == ("b", 1, 1)
     assert result.first.sentence().endswith("recorded 7.0, now 7.0000005")
-    assert result.sentence("exact") == "2 of 5 frames differ from the recording, in 1 stream"
+    assert result.sentence("exact") == "2 of 5 frames differ from those in the file, in 1 stream"
     assert "(the server is not exact)" in result.sentence("tolerance")
     assert json.loads(json.dumps(result.as_json()))["first"]["element"] == 1
 
@@ -51,7 +51,8 @@ def test_only_frames_that_were_answered_then_and_now_are_compared() -> None:
     assert (result.total, result.frames, result.different, result.streams_different) == (5, 2, 2, 1)
     assert not result.complete
     assert (
-        result.sentence("exact") == "2 of 5 frames were compared: 2 of 2 frames differ from the recording, in 1 stream"
+        result.sentence("exact")
+        == "2 of 5 frames were compared: 2 of 2 frames differ from those in the file, in 1 stream"
     )
     assert result.first is not None
     assert (result.first.stream, result.first.frame) == ("b", 0)

@@ -65,7 +65,7 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
                     ReplayJob(Target(server.endpoint), file, speed, check=True), terminal, Stop(), JumpingClock()
                 )
                 assert (ending, terminal.complained) == (Exit.OK, "")
-                assert "equal the recording, bit for bit" in terminal.said
+                assert "equal those in the file, bit for bit" in terminal.said
 
 
 async def test_a_load_test_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

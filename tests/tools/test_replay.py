@@ -91,7 +91,7 @@ async def test_equal_outputs_of_streams_that_keep_their_names(file: Path) -> Non
     run.server.rules.fault = watch
     assert await run(file, check=True) == Exit.OK
     assert tuple(opened) == NAMES
-    assert "all 14 equal the recording, bit for bit" in run.terminal.said
+    assert "all 14 equal those in the file, bit for bit" in run.terminal.said
 
 
 async def test_a_name_that_is_in_use_gets_a_suffix(file: Path) -> None:
@@ -110,7 +110,7 @@ async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequence
     run = Run()
     assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
     assert "first difference: stream 'tap-1', frame 2, element 1: recorded " in run.terminal.said
-    assert "1 of 14 frames differ from the recording, in 1 stream" in run.terminal.said
+    assert "1 of 14 frames differ from those in the file, in 1 stream" in run.terminal.said
     run = Run(as_json=True)
     assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
     check = run.terminal.json()["check"]
@@ -166,7 +166,7 @@ def with_outputs_of_nan(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("damage", "compared", "note"),
     [
-        (without_the_first_frame, "8 of 13", "1 stream begins after the first frame, and the file does not hold the s"),
+        (without_the_first_frame, "8 of 13", "1 stream ('tap-1') begins after the first"),
         (with_outputs_of_nan, "8 of 14", "6 frames have no output in the file, as when a server was killed before it"),
         (
             lambda lines: [*lines[:-1], *with_outputs_of_nan(lines[-1:])],
@@ -196,6 +196,16 @@ async def test_frames_that_cannot_be_compared_are_no_success(
     await run(tmp_path / "t.csv", check=True)
     check = run.terminal.json()["check"]
     assert f"{check['frames']} of {check['total']}" == compared
+
+
+async def test_a_stream_that_was_not_chosen_is_not_warned_about(tmp_path: Path, file: Path) -> None:
+    assert await Run()(file, save=tmp_path / "t.csv") == Exit.OK
+    lines = (tmp_path / "t.csv").read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines if line.startswith('"tap-1",')))
+    (tmp_path / "t.csv").write_text("".join(lines))
+    run = Run()
+    assert await run(tmp_path / "t.csv", check=True, choice=Choice(only="mic-*")) == Exit.OK
+    assert run.terminal.complained == ""
 
 
 START_NS = 1_700_000_000_000_000_000
@@ -242,10 +252,10 @@ async def test_a_recording_is_run_again_at_its_times(
     run = Run()
     assert await run(tmp_path / "r.db", speed=speed, check=True, save=tmp_path / "again.npz") == Exit.OK
     assert run.clock.now() - 1000 == pytest.approx(last_s)
-    assert "all 8 equal the recording" in run.terminal.said
+    assert "all 8 equal those in the file" in run.terminal.said
     run = Run()
     assert await run(tmp_path / "again.npz", speed=math.inf, check=True) == Exit.OK
-    assert "all 8 equal the recording" in run.terminal.said
+    assert "all 8 equal those in the file" in run.terminal.said
 
 
 @pytest.mark.parametrize(("last_s", "speed", "said"), [(7200, None, True), (7200, 1.0, False), (50, None, False)])
@@ -289,7 +299,7 @@ async def test_streams_that_the_server_ends(file: Path, check: bool) -> None:
     assert ending == (Exit.COULD_NOT_RUN if check else Exit.FOUND_PROBLEMS)
     assert run.terminal.complained.count("(stream 'tap-1'") >= 1
     assert "4 frames got no answer: the server refused them" in run.terminal.said
-    assert ("all 10 equal the recording" in run.terminal.said) == check
+    assert ("all 10 equal those in the file" in run.terminal.said) == check
 
 
 async def test_whole_blocks_that_are_refused(file: Path) -> None:

@@ -93,5 +93,5 @@ async def test_a_replay_keeps_older_files_and_its_result(
         wanted = ReplayJob(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=keep)
         assert await replay(wanted, terminal, Stop(), JumpingClock()) == Exit.COULD_NOT_RUN
     assert terminal.complained == f"error: {keep} cannot be written: File too large\n"
-    assert "all 14 equal the recording, bit for bit" in terminal.said
+    assert "all 14 equal those in the file, bit for bit" in terminal.said
     assert (keep.read_text(), len(os.listdir(tmp_path))) == ("older", 2)

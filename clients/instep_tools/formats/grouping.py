@@ -17,7 +17,6 @@ from instep_tools.formats.columns import Roles, unit_ns
 from instep_tools.formats.table import TableHeader
 from instep_tools.problems import BadFile
 from instep_tools.sequences import I64, RecordedSequences
-from instep_tools.words import counted
 
 Columns: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """The columns of a table by name, each [rows]."""
@@ -74,7 +73,6 @@ def sequences_of(path: Path, columns: Columns, roles: Roles, header: TableHeader
         initial_states=states,
         fingerprint=header.about.get("fingerprint"),
         model=header.about.get("model"),
-        notes=_notes(is_known.count(False)),
     )
 
 
@@ -121,13 +119,3 @@ def _state(path: Path, row: bytes, header: TableHeader) -> State:
     if header.spec is None or len(row) != header.spec.row_bytes:
         raise BadFile(f"{path} is damaged: a state does not have the size of the model's")
     return as_state(np.frombuffer(row, np.uint8).reshape(1, -1), header.spec, single=True)
-
-
-def _notes(unknown: int) -> tuple[str, ...]:
-    if not unknown:
-        return ()
-    begin = "begins" if unknown == 1 else "begin"
-    return (
-        f"{counted(unknown, 'stream')} {begin} after the first frame, and the file does not hold the state there: "
-        "the outputs cannot be compared",
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,7 @@ def check_installed() -> None:
             )
 
 
-def read_mcap(path: Path, choice: Choice) -> tuple[Columns, Roles, TableHeader]:
+def read_mcap(path: Path, choice: Choice, on_progress: Callable[[float], None]) -> tuple[Columns, Roles, TableHeader]:
     """The messages of each topic as the rows of a stream, in order of log time, which is also the frames' time.
 
     The columns are the numbers of a message: `angular_velocity.x`, `data2`.
@@ -59,6 +59,7 @@ def read_mcap(path: Path, choice: Choice) -> tuple[Columns, Roles, TableHeader]:
     names: list[str] = []
     rows: list[list[float]] = []
     labels: list[tuple[str, int, int]] = []
+    size = path.stat().st_size
     with path.open("rb") as file:
         reader = make_reader(file, True, decoder_factories=[JsonDecoders(), Ros2Decoders(), ProtobufDecoders()])
         own = next((record.metadata for record in reader.iter_metadata() if record.name == METADATA), {})
@@ -74,6 +75,7 @@ def read_mcap(path: Path, choice: Choice) -> tuple[Columns, Roles, TableHeader]:
                 )
             rows.append(list(found.values()))
             labels.append((channel.topic, int(channel.metadata.get("stream_id", 0)), message.log_time))
+            on_progress(file.tell() / size)
     if not names:
         raise BadFile(f"{path} has no messages of numbers in a topic that fits {choice.only!r}: {', '.join(topics)}")
     streams, ids, times = zip(*labels, strict=True)

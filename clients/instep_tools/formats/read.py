@@ -23,13 +23,18 @@ from instep_tools.problems import BadFile, CommandProblem, reads_or_writes
 from instep_tools.sequences import RecordedSequences
 
 Table: TypeAlias = tuple[Columns, Roles, TableHeader]
-Reader: TypeAlias = Callable[[Path, Choice], Table]
+OnProgress: TypeAlias = Callable[[float], None]
+Reader: TypeAlias = Callable[[Path, Choice, OnProgress], Table]
 
 _START_BYTES: Final = 4096
 
 
-def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequences:
+def read_sequences(
+    path: Path, choice: Choice | None = None, on_progress: OnProgress = lambda share: None
+) -> RecordedSequences:
     """Read a recording, text, JSON lines, NPZ, NPY, Parquet or MCAP; sequences without a frame are left out.
+
+    `on_progress` is called with the share (0 to 1) of a recording or an MCAP file that was read.
 
     Raises:
         BadFile: naming the file and the problem.
@@ -40,7 +45,7 @@ def read_sequences(path: Path, choice: Choice | None = None) -> RecordedSequence
     if choice.named and reader not in (_read_text, _read_parquet):
         raise CommandProblem(f"--named is for text and Parquet, whose first column names the stream: {path} is neither")
     try:
-        sequences = sequences_of(path, *reader(path, choice))
+        sequences = sequences_of(path, *reader(path, choice, on_progress))
     except CommandProblem:
         raise
     except Exception as error:  # of a damaged file, the libraries raise errors of many kinds
@@ -92,7 +97,7 @@ def _unknown(path: Path) -> BadFile:
     )
 
 
-def _read_recording(path: Path, choice: Choice) -> Table:
+def _read_recording(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
     """All streams of a recording; of one that is still being written, up to its last commit."""
     from instep.recording.errors import RecordingError
     from instep.recording.reader import RecordingReader
@@ -102,7 +107,7 @@ def _read_recording(path: Path, choice: Choice) -> Table:
     try:
         with RecordingReader(path) as reader:
             streams, of = reader.streams(), reader.header
-            frames = RecordedFrames.join(list(read_frames(reader, streams, range(len(streams)))))
+            frames = RecordedFrames.join(list(read_frames(reader, streams, range(len(streams)), on_progress)))
             states = [StartState(*start) for start in reader.start_states(streams)]
     except RecordingError as error:
         raise BadFile(str(error)) from None
@@ -121,7 +126,7 @@ def _read_recording(path: Path, choice: Choice) -> Table:
     return columns, find_roles(list(columns), choice, header), header
 
 
-def _read_numpy(path: Path, choice: Choice) -> Table:
+def _read_numpy(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
     """The table as `NpzWriter` writes it, or any arrays [T, features] or [R, T, features]."""
     with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
         loaded = np.load(file, allow_pickle=False)
@@ -166,7 +171,7 @@ def _end_to_end(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, np
     }
 
 
-def _read_parquet(path: Path, choice: Choice) -> Table:
+def _read_parquet(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
@@ -182,7 +187,7 @@ def _read_parquet(path: Path, choice: Choice) -> Table:
     return {name: table.column(name).to_numpy() for name in table.column_names}, roles, header
 
 
-def _read_json(path: Path, choice: Choice) -> Table:
+def _read_json(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
     """JSON lines as `produce` prints them; lists of numbers become columns: x0, x1 and so on."""
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.strip()]
@@ -196,7 +201,7 @@ def _read_json(path: Path, choice: Choice) -> Table:
     return columns, find_roles(list(columns), choice), TableHeader()
 
 
-def _read_text(path: Path, choice: Choice) -> Table:
+def _read_text(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
     """Numbers separated by commas, semicolons, tabs or spaces, with or without a line of names."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
@@ -226,7 +231,11 @@ def _read_text(path: Path, choice: Choice) -> Table:
             ),
         )
     except pa.ArrowInvalid as error:
-        raise BadFile(f"{path}: {'' if choice.columns else f'{CHOOSE}: '}{' '.join(str(error).split())}") from None
+        why, in_columns = re.subn(
+            r"In CSV column #(\d+)", lambda at: f"in column {names[int(at[1])]!r}", " ".join(str(error).split())
+        )
+        hint = f"{CHOOSE}: " if in_columns and not choice.columns else ""
+        raise BadFile(f"{path}: {hint}{why}") from None
     return {name: table.column(name).to_numpy() for name in table.column_names}, roles, TableHeader()
 
 

@@ -168,6 +168,16 @@ def test_the_hint_comes_first_and_once(tmp_path: Path) -> None:
     assert str(failure.value).count("--columns") == str(failure.value).count("three") == 1
 
 
+def test_the_hint_is_for_columns_of_words_which_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"--columns.*'label'"):
+        text(tmp_path / "words.csv", "time,x,label\n0,1,oh\n")
+    with pytest.raises(BadFile, match="'label'"):
+        text(tmp_path / "words.csv", "time,x,label\n0,1,oh\n", columns=("label",))
+    with pytest.raises(BadFile) as failure:
+        text(tmp_path / "short.csv", "a,b\n1,2\n3\n")
+    assert "--columns" not in str(failure.value)
+
+
 def test_arrays_of_any_name_are_a_stream_each(tmp_path: Path) -> None:
     block = np.arange(12, dtype=np.float64).reshape(2, 3, 2)
     np.savez(tmp_path / "a.npz", left=np.arange(4).reshape(2, 2), right=np.arange(6.0).reshape(3, 2))
@@ -289,7 +299,9 @@ def write_ros2(path: Path) -> None:
 
 def test_topics_of_a_ros2_bag(tmp_path: Path) -> None:
     write_ros2(tmp_path / "bag.mcap")
-    read = read_sequences(tmp_path / "bag.mcap", Choice(only="/imu"))
+    shares: list[float] = []
+    read = read_sequences(tmp_path / "bag.mcap", Choice(only="/imu"), shares.append)
+    assert 0 < shares[0] <= shares[-1] <= 1
     assert parts(read) == {"/imu": [[1, 10, 100, 1, -1], [2, 20, 200, 2, -2]]}
     assert read.times_ns is not None
     assert read.times_ns.tolist() == [1, 2]

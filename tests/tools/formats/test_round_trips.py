@@ -120,10 +120,10 @@ def test_an_export_is_replayed_and_checked(
         assert checked.exit_code == 1
         return
     assert (checked.exit_code, checked.stderr) == (0, "")
-    assert f"all {recorded.frames} equal the recording, bit for bit" in checked.stdout
+    assert f"all {recorded.frames} equal those in the file, bit for bit" in checked.stdout
     again = client(server, "replay", tmp_path / f"again.{format}", "--check", "--speed", "max")
     assert (again.exit_code, again.stderr) == (0, "")
-    assert f"all {recorded.frames} equal the recording, bit for bit" in again.stdout
+    assert f"all {recorded.frames} equal those in the file, bit for bit" in again.stdout
 
 
 def test_an_export_keeps_frames_times_and_a_changed_bit(
