@@ -154,7 +154,7 @@ async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
             while len(kit.hibernation) > 8 - count:
                 kit.hibernation.tick(time.monotonic_ns())
                 await asyncio.sleep(0.001)
-            assert len(read) == count
+            assert (len(read), list(kit.hibernation)) == (count, names[count:]), "those that came first"
         await ticking(kit)
 
 

@@ -276,7 +276,8 @@ class Hibernation(Mapping[str, Sleeper]):
     def wake_wanted(self) -> None:
         """Begin to wake the streams that frames have come for, unless that has begun."""
         is_waking, until_ns = bool(self._wanted), time.monotonic_ns() + _MOST_WAIT_NS
-        self._wanted = dict.fromkeys(self._engine.wanted, until_ns) | self._wanted
+        for name in self._engine.wanted:
+            self._wanted.setdefault(name, until_ns)
         self._engine.wanted.clear()
         if not is_waking:
             self._tasks.start(self._wake_for_frames())
