@@ -188,7 +188,7 @@ class AsyncStream(_Handle, StreamView):
     async def read_state(self) -> tuple[int, State]:
         """The state as it is now and the seq of the frame that comes next.
 
-        What was sent and is not applied yet is not in it.
+        Frames that were sent and are not applied yet are not in it.
         """
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return int(seqs[0]), self._state(states)
@@ -422,10 +422,10 @@ class AsyncClient:
             name: the stream's name.
             have: outputs that the user holds, those of seqs below it; None continues after the last computed frame.
             epoch: the number of the former ownership (`AsyncStream.epoch`).
-            take_over: take the stream from any owner, and continue from what the server has, even if it is less.
+            take_over: take the stream from any owner, and continue from the server's seq, even if it is lower.
 
         Raises:
-            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is none, FENCED if its epoch is newer.
+            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is no such stream, FENCED if its epoch is newer.
             DataLoss: if the server has fewer frames than the user has outputs, or no longer the next outputs.
             ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
             InvalidInput: for a bad name or number.
@@ -457,7 +457,7 @@ class AsyncClient:
             The seq of the stream's next frame, and its state.
 
         Raises:
-            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is none.
+            StreamRefused: UNKNOWN_STREAM or EXPIRED if there is no such stream.
             InvalidInput: for a bad name.
         """
         seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))

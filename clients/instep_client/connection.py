@@ -81,7 +81,7 @@ class Call(Generic[R]):
 class Request(Call[R], ABC):
     """A call that is asked in messages of one kind and answered in messages of another.
 
-    A subclass says how it is encoded (`ask`), and what a reply, an ERROR or a lost connection means to it.
+    A subclass defines its encoding (`ask`) and its handling of a reply, an ERROR and a lost connection.
     """
 
     kind: Kind
@@ -127,7 +127,7 @@ class Asked(NamedTuple):
 
 
 class Outbox:
-    """Messages to be sent, the requests that wait for replies, and whom the driver has to wake.
+    """Messages to be sent, the requests that wait for replies, and the calls and handles that the driver has to wake.
 
     STEPs are numbered with the requests, and kept by `frames.SendQueue`.
     """

@@ -128,7 +128,7 @@ class StreamEvicted(Refused):
 class DataLoss(StreamEvicted):
     """The server has lost frames of the stream, or no longer has outputs that the client asks for.
 
-    Resume it with `take_over` to continue from what the server has.
+    Resume it with `take_over` to continue from the server's seq.
 
     Attributes:
         have: the client was given the outputs of all seqs below this one.
