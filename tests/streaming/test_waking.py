@@ -22,11 +22,8 @@ from tests.support.hibernating import LIMITS, ZERO, tick
 from tests.support.in_process import InProcessOrigin
 from tests.support.streaming import InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
 
-
-@pytest.fixture(autouse=True)
-def busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams in memory count as busy, whatever the time."""
-    monkeypatch.setattr("instep.streaming.hibernation._QUIET_NS", 10**15)
+BUSY = replace(LIMITS, quiet_ns=10**15)
+"""Streams in memory count as busy, whatever the time."""
 
 
 async def asleep(kit: StreamingEngine, path: Path, origin: InProcessOrigin, names: Sequence[str]) -> U64:
@@ -35,7 +32,7 @@ async def asleep(kit: StreamingEngine, path: Path, origin: InProcessOrigin, name
     opened = await origin.open(names)
     await tick(kit)
     assert len(kit.hibernation) == len(names)
-    kit.hibernation.limits = replace(LIMITS, hibernate_after_ns=0)
+    kit.hibernation.limits = replace(kit.hibernation.limits, hibernate_after_ns=0)
     return opened.handles
 
 
@@ -58,7 +55,7 @@ def reset(kit: StreamingEngine, origin: InProcessOrigin, handles: U64) -> asynci
 async def test_a_late_reset_changes_no_other_stream_of_that_name_or_owner_of_that_number(
     tmp_path: Path, rng: np.random.Generator, leaves: bool
 ) -> None:
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=2) as kit:
+    async with streaming(InlineExecutor, idle=BUSY, max_streams=2) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["s", "u"])
         other = await filler.open(["other"])  # one slot is left: s wakes, u waits for room
@@ -90,7 +87,7 @@ async def test_a_late_reset_changes_no_other_stream_of_that_name_or_owner_of_tha
 
 @pytest.mark.parametrize("twice", ["a", "b"])
 async def test_a_close_that_names_a_stream_twice_closes_none(tmp_path: Path, twice: str) -> None:
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=BUSY) as kit:
         origin = kit.frontend.connect()
         of = {"a": await asleep(kit, tmp_path / "r.instep", origin, ["a"])}
         of["b"] = (await origin.open(["b"])).handles
@@ -101,12 +98,9 @@ async def test_a_close_that_names_a_stream_twice_closes_none(tmp_path: Path, twi
 
 
 @pytest.mark.parametrize("request_kind", ["read", "resume"])
-async def test_no_stream_of_a_request_makes_room_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_kind: str
-) -> None:
-    monkeypatch.setattr("instep.streaming.hibernation._MOST_WAIT_NS", 0)
-    monkeypatch.setattr("instep.streaming.hibernation._QUIET_NS", 0)
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=1) as kit:
+async def test_no_stream_of_a_request_makes_room_for_another(tmp_path: Path, request_kind: str) -> None:
+    limits = replace(LIMITS, quiet_ns=0, most_wait_ns=0)
+    async with streaming(InlineExecutor, idle=limits, max_streams=1) as kit:
         origin = kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["a"])
         opened = await origin.open(["b"])
@@ -120,10 +114,9 @@ async def test_no_stream_of_a_request_makes_room_for_another(
 
 
 async def test_a_new_stream_takes_the_room_of_one_that_does_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("instep.streaming.hibernation._QUIET_NS", 0)
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=1) as kit:
+    async with streaming(InlineExecutor, idle=replace(LIMITS, quiet_ns=0), max_streams=1) as kit:
         origin = kit.frontend.connect()
         await asleep(kit, tmp_path / "r.instep", origin, ["a"])
         for name in ("b", "c"):
@@ -140,7 +133,7 @@ async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
         read.extend(streams)
         return load_open_streams(path, streams)
 
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=8) as kit:
+    async with streaming(InlineExecutor, idle=BUSY, max_streams=8) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, names)
         others = await filler.open([f"other {at}" for at in range(8)])
@@ -159,10 +152,9 @@ async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
 
 
 async def test_a_request_and_frames_that_wait_for_one_stream_both_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr("instep.streaming.hibernation._MOST_WAIT_NS", 10**15)
-    async with streaming(InlineExecutor, idle=LIMITS, max_streams=1) as kit:
+    async with streaming(InlineExecutor, idle=replace(BUSY, most_wait_ns=10**15), max_streams=1) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["s"])
         other = await filler.open(["other"])
@@ -177,7 +169,7 @@ async def test_a_request_and_frames_that_wait_for_one_stream_both_get_it(
 async def test_a_stream_that_a_request_wakes_is_as_idle_as_before_and_one_that_frames_wake_is_not(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(InlineExecutor, idle=BUSY) as kit:
         origin = kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["read", "stepped"])
         slept_ns = time.monotonic_ns()
@@ -191,12 +183,14 @@ async def test_a_stream_that_a_request_wakes_is_as_idle_as_before_and_one_that_f
 async def test_the_owner_is_told_of_a_sleeper_before_it_gets_the_reply_that_others_of_its_message_delay(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    async with streaming(idle=LIMITS) as kit:
+    async with streaming(idle=BUSY) as kit:
         origin, stranger = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["a"])
         opened = await origin.open(["b"])
         assert failures(await step(stranger, handles, [0], random_frames(rng, 1))) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
         assert (stranger.events, origin.events) == ([], [])
+        refusals = kit.stats.refusals()
+        assert refusals == {Code.UNKNOWN_STREAM: 1}
         stepping = asyncio.ensure_future(
             step(origin, np.append(opened.handles, handles), [0, 0], random_frames(rng, 1, 2))
         )
@@ -206,3 +200,4 @@ async def test_the_owner_is_told_of_a_sleeper_before_it_gets_the_reply_that_othe
         await ticking(kit)
         await kit.finish_all()
         assert failures(await stepping) == [(1, 0, Code.UNKNOWN_STREAM, 0)]
+        assert kit.stats.refusals() == refusals, "it was woken, not refused"

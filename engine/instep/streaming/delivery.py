@@ -12,6 +12,7 @@ from instep.core.typing import F32, I32, I64
 from instep.streaming.api import MAX_REPLY_MESSAGES, Reply
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
+from instep_client.protocol.codes import Code
 
 
 class Delivery:
@@ -59,7 +60,8 @@ class Delivery:
             if origin is None:
                 continue  # it is gone, and its streams are parked
             if failed:
-                self._stats.refuse_streams(tables.reply_columns[0, column : column + width])
+                codes = tables.reply_columns[0, column : column + width]
+                self._stats.refuse_streams(codes[codes != Code.UNKNOWN_STREAM])  # `Engine` counts those it admits
             y = tables.reply_y[value : value + timesteps * width * outputs].reshape(timesteps, width, outputs)
             origin.deliver(
                 Reply(

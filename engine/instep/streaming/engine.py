@@ -185,8 +185,8 @@ class Engine:
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
         complete, partly_repeated, refused, unknown = admit(self.packed, messages, columns, x)
-        if unknown and self.asleep:
-            self._note_wanted(frames)
+        if unknown:
+            self.stats.refused[Code.UNKNOWN_STREAM] += unknown - (self._note_wanted(frames) if self.asleep else 0)
         if partly_repeated:  # the kernel lists them at the end of `complete`
             self._delivery.keep_repeated(self.tables.complete[len(frames) - partly_repeated : len(frames)])
         if refused:
@@ -197,15 +197,17 @@ class Engine:
         if complete:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
-    def _note_wanted(self, frames: list[Frames]) -> None:
-        """Note frames for streams that hibernate: their owners are notified before they get the refusals."""
-        for each in frames:
+    def _note_wanted(self, frames: list[Frames]) -> int:
+        """Notify the owners of streams that hibernate, before they get the refusals; the count of such columns."""
+        count = 0
+        for each, outcome in zip(frames, self.tables.outcomes[: len(frames)].tolist(), strict=True):
             handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
-            asleep = {handle: self.asleep[handle] for handle in handles if handle in self.asleep}
-            own = {handle: name for handle, (owner, name, _) in asleep.items() if owner is each.origin}
+            own = [handle for handle in handles if handle in self.asleep and self.asleep[handle][0] is each.origin]
             if own:
-                self.wanted.update(own.values())
-                each.origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(own), np.uint64)))
+                self.wanted.update(self.asleep[handle][1] for handle in own)
+                each.origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(dict.fromkeys(own)), np.uint64)))
+            count += 0 if outcome else len(own)
+        return count
 
     def _refuse(self, frames: Frames, code: Code) -> None:
         is_busy = code is Code.BUSY

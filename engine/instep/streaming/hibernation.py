@@ -31,10 +31,6 @@ from instep_client.protocol.codes import Code
 AT_ONCE: Final = 1024
 """Streams that leave memory, return to it or are checked for their age in one turn of the loop."""
 _MOST_TOMBSTONES: Final = 65_536
-_QUIET_NS: Final = 1_000_000_000
-"""A stream with nothing to do for this long leaves memory where another one is to wake."""
-_MOST_WAIT_NS: Final = 5_000_000_000
-"""The longest that a stream which is to wake waits for room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,10 @@ class IdleLimits:
     """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
     max_hibernated: int = 1_000_000
     """The most that hibernate; beyond it those that have done so longest expire."""
+    quiet_ns: int = 1_000_000_000
+    """A stream with nothing to do for this long leaves memory when another stream needs its slot."""
+    most_wait_ns: int = 5_000_000_000
+    """The longest that a waking stream waits for a free slot."""
 
     def expires_in_ns(self, idle_ns: int, *, has_owner: bool) -> int | None:
         """The time left until a stream expires if it stays idle; None if it never does."""
@@ -194,7 +194,7 @@ class Hibernation(Mapping[str, Sleeper]):
             await self._journal.committed(self._newest_lsn)
 
     def _idle(self) -> I64:
-        return self._sleepy(self._table.idle_longest(time.monotonic_ns() - _QUIET_NS))
+        return self._sleepy(self._table.idle_longest(time.monotonic_ns() - self.limits.quiet_ns))
 
     def _room(self, most: int) -> int:
         """How many streams, up to `most`, could find room in memory now."""
@@ -275,7 +275,7 @@ class Hibernation(Mapping[str, Sleeper]):
 
     def wake_wanted(self) -> None:
         """Begin to wake the streams that frames have come for, unless that has begun."""
-        is_waking, until_ns = bool(self._wanted), time.monotonic_ns() + _MOST_WAIT_NS
+        is_waking, until_ns = bool(self._wanted), time.monotonic_ns() + self.limits.most_wait_ns
         for name in self._engine.wanted:
             self._wanted.setdefault(name, until_ns)
         self._engine.wanted.clear()
@@ -306,7 +306,7 @@ class Hibernation(Mapping[str, Sleeper]):
         Returns:
             int32 [N], why streams hibernate still, or were lost; 0 for the others.
         """
-        until_ns = time.monotonic_ns() + _MOST_WAIT_NS
+        until_ns = time.monotonic_ns() + self.limits.most_wait_ns
         while True:
             with self.staying(self._table.find(names)):  # none of them makes room for another
                 codes = await self._wake(names)
