@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from instep.models.errors import ModelError
 from instep.models.folder import load_model, write_model
 from instep.models.network import PortableNetwork
-from instep.models.registry import build, parse_description
+from instep.models.registry import build
 from tests.support.leaky import by_hand, leaky, registered
 from tests.support.running import CPU
 
@@ -31,16 +29,6 @@ def test_its_folder_is_read_back(tmp_path: Path) -> None:
     found = load_model(tmp_path)
     assert (found.description, found.fingerprint) == (MODEL.description, MODEL.fingerprint)
     assert isinstance(build(found, CPU), PortableNetwork)
-
-
-def test_a_network_that_does_not_come_from_torch_is_always_on_the_cpu() -> None:
-    network = build(MODEL, torch.device("cuda"))
-    assert (network.device, network.arithmetic) == (CPU, "portable-1")
-
-
-def test_a_kind_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"there is no kind of model 'reservoir'; expected gru, .*leaky"):
-        parse_description({"kind": "reservoir", "features": 3})
 
 
 def test_without_a_module_of_torch_and_a_reference_the_definition_is_left() -> None:

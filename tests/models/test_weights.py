@@ -21,14 +21,6 @@ def good_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in DESCRIPTION.tensor_shapes().items()}
 
 
-def test_what_safetensors_wrote_is_read_bit_for_bit(tmp_path: Path) -> None:
-    tensors = good_tensors()
-    save_file(tensors, tmp_path / "w.safetensors")
-    loaded = load_weights(tmp_path / "w.safetensors", DESCRIPTION)
-    assert list(loaded) == list(DESCRIPTION.tensor_shapes())
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-
-
 def test_a_later_change_of_the_file_does_not_reach_what_was_loaded(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(good_tensors(), path)
@@ -39,45 +31,20 @@ def test_a_later_change_of_the_file_does_not_reach_what_was_loaded(tmp_path: Pat
     assert all(torch.equal(loaded[name], tensor) for name, tensor in good_tensors().items())
 
 
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    tensors = good_tensors()
-    del tensors["gru.bias_hh_l0"], tensors["after.0.weight"]
-    save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(ModelError, match=r"lacks .* tensor gru\.bias_hh_l0 \[9\], after\.0\.weight \[4, 3\]; add"):
-        load_weights(tmp_path / "w.safetensors", DESCRIPTION)
+def refused(path: Path, tensors: dict[str, torch.Tensor], *named: str) -> None:
+    save_file(tensors, path)
+    with pytest.raises(ModelError) as error:
+        load_weights(path, DESCRIPTION)
+    assert all(name in str(error.value) for name in named)
 
 
-def test_extra_tensors_are_named_and_long_lists_cut_short(tmp_path: Path) -> None:
-    extra = {f"gru.weight_ih_l{layer}": torch.zeros(1) for layer in range(1, 7)}
-    save_file(good_tensors() | extra, tmp_path / "w.safetensors")
-    with pytest.raises(ModelError, match=r"does not have: tensor 'gru\.weight_ih_l1', .*l4' and 2 more; leave"):
-        load_weights(tmp_path / "w.safetensors", DESCRIPTION)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        float("nan"),
-        float("inf"),
-    ],
-)
-def test_non_finite_weights_are_named(tmp_path: Path, value: float) -> None:
-    tensors = good_tensors()
-    tensors["gru.weight_hh_l0"][4, 1] = value
-    save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(ModelError, match=r"tensor gru\.weight_hh_l0 of .* NaN or infinity in 1 of 27"):
-        load_weights(tmp_path / "w.safetensors", DESCRIPTION)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"PK\x03\x04 a zip, as torch.save writes", save(good_tensors())[:-4]],
-    ids=["empty", "zip", "cut short"],
-)
-def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"w\.safetensors is not a whole safetensors file"):
-        load_weights(tmp_path / "w.safetensors", DESCRIPTION)
+def test_tensors_that_are_missing_too_many_or_not_finite_are_named(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "w.safetensors", good_tensors()
+    refused(path, {name: tensors[name] for name in list(tensors)[2:]}, *list(tensors)[:2])
+    refused(path, tensors | {f"gru.weight_ih_l{layer}": torch.zeros(1) for layer in range(1, 7)}, "gru.weight_ih_l1")
+    for value in (float("nan"), float("inf")):
+        tensors["gru.weight_hh_l0"][4, 1] = value
+        refused(path, tensors, "gru.weight_hh_l0")
 
 
 @settings(max_examples=300, deadline=None)

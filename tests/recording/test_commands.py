@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -94,13 +93,6 @@ def test_info_of_a_folder_has_a_line_for_each_recording_and_nothing_else(tmp_pat
     assert (status, "c.rec is damaged" in text.splitlines()[2]) == (2, True)
     (tmp_path / "empty").mkdir()
     assert said(commands.info, tmp_path / "empty") == (0, "")
-
-
-@pytest.mark.parametrize("name", ["missing.rec", "x" * 300])
-def test_a_recording_that_there_is_not_is_told_in_a_sentence(tmp_path: Path, name: str) -> None:
-    for command, arguments in ((commands.info, ()), (commands.repair_file, (tmp_path / "saved.rec",))):
-        status, text = said(command, tmp_path / name, *arguments)
-        assert (status, len(text.splitlines())) == (2, 1)
 
 
 def test_info_as_json(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import sqlite3
 from collections.abc import Callable
@@ -15,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.models.folder import load_model
 from instep.recording import inspection
 from instep.recording.commands import cut_file, parse_time
@@ -123,15 +120,6 @@ def test_without_bounds_it_is_everything(scribe: Scribe, tmp_path: Path, model: 
     assert verified(tmp_path / "out.rec", model)
 
 
-def test_a_range_of_the_row_that_completes_a_checkpoint_begins_at_the_one_before(
-    scribe: Scribe, tmp_path: Path
-) -> None:
-    with RecordingReader(scribe.writer.path) as reader:
-        before, checkpoint = reader.checkpoints()[1:3]
-    found = cut_out(scribe.writer.path, tmp_path / "out.rec", checkpoint.completed - 1, checkpoint.completed)
-    assert (found.first_position, found.last_position) == (before.position + 1, checkpoint.completed)
-
-
 def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, model: Path) -> None:
     path, points = scribe.writer.path, checkpoints(scribe.writer.path)
     cut_out(path, tmp_path / "one.rec", points[0])
@@ -141,23 +129,6 @@ def test_a_cut_of_a_cut_and_of_what_was_trimmed(scribe: Scribe, tmp_path: Path, 
     left = checkpoints(path)
     assert cut_out(path, tmp_path / "three.rec", left[1]).first_position == left[1] + 1
     assert verified(tmp_path / "three.rec", model)
-
-
-def test_a_recording_without_its_beginning_says_so_wherever_it_is_described(
-    scribe: Scribe, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trim_all(scribe)
-    trimmed, archive = scribe.writer.path, tmp_path / "out.rec"
-    cut_out(trimmed, archive)
-    console = Console(file=io.StringIO(), width=80)
-    for path in (trimmed, archive):
-        with RecordingReader(path) as reader:
-            begins = f"begins at position {reader.first_position:,} ({when(reader.checkpoints()[0].time_ns)})"
-            assert reader.first_position > 1
-        shown = CliRunner().invoke(app, ["recordings", "info", str(path)]).stdout
-        assert begins in " ".join(shown.split())
-        run(path, json=True, model_folder=model, streams=[], console=console)
-        assert json.loads(capsys.readouterr().out)["trimmed"].startswith(begins)
 
 
 def test_times_as_typed(scribe: Scribe, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from instep.recording.records import StateRows
 from instep.recording.writer import RecordingWriter
 from tests.support.batches import batches_of
 from tests.support.recordings import gru_description, make_gru, make_header
-from tests.support.rows import close_stream, open_stream, stream_event
+from tests.support.rows import open_stream, stream_event
 
 HEADER = make_header(gru_description(make_gru(3, 4)))
 
@@ -79,26 +79,6 @@ def add(recorder: Recorder, seq: int) -> int:
     streams, seqs = np.array([1], np.uint32), np.array([seq], np.uint64)
     ticket = recorder.put(lambda writer: writer.add_inputs(seq, streams, seqs, x), batches=1)
     return recorder.put(lambda writer: writer.add_outputs(seq, ticket, y))
-
-
-def test_everything_is_written_in_order(tmp_path: Path) -> None:
-    writer, recorder, calls = start(tmp_path / "a.rec", queue_batches=100)
-    writer.gate.set()
-    open_stream(recorder, 1, "a", 7, 0, 1, None)
-    for seq in range(50):
-        add(recorder, seq)
-        if seq == 20:
-            stream_event(recorder, 2, "note", 1, seq, "half way")
-    close_stream(recorder, 1, 3, "closed", 50, np.ones((1, 4), np.float32))
-    recorder.stop()
-    assert recorder.failed is None
-    assert calls.failures == []
-    with RecordingReader(tmp_path / "a.rec") as reader:
-        assert reader.finished
-        assert [int(batch.seqs[0]) for batch in batches_of(reader)] == list(range(50))
-        assert [event.position for event in reader.events()] == [44, 104]
-        (info,) = reader.streams()
-        assert (info.opened_position, info.closed_position, info.frames) == (1, 103, 50)
 
 
 def test_all_that_waits_becomes_one_commit(tmp_path: Path) -> None:

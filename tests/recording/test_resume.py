@@ -106,17 +106,6 @@ def test_another_engine_is_noted_and_the_first_one_stays_in_the_header(tmp_path:
         assert len(reader.engines) == 2
 
 
-def test_only_recordings_are_gone_on_with(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="cannot read the recording"):
-        RecordingWriter.resume(tmp_path / "missing.rec", HEADER)
-    (tmp_path / "text.rec").write_text("frames" * 100)
-    with pytest.raises(RecordingError, match="not a recording"):
-        RecordingWriter.resume(tmp_path / "text.rec", HEADER)
-    with pytest.raises(RecordingError, match="cannot continue the recording"):
-        RecordingWriter.resume(tmp_path / "no folder" / "a.rec", HEADER)
-    assert [file.name for file in tmp_path.iterdir()] == ["text.rec"]
-
-
 def test_there_is_one_writer_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     assert not is_being_written(path)

@@ -108,10 +108,10 @@ def test_a_page_that_cannot_be_written(recorded: Recorded, tmp_path: Path, monke
     assert "No space left on device" in " ".join(lost.stderr.split())
 
 
-def test_the_page_of_a_hundred_thousand_streams_is_small_and_begins_with_the_worst(tmp_path: Path) -> None:
+def test_the_page_of_many_streams_is_small_and_begins_with_the_worst(tmp_path: Path) -> None:
     good = [
         StreamReport(number, f"mic-{number}", 100 + number, 0, "exact", max_error=1e-7 * number)
-        for number in range(100_000)
+        for number in range(3000)
     ]
     worst = StreamReport(7, "mic-7", 9, 0, "mismatch", [f"problem {number}" for number in range(1000)])
     report = Report(tmp_path / "a", "m", "f", (*good, worst), True, (), 1.0)
@@ -119,5 +119,5 @@ def test_the_page_of_a_hundred_thousand_streams_is_small_and_begins_with_the_wor
     page = read_page(tmp_path / "a.html")
     rows = page.table("stream", "name", "frames")
     assert len(rows) == MOST_ROWS
-    assert (rows[0]["verdict"], rows[1]["name"]) == ("mismatch", "mic-99999")
-    assert f"and {100_001 - MOST_ROWS:,} more streams, none of which is worse" in page.text["p"]
+    assert (rows[0]["verdict"], rows[1]["name"]) == ("mismatch", "mic-2999")
+    assert f"and {3001 - MOST_ROWS:,} more streams, none of which is worse" in page.text["p"]

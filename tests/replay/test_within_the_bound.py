@@ -118,7 +118,7 @@ def test_an_output_within_the_bound_alone_is_within_tolerance(tmp_path: Path, bo
 
 
 @pytest.mark.parametrize("changes", [{}, NO_BITS])
-@pytest.mark.parametrize("by", [0, FLOOR / 2, 1.5 * FLOOR, 3 * FLOOR, 1.0, np.inf, np.nan], ids=lambda by: f"{by:.0e}")
+@pytest.mark.parametrize("by", [0, 1.5 * FLOOR, 1.0, np.nan], ids=lambda by: f"{by:.0e}")
 @pytest.mark.parametrize("grows", [False, True], ids=["forgets", "amplifies"])
 def test_the_report_is_that_of_the_bound_whatever_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], by: float, grows: bool

@@ -12,7 +12,6 @@ from torch import nn
 
 from instep.models.errors import ModelError
 from instep.models.handover.save import save_model
-from instep.models.recurrent.description import GruDescription
 from tests.support.forwards import Forward, Net, plain
 
 
@@ -108,13 +107,3 @@ def test_graphs_and_quantised_modules_are_told_what_to_hand_over(tmp_path: Path)
             with pytest.raises(ModelError, match=named):
                 save_model(tmp_path / "m", network)
     assert not (tmp_path / "m").exists()
-
-
-def test_layers_go_with_a_gru_and_not_with_a_whole_module(tmp_path: Path) -> None:
-    net = Plain()
-    with pytest.raises(ModelError, match="save_model\\(path, net\\)"):
-        save_model(tmp_path / "m", net, after=[(net.head, "none")])
-    by_hand = save_model(tmp_path / "by hand", net.gru, after=[(net.head, "none")])
-    found = save_model(tmp_path / "found", net)
-    assert isinstance(found.description, GruDescription)
-    assert found.fingerprint == by_hand.fingerprint

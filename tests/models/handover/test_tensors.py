@@ -59,12 +59,6 @@ def test_arrays_of_numpy_are_weights_too(tmp_path: Path) -> None:
         save_model(tmp_path / "d", arrays | {"head.weight": np.zeros((7, 10))}, **LAYERS)
 
 
-def test_the_state_dict_of_a_gru_alone_needs_no_order(tmp_path: Path) -> None:
-    assert save_model(tmp_path / "a", NET.gru.state_dict()).description.in_words() == "16 features → GRU 10 × 2 layers"
-    plain = nn.Sequential(nn.GRU(3, 4, bias=False)).state_dict()
-    assert save_model(tmp_path / "b", plain).description.in_words() == "3 features → GRU 4"
-
-
 def test_order_and_activations_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refused:
         save_model(tmp_path / "m", NET.state_dict())

@@ -173,30 +173,3 @@ def test_a_state_that_changes_its_shape(tmp_path: Path) -> None:
     growing = graph(nodes, {"x": ROWS4, "h": ["rows", 6]}, {"y": ["rows", 1], "hn": ["rows", 10]})
     with pytest.raises(ModelError, match=r"'h' is \[1, 6\], and 'hn', .* \[1, 10\]"):
         imported(tmp_path, growing, state={"h": "hn"})
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"answer": "z"}, "no output 'z'"),
-        ({"constants": {"z": 1}}, "no input 'z'"),
-        ({"shapes": {"x": (2, 4)}}, "'x' .* --shape"),
-    ],
-)
-def test_names_and_shapes_that_do_not_fit(tmp_path: Path, given: dict[str, Any], named: str) -> None:
-    with pytest.raises(ModelError, match=named):
-        imported(tmp_path, leaky(), **given)
-
-
-@pytest.mark.parametrize(
-    ("file", "options"),
-    [
-        ("net.onnx", ["--state", "h"]),
-        ("net.onnx", ["--shape", "x=a,b"]),
-        ("net.onnx", ["--leave-out", "a"]),
-    ],
-)
-def test_options_that_do_not_fit(file: str, options: list[str]) -> None:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["model", "import", file, *options])
-    assert result.exit_code == 2
-    assert options[0] in result.output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -35,8 +35,12 @@ ROWS = 21
 MOST_STEPS = 20_000
 Change = tuple[tuple[Any, ...], Any]
 
-few = settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-many = settings(few, max_examples=400)
+EXAMPLES = [6, pytest.param(400, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
+
+
+def check_examples(count: int, check: Callable[[Any], None], examples: st.SearchStrategy[Any]) -> None:
+    slow = [HealthCheck.filter_too_much, HealthCheck.too_slow]
+    settings(max_examples=count, suppress_health_check=slow, deadline=None)(given(examples)(check))()
 
 
 @pytest.fixture(autouse=True)
@@ -55,18 +59,9 @@ def check_grown(random: Random) -> None:
     check_form(form, tensors, hard_inputs(form, ROWS, random.randrange(99)), parts=(1, 3))
 
 
-@few
-@given(st.integers(0, 2**32 - 1))
-def test_grown_forms(seed: int) -> None:
-    check_grown(Random(seed))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@many
-@given(st.integers(0, 2**32 - 1))
-def test_hundreds_of_grown_forms(seed: int) -> None:
-    check_grown(Random(seed))
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_grown_forms(examples: int) -> None:
+    check_examples(examples, lambda seed: check_grown(Random(seed)), st.integers(0, 2**32 - 1))
 
 
 def check_damaged(changes: list[Change]) -> None:
@@ -93,18 +88,9 @@ _DAMAGE = st.lists(
 )
 
 
-@few
-@given(_DAMAGE)
-def test_damaged_forms(changes: list[Change]) -> None:
-    check_damaged(changes)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-@many
-@given(_DAMAGE)
-def test_hundreds_of_damaged_forms(changes: list[Change]) -> None:
-    check_damaged(changes)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_damaged_forms(examples: int) -> None:
+    check_examples(examples, check_damaged, _DAMAGE)
 
 
 def far(op: str) -> Form:

@@ -141,11 +141,13 @@ def test_the_definition_and_the_references_agree(name: str) -> None:
         reference = network.reference(dtype)
         assert reference is not None
         assert reference.independent
-        y, _ = reference.run(
+        y, after = reference.run(
             x.astype(dtype), {name: leaf.astype(dtype) for name, leaf in leaves.items()}, np.full(20, 9)
         )
         assert y.dtype == dtype
         np.testing.assert_allclose(y, truth[0], rtol=tolerance, atol=max(tolerance / 10, 3e-9))
+        for name, leaf in network.state.unpack(truth[1]).items():  # of float32
+            np.testing.assert_allclose(after[name], leaf, rtol=max(tolerance, 1e-7), atol=1e-6)
     y, _ = network.definition().run(x, leaves, np.full(20, 9))
     np.testing.assert_allclose(y, truth[0], rtol=1e-5, atol=2e-6)
 

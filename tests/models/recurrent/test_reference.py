@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 import numpy as np
@@ -58,35 +57,6 @@ def in_float64(model: Model, x: Any, state: dict[str, Any]) -> tuple[Any, dict[s
     return y, spec.unpack(after)
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize(("layers", "bias"), [(1, True), (3, False)])
-def test_the_recurrent_layers_are_torchs_in_float64(flavour: str, layers: int, bias: bool) -> None:
-    model = model_of(flavour, 5, 33, layers, bias)
-    x, state = np.random.default_rng(0).standard_normal((11, 40, 5)), states_of(model, 40)
-    y, final = reference_of(model, np.float64).run(x, state, np.full(11, 40))
-    expected, expected_final = in_float64(model, x, state)
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-13)
-    for name, leaf in final.items():
-        np.testing.assert_allclose(leaf, expected_final[name], rtol=1e-7, atol=1e-12)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_the_layers_around_them_are_torchs_in_float64(bias: bool, activation: str) -> None:
-    norms = [
-        {"layer_norm": True, "activation": activation, "bias": bias, "eps": 1e-3},
-        {"layer_norm": True, "elementwise_affine": bias},
-    ]
-    dense = {"size": 37, "bias": bias, "activation": activation}
-    model = model_of("gru", 5, 33, bias=bias, before=[dense, norms[1]], after=[*norms, dense, {"size": 2}])
-    x, state = np.random.default_rng(0).standard_normal((11, 40, 5)), states_of(model, 40)
-    y, _ = reference_of(model, np.float64).run(x, state, np.full(11, 40))
-    # torch's softplus is x itself from 20 on, where log(1 + exp(-x)) is left out.
-    np.testing.assert_allclose(
-        y, in_float64(model, x, state)[0], rtol=0, atol=3e-9 if activation == "softplus" else 1e-12
-    )
-
-
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations_are_those_of_torch_for_values_of_every_size(activation: Activation) -> None:
     size = np.geomspace(1e-8, 1e30, 400)
@@ -125,23 +95,6 @@ def test_tiles_and_blocks_of_any_size_give_the_same(
             np.testing.assert_allclose(leaf[rows], expected_final[name], rtol=1e-7, atol=1e-12)
 
 
-def test_one_unit_by_hand() -> None:
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    numbers = ([[0.5], [-0.25], [0.75]], [[0.125], [0.5], [-0.5]], [0.1, 0.2, 0.3], [-0.1, 0.05, 0.4])
-    weights = {f"gru.{name}_l0": np.array(value, np.float32) for name, value in zip(names, numbers, strict=True)}
-    x, h = 2.0, 0.5
-    b = {name: weights[f"gru.{name}_l0"].astype(float).tolist() for name in ("bias_ih", "bias_hh")}
-    r = 1 / (1 + math.exp(-(0.5 * x + b["bias_ih"][0] + 0.125 * h + b["bias_hh"][0])))
-    z = 1 / (1 + math.exp(-(-0.25 * x + b["bias_ih"][1] + 0.5 * h + b["bias_hh"][1])))
-    n = math.tanh(0.75 * x + b["bias_ih"][2] + r * (-0.5 * h + b["bias_hh"][2]))
-    expected = (1 - z) * n + z * h
-
-    reference = RecurrentReference(GRU, weights, np.float64)
-    y, final = run(reference, np.full((1, 1, 1), x), np.full((1, 1, 1), h), np.array([1]))
-    assert y.item() == pytest.approx(expected, abs=1e-15)
-    assert final.item() == y.item()
-
-
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_shorter_sequences_keep_the_state_of_their_last_frame(flavour: str) -> None:
     model = model_of(flavour, 3, 4, layers=2)
@@ -175,18 +128,6 @@ def test_tanh_is_near_the_truth_however_small_the_value() -> None:
     assert (np.abs(y[0, :, 0] - exact) <= 2.0**-44 * np.abs(exact)).all()
 
 
-def test_tanh_in_float32_loses_no_more_than_float32_does() -> None:
-    x = np.geomspace(1e-30, 20, 100_000).astype(np.float32)
-    weights = {f"gru.{name}_l0": np.zeros((3, 1), np.float32) for name in ("weight_ih", "weight_hh")}
-    weights["gru.bias_ih_l0"] = np.array([0, -np.inf, 0], np.float32)
-    weights["gru.weight_ih_l0"][2] = 1
-    parts = GRU
-    h = np.zeros((1, len(x), 1), np.float32)
-    y, _ = run(RecurrentReference(parts, weights, np.float32), x[None, :, None], h, np.array([len(x)]))
-    exact = np.tanh(x.astype(np.float64))
-    assert (np.abs(y[0, :, 0] - exact) <= 2.0**-22 * exact).all()
-
-
 def test_overflow_is_a_value_and_not_a_warning() -> None:
     model = model_of("gru", 3, 4, after=[{"size": 2}, {"layer_norm": True}])
     rows = np.array([[1, 1, 1, 1], [1, -1, 1, -1]], np.float32)
@@ -194,26 +135,3 @@ def test_overflow_is_a_value_and_not_a_warning() -> None:
     x = np.full((1, 1, 3), 3e38, np.float32)
     y, _ = reference_of(model, np.float32).run(x, {"h": np.ones((1, 1, 4), np.float32)}, np.array([1]))
     assert not np.isfinite(y).all()
-
-
-def test_one_unit_of_an_lstm_and_of_an_rnn_by_hand() -> None:
-    x, h, c = 2.0, 0.5, -1.5
-    of_input, of_state, bias = [0.5, -0.25, 0.75, 1.0], [0.125, 0.5, -0.5, 0.25], [0.25, -0.5, 0.125, 0.0]
-    sums = [a * x + b * h + 2 * d for a, b, d in zip(of_input, of_state, bias, strict=True)]
-    enter, forget, output = (1 / (1 + math.exp(-sums[at])) for at in (0, 1, 3))
-    cell = forget * c + enter * math.tanh(sums[2])
-
-    def run(kind: str, **options: str) -> dict[str, Any]:
-        gates = 4 if kind == "lstm" else 1
-        column = {"weight_ih": [[v] for v in of_input], "weight_hh": [[v] for v in of_state]}
-        named = column | {"bias_ih": bias, "bias_hh": bias}
-        weights = {f"{kind}.{name}_l0": np.array(values[:gates], np.float32) for name, values in named.items()}
-        parts = {"kind": kind, "before": [], kind: {"num_layers": 1, **options}, "after": []}
-        state = {"h": np.full((1, 1, 1), h), "c": np.full((1, 1, 1), c)}
-        y, final = RecurrentReference(parts, weights, np.float64).run(np.full((1, 1, 1), x), state, np.array([1]))
-        assert y.item() == final["h"].item()
-        return {name: leaf.item() for name, leaf in final.items()}
-
-    assert run("lstm") == pytest.approx({"h": output * math.tanh(cell), "c": cell}, abs=1e-15)
-    assert run("rnn", nonlinearity="tanh") == pytest.approx({"h": math.tanh(sums[0])}, abs=1e-15)
-    assert run("rnn", nonlinearity="relu") == pytest.approx({"h": max(sums[0], 0)}, abs=1e-15)
