@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 Floats: TypeAlias = npt.NDArray[Any]
 """float64 or float32, as a reference's dtype."""
 LEARNED: Final = "initial_state."
-"""The tensor of the weights file that a leaf with a learned initial state begins with is called so, and by its name."""
+"""The prefix, before the leaf's name, of the weights tensor that holds a learned initial state."""
 Shape: TypeAlias = tuple[int, ...]
 
 
 class PlainFields(BaseModel):
-    """Values of a description; a key that it does not have is an error."""
+    """A base for descriptions of plain values; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def state_in_words(state: StateSpec) -> str:
-    """The leaves with shapes, and with dtypes other than float32: `state h [64], frames [] int64`."""
+    """The leaves with their shapes, and any dtype other than float32: `state h [64], frames [] int64`."""
     leaves = ", ".join(
         f"{leaf.name} {list(leaf.shape)}" + ("" if leaf.dtype.name == "float32" else f" {leaf.dtype.name}")
         for leaf in state.leaves
@@ -43,7 +43,7 @@ def state_in_words(state: StateSpec) -> str:
 
 
 def learned_shapes(state: StateSpec) -> dict[str, Shape]:
-    """The tensors of the weights file that leaves with a learned initial state begin with."""
+    """The shapes of the weights tensors that hold learned initial states."""
     return {LEARNED + leaf.name: leaf.shape for leaf in state.leaves if leaf.initial is None}
 
 
@@ -56,18 +56,18 @@ class Description(Protocol):
 
     @property
     def features(self) -> int:
-        """Values per frame."""
+        """The number of values in a frame."""
 
     @property
     def outputs(self) -> int:
-        """Values per frame that the network answers."""
+        """The number of values that the network returns for a frame."""
 
     @property
     def state(self) -> StateSpec:
         """The state that is kept for each stream between frames."""
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Every tensor of the weights file by name, in the order in which it counts for the fingerprint."""
+        """The shape of every weights tensor by name, in the order in which the fingerprint hashes them."""
 
     def tensor_dtype(self, tensor: str) -> str:
         """The dtype of a tensor of the weights file, as torch calls it: `float32`."""
@@ -80,19 +80,19 @@ class Description(Protocol):
 
 
 class Reference(Protocol):
-    """The network computed in another way than by its step."""
+    """The network, computed by other means than its step."""
 
     @property
     def independent(self) -> bool:
-        """Whether it shares no code with the step, being written again from the equations; reports say so if not."""
+        """Whether it was written from the equations and shares no code with the step; reports say so if not."""
 
     def run(self, x: Floats, state: Mapping[str, Any], active: I64) -> tuple[Floats, dict[str, Any]]:
         """Run sequences of different lengths, the longest first.
 
         Args:
             x: frames [T, R, features], float32 or of the reference's dtype.
-            state: by leaf, [R, *shape], before them; not changed. Floats have the reference's dtype.
-            active: [T], descending: how many of the rows, from the first, have a frame at each timestep.
+            state: by leaf, [R, *shape], before these frames; not changed. Floats have the reference's dtype.
+            active: [T], descending: the number of rows, counted from the first, that have a frame at each timestep.
 
         Returns:
             Outputs [T, R, outputs], meaningless where a row has no frame, and the state after each row's last frame.
@@ -134,7 +134,7 @@ class RecurrentModel(Protocol):
         """
 
     def sequence(self, x: F32, states: U8) -> tuple[F32, U8] | None:
-        """T frames of every row, computed by the user's kind of module in torch: the same within rounding.
+        """Compute T frames of every row by the user's kind of module in torch; equal to the step within rounding.
 
         Args:
             x: float32 [T, R, features].
@@ -145,14 +145,14 @@ class RecurrentModel(Protocol):
         """
 
     def definition(self) -> Reference | None:
-        """The arithmetic as a second program, in float32 with the bits of the step; None without a promise of bits."""
+        """The arithmetic as a second program with the bits of the step; None for a model without a promise of bits."""
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
-        """The reference in float64, or in float32 to measure what rounding alone does; None without one."""
+        """The reference in float64, or in float32 to measure the effect of rounding; None if the kind has none."""
 
 
 def step_frames(network: RecurrentModel, x: F32, rows: U8) -> tuple[F32, U8]:
-    """Step frames [T, R, features]: outputs [T, R, outputs] and rows of states after them."""
+    """Step frames [T, R, features]. Returns outputs [T, R, outputs] and the rows of states after the last frame."""
     y = np.empty((*x.shape[:2], network.description.outputs), np.float32)
     for frame, answers in zip(x, y, strict=True):
         answers[...], rows = network.step(frame, rows)
@@ -166,10 +166,10 @@ def scan(
     active: I64,
     outputs: int,
 ) -> tuple[Floats, dict[str, Any]]:
-    """Run sequences of different lengths by one step after another; see `Reference.run`.
+    """Run sequences of different lengths step by step; see `Reference.run`.
 
     Args:
-        step: gives outputs [R, outputs] and leaves after frames [R, features] and leaves before them, which are copies.
+        step: takes frames [R, features] and copies of the leaves, and returns outputs [R, outputs] and the new leaves.
         x: frames [T, R, features].
         state: by leaf, [R, *shape].
         active: [T], descending.

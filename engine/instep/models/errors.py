@@ -1,4 +1,4 @@
-"""The one error of this package, and what others say."""
+"""The error of this package, and sentences that several modules use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class ModelError(Exception):
 
 
 def no_folder(folder: Path) -> tuple[str, str]:
-    """The sentence about a missing model folder, and its cure."""
+    """The sentence that reports a missing model folder and how to make one."""
     return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or else its name."""
+    """The first line of an error's message, or the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -27,13 +27,12 @@ DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
-"""Of an ONNX graph, with its weights."""
+"""The size limit of an ONNX graph with its weights."""
 _FILES: Final = (WEIGHTS_FILE, *(file for kind in KINDS.values() for file in kind.files))
-"""Files that a model folder may hold next to `model.yaml`."""
 
 
 class _ModelLoader(yaml.SafeLoader):
-    """Safe YAML without aliases: a few lines of them could stand for more values than memory holds."""
+    """Safe YAML without aliases, because a few lines of aliases could expand to more values than memory holds."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -101,7 +100,7 @@ def load_model(folder: str | Path) -> Model:
 
 
 def graph_bytes(path: Path, most: int = MAX_GRAPH_BYTES) -> bytes:
-    """The content of a file that holds a graph, of at most `most` bytes.
+    """Read a graph file of at most `most` bytes.
 
     Raises:
         ModelError: when it cannot be read, or is larger.
@@ -116,7 +115,7 @@ def graph_bytes(path: Path, most: int = MAX_GRAPH_BYTES) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a named pipe or a device in place of a file: reading one may never end.
+    """Refuse a named pipe or a device, because reading one may never end.
 
     Raises:
         ModelError: naming it.
@@ -130,7 +129,6 @@ def _written_ns(path: Path) -> int | None:
 
 
 def _networks(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """The description, and the network inside if it is a pipeline."""
     return [part for part in (fields, fields.get("network")) if isinstance(part, dict)]
 
 
@@ -143,7 +141,7 @@ def make_model(
     weight: float = 0.5,
     bias: float = 0.0,
 ) -> Model:
-    """A model that was never trained.
+    """Make an untrained model.
 
     `random` draws as torch does for a new module (uniform in ±1/√n for n inputs of a layer, or n units of a recurrent
     one), from `seed` alone; `constant` sets every weight to `weight` and every bias to `bias`.
@@ -167,13 +165,13 @@ def make_model(
 
 
 def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
-    """Write the model's files: `model.yaml`, and its weights and its graph, where it has any.
+    """Write `model.yaml`, the weights and the graph, as far as the model has them.
 
-    Files of a model that is replaced, and that this one does not have, are removed.
+    Files of the replaced model that the new one does not have are removed.
 
     Raises:
-        ModelError: when the folder holds a model and `overwrite` does not allow to replace it, or cannot be written.
-            Nothing is written then.
+        ModelError: when the folder contains a model and `overwrite` is not set, or cannot be written. Nothing is
+            written then.
     """
     folder = Path(folder)
     fields = {"name": model.name} | model.description.as_json(defaults=False)
@@ -197,9 +195,9 @@ def write_model(folder: str | Path, model: Model, *, overwrite: bool = False) ->
 
 
 def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Put a model's files in place of those of another one, `DESCRIPTION_FILE` last, or leave everything as it is.
+    """Replace the files of another model, `DESCRIPTION_FILE` last; on failure everything stays as it was.
 
-    There is no description while the others are put in place, so that nobody takes files of two models for one.
+    Meanwhile there is no description, so no reader can mix files of two models.
     """
     if others := [file for file in (DESCRIPTION_FILE, *_FILES) if (folder / file).is_dir()]:
         raise ModelError(f"{folder / others[0]} is a folder where a model has a file; choose another place")
@@ -225,10 +223,10 @@ def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def check_free(folder: Path, kind: ModelKind) -> None:
-    """Refuse a folder that holds a model, or half of one, where a model of this kind is to be written.
+    """Refuse a folder that contains a model of this kind, or a part of one.
 
     Raises:
-        ModelError: also when the folder cannot be looked at.
+        ModelError: also when the folder cannot be read.
     """
     try:
         if any((folder / file).exists() for file in (DESCRIPTION_FILE, *(kind.files or [WEIGHTS_FILE]))):
@@ -249,7 +247,7 @@ def _is_name(name: object) -> TypeGuard[str]:
 
 
 def check_name(name: object, cure: str = "give another, with name= in Python or --output on the command line") -> str:
-    """The name of a model; `cure` says how another one is given.
+    """Check the name of a model; `cure` tells the user how to give another one.
 
     Raises:
         ModelError: when it is not 1 to 100 printable characters.
@@ -262,11 +260,11 @@ def check_name(name: object, cure: str = "give another, with name= in Python or 
 
 
 def check_output_names(names: object, description: Description) -> tuple[str, ...]:
-    """The names of a network's outputs, in order; none at all are fine, too.
+    """Check the names of a network's outputs, in order. An empty list is valid.
 
     Raises:
-        ModelError: when they are not as many different names as the network has outputs, of 1 to 100 printable
-            characters each.
+        ModelError: unless there is one name for each output, all are different, and each has 1 to 100 printable
+            characters.
     """
     if not isinstance(names, list | tuple):
         raise ModelError(f"outputs: expected a list of names, one for each output, not {names!r:.80}")

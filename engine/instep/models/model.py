@@ -1,4 +1,4 @@
-"""A model, which is a description with its weights, and the weights file: one safetensors file of tensors."""
+"""A model (a description with its weights), and the weights file, a safetensors file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instep.models.numerics import dtype_name
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A description with weights that were checked against it."""
+    """A description with weights that have been checked against it."""
 
     name: str
     description: Description
@@ -31,7 +31,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, hex, over the description and every tensor; names do not count."""
+        """The sha256 in hex of the description and every tensor; the names of model and outputs are not part of it."""
         text = json.dumps(self.description.as_json(), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode())
         for name in self.description.tensor_shapes():
@@ -41,13 +41,13 @@ class Model:
 
     @property
     def state(self) -> StateSpec:
-        """The state of the description, with the arrays that its learned leaves begin with."""
+        """The state of the description, with the arrays of learned initial states filled in."""
         found = {name.removeprefix(LEARNED): each for name, each in self.weights.items() if name.startswith(LEARNED)}
         return self.description.state.with_learned({name: tensor.numpy() for name, tensor in found.items()})
 
     @property
     def weight_count(self) -> int:
-        """The number of weights, which for a step module include buffers and constants."""
+        """The number of weights; for a step module this includes buffers and constants."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
     def __repr__(self) -> str:
@@ -62,7 +62,7 @@ class Model:
 
 
 def load_weights(path: Path, description: Description) -> dict[str, torch.Tensor]:
-    """Every tensor of the description from a safetensors file, on the CPU, independent of the file.
+    """Read every tensor of the description from a safetensors file, to the CPU; the file may change afterwards.
 
     Raises:
         ModelError: the file cannot be read or is not safetensors, or as `check_weights`.
@@ -87,7 +87,7 @@ def weights_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def check_weights(tensors: Mapping[str, torch.Tensor], description: Description, source: str) -> None:
-    """Check tensors; `source` is how the sentences call them.
+    """Check tensors; `source` names them in error messages.
 
     Raises:
         ModelError: a tensor is missing, not in the description, of another shape or dtype, or not finite.

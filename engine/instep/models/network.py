@@ -1,4 +1,4 @@
-"""A network on a CPU: compiled, and with everything that it can be compared with."""
+"""A compiled network on a CPU, with everything that it can be compared with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PortableNetwork:
         self._step = CompiledStep(self.form, self._tensors, self.state, f"the normal form of {model.name}")
 
     def bind(self, inputs: F32, states: U8, outputs: F32) -> Rows:
-        """Room to step rows of three tables; see `CompiledStep.bind`."""
+        """Prepare to step rows of three tables; see `CompiledStep.bind`."""
         return self._step.bind(inputs, states, outputs)
 
     def step(self, x: F32, states: U8) -> tuple[F32, U8]:
@@ -55,11 +55,11 @@ class PortableNetwork:
         return None if self._module is None else self._module.sequence(x, states)
 
     def definition(self) -> Reference:
-        """The second program."""
+        """The definition of the arithmetic, as a `Reference`."""
         return DefinitionReference(self.form, self._tensors, self.state)
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
-        """The kind's."""
+        """The reference of the model's kind."""
         return registry.reference(self.model, dtype)
 
     @cached_property
@@ -68,7 +68,7 @@ class PortableNetwork:
 
 
 class DefinitionReference:
-    """The definition of the arithmetic as a `Reference`, which has the bits of the step where its dtype is float32."""
+    """The definition of the arithmetic as a `Reference`. In float32 it has the bits of the step."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def prepare() -> None:
-    """Have torch use one thread here, and full float32 products on GPUs (no TF32)."""
+    """Limit torch to one thread in this process, and use full float32 products on GPUs (no TF32)."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -24,7 +24,7 @@ def prepare() -> None:
 def one_thread() -> Iterator[None]:
     """Compute with one thread, as the server does, and restore the number of threads afterwards.
 
-    Threads that share such a step out wait for one another, and for other programs on their cores.
+    Several threads would share so small a step, and wait for one another and for other programs on their cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,17 +35,17 @@ def one_thread() -> Iterator[None]:
 
 
 def threads_as_here() -> Callable[[], None]:
-    """A function to call first in a new thread, so that its products use as many threads as those of this one.
+    """A function to call first in a new thread, so that its products use as many threads as those of this thread.
 
-    torch sets a thread up with its first loop that it would share out; a product before that takes all cores, which
-    wait for each other where they are busy, and may have other bits.
+    torch configures a thread at its first parallel loop. A product before that uses all cores, waits for busy ones, and
+    may have other bits.
     """
     return partial(torch.set_num_threads, torch.get_num_threads())
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a module as it is served: evaluating, without gradients, and without compiling anything."""
+    """Run a module as it is served: in evaluation mode, without gradients, and without compiling."""
     training = [part for part in module.modules() if part.training]
     is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in module.modules())
     module.eval()
@@ -58,12 +58,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As descriptions and forms call it: `float32`."""
+    """The name of a dtype in descriptions and forms: `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def difference(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> float:
-    """The largest difference, which is that of the largest float64 if only one of two values is finite or NaN."""
+    """The largest difference. If only one of two values is finite, or NaN, it is the largest float64."""
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     with np.errstate(invalid="ignore"):
         away = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))

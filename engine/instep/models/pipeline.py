@@ -1,4 +1,4 @@
-"""A kind of model: the last values of a stream in front of each frame, for a network of any other kind."""
+"""A kind of model that puts a stream's last values in front of each frame, for a network of any other kind."""
 # ruff: noqa: D102 - see the protocols in `base`
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from instep.models.torch_network import Forward, Leaves
 
 CONTEXT: Final = "context"
-"""The name of the leaf that holds a stream's last values."""
+"""The name of the leaf that stores a stream's last values."""
 Size = Annotated[int, Field(ge=1, strict=True)]
 
 
 class PipelineDescription(PlainFields):
-    """Frames of `features` values, with the `context` values before them, are the network's frames.
+    """The network's frame is a frame of `features` values with the `context` values before it in front.
 
-    Windows that overlap: frames of 160 samples with a context of 352 are windows of 512 samples at every 160th. Before
-    a stream's first frame the context is zeros.
+    This makes overlapping windows: frames of 160 samples with a context of 352 are windows of 512 samples, one every
+    160. Before a stream's first frame the context is zeros.
     """
 
     kind: Literal["pipeline"] = "pipeline"
     features: Size
     context: Size
     network: Any
-    """A `Description` of any other kind; `model.yaml` holds its keys."""
+    """A `Description` of any other kind; `model.yaml` has its keys here."""
 
     @field_validator("network", mode="before")
     @classmethod

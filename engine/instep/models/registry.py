@@ -1,4 +1,4 @@
-"""The kinds of models: a name, the class of their descriptions, and what can be made of a model of the kind.
+"""The kinds of models: for each its name, the class of its descriptions, and the ways to build and check it.
 
 A description needs no torch, so that a command can check a configuration without the two seconds that importing torch
 takes.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 DEFAULT_KIND: Final = "gru"
 _MOST_CLAUSES: Final = 12
-"""Of a sentence about a description: a graph may be wrong in thousands of places."""
+"""The most clauses in a sentence about a description, because a graph may have thousands of errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:
-    """One kind of model. All but the description is imported when it is asked for."""
+    """One kind of model. Everything except the description is imported on first use."""
 
     parse: Callable[[Mapping[str, Any]], Description]
-    """Reads a description's fields. Raises pydantic's ValidationError, which names each field that is wrong."""
+    """Parse a description's fields. Raises pydantic's ValidationError, which names each invalid field."""
     normal_form: Callable[[Any], Form]
     """The normal form of a description."""
     forward: Callable[[Model, torch.device], Forward | None]
@@ -47,7 +47,7 @@ class ModelKind:
     reference: Callable[[Model, type[np.floating[Any]]], Reference | None]
     """See `RecurrentModel.reference`."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """JSON files next to `model.yaml`, and the fields of the description that each holds."""
+    """JSON files next to `model.yaml`, and the fields of the description that each contains."""
 
 
 def _recurrent_forward(model: Model, device: torch.device) -> Forward:
@@ -93,10 +93,10 @@ KINDS: Final[dict[str, ModelKind]] = {
 
 
 def parse_description(fields: Mapping[str, Any]) -> Description:
-    """A description from the keys of `model.yaml` or of a recording's header; `kind` says how to read the others.
+    """Parse the keys of `model.yaml` or of a recording's header; `kind` selects the kind of model.
 
     Raises:
-        ModelError: naming each field that is wrong.
+        ModelError: naming each invalid field.
     """
     kind = fields.get("kind", DEFAULT_KIND)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -108,7 +108,7 @@ def parse_description(fields: Mapping[str, Any]) -> Description:
 
 
 def kind_of_network(description: Description) -> ModelKind:
-    """The kind of a network; of the one inside a pipeline."""
+    """The kind of a network; for a pipeline, of the network inside it."""
     network = description.network if isinstance(description, PipelineDescription) else description
     return KINDS[network.kind]
 
@@ -124,7 +124,7 @@ def reference(model: Model, dtype: type[np.floating[Any]]) -> Reference | None:
 
 
 def torch_network(model: Model, device: torch.device) -> TorchNetwork | None:
-    """A model with torch's operators; None where it did not come from torch.
+    """The model in torch's operators; None if it was not made from torch.
 
     Raises:
         ModelError: when a graph cannot be computed here.
@@ -136,7 +136,7 @@ def torch_network(model: Model, device: torch.device) -> TorchNetwork | None:
 
 
 def build(model: Model, device: torch.device) -> RecurrentModel:
-    """The model on a device, ready to step; one that did not come from torch is always on the CPU.
+    """Build the model on a device, ready to step. A model that was not made from torch is always on the CPU.
 
     Raises:
         ModelError: when it cannot be computed here.
@@ -148,7 +148,7 @@ def build(model: Model, device: torch.device) -> RecurrentModel:
 
 
 def sentences(error: ValidationError) -> str:
-    """Pydantic's errors, one clause for each field."""
+    """Pydantic's errors as text, one clause for each field."""
     problems = [(".".join(map(str, problem["loc"])), in_words(problem)) for problem in error.errors()]
     clauses = [f"{place:.120}: {what}" if place else what for place, what in problems]
     left_out = [f"and {len(clauses) - _MOST_CLAUSES:,} more"] if len(clauses) > _MOST_CLAUSES else []
@@ -156,7 +156,7 @@ def sentences(error: ValidationError) -> str:
 
 
 def in_words(problem: ErrorDetails) -> str:
-    """The problem of a field, and its cure."""
+    """The problem of a field and its cure."""
     match problem["type"]:
         case "missing":
             return "it is missing; add it"

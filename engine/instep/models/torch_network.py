@@ -1,4 +1,4 @@
-"""A network with torch's operators: what serves on a GPU, and what a network is compared with on a CPU."""
+"""A network in torch's operators: it serves on a GPU, and CPU results are compared with it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from instep.models.errors import ModelError
 from instep.models.model import Model
 
 Leaves: TypeAlias = Mapping[str, torch.Tensor]
-"""By name, [R, *shape]."""
+"""Leaves by name, [R, *shape]."""
 
 
 class Forward(Protocol):
-    """A kind's module."""
+    """The torch module of a kind."""
 
     def __call__(self, x: torch.Tensor, leaves: Leaves) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Frames [T, R, features] and leaves before them to outputs [T, R, outputs] and leaves after them."""
+        """Compute outputs [T, R, outputs] and new leaves from frames [T, R, features] and leaves."""
 
 
 class TorchNetwork:
@@ -57,26 +57,26 @@ class TorchNetwork:
         return outputs, self.state.pack({name: after[name].cpu().numpy() for name in leaves})
 
     def bind(self, rows: int) -> BoundStep:
-        """The step of a batch of `rows`, for capture."""
+        """The step of a batch of `rows`, to be captured as a CUDA graph."""
         return BoundStep(self, rows)
 
     def definition(self) -> Reference | None:
-        """None."""
+        """Return None: torch's operators promise no bits."""
         return None
 
     def reference(self, dtype: type[np.floating[Any]]) -> Reference | None:
-        """The kind's."""
+        """The reference of the model's kind."""
         from instep.models.registry import reference
 
         return reference(self.model, dtype)
 
 
 class BoundStep:
-    """The step of one batch size, on buffers that stay where they are: fill `x` and `state`, call `run`, read `y`.
+    """The step of one batch size on fixed buffers: fill `x` and `state`, call `run`, read `y`.
 
     Attributes:
         x: frames, float32 [rows, features].
-        state: by leaf, [rows, *shape], before the frame, and after it once it has run.
+        state: by leaf, [rows, *shape]; `run` replaces it by the new state.
         y: outputs, float32 [rows, outputs].
     """
 
@@ -92,7 +92,7 @@ class BoundStep:
         self._forward = network.forward
 
     def run(self) -> None:
-        """Step every row; on a GPU, only enqueue that."""
+        """Step every row; on a GPU this only enqueues the work."""
         y, after = self._forward(self.x.unsqueeze(0), self.state)
         self.y.copy_(y[0])
         # A step may return a leaf as another one, which is overwritten here before it is read.

@@ -1,1 +1,1 @@
-"""Handing over a trained network: from torch modules, state dicts and files to a model folder."""
+"""Conversion of trained networks (torch modules, state dicts and files of them) to model folders."""

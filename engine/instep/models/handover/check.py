@@ -1,4 +1,4 @@
-"""How far a served network's outputs are from those of the module that it was made from: `instep model check`."""
+"""`instep model check`: how far a served network's outputs are from those of the module that it was made from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from instep.models.registry import build
 
 FACTOR: Final = 16
 FLOOR: Final = 8 * 2.0**-23
-"""A float32 result may be off by this many times what the reference loses in float32, and this part of the largest."""
+"""Bounds for a float32 result: this multiple of the reference's own loss in float32, and this fraction of the largest
+value.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,11 @@ class Agreement:
 def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
     """Run a network on a module's input and compare the outputs.
 
-    Which axis counts timesteps is found by trying: another one gives other values.
+    It finds the axis of timesteps by trying each, because a wrong one gives other values.
 
     Args:
-        network: what is served.
-        x: the module's input, with axes for T, R and features in any order, or with one of T and R left out.
+        network: the served network.
+        x: the module's input, with the axes T, R and features in any order; T or R may be missing.
         y: its outputs in the same order, or with the outputs last, for each frame or for the last one of each sequence.
 
     Returns:
@@ -83,13 +85,13 @@ def agreement(network: RecurrentModel, x: F32, y: F32) -> Agreement | None:
 
 
 def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subject: str) -> F32:
-    """The first output of a network over sequences.
+    """Run a network over sequences and return its first output.
 
     Args:
         module: the network.
         x: its frames.
         others: its further arguments.
-        subject: how sentences call it.
+        subject: its name in error messages.
 
     Raises:
         ModelError: when it fails, or returns no tensor.
@@ -107,7 +109,7 @@ def outputs_of(module: nn.Module, x: torch.Tensor, others: Sequence[Any], subjec
 
 
 def _first_output(result: Any, module: str) -> torch.Tensor:
-    """The first tensor of a result.
+    """The first tensor in a result.
 
     Raises:
         ModelError: when there is none.
@@ -122,7 +124,7 @@ def _first_output(result: Any, module: str) -> torch.Tensor:
 
 
 def rounding_tolerance(network: RecurrentModel, frames: F32, outputs: F32) -> float:
-    """The largest difference between two float32 results for these frames that rounding explains."""
+    """The largest difference between two float32 results for these frames that rounding can cause."""
     truth, rounded = (_referred(network, frames, dtype) for dtype in (np.float64, np.float32))
     if truth is None or rounded is None:
         finite = outputs[np.isfinite(outputs)]
@@ -169,7 +171,7 @@ class Check:
         return {"agrees": self.agrees, **asdict(self)}
 
     def lines(self) -> Iterator[str]:
-        """The result in words."""
+        """The result as lines of text."""
         yield f"{self.model} and {self.against}, on random frames {list(self.frames)}"
         yield ""
         yield from textwrap.wrap(self._verdict(), 79)
@@ -187,7 +189,7 @@ class Check:
 
 
 def check(folder: Path, against: str) -> Check:
-    """Run a model folder, frame by frame, and a module of the user's over random sequences.
+    """Compare a model folder, run frame by frame, with the user's module over random sequences.
 
     Args:
         folder: the model.

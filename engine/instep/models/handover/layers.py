@@ -1,4 +1,4 @@
-"""The layers of a network that is handed over, as modules of torch, and the model that they make."""
+"""The layers of a trained network as torch modules, and the model that they make up."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ SERVED: Final = (
     "a model folder holds one nn.GRU, nn.LSTM or nn.RNN, and nn.Linear and nn.LayerNorm layers with activations before "
     "and after it; any other network can be written as a step and exported with instep.models.export_step"
 )
-"""For sentences about what it does not hold."""
+"""The list of supported layers, for error messages."""
 
 
 class Layer(NamedTuple):
     """A dense layer or a layer norm, and the activation after it."""
 
     label: str
-    """Its name in sentences."""
+    """Its name in error messages."""
     module: nn.Linear | nn.LayerNorm
     activation: Activation = "none"
 
     def checked(self) -> Layer:
-        """This layer.
+        """Return this layer after checking it.
 
         Raises:
-            ModelError: when it takes more than the values of a frame together, or computes something of its own.
+            ModelError: when it does not work on one frame at a time, or its class computes something of its own.
         """
         _check_forward(self.label, self.module, nn.Linear if isinstance(self.module, nn.Linear) else nn.LayerNorm)
         if isinstance(self.module, nn.LayerNorm) and len(self.module.normalized_shape) != 1:
@@ -79,7 +79,7 @@ def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
 
 
 def folded(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
-    """A dense layer with the batch norm after it in its weights, which float64 computes."""
+    """A dense layer with the following batch norm folded into its weights, computed in float64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
@@ -91,7 +91,7 @@ def folded(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """The number of values that a layer takes from a frame and gives."""
+    """The numbers of inputs and outputs of a layer."""
     match module:
         case nn.Linear():
             return module.in_features, module.out_features
@@ -125,17 +125,17 @@ def kind_of(module: RecurrentModule) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Layers in the order in which a frame meets them."""
+    """Layers in the order in which they process a frame."""
 
     before: Sequence[Layer]
     recurrent: tuple[str, RecurrentModule]
-    """Its name in sentences, and the module."""
+    """The recurrent module's name in error messages, and the module."""
     after: Sequence[Layer]
     initial_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The learned initial state by leaf, [num_layers, hidden_size]; empty for zeros."""
 
     def model(self, name: str, outputs: Sequence[str] = ()) -> Model:
-        """The model, of copies of the tensors.
+        """Build the model from copies of the tensors.
 
         Raises:
             ModelError: the layers do not fit each other, a weight is not finite float32, or a name is not valid.
@@ -193,10 +193,10 @@ def _check_forward(label: str, module: nn.Module, kind: type[nn.Module]) -> None
 
 
 def activation_of(given: object, place: str) -> Activation:
-    """The activation that a name, a module or a function of torch means; `place` is how sentences call it.
+    """The activation for a name, a module or a function of torch; `place` names the layer in error messages.
 
     Raises:
-        ModelError: when it is none that can be served.
+        ModelError: when it cannot be served.
     """
     name = activation_name(given)
     if name in ACTIVATIONS:
@@ -212,7 +212,7 @@ def activation_of(given: object, place: str) -> Activation:
 
 @torch.no_grad()
 def recognised(function: Callable[[torch.Tensor], Any], shape: Sequence[int]) -> Activation | None:
-    """The activation that gives the same values as a function for tensors of a shape, some of them huge."""
+    """The activation that equals a function on sample tensors of a shape, some of them with huge values."""
     x = 10 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     x.view(-1)[::7] *= 1e25
     try:
@@ -226,10 +226,10 @@ def recognised(function: Callable[[torch.Tensor], Any], shape: Sequence[int]) ->
 
 
 def plain_path(name: str) -> str:
-    """A module's path without what torch.compile wraps around it."""
+    """A module's path without the prefixes that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def shown(value: object) -> str:
-    """A value in a sentence."""
+    """A value as error messages show it."""
     return " ".join(f"{value!r:.120}".split())

@@ -1,4 +1,4 @@
-"""`save_model`: a model folder from what people have of a trained network."""
+"""`save_model`: a model folder from a trained network, in whatever form the user has it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from instep.models.model import Model
 from instep.models.recurrent.description import Nonlinearity
 
 Layers: TypeAlias = Sequence[tuple[nn.Linear | nn.LayerNorm | str, object]]
-"""Layers in order, each with the activation after it: a name as in `model.yaml`, or torch's module or function of it.
-In a state dict the layer is named: `("head", "none")`."""
+"""Layers in order, each with the activation after it: a name as in `model.yaml`, or torch's module or function."""
 
 
 def save_model(
@@ -36,9 +35,9 @@ def save_model(
     """Write a trained network as a model folder.
 
     `save_model(path, net)` is enough for a module whose forward runs one `nn.GRU`, `nn.LSTM` or `nn.RNN`, with Linear
-    and LayerNorm layers before and after it: `torch.export` shows which, and what would be served is compared with what
-    the module gives. A recurrent module by itself, a state dict or a file of weights needs `before` and `after`
-    for the layers around it.
+    and LayerNorm layers before and after it: `torch.export` finds these, and the outputs of the resulting model are
+    compared with the module's. A recurrent module by itself, a state dict or a file of weights needs `before` and
+    `after` for the layers around it.
 
     The weights are copied. `batch_first` says nothing about the weights and is ignored, and so is `dropout`, which
     acts in training only. A batch norm is folded into the Linear before it, or becomes a dense layer.
@@ -49,12 +48,13 @@ def save_model(
             path of a file that `torch.save` or safetensors wrote from one.
         before: each layer before the recurrent module and its activation, in order.
         after: the same for those after it.
-        name: what clients are told; the folder's name if None.
+        name: the name that clients see; the folder's name if None.
         outputs: a name for each output; none if they have no names.
-        nonlinearity: of an `nn.RNN` in a state dict, which does not hold it: `tanh` or `relu`.
-        leave_out: of a state dict, layers that are not served, or modules of such layers; every other one is named.
-        example: of a module, its input or a tuple of its arguments, where random frames will not do.
-        overwrite: replace a model that the folder holds.
+        nonlinearity: for an `nn.RNN` in a state dict, which does not contain it: `tanh` or `relu`.
+        leave_out: for a state dict, layers (or modules of layers) that are not served; `before` and `after` name all
+            others.
+        example: for a module, its input or a tuple of its arguments, if random frames are not suitable.
+        overwrite: replace an existing model in the folder.
 
     Raises:
         ModelError: the network does something that a model folder cannot hold, weights are not finite float32, the
@@ -121,7 +121,7 @@ def _layers(place: str, given: Layers) -> list[Layer]:
 
 
 def _pairs(place: str, given: Any, kind: Any, sample: str) -> Iterator[tuple[str, Any, object]]:
-    """For each pair, its name in sentences, the layer and the activation. `given` is not checked by a type checker."""
+    """For each pair: its name in error messages, the layer and the activation. `given` has not been type-checked."""
     pairs = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for index, pair in enumerate(pairs):
         label = f"{place}[{index}]"

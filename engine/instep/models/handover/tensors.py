@@ -1,6 +1,6 @@
-"""The layers of a state dict, or of a file that holds one: the names and shapes of its tensors say what they are.
+"""The layers of a state dict, or of a file that contains one, found by the names and shapes of its tensors.
 
-They do not say in which order the layers run, nor with which activations: the user does.
+Tensors do not tell the order of the layers or their activations: the user gives those.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from instep.models.handover.layers import (
 from instep.models.recurrent.description import BIDIRECTIONAL, GruLayers, LstmLayers, Nonlinearity, RnnLayers
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
-"""Tensors by their names: those of one layer by their own ones, all of them by their paths."""
+"""Tensors by name: within a layer by their own names, over all layers by their paths."""
 Module = TypeVar("Module", bound=nn.Module)
 _RECURRENT: Final[dict[float, str]] = {layers.GATES: layers.NAME for layers in (GruLayers, LstmLayers, RnnLayers)}
-"""By how many gates a module has."""
+"""Classes of recurrent modules by their number of gates."""
 _FRAME_LAYERS: Final = ("Linear", "LayerNorm")
 _UNKNOWN: Final = "ACTIVATION"
-"""In a call to copy: no activation has this name, so that none is chosen by mistake."""
+"""A placeholder in suggested calls. No activation has this name, so a copied call fails until it is replaced."""
 
 
 def chain_of_tensors(
@@ -53,12 +53,12 @@ def chain_of_tensors(
     """The layers of a state dict.
 
     Args:
-        given: tensors, or arrays of numpy, by name, as `state_dict()` gives them.
+        given: tensors or numpy arrays by name, as `state_dict()` returns them.
         before: name and activation of each Linear or LayerNorm before the recurrent module, in order.
         after: the same for those after it.
         nonlinearity: of an RNN.
-        leave_out: names of layers, or of modules that hold some, which are not served. Every other one is named above.
-        source: how sentences call it.
+        leave_out: names of layers, or of modules of layers, that are not served. `before` and `after` name all others.
+        source: its name in error messages.
 
     Raises:
         ModelError: naming the layer that is missing, of another kind, or left over.
@@ -88,7 +88,7 @@ def chain_of_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file: of `torch.save`, also inside a checkpoint, or safetensors.
+    """Read a state dict from a file of `torch.save` (also inside a checkpoint) or a safetensors file.
 
     Nothing in the file is executed.
 
@@ -244,7 +244,7 @@ def _to_leave_out(names: Sequence[str], layers: Mapping[str, Tensors]) -> str:
 
 
 def _left_over(recurrent: str, layers: Mapping[str, Tensors], left: Sequence[str], source: str) -> str:
-    """Advice for layers that are named nowhere: the call to copy if none is named."""
+    """Advice about layers that the call does not name; if it names none at all, a call to copy."""
     if len(left) < len(layers) - 1:
         words = ", ".join(f"`{name}` ({_in_words(layers[name])})" for name in left)
         advice = _to_leave_out(left, layers)

@@ -1,6 +1,6 @@
 """The layers of an `nn.Module`, read from the graph that `torch.export` makes of its forward.
 
-The graph shows which layers there are. A comparison of outputs shows that nothing else matters.
+The graph shows the layers. Comparing outputs then shows that nothing else in the forward matters.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from instep.models.registry import build
 
 ROWS: Final = 32
 STEPS: Final = 6
-"""The random frames are this many sequences of this many frames."""
+"""The number of random sequences, and of frames in each."""
 MORE_STEPS: Final = 397
-"""A second input is longer by this prime, which neither a window nor a chunk of frames divides."""
+"""The additional frames of a second, longer input: a prime, so it is no multiple of a window or chunk."""
 _LAYERS: Final = (*RECURRENT.values(), nn.Linear, nn.LayerNorm, nn.BatchNorm1d)
 _OF_LAYERS: Final = frozenset(
     [
@@ -58,7 +58,7 @@ _OF_LAYERS: Final = frozenset(
 _ARRANGING: Final = frozenset(
     ["chunk", "expand", "flatten", "getitem", "movedim", "narrow", "permute", "reshape", "select", "slice", "split"]
 ) | {"split_with_sizes", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"}
-"""Operators that only arrange values. The comparison of outputs shows whether a value that they drop matters."""
+"""Operators that only rearrange values. If one drops a value that matters, the comparison of outputs shows it."""
 _OF_SHAPES: Final = frozenset(
     ["empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"]
 )
@@ -105,7 +105,7 @@ class TracedModule:
             )
 
     def check(self, model: Model) -> None:
-        """Compare what a model of these layers gives with what the forward gives, on random frames of two lengths.
+        """Compare a model of these layers with the forward on random frames of two lengths.
 
         Raises:
             ModelError: when they differ by more than float32 rounds, or the forward depends on the length.
@@ -119,11 +119,11 @@ class TracedModule:
             self._compare(model, longer)
 
     def _copy(self) -> nn.Module:
-        """A copy for a single run, because a forward may leave something in its attributes."""
+        """A copy for a single run, because a forward may change attributes of its module."""
         return copied(self._module, self._kind).cpu()
 
     def _exported(self, shapes: Sequence[Sequence[int]]) -> tuple[Sequence[int], nn.Module, ExportedProgram]:
-        """The first of these shapes of frames that the forward takes, a copy of the module, and its graph."""
+        """The first of these frame shapes that the forward accepts, a copy of the module, and its graph."""
         failure: Exception | None = None
         for shape in shapes:
             try:
@@ -177,10 +177,10 @@ class _Walk(fx.Interpreter):
         self._labels: list[str] = []
         """The layers and activations so far."""
         self._origins: dict[fx.Node, int] = {}
-        """For each node that depends on the frames, how many layers and activations lead to it."""
+        """For each node that depends on the frames: the number of layers and activations before it."""
         self._values: dict[fx.Node, Any] = {}
         self._is_open = False
-        """Whether the last one was a layer that takes an activation."""
+        """Whether the last entry is a layer that an activation may follow."""
         signature, tensors = program.graph_signature, {**program.state_dict, **program.constants}
         self._frames = signature.user_inputs[0]
         given = iter(tree_leaves(program.example_inputs))
@@ -209,7 +209,7 @@ class _Walk(fx.Interpreter):
         return value
 
     def _follow(self, n: fx.Node, given: Sequence[fx.Node]) -> int:
-        """Take in a node; returns how many layers and activations lead to its result."""
+        """Process a node, and return the number of layers and activations up to its result."""
         origin, name = self._origins[given[0]], _name(n)
         path = [path for path, _ in n.meta.get("nn_module_stack", {"": ("", "")}).values()][-1]
         module = self._root.get_submodule(path)
@@ -276,7 +276,6 @@ class _Walk(fx.Interpreter):
         self._is_open = not isinstance(module, RecurrentModule)
 
     def _begin(self, label: str, n: fx.Node) -> None:
-        """Note the state, [layers, rows, hidden size], that the recurrent module begins with."""
         leaves = tree_leaves(fx.map_arg(n.args[1], self._values.__getitem__))
         if any(bool((leaf != leaf[:, :1]).any()) for leaf in leaves):
             self._refuse(

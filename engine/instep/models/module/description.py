@@ -31,7 +31,8 @@ Size: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 TensorType: TypeAlias = Literal["float32", "float64", "int64", "int32", "bool"]
 MAX_NODES: Final = 20_000
 MAX_JSON_BYTES: Final = 2**23
-"""Of a graph as JSON, in which a call takes 100 to 250 bytes; checking it takes up to 50 times as much memory."""
+"""The size limit of a graph's JSON. A call takes 100 to 250 bytes, and checking takes up to 50 times the file's size.
+"""
 
 
 def _parsed(value: object) -> Form:
@@ -53,11 +54,11 @@ class StateLeaf(PlainFields):
     shape: tuple[Size, ...]
     dtype: Literal["float32", "float64", "int64", "bool"] = "float32"
     initial: float | Literal["learned"] = 0.0
-    """The value of every element before a stream's first frame; the weights file holds an array that is learned."""
+    """The value of every element before a stream's first frame, unless the weights file has a learned array."""
 
     @property
     def of_row(self) -> Leaf:
-        """The leaf of a stream's state."""
+        """The same leaf without the axis of rows."""
         return Leaf(self.name, self.shape, DTYPES[self.dtype], None if self.initial == "learned" else self.initial)
 
 
@@ -98,7 +99,7 @@ class ModuleDescription(PlainFields):
     form: AnyForm
     """The normal form of one row, whose inputs are the frame and the leaves in order."""
     graph: Graph | None = None
-    """The step in torch's operators, for any number of rows; None if it does not come from torch."""
+    """The step in torch's operators, for any number of rows; None if it was not made from torch."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -132,7 +133,7 @@ class ModuleDescription(PlainFields):
         return StateSpec(tuple(leaf.of_row for leaf in self.leaves))
 
     def _of_step(self) -> dict[str, tuple[Shape, str]]:
-        """Shape and dtype of each tensor. One that only the form has is flat."""
+        """The shape and dtype of each tensor. A tensor that only the form has is flat."""
         graph = self.graph.tensors if self.graph else ()
         form = {each.tensor: ((each.size,), each.dtype) for each in self.form.buffers if each.tensor}
         return {each.name: (each.shape, each.dtype) for each in graph} | {
@@ -140,7 +141,7 @@ class ModuleDescription(PlainFields):
         }
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Parameters, buffers and constants, in the graph's order, and what learned leaves begin with."""
+        """Parameters, buffers and constants in the graph's order, then the arrays of learned initial states."""
         return {name: shape for name, (shape, _) in self._of_step().items()} | learned_shapes(self.state)
 
     def tensor_dtype(self, tensor: str) -> str:
@@ -161,7 +162,7 @@ class ModuleDescription(PlainFields):
 
 
 def graph_text(graph: Any) -> str:
-    """A graph's plain values as JSON, with one tensor or call in each line."""
+    """A graph's plain values as JSON, one tensor or call per line."""
     parts = []
     for key, value in graph.items():
         text = json.dumps(value, allow_nan=False)
@@ -172,7 +173,7 @@ def graph_text(graph: Any) -> str:
 
 
 def parsed_graph(content: bytes, file: str) -> Any:
-    """The values of a graph file, not checked.
+    """The values of a graph file, unchecked.
 
     Raises:
         ModelError: when it is not JSON.

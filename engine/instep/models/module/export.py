@@ -1,4 +1,4 @@
-"""`export_step`: a user's step module to a model folder."""
+"""`export_step`: writes a model folder from a user's step module."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from instep_tools.words import counted
 MOST_ROWS: Final = 4096
 _STEPS: Final = 6
 _TOLERANCE: Final = 2e-5
-"""Of the largest value, at least 1: far more than rounding, and less than anything a step computes otherwise."""
+"""A fraction of the largest value (at least 1): far above rounding, and far below the effect of a real difference."""
 
 
 def export_step(
@@ -59,8 +59,8 @@ def export_step(
 ) -> Model:
     """Write the model folder of a step module, `y, new_state = module(x, state)`.
 
-    The module is exported as a graph, checked, and compared with itself over some steps. Nothing of it but the graph
-    and its tensors is written, and loading the folder runs none of its code.
+    The module is exported as a graph, which is checked and compared with the module over some steps. Only the graph and
+    its tensors are written, and loading the folder runs none of the module's code.
 
     Args:
         module: the step of a batch: frames x, float32 [rows, features], and the state before them; it returns outputs,
@@ -68,11 +68,11 @@ def export_step(
         example_x: frames of any number of rows; only the shape counts.
         example_state: a tuple or dict of tensors [rows, …], float32, float64, int64 or bool, with equal rows.
         path: the folder; made if it does not exist.
-        initial_state: what every stream begins with. `zeros`: the example is zeros, and anything else in it is refused
-            as a mistake. `example`: a row of the example, as where a first state was learned.
-        name: what clients are told; the folder's name if None.
+        initial_state: the state that every stream begins with. `zeros`: the example must be zeros, and is refused
+            otherwise. `example`: a row of the example, such as a learned state.
+        name: the name that clients see; the folder's name if None.
         outputs: a name for each output; those of the dict if the step returns one.
-        overwrite: replace a model that the folder holds.
+        overwrite: replace an existing model in the folder.
 
     Raises:
         ModelError: the step does something that cannot be served, and the message says what; the folder holds a model,
@@ -171,7 +171,7 @@ def _where(error: Exception) -> str:
 
 
 def copied(module: nn.Module, subject: str) -> nn.Module:
-    """A copy, so that the user's module stays as it was; `subject` is how sentences call it.
+    """A copy, so the user's module is not changed; `subject` is its name in error messages.
 
     Raises:
         ModelError: when it cannot be copied.
@@ -187,7 +187,7 @@ def copied(module: nn.Module, subject: str) -> nn.Module:
 
 @contextmanager
 def _remembering_nothing(module: nn.Module) -> Iterator[None]:
-    """Refuse a step that changes an attribute: the graph would keep its first value."""
+    """Refuse a step that changes an attribute, because the graph would keep the attribute's first value."""
 
     def attributes() -> dict[str, str]:
         parts = [(f"self.{path}.".replace("..", "."), vars(part)) for path, part in module.named_modules()]
@@ -218,9 +218,9 @@ def _in_silence() -> Iterator[None]:
 
 
 def _compare(example: Example, network: PortableNetwork) -> None:
-    """Run the step next to its folder and its graph, with 1 row, where nothing can be mixed, and with 32.
+    """Run the step next to its folder and its graph: with 1 row, where nothing can be mixed, and with 32.
 
-    The graph alone does not show that a constant in it was a counter in Python, or that rows of a batch mix.
+    The graph alone does not reveal a Python counter that became a constant, or rows of a batch that mix.
     """
     generator = torch.Generator().manual_seed(1)
     names = [leaf.name for leaf in example.leaves]
@@ -266,12 +266,12 @@ def _check_equal(name: str, of_step: torch.Tensor, found: npt.NDArray[Any]) -> N
 # The user's module as a function of frames and leaves.
 
 ROWS: Final = 32
-"""Of the batch that is exported, and of those that are compared."""
+"""The batch sizes of the export and of the comparison."""
 FORM: Final = "step(x, state) must return (y, new_state)"
 
 
 def _structure_of(state: Any) -> tuple[list[torch.Tensor], TreeSpec, tuple[str, ...]]:
-    """The leaves of the example state, how they make it, and their names."""
+    """The leaves of the example state, the structure that contains them, and their names."""
     leaves, spec = tree_flatten(state)
     is_flat = isinstance(state, torch.Tensor) or spec.num_children == len(leaves)
     if not leaves or not is_flat or not all(isinstance(each, torch.Tensor) for each in leaves):
@@ -294,10 +294,10 @@ class Flat(nn.Module):
         return _joined_outputs(y), *self.leaves(state)
 
     def leaves(self, state: Any) -> list[Any]:
-        """The leaves of a state that the step returned.
+        """The leaves of a state that the step has returned.
 
         Raises:
-            ModelError: when it has other leaves than the example state.
+            ModelError: when they differ from those of the example state.
         """
         if isinstance(state, dict) and set(state) == set(names := self.spec.context or ()):
             state = {name: state[name] for name in names}
@@ -318,16 +318,16 @@ class Example:
     features: int
     leaves: tuple[StateLeaf, ...]
     begins_with: tuple[torch.Tensor, ...]
-    """The leaves [*shape] of a stream before its first frame."""
+    """The leaves [*shape] that a stream has before its first frame."""
     output_names: tuple[str, ...]
-    """Of outputs that the step returns in a dict; empty otherwise."""
+    """The keys if the step returns outputs in a dict; otherwise empty."""
 
     def initial(self, rows: int) -> list[torch.Tensor]:
         """The initial state of `rows` streams."""
         return [leaf.repeat(rows, *[1] * leaf.dim()) for leaf in self.begins_with]
 
     def learned(self) -> dict[str, torch.Tensor]:
-        """The arrays of the weights file with which learned leaves begin."""
+        """The initial arrays of learned leaves, as the weights file stores them."""
         both = zip(self.leaves, self.begins_with, strict=True)
         return {LEARNED + leaf.name: values for leaf, values in both if leaf.initial == "learned"}
 
@@ -340,7 +340,7 @@ def example_of(module: nn.Module, x: Any, state: Any) -> Example:
     """Run a step once and check what it returns.
 
     Raises:
-        ModelError: naming what does not fit.
+        ModelError: naming the value that does not fit.
     """
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.dtype != torch.float32 or not x.numel():
         shown = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -380,7 +380,6 @@ def _joined_outputs(y: Any) -> torch.Tensor:
 
 
 def _outputs_of(y: Any) -> list[tuple[str, torch.Tensor]]:
-    """The outputs and their names, which are empty unless y is a dict."""
     unnamed = y if isinstance(y, tuple | list) else [y]
     parts = list(y.items()) if isinstance(y, Mapping) else [("", each) for each in unnamed]
     for name, part in parts or [("", None)]:
@@ -456,18 +455,18 @@ class Capture:
     tensors: dict[str, torch.Tensor]
     """Parameters, buffers and constants by name."""
     lines: dict[str, str]
-    """The lines of the user's code that make the calls, by the names of nodes."""
+    """By name of a node, the line of the user's code that makes the call."""
 
 
 def captured(program: ExportedProgram, leaves: Sequence[str]) -> Capture:
     """The graph of a step.
 
     Args:
-        program: what torch.export made of it, with a dynamic batch, and without changes in place.
+        program: the result of torch.export, with a dynamic batch and without in-place changes.
         leaves: the names of the state's leaves.
 
     Raises:
-        ModelError: naming what no step may do.
+        ModelError: naming the operation that no step may use.
         ValidationError: where the graph is too large.
     """
     inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}

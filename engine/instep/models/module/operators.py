@@ -1,7 +1,7 @@
-"""The operators that a graph may call: those of torch's `aten` that are listed here, and nothing else.
+"""The operators that a graph may call: the ones of torch's `aten` that are listed here.
 
-Each gives every row its own answer if it is called so, changes nothing, and computes no size from values. `export`
-refuses a step that calls others; `program` refuses a folder that does.
+Called as listed, each treats rows independently, changes nothing in place, and computes no size from values. `export`
+refuses a step that calls any other operator, and `program` refuses such a folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ALLOWED: Final = frozenset(
 )
 SHAPES: Final = frozenset(_SHAPES.split())
 CREATION: Final = frozenset(_CREATION.split())
-"""Their values depend on no value of their arguments."""
+"""Operators whose results do not depend on the values of their arguments."""
 NUMBERS: Final[dict[str, Callable[..., Any]]] = {
     "getitem": operator.getitem,
     "int.add": operator.add,
@@ -68,7 +68,7 @@ NUMBERS: Final[dict[str, Callable[..., Any]]] = {
     "int.mod": operator.mod,
     "int.neg": operator.neg,
 }
-"""Picking one of an operator's results, and arithmetic with sizes."""
+"""Operators that pick one of several results, and arithmetic on sizes."""
 _HINTS: Final = {
     **dict.fromkeys(("cond", "while_loop"), "use torch.where, or a fixed number of rounds"),
     **dict.fromkeys(
@@ -82,7 +82,7 @@ _HINTS: Final = {
 }
 _MOST: Final = 2**40
 _SIZES: Final = (int, torch.SymInt)
-"""The latter while a step is traced."""
+"""The arithmetic on sizes as it appears while a step is traced."""
 
 
 def resolve(op: str) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ def resolve(op: str) -> Callable[..., Any]:
 
 
 def _of_sizes(function: Callable[..., int]) -> Callable[..., int]:
-    """Arithmetic that only takes and gives sizes, so a graph cannot make huge values with it."""
+    """Arithmetic that accepts and returns only sizes, so a graph cannot make huge values with it."""
 
     def calculate(*sizes: int) -> int:
         if not all(isinstance(size, _SIZES) and -_MOST < size < _MOST for size in sizes):
@@ -128,7 +128,7 @@ def name_of(op: Operator) -> str:
 
 
 def written(op: Operator) -> list[int]:
-    """The positions of the arguments that the operator changes."""
+    """The positions of the arguments that the operator changes in place."""
     return [
         at
         for at, declared in enumerate(op._schema.arguments)
@@ -137,5 +137,5 @@ def written(op: Operator) -> list[int]:
 
 
 def unknown(where: str, name: str) -> str:
-    """Why a call cannot be served."""
+    """The reason that a call cannot be served."""
     return f"{where} calls {name}, which cannot be served; {_HINTS.get(name, 'write it with other functions of torch')}"

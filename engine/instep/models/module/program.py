@@ -1,4 +1,4 @@
-"""A graph of plain data as a function that runs, and as a network in torch."""
+"""Turns a graph of plain data into a function, and into a network in torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Program:
         device: where it runs.
 
     Raises:
-        ModelError: when the graph calls anything but allowed operators, or refers to nothing.
+        ModelError: when the graph calls an operator that is not allowed, or refers to a value that does not exist.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Program:
 
 
 def encoded(value: Any) -> Any:
-    """A plain argument of an operator as JSON.
+    """Encode a plain argument of an operator as JSON.
 
     Raises:
-        TypeError: when there is no form for it.
+        TypeError: when JSON has no form for it.
     """
     match value:
         case None | bool() | int() | str():
@@ -129,7 +129,7 @@ def encoded(value: Any) -> Any:
 
 
 class GraphModule:
-    """A `Forward`: frame after frame.
+    """A `Forward` that steps frame after frame.
 
     Raises:
         ModelError: when the graph cannot be run.
@@ -149,7 +149,7 @@ class GraphModule:
 
 @torch.inference_mode()
 def _tried(model: Model, device: torch.device) -> Program:
-    """The program of a graph. It may come from a stranger, so two rows are stepped to compare shapes."""
+    """The program of a graph, tried with two rows to check shapes, because the graph may come from a stranger."""
     description = model.description
     assert isinstance(description, ModuleDescription)
     assert description.graph is not None

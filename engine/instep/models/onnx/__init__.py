@@ -1,1 +1,1 @@
-"""Graphs in ONNX: step graphs become steps in their normal form, and recurrent layers models of their kinds."""
+"""Import of ONNX step graphs as steps in normal form."""

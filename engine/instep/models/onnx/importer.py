@@ -1,9 +1,9 @@
-"""`instep model import net.onnx`: a model folder of a step graph in ONNX that nobody has vouched for.
+"""`instep model import net.onnx`: makes a model folder from a step graph in ONNX, which is not trusted.
 
-The graph is read at one row, so all shapes are numbers. What does not depend on the frame or the state, such as shapes,
-conditions and prepared weights, is computed once by ONNX's own reference. Everything else becomes operators of torch,
-which are then traced. A graph computes and nothing else: operators that are not part of ONNX and tensors in other files
-are refused, so no library is loaded and no other file is read.
+The graph is read at one row, so all shapes are numbers. Values that do not depend on the frame or the state, such as
+shapes, conditions and prepared weights, are computed once by ONNX's own reference. Everything else becomes operators of
+torch, which are then traced. Operators that are not part of ONNX and tensors in other files are refused, so a graph
+cannot load a library or read another file.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ if TYPE_CHECKING:
 
 ROWS: Final = "rows"
 Extents: TypeAlias = tuple[int | Literal["rows"], ...]
-"""The shape of an input of the graph; `rows` is the axis that counts the rows of a batch, if the graph has one."""
+"""The shape of an input of the graph; `rows` marks the batch axis, if the graph has one."""
 _STANDARD: Final = ("", "ai.onnx")
-"""Names of the domain of ONNX's own operators."""
 _OLDEST_OPSET: Final = 7
-"""Before it, arithmetic broadcast in another way."""
+"""Earlier versions broadcast in another way."""
 
 
 class Tensor(NamedTuple):
@@ -56,17 +55,17 @@ class Tensor(NamedTuple):
 
     @property
     def axis(self) -> int | None:
-        """The axis that counts rows."""
+        """The batch axis."""
         return self.shape.index(ROWS) if ROWS in self.shape else None
 
     @property
     def of_row(self) -> Shape:
-        """The shape without the axis of rows, or without the axes of extent 1 in a graph of a single row."""
+        """The shape without the batch axis; in a graph of a single row, without the axes of extent 1."""
         return tuple(extent for extent in self.shape if extent != ROWS and (extent != 1 or ROWS in self.shape))
 
     @property
     def elements(self) -> int:
-        """The number of elements of a row."""
+        """The number of elements in a row."""
         return math.prod(self.of_row)
 
     def sized(self, rows: int) -> Shape:
@@ -83,25 +82,25 @@ class StepGraph:
     """The roles of the inputs and outputs of a graph."""
 
     source: str
-    """The name of the graph in sentences."""
+    """The name of the graph in error messages."""
     frame: Tensor
     answer: str
     state: Mapping[Tensor, str]
-    """Each input with the output that takes its place in the next step."""
+    """Each input of the state, with the output that replaces it in the next step."""
     constants: Mapping[Tensor, float]
-    """Inputs that are always the same, with the value of every element."""
+    """Inputs that never change, with the value of every element."""
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The inputs that are the state."""
+        """The inputs that make up the state."""
         return list(self.state)
 
 
 def parse(content: bytes, source: str) -> ModelProto:
-    """The graph of a file.
+    """Parse a graph file.
 
     Raises:
-        ModelError: it is not a whole ONNX graph, keeps tensors in other files, or has functions of its own.
+        ModelError: it is not a complete ONNX graph, keeps tensors in other files, or defines functions.
     """
     try:
         import onnx
@@ -161,7 +160,7 @@ def open_session(content: bytes, source: str) -> Any:
 
 
 def explain(error: Exception) -> str:
-    """Onnxruntime's message on one line of bounded length."""
+    """The message of onnxruntime on one line of bounded length."""
     text = " ".join(str(error).split())
     _, marker, last = text.rpartition("[ONNXRuntimeError]")  # then come a number, its name, and what is wrong
     return (last.split(" : ", 3)[-1] if marker else text)[:200]
@@ -197,7 +196,7 @@ class _GraphReader:
     """Computes a graph at one row, once.
 
     Attributes:
-        constants: what it used that does not depend on the frame or the state, by name.
+        constants: by name, the values it used that do not depend on the frame or the state.
         opset: the version of ONNX's operators.
     """
 
@@ -213,7 +212,7 @@ class _GraphReader:
             )
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The outputs and the new leaves, from a frame and the leaves."""
+        """Compute the outputs and the new leaves from a frame and the leaves."""
         step = self._step
         values: dict[str, Value] = _initializers(self._graph) | {"": None}
         values |= {constant.name: constant.filled(1, value) for constant, value in step.constants.items()}
@@ -231,7 +230,7 @@ class _GraphReader:
         return [answer.to(torch.float32), *leaves]
 
     def constant(self, name: str, values: Array) -> torch.Tensor:
-        """The tensor of values that do not depend on the frame or the state."""
+        """The tensor for values that do not depend on the frame or the state."""
         if values.dtype.name not in DTYPES:
             raise UnservedOperator(f"{name!r:.80} is {values.dtype}: convert the graph to float32")
         name = name.replace("constant.", "constant_", 1)  # which is how `trace` calls its own
@@ -308,11 +307,11 @@ _IN: Final = "in|input|prev|previous|past|old|init|initial"
 _OUT: Final = "out|output|next|new|present|updated"
 _BEFORE: Final = re.compile(rf"^(?:{_IN})_|_(?:{_IN})$|(?<=[a-z])(?:In|Prev)$|_?0$")
 _AFTER: Final = re.compile(rf"^(?:{_OUT})_|_(?:{_OUT})$|(?<=[a-z])(?:Out|Next|New)$|_?[nN1]$")
-"""What marks the name of an input, and of an output."""
+"""Suffixes that mark the name of an input, and of an output."""
 _TRIALS: Final = ((1, 4), (32, 2))
-"""Rows and frames for which a step is compared with onnxruntime."""
+"""The numbers of rows and frames for which a step is compared with onnxruntime."""
 _TOLERANCE: Final = 2e-4
-"""Of the largest value of an output or leaf, or of 1 if that is larger."""
+"""A fraction of the largest value of an output or leaf, or of 1 if that is larger."""
 
 
 def import_onnx(
@@ -330,18 +329,18 @@ def import_onnx(
     """Write a step graph in ONNX as a model folder of kind `module`, compared with onnxruntime.
 
     Args:
-        file: the graph, from a frame and the state to an answer and the next state; nothing in it is trusted.
+        file: the graph, which computes outputs and the next state from a frame and the state; it is not trusted.
         folder: where to write it; made if it does not exist.
-        state: inputs with the outputs that take their place in the next step; matched by name if not given.
-        answer: the output that is answered, where several are not state.
-        constants: inputs with what each of their values always is.
-        shapes: of inputs whose shapes the graph leaves open; without `rows` for a graph of one row.
-        name: what clients are told; the folder's name if None.
+        state: each input of the state with the output that replaces it in the next step; matched by name if not given.
+        answer: the output that clients get, if several outputs are not state.
+        constants: inputs that never change, with the value of every element.
+        shapes: shapes of inputs that the graph leaves open; without `rows` for a graph of one row.
+        name: the name that clients see; the folder's name if None.
         outputs: a name for each output; none if they have no names.
-        overwrite: replace a model that the folder holds.
+        overwrite: replace an existing model in the folder.
 
     Raises:
-        ModelError: with what cannot be served, and what to do. Nothing is written then.
+        ModelError: naming the part that cannot be served, and what to do. Nothing is written then.
     """
     file, folder = Path(file), Path(folder)
     content, source = graph_bytes(file), str(file)
@@ -379,7 +378,7 @@ def describe(
     """Find the frame, the answer and the state among inputs and outputs; see `import_onnx`.
 
     Raises:
-        ModelError: with what to name.
+        ModelError: naming the argument to give.
     """
     inputs, outputs = ({each.name: each for each in all_of} for all_of in (session.get_inputs(), session.get_outputs()))
     named = {
@@ -416,7 +415,7 @@ def describe(
 
 
 def _pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, str]:
-    """Pair each input with the output of the same shape whose name shares most with its own."""
+    """Pair each input with the output of the same shape whose name is most similar."""
     found: dict[str, str] = {}
     for each in inputs:
         keys = _keys(each.name, _BEFORE)
@@ -439,7 +438,7 @@ def _fit(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
-    """A name in lower case, and the same without each affix that marks it as an input or an output."""
+    """A name in lower case, and the same without each affix that marks an input or output."""
     keys, left = set[str](), name
     while left and left.lower() not in keys:
         keys.add(left.lower())
@@ -448,7 +447,7 @@ def _keys(name: str, affix: re.Pattern[str]) -> set[str]:
 
 
 def _leaf_names(step: StepGraph) -> list[str]:
-    """A valid name for each leaf: the part that the names of its input and output share."""
+    """A valid name for each leaf, from the part that the names of its input and output have in common."""
     names: list[str] = []
     for at, (leaf, after) in enumerate(step.state.items()):
         shared = max(_keys(leaf.name, _BEFORE) & _keys(after, _AFTER), key=len, default=leaf.name)
@@ -484,7 +483,7 @@ def _in_words(shape: Sequence[Any]) -> str:
 
 
 def _compare(network: RecurrentModel, session: Any, step: StepGraph) -> None:
-    """Compare a step with the graph, computed by onnxruntime for random frames.
+    """Compare a step with the graph, which onnxruntime computes for random frames.
 
     Raises:
         ModelError: naming the output that differs most, and by how much.

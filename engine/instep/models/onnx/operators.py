@@ -1,4 +1,4 @@
-"""ONNX's operators in those of torch, at one row."""
+"""ONNX's operators expressed in torch's, at one row."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = npt.NDArray[Any]
 Value: TypeAlias = Tensor | Array | None
-"""A tensor depends on the frame or the state, an array does not; None is an optional input that is left out."""
+"""A tensor depends on the frame or the state, an array does not; None is an omitted optional input."""
 Results: TypeAlias = Tensor | Sequence[Tensor]
 
 _MOST_PARTS: Final = 16
-"""Elements at constant places are copied in up to this many runs; more are picked by index."""
+"""Elements at constant positions are copied in up to this many runs; more are picked by index."""
 
 
 class UnservedOperator(Exception):
-    """Why a node cannot be served."""
+    """Raised with the reason that a node cannot be served."""
 
 
 class OnnxNode:
@@ -55,45 +55,45 @@ class OnnxNode:
         return value.decode() if isinstance(value, bytes) else value
 
     def refuse(self, *names: str) -> None:
-        """Refuse attributes that have other values than none and zero."""
+        """Refuse attributes that have a value other than none or zero."""
         for name in names:
             if (value := self.get(name)) and value != "none":
                 raise UnservedOperator(f"its {name} is {value!r:.80}, which has no portable form")
 
     def value(self, at: int) -> Value:
-        """An input, or None where it is left out."""
+        """An input, or None if it is omitted."""
         return self.values[at] if at < len(self.values) else None
 
     def given(self, at: int) -> Tensor | Array:
-        """An input that must be there."""
+        """A required input."""
         value = self.value(at)
         if value is None:
             raise UnservedOperator(f"it has no input {at}")
         return value
 
     def tensor(self, at: int) -> Tensor:
-        """An input that must be there, as a tensor."""
+        """A required input, as a tensor."""
         value = self.given(at)
         return self._tensor_of(self.proto.input[at], value) if isinstance(value, np.ndarray) else value
 
     def optional(self, at: int) -> Tensor | None:
-        """An input that may be left out, as a tensor."""
+        """An optional input, as a tensor."""
         return None if self.value(at) is None else self.tensor(at)
 
     def array(self, at: int) -> Array:
-        """An input that must be there, and may not depend on the frame or the state."""
+        """A required input that may not depend on the frame or the state."""
         value = self.given(at)
         if isinstance(value, Tensor):
             raise UnservedOperator(f"its input {self.proto.input[at]!r:.80} depends on the frame or the state")
         return value
 
     def ints(self, name: str, at: int) -> list[int] | None:
-        """Numbers that are an input, or an attribute in older versions of the operator."""
+        """Integers from an input or, in older versions of the operator, an attribute."""
         values = self.get(name) if self.value(at) is None else np.ravel(self.array(at))
         return None if values is None else [int(each) for each in values]
 
     def number(self, name: str, at: int) -> float | None:
-        """A number that is an input, or an attribute in older versions of the operator."""
+        """A number from an input or, in older versions of the operator, an attribute."""
         value = self.get(name) if self.value(at) is None else self.array(at)
         return None if value is None else np.asarray(value).item()
 
@@ -232,7 +232,7 @@ def _layer_norm(node: OnnxNode) -> Tensor:
 
 
 def _group_norm(node: OnnxNode) -> Tensor:
-    """Before opset 21 scale and shift have one value for each group, since then one for each channel."""
+    """Scale and shift have one value for each group before opset 21, and one for each channel since."""
     x, scale, shift = node.tensors
     parts = F.group_norm(x, node.get("num_groups"), eps=node.get("epsilon", 1e-5)).reshape(x.shape[0], len(scale), -1)
     return (parts * scale[:, None] + shift[:, None]).reshape(x.shape)
@@ -353,14 +353,14 @@ def _scatter_nd(node: OnnxNode) -> Tensor:
 
 
 _GATES: Final = {"GRU": (1, 0, 2), "LSTM": (0, 2, 3, 1), "RNN": (0,)}
-"""Torch's order of gates (GRU: reset, update, new; LSTM: input, forget, cell, output) in ONNX's."""
+"""Where ONNX has each of torch's gates (GRU: reset, update, new; LSTM: input, forget, cell, output)."""
 _LAYERS: Final[Mapping[str, tuple[list[str], Callable[..., tuple[Tensor, ...]]]]] = {
     "GRU": (["sigmoid", "tanh"], torch.gru),
     "LSTM": (["sigmoid", "tanh", "tanh"], torch.lstm),
     "RNN": (["tanh"], torch.rnn_tanh),
     "RNN relu": (["relu"], torch.rnn_relu),
 }
-"""The usual activations, and torch's function."""
+"""The default activations, and torch's function."""
 
 
 def _recurrent(node: OnnxNode) -> Sequence[Tensor]:
@@ -412,7 +412,7 @@ _MAPS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "Less": torch.lt,
     "LessOrEqual": torch.le,
 }
-"""Operators that are functions of torch."""
+"""Operators that are a single function of torch."""
 _VARIADIC: Final = {"Sum": torch.add, "Max": torch.maximum, "Min": torch.minimum}
 _REDUCTIONS: Final[Mapping[str, Callable[[Tensor, list[int], bool], Tensor]]] = {
     "ReduceSum": lambda x, dims, keep: x.sum(dims, keep, dtype=x.dtype),

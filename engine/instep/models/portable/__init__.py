@@ -1,1 +1,1 @@
-"""Networks in the arithmetic `portable-1`: a normal form, its compiler, and its definition as a second program."""
+"""Networks in the arithmetic `portable-1`: the normal form, its compiler, and the definition as a second program."""

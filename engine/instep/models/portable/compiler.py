@@ -1,8 +1,8 @@
-"""From a form to machine code: a function for each group of nodes, and `run`, which calls them for all rows.
+"""Compiles a form to machine code: a function for each group of nodes, and `run`, which calls them for all rows.
 
-The same arithmetic is written in two ways: for `lanes` rows at once, where each element is a vector with a row in each
+The same arithmetic is written in two ways: for `lanes` rows at once, where each element is a vector with one row per
 lane, and for a few rows one by one, where LLVM may put neighbouring elements of a row into the lanes. `run` steps as
-many rows as it can in the first way, and a small rest in the second.
+many rows as possible in the first way, and a small remainder in the second.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from instep.models.portable.plan import ONE_NAN, WeightPanel, is_map, plan, same
 
 MAX_UNITS: Final = 5000
 MAX_REPEATED: Final = 16
-"""How much larger than its tensors the panels of a step may be; padding alone can make them 4 times as large."""
+"""The most that the panels of a step may exceed its tensors in size; padding alone can make them 4 times as large."""
 _USUAL_MODE: Final = 0x1F80
-"""Of x86: round to nearest, keep denormals, no traps."""
+"""The x86 mode that rounds to nearest, keeps denormals, and does not trap."""
 _STEPS: Final = {
     **dict.fromkeys(("sum", "cumsum"), "add"),
     **dict.fromkeys(("prod", "cumprod"), "mul"),
@@ -40,19 +40,19 @@ _STEPS: Final = {
     "any": "or",
     "all": "and",
 }
-"""The map by which a total becomes the next one."""
+"""By reduction, the map that combines a total with the next element."""
 PORT: Final = 3
-"""Numbers for each input and output: the first row's address, bytes from row to row, the address of row numbers."""
+"""The numbers for each input and output: address of the first row, bytes between rows, address of the row numbers."""
 
 
 class Compiled:
-    """A step, compiled, with weights.
+    """A compiled step with its weights.
 
-    Any number of threads may `run` it, each with memory of its own.
+    Any number of threads may `run` it, each with its own memory.
     """
 
     def __init__(self, form: Form, tensors: Mapping[str, npt.NDArray[Any]], processor: Processor | None = None) -> None:
-        """`tensors` have the dtypes and sizes that the form names; code for another `processor` must run on this one.
+        """`tensors` have the dtypes and sizes that the form names. Code for another `processor` must run on this one.
 
         Raises:
             ModelError: when it is too large to be compiled.
@@ -63,7 +63,7 @@ class Compiled:
         self.dtypes = [DTYPES[form.buffers[index].dtype] for index in form.inputs]
         self.output_sizes = [view.elements for view in form.outputs]
         self.memory_bytes = code.memory_bytes
-        """The working memory of `run`, for each thread."""
+        """The working memory that each thread needs for `run`."""
         self._library = library
         self._weights = code.weights(tensors, library.function("once", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long))
         self._run = library.function(
@@ -74,28 +74,27 @@ class Compiled:
         """Step rows.
 
         Args:
-            memory: the address of `memory_bytes`, a multiple of 64.
+            memory: the address of `memory_bytes` bytes, a multiple of 64.
             ports: the address of `PORT` int64 for each input, then for each output.
-            first: row to begin with.
-            rows: how many.
+            first: the row to begin with.
+            rows: the number of rows.
         """
         self._run(memory, self._weights.ctypes.data, ports, first, rows)
 
 
 def _host_library(code: StepCode, key: str) -> Library:
-    """The step alone; it calls the routines of `kernels` that all steps share."""
     made = cached(key, code.processor, lambda: object_code(code.text(), code.processor))
     return Library(made, kernels.symbols())
 
 
 def _whole_library(code: StepCode, key: str) -> Library:
-    """The step with routines of its own, for a processor other than the host."""
+    """The step with its own copy of the routines, for a processor other than the host."""
     text = str(code.module(with_kernels=True))
     return Library(cached(f"{key} and kernels", code.processor, lambda: object_code(text, code.processor)), {})
 
 
 class StepCode:
-    """The code of a form for a processor.
+    """The code that computes a form on a processor.
 
     Raises:
         ModelError: when it is too large to be compiled.
@@ -121,11 +120,11 @@ class StepCode:
         self.memory_bytes = self.plan.row_bytes * max(processor.lanes, processor.few)
 
     def text(self) -> str:
-        """The module in LLVM's language."""
+        """The module in LLVM's intermediate language."""
         return str(self.module())
 
     def module(self, *, with_kernels: bool = False) -> ir.Module:
-        """All functions; with those of `kernels`, too, for other processors than this one."""
+        """All functions; for a processor other than this one, with those of `kernels`."""
         processor, found = self._processor, ir.Module("step")
         found.triple = processor.triple
         for name, arguments in () if with_kernels else kernels.names().items():
@@ -149,7 +148,7 @@ class StepCode:
 
     @property
     def ports(self) -> list[tuple[int, int, str]]:
-        """For each input, then each output: bytes from the start of a row's memory, elements, and dtype."""
+        """For each input, then each output: its offset in a row's memory in bytes, number of elements, and dtype."""
         buffers = [*self._form.inputs, *(view.buffer for view in self.plan.outputs)]
         return [(self.plan.places[b], self.plan.buffers[b].size, self.plan.buffers[b].dtype) for b in buffers]
 
@@ -168,7 +167,7 @@ class StepCode:
     def weights(
         self, tensors: Mapping[str, npt.NDArray[Any]], once: Callable[[int, int, int], object]
     ) -> npt.NDArray[np.uint8]:
-        """The weights' memory: tensors, what depends on them alone (computed by the code's `once`), and panels."""
+        """The memory of the weights: tensors, values that depend only on them (computed by `once`), and panels."""
         memory = aligned_bytes(self.weight_bytes)
         for index, buffer in enumerate(self.plan.buffers):
             if buffer.tensor:
@@ -208,11 +207,11 @@ def aligned_bytes(size: int) -> npt.NDArray[np.uint8]:
 
 
 _UNIT: Final = (POINTER, POINTER, I64)
-"""The memory of rows, the weights' memory, how many rows."""
+"""The arguments: the memory of the rows, the memory of the weights, the number of rows."""
 
 
 class _Unit(Lanes):
-    """The function of a group: for `lanes` rows at once, or for one row after another where that is 1."""
+    """The function of a group: for `lanes` rows at once or, if that is 1, for one row after another."""
 
     def __init__(self, code: StepCode, module: ir.Module, name: str, lanes: int) -> None:
         super().__init__(module, name, _UNIT, lanes)
@@ -224,7 +223,7 @@ class _Unit(Lanes):
         self._row = self._memory
 
     def write(self, number: int, group: Sequence[Node]) -> Any:
-        """Returns the function."""
+        """Write the function and return it."""
         product = self._plan.products.get(number)
         if product is not None:
             self._write_product(number)
@@ -252,7 +251,7 @@ class _Unit(Lanes):
         return self._plan.buffers[view.buffer].dtype
 
     def _place(self, view: View, index: Value) -> Value:
-        """The address of an element: of its first lane."""
+        """The address of an element, in its first lane."""
         size, place = SIZES[self._dtype(view)], self._plan.places[view.buffer]
         if view.buffer in self._plan.shared:
             return self.at(self._weights, self._bytes(index, size, place + view.offset * size))
@@ -286,7 +285,7 @@ class _Unit(Lanes):
     # ── Nodes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def write_node(self, node: Node) -> None:
-        """A node by itself."""
+        """Write a node on its own."""
         if is_map(node):
             self._write_maps([node])
         elif node.op == "fma_chain":
@@ -301,7 +300,7 @@ class _Unit(Lanes):
             self._write_put(node)
 
     def _write_maps(self, group: Sequence[Node]) -> None:
-        """Maps of one shape share a loop and pass their results on in registers."""
+        """Write maps of one shape as one loop that passes results on in registers."""
         made = {node.out.buffer: node.out for node in group}
         stored = [node for node in group if node.out.buffer in self._plan.kept or node.out.buffer in self._plan.shared]
         given = [view for node in group for view in node.views if not self._is_made(view, made)]
@@ -342,7 +341,7 @@ class _Unit(Lanes):
         return self.map(node.op, dtype, arguments, dtypes)
 
     def _write_chain(self, node: Node) -> None:
-        """Compute several outputs with a common factor together, where there are some."""
+        """Write a chain; several outputs with a common factor are computed together."""
         start, a, b = node.args
         assert isinstance(a, View)
         assert isinstance(b, View)
@@ -423,7 +422,7 @@ class _Unit(Lanes):
             self._store(found, node.out, of_out)
 
     def _is_larger(self, dtype: str, value: Value, before: Value) -> Value:
-        """Whether an element takes the place of the largest so far: NaN is the largest."""
+        """Whether an element replaces the largest so far; NaN is the largest."""
         larger = self.compare(">", dtype, value, before)
         if dtype not in ("float32", "float64"):
             return larger
@@ -444,7 +443,7 @@ class _Unit(Lanes):
                 self._store(value, node.out, b.add(of_out, to_out))
 
     def _bounded(self, index: Value, count: int) -> Value:
-        """Move an index into range; one below 0 counts from the end."""
+        """Limit an index to the valid range; a negative one counts from the end."""
         b, zero, most = self.b, self.const(0, "int64"), self.const(count - 1, "int64")
         below = b.icmp_signed("<", index, zero)
         index = b.select(below, b.add(index, self.const(count, "int64")), index)
@@ -528,7 +527,7 @@ class _Unit(Lanes):
 
 
 def _neighbours_joined(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Join loops whose elements follow one another in memory."""
+    """Join loops over elements that are adjacent in memory."""
     found: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in dims:
         if found and all(outer == inner * size for outer, inner in zip(found[-1][1], strides, strict=True)):
@@ -539,14 +538,14 @@ def _neighbours_joined(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tupl
 
 
 class _RunFunction(Lanes):
-    """`run(memory, weights, ports, first, rows)`, in the usual mode of arithmetic, restored after."""
+    """`run(memory, weights, ports, first, rows)`. It sets the usual mode of arithmetic and restores the former one."""
 
     def __init__(self, code: StepCode, module: ir.Module) -> None:
         super().__init__(module, "run", (POINTER, POINTER, POINTER, I64, I64), 1)
         self._code = code
 
     def write(self, units: Mapping[int, Sequence[Any]]) -> None:
-        """`units` are the functions of all groups, by their number of lanes."""
+        """Write the function; `units` are the functions of all groups, by their number of lanes."""
         _, _, _, first, rows = self.function.args
         restore = _in_usual_mode(self, self._code.processor)
         processor, b = self._code.processor, self.b
@@ -585,7 +584,6 @@ class _RunFunction(Lanes):
             self._move(number, lanes, first, rows, into=False)
 
     def _move(self, number: int, lanes: int, first: Value, rows: Value, *, into: bool) -> None:
-        """One input or output of all rows."""
         memory, _, ports = self.function.args[:3]
         place, count, dtype = self._code.ports[number]
         base, stride, numbers = (
@@ -622,7 +620,7 @@ class _RunFunction(Lanes):
 
 
 def _in_usual_mode(code: Lanes, processor: Processor) -> Callable[[], None]:
-    """Round to nearest and keep denormals, whatever other libraries have asked for. Returns how to restore that."""
+    """Round to nearest and keep denormals, whatever other libraries have set. Returns a function that restores it."""
     b = code.b
 
     def function(kind: Any, name: str) -> Any:
@@ -645,13 +643,13 @@ def _in_usual_mode(code: Lanes, processor: Processor) -> Callable[[], None]:
 
 
 class CompiledStep:
-    """A form with its weights, compiled. Any number of threads may use it, each with `Rows` of its own.
+    """A compiled form with its weights. Any number of threads may use it, each with its own `Rows`.
 
     Args:
         form: it is checked, since it may come from a stranger.
         tensors: of the weights file, by name.
         state: the leaves, in the order of the form's inputs after the frame.
-        source: how sentences call the form.
+        source: the form's name in error messages.
 
     Raises:
         ModelError: when the form cannot be computed.
@@ -667,7 +665,7 @@ class CompiledStep:
         self.outputs, *_ = self._code.output_sizes
 
     def bind(self, inputs: F32, states: U8, outputs: F32) -> Rows:
-        """Room to step rows of three tables.
+        """Prepare to step rows of three tables.
 
         Args:
             inputs: float32 [any, features].
@@ -689,10 +687,10 @@ class CompiledStep:
         return Rows(self._code, self.state, inputs, states, outputs)
 
     def run(self, x: F32, states: U8) -> tuple[F32, U8]:
-        """Step rows of states, uint8 [R, row_bytes], with a frame each, float32 [R, features].
+        """Step rows of states, uint8 [R, row_bytes], with one frame each, float32 [R, features].
 
         Returns:
-            Outputs [R, outputs] and the states after the frames, as copies.
+            Copies of the outputs [R, outputs] and of the new states.
         """
         if len(states) != len(x):
             raise ValueError(f"{len(x)} frames for {len(states)} states")
@@ -702,7 +700,7 @@ class CompiledStep:
 
 
 class Rows:
-    """Memory for steps over rows of three tables; one thread at a time may use it."""
+    """Working memory for stepping rows of three tables; only one thread at a time may use it."""
 
     def __init__(self, code: Compiled, state: StateSpec, inputs: F32, states: U8, outputs: F32) -> None:
         self._code, self._tables = code, (inputs, states, outputs)
@@ -711,7 +709,7 @@ class Rows:
         leaves = [(states.ctypes.data + offset, states.strides[0]) for offset in state.offsets]
         ports = [(inputs.ctypes.data, inputs.strides[0]), *leaves, (outputs.ctypes.data, outputs.strides[0]), *leaves]
         self._ports: Slots = np.array([(*port, 0) for port in ports], np.int64)
-        """The addresses of row numbers are still missing."""
+        """The ports of `Compiled.run`; each run sets the addresses of the row numbers in them."""
         self._ports_address: int = self._ports.ctypes.data
         self._numbers = self._ports[:, 2]
         self._of_rows = self._numbers[:: 1 + len(leaves)]
@@ -719,7 +717,7 @@ class Rows:
     def run(self, slots: Slots, rows: Slots) -> None:
         """Step the states of `slots` with the frames in `rows` of the inputs; outputs go to the same rows.
 
-        int64 [R] each, contiguous; slots are distinct.
+        Both are int64 [R] and contiguous, and slots are distinct.
         """
         self._numbers[:] = slots.ctypes.data
         self._of_rows[:] = rows.ctypes.data
@@ -732,7 +730,7 @@ class Rows:
 
 
 def as_arrays(tensors: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """Tensors of torch as arrays."""
+    """Convert tensors of torch to arrays."""
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
 
 

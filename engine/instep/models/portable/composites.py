@@ -1,7 +1,7 @@
-"""Definitions of torch's operators that are more than one primitive. They are part of `portable-1`.
+"""Definitions of torch operators that consist of several primitives. They are part of `portable-1`.
 
 Each sum and each product of matrices is one chain in the order of its elements; `torch.addcmul` stands for one fused
-multiply-add, and `torch.addmm` continues a chain. What is not here comes from torch's decompositions.
+multiply-add, and `torch.addmm` continues a chain. Operators that are not defined here come from torch's decompositions.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _attention(
 
 
 def _gates(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """One chain: the sum of both biases, the inputs, then the states."""
+    """One chain that adds both biases, the inputs, and then the states."""
     start = None if b_ih is None or b_hh is None else b_ih + b_hh
     return torch.addmm(_chain(start, x, w_ih), h, w_hh.t())
 
@@ -150,7 +150,7 @@ def _gates(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None
 def _gru_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
-    """The two parts of the new gate are separate chains: the reset gate scales only the one from the state."""
+    """A GRU cell. The two parts of the new gate are separate chains, because the reset gate scales only one of them."""
     gates, new = ([None if w is None else w[part] for w in (w_ih, w_hh, b_ih, b_hh)] for part in _parts(2 * h.shape[1]))
     r, z = torch.sigmoid(_gates(x, h, *gates)).chunk(2, 1)  # type: ignore[arg-type]
     n = torch.tanh(torch.addcmul(_chain(new[2], x, new[0]), r, _chain(new[3], h, new[1])))  # type: ignore[arg-type]
@@ -172,7 +172,6 @@ def _rnn_cell(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _layers(cell: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-    """Layers over time of a cell, whose state is a tensor or a list of two."""
 
     def run(
         x: Tensor, state: Any, params: Sequence[Tensor], _biases: bool, layers: int, _dropout: float, _train: bool,
@@ -235,7 +234,7 @@ def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _power_of(x: Any, power: Any) -> Tensor:
-    """exp(power * log|x|), with the sign and the exceptions of IEEE's pow."""
+    """exp(power * log|x|), with the sign and the special cases of IEEE's pow."""
     x = torch.as_tensor(x)
     far = torch.abs(x)
     size = torch.exp(power * torch.log(far))
@@ -284,9 +283,9 @@ def _sign(x: Tensor) -> Tensor:
 def _windows(
     x: Tensor, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil: bool, around: float, beyond: float
 ) -> Tensor:
-    """Windows, in as many last dimensions as `kernel` has.
+    """Windows over the last dimensions, one for each entry of `kernel`.
 
-    `around` fills the padding, and `beyond` what a last window may reach further if sizes are rounded up.
+    `around` fills the padding, and `beyond` the elements that a last window covers when sizes are rounded up.
     """
     rank = len(kernel)
     dims = range(x.dim() - rank, x.dim())
@@ -357,7 +356,7 @@ def _flat_index(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor, li
 
 
 def _arrangement(indices: Sequence[Tensor | None], places: Tensor, others: int) -> list[int]:
-    """The order of [places, others] in which an indexed result has them: places where the indices were, if together."""
+    """The order of the dimensions [places, others] in an indexed result: as the indices were, if these are adjacent."""
     dims = [dim for dim, each in enumerate(indices) if each is not None]
     before = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
     rank = places.dim()
@@ -404,7 +403,7 @@ def _repeat(x: Tensor, times: Sizes) -> Tensor:
 
 @dataclass(frozen=True)
 class Complex:
-    """Numbers of two parts."""
+    """Complex numbers as a real and an imaginary part."""
 
     real: Tensor
     imag: Tensor
@@ -421,7 +420,7 @@ def _turns(count: Tensor, size: int, sign: int, dtype: torch.dtype) -> Complex:
 
 
 def _transform(x: Complex, is_inverse: bool, frequencies: int) -> Complex:
-    """The first frequencies of the last dimension: Stockham's way for a power of two, else one chain for each."""
+    """The first frequencies of the last dimension: by Stockham's algorithm for a power of two, else by chains."""
     size, sign, dtype = x.real.shape[-1], 1 if is_inverse else -1, x.real.dtype
     if size & (size - 1):
         turn = _turns(torch.outer(torch.arange(size), torch.arange(frequencies)) % size, size, sign, dtype)
@@ -438,7 +437,7 @@ def _transform(x: Complex, is_inverse: bool, frequencies: int) -> Complex:
 
 
 def _mirrored(x: Complex, size: int) -> Complex:
-    """All frequencies of a real signal from the first half; the others are the conjugate, backwards."""
+    """All frequencies of a real signal from the first half; the second half is its conjugate in reverse order."""
     half = x.real.shape[-1]
     is_own_mirror = torch.arange(half) % (size / 2) == 0
     imag = torch.where(is_own_mirror, 0, x.imag)
@@ -544,4 +543,5 @@ OWN: Final[dict[Any, Callable[..., Any]]] = {
     aten.one_hot.default: _one_hot,
     aten.repeat.default: _repeat,
 }
-"""By operator. What is composite is replaced in the step's own graph, the rest also where it comes from that."""
+"""Definitions by operator. Composite operators are replaced in the step's own graph, others also inside decompositions.
+"""

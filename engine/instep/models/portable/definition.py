@@ -1,20 +1,20 @@
-"""The arithmetic `portable-1` in plain loops: the definition that compiled steps are checked by.
+"""The arithmetic `portable-1` in plain loops: the definition that compiled steps are compared with.
 
 It shares the normal form with the compiler and nothing else. Memory has one column for each row of the batch, so every
-line below computes all rows at once; a tensor of the weights has a single column, which numpy repeats.
+line computes all rows at once; a weights tensor has a single column, which numpy broadcasts.
 
-Every operation is rounded once, as IEEE 754 says, and denormals are kept. What may surprise:
+Every operation is rounded once, as IEEE 754 says, and denormals are kept. Points that may surprise:
 
 * `fma` and `fma_chain` round once for a multiplication and an addition together. Sums are one chain in row-major order:
   `sum` and `cumsum` begin at +0, so the sum of a single -0 is +0.
 * `maximum(a, b)` is a where a > b or a is NaN, and otherwise b: of two zeros it is the second one. `amax` is
   `maximum(so far, next)`. `minimum` and `amin` are alike.
 * NaN has neither sign nor payload: the outputs and the new state hold 0x7FC00000 (float64: 0x7FF8000000000000) for
-  each, and `copysign` takes the sign of a NaN for positive.
+  each, and `copysign` treats the sign of a NaN as positive.
 * Integers wrap. A divisor of 0 counts as 1, and division by -1 negates, so the least number stays as it is.
 * `cast` from float to integer cuts the fraction off and saturates; NaN becomes 0. NaN as a bool is true.
 * `exp` is 0 below -87, and so is the exponential within expm1 and sigmoid; within tanh it is 0 below -40. Beyond 2^46,
-  sin and cos are NaN. Of -0, expm1, log1p and sin are +0.
+  sin and cos are NaN. expm1, log1p and sin of -0 are +0.
 * Comparisons order False before True.
 * A number among the arguments is first rounded to the dtype of the views: `np.float32(number)`.
 """
@@ -38,13 +38,13 @@ from instep.models.portable.form import COMPARISONS, DTYPES, REDUCTIONS, SCANS, 
 
 Values: TypeAlias = npt.NDArray[Any]
 Memory: TypeAlias = list[Values]
-"""One array [size, rows] for each buffer, or [size, 1] for a tensor."""
+"""One array for each buffer, [size, rows], or [size, 1] for a weights tensor."""
 _CONFIG: Final[Any] = numba.config
 F: Final = np.float32
 
 
 def exact_fma(a: Any, b: Any, c: Any) -> Any:
-    """A fused multiply-add of numpy scalars of one dtype, by fractions."""
+    """A fused multiply-add of numpy scalars of one dtype, computed with fractions."""
     with np.errstate(all="ignore"):
         if np.isfinite([a, b, c]).all():
             exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
@@ -82,8 +82,8 @@ _fma: Final[Any] = exact_fma if _CONFIG.DISABLE_JIT else intrinsic(_fused)
 def _chain(totals: Values, a: Values, a_outer: I64, a_inner: I64, b: Values, b_outer: I64, b_inner: I64) -> None:
     """Chains of fused multiply-adds that begin at `totals` [elements, rows].
 
-    The factors of an element are a[a_outer[element] + a_inner[k]] and b[...] for every k, in order. `a` has a column
-    for each row; `b` has, too, or one for all.
+    The factors of an element are a[a_outer[element] + a_inner[k]] and b[...] for every k, in order. `a` has one column
+    per row; `b` has one column per row, or a single one.
     """
     for element in range(len(totals)):
         total = totals[element]
@@ -102,7 +102,7 @@ _FIRST: Final = np.zeros(1, np.int64)
 
 
 def fma(a: Any, b: Any, c: Any) -> Values:
-    """A fused multiply-add of each element, of one dtype."""
+    """An elementwise fused multiply-add; all arguments have one dtype."""
     if np.size(a) < np.size(b):
         a, b = b, a
     shape = np.broadcast(a, b, c).shape
@@ -138,7 +138,7 @@ def _polynomial(x: F32, coefficients: Sequence[float]) -> F32:
 
 
 def _exp_parts(t: F32, least: float) -> tuple[Values, Values, F32]:
-    """Whether t is below `least`; and n and e^r - 1 of the t that is not, where e^t = 2^n * e^r."""
+    """Whether t is below `least`, and for the other t: n and e^r - 1, where e^t = 2^n * e^r."""
     below = t < F(least)
     t = np.where(below, F(least), t)
     n = fma(t, F(1.4426950408889634), _ROUNDER) - _ROUNDER
@@ -153,7 +153,7 @@ def _power(n: Values) -> F32:
 
 
 def _exp_halves(t: F32) -> tuple[F32, F32, F32]:
-    """2^(n // 2), or 0 below -87; 2^(n - n // 2); and e^r - 1. In halves, because 2^128 is no finite float."""
+    """2^n as two factors, since 2^128 is not a finite float (the first is 0 below -87), and e^r - 1."""
     below, n, rest = _exp_parts(t, -87)
     half = n >> np.int32(1)
     return np.where(below, F(0), _power(half)), _power(n - half), rest
@@ -223,7 +223,7 @@ def erf(x: F32) -> F32:
 
 
 def _sine(x: F32, quarters: int) -> F32:
-    """The sine of x and `quarters` quarters of a turn; pi/2 is subtracted in float64, in two parts."""
+    """The sine of x plus `quarters` quarter turns; multiples of pi/2 are subtracted in float64, in two parts."""
     wide = x.astype(np.float64)
     shifted = fma(wide, np.float64(0.6366197723675814), _WIDE_ROUNDER)
     n = shifted - _WIDE_ROUNDER
@@ -256,12 +256,12 @@ def atan(x: F32) -> F32:
 
 
 def maximum(a: Values, b: Values) -> Values:
-    """The larger one; b where they are equal, and NaN if one is."""
+    """The larger of two values: b if they are equal, NaN if either is NaN."""
     return np.where((a > b) | (a != a), a, b)
 
 
 def minimum(a: Values, b: Values) -> Values:
-    """The smaller one; b where they are equal, and NaN if one is."""
+    """The smaller of two values: b if they are equal, NaN if either is NaN."""
     return np.where((a < b) | (a != a), a, b)
 
 
@@ -286,7 +286,7 @@ def _divisor(b: Values) -> Values:
 
 
 def copysign(a: Values, b: Values) -> Values:
-    """The size of a with the sign of b, which is positive for NaN."""
+    """The magnitude of a with the sign of b; a NaN as b counts as positive."""
     return np.copysign(a, np.where(np.isnan(b), b.dtype.type(0), b))
 
 
@@ -333,7 +333,7 @@ _FOLDS: Final[Mapping[str, tuple[int | None, Callable[..., Any]]]] = {
     "any": (0, np.logical_or),
     "all": (1, np.logical_and),
 }
-"""What a total begins with (None: with the first element), and how it becomes the next one."""
+"""The initial total (None for the first element), and the function that adds the next element."""
 
 
 _WIDE: Final[Mapping[str, Callable[..., Any]]] = {
@@ -342,17 +342,17 @@ _WIDE: Final[Mapping[str, Callable[..., Any]]] = {
     "erf": np.vectorize(math.erf, otypes=[np.float64]),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
 }
-"""In place of the functions of float32, where these are computed in float64."""
+"""Replacements for the functions of float32 when everything is computed in float64."""
 
 
 class Definition:
-    """Computes steps by a form, which `check` has found valid.
+    """Computes steps by a form that `check` has accepted.
 
     Args:
         form: the steps.
         tensors: of the weights file, by name.
-        double: compute everything that is float32 in float64, with the functions of numpy: not the arithmetic that is
-            defined here, but what it is an approximation of.
+        double: compute float32 values in float64, with numpy's functions. This is not the arithmetic defined here, but
+            the function that it approximates.
     """
 
     def __init__(self, form: Form, tensors: Mapping[str, Values], *, double: bool = False) -> None:
@@ -366,7 +366,7 @@ class Definition:
         }
 
     def step(self, arrays: Sequence[Values]) -> list[Values]:
-        """The outputs and each leaf of the new state, [rows, elements], from the frame and each leaf [rows, size]."""
+        """Compute the outputs and each new leaf, [rows, elements], from the frame and each leaf, [rows, size]."""
         rows = len(arrays[0])
         memory = [
             self._tensors[index] if buffer.tensor else np.empty((buffer.size, rows), self._dtypes[index])
@@ -381,7 +381,7 @@ class Definition:
 
 
 def _result(values: Values, rows: int) -> Values:
-    """Contiguous [rows, elements]; every NaN is numpy's own, which is positive and without a payload."""
+    """A contiguous array [rows, elements] in which every NaN is numpy's own: positive, without a payload."""
     columns = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
     result = np.array(np.broadcast_to(columns.T, (rows, len(columns))), order="C")
     return np.where(np.isnan(result), result.dtype.type(np.nan), result) if result.dtype.kind == "f" else result
@@ -396,7 +396,7 @@ def _elements(memory: Memory, view: View) -> Values:
 
 
 def _offsets(shape: Sequence[int], strides: Sequence[int], first: int = 0) -> I64:
-    """The elements' offsets in their buffer, in row-major order."""
+    """The offsets of a view's elements in their buffer, in row-major order."""
     found = np.full(1, first, np.int64)
     for n, stride in zip(shape, strides, strict=True):
         found = np.add.outer(found, stride * np.arange(n, dtype=np.int64)).reshape(-1)
@@ -442,7 +442,7 @@ def _fma_chain(start: Any, node: Node, memory: Memory) -> Values:
 
 
 def _fold(op: str, values: Values, rank: int, running: Values | None = None) -> Values:
-    """Reduce all dimensions from `rank` on but the rows, in row-major order; `running` takes each total so far."""
+    """Reduce the dimensions from `rank` on, except the rows, in row-major order; `running` gets each running total."""
     start, combined = _FOLDS[op]
     kept: tuple[Any, ...] = (slice(None),) * rank
     inner = values.shape[rank:-1]

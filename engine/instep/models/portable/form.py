@@ -1,8 +1,8 @@
 """The normal form of a step: how one row of a batch is computed, as primitives over strided views of buffers.
 
-Sizes are numbers, nothing changes in place, and nothing refers to another row. Everything that the bits of a result
-depend on is in here; docs/exactness.md defines each primitive, `definition` computes them in plain loops, and
-`compiler` makes machine code of them. The primitives:
+Sizes are numbers, nothing changes in place, and nothing refers to another row. The form determines every bit of a
+result; docs/exactness.md defines each primitive, `definition` computes them in plain loops, and `compiler` translates
+them to machine code. The primitives:
 
 * `MAPS` compute each element from the elements at the same index. All arguments have the shape of the result; a
   dimension over which one is repeated has the stride 0.
@@ -57,9 +57,9 @@ MAPS: Final[Mapping[str, tuple[int, frozenset[str]]]] = {
     **dict.fromkeys(("and", "or", "xor"), (2, _WHOLE)),
     "not": (1, _WHOLE),
 }
-"""How many arguments each takes, and of which dtypes; the result has the dtype of the arguments."""
+"""For each map, the number and the dtypes of its arguments; the result has the dtype of the arguments."""
 COMPARISONS: Final = frozenset(["eq", "ne", "lt", "le", "gt", "ge"])
-"""Maps of two arguments of one dtype to bool."""
+"""Maps from two arguments of one dtype to bool."""
 REDUCTIONS: Final[Mapping[str, frozenset[str]]] = {
     **dict.fromkeys(("sum", "prod", "amax", "amin", "argmax"), _NUMBERS),
     **dict.fromkeys(("any", "all"), frozenset(["bool"])),
@@ -69,11 +69,11 @@ SCANS: Final[Mapping[str, frozenset[str]]] = {"cumsum": _NUMBERS, "cumprod": _NU
 MAX_NODES: Final = 20_000
 MAX_RANK: Final = 16
 MAX_EXTENT: Final = 2**40
-"""Of the size, the strides and the offset of a view, so that no address overflows."""
+"""The limit of a view's size, strides and offset, so that no address overflows."""
 MAX_ROW_ELEMENTS: Final = 2**24
-"""Of all buffers of one row."""
+"""The limit of the elements in all buffers of one row."""
 MAX_ITERATIONS: Final = 2**32
-"""Of all nodes together, for one row."""
+"""The limit of iterations of all nodes together, for one row."""
 
 Number: TypeAlias = float | int | bool
 Shape: TypeAlias = tuple[int, ...]
@@ -81,13 +81,13 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory of one row, or a tensor of the weights file, which all rows share."""
+    """Memory of one row, or a weights tensor that all rows share."""
 
     dtype: str
     size: int
-    """Elements."""
+    """The number of elements."""
     tensor: str = ""
-    """Its name in the weights file; empty for memory of one row."""
+    """The tensor's name in the weights file; empty for memory of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """A step. Forms are equal if their JSON is, so that a NaN among their numbers is like another.
+    """A step. Two forms are equal if their JSON is, which makes one NaN equal to another.
 
-    All writes to a buffer come before its first read, and no element is read that was not written. `check` makes sure.
+    `check` ensures that all writes to a buffer come before its first read, and that only written elements are read.
     """
 
     buffers: tuple[Buffer, ...]
@@ -134,7 +134,7 @@ class Form:
     """The buffers of the frame and of each leaf of the state, in order: contiguous."""
     nodes: tuple[Node, ...]
     outputs: tuple[View, ...]
-    """The outputs and each leaf of the new state, in order; an element of each leaf for every one of its buffer."""
+    """The outputs and each leaf of the new state, in order; a leaf has one element for every element of its buffer."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Form) and self.digest == other.digest
@@ -187,14 +187,14 @@ def _operand_json(operand: Operand) -> Any:
 
 
 class _Wrong(Exception):
-    """The problem of a form."""
+    """Raised with the problem of a form."""
 
 
 def form_of_values(values: Any, source: str) -> Form:
-    """A form from the values of its JSON, not checked; `source` is how sentences call it.
+    """Build a form from the values of its JSON, unchecked; `source` is its name in error messages.
 
     Raises:
-        ModelError: when it is not one.
+        ModelError: when the values are not a form.
     """
     try:
         match values:
@@ -254,7 +254,7 @@ def check(form: Form, tensors: Mapping[str, tuple[str, int]], source: str) -> No
     Args:
         form: it may come from a stranger.
         tensors: dtype and elements of each tensor of the weights file.
-        source: how sentences call the form.
+        source: the form's name in error messages.
 
     Raises:
         ModelError: when it cannot be computed.
@@ -271,7 +271,7 @@ class _Checker:
         self._written: list[npt.NDArray[np.bool_]] = []
         self._read: set[int] = set()
         self._begun: set[int] = set()
-        """Buffers of a row that something was written to, if only no elements."""
+        """Buffers of a row that a node has written to, even if it wrote no elements."""
 
     def run(self) -> None:
         form = self._form
@@ -318,7 +318,7 @@ class _Checker:
         self._written.append(np.full(0 if buffer.tensor else buffer.size, False))
 
     def _elements(self, view: View) -> npt.NDArray[np.bool_]:
-        """A view of the mask of written elements, with each repeated dimension once."""
+        """The part of the written-elements mask that a view covers, with repeated dimensions reduced to one."""
         size = self._form.buffers[view.buffer].size
         if len(view.shape) != len(view.strides) or len(view.shape) > MAX_RANK or any(n < 0 for n in view.shape):
             raise _Wrong("a view has no valid shape")
@@ -447,14 +447,14 @@ def contiguous(shape: Sequence[int]) -> Shape:
 
 
 def broadcast(view: View, shape: Sequence[int]) -> View:
-    """Repeated along leading dimensions and those of size 1, as numpy does."""
+    """Repeat along leading dimensions and those of size 1, as numpy does."""
     extra = len(shape) - len(view.shape)
     strides = (0 if n == 1 else stride for n, stride in zip(view.shape, view.strides, strict=True))
     return replace(view, shape=tuple(shape), strides=(*(0,) * extra, *strides))
 
 
 def permute(view: View, dims: Sequence[int]) -> View:
-    """The dimensions in another order."""
+    """Reorder the dimensions."""
     return replace(view, shape=tuple(view.shape[d] for d in dims), strides=tuple(view.strides[d] for d in dims))
 
 
@@ -465,7 +465,7 @@ def narrow(view: View, dim: int, start: int, length: int) -> View:
 
 
 def select(view: View, dim: int, index: int) -> View:
-    """One index of a dimension, without that."""
+    """Fix the index of one dimension and remove that dimension."""
     return drop(narrow(view, dim, index, 1), dim)
 
 
@@ -482,7 +482,7 @@ def reshape(view: View, shape: Sequence[int]) -> View:
 
 
 class Builder:
-    """Collects what a form consists of.
+    """Collects the parts of a form.
 
     Attributes:
         buffers: so far.
@@ -496,20 +496,20 @@ class Builder:
         self._tensors: dict[str, View] = {}
 
     def input(self, dtype: str, shape: Sequence[int]) -> View:
-        """The frame, and then each leaf of the state, in order."""
+        """Add an input: first the frame, then each leaf of the state in order."""
         view = self.fresh(dtype, shape)
         self._inputs.append(view.buffer)
         return view
 
     def tensor(self, name: str, dtype: str, shape: Sequence[int]) -> View:
-        """A tensor of the weights file."""
+        """Add a weights tensor."""
         if name not in self._tensors:
             self.buffers.append(Buffer(dtype, math.prod(shape), name))
             self._tensors[name] = View(len(self.buffers) - 1, 0, tuple(shape), contiguous(shape))
         return self._tensors[name]
 
     def fresh(self, dtype: str, shape: Sequence[int], strides: Sequence[int] | None = None, offset: int = 0) -> View:
-        """Memory of a row that nothing was written to; contiguous, unless strides (not negative) are given."""
+        """Add unwritten memory of a row; contiguous unless (non-negative) strides are given."""
         strides = contiguous(shape) if strides is None else strides
         reach = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if math.prod(shape) else -1
         self.buffers.append(Buffer(dtype, offset + reach + 1))
@@ -520,12 +520,12 @@ class Builder:
         return self.buffers[view.buffer].dtype
 
     def emit(self, op: str, out: View, *args: Operand) -> View:
-        """Add a node; returns its result."""
+        """Add a node and return its result."""
         self.nodes.append(Node(op, out, args))
         return out
 
     def map(self, op: str, *args: Operand, out: View | None = None) -> View:
-        """Add a node that computes each element by itself, with its arguments repeated to one shape."""
+        """Add a node that computes element by element; its arguments are broadcast to one shape."""
         views = [each for each in args if isinstance(each, View)]
         shape = out.shape if out else _broadcast_shape([view.shape for view in views])
         if out is None:
@@ -533,7 +533,7 @@ class Builder:
         return self.emit(op, out, *(broadcast(each, shape) if isinstance(each, View) else each for each in args))
 
     def cast(self, view: View, dtype: str) -> View:
-        """Values in another dtype."""
+        """Convert values to another dtype."""
         assert dtype in DTYPES
         return view if self.dtype(view) == dtype else self.emit("cast", self.fresh(dtype, view.shape), view)
 
@@ -552,7 +552,7 @@ class Builder:
         return self.emit("fma_chain", out, start, broadcast(x, (outputs, inputs)), weight)
 
     def inline(self, form: Form, inputs: Sequence[View]) -> list[View]:
-        """Add a form whose inputs are these views, of whole buffers; returns its outputs."""
+        """Add a form whose inputs are these views of whole buffers, and return its outputs."""
         moved = {index: view.buffer for index, view in zip(form.inputs, inputs, strict=True)}
         for index, buffer in enumerate(form.buffers):
             if buffer.tensor:
@@ -566,7 +566,7 @@ class Builder:
         return [replace(view, buffer=moved[view.buffer]) for view in form.outputs]
 
     def form(self, outputs: Sequence[View]) -> Form:
-        """The form of everything that these results need; buffers are numbered anew."""
+        """The form that computes these results; unused nodes are left out and buffers renumbered."""
         needed, kept = {view.buffer for view in outputs}, list[Node]()
         for node in reversed(self.nodes):
             if node.out.buffer in needed:

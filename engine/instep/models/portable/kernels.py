@@ -1,9 +1,10 @@
-"""Routines that the code of every step calls: products with weights, and rows moved into lanes and back.
+"""Routines that every compiled step calls: products with weights, and moves of rows into lanes and back.
 
-Weights are in panels: for each `columns` outputs in turn a line of the values that their sums begin with, and a line of
-weights for every input. The layout is the same whether lanes are rows (`dense_many`, a weight in every lane) or outputs
-(`dense_few`, some rows together, so that each weight is read once). Either way a sum is one chain in the order of the
-inputs. Inputs have up to three dimensions, each with a stride, as those of a convolution have.
+Weights are stored in panels of `columns` outputs. A panel begins with a line of initial values of the sums, and has a
+line of weights for every input. `dense_many` and `dense_few` use the same layout: in `dense_many` each lane is a row,
+and a weight is copied to every lane; in `dense_few` each lane is an output, and a few rows are computed together so
+that each weight is read once. Either way a sum is one chain in the order of the inputs. Inputs have up to three
+dimensions, each with a stride, as for a convolution.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from instep.models.portable.lanes import F32, I8, I32, I64, POINTER, Lanes, Valu
 from instep.models.portable.machine import Library, Processor, cached, host, object_code
 
 LEVELS: Final = 3
-"""Dimensions of the inputs of a product."""
+"""The number of dimensions of a product's inputs."""
 _MEMORY: Final = {"1": I8, "4": F32, "8": I64}
 FEW_ROWS: Final = (1, 2, 3, 4, 6, 8)
-"""Numbers of rows for which there is code. Other numbers use the next larger code, and nobody reads the extra rows."""
+"""Numbers of rows for which there is code. Other numbers use the next larger one, and the extra rows are ignored."""
 DENSE: Final = (POINTER, POINTER, POINTER, POINTER, *(I64,) * (2 * LEVELS + 3))
-"""x, panels, out, start (or null where it is in the panels), the size and stride of each dimension of the inputs,
-outputs, the strides of out and start."""
+"""Arguments: x, panels, out, start (null if the panels contain it), the size and stride of each input dimension, the
+number of outputs, the strides of out and start.
+"""
 DENSE_FEW: Final = (*DENSE, I64, I64)
-"""Also the bytes from one row to the next, and rows."""
+"""The arguments of `DENSE`, the bytes between rows, and the number of rows."""
 MOVE: Final = (POINTER, POINTER, I64, I64)
-"""Addresses of rows, lanes, elements of a row, rows."""
+"""Arguments: addresses of rows, lanes, elements of a row, number of rows."""
 
 
 def names() -> dict[str, Sequence[object]]:
-    """The routines' names and the types of their arguments."""
+    """The routines by name, with the types of their arguments."""
     return {
         "dense_many": DENSE,
         "dense_few": DENSE_FEW,
@@ -41,7 +43,7 @@ def names() -> dict[str, Sequence[object]]:
 
 
 def symbol(name: str, processor: Processor) -> str:
-    """A routine's name in machine code: another one for each way to compile it."""
+    """A routine's name in machine code, which differs for each way to compile it."""
     return f"instep_{name}_{processor.lanes}x{processor.columns}"
 
 
@@ -54,7 +56,7 @@ def routines() -> Library:
 
 
 def symbols() -> dict[str, int]:
-    """Their addresses, by the names that code calls them by."""
+    """Addresses of the routines, by the names that compiled code uses."""
     library, processor = routines(), host()
     return {symbol(name, processor): library.address(symbol(name, processor)) for name in names()}
 
@@ -77,7 +79,7 @@ def write_all(module: ir.Module, processor: Processor) -> None:
 
 
 class _Dense(Lanes):
-    """A product, with the arguments that both kinds have."""
+    """A product with weights, with the arguments that both kinds share."""
 
     def __init__(
         self, module: ir.Module, name: str, processor: Processor, arguments: Sequence[object], count: int
@@ -94,7 +96,7 @@ class _Dense(Lanes):
         self.panel_size = b.mul(b.add(inputs, self.i(1)), self.i(self.panel))
 
     def chain(self, line: Value, add: Callable[[Value, Value], None]) -> None:
-        """Call `add` for each input in order, with the offset of x and the address of its line of weights."""
+        """Call `add` for each input in order, with the offset in x and the address of its line of weights."""
         b, place = self.b, self.room(POINTER)
         b.store(line, place)
         (outer, outer_stride), (middle, middle_stride), (inner, inner_stride) = self.dims
@@ -107,7 +109,7 @@ class _Dense(Lanes):
 
 
 def _write_many(module: ir.Module, processor: Processor) -> None:
-    """All lanes at once; strides count elements, each of which is a vector."""
+    """Write the product with rows in lanes; strides count elements, each of which is a vector."""
     code = _Dense(module, "dense_many", processor, DENSE, processor.lanes)
     b, width, align = code.b, code.panel, min(64, 4 * processor.lanes)
     vector = code.vector(F32)
@@ -152,7 +154,7 @@ def _write_many(module: ir.Module, processor: Processor) -> None:
 
 
 def _write_few(module: ir.Module, processor: Processor) -> None:
-    """Dispatch to the function for this number of rows, or the next larger one."""
+    """Write the dispatch to the function for this number of rows, or for the next larger one."""
     tiles = {rows: _write_rows(module, processor, rows) for rows in FEW_ROWS if rows <= processor.few}
     code = Lanes(module, symbol("dense_few", processor), DENSE_FEW, 1)
     *arguments, count = code.function.args
@@ -169,7 +171,7 @@ def _write_few(module: ir.Module, processor: Processor) -> None:
 
 
 def _write_rows(module: ir.Module, processor: Processor, rows: int) -> Any:
-    """Some rows with outputs in lanes: tiles of as many panels as there are registers for, and of one for the rest."""
+    """Write the product of a few rows with outputs in lanes, in tiles of as many panels as registers allow."""
     code = _Dense(module, f"rows_{rows}", processor, DENSE_FEW[:-1], processor.columns)
     code.function.linkage = "internal"
     b, vector = code.b, code.vector(F32)
@@ -225,9 +227,9 @@ def _move_columns(
     *,
     load: bool,
 ) -> None:
-    """Load or store a tile, [panels, rows] vectors in `room`: only columns that exist.
+    """Load or store a tile, [panels, rows] vectors in `room`, leaving out columns that do not exist.
 
-    `rows_at` is where the first row is, the stride of its columns, and the bytes to the next row.
+    `rows_at` is the address of the first row, the stride of its columns, and the bytes between rows.
     """
     (base, stride, row_bytes), (panels, rows), b = rows_at, tile, code.b
     width, vector = code.panel, code.vector(F32)
@@ -249,7 +251,7 @@ def _move_columns(
 
 
 def _write_move(module: ir.Module, processor: Processor, way: str, size: str) -> None:
-    """Rows at given addresses to [elements][lanes], or back."""
+    """Write the move of rows at given addresses to [elements][lanes], or back."""
     code = Lanes(module, symbol(f"{way}_{size}", processor), MOVE, processor.lanes)
     b, kind, lanes, width = code.b, _MEMORY[size], processor.lanes, int(size)
     addresses, memory, count, rows = code.function.args
@@ -291,7 +293,7 @@ def _write_move(module: ir.Module, processor: Processor, way: str, size: str) ->
 
 
 def _transposed(code: Lanes, vectors: list[Value]) -> list[Value]:
-    """Vectors [i][j] as [j][i]: halves change places at every power of two."""
+    """Transpose vectors [i][j] to [j][i] by swapping halves at every power of two."""
     count, step = len(vectors), 1
     while step < count:
         after = list(vectors)

@@ -1,8 +1,8 @@
-"""Code for one element of each row: a scalar program whose values are vectors, with another row in each lane.
+"""Code for one element of every row: a scalar program over vectors, with one row in each lane.
 
-No operation crosses lanes, so how many there are decides no bit. With one lane the values are plain scalars. Operations
-are written without any fast-math flag; LLVM may then neither reorder nor contract them. `definition` computes the same
-in other words.
+No operation crosses lanes, so the number of lanes does not change a bit. With one lane the values are plain scalars.
+Operations have no fast-math flag, so LLVM may neither reorder nor contract them. `definition` computes the same with
+other code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 from llvmlite import ir
 
 Value: TypeAlias = Any
-"""One of llvmlite's values, which it does not type."""
+"""A value of llvmlite, which has no type annotations."""
 
 F32, F64, I1, I8, I32, I64 = (
     ir.FloatType(),
@@ -27,10 +27,10 @@ F32, F64, I1, I8, I32, I64 = (
 )
 VOID, POINTER = ir.VoidType(), ir.PointerType()
 KINDS: Final[Mapping[str, Any]] = {"bool": I1, "int32": I32, "int64": I64, "float32": F32, "float64": F64}
-"""Of values in registers."""
+"""The types of values in registers."""
 STORED: Final[Mapping[str, Any]] = {**KINDS, "bool": I8}
 SIZES: Final = {"bool": 1, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
-"""Bytes in memory."""
+"""Sizes in memory, in bytes."""
 FLOATS: Final = ("float32", "float64")
 _BITS: Final = {"float32": "int32", "float64": "int64"}
 _INFINITY: Final = {"float32": 0x7F800000, "float64": 0x7FF0 << 48}
@@ -38,7 +38,7 @@ _QUIET_NAN: Final = {"float32": 0x7FC00000, "float64": 0x7FF8 << 48}
 _COMPARISONS: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 _INTRINSICS: Final = {"sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "roundeven"}
-"""LLVM's names of maps of floats."""
+"""LLVM's names for maps of floats."""
 _INSTRUCTIONS: Final = {
     **{name: (f"f{name}", name) for name in ("add", "sub", "mul")},
     **{name: ("", f"{name}_") for name in ("and", "or")},
@@ -46,12 +46,12 @@ _INSTRUCTIONS: Final = {
     "div": ("fdiv", ""),
     "fmod": ("frem", ""),
 }
-"""The builder's methods for floats, and for whole numbers."""
+"""The builder's methods for floats, and for integers."""
 
 _ROUNDS: Final = 12582912.0
-"""1.5 · 2^23: adding it to a small float32 rounds that to a whole number."""
+"""1.5 · 2^23: adding it to a small float32 rounds that to an integer."""
 _ROUNDS_WIDE: Final = 6755399441055744.0
-"""1.5 · 2^52, which does the same to a float64."""
+"""1.5 · 2^52: adding it to a small float64 rounds that to an integer."""
 _LARGEST_EXPONENT: Final = 88.72283935546875
 """The largest float32 whose exponential is finite."""
 _EXP: Final = (
@@ -80,10 +80,10 @@ class Lanes:
     """Writes one function; `b` is llvmlite's builder.
 
     Args:
-        module: to which it is added.
+        module: the module that the function is added to.
         name: of the function.
         arguments: the types of its arguments.
-        count: lanes of its values.
+        count: the number of lanes.
     """
 
     def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any], count: int) -> None:
@@ -94,11 +94,11 @@ class Lanes:
     # ── Values, memory and loops ───────────────────────────────────────────────────────────────────────────────────
 
     def vector(self, kind: Any) -> Any:
-        """The type of a value whose lanes are of a kind."""
+        """The vector type with lanes of a kind."""
         return ir.VectorType(kind, self.count) if self.count > 1 else kind
 
     def i(self, value: int) -> Value:
-        """A number for addresses and loops."""
+        """An integer for addresses and loops."""
         return ir.Constant(I64, value)
 
     def const(self, value: float, dtype: str = "float32") -> Value:
@@ -110,7 +110,7 @@ class Lanes:
         return ir.Constant(self.vector(kind), [number] * self.count if self.count > 1 else number)
 
     def splat(self, one: Value) -> Value:
-        """A scalar in every lane."""
+        """Copy a scalar to every lane."""
         if self.count == 1:
             return one
         kind = ir.VectorType(one.type, self.count)
@@ -123,7 +123,7 @@ class Lanes:
         return value if self.count == 1 else self.b.extract_element(value, ir.Constant(I32, number))
 
     def room(self, kind: Any, count: int = 1) -> Value:
-        """Memory of the function."""
+        """Reserve memory of the function."""
         with self.b.goto_entry_block():
             place = self.b.alloca(kind, count)
         place.align, place.type = 64, POINTER
@@ -159,7 +159,7 @@ class Lanes:
 
     @contextmanager
     def loops(self, dims: Sequence[tuple[int, tuple[int, ...]]], count: int) -> Iterator[tuple[Value, ...]]:
-        """Loops in one another, each of a size and `count` strides; yields the sums of index times stride."""
+        """Nested loops, each with a size and `count` strides; yields the sums of index times stride."""
         with ExitStack() as stack:
             sums = [self.i(0)] * count
             for size, strides in dims:
@@ -173,11 +173,11 @@ class Lanes:
             yield tuple(sums)
 
     def least(self, one: Value, other: Value) -> Value:
-        """The smaller of two whole numbers."""
+        """The smaller of two integers."""
         return self.b.select(self.b.icmp_signed("<", one, other), one, other)
 
     def intrinsic(self, name: str, *values: Value) -> Value:
-        """One of LLVM's functions of floats that are rounded as IEEE 754 says."""
+        """Call one of LLVM's float functions that round as IEEE 754 says."""
         kind = values[0].type
         full = f"llvm.{name}.{_type_name(kind)}"
         known = self.module.globals.get(full) or ir.Function(
@@ -186,7 +186,7 @@ class Lanes:
         return self.b.call(known, values)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
-        """X · y + z, rounded once."""
+        """The sum x · y + z, rounded once."""
         return self.intrinsic("fma", x, y, z)
 
     # ── Maps ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +198,7 @@ class Lanes:
             op: its name.
             dtype: of the result.
             args: values.
-            given: the dtypes of the arguments.
+            given: dtypes of the arguments.
         """
         if op in _COMPARISONS:
             return self.compare(_COMPARISONS[op], given[0], *args)
@@ -214,11 +214,11 @@ class Lanes:
         return write(dtype, *args)
 
     def binary(self, op: str, dtype: str, x: Value, y: Value) -> Value:
-        """A map that is one instruction."""
+        """A map that consists of one instruction."""
         return getattr(self.b, _INSTRUCTIONS[op][dtype not in FLOATS])(x, y)
 
     def compare(self, sign: str, dtype: str, x: Value, y: Value) -> Value:
-        """A comparison as IEEE 754 defines it, of signed numbers."""
+        """A comparison as IEEE 754 defines it; integers are signed."""
         if dtype in FLOATS:
             return (self.b.fcmp_unordered if sign == "!=" else self.b.fcmp_ordered)(sign, x, y)
         if dtype == "bool":
@@ -226,7 +226,7 @@ class Lanes:
         return self.b.icmp_signed(sign, x, y)
 
     def cast(self, value: Value, of: str, to: str) -> Value:
-        """Floats are truncated and limited to what the integer holds; NaN becomes 0."""
+        """Convert to another dtype. Floats are truncated and limited to the integer's range; NaN becomes 0."""
         b, kind = self.b, self.vector(KINDS[to])
         if of == to:
             return value
@@ -245,7 +245,7 @@ class Lanes:
         return b.sext(value, kind) if to == "int64" else b.trunc(value, kind)
 
     def one_nan(self, dtype: str, x: Value) -> Value:
-        """The one NaN that is stored in place of any other."""
+        """Replace every NaN by the one NaN that is stored."""
         if dtype not in FLOATS:
             return x
         # On integers: for LLVM one NaN of floats is as good as another, and it leaves out a choice between the two.
@@ -288,7 +288,7 @@ class Lanes:
         return self.b.select(self._is_nan(y), magnitude, self._with_sign(dtype, magnitude, y))
 
     def _with_sign(self, dtype: str, magnitude: Value, of: Value) -> Value:
-        """A number that is not negative, with the sign of another."""
+        """A non-negative number with the sign of another one."""
         b, bits = self.b, _BITS[dtype]
         kind = self.vector(KINDS[bits])
         sign = b.and_(b.bitcast(of, kind), self.const(-(2 ** (8 * SIZES[bits] - 1)), bits))
@@ -298,7 +298,7 @@ class Lanes:
         return self.b.xor(x, self.const(1 if dtype == "bool" else -1, dtype))
 
     def _divisor(self, dtype: str, y: Value) -> Value:
-        """Replace the divisors that would end the process: 0, and -1 under the smallest number."""
+        """Replace divisors that would crash the process: 0, and -1 under the smallest number."""
         b = self.b
         bad = b.or_(b.icmp_signed("==", y, self.const(0, dtype)), b.icmp_signed("==", y, self.const(-1, dtype)))
         return b.select(bad, self.const(1, dtype), y)
@@ -308,7 +308,7 @@ class Lanes:
         return b.select(b.icmp_signed("==", y, self.const(-1, dtype)), self._neg(dtype, x), quotient)
 
     def _rest(self, dtype: str, x: Value, y: Value) -> tuple[Value, Value]:
-        """The remainder with the sign of x, and whether that is the other one than y's."""
+        """The remainder with the sign of x, and whether that sign differs from y's."""
         b, zero = self.b, self.const(0, dtype)
         rest = b.srem(x, self._divisor(dtype, y))
         is_other = b.xor(b.icmp_signed("<", rest, zero), b.icmp_signed("<", y, zero))
@@ -332,7 +332,7 @@ class Lanes:
         return total
 
     def _exponent(self, t: Value, least: float, bias: int) -> tuple[Value, Value, Value]:
-        """Of e^t = 2^n · e^r: where t is below `least`, n as a whole number with `bias` added, and e^r - 1."""
+        """For e^t = 2^n · e^r: whether t is below `least`, n plus `bias` as an integer, and e^r - 1."""
         b = self.b
         below = b.fcmp_ordered("<", t, self.const(least))
         t = b.select(below, self.const(least), t)
@@ -344,17 +344,17 @@ class Lanes:
         return below, whole, self.fma(b.fmul(r, r), self._horner(r, *_EXP), r)
 
     def _power(self, biased: Value) -> Value:
-        """2^n of n + 127."""
+        """2^n from n + 127."""
         shifted = self.b.shl(biased, self.const(23, "int32"))
         return self.b.bitcast(shifted, self.vector(F32))
 
     def _small_exp(self, t: Value, least: float) -> tuple[Value, Value]:
-        """Of t <= 0: 2^n, which is 0 where t is below `least`, and e^r - 1."""
+        """For t <= 0: 2^n, which is 0 if t is below `least`, and e^r - 1."""
         below, whole, rest = self._exponent(t, least, 127)
         return self.b.select(below, self.const(0), self._power(whole)), rest
 
     def _halves(self, t: Value) -> tuple[Value, Value, Value]:
-        """2^n as a product of two, since it may be infinite where e^t is not, and e^r - 1."""
+        """Two factors of 2^n, which may be infinite where e^t is not, and e^r - 1."""
         b = self.b
         below, whole, rest = self._exponent(t, -87.0, 0)
         half = b.ashr(whole, self.const(1, "int32"))
@@ -443,7 +443,7 @@ class Lanes:
         return self._sine(x, 1)
 
     def _sine(self, x: Value, quarters: int) -> Value:
-        """The sine of x and some quarters of a turn, which are taken off in float64; NaN beyond its digits."""
+        """The sine of x and some quarter turns, which are subtracted in float64; NaN for x beyond 2^46."""
         b, of = self.b, "float64"
         wide = b.fpext(x, self.vector(F64))
         shifted = self.fma(wide, self.const(2 / math.pi, of), self.const(_ROUNDS_WIDE, of))
@@ -471,7 +471,7 @@ def _rounded(value: float) -> float:
 
 
 def _type_name(kind: Any) -> str:
-    """The type in the names of LLVM's functions: `v16f32`."""
+    """A type as it appears in the names of LLVM's functions: `v16f32`."""
     if isinstance(kind, ir.VectorType):
         return f"v{kind.count}{_type_name(kind.element)}"
     return {F32: "f32", F64: "f64", I32: "i32", I64: "i64"}[kind]

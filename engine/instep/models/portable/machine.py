@@ -1,4 +1,4 @@
-"""Machine code from LLVM's intermediate language, for the processor at hand or another one, and its cache."""
+"""Compiles LLVM's intermediate language to machine code for this processor or another one, and caches the result."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from instep.core.compiled import CACHE_FOLDER
 from instep.models.errors import ModelError
 
 _DIGEST_BYTES: Final = 32
-"""A cached file begins with the sha256 of the code behind it."""
+"""The length of the sha256 with which a cached file begins; the code follows."""
 _FEW: Final = 8
-"""The limit with vectors of 16 floats. It is halved with vectors of 8, which have fewer registers."""
+"""The limit for vectors of 16 floats. It is half as large for vectors of 8, because there are fewer registers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Processor:
     Attributes:
         triple: LLVM's name of architecture and system.
         name: LLVM's name of the processor.
-        features: that it has, as LLVM writes them.
-        lanes: rows that are computed at once.
-        columns: outputs of a product that are computed at once: floats in a vector.
-        registers: vectors for sums.
-        few: up to that many rows are computed one by one, with vectors over the elements of a row.
+        features: in LLVM's notation.
+        lanes: the number of rows computed at once.
+        columns: the number of outputs of a product computed at once, which is the number of floats in a vector.
+        registers: the number of vectors for sums.
+        few: up to this many rows are computed one by one, with vectors over the elements of a row.
     """
 
     triple: str
@@ -60,14 +60,14 @@ class Processor:
 
 @cache
 def host() -> Processor:
-    """The processor that runs this."""
+    """The processor of this machine."""
     features = llvm.get_host_cpu_features()
     wide = {} if features.get("avx512f", False) else {"lanes": 8, "columns": 8, "registers": 12, "few": _FEW // 2}
     return Processor(llvm.get_process_triple(), llvm.get_host_cpu_name(), features.flatten(), **wide)
 
 
 def object_code(text: str, processor: Processor) -> bytes:
-    """Compile a module."""
+    """Compile a module to object code."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     machine = llvm.Target.from_triple(processor.triple).create_target_machine(
@@ -89,11 +89,11 @@ def object_code(text: str, processor: Processor) -> bytes:
 
 
 class Library:
-    """Compiled functions in this process.
+    """Compiled functions loaded into this process.
 
     Args:
-        code: of `object_code`.
-        symbols: addresses of functions that it calls and does not have, by name.
+        code: the result of `object_code`.
+        symbols: by name, addresses of external functions that it calls.
     """
 
     def __init__(self, code: bytes, symbols: Mapping[str, int]) -> None:
@@ -116,16 +116,16 @@ class Library:
         return found
 
     def function(self, name: str, *arguments: Any) -> Any:
-        """A function that returns nothing; a call releases the interpreter's lock."""
+        """A function without a return value; a call releases the interpreter's lock."""
         found: Any = ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
         found.library = self  # its code is freed with the library
         return found
 
 
 def cached(key: str, processor: Processor, make: Any) -> bytes:
-    """The object code of this key and processor, from the cache or by `make`.
+    """The object code for this key and processor, from the cache or made by `make`.
 
-    The key must name everything that the code depends on besides the sources of this package.
+    The key must cover everything that the code depends on, except the sources of this package.
 
     Raises:
         ModelError: where LLVM cannot compile it.

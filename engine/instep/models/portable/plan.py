@@ -1,4 +1,4 @@
-"""How a form is computed: what once, what for each row, in which order, and where in memory."""
+"""The plan of a form's computation: what is computed once and what for each row, in which order, and where."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from instep.models.portable.form import COMPARISONS, MAPS, Buffer, Form, Node, V
 from instep.models.portable.lanes import SIZES
 
 ONE_NAN: Final = "one_nan"
-"""A map of plans only: a copy with one NaN in place of all others."""
+"""A map that exists only in plans: a copy in which one NaN replaces all others."""
 _IS_MAP: Final = MAPS.keys() | COMPARISONS | {"cast", "where", ONE_NAN}
 _ALIGNED: Final = 64
 MOST_MAPS: Final = 64
-"""In one loop: LLVM takes more than proportionally longer for more."""
+"""The most maps in one loop. LLVM's time grows faster than their number."""
 DENSE_LEAST: Final = 4
-"""Outputs of a product with weights that are worth a panel."""
+"""The fewest outputs for which a product with weights uses a panel."""
 
 
 def is_map(node: Node) -> bool:
-    """Whether each element of its result depends on those at the same index alone."""
+    """Whether each element of the result depends only on elements at the same index."""
     return node.op in _IS_MAP
 
 
 def same_place(one: View, other: View) -> bool:
-    """Whether two views of a shape have the same elements at each index."""
+    """Whether two views of one shape have the same elements at each index."""
     strides = [[s for n, s in zip(v.shape, v.strides, strict=True) if n > 1] for v in (one, other)]
     return (one.buffer, one.offset, one.shape) == (other.buffer, other.offset, other.shape) and strides[0] == strides[1]
 
 
 @dataclass(frozen=True)
 class WeightPanel:
-    """Weights of a product as `kernels` takes them."""
+    """Weights of a product in the layout of `kernels`."""
 
     weight: View
-    """[others…, inputs…, outputs]."""
+    """The weights, [others…, inputs…, outputs]."""
     start: View | str | None
-    """[others…, outputs], or one number for all, as text, since -0.0 equals 0.0; None where rows have their own."""
+    """Initial values, [others…, outputs], or one number for all, as text because -0.0 equals 0.0. None if rows have
+    their own.
+    """
     inputs: int
-    """The number of dimensions that are inputs."""
+    """The number of input dimensions."""
 
     def size(self, columns: int) -> int:
-        """Bytes."""
+        """The size in bytes."""
         *others, outputs = (*self.others, self.weight.shape[-1])
         lines = 1 + math.prod(self.weight.shape[len(self.others) : -1])
         return 4 * math.prod(others) * -(-outputs // columns) * columns * lines
@@ -61,14 +63,14 @@ class Product:
     """A product of rows with weights, as a call of `kernels` for every index of the dimensions `others`."""
 
     x: View
-    """[others…, inputs…]."""
+    """The inputs, [others…, inputs…]."""
     out: View
-    """[others…, outputs]."""
+    """The outputs, [others…, outputs]."""
     start: View | None
-    """Like `out`; None where it is in the panel."""
+    """Initial values in the shape of `out`; None if the panel contains them."""
     panel: WeightPanel
     strides: tuple[int, ...]
-    """The stride of each of the dimensions `others` within the dimensions of the panel."""
+    """The stride of each of the dimensions `others` within the panel."""
 
 
 @dataclass
@@ -77,21 +79,21 @@ class StepPlan:
 
     buffers: list[Buffer]
     places: dict[int, int]
-    """Bytes from the start of a row's memory, or of the weights', for each buffer that has memory."""
+    """For each buffer that has memory, its offset in a row's memory or in that of the weights, in bytes."""
     shared: frozenset[int]
-    """Buffers of tensors, and of what depends on nothing else."""
+    """Buffers of tensors, and of values that depend only on tensors."""
     once: list[Node]
-    """Nodes that depend on tensors alone."""
+    """Nodes that depend only on tensors."""
     groups: list[list[Node]]
-    """Nodes of each row in order; maps of one shape are together."""
+    """Nodes of each row in order; maps of one shape form a group."""
     kept: frozenset[int]
-    """Buffers of groups that are read elsewhere, and so need memory."""
+    """Buffers of groups that are read elsewhere and therefore need memory."""
     outputs: list[View]
     row_bytes: int
     weight_bytes: int
     """The size of the weights' memory before the panels."""
     products: dict[int, Product] = field(default_factory=dict)
-    """Products by the number of their group."""
+    """Products by the index of their group."""
     panels: dict[WeightPanel, None] = field(default_factory=dict)
     """Panels in order."""
 
@@ -135,7 +137,7 @@ def _bytes(buffer: Buffer) -> int:
 
 
 def _grouped(nodes: Sequence[Node], written: dict[int, list[Node]]) -> list[list[Node]]:
-    """Order nodes so that maps of one shape are together."""
+    """Order nodes so that maps of one shape are adjacent."""
     numbers = {id(node): number for number, node in enumerate(nodes)}
     waits: list[set[int]] = [set() for _ in nodes]
     before: dict[int, int] = {}
@@ -216,7 +218,7 @@ def _placed(
     inputs: Sequence[int],
     results: set[int],
 ) -> tuple[dict[int, int], int]:
-    """Place buffers in a row's memory; a place is reused after its buffer's last read."""
+    """Place buffers in a row's memory; memory is reused after a buffer's last read."""
     last: dict[int, int] = {}
     for number, group in enumerate(groups):
         for node in group:
@@ -300,7 +302,7 @@ def _product(plan: StepPlan, node: Node) -> Product | None:
 
 
 def _merged(x: View, weight: View, rank: int) -> list[tuple[int, int, int]]:
-    """The reduced dimensions (size, stride in x, stride in the weights), with neighbours joined."""
+    """The reduced dimensions (size, stride in x, stride in the weights), with adjacent ones joined."""
     found: list[tuple[int, int, int]] = []
     for dim in range(rank, len(x.shape)):
         size, of_x, of_weight = x.shape[dim], x.strides[dim], weight.strides[dim]

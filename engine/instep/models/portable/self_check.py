@@ -1,6 +1,6 @@
-"""A check that this machine computes `portable-1`: digests of what it computes are compared with stored ones.
+"""Checks that this machine computes `portable-1`, by comparing digests of results with stored ones.
 
-They are of a form with every primitive in it, and of inputs of all magnitudes. Its values come from whole numbers, so
+The sample form contains every primitive, and the inputs have all magnitudes. Their values are made from integers, so
 they are the same on every machine and with every version of numpy.
 """
 
@@ -33,9 +33,9 @@ from instep.models.recurrent import normal
 from instep_client.protocol.state_spec import DTYPES, Leaf, StateSpec
 
 ROWS: Final = 27
-"""Some go through the code for many rows, and some through that for a few."""
+"""The number of rows, which uses both the code for many rows and the code for a few."""
 DIGEST: Final = "23be88ba53a734e6622ad644172056967364af800c643b174ee5045b565548af"
-"""Of `ROWS` rows of the samples."""
+"""The digest for `ROWS` rows of the samples."""
 FEATURES: Final = 40
 _UNITS: Final = 24
 _WHOLE_LEAF: Final = 8
@@ -103,7 +103,7 @@ def sample_form() -> tuple[Form, dict[str, npt.NDArray[Any]]]:
 
 
 def _outer(grid: View) -> tuple[View, View]:
-    """Factors [i, j, k] of the products of a grid's rows i and j."""
+    """Factors [i, j, k] of the products of all pairs of a grid's rows i and j."""
     rows, columns = grid.strides
     count, inner = grid.shape
     return (
@@ -113,7 +113,6 @@ def _outer(grid: View) -> tuple[View, View]:
 
 
 def _filtered(b: Builder, x: View, taps: View) -> View:
-    """A convolution of three taps and six channels, from a bias that is the frame itself."""
     channels, width = taps.shape
     steps = x.shape[0] - width + 1
     out = b.fresh("float32", (channels, steps))
@@ -125,7 +124,7 @@ def _filtered(b: Builder, x: View, taps: View) -> View:
 
 
 def sample_inputs(rows: int, seed: int = 1) -> list[npt.NDArray[Any]]:
-    """A frame and both leaves of each row: of all magnitudes, and some infinities, NaN and denormals among them."""
+    """A frame and both leaves for each row, of all magnitudes, with some infinities, NaN and denormals."""
     bits = _random_bits(rows * FEATURES, seed).reshape(rows, FEATURES)
     x = _uniform(rows * FEATURES, seed + 1).reshape(rows, FEATURES) * np.float32(8)
     wild = (bits >> 8) % 11 == 0
@@ -136,7 +135,7 @@ def sample_inputs(rows: int, seed: int = 1) -> list[npt.NDArray[Any]]:
 
 
 def _random_bits(count: int, seed: int) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 over a counter."""
+    """The finaliser of splitmix64, applied to a counter."""
     with np.errstate(over="ignore"):
         z = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1_000_003)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -151,16 +150,16 @@ def _uniform(count: int, seed: int) -> npt.NDArray[np.float32]:
 
 
 def digest_of(arrays: Sequence[npt.NDArray[Any]]) -> str:
-    """sha256, hex, over the bytes of arrays in order."""
+    """The sha256 in hex of the bytes of arrays, in order."""
     return hashlib.sha256(b"".join(np.ascontiguousarray(each).tobytes() for each in arrays)).hexdigest()
 
 
 @cache
 def check_arithmetic() -> None:
-    """Compute the samples, which takes milliseconds once their code is cached.
+    """Compute the samples and compare their digest. This takes milliseconds once the code is cached.
 
     Raises:
-        ModelError: when one bit is another than it was when the arithmetic was defined.
+        ModelError: when any bit differs from the definition.
     """
     form, tensors = sample_form()
     x, h, counts = sample_inputs(ROWS)

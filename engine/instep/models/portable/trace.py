@@ -1,8 +1,8 @@
-"""From a step written in torch to its normal form.
+"""Translates a step written in torch to its normal form.
 
-The step is traced at one row: sizes become numbers, and nothing can refer to another row. Operators that are more than
-one primitive are replaced by the definitions in `OWN`, which are part of `portable-1`; torch's decompositions and
-`LOWERINGS` do the rest.
+The step is traced at one row: sizes become numbers, and nothing can refer to another row. Operators that consist of
+several primitives are replaced by the definitions in `OWN`, which are part of `portable-1`; torch's decompositions and
+`LOWERINGS` translate the others.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ from instep.models.portable.form import (
 
 aten: Final = torch.ops.aten
 _WITHOUT_EFFECT: Final = frozenset(["dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking"])
-"""Arguments of which the traced result already tells."""
+"""Arguments that the traced result already reflects."""
 _OF_BOOLS: Final = {"add": "or", "mul": "and", "maximum": "or", "minimum": "and", "amax": "any", "amin": "all"}
 _ROUNDING: Final = frozenset(["floor", "ceil", "trunc", "round"])
 _EMPTY: Final = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"])
 _REORDERED: Final = frozenset(["_unsafe_view", "_reshape_alias"])
-"""Views, although their schemas do not say so."""
+"""Operators that return views, although their schemas do not say so."""
 
 Value: TypeAlias = View | torch.Tensor | Number
-"""What a row computes, a constant, or a number."""
+"""A value computed by a row, a constant, or a number."""
 
 
 class Located(fx.Interpreter):
-    """Runs a graph; what fails in it is named with the line of the user's code."""
+    """Runs a graph; errors name the line of the user's code."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -71,7 +71,7 @@ class Located(fx.Interpreter):
         self._node: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        """Computes a node.
+        """Compute a node.
 
         Raises:
             ModelError: when it has no portable form.
@@ -86,33 +86,33 @@ class Located(fx.Interpreter):
 
     @property
     def where(self) -> str:
-        """The line, if torch can tell it."""
+        """The line of the user's code, if torch knows it."""
         return (self._node.stack_trace if self._node else None) or "the step"
 
     def refuse(self, why: str) -> ModelError:
-        """The error that an operator has no portable form."""
+        """The error for an operator without a portable form."""
         target = self._node.target if self._node else ""
         return ModelError(f"{self.where} calls {name_of(target) if isinstance(target, Operator) else target} {why}")
 
 
 class Lowering(Located):
-    """Adds the nodes of a traced graph to a form; it is run with views of the graph's arguments.
+    """Adds the nodes of a traced graph to a form. It runs with views of the graph's arguments.
 
     Args:
         builder: of the form.
-        module: a graph without changes in place, whose sizes are numbers.
+        module: a graph without in-place changes, whose sizes are numbers.
     """
 
     def __init__(self, builder: Builder, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.constants: Final[dict[str, torch.Tensor]] = {}
-        """Arrays that the step makes by itself, by the names that the form calls them."""
+        """Arrays that the step creates itself, by their names in the form."""
         self.builder: Final = builder
         self._taken = {buffer.tensor for buffer in builder.buffers}
         self._placed: dict[tuple[int, torch.dtype], tuple[View, torch.Tensor]] = {}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Adds the nodes of an operator."""
+        """Add the nodes of an operator."""
         if target is operator.getitem:
             return args[0][args[1]]
         if not isinstance(target, Operator):
@@ -141,7 +141,7 @@ class Lowering(Located):
     # Values
 
     def seen(self, target: Operator, of: View, *args: Any, **kwargs: Any) -> Any:
-        """Apply an operator that returns a view. Torch computes the strides."""
+        """Apply an operator that returns a view. torch computes the strides."""
         of = self.view(of)
         size = self.builder.buffers[of.buffer].size
         memory = torch.empty(size, dtype=getattr(torch, self.dtype(of)), device="meta")
@@ -159,19 +159,19 @@ class Lowering(Located):
         return dtype_of(value) if isinstance(value, torch.Tensor) else dtype_of(torch.tensor(value))
 
     def fresh(self, like: torch.Tensor) -> View:
-        """Memory for a traced result, with the strides that torch gave it; views of it rely on them."""
+        """Memory for a traced result, with the strides that torch gave it, because views of it rely on them."""
         strides = torch.empty_like(like).stride()  # other ones where elements overlap
         return self.builder.fresh(dtype_of(like), tuple(like.shape), tuple(strides), int(like.storage_offset()))
 
     def view(self, value: Value, dtype: str = "") -> View:
-        """A value as elements of a buffer, in another dtype if one is given."""
+        """A value as elements of a buffer, converted to a dtype if one is given."""
         if isinstance(value, bool | int | float):
             value = torch.tensor(value, dtype=getattr(torch, dtype) if dtype else None)
         view = self._constant(value) if isinstance(value, torch.Tensor) else value
         return self.builder.cast(view, dtype) if dtype else view
 
     def operand(self, value: Value, dtype: str) -> Operand:
-        """A value of a dtype, as the argument of a map: a number if all its elements are the same one."""
+        """A value as the argument of a map: converted to a dtype, and a number if all its elements are equal."""
         if isinstance(value, torch.Tensor):
             first = value.flatten()[:1]
             if not value.numel() or not bool((value == first).all()):
@@ -182,7 +182,7 @@ class Lowering(Located):
         return torch.tensor(value, dtype=getattr(torch, dtype)).item()  # rounded, as the primitive would
 
     def assign(self, out: View, value: Value) -> View:
-        """Write a value, in the dtype of `out`, repeated to its shape."""
+        """Write a value to `out`, converted to its dtype and broadcast to its shape."""
         if isinstance(value, torch.Tensor):
             value = self.operand(value, self.dtype(out))
         if isinstance(value, View) and self.dtype(value) != self.dtype(out):
@@ -190,7 +190,7 @@ class Lowering(Located):
         return self.builder.map("copy", self.operand(value, self.dtype(out)), out=out)
 
     def map(self, op: str, like: torch.Tensor, *values: Value, out: View | None = None) -> View:
-        """A node over values in the result's dtype."""
+        """Add a map over values in the result's dtype."""
         dtype = dtype_of(like)
         if dtype == "bool":
             op = _OF_BOOLS.get(op, op)
@@ -201,13 +201,13 @@ class Lowering(Located):
         return self.builder.map(op, *(self.operand(each, dtype) for each in values), out=out or self.fresh(like))
 
     def compare(self, op: str, like: torch.Tensor, a: Value, b: Value) -> View:
-        """A comparison in the dtype that torch would take."""
+        """Compare in the dtype that torch would use."""
         given: list[Any] = [self._typed(each) if isinstance(each, View) else each for each in (a, b)]
         dtype = dtype_name(torch.result_type(*given))
         return self.builder.map(op, self.operand(a, dtype), self.operand(b, dtype), out=self.fresh(like))
 
     def truth(self, value: Value) -> Operand:
-        """Whether elements are not 0."""
+        """Whether elements differ from 0."""
         if not isinstance(value, View) or self.dtype(value) == "bool":
             return self.operand(value, "bool")
         return self.builder.map("ne", value, self.operand(0, self.dtype(value)))
@@ -216,7 +216,7 @@ class Lowering(Located):
         return torch.empty(view.shape, dtype=getattr(torch, self.dtype(view)), device="meta")
 
     def _constant(self, tensor: torch.Tensor) -> View:
-        """A constant as a tensor of the weights file; its views share one."""
+        """A constant as a weights tensor; its views share one."""
         if dtype_of(tensor) not in DTYPES:
             raise self.refuse(f"with a constant of {dtype_of(tensor)}; use float32, float64, int64, int32 or bool")
         storage = tensor.untyped_storage()
@@ -250,7 +250,7 @@ class Lowering(Located):
 
 
 def dtype_of(tensor: torch.Tensor) -> str:
-    """Its dtype as forms call it."""
+    """A dtype's name in forms."""
     return dtype_name(tensor.dtype)
 
 
@@ -314,7 +314,7 @@ def _fmod(code: Lowering, like: torch.Tensor, a: Value, b: Value) -> View:
 
 
 def _rest(code: Lowering, like: torch.Tensor, a: Value, b: Value) -> tuple[View, View]:
-    """The remainder of truncated division, and whether a floored one has another."""
+    """The remainder of truncated division, and whether floored division has another one."""
     rest, build = code.map("fmod", like, a, b), code.builder.map
     has_other_sign = build("ne", build("lt", rest, 0.0), build("lt", code.view(b, dtype_of(like)), 0.0))
     return rest, build("and", build("ne", rest, 0.0), has_other_sign)
@@ -410,7 +410,7 @@ def _scan(op: str) -> Lower:
 
 
 def _chain(code: Lowering, out: View, start: Value, a: View, b: View) -> View:
-    """A chain of fused multiply-adds whose `start` is repeated to the shape of `out`."""
+    """A chain of fused multiply-adds whose `start` is broadcast to the shape of `out`."""
     dtype = code.dtype(out)
     if dtype not in FLOATS:
         raise code.refuse(f"for {dtype}; convert to float32 before")
@@ -422,7 +422,7 @@ def _chain(code: Lowering, out: View, start: Value, a: View, b: View) -> View:
 def _added_matrix(
     code: Lowering, like: torch.Tensor, start: Value, a: Value, b: Value, beta: Number = 1, alpha: Number = 1
 ) -> View:
-    """`start` + a [..., m, k] times b [..., k, n]."""
+    """`start` plus a [..., m, k] times b [..., k, n]."""
     x, y, out = code.view(a), code.view(b), code.fresh(like)
     if alpha != 1:
         x = code.builder.map("mul", x, code.operand(alpha, dtype_of(like)))
@@ -449,9 +449,9 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> View:
-    """Chains over the input channels and the taps in rising order.
+    """A convolution as chains over input channels and taps in rising order.
 
-    A transposed one is the usual one of an input with `stride` - 1 zeros between its values, with the taps backwards.
+    A transposed convolution is a normal one over an input with `stride` - 1 zeros between values and reversed taps.
     """
     values, taps, out = code.view(x), code.view(weight), code.fresh(like)
     kernel = taps.shape[2:]
@@ -493,7 +493,7 @@ def _convolution(
 
 
 def _surrounded(code: Lowering, x: View, spread: Sequence[int], before: Sequence[int], after: Sequence[int]) -> View:
-    """Put zeros around and between the elements of the last dimensions. A negative number removes elements."""
+    """Put zeros around and between the elements of the last dimensions; negative numbers remove elements."""
     if not any([*before, *after, *(s - 1 for s in spread)]):
         return x
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], spread, strict=True)]
@@ -511,7 +511,7 @@ def _surrounded(code: Lowering, x: View, spread: Sequence[int], before: Sequence
 
 
 def _line(view: View, dim: int, shape: Shape) -> View:
-    """A table for each element of `shape`: the elements of one dimension."""
+    """A table for each element of `shape` that contains the elements of one dimension."""
     strides = (0 if d == dim else stride for d, stride in enumerate(view.strides))
     return replace(view, shape=(*shape, view.shape[dim]), strides=(*strides, view.strides[dim]))
 
@@ -588,7 +588,7 @@ LOWERINGS: Final[dict[str, Lower]] = {
     "scatter": _scatter("put"),
     "scatter_add": _scatter("put_add"),
 }
-"""By the names of operators."""
+"""Functions by the names of operators."""
 
 
 # From a step to a traced graph, and on to its normal form.
@@ -603,17 +603,17 @@ class Traced:
 
     form: Form
     constants: dict[str, Tensor]
-    """Arrays that the step makes by itself, for the weights file, by the names that the form gives them."""
+    """Arrays that the step creates itself, for the weights file, by their names in the form."""
 
 
 def trace(step: Step, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Traced:
-    """The normal form of `step(list of tensors, *inputs) -> (y, *new leaves)`.
+    """Trace `step(list of tensors, *inputs) -> (y, *new leaves)` to its normal form.
 
     Args:
         step: it is called at one row.
-        tensors: what it computes with, by the names in the weights file.
-        inputs: a frame and the leaves, of one row and in any shape; only shapes and dtypes count. Their elements, in
-            order, are those of the form's inputs.
+        tensors: by the names in the weights file.
+        inputs: a frame and the leaves of one row, in any shape; only shapes and dtypes count. The form's inputs have
+            the same elements in the same order.
 
     Raises:
         ModelError: when the step does something that has no portable form.
@@ -633,7 +633,7 @@ def form_of_module(
         graph: its calls.
         weights: by name.
         inputs: a frame and the leaves, of one row; only shapes and dtypes count.
-        where: the lines of the user's code, by the names of the graph's nodes.
+        where: lines of the user's code, by the names of the graph's nodes.
 
     Raises:
         ModelError: when the step does something that has no portable form; it names the line.
@@ -671,7 +671,6 @@ class _WithDefinitions(Located):
 
 
 def _traced(module: fx.GraphModule, tensors: Mapping[str, Tensor], arguments: Sequence[Any]) -> Traced:
-    """The normal form of a graph whose arguments are tensors of weights, a frame, leaves, and other values."""
     run = _WithDefinitions(module)
     given = [each for each in arguments if isinstance(each, Tensor)]
     rest = arguments[len(given) :]
@@ -697,7 +696,7 @@ def _traced(module: fx.GraphModule, tensors: Mapping[str, Tensor], arguments: Se
 
 
 def _decomposed(step: Callable[..., Any], given: Sequence[Tensor]) -> fx.GraphModule:
-    """The decomposed graph of a step. Some decompositions still change in place what they made."""
+    """The decomposed graph of a step. Some decompositions still change their own results in place."""
     with torch.no_grad(), traceback.preserve_node_meta():
         module = make_fx(
             functionalize(step, remove="mutations"), decomposition_table=_decompositions(), tracing_mode="fake"
@@ -733,4 +732,4 @@ _LOWERED: Final = [
     *(aten.addcmul, aten.all, aten.baddbmm, aten.constant_pad_nd, aten.fill, aten.floor_divide, aten.index_select),
     *(aten.select_scatter, aten.slice_scatter),
 ]
-"""`operators` has them, while torch's decompositions would take more nodes."""
+"""Operators that `operators` defines with fewer nodes than torch's decompositions."""

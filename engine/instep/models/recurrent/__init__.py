@@ -1,1 +1,1 @@
-"""Recurrent networks: dense layers and layer norms, then an `nn.GRU`, `nn.LSTM` or `nn.RNN`, then such layers again."""
+"""Recurrent networks: dense layers and layer norms, an `nn.GRU`, `nn.LSTM` or `nn.RNN`, and further such layers."""

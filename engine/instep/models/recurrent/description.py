@@ -1,4 +1,4 @@
-"""Descriptions of recurrent networks: layers over a frame's values, a GRU, LSTM or RNN, and such layers again."""
+"""Descriptions of recurrent networks: layers over a frame's values, a GRU, LSTM or RNN, and further layers."""
 # ruff: noqa: D102 - see `Description`
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from instep_client.protocol.state_spec import DTYPES
 Activation: TypeAlias = Literal[
     "none", "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "softplus", "softmax"
 ]
-"""Torch's functions of these names with their default parameters; softmax is over the layer's values of a frame."""
+"""The torch functions of these names, with default parameters; softmax is over the layer's values for a frame."""
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 Size: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
@@ -34,7 +34,7 @@ _BY_LETTERS: Final = {name.replace("_", ""): name for name in ACTIVATIONS}
 
 
 def activation_name(value: object) -> object:
-    """The name that was meant, as `leaky_relu` by `LeakyReLU`; anything else as it is."""
+    """The name that another spelling means, such as `leaky_relu` for `LeakyReLU`; other values stay as they are."""
     return _BY_LETTERS.get(value.lower().replace("_", ""), value) if isinstance(value, str) else value
 
 
@@ -46,7 +46,7 @@ class DenseLayer(PlainFields):
     bias: StrictBool = True
 
     def outputs(self, inputs: int) -> int:
-        """Values that it gives for `inputs` values."""
+        """The number of outputs for `inputs` values."""
         return self.size
 
     def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
@@ -69,7 +69,7 @@ class NormLayer(PlainFields):
     bias: StrictBool = True
 
     def outputs(self, inputs: int) -> int:
-        """Values that it gives for `inputs` values."""
+        """The number of outputs for `inputs` values."""
         return inputs
 
     def tensor_shapes(self, inputs: int) -> dict[str, Shape]:
@@ -90,15 +90,15 @@ def _layer(value: object, _: object) -> DenseLayer | NormLayer:
 
 
 FrameLayer: TypeAlias = Annotated[DenseLayer | NormLayer, WrapValidator(_layer)]
-"""A layer that sees one frame at a time."""
+"""A layer that processes one frame at a time."""
 
 
 class RecurrentLayers(PlainFields):
-    """Torch's recurrent module of this name: one direction, any number of layers."""
+    """The torch module of this name, in one direction and with any number of layers."""
 
     NAME: ClassVar[str]
     GATES: ClassVar[int]
-    """Weights hold that many rows for each hidden unit."""
+    """The rows of the weights for each hidden unit."""
     LEAVES: ClassVar[tuple[str, ...]] = ("h",)
     """The leaves of its state, float32 [num_layers, hidden_size] each."""
 
@@ -147,10 +147,9 @@ class RnnLayers(RecurrentLayers):
 
 
 class RecurrentDescription(PlainFields):
-    """A frame of `features` values goes through `before`, the recurrent layers and `after`.
+    """A frame of `features` values passes through `before`, the recurrent layers and `after`.
 
-    The values of the last layer are the output. The recurrent layers are under the key that `kind` names, and so are
-    their tensors.
+    The last layer's values are the output. The recurrent layers and their tensors are under the key that `kind` names.
     """
 
     kind: str
@@ -158,17 +157,17 @@ class RecurrentDescription(PlainFields):
     before: tuple[FrameLayer, ...] = ()
     after: tuple[FrameLayer, ...] = ()
     initial_state: Literal["zeros", "learned"] = "zeros"
-    """The leaves of a stream before its first frame; the weights file holds arrays that are learned."""
+    """The leaves of a stream before its first frame; learned arrays are in the weights file."""
 
     @property
     def recurrent(self) -> RecurrentLayers:
-        """The recurrent layers, whichever they are."""
+        """The recurrent layers, of whichever kind."""
         layers: RecurrentLayers = getattr(self, self.kind)
         return layers
 
     @property
     def recurrent_inputs(self) -> int:
-        """Values that the recurrent layers take per frame."""
+        """The number of inputs of the recurrent layers."""
         return _outputs(self.before, self.features)
 
     @property
@@ -242,7 +241,7 @@ DESCRIPTIONS: Final[dict[str, type[GruDescription | LstmDescription | RnnDescrip
     "lstm": LstmDescription,
     "rnn": RnnDescription,
 }
-"""By kind."""
+"""Descriptions by kind."""
 
 
 def _with_activation(words: str, activation: Activation) -> str:

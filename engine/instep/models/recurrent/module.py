@@ -1,4 +1,4 @@
-"""A recurrent network as torch's modules: `nn.GRU` and its like, `nn.Linear` and `nn.LayerNorm`."""
+"""A recurrent network as torch modules: `nn.GRU`, `nn.LSTM` or `nn.RNN`, `nn.Linear` and `nn.LayerNorm`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FUNCTIONS: Final[dict[Activation, Function]] = {
 
 
 class RecurrentModule:
-    """A `Forward`."""
+    """The `Forward` of a recurrent network."""
 
     def __init__(self, model: Model, device: torch.device) -> None:
         assert isinstance(model.description, RecurrentDescription)

@@ -1,4 +1,4 @@
-"""The normal form of a recurrent network, and its cells and layers in primitives: docs/exactness.md defines them."""
+"""The normal form of a recurrent network: its cells and layers in primitives, as docs/exactness.md defines them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instep.models.recurrent.description import FrameLayer, NormLayer, Recurrent
 
 
 def mean_removed(b: Builder, x: View) -> tuple[View, View]:
-    """The values [n] less their mean, and the mean of the squares of these [1]."""
+    """The values [n] minus their mean, and the mean of the squares of these differences [1]."""
     count = float(x.elements)
     away = b.map("sub", x, b.map("div", b.reduce("sum", x, [0], keep=True), count))
     squares = b.reduce("sum", b.map("mul", away, away), [0], keep=True)
@@ -20,7 +20,7 @@ def mean_removed(b: Builder, x: View) -> tuple[View, View]:
 
 
 def layer_norm(b: Builder, x: View, weight: View | None, bias: View | None, eps: float) -> View:
-    """Over all values [n]."""
+    """A layer norm over all values [n]."""
     away, variance = mean_removed(b, x)
     y = b.map("mul", away, b.map("div", 1.0, b.map("sqrt", b.map("add", variance, eps))))
     if weight is not None and bias is not None:
@@ -29,7 +29,7 @@ def layer_norm(b: Builder, x: View, weight: View | None, bias: View | None, eps:
 
 
 def softmax(b: Builder, x: View) -> View:
-    """Over all values [n]."""
+    """The softmax over all values [n]."""
     e = b.map("exp", b.map("sub", x, b.reduce("amax", x, [0], keep=True)))
     return b.map("div", e, b.reduce("sum", e, [0], keep=True))
 
@@ -51,7 +51,7 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Builder, View], View]]] = {
 
 
 Weights = tuple[View, View, View | None, View | None]
-"""Of a cell, as torch lays them out: weight_ih, weight_hh, bias_ih, bias_hh."""
+"""The weights of a cell in torch's layout: weight_ih, weight_hh, bias_ih, bias_hh."""
 
 
 def gru_cell(b: Builder, x: View, h: View, weights: Weights) -> View:
@@ -97,7 +97,7 @@ def _bias_sum(b: Builder, one: View | None, other: View | None, size: int) -> Op
 
 
 def form_of(description: RecurrentDescription) -> Form:
-    """The frame, the frame layers before, the recurrent layers in order, and those after."""
+    """The normal form: the frame, the layers before, the recurrent layers, and the layers after."""
     b, recurrent = Builder(), description.recurrent
     x = b.input("float32", (description.features,))
     leaves = {leaf.name: b.input("float32", leaf.shape) for leaf in description.state.leaves}

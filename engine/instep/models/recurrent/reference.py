@@ -1,8 +1,8 @@
-"""An independent reference: the network written again, in numpy, from the equations.
+"""An independent reference: the network written again in numpy, from the equations.
 
-It follows the documentation of torch's modules and shares nothing with the step: neither torch nor code of the other
-modules; only the description and the weights as they were trained. With x the frame, h and c the
-states before it, σ the logistic function and ⊙ the elementwise product:
+It follows the documentation of torch's modules. It shares neither torch nor any code with the step, only the
+description and the trained weights. With x the frame, h and c the states before it, σ the logistic function and ⊙ the
+elementwise product:
 
     GRU     r  = σ(W_ir x + b_ir + W_hr h + b_hr)
             z  = σ(W_iz x + b_iz + W_hz h + b_hz)
@@ -34,28 +34,29 @@ Floats: TypeAlias = npt.NDArray[Any]
 """float64 or float32, as the reference's dtype."""
 InPlace: TypeAlias = Callable[[Floats], None]
 _OnRows: TypeAlias = tuple[Callable[[Floats], Floats], InPlace]
-"""A layer from rows [R, inputs] to an array of its own, [R, outputs], and the activation after it."""
+"""A layer with its activation, from rows [R, inputs] to a new array [R, outputs]."""
 Counts: TypeAlias = npt.NDArray[np.int64]
 _Weights: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 
 TILE_ROWS: Final = 32
 TILE_BYTES: Final = 2**15
-"""Of the weights of a tile: they stay in the nearest cache while they are used for a tile's rows."""
+"""The size of a tile of weights, which stays in the nearest cache while it is used for several rows."""
 WHOLE_COLUMNS: Final = 16
-"""A tile with at least this many columns has a multiple of it, because BLAS is slower over the rest."""
+"""A tile with at least this many columns has a multiple of it, because BLAS is slow on the remainder."""
 SMALL: Final = 2.0**-7
-"""Below it, the quick way to tanh would be off by more than 2^-44 of the value: float32 rounds by 2^-24."""
+"""Below this magnitude the fast formula of tanh would have a relative error above 2^-44; float32 rounds by 2^-24."""
 BLOCK_BYTES: Final = 2**19
-"""Of what the input adds to the gates: it is computed for some timesteps at once, still in a cache when it is used."""
+"""The size of the input's contribution to the gates, computed for some timesteps at once and used while in the cache.
+"""
 
 
 class RecurrentReference:
-    """A `Reference`: the network in float64, or in float32 to see what rounding alone does to it.
+    """A `Reference` in float64, or in float32 to measure the effect of rounding alone.
 
     Args:
         description: the network's description as plain values.
         weights: by torch's names, prefixed `before.{i}.`, with the kind and a dot, and `after.{i}.`.
-        dtype: numpy's float64 or float32: everything is computed in it.
+        dtype: numpy's float64 or float32, used for every value.
     """
 
     independent = True
@@ -89,11 +90,11 @@ class RecurrentReference:
 
 
 class _Cell:
-    """The equations of one layer, except for the product with the input.
+    """The equations of one layer, except the product with the input.
 
     Attributes:
-        bias: what is added to that product [gates · size].
-        products: with the state.
+        bias: added to that product, [gates · size].
+        products: the products with the state.
     """
 
     bias: Floats
@@ -104,7 +105,7 @@ class _Cell:
         self.products = [Affine(weight, np.zeros_like(self.bias))]
 
     def step(self, given: Floats, states: Sequence[Floats], out: Floats, rooms: Sequence[Floats]) -> Sequence[Floats]:
-        """One timestep, for `given` of the input [R, gates · size]: the new states, of which `h` is in `out`."""
+        """Step once, with `given` the input's product [R, gates · size]. Returns the new states; `h` is in `out`."""
         raise NotImplementedError
 
 
@@ -120,11 +121,11 @@ class _Layer:
         self._of_input = Affine(of_input, self._cell.bias)
 
     def run(self, x: Floats, states: Sequence[Floats], active: Counts) -> Floats:
-        """Run over time.
+        """Run the layer over time.
 
         Args:
-            x: what the layer is given [T, R, inputs].
-            states: by leaf, [R, hidden size]; they go along.
+            x: the layer's inputs [T, R, inputs].
+            states: by leaf, [R, hidden size], updated in place.
             active: as in `Reference.run`.
 
         Returns:
@@ -205,11 +206,9 @@ class _Rnn(_Cell):
 
 
 _CELLS: Final[dict[str, type[_Cell]]] = {"gru": _Gru, "lstm": _Lstm, "rnn": _Rnn}
-"""By kind."""
 
 
 def _frame_layers(place: str, layers: Sequence[Mapping[str, Any]], weights: Mapping[str, Floats]) -> list[_OnRows]:
-    """Layers of the description, with weights whose names begin with `place`."""
     built: list[_OnRows] = []
     for index, layer in enumerate(layers):
         weight, bias = (weights.get(f"{place}.{index}.{name}") for name in ("weight", "bias"))
@@ -230,7 +229,7 @@ def _run_layers(layers: Sequence[_OnRows], rows: Floats) -> Floats:
 
 
 def _normed(weight: Floats | None, bias: Floats | None, eps: float, rows: Floats) -> Floats:
-    """(x - mean) / sqrt(variance + eps) · weight + bias, with the mean and the biased variance of each row."""
+    """(x - mean) / sqrt(variance + eps) · weight + bias, with each row's mean and biased variance."""
     centred: Floats = rows - rows.mean(axis=1, keepdims=True)
     variance = (centred * centred).mean(axis=1, keepdims=True)
     centred /= np.sqrt(variance + rows.dtype.type(eps))
@@ -242,7 +241,7 @@ def _normed(weight: Floats | None, bias: Floats | None, eps: float, rows: Floats
 
 
 class Affine:
-    """x W^T + b, in tiles too small for BLAS to start threads over: they would fight with torch's for the cores.
+    """x W^T + b, in tiles so small that BLAS starts no threads, which would compete with torch's for the cores.
 
     Args:
         weight: [outputs, inputs].
@@ -259,7 +258,7 @@ class Affine:
         self._tiles = np.ascontiguousarray(padded.reshape(inputs, -1, self._columns).transpose(1, 0, 2))
 
     def __call__(self, rows: Floats, room: Floats | None = None) -> Floats:
-        """[R, inputs] to [R, outputs]; `room` as in `product`."""
+        """Map [R, inputs] to [R, outputs]; `room` is as in `product`."""
         outputs = self.product(rows, self.room(len(rows)) if room is None else room)
         outputs += self.bias
         return outputs
@@ -269,7 +268,7 @@ class Affine:
         return np.empty((rows, len(self._tiles) * self._columns), self.bias.dtype)
 
     def product(self, rows: Floats, room: Floats) -> Floats:
-        """Multiply [R, inputs] by W^T into `room`; the part of it that holds the outputs, [R, outputs]."""
+        """Multiply [R, inputs] by W^T into `room`, and return the part that contains the outputs, [R, outputs]."""
         rows = rows.astype(room.dtype, copy=False)
         whole = len(rows) // TILE_ROWS * TILE_ROWS
         for part, height in ((slice(whole), TILE_ROWS), (slice(whole, None), len(rows) - whole)):
@@ -351,4 +350,4 @@ IN_PLACE: Final[dict[str, InPlace]] = {
     "softplus": _softplus,
     "softmax": _softmax,
 }
-"""Activations, by name."""
+"""In-place activations by name."""
