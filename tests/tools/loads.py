@@ -32,14 +32,9 @@ class Timed:
         self.clock = JumpingClock()
         self.server = FakeServer(info_with(max_streams=max_streams, model=model))
 
-    async def __call__(self, plan: LoadPlan = PLAN, all_closed: bool = True, report: Path | None = None) -> Exit:
+    async def __call__(self, plan: LoadPlan = PLAN, report: Path | None = None) -> Exit:
         with self.server as server:
             test = LoadTest(Target(server.endpoint), plan, report, self.terminal, self.stop, self.clock)
             ending = await test.run()
-            assert server.rules.names == {} or not all_closed, "streams are left open"
+            assert server.rules.names == {}, "streams are left open"
         return ending
-
-    @property
-    def last(self) -> str:
-        """The last sentence that was said."""
-        return (self.terminal.complained if self.terminal.as_json else self.terminal.said).splitlines()[-1]

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 
 from instep.streaming.verification import Verification
 from instep_client import AsyncClient
-from instep_client.protocol.errors import InvalidInput
 from instep_tools import state
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
@@ -33,39 +32,29 @@ from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
 async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
-    recording = tmp_path / "r.db"
-    lengths = np.array([20, 1, 50, 3, 50])
-    spoken = RecordedSequences(
-        names=("a", "b", "c", "d", "e"),
-        lengths=lengths,
-        frames=rng.standard_normal((124, 3), np.float32),
-        initial_states={2: {"h": rng.standard_normal((1, 4), np.float32)}},
-    )
-    save_table(tmp_path / "spoken.npz", spoken)
+    recording, lengths = tmp_path / "r.db", np.array([20, 1, 50, 3, 50])
+    h = rng.standard_normal((1, 4), np.float32)
+    x = rng.standard_normal((124, 3), np.float32)
+    save_table(tmp_path / "in.npz", RecordedSequences(tuple("abcde"), lengths, x, initial_states={2: {"h": h}}))
+    np.save(tmp_path / "noise.npy", rng.standard_normal((3, 20, 3)))
+    clock = JumpingClock()
     async with running(SEED_SIZED, recording={"file": recording}) as server:
-        clock, terminal = JumpingClock(), RememberingTerminal()
-        np.save(tmp_path / "noise.npy", rng.standard_normal((3, 20, 3)))
-        live = Produce(Target(server.endpoint), Pace(10.0, 20), tmp_path / "noise.npy", save=tmp_path / "live.npz")
-        assert await produce(live, terminal, Stop(), clock) == Exit.OK
-        again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", save=tmp_path / "outputs.npz")
-        assert await replay(again, terminal, Stop(), clock) == Exit.OK
-    outputs = read_sequences(tmp_path / "outputs.npz")
-    assert outputs.outputs is not None
-    for row, start in enumerate(spoken.starts):
-        frames = spoken.frames[start : start + lengths[row]]
-        initial = spoken.initial_states.get(row)
-        expected, _ = whole(SEED_SIZED, frames, None if initial is None else initial["h"])
-        np.testing.assert_array_equal(outputs.outputs[start : start + lengths[row]], expected)
+        target = Target(server.endpoint)
+        live = Produce(target, Pace(10.0, 20), tmp_path / "noise.npy", save=tmp_path / "live.npz")
+        assert await produce(live, RememberingTerminal(), Stop(), clock) == Exit.OK
+        again = ReplayJob(target, tmp_path / "in.npz", save=tmp_path / "outputs.npz")
+        assert await replay(again, RememberingTerminal(), Stop(), clock) == Exit.OK
+    parts = np.split(x, np.cumsum(lengths)[:-1])
+    truth = [whole(SEED_SIZED, part, h if row == 2 else None)[0] for row, part in enumerate(parts)]
+    np.testing.assert_array_equal(read_sequences(tmp_path / "outputs.npz").outputs, np.concatenate(truth))
     assert sorted(read_sequences(recording).lengths.tolist()) == sorted([20, 20, 20, *lengths.tolist()])
     async with running(SEED_SIZED) as server:
         for file in (tmp_path / "live.npz", tmp_path / "outputs.npz", recording):
             for speed in (1.0, math.inf) if file is recording else (math.inf,):
-                terminal = RememberingTerminal()
-                ending = await replay(
-                    ReplayJob(Target(server.endpoint), file, speed, check=True), terminal, Stop(), JumpingClock()
-                )
-                assert (ending, terminal.complained) == (Exit.OK, "")
-                assert "equal those in the file, bit for bit" in terminal.said
+                terminal = RememberingTerminal(as_json=True)
+                job = ReplayJob(Target(server.endpoint), file, speed, check=True)
+                assert await replay(job, terminal, Stop(), clock) == Exit.OK
+                assert terminal.json()["check"]["different"] == 0
 
 
 async def test_a_load_test_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,21 +69,19 @@ async def test_a_load_test_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert values["latency_us"]["compute"]["max"] > 0
 
 
-async def test_numbers_that_are_small_not_finite_or_not_measured_are_shown() -> None:
+async def test_numbers_that_are_not_finite_or_not_measured_are_shown() -> None:
+    shown, told = RememberingTerminal(), RememberingTerminal(as_json=True)
     async with running(SEED_SIZED) as server:
         server.default.verification = Verification(reported_lag_s=math.inf)
         while not len(server.default.history):
             await asyncio.sleep(0.05)
-        shown, told = RememberingTerminal(), RememberingTerminal(as_json=True)
         for terminal in (shown, told):
             assert await stats(Target(server.endpoint), terminal, Stop()) == Exit.OK
     rows = dict(line.split(maxsplit=1) for line in shown.said.splitlines())
-    assert rows["verify_lag_s"].strip() == "not finite"
-    assert (rows["latency_us_p99"].strip(), rows["batch_size_mean"].strip(), rows["frames_total"]) == ("–", "–", "0")
+    assert (rows["verify_lag_s"].strip(), rows["batch_size_mean"].strip()) == ("not finite", "–")
     assert "recent_time_s" not in rows
-    assert told.json()["recent_time_s"] > 0
-    assert told.json()["latency_us_p99"] == 0
-    assert told.json()["verify_lag_s"] is None
+    values = told.json()
+    assert (values["recent_time_s"] > 0, values["latency_us_p99"], values["verify_lag_s"]) == (True, 0, None)
 
 
 async def test_a_state_of_single_values_is_json(rng: np.random.Generator) -> None:
@@ -116,21 +103,18 @@ async def test_a_state_moves_from_one_engine_to_another_and_goes_on_to_the_bit(
 ) -> None:
     x = rng.standard_normal((9, SEED_SIZED.description.features)).astype(np.float32)
     y, _ = whole(SEED_SIZED, x)
-    path, stop = tmp_path / "mic.safetensors", Stop()
-    transport = {"heartbeat_s": 0.1}
-    async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
+    path, stop, terminal = tmp_path / "mic.safetensors", Stop(), RememberingTerminal(as_json=True)
+    async with running(SEED_SIZED) as server, AsyncClient(server.endpoint) as client:
         stream = await client.open("mic")
         await stream.step(x[:5])
         assert await state.snapshot(Target(server.endpoint), RememberingTerminal(), stop, "mic", path) == Exit.OK
         np.testing.assert_array_equal(await stream.step(x[5:]), y[5:])
     np.testing.assert_array_equal(load_file(path)["state.h"], whole(SEED_SIZED, x[:5])[1])
-    async with running(SEED_SIZED, transport=transport) as server, AsyncClient(server.endpoint) as client:
-        terminal = RememberingTerminal(as_json=True)
+    async with running(SEED_SIZED, transport={"heartbeat_s": 0.1}) as server, AsyncClient(server.endpoint) as client:
         assert await state.restore(Target(server.endpoint), terminal, stop, path) == Exit.OK
         restored = await client.resume("mic", epoch=terminal.json()["epoch"])
         np.testing.assert_array_equal(await restored.step(x[5:]), y[5:])
     async with running(SMALL) as server:
-        with pytest.raises(CommandProblem, match="a state is valid only with the weights that made it") as refused:
+        with pytest.raises(CommandProblem, match="weights"):
             await state.restore(Target(server.endpoint), RememberingTerminal(), stop, path)
-        assert not isinstance(refused.value, InvalidInput)
         assert server.default.engine.table.open_count == 0

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import asyncio
-import sys
 import time
 
 import pytest
 
-from instep_tools.pacing import LONGEST_NAP_S, Stop, WallClock, loop_factory, wait_until
+from instep_tools.pacing import LONGEST_NAP_S, Stop, WallClock, wait_until
 from tests.tools.helpers import JumpingClock
 
 
@@ -17,15 +15,6 @@ async def test_waiting_ends_at_the_moment() -> None:
     assert clock.slept == pytest.approx([1000 + LONGEST_NAP_S, 1000.2, 1000.3, 1000.35])
 
 
-async def test_waiting_for_the_past_lets_others_run() -> None:
-    clock, stop = JumpingClock(), Stop()
-    ran: list[bool] = []
-    asyncio.get_running_loop().call_soon(ran.append, True)
-    assert await wait_until(clock.now() - 1, clock, stop)
-    assert ran == [True]
-    assert clock.slept == []
-
-
 async def test_a_stop_ends_a_wait() -> None:
     clock, stop = JumpingClock(), Stop()
     clock.on_sleep = lambda moment: stop.request() if len(clock.slept) == 2 else None
@@ -34,32 +23,9 @@ async def test_a_stop_ends_a_wait() -> None:
     assert not await wait_until(clock.now() - 1, clock, stop)
 
 
-async def test_a_stop_is_heard() -> None:
-    stop = Stop()
-    waiting = asyncio.create_task(stop.wait())
-    await asyncio.sleep(0)
-    assert not stop.requested
-    stop.request()
-    stop.request()
-    await waiting
-    assert stop.requested
-
-
 async def test_the_wall_clock_never_wakes_too_early() -> None:
     with WallClock() as clock:
         for wait_s in (-1.0, 0.0, 0.0005, 0.004):
             moment = clock.now() + wait_s
             await clock.sleep_until(moment)
             assert time.monotonic() >= moment
-
-
-def test_the_loop_is_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    assert loop_factory() is None
-    monkeypatch.undo()
-    uvloop = pytest.importorskip("uvloop")
-    factory = loop_factory()
-    assert factory is not None
-    loop = factory()
-    assert isinstance(loop, uvloop.Loop)
-    loop.close()

@@ -70,12 +70,11 @@ async def test_json_says_what_was_sent() -> None:
 
 
 async def test_a_server_with_fewer_numbers_is_shown_with_dashes() -> None:
-    with FakeServer() as server:  # its STATS has three
+    with FakeServer() as server:
         async with AsyncClient(server.endpoint) as client:
             await client.open("mic")
-            seen, shown = await as_json(server.endpoint), RememberingTerminal()
+            shown = RememberingTerminal()
             assert await top(Target(server.endpoint), shown, Stop(), every=0.1) == Exit.OK  # it is no terminal
-    assert set(seen["numbers"]) == {"ready", "streams_open", "blocks", "loop_lag_s"}
     assert "mic" in shown.said
     assert "–" in shown.said
 
@@ -112,26 +111,15 @@ def test_rates_are_differences_and_unknown_where_a_counter_began_anew() -> None:
 def test_streams_are_sorted_by_the_chosen_column_and_then_by_name() -> None:
     streams = (stream("b", 9, 0, 3.0), stream("a", None, 2, 2.0), stream("c", 30, 1, 1.0), stream("d", 9, 0, 0.5))
     before = snapshot(10.0, stream("b", 8), stream("c", 10), stream("d", 8))
-    orders = {sort: ScreenView("", snapshot(11.0, *streams), before, sort).streams() for sort in SORTS}
-    assert {sort: "".join(each.name for each, _ in order) for sort, order in orders.items()} == {
-        "rate": "cbda",
-        "name": "abcd",
-        "next seq": "cbda",
-        "pending": "acbd",
-        "idle": "bacd",
-    }
+    orders = [ScreenView("", snapshot(11.0, *streams), before, sort).streams() for sort in SORTS]
+    assert SORTS == ("rate", "name", "next seq", "pending", "idle")
+    assert ["".join(each.name for each, _ in order) for order in orders] == ["cbda", "abcd", "cbda", "acbd", "bacd"]
 
 
 def test_numbers_are_where_they_belong() -> None:
-    phases = {f"recent_{phase}_us_p50": 1000.0 * at for at, phase in enumerate(("latency", "queue", "compute"), 1)}
-    numbers: dict[str, Any] = {
-        "ready": 1.0,
-        "frames_total": 100.0,
-        "refused_busy_total": 3.0,
-        "server_uptime_s": 270_000.0,
-        **phases,
-    }
-    numbers |= {"verified_frames_total": 90.0, "verify_mismatches_total": 1.0, "verify_skipped_frames_total": 0.0}
+    numbers: dict[str, Any] = {"ready": 1, "frames_total": 100, "refused_busy_total": 3, "server_uptime_s": 270_000}
+    numbers |= {f"recent_{phase}_us_p50": 1000 * at for at, phase in enumerate(("latency", "queue", "compute"), 1)}
+    numbers |= {"verified_frames_total": 90, "verify_mismatches_total": 1, "verify_skipped_frames_total": 0}
     view = ScreenView("ipc:///run/instep", snapshot(2.0, stream("mic", 1234), **numbers), snapshot(1.0, **numbers))
     text = {line.split()[0]: " ".join(line.split()[1:]) for line in lines(replace(view, lost="nobody there"))}
     assert text["instep"].startswith("top ipc:///run/instep up 3d 3h")

@@ -6,14 +6,20 @@ import gzip
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.duration_pb2 import DESCRIPTOR, Duration
+from mcap.writer import Writer as McapWriter
+from mcap_ros2.writer import Writer as Ros2Writer
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from instep_tools.formats import mcap_file
@@ -28,11 +34,8 @@ TABLE = {"stream": np.array(["a"] * 3), "x": F32}
 
 
 def parts(sequences: RecordedSequences) -> dict[str, list[list[float]]]:
-    ends = np.cumsum(sequences.lengths)
-    return {
-        name: sequences.frames[start:end].tolist()
-        for name, start, end in zip(sequences.names, sequences.starts, ends, strict=True)
-    }
+    split = np.split(sequences.frames, sequences.starts[1:])
+    return {name: part.tolist() for name, part in zip(sequences.names, split, strict=True)}
 
 
 def text(path: Path, content: str, **choice: Any) -> RecordedSequences:
@@ -44,10 +47,8 @@ def text(path: Path, content: str, **choice: Any) -> RecordedSequences:
     "content",
     [
         "1,2.5,-3e2\n0,0,1\n",
-        "1 , 2.5 , -3e2\r\n0,0,1",
         "1;2.5;-3e2\n0;0;1\n",
         "1 2.5   -300\n\n  0 0  1  \n",
-        "1\t2.5\t-300\n0\t0\t1\n",
         "\ufeff# by hand\na,b,c\n1,2.5,-300\n0,0,1\n",
     ],
 )
@@ -55,27 +56,16 @@ def test_numbers_are_separated_by_commas_semicolons_or_white_space(tmp_path: Pat
     assert parts(text(tmp_path / "mic.txt", content)) == {"mic": [[1, 2.5, -300], [0, 0, 1]]}
 
 
-def test_every_float32_survives_in_its_shortest_digits(tmp_path: Path, rng: np.random.Generator) -> None:
-    values = rng.integers(0, 0x7F800000, 1000, np.uint32).view(np.float32)
-    read = text(tmp_path / "a.csv", "".join(f"{value}\n" for value in values))
-    np.testing.assert_array_equal(read.frames[:, 0], values)
-
-
 @pytest.mark.parametrize(
     ("header", "choice", "frame", "output"),
     [
         ("seq,stream,left,time_s,right", Choice(), ["left", "right"], []),
-        ("seq,stream,x0,time_s,x1", Choice(), ["x0", "x1"], []),
         ("stream,x1,x0,time_s,y0", Choice(), ["x0", "x1"], ["y0"]),
         ("stream,x0,time_s,speech,noise", Choice(), ["x0"], ["speech", "noise"]),
-        ("stream,a,b,time_s,y0", Choice(), ["a", "b"], ["y0"]),
         ("stream,a,b,time_s,y0", Choice(columns=("b",)), ["b"], ["y0"]),
-        ("stream,x0,y0,time_s,y1", Choice(columns=("y1", "y0")), ["y1", "y0"], []),
-        ("stream,y0,y1,time_s,y2", Choice(), ["y0", "y1", "y2"], []),
         ("stream,a,b,c,at", Choice(time="at"), ["a", "b", "c"], []),
         ("who,a,b,time_s,c", Choice(named=True), ["a", "b", "c"], []),
         ("mfcc0,mfcc1,pitch,mfcc2", Choice(columns=("mfcc*",)), ["mfcc0", "mfcc1", "mfcc2"], []),
-        ("mfcc0,mfcc1,pitch", Choice(columns=("p*", "mfcc1")), ["pitch", "mfcc1"], []),
     ],
 )
 def test_what_columns_are_for(header: str, choice: Choice, frame: list[str], output: list[str]) -> None:
@@ -93,13 +83,9 @@ def test_what_columns_are_for(header: str, choice: Choice, frame: list[str], out
     ("column", "field", "ns"),
     [
         ("time_ns", "1700000000123456789", 1_700_000_000_123_456_789),
-        ("t_us", "1.5", 1500),
         ("time_ms", "2", 2_000_000),
-        ("time_s", "0.25", 250_000_000),
         ("time", "1e3", 10**12),
         ("time", "1970-01-01T00:00:01.123456789Z", 1_123_456_789),
-        ("time", "1970-01-01 01:00:00.5+01:00", 500_000_000),
-        ("when", "1970-01-02", 86_400 * 10**9),
     ],
 )
 def test_times(tmp_path: Path, column: str, field: str, ns: int) -> None:
@@ -113,9 +99,8 @@ def test_streams_of_a_text(tmp_path: Path) -> None:
     assert parts(many) == {"a": [[1], [3]], "b": [[2]]}
     assert many.times_ns is not None
     assert many.times_ns.tolist() == [0, 10**9, 5 * 10**8]
-    named = text(tmp_path / "named.csv", '007,1,2\n"a, b",3,4\n007,5,6\n', named=True)
-    assert parts(named) == {"007": [[1, 2], [5, 6]], "a, b": [[3, 4]]}
-    assert parts(text(tmp_path / "only.csv", "stream,x\nmic-1,1\ntap,2\n", only="mic-*")) == {"mic-1": [[1]]}
+    named = text(tmp_path / "named.csv", '007,1,2\n"a, b",3,4\n007,5,6\n', named=True, only="0*")
+    assert parts(named) == {"007": [[1, 2], [5, 6]]}
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -135,65 +120,38 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("", "holds no frames"),
         ("a,b\n", "holds no frames"),
         ("a,b\n1,2\n3\n", "Row #3"),
-        ("f0,f1\n1,2\n3,oh\n", "Row #3.*'oh'"),
-        ("label,a\nup,1\n", "--columns.*--named.*'up'"),
         ("mic,1,2\nmic,3,4\n", "--columns.*--named.*'mic'"),
-        ("a,b\n1,2\n3,\n", "frame 1 of 'a' is not finite"),
-        ("a\n1\n1e39\n", "frame 1 of 'a' is not finite"),
+        ("a,b\n1,2\n3,\n", "frame 1 of 'a'"),
         ("time_s,x\n2,0\n1,0\n", "times"),
-        ("time,x\n1e11,0\n", "'time'"),
         ("time,x\nsoon,0\n", "'time'"),
-        ("seq,x\n0,0\n2,0\n", "frame 2 where frame 1 belongs"),
-        ("seq,x\n0,0\n0,0\n", "frame 0 where frame 1 belongs"),
-        ("seq,x\n0.5,0\n", "'0.5'"),
+        ("seq,x\n0,0\n2,0\n", "frame 2 where frame 1"),
         ('{"stream": "a", "x": [1]}\n{"stream": "a"}\n', "cannot be read"),
-        ('{"x": [1]}\n{"x": [1, 2]}\n', "cannot be read"),
     ],
 )
 def test_bad_text_is_refused_with_one_sentence(tmp_path: Path, content: str, why: str) -> None:
-    path = tmp_path / "a.csv"
     with pytest.raises(BadFile, match=why) as failure:
-        text(path, content)
-    assert str(failure.value).count(str(path)) == 1
+        text(tmp_path / "a.csv", content)
+    assert str(failure.value).count(str(tmp_path / "a.csv")) == 1
     assert "\n" not in str(failure.value)
-
-
-def test_the_hint_comes_first_and_once(tmp_path: Path) -> None:
-    with pytest.raises(BadFile) as failure:
-        text(tmp_path / "words.txt", "one two\n" + "three four\n" * 50)
-    assert str(failure.value).index("--columns") < str(failure.value).index("three")
-    assert str(failure.value).count("--columns") == str(failure.value).count("three") == 1
-
-
-def test_the_hint_is_for_columns_of_words_which_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match=r"--columns.*'label'"):
-        text(tmp_path / "words.csv", "time,x,label\n0,1,oh\n")
-    with pytest.raises(BadFile, match="'label'"):
-        text(tmp_path / "words.csv", "time,x,label\n0,1,oh\n", columns=("label",))
-    with pytest.raises(BadFile) as failure:
-        text(tmp_path / "short.csv", "a,b\n1,2\n3\n")
-    assert "--columns" not in str(failure.value)
 
 
 def test_arrays_of_any_name_are_a_stream_each(tmp_path: Path) -> None:
     block = np.arange(12, dtype=np.float64).reshape(2, 3, 2)
     np.savez(tmp_path / "a.npz", left=np.arange(4).reshape(2, 2), right=np.arange(6.0).reshape(3, 2))
     np.save(tmp_path / "b.npy", block)
-    np.save(tmp_path / "c", np.asfortranarray(block[1]))
+    np.save(tmp_path / "c.npy", np.asfortranarray(block[1]))
+    (tmp_path / "c.npy").rename(tmp_path / "c.csv")  # the name does not matter
     assert parts(read_sequences(tmp_path / "a.npz")) == {"left": [[0, 1], [2, 3]], "right": [[0, 1], [2, 3], [4, 5]]}
     assert parts(read_sequences(tmp_path / "b.npy")) == {"b-0": block[0].tolist(), "b-1": block[1].tolist()}
-    whole = read_sequences(tmp_path / "c.npy", Choice(columns=("x1",)))
+    whole = read_sequences(tmp_path / "c.csv", Choice(columns=("x1",)))
     assert parts(whole) == {"c": block[1, :, 1:].tolist()}
     assert whole.frames.flags.c_contiguous
 
 
 def test_a_table_in_an_npz(tmp_path: Path) -> None:
     stream, x = np.array(["b", "a", "b"]), np.array([[1], [2], [3]])
-    np.savez(tmp_path / "t.npz", stream=stream, x=x)
-    assert parts(read_sequences(tmp_path / "t.npz")) == {"b": [[1], [3]], "a": [[2]]}
     y = np.array([[5, 6], [7, 8], [np.nan, np.nan]], np.float32)
     np.savez(tmp_path / "u.npz", stream=stream, x=x, y=y, seq=[1, 0, 0], stream_id=[3, 3, 3], time_ns=[9, 0, 8])
     read = read_sequences(tmp_path / "u.npz")
@@ -210,27 +168,18 @@ def test_a_table_in_an_npz(tmp_path: Path) -> None:
     [
         ({"a": np.zeros((0, 2))}, "holds no frames"),
         ({"a": np.zeros((2, 2)), "b": np.zeros((2, 3))}, "different widths"),
-        ({"a": np.zeros(3)}, "'a' must be numbers"),
         ({"a": np.array([[None]])}, "allow_pickle"),
-        ({"a": np.zeros((1, 1)), "b": np.array([[0], [1e39]])}, "frame 1 of 'b' is not finite"),
         ({**TABLE, "stream": np.array(["a", "b"])}, "different lengths"),
-        ({**TABLE, "time_ns": np.array([0, 2, 1])}, "times"),
-        ({**TABLE, "seq": np.array([0, 1, 3])}, "frame 3 where frame 2 belongs"),
-        ({**TABLE, "metadata": np.array(b'{"inputs": 1}')}, "cannot be read"),
         ({**TABLE, "metadata": np.array(b'{"states": "[[0, 0, \\"AA==\\"]]"}')}, "damaged"),
     ],
 )
 def test_bad_arrays_are_refused_with_one_sentence(tmp_path: Path, arrays: dict[str, Any], why: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(BadFile, match=why) as failure:
+    with pytest.raises(BadFile, match=f"{tmp_path / 'bad.npz'}.*{why}"):
         read_sequences(tmp_path / "bad.npz")
-    assert str(tmp_path / "bad.npz") in str(failure.value)
 
 
 def test_parquet_of_other_programs(tmp_path: Path) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     columns = {
         "stream": pa.array(["b", "a", "b"]).dictionary_encode(),
         "left": pa.array([1, 2, 3], pa.int16()),
@@ -238,54 +187,29 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
         "time": pa.array([1, 2, 3], pa.timestamp("us")),
         "label": pa.array(["x", "y", "z"]),
         "gaps": pa.array([1.0, None, 3.0]),
-        "day": pa.array([1.5, 2, 3]),
     }
     parquet.write_table(pa.table(columns), tmp_path / "p.parquet")
     read = read_sequences(tmp_path / "p.parquet", Choice(columns=("right", "left")))
     assert parts(read) == {"b": [[0.5, 1], [1, 3]], "a": [[0.25, 2]]}
     assert read.times_ns is not None
     assert read.times_ns.tolist() == [1000, 3000, 2000]
-    by_day = read_sequences(tmp_path / "p.parquet", Choice(columns=("left",), time="day", only="a"))
-    assert by_day.times_ns is not None
-    assert by_day.times_ns.tolist() == [2 * 10**9]
     for choice, named in (
         (Choice(), "'label'"),
-        (Choice(columns=("gaps",)), "frame 0 of 'a' is not finite"),
+        (Choice(columns=("gaps",)), "frame 0 of 'a'"),
         (Choice(columns=("left",), time="label"), "'label'"),
     ):
         with pytest.raises(CommandProblem, match=named):
             read_sequences(tmp_path / "p.parquet", choice)
     devices = pa.table({"device": pa.array(["left", "right", "left"]), "stream": [7, 8, 9], "f0": [1, 2, 3]})
-    parquet.write_table(devices, tmp_path / "devices.parquet")
-    assert parts(read_sequences(tmp_path / "devices.parquet", Choice(named=True))) == {
-        "left": [[1], [3]],
-        "right": [[2]],
-    }
-
-
-def write_mcap(path: Path, channels: Mapping[str, tuple[str, str, str, bytes]], messages: list[Any]) -> None:
-    """Channels by topic: a message encoding, and a schema's name, encoding and data."""
-    from mcap.writer import Writer
-
-    with path.open("wb") as file:
-        writer = Writer(file)
-        writer.start()
-        numbers = {
-            topic: writer.register_channel(topic, encoding, writer.register_schema(name, kind, data))
-            for topic, (encoding, name, kind, data) in channels.items()
-        }
-        for topic, time_ns, data in messages:
-            writer.add_message(numbers[topic], time_ns, data, time_ns)
-        writer.finish()
+    parquet.write_table(devices, tmp_path / "d.parquet")
+    assert parts(read_sequences(tmp_path / "d.parquet", Choice(named=True))) == {"left": [[1], [3]], "right": [[2]]}
 
 
 def write_ros2(path: Path) -> None:
     """Two messages of `/imu` and one of `/note`, as a robot would record them."""
-    from mcap_ros2.writer import Writer
-
     vector = "=" * 80 + "\nMSG: geometry_msgs/Vector3\nfloat64 x\nfloat64 y\nfloat64 z\n"
     with path.open("wb") as file:
-        writer = Writer(file)
+        writer = Ros2Writer(file)
         imu = writer.register_msgdef(
             "test_msgs/Imu", f"string frame\ngeometry_msgs/Vector3 rate\nfloat32[2] data\n{vector}"
         )
@@ -313,40 +237,41 @@ def test_topics_of_a_ros2_bag(tmp_path: Path) -> None:
 
 
 def test_topics_of_json_and_protobuf(tmp_path: Path) -> None:
-    from google.protobuf.descriptor_pb2 import FileDescriptorSet
-    from google.protobuf.duration_pb2 import DESCRIPTOR, Duration
-
     described = FileDescriptorSet()
     DESCRIPTOR.CopyToProto(described.file.add())
-    channels = {
-        "/json": ("json", "Any", "jsonschema", b"{}"),
-        "/pb": ("protobuf", "google.protobuf.Duration", "protobuf", described.SerializeToString()),
-        "/other": ("cbor", "Any", "", b""),
-    }
-    messages = [
-        ("/json", 1, b'{"a": {"b": 1, "on": true}, "c": [2, 3], "text": "x"}'),
-        ("/pb", 2, Duration(seconds=0, nanos=7).SerializeToString()),
-        ("/other", 3, b"?"),
-    ]
-    write_mcap(tmp_path / "a.mcap", channels, messages)
-    assert parts(read_sequences(tmp_path / "a.mcap", Choice(only="/json"))) == {"/json": [[1, 2, 3]]}
-    assert parts(read_sequences(tmp_path / "a.mcap", Choice(only="/pb"))) == {"/pb": [[0, 7]]}
-    assert parts(read_sequences(tmp_path / "a.mcap", Choice(only="/json", columns=("a.b",)))) == {"/json": [[1]]}
+    text = b'{"a": {"b": 1, "on": true}, "c": [2, 3], "text": "x"}'
+    with (tmp_path / "a.mcap").open("wb") as file:
+        writer = McapWriter(file)
+        writer.start()
+        for topic, encoding, schema, message in (
+            ("/json", "json", ("Any", "jsonschema", b"{}"), text),
+            (
+                "/pb",
+                "protobuf",
+                ("google.protobuf.Duration", "protobuf", described.SerializeToString()),
+                Duration(nanos=7).SerializeToString(),
+            ),
+            ("/other", "cbor", ("Any", "", b""), b"?"),
+        ):
+            channel = writer.register_channel(topic, encoding, writer.register_schema(*schema))
+            writer.add_message(channel, 1, message, 1)
+        writer.finish()
+    for only, columns, frame in (("/json", (), [1, 2, 3]), ("/json", ("a.b",), [1]), ("/pb", (), [0, 7])):
+        assert parts(read_sequences(tmp_path / "a.mcap", Choice(only=only, columns=columns))) == {only: [frame]}
     with pytest.raises(BadFile, match="cbor"):
         read_sequences(tmp_path / "a.mcap", Choice(only="/other"))
 
 
 STRANGERS: dict[str, Callable[[Path], object]] = {
-    "net.pt": lambda path: torch.save({"w": torch.zeros(2)}, path),
     "net.safetensors": lambda path: save_file({"w": torch.zeros(2)}, path),
     "x.pkl": lambda path: path.write_bytes(pickle.dumps([1, 2])),
     "x.csv.gz": lambda path: path.write_bytes(gzip.compress(b"1 2")),
     "utf16.csv": lambda path: path.write_text("1 2", encoding="utf-16"),
-    "latin.csv": lambda path: path.write_bytes("é 1".encode("latin-1")),
     "cut.npz": lambda path: path.write_bytes(b"PK\x03\x04 cut off"),
-    "cut.npy": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00"),
     "cut.parquet": lambda path: path.write_bytes(b"PAR1 cut off"),
     "cut.mcap": lambda path: path.write_bytes(b"\x89MCAP0\r\n\x01 cut off"),
+    "cut.instep": lambda path: path.write_bytes(b"SQLite format 3\0 and then nonsense" * 100),
+    "bag.db3": lambda path: sqlite3.connect(path).execute("CREATE TABLE topics (id)").connection.close(),
     "folder": lambda path: path.mkdir(),
     "absent.csv": lambda path: None,
 }
@@ -361,14 +286,6 @@ def test_files_that_cannot_be_read_are_a_sentence_each(tmp_path: Path, name: str
     assert len(str(failure.value).splitlines()) == 1
 
 
-def test_the_name_does_not_matter(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.ones((1, 2)))
-    shutil.copy(tmp_path / "a.npy", tmp_path / "b.csv")
-    (tmp_path / "c.npy").write_text("1 1\n")
-    for name in ("a.npy", "b.csv", "c.npy"):
-        assert read_sequences(tmp_path / name).frames.tolist() == [[1, 1]]
-
-
 def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mcap_file, "find_spec", lambda name: None)
     (tmp_path / "x").write_bytes(b"\x89MCAP0\r\n")
@@ -377,30 +294,25 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             call()
 
 
-def test_choices_that_arrays_do_not_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("choice", "named"), [(Choice(named=True), "--named"), (Choice(time="t"), "'t'"), (Choice(only="b*"), r"'b\*'")]
+)
+def test_choices_that_arrays_do_not_have(tmp_path: Path, choice: Choice, named: str) -> None:
     np.save(tmp_path / "a.npy", F32)
-    for choice, named in (
-        (Choice(named=True), "--named"),
-        (Choice(time="t"), "'t'"),
-        (Choice(columns=("x5",)), "'x5'"),
-        (Choice(only="b*"), r"'b\*'"),
-    ):
-        with pytest.raises(CommandProblem, match=named):
-            read_sequences(tmp_path / "a.npy", choice)
+    with pytest.raises(CommandProblem, match=named):
+        read_sequences(tmp_path / "a.npy", choice)
 
 
 def test_where_nothing_can_be_written_is_found_out_before_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert check_output_path(tmp_path / "y.CSV") == "csv"
     (tmp_path / "folder.csv").mkdir()
-    for name in ("y.txt", "absent/y.npz", "folder.csv", f"{'y' * 300}.csv"):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for name in ("y.txt", "absent/y.npz", "folder.csv", f"{'y' * 300}.csv", "no-permission.csv"):
         with pytest.raises(BadFile, match=name.split("/")[0]):
             check_output_path(tmp_path / name)
-    assert check_output_path(tmp_path / "y.CSV") == "csv"
     assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(BadFile, match="permission"):
-        check_output_path(tmp_path / "y.csv")
 
 
 def test_selecting_and_keeping(rng: np.random.Generator) -> None:

@@ -13,46 +13,38 @@ from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
 from instep_tools.formats.read import read_sequences
 from instep_tools.problems import BadFile
-from tests.support.rows import close_stream, open_stream, stream_event
+from tests.support.rows import close_stream, open_stream
 from tests.support.states import gru_state
 
 START_NS = 1_700_000_000_000_000_000
 MS = 1_000_000
 
 
-def header(features: int = 2, hidden: int = 3) -> RecordingHeader:
-    description = {"features": features, "before": [], "gru": {"hidden_size": hidden, "num_layers": 2}, "after": []}
-    return RecordingHeader(
-        instep_version="0",
-        created_ns=START_NS,
-        model_name="m",
-        model_folder="",
-        description=description,
-        features=features,
-        outputs=hidden,
-        state=gru_state(2, hidden).encode(),
-        model_fingerprint="f" * 64,
-        arithmetic="portable-1",
-        durability="commit",
+HEADER = RecordingHeader(
+    instep_version="0",
+    created_ns=START_NS,
+    model_name="m",
+    model_folder="",
+    description={"features": 2, "before": [], "gru": {"hidden_size": 3, "num_layers": 2}, "after": []},
+    features=2,
+    outputs=3,
+    state=gru_state(2, 3).encode(),
+    model_fingerprint="f" * 64,
+    arithmetic="portable-1",
+    durability="commit",
+)
+
+
+def batch(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]], answered: bool = True) -> None:
+    """Frames as (stream, seq, value): x is [value, value + 0.5] and y [value, -value, 0]."""
+    streams, seqs, values = (np.array(column) for column in zip(*frames, strict=True))
+    x, y = (
+        (values[:, None] * scale + shift).astype(np.float32) for scale, shift in (([1, 1], [0, 0.5]), ([1, -1, 0], 0))
     )
-
-
-def begin(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]) -> int:
-    """Frames as (stream, seq, value): x is [value, value + 0.5]."""
-    value = np.array([frame[2] for frame in frames], np.float32)
-    return writer.add_inputs(
-        START_NS + ms * MS,
-        np.array([frame[0] for frame in frames], np.uint32),
-        np.array([frame[1] for frame in frames], np.uint64),
-        np.stack([value, value + 0.5], axis=1),
-    )
-
-
-def batch(writer: RecordingWriter, ms: int, frames: list[tuple[int, int, float]]) -> None:
-    """The same, answered with y [value, -value, 0]."""
-    value = np.array([frame[2] for frame in frames], np.float32)
-    position = begin(writer, ms, frames)
-    writer.add_outputs(START_NS + ms * MS, position, np.stack([value, -value, 0 * value], axis=1))
+    now_ns = START_NS + ms * MS
+    position = writer.add_inputs(now_ns, streams.astype(np.uint32), seqs.astype(np.uint64), x)
+    if answered:
+        writer.add_outputs(now_ns, position, y)
 
 
 def opened(writer: RecordingWriter, stream: int, name: str, ms: int, state: F32 | None = None, first: int = 0) -> None:
@@ -61,7 +53,7 @@ def opened(writer: RecordingWriter, stream: int, name: str, ms: int, state: F32 
 
 @pytest.fixture
 def writer(tmp_path: Path) -> RecordingWriter:
-    return RecordingWriter.create(tmp_path / "r.db", header())
+    return RecordingWriter.create(tmp_path / "r.db", HEADER)
 
 
 def write_three(writer: RecordingWriter) -> None:
@@ -80,8 +72,9 @@ def write_three(writer: RecordingWriter) -> None:
 
 def test_streams_of_a_recording(tmp_path: Path, writer: RecordingWriter) -> None:
     write_three(writer)
-    writer.close()
+    batch(writer, 50, [(2, 3, 23.0)])  # of one that is being written, up to its last commit
     read = read_sequences(tmp_path / "r.db")
+    writer.close()
     assert read.names == ("mic", "tap", "mic")
     assert read.lengths.tolist() == [1, 3, 1]
     assert read.frames.tolist() == [[v, v + 0.5] for v in (10, 20, 21, 22, 30)]
@@ -94,31 +87,13 @@ def test_streams_of_a_recording(tmp_path: Path, writer: RecordingWriter) -> None
     assert read.fingerprint == "f" * 64
 
 
-def test_a_recording_being_written_is_read_up_to_its_last_commit(tmp_path: Path, writer: RecordingWriter) -> None:
-    write_three(writer)
-    batch(writer, 50, [(2, 3, 23.0)])
-    assert read_sequences(tmp_path / "r.db").lengths.tolist() == [1, 3, 1]
-    writer.commit()
-    assert read_sequences(tmp_path / "r.db").lengths.tolist() == [1, 4, 1]
-    writer.close()
-
-
-def test_frames_of_a_failed_step_do_not_count(tmp_path: Path, writer: RecordingWriter) -> None:
-    opened(writer, 1, "a", 0)
-    failed = begin(writer, 1, [(1, 0, 5.0)])
-    writer.fail_batch(START_NS + MS, failed, "out of memory")
-    batch(writer, 2, [(1, 0, 6.0)])
-    writer.close()
-    assert read_sequences(tmp_path / "r.db").frames[:, 0].tolist() == [6]
-
-
 def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path: Path, writer: RecordingWriter) -> None:
     opened(writer, 1, "a", 0, first=7)
     batch(writer, 1, [(1, 7, 5.0)])
-    begin(writer, 2, [(1, 8, 6.0)])
+    batch(writer, 2, [(1, 8, 6.0)], answered=False)
     writer.commit()
     writer.abandon()  # the engine was killed
-    writer = RecordingWriter.resume(tmp_path / "r.db", header())
+    writer = RecordingWriter.resume(tmp_path / "r.db", HEADER)
     batch(writer, 3, [(1, 9, 7.0)])
     writer.close()
     read = read_sequences(tmp_path / "r.db")
@@ -130,38 +105,13 @@ def test_frames_whose_outputs_were_not_recorded_are_there_without_them(tmp_path:
     assert np.isnan(read.outputs[1]).all()
 
 
-def test_a_reset_begins_a_sequence_of_its_own(tmp_path: Path, writer: RecordingWriter) -> None:
-    states = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    opened(writer, 1, "a", 0, states[0])
-    opened(writer, 2, "b", 1)
-    batch(writer, 10, [(1, 0, 1.0), (2, 0, 2.0)])
-    for ms, state in ((20, None), (21, states[1])):  # the second one counts
-        stream_event(writer, START_NS + ms * MS, "reset", 1, 1, "", state)
-    batch(writer, 30, [(1, 1, 3.0)])
-    stream_event(writer, START_NS + 40 * MS, "reset", 1, 2, "", None)  # nothing follows
-    writer.close()
-    read = read_sequences(tmp_path / "r.db")
-    assert read.names == ("a", "a", "b")
-    assert read.lengths.tolist() == [1, 1, 1]
-    assert read.frames[:, 0].tolist() == [1, 3, 2]
-    assert list(read.initial_states) == [0, 1]
-    np.testing.assert_array_equal(read.initial_states[1]["h"], states[1])
-
-
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [
-        ("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5", "row at position 5"),
-        ("DROP TABLE openings", "is missing"),
-    ],
-)
-def test_damage_is_found(tmp_path: Path, writer: RecordingWriter, damage: str, why: str) -> None:
+def test_damage_is_found(tmp_path: Path, writer: RecordingWriter) -> None:
     write_three(writer)
     writer.close()
     database = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
-    database.execute(damage)
+    database.execute("UPDATE batches SET x = zeroblob(length(x)) WHERE position = 5")
     database.close()
-    with pytest.raises(BadFile, match=why):
+    with pytest.raises(BadFile, match="row at position 5"):
         read_sequences(tmp_path / "r.db")
 
 
@@ -177,12 +127,3 @@ def test_nothing_is_needed_but_what_the_client_library_needs(tmp_path: Path, wri
     command = [sys.executable, "-c", program, str(tmp_path / "r.db")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[1, 3, 1]\n", "")
-
-
-def test_what_is_no_recording_or_holds_nothing(tmp_path: Path, writer: RecordingWriter) -> None:
-    writer.close()
-    (tmp_path / "x.db").write_bytes(b"SQLite format 3\0 and then nonsense" * 100)
-    sqlite3.connect(tmp_path / "bag.db3").execute("CREATE TABLE topics (id)").connection.close()
-    for name, why in (("r.db", "no frames"), ("x.db", "is not a recording"), ("bag.db3", "is not a recording")):
-        with pytest.raises(BadFile, match=why):
-            read_sequences(tmp_path / name)

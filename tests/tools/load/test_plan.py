@@ -4,19 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from instep_tools.load.plan import LoadPlan, Schedule, split
 from instep_tools.problems import CommandProblem
 from tests.tools.helpers import info_with
 
 PLAN = LoadPlan(streams=10, connections=3, processes=2, rate_hz=50.0, duration_s=5.0, warmup_s=1.0)
-
-
-def test_streams_and_connections_are_spread_evenly() -> None:
-    parts = split(PLAN, info_with(), "load")
-    assert [part.connections for part in parts] == [((3,),), ((3,), (4,))]
-    assert [part.name for part in parts] == ["load-0", "load-1"]
-    assert [part.offset for part in parts] == [0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -39,20 +34,10 @@ def test_blocks_stay_within_what_the_server_takes() -> None:
     assert parts[0].connections == ((50, 50, 50, 50),)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"connections": 11}, "11 connections"), ({"streams": 200_000}, "100000"), ({"block": 20_000}, "16,384")],
-)
-def test_what_cannot_be_is_refused(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(CommandProblem, match=named):
+@pytest.mark.parametrize("changes", [{"connections": 11}, {"block": 20_000}])
+def test_what_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(CommandProblem):
         split(replace(PLAN, **changes), info_with(), "load")
-
-
-def test_senders_keep_their_period_and_spread_over_it() -> None:
-    schedule = Schedule(senders=4, period_s=0.2)
-    for sender in range(4):
-        dues = [schedule.due_s(number) for number in range(sender, 40, 4)]
-        assert dues == pytest.approx([sender * 0.05 + 0.2 * turn for turn in range(10)])
 
 
 def test_processes_share_one_schedule() -> None:
@@ -62,11 +47,11 @@ def test_processes_share_one_schedule() -> None:
     assert merged == pytest.approx([whole.due_s(number) for number in range(60)])
 
 
-@pytest.mark.parametrize("senders", [1, 3, 256])
-@pytest.mark.parametrize("period_s", [0.01, 0.3, 7.0])
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_the_count_is_of_what_is_due_before_the_end(senders: int, period_s: float, offset: float) -> None:
+@given(st.integers(1, 256), st.floats(0.01, 7.0), st.floats(0.0, 0.99), st.floats(0.0, 2.1))
+def test_the_count_is_of_what_is_due_before_the_end(
+    senders: int, period_s: float, offset: float, duration_s: float
+) -> None:
     schedule = Schedule(senders, period_s, offset)
-    for duration_s in (0.0, 0.005, 0.3, 1.0, 2.1):
-        count = schedule.count(duration_s)
-        assert count == sum(1 for number in range(60_000) if schedule.due_s(number) < duration_s)
+    count = schedule.count(duration_s)
+    assert count == 0 or schedule.due_s(count - 1) < duration_s
+    assert schedule.due_s(count) >= duration_s

