@@ -30,7 +30,7 @@ def info(place: Path, console: Console, *, json: bool = False) -> int:
     """Summarize a recording without reading all of it, or each recording in a folder.
 
     Returns:
-        0, 1 where one is damaged, 2 where one of a folder cannot be read.
+        0; 1 if a recording is damaged; 2 if one in a folder cannot be read.
 
     Raises:
         RecordingError: when it cannot be read.
@@ -94,7 +94,7 @@ def repair_file(file: Path, output: Path | None, console: Console) -> None:
 
 
 def cut_file(file: Path, output: Path, begin: str | None, end: str | None, console: Console) -> None:
-    """Write what was recorded between two times to a new file and sum it up.
+    """Write the rows between two times to a new file, and print a summary of it.
 
     Raises:
         RecordingError: when it was not written.
@@ -110,7 +110,7 @@ def cut_file(file: Path, output: Path, begin: str | None, end: str | None, conso
 
 
 def parse_time(text: str) -> int:
-    """Nanoseconds since 1970 of `2026-11-26T18:30`, in UTC where it names no offset.
+    """Nanoseconds since 1970 for `2026-11-26T18:30`, which is UTC unless it names an offset.
 
     Raises:
         RecordingError: when it is not a time.
@@ -124,7 +124,7 @@ def parse_time(text: str) -> int:
 
 
 def write_json(value: Any) -> None:
-    """Write a line to standard output, at once."""
+    """Write a line to standard output and flush it."""
     sys.stdout.write(jsonlib.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Makes new recordings from old ones: a range, or the part of a damaged one before its first damage."""
+"""Makes new recordings from old ones: a range, or everything before the first damage."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Cut:
 
 
 def cut(reader: RecordingReader, target: Path, after: int = 0, last: int | None = None) -> Cut:
-    """Write a new recording that holds a range of another, which may still be written.
+    """Write a range of a recording, which may still be being written, to a new one.
 
     Args:
-        reader: of the other one.
+        reader: reads the original.
         target: the new file.
-        after: the range begins after the last checkpoint kept up to this position, or where the recording does.
+        after: the range begins at the last kept checkpoint up to this position, or at the start of the recording.
         last: the position of its last row; None for the end of the recording.
 
     Raises:
@@ -68,9 +68,9 @@ def cut(reader: RecordingReader, target: Path, after: int = 0, last: int | None 
 
 
 def _base(reader: RecordingReader, until: int, last: int) -> Checkpoint | None:
-    """The checkpoint that the range begins with, of position 0 for the beginning of all; None if the range is empty.
+    """The checkpoint at the start of the range, of position 0 at the start of the recording; None if it is empty.
 
-    It is the newest one of position `until` or before that was completed before `last`.
+    It is the newest checkpoint whose position is at most `until` and that was completed before `last`.
     """
     with reader.at_once():
         kept = [*([] if reader.trimmed.position else [Checkpoint()]), *reader.checkpoints()]
@@ -97,7 +97,7 @@ def _write_range(reader: RecordingReader, database: sqlite3.Connection, base: Ch
 
 
 def _write_beginning(reader: RecordingReader, database: sqlite3.Connection, base: Checkpoint) -> int:
-    """Write the rows that trimming would leave before the range; return the number of states."""
+    """Write the rows that trimming would keep from before the range; return the number of states."""
     position, before = base.position, reader.trimmed
     closed = {row[2] for row in reader.rows("closings", last=position)}
     opened = list(reader.rows("openings", last=position))
@@ -129,19 +129,19 @@ class Repaired:
     """The result of a repair."""
 
     positions: int
-    """Rows of the history, all that come before the first damage."""
+    """The number of saved rows of the history, which are all before the first damage."""
     frames: int
     streams: int
     left_out: str
-    """The losses, in words; empty where nothing was missing."""
+    """Sentences that name the losses; empty if nothing was missing."""
 
 
 def repair(source: Path, target: Path) -> Repaired:
-    """Write a new recording that holds everything of a damaged one up to its first damage.
+    """Write a new recording with everything of a damaged one up to the first damage.
 
-    The damaged one is only read. The new one can be verified, exported and continued: its streams continue from where
-    the damage was, and their clients are notified. It has only the states at its beginning, because later ones can be
-    computed, so the next start replays all of it.
+    The damaged recording is only read. The new one can be verified, exported and continued: its streams continue at the
+    damage, and their clients are notified. It has only the states at its beginning, because later ones can be computed;
+    the next start therefore replays all of it.
 
     Raises:
         RecordingError: when nothing can be saved, or the new file exists or cannot be written.
@@ -164,7 +164,7 @@ class _DamagedReader(RecordingReader):
     """Reads a recording that may be damaged anywhere except in its header.
 
     Attributes:
-        damage: by table, why reading it ended early.
+        damage: by table, the reason that reading ended early.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,14 +172,14 @@ class _DamagedReader(RecordingReader):
         super().__init__(path)
 
     def sound(self, table: str) -> Iterator[Row]:
-        """The rows of a table in order, up to the first that is damaged."""
+        """The rows of a table in order, up to the first damaged one."""
         try:
             yield from self.rows(table)
         except DamagedRecording as error:
             self.damage[table] = str(error).removeprefix(f"{self.path} is damaged: ")
 
     def history(self) -> Iterator[tuple[str, Row]]:
-        """Rows of all tables, by position from the first that was not trimmed, up to the first that is missing."""
+        """Rows of all tables by position, from the first that was not trimmed to the first that is missing."""
         tables = (zip(repeat(table), self.sound(table), strict=False) for table in HISTORY)
         rows = heapq.merge(*tables, key=lambda item: item[1][0])
         later = (item for item in rows if item[1][0] >= self.first_position)
@@ -210,7 +210,7 @@ class _DamagedReader(RecordingReader):
 
 
 def _write_sound_rows(reader: _DamagedReader, database: sqlite3.Connection) -> tuple[int, str]:
-    """Return the number of positions that were saved, and the losses in words."""
+    """Write the sound rows; return the number of positions that were saved, and sentences about the losses."""
     make_tables(database)
     insert(database, "header", reader.header.rows())
     first = last = reader.trimmed.position
@@ -248,14 +248,14 @@ def _add_event(database: sqlite3.Connection, last: int, kind: str, seq: int | No
 
 
 class InconsistentCopy(RecordingError):
-    """A new recording is not sound, although every row of it matches its CRC; the message says what is wrong."""
+    """A new recording is inconsistent, although every row matches its CRC; the message names the problem."""
 
 
 def write_new(target: Path, write: Callable[[sqlite3.Connection], T]) -> tuple[T, Inspection]:
-    """Make a new recording, and look through it. It gets its name once it is complete; otherwise nothing is left.
+    """Make and check a new recording. It gets its name once it is complete; after a failure nothing is left of it.
 
-    Unfinished files of earlier runs for the same target, which were killed, are removed. No signal stops the command
-    from just before the file gets its name.
+    Unfinished files that killed runs left for the same target are removed. Signals are ignored from just before the
+    file gets its name.
 
     Args:
         target: the new file.

@@ -1,4 +1,4 @@
-"""The SQLite database of a recording as files: created, closed to one file, measured, removed."""
+"""The files of a recording's SQLite database: creating, closing, measuring and removing them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from instep.recording.schema import (
 SUFFIX: Final = ".instep"
 """The suffix of recordings that the server names; users may choose other names."""
 SUFFIXES: Final = ("-wal", "-shm", "-journal")
-"""SQLite appends these to the name of a database for the files that it keeps next to it."""
+"""The suffixes that SQLite appends to the database's name for its other files."""
 
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"
 _APPLICATION_ID_OFFSET: Final = 68
@@ -37,18 +37,18 @@ _APPLICATION_ID_OFFSET: Final = 68
 
 @dataclass(frozen=True, slots=True)
 class DatabaseLimits:
-    """How far a writer lets the WAL grow, how long it waits, and how much it deletes at once.
+    """Limits of a writer: the growth of the WAL, waits, and rows deleted at once.
 
     Attributes:
         page_bytes: the page size of a new file.
-        wal_bytes: the WAL is copied into the file when it has about this size. The pause, some milliseconds, grows with
-            it.
-        most_wal_bytes: the writer fails when the WAL would grow beyond this size, because another program reads the
-            file and the WAL cannot be reused.
-        lock_wait_s: how long another program may keep the file locked; nothing is recorded, and no frame answered,
-            meanwhile.
-        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed: a commit that is due
-            meanwhile waits some milliseconds.
+        wal_bytes: the WAL is copied into the file at about this size. The copy takes some milliseconds, more for a
+            larger WAL.
+        most_wal_bytes: the writer fails when the WAL would grow beyond this size, which happens while another program
+            reads the file, because the WAL cannot be reused then.
+        lock_wait_s: the longest time for which another program may lock the file. Meanwhile nothing is recorded and no
+            frame answered.
+        deleted_at_once: rows, or positions, that one transaction deletes when history is trimmed. A commit that becomes
+            due meanwhile waits some milliseconds.
     """
 
     page_bytes: int = PAGE_BYTES
@@ -62,7 +62,7 @@ LIMITS: Final = DatabaseLimits()
 
 
 def check_place(path: Path) -> None:
-    """Raise RecordingError where no recording can be made."""
+    """Raise RecordingError if no recording can be made at this path."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(f"{path}{SUFFIXES[-1]}")  # the longest name that SQLite needs
@@ -77,7 +77,7 @@ def check_place(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise RecordingError where there is a file that is not a recording; nothing is written."""
+    """Raise RecordingError if a file exists that is not a recording. Writes nothing."""
     with contextlib.suppress(OSError):  # whoever opens it says why it cannot be read
         is_begun = Path(f"{path}-journal").exists()  # by a writer that died
         if path.is_file() and path.stat().st_size and not is_begun and not looks_like_one(path):
@@ -85,14 +85,14 @@ def check_file(path: Path) -> None:
 
 
 def looks_like_one(path: Path) -> bool:
-    """Whether a file begins as recordings do."""
+    """Whether a file begins like a recording."""
     with path.open("rb") as file:
         start = file.read(_APPLICATION_ID_OFFSET + 4)
     return start.startswith(_SQLITE_MAGIC) and start[_APPLICATION_ID_OFFSET:] == struct.pack(">I", APPLICATION_ID)
 
 
 def holds_recording(path: Path) -> bool:
-    """Whether there is a recording to resume; remains of a writer that died while creating it are removed.
+    """Whether there is a recording to resume. Removes what a writer left that died while creating one.
 
     Raises:
         RecordingError: when the file cannot be read or written.
@@ -109,7 +109,7 @@ def holds_recording(path: Path) -> bool:
 
 
 def make_tables(database: sqlite3.Connection, page_bytes: int = PAGE_BYTES) -> None:
-    """Begin a transaction that makes the empty tables; the caller commits it."""
+    """Begin a transaction and create the empty tables in it; the caller commits."""
     database.execute(f"PRAGMA page_size={page_bytes}")
     database.execute("BEGIN")
     database.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -125,15 +125,15 @@ def insert(database: sqlite3.Connection, table: str, rows: Iterable[tuple[Any, .
 
 
 def with_crcs(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Rows with the CRC of each as the last column."""
+    """Rows with their CRC as the last column."""
     return ((*row, row_crc(*row)) for row in rows)
 
 
 def put_wal_away(database: sqlite3.Connection) -> None:
     """Copy the WAL into the file and remove it.
 
-    While another program reads the file, the WAL stays next to it with the part that could not be copied; every reader
-    understands that. This does not wait.
+    While another program reads the file, the WAL stays next to it with the part that could not be copied, and readers
+    use both. This does not wait.
 
     Raises:
         sqlite3.Error: when the disk is full or fails.
@@ -154,9 +154,9 @@ def is_in_use(error: sqlite3.Error) -> bool:
 
 
 def remove_database(path: Path) -> None:
-    """Remove a database, if it is there, and the files that SQLite keeps next to it.
+    """Remove a database and SQLite's other files for it, if they exist.
 
-    The database goes first: a crash in between never leaves one without the rows that are only in its WAL.
+    The database is removed first, so a crash in between never leaves it without the rows that are only in its WAL.
 
     Raises:
         OSError: when it cannot be removed.
@@ -166,7 +166,7 @@ def remove_database(path: Path) -> None:
 
 
 def bytes_on_disk(path: Path) -> int:
-    """The size of a database and its WAL; 0 where there is none."""
+    """The size of a database with its WAL; 0 if there is none."""
     total = 0
     for there in (path, Path(f"{path}-wal")):
         with contextlib.suppress(FileNotFoundError):  # not looked for first: a recorder that ends removes the WAL
@@ -177,13 +177,14 @@ def bytes_on_disk(path: Path) -> int:
 _HEADER: Final = struct.Struct(">8I")
 _FRAME: Final = struct.Struct(">6I")
 _MAGIC: Final = 0x377F0682
-"""The first word of a WAL; its last bit is set if checksums are over big-endian words."""
+"""The first word of a WAL. Its lowest bit is set if checksums are over big-endian words."""
 
 
 def lost_tail(path: Path) -> str:
-    """A sentence about committed transactions that the WAL of a recording has lost; empty where none is missing.
+    """A sentence about committed transactions that the WAL has lost; empty if none is missing.
 
-    The WAL must not be written meanwhile. A transaction that was not complete when the writer died is not missing.
+    The WAL must not be written meanwhile. A transaction that was incomplete when the writer died does not count as
+    missing.
 
     Args:
         path: the recording.
@@ -213,7 +214,7 @@ def lost_tail(path: Path) -> str:
 
 
 def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str:
-    """Describe a WAL whose frames are valid up to the one at index `bad`."""
+    """A sentence about a WAL whose frames are valid up to the one at index `bad`."""
     later = 0
     for at in range(bad + 1, frames):
         *_, salt1, salt2, _, _ = _FRAME.unpack_from(wal, _HEADER.size + at * size)
@@ -229,7 +230,7 @@ def _said(wal: bytes, bad: int, frames: int, size: int, salts: list[int]) -> str
 def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
     """Continue SQLite's checksum, a pair of sums, over data whose length is a multiple of 8 bytes.
 
-    It adds each word to the sum of its last two results. So a result is the sum of all words before it, each times a
+    Each result is a word plus the sum of the last two results, and therefore the sum of all earlier words, each times a
     Fibonacci number.
     """
     before = np.array([sums[0], (sums[1] - sums[0]) % 2**32], np.uint32)  # as words, these give the sums
@@ -240,7 +241,7 @@ def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]
 
 @cache
 def _fibonacci(count: int) -> npt.NDArray[np.uint32]:
-    """Return `count` Fibonacci numbers modulo 2**32, the last first."""
+    """Return `count` Fibonacci numbers modulo 2**32, in descending order."""
     numbers = [1, 1]
     while len(numbers) < count:
         numbers.append((numbers[-1] + numbers[-2]) % 2**32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 _FULL: Final = ("disk is full", os.strerror(errno.ENOSPC))
-"""The words of SQLite and of the system for a full disk."""
+"""The messages of SQLite and of the system for a full disk."""
 
 
 class RecordingError(Exception):
@@ -17,21 +17,21 @@ class RecordingError(Exception):
 
 
 class NoSuchStream(RecordingError, KeyError):
-    """A recording has no stream of a name or number; the message says which there are."""
+    """A recording has no stream of this name or number; the message lists those it has."""
 
     __str__ = Exception.__str__  # a KeyError's is a repr
 
 
 class UnavailableRecording(RecordingError):
-    """A recording cannot be read at the moment; reading it again may help."""
+    """A recording cannot be read at the moment; a later attempt may succeed."""
 
 
 class TrimmedMeanwhile(UnavailableRecording):
-    """The history of a recording was trimmed while it was read; reading it again helps."""
+    """The history of a recording was trimmed while it was read; a second attempt can succeed."""
 
 
 class DamagedRecording(RecordingError):
-    """The content of a recording is not as it was written; the message says where.
+    """The content of a recording is not what was written; the message says where.
 
     Attributes:
         path: the damaged file.

@@ -1,4 +1,4 @@
-"""Summing up a recording, and finding those in a folder."""
+"""Summaries of recordings, and the recordings in a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from instep_tools.problems import is_part
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The contents of a recording without damage."""
+    """The contents of an undamaged recording."""
 
     streams: int
     open_streams: int
@@ -32,13 +32,13 @@ class Inspection:
     """The count of restarts."""
     positions: int
     first_position: int
-    """Above 1 where the history was trimmed."""
+    """The first position; above 1 if the history was trimmed."""
     checkpoint_position: int
     """The position of the newest states; 0 without a checkpoint."""
 
 
 def inspect(path: Path) -> Inspection:
-    """Read every row of a recording: CRCs, positions, that streams' frames follow each other, states.
+    """Read every row of a recording, and check CRCs, positions, the order of each stream's frames, and states.
 
     Raises:
         RecordingError: when it cannot be read.
@@ -66,7 +66,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def how_it_ends(reader: RecordingReader) -> str:
-    """Describe the end of a recording."""
+    """A phrase about the end of a recording."""
     if is_being_written(reader.path):
         return "being written"
     if reader.finished:
@@ -76,7 +76,7 @@ def how_it_ends(reader: RecordingReader) -> str:
 
 
 def where_it_begins(reader: RecordingReader) -> str:
-    """A predicate such as "begins at position 1,201 (…)"; empty where nothing was trimmed or left out by a cut."""
+    """A predicate such as "begins at position 1,201 (…)"; empty if nothing was trimmed or cut off."""
     if not reader.trimmed.position:
         return ""
     since = when(reader.checkpoints()[0].time_ns)
@@ -84,14 +84,14 @@ def where_it_begins(reader: RecordingReader) -> str:
 
 
 def look_over(path: Path) -> dict[str, Any]:
-    """Return the facts about a recording as JSON values.
+    """Facts about a recording as JSON values.
 
-    Frames of failed steps are counted, too; `bytes` includes the WAL. Each opening, batch, output, closing and event
-    has a position. `trimmed` gives the beginning of a trimmed history, and is empty otherwise. A restart replays what
-    comes after `checkpoint_position`, which is 0 where there is no checkpoint.
+    The count of frames includes those of failed steps, and `bytes` includes the WAL. Each opening, batch, output,
+    closing and event has a position. `trimmed` gives the beginning of a trimmed history, and is empty otherwise. A
+    restart replays the rows after `checkpoint_position`, which is 0 without a checkpoint.
 
     Raises:
-        RecordingError: when it cannot be read, or is damaged where this reads.
+        RecordingError: when it cannot be read, or a row that this reads is damaged.
     """
     with RecordingReader(path) as reader:
         with reader.at_once():
@@ -124,14 +124,14 @@ def look_over(path: Path) -> dict[str, Any]:
 
 
 def facts(found: Mapping[str, Any]) -> dict[str, str]:
-    """The result of `look_over` in words."""
+    """The result of `look_over` as text."""
     return {name.replace("_", " "): f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
 
 
 def recordings_in(folder: Path) -> list[Path]:
-    """The recordings in a folder, in the order of their names; also files `*.instep` that do not begin as one.
+    """The recordings in a folder by name, and files `*.instep` that do not begin like a recording.
 
-    A file of another name is left out if it cannot be read, and one that is not complete yet.
+    Files with another suffix that cannot be read, and incomplete files, are left out.
 
     Raises:
         RecordingError: when the folder cannot be read.
@@ -150,5 +150,5 @@ def _begins_as_one(path: Path) -> bool:
 
 
 def when(time_ns: int) -> str:
-    """A time in nanoseconds since 1970, in words."""
+    """A time in nanoseconds since 1970, as text."""
     return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

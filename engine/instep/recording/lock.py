@@ -1,4 +1,4 @@
-"""Allows one writer at a time, by locks on the recording and on a file next to it, which end with their process."""
+"""Locks that allow one writer at a time, on the recording and on a file next to it; they end with their process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _RETRY_S: Final = 0.005
 class WriterLock:
     """A lock that is held until `release` or the end of the process.
 
-    There are two locks. That of the file `path` + `-lock` exists before the recording does, and names the process that
-    holds it. `hold` adds a lock on the recording itself, which works without the lock file and under every name of the
+    There are two locks. The file `path` + `-lock` can be locked before the recording exists, and names the process that
+    holds it. `hold` also locks the recording itself, which works without the lock file and under every name of the
     recording.
 
     Raises:
@@ -107,13 +107,13 @@ def lock_path(path: Path) -> Path:
 
 
 def check_not_written(path: Path) -> None:
-    """Raise RecordingError while a writer has the recording open."""
+    """Raise RecordingError if a writer has the recording open."""
     if is_being_written(path):
         raise RecordingError(f"{path} is being written by another instep; stop that one, or choose another file")
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a writer has the recording open just now; a writer that begins meanwhile waits for this."""
+    """Whether a writer has the recording open now. A writer that begins meanwhile waits for this call."""
     try:
         file = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

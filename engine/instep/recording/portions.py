@@ -1,4 +1,4 @@
-"""The rows of a recording in the order in which they were written, from any position on, in bounded portions."""
+"""The rows of a recording in bounded portions, in the order in which they were written, from any position on."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _KINDS: Final = (RESET_EVENT, CHECKPOINT_EVENT, ENGINE_EVENT, END_EVENT)
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A stream opened, or was open where the history begins."""
+    """A stream was opened, or was open where the history begins."""
 
     position: int
     stream: int
     name: str
     first_seq: int
     state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state."""
+    """Its state, uint8 [row_bytes]; None for the model's initial state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Closed:
 
 
 Mark: TypeAlias = Opened | Closed | RecordedEvent
-"""Events are resets and writes of states, checkpoints, changes of the engine, and the end."""
+"""An event: a reset, a write of states, a checkpoint, a change of the engine, or the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """What was recorded between two positions."""
+    """The rows between two positions."""
 
     frames: RecordedFrames
     marks: Sequence[Mark]
@@ -74,13 +74,13 @@ def portions(
     settled: bool = False,
     portion_bytes: int = PORTION_BYTES,
 ) -> Iterator[Portion]:
-    """Everything that was recorded from a position on; batches whose step failed are left out.
+    """Read all rows from a position on; batches whose step failed are left out.
 
     Args:
-        reader: the recording, up to the last commit that it shows.
+        reader: the recording, which is read up to the last commit that the reader shows.
         first: the position.
-        cuts: positions, rising, at each of which a portion ends.
-        settled: end before the first batch whose outcome is not known yet.
+        cuts: rising positions at each of which a portion ends.
+        settled: whether to end before the first batch without an outcome.
         portion_bytes: see `PORTION_BYTES`.
 
     Raises:
@@ -121,7 +121,7 @@ def portions(
 
 
 def empty_portion(reader: RecordingReader, position: int) -> Portion:
-    """One without rows."""
+    """A portion without rows."""
     return Portion(reader.no_frames(), [], position)
 
 

@@ -1,4 +1,4 @@
-"""Reads a recording, finished or still being written: checked rows, and their values."""
+"""Reads checked rows of a recording, finished or still being written, and decodes them."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ from instep.recording.schema import (
 )
 
 MARKS: Final = (ENGINE_EVENT, FAILED_EVENT, RECOVERED_EVENT)
-"""The kinds of events that say how to read the other rows."""
+"""The kinds of events that affect how other rows are read."""
 UNREADABLE: Final = (sqlite3.Error, OverflowError, UnicodeDecodeError)
-"""The exceptions of Python's sqlite3 on a damaged file."""
+"""The exceptions of Python's sqlite3 for a damaged file."""
 
 ROWS_AT_ONCE: Final = 1024
-"""Rows that are read in one transaction at most, because it keeps the WAL from being reused."""
+"""The most rows read in one transaction, because an open transaction keeps the WAL from being reused."""
 BYTES_AT_ONCE: Final = 2**19
-"""Bytes of blobs in one transaction, about."""
+"""The approximate bytes of blobs read in one transaction."""
 ROWS_A_LOOK: Final = 16
-"""Rows that are read between two looks at the bytes; divides `ROWS_AT_ONCE`."""
+"""Rows read between two checks of the bytes; divides `ROWS_AT_ONCE`."""
 _START_BYTES: Final = 32
 _READ_VERSION_OFFSET: Final = 19
 _IN_WAL_MODE: Final = 2
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)
-"""Another program locks the file, or this one has too many files open."""
+"""Temporary errors: another program locks the file, or this process has too many files open."""
 
 
 def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
-    """Open streams by their numbers, as of the last commit.
+    """Load open streams by number, as of the last commit.
 
     Raises:
         RecordingError: when the file cannot be read.
@@ -81,7 +81,7 @@ def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
 
 
 class Closing:
-    """A context manager that closes itself at the end."""
+    """A context manager that calls `close` at its end."""
 
     def __enter__(self) -> Self:
         return self
@@ -90,21 +90,21 @@ class Closing:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         raise NotImplementedError
 
 
 class RecordingReader(Closing):
-    """Checked rows of a recording that is finished or still being written; never writes to it.
+    """Checked rows of a recording that is finished or still being written. It never writes.
 
-    Its contents are fixed when it opens: rows committed later are not shown. With `since`, for a reader that follows a
-    recording, `engines` are those after that position.
+    It shows the rows that were committed when it opened. With `since`, for a reader that follows a recording, `engines`
+    are those after that position.
 
     Attributes:
         path: the file.
         header: the engine that began the file.
         trimmed: the beginning of a trimmed history.
-        last_position: the newest row; 0 if there is none.
+        last_position: of the newest row; 0 if there is none.
         state_rows: the expected count of rows in the table `states`.
 
     Raises:
@@ -141,12 +141,12 @@ class RecordingReader(Closing):
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._database.close()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Read several tables as of one commit, the newest; `last_position` is that of it from then on."""
+        """Read several tables as of the newest commit; from then on `last_position` is of that commit."""
         with self._reading("is damaged"):
             self._database.execute("BEGIN")
         try:
@@ -161,7 +161,7 @@ class RecordingReader(Closing):
         return self.trimmed.position + 1
 
     def check_positions(self, first: int = 1, last: int | None = None) -> None:
-        """Raise when a row of the history from `first` to `last` is missing or a position was given twice."""
+        """Raise if a row from `first` to `last` is missing or two have the same position."""
         first = max(first, self.first_position)
         last = self.last_position if last is None else min(last, self.last_position)
         found = np.sort(np.concatenate([self._positions(table, first, last) for table in HISTORY]))
@@ -173,7 +173,7 @@ class RecordingReader(Closing):
             raise self.damaged(f"the row at position {first + at} is missing, or was written twice")
 
     def rows(self, table: str, first: int = 1, last: int | None = None) -> Iterator[tuple[Any, ...]]:
-        """Checked rows of a table without their CRC, by their key; of the history at most up to `last_position`.
+        """Checked rows of a table in the order of its key, without CRCs; of the history up to `last_position`.
 
         Raises:
             RecordingError: also when the history was trimmed since this opened.
@@ -181,7 +181,7 @@ class RecordingReader(Closing):
         return chain.from_iterable(self.row_lists(table, first, last))
 
     def row_lists(self, table: str, first: int = 1, last: int | None = None) -> Iterator[list[tuple[Any, ...]]]:
-        """As `rows`, in lists that are each read in a short transaction, so that the WAL can be reused."""
+        """Like `rows`, in lists that are read in short transactions, so that the WAL can be reused."""
         keys = ("stream", "position") if table == "states" else (next(iter(TABLES[table])),)
         columns = ", ".join((*TABLES[table], "crc"))
         key, order = keys[0], ", ".join(keys)
@@ -208,7 +208,7 @@ class RecordingReader(Closing):
                 return  # the query had no more
 
     def _fetch(self, query: str, values: tuple[int, ...]) -> tuple[list[tuple[Any, ...]], Exception | None]:
-        """The rows of a query up to its end, to the error that ended it, or to about `BYTES_AT_ONCE`."""
+        """Rows of a query up to its end, to an error, or to about `BYTES_AT_ONCE`."""
         rows: list[tuple[Any, ...]] = []
         size, count, look = 0, 0, ROWS_A_LOOK
         try:
@@ -226,7 +226,7 @@ class RecordingReader(Closing):
         return self._database.in_transaction
 
     def _check_trimmed(self) -> None:
-        """Raise when rows that this should show may have been deleted."""
+        """Raise if rows that this reader shows may have been deleted."""
         rows, error = self._fetch("SELECT position FROM trimmed LIMIT 2", ())
         if error is None and (rows[0][0] if rows else 0) != self.trimmed.position:
             raise TrimmedMeanwhile(f"the history of {self.path} was trimmed while it was read: read it again")
@@ -255,7 +255,7 @@ class RecordingReader(Closing):
         return next((row[1] for table in HISTORY for row in self.rows(table, position, position)), 0)
 
     def first_at(self, time_ns: int) -> int:
-        """The first position that was recorded at this time or later, the one after the last if none was; unchecked."""
+        """The first position recorded at this time or later, or the one after the last; unchecked."""
         some = "SELECT min(position) FROM {} WHERE time_ns >= ?1 AND position BETWEEN ?2 AND ?3"
         with self._reading("is damaged"):
             query = " UNION ALL ".join(map(some.format, HISTORY))
@@ -267,24 +267,24 @@ class RecordingReader(Closing):
         return self.header.state_spec.row_bytes
 
     def state(self, blob: bytes | None, position: int) -> U8 | None:
-        """A state, uint8 [row_bytes], from the row at that position."""
+        """The state, uint8 [row_bytes], in the row at a position."""
         if blob is None:
             return None
         self.check_bytes(blob, self._state_bytes, position)
         return np.frombuffer(blob, np.uint8)
 
     def check_bytes(self, blob: bytes, expected: int, position: int) -> None:
-        """Raise when a column of the row at that position is not as long as it should be."""
+        """Raise if a column of the row at a position has the wrong length."""
         if len(blob) != expected:
             raise self.damaged(f"the row at position {position} holds {len(blob)} bytes where {expected} belong")
 
     def damaged(self, what: str) -> DamagedRecording:
-        """The error that says so."""
+        """The error for damage, with this recording's path."""
         return DamagedRecording(f"{self.path} is damaged: {what}", self.path)
 
     @property
     def finished(self) -> bool:
-        """Whether it was closed in order."""
+        """Whether it ended with a clean shutdown."""
         return any(row[4] == END_EVENT for row in self.rows("events", self.last_position))
 
     @cached_property
@@ -301,7 +301,7 @@ class RecordingReader(Closing):
         return tuple(engines)
 
     def openings(self) -> Iterator[tuple[Any, ...]]:
-        """Rows of the table `openings`, those that trimming is about to delete left out."""
+        """Rows of the table `openings`, without those that trimming is about to delete."""
         ended, count = self.ended_where_trimmed, 0
         for row in self.rows("openings"):
             if row[0] > self.trimmed.position or row[2] not in ended:
@@ -312,7 +312,7 @@ class RecordingReader(Closing):
             raise self.damaged(f"{count:,} streams are left from before it was trimmed instead of {expected:,}")
 
     def streams(self) -> list[StreamInfo]:
-        """Every opening, in the order they opened; after trimming each as of the checkpoint that is left."""
+        """Every opening in order; in a trimmed history, each as of the checkpoint at its beginning."""
         closings = {row[2]: row for row in self.rows("closings", self.first_position)}
         opened = [self._stream(row, closings.pop(row[2], None)) for row in self.openings()]
         if closings:
@@ -320,11 +320,11 @@ class RecordingReader(Closing):
         return [self._as_trimmed(info) for info in opened if info.stream not in self._forgotten]
 
     def frames(self, first: int = 1, last: int | None = None) -> Iterator[RecordedFrames]:
-        """The frames of the batches at positions `first` to `last` (None: the newest), but those whose step failed.
+        """Frames of the batches at positions `first` to `last` (None: the newest) whose step did not fail.
 
-        Those that are read together come together, either all with outputs or all without. A batch without outputs may
-        only be followed by others without, up to the end or to an event `recovered`. Up to `trimmed_until`, frames are
-        among them that do not count.
+        Each item has the frames of one read, either all with outputs or all without. A batch without outputs may only
+        be followed by others without, up to the end or to an event `recovered`. Up to `trimmed_until` the items include
+        frames that do not count.
         """
         first, failed = max(first, self.first_position), set(self._failed)
         outputs_ahead = self.rows("outputs", first)
@@ -360,11 +360,11 @@ class RecordingReader(Closing):
         )
 
     def events(self, first: int = 1) -> Iterator[RecordedEvent]:
-        """The events from position `first` on, in order; earlier than the history was trimmed, none."""
+        """Events from position `first` on, in order; none from before the beginning of a trimmed history."""
         return map(self._event, self.rows("events", max(first, self.first_position)))
 
     def events_that_count(self) -> list[RecordedEvent]:
-        """The events before the trimmed position that later rows depend on, in order."""
+        """Events before the trimmed position on which later rows depend, in order."""
         rows = self.rows_that_count(self.trimmed.position, self._open_where_trimmed)
         if len(rows) != self.trimmed.events:
             raise self.damaged(
@@ -373,7 +373,7 @@ class RecordingReader(Closing):
         return [self._event(row) for row in rows]
 
     def rows_that_count(self, position: int, open_streams: Set[int]) -> list[tuple[Any, ...]]:
-        """The rows of `events` up to a position that later rows depend on: each stream's newest owner, every engine."""
+        """Rows of `events` up to a position on which later rows depend: each newest owner, every engine."""
         owners, engines = dict[int, tuple[Any, ...]](), list[tuple[Any, ...]]()
         for row in self.rows("events", last=position):
             if row[4] == ENGINE_EVENT:
@@ -387,7 +387,7 @@ class RecordingReader(Closing):
         return RecordedEvent(position, time_ns, stream, seq, kind, detail, self.state(state, position))
 
     def resets(self) -> Iterator[tuple[int, int, RecordedEvent]]:
-        """The resets of states in order, each with its stream and seq; not those in the states it was trimmed to."""
+        """Resets in order, with stream and seq, except those that the initial states already contain."""
         for event in self.events():
             if event.kind == RESET_EVENT:
                 if event.stream is None or event.seq is None:
@@ -398,9 +398,9 @@ class RecordingReader(Closing):
                     yield event.stream, event.seq, event
 
     def start_states(self, streams: Sequence[StreamInfo]) -> Iterator[tuple[int, int, bytes | None]]:
-        """The states that frames of these streams follow from where it is not the frame before: stream, seq, state.
+        """For these streams, states that do not result from the frame before: stream, seq, state.
 
-        The state is None for the model's initial one, which goes without saying before frame 0.
+        The state is None for the model's initial one, which is not listed for frame 0.
         """
         begins = [(info.stream, info.first_seq, info.initial_state) for info in streams]
         found = [each for each in begins if each[1] or each[2] is not None]
@@ -411,13 +411,13 @@ class RecordingReader(Closing):
 
     @property
     def trimmed_until(self) -> int:
-        """Batches up to this position may hold frames that the states hold, too, with which the history begins."""
+        """Batches up to this position may contain frames that the initial states already include."""
         return self.oldest.completed
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The complete checkpoints, in order; where the history was trimmed, it begins at the first.
+        """Complete checkpoints in order; a trimmed history begins at the first.
 
-        Only `at_once` shows all that there were: a later one may have replaced some of them since this opened.
+        Only within `at_once` is the list complete: later checkpoints may have replaced some since this opened.
         """
         found = [Checkpoint(*row) for row in self.rows("checkpoints")]
         if not self._is_at_once():
@@ -435,10 +435,10 @@ class RecordingReader(Closing):
         return (self.checkpoints() or [Checkpoint()])[-1]
 
     def states(self) -> Iterator[StreamState]:
-        """All states `at_once`, by stream and checkpoint: the last of a stream is its newest; closed ones may be there.
+        """All states, within `at_once`, by stream and checkpoint, so a stream's last is its newest.
 
         Raises:
-            DamagedRecording: at the end, also when some are missing.
+            DamagedRecording: at the end also when some are missing.
         """
         count = 0
         for row in self.rows("states"):
@@ -452,7 +452,7 @@ class RecordingReader(Closing):
             raise self.damaged(f"it holds {count:,} states instead of {self.state_rows:,}")
 
     def stream_state(self, row: tuple[Any, ...]) -> StreamState:
-        """A row of the table `states`."""
+        """Decode a row of the table `states`."""
         stream, position, seq, state, tail_seq, tail_x, tail_y = row
         if not 0 <= tail_seq <= seq:
             raise self.damaged(f"the state of stream {stream} has a tail from {tail_seq} to {seq}")
@@ -493,7 +493,7 @@ class RecordingReader(Closing):
         return OpenStream(stream, name, *owner, first_seq, first_seq, found, first_seq, x, y)
 
     def check_announced(self, position: int) -> None:
-        """Raise unless the newest checkpoint is that of the newest event `checkpoint`, at `position`, 0 for none."""
+        """Raise unless the newest checkpoint is the one of the newest event `checkpoint`."""
         if (newest := self.checkpoint().position) != position:
             raise self.damaged(
                 f"up to position {self.last_position} its newest checkpoint should be of position {position}, and is "
@@ -507,12 +507,12 @@ class RecordingReader(Closing):
 
     @cached_property
     def oldest(self) -> Checkpoint:
-        """The checkpoint that the history begins with; of position 0 where it was not trimmed."""
+        """The checkpoint at which the history begins; its position is 0 if nothing was trimmed."""
         return self.checkpoints()[0] if self.trimmed.position else Checkpoint()
 
     @cached_property
     def _trimmed_to(self) -> dict[int, tuple[int, U8]]:
-        """The first frame that counts, and the state before it, of streams that were open where it was trimmed."""
+        """For streams open at the trimmed position: the first frame that counts, and the state before it."""
         found: dict[int, tuple[int, U8]] = {}
         if self.trimmed.position:
             open_streams = self._open_where_trimmed
@@ -523,7 +523,7 @@ class RecordingReader(Closing):
 
     @cached_property
     def _forgotten(self) -> frozenset[int]:
-        """Streams that closed while the checkpoint was taken where it was trimmed: they may have no state there."""
+        """Streams that closed during the checkpoint of the trimmed position; they may have no state there."""
         if not self.trimmed.position:
             return frozenset()
         closed = {row[2] for row in self.rows("closings", self.first_position, self.oldest.completed)}
@@ -531,7 +531,7 @@ class RecordingReader(Closing):
 
     @cached_property
     def ended_where_trimmed(self) -> frozenset[int]:
-        """Streams that had closed where the history was trimmed, whose rows are about to be deleted."""
+        """Streams that had closed at the trimmed position, whose rows are about to be deleted."""
         return frozenset(row[2] for row in self.rows("closings", last=self.trimmed.position))
 
     @cached_property
@@ -555,7 +555,7 @@ class RecordingReader(Closing):
         return [event.position for event in self._marks if event.kind == RECOVERED_EVENT]
 
     def _check_unanswered(self, position: int, next_computed: int | None) -> None:
-        """Raise if a later batch has an outcome, unless another process continued the recording in between."""
+        """Raise if a later batch has an outcome, unless another process continued the recording between."""
         at = bisect_right(self._failed, position)
         outcomes = [] if next_computed is None else [next_computed]
         outcomes += self._failed[at : at + 1]
@@ -574,14 +574,14 @@ class RecordingReader(Closing):
         return StreamInfo(*opened, time_ns, position, reason, known, self.final_state(closing))
 
     def final_state(self, closing: tuple[Any, ...]) -> U8 | None:
-        """The state in a row of the table `closings`."""
+        """Decode the state in a row of the table `closings`."""
         position, _, stream, _, reason, state = closing
         if state is None and reason not in (LOST, MOVED_EVENT):
             raise self.damaged(f"the final state of stream {stream} is missing")
         return self.state(state, position)
 
     def no_frames(self) -> RecordedFrames:
-        """Columns without frames."""
+        """Empty columns of frames."""
         x, y = (np.empty((0, width), np.float32) for width in (self.header.features, self.header.outputs))
         none = np.empty(0, np.int64)
         return RecordedFrames(none, none, none, none, x, y, none.astype(np.bool_))
@@ -614,7 +614,7 @@ class RecordingReader(Closing):
         )
 
     def _is_left_in_wal_mode(self) -> bool:
-        """Whether the header of a file without a WAL next to it says that it is in WAL mode."""
+        """Whether the header of a file without a WAL says that it is in WAL mode."""
         # Only without a WAL: this process may be writing the file, and closing it would end SQLite's locks on it. Then
         # the next program to open and close the file would remove the WAL.
         with self.path.open("rb") as file:
@@ -647,7 +647,7 @@ class RecordingReader(Closing):
             pass
 
     def _check_schema(self) -> None:
-        """Raise unless the tables are those of a recording; a view instead of a table could yield rows forever."""
+        """Raise unless the tables are those of a recording. A view in place of one could return rows forever."""
         statements = set(create_statements())
         for name, statement in self._database.execute("SELECT name, sql FROM sqlite_schema"):
             if statement is None and str(name).startswith("sqlite_autoindex_"):
@@ -676,7 +676,7 @@ class RecordingReader(Closing):
         return found
 
     def _refuse_passing(self, error: Exception) -> None:
-        """Raise where an error of SQLite says nothing about the file."""
+        """Raise UnavailableRecording if an error of SQLite is temporary."""
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF in _PASSING:
             raise UnavailableRecording(f"{self.path} cannot be read now: {error}; try again") from None
 

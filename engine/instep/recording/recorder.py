@@ -17,31 +17,32 @@ Write: TypeAlias = Callable[[RecordingWriter], object]
 TRIM_EVERY_S: Final = 1.0
 """The interval at which the age of the history is checked when nothing is written."""
 LATE_S: Final = 0.02
-"""The longest delay of rows that nothing waits for, so that later rows share their commit."""
+"""The longest delay of rows that nothing waits for, so that they can share a commit with later rows."""
 SMALL_ROWS_PER_BATCH: Final = 256
-"""Openings, closings and events that may wait, for each batch that may wait."""
+"""The number of openings, closings and events that may wait for each batch that may wait."""
 
 
 class Recorder:
-    """Takes rows without blocking and writes them in order; each commit contains all waiting rows.
+    """Takes rows without blocking, and writes them in order from a thread; each commit has all waiting rows.
 
     A ticket is the position that a row will have in the recording, so tickets rise by one for each row.
 
-    Its user bounds the queue: look at `room` before adding a batch, and wait for `on_room` when there is none. Batches
-    and rows count as waiting until they are committed; the outcome of a batch goes with the batch.
+    The caller bounds the queue: check `room` before adding a batch, and wait for `on_room` when there is none. Batches
+    and rows count as waiting until they are committed; the outcome of a batch is not counted again.
 
-    When the disk is full or fails, `failed` is set, `on_failure` is called once, everything that was not committed is
-    given up, and `put` raises from then on. Nothing is written or called durable after a failure.
+    When the disk is full or fails, `failed` is set, `on_failure` is called once, uncommitted rows are dropped, and
+    `put` raises from then on. After a failure nothing is written or reported as durable.
 
     Args:
         writer: a recording; the recorder owns and closes it.
         queue_batches: at most this many batches may wait.
-        on_room: called in the recorder's thread when there is room again after there was none.
+        on_room: called in the recorder's thread when the queue has room again.
         on_failure: called once in the recorder's thread with the error.
         on_durable: called in the recorder's thread after each commit with the newest ticket in it.
         commit_us: a histogram (`core.histogram`) of the time of each transaction, from its first row to its commit.
-        on_trimmed: called in the recorder's thread when the history begins later, with the position of its checkpoint.
-        late_s: the longest time that rows which nothing waits for are held back.
+        on_trimmed: called in the recorder's thread after trimming, with the position of the checkpoint at the new
+            beginning.
+        late_s: the longest delay of rows that nothing waits for.
     """
 
     def __init__(
@@ -79,34 +80,34 @@ class Recorder:
         """Whether the thread has to be woken even for rows that nothing waits for."""
         self._stopping = False
         self.failed: Exception | None = None
-        """The error that ended the recording, if one did."""
+        """The error that ended the recording, or None."""
         self._thread = threading.Thread(target=self._run, name="instep-recorder", daemon=True)
         self._thread.start()
 
     @property
     def room(self) -> int:
-        """The number of batches that may be added now; none if it is 0 or less."""
+        """The number of batches that may be added now; 0 or less means none."""
         is_full = self._small_rows >= self._queue_batches * SMALL_ROWS_PER_BATCH
         return 0 if is_full else self._queue_batches - self._batches
 
     def put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True
     ) -> int:
-        """Have the writer append something.
+        """Queue rows for the writer.
 
         Args:
-            write: calls a method of the writer in the recorder's thread; its arrays belong to the recorder.
-            rows: the count of positions that it takes.
-            batches: the count of rows that are inputs of a batch.
-            small_rows: the count of openings, closings, events and states.
-            is_awaited: whether something waits until it is committed. Otherwise it may be committed together with what
-                comes next, within `late_s`, unless the queue is half full or `hurry` is called.
+            write: called in the recorder's thread with the writer; its arrays may not change afterwards.
+            rows: the number of positions that it uses.
+            batches: the number of rows that are inputs of a batch.
+            small_rows: the number of openings, closings, events and states.
+            is_awaited: whether something waits for the commit. Otherwise it may be delayed by up to `late_s`, unless
+                the queue is half full or `hurry` is called.
 
         Returns:
             The ticket of the last of these rows.
 
         Raises:
-            RecordingError: after a failure, and once it was stopped.
+            RecordingError: after a failure or `stop`.
         """
         with self._changed:
             if self.failed is not None:
@@ -134,7 +135,7 @@ class Recorder:
         """Write and commit queued rows, close the file and end the thread; check `failed` afterwards.
 
         Returns:
-            Whether all of that is done; False after the timeout. May be called again.
+            Whether this is done; False after the timeout. May be called again.
         """
         with self._changed:
             self._stopping = True
@@ -157,7 +158,7 @@ class Recorder:
                 self._on_failure(error)
 
     def _write_what_waits(self) -> bool:
-        """Wait for work and commit it as one transaction; False when stopped and nothing waits."""
+        """Wait for rows and commit them in one transaction; False once stopped and empty."""
         with self._changed:
             if not (self._is_awaited or self._stopping or self._is_trimming):
                 self._wait()
@@ -194,7 +195,7 @@ class Recorder:
             self._on_room()
 
     def _trim(self, positions: int) -> None:
-        """Trim some of the history, several times faster than it grew (by `positions`)."""
+        """Trim part of the history, several times faster than it grew (by `positions`)."""
         now_ns, before = time.time_ns(), self._writer.trimmed
         for _ in range(1 + positions // 16):
             self._is_trimming = self._writer.trim(now_ns)

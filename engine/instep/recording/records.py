@@ -1,4 +1,4 @@
-"""The contents of a recording, as values."""
+"""Values that represent the contents of a recording."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instep.recording.schema import Column, RecordingHeader
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """One opening of a stream, from its opening to its close."""
+    """One opening of a stream, up to its close."""
 
     stream: int
     name: str
@@ -30,47 +30,47 @@ class StreamInfo:
     initial_state: U8 | None
     """The state before its first frame, uint8 [row_bytes]; None for the model's initial state."""
     closed_ns: int | None = None
-    """None, as all fields below, if it was still open at the last commit."""
+    """The time of its close. This and the fields below are None if it was still open at the last commit."""
     closed_position: int | None = None
     reason: str | None = None
     frames: int | None = None
-    """The seq that its next frame would have had, as counted at the close; None also where it was not known."""
+    """The seq that its next frame would have had, as counted at the close; also None if that was unknown."""
     final_state: U8 | None = None
-    """uint8 [row_bytes]; None also where it was not known."""
+    """The state at its close, uint8 [row_bytes]; also None if that was unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedFrames:
-    """Frames in the order in which they were stepped, as read-only columns; those of one batch share a position."""
+    """Frames in the order in which they were stepped, as read-only columns; frames of one batch share a position."""
 
     positions: I64
     times_ns: I64
     streams: I64
-    """Numbers."""
+    """Their streams' numbers."""
     seqs: I64
     x: F32
     """float32 [N, features]."""
     y: F32
-    """float32 [N, outputs]; zeros where no outputs were recorded."""
+    """float32 [N, outputs]; zeros if no outputs were recorded."""
     answered: Bool
-    """bool [N]: False where the outputs were not recorded, because the engine was killed, or is just now."""
+    """bool [N]: False if the outputs were not recorded, because the engine was killed or is still computing."""
 
     def __len__(self) -> int:
         return len(self.seqs)
 
     def only(self, wanted: Bool | slice) -> RecordedFrames:
-        """Some of them."""
+        """Select some of the frames."""
         return RecordedFrames(*(getattr(self, each.name)[wanted] for each in fields(self)))
 
     @classmethod
     def join(cls, parts: Sequence[RecordedFrames]) -> RecordedFrames:
-        """All of them, one after another."""
+        """Concatenate frames."""
         return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """Anything else the engine wrote down."""
+    """Any other row that the engine recorded."""
 
     position: int
     time_ns: int
@@ -79,7 +79,7 @@ class RecordedEvent:
     kind: str
     detail: str
     state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state, and where the kind has none."""
+    """uint8 [row_bytes]; None for the model's initial state, and for kinds without a state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class RecordedEngine:
     """One engine that wrote part of the recording; its rows end where the next engine begins."""
 
     position: int
-    """The position at which it began; 0 for the first."""
+    """The position at which it began; 0 for the first engine."""
     header: RecordingHeader
 
 
@@ -99,27 +99,27 @@ class StreamState:
     position: int
     """The position of the checkpoint that wrote it."""
     seq: int
-    """The state is that before this frame."""
+    """The seq of the frame that follows the state."""
     state: U8
     """uint8 [row_bytes]."""
     tail_seq: int
-    """The client may not have the outputs of the frames from here to `seq`."""
+    """The client may still lack the outputs of the frames from this seq to `seq`."""
     tail_x: F32
-    """float32 [seq - tail_seq, features]: those frames."""
+    """Those frames, float32 [seq - tail_seq, features]."""
     tail_y: F32
-    """float32 [seq - tail_seq, outputs]: their outputs."""
+    """Their outputs, float32 [seq - tail_seq, outputs]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """States of all streams at some position; the fields are the columns of the table, see `schema`."""
+    """The states of all streams at some position; the fields are the table's columns, see `schema`."""
 
     position: int = 0
     completed: int = 0
-    """Position of the event that completed it; states may contain frames of batches up to here."""
+    """The position of the event that completed it; states may include frames of batches up to here."""
     time_ns: int = 0
     bytes: int = 0
-    """Written to the history up to `position`, since the recording began."""
+    """The bytes written to the history up to `position`, since the recording began."""
     openings: int = 0
     closings: int = 0
     events: int = 0
@@ -127,44 +127,44 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """The beginning of a trimmed history; the fields are the columns of the table."""
+    """The beginning of a trimmed history; the fields are the table's columns."""
 
     position: int = 0
     """The position of the checkpoint with which the recording begins."""
     events: int = 0
-    """The count of events up to there that still matter."""
+    """The number of events up to there that still count."""
     last_stream: int = 0
     last_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OpenStream:
-    """A stream in its newest state that the recording holds."""
+    """A stream in the newest state that the recording has."""
 
     stream: int
     name: str
     epoch: int
-    """The last one it was given."""
+    """Its current epoch."""
     former_epoch: int
-    """The owner's former epoch, 0 if it had none."""
+    """The epoch that the owner held before; 0 if none."""
     granted_seq: int
-    """The frame that was due next when it was given."""
+    """The seq of the frame that was next when the epoch was granted."""
     first_seq: int
     """The seq with which it was opened."""
     seq: int
-    """The state is that before this frame."""
+    """The seq of the frame that follows the state."""
     state: U8 | None
     """uint8 [row_bytes]; None for the model's initial state."""
     tail_seq: int
-    """The client may not have the outputs of the frames from here to `seq`."""
+    """The client may still lack the outputs of the frames from this seq to `seq`."""
     tail_x: F32
-    """float32 [seq - tail_seq, features]: those frames."""
+    """Those frames, float32 [seq - tail_seq, features]."""
     tail_y: F32
-    """float32 [seq - tail_seq, outputs]: their outputs."""
+    """Their outputs, float32 [seq - tail_seq, outputs]."""
 
 
 def find_sorted(values: I64, wanted: I64) -> tuple[I64, Bool]:
-    """Find values in ascending ones: their indices, int64 [N], and whether they are there, bool [N]."""
+    """Find values in ascending ones. Returns indices, int64 [N], and whether each was found, bool [N]."""
     if not len(values):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     places: I64 = np.minimum(np.searchsorted(values, wanted), len(values) - 1).astype(np.int64)
@@ -175,7 +175,7 @@ _MAY_DIFFER: Final = ("instep_version", "arithmetic", "durability", "output_name
 
 
 def refuse_other_model(path: Path, last: RecordingHeader, now: RecordingHeader) -> None:
-    """Raise RecordingError where an engine would continue the recording of another model."""
+    """Raise RecordingError if an engine would continue the recording of another model."""
     if now.model_fingerprint != last.model_fingerprint:
         raise RecordingError(
             f"{path} is a recording of the model {last.model_name!r} (fingerprint {last.model_fingerprint[:12]}…), and "
@@ -185,15 +185,15 @@ def refuse_other_model(path: Path, last: RecordingHeader, now: RecordingHeader) 
 
 
 def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any]:
-    """The header's values that differ for the engine that continues."""
+    """The header values that differ for the engine that continues."""
     return {key: value for key in _MAY_DIFFER if (value := getattr(now, key)) != getattr(last, key)}
 
 
 def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:
-    """Indices of the streams meant, in order: all if none is wanted; every opening of a name, or the one of a number.
+    """Indices of the wanted streams in order: all if empty; a name selects all its openings, a number one.
 
     Raises:
-        NoSuchStream: when one is not there, with the nearest names there are.
+        NoSuchStream: when one does not exist; the message suggests similar names.
     """
     if not wanted:
         return list(range(len(streams)))
@@ -209,7 +209,7 @@ def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list
 
 
 def no_such_stream(streams: Sequence[StreamInfo], word: str) -> NoSuchStream:
-    """The error that names similar streams, or else those there are."""
+    """The error for a missing stream, which suggests similar names or lists all."""
     names = list(dict.fromkeys(info.name for info in streams))
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else _what_there_is(streams)
@@ -229,18 +229,18 @@ class MovedStreams:
     """Streams that come from another version's recording, as columns."""
 
     streams: I64
-    """int64 [N], their numbers in the recording that continues them."""
+    """Their numbers in the recording that continues them, int64 [N]."""
     names: Sequence[str]
     owners: Sequence[tuple[int, int, int]]
-    """The epoch of each, the one that its owner held before or 0, and the frame that was next when it was given."""
+    """For each, the epoch, the one its owner held before (or 0), and the frame that was next when it was granted."""
     next_seqs: I64
-    """int64 [N]."""
+    """The seqs of their next frames, int64 [N]."""
     states: U8
     """States before those frames, uint8 [N, row_bytes]."""
     replayed_from: I64 | None
-    """int64 [N], the first frame in each state; None where the other version made the states."""
+    """The first frame that is part of each state, int64 [N]; None if the other version made the states."""
     numbers: I64
-    """int64 [N], their numbers in the other recording."""
+    """Their numbers in the other recording, int64 [N]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,20 +248,20 @@ class StateRows:
     """States of streams at some point, as columns."""
 
     streams: I64
-    """int64 [N], distinct."""
+    """Distinct numbers, int64 [N]."""
     seqs: I64
-    """int64 [N]: the states are those before these frames."""
+    """The seqs of the frames that follow the states, int64 [N]."""
     states: U8
     """Rows of bytes, uint8 [N, row_bytes]."""
     tail_seqs: I64
-    """int64 [N]: the client may not have the outputs of the frames from here to `seqs`."""
+    """int64 [N]: the client may still lack the outputs of the frames from here to `seqs`."""
     tail_x: F32
-    """float32 [sum(seqs - tail_seqs), features]: those frames, one stream after another."""
+    """Those frames, one stream after another, float32 [sum(seqs - tail_seqs), features]."""
     tail_y: F32
-    """float32 [sum(seqs - tail_seqs), outputs]: their outputs."""
+    """Their outputs, float32 [sum(seqs - tail_seqs), outputs]."""
 
     def as_rows(self, position: int) -> Iterator[tuple[Column, ...]]:
-        """The rows of the table `states` without their CRCs, of a snapshot at that position."""
+        """Rows of the table `states`, without CRCs, for the checkpoint at a position."""
         lengths = self.seqs - self.tail_seqs
         assert len(self.tail_x) == len(self.tail_y) == lengths.sum()
         assert (lengths >= 0).all()
@@ -274,10 +274,10 @@ class StateRows:
 
 
 def blob(array: npt.NDArray[Any], dtype: str) -> bytes:
-    """The array's bytes in the file's byte order."""
+    """An array's bytes in the byte order of the file."""
     return np.ascontiguousarray(array, dtype).tobytes()
 
 
 def state_blobs(states: U8 | None, count: int) -> Iterator[bytes | None]:
-    """The blobs of `count` states, rows of bytes [N, row_bytes]; None for each where there are none."""
+    """Blobs of `count` states [N, row_bytes]; Nones if there are no states."""
     return repeat(None, count) if states is None else (state.tobytes() for state in states)

@@ -1,4 +1,4 @@
-"""Continues a recording: reads the newest states, and the frames that have to be stepped again after them."""
+"""Reads what a start needs from a recording: the newest states, and the frames to step again."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _NEVER: Final = np.iinfo(np.int64).max
 
 
 class Recovered(Closing):
-    """Everything that an engine needs to continue: streams as of their newest states, and the frames and resets since.
+    """Everything that an engine needs to continue: open streams in their newest states, and later frames and resets.
 
     Everything is checked (CRCs, positions, that the frames of each stream follow each other) except the batches and
-    outputs before the checkpoint. States are checked and not kept, because there may be more than fit into memory. A
-    WAL whose end is missing or torn is what a crash leaves; everything before that counts.
+    outputs before the checkpoint. States are checked but not kept, because they may not fit into memory. After a crash
+    the end of the WAL may be missing or torn; everything before that counts.
 
     Args:
         path: the recording.
 
     Attributes:
         path: the recording.
-        names: of the streams that are open at its end, by number, in the order they opened.
+        names: by number, the streams that are open at its end, in the order of opening.
         last_stream: the highest stream number ever given, 0 for none.
         last_epoch: the highest epoch ever given, 0 for none.
-        checkpoint_position: streams are loaded as of this position or later, those opened since as they opened; 0 for
-            none.
-        last_position: the newest row.
+        checkpoint_position: the newest checkpoint, 0 for none. Streams are loaded in states of this position or later;
+            newer streams in the state they were opened with.
+        last_position: of the newest row.
 
     Raises:
         RecordingError: from every method, when the file cannot be read.
@@ -57,7 +57,7 @@ class Recovered(Closing):
         self.reader.close()
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
-        """Load open streams by number, each in its newest state; the replay continues from there."""
+        """Load open streams by number, each in the newest state, from which the replay continues."""
         found = [self.reader.open_stream(stream) for stream in streams]
         for stream, at in zip(found, np.searchsorted(self._numbers, [stream.stream for stream in found]), strict=True):
             if (stream.seq, stream.epoch) != (self._held[at], self._epochs[at]):  # indices have no CRCs
@@ -65,13 +65,13 @@ class Recovered(Closing):
         return found
 
     def arithmetics(self) -> set[str]:
-        """Those of the engines that wrote what is replayed."""
+        """The arithmetics of the engines that wrote the rows to replay."""
         engines = self.reader.engines
         before = [at for at, engine in enumerate(engines) if engine.position <= self.checkpoint_position]
         return {engine.header.arithmetic for engine in engines[before[-1] :]}
 
     def portions(self) -> Iterator[Portion]:
-        """The frames and resets of open streams that no state holds, in order; read to the end, or not all was checked.
+        """Frames and resets of open streams that no state includes, in order. Read it to the end to check all.
 
         Batches that failed are left out.
         """
@@ -152,7 +152,6 @@ class Recovered(Closing):
         return names
 
     def _read_closings(self) -> I64:
-        """Note and return the positions of closings."""
         closings = [(row[0], row[2]) for row in self.reader.rows("closings", self.reader.first_position)]
         places, are_known = find_sorted(self._numbers, np.array([stream for _, stream in closings], np.int64))
         for (position, stream), at, is_known in zip(closings, places.tolist(), are_known.tolist(), strict=True):

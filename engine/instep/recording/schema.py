@@ -7,13 +7,11 @@ the rows of all of them are the one ordered history of the engine, and a missing
 history are only ever added at the end and trimmed at the beginning, so the rows up to any committed position are a
 consistent recording.
 
-| history | one row for | columns after `position` |
-| --- | --- | --- |
-| `openings` | a stream that opened | `time_ns`, `stream`, `name`, `epoch`, `first_seq`, `initial_state`, `crc` |
-| `batches` | a step that begins | `time_ns`, `size`, `streams`, `seqs`, `x`, `crc` |
-| `outputs` | a step that was computed | `time_ns`, `batch`, `y`, `crc` |
-| `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` |
-| `events` | anything else worth knowing | `time_ns`, `stream`, `seq`, `kind`, `detail`, `state`, `crc` |
+| history | one row for | columns after `position` | | --- | --- | --- | | `openings` | a stream that opened |
+`time_ns`, `stream`, `name`, `epoch`, `first_seq`, `initial_state`, `crc` | | `batches` | a step that begins |
+`time_ns`, `size`, `streams`, `seqs`, `x`, `crc` | | `outputs` | a step that was computed | `time_ns`, `batch`, `y`,
+`crc` | | `closings` | a stream that ended | `time_ns`, `stream`, `frames`, `reason`, `final_state`, `crc` | | `events`
+| any other event | `time_ns`, `stream`, `seq`, `kind`, `detail`, `state`, `crc` |
 
 | other tables | |
 | --- | --- |
@@ -37,9 +35,9 @@ consistent recording.
   state. A state is one row of bytes laid out as a C struct: the leaves in that order, little-endian, each at a multiple
   of its item size, and the end at a multiple of the largest. `initial_state` is that before the frame `first_seq`, NULL
   where every leaf has its initial value; `final_state` is NULL where it was not known, and `reason` is `state_lost` or
-  `moved` then. `frames` is the seq that the stream's next frame would have had: with a `first_seq` of 0, how many were
-  applied; -1 where that was not known, because the rows of a stream in no memory were damaged. In `description`, the
-  network as its `model.yaml` has it, the key `output_names` is there if the model names its outputs.
+  `moved` then. `frames` is the seq that the stream's next frame would have had, which with a `first_seq` of 0 is the
+  number of applied frames. It is -1 if that was unknown, because the rows of a hibernating stream were damaged. In
+  `description`, the network as its `model.yaml` has it, the key `output_names` is there if the model names its outputs.
 * `time_ns` is nanoseconds since 1970. A stream without a row in `closings` was still open at the last commit.
 * `states` of streams: the state before frame `seq`, and the frames `tail_seq` to `seq - 1`, which the client may not
   have yet (`tail_x` float32 `[seq - tail_seq, features]`, `tail_y` likewise). `position` is that of the checkpoint that
@@ -47,11 +45,11 @@ consistent recording.
   last one adds its row to `checkpoints`. The state of a stream at a checkpoint is its newest row up to the checkpoint's
   `position`. It contains all batches and resets up to there, and of later ones those before its `seq`, none of them
   after `completed`, the position of the event that completed the checkpoint. Streams without a row have not changed
-  since they opened. A row with a `position` beyond that of the newest checkpoint belongs to one that was never
-  completed; it is newer and as good. The other columns of `checkpoints` say when it was completed, and how many bytes
-  and rows the recording had been given by then, trimmed ones included; the `detail` of the event says how many frames
-  were applied up to `position`. `newest.states` counts the rows of `states`. Rows of streams that have closed since may
-  remain.
+  since they opened. A row with a `position` beyond that of the newest checkpoint belongs to a checkpoint that was never
+  completed; it is newer and just as valid. The other columns of `checkpoints` say when it was completed, and how many
+  bytes and rows the recording had been given by then, trimmed ones included; the `detail` of the event says how many
+  frames were applied up to `position`. `newest.states` counts the rows of `states`. Rows of streams that have closed
+  since may remain.
 * `crc` is the CRC-32 (zlib) of the row's other columns in the order above, the first one first: integers as
   little-endian int64, text as UTF-8, blobs as they are, nothing for NULL. It finds damage, not forgery.
 
@@ -69,9 +67,9 @@ consistent recording.
 | `repaired` | NULL | the rows before were saved from a damaged recording; `detail` names the losses |
 | `end` | NULL | last row of a recording that was closed in order |
 
-Without an `end` the recording is still being written, or its writer was killed; it is whole up to its last
-commit either way. While it is written, `FILE-wal` and `FILE-shm` next to it (WAL mode) belong to it, and
-`FILE-lock` is held. A closed recording is one file.
+Without an `end` the recording is still being written, or its writer was killed; it is intact up to its last commit
+either way. While it is written, `FILE-wal` and `FILE-shm` next to it (WAL mode) belong to it, and `FILE-lock` is held.
+A closed recording is one file.
 
 **Trimming.** A recording with a row in `trimmed` begins at the checkpoint of that `position`, the oldest that there is.
 Each stream that was open there begins in its state at that checkpoint, with the frame `seq` of that row: its frames
@@ -107,13 +105,13 @@ from instep_client.protocol.state_spec import StateSpec
 
 Durability: TypeAlias = Literal["memory", "commit", "fsync"]
 Column: TypeAlias = int | str | bytes | None
-"""A value of a row."""
+"""The value of a column."""
 
 FORMAT_VERSION: Final = 2
 LOST: Final = "state_lost"
-"""The reason of a closing without a final state."""
+"""The reason in a closing without a final state."""
 UNKNOWN_SEQ: Final = -1
-"""In a closing: it is not known which frame was next."""
+"""The value in a closing if the next frame's seq is unknown."""
 APPLICATION_ID: Final = 0x696E7374
 PAGE_BYTES: Final = 16_384
 END_EVENT: Final = "end"
@@ -172,7 +170,7 @@ HISTORY: Final[dict[str, dict[str, str]]] = {
         "state": "BLOB",
     },
 }
-"""The tables that share the count of positions, with their columns before `crc`."""
+"""The tables that share the counter of positions, with their columns before `crc`."""
 
 BESIDE: Final[dict[str, dict[str, str]]] = {
     "states": {
@@ -215,7 +213,7 @@ _BYTES: Final[dict[type, Callable[[Any], bytes]]] = {
 
 
 def _encoders(columns: dict[str, str]) -> list[tuple[int, Callable[..., Any]]]:
-    """The encoding of rows for their CRCs: groups of columns, and a function that encodes each group.
+    """The encoding of rows for their CRCs: groups of columns, each with its function.
 
     Each function raises TypeError or struct.error for values of another type than the columns declare.
     """
@@ -240,7 +238,7 @@ _ENCODERS: Final = {table: _encoders(columns) for table, columns in TABLES.items
 
 
 def owner_detail(former_epoch: int, seq: int) -> str:
-    """The detail of an owner event: the new owner's former epoch, 0 for none, and the frame that it continues with."""
+    """The detail of an owner event: the owner's former epoch, 0 for none, and the seq it continues with."""
     return f"held {former_epoch}, goes on at {seq}"
 
 
@@ -255,7 +253,7 @@ def read_owner_detail(detail: str) -> tuple[int, int]:
 
 
 def moved_detail(stream: int, file: str) -> str:
-    """The detail of a moved event: the number of the stream that continues, and the name of the file that it is in."""
+    """The detail of a moved event: the number of the stream it continues, and the name of that stream's file."""
     return f"{stream} of {file}"
 
 
@@ -270,19 +268,19 @@ def read_moved_detail(detail: str) -> tuple[int, str]:
 
 
 def checkpoint_detail(states: int, frames: int) -> str:
-    """The detail of a checkpoint event: the counts of states that were written and of frames applied by then."""
+    """The detail of a checkpoint event: the number of states written, and of frames applied by then."""
     return f"{states} states, {frames} frames"
 
 
 def read_checkpoint_frames(detail: str) -> int:
-    """Read the count of frames applied up to a checkpoint from its event's detail; 0 if it is missing."""
+    """The number of frames applied up to a checkpoint, from its event's detail; 0 if missing."""
     found = re.search(r", (\d+) frames", detail)
     return 0 if found is None else int(found[1])
 
 
 @cache
 def create_statements() -> tuple[str, ...]:
-    """The statements that make the empty tables."""
+    """The statements that create the empty tables."""
     tables = (f"CREATE TABLE {table} ({_columns(columns)})" for table, columns in TABLES.items())
     return (
         f"CREATE TABLE header ({_columns(HEADER)}) WITHOUT ROWID",
@@ -310,19 +308,21 @@ class RecordingHeader:
     description: dict[str, Any]
     """The network's description as plain JSON values."""
     features: int
-    """Floats in a frame's input."""
+    """The number of values in a frame."""
     outputs: int
-    """Floats in a frame's output."""
+    """The number of output values for a frame."""
     state: list[list[Any]]
-    """The state specification, as `StateSpec.encode` gives it."""
+    """The state specification, as `StateSpec.encode` returns it."""
     model_fingerprint: str
-    """sha256 over the description and the weights, hex."""
+    """The sha256 in hex of the description and the weights."""
     arithmetic: str
-    """`portable-1`, whose bits are the same everywhere, or such as `torch 2.13 on cuda:0`, which promises none."""
+    """`portable-1`, whose bits are the same everywhere, or another, such as `torch 2.13 on cuda:0`, without that
+    promise.
+    """
     durability: Durability
-    """How durable a frame was before it was answered: `memory`, `commit` or `fsync`."""
+    """The durability of a frame when it was answered: `memory`, `commit` or `fsync`."""
     output_names: tuple[str, ...] = ()
-    """The model's names of its outputs, in order; empty where they have none."""
+    """The names of the model's outputs, in order; empty if they have none."""
 
     @cached_property
     def state_spec(self) -> StateSpec:
@@ -339,7 +339,7 @@ class RecordingHeader:
 
     @classmethod
     def from_rows(cls, rows: list[tuple[Any, ...]]) -> RecordingHeader:
-        """Read the rows of the table `header` back.
+        """Decode the rows of the table `header`.
 
         Raises:
             RecordingError: when one is damaged or missing.
@@ -397,12 +397,12 @@ def _field_types() -> dict[str, type]:
 
 
 def row_crc(*columns: Column) -> int:
-    """The CRC-32 of a row's columns: int64 little-endian, UTF-8, bytes as they are, nothing for None."""
+    """The CRC-32 of a row's columns: int64 little-endian, UTF-8, raw bytes, nothing for None."""
     return zlib.crc32(b"".join([_BYTES[type(column)](column) for column in columns]))
 
 
 def sound_rows(table: str, rows: Sequence[tuple[Any, ...]]) -> int:
-    """Count the rows up to the first that is not sound.
+    """Count the rows before the first unsound one.
 
     A sound row has values of the declared types and matches its CRC, which is the last column.
     """

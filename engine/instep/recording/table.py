@@ -1,4 +1,4 @@
-"""A recording's frames and outputs as columns: in the order in which they were stepped, or stream by stream."""
+"""A recording's frames and outputs as columns, in the order of the steps or stream by stream."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def read_frames(
     *,
     part_frames: int = PART_FRAMES,
 ) -> Iterator[RecordedFrames]:
-    """Every frame of some streams of a recording, once and in bounded memory; at least one part, which may be empty.
+    """Read every frame of some streams once, in bounded memory. Yields at least one part, which may be empty.
 
     Args:
         reader: an open recording.
-        streams: all that it has.
-        selected: which of them, as ascending indices.
+        streams: all streams of the recording.
+        selected: ascending indices of the streams to read.
         on_progress: called with the share (0 to 1) of the recording that was read.
-        part_frames: a part is complete with about this many frames, or with `PART_BYTES` of floats.
+        part_frames: the approximate frames in a part, unless `PART_BYTES` of floats are fewer.
 
     Raises:
-        DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or in another place.
+        DamagedRecording: when a row is missing or damaged, or a frame of a stream is missing or out of order.
     """
     reader.check_positions()
     table = _Table(reader, streams, selected)
@@ -66,7 +66,7 @@ class StreamIndex:
         self._numbers = numbers[self._by_number]
 
     def rows(self, numbers: I64) -> I64:
-        """Where each is among the streams; -1 where it is not."""
+        """The index of each number; -1 if it is unknown."""
         if not len(self._numbers):
             return np.full(len(numbers), -1, np.int64)
         at, are_known = find_sorted(self._numbers, numbers)
@@ -82,7 +82,6 @@ class _Table:
         self._next: I64 = np.array([info.first_seq for info in self._streams], np.int64)
 
     def chosen(self, frames: RecordedFrames) -> RecordedFrames:
-        """Those of the streams that were asked for, checked."""
         # Batches up to there may hold frames that are in the states with which the history begins.
         early = frames.positions <= self._reader.trimmed_until
         for at in np.flatnonzero((self._all.rows(frames.streams) < 0) & ~early)[:1].tolist():
@@ -97,7 +96,7 @@ class _Table:
         return frames
 
     def _check(self, rows: I64, frames: RecordedFrames) -> None:
-        """Raise where a frame does not follow the one before it."""
+        """Raise if a frame does not follow the one before it."""
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows, minlength=len(self._streams))
         expected = np.arange(len(rows)) + np.repeat(self._next - (np.cumsum(counts) - counts), counts)
@@ -112,7 +111,7 @@ class _Table:
         self._next += counts
 
     def check_closings(self) -> None:
-        """Raise where a stream has fewer frames than its closing says."""
+        """Raise if a stream has fewer frames than its closing states."""
         for info, following in zip(self._streams, self._next.tolist(), strict=True):
             if info.frames not in (None, following):
                 raise self._reader.damaged(
@@ -122,7 +121,7 @@ class _Table:
 
 
 def known_outputs(frames: RecordedFrames) -> F32:
-    """Outputs of frames, float32 [N, outputs], NaN where none were recorded."""
+    """Outputs of frames, float32 [N, outputs], with NaN if none were recorded."""
     return np.where(frames.answered[:, None], frames.y, np.float32(np.nan))
 
 
@@ -132,13 +131,13 @@ class RecordedStream:
 
     name: str
     stream_id: int
-    """Tells apart openings of one name."""
+    """The number that distinguishes openings of one name."""
     inputs: F32
     """float32 [T, features]."""
     outputs: F32
-    """float32 [T, outputs]; NaN in frames whose output was not recorded, because the engine was killed."""
+    """float32 [T, outputs]; NaN for frames whose output was not recorded, because the engine was killed."""
     times_ns: I64
-    """int64 [T], when each frame's batch was recorded, in nanoseconds since 1970."""
+    """int64 [T], the times at which the frames' batches were recorded, in nanoseconds since 1970."""
     seqs: U64
     """uint64 [T]."""
 
@@ -154,9 +153,9 @@ class RecordedStream:
 class OpenedRecording(Closing, Mapping[str, RecordedStream]):
     """The streams of a recording by name, in the order in which they first opened; read-only.
 
-    It shows what was committed when it was opened, also while a server continues to write. Each lookup reads and checks
-    the part of the file in which the stream was open; `items()` and `values()` read the file once and hold all streams
-    in memory.
+    It shows the frames that were committed when it was opened, even while a server continues to write. Each lookup
+    reads and checks the part of the file in which the stream was open; `items()` and `values()` read the file once and
+    keep all streams in memory.
 
     Args:
         path: the recording.
@@ -175,7 +174,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         self.header: RecordingHeader = self._reader.header
         self._streams = self._reader.streams()
         self._openings: dict[str, list[int]] = {}
-        """By name, indices of streams."""
+        """Indices of streams by name."""
         for at, info in enumerate(self._streams):
             self._openings.setdefault(info.name, []).append(at)
 
@@ -217,7 +216,7 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         return self._all().items()
 
     def close(self) -> None:
-        """Let go of the file; what was read stays."""
+        """Close the file; arrays that were read stay valid."""
         self._is_closed = True
         self._reader.close()
 
@@ -232,7 +231,6 @@ class OpenedRecording(Closing, Mapping[str, RecordedStream]):
         return {name: found[name] for name in self._openings}
 
     def _read(self, selected: Sequence[int]) -> list[RecordedStream]:
-        """The streams at these indices, which ascend."""
         if self._is_closed:
             raise RecordingError(f"the recording {self._reader.path} was closed: open it again to read more of it")
         frames = RecordedFrames.join(list(read_frames(self._reader, self._streams, selected)))

@@ -1,4 +1,4 @@
-"""Trimming: the checkpoints to keep, the moment to drop the history before one of them, and deleting it in portions."""
+"""Trimming: which checkpoints to keep, when to drop the history before one, and its deletion in portions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import ENGINE_EVENT, OWNER_EVENT
 
 _SCANNED_AT_ONCE: Final = 1024
-"""Rows that are examined between two transactions."""
+"""The number of rows examined between two transactions."""
 APART_BYTES: Final = 2**28
-"""Without trimming, a checkpoint is kept for each of these portions, so that a range can begin there."""
+"""Without trimming, the bytes between kept checkpoints, at which a range can begin."""
 _SHARES: Final = 8
-"""A checkpoint is kept for each such share of the limit, so the history exceeds it by one share at most."""
+"""The number of parts of the limit, with a checkpoint kept for each; the history exceeds the limit by one at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Retention:
     """The limits of the kept history.
 
     Attributes:
-        keep_bytes: about the size of the file; 0 for any size.
-        keep_ns: the age, in nanoseconds, at which history goes; 0 for any age.
+        keep_bytes: the approximate size limit of the file; 0 for no limit.
+        keep_ns: the age at which history is dropped, in nanoseconds; 0 for no limit.
     """
 
     keep_bytes: int = 0
@@ -36,18 +36,18 @@ class Retention:
         return bool(self.keep_bytes or self.keep_ns)
 
     def is_apart(self, before: Checkpoint, bytes: int, time_ns: int) -> bool:
-        """Whether a checkpoint now is far enough from the one before to be kept."""
+        """Whether a checkpoint now is far enough from the last kept one to be kept."""
         if not self.is_limited:
             return bytes - before.bytes >= APART_BYTES
         by_bytes = 0 < self.keep_bytes <= (bytes - before.bytes) * _SHARES
         return by_bytes or 0 < self.keep_ns <= (time_ns - before.time_ns) * _SHARES
 
     def due(self, checkpoints: Sequence[Checkpoint], trimmed: Trimmed, now_ns: int, file_bytes: int) -> int:
-        """The position of the checkpoint up to which the history should be trimmed now; 0 for not at all.
+        """The position of the checkpoint to which the history should be trimmed now; 0 for none.
 
         Args:
-            checkpoints: complete ones, in order, the one that the history begins with now among them.
-            trimmed: up to where it was trimmed.
+            checkpoints: complete ones in order, including the one at the beginning of the history.
+            trimmed: the position to which it was trimmed before.
             now_ns: nanoseconds since 1970.
             file_bytes: size of the file without its free pages.
         """
@@ -69,17 +69,17 @@ KEEP_ALL: Final = Retention()
 
 
 Deletion: TypeAlias = tuple[str, Sequence[tuple[int, ...]]]
-"""An SQL statement that deletes, and the values with which it is executed one after another."""
+"""An SQL statement that deletes rows, and the values for each of its executions."""
 
 
 def counts_of_events(database: sqlite3.Connection, position: int) -> Iterator[int]:
-    """How many events up to a position still count when the history before it goes: portions of a sum."""
+    """The number of events up to a position that count after trimming there, in parts to be added up."""
     for first, last in _ranges(database, "events", "position", position):
         yield len(list(database.execute(f"{_EVENTS} AND {_COUNTS}", (position, first, last))))
 
 
 def deletions(database: sqlite3.Connection, position: int, rows_at_once: int) -> Iterator[list[Deletion]]:
-    """Deletions of the history up to a position, in portions: each is to be executed before the next is asked for.
+    """Deletions of the history up to a position, in portions; execute each before asking for the next.
 
     A portion is found within milliseconds, and may be empty. A crash in between loses nothing: the next call finds the
     rest.
@@ -108,7 +108,7 @@ _OLD_STATES: Final = """
     EXISTS (SELECT 1 FROM closings WHERE closings.stream = states.stream AND closings.position <= ?1)
     OR EXISTS (SELECT 1 FROM states AS later
                WHERE later.stream = states.stream AND later.position > states.position AND later.position <= ?1))"""
-"""States of streams that have ended, and those older than the one that a stream begins with now."""
+"""States of streams that have ended, and states older than the one at which a stream begins now."""
 _ENDED: Final = """
     SELECT openings.position, closings.position FROM closings JOIN openings USING (stream)
     WHERE closings.position BETWEEN ? AND ?"""
@@ -124,7 +124,7 @@ _COUNTS: Final = f"""(kind = '{ENGINE_EVENT}' OR (kind = '{OWNER_EVENT}'
 def _ranges(
     database: sqlite3.Connection, table: str, column: str, last: int, rows: int = _SCANNED_AT_ONCE
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of a column's values, up to the last, with about `rows` rows of the table each."""
+    """Ranges of a column's values up to the last, each with about `rows` rows of the table."""
     some = f"SELECT max({column}) FROM (SELECT {column} FROM {table} WHERE {column} BETWEEN ? AND ? ORDER BY 1 LIMIT ?)"
     first = 0
     while (end := database.execute(some, (first, last, rows)).fetchone()[0]) is not None:

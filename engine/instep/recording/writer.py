@@ -1,4 +1,4 @@
-"""Writing a recording: the file created, resumed and closed, and rows appended in transactions."""
+"""Writes a recording: creates, resumes and closes the file, and appends rows in transactions."""
 
 from __future__ import annotations
 
@@ -67,25 +67,25 @@ from instep.recording.trim import DELETE_STATES, KEEP_ALL, Retention, counts_of_
 WAL_KEPT_BYTES: Final = 64 * 2**20
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 _PAGES_A_COMMIT: Final = 4
-"""About the pages that every commit touches."""
+"""The approximate number of pages that every commit changes."""
 _MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
-"""About the bytes of a row without its blobs."""
+"""The approximate size of a row without its blobs, in bytes."""
 
 
 class RecordingWriter:
-    """Appends to a recording, every verb a row or more; one thread at a time may use it, and one writer in the world.
+    """Appends rows to a recording. Only one thread at a time may use it, and a file has only one writer.
 
-    See `schema` for what the rows mean. A commit survives the death of the process (`kill -9`). With `fsync` it also
-    survives the death of the machine (WAL with `synchronous=FULL`); otherwise that may cost the last commits. Neither
-    ever tears the file.
+    `schema` explains the rows. A commit survives the death of the process (`kill -9`). With `fsync` it also survives
+    the death of the machine (WAL with `synchronous=FULL`); without it the last commits may be lost then. Neither ever
+    corrupts the file.
 
-    Errors of SQLite (`sqlite3.Error`: disk full, input/output error) come out of every method as they are.
+    Every method may raise SQLite's own errors (`sqlite3.Error`: disk full, input/output error).
 
     Attributes:
-        retention: how much of the history is kept.
+        retention: the limits of the kept history.
         position: of the newest row, committed or not.
-        trimmed: where the history was trimmed.
+        trimmed: the beginning of a trimmed history.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class RecordingWriter:
         self.trimmed = trimmed[0] if trimmed else Trimmed()
         newest = self._checkpoints[-1] if self._checkpoints else Checkpoint()
         self._kept = self._newest_kept()
-        """The newest checkpoint whose states stay when later ones are written."""
+        """The newest checkpoint whose states are kept when later ones are written."""
         self._bytes = newest.bytes
-        """Written to the history since the recording began, about."""
+        """The approximate bytes written to the history since the recording began."""
         self._counts = {table: int(getattr(newest, table)) for table in COUNTED}
         for table, columns in HISTORY.items():
             blobs = "".join(f" + ifnull(length({name}), 0)" for name in columns if columns[name].startswith("BLOB"))
@@ -137,12 +137,13 @@ class RecordingWriter:
                 self._counts[table] += count
         completed = self._read("events", "SELECT detail FROM events WHERE position = ?", newest.completed)
         self._frames = sum(read_checkpoint_frames(detail) for (detail,) in completed)
-        """Applied since the recording began."""
+        """The number of frames applied since the recording began."""
         self._frames += self._frames_after(newest.position)
         self._state_rows = int(self._read("states", "SELECT count(*) FROM states")[0][0])
         self._is_partial = True
-        """Whether the newest checkpoint may lack states: later ones replaced them, or their streams have closed. Before
-        a restart that may have happened too."""
+        """Whether the newest checkpoint may lack states, because later ones replaced them or their streams have closed.
+        After a restart this is assumed.
+        """
         left = "SELECT DISTINCT stream FROM states WHERE position > ? AND stream IN (SELECT stream FROM closings)"
         self._closed = [row[0] for row in self._read("states", left, self._kept.position)]
         """Closed streams whose rows in `states` are deleted when the next states are written."""
@@ -158,7 +159,7 @@ class RecordingWriter:
         """Start a new recording.
 
         Raises:
-            RecordingError: when the file already holds something, or cannot be made.
+            RecordingError: when the file is not empty, or cannot be made.
         """
         try:
             with ExitStack() as undo:
@@ -190,14 +191,14 @@ class RecordingWriter:
         retention: Retention = KEEP_ALL,
         limits: DatabaseLimits = LIMITS,
     ) -> RecordingWriter:
-        """Continue a recording, after its last committed row.
+        """Continue a recording after its last committed row.
 
-        The first rows, `recovered` and, when this engine is not as the last one, `engine`, go into the first commit.
+        The first commit contains the event `recovered` and, if this engine differs from the last one, `engine`.
 
         Args:
             path: the recording.
-            header: of the engine that continues it; the file keeps that of the first one.
-            retention: how much of the history is kept.
+            header: of the engine that continues it; the file keeps the header of the first one.
+            retention: the limits of the kept history.
             limits: of the WAL and of waits.
 
         Raises:
@@ -253,7 +254,7 @@ class RecordingWriter:
         self._last_epoch = max([self._last_epoch, *epochs.tolist()])
 
     def move_streams(self, time_ns: int, moved: MovedStreams, file: str) -> None:
-        """Continue streams of another version's recording, the file `file`, in this one, with three rows for each."""
+        """Continue streams of another version's recording, `file`, in this one, with three rows each."""
         count, epochs = len(moved.streams), np.array([epoch for epoch, *_ in moved.owners], np.uint64)
         self.open_streams(time_ns, moved.streams, moved.names, epochs, moved.next_seqs, moved.states)
         came = [moved_detail(number, file) for number in moved.numbers.tolist()]
@@ -264,7 +265,7 @@ class RecordingWriter:
         self.stream_events(time_ns, OWNER_EVENT, moved.streams, epochs.astype(np.int64), details)
 
     def add_inputs(self, time_ns: int, streams: U32, seqs: U64, x: F32) -> int:
-        """A step begins; its outcome follows, in the order of the steps.
+        """Record that a step begins; its outcome follows, in the order of the steps.
 
         Args:
             time_ns: nanoseconds since 1970.
@@ -283,12 +284,12 @@ class RecordingWriter:
         return self.position
 
     def add_outputs(self, time_ns: int, batch: int, y: F32) -> None:
-        """The step of the batch at that position was computed: y float32 [B, outputs]."""
+        """Record the outputs, float32 [B, outputs], of the batch at a position."""
         assert y.shape[1] == self.header.outputs
         self._insert("outputs", time_ns, int(batch), blob(y, "<f4"))
 
     def fail_batch(self, time_ns: int, batch: int, detail: str) -> None:
-        """The step of the batch at that position failed: none of its frames was applied."""
+        """Record that the step of the batch at a position failed: none of its frames was applied."""
         self.event(time_ns, FAILED_EVENT, int(batch), detail)
         failed = self._database.execute("SELECT size FROM batches WHERE position = ?", (int(batch),))
         self._frames -= sum(size for (size,) in failed)
@@ -299,10 +300,10 @@ class RecordingWriter:
         Args:
             time_ns: nanoseconds since 1970.
             streams: int64 [N].
-            reason: of those that are not lost, or have moved.
+            reason: of the streams that are not lost.
             frames: int64 [N], the seqs that their next frames would have had.
             final_states: rows of bytes, uint8 [N, row_bytes].
-            lost: bool [N], whose state is not known, and not recorded.
+            lost: bool [N], streams whose state is unknown and not recorded.
         """
         numbers, are_lost = streams.tolist(), lost.tolist()
         reasons = (LOST if is_lost and reason != MOVED_EVENT else reason for is_lost in are_lost)
@@ -332,9 +333,9 @@ class RecordingWriter:
 
         Args:
             time_ns: nanoseconds since 1970.
-            through: a position: every batch up to it is in the states, here or of an earlier checkpoint.
-            rows: of the streams that have changed since the last checkpoint and are open, those that `add_states` was
-                given for this one left out.
+            through: a position. States, here or in an earlier checkpoint, include every batch up to it.
+            rows: of the open streams that have changed since the last checkpoint, except those given to `add_states`
+                for this one.
         """
         frames = self._frames - self._frames_after(int(through))
         self.event(time_ns, CHECKPOINT_EVENT, int(through), checkpoint_detail(len(rows.streams), frames))
@@ -352,7 +353,7 @@ class RecordingWriter:
             self._kept = new
 
     def add_states(self, time_ns: int, through: int, rows: StateRows) -> None:
-        """Part of the next checkpoint, as for `checkpoint`: it may be committed before the rest.
+        """Add a part of the next checkpoint, with `rows` as in `checkpoint`; it may be committed earlier.
 
         Until the checkpoint is complete, the one before it counts, although these states are newer.
         """
@@ -360,7 +361,7 @@ class RecordingWriter:
         self._replace_states(int(through), rows)
 
     def _newest_kept(self) -> Checkpoint:
-        """All complete checkpoints were kept, except perhaps the newest."""
+        """The newest kept checkpoint. All complete ones were kept, except perhaps the newest."""
         *before, newest = [Checkpoint(), *self._checkpoints]
         return newest if not before or newest.position == self.trimmed.position else before[-1]
 
@@ -370,7 +371,7 @@ class RecordingWriter:
         return self.retention.is_limited and has_more and self.retention.is_apart(self._kept, self._bytes, now_ns)
 
     def trim(self, now_ns: int) -> bool:
-        """Trim the history, if it should be, in one small transaction of its own; whether there is more to do."""
+        """Trim the history, if due, in a small transaction of its own; return whether more is left to do."""
         if self._in_transaction:
             return False  # the first rows after a restart wait for the first commit
         for _ in self._trimming:
@@ -420,7 +421,7 @@ class RecordingWriter:
         return int((pages - free) * self._page_bytes)
 
     def commit(self) -> None:
-        """Make everything written so far durable and visible to readers.
+        """Make all written rows durable and visible to readers.
 
         Raises:
             RecordingError: when the file or its WAL was moved or removed.
@@ -443,7 +444,7 @@ class RecordingWriter:
             )
 
     def copy_wal(self) -> None:
-        """Copy the WAL into the file, if it is large enough to be worth it; nothing becomes more durable by it."""
+        """Copy the WAL into the file once it is large enough. This does not change durability."""
         if not self._in_transaction and self._bytes_in_wal > self._limits.wal_bytes:
             ((_, pages, copied),) = self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._bytes_in_wal = 0
@@ -455,7 +456,7 @@ class RecordingWriter:
                 )
 
     def close(self) -> None:
-        """Mark the end, commit, and leave one file without a WAL. After an error, call `abandon`."""
+        """Mark the end, commit, and leave one file without a WAL. After an error call `abandon` instead."""
         self.event(time.time_ns(), END_EVENT, None, "the recording was closed in order")
         self.commit()
         self._guard.close()
@@ -466,13 +467,13 @@ class RecordingWriter:
         self._lock.release()
 
     def abandon(self) -> None:
-        """Close the file after a failure and write nothing: commits stay, the rest is rolled back."""
+        """Close the file after a failure without writing: commits stay, the rest is rolled back."""
         self._database.close()
         self._guard.close()
         self._lock.release()
 
     def discard(self) -> None:
-        """Remove a recording that was just made and holds nothing, while its lock is still held."""
+        """Remove a new, empty recording while its lock is still held."""
         self._database.close()
         self._guard.close()
         remove_database(self.path)
@@ -486,7 +487,7 @@ class RecordingWriter:
         self._state_rows += len(streams)
 
     def _delete_states(self, streams: list[int]) -> None:
-        """Delete the states of these streams and of closed ones that no kept checkpoint needs."""
+        """Delete states of these streams, and of closed ones, that no kept checkpoint needs."""
         changes = "SELECT total_changes()"
         ((before,),) = self._database.execute(changes)
         delete = "DELETE FROM states WHERE stream = ? AND position > ?"
@@ -516,14 +517,14 @@ class RecordingWriter:
             )
 
     def _data_version(self) -> int:
-        """Changes with every commit of another connection."""
+        """A number that changes with every commit of another connection."""
         return int(self._read("header", "PRAGMA data_version")[0][0])
 
     def _insert(self, table: str, time_ns: int, *columns: Column) -> None:
         self._insert_rows(table, time_ns, *((column,) for column in columns))
 
     def _insert_rows(self, table: str, time_ns: int, *columns: Iterable[Column]) -> None:
-        """Rows of one table, one after another: columns of one length, those after `time_ns`."""
+        """Insert rows into a table from equally long columns, which follow `time_ns`."""
         self._begin()
         before = self.position
         marks = ", ".join("?" * len(TABLES[table]))
@@ -541,7 +542,6 @@ class RecordingWriter:
             yield (*row, row_crc(*row))
 
     def _read(self, table: str, query: str = "", *values: int) -> list[tuple[Any, ...]]:
-        """The rows of a query, by default all of a table."""
         try:
             return list(self._database.execute(query or f"SELECT * FROM {table}", values))
         except sqlite3.Error as error:
@@ -564,7 +564,7 @@ class RecordingWriter:
 
 
 def set_up(database: sqlite3.Connection, header: RecordingHeader, limits: DatabaseLimits) -> None:
-    """Make a connection durable as the header says; never faster at the cost of that."""
+    """Set a connection's durability as the header requires."""
     database.execute("PRAGMA journal_mode=WAL")
     database.execute(f"PRAGMA busy_timeout={round(limits.lock_wait_s * 1000)}")
     database.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")  # after a long read, the WAL is cut to this

@@ -1,1 +1,1 @@
-"""Recorded frames stepped again: to continue a recording, to verify it, and to go back in it."""
+"""Stepping recorded frames again: to continue a recording, to verify it, and to go back in it."""

@@ -1,4 +1,4 @@
-"""The commands `instep recordings` and `instep replay-from`, as typed."""
+"""The commands `instep recordings` and `instep replay-from`."""
 
 from __future__ import annotations
 

@@ -3,20 +3,18 @@
 The float64 reference is taken as the truth: its own rounding is 2^29 times finer. The error that float32 can reach is
 measured rather than assumed: the reference runs again with every operation in float32, on the stream's own frames and
 on copies of them whose inputs are one unit in the last place off. The served network and these runs evaluate the same
-equations with the same unit of rounding, only in another order, so their errors are of the same kind and size. With the
-scale of a stream (its largest output so far, at least 1; for a leaf of its state, the largest value in that), the bound
-at a frame is
+equations with the same rounding in another order, so their errors have the same size. With the scale of a stream (its
+largest output so far, at least 1; for a leaf of its state, the largest value in that), the bound at a frame is
 
     scale · (32 · (largest error of these runs so far, relative to the scale) + 64 · 2^-23)
 
-The largest error so far counts because an error lives on in the state. The factor of 32 and the copies are there
-because one order of summation can be luckier than another, and a network that amplifies its state multiplies luck too.
-The last term covers frames in which float32 happens to hit the truth. No stream's values influence the bound of
-another.
+The largest error so far counts because an error persists in the state. The factor of 32 and the copies allow for one
+order of summation being luckier than another, which a network that amplifies its state makes worse. The last term
+covers frames in which float32 happens to hit the truth. The bound of a stream depends on its own values alone.
 
-A fixed tolerance would be wrong both ways: a network that forgets keeps errors near 1e-7, and one that amplifies may be
-far from float64 after a thousand frames without any fault. A wrong weight, gate, order or state moves outputs by far
-more than float32 does.
+A fixed tolerance would be too loose for a network that forgets, whose errors stay near 1e-7, and too tight for one that
+amplifies, which may be far from float64 after a thousand frames without any fault. A wrong weight, gate, order or state
+moves outputs by far more than float32 does.
 
 The bound says nothing once a stream is **lossy**: a frame or a state was so large (`LARGE`) that float32 may round the
 sums of the gates by whole units, so that another order of summation opens or closes a gate, or float32 overflowed in
@@ -41,27 +39,27 @@ Leaves: TypeAlias = Mapping[str, npt.NDArray[Any]]
 FACTOR: Final = 32.0
 FLOOR: Final = 64 * 2.0**-23
 RUNS: Final = 8
-"""Runs in float32 per stream."""
+"""The number of float32 runs per stream."""
 LARGE: Final = 2.0**20
 BLOCK_BYTES: Final = 2**18
-"""Differences computed at once, so that they stay in the cache."""
+"""The size of differences computed at once, which fit into the cache."""
 
 
 class Limits(NamedTuple):
-    """The largest accepted distances between two computations, [T, R] for outputs and [R] for states."""
+    """The largest accepted distances between two computations: [T, R] for outputs, [R] for states."""
 
     distance: F64
     lossy: Bool
-    """Whether an element beyond the distance is undecided."""
+    """Whether an element beyond its limit is undecided instead of wrong."""
 
 
 class ErrorBound:
-    """The bound of some streams, frame after frame.
+    """The bound of some streams, advanced frame by frame.
 
     Args:
         rounded: the reference in float32.
-        states: initial ones, floats in float32.
-        relative_error: [R], how far states that were computed here may be from the served ones already.
+        states: the initial states, with floats in float32.
+        relative_error: [R], the distance that the initial states may already have from the served ones.
 
     Attributes:
         relative_error: [R], up to the newest timestep.
@@ -103,7 +101,7 @@ class ErrorBound:
         return Limits(scales * (FACTOR * relative + FLOOR), lossy)
 
     def states(self, truth: Leaves) -> dict[str, Limits]:
-        """Limits of the leaves that hold floats, [R], after the timesteps so far."""
+        """Limits of the floating-point leaves, [R], after the timesteps so far."""
         runs, limits = _floats(self._states), dict[str, Limits]()
         for name, floats in _floats(truth).items():
             rounded = runs[name].reshape(len(floats), RUNS, -1)
@@ -128,7 +126,7 @@ class ErrorBound:
 
 
 def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
-    """|values - truth|, elementwise; 0 where both overflow alike or both are NaN, inf where only one does or is."""
+    """|values - truth| by element: 0 if both are the same infinity or both NaN, inf if only one is finite."""
     with np.errstate(invalid="ignore"):
         error: F64 = np.abs(np.subtract(values, truth, dtype=np.float64))
     odd = ~np.isfinite(error)
@@ -162,7 +160,7 @@ def largest_errors(values: F32, truth: npt.NDArray[Any], block_bytes: int = BLOC
 
 
 def as_float32(truth: npt.NDArray[Any]) -> F32:
-    """Rounded to float32; infinity beyond its range."""
+    """Round to float32; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return truth.astype(np.float32)
 
@@ -174,7 +172,6 @@ def scales_of(truth: F64, valid: Bool, before: F64) -> F64:
 
 
 def _floats(states: Leaves) -> dict[str, npt.NDArray[Any]]:
-    """The leaves that hold floats, each as [R, elements]."""
     return {name: leaf.reshape(len(leaf), -1) for name, leaf in states.items() if leaf.dtype.kind == "f"}
 
 
@@ -185,7 +182,7 @@ def leaf_scales(truth: F64) -> F64:
 
 
 def _magnitudes(values: F64) -> F64:
-    """The largest finite |value| of each frame, 0 where it has none: [T, R, size] to [T, R]."""
+    """The largest finite |value| of each frame, [T, R, size] to [T, R]; 0 if it has none."""
     largest: F64 = np.empty(values.shape[:2])
     for part, room in _blocks(values):
         np.abs(values[part], out=room).max(axis=2, out=largest[part])
@@ -196,7 +193,7 @@ def _magnitudes(values: F64) -> F64:
 
 
 def _blocks(values: npt.NDArray[Any], block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, F64]]:
-    """Split timesteps into blocks that stay in the cache, with one buffer for the values of each in turn."""
+    """Split timesteps into blocks that fit into the cache, and yield one reused buffer for the values of each."""
     steps = max(block_bytes // max(values[:1].nbytes, 1), 1)
     room: F64 = np.empty((steps, *values.shape[1:]))
     for start in range(0, len(values), steps):

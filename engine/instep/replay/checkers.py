@@ -1,8 +1,8 @@
-"""The checkers: each computes stretches of recorded frames again and compares them with the recording.
+"""The checkers, each of which computes stretches of recorded frames again and compares them with the recording.
 
 Each begins in the states that the compiled step had before the stretches. Torch and the reference first measure the
-distances of whole blocks. A stretch within the least that its bound can be is settled; `examine` computes the others
-again and compares them value by value, within the bound itself.
+distances of whole blocks. A stretch within the smallest value that its bound can have is settled; `examine` computes
+the others again and compares them value by value with the bound itself.
 """
 
 from __future__ import annotations
@@ -39,43 +39,45 @@ class CheckLimits:
     """Sizes of the parts that are computed at once."""
 
     portion_bytes: int = 16 * 2**20
-    """The size of frames and outputs that are read at once."""
+    """The size of frames and outputs read at once."""
     part_frames: int = 4096
-    """Frames that are computed and compared together, about: few enough for their values to stay in a cache."""
+    """The approximate number of frames computed and compared together, few enough for their values to stay in a cache.
+    """
     call_bytes: int = 96 * 2**20
-    """Memory for the intermediate values of one call over whole sequences, about, as if they were float64; they are
-    float32. Each thread may be in a call."""
+    """The approximate memory for intermediate values of one call over whole sequences, counted as float64 although they
+    are float32. Each thread may have a call.
+    """
     definition_s: float = 0.5
-    """Time for the definition, if stepping takes less."""
+    """The time for the definition, if stepping takes less."""
 
 
 CHECK_LIMITS: Final = CheckLimits()
 MOST_ROWS: Final = 256
-"""Stretches side by side, at most."""
+"""The most stretches side by side."""
 _FULL_ROWS: Final = 16
-"""Larger blocks are a multiple of it, where stretches are left for the next: this many rows fill the widest vectors."""
+"""Larger blocks have a multiple of this many rows, which fill the widest vectors, unless no stretches are left."""
 _LEAST_ROWS: Final = 8
-"""Fewer rows side by side take about as long."""
+"""Fewer rows than this take about as long as this many."""
 _LEAST_FILL: Final = 0.75
-"""A stretch shorter than this share of the longest one in a block goes into the next block."""
+"""A stretch shorter than this share of the longest one in a block is moved to the next block."""
 _DEFINITION_RUNS: Final = 16
-"""The cost of a frame in the definition, in steps of the compiled code."""
+"""The cost of a frame in the definition, measured in steps of the compiled code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkers:
-    """The programs that compute a model."""
+    """The programs that compute a model, for comparison."""
 
     network: RecurrentModel
-    """Steps, and computes whole sequences with torch."""
+    """The compiled step, which also computes whole sequences with torch."""
     truth: Reference | None
-    """The reference in float64; None where the kind of model has no reference."""
+    """The reference in float64; None if the kind of model has no reference."""
     rounded: Reference | None
-    """The reference in float32; None likewise."""
+    """The reference in float32; None in the same case."""
     notes: tuple[str, ...]
-    """Why bits need not be equal; empty where they must."""
+    """The reasons why bits need not be equal; empty if they must."""
     stopped: Event = field(default_factory=Event)
-    """Set when nobody waits for the result any more: checkers then end soon, with incomplete comparisons."""
+    """Set once nobody waits for the result; checkers then end soon, with incomplete comparisons."""
     limits: CheckLimits = CHECK_LIMITS
 
     @property
@@ -90,7 +92,7 @@ class Checkers:
 
     @property
     def call_frames(self) -> int:
-        """Frames in one call over whole sequences."""
+        """The number of frames in one call over whole sequences."""
         in_between = 3 * self.state.row_bytes // 4  # more than the gates of recurrent layers
         widest = max(self.network.description.features, self.network.description.outputs, in_between)
         return max(self.limits.call_bytes // (8 * widest), 1)
@@ -103,22 +105,22 @@ class Span:
     start: int
     """The first timestep."""
     starts: I64
-    """[R]: the seqs there."""
+    """[R]: the seqs at the first timestep."""
     at: I64
-    """[T, R]: indices of frames; anything where a row has none."""
+    """[T, R]: indices of frames; undefined where a row has no frame."""
     valid: Bool
     """[T, R]: whether the row has a frame."""
     answered: Bool
     """[T, R]: whether its outputs were recorded."""
     active: I64
-    """[T]: how many rows have a frame; they are the first ones."""
+    """[T]: the number of rows, counted from the first, that have a frame."""
     x: F32
     """[T, R, features], zeros where a row has no frame."""
     y: F32
-    """[T, R, outputs] as recorded, meaningless where no outputs were."""
+    """[T, R, outputs] as recorded; undefined where no outputs were."""
 
     def __len__(self) -> int:
-        """T."""
+        """The number of timesteps, T."""
         return len(self.valid)
 
 
@@ -126,11 +128,11 @@ class Block:
     """Some stretches side by side, the longest first.
 
     Args:
-        checkers: everything that computes.
+        checkers: the programs to compare.
         stretches: all of them.
-        rows: indices of those of this block.
-        states: before all of them, uint8 [S, row_bytes].
-        carried: [S], of all of them, see `ErrorBound`.
+        rows: indices of the stretches in this block.
+        states: the states before all stretches, uint8 [S, row_bytes].
+        carried: [S], the relative errors of all stretches, see `ErrorBound`.
     """
 
     def __init__(self, checkers: Checkers, stretches: Stretches, rows: I64, states: U8, carried: F64) -> None:
@@ -147,11 +149,11 @@ class Block:
         self._starts: I64 = stretches.starts[rows]
 
     def __len__(self) -> int:
-        """R."""
+        """The number of rows, R."""
         return len(self.rows)
 
     def spans(self, frames: int) -> Iterator[Span]:
-        """All timesteps in order, in parts of about this many frames, until it is stopped."""
+        """All timesteps in order, in parts of about this many frames, until the check is stopped."""
         longest, steps = int(self.lengths[0]), max(frames // len(self), 1)
         for start in range(0, longest, steps):
             if self.checkers.stopped.is_set():
@@ -167,12 +169,12 @@ class Block:
             )
 
     def leaves(self, dtype: type[np.floating[Any]]) -> Leaves:
-        """The states by leaf, [R, *shape], floats in this precision."""
+        """The states by leaf, [R, *shape], with floats in this precision."""
         leaves = self.checkers.state.unpack(self.states)
         return {name: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf for name, leaf in leaves.items()}
 
     def seq_after(self, row: int) -> int:
-        """The seq after the last frame."""
+        """The seq after the last frame of a row."""
         return int(self.first_seqs[row] + self.lengths[row])
 
 
@@ -180,13 +182,13 @@ def plan_blocks(lengths: I64, rows: I64, most_rows: int = MOST_ROWS, most_frames
     """Split stretches into blocks of similar length; those without frames come last, all together.
 
     Args:
-        lengths: frames of each.
-        rows: indices of those that are meant.
+        lengths: the number of frames in each stretch.
+        rows: indices of the stretches to split.
         most_rows: per block.
-        most_frames: per block, unless a few rows have more.
+        most_frames: per block, which a few long rows may exceed.
 
     Yields:
-        Indices, the longest first.
+        Indices, the longest stretch first.
     """
     order: I64 = rows[np.argsort(-lengths[rows], kind="stable")]
     empty = order[lengths[order] == 0]
@@ -208,8 +210,8 @@ class Distances:
 
     Attributes:
         largest: [R].
-        settled: [R]: whether every value is within the least that the bound can be.
-        elements: how many values were compared.
+        settled: [R]: whether every value is within the smallest value that the bound can have.
+        elements: the number of values compared.
     """
 
     def __init__(self, rows: int) -> None:
@@ -218,14 +220,14 @@ class Distances:
         self.elements = 0
 
     def add_outputs(self, span: Span, computed: npt.NDArray[Any], limits: F64 | float) -> None:
-        """Measure outputs [T, R, outputs]; limits as [T, R]."""
+        """Measure outputs [T, R, outputs] against limits [T, R]."""
         error = np.where(span.answered, largest_errors(span.y, computed), 0)
         self.largest = np.maximum(self.largest, error.max(axis=0))
         self.settled &= (error <= limits).all(axis=0)
         self.elements += int(span.answered.sum()) * computed.shape[2]
 
     def add_state(self, row: int, spec: StateSpec, recorded: U8, computed: Leaves, scales: Mapping[str, float]) -> None:
-        """Measure a state [row_bytes]; the limits are the floor times a scale, and 0 for leaves without one."""
+        """Measure a state [row_bytes] against the floor times a scale, or 0 for leaves without a scale."""
         for name, leaf in spec.unpack(recorded[None]).items():
             error = float(absolute_error(leaf[0], computed[name]).max())
             self.largest[row] = max(self.largest[row], error)
@@ -234,12 +236,12 @@ class Distances:
 
 
 def check_stepped(block: Block, y: F32, after: U8) -> Distances:
-    """Measure the distance between the compiled step and the recording where bits need not be equal.
+    """Measure the distance of the compiled step from the recording if bits need not be equal.
 
     Args:
         block: the stretches.
-        y: outputs that were computed, [frames, outputs].
-        after: the states after the stretches of the block, [R, row_bytes].
+        y: the computed outputs, [frames, outputs].
+        after: the computed states after the block, [R, row_bytes].
     """
     found, spec = Distances(len(block)), block.checkers.state
     for span in block.spans(block.checkers.limits.part_frames):
@@ -251,9 +253,9 @@ def check_stepped(block: Block, y: F32, after: U8) -> Distances:
 
 
 def check_torch(block: Block) -> Distances:
-    """Compute with torch's own module, in one call or in several where memory does not suffice.
+    """Compute with torch's own module, in one call or, if memory does not suffice, in several.
 
-    Without a reference nothing says how far it may be off. Compares nothing where there is no such module.
+    Without a reference the distance has no limit. Without such a module nothing is compared.
     """
     checkers, states = block.checkers, block.states
     found, limit = Distances(len(block)), np.inf if checkers.truth is None else 2 * FLOOR
@@ -267,7 +269,7 @@ def check_torch(block: Block) -> Distances:
 
 
 def check_reference(block: Block) -> Distances:
-    """Compute in float64. Compares nothing where the network has no reference."""
+    """Compute with the float64 reference. Without one nothing is compared."""
     checkers, leaves = block.checkers, block.leaves(np.float64)
     found, scales = Distances(len(block)), np.ones((1, len(block)))
     if checkers.truth is None:
@@ -287,15 +289,15 @@ def check_reference(block: Block) -> Distances:
 
 @dataclass(slots=True)
 class Comparison:
-    """The values of one stretch compared one by one with those that a checker computed."""
+    """A comparison of one stretch, value by value, with a checker's results."""
 
     checker: Checker
     largest: float = 0.0
-    """The largest distance of a value that its limit says something about."""
+    """The largest distance among values with a limit that is not lossy."""
     first: Divergence | None = None
     """The first wrong value."""
     undecided: int | None = None
-    """The seq of the first frame with a value beyond a limit that proves nothing."""
+    """The seq of the first frame with a value beyond a lossy limit."""
 
     def compare(
         self,
@@ -314,10 +316,10 @@ class Comparison:
             seqs: [T].
             recorded: [T, values].
             computed: [T, values].
-            limits: [T]; a value beyond its limit is wrong, unless that is lossy.
-            exact: every bit must be equal, and the limits count for nothing.
-            place: where the values are.
-            offset: the index of the first value there.
+            limits: [T]; a value beyond its limit is wrong, unless the limit is lossy.
+            exact: whether every bit must be equal, whatever the limits.
+            place: the name of the output or leaf in messages.
+            offset: the index of the first value in it.
         """
         error = absolute_error(recorded, computed)
         if exact:
@@ -336,7 +338,7 @@ class Comparison:
     def compare_state(
         self, seq: int, spec: StateSpec, end: End, computed: Leaves, limits: Mapping[str, Limits], *, exact: bool
     ) -> None:
-        """Compare a state before the frame `seq`; leaves without limits, [1], must be equal."""
+        """Compare a state before the frame `seq`; leaves without limits [1] must be equal."""
         recorded, offset, seqs = spec.unpack(end.state[None]), 0, np.array([seq])
         for leaf in spec.leaves:
             both = recorded[leaf.name].reshape(1, -1), computed[leaf.name].reshape(1, -1)
@@ -357,8 +359,8 @@ def examine(block: Block, y: F32, after: U8) -> tuple[list[Sequence[Comparison]]
         after: its states after the stretches of the block, [R, row_bytes].
 
     Returns:
-        Return the finding for each stretch, which without a reference rests on the compiled step alone, and the
-        relative errors [R] at the ends.
+        The finding for each stretch, which without a reference depends on the compiled step alone, and the relative
+        errors [R] at the ends.
     """
     checkers, spec, exact = block.checkers, block.checkers.state, block.checkers.bits_required
     leaves, states, bound, truth = block.leaves(np.float64), block.states, None, checkers.truth
@@ -399,16 +401,16 @@ def examine(block: Block, y: F32, after: U8) -> tuple[list[Sequence[Comparison]]
 
 
 def check_definition(block: Block, after: U8, ends_s: float, at_least: int) -> tuple[dict[int, Comparison], I64, int]:
-    """Compute with the definition of the arithmetic, bit for bit, up to a time.
+    """Compute with the definition of the arithmetic and compare bits, up to a time.
 
     Args:
         block: the stretches.
         after: the states after the stretches of the block by the compiled step, [R, row_bytes].
-        ends_s: no part begins later, in seconds of the monotonic clock.
-        at_least: this many parts are computed even so.
+        ends_s: the time after which no part begins, in seconds of the monotonic clock.
+        at_least: the number of parts that are computed even then.
 
     Returns:
-        Return the differences by row, the counts of compared frames [R], and the count of values.
+        The differences by row, the numbers of compared frames [R], and the number of values.
     """
     checkers, spec = block.checkers, block.checkers.state
     found, frames, values, done = dict[int, Comparison](), np.zeros(len(block), np.int64), 0, 0
@@ -436,7 +438,7 @@ def check_definition(block: Block, after: U8, ends_s: float, at_least: int) -> t
 
 
 def differing_bits(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Bool:
-    """Elementwise, of one shape and dtype."""
+    """Whether elements of two arrays of one shape and dtype differ in any bit."""
     bits = f"u{one.itemsize}"
     differ: Bool = one.view(bits) != other.view(bits)
     return differ

@@ -30,7 +30,7 @@ VERIFIED: Final = 0
 MISMATCH: Final = 1
 NOT_CHECKED: Final = 2
 WITHOUT_FRAMES: Final = -1
-"""Not an exit status: of a recording among several that holds no frames."""
+"""The result for a recording without frames among several; it is not an exit status."""
 
 
 def run(
@@ -50,13 +50,13 @@ def run(
         model_folder: the model; None for the recorded path.
         streams: names or numbers of the streams to check; none for all.
         json: write one JSON object to standard output and nothing else.
-        console: gets everything else, except the progress, which goes to standard error.
+        console: prints everything else, except progress, which goes to standard error.
         page: an HTML page to write as well.
-        briefly: as one of several, in as few lines as possible.
+        briefly: print as few lines as possible, for one recording among several.
 
     Returns:
-        The exit status: 0 only when everything was checked and matched, 1 on a mismatch, 2 when something could not be
-        checked, or the page not be written although everything matched. Of one of several, also `WITHOUT_FRAMES`.
+        The exit status: 0 if everything was checked and matched, 1 on a mismatch, 2 if something could not be checked
+        or the page not be written. For one of several also `WITHOUT_FRAMES`.
     """
     prefix = f"{file}: " if briefly else ""
     if not briefly:
@@ -97,8 +97,8 @@ def run_all(
     """Verify several recordings, and those in folders, one after another; print a line for each and a summary.
 
     Returns:
-        The exit status: 1 when any recording has a mismatch, otherwise 2 when any could not be checked or none holds
-        frames, otherwise 0. Recordings without frames do not count.
+        The exit status: 1 if any recording has a mismatch, else 2 if any could not be checked or none has frames, else
+        0. Recordings without frames do not count.
     """
     found: list[Path] = []
     for place in places:

@@ -1,4 +1,4 @@
-"""A recording that is being written, followed in a replay: one short look after another."""
+"""Follows a recording that is being written, one short look after another."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PORTION_BYTES: Final = 4 * 2**20
 
 
 class OpenState(NamedTuple):
-    """A stream that is open, in its newest recorded state."""
+    """An open stream in its newest recorded state."""
 
     name: str
     seq: int
-    """The state is that before this frame."""
+    """The seq of the frame that follows the state."""
     state: U8 | None
     """uint8 [row_bytes]; None for the model's initial state."""
 
 
 def newest_state(reader: RecordingReader, stream: int) -> OpenState | None:
-    """An open stream by its number; None where it has closed."""
+    """An open stream by its number; None if it has closed."""
     opening = reader.newest_row("openings", "stream = ?", stream)
     row = reader.newest_row("states", "stream = ?", stream)
     # Looked for last: the states of a stream go once it has closed.
@@ -44,16 +44,16 @@ def newest_state(reader: RecordingReader, stream: int) -> OpenState | None:
 
 
 class Follower(Replay):
-    """Follows a recording that is written, and steps the committed frames.
+    """Follows a recording that is being written, and steps the committed frames.
 
-    Each look opens the file anew and reads it in short transactions: a reader that stays would keep the writer from
-    reusing its WAL, from trimming and from closing the file in order. It begins at the newest checkpoint. A stream that
-    was open there is met at its first frame, in its newest recorded state.
+    Each look opens the file anew and reads it in short transactions, because a permanent reader would keep the writer
+    from reusing its WAL, trimming, and closing the file cleanly. It begins at the newest checkpoint. A stream that was
+    open there is added at its first frame, in its newest recorded state.
 
     Attributes:
-        position: everything in the recording up to here was taken in; None before the first look.
-        lag_s: seconds since the first batch was committed that is not read yet.
-        is_finished: whether the recording was closed in order when it was last read.
+        position: everything in the recording up to here has been processed; None before the first look.
+        lag_s: seconds since the commit of the first unread batch.
+        is_finished: whether the recording had been closed cleanly when it was last read.
     """
 
     def __init__(self, path: Path, stepper: Stepping, position: int | None = None) -> None:
@@ -97,11 +97,11 @@ class Follower(Replay):
         return True
 
     def is_to_begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> bool:
-        """Whether to leave out everything up to where `begin` says: the history before may be gone."""
+        """Whether to skip everything up to the position that `begin` returns, because the history may be gone."""
         return reader.trimmed.position > (self.position or 0)
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
-        """The position of the newest checkpoint, behind which to begin; no stream is open here."""
+        """Return the position after which to begin, that of the newest checkpoint; no stream is open yet."""
         return checkpoint.position
 
     def take(self, portion: Portion) -> None:
@@ -109,7 +109,7 @@ class Follower(Replay):
         self.step(self.plan(portion))
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Begin with streams in their newest states."""
+        """Add streams in their newest states."""
         for number in numbers:
             if (found := newest_state(self.reader, number)) is not None:
                 self.add(number, found.seq, found.state)

@@ -1,10 +1,9 @@
-"""The process that checks a server's recordings at the lowest priority: `python -m instep.replay.live`.
+"""The process that checks a server's recordings, at the lowest priority: `python -m instep.replay.live`.
 
-Each line of standard input is a JSON object: `{"follow": FILE, "position": P, "applied": N}` checks what comes after a
-position, up to which N frames were applied since the recording began (null: the checkpoint there knows);
-`{"leave": FILE, "finish": BOOL}` closes it, with `finish` after everything committed by then is checked. The process
-ends with its standard input, which is also when the server dies. Each line of standard output is the state of a
-recording.
+Each line of standard input is a JSON object: `{"follow": FILE, "position": P, "applied": N}` checks the rows after a
+position, before which N frames were applied since the recording began (null: read N from the checkpoint); `{"leave":
+FILE, "finish": BOOL}` stops checking it, with `finish` after all committed rows were checked. The process ends when its
+standard input ends, which also happens when the server dies. Each line of standard output is the state of a recording.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ if TYPE_CHECKING:
 
 _NICE: Final = 19
 _WORK_S: Final = 0.001
-"""Every frame that is served meanwhile takes longer, since the two share caches."""
+"""The duration of a slice. Frames that are served during it take longer, because the two processes share caches."""
 _REST_S: Final = 0.010
-"""Between two slices."""
+"""The pause between two slices."""
 _SLICED_S: Final = 0.5
-"""Work that takes longer than this is too much for slices: the rest of it is done without rests."""
+"""Work that takes longer than this in total continues without rests."""
 _PAUSE_S: Final = 0.2
-"""The interval between two looks at a recording."""
+"""The pause between two looks at a recording."""
 _RETRY_S: Final = 1.0
-"""The same after a look at which it could not be read."""
+"""The pause after a look at a recording that could not be read."""
 _UNREADABLE_S: Final = 10.0
-"""A recording that could not be read for longer than this is reported; a passing lock is not."""
+"""A recording that cannot be read for longer than this is reported; a passing lock is not."""
 _TELL_S: Final = 1.0
 
 
 def run_in_the_background() -> None:
-    """Let every other process go first, where the system can."""
+    """Give this process the lowest priority, if the system can."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own; torch gets the number that the recording names
     os.nice(_NICE)
     if hasattr(os, "SCHED_IDLE"):
@@ -53,7 +52,7 @@ def run_in_the_background() -> None:
 
 @contextlib.contextmanager
 def in_slices() -> Iterator[None]:
-    """Work for a millisecond at a time, with rests between, for `_SLICED_S` at most; only in the main thread."""
+    """Work for a millisecond at a time, with rests, for up to `_SLICED_S`; only in the main thread."""
     until = time.monotonic() + _SLICED_S
 
     def rest(*_: object) -> None:
@@ -69,8 +68,6 @@ def in_slices() -> Iterator[None]:
 
 
 class _Recording:
-    """A recording that is checked."""
-
     def __init__(self, file: str, position: int, applied: int | None) -> None:
         self.file = file
         self.is_finishing = self.is_over = False
@@ -135,7 +132,7 @@ class _Recording:
 
 
 def main() -> int:
-    """Check recordings until standard input ends; the exit status."""
+    """Check recordings until standard input ends; returns the exit status."""
     requests, recordings = queue.SimpleQueue[dict[str, Any] | None](), dict[str, _Recording]()
     Thread(target=_read, args=(requests,), daemon=True).start()
     from instep.models.numerics import one_thread

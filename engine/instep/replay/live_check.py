@@ -1,4 +1,4 @@
-"""Committed frames of a recording that is being written, stepped again and compared.
+"""Steps committed frames of a recording that is being written again, and compares the outputs.
 
 A frame is wrong when any bit of its output differs. Engines that promise no bits are refused: `instep verify` compares
 their recordings within its bound.
@@ -26,21 +26,21 @@ from instep.replay.replay import StateTable, differ
 from instep.replay.report import CannotVerify
 
 LATE_S: Final = 15.0
-"""Behind the newest commit by more than this, everything up to the newest checkpoint is left out."""
+"""If the check is further behind the newest commit than this, it skips to the newest checkpoint."""
 _MOST_KEPT: Final = 1024
-"""Mismatches that are reported with their values; a broken model has one for each stream."""
+"""The most mismatches reported with their values; a broken model has one for each stream."""
 _NOTHING: Final[F32] = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class WrongOutput:
-    """A frame whose recorded output is not the one that was computed again."""
+    """A frame whose recorded output differs from the one computed again."""
 
     stream: str
     seq: int
     position: int
     expected: list[float]
-    """The output as computed again; empty where the frame itself is out of order."""
+    """The output computed again; empty if the frame itself is out of order."""
     got: list[float]
     """The recorded output."""
     sentence: str
@@ -52,21 +52,20 @@ class WrongOutput:
 
 
 class LiveCheck(Follower):
-    """Compares committed outputs with the results of stepping again.
+    """Compares committed outputs with those computed again.
 
     Args:
         path: the recording.
         network: the recorded one.
-        position: everything up to here was checked before; it begins at the newest checkpoint, and does not count
-            frames up to here again.
-        applied: how many frames were applied up to there since the recording began; None for the count in the
-            checkpoint.
+        position: everything up to here was checked before. The check begins at the newest checkpoint and does not count
+            those frames again.
+        applied: the number of frames applied up to there since the recording began; None to use the checkpoint's.
 
     Attributes:
-        frames: how many frames were compared.
-        skipped: how many others were committed and read, or left out.
-        mismatches: the first wrong frame of each stream that has one; of many only the first ones.
-        mismatches_total: how many there are.
+        frames: the number of compared frames.
+        skipped: the number of committed frames that were not compared.
+        mismatches: the first wrong frame of each stream, for a limited number of streams.
+        mismatches_total: the number of streams with a wrong frame.
     """
 
     def __init__(self, path: Path, network: RecurrentModel, position: int, applied: int | None) -> None:
@@ -77,9 +76,9 @@ class LiveCheck(Follower):
         self.has_trimmed = False
         self._told_until = self._counted = position
         self._compared_from = 0
-        """Frames up to here were computed by another engine, and stepped again by this one as it started."""
+        """Frames before this position were computed by another engine, and compared by this one at its start."""
         self._wrong = set[int]()
-        """Streams that did not match and are not followed any more."""
+        """Streams with a mismatch, which are no longer followed."""
 
     @classmethod
     def of(cls, path: Path, position: int, applied: int | None) -> Self:
@@ -98,14 +97,14 @@ class LiveCheck(Follower):
         return check
 
     def is_to_begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> bool:
-        """Also where it is late."""
+        """See `Follower`; also if the check is too far behind."""
         if super().is_to_begin(reader, checkpoint):
             self.has_trimmed = True
             return True
         return checkpoint.position > (self.position or 0) and self.lag_s > LATE_S
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
-        """Count skipped frames; frames that are read again do not count twice."""
+        """See `Follower`. Skipped frames are counted, and frames that are read again are counted once."""
         self._counted = max(self._counted, self.position or 0)
         rows = reader.rows("events", checkpoint.completed, checkpoint.completed)
         applied = sum(read_checkpoint_frames(row[5]) for row in rows)
@@ -117,11 +116,11 @@ class LiveCheck(Follower):
         return checkpoint.position
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """But for streams that are wrong."""
+        """See `Follower`; streams with a mismatch are left out."""
         super().meet([number for number in numbers if number not in self._wrong])
 
     def take(self, portion: Portion) -> None:
-        """Step a portion and compare."""
+        """Step a portion and compare its outputs."""
         stretches = self.plan(portion)
         y, _ = self.step(stretches)
         frames = stretches.frames
@@ -141,7 +140,7 @@ class LiveCheck(Follower):
     def _tell(
         self, number: int, seq: int, position: int, expected: F32 = _NOTHING, got: F32 = _NOTHING, sentence: str = ""
     ) -> None:
-        """A frame is wrong: report it, unless the stream was wrong before, and follow the stream no further."""
+        """Report a wrong frame, unless its stream had one before, and stop following the stream."""
         if number in self._wrong:
             return
         self._wrong.add(number)

@@ -1,4 +1,4 @@
-"""The model of a recording, and whether the recorded bits must come out again."""
+"""The model of a recording, and whether verification must find the recorded bits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from instep.replay.report import CannotVerify
 
 
 def why_not_bits(headers: Sequence[RecordingHeader]) -> tuple[str, ...]:
-    """Why bits need not be equal, given the engines that wrote a recording; empty where they must."""
+    """The reasons why bits need not be equal, from the engines that wrote a recording; empty if they must."""
     others = dict.fromkeys(header.arithmetic for header in headers if header.arithmetic != ARITHMETIC)
     return tuple(f"the engine computed with {arithmetic}, which promises no bits" for arithmetic in others)
 
 
 def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
-    """Load the recorded model, by its fingerprint, from `folder` or from where the recording says.
+    """Load the recorded model from `folder` or the recorded path, and check its fingerprint.
 
     Raises:
         CannotVerify: when the model is missing, cannot be read, or is another one.
@@ -50,7 +50,7 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
 
 
 def recorded_network(model: Model) -> RecurrentModel:
-    """The network of a recorded model, compiled for the processor that runs this, whatever computed the recording.
+    """The network of a recorded model, compiled for this processor, whichever processor recorded it.
 
     Raises:
         CannotVerify: when it cannot be computed here.

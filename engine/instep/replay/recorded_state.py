@@ -1,4 +1,4 @@
-"""The state of a recorded stream before any of its frames, to the bit: shown, saved, or continued on a live server."""
+"""The exact state of a recorded stream before any of its frames, to be shown, saved, or continued on a server."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Origin: TypeAlias = Literal["opening", "checkpoint", "reset"]
 
 
 class NoSuchMoment(RecordingError):
-    """A recording does not hold the frames that were asked for; the message says which it holds."""
+    """A recording does not have the requested frame; the message says which it has."""
 
 
 class NotExact(RecordingError):
-    """The recorded bits are not, or need not be, those that stepping again gives; the message says why."""
+    """The state cannot be computed to the bit; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,21 @@ class Moment:
     state: U8
     """uint8 [row_bytes]."""
     origin: Origin
-    """The row that recorded the state from which this one was computed."""
+    """The row with the recorded state from which this one was computed."""
     origin_seq: int
-    """The frame that it is before."""
+    """The seq of the frame that follows that recorded state."""
     compared: int
-    """Count of frames since then with recorded outputs: they came out again, bit for bit."""
+    """The number of frames since then whose recorded outputs were reproduced, bit for bit."""
     openings: int
-    """Count of openings of this name; this is the newest one that has the frame."""
+    """The number of openings of this name; this is the newest one that has the frame."""
 
     @property
     def replayed(self) -> int:
-        """Frames stepped since the recorded state."""
+        """The number of frames stepped since the recorded state."""
         return self.seq - self.origin_seq
 
     def in_words(self) -> str:
-        """The origin of the state, as the end of a sentence."""
+        """A phrase about the origin of the state, to end a sentence with."""
         recorded = "the opening" if self.origin == "opening" else f"the {self.origin} before frame {self.origin_seq:,}"
         if not self.replayed:
             return f"as recorded by {recorded}"
@@ -102,11 +102,11 @@ class Past:
         self._network = recorded_network(model)
 
     def before(self, seq: int | None = None) -> Moment:
-        """The stream before a frame and after any reset there; None for after the last frame.
+        """The stream before a frame and after any reset there; None means after the last frame.
 
         Raises:
             NoSuchMoment: when the frame is not recorded, or frames are missing before it.
-            NotExact: when frames must be stepped and that need not give, or does not give, the recorded bits.
+            NotExact: when frames must be stepped, and bits are not promised or differ from the recorded ones.
         """
         for info in reversed(self._openings):
             if seq is None or info.first_seq <= seq <= (seq if info.frames is None else info.frames):
@@ -157,12 +157,11 @@ class Past:
         return Moment(info, reached, replay.state(number), origin, origin_seq, sum(compared), len(self._openings))
 
     def _portions(self, info: StreamInfo, position: int) -> Iterator[Portion]:
-        """Yield the rows of a stream after a position."""
         for portion in portions(self._reader, position + 1):
             yield portion.only(np.array([info.stream]))
 
     def _recorded_before(self, info: StreamInfo, seq: int | None) -> tuple[int, Origin, int, U8 | None]:
-        """The newest recorded state before a frame: its position, the kind of its row, its seq, and the state."""
+        """The newest recorded state before a frame: its position, kind of row, seq, and state."""
         trimmed = self._reader.trimmed.position
         is_trimmed = info.opened_position <= trimmed
         rows = map(self._reader.stream_state, self._reader.rows("states", info.stream, info.stream))
@@ -200,10 +199,10 @@ def show_state(
     json: bool,
     console: Console,
 ) -> None:
-    """Show a recorded stream's state before a frame, or after the last one, and save it in a new file if asked to.
+    """Show a recorded stream's state before a frame (by default after the last), and save it if requested.
 
     Raises:
-        RecordingError, CannotVerify, CommandProblem: when the state cannot be had exactly, or a file not be written.
+        RecordingError, CannotVerify, CommandProblem: when the exact state cannot be computed, or a file not be written.
     """
     if out is not None:
         check_new(out, "--out")
@@ -265,10 +264,10 @@ def replay_from(
     """Open a stream on a running server that continues from a recorded frame, and leave it parked.
 
     Returns:
-        The exit status: 0, 2 when it could not be done, 130 after Ctrl-C.
+        The exit status: 0; 2 on failure; 130 after Ctrl-C.
 
     Raises:
-        RecordingError, CannotVerify: when the state cannot be had exactly.
+        RecordingError, CannotVerify: when the exact state cannot be computed.
     """
     with _past(file, stream, model_folder) as (past, header):
         moment = past.before(seq)
@@ -308,7 +307,7 @@ async def _open(
 
 
 async def _with_the_model(target: Target, taken: StreamSnapshot, terminal: Terminal, stop: Stop) -> Target:
-    """The server's default model, or the one that is called as in the recording where the default is another."""
+    """A connection to the server's default model or, if that is another one, to the recorded model by name."""
     async with connected(target, "replay-from", terminal, stop) as client:
         if client.info.fingerprint == taken.fingerprint:
             return target

@@ -39,10 +39,10 @@ def resume_recording(
     stepper: Stepper,
     retention: Retention = KEEP_ALL,
 ) -> tuple[RecordingWriter, Recovery]:
-    """Continue the open streams of a recording in an engine that serves nobody yet, and continue writing it.
+    """Continue a recording and its open streams in an engine that serves nobody yet.
 
-    Only streams whose frames have to be stepped again are put into memory; the others are as if they hibernated.
-    `header` describes the present engine, and `dirty` marks the states that the recording lacks.
+    Only streams with frames to step again are loaded into memory; the others hibernate. `header` describes the present
+    engine, and `dirty` marks the states that the recording lacks.
 
     Raises:
         RecordingError: when the recording is being written, damaged or of another model, more streams have to be
@@ -79,7 +79,7 @@ def resume_recording(
 
 
 def look_through(path: Path) -> tuple[int, int]:
-    """Check all that `resume_recording` would read; how many streams are open, and how many frames it would step.
+    """Check all rows that `resume_recording` would read; return the numbers of open streams and frames to step.
 
     Raises:
         RecordingError: when the recording is damaged.
@@ -92,19 +92,19 @@ def look_through(path: Path) -> tuple[int, int]:
 
 
 class _OpenStreams(Replay):
-    """Goes on with the open streams of a recording that have frames to step."""
+    """Follows the open streams of a recording that have frames to step."""
 
     def __init__(self, recovered: Recovered, stepper: Stepping) -> None:
         super().__init__(stepper, recovered.reader)
         self.recovered = recovered
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Without memory for their states."""
+        """Add streams without loading their states."""
         for stream in self.recovered.load(numbers):
             self.add_loaded(stream.stream, stream.seq, stream.stream)
 
     def checked(self, portion: Portion) -> Stretches:
-        """Plan as `plan` does; a defect is damage."""
+        """Plan as `plan` does, and treat a defect as damage."""
         stretches = self.plan(portion)
         for defect in stretches.defects:
             raise self.reader.damaged(
@@ -115,7 +115,7 @@ class _OpenStreams(Replay):
 
 
 class _EngineReplay(_OpenStreams):
-    """Puts them into the engine's memory."""
+    """Loads the streams into the engine's memory and steps them there."""
 
     def __init__(
         self,
@@ -136,10 +136,10 @@ class _EngineReplay(_OpenStreams):
         self.count = 0
         """Frames that were stepped."""
         self.missing: list[tuple[int, F32]] = []
-        """Batches, by position, whose outputs were not recorded any more, with the outputs."""
+        """Outputs by position of the batch, for batches whose outputs had not been recorded."""
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Load streams, parked, in the states from which they are stepped."""
+        """Load streams, as parked, in the states from which they are stepped."""
         for first in range(0, len(numbers), _LOAD_AT_ONCE):
             streams = self.recovered.load(numbers[first : first + _LOAD_AT_ONCE])
             slots = put_into_memory(self._tables, self._table, self._engine, streams)

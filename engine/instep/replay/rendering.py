@@ -1,4 +1,4 @@
-"""A report on the terminal, readable at 80 columns, and as a page."""
+"""A report as text of 80 columns, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from instep_tools.terminal import say
 from instep_tools.words import counted
 
 FIRST_STREAMS: Final = 20
-"""The number of streams that are shown even if they match."""
+"""The number of streams shown even if they match."""
 HEADINGS: Final = ("stream", "name", "frames", "vs. torch", "vs. float64", "verdict")
 NUMBERS: Final = ("stream", "frames", "vs. torch", "vs. float64")
 """The headings of columns of numbers."""
@@ -38,9 +38,9 @@ _TONES: Final[dict[Verdict, page.Tone]] = {
 
 
 def render(report: Report, console: Console, *, briefly: bool = False) -> None:
-    """Print verdicts, problems and notes, and a summary as the last line.
+    """Print verdicts, problems and notes, with a summary as the last line.
 
-    Briefly, it is one line with the file and the verdict, and below it problems and notes.
+    With `briefly`, print one line with the file and the verdict, then problems and notes.
     """
     style = "bold green" if report.verified else "bold red"
     if briefly:
@@ -56,7 +56,7 @@ def render(report: Report, console: Console, *, briefly: bool = False) -> None:
 
 
 def verify_page(report: Report, recording: Mapping[str, str]) -> page.Page:
-    """The page, with facts about the recording in words."""
+    """The HTML page, with facts about the recording as text."""
     tone = _TONES[report.verdict] if report.verified else "bad"
     return page.Page(
         program="instep verify",
@@ -86,7 +86,6 @@ def _table(report: Report) -> Table:
 
 
 def _cells(report: Report, stream: StreamReport) -> list[str]:
-    """The row of a stream under `HEADINGS`, except the verdict."""
     distance = f"{stream.max_distance:.1e}" if report.elements.get("torch") else "–"
     error = "–" if report.reference == "none" else f"{stream.max_error:.1e}"
     return [str(stream.stream), stream.name, f"{stream.frames:,}", distance, error]
@@ -108,7 +107,7 @@ def _problems(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _remarks(report: Report) -> Iterator[str]:
-    """Limits of the verdict, as sentences."""
+    """Sentences about the limits of the verdict."""
     for note in report.notes:
         yield f"bits were not required to be equal: {note}"
     if report.reference == "same graph":

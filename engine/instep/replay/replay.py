@@ -1,8 +1,8 @@
-"""Recorded frames stepped again: the one place where that is done.
+"""Steps recorded frames again, for all purposes.
 
-`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. It handles a portion
-in two steps: `plan` cuts each stream's frames into stretches, which begin in a given state or in the one that the
-stretch before has left, and end where a state was recorded; `step` steps them, many streams at once and each in order.
+`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. A portion takes two
+calls: `plan` cuts each stream's frames into stretches, which begin in a given state or in the state after the previous
+stretch, and end where a state was recorded; `step` steps them, many streams at once and each in order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from instep.recording.schema import RESET_EVENT, UNKNOWN_SEQ
 
 Place: TypeAlias = Literal["final state", "checkpoint", "state"]
 LAST: Final = int(np.iinfo(np.int64).max)
-"""A position behind every other."""
+"""A position after all others."""
 
 
 class Stepping(Protocol):
-    """Steps the states of streams, by slot; the engine's `Stepper` is one."""
+    """Steps the states of streams by slot; the engine's `Stepper` is one implementation."""
 
     @property
     def state(self) -> StateSpec:
@@ -39,17 +39,17 @@ class Stepping(Protocol):
         """The most streams in one step."""
 
     def load(self, slots: I64, rows: U8 | None) -> None:
-        """Give slots the states in rows of bytes, or the initial state."""
+        """Set the states of slots from rows of bytes, or to the initial state."""
 
     def read(self, slots: I64) -> U8:
-        """A copy of states."""
+        """Copy states."""
 
     def step(self, slots: I64, rows: I64, inputs: F32, outputs: F32) -> None:
         """Step `slots` with the frames in `rows` of the inputs; outputs go to the same rows."""
 
 
 class StateTable:
-    """A stepper of any number of streams on this processor; its memory grows with the slots that are loaded."""
+    """A stepper for any number of streams on this processor; its memory grows with the loaded slots."""
 
     max_batch_size: int = 2**31
 
@@ -83,7 +83,7 @@ class StateTable:
 
 
 class NoStates:
-    """A stepper for plans without steps."""
+    """A stepper for plans that are never stepped."""
 
     max_batch_size: int = 1
 
@@ -103,7 +103,7 @@ class NoStates:
 
 
 def differ(one: F32, other: F32) -> Bool:
-    """Whether any bit differs, by row of [N, values]."""
+    """Whether any bit differs, for each row of [N, values]."""
     differs: Bool = (one.view(np.uint32) != other.view(np.uint32)).any(axis=1)
     return differs
 
@@ -112,21 +112,21 @@ class RecordedState(NamedTuple):
     """A state of a stream in a checkpoint."""
 
     seq: int
-    """The state is that before this frame."""
+    """The seq of the frame that follows the state."""
     position: int
-    """All batches and resets up to it are in the state."""
+    """The state includes all batches and resets up to this position."""
     state: U8
     has_reset: bool = False
-    """Whether the stream is reset before that frame: the state may be the one before the reset or the one after."""
+    """Whether the stream is reset before that frame, so the state may be from before or after the reset."""
 
 
 class Defect(NamedTuple):
-    """A row that does not follow the rows before it."""
+    """A row that does not follow from the rows before it."""
 
     stream: int
     position: int
     seq: int
-    """The frame that was recorded."""
+    """The recorded seq."""
     next_seq: int
     """The expected seq."""
     sentence: str
@@ -141,26 +141,27 @@ class End(NamedTuple):
 
 @dataclass(slots=True)
 class Stretches:
-    """Consecutive frames of streams, each from one known state on; those of one stream in order.
+    """Runs of consecutive frames, each beginning in a known state; those of one stream are in order.
 
     Columns are int64 [S]; indices are those of `frames`.
     """
 
     frames: RecordedFrames
     order: I64
-    """int64 [N]: indices of frames, stretch after stretch."""
+    """int64 [N]: indices of frames, stretch by stretch."""
     streams: I64
-    """Numbers."""
+    """The numbers of their streams."""
     slots: I64
     starts: I64
     """The index in `order` of each stretch's first frame."""
     lengths: I64
     first_seqs: I64
     rounds: I64
-    """The count of earlier stretches of the same stream."""
+    """The number of earlier stretches of the same stream."""
     given: dict[int, U8 | None]
-    """By stretch, the recorded state that it begins in, None for the model's initial one; other stretches continue from
-    the one before."""
+    """By stretch, the recorded state that it begins in, None for the model's initial one. Other stretches continue from
+    the one before.
+    """
     ends: dict[int, End]
     """By stretch, the recorded state at its end."""
     defects: list[Defect]
@@ -186,9 +187,9 @@ class _Stream:
     slot: int
     next_seq: int
     skip_below: int = 0
-    """Frames before this one are in the state that the stream was added with, and are left out."""
+    """Frames below this seq are part of the state that the stream was added with, and are skipped."""
     is_broken: bool = False
-    """Whether it has a defect: the rest of it is left out."""
+    """Whether it has a defect; the rest of it is skipped."""
 
 
 @dataclass(slots=True)
@@ -200,18 +201,18 @@ class _Plan:
     defects: list[Defect] = field(default_factory=list)
     closed: list[int] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
-    """Streams that were reset where another frame belongs."""
+    """Streams with a reset at a seq other than the expected one."""
 
 
 class Replay:
-    """The open streams of a recording, in the states that its frames lead to.
+    """The open streams of a recording, in the states that result from its frames.
 
     Args:
         stepper: holds the states.
         reader: names the recording in errors.
-        recorded: states in checkpoints that must come out, by number of the stream and in order; each is taken away
-            once it was met.
-        ignore_until: up to this position, frames may be of streams that nothing is known of.
+        recorded: by stream number and in order, states of checkpoints that must be reproduced; each is removed once
+            compared.
+        ignore_until: up to this position, frames may belong to unknown streams.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class Replay:
         self.add_loaded(number, seq, slot)
 
     def add_loaded(self, number: int, seq: int, slot: int) -> None:
-        """As `add`, for a state that the stepper already has in a slot."""
+        """Like `add`, for a state that the stepper already has in a slot."""
         self._streams[number] = _Stream(slot, seq, skip_below=seq)
 
     def drop(self, number: int) -> None:
@@ -258,15 +259,15 @@ class Replay:
         self._free.append(self._streams.pop(number).slot)
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Called with streams that have frames or resets and are not open here, to `add` those that count."""
+        """A hook for streams with frames or resets that are not open here; it may `add` them."""
 
     def plan(self, portion: Portion) -> Stretches:
         """Cut the frames of the next portion into stretches; step these before the next call.
 
-        In a portion at `LAST`, the states in checkpoints are met that no frame follows.
+        A portion at `LAST` also compares the states of checkpoints that no frame follows.
 
         Raises:
-            DamagedRecording: when a frame is of a stream that is not open.
+            DamagedRecording: when a frame belongs to a stream that is not open.
         """
         frames, plan = portion.frames, _Plan()
         marks: dict[int, list[Mark]] = {number: [] for number in (self._recorded if portion.position == LAST else ())}
@@ -304,7 +305,7 @@ class Replay:
         return stretches
 
     def states_before(self, stretches: Stretches) -> U8:
-        """The states before all stretches, uint8 [S, row_bytes]; to be called before `step`."""
+        """The states before all stretches, uint8 [S, row_bytes]. Call this before `step`."""
         states: U8 = np.empty((len(stretches), len(self._initial)), np.uint8)
         carried = [at for at in range(len(stretches)) if at not in stretches.given]
         states[carried] = self.stepper.read(stretches.slots[carried])
@@ -318,11 +319,11 @@ class Replay:
         """Step the frames of all stretches.
 
         Args:
-            stretches: of the last `plan`.
+            stretches: the result of the last `plan`.
             on_frames: called after each step with its slots and the indices of its frames.
 
         Returns:
-            Outputs, float32 [frames, outputs], zeros for frames that are in no stretch, and the states after the
+            Outputs, float32 [frames, outputs], with zeros for frames outside of stretches, and the states after the
             stretches, uint8 [S, row_bytes].
         """
         x = stretches.frames.x
@@ -345,7 +346,7 @@ class Replay:
         return y, after
 
     def release(self, stretches: Stretches) -> None:
-        """Forget the streams that end in these stretches; `step` does that."""
+        """Forget the streams that end in these stretches; `step` calls this."""
         for number in stretches.closed:
             self.drop(number)
 
@@ -386,11 +387,11 @@ class Replay:
         """Cut a stream's frames at marks and recorded states.
 
         Args:
-            plan: gets the stretches.
+            plan: receives the stretches.
             number: of the stream.
-            first: where its frames begin in the order.
+            first: the index of its first frame in the order.
             positions: of its frames.
-            marks: its own.
+            marks: of the stream.
             until: the position of the portion.
         """
         stream, recorded = self._streams[number], self._recorded.get(number, [])
@@ -465,7 +466,7 @@ class Replay:
             self._recorded.pop(number, None)
 
     def _find_defects(self, stretches: Stretches, broken: set[int]) -> None:
-        """Shorten stretches to consecutive frames."""
+        """Shorten stretches to frames with consecutive seqs."""
         offsets, applied = stretches.offsets(), stretches.applied()
         seqs, positions = stretches.frames.seqs[applied], stretches.frames.positions[applied]
         expected = np.repeat(stretches.first_seqs, stretches.lengths) + offsets

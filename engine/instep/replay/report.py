@@ -1,4 +1,4 @@
-"""The result of a verification as values: for the terminal, for JSON, for tests."""
+"""The result of a verification as values."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from instep_tools.words import counted
 
 Verdict: TypeAlias = Literal["exact", "within tolerance", "not checked", "mismatch", "empty"]
 Checker: TypeAlias = Literal["stepped", "definition", "torch", "float64 reference"]
-"""The compiled step, the definition of its arithmetic, torch's own module over whole sequences, or the reference."""
+"""The compiled step, the definition of its arithmetic, torch's module over whole sequences, or the reference."""
 ReferenceKind: TypeAlias = Literal["independent", "same graph", "none"]
-"""Whether the float64 reference is written again from the equations, or is the served graph in float64."""
+"""Whether the float64 reference was written from the equations, or is the served graph in float64."""
 Place: TypeAlias = Literal["output", "final state", "checkpoint", "state"]
 
 WORST_FIRST: Final[tuple[Verdict, ...]] = ("mismatch", "not checked", "within tolerance", "exact", "empty")
 
 
 class CannotVerify(Exception):
-    """The check could not be made; the message is a sentence saying why and what to do."""
+    """The check cannot be made; the message gives the reason and what to do."""
 
 
 class NoFrames(CannotVerify):
-    """The recording holds no frames, which is no fault of one among several."""
+    """The recording has no frames, which is not a failure for one recording among several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ class Divergence:
     checker: Checker
     place: Place
     frame: int
-    """The frame's seq; for a state, that of the frame that would come next."""
+    """The frame's seq; for a state, the seq of the frame that follows it."""
     element: int
-    """Index in the output, or among all values of the state, leaf by leaf."""
+    """The index in the output or, for a state, among the values of all leaves."""
     recorded: float
     replayed: float
-    """The value of the float64 reference, with its full precision."""
+    """The computed value; from the float64 reference with its full precision."""
 
     def sentence(self) -> str:
-        """Describe the divergence."""
+        """A sentence that describes it."""
         where = f"frame {self.frame}" if self.place == "output" else f"{self.place} before frame {self.frame}"
         recorded = str(np.float32(self.recorded))  # the fewest digits that name this float32
         other = str(self.replayed if self.checker == "float64 reference" else np.float32(self.replayed))
@@ -63,26 +63,27 @@ class StreamReport:
     stream: int
     name: str
     frames: int = 0
-    """Frames that were checked."""
+    """The number of checked frames."""
     not_compared: int = 0
-    """Frames whose outputs were not recorded, because the engine was killed as it computed them."""
+    """The number of frames without recorded outputs, because the engine was killed while computing them."""
     verdict: Verdict = "empty"
     problems: list[str] = field(default_factory=list)
-    """Why it is a mismatch or not checked, as sentences."""
+    """Sentences that explain a mismatch or an incomplete check."""
     divergence: Divergence | None = None
     """The first wrong value."""
     max_difference: float = 0.0
-    """Largest distance from the compiled step."""
+    """The largest distance from the compiled step."""
     max_distance: float = 0.0
-    """Largest distance from torch's own module, up to `lossy_from`."""
+    """The largest distance from torch's module, up to `lossy_from`."""
     max_error: float = 0.0
-    """Largest distance from the float64 reference, up to `lossy_from`."""
+    """The largest distance from the float64 reference, up to `lossy_from`."""
     lossy_from: int | None = None
-    """The seq from which the float64 reference bounds nothing, because frames or states are too large for float32 or
-    there is no reference, and outputs are beyond the bound."""
+    """The seq from which the float64 reference gives no bound and outputs are beyond it: frames or states are too large
+    for float32, or there is no reference.
+    """
 
     def worsen(self, verdict: Verdict) -> None:
-        """Take this verdict, unless the one before is worse."""
+        """Set the verdict, unless the present one is worse."""
         self.verdict = min(self.verdict, verdict, key=WORST_FIRST.index)
 
     def add_problem(self, sentence: str, verdict: Verdict = "mismatch") -> None:
@@ -91,7 +92,7 @@ class StreamReport:
         self.worsen(verdict)
 
     def add_mismatch(self, divergence: Divergence) -> None:
-        """A value is wrong."""
+        """Add a wrong value."""
         self.divergence = self.divergence or divergence
         self.add_problem(divergence.sentence())
 
@@ -104,7 +105,7 @@ class StreamReport:
 
 
 class Coverage(NamedTuple):
-    """The coverage of a checker that need not compare everything."""
+    """How much a checker compared that need not compare everything."""
 
     streams: int = 0
     frames: int = 0
@@ -119,35 +120,35 @@ class Report:
     fingerprint: str
     streams: Sequence[StreamReport]
     finished: bool
-    """Whether the recording was closed in order; otherwise it was checked up to its last commit."""
+    """Whether the recording was closed cleanly; otherwise it was checked up to its last commit."""
     notes: tuple[str, ...]
-    """Why bits were not required to be equal, where they were not."""
+    """The reasons why bits were not required to be equal; empty if they were."""
     seconds: float
     ending: str = ""
-    """The end of the recording in words."""
+    """A phrase about the end of the recording."""
     lost: str = ""
-    """The losses of the WAL in words; empty if nothing is missing."""
+    """A sentence about losses of the WAL; empty if nothing is missing."""
     trimmed: str = ""
-    """The beginning of the recording, such as "begins at position 1,201 (…)"; empty where no history was trimmed."""
+    """A phrase about the beginning, such as "begins at position 1,201 (…)"; empty if no history was trimmed."""
     elements: dict[Checker, int] = field(default_factory=dict)
-    """The count of output and state elements that each checker compared."""
+    """The number of output and state elements that each checker compared."""
     definition: Coverage = field(default_factory=Coverage)
     """The coverage of the definition."""
     reference: ReferenceKind = "independent"
 
     @property
     def frames(self) -> int:
-        """Frames that were checked."""
+        """The number of checked frames."""
         return sum(stream.frames for stream in self.streams)
 
     @property
     def not_compared(self) -> int:
-        """Frames whose outputs were not recorded, because the engine was killed as it computed them."""
+        """The number of frames without recorded outputs, because the engine was killed while computing them."""
         return sum(stream.not_compared for stream in self.streams)
 
     @property
     def mismatches(self) -> int:
-        """Streams with a mismatch."""
+        """The number of streams with a mismatch."""
         return sum(stream.verdict == "mismatch" for stream in self.streams)
 
     @property
@@ -156,12 +157,12 @@ class Report:
         return sum(stream.verdict == "not checked" for stream in self.streams)
 
     def largest(self, distance: Literal["max_difference", "max_distance", "max_error"]) -> float:
-        """The largest of any stream."""
+        """The largest value of any stream."""
         return max((getattr(stream, distance) for stream in self.streams), default=0.0)
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of any stream."""
+        """The worst verdict of any stream."""
         found = {stream.verdict for stream in self.streams}
         return next((verdict for verdict in WORST_FIRST[:3] if verdict in found), "exact")
 
@@ -171,7 +172,7 @@ class Report:
         return self.verdict not in ("mismatch", "not checked") and not self.lost
 
     def summary(self) -> str:
-        """One line."""
+        """A summary in one line."""
         checked = f"{counted(len(self.streams), 'stream')}, {counted(self.frames, 'frame')}"
         mismatches = counted(self.mismatches, "mismatch", "mismatches")
         if not self.verified:
@@ -181,7 +182,7 @@ class Report:
         return f"verified: {checked}, {self.verdict}, {mismatches}"
 
     def checkers(self) -> str:
-        """Describe the checks in one line."""
+        """A description of the checks in one line."""
         are_equal = not self.notes and not self.mismatches
         stepped = "bit for bit" if are_equal else f"at most {self.largest('max_difference'):.1e} away"
         found = [f"compiled step: every frame, {stepped}"]
@@ -197,7 +198,7 @@ class Report:
 
     @property
     def by_definition(self) -> str:
-        """The coverage of the definition in words."""
+        """A phrase about the coverage of the definition."""
         streams, frames = self.definition
         if frames == self.frames:
             return "every frame"

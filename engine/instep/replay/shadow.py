@@ -1,4 +1,4 @@
-"""The command `instep model shadow`: a candidate on some streams of a recording, and how its outputs differ."""
+"""`instep model shadow`: runs a candidate on some streams of a recording, and reports how its outputs differ."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WARM_UP: Final = 256
 MOST_LISTED: Final = 1024
 _SHOWN: Final = 10
 _PAUSE_S: Final = 0.25
-"""Between two looks at the recording."""
+"""The pause between two looks at the recording."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,14 @@ class Shadowing:
 
 
 def run(asked: Shadowing, console: Console) -> int:
-    """Follow a recording with a candidate until the time is over, it ends, or a signal comes; print how it differs.
+    """Run a candidate on a recording until the time is over, it ends, or a signal comes, and print the result.
 
     Returns:
         The exit status: 0 after a comparison, 1 when a value differed by more than the tolerance, 2 when nothing was
         compared.
 
     Raises:
-        ModelError: when the candidate cannot be loaded, or frames or outputs are of another size.
+        ModelError: when the candidate cannot be loaded, or its frames or outputs have another size.
         RecordingError: when the recording cannot be read.
     """
     shadow = make_shadow(asked)
@@ -83,7 +83,7 @@ def run(asked: Shadowing, console: Console) -> int:
 
 
 def make_shadow(asked: Shadowing) -> Shadow:
-    """A candidate that has not followed anything yet; raises as `run`."""
+    """Make a candidate that has not followed anything yet. Raises the same errors as `run`."""
     prepare()
     with RecordingReader(asked.recording) as reader:
         header = reader.header
@@ -110,23 +110,23 @@ def _follow(shadow: Shadow, seconds: float | None) -> None:
 
 @dataclass(slots=True)
 class StreamDifference:
-    """The difference of a stream's outputs."""
+    """How a stream's outputs differ."""
 
     name: str
     frames: int = 0
-    """Compared."""
+    """The number of compared frames."""
     largest: float = 0.0
-    """The largest absolute difference of one value; infinity where one is not finite and the other differs."""
+    """The largest absolute difference of a value; infinite if either is not finite and they differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Differences of all frames that were compared. The quantiles count the largest difference of each frame."""
+    """The differences of all compared frames. Quantiles are over the largest difference of each frame."""
 
     frames: int
-    """Compared."""
+    """The number of compared frames."""
     equal: int
-    """Frames whose outputs have the same bits."""
+    """The number of frames whose outputs have the same bits."""
     largest: float
     mean: float
     """The mean absolute difference of all values."""
@@ -135,7 +135,7 @@ class Differences:
     streams: list[StreamDifference]
     """The streams that differ most, in descending order."""
     streams_total: int
-    """The count of streams that were compared."""
+    """The number of compared streams."""
 
     def as_json(self, asked: Shadowing) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: it becomes null."""
@@ -149,7 +149,7 @@ class Differences:
         return found
 
     def render(self, console: Console) -> None:
-        """Print it."""
+        """Print the differences."""
         if self.streams:
             table = Table("stream", box=None, header_style="bold")
             for column in ("frames", "max |difference|"):
@@ -170,27 +170,27 @@ class Differences:
 
 
 _PARTS: Final = 8
-"""Bins of differences for each doubling."""
+"""The number of bins for each doubling of a difference."""
 _SMALLEST: Final = -64
 _BINS: Final = 128 * _PARTS
-"""Bins from 2^-64 to 2^64; the first one also counts 0, the last one also values that are not finite."""
+"""The number of bins, from 2^-64 to 2^64. The first also counts 0, the last also infinite differences."""
 
 
 class Shadow(Follower):
     """Steps recorded frames of some streams in a candidate, and compares its outputs with the recorded ones.
 
     Args:
-        path: the recording of the version that is served.
+        path: the recording of the served version.
         network: the candidate.
-        warm_up: None to begin with the served version's states; N to begin in the candidate's initial state, and to
-            leave out the first N frames of each stream.
-        share: of the streams; whether one is followed depends on its name alone.
+        warm_up: None to begin in the served version's states; N to begin in the candidate's initial state and not
+            compare the first N frames of each stream.
+        share: of the streams. Whether a stream is followed depends on its name alone.
     """
 
     def __init__(self, path: Path, network: RecurrentModel, warm_up: int | None, share: float) -> None:
         super().__init__(path, StateTable(network))
         self.unavailable: UnavailableRecording | None = None
-        """Why the recording could not be read at the last look."""
+        """The reason that the recording could not be read at the last look."""
         self._warm_up = warm_up
         self._share = share
         self._found: dict[int, StreamDifference] = {}
@@ -205,7 +205,7 @@ class Shadow(Follower):
 
     @property
     def following(self) -> int:
-        """Count of streams that are followed now."""
+        """The number of followed streams."""
         return len(self._streams)
 
     def follow(self) -> bool:
@@ -217,13 +217,13 @@ class Shadow(Follower):
         return is_all
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
-        """Forget streams that have ended."""
+        """See `Follower`; forgets streams that have ended."""
         for number in [number for number in self._found if newest_state(reader, number) is None]:
             self._end(number)
         return super().begin(reader, checkpoint)
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Begin with streams that are chosen."""
+        """See `Follower`; adds the chosen streams."""
         for number in numbers:
             found = newest_state(self.reader, number)
             if found is not None and self._is_chosen(found.name):
@@ -232,7 +232,7 @@ class Shadow(Follower):
                 self._compared_from[number] = found.seq + (self._warm_up or 0)
 
     def take(self, portion: Portion) -> None:
-        """Step a portion and compare."""
+        """Step a portion and compare its outputs."""
         marks, foreign = list[Mark](), set[tuple[int, int]]()
         for mark in portion.marks:
             if isinstance(mark, Opened):
@@ -261,7 +261,7 @@ class Shadow(Follower):
             self._end(number)
 
     def report(self) -> Differences:
-        """Findings so far."""
+        """The findings so far."""
         streams = [*self._past, *(found for found in self._found.values() if found.frames)]
         edges = 2.0 ** ((np.arange(_BINS) + 1) / _PARTS + _SMALLEST)
         counts, quantiles = np.cumsum(self._bins), dict[float, float]()

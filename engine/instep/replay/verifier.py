@@ -1,4 +1,4 @@
-"""Verification: compute a whole recording again in four ways, and compare it with the recorded outputs.
+"""Verification: computes a whole recording again in four ways, and compares the results with the recorded outputs.
 
 1. **Stepped**: every frame by the compiled step, from the recorded initial states, streams side by side. 2.
    **Definition**: by the second program of the same arithmetic, as many frames as it computes in about the time of 1.
@@ -70,14 +70,14 @@ from instep.replay.report import (
 from instep.runtime.executor import usable_cores
 
 Progress: TypeAlias = Callable[[float], None]
-"""Called with the share (0 to 1) that is done."""
+"""Called with the finished share, 0 to 1."""
 
 MOST_THREADS: Final = 4
-"""More threads, even on more cores, would only take their caches from each other."""
+"""The most threads. More would only compete for caches, even on more cores."""
 LEAST_SHARE: Final = 64
 """The smallest block of streams that is worth a thread of its own."""
 _ROWS: Final = 16
-"""Stretches that the definition takes side by side."""
+"""The number of stretches that the definition computes side by side."""
 
 
 def verify(
@@ -87,11 +87,11 @@ def verify(
     on_progress: Progress,
     limits: CheckLimits = CHECK_LIMITS,
 ) -> Report:
-    """Check every stream of a recording, or those of some names or numbers.
+    """Check every stream of a recording, or the streams of some names or numbers.
 
     Args:
-        reader: the recording, just opened.
-        model: the recorded model; the caller compares it with the one that the header names.
+        reader: the newly opened recording.
+        model: the recorded model, whose fingerprint the caller has checked.
         wanted: names and numbers; none for all streams.
         on_progress: see `Progress`.
         limits: sizes of the parts that are computed at once.
@@ -129,7 +129,7 @@ def verify(
 def make_checkers(
     model: Model, notes: tuple[str, ...], stopped: Event | None = None, limits: CheckLimits = CHECK_LIMITS
 ) -> Checkers:
-    """Build the network, to compare within the bound where `notes` say why bits need not be equal."""
+    """Build the checkers. `notes` are the reasons why bits need not be equal; empty if they must."""
     network = recorded_network(model)
     references = network.reference(np.float64), network.reference(np.float32)
     truth, rounded = references if None not in references else (None, None)
@@ -145,10 +145,10 @@ def _threads() -> int:
 
 
 class CheckpointStates:
-    """The tables `checkpoints` and `states` as of one commit; the reader shows that commit from then on.
+    """The tables `checkpoints` and `states` as of one commit, which the reader shows from then on.
 
     Args:
-        reader: the recording, before anything else was read from it.
+        reader: a recording from which nothing else has been read.
         wanted: numbers of streams; None for all.
 
     Attributes:
@@ -179,9 +179,9 @@ class CheckpointStates:
         self.newest = {number: states[-1].seq for number, states in self.states.items()}
 
     def compare_tails(self, stretches: Stretches) -> Iterator[tuple[int, str]]:
-        """Compare the frames that checkpoints hold with the recorded ones: numbers of streams, and sentences.
+        """Compare the frames in checkpoints with the recorded ones; returns stream numbers and sentences.
 
-        Outputs that only a checkpoint holds, because the engine was killed, count as recorded ones from here on.
+        Outputs that only a checkpoint has, because the engine was killed, count as recorded from here on.
         """
         frames = stretches.frames
         for at, number in enumerate(stretches.streams.tolist()) if self._tails else ():
@@ -244,13 +244,13 @@ class _Check:
         self._at_checkpoint: dict[int, int] = {}
         """Next seqs of streams that had changed at the newest checkpoint, by number."""
         self._drift: dict[int, float] = {}
-        """Relative errors so far where bits are not required, by number; see `ErrorBound`."""
+        """The relative errors so far by number, if bits are not required; see `ErrorBound`."""
         self._frames = 0
         """The count of recorded frames."""
         self._compared: tuple[set[int], int] = (set(), 0)
-        """Streams, and the count of frames, compared with the definition."""
+        """The streams, and the number of frames, compared with the definition."""
         self._definition_s = self.checkers.limits.definition_s
-        """Time that is left for it."""
+        """The time that is left for the definition."""
         self._definition_begun: tuple[_PortionCheck, Future[Any]] | None = None
 
     def run(self, on_progress: Progress) -> None:
@@ -270,7 +270,7 @@ class _Check:
         self._check_complete()
 
     def require_outputs(self, wanted: Sequence[str]) -> None:
-        """Raise CannotVerify where the streams, wanted by these words, have no frames with outputs."""
+        """Raise CannotVerify if the streams that these words name have no frames with outputs."""
         has_problems = any(report.problems for report in self.reports)
         if has_problems or any(report.frames for report in self.reports):
             return
@@ -362,7 +362,7 @@ class _Check:
                     self._by_number[int(numbers[row])].add_mismatch(finding.first)
 
     def _check_complete(self) -> None:
-        """Raise when the newest checkpoint lacks a state, or holds one from before the checkpoint."""
+        """Raise if the newest checkpoint lacks a state, or has one from before the checkpoint."""
         reader, position, nexts = self._reader, self._stored.position, self._replay.next_seqs
         for number in self._stored.newest.keys() - self._by_number.keys():
             raise reader.damaged(f"a checkpoint holds a state of stream {number}, which was never opened")
@@ -380,11 +380,11 @@ class _Check:
 
 
 class _PortionCheck:
-    """Begins to check the stretches of a portion when it is made; `finish` waits for the end.
+    """The check of a portion's stretches. It begins when it is made, and `finish` waits for its end.
 
     Attributes:
         stretches: the stretches to check.
-        stepped: the outputs, the states after the stretches, and how long stepping has taken.
+        stepped: the outputs, the states after the stretches, and the duration of stepping.
         elements: the count of values that each checker compared.
         drift: [S], the relative errors up to the ends.
     """
@@ -419,7 +419,7 @@ class _PortionCheck:
             yield Block(self._checkers, self.stretches, of_block, self._before, self.drift)
 
     def finish(self) -> None:
-        """Wait for all of it."""
+        """Wait for the end of the check."""
         count, checkers, stretches = len(self.stretches), self._checkers, self.stretches
         y, after, _ = self.stepped.result()
         frames, applied = stretches.frames, stretches.applied()
@@ -497,7 +497,7 @@ def _compare_definition(
 
 
 def _spread_out(rows: I64) -> I64:
-    """Order rows so that every prefix is spread over all of them: the first, the middle, the quarters and so on."""
+    """Order rows so that every prefix is spread over all of them: first, middle, quarters and so on."""
     order = sorted(range(len(rows)), key=lambda at: f"{at:032b}"[::-1])
     spread: I64 = rows[order]
     return spread

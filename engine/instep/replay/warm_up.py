@@ -1,4 +1,4 @@
-"""The open streams of a recording in another network: recorded frames are stepped in it, from some earlier state on."""
+"""Steps a recording's newest frames of its open streams in another network, to get the streams' states there."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from instep.replay.following import Follower, newest_state
 from instep.runtime.stepper import Stepper
 
 _WINDOW: Final = 512
-"""Positions of the recording that are read together, backwards."""
+"""The number of positions that are read together, backwards."""
 _TRIES: Final = 8
-"""The most looks at a recording whose history is trimmed meanwhile."""
+"""The most attempts to read a recording whose history is trimmed meanwhile."""
 
 
 class WarmUpReplay(Follower):
-    """Follows the open streams of a recording, which may be being written, in a network that nobody else uses.
+    """Follows the open streams of a recording in a network that nobody else uses.
 
     It begins in the network's initial state, with the N newest frames of each stream or, where there are fewer since
     it was opened or reset, with all of them. The stepper has `max_streams` slots.
@@ -36,11 +36,11 @@ class WarmUpReplay(Follower):
         self._free = list(range(max_streams, SCRATCH_SLOT, -1))
         self._frames = frames
         self._firsts: dict[int, int] = {}
-        """The first frame in each stream's state."""
+        """By stream, the first frame that is part of its state."""
         self._taken = 0
 
     def follow(self) -> int:
-        """Step everything that was committed by now, not in the thread of an event loop; the number of frames.
+        """Step all committed frames, outside of an event loop's thread; return their number.
 
         Raises:
             RecordingError: when the recording is damaged, or has more open streams than slots.
@@ -52,11 +52,11 @@ class WarmUpReplay(Follower):
         raise RecordingError(f"{self.path} is trimmed faster than it is read: try again")
 
     def states(self, streams: I64, next_seqs: I64) -> tuple[U8, I64]:
-        """The states of open streams by number, int64 [N], as the last `follow` has left them.
+        """The states of open streams by number, int64 [N], after the last `follow`.
 
         Args:
             streams: int64 [N].
-            next_seqs: int64 [N], the frames before which the states must be.
+            next_seqs: int64 [N], the seqs of the frames that must follow the states.
 
         Returns:
             States as rows of bytes [N, row_bytes], and the first frame that is in each, int64 [N].
@@ -71,7 +71,7 @@ class WarmUpReplay(Follower):
         return self.stepper.read(slots), np.array([self._firsts[number] for number in numbers], np.int64)
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
-        """Find the frames of each open stream that count."""
+        """See `Follower`; finds the frames of each open stream that count."""
         closed = {row[2] for row in reader.rows("closings")}
         openings = {row[2]: row[5] for row in reader.rows("openings") if row[2] not in closed}
         states = {number: found.seq for number in openings if (found := newest_state(reader, number)) is not None}
@@ -94,10 +94,10 @@ class WarmUpReplay(Follower):
         return min(first - 1, checkpoint.position)
 
     def meet(self, numbers: Sequence[int]) -> None:
-        """Those that are open were added at the beginning."""
+        """See `Follower`; open streams were added at the beginning."""
 
     def take(self, portion: Portion) -> None:
-        """Step a portion; where states are given, they are those of another network."""
+        """Step a portion. States given in it are another network's and are ignored."""
         ended = {mark.stream for mark in portion.marks if isinstance(mark, Closed)}
         for number in ended & self._streams.keys():
             self.drop(number)
