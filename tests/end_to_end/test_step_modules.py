@@ -19,7 +19,7 @@ from instep.replay.recorded_model import recorded_model
 from instep_client import AsyncClient
 from tests.support.running import prepared, running
 from tests.support.steps import FEATURES, STEPS, eager, exported, exported_folder
-from tests.support.streaming import InlineExecutor, step, streaming
+from tests.support.streaming import step, streaming
 
 STREAMS, FRAMES = 6, 25
 
@@ -73,7 +73,7 @@ async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng
 @pytest.mark.parametrize("name", ["layer_norm_gru", "counting"])
 async def test_it_is_served_in_process(name: str, rng: np.random.Generator) -> None:
     x = rng.standard_normal((FRAMES, STREAMS, FEATURES)).astype(np.float32)
-    async with streaming(InlineExecutor, model=exported(name)) as kit:
+    async with streaming(inline=True, model=exported(name)) as kit:
         origin = kit.frontend.connect()
         handles = (await origin.open([f"s{at}" for at in range(STREAMS)])).handles
         parts = [(await step(origin, handles, [at] * STREAMS, x[at : at + 5], at)).y for at in range(0, FRAMES, 5)]

@@ -19,7 +19,7 @@ from instep.runtime.stepper import Stepper
 from tests.support.models import plain
 from tests.support.raw import RawClient
 from tests.support.running import running
-from tests.support.states import floats_of, rows_of
+from tests.support.states import floats_of
 from tests.support.steps import FEATURES, STEPS, eager, exported
 from tests.support.torch_network import TorchNetwork as ModulesOfTorch
 from tests.support.traffic import Producer, make_recordings
@@ -95,25 +95,6 @@ def test_a_step_module_is_stepped_by_its_graph(name: str, rng: np.random.Generat
         np.testing.assert_allclose(y[:, stream], truth, rtol=1e-4, atol=1e-5)
         for leaf, values in zip(final, found.values(), strict=True):
             np.testing.assert_allclose(values[stream], leaf, rtol=1e-4, atol=1e-5)
-
-
-def test_states_are_loaded_read_and_cleared_between_steps(rng: np.random.Generator) -> None:
-    model = MODELS["plain"]
-    prepare()
-    steps = Stepper(network_of(model), 32, 40, CUDA)
-    states = rng.uniform(-1, 1, (40, 1, 16)).astype(np.float32)
-    slots = np.arange(1, 41)
-    steps.load(slots, rows_of(states))
-    x = rng.standard_normal((40, 6)).astype(np.float32)
-    for part in (slots[:20], slots[20:]):
-        steps.step(part, part - 1, x, np.zeros((40, 16), np.float32))
-    gru = torch.nn.GRU(6, 16)
-    gru.load_state_dict({name.removeprefix("gru."): tensor for name, tensor in model.weights.items()})
-    with torch.inference_mode():
-        _, expected = gru(torch.from_numpy(x)[None], torch.from_numpy(states[:, 0])[None])
-    np.testing.assert_allclose(floats_of(steps.read(slots), 16), expected[0].numpy(), rtol=1e-5, atol=1e-6)
-    steps.load(slots[:3], None)
-    assert not steps.read(slots[:3]).any()
 
 
 async def test_what_is_streamed_is_what_the_network_computes(model: Model, rng: np.random.Generator) -> None:

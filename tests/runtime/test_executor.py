@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from instep.runtime.executor import (
     Step,
     StepExecutor,
     ThreadExecutor,
-    usable_cores,
 )
 from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 
@@ -162,32 +159,3 @@ def test_a_thread_that_never_ends_its_step_is_abandoned() -> None:
     runs.begin(np.array([1]), np.array([[1]]), 0)
     runs.stop(0.01)
     may_end.set()
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A machine with 64 cores, 8 of them for this process, which is in the group `a/b`: its membership, and groups."""
-    membership, groups = tmp_path / "membership", tmp_path / "groups"
-    (groups / "a" / "b").mkdir(parents=True)
-    membership.write_text("1:name=systemd:/elsewhere\n0::/a/b\n")
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    return membership, groups
-
-
-@pytest.mark.parametrize(
-    ("outer", "inner", "expected"),
-    [
-        ("max 100000", "max 100000", 8),
-        ("max 100000", "200000 100000", 2),
-        ("300000 100000", "400000 100000", 3),
-        ("max 100000", "50000 100000", 1),
-    ],
-)
-def test_a_group_may_have_less_time_than_its_cores_give(
-    machine: tuple[Path, Path], outer: str, inner: str, expected: int
-) -> None:
-    _, groups = machine
-    (groups / "a" / "cpu.max").write_text(outer + "\n")
-    (groups / "a" / "b" / "cpu.max").write_text(inner + "\n")
-    assert usable_cores(*machine) == expected

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 
 from instep.core.typing import F32, I64
+from instep.models.base import Leaf, StateSpec
 from instep.models.model import Model
-from instep.runtime.stepper import Stepper
-from tests.support.models import SMALL, plain, whole, with_head
+from instep.runtime.stepper import StateStore, Stepper
+from instep_client.protocol.state_spec import DTYPES
+from tests.support.models import SMALL, whole
 from tests.support.running import CPU, prepared
 from tests.support.states import floats_of, rows_of
 from tests.support.steps import FEATURES, eager, exported
@@ -29,22 +34,6 @@ def step(steps: Stepper, slots: I64, x: F32) -> F32:
     y = np.full((len(slots), steps.model.description.outputs), np.nan, np.float32)
     steps.step(slots, rows, x, y)
     return y
-
-
-def test_streams_in_ever_other_batches_equal_their_whole_recording(rng: np.random.Generator) -> None:
-    model = plain(F, H, layers=2)
-    steps = stepper(model)
-    x = rng.standard_normal((9, 20, F)).astype(np.float32)
-    outputs = np.zeros((9, 20, H), np.float32)
-    at = np.zeros(20, np.int64)
-    while (at < 9).any():
-        chosen = rng.permutation(np.flatnonzero(at < 9))[: rng.integers(1, 21)]
-        outputs[at[chosen], chosen] = step(steps, chosen + 1, x[at[chosen], chosen])
-        at[chosen] += 1
-    for stream in range(20):
-        y, final = whole(model, x[:, stream])
-        np.testing.assert_array_equal(outputs[:, stream], y)
-        np.testing.assert_array_equal(read(steps, np.array([stream + 1]), 2)[0], final)
 
 
 def test_leaves_of_every_dtype_are_stepped_where_they_are(rng: np.random.Generator) -> None:
@@ -79,12 +68,53 @@ def test_a_step_touches_only_the_streams_and_rows_that_it_is_given(rng: np.rando
         assert not steps.read(np.array([0])).any(), "no stream has slot 0"
 
 
-def test_loading_gives_zeros_or_the_given_state(rng: np.random.Generator) -> None:
-    steps = stepper(with_head(F, 10, 3))
-    slots = np.array([3, 1])
-    states = rng.standard_normal((2, 1, 10)).astype(np.float32)
-    steps.load(slots, rows_of(states))
-    np.testing.assert_array_equal(read(steps, slots), states)
-    steps.load(slots[:1], None)
-    assert not steps.read(slots[:1]).any()
-    np.testing.assert_array_equal(read(steps, slots[1:]), states[1:])
+SPEC = StateSpec(
+    (
+        Leaf("open", (3,), DTYPES["bool"]),
+        Leaf("h", (2, 5), DTYPES["float32"], 0.5),
+        Leaf("count", (), DTYPES["int64"], -7),
+        Leaf("sums", (2, 2, 2), DTYPES["float64"]),
+    )
+)
+TORCH = {"bool": torch.bool, "float32": torch.float32, "int64": torch.int64, "float64": torch.float64}
+
+
+def buffers(rows: int) -> dict[str, torch.Tensor]:
+    return {leaf.name: torch.zeros(rows, *leaf.shape, dtype=TORCH[leaf.dtype.name]) for leaf in SPEC.leaves}
+
+
+def random_rows(rng: np.random.Generator, count: int) -> Any:
+    rows = SPEC.initial(count)
+    for leaf in SPEC.unpack(rows).values():
+        leaf[...] = rng.integers(0, 2, leaf.shape) if leaf.dtype == np.bool_ else rng.integers(-9, 9, leaf.shape)
+    return rows
+
+
+def numpy_of(leaves: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: leaf.cpu().numpy() for name, leaf in leaves.items()}
+
+
+def test_gather_and_scatter_copy_the_rows_of_the_given_slots(rng: np.random.Generator) -> None:
+    store = StateStore(SPEC, 6, CPU)
+    everyone = np.arange(1, 7)
+    rows = random_rows(rng, 6)
+    store.write(everyone, rows)
+    leaves, slots = buffers(4), torch.tensor([5, 2, 0, 0])
+    store.gather(slots, leaves)
+    assert SPEC.pack(numpy_of(leaves)).tobytes() == np.concatenate([rows[[4, 1]], SPEC.initial(2)]).tobytes()
+    after = random_rows(rng, 4)
+    for name, leaf in SPEC.unpack(after).items():
+        leaves[name].numpy()[...] = leaf
+    store.scatter(slots, leaves)
+    rows[[4, 1]] = after[:2]
+    assert store.read(everyone).tobytes() == rows.tobytes()
+    assert store.read(np.array([0])).tobytes() == SPEC.initial(1).tobytes(), "it is cleared"
+
+
+def test_clearing_gives_the_initial_state_to_these_slots_alone(rng: np.random.Generator) -> None:
+    store = StateStore(SPEC, 4, CPU)
+    rows = random_rows(rng, 4)
+    store.write(np.arange(1, 5), rows)
+    store.clear(np.array([2, 4]))
+    rows[[1, 3]] = SPEC.initial(2)
+    assert store.read(np.arange(1, 5)).tobytes() == rows.tobytes()

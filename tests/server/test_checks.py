@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 from instep.config import Config
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
-from instep.server import checks
-from instep.server.checks import before_loading, rehearse
+from instep.server.checks import rehearse
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
@@ -41,10 +39,6 @@ def configured(model: Path, **sections: dict[str, Any]) -> Config:
 
 def check(config: Config, *, restart: bool = False) -> None:
     rehearse(config, make_log(config.log), restart=restart)
-
-
-def warnings(config: Config) -> list[str]:
-    return [each.what for each in before_loading(config) if each.severity == "warning"]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
@@ -163,39 +157,3 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     check(configured(model, limits={"window_frames": 65_536}, engine={"max_streams": 2**20}))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert any(line["reason"].startswith("the limits allow 3.5 TiB, and ") for line in lines if "reason" in line)
-
-
-def test_what_will_hurt_is_warned_of(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "usable_cores", lambda: 2)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert warnings(configured(model)) == []
-    several = Config.model_validate({"model": {"folder": [model, model]}})
-    assert warnings(several) == ["3 processes, the server's and one for the steps of each model, share 2 cores"]
-    monkeypatch.setattr(checks, "usable_cores", lambda: 1)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    (full, core, files, compiled) = warnings(
-        configured(model, recording={"file": tmp_path / "r.instep", "warn_free_bytes": 2**60})
-    )
-    assert "are free for the recording" in full
-    assert "one core only" in core
-    assert "256 files may be open, and limits.max_connections of 16,384 needs 16,484" in files
-    assert compiled.startswith("NUMBA_DISABLE_JIT is set")
-
-
-@pytest.mark.parametrize(
-    ("soft", "hard", "wanted", "allowed"),
-    [
-        (1024, 4096, 1000, 1024),
-        (1024, 4096, 9000, 4096),
-        (1024, resource.RLIM_INFINITY, 9000, 9000),
-    ],
-)
-def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
-    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, wanted: int, allowed: int
-) -> None:
-    kept = [(soft, hard)]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: kept[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: kept.append(limits))
-    assert checks.allow_open_files(wanted) == allowed
-    assert kept[-1] == (max(soft, allowed), hard)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgpack
 import numpy as np
+import psutil
 import pytest
 
-from instep.frontends.zmq.router import Router
-from instep.recording.records import OpenStream
+from instep.models.portable.compiler import Rows
 from instep.recording.writer import RecordingWriter
+from instep.server.loop import HeldUp, Loop
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
-from instep_client.protocol.wire import Code, Kind
+from instep.streaming.tasks import Tasks
+from instep_client.protocol.wire import PROTOCOL_VERSION, SENTENCES, Code, Kind
 from tests.support.commits import held_commits
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
@@ -39,29 +44,6 @@ def waiting(rng: np.random.Generator, timesteps: int = 1) -> np.ndarray:
     x = random_frames(rng, timesteps)
     x[0, 0, 0] = GATE_VALUE
     return x
-
-
-async def test_a_stream_whose_frames_wait_does_not_end_because_the_loop_was_held_up(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("instep.streaming.operations._LOOK_EVERY", 1)
-    receive, empty_looks = Router.receive, 0
-
-    def late(router: Router, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """ZeroMQ's own threads were held up as well."""
-        nonlocal empty_looks
-        empty_looks -= 1
-        return receive(router, at_most) if empty_looks < 0 else iter(())
-
-    monkeypatch.setattr(Router, "receive", late)
-    async with running(SMALL, limits={"max_idle_s": 3}) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open("s")).handles()
-        await client.send(*client.step_message(handles, [0], random_frames(rng, 1)))
-        time.sleep(3.5)  # noqa: ASYNC251
-        empty_looks = 10
-        reply = await client.receive()
-        assert (reply.kind, reply.failures()) == (Kind.STEPPED, [])
 
 
 # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,19 +75,6 @@ async def test_at_the_end_everything_that_was_taken_is_answered_and_everything_e
     assert server.unanswered_messages == 0
 
 
-async def test_a_forced_end_leaves_messages_unanswered_and_counts_them(rng: np.random.Generator) -> None:
-    gate = Gate()
-    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open("s")).handles()
-        await client.send(*client.step_message(handles, [0], waiting(rng)))
-        await taken(server)
-        server.stop(drain=False)
-        assert (await client.receive()).kind is Kind.GOODBYE
-    gate.open()
-    assert server.unanswered_messages == 1
-
-
 @pytest.mark.parametrize("drained", [False, True])
 async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path: Path, drained: bool) -> None:
     recording, told = {"file": tmp_path / "r.instep"}, list[dict[str, Any]]()
@@ -129,73 +98,6 @@ async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path:
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         await client.hello()
         assert (await client.resume(["s"], [0], opened.epochs())).codes() == []
-
-
-async def test_a_forced_end_leaves_no_thread_that_the_process_would_wait_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_read, is_reading = threading.Event(), asyncio.Event()
-    loop, recording = asyncio.get_running_loop(), {"file": tmp_path / "r.instep"}
-
-    def stuck(*_: object) -> list[OpenStream]:
-        loop.call_soon_threadsafe(is_reading.set)
-        may_read.wait()
-        return []
-
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        epochs = (await client.open("s")).epochs()
-    monkeypatch.setattr("instep.server.services.load_open_streams", stuck)
-    before = set(threading.enumerate())
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        await client.send(*client.resume_message(["s"], [0], epochs))
-        await is_reading.wait()
-        server.stop(drain=False)
-    assert [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon] == []
-    may_read.set()
-
-
-async def test_draining_ends_after_its_time_though_a_step_never_ends(rng: np.random.Generator) -> None:
-    gate = Gate()
-    shutdown = {"drain_timeout_s": 0.05}
-    failure = "draining took longer than shutdown.drain_timeout_s = 0.05"
-    async with running(SMALL, stepper=gate.stepper, shutdown=shutdown, failure=failure) as server:
-        async with RawClient(server.endpoint) as client:
-            await client.hello()
-            handles = (await client.open("s")).handles()
-            await client.send(*client.step_message(handles, [0], waiting(rng)))
-            await taken(server)
-            server.stop()
-            goodbye = await client.receive()
-            assert (goodbye.kind, failure in goodbye.header[2]) == (Kind.GOODBYE, True)
-    gate.open()
-    assert server.unanswered_messages == 1
-
-
-async def test_an_opening_that_waits_for_the_recording_is_answered_before_the_goodbye_and_there_after_a_restart(
-    rng: np.random.Generator, tmp_path: Path
-) -> None:
-    state = rng.standard_normal((1, 1, H)).astype(np.float32)
-    recording = {"file": tmp_path / "r.instep"}
-    async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
-        async with RawClient(server.endpoint) as client:
-            await client.hello()
-            may_commit.clear()
-            await client.send(*client.open_message("s", states=state))
-            while not server.default.engine.table.open_count:
-                await asyncio.sleep(0.001)
-            server.stop()
-            await asyncio.sleep(0.05)
-            may_commit.set()
-            opened = await client.receive()
-            assert (opened.kind, opened.codes()) == (Kind.OPENED, [])
-            assert (await client.receive()).kind is Kind.GOODBYE
-    async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        resumed = await client.resume(["s"], [0], opened.epochs())
-        assert resumed.codes() == []
-        np.testing.assert_array_equal((await client.read_state(resumed.handles())).floats(), state.ravel())
 
 
 # ── An early end ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -266,14 +168,141 @@ async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
 # ── What a restart changes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Generator) -> None:
-    handles: list[int] = []
-    for _ in range(3):
-        async with running(SMALL) as server, RawClient(server.endpoint) as client:
+# ── Readiness ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 1, F)).astype(np.float32)
+    x[0, 0, 0] = GATE_VALUE
+    gate = Gate()
+    async with running(SMALL, stepper=gate.stepper) as server, RawClient(server.endpoint) as client:
+        try:
             await client.hello()
-            opened = await client.open("s")
-            for former in handles:
-                reply = await client.step([former], [0], random_frames(rng, 1))
-                assert reply.failures() == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-            handles.append(int(opened.handles()[0]))
-    assert len(set(handles)) == 3
+            handles = (await client.open("a", "b")).handles()
+            assert (await client.statistics())["ready"] == 1.0
+            await client.send(*client.step_message(handles[:1], [0], x))
+            while not server.default.engine.unanswered_messages:
+                await asyncio.sleep(0)
+            server.stop()
+            x_new, why = np.zeros((1, 1, F), np.float32), SENTENCES[Code.SHUTTING_DOWN]
+            for message in (
+                client.open_message("new"),
+                client.step_message(handles[1:], [0], x_new),
+                client.resume_message(["a"], [0], [0], take_over=True),
+                client.reset_message(handles[1:]),
+                client.fork_message(handles[1:], ["copy"]),
+            ):
+                reply = await client.ask(*message)
+                assert (reply.kind, reply.code, reply.header[3]) == (Kind.ERROR, Code.SHUTTING_DOWN, why)
+            async with RawClient(server.endpoint) as late:
+                hello = await late.ask(msgpack.packb([Kind.HELLO, late.next_request(), PROTOCOL_VERSION, "", ""]))
+                assert (hello.kind, hello.code) == (Kind.ERROR, Code.SHUTTING_DOWN)
+            assert (await client.ask(msgpack.packb([Kind.PING, client.next_request()]))).kind is Kind.PONG
+            assert (await client.statistics())["ready"] == 0.0
+            engine = server.default.engine
+            assert (engine.table.open_count, engine.unanswered_messages) == (2, 1)
+        finally:
+            gate.open()
+        reply = await client.receive()
+        np.testing.assert_array_equal(reply.floats().reshape(2, H), whole(SMALL, x[:, 0])[0])
+        assert (await client.receive()).kind is Kind.GOODBYE
+
+
+# ── Steps in a process of their own ────────────────────────────────────────────────────────────────────────────────
+
+DEATH = "the process that steps was killed by SIGKILL"
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+async def test_the_death_of_the_process_ends_the_server() -> None:
+    before = children()
+    async with running(SMALL, apart=True, failure=DEATH) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        goodbye = await client.receive()
+        assert DEATH in str(goodbye.header[2])
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_a_step_that_never_ends_ends_with_the_server(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    monkeypatch.setattr(Rows, "run", lambda *_: time.sleep(600))  # the process is forked with it
+    failure = DEATH if is_killed else "draining took longer than shutdown.drain_timeout_s = 0.05"
+    before = children()
+    async with (
+        running(SMALL, apart=True, failure=failure, shutdown={"drain_timeout_s": 0.05}) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        (pid,) = children() - before
+        await client.send(*client.step_message(handles, [0], rng.standard_normal((1, 1, F)).astype(np.float32)))
+        while not server.default.engine.is_running:
+            await asyncio.sleep(0.001)
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            server.stop()
+        assert failure in str((await client.receive()).header[2])
+    assert not psutil.pid_exists(pid)
+    assert server.unanswered_messages == 1
+
+
+class BusyFrontend:
+    """A front end at which something has always arrived."""
+
+    signal_fd = None
+    is_readable = True
+    received = 0
+
+    def receive(self, budget_ns: int) -> bool:
+        self.received += 1
+        return True
+
+
+def idle_engine() -> Any:
+    return SimpleNamespace(
+        collect=lambda: False,
+        flush=lambda: None,
+        admit=lambda: None,
+        schedule=lambda: None,
+        lost=[],
+        wanted=set(),
+        is_running=False,
+        expected_ns=0,
+        executor=SimpleNamespace(has_ended=False, signal_fd=None),
+    )
+
+
+def fail(error: BaseException) -> None:
+    pytest.fail(repr(error))
+
+
+async def test_turns_that_others_take_do_not_multiply_those_that_are_due() -> None:
+    loop, frontend = Loop(0, fail), BusyFrontend()
+    loop.frontends = [cast(Any, frontend)]
+    loop.add(cast(Any, SimpleNamespace(engine=idle_engine(), tasks=Tasks(fail), steps_apart=True)))
+    for _ in range(50):
+        loop.turn()  # as when a signal arrives
+        loop.wake()
+    frontend.received, iterations = 0, 20
+    for _ in range(iterations):
+        await asyncio.sleep(0)
+    loop.stop()
+    assert 0 < frontend.received <= iterations
+
+
+def test_a_loop_that_was_held_up_has_time_to_read_and_one_that_always_is_has_it_now_and_then() -> None:
+    held_up, began_ns = HeldUp(), time.monotonic_ns()
+
+    def look(after_s: float) -> bool:
+        return held_up.look(began_ns + round(after_s * 1e9))
+
+    assert [look(after_s) for after_s in (0.05, 0.9, 1.8)] == [False] * 3
+    assert [look(after_s) for after_s in (9.8, 9.9, 10.7, 10.9)] == [True, True, True, False]
+    assert [look(after_s) for after_s in range(20, 40, 2)] == [True, False] * 5

@@ -86,16 +86,6 @@ async def step_all(streams: list[AsyncStream], x: F32) -> None:
         await asyncio.gather(*(stream.step(frame) for stream, frame in zip(streams, at, strict=True)))
 
 
-async def checked_stream(server: Server, client: AsyncClient, rng: np.random.Generator) -> tuple[AsyncStream, int]:
-    """A stream whose first 20 frames were compared, and the process that did it."""
-    stream = await client.open("s")
-    await step_all([stream], frames(rng, 20, 1))
-    await until(lambda: found(server).frames_total == 20)
-    pid = found(server).pid
-    assert pid is not None
-    return stream, pid
-
-
 class WrongStepper(Stepper):
     """Answers one frame with another output than the network computes, once `is_due`."""
 
@@ -226,11 +216,6 @@ async def test_one_process_checks_all_models(folder: Path, tmp_path: Path, rng: 
                 await (await client.open("s")).step(frames(rng, 40))
         await until(lambda: [each and each.frames_total for each in checks] == [40, 40])
         assert len({each.pid for each in checks if each}) == 1
-        server.loader.reload(Config.model_validate({"model": {"folder": [folder]}}).model)
-        await until(lambda: len(server.services) == 1)
-        async with AsyncClient(server.endpoint, model="ears") as client:
-            await (await client.open("t")).step(frames(rng, 40))
-        await until(lambda: found(server).frames_total == 80)
         pid = found(server).pid
     assert pid is not None
     assert not psutil.pid_exists(pid)
@@ -250,33 +235,17 @@ async def test_what_cannot_be_verified_is_said_and_served(
     assert [line["event"] for line in told if line["level"] == "error"] == ["cannot verify"]
 
 
-async def test_a_process_that_dies_is_followed_by_another(
-    folder: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "r.instep"}
-    async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
-        async with AsyncClient(server.endpoint) as client:
-            stream, former = await checked_stream(server, client, rng)
-            os.kill(former, 35)  # a real-time signal, which has no name
-            await until(lambda: found(server).pid not in (former, None))
-            await step_all([stream], frames(rng, 20, 1))
-            await until(lambda: found(server).frames_total >= 40)
-            assert (found(server).state, found(server).frames_total, found(server).skipped) == ("verified", 40, 0)
-            await stream.step(frames(rng, 50))
-        verification = found(server)
-    assert verification.frames_total == 90, "what was recorded just before the end, too"
-    (line,) = (line for line in told if line["event"] == "checker restarts")
-    assert "signal 35" in line["reason"]
-
-
 async def test_a_process_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     told, file, wal = list[dict[str, Any]](), tmp_path / "r.instep", tmp_path / "r.instep-wal"
     supervision = replace(IN_FORKS, most_wal_bytes=3 * 2**20)
     sections = {"recording": {"file": file}, **VERIFY}
     async with running(EARS, folder=folder, told=told, supervision=supervision, **sections) as server:
         async with AsyncClient(server.endpoint) as client:
-            stream, former = await checked_stream(server, client, rng)
+            stream = await client.open("s")
+            await step_all([stream], frames(rng, 20, 1))
+            await until(lambda: found(server).frames_total == 20)
+            former = found(server).pid
+            assert former is not None
             os.kill(former, signal.SIGSTOP)
             await step_all([stream], frames(rng, 20, 1))
             await until(lambda: found(server).lag_s > 2)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -20,32 +15,17 @@ import pytest
 
 from instep.models.folder import load_model, write_model
 from instep.models.model import Model
-from instep_client import AsyncClient, ConnectionFailed, Refused
+from instep_client import AsyncClient, ConnectionFailed, Refused, StreamEvicted
 from instep_client.protocol.wire import Code
+from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
+from tests.support.raw import RawClient
 from tests.support.running import running
 from tests.support.swapping import reload_models
 
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
 EXACT = {"max_batch_size": 16}
-LOAD_FOREVER = """
-import torch
-from instep import __main__
-from instep.server import preparation
-
-load = preparation.load_model
-def load_forever(folder):
-    if folder.name != "vowels":
-        return load(folder)
-    print("loading", flush=True)
-    while True:
-        torch.ones(9, 9) @ torch.ones(9, 9)
-
-preparation.load_model = load_forever
-__main__.main()
-"""
-"""`instep`, where loading the model "vowels" never ends."""
 
 
 @pytest.fixture
@@ -115,26 +95,17 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
     ]
 
 
-async def test_a_model_that_cannot_be_loaded_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken").mkdir()
-    pipe = tmp_path / "pipe"
-    write_model(pipe, VOWELS)
-    (pipe / "weights.safetensors").unlink()
-    os.mkfifo(pipe / "weights.safetensors")
+async def test_a_model_that_cannot_be_loaded_changes_nothing_and_leaves_nothing_open(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "vowels.instep").write_bytes(b"not a recording")
     async with running(EARS, recording={"file": tmp_path}, engine=EXACT) as server:
         open_files = []
-        for path, words in (
-            (tmp_path / "broken", "is not a model folder"),
-            (pipe, "is not a regular file"),
-            *[(folder, "is not a recording")] * 3,
-        ):
-            assert words in await reload_models(server, with_ears(path))
+        for _ in range(3):
+            assert await reload_models(server, with_ears(folder))
             open_files.append(len(os.listdir("/proc/self/fd")))
         assert [service.name for service in server.services] == ["ears"]
-        assert len(set(open_files[2:])) == 1, "the pipe of the executor that was made for it is closed"
-    async with running(EARS, recording={"file": tmp_path / "r.instep"}, engine=EXACT) as server:
-        assert "each of several models" in await reload_models(server, with_ears(folder))
+        assert len(set(open_files)) == 1, "the pipe of the executor that was made for it is closed"
 
 
 class Reading:
@@ -181,22 +152,38 @@ async def test_the_end_of_the_server_does_not_wait_for_a_model_that_is_being_loa
     assert not reading.may_begin.is_set()
 
 
-def test_a_thread_that_still_loads_a_model_does_not_abort_the_process_at_its_end(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(f"model: {{folder: {tmp_path / 'ears'}}}")
-    command = [sys.executable, "-c", LOAD_FOREVER, "serve", "--config", str(file)]
-    command += ["--endpoint", "tcp://127.0.0.1:*", "--http", "off", "--set", "log.format=json"]
-    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            lines = map(json.loads, process.stderr)
-            assert any(line["event"] == "serving" for line in lines)
-            file.write_text(f"model: {{folder: [{tmp_path / 'ears'}, {folder}]}}")
-            process.send_signal(signal.SIGHUP)
-            assert process.stdout.readline() == "loading\n"
-            process.terminate()
-            said = process.stderr.read().splitlines()
-            assert (json.loads(said[-1])["event"], process.wait()) == ("stopped", 0)
-        finally:
-            process.kill()
+async def test_streams_of_an_unloaded_model_that_no_recording_keeps_end_and_their_owners_are_told(
+    folder: Path,
+) -> None:
+    async with running(EARS, engine=EXACT) as server:
+        assert not await reload_models(server, with_ears(folder))
+        async with AsyncClient(server.endpoint, model="vowels", reconnect_s=1) as client:
+            stream = await client.open("v")
+            await stream.step(np.zeros(3, np.float32))
+            assert not await reload_models(server, folder.parent / "ears")
+            with pytest.raises(StreamEvicted) as ended:
+                await stream.step(np.zeros(3, np.float32))
+            assert ended.value.code is Code.UNLOADED
+
+
+async def test_a_step_that_hangs_while_its_model_is_unloaded_holds_nobody_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr("instep.server.services.Stepper", gate.bare_stepper)
+    async with running(EARS, engine=EXACT, shutdown={"drain_timeout_s": 0.3}) as server:
+        assert not await reload_models(server, with_ears(folder))
+        async with RawClient(server.endpoint) as raw, AsyncClient(server.endpoint) as busy:
+            await raw.hello("vowels")
+            handles = (await raw.open("v")).handles()
+            await raw.send(*raw.step_message(handles, [0], np.full((1, 1, 3), GATE_VALUE, np.float32)))
+            while not server.services[1].engine.is_running:
+                await asyncio.sleep(0.001)
+            try:
+                ears = await busy.open("s")
+                unloading = asyncio.create_task(reload_models(server, folder.parent / "ears"))
+                while not unloading.done():
+                    await ears.step(np.zeros(5, np.float32))
+                assert not await unloading
+            finally:
+                gate.open()

@@ -1,33 +1,21 @@
-"""The log on a terminal and in a file."""
+"""The log on a terminal and in a file, and what it says of a server at work and of its disk."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import pty
-import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from instep.config import LogConfig
+from instep.config import Config, LogConfig
 from instep.server.log import make_log
-
-
-@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
-def test_the_log_on_a_terminal_is_coloured_unless_no_color_is_set(
-    monkeypatch: pytest.MonkeyPatch, no_color: str | None, coloured: bool
-) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color is not None:
-        monkeypatch.setenv("NO_COLOR", no_color)
-    terminal, program = pty.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "w") as stderr:
-        monkeypatch.setattr("sys.stderr", stderr)
-        make_log(LogConfig()).info("hello", values=(1, 2), nothing=None, text="a b")
-        shown = screen.read(200).decode()
-    assert ("\x1b" in shown) is coloured
-    assert re.sub(r"\x1b\[\d+m", "", shown).endswith(' info hello values=1,2 nothing=none text="a b"\r\n')
+from instep.server.server import COUNTED, Summary
+from tests.support.models import SMALL
+from tests.support.raw import RawClient
+from tests.support.running import log_into, running
 
 
 def test_a_log_in_a_file_follows_its_name_when_it_is_rotated(
@@ -48,3 +36,53 @@ def test_a_log_in_a_file_follows_its_name_when_it_is_rotated(
     make_log(LogConfig(file=file)).info("recording", file=os.fsdecode(b"\xff.instep"))
     assert file.read_text().endswith("info recording file=\\udcff.instep\n")
     assert capsys.readouterr() == ("", "")
+
+
+STATISTICS = dict.fromkeys(map("{}_total".format, ("frames", "batches", "messages", *COUNTED)), 5.0) | {
+    "connections": 2.0,
+    "streams_open": 3.0,
+    "streams_parked": 1.0,
+    "frames_pending": 0.0,
+}
+
+
+def test_it_says_what_has_happened_since_it_last_did() -> None:
+    told: list[dict[str, Any]] = []
+    now = dict(STATISTICS)
+    summary = Summary(log_into(told), lambda: dict(now), now_s=100.0)
+    now |= {"frames_total": 405.0, "batches_total": 25.0, "messages_total": 105.0, "opened_streams_total": 8.0}
+    summary.tick(109.9, 10.0)
+    summary.tick(1000.0, 0.0)  # never
+    assert told == []
+    summary.tick(110.0, 10.0)
+    summary.tick(120.0, 10.0)
+    (line,) = told
+    assert (line["event"], line["seconds"], line["frames_per_s"], line["messages_per_s"]) == ("served", 10.0, 40, 10)
+    assert (line["batch_size"], line["streams_open"], line["opened_streams"], "busy" in line) == (20.0, 3, 3, False)
+    now["busy_total"] += 7
+    summary.tick(130.0, 10.0)
+    assert (told[-1]["busy"], told[-1]["batch_size"]) == (7, 0.0)
+
+
+async def test_it_warns_once_when_little_is_left_and_says_once_when_there_is_room_again(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    recording = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**62}
+
+    async def until(event: str) -> dict[str, Any]:
+        async with asyncio.timeout(30):
+            while not (lines := [line for line in told if line["event"] == event]):
+                await asyncio.sleep(0.01)
+        return lines[-1]
+
+    async with running(SMALL, recording=recording, told=told) as server, RawClient(server.endpoint) as client:
+        warning = await until("disk nearly full")
+        disk = os.statvfs(tmp_path)
+        assert warning["level"] == "warning"
+        assert 0 < warning["free_bytes"] < disk.f_blocks * disk.f_frsize
+        await client.hello()
+        assert (await client.statistics())["recording_free_bytes"] > 0
+        sections = server.config.model_dump()
+        sections["recording"]["warn_free_bytes"] = 0
+        server.configure(Config.model_validate(sections))
+        assert (await until("disk has room again"))["level"] == "info"
+    assert len([line for line in told if line["event"].startswith("disk")]) == 2

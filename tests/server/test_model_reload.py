@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.server.log import Threshold
 from instep.server.serve import Kept, reload
 from instep.server.server import Server
-from instep.streaming.service import ModelService
 from instep_client import AsyncClient
 from tests.support.models import plain, whole
 from tests.support.running import log_into, running
@@ -77,11 +73,9 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         y.append(await stream.step(x[20:40]))
         np.testing.assert_array_equal(y[1], whole(B, x[12:40])[0][8:])
 
-        long = tmp_path / ("x" * 300)
         assert not server.outdated
         for wrong, words in (
             ({"good": good, "more": broken}, "is not a model folder"),
-            ({"good": good, "more": long}, "File name too long"),
             ({"good": good, "a/b": eyes}, "as before: 'a/b': "),
             (None, "no model to serve"),
         ):
@@ -109,53 +103,6 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         assert await models() == ["ears"]
 
 
-async def test_models_that_changed_before_a_swap_failed_are_named(tmp_path: Path) -> None:
-    old, new, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B, OTHER)]
-    newer, more = folder_of(tmp_path / "newer", plain(5, 16, seed=2)), folder_of(tmp_path / "more", plain(2, 2))
-    in_the_way = tmp_path / "recordings" / "eyes@2.instep" / "folder"
-    in_the_way.mkdir(parents=True)
-    told: list[dict[str, Any]] = []
-    async with running(A, told=told, folder=old, recording={"file": tmp_path / "recordings"}) as server:
-        reloads = Reloads(server, told)
-        assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
-        line = await reloads({"ears": new, "eyes": newer, "more": more}, on_reload="move")
-        assert (line["event"], line["loaded"], line["swapped"]) == ("models not reloaded", ["more"], ["ears"])
-        assert line["reason"].startswith("of model.folder only the models loaded and swapped are in force: 'eyes': ")
-        assert server.config.model.folder == {"ears": new, "eyes": eyes, "more": more}, "also after a crash"
-
-        def served() -> dict[str, str]:
-            return {each.name: each.about.fingerprint for each in server.services}
-
-        more_served = plain(2, 2).fingerprint
-        assert served() == {
-            "ears": B.fingerprint,
-            "eyes": OTHER.fingerprint,
-            "more": more_served,
-        }
-        line = await reloads({"ears": old, "eyes": eyes}, on_reload="move")
-        assert (line["event"], line["loaded"], line["swapped"]) == ("models reloaded", [], ["ears"])
-        assert line["unloaded"] == ["more"]
-        assert served() == {"ears": A.fingerprint, "eyes": OTHER.fingerprint}
-
-
-async def test_a_version_in_force_is_named_when_the_former_one_cannot_be_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B)]
-    close, told = Server.close, list[dict[str, Any]]()
-
-    async def fail(server: Server, service: ModelService) -> None:
-        await close(server, service)
-        raise OSError("no space left on device")
-
-    async with running(A, told=told, folder=old) as server:
-        monkeypatch.setattr(Server, "close", fail)
-        line = await Reloads(server, told)(new, on_reload="move")
-        assert (line["event"], line["swapped"]) == ("models not reloaded", ["ears"])
-        assert server.config.model.folder == {"ears": new}
-        assert [each.about.fingerprint for each in server.services] == [B.fingerprint]
-
-
 async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:
     new, newer, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (B, C, OTHER)]
     told: list[dict[str, Any]] = []
@@ -168,41 +115,3 @@ async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tm
                 await asyncio.sleep(0.01)
         assert [(line["loaded"], line["swapped"]) for line in done] == [([], ["ears"]), (["eyes"], ["ears"])]
         assert server.models.find("ears").info.fingerprint == C.fingerprint
-
-
-class Journaled(list[dict[str, Any]]):
-    """Lines of a log; `kept` has, for each event, what was kept when it was told."""
-
-    def __init__(self, kept: Callable[[], object]) -> None:
-        super().__init__()
-        self.kept: dict[str, object] = {}
-        self._kept = kept
-
-    def append(self, line: dict[str, Any]) -> None:
-        self.kept[line["event"]] = self._kept()
-        super().append(line)
-
-
-async def test_models_are_kept_for_the_next_server_before_the_first_stream_moves(tmp_path: Path) -> None:
-    old, broken, eyes = folder_of(tmp_path / "old", A), tmp_path / "broken", folder_of(tmp_path / "eyes", OTHER)
-    new, more = folder_of(tmp_path / "new", B), folder_of(tmp_path / "more", replace(plain(5, 16, seed=2), name="eyes"))
-
-    def in_force() -> tuple[Any, dict[str, str], bool]:
-        config, fingerprints, _, problem = kept.laid_over(first)
-        return config.model.folder, fingerprints, bool(problem)
-
-    kept, told = Kept(), Journaled(in_force)
-    async with running(A, OTHER, told=told, folder=old, model={"folder": (old, eyes)}) as server:
-        first = server.config
-        before = {"ears": A.fingerprint, "eyes": OTHER.fingerprint}
-        for folder in ((old, broken), (new, more)):  # the second waits for the first
-            wanted = first.model_validate(first.model_dump() | {"model": {"folder": folder, "on_reload": "move"}})
-            reload(server, partial(lambda wanted: wanted, wanted), Threshold("info"), log_into([]), kept)
-            assert in_force() == ((old, eyes), before, True)
-        async with asyncio.timeout(20):
-            while "models reloaded" not in told.kept:
-                await asyncio.sleep(0.01)
-        after = {"ears": B.fingerprint, "eyes": plain(5, 16, seed=2).fingerprint}
-        assert told.kept["models not reloaded"] == ((old, eyes), before, True)
-        for event in ("moved", "swapped", "models reloaded"):
-            assert told.kept[event] == ((new, more), after, False), event

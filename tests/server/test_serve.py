@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import select
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 from instep.config import Config
-from instep.demo.child_server import ChildFailed
 from instep.interrupts import Stopped
-from instep.models.errors import ModelError
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
 from instep.models.portable.machine import host
@@ -68,15 +68,6 @@ def test_a_processor_without_fma_is_refused(model: Path, monkeypatch: pytest.Mon
         prepare(configured(model, engine={"device": "cpu"}), QUIET)
 
 
-def test_arithmetic_that_gives_other_bits_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def differs() -> None:
-        raise ModelError("this machine computes other bits")
-
-    monkeypatch.setattr("instep.server.preparation.check_arithmetic", differs)
-    with pytest.raises(CannotServe, match="other bits"):
-        prepare(configured(model), QUIET)
-
-
 def test_limits_are_fitted_to_the_model() -> None:
     config = Config.model_validate({"transport": {"max_message_bytes": 65_536}})
     limits = effective_limits(config, features=100, outputs=10)
@@ -119,15 +110,6 @@ def test_the_log_says_what_it_waits_for_and_what_is_served_and_an_interrupt_ends
         assert recovered["seconds"] > 0
 
 
-def test_lines_for_people_are_short(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve.run(configured(model), on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 0
-    said = capsys.readouterr().err.splitlines()
-    assert max(map(len, said)) <= 120, said
-    when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
-    assert re.fullmatch(rf"{when} info compiled arithmetic=\"portable-1: .*\"", said[0])
-    assert "\x1b" not in "".join(said)
-
-
 def test_a_start_that_fails_is_one_json_object_a_line(model: Path, tmp_path: Path) -> None:
     for arguments, named in (
         (
@@ -167,20 +149,6 @@ def test_a_second_interrupt_forces_the_end(
     assert lines[-1]["messages_unanswered"] == 1
 
 
-def test_an_endpoint_in_use_is_refused_before_the_model_is_compiled(
-    model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(CannotServe, match=endpoint):
-            serve.run(configured(model, transport={"endpoint": f"tcp://{endpoint}"}))
-        with pytest.raises(CannotServe, match=endpoint):
-            serve.run(configured(model, http={"endpoint": endpoint}))
-    assert "compiled" not in capsys.readouterr().err
-
-
 def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,12 +176,6 @@ def test_a_child_server_ends_when_a_signal_stops_the_wait_for_it(model: Path) ->
         os.kill(child.pid, 0)
 
 
-def test_a_child_server_that_dies_is_noticed(model: Path) -> None:
-    child = WarmServer(model)
-    with pytest.raises(ChildFailed, match="status -9"), child:
-        os.kill(child.pid, signal.SIGKILL)
-
-
 def test_a_recording_that_cannot_be_closed_is_a_failure(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,3 +185,42 @@ def test_a_recording_that_cannot_be_closed_is_a_failure(
     monkeypatch.setattr(RecordingWriter, "close", full)
     config = configured(model, recording={"file": tmp_path / "r.instep"})
     assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 1
+
+
+@contextmanager
+def manager(address: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(address)
+        listening.settimeout(60)
+        yield listening
+
+
+def told(listening: socket.socket, first: str) -> str:
+    """The next message that begins with this line."""
+    while True:
+        message = listening.recv(4096).decode()
+        if message.partition("\n")[0] == first:
+            return message
+
+
+def test_it_says_when_it_serves_that_it_lives_and_when_it_drains(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    with manager(str(tmp_path / "notify")) as listening:
+        environ = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        with serving(tmp_path / "model", env=environ) as served:
+            endpoint = served.until("serving")["endpoint"]
+            ready = listening.recv(4096).decode()
+            assert ready == f"READY=1\nSTATUS=serving {SMALL.name} at {endpoint}"
+            for _ in range(3):
+                assert listening.recv(4096) == b"WATCHDOG=1"
+            served.process.send_signal(signal.SIGSTOP)  # as a loop that is stuck
+            late = 0
+            while select.select([listening], [], [], 0.5)[0]:  # what was on its way
+                assert listening.recv(4096) == b"WATCHDOG=1"
+                late += 1
+            assert late < 3
+            served.process.send_signal(signal.SIGCONT)
+            served.process.terminate()
+            assert told(listening, "STOPPING=1")
+            assert served.end()[-1]["event"] == "stopped"
+            assert served.process.returncode == 0

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -68,7 +66,8 @@ def test_a_crash_costs_a_stream_nothing_but_time(
         for number, frame in enumerate(x):
             if number in (20, 40):
                 first = server_of(served)
-                first.send_signal(signal.SIGABRT if number == 20 else signal.SIGKILL)
+                (steps,) = first.children()
+                (first if number == 20 else steps).send_signal(signal.SIGKILL)
                 assert served.until("restarting")["level"] == "error"
                 served.until("serving")
                 assert server_of(served).pid != first.pid
@@ -84,32 +83,6 @@ def test_a_crash_costs_a_stream_nothing_but_time(
     assert served.process.returncode == 0
     with RecordingReader(tmp_path / "r.instep") as reader:
         assert reader.finished
-
-
-def test_a_crash_undoes_no_reload_whatever_the_file_holds_by_then(
-    supervised: tuple[Served, str], tmp_path: Path
-) -> None:
-    served, _ = supervised
-    for value in (66, 77):
-        (tmp_path / "c.yaml").write_text(f"limits: {{park_s: {value}}}\n")
-        served.process.send_signal(signal.SIGHUP)
-        served.until("reloaded")
-    good = (tmp_path / "c.yaml").read_text()
-    (tmp_path / "c.yaml").write_text("limits: [\n")
-    for is_read in (False, True):
-        if is_read:
-            served.process.send_signal(signal.SIGHUP)
-            served.until("not reloaded")
-        server_of(served).send_signal(signal.SIGSEGV)
-        served.lines.clear()
-        served.until("serving")
-        changed = [line["changed"] for line in served.lines if line["event"] == "reload kept"]
-        assert changed == [["limits.park_s: 60.0 → 77.0"]]
-        ready = httpx.get(f"{served.lines[-1]['http']}/readyz").json()
-        assert ("YAML" in ready.get("outdated", "")) is is_read
-    (tmp_path / "c.yaml").write_text(good)
-    served.process.send_signal(signal.SIGHUP)
-    assert served.until("reloaded")["changed"] == [], "77 was in effect"
 
 
 def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_streams(
@@ -156,42 +129,6 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
             assert client.info.fingerprint == plain(5, 8, seed=1).fingerprint
 
 
-def test_a_crash_loads_no_weights_that_were_copied_over_those_that_are_served(
-    supervised: tuple[Served, str], tmp_path: Path, rng: np.random.Generator
-) -> None:
-    served, endpoint = supervised
-    x = random_frames(rng, 20)[:, 0]
-    with Client(endpoint) as client:
-        stream = client.open("s")
-        y = [stream.step(x[:10])]
-        write_model(tmp_path / "model", plain(5, 8, seed=9), overwrite=True)
-        server_of(served).send_signal(signal.SIGSEGV)
-        served.until("serving")
-        y.append(stream.step(x[10:]))
-        np.testing.assert_array_equal(np.concatenate(y), whole(SMALL, x)[0])
-
-
-def test_a_crash_of_the_process_that_steps_costs_a_stream_nothing_but_time(
-    supervised: tuple[Served, str], rng: np.random.Generator
-) -> None:
-    served, endpoint = supervised
-    x, outputs = random_frames(rng, 30)[:, 0], []
-    with Client(endpoint) as client:
-        stream = client.open("s")
-        for number, frame in enumerate(x):
-            if number in (10, 20):
-                first = server_of(served)
-                (steps,) = first.children()
-                steps.send_signal(signal.SIGSEGV if number == 10 else signal.SIGKILL)
-                reason = f"the process that steps was killed by {'SIGSEGV' if number == 10 else 'SIGKILL'}"
-                assert served.until("failed")["reason"] == reason
-                served.until("restarting")
-                served.until("serving")
-                assert server_of(served).pid != first.pid
-            outputs.append(stream.step(frame))
-        np.testing.assert_array_equal(np.array(outputs), whole(SMALL, x)[0])
-
-
 def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[Served, str]) -> None:
     served, _ = supervised
     server = server_of(served)
@@ -199,26 +136,6 @@ def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[
     assert [line["event"] for line in served.end()] == ["stopping", "stopped"]
     assert served.process.returncode == 0, "a second one would have forced the end"
     assert not server.is_running()
-
-
-UNHANDLED = """
-import signal, structlog
-from instep.server.supervisor import supervise
-
-supervise(structlog.get_logger())
-print("begun", flush=True)
-signal.pause()
-"""
-"""A server at the very end, when it handles no signals any more."""
-
-
-def test_a_server_that_a_second_interrupt_ends_has_not_failed() -> None:
-    with subprocess.Popen([sys.executable, "-c", UNHANDLED], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.terminate()
-        assert process.stdout.read() == ""
-    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(supervised: tuple[Served, str]) -> None:

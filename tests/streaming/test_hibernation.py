@@ -5,69 +5,54 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from instep.core.typing import F32
+from instep.recording.errors import DamagedRecording
 from instep.recording.inspection import inspect
-from instep.recording.reader import RecordingReader
+from instep.recording.reader import RecordingReader, load_open_streams
+from instep.recording.records import OpenStream
+from instep.recording.schema import LOST
+from instep.replay.verifier import verify
 from instep.streaming.states import Checkpoints
 from instep_client.protocol.codes import Code
-from tests.support.commits import held_commits
-from tests.support.hibernating import LIMITS, SOON_NS, ZERO, have, tick
+from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick
 from tests.support.models import SMALL, whole
-from tests.support.streaming import InlineExecutor, failures, random_frames, step, streaming
+from tests.support.streaming import FaultyStates, failures, random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
+from tests.support.verifying import ignore_progress
 
 
-@pytest.mark.parametrize("is_parked", [True, False])
-async def test_a_stream_comes_back_with_the_same_bits(
-    tmp_path: Path, rng: np.random.Generator, is_parked: bool
+async def test_a_frame_wakes_its_stream_and_the_next_one_gets_the_same_bits(
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
     x = random_frames(rng, 8, 1)
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(inline=True, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
         before = await step(origin, opened.handles, [0], x[:5])
-        if is_parked:
-            kit.frontend.disconnect(origin)
-            kit.reaper.tick(time.monotonic_ns())
-            origin = kit.frontend.connect()
         await tick(kit)
-        assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
-        assert origin.events == []
+        assert (kit.table.open_count, len(kit.hibernation), origin.events) == (0, 1, [])
         assert failures(await step(origin, opened.handles, [5], x[5:])) == [(0, 0, Code.UNKNOWN_STREAM, 0)]
-        if is_parked:
-            resumed = await origin.resume(["s"], have(5), opened.epochs)
-            assert (resumed.codes.tolist(), resumed.next_seqs.tolist()) == ([0], [5])
-            handles = resumed.handles
-        else:
-            while len(kit.tasks):
-                await asyncio.sleep(0.001)
-            asleep, awake = origin.events
-            assert (asleep.code, asleep.handles.tolist(), asleep.renewed) == (Code.HIBERNATED, [*opened.handles], None)
-            assert awake.handles.tolist() == opened.handles.tolist()
-            assert awake.renewed is not None
-            handles = awake.renewed
-        after = await step(origin, handles, [5], x[5:])
+        while len(kit.tasks):
+            await asyncio.sleep(0.001)
+        asleep, awake = origin.events
+        assert (asleep.code, asleep.handles.tolist(), asleep.renewed) == (Code.HIBERNATED, [*opened.handles], None)
+        assert awake.renewed is not None
+        after = await step(origin, awake.renewed, [5], x[5:])
         served = np.concatenate([before.y[:, 0], after.y[:, 0]])
         assert_same_bits(served, whole(SMALL, x[:, 0])[0], "the stream")
-        assert (kit.stats.hibernated_streams_total, kit.stats.woken_streams_total) == (1, 1)
         events = [(event.kind, event.seq) for event in kit.engine.events.since(0, "s")]
-        assert events == [
-            ("opened", 0),
-            *([("parked", 5)] if is_parked else []),
-            ("hibernated", 5),
-            ("woken", 5),
-            *([("resumed", 5)] if is_parked else []),
-        ]
+        assert events == [("opened", 0), ("hibernated", 5), ("woken", 5)]
 
 
 async def test_an_owner_is_told_the_handles_that_it_had_to_the_last_digit(tmp_path: Path) -> None:
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(inline=True, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["a", "b", "c"])
@@ -77,32 +62,6 @@ async def test_an_owner_is_told_the_handles_that_it_had_to_the_last_digit(tmp_pa
         while len(kit.tasks):
             await asyncio.sleep(0.001)
         assert sorted(origin.events[-1].handles.tolist()) == sorted(opened.handles.tolist())
-
-
-async def test_unacknowledged_frames_are_answered_again_and_an_older_owner_is_fenced(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    x = random_frames(rng, 4, 1)
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
-        kit.record(tmp_path / "r.instep")
-        origin = kit.frontend.connect()
-        opened = await origin.open(["s"])
-        first = await step(origin, opened.handles, [0], x)
-        taken = await origin.resume(["s"], have(1), ZERO, take_over=True)
-        assert failures(await step(origin, taken.handles, [4], random_frames(rng, 1, 1), [1])) == []
-        await tick(kit)
-        frames = kit.stats.frames_total
-        fenced = await origin.resume(["s"], have(4), opened.epochs)
-        assert fenced.codes.tolist() == [Code.FENCED]
-        gone = await origin.resume(["s"], have(0), taken.epochs)
-        assert gone.codes.tolist() == [Code.OUTPUTS_GONE]
-        resumed = await origin.resume(["s"], have(1), taken.epochs)
-        again = await step(origin, resumed.handles, [1], x[1:])
-        assert failures(again) == []
-        assert again.y.tobytes() == first.y[1:].tobytes()
-        other = await step(origin, resumed.handles, [2], x[:1])
-        assert failures(other) == [(0, 0, Code.CONFLICT, 5)]
-        assert kit.stats.frames_total == frames, "nothing was computed twice"
 
 
 def copied(path: Path, folder: Path) -> Path:
@@ -121,7 +80,7 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
     y: F32 = np.full((length, count, whole(SMALL, x[:, 0])[0].shape[-1]), np.nan, np.float32)
     names, seqs, epochs = [f"s{number}" for number in range(count)], np.zeros(count, np.int64), np.zeros(count, "<u8")
     for life in range(4):
-        async with streaming(InlineExecutor, idle=LIMITS, max_streams=slots) as kit:
+        async with streaming(inline=True, idle=LIMITS, max_streams=slots) as kit:
             recovery = kit.record(path)
             assert recovery is None or recovery.streams == count
             origin = kit.frontend.connect()
@@ -159,72 +118,128 @@ async def test_more_streams_than_slots_come_and_go_in_any_order_and_a_kill_chang
     assert inspect(path).frames == count * length
 
 
-async def test_streams_may_hibernate_while_a_checkpoint_is_taken(tmp_path: Path, rng: np.random.Generator) -> None:
-    x, path, names = random_frames(rng, 6, 8), tmp_path / "r.instep", list("abcdefgh")
-    async with held_commits() as may_commit, streaming(InlineExecutor, idle=LIMITS) as kit:
-        kit.record(path, durability="memory")
-        origin = kit.frontend.connect()
-        opened = await origin.open(names)
-        await step(origin, opened.handles, [0] * 8, x[:3])
-        kit.frontend.disconnect(origin)
-        kit.reaper.tick(time.monotonic_ns())
-        may_commit.clear()
-        taking = asyncio.ensure_future(Checkpoints(kit.engine, kit.states, kit.tasks, 10**15, at_once=2).take())
-        await kit.settle()
-        kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
-        assert len(kit.hibernation) == 8
-        may_commit.set()
-        await taking
-        origin = kit.frontend.connect()
-        resumed = await origin.resume(names, have(*[3] * 8), opened.epochs)
-        after = await step(origin, resumed.handles, [3] * 8, x[3:])
-        for column in range(8):
-            assert_same_bits(after.y[:, column], whole(SMALL, x[:, column])[0][3:], names[column])
-    with RecordingReader(path) as reader:
-        mark, newest = reader.checkpoint(), {}
-        for state in reader.states():
-            if state.position <= mark.position:
-                newest[state.stream] = state
-        assert len(newest) == 8, "the checkpoint has all of them"
-        for stream, state in newest.items():
-            expected = whole(SMALL, x[: state.seq, stream - 1])[1]
-            assert_same_bits(state.state.view(np.float32).reshape(expected.shape), expected, f"stream {stream}")
-    assert inspect(path).checkpoint_position == mark.position
-
-
-@pytest.mark.parametrize("waits_for", ["commit", "step"])
 async def test_a_stream_stays_awake_until_its_owner_has_been_given_the_handle(
-    tmp_path: Path, rng: np.random.Generator, waits_for: str
+    tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    async with held_commits() as may_commit, streaming(idle=LIMITS) as kit:
+    async with streaming(idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         former, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await former.open(["s"])
         stepping = asyncio.ensure_future(step(former, opened.handles, [0], random_frames(rng, 1)))
         await kit.settle()
-        if waits_for == "commit":
-            await kit.finish()
-            await stepping
-            may_commit.clear()
 
         async def tick_before_the_request_continues() -> None:
-            if waits_for == "commit":
-                await kit.durable()
-            else:
-                await kit.engine.waiters.until(lambda: not kit.table.unanswered.any())
+            await kit.engine.waiters.until(lambda: not kit.table.unanswered.any())
             kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
 
-        if waits_for == "commit":
-            resuming = asyncio.ensure_future(origin.resume(["s"], have(0), ZERO, take_over=True))
-            await kit.settle()
-            ticking = asyncio.ensure_future(tick_before_the_request_continues())
-            await kit.settle()
-            may_commit.set()
-        else:
-            ticking = asyncio.ensure_future(tick_before_the_request_continues())
-            resuming = asyncio.ensure_future(origin.resume(["s"], have(0), ZERO, take_over=True))
-            await kit.settle()
-            await kit.finish()
+        ticking = asyncio.ensure_future(tick_before_the_request_continues())
+        resuming = asyncio.ensure_future(origin.resume(["s"], have(0), ZERO, take_over=True))
+        await kit.settle()
+        await kit.finish()
         await ticking
         assert (await resuming).codes.tolist() == [0]
         assert origin.events == []
+        stepping.cancel()
+
+
+async def test_a_name_stays_in_use_and_a_state_is_read_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3, 1)
+    async with streaming(inline=True, idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s", "never stepped"])
+        await step(origin, opened.handles[:1], [0], x)
+        await tick(kit)
+        assert (await origin.open(["s", "other"])).codes.tolist() == [Code.NAME_IN_USE, 0]
+        read = await kit.operations.read_states(["never stepped", "nobody", "s"])
+        assert (read.codes.tolist(), read.next_seqs.tolist()) == ([0, Code.UNKNOWN_STREAM, 0], [0, 0, 3])
+        expected = whole(SMALL, x[:, 0])[1]
+        assert_same_bits(read.states[2].view(np.float32).reshape(expected.shape), expected, "the state")
+        assert not read.states[0].any()
+        assert len(kit.hibernation) == 2
+        assert kit.stats.woken_streams_total == 0
+
+
+async def test_a_stream_that_cannot_be_read_now_costs_no_other_and_can_be_later(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    error = RuntimeError("can't start new thread")
+    async with streaming(inline=True, idle=LIMITS) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["a", "b"])
+        await step(origin, opened.handles, [0, 0], random_frames(rng, 1, 2))
+        await tick(kit)
+
+        def failing(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            if 1 in streams:
+                raise error
+            return load_open_streams(path, streams)
+
+        kit.load = failing
+        refused = await origin.resume(["a", "b"], have(1, 1), opened.epochs)
+        assert refused.codes.tolist() == [Code.STEP_FAILED, 0]
+        assert (await kit.operations.read_states(["a"])).codes.tolist() == [Code.STEP_FAILED]
+        assert {str(each) for each in kit.failures} == {str(error)}
+        await tick(kit, after_ns=2 * LATER_NS, count=4)
+        assert "a" in kit.hibernation, "it does not expire without its final state"
+        kit.load = load_open_streams
+        assert (await kit.operations.read_states(["a"])).codes.tolist() == [0]
+        assert not (await origin.resume(["a"], have(1), opened.epochs[:1])).codes.any()
+
+
+@pytest.mark.parametrize("met_by", ["frame", "resume", "close", "age"])
+async def test_a_stream_whose_rows_are_damaged_ends_and_its_name_is_free(
+    tmp_path: Path, rng: np.random.Generator, met_by: str
+) -> None:
+    path = tmp_path / "r.instep"
+    async with streaming(inline=True, idle=LIMITS) as kit:
+        kit.record(path)
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], random_frames(rng, 3))
+        await tick(kit)
+
+        def damaged(path: Path, streams: Sequence[int]) -> list[OpenStream]:
+            raise DamagedRecording("damaged", path)
+
+        kit.load = damaged
+        if met_by == "frame":
+            await step(origin, opened.handles, [3], random_frames(rng, 1))
+        elif met_by == "resume":
+            assert (await origin.resume(["s"], have(3), opened.epochs)).codes.tolist() == [Code.STATE_LOST]
+        elif met_by == "close":
+            assert (await origin.close(opened.handles)).codes.tolist() == [Code.STATE_LOST]
+        else:
+            await tick(kit, after_ns=2 * LATER_NS, count=3)
+        while len(kit.tasks):
+            await asyncio.sleep(0.001)
+        assert (origin.events[-1].code, origin.events[-1].handles.tolist()) == (Code.STATE_LOST, [*opened.handles])
+        assert not (await origin.open(["s"])).codes.any()
+        await kit.durable()
+    with RecordingReader(path) as reader:
+        assert [(each.name, each.reason, each.frames) for each in reader.streams()] == [
+            ("s", LOST, None),
+            ("s", None, None),
+        ]
+        report = verify(reader, SMALL, (), ignore_progress)
+    assert (report.verified, report.frames) == (True, 3)
+
+
+async def test_a_state_that_cannot_be_put_back_leaves_the_stream_asleep(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = random_frames(rng, 3)
+    async with streaming(inline=True, idle=LIMITS, states=FaultyStates) as kit:
+        kit.record(tmp_path / "r.instep")
+        origin = kit.frontend.connect()
+        opened = await origin.open(["s"])
+        await step(origin, opened.handles, [0], x[:2])
+        await tick(kit)
+        kit.faulty.good_loads = 0
+        assert (await origin.resume(["s"], have(2), opened.epochs)).codes.tolist() == [Code.STEP_FAILED]
+        assert (kit.table.open_count, len(kit.hibernation)) == (0, 1)
+        kit.faulty.good_loads = 1
+        resumed = await origin.resume(["s"], have(2), opened.epochs)
+        after = await step(origin, resumed.handles, [2], x[2:])
+        assert_same_bits(after.y[:, 0], whole(SMALL, x[:, 0])[0][2:], "the stream")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from instep.recording.reader import RecordingReader, load_open_streams
-from instep.recording.records import OpenStream
+from instep.recording.reader import RecordingReader
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LATER_NS, LIMITS, SOON_NS, ZERO, have, tick
 from tests.support.models import SMALL, whole
-from tests.support.streaming import InlineExecutor, random_frames, step, streaming
+from tests.support.streaming import random_frames, step, streaming
 from tests.support.traffic import assert_same_bits
 
 
@@ -25,7 +22,7 @@ async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     x, path = random_frames(rng, 3, 2), tmp_path / "r.instep"
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(inline=True, idle=LIMITS) as kit:
         kit.record(path)
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         parked = await gone.open(["parked"])
@@ -56,7 +53,7 @@ async def test_those_that_hibernate_for_too_long_expire_with_their_final_state(
 
 async def test_beyond_the_most_those_that_slept_longest_expire(tmp_path: Path) -> None:
     names = [f"s{number}" for number in range(6)]
-    async with streaming(InlineExecutor, idle=replace(LIMITS, max_hibernated=2)) as kit:
+    async with streaming(inline=True, idle=replace(LIMITS, max_hibernated=2)) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(names)
@@ -70,7 +67,7 @@ async def test_parked_and_quiet_streams_make_room_for_others_and_where_there_is_
     tmp_path: Path,
 ) -> None:
     never = replace(LIMITS, hibernate_after_ns=0, most_wait_ns=0)
-    async with streaming(InlineExecutor, idle=never, max_streams=3) as kit:
+    async with streaming(inline=True, idle=never, max_streams=3) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         parked = await gone.open(["a", "b", "c"])
@@ -94,7 +91,7 @@ async def test_a_frame_waits_for_room_and_not_for_long(
     tmp_path: Path, rng: np.random.Generator, has_room: bool
 ) -> None:
     limits = replace(LIMITS, quiet_ns=10**15, most_wait_ns=10**15 if has_room else 0)
-    async with streaming(InlineExecutor, idle=limits, max_streams=1) as kit:
+    async with streaming(inline=True, idle=limits, max_streams=1) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["s"])
@@ -119,7 +116,7 @@ async def test_a_frame_waits_for_room_and_not_for_long(
 
 async def test_streams_that_sleep_are_closed_without_waking(tmp_path: Path, rng: np.random.Generator) -> None:
     x = random_frames(rng, 3, 2)
-    async with streaming(InlineExecutor, idle=LIMITS) as kit:
+    async with streaming(inline=True, idle=LIMITS) as kit:
         kit.record(tmp_path / "r.instep")
         origin = kit.frontend.connect()
         opened = await origin.open(["a", "b", "c"])
@@ -132,56 +129,8 @@ async def test_streams_that_sleep_are_closed_without_waking(tmp_path: Path, rng:
         assert (list(kit.hibernation), kit.stats.woken_streams_total) == (["b"], 0)
 
 
-@pytest.mark.parametrize("fell_asleep", [2, 4, 9])
-async def test_none_falls_asleep_while_the_others_of_a_request_wake(tmp_path: Path, fell_asleep: int) -> None:
-    names = [f"s{number}" for number in range(9)]
-    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=2) as kit:
-        kit.record(tmp_path / "r.instep")
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(names)
-        kit.frontend.disconnect(gone)
-        await tick(kit, after_ns=0)
-        for _ in range((fell_asleep + 1) // 2):
-            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
-        assert len(kit.hibernation) == fell_asleep
-        resuming = asyncio.ensure_future(origin.resume(names, np.zeros(9, np.uint64), opened.epochs))
-        while not resuming.done():
-            kit.hibernation.tick(time.monotonic_ns() + 2 * SOON_NS)
-            await asyncio.sleep(0)
-        assert not (await resuming).codes.any()
-        assert kit.stats.woken_streams_total >= fell_asleep
-
-
-async def test_a_stream_that_was_asked_for_in_time_does_not_expire_while_the_others_of_its_request_wake(
-    tmp_path: Path,
-) -> None:
-    may_read = threading.Event()
-
-    def late(path: Path, streams: Sequence[int]) -> list[OpenStream]:
-        if 2 in streams:
-            may_read.wait()
-        return load_open_streams(path, streams)
-
-    async with streaming(InlineExecutor, idle=LIMITS, wake_at_once=1) as kit:
-        kit.record(tmp_path / "r.instep")
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(["a", "b"])
-        kit.frontend.disconnect(gone)
-        await tick(kit, after_ns=0)
-        await tick(kit, count=2)
-        assert len(kit.hibernation) == 2
-        kit.load = late
-        resuming = asyncio.ensure_future(origin.resume(["a", "b"], have(0, 0), opened.epochs))
-        while not kit.table.open_count:
-            await asyncio.sleep(0.001)
-        for _ in range(10):
-            kit.reaper.tick(time.monotonic_ns() + 2 * LATER_NS)
-        may_read.set()
-        assert (await resuming).codes.tolist() == [0, 0]
-
-
 async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) -> None:
-    async with streaming(InlineExecutor, idle=replace(LIMITS, hibernate_after_ns=0, max_parked=1)) as kit:
+    async with streaming(inline=True, idle=replace(LIMITS, hibernate_after_ns=0, max_parked=1)) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(["a", "b", "c"])
@@ -193,7 +142,7 @@ async def test_surplus_parked_streams_hibernate_rather_than_end(tmp_path: Path) 
 
 async def test_streams_of_a_connection_that_has_just_gone_are_kept_from_then_on(tmp_path: Path) -> None:
     limits = replace(LIMITS, park_ns=SOON_NS)
-    async with streaming(InlineExecutor, idle=limits, reap_at_once=1) as kit:
+    async with streaming(inline=True, idle=limits, reap_at_once=1) as kit:
         kit.record(tmp_path / "r.instep")
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(["a", "b", "c"])

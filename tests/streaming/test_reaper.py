@@ -10,7 +10,7 @@ import numpy as np
 
 from instep.streaming.hibernation import IdleLimits
 from instep_client.protocol.codes import Code
-from tests.support.streaming import PARK_NS, InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import PARK_NS, StreamingEngine, failures, random_frames, step, streaming
 
 COUNT, AT_ONCE = 10, 3
 NAMES = [f"s{number}" for number in range(COUNT)]
@@ -34,7 +34,7 @@ async def ticks(kit: StreamingEngine, after_ns: int = 0, count: int = 12) -> lis
 
 
 async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+    async with streaming(inline=True, reap_at_once=AT_ONCE) as kit:
         gone = kit.frontend.connect()
         await gone.open(NAMES)
         kit.frontend.disconnect(gone)
@@ -47,27 +47,9 @@ async def test_streams_of_an_origin_that_left_are_parked_some_at_a_time() -> Non
         assert kit.frontend.connect().number == gone.number
 
 
-async def test_a_stream_that_is_not_parked_yet_is_resumed_or_refused_as_any_other(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
-        gone, origin = kit.frontend.connect(), kit.frontend.connect()
-        opened = await gone.open(NAMES)
-        kit.frontend.disconnect(gone)
-        await ticks(kit, count=1)
-        assert parked(kit) == AT_ONCE
-        have = np.zeros(COUNT, np.uint64)
-        older = await origin.resume(NAMES, have, opened.epochs - np.uint64(1))
-        assert set(older.codes.tolist()) == {Code.FENCED}
-        resumed = await origin.resume(NAMES[:8], have[:8], opened.epochs[:8])
-        assert not resumed.codes.any()
-        await ticks(kit, count=2)
-        assert (parked(kit), kit.stats.parked_streams_total) == (2, 5)
-        reply = await step(origin, resumed.handles, [0] * 8, random_frames(rng, 1, 8))
-        assert failures(reply) == []
-
-
 async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None:
     limits = replace(KEEP, park_ns=LATER_NS)
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=limits) as kit:
+    async with streaming(inline=True, reap_at_once=AT_ONCE, idle=limits) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(NAMES)
         assert (await origin.open(NAMES[:1])).codes.tolist() == [Code.NAME_IN_USE]
@@ -88,7 +70,7 @@ async def test_parked_streams_expire_some_at_a_time_and_are_remembered() -> None
 
 
 async def test_beyond_the_most_parked_streams_those_parked_longest_go_some_at_a_time() -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, max_parked=2)) as kit:
+    async with streaming(inline=True, reap_at_once=AT_ONCE, idle=replace(KEEP, max_parked=2)) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(NAMES)
         kit.frontend.disconnect(gone)
@@ -100,7 +82,7 @@ async def test_beyond_the_most_parked_streams_those_parked_longest_go_some_at_a_
 
 
 async def test_idle_streams_are_evicted_some_at_a_time_and_their_owner_told(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE, idle=replace(KEEP, max_idle_ns=LATER_NS)) as kit:
+    async with streaming(inline=True, reap_at_once=AT_ONCE, idle=replace(KEEP, max_idle_ns=LATER_NS)) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         await gone.open(["parked"])
         kit.frontend.disconnect(gone)
@@ -129,7 +111,7 @@ async def test_streams_with_frames_under_way_are_not_idle(rng: np.random.Generat
 
 
 async def test_an_origin_with_the_number_of_one_that_left_keeps_its_streams(rng: np.random.Generator) -> None:
-    async with streaming(InlineExecutor, reap_at_once=AT_ONCE) as kit:
+    async with streaming(inline=True, reap_at_once=AT_ONCE) as kit:
         gone, origin = kit.frontend.connect(), kit.frontend.connect()
         opened = await gone.open(NAMES)
         kit.frontend.disconnect(gone)
@@ -147,7 +129,7 @@ async def test_an_origin_with_the_number_of_one_that_left_keeps_its_streams(rng:
 
 
 async def test_an_origin_that_left_before_its_request_began_gets_no_streams() -> None:
-    async with streaming(InlineExecutor) as kit:
+    async with streaming(inline=True) as kit:
         gone = kit.frontend.connect()
         opened = await gone.open(["kept"])
         asked = [

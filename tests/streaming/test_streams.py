@@ -1,4 +1,4 @@
-"""Streams from open to close: initial and final states, reading, changing and copying states, slots used again."""
+"""Streams from open to close: reading, changing and copying states, in the order of frames and requests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from instep.core.typing import F32, U64
+from instep.runtime.executor import StateLost
 from instep.streaming.api import Grants, Refusal, StatesRead
 from instep_client.protocol.codes import Code
 from tests.support.in_process import InProcessOrigin
@@ -15,7 +16,6 @@ from tests.support.models import SMALL, plain, whole
 from tests.support.states import floats_of, rows_of
 from tests.support.streaming import (
     FaultyStates,
-    InlineExecutor,
     StreamingEngine,
     failures,
     random_frames,
@@ -24,6 +24,7 @@ from tests.support.streaming import (
 )
 
 F, H, LAYERS = 5, 8, 2
+ONES: F32 = np.ones((1, 1, H), np.float32)
 MODEL = plain(F, H, layers=LAYERS)
 
 
@@ -45,7 +46,7 @@ async def fork(
 
 async def test_a_read_shows_seq_and_state_and_leaves_the_stream_as_it_was(rng: np.random.Generator) -> None:
     x = random_frames(rng, 7, 2)
-    async with streaming(InlineExecutor, model=MODEL) as kit:
+    async with streaming(inline=True, model=MODEL) as kit:
         origin, other = kit.frontend.connect(), kit.frontend.connect()
         handles = (await origin.open(["a", "b"])).handles
         fresh = await origin.read_states(handles)
@@ -92,7 +93,7 @@ async def test_a_read_by_name_of_streams_that_ended_says_why(rng: np.random.Gene
 
 async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Generator) -> None:
     x = random_frames(rng, 2)
-    async with streaming(InlineExecutor, model=MODEL) as kit:
+    async with streaming(inline=True, model=MODEL) as kit:
         origin, other = kit.frontend.connect(), kit.frontend.connect()
         mine, theirs = (await origin.open(["mine"])).handles, (await other.open(["theirs"])).handles
         await step(other, theirs, [0], x)
@@ -116,50 +117,12 @@ async def test_only_own_streams_are_read_changed_and_copied(rng: np.random.Gener
         )
 
 
-async def test_a_change_is_refused_while_frames_are_pending_and_where_it_was_refused_before(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 1)
-    async with streaming() as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open(["pending", "bad", "good"])).handles
-        reply, codes = await kit.all_done(
-            step(origin, handles[:1], [0], x),
-            write(kit, origin, handles, np.ones((3, 1, H), np.float32), [0, Code.NOT_FINITE, 0]),
-        )
-        assert codes == [Code.FRAMES_PENDING, Code.NOT_FINITE, 0]
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
-        read = await origin.read_states(handles[1:])
-        assert [state.any() for state in floats_of(read.states, -1)] == [False, True]
-
-
-async def test_a_copy_continues_like_its_original_and_neither_disturbs_the_other(rng: np.random.Generator) -> None:
-    x = random_frames(rng, 9, 2)
-    async with streaming(InlineExecutor, model=MODEL) as kit:
-        origin = kit.frontend.connect()
-        source = (await origin.open(["source"])).handles
-        await step(origin, source, [0], x[:5, :1])
-        forked = await fork(kit, origin, source, ["copy"])
-        assert (forked.codes.tolist(), forked.next_seqs.tolist()) == ([0], [5])
-        reply = await step(origin, np.concatenate([source, forked.handles]), [5, 5], x[5:], 5)
-        repeated = await step(origin, forked.handles, [4], x[4:5, :1])
-        assert failures(repeated) == [(0, 0, Code.SEQ_REPEATED, 9)]
-    np.testing.assert_array_equal(reply.y[:, 0], whole(MODEL, x[:, 0])[0][5:])
-    np.testing.assert_array_equal(reply.y[:, 1], whole(MODEL, np.concatenate([x[:5, 0], x[5:, 1]]))[0][5:])
-
-
-# ── States that cannot be read or written ──────────────────────────────────────────────────────────────────────────
-
-
-# ── Many states, between whose parts other things happen ───────────────────────────────────────────────────────────
-
-
 async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_what_its_slot_held_before(
     rng: np.random.Generator,
 ) -> None:
     """An origin that takes it over can send frames before the opener is told that it is open."""
     x, names = random_frames(rng, 2), [f"s{number}" for number in range(60)]
-    async with streaming(InlineExecutor, states=FaultyStates, copy_at_once=1, max_streams=60) as kit:
+    async with streaming(inline=True, states=FaultyStates, copy_at_once=1, max_streams=60) as kit:
         opener, taker = kit.frontend.connect(), kit.frontend.connect()
         former = (await opener.open(["former"])).handles
         await step(opener, former, [0], x)
@@ -185,32 +148,11 @@ async def test_frames_for_a_stream_that_cannot_be_loaded_are_not_computed_on_wha
         np.testing.assert_array_equal((await step(taker, again, [0], x)).y[:, 0], whole(SMALL, x[:, 0])[0])
 
 
-async def test_frames_that_come_before_a_change_is_done_are_applied_behind_it_and_once(
-    rng: np.random.Generator,
-) -> None:
-    x = random_frames(rng, 3)
-    states = rng.standard_normal((12, 1, H)).astype(np.float32)
-    async with streaming(InlineExecutor, copy_at_once=1) as kit:
-        origin = kit.frontend.connect()
-        handles = (await origin.open([f"s{number}" for number in range(12)])).handles
-        first = asyncio.ensure_future(write(kit, origin, handles, states))
-        second = asyncio.ensure_future(write(kit, origin, handles, None))
-        stepped = asyncio.ensure_future(step(origin, handles[:1], [0], x))
-        while not kit.engine.pending_frames:
-            await asyncio.sleep(0)
-        assert not second.done(), "the frames arrived before the change was done"
-        assert kit.stats.batches_total == 0
-        reply = await stepped
-        assert (await first, await second) == ([0] * 12, [0] * 12)
-        np.testing.assert_array_equal(reply.y[:, 0], whole(SMALL, x[:, 0])[0])
-        assert kit.stats.frames_total == 3
-
-
 async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothing_else(
     rng: np.random.Generator,
 ) -> None:
     x = random_frames(rng, 3)
-    async with streaming(InlineExecutor, states=FaultyStates, max_streams=2) as kit:
+    async with streaming(inline=True, states=FaultyStates, max_streams=2) as kit:
         origin = kit.frontend.connect()
         handles = (await origin.open(["s"])).handles
         await step(origin, handles, [0], x[:1])
@@ -232,3 +174,67 @@ async def test_states_that_cannot_be_read_or_written_are_refused_and_cost_nothin
         assert closed.codes.tolist() == [Code.STATE_LOST]
         kit.faulty.is_broken = False
         assert (await origin.open(["s"])).codes.tolist() == [0]
+
+
+async def lose(kit: StreamingEngine) -> None:
+    slots, _ = kit.hand.begun[0]
+    await kit.finish(error=StateLost("injected"))
+    assert kit.table.open_count < 2 or not kit.table.lost[slots].any()
+
+
+async def test_a_stream_whose_state_is_lost_is_closed_and_its_owner_told(rng: np.random.Generator) -> None:
+    x = random_frames(rng, 3, 2)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["lost", "kept"])).handles
+        asked = asyncio.ensure_future(step(origin, handles[:1], [0], x[:1, :1]))
+        behind = asyncio.ensure_future(step(origin, handles[:1], [1], x[1:, :1]))
+        await kit.settle()
+        await lose(kit)
+        assert failures(await asked) == [(0, 0, Code.STATE_LOST, 0)]
+        assert failures(await behind) == [(0, 0, Code.STATE_LOST, 0)]
+        (event,) = origin.events
+        assert (event.code, event.handles.tolist()) == (Code.STATE_LOST, handles[:1].tolist())
+        assert kit.stats.evicted_by_reason == {"state_lost": 1}
+        assert [event[2:] for event in kit.engine.events.since(0, "lost")[1:]] == [("lost", "lost", "state_lost", 0)]
+        (kept,) = await kit.all_done(step(origin, handles[1:], [0], x[:, 1:]))
+        np.testing.assert_array_equal(kept.y[:, 0], whole(SMALL, x[:, 1])[0])
+        assert (await origin.open(["lost"])).codes.tolist() == [0]
+
+
+async def test_a_write_finds_the_frames_before_it_pending_and_changes_the_state_for_those_behind_it(
+    rng: np.random.Generator,
+) -> None:
+    x = random_frames(rng, 5)
+    async with streaming() as kit:
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        before, refused = await kit.all_done(step(origin, handles, [0], x[:2]), write(kit, origin, handles, ONES))
+        assert refused == [Code.FRAMES_PENDING]
+        written, behind = await kit.all_done(write(kit, origin, handles, ONES), step(origin, handles, [2], x[2:]))
+        assert written == [0]
+    np.testing.assert_array_equal(before.y[:, 0], whole(SMALL, x[:2, 0])[0])
+    np.testing.assert_array_equal(behind.y[:, 0], whole(SMALL, x[2:, 0], ONES[0])[0])
+
+
+@pytest.mark.parametrize("copies", [False, True])
+async def test_a_read_of_several_streams_shows_no_write_that_was_sent_behind_it(
+    copies: bool, rng: np.random.Generator
+) -> None:
+    x = random_frames(rng, 1)
+    async with streaming(copy_at_once=1) as kit:
+        origin = kit.frontend.connect()
+        busy, idle = (await origin.open(["busy", "idle"])).handles[:, None]
+        both = np.concatenate([busy, idle])
+
+        async def copy() -> StatesRead:
+            await fork(kit, origin, both, ["a", "b"])
+            return await read_by_name(kit, ["a", "b"])
+
+        reading = copy() if copies else origin.read_states(both)
+        _, read, written, after = await kit.all_done(
+            step(origin, busy, [0], x), reading, write(kit, origin, idle, ONES), origin.read_states(idle)
+        )
+    assert written == [0]
+    assert not floats_of(read.states[1:], 1, H).any()
+    np.testing.assert_array_equal(floats_of(after.states, 1, H)[0], ONES[0])

@@ -20,7 +20,7 @@ from instep.streaming.api import Refusal
 from instep_client.protocol.codes import Code
 from tests.support.hibernating import LIMITS, ZERO, tick
 from tests.support.in_process import InProcessOrigin
-from tests.support.streaming import InlineExecutor, StreamingEngine, failures, random_frames, step, streaming
+from tests.support.streaming import StreamingEngine, failures, random_frames, step, streaming
 
 BUSY = replace(LIMITS, quiet_ns=10**15)
 """Streams in memory count as busy, whatever the time."""
@@ -55,7 +55,7 @@ def reset(kit: StreamingEngine, origin: InProcessOrigin, handles: U64) -> asynci
 async def test_a_late_reset_changes_no_other_stream_of_that_name_or_owner_of_that_number(
     tmp_path: Path, rng: np.random.Generator, leaves: bool
 ) -> None:
-    async with streaming(InlineExecutor, idle=BUSY, max_streams=2) as kit:
+    async with streaming(inline=True, idle=BUSY, max_streams=2) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["s", "u"])
         other = await filler.open(["other"])  # one slot is left: s wakes, u waits for room
@@ -85,22 +85,10 @@ async def test_a_late_reset_changes_no_other_stream_of_that_name_or_owner_of_tha
         assert after.states.tobytes() == before.states.tobytes()
 
 
-@pytest.mark.parametrize("twice", ["a", "b"])
-async def test_a_close_that_names_a_stream_twice_closes_none(tmp_path: Path, twice: str) -> None:
-    async with streaming(InlineExecutor, idle=BUSY) as kit:
-        origin = kit.frontend.connect()
-        of = {"a": await asleep(kit, tmp_path / "r.instep", origin, ["a"])}
-        of["b"] = (await origin.open(["b"])).handles
-        with pytest.raises(Refusal) as refused:
-            await origin.close(np.concatenate([of["a"], of["b"], of[twice]]))
-        assert refused.value.code is Code.REPEATED_STREAM
-        assert (list(kit.hibernation), kit.table.open_count) == (["a"], 1)
-
-
 @pytest.mark.parametrize("request_kind", ["read", "resume"])
 async def test_no_stream_of_a_request_makes_room_for_another(tmp_path: Path, request_kind: str) -> None:
     limits = replace(LIMITS, quiet_ns=0, most_wait_ns=0)
-    async with streaming(InlineExecutor, idle=limits, max_streams=1) as kit:
+    async with streaming(inline=True, idle=limits, max_streams=1) as kit:
         origin = kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["a"])
         opened = await origin.open(["b"])
@@ -113,17 +101,6 @@ async def test_no_stream_of_a_request_makes_room_for_another(tmp_path: Path, req
         assert list(kit.hibernation) == ["a"]
 
 
-async def test_a_new_stream_takes_the_room_of_one_that_does_nothing(
-    tmp_path: Path,
-) -> None:
-    async with streaming(InlineExecutor, idle=replace(LIMITS, quiet_ns=0), max_streams=1) as kit:
-        origin = kit.frontend.connect()
-        await asleep(kit, tmp_path / "r.instep", origin, ["a"])
-        for name in ("b", "c"):
-            assert (await origin.open([name])).codes.tolist() == [0]
-        assert list(kit.hibernation) == ["a", "b"]
-
-
 async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -133,7 +110,7 @@ async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
         read.extend(streams)
         return load_open_streams(path, streams)
 
-    async with streaming(InlineExecutor, idle=BUSY, max_streams=8) as kit:
+    async with streaming(inline=True, idle=BUSY, max_streams=8) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, names)
         others = await filler.open([f"other {at}" for at in range(8)])
@@ -154,7 +131,7 @@ async def test_one_task_wakes_for_frames_and_reads_as_many_streams_as_find_room(
 async def test_a_request_and_frames_that_wait_for_one_stream_both_get_it(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    async with streaming(InlineExecutor, idle=replace(BUSY, most_wait_ns=10**15), max_streams=1) as kit:
+    async with streaming(inline=True, idle=replace(BUSY, most_wait_ns=10**15), max_streams=1) as kit:
         filler, origin = kit.frontend.connect(), kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["s"])
         other = await filler.open(["other"])
@@ -169,7 +146,7 @@ async def test_a_request_and_frames_that_wait_for_one_stream_both_get_it(
 async def test_a_stream_that_a_request_wakes_is_as_idle_as_before_and_one_that_frames_wake_is_not(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    async with streaming(InlineExecutor, idle=BUSY) as kit:
+    async with streaming(inline=True, idle=BUSY) as kit:
         origin = kit.frontend.connect()
         handles = await asleep(kit, tmp_path / "r.instep", origin, ["read", "stepped"])
         slept_ns = time.monotonic_ns()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,26 +23,6 @@ async def administered(*models: Model, **sections: Any) -> AsyncIterator[tuple[S
         assert server.admin is not None
         async with httpx.AsyncClient(base_url=server.admin.url, timeout=30) as client:
             yield server, client
-
-
-@asynccontextmanager
-async def longest_turn() -> AsyncIterator[list[float]]:
-    """One number: how long the event loop has computed (s) at most before it came back, since the block began."""
-    longest = [0.0]
-
-    async def watch() -> None:
-        while True:
-            before = time.thread_time()
-            await asyncio.sleep(0)
-            longest[0] = max(longest[0], time.thread_time() - before)
-
-    watching = asyncio.create_task(watch())
-    gc.disable()  # it would look through what other tests have left
-    try:
-        yield longest
-    finally:
-        gc.enable()
-        watching.cancel()
 
 
 async def error(client: httpx.AsyncClient, path: str, status: int, **options: Any) -> str:

@@ -23,7 +23,7 @@ from instep.recording.records import OpenStream
 from instep.recording.schema import Durability
 from instep.recording.writer import RecordingWriter
 from instep.replay.recovery import resume_recording
-from instep.runtime.executor import RunResult, Step, StepExecutor, run_steps
+from instep.runtime.executor import RunResult, Step, run_steps
 from instep.runtime.stepper import StateAccess, Stepper
 from instep.server.loop import Loop
 from instep.server.recordings import recording_header
@@ -73,53 +73,24 @@ PARK_NS = 10**12
 """How long streams of the engines below stay parked."""
 
 
-class InlineExecutor:
-    """Steps within `begin`: a `StepExecutor`."""
-
-    capacity = 1
-    signal_fd = None
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-        self._results: list[RunResult] = []
-
-    @property
-    def has_ended(self) -> bool:
-        """See `StepExecutor`."""
-        return bool(self._results)
-
-    def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
-        """See `StepExecutor`."""
-        self._results.append(run_steps(self._step, slots, rows))
-
-    def ended(self) -> list[RunResult]:
-        """See `StepExecutor`."""
-        results, self._results = self._results, []
-        return results
-
-    def take_signal(self) -> None:
-        """There is none."""
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Nothing is under way."""
-
-
 class HandExecutor:
-    """Steps a run when `finish` is called: a `StepExecutor`.
+    """Steps a run when `finish` is called, or within `begin` if it steps `inline`: a `StepExecutor`.
 
     Args:
         step: steps a batch.
+        inline: whether to step within `begin`.
     """
 
-    capacity = 2
     signal_fd = None
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, inline: bool = False) -> None:
+        self.capacity = 1 if inline else 2
         self.begun: deque[tuple[I64, I64]] = deque()
         """Runs that have begun and not ended."""
         self.shapes: list[tuple[int, ...]] = []
         """[steps, streams] of every run so far."""
         self._step = step
+        self._inline = inline
         self._results: list[RunResult] = []
 
     @property
@@ -131,6 +102,8 @@ class HandExecutor:
         """See `StepExecutor`."""
         self.begun.append((slots, rows))
         self.shapes.append(rows.shape)
+        if self._inline:
+            self.finish()
 
     def finish(self, *, error: Exception | None = None, after: int = 0, step_ns: int | None = None) -> None:
         """End the oldest run; with an error after that many of its steps."""
@@ -184,7 +157,7 @@ class StreamingEngine:
     """An engine with an in-process front end, wired as `server.services` does it.
 
     Args:
-        executor: makes the executor.
+        inline: whether runs are stepped as they begin, and not when the test says so.
         model: what is served.
         states: another access to states than the stepper's, made of it.
         idle: when the reaper ends streams.
@@ -197,8 +170,8 @@ class StreamingEngine:
 
     def __init__(
         self,
-        executor: Callable[[Step], StepExecutor] = HandExecutor,
         *,
+        inline: bool = False,
         model: Model = SMALL,
         states: Callable[[Stepper], StateAccess] | None = None,
         idle: IdleLimits | None = None,
@@ -235,7 +208,7 @@ class StreamingEngine:
         generations[::2] += np.uint32(2**31)  # handles from 2^63 on next to smaller ones, as in a server
         self.table = StreamTable(tables, generations)
         self.stepper = Stepper(network, size["max_batch_size"], size["max_streams"], CPU)
-        self.executor = executor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y))
+        self.hand = HandExecutor(lambda slots, rows: self.stepper.step(slots, rows, tables.x, tables.y), inline)
         self.failures: list[Exception] = []
         """Failed steps, and states that could not be read or written."""
         self.bugs: list[BaseException] = []
@@ -249,7 +222,7 @@ class StreamingEngine:
             tables,
             self.table,
             self.origins,
-            self.executor,
+            self.hand,
             Journal(tables, self.table, self.loop.wake),
             engine_limits,
             self.stats,
@@ -326,12 +299,6 @@ class StreamingEngine:
         self.failures.append(error)
 
     @property
-    def hand(self) -> HandExecutor:
-        """The executor that a test moves."""
-        assert isinstance(self.executor, HandExecutor)
-        return self.executor
-
-    @property
     def faulty(self) -> FaultyStates:
         """The states that a test breaks."""
         assert isinstance(self.access, FaultyStates)
@@ -365,7 +332,7 @@ class StreamingEngine:
     async def finish_all(self) -> None:
         """End all runs, those that begin meanwhile too."""
         await self.settle()
-        while isinstance(self.executor, HandExecutor) and self.executor.begun:
+        while self.hand.begun:
             await self.finish()
 
     async def all_done(self, *asked: Awaitable[Any]) -> list[Any]:
@@ -384,17 +351,15 @@ class StreamingEngine:
 
 
 @contextlib.asynccontextmanager
-async def streaming(
-    executor: Callable[[Step], StepExecutor] = HandExecutor, **arguments: object
-) -> AsyncIterator[StreamingEngine]:
+async def streaming(**arguments: object) -> AsyncIterator[StreamingEngine]:
     """An engine while the block runs; arguments as for `StreamingEngine`. No bug may have been met."""
-    made = StreamingEngine(executor, **arguments)  # type: ignore[arg-type]
+    made = StreamingEngine(**arguments)  # type: ignore[arg-type]
     try:
         yield made
     finally:
         made.loop.stop()
         made.tasks.cancel()
-        made.executor.stop()
+        made.hand.stop()
         if made.recorder is not None:
             made.recorder.stop()
     assert not made.bugs, made.bugs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
 from playwright.sync_api import expect
@@ -23,6 +25,17 @@ pytestmark = pytest.mark.heavy
 
 F = 6
 HOSTILE = '<img src=x onerror=alert(1)> & "quotes" 100%/../ä+b ' + "x" * 120
+WORDS: dict[str, dict[float, str]] = {
+    "count": {0: "0", 0.25: "0.3", 9.96: "10.0", 999: "999", 12_345_678: "12,345,678"},
+    "short": {950: "950", 12_345: "12.3k", 4_000_000: "4M", 7e9: "7G"},
+    "micros": {0.5: "0.5 µs", 999.6: "1.00 ms", 16_400: "16.4 ms", 3.1e6: "3.10 s"},
+    "microsShort": {500: "500 µs", 1_500: "1.5 ms", 2e6: "2 s"},
+    "duration": {0.04: "0.0 s", 99.4: "99 s", 7_500: "2 h 5 min", 273_600: "3 d 4 h"},
+    "ago": {0.5: "now", 1: "1.0 s ago", 600: "10 min ago"},
+    "bytes": {512: "512 B", 3_456_789_012: "3.46 GB", 1e14: "100 TB"},
+    "percent": {0: "0 %", 0.756: "76 %"},
+}
+DIFFERENCE = "output 1: expected 0.12345678, got 0.12345679; output 2: expected 0, got -0"
 NAMES = [f"mic-{number:03d}" for number in range(60)]
 WATCH_LAYOUT = """
     window.shifted = [];
@@ -161,6 +174,40 @@ def test_names_of_strangers_are_only_text(server: WarmServer, pages: Pages) -> N
             expect(page.locator("#stream-state")).to_have_text("connected")
             assert page.locator("main img").count() == 0
             keep(page, f"hostile-{width}")
+
+
+def test_a_mismatch_is_said_with_both_values_and_the_model_that_has_it(server: WarmServer, pages: Pages) -> None:
+    stats = httpx.get(f"{server.started['http']}/api/stats").json()
+    got = {"stream": HOSTILE, "seq": 48_213, "expected": [0.5, 0.12345678, 0.0], "got": [0.5, 0.12345679, -0.0]}
+    checked = {"frames": 12_300_000, "lag_s": 0.8}
+    good = checked | {"state": "verified", "mismatches": 0, "mismatch": None}
+    bad = checked | {"state": "mismatch", "mismatches": 1, "mismatch": got}
+    (speech,) = stats["models"]
+    denoise = speech | {"name": "denoise", "exactness": "tolerance", "verification": bad}
+    stats["models"] = [speech | {"verification": good}, denoise]
+    body = f"event: stats\ndata: {json.dumps(stats)}\n\n"
+    for width in (400, 1280):
+        page = pages.open("about:blank", width=width)
+        page.route(
+            "**/api/*model=denoise*", lambda route: route.fulfill(json={"columns": {}, "streams": [], "total": 0})
+        )
+        page.route("**/api/events*", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+        page.goto(server.started["http"])
+        expect(page.locator("#verification")).to_have_attribute("data-level", "good")
+        expect(page.locator("#alarm")).to_contain_text(f"stream {HOSTILE}, frame 48,213 of model denoise")
+        expect(page.locator("#alarm-values")).to_have_text(DIFFERENCE)
+        page.get_by_label("Model").select_option("denoise")
+        expect(page.locator("#verification")).to_have_attribute("data-level", "bad")
+        expect(page.locator("#exactness")).to_have_text("Within tolerance")
+        assert page.url.endswith("#model=denoise")
+        keep(page, f"mismatch-{width}")
+
+
+def test_numbers_are_in_plain_words(server: WarmServer, pages: Pages) -> None:
+    page = pages.open(server.started["http"])
+    for function, words in WORDS.items():
+        code = f"async (values) => values.map((await import('/static/format.js')).{function})"
+        assert page.evaluate(code, [None, *words]) == ["–", *words.values()], function
 
 
 def test_a_stopped_server_is_said_and_found_again(folder: Path, pages: Pages) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from instep.config import HttpConfig
 from instep.frontends.http.admin import AdminServer, bind
-from instep.server.preparation import CannotServe
+from instep.frontends.http.answers import STATIC
 from instep.streaming.service import ModelService
 from instep_client.aio import AsyncClient
 from tests.support.admin import administered, error
@@ -88,12 +89,9 @@ async def test_a_bug_is_answered_and_logged() -> None:
     assert (line["path"], type(line["exc_info"])) == ("/api/history", IndexError)
 
 
-async def test_a_port_in_use_is_an_error_unless_it_is_the_default() -> None:
+async def test_a_default_port_in_use_is_only_warned_of() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(CannotServe, match=rf"{endpoint}.*--http off"):
-            async with running(SMALL, http={"endpoint": endpoint}):
-                pass
         told: list[dict[str, Any]] = []
         assert bind(HttpConfig(endpoint=endpoint), log_into(told), default=endpoint) is None
         (warning,) = [line for line in told if line["level"] == "warning"]
@@ -110,3 +108,38 @@ async def test_there_is_none_when_it_is_off_and_the_port_is_free_after_the_end()
             socket.create_server(("127.0.0.1", port), reuse_port=False)
     async with administered(http={"endpoint": f"127.0.0.1:{port}"}) as (_, http):
         assert (await asyncio.wait_for(http.get("/healthz"), 10)).json() == {"alive": True}
+
+
+async def test_files_are_served_with_their_types_and_not_twice() -> None:
+    async with administered() as (_, http):
+        page = await http.get("/")
+        assert (page.content, page.headers["content-type"]) == (
+            (STATIC / "index.html").read_bytes(),
+            "text/html; charset=utf-8",
+        )
+        assert (await http.get("/static/index.html")).content == page.content
+        name = "vendor/uPlot.iife.min.js"
+        script = await http.get(f"/static/{name}")
+        assert script.content == (STATIC / name).read_bytes()
+        assert script.headers["content-type"].startswith("text/javascript")
+        assert script.headers["cache-control"] == "no-cache"
+        again = await http.get(f"/static/{name}", headers={"if-none-match": script.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (STATIC.parent / "answers.py").is_file()
+        for path in (
+            "../answers.py",
+            "%2e%2e/answers.py",
+            "..%2fanswers.py",
+            "vendor",
+            "vendor/",
+            "//etc/passwd",
+            "a.js",
+        ):
+            await error(http, f"/static/{path}", 404)
+
+
+def test_the_page_needs_nothing_that_its_policy_forbids() -> None:
+    for path in STATIC.rglob("*.html"):
+        text = path.read_text()
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|https?://(?!www\.w3\.org)", text), path
+        assert not re.search(r"<script(?![^>]*\ssrc=)", text), path

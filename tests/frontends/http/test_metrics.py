@@ -12,9 +12,8 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
 from instep.core.histogram import add_to
-from instep.frontends.http.metrics import METRICS, exposition
+from instep.frontends.http.metrics import exposition
 from instep.server.server import Server
-from instep.streaming.verification import Verification
 from instep_client.protocol.wire import Code, Kind
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
@@ -97,32 +96,6 @@ async def test_what_was_sent_is_what_is_scraped(rng: np.random.Generator, tmp_pa
             "version": version("instep"),
         }
         assert families["process_resident_memory_bytes"].samples[0].value > 2**20
-
-
-async def test_every_metric_has_its_type_and_unit_and_what_does_not_exist_has_no_sample() -> None:
-    async with running(SMALL) as server:
-        families = scraped(server)
-    types = {metric.name.removesuffix("_total"): metric.type for metric in METRICS}
-    assert len(types) == len(METRICS)
-    for name, family in families.items():
-        if name.startswith("instep_"):
-            assert family.type == types.pop(name)
-    of_others = ("recording_bytes", "recording_free", "recovery", "checkpoint", "replay", "verif")
-    assert all(name.removeprefix("instep_").startswith(of_others) for name in types), types
-    for metric in METRICS:
-        assert metric.help.endswith(".")
-        assert not metric.name.endswith(("_us", "_ms", "_ns"))
-
-
-async def test_live_verification_is_shown_where_it_is_on() -> None:
-    async with running(SMALL) as server:
-        assert not any("verif" in name for name in scraped(server))
-        server.default.verification = Verification(frames_total=70, mismatches_total=1, skipped=20)
-        families = scraped(server)
-    names = ("mismatches_total", "skipped_frames_total")
-    assert [value(families, f"instep_verify_{name}") for name in names] == [1, 20]
-    assert value(families, "instep_verified_frames_total") == 70
-    assert value(families, "instep_verify_lag_seconds") == 0
 
 
 @pytest.mark.parametrize("scale", [3, 50, 2_000, 900_000])

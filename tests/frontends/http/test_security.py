@@ -7,12 +7,16 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from instep.config import Config
 from instep.frontends.http import security
+from instep.frontends.http.security import Guard
 from instep.server.preparation import CannotServe
-from tests.support.admin import administered, error, raw
+from tests.support.admin import administered, connect, error, raw
 from tests.support.models import SMALL
 from tests.support.running import running
 
@@ -148,3 +152,53 @@ def test_a_rate_comes_back_with_time() -> None:
     assert limit.take() == pytest.approx(1 / 50)
     now_s = 0.1
     assert [limit.take() == 0 for _ in range(6)] == [True] * 5 + [False]
+
+
+ASK = b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"
+
+
+async def test_connections_that_ask_for_nothing_fail_no_health_check() -> None:
+    async with administered() as (server, http):
+        assert server.admin is not None
+        url = server.admin.url
+        slow = [await connect(url) for _ in range(100)]
+        for _, writer in slow[::2]:
+            writer.write(b"GET /readyz HTTP/1.1\r\nhost: local")
+        for path in ("/healthz", "/readyz", "/api/stats"):
+            assert (await http.get(path)).status_code == 200
+        assert await asyncio.wait_for(slow[0][0].read(), 10) == b""  # those that have been there for longest made room
+        slow[-1][1].write(ASK)
+        assert b"200 OK" in await asyncio.wait_for(slow[-1][0].read(), 10)
+        for _, writer in slow:
+            writer.close()
+
+
+async def test_requests_under_way_are_bounded_and_leave_places_for_health() -> None:
+    is_over = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            await is_over.wait()
+        await Response("done")(scope, receive, send)
+
+    transport = httpx.ASGITransport(Guard(app, None, True))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        slow = [asyncio.create_task(http.get("/slow")) for _ in range(64)]
+        await asyncio.sleep(0.1)
+        refused = await http.get("/")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "TOO_MANY_CONNECTIONS")
+        for path in ("/healthz", "/readyz"):
+            assert (await http.get(path)).status_code == 200
+        is_over.set()
+        assert {each.status_code for each in await asyncio.gather(*slow)} == {200}
+        assert (await http.get("/")).status_code == 200
+
+
+async def test_bytes_that_are_no_request_are_refused() -> None:
+    async with administered() as (server, http):
+        assert server.admin is not None
+        for request in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000, b"GET /" + b"z" * 70_000):
+            assert (await raw(server.admin.url, request)).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        chunked = b"GET / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert (await raw(server.admin.url, chunked + b"nonsense\r\n")).count(b"HTTP/1.1 400") == 1
+        assert (await http.get("/healthz")).status_code == 200

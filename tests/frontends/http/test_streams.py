@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 
-from instep.server.server import Server
 from instep_client import AsyncClient
-from tests.support.admin import administered, error, longest_turn
+from tests.support.admin import administered, error
 from tests.support.models import SEED_SIZED, SMALL
 
 F = 5
@@ -97,28 +94,3 @@ async def test_what_there_is_not_is_answered_with_what_was_meant() -> None:
         ):
             assert meant in await error(http, path, status), path
         assert (await http.get("/api/streams", params={"model": SEED_SIZED.name})).json()["total"] == 0
-
-
-@pytest.mark.long
-async def test_a_page_of_a_hundred_thousand_streams_is_quick_and_keeps_nobody_waiting() -> None:
-    count = 100_000
-    engine, limits = {"max_streams": count}, {"window_frames": 1, "max_parked_streams": count}
-    async with administered(engine=engine, limits=limits) as (server, http):
-        fill(server, [f"s{number * 7919 % count:06d}" for number in range(count)])
-        await http.get("/api/streams?limit=1")
-        table = server.default.engine.table
-        began = time.thread_time()
-        sorted(table.names(table.open_slots()))
-        at_once = time.thread_time() - began
-        for asked in ("limit=500", "prefix=s0999", "state=connected"):
-            async with longest_turn() as longest:
-                page = (await http.get(f"/api/streams?{asked}")).json()
-            assert page["total"] == count
-            assert longest[0] < at_once / 2, asked
-        assert len(await all_pages(http, prefix="s0999", limit=7)) == 100
-
-
-def fill(server: Server, given: list[str]) -> None:
-    """Open streams at once, parked."""
-    table = server.default.engine.table
-    table.open(given, table.parked, time.monotonic_ns())

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from instep.server import assembly, checks
+from instep.server import assembly
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind
 from tests.support.commits import held_commits
@@ -83,9 +83,8 @@ async def test_a_vanished_connection_is_noticed_and_its_streams_are_parked_and_r
 # ── More than the server takes ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("asks", ["read", "read by name", "resume in vain"])
 async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_takes_long(
-    tmp_path: Path, asks: str
+    tmp_path: Path,
 ) -> None:
     recording = {"file": tmp_path / "r.instep", "durability": "commit"}
     async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
@@ -95,12 +94,7 @@ async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_ta
             may_commit.clear()
             await client.send(*client.open_message("t"))
             for _ in range(MANY):
-                message = {
-                    "read": client.read_state_message(handles),
-                    "read by name": client.read_named_message(["s"]),
-                    "resume in vain": client.resume_message(["nobody"], [0], [1]),
-                }[asks]
-                await client.send(*message)
+                await client.send(*client.read_state_message(handles))
             pong = await client.ask(msgpack.packb([Kind.PING, 9]))
             refused = 0
             while pong.kind is not Kind.PONG:
@@ -151,31 +145,6 @@ async def test_a_peer_that_never_says_that_it_reads_is_given_up_and_costs_nobody
                 await silent.send(*block(silent))
             await connections(server, 1)
             assert (await client.open("s")).failures() == []
-
-
-async def test_readers_that_do_not_read_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it each of them could hold as much as one may."""
-    monkeypatch.setattr(checks, "MAX_BUFFERED_BYTES", 4 * 2**20)
-    monkeypatch.setattr(assembly, "UNREACHABLE_AFTER_S", 600.0)
-    transport = {"max_message_bytes": 2**20}
-    async with running(SMALL, transport=transport) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        silent = [RawClient(server.endpoint) for _ in range(16)]
-        try:
-            for each in silent:
-                await each.hello()
-            given_up = False
-            for _ in range(40):
-                for each in silent:
-                    await each.send(*block(each))
-                await asyncio.sleep(0)
-                given_up = given_up or len(server.default.engine.origins) < 17
-            while len(server.default.engine.origins) > 1 + 8:
-                await asyncio.sleep(0.01)
-            assert (await client.open("s")).failures() == []
-        finally:
-            for each in silent:
-                await each.__aexit__(None, None, None)
 
 
 async def test_connections_that_have_no_streams_are_counted_no_more_when_they_are_gone() -> None:

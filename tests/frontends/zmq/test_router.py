@@ -11,7 +11,7 @@ import zmq
 
 from instep.config import TransportConfig
 from instep.frontends import CannotListen
-from instep.frontends.zmq.router import MOST_PARTS, Router, Sent
+from instep.frontends.zmq.router import Router, Sent
 
 
 @contextmanager
@@ -73,16 +73,3 @@ def test_a_message_is_received_and_answered() -> None:
         assert frames == [b"header", b"", b"x"]
         assert router.send(routing_id, [b"answer", memoryview(b"y")]) is Sent.HANDED_OVER
         assert peer.recv_multipart() == [b"answer", b"y"]
-
-
-def test_of_a_message_of_many_parts_the_first_are_given_and_the_rest_thrown_away_in_portions() -> None:
-    with bound() as router, dealer(router.endpoint) as peer:
-        peer.send_multipart([b"first", *[b""] * 200_000])
-        peer.send_multipart([b"second"])
-        _, frames = receive(router)
-        assert (frames[0], len(frames)) == (b"first", MOST_PARTS + 1)
-        portions = 1
-        while not (found := list(router.receive(10))):
-            portions += 1
-        assert [message for _, message in found] == [[b"second"]]
-        assert portions > 20, "other work gets its turn in between"
