@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -53,6 +54,16 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
+    """Let the kernel send this process a signal when the thread of `parent` that forked it ends; on Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, by)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the kernel knew
+            os._exit(1)
 
 
 def _ours() -> list[signal.Signals]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+
+from instep.interrupts import end_with_parent
 
 _STOP_TIMEOUT_S: Final = 60.0
 _LINES_KEPT: Final = 1000
@@ -97,6 +101,7 @@ class ChildServer:
             stdout=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
 
     def _said(self) -> str:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
+
+DESCRIPTION_FILE: Final = "model.yaml"
 
 
 class ModelError(Exception):
     """A model that cannot be served; the message is a sentence that names the file or tensor and says what to do."""
 
 
-def no_folder(folder: Path) -> tuple[str, str]:
-    """The sentence that reports a missing model folder and how to make one."""
-    return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
+def no_folder(folder: Path) -> tuple[str, str] | None:
+    """Return what is wrong with a path that holds no model folder, and the cure; None if there is a description."""
+    if not os.path.exists(folder):  # unlike Path's method, it takes names of any length
+        return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
+    if not os.path.exists(folder / DESCRIPTION_FILE):
+        return f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it", (
+            "name a folder, which instep.models.save_model or export_step makes of a module, and `instep model import` "
+            "of weights or an ONNX graph"
+        )
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -17,13 +17,12 @@ import torch
 import yaml
 
 from instep.models.base import Description
-from instep.models.errors import ModelError, no_folder
+from instep.models.errors import DESCRIPTION_FILE, ModelError, no_folder
 from instep.models.model import Model, check_weights, load_weights, weights_bytes
 from instep.models.module.description import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
 from instep_tools.problems import part_of
 
-DESCRIPTION_FILE: Final = "model.yaml"
 WEIGHTS_FILE: Final = "weights.safetensors"
 MAX_NAME_LENGTH: Final = 100
 MAX_GRAPH_BYTES: Final = 2**29
@@ -49,22 +48,15 @@ def load_model(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
+    if problem := no_folder(folder):
+        raise ModelError(": ".join(problem))
     try:
-        if folder.exists() and not path.exists():
-            raise ModelError(
-                f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it; name a folder, which "
-                "instep.models.save_model or export_step makes of a module, and `instep model import` of weights or an "
-                "ONNX graph"
-            )
         check_regular(path)
         written_ns = _written_ns(path)
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelError(": ".join(no_folder(folder))) from None
-    except (OSError, ValueError) as error:  # the latter of a null byte in the path
-        why = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise ModelError(
-            f"cannot read {path}: {why}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
+            f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
             "instep.models.save_model or `instep model import` makes one"
         ) from None
     try:

@@ -10,7 +10,6 @@ of a step.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 import os
@@ -29,7 +28,7 @@ import numpy.typing as npt
 
 from instep.core.tables import MOST_STEPS
 from instep.core.typing import I64
-from instep.interrupts import signal_name
+from instep.interrupts import end_with_parent, signal_name
 from instep.runtime.executor import ExecutorDied, RunResult, StateLost, Step, run_steps
 
 _PLACES: Final = 2
@@ -42,7 +41,6 @@ _OUTCOME: Final = struct.Struct("=BqqBB")
 """Place of a run, when it began and ended (ns, monotonic clock), how many steps were applied, what went wrong."""
 _POLL_S: Final = 0.005
 _ENOUGH_LONG_WAITS: Final = 8
-_PR_SET_PDEATHSIG: Final = 1
 _SHORT_NS: Final = 300_000
 """Runs shorter than this execute inline in the event loop when the process is idle, and so do runs that take less time
 than the loop needs for their messages. This leaves a core to the clients, and saves a round trip to the process."""
@@ -173,7 +171,7 @@ class ProcessExecutor:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # the server says when it is over
-            _die_with(server)
+            end_with_parent(server, signal.SIGKILL)
             _close_all_but(0, 1, 2, commands, outcomes)
             runs = _Commands(commands, busy_poll_ns)
             while commands_read := runs.read():
@@ -235,14 +233,6 @@ class _Commands:
         is_long = time.monotonic_ns() - began_ns > 2 * self._busy_poll_ns  # twice: waking up makes every wait longer
         self._long_waits = self._long_waits + 1 if is_long else 0
         return runs
-
-
-def _die_with(server: int) -> None:
-    """Have the kernel kill this process when the thread of the server's loop, which forked it, ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != server:  # it was killed before the kernel knew
-            os._exit(1)
 
 
 def _close_all_but(*kept: int) -> None:

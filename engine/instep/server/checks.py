@@ -165,8 +165,8 @@ def _file_limits() -> tuple[int, int]:
 
 def _folders(config: Config) -> Iterator[Finding]:
     for _, folder in config.model.folders:
-        if not os.path.exists(folder):  # Path's raises if its name is too long
-            yield Finding("problem", *no_folder(folder))
+        if problem := no_folder(folder):
+            yield Finding("problem", *problem)
 
 
 def _recording(config: Config) -> Iterator[Finding]:
@@ -296,6 +296,8 @@ def _look_through(path: Path, config: Config, prepared: Prepared, log: structlog
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
     if not path.is_file() or not path.stat().st_size:
+        if not os.statvfs(path.parent).f_bavail:
+            raise RecordingError(f"the disk of {path} is full: make room, or name a file on another one")
         log.info("would record", file=str(path), durability=config.recording.durability)
         return
     check_not_written(path)

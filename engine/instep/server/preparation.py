@@ -74,8 +74,11 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
             if (file := recording_file(config, model.name, is_only=is_only)) is not None:
                 for each in recordings(file):
                     check_not_written(each)
-        if restart:
-            _check_forkable(config)
+        if restart and find_device(config.engine.device).type != "cpu":
+            raise CannotServe(
+                "--restart forks the server with its model loaded, which needs engine.device cpu; leave it out, and "
+                "let systemd restart the server"
+            )
         check_arithmetic()
         networks = [_network(config, model, log_of(model.name, log, is_only=is_only)) for model, _ in loaded]
         return [
@@ -111,14 +114,6 @@ def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) ->
 def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> structlog.stdlib.BoundLogger:
     """A logger that names the model in each line, unless the server has only one."""
     return log.bind() if is_only else log.bind(model=name)
-
-
-def _check_forkable(config: Config) -> None:
-    if find_device(config.engine.device).type != "cpu":
-        raise CannotServe(
-            "--restart forks the server with its model loaded, which needs engine.device cpu; leave "
-            "it out, and let systemd restart the server"
-        )
 
 
 def load_models(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model, Path]]:

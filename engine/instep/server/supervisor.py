@@ -6,23 +6,20 @@ in it can fail, and the next server is a fork that has everything loaded.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections import deque
 from typing import Final
 
 import structlog
 
-from instep.interrupts import signal_name
+from instep.interrupts import end_with_parent, signal_name
 
 MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
 """More restarts than that within this time would not help."""
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def supervise(log: structlog.stdlib.BoundLogger) -> bool:
@@ -66,10 +63,7 @@ def supervise(log: structlog.stdlib.BoundLogger) -> bool:
 def _become_server(supervisor: int) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the log may go to a terminal that this group does not own
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != supervisor:  # it died before the kernel knew
-            os._exit(1)
+    end_with_parent(supervisor)
 
 
 def _wait(child: int, heard: set[signal.Signals]) -> tuple[int, bool]:

@@ -171,14 +171,12 @@ class Hibernation(Mapping[str, Sleeper]):
         if not self.is_possible or not self._journal.room:
             return
         if self.limits.hibernate_after_ns and (looks or self._is_behind):
-            self._hibernate_idle(now_ns - self.limits.hibernate_after_ns)
+            before_ns, table = now_ns - self.limits.hibernate_after_ns, self._table
+            sleepy = self._sleepy(np.concatenate([table.parked_since(before_ns), table.idle_since(before_ns)]))
+            self._is_behind = len(sleepy) > self._at_once
+            self._hibernate(sleepy[: self._at_once])
         if old := self._old(now_ns):
             self._tasks.start(self._expire(old))
-
-    def _hibernate_idle(self, before_ns: int) -> None:
-        sleepy = self._sleepy(np.concatenate([self._table.parked_since(before_ns), self._table.idle_since(before_ns)]))
-        self._is_behind = len(sleepy) > self._at_once
-        self._hibernate(sleepy[: self._at_once])
 
     async def make_room(self, slots: int) -> None:
         """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left.

@@ -456,12 +456,10 @@ class Reaper:
     def _evict_idle(self, now_ns: int) -> None:
         limits, table = self._hibernation.limits, self._table
         if limits.max_idle_ns:
-            self._operations.evict(self._connected(table.idle_since(now_ns - limits.max_idle_ns)), Code.IDLE)
+            idle = table.idle_since(now_ns - limits.max_idle_ns)
+            # Those that are still to be parked look idle, but they have `park_ns`.
+            is_detaching = np.isin(table.owner[idle], list(self._detaching))
+            self._operations.evict(idle[~is_detaching][: self._at_once], Code.IDLE)
         parked = table.parked_since(now_ns - limits.park_ns)
         is_free = self._engine.tables.streams["holds"][parked] == 0  # others may be about to be resumed
         self._operations.expire(parked[is_free][: self._at_once])
-
-    def _connected(self, slots: I64) -> I64:
-        """A portion of slots, without those that are still to be parked: these look idle, but they have `park_ns`."""
-        is_detaching = np.isin(self._table.owner[slots], list(self._detaching))
-        return slots[~is_detaching][: self._at_once]

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from instep.models.errors import ModelError, first_line
-from instep.models.folder import DESCRIPTION_FILE
+from instep.models.errors import DESCRIPTION_FILE, ModelError, first_line
 from instep.models.handover.layers import (
     RECURRENT,
     SERVED,
