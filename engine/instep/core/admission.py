@@ -1,8 +1,8 @@
-"""Admission: decides which frames of a message may be applied, column by column, before the column is changed.
+"""Admission decides for each column of a message which of its frames may be applied, before anything is changed.
 
-A column holds T frames of one stream, seq by seq. Leading frames that were applied before are answered again with the
-same outputs, provided they hold the same bytes and the frame buffer still has them. The others are admitted if they are
-the next ones, within the window (at most `window` frames from the first unacknowledged one) and finite.
+A column has T frames of one stream, in the order of their seqs. Leading frames that were applied before are answered
+again with the same outputs, provided they have the same bytes and are still in the frame buffer. The others are
+admitted if they are the next ones, within the window (`window` frames from the first unacknowledged one) and finite.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
         packed: all tables; a message that is refused as a whole changes nothing.
         messages: SENT_MESSAGE [M].
         sent: SENT_COLUMN, the columns of all messages, one message after another.
-        x: uint32, the bits of their float32 [T, N, features], likewise.
+        x: uint32, the bits of their inputs, float32 [T, N, features], one message after another.
 
     Returns:
         complete: the count of messages that are complete already, because none of their frames has to be computed;

@@ -31,13 +31,13 @@ def _add(histogram: I64, value: int, times: int) -> None:
 
 @kernel
 def add_to(histogram: I64, value: int, times: int) -> None:
-    """Count a value a number of times."""
+    """Add a value to a histogram `times` times."""
     _add(histogram, value, times)
 
 
 @kernel
 def add_steps(compute_us: I64, batch_size: I64, streams: int, step_ns: int, steps: int) -> None:
-    """Count the steps of a run in their histograms.
+    """Add the steps of a run to the histograms of step times and batch sizes.
 
     Args:
         compute_us: the histogram of step times.
@@ -52,7 +52,7 @@ def add_steps(compute_us: I64, batch_size: I64, streams: int, step_ns: int, step
 
 @kernel
 def add_replies(latency_us: I64, send_us: I64, arrived_ns: I64, numbers: I32, now_ns: int, send_ns: int) -> None:
-    """Count messages that are answered now in their histograms.
+    """Add messages that are answered now to the histograms of their times.
 
     Args:
         latency_us: from the arrival of a message to its answer.
@@ -68,12 +68,12 @@ def add_replies(latency_us: I64, send_us: I64, arrived_ns: I64, numbers: I32, no
 
 
 def new_histogram() -> I64:
-    """An empty histogram: int64 [ENTRIES + 1], the last one the sum of all values."""
+    """Make an empty histogram: int64 [ENTRIES + 1]; its last element is the sum of all values."""
     return np.zeros(ENTRIES + 1, np.int64)
 
 
 def largest_of(entry: int) -> int:
-    """The largest value that an entry counts."""
+    """Return the largest value that an entry counts."""
     if entry < 2 * _PARTS:
         return entry
     shift = entry // _PARTS - 1
@@ -81,7 +81,7 @@ def largest_of(entry: int) -> int:
 
 
 def quantile(histogram: I64, share: float) -> float:
-    """Return the largest value of the quantile's entry; 0 if nothing was counted."""
+    """Return the quantile of a share between 0 and 1, or up to an eighth more; 0 if nothing was counted."""
     counted = np.cumsum(histogram[:ENTRIES])
     if not counted[-1]:
         return 0.0

@@ -23,7 +23,7 @@ class ResumeDecision:
     have: I64
     """The claimant has the outputs of all seqs below this one."""
     former_epochs: U64
-    """The epoch that the claimant holds; 0 where it takes a stream over."""
+    """The epoch under which the claimant had the stream; 0 where it takes a stream over."""
     expected_seq: I64
     """The seq that the stream expects next; 0 where there is no stream."""
 
@@ -51,7 +51,7 @@ def check_resume(
         window: frames of one stream in the frame buffer.
         expired: names of streams that were parked for too long.
         names: the streams, distinct.
-        have: uint64 [N], the claimant holds the outputs of all seqs below; `HAVE_ALL` for everything computed.
+        have: uint64 [N], the seqs below which the claimant has all outputs; `HAVE_ALL` for everything computed.
         epochs: uint64 [N], under which the claimant had the streams; 0 for never.
         take_over: whether to take streams from whichever client owns them, and to continue from where they are.
         arrival: the arrival number of the claimant's connection, see `StreamTable.hand_over`.

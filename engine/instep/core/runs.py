@@ -82,13 +82,13 @@ def are_pending(packed: Packed, slots: I64) -> bool:
 
 @kernel
 def fail_run(packed: Packed, slots: I64, code: int) -> int:
-    """Remove all pending frames of these streams, int64 [B], which cannot be applied; the run of these streams is over.
+    """Remove all pending frames of these streams, int64 [B], because they cannot be applied, and end their run.
 
     The oldest pending frame of each fails with `code`. Those behind it fail with SEQ_GAP, or with the same code where
     the state is lost and the stream is about to end.
 
     Returns:
-        How many messages are complete now: the first ones of `complete`.
+        The count of messages that are complete now; `complete` begins with their numbers.
     """
     tables = Tables(*packed)
     counts, streams, messages, columns = tables.counts, tables.streams, tables.messages, tables.columns

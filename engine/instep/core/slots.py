@@ -40,13 +40,13 @@ class SlotAllocator:
         return slots
 
     def release(self, slots: I64) -> None:
-        """Give slots back; their handles are void from now on."""
+        """Free slots; their handles are invalid from now on."""
         self.renew(slots)
         self._free[self.free_count : self.free_count + len(slots)] = slots
         self.free_count += len(slots)
 
     def renew(self, slots: I64) -> None:
-        """Make the handles of slots in use void; `handles` returns new ones."""
+        """Make the handles of slots in use invalid; `handles` returns new ones."""
         generations = self.generations(slots) + np.uint32(1)  # wraps round
         self._handles[slots] = (generations.astype(np.uint64) << _SLOT_BITS) | slots.astype(np.uint64)
 
@@ -61,5 +61,5 @@ class SlotAllocator:
 
     @staticmethod
     def slots_named(handles: U64) -> I64:
-        """The slots that handles name, whatever their generations: int64 [N]."""
+        """The slots in handles of any generation: int64 [N]."""
         return (handles & _SLOT_MASK).astype(np.int64)

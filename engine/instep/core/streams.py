@@ -55,7 +55,7 @@ class StreamTable:
 
     @property
     def open_count(self) -> int:
-        """How many streams are open, closing ones included."""
+        """The count of open streams, closing ones included."""
         return len(self._slots_of_names)
 
     def name(self, slot: int) -> str:
@@ -67,7 +67,7 @@ class StreamTable:
         return [self._names[slot] for slot in slots.tolist()]
 
     def find(self, names: Sequence[str]) -> I64:
-        """The slots of the open streams of those names, the scratch slot where there is none: int64 [N]."""
+        """The slots of the open streams of those names, int64 [N]; the scratch slot for a name without a stream."""
         return np.array([self._slots_of_names.get(name, SCRATCH_SLOT) for name in names], np.int64)
 
     def open(
@@ -139,7 +139,7 @@ class StreamTable:
     def hand_over(
         self, slots: I64, owner: int, now_ns: int, former_epochs: U64 | None = None, arrival: int = 0
     ) -> None:
-        """Give streams to another owner: new epochs, and their handles so far are fenced.
+        """Give streams to another owner, with new epochs; their former handles are fenced.
 
         Args:
             slots: int64 [N], distinct.
@@ -155,12 +155,12 @@ class StreamTable:
         self.last_active_ns[slots] = now_ns
 
     def park(self, slots: I64, now_ns: int) -> None:
-        """The connection of these streams is gone; they wait to be resumed."""
+        """Give streams whose connection is gone to `parked`, until a client resumes them."""
         self._move(slots, self.parked)
         self.last_active_ns[slots] = now_ns
 
     def unpark(self, slots: I64, owner: int) -> None:
-        """Parked streams are again those of the owner that holds their epochs."""
+        """Give parked streams back to the owner that has their epochs."""
         self._move(slots, owner)
 
     def _move(self, slots: I64, owner: int) -> None:
@@ -190,7 +190,7 @@ class StreamTable:
         return np.flatnonzero(self.owner != NO_OWNER)
 
     def open_between(self, first: int, end: int, *, parked: bool | None = None) -> I64:
-        """Slots from `first` to `end` of streams that are not closing, all, parked or connected: int64 [N], rising."""
+        """Slots from `first` to `end` of streams that are not closing, only parked or connected ones if asked for."""
         owner = self.owner[first:end]
         is_open = (owner != NO_OWNER) & ~self.closing[first:end]
         if parked is not None:
@@ -212,11 +212,11 @@ class StreamTable:
         return self._silent(before_ns, self.owner == self.parked)
 
     def parked_longest(self) -> I64:
-        """Slots of parked streams with nothing pending, the one parked longest first: int64 [N]."""
+        """The slots of parked streams with nothing pending, the stream parked longest first: int64 [N]."""
         return self._longest(self.parked_since(np.iinfo(np.int64).max))
 
     def idle_longest(self, before_ns: int) -> I64:
-        """Those of `idle_since`, the one idle longest first: int64 [N]."""
+        """The slots of `idle_since`, the stream that has been idle longest first: int64 [N]."""
         return self._longest(self.idle_since(before_ns))
 
     def _longest(self, slots: I64) -> I64:

@@ -1,10 +1,10 @@
 """The engine's memory: every array that the hot path works on, allocated once.
 
 Kernels take all of it as one argument. Its structured arrays hold one record for each slot, origin, pending message and
-pending column, so that everything a kernel needs of one stream lies in one or two cache lines.
+pending column, so that everything a kernel needs of one stream is in one or two cache lines.
 
-Results of a kernel that are arrays go into arrays of `Tables` as well, and it returns how much of them counts: to make
-and return an array costs more than a kernel's work on a single frame. They are good until the next call of that kernel.
+A kernel also writes its results into arrays of `Tables`, and returns the count of valid elements: making and returning
+an array takes longer than the kernel's work on one frame. The results stay valid until the next call of the kernel.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def make_server(
 ) -> Server:
     """Make a server that is bound and not yet serving; call it inside the event loop.
 
-    For tests, `make_stepper` makes other steppers than usual, `forks` says whether steps get a process of their own,
-    and `supervision` runs the process that checks in another way.
+    Tests give `make_stepper` to replace the steppers, `forks` to choose whether steps get a process of their own, and
+    `supervision` to run the process that checks in another way.
 
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.

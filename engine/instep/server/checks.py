@@ -39,7 +39,7 @@ _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lust
 
 
 class CannotServe(Exception):
-    """The server cannot start; the message says whose fault it is and what to do."""
+    """The server cannot start; the message names the cause and the cure."""
 
 
 class Finding(NamedTuple):
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
-    """Yield what can be checked before a model is loaded. Nothing is written; `restart` is as in `serve.run`."""
+    """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
     for check in (_folders, _recording, _ports, _token, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
@@ -105,7 +105,7 @@ def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
 def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False) -> None:
     """Load and compile the models, read their recordings as far as a start does, and try the endpoints.
 
-    Nothing is written, and the log says what would be served. `restart` is as of `serve.run`.
+    Nothing is written; the log lists the models that would be served. `restart` is as in `serve.run`.
 
     Raises:
         CannotServe: when the server could not start.
@@ -251,7 +251,7 @@ def _disk(config: Config, mounts: Path = Path("/proc/self/mounts")) -> Iterator[
 
 
 def _file_system(folder: Path, mounts: Path) -> str:
-    """The type of the file system that holds a folder, as the kernel calls it; empty where that is not known."""
+    """The kernel's name for the type of a folder's file system; empty if it is not known."""
     place, best = folder.resolve(), ("", "")
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -88,7 +88,7 @@ class LiveVerification:
         self._tasks: list[asyncio.Task[None]] = []
 
     def follow(self, service: ModelService) -> None:
-        """Check what a service records from now on."""
+        """Check the recording of a service from now on."""
         assert service.verification is not None
         recovered = service.recovery
         begin = (0, 0) if recovered is None else (recovered.checkpoint_position, None)

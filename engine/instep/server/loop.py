@@ -27,12 +27,12 @@ _LATE_NS: Final = 1_000_000_000
 class Loop:
     """Turns of the engines, whenever something has happened.
 
-    In a turn every engine does what it can without waiting, and each turn begins with another one. Every engine has an
-    executor of its own, so none waits for the steps of another.
+    In a turn every engine does its work without waiting, and each turn begins with another engine. Every engine has an
+    executor of its own, so no engine waits for the steps of another.
 
-    For a moment after each thing that happened the loop polls for the next one rather than sleep (busy polling): to be
-    woken costs more than a small step does, because the core has to wake up and its caches are cold. Every look yields
-    to other programs, so it is idle time that is used up, and power.
+    For a moment after each event the loop polls for the next one instead of sleeping (busy polling), because waking up
+    takes longer than a small step: the core has to leave its idle state and its caches are cold. Each poll yields to
+    other programs, so polling uses idle time and power only.
 
     Args:
         busy_poll_ns: the polling time while every model steps in a process of its own; 0 for none.
@@ -194,9 +194,9 @@ class HeldUp:
         self._reads_until_ns = 0
 
     def look(self, now_ns: int) -> bool:
-        """Whether what waits is still being read, at that time; to be asked many times a second.
+        """Whether waiting messages are still being read at that time; call it many times a second.
 
-        A loop that is late all the time has this time once in two looks.
+        For a loop that is always late, this is the case in every second call.
         """
         is_late, self._looked_ns = now_ns - self._looked_ns > _LATE_NS, now_ns
         if now_ns >= self._reads_until_ns:

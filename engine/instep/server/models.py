@@ -108,7 +108,7 @@ class Moved:
 
 
 async def catch_up(replay: WarmUpReplay, thread: LoadingThread) -> None:
-    """Replay what was recorded during the last pass, until little is left to do while nothing is received.
+    """Replay the frames recorded during the last pass, until few are left for the pause in which nothing is received.
 
     Raises:
         CannotServe: when frames arrive too quickly for that.
@@ -255,8 +255,8 @@ class Loader:
         """Load, swap and unload models until they are those of a configuration, once what is under way has ended.
 
         Everything is loaded and checked before the first model changes. `on_change` is called just before that, when
-        the server's configuration has the models that a server which follows this one has to serve, and at the end,
-        well or not: from now on, also by an earlier reload.
+        the configuration has the models that the next server would have to serve, and at the end of each reload,
+        successful or not.
         """
         self._wanted, self._on_change, self.problem = wanted, on_change, UNDER_WAY
         self.tick()

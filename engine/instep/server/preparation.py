@@ -59,8 +59,8 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
 
     Args:
         config: names the models.
-        log: is told of the arithmetic of each model.
-        restart: as of `serve.run`.
+        log: gets a line about the arithmetic of each model.
+        restart: as in `serve.run`.
 
     Raises:
         CannotServe: with a sentence.
@@ -120,7 +120,7 @@ def load_models(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model,
     """Every model and its folder, the default one first.
 
     Raises:
-        CannotServe, ModelError: with a sentence, when one of them cannot be loaded or there is none.
+        CannotServe, ModelError: with a sentence, if a model cannot be loaded or no model is named.
     """
     if not folders:
         raise CannotServe(

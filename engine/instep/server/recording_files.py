@@ -78,7 +78,7 @@ def find_versions(first: Path, fingerprint: str, log: structlog.stdlib.BoundLogg
     The versions of a model are recorded in NAME.instep, NAME@2.instep, NAME@3.instep and so on, in the order of their
     beginnings. The newest file is continued if it is of the version to serve; otherwise the next one begins. A stream
     continues from an older file unless a newer one has its `moved` event, which is committed together with its state.
-    What is being written belongs to a version that is served. The log is told of older files that are damaged.
+    A file that is being written belongs to a version that is served. Older files that are damaged are logged.
 
     Raises:
         RecordingError: when the newest one cannot be read.

@@ -260,7 +260,7 @@ def record(
     loop: Loop,
     shutdown: Shutdown,
 ) -> None:
-    """Record what a service does from now on. Nothing here can fail."""
+    """Record everything that a service does from now on. Nothing here can fail."""
     durability = config.recording.durability
     service.log.info("recording", file=str(writer.path), durability=durability)
     service.recorder = recorder = _recorder(service, writer, config, loop, shutdown)
@@ -304,7 +304,7 @@ _AT_ONCE: Final = 4096
 
 
 def prepare_former(config: Config, former: Former, log: structlog.stdlib.BoundLogger) -> Prepared:
-    """The version that a recording is of, from the folder that it had.
+    """Load the version of the model that made a recording, from the folder that it had.
 
     Raises:
         ModelError: when that cannot be loaded, or holds another version now.
@@ -347,22 +347,22 @@ def continue_streams(
     target: RecordingWriter,
     recovery: Recovery,
 ) -> Recovery:
-    """Let the streams of a recording continue in that of another version, where they hibernate; in this one they end.
+    """Move the streams of a recording to the recording of another version, where they hibernate, and end them here.
 
-    Each stream is in exactly one of the two, whenever the process is killed: it counts where its `moved` event is.
-    Streams whose names are taken are left, and so are all where frames were recorded after the newest states and the
-    former version, which alone could step them, cannot be loaded. This is logged.
+    If the process is killed, each stream is in exactly one of the two: in the target if its `moved` event is there.
+    Streams whose names are in use are left, and so are all streams if frames were recorded after the newest states and
+    the former version, which would have to step them, cannot be loaded. This is logged.
 
     Args:
-        config: says whether they move in their states or are replayed.
+        config: decides whether they move in their states or are replayed.
         former: the recording that they leave.
         foundation: of the version in which they continue.
-        service: of that, which serves nobody yet.
-        target: writes its recording.
-        recovery: what that holds.
+        service: of that version; it does not serve yet.
+        target: writes the recording of that version.
+        recovery: the present contents of the target.
 
     Returns:
-        The present contents of the target.
+        The contents of the target afterwards.
     """
     log, table = service.log, service.engine.table
     names = {*recovery.hibernated, *table.names(table.open_slots())}

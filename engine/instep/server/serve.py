@@ -124,7 +124,7 @@ class Kept:
     def laid_over(self, config: Config) -> tuple[Config, dict[str, str], str, str]:
         """Return a configuration with the kept values, and the kept models' fingerprints, if any.
 
-        The others are `Server.unread` and `Loader.problem`: why what the file says is not in force.
+        The last two are `Server.unread` and `Loader.problem`: why the values in the file are not in force.
         """
         text = bytes(self._half(self._shared[0])).strip(b"\0")
         if not text:
@@ -148,8 +148,8 @@ def reload(
 ) -> None:
     """Read the configuration again and apply the changeable keys; a broken one changes nothing.
 
-    The log says what has changed, at whatever level, and which changes of models are under way: whether they succeed is
-    said later. `reread` raises ConfigError; `kept` gets the new values, and the models once they are accepted.
+    The changes are logged at any level, also those of models, which are under way; their success is logged later.
+    `reread` raises ConfigError. `kept` gets the new values, and the models once they are accepted.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
@@ -180,7 +180,7 @@ def reload(
 
 
 def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
-    """The keys whose values differ, each with a text that says how."""
+    """The keys whose values differ, each with a text that shows both values."""
     for (path, before), (_, after) in zip(_values(one), _values(other), strict=True):
         if before != after:
             yield path, f"{path}: {_in_words(before)} → {_in_words(after)}"

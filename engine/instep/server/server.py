@@ -71,7 +71,7 @@ _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages
 
 
 class Summary:
-    """Logs at intervals what has happened since the last summary, from the numbers of STATISTICS."""
+    """Logs at intervals how the numbers of STATISTICS have changed since the last summary."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Server:
         self.configure(self.config)
 
     async def remove(self, name: str, reason: str) -> None:
-        """Stop serving a model: finish what it has admitted, end its connections, close its recording."""
+        """Stop serving a model: answer its admitted messages, end its connections, close its recording."""
         served, timeout_s = self.models.find(name), self.config.shutdown.drain_timeout_s
         service = served.service
         service.drain(f"the model {name!r} is being unloaded and takes nothing new")
@@ -198,7 +198,7 @@ class Server:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While the block runs, messages wait with their senders; what was received before is answered."""
+        """While the block runs, nothing is received; messages received before are answered."""
         for frontend in self._frontends:
             frontend.is_paused = True
         try:
@@ -255,12 +255,12 @@ class Server:
 
     @property
     def is_draining(self) -> bool:
-        """Whether it was told to end."""
+        """Whether the server has been asked to end."""
         return self._shutdown.requested.is_set()
 
     @property
     def failure(self) -> str | None:
-        """Why the server had to end, if it had to."""
+        """The reason for which the server ended by itself, if it did."""
         return self._shutdown.failure
 
     @property
@@ -281,7 +281,7 @@ class Server:
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
 
     def stop(self, *, drain: bool = True) -> None:
-        """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""
+        """Refuse everything new, answer all admitted messages (unless `drain` is False), then end `serve`."""
         for service in self.services:
             service.drain()
         self._shutdown.stop(drain=drain)

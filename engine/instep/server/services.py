@@ -199,9 +199,9 @@ def make_service(
 ) -> ModelService:
     """Make a service without connections and without a recorder; call it inside the event loop.
 
-    `file` will be its recording. `wake` lets the loop take a turn, and `on_bug` is told of an exception that no code
-    expects. `former` is the service of another version of the model, whose tables the foundation has: its streams and
-    connections become those of this one, and the two may not serve at the same time.
+    `file` will be its recording. `wake` lets the loop take a turn, and `on_bug` gets unexpected exceptions. `former`
+    serves another version of the model. The new service takes over its tables, streams and connections, so only one of
+    the two may run.
     """
     tables, stepper, limits = foundation.tables, foundation.stepper, foundation.limits
 

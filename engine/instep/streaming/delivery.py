@@ -1,4 +1,4 @@
-"""Replies: messages that are complete become arrays for their origins."""
+"""Delivery turns complete messages into replies for their origins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instep_client.protocol.codes import Code
 
 
 class Delivery:
-    """Answers complete messages; those of one origin that end with the same step share a reply.
+    """Answers complete messages; messages of one origin that end with the same step share a reply.
 
     A reply to several messages has at most `max_reply_frames`, T × N.
     """

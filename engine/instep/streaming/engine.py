@@ -57,7 +57,7 @@ class EngineLimits:
 
 @dataclass(slots=True)
 class _Run:
-    """Steps of a batch that the executor has."""
+    """Steps of a batch that were given to the executor."""
 
     slots: I64
     rows: I64
@@ -67,7 +67,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Complete:
-    """Messages that are complete, to be answered once `lsn` is durable."""
+    """Complete messages that are answered once `lsn` is durable."""
 
     lsn: int
     numbers: I32
@@ -154,7 +154,7 @@ class Engine:
         return bool(self._runs)
 
     def take_over(self) -> None:
-        """Serve the streams of the tables from now on, which another version's engine had before: count from 0."""
+        """Serve streams that another version's engine served before; the counters of frames begin at 0."""
         self.tables.counts[[RECEIVED_FRAMES, REPEATED_FRAMES, CREDIT_STALLS]] = 0
 
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
@@ -164,7 +164,7 @@ class Engine:
         self._submitted.append(frames)
 
     def admit(self) -> None:
-        """Admit the good frames of all queued messages, as one after the other would be; replies follow."""
+        """Admit the good frames of all queued messages, with the same result as one by one; replies follow."""
         if not self._submitted:
             return
         # An origin that left after it sent these may have passed its number on already.
@@ -218,7 +218,7 @@ class Engine:
     # ── Schedule and collect ───────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> None:
-        """Give the executor a run if it is free and one is due, and a second, full one behind the one being stepped."""
+        """Give the executor a run if it is free and one is due, and a second one only if that is full."""
         counts, limits = self.tables.counts, self._limits
         while len(self._runs) < self.executor.capacity and counts[READY]:
             if self._runs and counts[READY] < limits.max_batch_size:
@@ -235,7 +235,7 @@ class Engine:
             self._begin(most_streams, most_steps, _MESSAGE_NS if is_light else 0)
 
     def _begin(self, most_streams: int, most_steps: int, loop_ns_per_frame: int) -> None:
-        """Begin a run; the loop is busy with the messages of each frame for `loop_ns_per_frame`, at least."""
+        """Begin a run; the loop needs at least `loop_ns_per_frame` for the messages of each frame."""
         ready = min(int(self.tables.counts[READY]), most_streams)
         # Where no batch of about that size was stepped yet, one step, to see how long it takes.
         step_ns = self._step_ns.get(ready.bit_length(), _LONGEST_RUN_NS)
@@ -268,7 +268,7 @@ class Engine:
         self.wake()  # the turn, not `schedule` alone: a run that ends within `begin` has to be collected
 
     def collect(self) -> bool:
-        """Take the runs that have ended; whether there were any.
+        """Take the runs that have ended, and return whether there were any.
 
         Raises:
             ExecutorDied: the executor has.
@@ -300,7 +300,7 @@ class Engine:
             self._fail(slots, run.lsns[steps:], result.error)
 
     def _fail(self, slots: I64, lsns: list[int], error: Exception) -> None:
-        """A step failed: none of its frames was applied, nor can the frames behind them be."""
+        """Fail the frames of a step that failed, and the frames behind them, which cannot be applied either."""
         self.stats.step_failures_total += 1
         self.log_failure(error, len(slots))
         code = Code.STEP_FAILED
@@ -337,9 +337,9 @@ class Engine:
         release(self.packed, slots, time.monotonic_ns())
 
     def fail_pending(self, slots: I64, code: Code) -> None:
-        """Frames of these streams, int64 [N], which are in no run, cannot be applied any more."""
+        """Fail the pending frames of streams, int64 [N], that are in no run."""
         self._results.append(_Complete(self.journal.newest, self._take_out(slots, code), 0, 0))
 
     def _take_out(self, slots: I64, code: Code) -> I32:
-        """Take out everything that is pending of streams; the messages that are complete now."""
+        """Remove all pending frames of streams; return the messages that are complete now."""
         return self.tables.complete[: fail_run(self.packed, slots, int(code))].copy()

@@ -1,6 +1,6 @@
-"""Hibernation: streams that do nothing leave memory, and come back as they were.
+"""Hibernation moves idle streams from memory to the recording, and back when they are needed.
 
-A stream that hibernates is open, and the recording holds all of it: its state, its seq, its epoch and the frames that
+A stream that hibernates is open, and all of it is in the recording: its state, its seq, its epoch and the frames that
 its client has not acknowledged. Memory keeps only its name and its position in the recording. Its owner notices nothing
 until its next frame or request, which wakes the stream. It then gets another slot, so the owner is sent a new handle.
 """
@@ -29,7 +29,7 @@ from instep.streaming.tasks import Tasks, Waiters
 from instep_client.protocol.codes import Code
 
 AT_ONCE: Final = 1024
-"""Streams that leave memory, return to it or are checked for their age in one turn of the loop."""
+"""The most streams that leave memory, return to it or are checked for their age in one turn of the loop."""
 _MOST_TOMBSTONES: Final = 65_536
 
 
@@ -38,7 +38,7 @@ class IdleLimits:
     """Limits of idle streams, in memory and in the recording: times in ns, and counts."""
 
     max_idle_ns: int
-    """A stream whose connection is there ends when it was idle for this long; 0 for never."""
+    """A stream of a connected client ends when it was idle for this long; 0 for never."""
     park_ns: int
     """A stream whose connection is gone ends this much later; 0 for at once."""
     max_parked: int
@@ -46,7 +46,7 @@ class IdleLimits:
     hibernate_after_ns: int = 0
     """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
     max_hibernated: int = 1_000_000
-    """The most that hibernate; beyond it those that have done so longest expire."""
+    """The most streams that hibernate; beyond it the streams that have hibernated longest expire."""
     quiet_ns: int = 1_000_000_000
     """A stream with nothing to do for this long leaves memory when another stream needs its slot."""
     most_wait_ns: int = 5_000_000_000
@@ -65,15 +65,15 @@ class Sleeper(NamedTuple):
     stream: int
     """Its number in the recording."""
     owner: Origin | None
-    """Who owned it; None where its connection was gone, or before a restart."""
+    """Its owner; None if the connection is gone, or after a restart."""
     since_ns: int
-    """Since when it is idle or, without an owner, since when its connection is gone."""
+    """The time since which it is idle or, without an owner, since which its connection is gone."""
     handle: int = 0
     """The handle that its owner has; 0 without an owner."""
 
 
 class Tombstones:
-    """The newest names; older ones are forgotten."""
+    """The names of the streams that expired last; older ones are forgotten."""
 
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
@@ -82,7 +82,7 @@ class Tombstones:
         return name in self._names
 
     def add(self, names: Iterable[str]) -> None:
-        """Streams of these names have expired."""
+        """Add the names of streams that have expired."""
         for name in names:
             self._names.pop(name, None)
             self._names[name] = None
@@ -90,13 +90,13 @@ class Tombstones:
             del self._names[next(iter(self._names))]
 
     def remove(self, names: Iterable[str]) -> None:
-        """There are streams of these names again."""
+        """Remove names under which streams are open again."""
         for name in names:
             self._names.pop(name, None)
 
 
 class Hibernation(Mapping[str, Sleeper]):
-    """The streams that are open and not in memory, by name; those that went to sleep first at the beginning.
+    """The streams that are open and not in memory, by name, in the order in which they left memory.
 
     `load` reads open streams from the recording by their numbers.
     """
@@ -124,9 +124,9 @@ class Hibernation(Mapping[str, Sleeper]):
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to wake or to end."""
         self._newest_lsn = 0
-        """The recording is read only once it holds this lsn."""
+        """The recording is read only once this lsn is committed."""
         self._ages: Iterator[str] = iter(())
-        """Names whose age is to be checked."""
+        """Names of streams whose age is checked next."""
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
         self._wanted: dict[str, int] = {}
@@ -160,9 +160,9 @@ class Hibernation(Mapping[str, Sleeper]):
     # ── To sleep ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def tick(self, now_ns: int, *, looks: bool = True) -> None:
-        """Let a portion of the idle streams hibernate, and a portion of those that do expire.
+        """Let some of the idle streams hibernate, and some of the hibernating streams expire.
 
-        It `looks` through all streams for idle ones, or only where some were left over last time.
+        All streams are searched for idle ones if it `looks`, or if there were too many last time.
         """
         if self._needs_room:
             self._vacant = self._room(len(self._needs_room))
@@ -179,9 +179,9 @@ class Hibernation(Mapping[str, Sleeper]):
             self._tasks.start(self._expire(old))
 
     async def make_room(self, slots: int) -> None:
-        """Let parked streams hibernate, those parked longest first, until `slots` are free or none is left.
+        """Let streams hibernate until `slots` are free, or no other stream may hibernate.
 
-        Then those of connected clients that have been idle for longest.
+        Parked streams hibernate before idle streams of connected clients, those parked or idle longest first.
         """
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
             if not self._journal.room:
@@ -195,14 +195,14 @@ class Hibernation(Mapping[str, Sleeper]):
         return self._sleepy(self._table.idle_longest(time.monotonic_ns() - self.limits.quiet_ns))
 
     def _room(self, most: int) -> int:
-        """How many streams, up to `most`, could find room in memory now."""
+        """The count of streams, up to `most`, for which there could be room in memory now."""
         count = self._table.slots.free_count
         if count < most and self.is_possible:
             count += len(self._sleepy(self._table.parked_longest())) + len(self._idle())
         return min(count, most)
 
     async def _until_room(self, names: Iterable[str], until_ns: int) -> None:
-        """Wait until there may be room for one of these, none hibernates any more, or it is that time."""
+        """Wait until there may be room for one of these streams, all have left hibernation, or it is `until_ns`."""
 
         def takes_room() -> bool:
             self._vacant -= 1
@@ -213,13 +213,13 @@ class Hibernation(Mapping[str, Sleeper]):
         )
 
     def hibernate_parked(self, count: int) -> int:
-        """Let up to `count` parked streams hibernate, those parked longest first; how many did."""
+        """Let up to `count` parked streams hibernate, the one parked longest first; return how many did."""
         if not self._journal.room:  # the recorder is behind
             return 0
         return self._hibernate(self._sleepy(self._table.parked_longest())[:count])
 
     def _sleepy(self, slots: I64) -> I64:
-        """Leave out streams that an operation works on; none of `slots` has anything pending."""
+        """Drop the slots of streams that an operation works on; no stream in `slots` has pending frames."""
         records = self._engine.tables.streams
         is_free: Bool = (records["holds"][slots] == 0) & ~self._table.lost[slots] & (self._staying[slots] == 0)
         return slots[is_free]
@@ -234,7 +234,7 @@ class Hibernation(Mapping[str, Sleeper]):
             self._staying[slots] -= 1
 
     def _hibernate(self, slots: I64) -> int:
-        """Let streams, int64 [N], leave memory, which have nothing pending and no operation at work; how many did."""
+        """Let streams, int64 [N], leave memory, and return how many did; see `_sleepy` for which streams may."""
         if not len(slots):
             return 0
         engine, table = self._engine, self._table
@@ -264,7 +264,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return len(slots)
 
     def _leave(self, name: str) -> Sleeper:
-        """A stream hibernates no more."""
+        """Remove a stream that is in memory again or has ended."""
         asleep = self._asleep.pop(name)
         self._engine.asleep.pop(asleep.handle, None)
         return asleep
@@ -281,7 +281,7 @@ class Hibernation(Mapping[str, Sleeper]):
             self._tasks.start(self._wake_for_frames())
 
     async def _wake_for_frames(self) -> None:
-        """Wake those that are wanted, as many at a time as find room, and tell the owners of others why not."""
+        """Wake the wanted streams, as many at a time as there is room for, and notify the owners of the others."""
         while names := list(self._wanted):
             codes = dict(zip(names, (await self._wake(names)).tolist(), strict=True))
             now_ns, table = time.monotonic_ns(), self._table
@@ -297,12 +297,12 @@ class Hibernation(Mapping[str, Sleeper]):
                 await self._until_room(list(self._wanted), min(self._wanted.values()))
 
     async def wake(self, names: Names) -> I32:
-        """Put those of these streams into memory that hibernate: owned as before, or parked if the owner is gone.
+        """Put those of these streams into memory that hibernate, under their owner, or parked if it is gone.
 
-        It waits for room, but not for long. None goes back to sleep before the caller's next wait.
+        It waits for room for up to `IdleLimits.most_wait_ns`. No stream hibernates again before the caller's next wait.
 
         Returns:
-            int32 [N], why streams hibernate still, or were lost; 0 for the others.
+            int32 [N], the reasons why streams still hibernate or were lost; 0 for the others.
         """
         until_ns = time.monotonic_ns() + self.limits.most_wait_ns
         while True:
@@ -341,13 +341,13 @@ class Hibernation(Mapping[str, Sleeper]):
         return np.array([0 if name in woken_since else refused.get(name, 0) for name in names], np.int32)
 
     async def _sleepers(self, names: Names, tried: set[str]) -> list[str]:
-        """Names that hibernate and were not tried. It waits until nobody else wakes or ends any of them."""
+        """Names of streams that hibernate and were not tried, once no other task is waking or ending them."""
         while busy := {self._busy[name] for name in names if name in self._busy}:
             await asyncio.wait(busy)
         return [name for name in dict.fromkeys(names) if name in self._asleep and name not in tried]
 
     def _put(self, streams: list[OpenStream], refused: dict[str, Code]) -> I64:
-        """Put streams into memory while there is room; returns their slots."""
+        """Put streams into memory while there is room, and return their slots."""
         code = Code.TOO_MANY_STREAMS
         try:
             slots = put_into_memory(self._engine.tables, self._table, self._states.access, streams)
@@ -383,7 +383,7 @@ class Hibernation(Mapping[str, Sleeper]):
             done.set_result(None)
 
     async def read(self, names: Names) -> dict[str, tuple[Code | None, int, U8]]:
-        """Read states without waking anybody.
+        """Read states without waking a stream.
 
         Returns:
             By name, for those of these streams that hibernate: the code of a failure, the next seq, and the state,
@@ -413,7 +413,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return rows
 
     async def _load_all(self, sleepers: Mapping[str, Sleeper]) -> tuple[list[OpenStream], dict[str, Code]]:
-        """Streams that could be read, and the reason by name for each that could not."""
+        """Return the streams that could be read, and by name the reasons for the others."""
         try:
             return await self._load([asleep.stream for asleep in sleepers.values()]), {}
         except Exception as error:  # also of a system that has no thread or memory left to read it
@@ -431,7 +431,7 @@ class Hibernation(Mapping[str, Sleeper]):
     # ── To an end ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _old(self, now_ns: int) -> list[str]:
-        """A portion of those that have to end now; it takes some ticks to look at all of them."""
+        """Some of the streams that have to end now; it takes several ticks to look at all streams."""
         limits, origins = self.limits, self._engine.origins
         surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.max_hibernated), self._at_once))
         old = dict.fromkeys(surplus)
@@ -503,7 +503,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return streams, refused
 
     async def _lose(self, sleepers: Mapping[str, Sleeper], refused: Mapping[str, Code]) -> None:
-        """End those that were refused because the recording has lost their states, and notify their owners."""
+        """End the streams whose states the recording has lost, and notify their owners."""
         names = [name for name, code in refused.items() if code == Code.STATE_LOST]
         if not names:
             return
@@ -521,5 +521,5 @@ class Hibernation(Mapping[str, Sleeper]):
 
 
 def _owners(sleepers: Iterable[Sleeper]) -> list[tuple[Origin, U64]]:
-    """The owners of those that have one, each with the handle that it has."""
+    """The owners of streams that have one, each with its handle."""
     return [(each.owner, np.array([each.handle], np.uint64)) for each in sleepers if each.owner is not None]

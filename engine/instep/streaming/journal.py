@@ -64,7 +64,7 @@ class Journal:
         self._committed = NEVER - 1
         self._last_stream = 0
         self._through = 0
-        """The lsn up to which the states of the checkpoint under way contain every batch; 0 where there is none."""
+        """The lsn up to which the states of the checkpoint under way contain every batch; 0 without a checkpoint."""
         self._durable = Waiters()
         """Requests that wait for durability."""
         self._committing = Waiters()
@@ -76,12 +76,12 @@ class Journal:
         """Record from now on.
 
         Args:
-            recorder: takes everything.
+            recorder: writes all records.
             last_stream: the highest number of a stream in the recording.
-            last_row: the newest position of the recording, which the streams correspond to.
-            waits: whether replies wait until what they rest on is durable.
-            replayed_ns: how long it took to step the frames that are in no checkpoint yet: the next restart would have
-                to step them once more.
+            last_row: the newest position of the recording; the streams are as they were there.
+            waits: whether replies wait until everything that they rest on is durable.
+            replayed_ns: the time for stepping the frames that are in no checkpoint yet, because the next restart would
+                step them again.
         """
         self._recorder = recorder
         self.computed_ns = replayed_ns
@@ -202,7 +202,7 @@ class Journal:
         return self.states(self._through or self.newest, rows, is_last=False)
 
     def states(self, through: int, rows: StateRows, *, is_last: bool) -> int:
-        """Record part of a checkpoint, whose states contain every batch up to the lsn `through`."""
+        """Record part of a checkpoint; its states contain every batch up to the lsn `through`."""
         if is_last:
             self._through = 0
         time_ns = time.time_ns()
@@ -277,7 +277,7 @@ class Journal:
         return self.ended(self._table.recording_ids(slots), reason, self._table.next_seq[slots], final_states, lost)
 
     def ended(self, streams: I64, reason: str, frames: I64, final_states: U8, lost: Bool) -> int:
-        """As `closed`, for streams by their numbers, with the seqs that they expected next."""
+        """Record the ends of streams by their numbers, with the seqs that they expected next; see `closed`."""
         time_ns = time.time_ns()
         return self._put_rows(
             len(streams), lambda writer: writer.close_streams(time_ns, streams, reason, frames, final_states, lost)

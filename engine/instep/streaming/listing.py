@@ -15,7 +15,7 @@ from instep.streaming.hibernation import Hibernation
 from instep_client.protocol.codes import Place
 
 SCANNED: Final = 4096
-"""Streams examined for one page, so that no page holds up the loop. A page may be empty without being the last."""
+"""The most streams examined for one page, to bound its time. A page may be empty without being the last."""
 
 
 class StreamStatus(NamedTuple):
@@ -35,13 +35,13 @@ class StreamStatus(NamedTuple):
 
     @property
     def idle_ns(self) -> int:
-        """Time since it had something to do."""
+        """Time since it last had pending frames."""
         return 0 if self.pending else self.silent_ns
 
 
 @dataclass(frozen=True, slots=True)
 class ListedPage:
-    """Some streams."""
+    """One page of a listing."""
 
     streams: list[tuple[str, StreamStatus]]
     """With their names."""
@@ -50,7 +50,7 @@ class ListedPage:
 
 
 class Listing:
-    """Pages of streams: those in memory by slot, then those that hibernate by how long they have done so."""
+    """Pages of streams: first those in memory by slot, then those that hibernate, the longest first."""
 
     def __init__(self, table: StreamTable, hibernation: Hibernation) -> None:
         self._table = table
@@ -64,13 +64,13 @@ class Listing:
         return self._asleep(name, now_ns) if name in self._hibernation else None
 
     def page(self, cursor: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
-        """The streams from a cursor on.
+        """List streams from a cursor on.
 
         Args:
-            cursor: 0 for the first page, else what the page before said.
-            most: streams.
+            cursor: 0 for the first page, otherwise the cursor of the page before.
+            most: the most streams on the page.
             place: a `Place`, or 0 for any.
-            prefix: what their names begin with.
+            prefix: the beginning of their names.
             now_ns: on the monotonic clock.
         """
         slots = len(self._table.owner)

@@ -27,7 +27,7 @@ from instep_client.protocol.codes import Code
 _ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
 """Reason of an end → kind of its event, where that is not `evicted`."""
 REAP_AT_ONCE: Final = 4096
-"""Streams that are parked or evicted in one tick, of all connections together."""
+"""The most streams that are parked or evicted in one tick, of all connections together."""
 _LOOK_EVERY: Final = 10
 """Ticks between searches for idle streams. A search looks at every stream."""
 
@@ -88,7 +88,7 @@ class StreamOperations:
         return grants
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
-        """The initial states could not be written: close the streams, even if they have another owner by now."""
+        """Close streams whose initial states could not be written, even if they have another owner by now."""
         codes[granted] = Code.STEP_FAILED
         self._table.lost[opened] = True
         self._engine.fail_pending(opened, Code.STATE_LOST)  # a new owner may have sent frames
@@ -132,7 +132,7 @@ class StreamOperations:
         Args:
             origin: the claimant.
             names: distinct names.
-            have: uint64 [N], it holds the outputs of all seqs below.
+            have: uint64 [N], the seqs below which it has all outputs.
             epochs: uint64 [N], under which it had the streams.
             take_over: whether to take them from whichever origin owns them.
 
@@ -231,18 +231,18 @@ class StreamOperations:
         return StatesRead(next_seqs, states, codes)
 
     async def write_states(self, origin: Origin, handles: U64, states: U8 | None, codes: I32) -> I32:
-        """Give streams with nothing pending another state [N, row_bytes], None for the model's initial one.
+        """Give streams without pending frames other states.
 
-        Frames that come meanwhile wait, so that the recording has the change before them.
+        Frames that arrive meanwhile wait, so that the change is recorded before them.
 
         Args:
             origin: owns the streams.
             handles: uint64 [N].
-            states: [N, row_bytes].
+            states: [N, row_bytes], None for the model's initial state.
             codes: int32 [N], not 0 where a state is refused already.
 
         Returns:
-            int32 [N], 0 where it was done.
+            int32 [N], 0 where the state was written.
         """
         slots, found = await self._own(origin, handles)
         found[(found == 0) & (self._table.unanswered[slots] > 0)] = Code.FRAMES_PENDING
@@ -263,14 +263,14 @@ class StreamOperations:
     # ── Close and evict ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def close(self, origin: Origin, handles: U64, have: U64) -> tuple[U8, I32]:
-        """Close streams once everything they have pending is answered; they take no frames from now on.
+        """Close streams once their pending frames are answered; they take no frames from now on.
 
-        A stream whose owner lacks outputs stays open: they would be gone for good should their replies be lost.
+        A stream whose owner lacks outputs stays open, because they could not be sent again if their replies were lost.
 
         Args:
             origin: owns the streams.
             handles: uint64 [N].
-            have: uint64 [N], it holds the outputs of all seqs below, or does without the others.
+            have: uint64 [N], the seqs below which it has, or does not need, the outputs.
 
         Returns:
             states: the final ones [N, row_bytes].
@@ -312,7 +312,7 @@ class StreamOperations:
         return states, lost
 
     def lose(self, slots: I64) -> None:
-        """The states of these streams, int64 [N], are gone: they end."""
+        """End streams, int64 [N], whose states are lost."""
         self._table.lost[slots] = True
         self.evict(slots[~self._table.closing[slots]], Code.STATE_LOST)
 
@@ -322,7 +322,7 @@ class StreamOperations:
         self.evict(slots, Code.EXPIRED)
 
     def evict(self, slots: I64, code: Code) -> None:
-        """Close streams, int64 [N], for a reason, and tell their owners when that is durable."""
+        """Close streams, int64 [N], and notify their owners with the code when that is durable."""
         if not len(slots):
             return
         self._engine.stats.evicted(code.name.lower(), len(slots))
@@ -334,7 +334,7 @@ class StreamOperations:
         self._origins.notify(owners, code)
 
     def _asleep(self, origin: Origin, handles: U64) -> dict[int, tuple[str, int]]:
-        """Names and epochs of those of an origin's streams that hibernate, by their places in uint64 [N]."""
+        """Names and epochs of the streams of an origin that hibernate, by the index of their handle in uint64 [N]."""
         listed, asleep = handles.tolist(), self._engine.asleep
         if len(set(listed)) < len(listed):
             raise Refusal(Code.REPEATED_STREAM)
@@ -342,11 +342,11 @@ class StreamOperations:
         return {place: (name, epoch) for place, (owner, name, epoch) in found.items() if owner is origin}
 
     async def awake(self, origin: Origin, handles: U64) -> tuple[U64, I32]:
-        """Wake those of an origin's streams that hibernate; the others stay awake meanwhile.
+        """Wake the streams of an origin that hibernate; its other streams stay in memory meanwhile.
 
         Returns:
-            handles: of all, from now on, uint64 [N].
-            codes: int32 [N], why a stream hibernates still or was lost, else 0.
+            handles: the handles of all streams from now on, uint64 [N].
+            codes: int32 [N], the reason why a stream still hibernates or was lost, otherwise 0.
 
         Raises:
             Refusal: a stream is named twice, or the origin has left meanwhile.
@@ -367,7 +367,7 @@ class StreamOperations:
         return handles, codes
 
     async def _own(self, origin: Origin, handles: U64) -> tuple[I64, I32]:
-        """The slots of an origin's streams, which are woken, and why some may not be used."""
+        """Wake streams of an origin; return their slots, and the codes of those that may not be used."""
         handles, refused = await self.awake(origin, handles)
         slots, codes = self._resolve(origin, handles)
         return slots, np.where(refused, refused, codes).astype(np.int32)
@@ -384,7 +384,7 @@ def _connection(origin: Origin) -> str:
 
 
 class Reaper:
-    """Looks after streams without anyone at the other end."""
+    """Parks the streams of connections that are gone, and ends streams that are idle or parked for too long."""
 
     def __init__(
         self,
@@ -399,7 +399,7 @@ class Reaper:
         self._at_once = at_once
         self._ticks = 0
         self._detaching: set[int] = set()
-        """Numbers of origins that are gone and may have streams that are neither parked nor closing yet."""
+        """Numbers of origins that are gone and may own streams that are neither parked nor closing yet."""
 
     @property
     def is_detaching(self) -> bool:
@@ -407,9 +407,9 @@ class Reaper:
         return bool(self._detaching)
 
     def detach(self, origin: Origin) -> None:
-        """An origin is gone: its streams are parked or closed from the next tick on.
+        """Park or close the streams of an origin that is gone, from the next tick on.
 
-        Until then a stream belongs to the number of the origin, and no other origin gets that. It can be resumed.
+        Until then the streams belong to its number, which no other origin gets, and can be resumed.
         """
         self._engine.origins.disconnect(origin)
         self._detaching.add(origin.number)

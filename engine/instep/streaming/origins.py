@@ -12,7 +12,7 @@ from instep_client.protocol.codes import Code
 
 
 class Origins:
-    """Gives out numbers. The number of an origin that is gone is used again when nothing belongs to it any more."""
+    """Gives numbers to origins. The number of an origin that is gone is used again once it owns nothing any more."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -46,7 +46,7 @@ class Origins:
         return True
 
     def add_backlog(self, origin: Origin, frames: int) -> None:
-        """Count frames, or fewer where negative, whose replies wait for a connected origin; its credit lacks them."""
+        """Change the count of frames whose replies wait for a connected origin, which reduce its credit."""
         self._tables.origins["backlog"][origin.number] += frames
 
     def has_streams(self, origin: Origin) -> bool:
@@ -58,9 +58,9 @@ class Origins:
         return self._connected.get(origin.number) is origin
 
     def owners(self, table: StreamTable, slots: I64) -> list[tuple[Origin, U64]]:
-        """The connected origins that own streams, each with the handles of those that it owns.
+        """The connected origins that own streams, each with the handles of its streams.
 
-        Origins and not their numbers: a number may belong to another one by the time that they are notified.
+        These are origins and not their numbers, because a number may belong to another origin when they are notified.
         """
         slots = slots[np.argsort(table.owner[slots], kind="stable")]
         numbers, handles = table.owner[slots], table.slots.handles(slots)
@@ -71,13 +71,13 @@ class Origins:
         ]
 
     def notify(self, owners: list[tuple[Origin, U64]], code: Code) -> None:
-        """Notify owners, as `owners` gave them, of a change of their streams."""
+        """Notify owners, as returned by `owners`, of a change of their streams."""
         for owner, handles in owners:
             if self.is_connected(owner):
                 owner.notify(StreamEvent(code, handles))
 
     def disconnect(self, origin: Origin) -> None:
-        """The origin is gone: it gets nothing any more."""
+        """Remove an origin that is gone; nothing is delivered to it any more."""
         del self._connected[origin.number]
         self._tables.origins["backlog"][origin.number] = 0
         self._left.add(origin.number)

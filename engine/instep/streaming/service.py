@@ -1,4 +1,4 @@
-"""One served model: its engine, and all that manages its streams."""
+"""The service of one model: its engine, and everything that manages its streams."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ModelService:
     tasks: Tasks
     """Requests and whatever else waits for this engine or its recording."""
     log: structlog.stdlib.BoundLogger
-    """Names the model in every line, where the server has several."""
+    """It names the model in every line if the server has several."""
     about: About
     steps_apart: bool = False
     """Whether it steps in a process of its own, where polling keeps no interpreter's lock from it."""
@@ -87,7 +87,7 @@ class ModelService:
     recovery: Recovery | None = None
     """The recovery of an older recording, if there was one."""
     verification: Verification | None = None
-    """Findings of the process that checks the recording meanwhile, where there is to be one."""
+    """Findings of the process that checks the recording; None without live verification."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
     """The start of the server, on the monotonic clock."""
     is_former: bool = False
@@ -97,7 +97,7 @@ class ModelService:
     history: History = field(init=False)
     """The last ten minutes."""
     _logged: dict[Code, int] = field(default_factory=dict)
-    """Refusals by code, as far as the events tell of them."""
+    """Refusals by code that were added to the events."""
 
     def __post_init__(self) -> None:
         self.history = History(self._counted, self.engine.stats.durations())
@@ -124,7 +124,7 @@ class ModelService:
         return not (self.engine.draining or self.engine.journal.has_failed)
 
     def drain(self, leaves: str = "") -> None:
-        """Take nothing new from now on, because it `leaves` the server or, where that is empty, with the server."""
+        """Refuse everything new; `leaves` is the reason if only this model ends, and empty if the server ends."""
         self.engine.draining, self.leaves = True, leaves
 
     def end_streams(self) -> None:

@@ -1,4 +1,4 @@
-"""The states of streams: read and written while nothing steps them, and moved to and from the recording."""
+"""Reads and writes the states of streams while nothing steps them, and moves them to and from the recording."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from instep.streaming.engine import Engine
 from instep.streaming.tasks import Tasks
 
 AT_ONCE: Final = 4096
-"""States copied before the loop gets its turn."""
+"""The most states that are copied before the loop gets its turn."""
 CHECKPOINT_AT_ONCE: Final = 1024
 """States read in one go and written in one transaction. Replies may wait for it."""
 
 
 class StreamStates:
-    """Access to the states of streams that other streams do not wait for."""
+    """Access to the states of streams, during which other streams continue."""
 
     def __init__(self, engine: Engine, access: StateAccess, at_once: int = AT_ONCE) -> None:
         self.access = access
@@ -38,7 +38,7 @@ class StreamStates:
         self._turns: dict[int, set[int]] = {}
         """Numbers of waiters, each with the ones it waits for."""
         self._newest: I64 = np.zeros(len(engine.table.owner), np.int64)
-        """By slot, the number of the last waiter."""
+        """The number of the last waiter, by slot."""
 
     @asynccontextmanager
     async def settled(self, slots: I64) -> AsyncIterator[None]:
@@ -61,7 +61,7 @@ class StreamStates:
             self._engine.wake()
 
     async def read(self, slots: I64) -> tuple[I64, U8, Bool]:
-        """Next seqs int64 [N], states [N, row_bytes] and which are lost; nothing of the streams steps meanwhile."""
+        """Read next seqs, int64 [N], states [N, row_bytes] and which are lost; the streams do not step meanwhile."""
         table, incarnations = self._engine.table, self._engine.table.incarnations(slots)
         states, lost = self.spec.missing(len(slots)), np.zeros(len(slots), np.bool_)
         async with self.settled(slots):
@@ -80,7 +80,7 @@ class StreamStates:
         return seqs, states, lost
 
     async def load(self, slots: I64, states: U8 | None) -> int:
-        """Set the states of streams with nothing pending, which do not step meanwhile; how many were set."""
+        """Set the states of streams without pending frames, which do not step meanwhile; return how many were set."""
         done = 0
         async with self.settled(slots):
             try:
@@ -96,12 +96,10 @@ class StreamStates:
 
 
 def put_into_memory(tables: Tables, table: StreamTable, states: StateAccess, streams: Sequence[OpenStream]) -> I64:
-    """Open streams in their states, with their frames in the frame buffer; parked, until somebody resumes them.
-
-    Their names are not in use.
+    """Open streams in their states, parked and with their frames in the frame buffer. Their names are not in use.
 
     Returns:
-        Their slots, int64 [≤ N]; the last ones are left out where there is no room for all.
+        Their slots, int64 [≤ N]; the last streams are left out if there is no room for all.
     """
     streams = streams[: table.slots.free_count]
     # Outputs of another version of the model may be asked for again, too.
@@ -174,7 +172,7 @@ class Checkpoints:
         self._target_ns = target_ns
         self._at_once = at_once
         self.is_under_way = False
-        """Until the recording holds it."""
+        """Whether a checkpoint has begun and is not committed yet."""
         self.taken_ns = time.monotonic_ns()
         """The beginning of the newest complete checkpoint, or of the service before the first one."""
 

@@ -65,23 +65,23 @@ class EngineStats:
     """Streams of a batch minus one; see `add_steps`."""
 
     def stepped(self, streams: int, steps: int, step_ns: int) -> None:
-        """A run ended: its streams, its steps, and the nanoseconds of each step."""
+        """Count a run that has ended: its streams, its steps, and the nanoseconds of each step."""
         self.batches_total += steps
         self.frames_total += streams * steps
         add_steps(self.compute_us, self.batch_size, streams, step_ns, steps)
 
     def replied(self, arrived_ns: I64, numbers: I32, now_ns: int, send_ns: int) -> None:
-        """Messages, int32 [M], were answered now, `send_ns` after their step; `arrived_ns` is int64, by message."""
+        """Count messages, int32 [M], answered now, `send_ns` after their step; `arrived_ns` is int64, by message."""
         self.messages_total += len(numbers)
         add_replies(self.latency_us, self.send_us, arrived_ns, numbers, now_ns, send_ns)
 
     def refuse(self, code: Code) -> None:
-        """A message was refused as a whole."""
+        """Count a message that was refused as a whole."""
         self.refused_messages_total += 1
         self.refused[code] += 1
 
     def refuse_streams(self, codes: I32 | I64) -> None:
-        """A message was answered with these codes, [N], by stream: 0 where it was not refused."""
+        """Count the refusals in a reply by its codes, [N], one for each stream; 0 means that it was not refused."""
         self.refused += np.bincount(codes, minlength=_CODES)
         self.refused[0] = 0
 
@@ -114,7 +114,7 @@ class EngineStats:
         return {name: getattr(self, name) for name in ("latency_us", "queue_us", "compute_us", "send_us", "commit_us")}
 
     def refusals(self) -> dict[Code, int]:
-        """Count of refusals by code; codes that were never given are left out."""
+        """The count of refusals by code, without codes that were never used."""
         return {Code(code): int(self.refused[code]) for code in np.flatnonzero(self.refused).tolist()}
 
 
@@ -176,7 +176,7 @@ class History:
         return min(self._count, HISTORY_ROWS)
 
     def sample(self, now_ns: int) -> bool:
-        """Add a row if one is due, at each whole second; the first call only begins. Whether it looked."""
+        """Read the numbers at each whole second, and add a row after the first time; return whether it read them."""
         if now_ns < self._due_ns:
             return False
         # At a whole second, and not before half of one is over: a rate over less would be that of single batches.
@@ -190,7 +190,7 @@ class History:
         return True
 
     def follow(self, former: History) -> None:
-        """Begin with the rows of a former version of the model, which gets none any more."""
+        """Take over the rows of a former version of the model, which is not sampled any more."""
         self._rows, self._count = former._rows, former._count
 
     def _row(self, now: Mapping[str, float], seconds: float) -> list[float]:
@@ -274,7 +274,7 @@ class EventLog:
 
     Args:
         most: events that are kept.
-        on_event: told of each addition: the kind, the names of the streams, and the detail.
+        on_event: called for each addition with the kind, the names of the streams, and the detail.
     """
 
     def __init__(
@@ -286,14 +286,14 @@ class EventLog:
         self._on_event = on_event
         self._events: deque[Event] = deque(maxlen=most)
         self.newest = 0
-        """The number of the newest event; 0 where there is none."""
+        """The number of the newest event; 0 before the first."""
 
     def add(self, kind: EventKind, stream: str = "", detail: str = "", seq: int | None = None) -> None:
         """Add an event at the present time."""
         self._append(kind, [stream], detail, [seq])
 
     def add_all(self, kind: EventKind, streams: Sequence[str], detail: str = "", seqs: I64 | None = None) -> None:
-        """The same has happened to streams now; `seqs` is int64 [N]."""
+        """Add the same event for several streams; `seqs` is int64 [N]."""
         if streams:
             self._append(kind, streams, detail, [None] * len(streams) if seqs is None else seqs.tolist())
 
@@ -307,5 +307,5 @@ class EventLog:
         self.newest += len(streams)
 
     def since(self, number: int, stream: str | None = None) -> list[Event]:
-        """The events after that number, oldest first; of one stream, or of all and none."""
+        """The events after that number, oldest first; only those of one stream if it is given."""
         return [event for event in self._events if event.number > number and stream in (None, event.stream)]

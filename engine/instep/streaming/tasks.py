@@ -1,4 +1,4 @@
-"""Coroutines next to the loop: started and counted, and waiting until a condition holds."""
+"""Starts and counts coroutines that run next to the loop, and lets them wait until a condition holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
     """Return or raise what `work` does, in a thread that does not keep the process from ending.
 
-    A forced end waits for the threads of `asyncio.to_thread`, however long the disk takes; not for these.
+    A forced end of the process waits for the threads of `asyncio.to_thread`, but not for these.
     """
     result: concurrent.futures.Future[R] = concurrent.futures.Future()
     result.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
@@ -73,7 +73,7 @@ class Tasks:
 
 
 class Waiters:
-    """Coroutines that wait until a predicate holds; `check` lets those proceed whose time has come.
+    """Coroutines that wait until a predicate holds; `check` lets those proceed whose predicate holds.
 
     Each check evaluates every predicate that is waited for, so the number of waiting coroutines must be bounded.
     """
@@ -89,8 +89,7 @@ class Waiters:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return as soon as the predicate holds, at once if it does already.
 
-        Whatever it depends on may have changed again when the coroutine runs, unless the caller has arranged that it
-        cannot.
+        It may not hold any more when the coroutine runs, unless the caller prevents that.
         """
         if not holds():
             future = asyncio.get_running_loop().create_future()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 VerificationState: TypeAlias = Literal["off", "checking", "verified", "mismatch"]
-"""`off`: nothing is checked, `reason` says why. `checking`: nothing was compared yet, or the checker is late.
-`verified`: all that was compared matched. `mismatch`: something did not, at any time since the start."""
+"""`off`: nothing is checked, for the `reason` given. `checking`: nothing was compared yet, or the checker is late.
+`verified`: all compared frames matched. `mismatch`: some frame did not match since the start."""
 
 _QUIET_S: Final = 2.0
 _LATE_S: Final = 10.0

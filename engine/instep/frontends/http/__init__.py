@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Subject(Protocol):
-    """A server, as it is shown."""
+    """The parts of a server that are shown."""
 
     @property
     def endpoint(self) -> str:
@@ -21,7 +21,7 @@ class Subject(Protocol):
 
     @property
     def is_draining(self) -> bool:
-        """Whether it was told to end."""
+        """Whether the server has been asked to end."""
 
     @property
     def outdated(self) -> str:

@@ -32,13 +32,12 @@ _BACKLOG: Final = 128
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
-    """A socket that listens, or None where there is to be no admin server.
+    """Make a listening socket; None if the configuration wants no admin server.
 
-    That the endpoint `default` is in use is told to the log: another server on this machine has it, and that is no
-    reason not to serve.
+    If the endpoint `default` is in use, by another server on this machine, that is only logged, and None is returned.
 
     Raises:
-        CannotListen: when an endpoint that was asked for cannot be had.
+        CannotListen: when an endpoint that was asked for cannot be bound.
     """
     if config.endpoint is None:
         return None
@@ -69,9 +68,9 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
 
 
 class AdminServer:
-    """Serves what it sees of a server, which has its models, over HTTP.
+    """Shows a server and its models over HTTP.
 
-    The listener is bound and listening, and closed with this. Requests have to show the token, where there is one.
+    `close` closes the listener, too. Requests have to show the token if there is one.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class AdminServer:
         await self._server.startup(sockets=[self._listener])
 
     def go_away(self) -> None:
-        """Say goodbye to those who listen, because the server ends; requests are answered until `close`."""
+        """Send goodbye to all listeners, because the server ends; requests are answered until `close`."""
         self._events.close()
 
     async def close(self) -> None:

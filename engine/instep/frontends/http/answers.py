@@ -17,7 +17,7 @@ STATIC: Final = Path(__file__).with_name("static")
 
 
 class HttpError(Exception):
-    """A request that gets no other answer than this error: a word for programs, and a sentence that says what to do."""
+    """The answer to a request that fails: a status, a code for programs, and a sentence for people."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)

@@ -25,7 +25,7 @@ from instep.frontends.http.streams import Inspector
 
 _PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
 _OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")
-"""With those above, what a wrong path may have meant."""
+"""Further paths that are suggested in place of a wrong one."""
 
 
 def make_app(

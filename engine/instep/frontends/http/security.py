@@ -44,7 +44,7 @@ _HEADERS: Final = {
 
 
 def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
-    """Why an endpoint cannot be bound, and what to do."""
+    """Make the error for an endpoint that cannot be bound, with advice."""
     return CannotListen(
         f"the admin server cannot listen at http.endpoint {endpoint}: {error.strerror}; choose another port (--http "
         "127.0.0.1:0 takes a free one), or none (--http off)"
@@ -78,11 +78,11 @@ def read_token(config: HttpConfig) -> str | None:
 
 
 class Guard:
-    """Answers what may not pass with an error, and lets the rest pass.
+    """Answers forbidden requests with an error, and passes the others to an application.
 
     Args:
-        app: what is behind it.
-        token: what requests have to show; None where they need not.
+        app: the application.
+        token: the token that requests have to show; None if they need none.
         is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
             from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
     """

@@ -1,4 +1,4 @@
-"""Streams as requests ask for them: pages of them, and each with what happened to it lately."""
+"""Pages of streams, and single streams with their newest events, for HTTP requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USUAL: Final = 50
 _PAUSE_S: Final = 0.0005
 """The least time that the loop gets between two looks at the streams of a page."""
 _EVENTS: Final = 100
-"""Newest events of a stream that its record holds."""
+"""The most events in the record of a stream."""
 
 
 class Inspector:
@@ -37,7 +37,7 @@ class Inspector:
         """The model that a request names, or the default one.
 
         Raises:
-            HttpError: where there is none of that name.
+            HttpError: if there is no model of that name.
         """
         if not model:
             return self._subject.services[0]

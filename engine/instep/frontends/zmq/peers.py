@@ -76,7 +76,7 @@ class Outbound:
 
     ZeroMQ counts the messages that it keeps for a peer, not their bytes, and does not tell whether the peer reads them.
     So bytes are counted here, and now and then a PING is sent, with a number that nobody can guess; the PONG that
-    echoes it says that the peer has read up to there.
+    echoes it shows that the peer has read up to there.
 
     A peer may leave `max_unread_bytes` unread, and all peers together half of `max_total_bytes`; beyond the latter a
     peer gets one reply at a time. Further messages, and those that ZeroMQ has no room for, wait in the peer's outbox.
@@ -130,7 +130,7 @@ class Outbound:
 
     @property
     def is_read(self) -> bool:
-        """Whether all who were connected at the last `ask_all` are known to have read all that ZeroMQ has taken."""
+        """Whether every peer connected at the last `ask_all` is known to have read everything given to ZeroMQ."""
         return all(peer.read_bytes == peer.sent_bytes or peer in self._unreachable for peer in self._peers.values())
 
     def __len__(self) -> int:
@@ -258,9 +258,9 @@ class Outbound:
         self._blocked.pop(peer, None)
 
     def say_last(self, message: Message, served: Served | None = None) -> None:
-        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds.
+        """Hand all waiting messages and this one to ZeroMQ, without any bound because no message follows.
 
-        To the connections of one model, or of all of them.
+        This is done for the connections of one model if it is given, otherwise for all.
         """
         for peer in self.peers():
             if served is not None and peer.served is not served:
