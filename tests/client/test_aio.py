@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,37 +16,16 @@ from instep_client import (
     AsyncClient,
     AsyncStream,
     ClientClosed,
-    Code,
     ConnectionFailed,
     ConnectionRefused,
     FramesRefused,
     InvalidInput,
-    Refused,
     StreamEvicted,
     StreamRefused,
 )
-from instep_client.protocol.wire import Kind
-from tests.support.fake_server import F32, INFO, FakeServer, Message, error, reference
+from tests.support.fake_server import INFO, FakeServer, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)
-
-
-def only(kind: Kind, *answers: Callable[[int], list[Message] | None]) -> Any:
-    """A fault for the first messages of a kind: what each answer makes of the request number."""
-    left = list(answers)
-
-    def fault(header: list[Any], frames: list[bytes]) -> list[Message] | None:
-        return left.pop(0)(header[1]) if header[0] == kind and left else None
-
-    return fault
-
-
-def busy(request: int) -> list[Message]:
-    return [error(request, Code.BUSY, 100)]
-
-
-def silent(request: int) -> list[Message]:
-    return []
 
 
 async def read_all(stream: AsyncStream) -> list[list[float]]:
@@ -106,14 +83,6 @@ async def test_what_many_tasks_step_in_the_same_turn_is_one_block(server: FakeSe
             assert stream.next_seq == 3
 
 
-async def test_of_many_calls_of_one_turn_the_first_are_sent_before_the_others_are_made(server: FakeServer) -> None:
-    async with AsyncClient(server.endpoint) as client:
-        streams = [await client.open(f"s{i}") for i in range(300)]
-        outputs = await asyncio.gather(*[stream.step(X[i % 100]) for i, stream in enumerate(streams)])
-        assert server.rules.blocks == [(1, 128), (1, 128), (1, 44)]
-    assert np.stack(outputs).tolist() == [reference(X[i % 100, None])[0][0].tolist() for i in range(300)]
-
-
 async def test_sends_wait_for_credit_and_nothing_queues_behind_them() -> None:
     with FakeServer(replace(INFO, credit_frames=8)) as server:
         async with AsyncClient(server.endpoint) as client:
@@ -136,11 +105,6 @@ async def test_sends_wait_for_credit_and_nothing_queues_behind_them() -> None:
             outputs = [await anext(stream) for _ in X]
             await sender
             assert np.stack(outputs).tolist() == reference(X)[0].tolist()
-
-
-async def send_all(stream: AsyncStream, x: F32) -> None:
-    for frame in x:
-        await stream.send(frame)
 
 
 async def test_refused_frames_are_raised_at_their_place_and_reading_goes_on(server: FakeServer) -> None:
@@ -210,30 +174,6 @@ async def test_a_server_that_is_not_there_is_waited_for_only_if_asked(tmp_path: 
         with pytest.raises(ConnectionFailed):
             await client.connect()
     gc.collect()
-
-
-async def test_a_host_that_is_not_known_is_waited_for_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = [socket.EAI_NONAME]
-
-    def find(*address: object, **wanted: object) -> None:
-        raise socket.gaierror(reasons[0], "as the system says")
-
-    monkeypatch.setattr(socket, "getaddrinfo", find)
-    unknown = "tcp://nohost.invalid:5757"
-    with pytest.raises(ConnectionFailed):
-        await AsyncClient(unknown).connect()
-    with pytest.raises(ConnectionFailed):
-        await AsyncClient(unknown, timeout_s=0.2, wait=True).connect()
-    reasons[0] = socket.EAI_AGAIN  # which may pass
-    with pytest.raises(ConnectionFailed):
-        await AsyncClient(unknown, timeout_s=0.2).connect()
-    gc.collect()
-
-
-async def test_a_server_that_does_not_want_us(server: FakeServer) -> None:
-    server.rules.fault = only(Kind.HELLO, busy)
-    with pytest.raises(Refused):
-        await AsyncClient(server.endpoint).connect()
 
 
 async def test_a_client_connects_once(server: FakeServer) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from instep_client.protocol.codes import SENTENCES, Code
-from instep_client.protocol.errors import InstepError, StreamEvicted
-from tests.support.fake_server import evicted, reference
-from tests.support.session_link import Link, X, blocks, ending, refuse
+from instep_client.protocol.codes import Code
+from tests.support.fake_server import reference
+from tests.support.session_link import Link, X, blocks, refuse
 
 
 def busy(link: Link, retry_after_us: int = 2000) -> None:
@@ -35,35 +34,6 @@ def test_everything_waits_then_refused_frames_go_first_in_their_order() -> None:
         ([(1, 2)], [[6]]),
         ([(1, 3), (2, 0)], [[9, 0]]),
     ]
-    link.settle()
+    link.run()
     outputs = [call.result().outputs.tolist() for call in calls[:4]]
     assert outputs == reference(X[:4])[0].tolist()
-
-
-def test_frames_of_a_stream_evicted_meanwhile_are_given_up() -> None:
-    link = Link()
-    group, lone = link.open("a", "b"), link.open("c")
-    many, one = link.session.step(group, X[:2]), link.session.step(lone, X[0])
-    link.advance()
-    busy(link)
-    busy(link)
-    link.settle_client()
-    link.rules.end([1, 3])
-    link.deliver(evicted([1, 3]))
-    link.advance(1.0)
-    link.settle()
-    error, outputs = ending(many)
-    assert [(f.stream, f.code) for f in error.failures] == [("a", Code.IDLE)]
-    assert SENTENCES[Code.IDLE] in error.sentence
-    assert outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
-    assert isinstance(one.error, StreamEvicted)
-
-
-def test_the_end_of_the_session_ends_what_waits_to_be_sent_again() -> None:
-    link = Link()
-    step = link.session.step(link.open("a"), X[0])
-    link.advance()
-    busy(link)
-    link.settle_client()
-    link.session.fail(InstepError, "over")
-    assert str(step.error) == "over"

@@ -1,66 +1,53 @@
-"""What either client does with streams of others by their names, and with its own when it leaves them to others."""
+"""Streams of other clients by their names, and streams that a client leaves to others, with tasks and with threads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from instep_client import AsyncClient, Client, StreamRefused
 from instep_client.protocol.codes import Code
-from tests.support.fake_server import FakeServer, reference
-from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.fake_server import RING_INFO, FakeServer, reference
 from tests.support.session_link import X
 
-
-@pytest.fixture
-def ring() -> RingServer:
-    return RingServer()
+OUTPUTS, STATE = reference(X[:5])
+NEXT = reference(X[:6])[0][5].tolist()
 
 
 @pytest.fixture
-def endpoint(ring: RingServer) -> Iterator[str]:
-    with FakeServer(RING_INFO, ring.handle) as server:
+def endpoint() -> Iterator[str]:
+    with FakeServer(RING_INFO) as server:
         yield server.endpoint
+        assert not server.rules.streams
 
 
-async def test_a_stream_of_another_client_is_looked_at_and_saved(endpoint: str, ring: RingServer) -> None:
-    _, state = reference(X[:5])
-    async with AsyncClient(endpoint) as owner, AsyncClient(endpoint) as other:
+async def test_tasks(endpoint: str) -> None:
+    async with AsyncClient(endpoint) as owner:
         stream = await owner.open("a")
         await stream.step(X[:5])
-        seq, seen = await other.read_state("a")
-        assert (seq, seen["h"].tolist()) == (5, state.tolist())
-        snapshot = await other.snapshot("a")
-        assert (snapshot.name, snapshot.seq, snapshot.state["h"].tolist()) == ("a", 5, state.tolist())
-        assert (snapshot.fingerprint, snapshot.model) == (RING_INFO.fingerprint, RING_INFO.model)
-        assert (await stream.step(X[5])).tolist() == reference(X[:6])[0][5].tolist()
-        with pytest.raises(StreamRefused) as refused:
-            await other.read_state("b")
-        assert (refused.value.code, refused.value.stream) == (Code.UNKNOWN_STREAM, "b")
-    assert not ring.streams
-
-
-async def test_a_client_may_leave_its_streams_to_others(endpoint: str) -> None:
-    async with AsyncClient(endpoint) as client:
-        stream = await client.open("a")
-        await stream.step(X[:5])
-        await client.close(park=True)
+        async with AsyncClient(endpoint) as other:
+            seq, seen = await other.read_state("a")
+            snapshot = await other.snapshot("a")
+            with pytest.raises(StreamRefused) as refused:
+                await other.read_state("b")
+        await owner.close(park=True)
+    assert (seq, seen["h"].tolist()) == (5, STATE.tolist())
+    assert (snapshot.name, snapshot.seq, snapshot.state["h"].tolist()) == ("a", 5, STATE.tolist())
+    assert (snapshot.fingerprint, snapshot.model) == (RING_INFO.fingerprint, RING_INFO.model)
+    assert (refused.value.code, refused.value.stream) == (Code.UNKNOWN_STREAM, "b")
     async with AsyncClient(endpoint) as client:
         again = await client.resume("a", 5, stream.epoch)
-        assert (await again.step(X[5])).tolist() == reference(X[:6])[0][5].tolist()
+        assert (await again.step(X[5])).tolist() == NEXT
 
 
-def test_so_it_is_with_threads(endpoint: str, ring: RingServer) -> None:
+def test_threads(endpoint: str) -> None:
     with Client(endpoint) as client:
         stream = client.open("a")
         stream.step(X[:5])
         client.close(park=True)
     with Client(endpoint) as client:
         seq, state = client.read_state("a")
-        assert (seq, state["h"].tolist()) == (5, reference(X[:5])[1].tolist())
+        assert (seq, state["h"].tolist()) == (5, STATE.tolist())
         assert client.snapshot("a").state["h"].tobytes() == state["h"].tobytes()
-        again = client.resume("a", 5, stream.epoch)
-        np.testing.assert_array_equal(again.step(X[5]), reference(X[:6])[0][5])
-    assert not ring.streams
+        assert client.resume("a", 5, stream.epoch).step(X[5]).tolist() == NEXT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import logging
 import time
@@ -102,15 +101,6 @@ async def test_a_bug_in_the_rules_fails_the_calls_and_is_logged(
             monkeypatch.undo()
 
 
-async def test_a_call_that_has_ended_is_not_waited_for() -> None:
-    with FakeServer() as server:
-        session = Session(server.endpoint)
-        driver = Driver(session)
-        await driver.start(wait=False)
-        assert await driver.wait(session.greeting) == INFO
-        await driver.stop()
-
-
 async def test_closing_does_not_wait_long_for_a_server_that_hangs() -> None:
     with FakeServer() as server:
         session = Session(server.endpoint)
@@ -121,29 +111,6 @@ async def test_closing_does_not_wait_long_for_a_server_that_hangs() -> None:
         async with asyncio.timeout(0.9):
             await driver.stop()
     gc.collect()
-
-
-async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
-    with FakeServer() as server:
-        async with AsyncClient(server.endpoint) as client:
-            stream = await client.open("a")
-        stream.finish()
-        await asyncio.sleep(0)
-        assert [y async for y in stream] == []
-
-
-async def test_a_socket_that_cannot_be_made_is_a_failed_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-        raise zmq.ZMQError(errno.EMFILE)
-
-    with FakeServer() as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(zmq.Context, "socket", none_left)
-            with pytest.raises(ConnectionFailed):
-                await AsyncClient(server.endpoint).connect()
-        assert not shared
-        async with AsyncClient(server.endpoint) as client:
-            await client.ping()
 
 
 async def test_a_loop_that_is_held_up_is_told_in_the_numbers_and_once_in_the_log(

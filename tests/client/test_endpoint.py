@@ -38,9 +38,3 @@ def test_what_is_no_endpoint_is_refused_with_the_form_of_one(kind: Any, bad: Any
     with pytest.raises(InvalidInput) as refused:
         kind(bad)
     assert str(refused.value) == f"{bad!r} is not an endpoint: write {instead}"
-
-
-@pytest.mark.parametrize("endpoint", ["http://host:5780", "https://host", "http://host:5757/", "http://host:1/api"])
-def test_that_of_http_leads_to_that_of_zeromq(endpoint: str) -> None:
-    with pytest.raises(InvalidInput):
-        AsyncClient(endpoint)

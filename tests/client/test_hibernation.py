@@ -8,45 +8,42 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, StreamEvicted
+from instep_client.protocol.errors import ConnectionFailed, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import Kind
-from tests.support.fake_server import F32, evicted, reference
-from tests.support.ring_link import RingLink, lose
-from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.fake_server import F32, RING_INFO, reference
+from tests.support.session_link import Link, lasting, lose
 
 X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
 
 
-def exchange(link: RingLink, rounds: int = 20) -> None:
+def exchange(link: Link, rounds: int = 20) -> None:
     """A few messages, while nothing wakes."""
     for _ in range(rounds):
         link.advance(0.01)
-        while link.to_server[link.peer]:
-            link.serve()
-        while link.to_client:
-            link.deliver()
+        link.serve()
+        link.settle_client()
 
 
 def test_a_frame_wakes_its_stream_and_no_other_and_is_applied_once() -> None:
-    link = RingLink()
+    link = lasting()
     group = link.open("a", "b", "c")
     first = link.finish(link.session.step(group, np.stack([X[:3]] * 3, axis=1)))
-    link.server.hibernate("a")
-    link.server.hibernate("b")
-    link.server.kinds.clear()
+    link.rules.hibernate("a")
+    link.rules.hibernate("b")
+    link.rules.kinds.clear()
     second = link.finish(link.session.step(group, np.stack([X[3]] * 2), rows=[1, 2]))
-    assert link.server.kinds == [Kind.STEP, Kind.STEP]
-    assert [name for name, stream in link.server.streams.items() if stream.is_asleep] == ["a"]
+    assert link.rules.kinds == [Kind.STEP, Kind.STEP]
+    assert [name for name, stream in link.rules.streams.items() if stream.is_asleep] == ["a"]
     assert np.array_equal(np.concatenate([first.outputs[:, 1], second.outputs[:1]]), reference(X[:4])[0])
 
 
 def test_frames_of_a_stream_wait_in_order_while_others_go_on() -> None:
-    link = RingLink()
+    link = lasting()
     a, slow, other = link.open("a"), link.open("slow"), link.open("other")
-    link.server.hibernate("a")
+    link.rules.hibernate("a")
     late = link.session.step(slow, X[0])
     link.advance()
-    on_its_way = link.to_server[link.peer].popleft()
+    on_its_way = link.to_server.popleft()
     calls = [link.session.step(a, X[:2]), link.session.step(a, X[2])]
     exchange(link)
     calls.append(link.session.step(a, X[3]))
@@ -54,34 +51,16 @@ def test_frames_of_a_stream_wait_in_order_while_others_go_on() -> None:
     exchange(link)
     assert all(call.done for call in beside)
     assert not any(call.done for call in [late, *calls])
-    link.to_server[link.peer].append(on_its_way)
+    link.to_server.append(on_its_way)
     link.run(late, *calls)
     outputs = np.concatenate([call.result().outputs.reshape(-1, 2) for call in calls])
     assert np.array_equal(outputs, reference(X[:4])[0])
 
 
-def test_frames_that_crossed_the_word_of_a_new_handle_come_before_new_ones() -> None:
-    link = RingLink()
-    a = link.open("a")
-    link.server.hibernate("a")
-    calls = [link.session.step(a, X[0])]
-    link.advance()
-    link.serve()
-    calls.append(link.session.step(a, X[1]))
-    link.advance()
-    link.send(link.server.wake())
-    while link.to_client:
-        link.deliver()
-    calls.append(link.session.step(a, X[2]))
-    link.run(*calls)
-    assert np.array_equal([call.result().outputs for call in calls], reference(X[:3])[0])
-    assert link.server.failures == [Code.UNKNOWN_STREAM] * 2
-
-
 def test_a_server_that_falls_silent_while_a_stream_wakes_is_given_up() -> None:
-    link = RingLink(reconnect_s=0.0)
+    link = lasting(reconnect_s=0.0)
     a = link.open("a")
-    link.server.hibernate("a")
+    link.rules.hibernate("a")
     call = link.session.step(a, X[0])
     exchange(link)
     for _ in range(2):
@@ -93,12 +72,12 @@ def test_a_server_that_falls_silent_while_a_stream_wakes_is_given_up() -> None:
 
 @pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
 def test_what_waits_fails_where_a_stream_cannot_be_woken_and_it_can_be_later(code: Code) -> None:
-    link = RingLink()
+    link = lasting()
     a, other = link.open("a"), link.open("other")
-    link.server.hibernate("a")
+    link.rules.hibernate("a")
     waits, beside = [link.session.step(a, x) for x in X[:2]], link.session.step(other, X[0])
     exchange(link)
-    link.send(link.server.wake(code))
+    link.send(link.rules.wake(code))
     exchange(link)
     assert beside.done
     for call in waits:
@@ -109,7 +88,7 @@ def test_what_waits_fails_where_a_stream_cannot_be_woken_and_it_can_be_later(cod
 
 
 def test_a_request_is_repeated_for_streams_that_woke_under_new_handles_before_it_arrived() -> None:
-    link = RingLink()
+    link = lasting()
     link.open("a", "b")
     handle = link.open("s", "t")
     link.finish(link.session.step(handle, np.stack([X[:2]] * 2, axis=1)))
@@ -119,127 +98,73 @@ def test_a_request_is_repeated_for_streams_that_woke_under_new_handles_before_it
         lambda: link.session.fork(handle, ["copy of s", "copy of t"]),
         lambda: link.session.close(handle),
     ):
-        link.server.hibernate("s")
-        link.server.wanted["s"] = None
+        link.rules.hibernate("s")
+        link.rules.wanted["s"] = None
         call = ask()
         link.advance()
-        link.send(link.server.wake())  # before it reads the request
+        link.send(link.rules.wake())  # before it reads the request
         link.run(call)
         assert call.error is None
-    assert set(link.server.streams) == {"a", "b", "copy of s", "copy of t"}
+    assert set(link.rules.streams) == {"a", "b", "copy of s", "copy of t"}
     for name in "st":
-        assert np.array_equal(link.server.closed[name].state, np.ones(4))
-
-
-def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
-    link = RingLink()
-    handle = link.open("s", "t")
-    link.server.hibernate("t")
-    link.server.wanted["t"] = None
-    call = link.session.fork(handle, ["copy of s", "copy of t"])
-    link.advance()
-    link.send(link.server.wake())
-    link.serve()
-    while link.to_client:
-        link.deliver()
-    link.cut()
-    link.run(call)
-    assert isinstance(call.error, ConnectionFailed)
-    assert set(link.server.streams) == {"s", "t", "copy of s"}
+        assert np.array_equal(link.rules.closed[name].state, np.ones(4))
 
 
 def test_streams_are_claimed_in_portions_that_find_room_though_they_sleep() -> None:
-    link = RingLink(RingServer(replace(RING_INFO, max_streams=8)))
+    link = lasting(replace(RING_INFO, max_streams=8))
     group = link.open(*"abcde")
     link.finish(link.session.step(group, np.stack([X[:2]] * 5, axis=1)))
-    link.server.hibernate("a")
+    link.rules.hibernate("a")
     call = link.session.step(group, np.stack([X[2]] * 5))
     exchange(link)
     lose(link)
-    link.server.kinds.clear()
+    link.rules.kinds.clear()
     assert np.array_equal(link.finish(call).outputs, np.stack([reference(X[:3])[0][2]] * 5))
-    assert link.server.kinds.count(Kind.RESUME) == 3
+    assert link.rules.kinds.count(Kind.RESUME) == 3
 
 
 @pytest.mark.parametrize("code", [Code.TOO_MANY_STREAMS, Code.STEP_FAILED])
 def test_a_stream_that_finds_no_room_is_claimed_again_until_it_does(code: Code) -> None:
-    link = RingLink()
+    link = lasting()
     a = link.open("a")
     call = link.session.step(a, X[0])
     lose(link)
-    link.server.refuses[Kind.RESUME] = code
-    link.server.kinds.clear()
+    link.rules.refuses = code
+    link.rules.kinds.clear()
     link.run(call, at_most_s=60.0)
     assert not call.done
-    assert 20 < link.server.kinds.count(Kind.RESUME) < 80, "it is claimed again, and not in one go"
-    assert link.server.kinds.count(Kind.HELLO) == 1
-    del link.server.refuses[Kind.RESUME]
+    assert 20 < link.rules.kinds.count(Kind.RESUME) < 80, "it is claimed again, and not in one go"
+    assert link.rules.kinds.count(Kind.HELLO) == 1
+    link.rules.refuses = None
     assert np.array_equal(link.finish(call).outputs, reference(X[:1])[0][0])
 
 
 def test_a_stream_that_finds_no_room_in_time_has_ended_here_and_not_on_the_server() -> None:
-    link = RingLink(reconnect_s=20.0)
+    link = lasting(reconnect_s=20.0)
     a = link.open("a")
     link.finish(link.session.step(a, X[0]))
     call = link.session.step(a, X[1])
     lose(link)
-    link.server.refuses[Kind.RESUME] = Code.TOO_MANY_STREAMS
+    link.rules.refuses = Code.TOO_MANY_STREAMS
     lost_at = link.now
     link.run(call, at_most_s=30.0)
     assert isinstance(call.error, StreamEvicted)
     assert call.error.code is Code.TOO_MANY_STREAMS
     assert 20.0 <= link.now - lost_at < 25.0
-    del link.server.refuses[Kind.RESUME]
+    link.rules.refuses = None
     resumed = link.finish(link.session.resume(["a"], 1, link.session.table.epochs(a), False, single=True))
     assert np.array_equal(link.finish(link.session.step(resumed, X[1])).outputs, reference(X[:2])[0][1])
 
 
-def test_a_stream_that_has_ended_does_not_wait_to_wake() -> None:
-    link = RingLink()
-    a = link.open("a")
-    link.server.hibernate("a")
-    call = link.session.step(a, X[0])
-    exchange(link)
-    link.send([(link.peer, evicted([link.server.streams["a"].handle], Code.EXPIRED))])
-    exchange(link)
-    assert isinstance(call.error, StreamEvicted)
-    with pytest.raises(StreamEvicted):
-        link.session.close(a)
-    exchange(link)
-    assert a.closed
-
-
 def test_leaving_closes_streams_that_sleep() -> None:
-    link = RingLink()
+    link = lasting()
     link.open("a")
     link.open("b", "c")
     for name in "ab":
-        link.server.hibernate(name)
+        link.rules.hibernate(name)
     farewell = link.session.leave()
     assert farewell is not None
     link.advance()
-    while link.to_server[link.peer]:
-        link.serve()
+    link.serve()
     link.deliver()
-    assert not link.server.streams
-
-
-@pytest.mark.parametrize("is_lost", [False, True])
-def test_a_read_of_a_stream_that_ends_and_is_closed_fails_alone(is_lost: bool) -> None:
-    link = RingLink()
-    a, other = link.open("a"), link.open("other")
-    read = link.session.read_state(a)
-    link.advance()
-    link.to_client.append(evicted([link.server.streams["a"].handle], Code.IDLE))
-    link.server.expire("a")
-    link.deliver()
-    with pytest.raises(StreamEvicted):
-        link.session.close(a)
-    link.advance()
-    assert a.closed
-    if is_lost:
-        link.cut()
-    link.run(read)
-    with pytest.raises(ClientClosed if is_lost else StreamEvicted):
-        read.result()
-    assert np.array_equal(link.finish(link.session.step(other, X[1])).outputs, reference(X[1:2])[0][0])
+    assert not link.rules.streams

@@ -21,7 +21,7 @@ def test_outputs_are_taken_in_the_order_of_the_sends_each_at_its_place() -> None
     assert not link.session.outputs_end(handle)
     link.advance()
     assert all(call.sent for call in calls)
-    link.settle()
+    link.run()
     assert [link.session.take(handle) for _ in range(4)] == [*calls, None]
     assert refusal(calls[1]).code is Code.NOT_FINITE
     link.session.finish(handle)
@@ -36,11 +36,11 @@ def test_unread_outputs_hold_the_stream_back_until_they_are_taken() -> None:
     handle, other = link.open("a"), link.open("b")
     kept = [link.session.step(handle, x, keep=True) for x in X[:5]]
     behind = link.session.step(handle, X[5])
-    link.settle()
+    link.run()
     assert [call.sent for call in kept] == [True, True, True, True, False]
     assert link.finish(link.session.step(other, X[0]))
     assert link.session.take(handle) is kept[0]
-    link.settle()
+    link.run()
     assert kept[4].done
     assert behind.done
 
@@ -51,9 +51,9 @@ def test_nobody_reading_is_an_error_after_the_timeout(came_before: bool) -> None
     handle = link.open("a")
     link.session.step(handle, X[0], keep=True)
     if came_before:
-        link.settle()
+        link.run()
     held_back = link.session.step(handle, X[1], keep=True)
-    link.settle()
+    link.run()
     assert link.session.deadline() == link.now + 10.0
     link.advance(9.9)
     assert not held_back.done
@@ -71,21 +71,9 @@ def test_what_was_not_sent_is_not_sent_and_the_rest_is_dropped_when_it_comes() -
     link.advance()
     for call in (sent, waiting):
         link.session.cancel(call)
-    link.settle()
+    link.run()
     assert last.result().outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
     assert link.session.table.next_seqs(handle).tolist() == [2]
-
-
-def test_a_call_held_back_by_unread_outputs_can_be_withdrawn() -> None:
-    link = limited(credit=1)
-    handle = link.open("a")
-    link.session.step(handle, X[0], keep=True)
-    held_back = link.session.step(handle, X[1], keep=True)
-    link.settle()
-    link.session.cancel(held_back)
-    assert handle.unread == 1
-    assert link.session.deadline() is None
-    assert link.finish(link.session.step(handle, X[2])).outputs.tolist() == reference(X[[0, 2]])[0][1].tolist()
 
 
 def test_outputs_that_nobody_takes_are_kept_for_as_long_as_the_handle_and_no_longer() -> None:

@@ -16,7 +16,7 @@ from instep_client.protocol.wire import Kind
 from instep_client.requests import Opening
 from instep_client.streams import StreamHandle
 from tests.support.fake_server import evicted
-from tests.support.ring_link import RingLink
+from tests.support.session_link import lasting
 from tests.support.step_messages import parts
 
 pytestmark = pytest.mark.heavy
@@ -46,7 +46,7 @@ class Chance:
 
     def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
-        self.link = RingLink(seed=seed)
+        self.link = lasting(seed=seed)
         self.handles: list[StreamHandle] = [self.link.open("a"), self.link.open("b", "c")]
         self.calls: list[Call[Any]] = []
         self.openings: list[Opening] = []
@@ -66,14 +66,13 @@ class Chance:
         end = self.link.now + 60
         while self.link.now < end:
             self.link.advance(0.25)
-            waiting = len(self.link.to_server[self.link.peer])
+            waiting = len(self.link.to_server)
             for _ in range(waiting):
-                self.link.serve()
+                self.link.serve(1)
             self.wake()
             if not waiting and not self.link.to_client:
                 self.link.now = max(self.link.now, min(end, self.link.session.deadline() or end) - 0.25)
-            while self.link.to_client:
-                self.link.deliver()
+            self.link.settle_client()
 
     def step(self) -> None:
         handle = self.rng.choice(self.handles)
@@ -88,7 +87,7 @@ class Chance:
         self.calls.append(self.link.session.close(self.rng.choice(self.handles)))
 
     def resume(self) -> None:
-        name = self.rng.choice(list(self.link.server.streams) or NAMES)
+        name = self.rng.choice(list(self.link.rules.streams) or NAMES)
         self.begin(self.link.session.resume([name], None, 0, True, True))
 
     def open(self) -> None:
@@ -99,28 +98,28 @@ class Chance:
         self.openings.append(opening)
 
     def hibernate(self) -> None:
-        owned = [name for name, stream in self.link.server.streams.items() if stream.owner is not None]
+        owned = [name for name, stream in self.link.rules.streams.items() if stream.owner is not None]
         if owned:
-            self.link.server.hibernate(self.rng.choice(owned))
+            self.link.rules.hibernate(self.rng.choice(owned))
 
     def end(self) -> None:
-        if self.link.server.streams:
-            name = self.rng.choice(list(self.link.server.streams))
-            self.link.to_client.append(evicted([self.link.server.streams[name].handle], Code.IDLE))
-            self.link.server.expire(name)
+        if self.link.rules.streams:
+            name = self.rng.choice(list(self.link.rules.streams))
+            self.link.to_client.append(evicted([self.link.rules.streams[name].handle], Code.IDLE))
+            self.link.rules.expire(name)
 
     def wake(self) -> None:
-        self.link.send(self.link.server.wake())
+        self.link.send(self.link.rules.wake())
 
     def wake_none(self) -> None:
-        self.link.send(self.link.server.wake(self.rng.choice([Code.TOO_MANY_STREAMS, Code.STEP_FAILED])))
+        self.link.send(self.link.rules.wake(self.rng.choice([Code.TOO_MANY_STREAMS, Code.STEP_FAILED])))
 
     def advance(self) -> None:
         self.link.advance(self.rng.choice([0.0, 0.0, 0.3]))
 
     def serve(self) -> None:
-        if self.link.to_server[self.link.peer]:
-            self.link.serve()
+        if self.link.to_server:
+            self.link.serve(1)
 
     def deliver(self) -> None:
         if self.link.to_client:
@@ -144,7 +143,7 @@ def test_every_call_ends_and_every_frame_is_applied_to_its_stream(seeds: range) 
         for _ in range(60):
             chance.act()
         chance.settle()
-        server, session = chance.link.server, chance.link.session
+        server, session = chance.link.rules, chance.link.session
         assert session.state is State.OPEN, seed
         assert all(call.done for call in chance.calls), seed
         for stream in [*server.streams.values(), *server.closed.values()]:

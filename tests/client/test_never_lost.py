@@ -16,9 +16,8 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import StreamEvicted
 from instep_client.requests import CloseCall
 from instep_client.streams import StreamHandle
-from tests.support.fake_server import F32, reference
-from tests.support.ring_link import RingLink
-from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.fake_server import F32, RING_INFO, reference
+from tests.support.session_link import lasting
 from tests.support.states import floats_of
 
 pytestmark = pytest.mark.heavy
@@ -30,8 +29,8 @@ class Run:
     def __init__(self, seed: int, window: int, faults: float, busy: float) -> None:
         self.dice = Random(seed)
         self.generator = np.random.default_rng(seed)
-        self.server = RingServer(replace(RING_INFO, window_frames=window, credit_frames=40))
-        self.link = RingLink(self.server, seed, reconnect_s=1e6)
+        self.link = lasting(replace(RING_INFO, window_frames=window, credit_frames=40), 1e6, seed=seed)
+        self.server = self.link.rules
         self.faults = faults
         self.busy = busy
         self.calls: list[StepCall] = []
@@ -69,14 +68,14 @@ class Run:
             case 3:
                 self.server.restart()
                 link.to_client.clear()
-                link.to_server[link.peer].clear()
+                link.to_server.clear()
             case 4:
                 if not self.server.draining:
                     link.send(self.server.shut_down())
                 else:
                     self.server.restart()
             case 5:
-                self.server.drop(self.dice.choice(list(link.to_server)))
+                self.server.drop(self.dice.choice(list(link.queues)))
 
     def act(self) -> None:
         """One thing happens somewhere."""
@@ -95,9 +94,9 @@ class Run:
             case 1 | 2:
                 link.advance()
             case 3 | 4:
-                waiting = [peer for peer, messages in link.to_server.items() if messages]
+                waiting = [peer for peer, messages in link.queues.items() if messages]
                 if waiting:  # those of a former socket may arrive late
-                    link.serve(self.dice.choice(waiting))
+                    link.serve(1, self.dice.choice(waiting))
             case 5 if link.to_client:
                 link.deliver()
             case _:

@@ -69,22 +69,12 @@ def test_all_of_a_group_are_opened_or_none() -> None:
     link = Link()
     taken = link.open("b")
     opening = link.session.open(["a", "b", "c"], None, single=False)
-    link.settle()
+    link.run()
     with pytest.raises(StreamRefused):
         opening.result()
     assert link.rules.names == {"b": 1}
     assert link.finish(link.session.step(taken, X[0]))
     assert len(link.open("a", "c").rows) == 2
-
-
-def test_a_refused_message_refuses_the_group() -> None:
-    link = Link()
-    opening = link.session.open(["a", "b"], None, single=False)
-    link.advance()
-    refuse(link, Code.SHUTTING_DOWN)
-    link.settle()
-    with pytest.raises(StreamRefused):
-        opening.result()
 
 
 def test_large_groups_are_opened_and_closed_in_parts() -> None:
@@ -108,7 +98,7 @@ def test_one_refused_part_undoes_the_others() -> None:
     link.advance()
     link.to_server.append(link.to_server.popleft())  # the parts may be answered in any order
     refuse(link, Code.BUSY)
-    link.settle()
+    link.run()
     with pytest.raises(StreamRefused):
         opening.result()
     assert link.rules.names == {"d": 1}
@@ -123,26 +113,9 @@ def test_streams_that_nobody_waits_for_are_closed_again(is_answered: bool) -> No
         link.serve()
         link.settle_client()
     link.session.cancel(opening)
-    link.settle()
+    link.run()
     assert link.rules.names == {}
     assert Kind.CLOSE in link.rules.kinds
-
-
-def test_closing_waits_until_everything_sent_was_answered() -> None:
-    link = Link(replace(INFO, credit_frames=2))
-    handle = link.open("a")
-    steps = [link.session.step(handle, x) for x in X[:3]]
-    closing = link.session.close(handle)
-    link.advance()
-    refuse(link, Code.BUSY)
-    link.serve()
-    link.settle_client()
-    assert link.advance(1.0) != []
-    final = link.finish(closing)
-    assert [kind for kind in link.rules.kinds if kind in (Kind.STEP, Kind.CLOSE)] == [*[Kind.STEP] * 4, Kind.CLOSE]
-    outputs, expected = reference(X[:3])
-    assert [step.result().outputs.tolist() for step in steps] == outputs.tolist()
-    assert floats_of(final, 2, 2)[0].tolist() == expected.tolist()
 
 
 def test_rows_are_used_again_and_start_afresh() -> None:
@@ -150,7 +123,7 @@ def test_rows_are_used_again_and_start_afresh() -> None:
     first = link.open("a")
     link.finish(link.session.step(first, X[:2]))
     bad = link.session.step(first, [np.nan] * 3)
-    link.settle()
+    link.run()
     assert bad.error
     link.finish(link.session.close(first))
     second = link.open("b")
@@ -182,29 +155,7 @@ class TestEnded:
         link.deliver(evicted([1]))  # the message about b is still on its way
         closing = link.session.close(group)
         assert headers(link.advance())[0][:3] == [Kind.CLOSE, 3, 2]
-        link.settle()
+        link.run()
         finals = floats_of(closing.result(), 4)
         assert np.isnan(finals[:2]).all()
         assert finals[2].tolist() == [1, 1, 1, 1]
-
-    def test_a_stream_that_the_server_does_not_know_cannot_be_closed(self) -> None:
-        link = Link()
-        handle = link.open("a")
-        link.rules.end([1])
-        closing = link.session.close(handle)
-        link.settle()
-        with pytest.raises(StreamEvicted):
-            closing.result()
-        assert link.session.outputs_end(handle)
-
-    def test_a_refused_close_may_be_tried_again(self) -> None:
-        link = Link()
-        handle = link.open("a")
-        closing = link.session.close(handle)
-        link.advance()
-        refuse(link, Code.SHUTTING_DOWN)
-        link.settle()
-        with pytest.raises(StreamRefused):
-            closing.result()
-        assert link.finish(link.session.step(handle, X[0]))
-        assert link.finish(link.session.close(handle)).shape == (1, 16)

@@ -21,59 +21,40 @@ from instep_client import (
     StreamEvicted,
     StreamSnapshot,
 )
-from tests.support.fake_server import F32, FakeServer, reference
-from tests.support.ring_server import RingServer
+from tests.support.fake_server import F32, RING_INFO, FakeServer, reference
 
 X: F32 = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
 
 
-class Rings:
-    """A ring server and the socket before it."""
-
-    def __init__(self) -> None:
-        self.rules = RingServer()
-        self.server = FakeServer(handle=self.rules.handle)
-
-    @property
-    def endpoint(self) -> str:
-        """Where it listens."""
-        return self.server.endpoint
-
-    def restart(self) -> None:
-        """It forgets every connection."""
-        self.server.do(self.rules.restart)
-
-
 @pytest.fixture
-def rings() -> Iterator[Rings]:
-    made = Rings()
-    with made.server:
-        yield made
+def server() -> Iterator[FakeServer]:
+    with FakeServer(RING_INFO) as running:
+        yield running
 
 
-async def test_steps_go_on_over_restarts(rings: Rings, caplog: pytest.LogCaptureFixture) -> None:
-    async with AsyncClient(rings.endpoint) as client:
+async def test_steps_go_on_over_restarts(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    async with AsyncClient(server.endpoint) as client:
         stream = await client.open("a")
         outputs = []
         with caplog.at_level(logging.INFO, "instep_client"):
             for index, x in enumerate(X[:40]):
                 if index % 10 == 5:
-                    rings.restart()
+                    server.do(server.rules.restart)
                 outputs.append(await stream.step(x))
         assert np.array_equal(np.array(outputs), reference(X[:40])[0])
-        assert len(rings.rules.streams["a"].applied) == 40
-        assert f"connecting to {rings.endpoint} again: the connection to" in caplog.text
+        assert len(server.rules.streams["a"].applied) == 40
+        assert f"connecting to {server.endpoint} again: the connection to" in caplog.text
         assert client.info.boot_id == "boot 4"
 
 
-async def test_pipelined_sends_go_on_over_restarts(rings: Rings) -> None:
-    async with AsyncClient(rings.endpoint) as client:
+async def test_pipelined_sends_go_on_over_restarts(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
         stream = await client.open("a")
 
         async def send() -> None:
             for index, x in enumerate(X):
                 if index % 100 == 50:
-                    rings.restart()
+                    server.do(server.rules.restart)
                 await stream.send(x)
             stream.finish()
 
@@ -85,12 +66,12 @@ async def test_pipelined_sends_go_on_over_restarts(rings: Rings) -> None:
         assert np.array_equal(final["h"], reference(X)[1])
 
 
-def test_threads_go_on_over_restarts(rings: Rings) -> None:
-    with Client(rings.endpoint) as client:
+def test_threads_go_on_over_restarts(server: FakeServer) -> None:
+    with Client(server.endpoint) as client:
         group = client.open_group(["a", "b"])
         epochs = group.epochs.tolist()
         first = group.step(X[:20].reshape(10, 2, 3))
-        rings.restart()
+        server.do(server.rules.restart)
         second = group.step(X[20:40].reshape(10, 2, 3))
         outputs = np.concatenate([first, second])
         for column in range(2):
@@ -98,30 +79,30 @@ def test_threads_go_on_over_restarts(rings: Rings) -> None:
         assert (group.epochs > epochs).all()
 
 
-async def test_a_server_that_never_comes_back_is_given_up(rings: Rings) -> None:
-    async with AsyncClient(rings.endpoint, timeout_s=1.0, reconnect_s=0.3) as client:
+async def test_a_server_that_never_comes_back_is_given_up(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint, timeout_s=1.0, reconnect_s=0.3) as client:
         stream = await client.open("a")
-        with rings.server.paused(), pytest.raises(ConnectionFailed):
+        with server.paused(), pytest.raises(ConnectionFailed):
             await stream.step(X[0])
 
 
 async def test_without_room_for_another_socket_the_connection_has_failed(
-    rings: Rings, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_left(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
         raise zmq.ZMQError(errno.EMFILE)
 
-    async with AsyncClient(rings.endpoint) as client:
+    async with AsyncClient(server.endpoint) as client:
         stream = await client.open("a")
-        rings.restart()
+        server.do(server.rules.restart)
         monkeypatch.setattr(zmq.Context, "socket", none_left)
         with pytest.raises(ConnectionFailed):
             await stream.step(X[0])
         monkeypatch.undo()
 
 
-async def test_a_stream_moves_from_client_to_client(rings: Rings) -> None:
-    async with AsyncClient(rings.endpoint) as one, AsyncClient(rings.endpoint) as two:
+async def test_a_stream_moves_from_client_to_client(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as one, AsyncClient(server.endpoint) as two:
         stream = await one.open("a")
         await stream.step(X[:5])
         taken = await two.resume("a", have=3, take_over=True)
@@ -137,8 +118,8 @@ async def test_a_stream_moves_from_client_to_client(rings: Rings) -> None:
         assert back.next_seqs.tolist() == [8]
 
 
-async def test_states_are_looked_at_reset_copied_saved_and_restored(rings: Rings, tmp_path: Path) -> None:
-    async with AsyncClient(rings.endpoint) as client:
+async def test_states_are_looked_at_reset_copied_saved_and_restored(server: FakeServer, tmp_path: Path) -> None:
+    async with AsyncClient(server.endpoint) as client:
         stream = await client.open("a")
         await stream.step(X[:5])
         seq, state = await stream.read_state()

@@ -7,38 +7,34 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-import msgpack
 import pytest
 
 from instep_client.connection import Attempts, Call, State
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed
-from instep_client.session import Session
-from tests.support.fake_server import error, goodbye, reference
-from tests.support.ring_link import RingLink, lose
-from tests.support.ring_server import RING_INFO, RingServer
-from tests.support.session_link import X
+from tests.support.fake_server import RING_INFO, error, goodbye, reference
+from tests.support.session_link import Link, X, lasting, lose
 
 
-def is_lost(link: RingLink) -> bool:
+def is_lost(link: Link) -> bool:
     return link.session.state is State.RECONNECTING
 
 
 class TestLoss:
     def test_silence_while_something_is_unanswered(self) -> None:
-        link = RingLink()
+        link = lasting()
         step = link.session.step(link.open("a"), X[0])
         link.advance()
         link.cut(noticed=False)
         link.advance(9.9)
         assert not is_lost(link)
-        link.to_server[link.peer].clear()  # the probe
+        link.to_server.clear()  # the probe
         link.advance(0.2)
         assert is_lost(link)
         assert link.finish(step).outputs.tolist() == reference(X[:1])[0][0].tolist()
 
     def test_a_server_that_was_restarted(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
         lose(link)
         assert "was restarted" in link.session.attempts.why
@@ -46,7 +42,7 @@ class TestLoss:
         assert link.session.info.boot_id == "boot 1"
 
     def test_a_connection_that_zeromq_made_anew(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
         link.cut()
         link.to_client.append(error(0, Code.HELLO_FIRST))  # the answer to ZeroMQ's empty message
@@ -55,15 +51,15 @@ class TestLoss:
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_a_greeting_that_was_lost_with_the_connection_it_was_sent_over(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
         lose(link)
         link.advance(1.0)
         link.cut()  # HELLO with it
-        link.serve()
+        link.serve(1)
         link.deliver()  # HELLO_FIRST: the first that this socket hears of any connection
         link.advance()
-        link.serve()
+        link.serve(1)
         link.deliver()
         sockets, deadline = link.sockets, link.session.deadline()
         assert deadline is not None
@@ -71,36 +67,21 @@ class TestLoss:
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
         assert link.sockets == sockets + 1
 
-    def test_goodbye(self) -> None:
-        link = RingLink()
-        step = link.session.step(link.open("a"), X[0])
-        link.send(link.server.shut_down())
-        link.deliver()
-        link.server.restart()
-        assert link.finish(step).outputs.shape == (2,)
-
     def test_frames_that_a_draining_server_refuses_wait_for_the_next_one(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
-        link.server.draining = True
+        link.rules.draining = True
         step = link.session.step(handle, X[0])
         for _ in range(3):
             link.advance(0.3)
-            link.serve()
+            link.serve(1)
             link.deliver()
         assert not step.done
-        link.server.restart()
+        link.rules.restart()
         assert link.finish(step).outputs.shape == (2,)
 
-    def test_the_first_connection_is_not_tried_for(self) -> None:
-        session = Session("tcp://somewhere:1", timeout_s=1.0)
-        session.advance(0.0)
-        session.advance(1.0)
-        with pytest.raises(ConnectionFailed):
-            session.greeting.result()
-
     def test_a_silent_connection_with_streams_is_looked_after(self) -> None:
-        link = RingLink(RingServer(replace(RING_INFO, park_s=60.0)))
+        link = lasting(replace(RING_INFO, park_s=60.0))
         handle = link.open("a")
         link.cut()
         deadline = link.session.deadline()
@@ -130,15 +111,14 @@ class TestAttempts:
         assert len({delay / bound for delay, bound in zip(delays, bounds, strict=True)}) == 9
 
     def test_an_attempt_that_was_welcomed_waits_for_its_streams(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
         lose(link)
         while link.sockets == 0:
             link.advance(0.1)
-        link.serve()  # what ZeroMQ sends first
-        link.serve()
-        while link.to_client:
-            link.deliver()
+        link.serve(1)  # what ZeroMQ sends first
+        link.serve(1)
+        link.settle_client()
         link.advance()
         deadline = link.session.deadline()
         assert deadline is not None
@@ -149,7 +129,7 @@ class TestAttempts:
         assert link.finish(link.session.step(handle, X[0])).outputs.shape == (2,)
 
     def test_a_server_that_stays_away_is_given_up_in_time(self) -> None:
-        link = RingLink(reconnect_s=30.0)
+        link = lasting(reconnect_s=30.0)
         handle = link.open("a")
         step = link.session.step(handle, X[0], keep=True)
         link.advance()
@@ -187,21 +167,10 @@ class TestAttempts:
     def test_another_model_or_smaller_limits_are_no_server_to_go_on_with(
         self, change: dict[str, str], named: str
     ) -> None:
-        link = RingLink()
+        link = lasting()
         step = link.session.step(link.open("a"), X[0])
-        link.server.info = replace(RING_INFO, **change)  # type: ignore[arg-type]
+        link.rules.info = replace(RING_INFO, **change)  # type: ignore[arg-type]
         lose(link)
         link.run(step)
         with pytest.raises(ConnectionFailed, match=named):
             step.result()
-
-    def test_a_server_that_refuses_the_client_for_good(self) -> None:
-        link = RingLink()
-        link.open("a")
-        lose(link)
-        link.advance(2.0)
-        hello = link.to_server[link.peer].pop()
-        link.to_client.append(error(msgpack.unpackb(hello[0])[1], Code.WRONG_VERSION))
-        link.deliver()
-        with pytest.raises(ConnectionFailed):
-            link.session.ping(0.0)

@@ -7,34 +7,33 @@ import pytest
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import DataLoss, StreamEvicted
 from tests.support.fake_server import reference
-from tests.support.ring_link import RingLink, lose
-from tests.support.session_link import X
+from tests.support.session_link import X, lasting, lose
 
 
 class TestFrames:
     def test_what_was_applied_is_answered_again_and_the_rest_is_applied(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle = link.open("a")
         steps = [link.session.step(handle, x) for x in X[:4]]
         link.advance()
-        link.serve()
-        link.serve()
+        link.serve(1)
+        link.serve(1)
         link.deliver()
         link.cut()
         for step, outputs in zip(steps, reference(X[:4])[0], strict=True):
             assert link.finish(step).outputs.tolist() == outputs.tolist()
-        assert len(link.server.streams["a"].applied) == 4
-        assert link.server.failures == []
+        assert len(link.rules.streams["a"].applied) == 4
+        assert link.rules.failures == []
 
 
 class TestPersonsDecide:
     def test_streams_that_are_gone_end_and_the_others_go_on(self) -> None:
-        link = RingLink()
+        link = lasting()
         handles = {name: link.open(name) for name in ("gone", "expired", "taken", "well")}
         steps = {name: link.session.step(handle, X[0]) for name, handle in handles.items()}
-        del link.server.streams["gone"]
-        link.server.expire("expired")
-        link.server.take_over("taken")
+        del link.rules.streams["gone"]
+        link.rules.expire("expired")
+        link.rules.take_over("taken")
         lose(link)
         link.run(*steps.values())
         codes = {name: step.error.code for name, step in steps.items() if isinstance(step.error, StreamEvicted)}
@@ -44,10 +43,10 @@ class TestPersonsDecide:
             link.session.step(handles["gone"], X[0])
 
     def test_a_server_that_lost_frames(self) -> None:
-        link = RingLink()
+        link = lasting()
         handle, other = link.open("a"), link.open("b")
         link.finish(link.session.step(handle, X[:5]))
-        link.server.forget("a", 2)
+        link.rules.forget("a", 2)
         step = link.session.step(handle, X[5])
         lose(link)
         link.run(step)
@@ -59,18 +58,18 @@ class TestPersonsDecide:
         assert link.finish(link.session.step(again, X[3:5])).outputs.tolist() == reference(X[:5])[0][3:].tolist()
 
     def test_a_server_that_lost_a_frame_behind_one_whose_output_did_not_come(self) -> None:
-        link = RingLink()
+        link = lasting()
         group = link.open("a", "b")
         both = link.session.step(group, X[:2])
         link.advance()
         one = link.session.step(group, X[2:3], rows=[0])
         link.advance()
-        link.serve()
+        link.serve(1)
         link.to_client.clear()
-        link.serve()
+        link.serve(1)
         link.deliver()
         assert one.done
-        link.server.forget("a", 2)
+        link.rules.forget("a", 2)
         lose(link)
         link.run(both)
         assert isinstance(both.error, DataLoss)
@@ -78,14 +77,3 @@ class TestPersonsDecide:
         assert both.error.outputs is not None
         assert both.error.outputs[1].tolist() == reference(X[1:2])[0][0].tolist()
         assert link.finish(link.session.step(group, X[:1], rows=[1])).outputs.shape == (1, 2)
-
-    def test_outputs_that_are_gone(self) -> None:
-        link = RingLink()
-        handle = link.open("a")
-        stream = link.server.streams["a"]
-        stream.next_seq = 100
-        lose(link)
-        link.run(link.session.ping(0.0))
-        with pytest.raises(DataLoss) as caught:
-            link.session.step(handle, X[0])
-        assert (caught.value.have, caught.value.server_has) == (0, 100)

@@ -13,14 +13,12 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
-    InvalidInput,
     MalformedMessage,
     Refused,
     StreamEvicted,
 )
 from instep_client.protocol.wire import Kind
-from instep_client.session import Session
-from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
+from tests.support.fake_server import INFO, Message, evicted, goodbye, pack, stepped, welcome
 from tests.support.session_link import Link, headers, refuse
 
 X = np.ones(3, np.float32)
@@ -33,17 +31,9 @@ def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
         _ = link.session.info
     with pytest.raises(ClientClosed):
         link.session.open(["a"], None, single=True)
-    link.settle()
+    link.run()
     assert link.session.state is State.OPEN
     assert link.session.info == INFO
-
-
-@pytest.mark.parametrize(
-    ("name", "timeout_s"), [("a\nb", 1.0), ("a" * 201, 1.0), ("", 0.0), ("", -1.0), ("", float("nan"))]
-)
-def test_bad_names_and_timeouts_are_refused(name: str, timeout_s: float) -> None:
-    with pytest.raises(InvalidInput):
-        Session("tcp://somewhere:1", name, timeout_s)
 
 
 def test_a_refused_hello_says_why() -> None:
@@ -132,17 +122,6 @@ def test_ping_measures_and_statistics_are_read() -> None:
     assert statistics.result() == {"streams_open": 0.0, "blocks": 0.0, "ready": 1.0}
 
 
-def test_a_refused_question_raises_the_code() -> None:
-    link = Link()
-    statistics = link.session.statistics()
-    link.advance()
-    refuse(link, Code.BUSY)
-    link.settle()
-    with pytest.raises(Refused):
-        statistics.result()
-    assert link.session.deadline() is None
-
-
 def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
     link = Link()
     handle = link.open("a")
@@ -157,15 +136,6 @@ def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
             call()
     link.deliver(stepped(4, np.zeros((1, 1, 2), np.float32)))  # too late: dropped
     assert link.session.leave() is None
-
-
-def test_an_error_about_no_request_ends_the_session() -> None:
-    link = Link()
-    step = link.session.step(link.open("a"), X)
-    link.advance()
-    link.deliver(error(0, Code.MALFORMED))
-    with pytest.raises(ConnectionFailed):
-        step.result()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +186,7 @@ def test_eviction_fails_what_waits_and_what_comes_later_of_that_stream_alone() -
     assert link.session.take(mine) is kept
     with pytest.raises(StreamEvicted):
         link.session.outputs_end(mine)
-    link.settle()
+    link.run()
     assert well.result().outputs.tolist() == [3, 4]
     assert link.session.step(other, X)
 
@@ -232,7 +202,7 @@ def test_eviction_of_one_of_a_group_lets_the_others_step() -> None:
     link.deliver(evicted([2], Code.STATE_LOST))
     with pytest.raises(StreamEvicted):
         link.session.step(group, np.ones((3, 3)))
-    link.settle()
+    link.run()
     for call, outputs in ((sent, [3, 4]), (waiting, [4.5, 5.5])):
         with pytest.raises(StreamEvicted):
             call.result()
@@ -280,6 +250,6 @@ def test_leaving_closes_what_is_about_to_be_opened(is_refused: bool) -> None:
         unsent.result()
     assert [header[0] for header in headers(link.advance())] == [Kind.CLOSE] * (1 if is_refused else 2)
     assert not farewell.done
-    link.settle()
+    link.run()
     assert farewell.done
     assert link.rules.names == {}, "a and b were granted, c was on its way, d was never asked for"

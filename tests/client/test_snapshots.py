@@ -42,16 +42,6 @@ def test_the_file_is_a_length_a_header_and_the_data(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("something else")
-    SNAPSHOT.save(path)
-    loaded = StreamSnapshot.load(str(path))
-    assert (loaded.name, loaded.seq, loaded.fingerprint, loaded.model) == ("mic é", 2**40, "00", "halving")
-    assert loaded.state["h"].tobytes() == STATE.tobytes()
-    assert loaded.state["h"].flags.writeable
-
-
 def test_what_the_safetensors_library_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"state.h": STATE}, path, {**ABOUT, "note": "made elsewhere"})
@@ -136,24 +126,12 @@ def test_a_state_of_several_leaves_is_saved_and_read(tmp_path: Path) -> None:
         assert found[name].tolist() == leaf.tolist()
 
 
-def test_another_model_is_refused() -> None:
-    SNAPSHOT.check(INFO)
-    with pytest.raises(InvalidInput):
-        SNAPSHOT.check(replace(INFO, fingerprint="01"))
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_state_that_no_server_takes_is_refused(bad: float) -> None:
     state = STATE.copy()
     state[1, 0] = bad
     with pytest.raises(InvalidInput):
         replace(SNAPSHOT, state={"h": state}).check(INFO)
-
-
-def test_a_state_of_another_shape_is_refused() -> None:
-    for shape in ((1, 4), (4, 1), (2, 3)):
-        with pytest.raises(InvalidInput):
-            replace(SNAPSHOT, state={"h": np.zeros(shape, np.float32)}).check(INFO)
 
 
 def edited(content: bytes, old: bytes, new: bytes) -> bytes:
@@ -177,13 +155,6 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, old: bytes, new: by
     path.write_bytes(edited(path.read_bytes(), old, new))
     with pytest.raises(InvalidInput):
         StreamSnapshot.load(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"\xff\xff"])
-def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(InvalidInput):
-        StreamSnapshot.load(tmp_path / "a")
 
 
 def header_with(shape: str, seq: str = "0") -> bytes:

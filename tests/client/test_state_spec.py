@@ -59,14 +59,6 @@ def test_unpacked_leaves_are_views_with_the_values_that_were_packed() -> None:
     assert struct.unpack(LAYOUT, rows[3].tobytes())[3] == 99
 
 
-def test_one_float32_leaf_is_the_bytes_of_its_array() -> None:
-    spec = StateSpec((Leaf("h", (2, 5), DTYPES["float32"]),))
-    h = np.random.default_rng(0).standard_normal((7, 2, 5)).astype(np.float32)
-    assert spec.row_bytes == 40
-    assert spec.pack({"h": h}).tobytes() == h.tobytes()
-    np.testing.assert_array_equal(spec.unpack(np.frombuffer(h.tobytes(), np.uint8).reshape(7, 40))["h"], h)
-
-
 def test_initial_and_missing_rows() -> None:
     initial, missing = MIXED.initial(2), MIXED.missing(2)
     row = struct.unpack(LAYOUT, initial[1].tobytes())

@@ -62,15 +62,6 @@ def test_a_stepped_is_these_bytes() -> None:
     assert read.failures.tolist() == failures.tolist()
 
 
-def test_each_of_three_times_may_be_too_long() -> None:
-    for place in range(3):
-        times_us = [0, 0, 0]
-        times_us[place] = 2**32
-        header = wire.pack_stepped(bytes(16), 1, 1, (times_us[0], times_us[1], times_us[2]))
-        assert header[12 + 4 * place : 16 + 4 * place] == b"\xff" * 4
-        assert header[12:24].count(0) == 8
-
-
 @pytest.mark.parametrize(
     ("frames", "complaint"),
     [
@@ -94,11 +85,6 @@ def test_a_refusal_names_the_request_where_it_can_be_read() -> None:
     assert wire.request_of_step(STEP[:23]) == 0
 
 
-def stepped_to(requests: int) -> bytes:
-    """The answer to as many requests of a column each."""
-    return wire.pack_stepped(np.ones((requests, 2), "<u8").tobytes(), 1, requests, (0, 0, 0))
-
-
 @pytest.mark.parametrize(
     ("frames", "complaint"),
     [
@@ -115,11 +101,6 @@ def stepped_to(requests: int) -> bytes:
 def test_what_is_not_a_stepped_is_refused_by_name(frames: list[bytes], complaint: str) -> None:
     with pytest.raises(MalformedMessage, match=re.escape(complaint)):
         wire.unpack_stepped(frames)
-
-
-def test_a_stepped_answers_up_to_128_requests() -> None:
-    read = wire.unpack_stepped([stepped_to(128), bytes(4 * 128)])
-    assert read.answered == [(1, 1)] * 128
 
 
 @settings(deadline=None)

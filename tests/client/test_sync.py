@@ -67,19 +67,6 @@ def test_many_threads_share_a_client(server: FakeServer) -> None:
             assert outputs == reference(X[number:])[0].tolist()
 
 
-def test_one_thread_sends_while_another_reads(server: FakeServer) -> None:
-    with Client(server.endpoint) as client:
-        stream = client.open("a")
-        read: list[list[float]] = []
-        reader = threading.Thread(target=lambda: read.extend(y.tolist() for y in stream))
-        reader.start()
-        for x in X:
-            stream.send(x)
-        stream.finish()
-        reader.join()
-        assert read == reference(X)[0].tolist()
-
-
 def test_finishing_wakes_the_thread_that_waits_for_outputs(server: FakeServer) -> None:
     with Client(server.endpoint) as client:
         stream, loop = client.open("a"), inside(client).loop

@@ -80,16 +80,3 @@ def test_a_request_that_nobody_has_or_that_was_answered_ends_the_session(again: 
     assert link.session.state is State.ENDED
     for call in (second, third):
         assert isinstance(call.error, MalformedMessage)
-
-
-def test_an_answer_of_other_columns_than_asked_ends_the_session() -> None:
-    link = Link()
-    calls = asked(link, X[0], X[1], X[2])
-    requests = [parts(answer)[0][1] for answer in link.to_client]
-    # As if the second had asked for two columns.
-    first, second, third = answers(link)
-    message = joined([first, joined([second, third])], requests=requests[:2])
-    link.deliver(message)
-    assert calls[0].done
-    assert isinstance(calls[1].error, MalformedMessage)
-    assert isinstance(calls[2].error, MalformedMessage)

@@ -16,7 +16,7 @@ from instep_tools.live import Pace
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
-from tests.support.fake_server import FakeServer, Message, evicted
+from tests.support.fake_server import FakeServer, Message
 from tests.tools.helpers import JumpingClock, RememberingTerminal
 
 FAST = Pace(None, None)
@@ -64,9 +64,8 @@ def end_at_block(server: FakeServer, number: int, handle: int, code: Code) -> No
         if len(rules.blocks) != number or header[0] != Kind.STEP:
             return None
         rules.fault = None
-        rules.end([handle])
-        (_, answer), *_ = rules.handle(b"", frames)
-        return [evicted([handle], code), answer]
+        rules.notices = rules.evict([handle], code)
+        return None
 
     rules.fault = fault
 

@@ -95,7 +95,7 @@ async def test_names_cannot_choose_among_lines_without_names(lines: Path) -> Non
 async def test_a_stream_that_cannot_be_opened_is_left_out(lines: Path) -> None:
     write(lines, "".join(f"{name} 1 2 3\n" for name in ("a", "b", "a", "b", "b")))
     run = ProduceRun()
-    run.server.rules.names["b"] = 999
+    run.server.rules.occupy("b")
     run.keeps = {"b"}
     assert await run(lines, choice=Choice(named=True)) == Exit.FOUND_PROBLEMS
     assert {name: len(values) for name, values in run.printed().items()} == {"a": 2}
@@ -105,7 +105,7 @@ async def test_a_stream_that_cannot_be_opened_is_left_out(lines: Path) -> None:
 @pytest.mark.parametrize("source", ["stdin", "file"])
 async def test_a_name_in_use_is_answered_with_what_helps_on_the_command_line(lines: Path, source: str) -> None:
     run = ProduceRun()
-    run.server.rules.names["it's"] = 999
+    run.server.rules.occupy("it's")
     run.keeps = {"it's"}
     try:
         await run(**{source: lines}, name="it's")

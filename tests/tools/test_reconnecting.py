@@ -18,8 +18,7 @@ from instep_tools.problems import Exit
 from instep_tools.produce import Produce, produce
 from instep_tools.replay import ReplayJob, replay
 from instep_tools.sequences import RecordedSequences
-from tests.support.fake_server import FakeServer, Message, goodbye, reference
-from tests.support.ring_server import RingServer
+from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, goodbye, reference
 from tests.tools.helpers import RememberingTerminal, save_table
 
 
@@ -27,7 +26,7 @@ class Forgetful:
     """A server that is restarted before every so many STEPs that it reads."""
 
     def __init__(self, every: int, most: int = 5) -> None:
-        self.rules = RingServer()
+        self.rules = FakeRules(RING_INFO)
         self.server = FakeServer(handle=self._handle)
         self._every = every
         self._most = most
@@ -79,7 +78,7 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
 @pytest.mark.parametrize("command", ["produce", "replay"])
 async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(tmp_path: Path, command: str) -> None:
     np.save(tmp_path / "in.npy", np.ones((5000, 3), np.float32))
-    terminal, stop, rules = RememberingTerminal(as_json=True), Stop(), RingServer()
+    terminal, stop, rules = RememberingTerminal(as_json=True), Stop(), FakeRules(RING_INFO)
     loop, steps = asyncio.get_running_loop(), 0
 
     def handle(peer: bytes, parts: list[bytes]) -> list[tuple[bytes, Message]]:

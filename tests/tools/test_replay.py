@@ -92,7 +92,7 @@ async def test_outputs_are_saved(tmp_path: Path, file: Path, recorded: RecordedS
 
 async def test_streams_keep_their_names_and_get_a_suffix_where_one_is_in_use(file: Path) -> None:
     run = Run(as_json=False)
-    run.server.rules.names["tap-1"] = 999
+    run.server.rules.occupy("tap-1")
     run.keeps = {"tap-1"}
     assert await run(file, check=True) == Exit.OK
     names = list(run.opened)

@@ -18,8 +18,7 @@ from typer.testing import CliRunner, Result
 from instep_client import Client, StreamSnapshot
 from instep_client.protocol.wire import Kind
 from instep_tools.app import app
-from tests.support.fake_server import FakeServer, Message, reference
-from tests.support.ring_server import RING_INFO, RingServer
+from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, reference
 from tests.support.session_link import X
 
 STATE = reference(X[:5])[1]
@@ -28,7 +27,7 @@ STATE = reference(X[:5])[1]
 class Place:
     """A server, and what the command line says of it."""
 
-    def __init__(self, ring: RingServer, endpoint: str) -> None:
+    def __init__(self, ring: FakeRules, endpoint: str) -> None:
         self.ring = ring
         self.endpoint = endpoint
 
@@ -53,7 +52,7 @@ class Place:
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    ring = RingServer()
+    ring = FakeRules(RING_INFO)
     with FakeServer(RING_INFO, ring.handle) as server:
         yield Place(ring, server.endpoint)
 
@@ -92,7 +91,7 @@ def test_a_snapshot_is_a_new_safetensors_file(place: Place, tmp_path: Path) -> N
 
 
 def test_ctrl_c_ends_a_command_whose_server_has_fallen_silent() -> None:
-    ring, main = RingServer(), threading.main_thread().ident
+    ring, main = FakeRules(RING_INFO), threading.main_thread().ident
     assert main is not None
 
     def handle(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
@@ -138,7 +137,7 @@ def test_what_is_no_snapshot_for_this_server_is_not_restored(place: Place, tmp_p
 
 
 def test_a_server_that_parks_nothing_is_given_no_stream_to_keep(tmp_path: Path) -> None:
-    ring = RingServer(replace(RING_INFO, park_s=0.0))
+    ring = FakeRules(replace(RING_INFO, park_s=0.0))
     StreamSnapshot("kept", 5, {"h": STATE}, "00", "halving").save(tmp_path / "a")
     with FakeServer(ring.info, ring.handle) as server:
         assert "limits.park_s" in Place(ring, server.endpoint).refused("restore", tmp_path / "a")

@@ -20,9 +20,8 @@ from instep_tools.load.result import LoadResult
 from instep_tools.problems import Exit
 from instep_tools.running import run_command
 from instep_tools.words import three_digits
-from tests.support.fake_server import FakeServer, Message, error
+from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, error
 from tests.support.pages import read_page
-from tests.support.ring_server import RingServer
 from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import RememberingTerminal
 from tests.tools.loads import PLAN, SHORT, Timed, run
@@ -132,7 +131,7 @@ async def test_a_stop_in_the_warm_up_leaves_the_page_of_another_run(tmp_path: Pa
 
 
 def test_a_server_that_is_restarted_in_the_middle_costs_no_frame() -> None:
-    rules, steps = RingServer(), 0
+    rules, steps = FakeRules(RING_INFO), 0
 
     def restart_once(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
         nonlocal steps

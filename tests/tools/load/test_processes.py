@@ -64,7 +64,7 @@ async def test_a_stop_reaches_the_processes() -> None:
 
 async def test_a_process_that_cannot_open_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeServer() as server:
-        server.rules.names["load-1-0-0"] = 999
+        server.rules.occupy("load-1-0-0")
         with pytest.raises(CommandProblem, match="NAME_IN_USE"):
             await run_parts(PARTS, Target(server.endpoint), Stop())
         assert list(server.rules.names) == ["load-1-0-0"]
