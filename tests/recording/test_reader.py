@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,80 +132,55 @@ def test_commits_while_it_opens_are_no_damage(tmp_path: Path, monkeypatch: pytes
     writer.close()
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match=r"cannot read the recording .*No such file"):
-        RecordingReader(tmp_path / "missing.rec")
-    with pytest.raises(
-        RecordingError, match=r"cannot read the recording (.*): it is a folder; .* `instep recordings info \1`"
-    ):
-        RecordingReader(tmp_path)
+def test_other_files_are_refused(path: Path) -> None:
+    folder, database = path.parent, sqlite3.connect(path.with_name("other.db"))
+    database.execute("CREATE TABLE batches (position)")
+    database.close()
+    (folder / "text").write_text("frames, frames, frames\n" * 100)
+    (folder / "empty").touch()
+    (folder / "folder").mkdir()
+    for name in ("missing", "folder", "text", "empty", "other.db"):
+        with pytest.raises(RecordingError) as refused:
+            RecordingReader(folder / name)
+        assert str(folder / name) in str(refused.value)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.write_text("frames, frames, frames\n" * 100)
-    with pytest.raises(RecordingError, match="it is not an SQLite database, or its first bytes are damaged"):
-        RecordingReader(text)
-    (tmp_path / "empty").touch()
-    with pytest.raises(RecordingError, match="another kind of database, or empty"):
-        RecordingReader(tmp_path / "empty")
-    other = sqlite3.connect(tmp_path / "other.db")
-    other.execute("CREATE TABLE batches (position)")
-    other.close()
-    with pytest.raises(RecordingError, match="another kind of database"):
-        RecordingReader(tmp_path / "other.db")
-
-
-@pytest.mark.parametrize(("version", "advice"), [(1, "record anew"), (3, "use the instep that wrote it")])
-def test_another_format_version_is_refused(path: Path, version: int, advice: str) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_version_is_refused(path: Path, version: int) -> None:
     database = sqlite3.connect(path)
     database.execute(f"PRAGMA user_version={version}")
     database.close()
-    with pytest.raises(RecordingError, match=f"format version {version}, and this instep reads version 2: {advice}"):
+    with pytest.raises(RecordingError, match=f"version {version}"):
         RecordingReader(path)
 
 
 @pytest.mark.parametrize("table", ["openings", "batches", "outputs", "closings", "events"])
-def test_a_changed_row_is_named(path: Path, table: str) -> None:
+def test_a_row_that_was_changed_or_lost_is_named(path: Path, table: str) -> None:
     forger = Forger(path, path.parent / "forged.rec", fix_crc=False)
     position = forger.rows(table)[-1]["position"]
     forger.change(table, position, time_ns=5)
-    with pytest.raises(RecordingError, match=rf"position {position} \(of {table}\) does not match its CRC"):
-        read_all(forger.path)
-
-
-@pytest.mark.parametrize("table", ["openings", "batches", "outputs", "closings", "events"])
-def test_a_lost_row_is_named(path: Path, table: str) -> None:
-    forger = Forger(path, path.parent / "forged.rec")
-    position = forger.rows(table)[0]["position"]
-    forger.remove(table, position)
-    with pytest.raises(RecordingError, match=rf"row at position {position} is missing"):
-        read_all(forger.path)
-
-
-def test_columns_of_the_wrong_size_are_damage_even_with_the_right_crc(path: Path) -> None:
-    forger = Forger(path, path.parent / "forged.rec")
-    batch, outputs = forger.rows("batches")[0], forger.rows("outputs")[0]
-    for table, row, name in [
-        *(("batches", batch, name) for name in ("streams", "seqs", "x")),
-        ("outputs", outputs, "y"),
-    ]:
-        forger = Forger(path, path.parent / "forged.rec")
-        forger.change(table, row["position"], **{name: row[name][:-1]})
-        with pytest.raises(RecordingError, match="bytes where"):
+    for number in (position, forger.rows(table)[0]["position"]):
+        with pytest.raises(DamagedRecording, match=rf"position {number}\b"):
             read_all(forger.path)
-    forger = Forger(path, path.parent / "forged.rec")
-    forger.change("batches", batch["position"], size=0)
-    with pytest.raises(RecordingError, match=f"the batch at position {batch['position']} holds 0 frames"):
-        read_all(forger.path)
-    forger = Forger(path, path.parent / "forged.rec")
-    forger.change("closings", forger.rows("closings")[0]["position"], final_state=b"1234")
-    with pytest.raises(RecordingError, match="holds 4 bytes where 32 belong"):
-        read_all(forger.path)
+        forger = Forger(path, path.parent / "forged.rec")
+        forger.remove(table, forger.rows(table)[0]["position"])
 
 
-def test_a_close_without_an_opening_is_damage(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        *(("batches", name, lambda row, name=name: row[name][:-1]) for name in ("streams", "seqs", "x")),
+        ("batches", "size", lambda row: 0),
+        ("outputs", "y", lambda row: row["y"][:-1]),
+        ("closings", "final_state", lambda row: b"1234"),
+        ("closings", "stream", lambda row: 77),
+    ],
+)
+def test_what_does_not_fit_is_damage_even_with_the_right_crc(
+    path: Path, table: str, column: str, value: Callable[[dict[str, Any]], object]
+) -> None:
     forger = Forger(path, path.parent / "forged.rec")
-    forger.change("closings", forger.rows("closings")[0]["position"], stream=77)
-    with pytest.raises(RecordingError, match="stream 77 was closed, but never opened"):
+    row = forger.rows(table)[0]
+    forger.change(table, row["position"], **{column: value(row)})
+    with pytest.raises(DamagedRecording):
         read_all(forger.path)

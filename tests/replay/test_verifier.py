@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from instep.models.folder import load_model, make_model
 from instep.models.network import DefinitionReference, PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS, DenseLayer, GruDescription, GruLayers
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedFrames
 from instep.replay.checkers import CheckLimits
 from instep.replay.report import CannotVerify, Coverage, Report
 from tests.support.forger import Forger
@@ -54,13 +51,12 @@ def test_honest_recordings_are_exact(tmp_path: Path, features: int, hidden: int,
     assert (report.largest("max_difference"), 0 < report.largest("max_distance") < 1e-5) == (0, True)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> None:
+def test_layers_around_are_exact_as_served(tmp_path: Path) -> None:
     description = GruDescription(
         features=5,
-        before=(DenseLayer(size=7, activation=activation),),
+        before=tuple(DenseLayer(size=7, activation=activation) for activation in ACTIVATIONS),
         gru=GruLayers(hidden_size=9, num_layers=2),
-        after=(DenseLayer(size=6, activation=activation), DenseLayer(size=3, bias=False)),
+        after=(DenseLayer(size=6, activation="softmax"), DenseLayer(size=3, bias=False)),
     )
     model = make_model(description, "random", name="dense")
     report = verify(record_model(tmp_path, model, LENGTHS, initial=[0]))
@@ -68,7 +64,7 @@ def test_dense_layers_are_exact_as_served(tmp_path: Path, activation: Any) -> No
     assert 0 < report.largest("max_error") < 1e-5
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 1e-42, 1e-20, 1e20, 3e37])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-42, 3e37])
 def test_frames_of_any_finite_magnitude(tmp_path: Path, magnitude: float) -> None:
     assert verify(record_gru(tmp_path, make_gru(5, 16), LENGTHS, magnitude=magnitude)).verdict == "exact"
 
@@ -109,21 +105,6 @@ def test_memory_is_bounded_by_working_in_pieces(tmp_path: Path, monkeypatch: pyt
     assert verdicts(pieces) == verdicts(whole) == ["exact"] * 6
     assert pieces.largest("max_error") == whole.largest("max_error")
     assert pieces.elements == whole.elements
-
-
-def test_a_recording_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_gru(tmp_path, make_gru(), [50, 49, 20, 20, 20, 3])
-    read: list[int] = []
-    groups = RecordingReader.frames
-
-    def counted(*arguments: Any) -> Iterator[RecordedFrames]:
-        for group in groups(*arguments):
-            read.extend(np.unique(group.positions).tolist())
-            yield group
-
-    monkeypatch.setattr(RecordingReader, "frames", counted)
-    assert verify(recorded).verdict == "exact"
-    assert set(Counter(read).values()) == {1}
 
 
 @pytest.mark.parametrize(

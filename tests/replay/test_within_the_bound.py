@@ -78,36 +78,18 @@ def test_a_replay_that_is_off_by_more_than_both_sides_may_be_is_compared_within_
     assert bool(bounded) == (max(y_off, h_off) > 2 * FLOOR)
 
 
-@pytest.mark.parametrize("y_off", [FLOOR, 10 * FLOOR])
 def test_torch_that_is_off_by_more_than_both_sides_may_be_is_compared_within_the_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounded: list[int], y_off: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounded: list[int]
 ) -> None:
     recorded = record_gru(tmp_path, make_gru(), [1, 1, 1])
     right: Any = PortableNetwork.sequence
 
     def off(*arguments: Any) -> tuple[npt.NDArray[np.float32], U8]:
         y, states = right(*arguments)
-        return y + np.float32(y_off), states
+        return y + np.float32(10 * FLOOR), states
 
     monkeypatch.setattr(PortableNetwork, "sequence", off)
-    found = report_of(recorded)
-    assert bool(bounded) == (y_off > 2 * FLOOR)
-    assert found["max_distance"] == pytest.approx(y_off, rel=0.1)
-    assert found["verdict"] == ("mismatch" if bounded else "exact")
-
-
-def test_only_the_streams_that_need_it_are_checked_with_the_bound(tmp_path: Path, bounded: list[int]) -> None:
-    recorded = record_gru(tmp_path, make_gru(), LENGTHS, changes=NO_BITS)
-    found = report_of(nudged(recorded, 1.0))
-    assert [stream["verdict"] for stream in found["streams"]] == ["exact", "empty", "mismatch", *["exact"] * 4]
-    assert set(bounded) == {1}
-
-
-def test_errors_beyond_the_floor_are_compared_within_the_bound(tmp_path: Path, bounded: list[int]) -> None:
-    found = report_of(record_gru(tmp_path, make_amplifying_gru(), [200, 150]))
-    assert found["verdict"] == "exact"
-    assert found["max_error"] > 100 * FLOOR
-    assert bounded
+    assert (report_of(recorded)["verdict"], bool(bounded)) == ("mismatch", True)
 
 
 def test_an_output_within_the_bound_alone_is_within_tolerance(tmp_path: Path, bounded: list[int]) -> None:
