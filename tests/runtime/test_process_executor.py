@@ -1,3 +1,5 @@
+"""The process that steps: its death, its end, and the runs that the caller steps instead."""
+
 from __future__ import annotations
 
 import os

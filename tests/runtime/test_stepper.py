@@ -1,4 +1,4 @@
-"""Streams stepped over their slots: the truth is the definition over whole recordings, or the user's own module."""
+"""Steps and states of streams in their slots, against the definition, torch and rows of bytes."""
 
 from __future__ import annotations
 
@@ -76,11 +76,10 @@ SPEC = StateSpec(
         Leaf("sums", (2, 2, 2), DTYPES["float64"]),
     )
 )
-TORCH = {"bool": torch.bool, "float32": torch.float32, "int64": torch.int64, "float64": torch.float64}
 
 
 def buffers(rows: int) -> dict[str, torch.Tensor]:
-    return {leaf.name: torch.zeros(rows, *leaf.shape, dtype=TORCH[leaf.dtype.name]) for leaf in SPEC.leaves}
+    return {leaf.name: torch.zeros(rows, *leaf.shape, dtype=getattr(torch, leaf.dtype.name)) for leaf in SPEC.leaves}
 
 
 def random_rows(rng: np.random.Generator, count: int) -> Any:

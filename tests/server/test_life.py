@@ -1,4 +1,4 @@
-"""A server's life over its socket: what it waits for at its end, and what ends it early."""
+"""A server's life over its socket: its readiness, its end, failures, and the turns of its loop."""
 
 from __future__ import annotations
 
@@ -199,8 +199,7 @@ async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.rando
                 assert (hello.kind, hello.code) == (Kind.ERROR, Code.SHUTTING_DOWN)
             assert (await client.ask(msgpack.packb([Kind.PING, client.next_request()]))).kind is Kind.PONG
             assert (await client.statistics())["ready"] == 0.0
-            engine = server.default.engine
-            assert (engine.table.open_count, engine.unanswered_messages) == (2, 1)
+            assert server.default.engine.table.open_count == 2
         finally:
             gate.open()
         reply = await client.receive()

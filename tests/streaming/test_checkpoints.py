@@ -1,4 +1,4 @@
-"""Checkpoints: what a restart has to replay, and that frames, requests and kills meanwhile change nothing."""
+"""Checkpoints and restarts: what is stepped again, what that costs, and what makes a restart impossible."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ async def test_the_one_after_a_checkpoint_that_was_cut_off_is_complete(
             np.testing.assert_array_equal(stream.state.view("<f4")[None], whole(SMALL, frames)[1])
 
 
-F = 5
 MANY = 20_000_000
 """Streams that were opened in the life of a recording, of which three are left."""
 NUMBERS = [MANY, 7, MANY - 5]
@@ -118,7 +117,7 @@ async def test_memory_is_for_the_streams_that_are_open_and_not_for_all_that_ever
         open_stream(writer, number, f"s{number}", 1000, 0, 1, None)
     for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
         count = len(streams)
-        x = np.full((count, F), seq + 1, np.float32)
+        x = np.full((count, 5), seq + 1, np.float32)
         writer.add_inputs(1, np.array(streams, np.uint32), np.full(count, seq, np.uint64), x)
     writer.commit()
     writer.abandon()
@@ -155,7 +154,7 @@ async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promi
     promised = recording_header(prepared(SMALL), config(recording={"file": path}))
     writer = RecordingWriter.create(path, replace(promised, arithmetic="torch 1.9 on cuda:0"))
     open_stream(writer, 1, "s", 1000, 0, 1, None)
-    numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, F), np.float32)
+    numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, 5), np.float32)
     position = writer.add_inputs(1, numbers, seqs, x)
     writer.add_outputs(1, position, np.full((1, 8), 0.25, np.float32))
     writer.commit()

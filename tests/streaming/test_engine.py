@@ -1,4 +1,4 @@
-"""Which frames are stepped together: batches, runs of several steps, and batches that are held."""
+"""Batches and replies: which frames are stepped together, and which messages are answered together."""
 
 from __future__ import annotations
 

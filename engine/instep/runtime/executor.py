@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from instep.core.typing import I64
 
@@ -157,27 +157,23 @@ class ThreadExecutor:
             os.write(self._signal, b"\0")
 
 
-MEMBERSHIP: Final = Path("/proc/self/cgroup")
-GROUPS: Final = Path("/sys/fs/cgroup")
-
-
-def usable_cores(membership: Path = MEMBERSHIP, groups: Path = GROUPS) -> int:
+def usable_cores() -> int:
     """The number of cores that this process may use, by its affinity and the CPU quota of its control groups.
 
     The quota is that of version 2, as containers and systemd set it, rounded down and at least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *_shares(membership, groups)]))
+    return max(1, min([cores, *_shares()]))
 
 
-def _shares(membership: Path, groups: Path) -> list[int]:
-    """Yield the limits in cores of this process's control group and its ancestors."""
+def _shares() -> list[int]:
+    """Return the limits in cores of this process's control group and its ancestors."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     shares = []
-    for group in [groups / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
+    for group in [Path("/sys/fs/cgroup") / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
         for place in (group, *group.parents):
             try:
                 quota_us, period_us = (place / "cpu.max").read_text().split()

@@ -234,12 +234,12 @@ def _memory(config: Config) -> Iterator[Finding]:
         yield Finding("problem", what, "lower it")
 
 
-def _disk(config: Config, mounts: Path = Path("/proc/self/mounts")) -> Iterator[Finding]:
+def _disk(config: Config) -> Iterator[Finding]:
     file = config.recording.file
     folder = None if file is None else file if os.path.isdir(file) else file.parent
     if folder is None or not folder.is_dir():
         return
-    kind = _file_system(folder, mounts)
+    kind = _file_system(folder)
     if kind.startswith(_NETWORK):
         what = f"the recording is on a network file system ({kind}), where SQLite's WAL can be damaged"
         cure = "put recording.file on a local disk, and copy finished recordings: instep recordings cut FILE COPY"
@@ -250,11 +250,11 @@ def _disk(config: Config, mounts: Path = Path("/proc/self/mounts")) -> Iterator[
         yield Finding("warning", what, "make room, or bound the recording with recording.keep_bytes")
 
 
-def _file_system(folder: Path, mounts: Path) -> str:
+def _file_system(folder: Path) -> str:
     """The kernel's name for the type of a folder's file system; empty if it is not known."""
     place, best = folder.resolve(), ("", "")
     try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     for line in lines:

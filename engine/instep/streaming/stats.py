@@ -273,18 +273,12 @@ class EventLog:
     """A ring of the newest events.
 
     Args:
-        most: events that are kept.
         on_event: called for each addition with the kind, the names of the streams, and the detail.
     """
 
-    def __init__(
-        self,
-        most: int = MOST_EVENTS,
-        on_event: Callable[[EventKind, Sequence[str], str], None] = lambda *event: None,
-    ) -> None:
-        self._most = most
+    def __init__(self, on_event: Callable[[EventKind, Sequence[str], str], None] = lambda *event: None) -> None:
         self._on_event = on_event
-        self._events: deque[Event] = deque(maxlen=most)
+        self._events: deque[Event] = deque(maxlen=MOST_EVENTS)
         self.newest = 0
         """The number of the newest event; 0 before the first."""
 
@@ -299,7 +293,7 @@ class EventLog:
 
     def _append(self, kind: EventKind, streams: Sequence[str], detail: str, seqs: Sequence[int | None]) -> None:
         self._on_event(kind, streams, detail)
-        gone = max(0, len(streams) - self._most)
+        gone = max(0, len(streams) - MOST_EVENTS)
         numbers = count(self.newest + 1 + gone)
         self._events.extend(
             map(Event, numbers, repeat(time.time()), repeat(kind), streams[gone:], repeat(detail), seqs[gone:])

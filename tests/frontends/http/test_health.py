@@ -1,4 +1,4 @@
-"""What looks after processes: whether the server is alive, ready, and what it serves."""
+"""Health, statistics and the files of the page, over a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is answered: tokens, hosts, methods, bodies, limits and connections; over real sockets."""
+"""Which requests and connections are served: tokens, hosts, methods, bodies and limits, over real sockets."""
 
 from __future__ import annotations
 
