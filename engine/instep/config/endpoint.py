@@ -1,4 +1,4 @@
-"""Endpoints: which are accepted, and which only this machine can reach."""
+"""Endpoints: which are valid, and which only this machine can reach."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def checked_http_endpoint(endpoint: object) -> object:
     """Return the admin server's endpoint, `HOST:PORT`, or None for `off`, which YAML reads as False.
 
     Raises:
-        ValueError: saying what it should look like.
+        ValueError: with the expected form.
     """
     if endpoint is False or endpoint == "off":
         return None

@@ -1,4 +1,4 @@
-"""Builds one checked configuration: a flag overrides the environment, that the file, and that the default."""
+"""Builds a checked configuration: flags override the environment, which overrides the file, then the defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from instep.config.sections import NO_RECORDING, Config, LogConfig
 
 _PREFIX: Final = "INSTEP_"
 _CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL")
-"""Variables with the prefix that are for clients."""
+"""Environment variables with the prefix that are for clients."""
 _PLACES: Final = ("model.folder", "http.token_file", "recording.file", "log.file")
 """Keys whose values are paths."""
 KEYS: Final = tuple(f"{name}.{key}" for name, section in Config() for key in type(section).model_fields)
@@ -39,7 +39,7 @@ class ConfigError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which PyYAML keeps the last one."""
+    """A YAML loader that refuses duplicate keys, of which PyYAML keeps the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set[str]()
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Settings(BaseSettings, Config):
-    """The configuration as pydantic-settings reads it: the prefix and the nesting of its variables."""
+    """The configuration as pydantic-settings reads it, with the prefix and the nesting of variables."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__")
 
@@ -77,10 +77,10 @@ def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None
 
 
 def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = None) -> tuple[Config, dict[str, str]]:
-    """Load as `load_config` does, and return the source of each value by `section.key`.
+    """Load like `load_config`, and return the source of each value by `section.key`.
 
     Raises:
-        ConfigError: holding every problem.
+        ConfigError: with every problem.
     """
     values: dict[str, Any] = {}
     sources = dict.fromkeys(KEYS, "default")
@@ -119,7 +119,7 @@ def unknown_variables() -> list[str]:
 
 
 def _given(file: Path | None, flags: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    """Source, `section.key` and value of everything that somebody gave, the weakest first."""
+    """Source, `section.key` and value of every given setting, the weakest source first."""
     for source, document, base in (
         (f"file {file}", _from_file(file) if file else {}, file.parent if file else Path()),
         ("", _from_environment(), Path()),
@@ -164,7 +164,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _placed(value: Any, base: Path) -> Any:
-    """Read a path, several or none from text; an error becomes a value that every key refuses."""
+    """Parse a path, or several, or none, from text; an error becomes a value that every key refuses."""
     try:
         return _absolute(value, base)
     except Exception as error:  # of PyYAML, as for a file, and of paths
@@ -185,7 +185,7 @@ def _absolute(value: Any, base: Path) -> Any:
 
 
 def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
-    """A sentence about a value, or one a line about values that contradict each other."""
+    """A sentence about an invalid value, or one per line about values that contradict each other."""
     path = ".".join(map(str, found["loc"][:2]))
     if path not in sources:  # a section
         path = next(key for key in sources if key.startswith(f"{path}."))

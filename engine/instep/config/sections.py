@@ -35,7 +35,7 @@ NO_RECORDING: Final = (
     "it needs a recording, and nothing is recorded: name a recording.file (--record FILE), or leave it out"
 )
 _LAST_CUDA_DEVICE: Final = 127
-"""PyTorch keeps the index in a signed byte, so that cuda:256 would be cuda:0."""
+"""The highest device index. PyTorch keeps it in a signed byte, so cuda:256 would be cuda:0."""
 
 
 def _checked_device(device: str) -> str:
@@ -52,7 +52,7 @@ def _lowered(word: object) -> object:
 
 
 def _paths(value: object) -> object:
-    """A path, or several in a list or by name, from text; None is left."""
+    """Parse a path, or several in a list or by name, from text; None stays None."""
     match value:
         case str() | Path():
             return Path(value)
@@ -66,27 +66,27 @@ def _paths(value: object) -> object:
 
 
 def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
-    """The JSON form that `_paths` takes; pydantic's own way warns of several."""
+    """The JSON form that `_paths` parses, because pydantic's own serialization warns of several paths."""
     if isinstance(folder, dict):
         return {name: str(path) for name, path in folder.items()}
     return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)
 
 
 def _new_or_existing(place: object) -> object:
-    """Refuse a path with a trailing slash if that folder does not exist: a file of its name would be written."""
+    """Refuse a path with a trailing slash that is not an existing folder, because a file would be written."""
     if isinstance(place, str) and place.endswith("/") and not os.path.isdir(place):
         raise ValueError(f"there is no folder {place}: make it, or leave out the slash to record into a file")
     return place
 
 
 def _agree(contradictions: Iterable[str]) -> None:
-    """Raise a ValueError if there are any problems, with a line `section.key: why` for each."""
+    """Raise a ValueError with one line `section.key: why` for each problem, if there are any."""
     if lines := list(contradictions):
         raise ValueError("\n".join(lines))
 
 
 class Section(BaseModel):
-    """The base of all sections: frozen, and without keys that are not listed."""
+    """The base of all sections: frozen, without unlisted keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,15 +100,15 @@ class Section(BaseModel):
 
 
 class StreamPolicy(NamedTuple):
-    """The fate of a model's open streams when its version changes: `keep`, `move` or `replay:N`."""
+    """How a model's open streams continue when its version changes: `keep`, `move` or `replay:N`."""
 
     word: Literal["keep", "move", "replay"]
     frames: int = 0
-    """With `replay`, the count of newest frames that are replayed for each stream."""
+    """For `replay`, the number of newest frames that are replayed for each stream."""
 
     @classmethod
     def parse(cls, text: str) -> StreamPolicy:
-        """Read the text that people write.
+        """Parse the text form.
 
         Raises:
             ValueError: with a sentence.
@@ -155,7 +155,7 @@ class EngineConfig(Section):
 
 
 class TransportConfig(Section):
-    """The socket."""
+    """The ZeroMQ socket."""
 
     endpoint: Annotated[str, AfterValidator(checked_endpoint)] = "tcp://127.0.0.1:5757"
     allow_plaintext: bool = False
@@ -175,7 +175,7 @@ class TransportConfig(Section):
 
 
 class HttpConfig(Section):
-    """The admin server; without an endpoint there is none."""
+    """The admin server; it is off without an endpoint."""
 
     endpoint: Annotated[str | None, BeforeValidator(checked_http_endpoint)] = "127.0.0.1:5780"
     token_file: Path | None = None
@@ -192,7 +192,7 @@ class HttpConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Limits: when a message is refused, a silent peer given up, and an idle stream ended."""
+    """Limits at which a message is refused, a silent peer given up, and an idle stream closed."""
 
     max_idle_s: Seconds = 3600.0
     park_s: Seconds = 300.0
@@ -225,7 +225,7 @@ class LimitsConfig(Section):
 
 
 class RecordingConfig(Section):
-    """The durable log; no file means none is written."""
+    """The recording; without a file nothing is recorded."""
 
     file: Annotated[Path | None, BeforeValidator(_new_or_existing)] = None
     durability: Literal["memory", "commit", "fsync"] = "commit"
@@ -243,7 +243,7 @@ class RecordingConfig(Section):
 
 
 class VerifyConfig(Section):
-    """Checking what is recorded while serving."""
+    """Live verification of recordings."""
 
     live: bool = False
 
@@ -264,7 +264,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration; one that contradicts itself cannot be made."""
+    """The complete configuration; one that contradicts itself cannot be made."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()

@@ -36,13 +36,13 @@ from instep.core.typing import I32, I64, U32, U64, Int
 from instep_client.protocol.codes import Code
 
 SENT_COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<i8"), ("acked", "<i8")])
-"""One column as a producer sends it. Seqs are unsigned on the wire; read as signed numbers, those of 2^63 and more are
-negative, and every rule refuses them."""
+"""One column as a producer sends it. Seqs are unsigned on the wire; read as signed numbers, seqs from 2^63 on are
+negative, and every rule refuses them.
+"""
 SENT_MESSAGE: Final = np.dtype(
     [("tag", "<i8"), ("origin", "<i8"), ("timesteps", "<i8"), ("width", "<i8"), ("arrived_ns", "<i8")]
 )
-"""One message as a front end hands it over: T and N are at least 1, and its columns and inputs have the sizes that they
-give."""
+"""One message as a front end submits it: T and N are at least 1, and its columns and inputs have matching sizes."""
 
 # Plain numbers, so that kernels hold constants.
 _ACK_AHEAD: Final = int(Code.ACK_AHEAD)
@@ -64,7 +64,7 @@ _EXPONENT: Final = np.uint32(0x7F80_0000)  # all ones in NaN and infinity
 
 @inlined
 def resolve_handle(tables: Tables, handle: np.uint64, origin: Int) -> tuple[Int, int]:
-    """Return the slot of a handle, and 0 if `origin` may use it or else the code of the refusal."""
+    """Return the slot of a handle, and 0 if `origin` may use it or otherwise the code of the refusal."""
     streams = tables.streams
     slot = np.int64(handle & _SLOT_MASK)
     if slot == 0 or slot >= len(streams) or streams["owner"][slot] == NO_OWNER or streams["closing"][slot]:
@@ -103,17 +103,17 @@ def _is_finite(frame: U32) -> bool:
 def _admit_column(
     tables: Tables, sent: Records, at: int, column: Int, message: Int, x: U32, first: int, width: int, timesteps: int
 ) -> Int:
-    """Judge one column, apply its good frames, and return the count of frames that have to be computed.
+    """Judge one column, apply its good frames, and return the number of frames to compute.
 
     Args:
         tables: all tables.
         sent: SENT_COLUMN.
-        at: the column's place in it.
+        at: the column's index in `sent`.
         column: its record in `tables.columns`.
         message: the record of its message.
         x: uint32, the bits of float32 inputs.
         first: the position in `x` of the column's first frame.
-        width: columns of the message; timesteps are width × features values apart.
+        width: the number of columns of the message; timesteps are width × features values apart.
         timesteps: T.
     """
     counts, streams, columns = tables.counts, tables.streams, tables.columns
@@ -263,7 +263,7 @@ def resolve_handles(packed: Packed, handles: U64, origin: int, slots: I64, codes
     """Resolve the handles of an operation: uint64 [N] → slots int64 [N] and codes int32 [N].
 
     Returns:
-        Whether a stream of the origin is named twice.
+        Whether a stream of the origin occurs twice.
     """
     tables = Tables(*packed)
     tables.counts[STAMP] += 1

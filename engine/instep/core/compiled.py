@@ -1,6 +1,6 @@
-"""The compiler of the hot path: plain loops over arrays, compiled once on each machine and cached.
+"""Compiles the hot path: plain loops over arrays, compiled once on each machine and cached.
 
-Compiled kernels are cached next to the source or, where that is read-only, in ~/.cache/instep (`NUMBA_CACHE_DIR` names
+Compiled kernels are cached next to the source or, if that is read-only, in ~/.cache/instep (`NUMBA_CACHE_DIR` names
 another folder). `NUMBA_DISABLE_JIT=1` runs every kernel as ordinary Python, for debuggers and for measuring coverage.
 """
 
@@ -27,8 +27,8 @@ _KERNELS: list[Any] = []
 def _cache_folder() -> str:
     """Return the cache folder for these sources, or an empty string if no folder can be written.
 
-    numba compiles a kernel again when its own file has changed, but not when a function or constant that it inlines
-    from another file has. So each state of the sources has a folder of its own.
+    numba recompiles a kernel when its own file has changed, but not when code that it inlines from another file has. So
+    each state of the sources has its own folder.
     """
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), Path(codes.__file__)]
@@ -43,13 +43,13 @@ def _cache_folder() -> str:
 
 
 CACHE_FOLDER: Final = _cache_folder()
-"""Empty where no folder can be written."""
+"""The cache folder; empty if no folder can be written."""
 
 
 def kernel(function: F) -> F:
     """Compile a function over arrays. It releases the interpreter's lock and keeps IEEE arithmetic as written.
 
-    Kernels neither make nor return arrays, so reference counting (numba's `_nrt`) is off: it took two thirds of the
+    Kernels neither create nor return arrays, so numba's reference counting (`_nrt`) is off; it took two thirds of the
     time of `admit`.
     """
     usual, _config.CACHE_DIR = _config.CACHE_DIR, CACHE_FOLDER  # read by the decorator
@@ -65,13 +65,13 @@ def kernel(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """Compile a function into each kernel that calls it: a call would pass all of `Tables` by value."""
+    """Compile a function into each kernel that calls it, because a call would pass all of `Tables` by value."""
     typed: F = _njit(nogil=True, inline="always")(function)
     return typed
 
 
 def are_cached(package: str) -> bool:
-    """Whether every kernel of a package is cached, as far as the files show; otherwise first calls compile."""
+    """Whether every kernel of a package is cached, judging by the files; if not, first calls compile."""
     kernels = (kernel for kernel in _KERNELS if kernel.__module__.startswith(package) and hasattr(kernel, "stats"))
     return all(map(_is_cached, kernels))
 

@@ -1,4 +1,4 @@
-"""Histograms of durations and sizes: fixed entries, quantiles within an eighth, exact sums."""
+"""Histograms of durations and sizes, with fixed entries, quantiles accurate to an eighth, and exact sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENTRIES: Final = _PARTS * 61
 
 @inlined
 def entry_of(value: int) -> int:
-    """Return the entry of a value of 0 or more: exact below 8, then 8 entries for each doubling."""
+    """The entry for a value of 0 or more: exact below 8, then 8 entries for each doubling."""
     shift = 0
     while value >> shift >= 2 * _PARTS:
         shift += 1

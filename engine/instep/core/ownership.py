@@ -1,4 +1,4 @@
-"""Decides by epochs and by the outputs that the claimant has whether, and from where, a stream may be resumed."""
+"""Decides by epochs and by the claimant's outputs whether, and from which seq, a stream may be resumed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class ResumeDecision:
     """The decision on a request to resume streams, one entry for each name."""
 
     slots: I64
-    """The scratch slot where refused."""
+    """The streams' slots; the scratch slot if refused."""
     codes: I32
     have: I64
     """The claimant has the outputs of all seqs below this one."""
     former_epochs: U64
     """The epoch under which the claimant had the stream; 0 where it takes a stream over."""
     expected_seq: I64
-    """The seq that the stream expects next; 0 where there is no stream."""
+    """The seq that the stream expects next; 0 if there is no stream."""
 
 
 def check_resume(

@@ -1,4 +1,4 @@
-"""Replies as arrays: the outputs of complete messages, those of one origin next to each other."""
+"""Replies as arrays: the outputs of complete messages, side by side for each origin."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from instep.core.typing import F32, I32, I64
 
 @inlined
 def _group(tables: Tables, numbers: I32, max_frames: int, max_messages: int) -> tuple[int, int]:
-    """Group messages by origin and length, in order, while their outputs fit; return the counts of groups and messages.
+    """Group messages by origin and length, in order, while their outputs fit; return the numbers of both.
 
     While they are grouped, `messages["next_free"]` holds the group of each.
     """
@@ -79,20 +79,20 @@ def _group(tables: Tables, numbers: I32, max_frames: int, max_messages: int) -> 
 def assemble(
     packed: Packed, numbers: I32, began_ns: int, max_frames: int, max_messages: int, queue_us: I64
 ) -> tuple[int, int]:
-    """Write the replies of complete messages and forget the messages.
+    """Write the replies of complete messages, and free the messages.
 
     Args:
         packed: all tables.
         numbers: int32 [M], the messages.
-        began_ns: when the step of their last frames began; 0 where nothing was computed.
+        began_ns: the beginning of the step of their last frames; 0 if nothing was computed.
         max_frames: the largest T × N of a group of several messages.
         max_messages: the most messages of a group.
-        queue_us: a histogram of the microseconds that messages waited for that step.
+        queue_us: the histogram of the microseconds for which messages waited for that step.
 
     Returns:
         groups: the count of groups; `reply_messages`, `reply_columns` and `reply_y` have their messages, columns and
             outputs.
-        taken: the count of messages that were taken; fewer than M if the outputs do not fit into `reply_y`.
+        taken: the number of messages answered; fewer than M if the outputs do not fit into `reply_y`.
     """
     tables = Tables(*packed)
     counts, messages, streams, records = tables.counts, tables.messages, tables.streams, tables.columns
@@ -159,11 +159,11 @@ def _copy_repeated(packed: Packed, number: int, y: F32, skipped: I64) -> None:
 def repeated_outputs(packed: Packed, number: int) -> tuple[F32, I64]:
     """Copy the outputs that a pending message only repeats.
 
-    The client may acknowledge them before the message is answered, and later frames take their rows.
+    The client may acknowledge them before the message is answered, and later frames reuse their rows.
 
     Returns:
         y: float32 [most repeats, N, outputs].
-        skipped: int64 [N], the count of timesteps of each column in `y`.
+        skipped: int64 [N], the number of timesteps of each column in `y`.
     """
     tables = Tables(*packed)
     message = tables.messages[number]

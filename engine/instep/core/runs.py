@@ -1,4 +1,4 @@
-"""The end of runs: advances their streams and finds the messages that have all their outputs."""
+"""The end of runs: advances their streams, and finds the messages whose outputs are complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, has_succeede
     not applied.
 
     Returns:
-        The count of messages that are complete now; `complete` begins with their numbers.
+        The number of messages that are complete now; `complete` begins with their numbers.
     """
     tables = Tables(*packed)
     counts, streams, remaining = tables.counts, tables.streams, tables.messages["remaining"]
@@ -45,7 +45,7 @@ def finish_run(packed: Packed, slots: I64, steps: int, now_ns: int, has_succeede
 
 @kernel
 def hold(packed: Packed, slots: I64) -> None:
-    """Keep streams, int64 [N], from beginning a further step until `release`."""
+    """Keep streams, int64 [N], from beginning further steps until `release`."""
     tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] += 1
@@ -53,7 +53,7 @@ def hold(packed: Packed, slots: I64) -> None:
 
 @kernel
 def release(packed: Packed, slots: I64, now_ns: int) -> None:
-    """Undo one `hold` of streams, int64 [N]; those that are not held any more and have frames become ready."""
+    """Undo one `hold` of streams, int64 [N]; those that are no longer held and have frames become ready."""
     tables = Tables(*packed)
     for slot in slots:
         tables.streams["holds"][slot] -= 1
@@ -72,7 +72,7 @@ def are_running(packed: Packed, slots: I64) -> bool:
 
 @kernel
 def are_pending(packed: Packed, slots: I64) -> bool:
-    """Whether any of these streams, int64 [N], has frames that are not answered yet."""
+    """Whether any of these streams, int64 [N], has unanswered frames."""
     tables = Tables(*packed)
     pending = 0
     for slot in slots:

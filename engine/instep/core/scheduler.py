@@ -1,8 +1,8 @@
-"""The scheduler: at most one frame of a stream in a step, oldest first within an origin, origins in turn.
+"""The scheduler: at most one frame of a stream per step, oldest first within an origin, origins in turn.
 
 Streams with a pending frame that are not in a run are ready. Each origin has a first-in-first-out queue of its ready
-streams, and a batch takes one stream of each origin in turn (round robin). If everything that is ready fits into a
-batch, the batch takes all of it; otherwise an origin that floods waits behind its own frames.
+streams, and a batch takes one stream of each origin in turn (round robin). If all ready streams fit into a batch, it
+takes all; otherwise the excess of an origin that floods waits behind its own frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from instep.core.typing import Int
 
 @inlined
 def push_ready(tables: Tables, slot: Int, since_ns: Int) -> None:
-    """Append a stream to the ready queue of its owner, unless it has no frame or may not step now."""
+    """Append a stream to its owner's ready queue, unless it has no frame or may not step now."""
     counts, streams, origins = tables.counts, tables.streams, tables.origins
     may_step = streams["running"][slot] == 0 and streams["holds"][slot] == 0 and streams["queued"][slot] == 0
     if may_step and streams["next_seq"][slot] > streams["step_seq"][slot]:
@@ -40,11 +40,11 @@ def push_ready(tables: Tables, slot: Int, since_ns: Int) -> None:
 
 @kernel
 def begin_run(packed: Packed, most_streams: int, max_steps: int) -> tuple[int, int]:
-    """Take the streams that step next, with the same number of frames of each, up to `max_steps`.
+    """Choose the streams that step next, with an equal number of frames each, up to `max_steps`.
 
     Returns:
-        size: B, the count of streams in `run_slots`; they are in a run until `finish_run` or `fail_run`.
-        steps: the count of frames of each stream; `run_rows` has their rows, steps × B.
+        size: B, the number of streams in `run_slots`; they are in a run until `finish_run` or `fail_run`.
+        steps: the number of frames of each stream; `run_rows` has their rows, steps × B.
     """
     tables = Tables(*packed)
     counts, streams, origins, slots = tables.counts, tables.streams, tables.origins, tables.run_slots

@@ -16,11 +16,11 @@ _SLOT_MASK: Final = np.uint64(0xFFFF_FFFF)
 class SlotAllocator:
     """Allocates slots 1 … `capacity`.
 
-    A slot carries a generation that grows when it is released, and a handle names both (`generation << 32 | slot`), so
-    a handle of a slot's former stream never matches its next one.
+    A slot has a generation that grows when it is released, and a handle consists of both (`generation << 32 | slot`),
+    so a handle of a slot's former stream never matches its next one.
 
-    The generations of slots begin at `first_generations`, uint32 [capacity + 1]. If they are random at each start, old
-    handles are unknown and handles are hard to guess.
+    Generations begin at `first_generations`, uint32 [capacity + 1]. If these are random at each start, old handles are
+    unknown and handles are hard to guess.
     """
 
     def __init__(self, tables: Tables, first_generations: U32) -> None:
@@ -33,7 +33,7 @@ class SlotAllocator:
         self.free_count = self.capacity
 
     def allocate(self, count: int) -> I64:
-        """Take up to `count` free slots: int64 [≤ count]."""
+        """Allocate up to `count` free slots: int64 [≤ count]."""
         taken = min(count, self.free_count)
         slots = self._free[self.free_count - taken : self.free_count][::-1].astype(np.int64)
         self.free_count -= taken

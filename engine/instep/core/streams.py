@@ -16,12 +16,12 @@ _ONE: Final = np.int64(1)
 
 
 class StreamTable:
-    """The streams in memory, by slot. The columns that the hot path needs are those of `Tables`.
+    """The streams in memory, by slot. The columns that the hot path needs are in `Tables`.
 
     An epoch is one ownership of one stream; epochs are unique in a server and only rise. A stream whose connection is
-    gone is parked: it belongs to `parked`, an owner that no connection has, until a client resumes it.
+    lost is parked: it belongs to `parked`, a number that no connection has, until a client resumes it.
 
-    For `first_generations` see `SlotAllocator`; epochs begin above `last_epoch`.
+    `first_generations` is passed to `SlotAllocator`; epochs begin above `last_epoch`.
     """
 
     def __init__(self, tables: Tables, first_generations: U32, last_epoch: int = 0) -> None:
@@ -83,12 +83,12 @@ class StreamTable:
         Args:
             names: the streams' names; names in use are refused.
             owner: the number of their owner.
-            now_ns: any monotonic clock.
-            first_seqs: the seqs of their first frames, int64 [N], None for 0.
+            now_ns: on any monotonic clock.
+            first_seqs: the seqs of their first frames, int64 [N]; None for 0.
             taken: names that are in use elsewhere.
 
         Returns:
-            slots: int64 [N], the scratch slot where refused.
+            slots: int64 [N], the scratch slot if refused.
             codes: int32 [N], 0 or `NAME_IN_USE` or `TOO_MANY_STREAMS`.
         """
         slots = np.full(len(names), SCRATCH_SLOT, np.int64)
@@ -123,12 +123,12 @@ class StreamTable:
         return slots, codes
 
     def incarnations(self, slots: I64) -> U32:
-        """A number for each open stream, uint32 [N], that the next stream in its slot does not have."""
+        """A number for each open stream, uint32 [N], that differs from that of the next stream in its slot."""
         numbers: U32 = self._first_generation[slots]
         return numbers
 
     def are_open(self, slots: I64, incarnations: U32) -> Bool:
-        """Whether slots still hold the streams that had these `incarnations`, closing ones included: bool [N]."""
+        """Whether slots still contain the streams of these `incarnations`, including closing ones: bool [N]."""
         there: Bool = (self.incarnations(slots) == incarnations) & (self.owner[slots] != NO_OWNER)
         return there
 
@@ -175,7 +175,7 @@ class StreamTable:
         self.last_epoch += len(slots)
 
     def release(self, slots: I64) -> None:
-        """Forget streams whose frames are all answered; their slots may be given out again."""
+        """Forget streams whose frames are all answered, and free their slots."""
         assert not self.unanswered[slots].any(), "a stream with unanswered frames may not be released"
         for slot in slots.tolist():
             del self._slots_of_names[self._names[slot]]
@@ -186,7 +186,7 @@ class StreamTable:
         self.slots.release(slots)
 
     def open_slots(self) -> I64:
-        """Slots of all open streams, closing ones included: int64 [N], rising."""
+        """Slots of all open streams, including closing ones: int64 [N], rising."""
         return np.flatnonzero(self.owner != NO_OWNER)
 
     def open_between(self, first: int, end: int, *, parked: bool | None = None) -> I64:
@@ -198,13 +198,13 @@ class StreamTable:
         return first + np.flatnonzero(is_open)
 
     def owned_by(self, *owners: int) -> I64:
-        """Slots of the owners' streams that are not closing already: int64 [N], rising."""
+        """Slots of these owners' streams that are not closing: int64 [N], rising."""
         is_theirs = np.zeros(self.parked + 2, np.bool_)  # the last one is `NO_OWNER`
         is_theirs[list(owners)] = True
         return np.flatnonzero(is_theirs[self.owner] & ~self.closing)
 
     def idle_since(self, before_ns: int) -> I64:
-        """Slots of connected streams with nothing pending that were last active before that time: int64 [N]."""
+        """Slots of connected streams without pending frames that were last active before that time: int64 [N]."""
         return self._silent(before_ns, (self.owner != NO_OWNER) & (self.owner != self.parked))
 
     def parked_since(self, before_ns: int) -> I64:

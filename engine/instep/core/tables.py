@@ -20,7 +20,7 @@ from instep.core.typing import F32, I32, I64, float32_zeros
 Records: TypeAlias = npt.NDArray[Any]
 
 SCRATCH_SLOT: Final = 0
-"""The slot that padding rows read and write; never given to a stream."""
+"""The slot that padding rows read and write; no stream has it."""
 NO_OWNER: Final = -1
 NOTHING: Final = -1
 """The end of a linked list."""
@@ -140,27 +140,27 @@ class Tables(NamedTuple):
     columns: Records
     """COLUMN [max_pending_frames]."""
     frame_message: I32
-    """int32 [window × (max_streams + 1)]: the pending message that the frame in a row of the frame buffer came with."""
+    """int32 [window × (max_streams + 1)]: for each row of the frame buffer, the pending message of its frame."""
     x: F32
     """float32 [rows, features]: the inputs of the frame buffer."""
     y: F32
     """float32 [rows, outputs]: the outputs of the frame buffer."""
     outcomes: I32
-    """int32, by `admit`: 0 where a message was taken, or the code of its refusal."""
+    """int32, set by `admit`: 0 for an accepted message, otherwise the code of its refusal."""
     complete: I32
-    """int32, by `admit`, `finish_run` and `fail_run`: numbers of messages that are complete now."""
+    """int32, set by `admit`, `finish_run` and `fail_run`: numbers of messages that are complete now."""
     run_slots: I64
-    """int64 [batch], by `begin_run`: the streams that step."""
+    """int64 [batch], set by `begin_run`: the streams that step."""
     run_rows: I64
-    """int64 [steps × batch], by `begin_run`: the rows of their frames, step by step."""
+    """int64 [steps × batch], set by `begin_run`: the rows of their frames, step by step."""
     groups: I64
-    """int64 [groups, fields], by `assemble`: messages that are answered together."""
+    """int64 [groups, fields], set by `assemble`: messages that are answered together."""
     reply_messages: I64
-    """int64 [3, messages], by `assemble`: tags, widths and the numbers that the messages had, by group."""
+    """int64 [3, messages], set by `assemble`: tags, widths and former numbers of messages, by group."""
     reply_columns: I64
-    """int64 [3, columns], by `assemble`: codes, lengths and expected seqs, by group."""
+    """int64 [3, columns], set by `assemble`: codes, lengths and expected seqs, by group."""
     reply_y: F32
-    """float32 [values], by `assemble`: of each group [T, N, outputs], NaN where a frame was not applied."""
+    """float32 [values], set by `assemble`: [T, N, outputs] of each group, with NaN for frames that were not applied."""
 
 
 def make_tables(
@@ -174,19 +174,19 @@ def make_tables(
     credit_frames: int,
     zeros: Callable[[tuple[int, ...]], F32] = float32_zeros,
 ) -> Tables:
-    """Allocate all tables; untouched pages take no memory.
+    """Allocate all tables; untouched pages use no memory.
 
     Args:
         max_streams: slots run from 1 to this.
         max_origins: origins are numbered from 0 to this, exclusive; this number itself owns parked streams.
-        window: frames of one stream in the frame buffer.
+        window: the frames of one stream in the frame buffer.
         features: width of an input.
         outputs: width of an output.
-        max_pending_frames: the most frames admitted and not yet computed, of all streams together; also the most
-            pending messages, and the most pending columns.
+        max_pending_frames: the most frames admitted and not yet computed, over all streams; also the most pending
+            messages and pending columns.
         max_block_frames: the most frames of one message.
         credit_frames: the most unanswered frames of one origin.
-        zeros: allocates the arrays of streams, inputs and outputs, as numpy's `zeros` does or in memory shared between
+        zeros: allocates the arrays of streams, inputs and outputs, like numpy's `zeros` or in memory shared between
             processes.
     """
     rows = window * (max_streams + 1)
@@ -232,9 +232,9 @@ def _free_list(count: int) -> I32:
 
 
 def rows_of(tables: Tables, slots: I64, seqs: I64) -> I64:
-    """Rows of the frame buffer: slots and seqs of any shapes that broadcast → int64.
+    """Rows of the frame buffer, int64, for slots and seqs of any shapes that broadcast.
 
-    Rows of equal seq are adjacent, so streams that advance in step are copied as one block.
+    Rows of equal seqs are adjacent, so streams that advance together are copied as one block.
     """
     rows: I64 = seqs % tables.counts[WINDOW] * tables.counts[STRIDE] + slots
     return rows

@@ -18,9 +18,9 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 
 
 Int: TypeAlias = int | np.integer[Any]
-"""An integer in a kernel: Python's where kernels are not compiled, a machine integer otherwise."""
+"""An integer in a kernel: Python's int if kernels are not compiled, otherwise a machine integer."""
 
 
 def float32_zeros(shape: tuple[int, ...]) -> F32:
-    """Zeros; untouched pages take no memory."""
+    """Zeros; untouched pages use no memory."""
     return np.zeros(shape, np.float32)

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for commands that bring their own producers."""
+"""A server in another process, for commands that bring their own producers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instep.interrupts import end_with_parent
 
 _STOP_TIMEOUT_S: Final = 60.0
 _LINES_KEPT: Final = 1000
-"""Lines of the log that are kept, for the sentence on why the server failed."""
+"""The number of log lines kept, for the message about a failed server."""
 
 
 class ChildFailed(Exception):
@@ -32,10 +32,10 @@ class ChildServer:
     Args:
         model: the model folder to serve.
         arguments: further arguments of `instep serve`.
-        administered: whether it serves its dashboard at the default address, where that is free.
+        administered: whether it serves its page at the default address, if that is free.
 
     Raises:
-        ChildFailed: on entering, when the server does not come up; on leaving, when it ends with another status than 0.
+        ChildFailed: on entering, if the server does not start; on leaving, if its exit status is not 0.
     """
 
     def __init__(self, model: Path, arguments: Sequence[str] = (), *, administered: bool = False) -> None:
@@ -47,12 +47,12 @@ class ChildServer:
         ]
         self.endpoint = ""
         self.started: dict[str, Any] = {}
-        """The values in the lines that the server logged until it was ready, by name."""
+        """Values by name from the lines that the server logged until it was ready."""
         self._logged: deque[str] = deque(maxlen=_LINES_KEPT)
 
     @property
     def pid(self) -> int:
-        """The child's process id."""
+        """The process id of the server."""
         return self._process.pid
 
     def __enter__(self) -> Self:

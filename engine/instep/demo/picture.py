@@ -1,4 +1,4 @@
-"""The demo as a picture: how the decision settles frame by frame, and how long answers took."""
+"""The demo as a picture: how decisions settle frame by frame, and the latencies of answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instep.demo.producers import SPEAKERS, Heard, right_after
 BLUE: Final = "#2b6cb0"
 RED: Final = "#c53030"
 _SHOWN: Final = (0.0, 0.9, 0.97, 1.0)
-"""The recordings that are shown, from the one whose decision settled first to the one whose settled last or never."""
+"""The number of recordings shown, from the one that settles first to the one that settles last or never."""
 
 
 def draw(heard: Heard, speakers: I32, path: Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""The producers: each streams one recording at its own speed, and listens to the answers while it sends."""
+"""The producers: each streams one recording at its own speed, and receives answers while it sends."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Producer:
     frames: F32
     """float32 [T, features]."""
     due_s: F64
-    """float64 [T]: when each frame is due to be sent, in seconds after the common start; never decreasing."""
+    """float64 [T]: the time at which each frame is due, in seconds after the common start; never decreasing."""
     chunk: int
-    """Count of frames that are due, and sent, at once; the last chunk may be shorter."""
+    """The number of frames that are due, and sent, together; the last chunk may be shorter."""
 
 
 def make_producers(recordings: Sequence[F32], speed: float = 1.0) -> list[Producer]:
-    """One producer for each recording, the same each time; with `speed` 2 everything is twice as fast."""
+    """One producer for each recording, the same each time; `speed` 2 halves all times."""
     random = np.random.default_rng(_SEED)
     count = len(recordings)
     periods_s = random.permutation(np.linspace(FASTEST_S, SLOWEST_S, count))
@@ -80,12 +80,12 @@ def make_producers(recordings: Sequence[F32], speed: float = 1.0) -> list[Produc
 
 
 class Heard:
-    """The outputs so far, one entry for each producer, which the producers fill.
+    """The outputs so far, with one entry for each producer, which the producers fill.
 
     Attributes:
-        outputs: float32 [T, outputs] each, NaN where no output has come yet.
+        outputs: float32 [T, outputs] each, NaN until an output has arrived.
         latency_s: float64 [T] each, from the time at which a frame was due to the arrival of its output.
-        answered: int64 [producers], the counts of answered frames.
+        answered: int64 [producers], the numbers of answered frames.
     """
 
     def __init__(self, producers: Sequence[Producer], outputs: int) -> None:
@@ -96,7 +96,7 @@ class Heard:
 
     @property
     def frames(self) -> int:
-        """Count of frames of all producers, answered or not."""
+        """The number of frames of all producers, answered or not."""
         return int(self.lengths.sum())
 
     def add(self, row: int, y: F32, latency_s: F64) -> None:
@@ -110,11 +110,10 @@ class Heard:
 def right_after(outputs: Sequence[F32], speakers: I32) -> Bool:
     """Whether the decision is right after each number of frames.
 
-    `outputs` holds one [T, speakers] a recording; `speakers` are the true ones, int32 [recordings].
+    `outputs` has one [T, speakers] per recording; `speakers` are the true ones, int32 [recordings].
 
     Returns:
-        bool [recordings, longest T]; column k is after k + 1 frames. A recording that is shorter counts with the
-        decision at its end.
+        bool [recordings, longest T]; column k is after k + 1 frames. A shorter recording counts with its last decision.
     """
     longest = max(len(each) for each in outputs)
     decisions = [each.argmax(axis=1) for each in outputs]
@@ -126,7 +125,7 @@ def right_after(outputs: Sequence[F32], speakers: I32) -> Bool:
 async def stream_all(endpoint: str, producers: Sequence[Producer], connections: int, heard: Heard) -> float:
     """Stream all recordings at once, from a common start, and close the streams.
 
-    Producers share the connections in turn. `heard` is filled while it goes.
+    Producers share the connections in turn, and fill `heard` meanwhile.
 
     Returns:
         The seconds from the start to the last answer.

@@ -31,26 +31,26 @@ FAILED: Final = 1
 AFTER: Final = (1, 2, 3, 5, 7, 10, 15)
 """Numbers of frames after which the table says how many decisions are right."""
 _FILES_A_CONNECTION: Final = 2
-"""Files that a ZeroMQ socket takes, with those that wake the event loop."""
+"""The files that a ZeroMQ socket uses, including those that wake the event loop."""
 _OTHER_FILES: Final = 150
 
 
 def say(console: Console, sentence: str, style: str | None = None) -> None:
-    """Print a line as it is."""
+    """Print a line without markup."""
     console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) -> int:
-    """Serve, stream, show, draw, verify.
+    """Serve, stream, show, draw and verify.
 
     Args:
-        out: where the recording and the picture go; those of an earlier demo are replaced.
-        console: where everything is shown.
-        speed: 2 to have every producer send twice as fast.
+        out: the folder for the recording and the picture, which replace those of an earlier demo.
+        console: shows the output.
+        speed: 2 makes every producer twice as fast.
         keep: whether to stream the same recordings again and again, until a signal, before all of it is verified.
 
     Returns:
-        The verifier's exit status; `FAILED` also where it did not come so far.
+        The verifier's exit status, or `FAILED` if an earlier part failed.
     """
     try:
         return _run(out, console, speed, keep)
@@ -119,7 +119,7 @@ async def _stream(endpoint: str, producers: list[Producer], connections: int, he
 
 
 def accuracy_table(right: Bool) -> Table:
-    """Counts and shares of right decisions after some numbers of frames."""
+    """The numbers and shares of right decisions after some numbers of frames."""
     recordings, longest = right.shape
     shown = [count for count in AFTER if count < longest]
     table = Table(title=f"correct decisions about {recordings} speakers, by frames heard", box=box.SIMPLE)
@@ -142,6 +142,6 @@ def received_is_recorded(recording: Path, producers: list[Producer], heard: Hear
 
 
 def program() -> str:
-    """The command that starts this program: its name, or its path if it is not on PATH, as in `make demo`."""
+    """The command that starts this program: its name, or its path if it is not on PATH, as for `make demo`."""
     script = Path(sys.executable).with_name("instep")
     return "instep" if shutil.which("instep") or not script.exists() else shlex.quote(str(script))

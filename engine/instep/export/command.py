@@ -21,23 +21,23 @@ from instep_tools.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What to do."""
+    """The arguments of the command."""
 
     file: Path
     """The recording."""
     output: Path | None = None
-    """The new file, whose suffix says its format; None for Parquet next to the recording."""
+    """The new file, whose suffix selects its format; None for Parquet next to the recording."""
     streams: Sequence[str] = ()
     """Names or numbers; empty for all."""
     part_frames: int = PART_FRAMES
-    """Frames that are read and written at once, about."""
+    """The approximate number of frames read and written at once."""
 
 
 def run(what: Export, console: Console) -> None:
-    """Write a recording's frames and outputs into one file, and say what is in it.
+    """Write a recording's frames and outputs into one file, and print a summary of it.
 
     Raises:
-        CommandProblem, RecordingError: when it cannot be exported; nothing is left then.
+        CommandProblem, RecordingError: when it cannot be exported; the file is then removed.
     """
     say(console, _export(what), "bold green")
 

@@ -1,4 +1,4 @@
-"""Front ends: where producers connect. This is the interface between the server and each of them."""
+"""Front ends accept producers. This is the interface between the server and each of them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ class CannotListen(Exception):
 
 
 class Frontend(Protocol):
-    """Where producers connect, to models that they find in `frontends.models.Models`."""
+    """Accepts producers, for the models in `frontends.models.Models`."""
 
     is_paused: bool
-    """While True, nothing is received: streams are being moved."""
+    """While True, nothing is received, because streams are being moved."""
 
     @property
     def endpoint(self) -> str:
-        """Where producers can reach it."""
+        """The address at which producers reach it."""
 
     @property
     def signal_fd(self) -> int | None:
-        """Becomes readable when something has arrived; None where the front end wakes the loop itself."""
+        """A file that becomes readable when something has arrived; None if the front end wakes the loop itself."""
 
     @property
     def is_readable(self) -> bool:
         """Whether something has arrived; if not, the next arrival is signalled."""
 
     def receive(self, budget_ns: int) -> bool:
-        """Take messages for about `budget_ns`; return whether there were any.
+        """Receive messages for about `budget_ns`; return whether there were any.
 
-        Frames are submitted to the engine of their model. A request that changes streams is started as a task, and
-        nothing more is taken in this turn; the loop receives again when the request has begun. So earlier messages are
-        admitted before the request, and later ones are taken after it.
+        Frames are submitted to their model's engine. A request that changes streams is started as a task, and nothing
+        more is received in this turn; the loop receives again when the request has begun. So earlier messages are
+        admitted before the request, and later ones are received after it.
         """
 
     def tick(self, now_ns: int) -> None:
@@ -51,10 +51,10 @@ class Frontend(Protocol):
         """Hand the connections of a model, whose streams have moved, to another version."""
 
     def drain(self, *, asks: bool) -> bool:
-        """Whether everything that was delivered has been read, as far as known; with `asks`, ask the producers."""
+        """Whether all delivered replies have been read, as far as known; with `asks`, ask the producers."""
 
     def say_goodbye(self, reason: str) -> None:
-        """Tell all producers that the server ends."""
+        """Notify all producers that the server ends."""
 
     def close(self) -> None:
         """Close the transport."""

@@ -1,4 +1,4 @@
-"""The models of a server, as connections see them."""
+"""The models of a server as connections see them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from instep_client.protocol.wire import ServerInfo
 
 @dataclass(slots=True, eq=False)
 class Served:
-    """A model, as the connections that belong to it see it."""
+    """A model as its connections see it."""
 
     service: ModelService
     info: ServerInfo
     """The contents of WELCOME."""
 
     def keep_as(self, name: str) -> None:
-        """Take another name, because another version has replaced this one; connections and streams stay."""
+        """Change the name, because another version has replaced this one; connections and streams stay."""
         self.service.name, self.service.is_former = name, True
         self.info = replace(self.info, model=name)
 
     def refuse_what_is_new(self) -> None:
-        """Refuse new connections, streams and frames, unless the service takes them."""
+        """Refuse new connections, streams and frames, unless the service accepts them."""
         if not self.service.is_ready:
             if self.service.engine.journal.has_failed:
                 raise Refusal(Code.SHUTTING_DOWN, "its recording has failed")
             raise Refusal(Code.SHUTTING_DOWN, sentence=self.service.leaves)
 
     def summary(self) -> tuple[int, int, int, int, int]:
-        """Frames that were stepped, streams, connections, features and outputs."""
+        """The numbers of stepped frames, streams, connections, features and outputs."""
         engine = self.service.engine
         streams = engine.table.open_count + len(self.service.operations.hibernation)
         return engine.stats.frames_total, streams, len(engine.origins), self.info.features, self.info.outputs
@@ -57,7 +57,7 @@ class Models:
         """The model of that name.
 
         Raises:
-            Refusal: UNKNOWN_MODEL.
+            Refusal: with UNKNOWN_MODEL.
         """
         if name not in self._models:
             close = get_close_matches(name, self._models, n=1)

@@ -1,1 +1,1 @@
-"""The device side: state store, staging and step executors."""
+"""The device side: the state store, batches and step executors."""

@@ -18,7 +18,7 @@ from instep.core.typing import I64
 
 
 class StateLost(Exception):
-    """The states of the streams that were stepped can no longer be trusted."""
+    """The states of the stepped streams can no longer be trusted."""
 
 
 Step: TypeAlias = Callable[[I64, I64], None]
@@ -27,22 +27,22 @@ Step: TypeAlias = Callable[[I64, I64], None]
 
 @dataclass(slots=True)
 class RunResult:
-    """A run that has ended: the same streams stepped once or several times in a row."""
+    """A run that has ended: one or more steps of the same streams."""
 
     began_ns: int
     ended_ns: int
-    """`began_ns` and `ended_ns` are of the monotonic clock."""
+    """`began_ns` and `ended_ns` are on the monotonic clock."""
     steps: int
-    """Count of steps that were applied, from the first on."""
+    """The number of steps that were applied, from the first on."""
     error: Exception | None
-    """The exception of the step after those; None where all were applied."""
+    """The exception of the step after those; None if all were applied."""
 
 
 class ExecutorDied(Exception):
     """No step can be executed any more.
 
     Attributes:
-        killed_by: the number of the signal that has killed the process that steps; None for any other end.
+        killed_by: the number of the signal that killed the stepping process; None for any other end.
     """
 
     def __init__(self, sentence: str, killed_by: int | None = None) -> None:
@@ -51,28 +51,28 @@ class ExecutorDied(Exception):
 
 
 class StepExecutor(Protocol):
-    """Runs steps in the order of their beginning."""
+    """Runs steps in the order in which they began."""
 
     @property
     def capacity(self) -> int:
-        """Count of runs that may be under way, including the one that is stepped."""
+        """The number of runs that may be under way, including the one being stepped."""
 
     @property
     def signal_fd(self) -> int | None:
-        """Becomes readable when a run has ended after `begin`; None if all runs end within `begin`."""
+        """A file that becomes readable when a run has ended after `begin`; None if all runs end within `begin`."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether `ended` has a result without waiting for a signal."""
+        """Whether `ended` has a result, without a signal."""
 
     def begin(self, slots: I64, rows: I64, expected_ns: int, loop_ns: int = 0) -> None:
         """Begin a run.
 
         Args:
-            slots: streams, int64 [B].
-            rows: their frames, int64 [steps, B].
-            expected_ns: about how long the steps take; 0 for unknown.
-            loop_ns: about how long the loop is busy at least with the messages of these frames.
+            slots: of the streams, int64 [B].
+            rows: of their frames, int64 [steps, B].
+            expected_ns: the approximate duration of the steps; 0 if unknown.
+            loop_ns: the approximate time that the loop needs at least for the messages of these frames.
         """
 
     def ended(self) -> list[RunResult]:
@@ -90,7 +90,7 @@ class StepExecutor(Protocol):
         """
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Finish the runs that have begun, then end, killed after the timeout. May be called twice."""
+        """Finish the runs that have begun, then end; killed after the timeout. May be called twice."""
 
 
 def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
@@ -106,7 +106,7 @@ def run_steps(step: Step, slots: I64, rows: I64) -> RunResult:
 
 
 class ThreadExecutor:
-    """Steps in a thread of its own, for devices that compute while the interpreter does something else."""
+    """Steps in a thread, for devices that compute while the interpreter does other work."""
 
     capacity = 2
 
@@ -160,7 +160,7 @@ class ThreadExecutor:
 def usable_cores() -> int:
     """The number of cores that this process may use, by its affinity and the CPU quota of its control groups.
 
-    The quota is that of version 2, as containers and systemd set it, rounded down and at least 1.
+    The quota is read from control groups version 2, as containers and systemd set it, and rounded down to at least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *_shares()]))

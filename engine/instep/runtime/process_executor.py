@@ -1,10 +1,9 @@
 # ruff: noqa: D102 - see `StepExecutor`
-"""Steps in a process of their own, so that they and the event loop never wait for one interpreter's lock.
+"""Steps in another process, so that steps and the event loop never wait for one interpreter's lock.
 
-The process is forked, so it has the server's network; states and frame buffer are shared memory. Each run takes a few
-bytes through pipes: the number of a place in shared memory with the batch, and the outcome. Closing the pipe ends the
-process after the run that is under way; on Linux the kernel kills it as soon as the server is gone, even in the middle
-of a step.
+The process is forked, so it has the server's network; states and frame buffer are in shared memory. Only a few bytes
+per run cross the pipes: the index of a batch in shared memory, and the outcome. Closing the pipe ends the process after
+the present run; on Linux the kernel kills it as soon as the server is gone, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ _TEXT_BYTES: Final = 1024
 _FAILED: Final = 1
 _LOST: Final = 2
 _COMMAND: Final = struct.Struct("=BBI")
-"""Place, steps and streams of a run. A pipe transfers it, and `_OUTCOME`, as a whole."""
+"""Index in shared memory, steps and streams of a run. A pipe transfers this, like `_OUTCOME`, in one piece."""
 _OUTCOME: Final = struct.Struct("=BqqBB")
-"""Place of a run, when it began and ended (ns, monotonic clock), how many steps were applied, what went wrong."""
+"""Index of a run, its beginning and end (ns, monotonic clock), the number of applied steps, and the error."""
 _POLL_S: Final = 0.005
 _ENOUGH_LONG_WAITS: Final = 8
 _SHORT_NS: Final = 300_000
 """Runs shorter than this execute inline in the event loop when the process is idle, and so do runs that take less time
-than the loop needs for their messages. This leaves a core to the clients, and saves a round trip to the process."""
+than the loop needs for their messages. This leaves a core to the clients, and saves a round trip to the process.
+"""
 
 
 class StepFailed(Exception):
@@ -51,12 +51,12 @@ class StepFailed(Exception):
 
 
 class ProcessExecutor:
-    """A forked process that steps one run after another.
+    """A forked process that executes one run after another.
 
     Args:
-        step: steps a batch; everything that it changes for the server is in shared memory.
+        step: steps a batch. Everything that it changes for the server must be in shared memory.
         max_batch_size: the largest batch.
-        busy_poll_ns: for how long after a run the process polls for the next one, rather than sleep and be woken.
+        busy_poll_ns: the time after a run for which the process polls for the next one before it sleeps.
 
     Raises:
         OSError: the process cannot be forked.
@@ -71,7 +71,7 @@ class ProcessExecutor:
         self._text = shared_zeros((_PLACES, _TEXT_BYTES), "u1")
         self._next = 0
         self._under_way = 0
-        """Runs that the process has."""
+        """Runs that the process has not finished."""
         self._results: list[RunResult] = []
         self._status: int | None = None
         """The exit status of the process, once its end was noticed."""
@@ -206,13 +206,13 @@ def _has_ended(pid: int, *, wait: bool) -> bool:
 
 
 class _Commands:
-    """Reads runs from the pipe; polls for the next one for a while, unless the last ones all came much later."""
+    """Reads runs from the pipe, polling for a while unless the last ones all came much later."""
 
     def __init__(self, fd: int, busy_poll_ns: int) -> None:
         self._fd = fd
         self._busy_poll_ns = busy_poll_ns
         self._long_waits = 0
-        """Count of the last waits in a row that took more than twice the polling time."""
+        """The number of last waits in a row that took more than twice the polling time."""
         self._signal = select.poll()  # `select.select` takes no number above 1023
         self._signal.register(fd, select.POLLIN)
         os.set_blocking(fd, False)
@@ -236,7 +236,7 @@ class _Commands:
 
 
 def _close_all_but(*kept: int) -> None:
-    """Close every other file, or sockets and files that the server closes would stay open here."""
+    """Close every other file, because this process would keep sockets and files open that the server closes."""
     bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
     for last_kept, next_kept in pairwise(bounds):
         if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
@@ -244,10 +244,10 @@ def _close_all_but(*kept: int) -> None:
 
 
 def shared_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """Zeros in memory that processes forked later share. Untouched pages take no memory.
+    """Zeros in memory that later forked processes share. Untouched pages use no memory.
 
     Raises:
-        MemoryError: when there is no room for it.
+        MemoryError: when memory does not suffice.
     """
     count = math.prod(shape)
     try:

@@ -1,7 +1,7 @@
 """The states of all streams on the device, and one step of the network over a batch of them.
 
-`StateSpec` drives everything here; there is no second list of what a slot holds. On the CPU a step reads and writes the
-rows of its slots where they are; on a GPU a batch is padded to a size for which a graph was captured.
+`StateSpec` alone defines the contents of a slot. On the CPU a step reads and writes the rows of its slots in place; on
+a GPU a batch is padded to a size for which a graph was captured.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from instep.runtime.executor import StateLost
 _SIZES: Final = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Batch sizes for which a graph is captured on a GPU."""
 _WARM_UPS: Final = 3
-"""Runs before the capture, in which libraries allocate and choose kernels; the count of torch's own example."""
+"""The runs before the capture, in which libraries allocate and choose kernels; torch's own example has as many."""
 
 
 class StateStore:
     """uint8 [max_streams + 1, row_bytes] on the device, allocated once and changed in place.
 
-    Slot 0 is scratch: padding rows read it, a captured graph writes it, and no stream ever does.
+    Slot 0 is scratch: padding rows read it, a captured graph writes it, and no stream uses it.
 
     Args:
-        spec: what a row holds.
+        spec: the layout of a row.
         max_streams: slots run from 1 to this.
-        device: where the rows are.
-        zeros: makes the memory on the CPU; another function than numpy's may put it where forked processes share it.
+        device: of the rows.
+        zeros: allocates memory on the CPU, like numpy's function or in memory that forked processes share.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class StateStore:
         self.rows[SCRATCH_SLOT] = self.initial
 
     def clear(self, slots: I64) -> None:
-        """Put slots, int64 [N], into the initial state."""
+        """Set slots, int64 [N], to the initial state."""
         self.rows[torch.from_numpy(slots).to(self.device)] = self.initial
 
     def read(self, slots: I64) -> U8:
-        """The rows of slots, int64 [N], as the host keeps them: uint8 [N, row_bytes], a copy."""
+        """Copy the rows of slots, int64 [N], to the host: uint8 [N, row_bytes]."""
         there = torch.from_numpy(slots).to(self.device)
         rows: U8 = self.rows.index_select(0, there).cpu().numpy()
         return rows
 
     def write(self, slots: I64, rows: U8) -> None:
-        """Give slots, int64 [N], distinct, the rows uint8 [N, row_bytes]."""
+        """Set the rows of distinct slots, int64 [N], to uint8 [N, row_bytes]."""
         there = torch.from_numpy(slots).to(self.device)
         self.rows.index_copy_(0, there, torch.tensor(rows, device=self.device))
 
@@ -82,7 +82,7 @@ class StateStore:
             into[name].copy_(leaf.index_select(0, slots))
 
     def scatter(self, slots: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Enqueue copies of tensors [B, *shape] into slots; those of the scratch slot may repeat, and it is cleared."""
+        """Enqueue copies of tensors [B, *shape] to slots; the scratch slot may repeat, and is cleared."""
         for name, leaf in self.leaves.items():
             leaf.index_copy_(0, slots, state[name])
         self.rows[SCRATCH_SLOT].copy_(self.initial)
@@ -106,20 +106,19 @@ class StateAccess(Protocol):
         """Set states; None for the model's initial ones."""
 
     def read(self, slots: I64) -> U8:
-        """A copy of states."""
+        """Copy states."""
 
 
 class Stepper:
-    """The model, the states of all streams, and memory to step them.
+    """The model, the states of all streams, and the memory to step them.
 
-    Steps run wherever the executor runs them, one at a time. Everything else runs in the loop's thread, on streams that
-    are in no run.
+    The executor runs one step at a time. All other methods run in the loop's thread, on streams that are in no run.
 
     Args:
-        model: what is stepped.
+        model: the model to step.
         max_batch_size: the most streams in one step.
         max_streams: slots run from 1 to this.
-        device: where states and weights live.
+        device: of the states and weights.
         zeros: see `StateStore`.
     """
 
@@ -158,7 +157,7 @@ class Stepper:
 
     @torch.inference_mode()
     def load(self, slots: I64, rows: U8 | None) -> None:
-        """Give slots the initial state, or the states in rows of bytes, uint8 [N, row_bytes]."""
+        """Set slots to the initial state, or to rows of bytes, uint8 [N, row_bytes]."""
         if rows is None:
             self._store.clear(slots)
         else:
@@ -166,12 +165,12 @@ class Stepper:
 
     @torch.inference_mode()
     def read(self, slots: I64) -> U8:
-        """The states of slots as rows of bytes, uint8 [N, row_bytes], a copy."""
+        """Copy the states of slots as rows of bytes, uint8 [N, row_bytes]."""
         return self._store.read(slots)
 
 
 class _OnCpu:
-    """Frames, states and outputs are read and written where they are, in any number of rows."""
+    """Steps any number of rows; frames, states and outputs are read and written in place."""
 
     def __init__(self, model: PortableNetwork, store: StateStore) -> None:
         self._model = model
@@ -186,7 +185,7 @@ class _OnCpu:
 
 
 class _OnGpu:
-    """Batches are padded to the sizes for which graphs were captured."""
+    """Steps batches that are padded to the sizes for which graphs were captured."""
 
     def __init__(self, model: TorchNetwork, store: StateStore, max_batch_size: int) -> None:
         pool = torch.cuda.graph_pool_handle()
@@ -199,11 +198,11 @@ class _OnGpu:
 
 
 class _GraphBatch:
-    """Buffers for one batch of one size, padding included, reused for the next batch.
+    """Buffers for one batch size, padding included, reused for every batch of that size.
 
     Copies to the device, gather, step, scatter and copies back are one launch; the host waits once, for the outputs.
 
-    `pool` is memory shared with graphs of other sizes (`torch.cuda.graph_pool_handle`).
+    `pool` is memory that graphs of other sizes share (`torch.cuda.graph_pool_handle`).
     """
 
     def __init__(self, model: TorchNetwork, store: StateStore, size: int, pool: Any) -> None:
@@ -241,7 +240,7 @@ class _GraphBatch:
         """Step the states of slots, int64 [B], with frames, float32 [B, features].
 
         Returns:
-            The outputs, float32 [B, outputs], until the next call.
+            The outputs, float32 [B, outputs], which are valid until the next call.
 
         Raises:
             StateLost: after any error, because the progress of a graph is unknown.

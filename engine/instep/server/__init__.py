@@ -1,1 +1,1 @@
-"""Sockets, life cycle and the loop between them."""
+"""The life of a server process: assembly, loop, reload, shutdown."""

@@ -1,4 +1,4 @@
-"""Make a server of prepared models: every part is made here, in an order that can be undone."""
+"""Makes a server from prepared models; every part is made here, in an order that can be undone."""
 
 from __future__ import annotations
 

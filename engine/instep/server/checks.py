@@ -1,4 +1,4 @@
-"""Checks of a configuration and of the machine: one list for a start, `serve --check` and `doctor`.
+"""Checks of a configuration and of the machine, for a start, `serve --check` and `doctor`.
 
 Loading PyTorch and models takes up to a minute, so nothing here may import PyTorch before `rehearse`.
 """
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from instep.server.preparation import Prepared
 
 MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
-"""Of replies that may wait for all connections together."""
+"""The limit of unread replies, for all connections together."""
 FILES_BESIDE_CONNECTIONS: Final = 100
-"""A server opens one file for each connection, and at most about this many others."""
+"""The approximate number of files that a server opens in addition to one for each connection."""
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
 
 
@@ -43,7 +43,7 @@ class CannotServe(Exception):
 
 
 class Finding(NamedTuple):
-    """One thing that a check has found."""
+    """A result of a check."""
 
     severity: Literal["problem", "warning"]
     """A problem prevents the start; a warning does not."""
@@ -92,7 +92,7 @@ def with_all_streams(config: Config, prepared: Sequence[Prepared]) -> Iterator[F
 
 
 def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
-    """Bytes when all streams are open: states on the CPU, the frame buffers, and replies that nobody has read yet."""
+    """The bytes in use with all streams open: states on the CPU, frame buffers, and unread replies."""
     needed = MAX_BUFFERED_BYTES
     for each in prepared:
         description = each.network.description
@@ -149,7 +149,7 @@ def allow_open_files(wanted: int) -> int:
     """Raise this process's soft limit of open files to `wanted`, as far as the hard limit allows.
 
     Returns:
-        What is allowed now.
+        The new limit.
     """
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in _file_limits())
     if soft >= min(wanted, hard):

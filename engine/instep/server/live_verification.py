@@ -1,6 +1,6 @@
 """Live verification: one process steps the recordings of a server's models again and compares the outputs.
 
-The process is `instep.replay.live`. It is started again when it dies; each recording continues where it was.
+The process is `instep.replay.live`. If it dies, another one continues each recording at the same position.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from instep.streaming.service import ModelService
 from instep.streaming.verification import Verification, WrongFrame
 
 LINE_BYTES: Final = 2**24
-"""A process that writes a longer line is ended."""
+"""The longest line of the process; after a longer one it is ended."""
 _FIRST_PAUSE_S: Final = 1.0
 """The pause before a process that has ended is replaced; each further pause is twice as long."""
 _LONGEST_PAUSE_S: Final = 60.0
@@ -34,7 +34,7 @@ _LOOK_S: Final = 1.0
 
 
 async def start_checker() -> Process:
-    """Start the process that checks, in a fresh interpreter."""
+    """Start the checking process in a fresh interpreter."""
     # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "instep.replay.live"),
@@ -52,8 +52,8 @@ class Supervision:
 
     Attributes:
         start: starts it. It may raise OSError.
-        most_wal_bytes: the largest WAL of a recording. A process that stops in the middle of a read keeps the WAL from
-            being reused, and a WAL of 1 GiB ends the server: beyond this size, the process is killed.
+        most_wal_bytes: the size of a WAL beyond which the process is killed. A process that stops in the middle of a
+            read keeps the WAL from being reused, and a WAL of 1 GiB would end the server.
     """
 
     start: Callable[[], Awaitable[Process]] = start_checker
@@ -62,14 +62,12 @@ class Supervision:
 
 @dataclass(slots=True, eq=False)
 class _Followed:
-    """A recording that is checked."""
-
     service: ModelService
     found: Verification
     position: int
-    """All positions up to here were checked or skipped."""
+    """All positions up to this one were checked or skipped."""
     applied: int | None
-    """The count of frames applied up to there; None if the recording has it."""
+    """The number of frames applied up to there; None if the recording has it."""
     before: Verification = field(default_factory=Verification)
     """Findings of former processes."""
     has_left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -77,7 +75,7 @@ class _Followed:
 
 
 class LiveVerification:
-    """Runs the process that checks the recordings, and notes its findings in each service's `verification`."""
+    """Runs the checking process, and stores its findings in each service's `verification`."""
 
     def __init__(self, supervision: Supervision, log: structlog.stdlib.BoundLogger) -> None:
         self._supervision = supervision
@@ -99,7 +97,7 @@ class LiveVerification:
             self._began(str(service.file), self._process.pid)
 
     async def leave(self, services: Sequence[ModelService], *, finishes: bool) -> None:
-        """Stop checking services, with `finishes` after the newest frames of recordings that are not late."""
+        """Stop checking services; with `finishes`, only after the newest frames of recordings that are not late."""
         left = {file: each for file, each in self._followed.items() if each.service in services}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FINISH_S):

@@ -1,4 +1,4 @@
-"""The server's log: lines for people or for machines, on standard error or in a file."""
+"""The server's log, for people or for programs, on standard error or in a file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
 
 
 class _StandardError:
-    """Writes lines, and drops them after an error, such as a full disk, a broken pipe or a closed terminal."""
+    """Writes lines, and drops them after an error such as a full disk, a broken pipe or a closed terminal."""
 
     def msg(self, line: str) -> None:
         try:

@@ -42,23 +42,23 @@ class Loop:
     def __init__(self, busy_poll_ns: int, on_bug: Callable[[BaseException], None]) -> None:
         self.frontends: Sequence[Frontend] = ()
         self._services: deque[ModelService] = deque()
-        """The one that the next turn begins with is the first."""
+        """The services; the next turn begins with the first."""
         self._busy_poll_ns = busy_poll_ns
         self.busy_ns = 0
-        """Time that turns took; polling is not counted."""
+        """The total duration of turns, without polling."""
         self._on_bug = on_bug
         self._loop = asyncio.get_running_loop()
         self._is_due = self._is_polling = self._is_stopped = False
         self._poll_until_ns = 0
 
     def add(self, service: ModelService) -> None:
-        """Give a model its turns, and take one whenever a run of it ends, from now on."""
+        """Take turns for a model from now on, also whenever one of its runs ends."""
         self._services.append(service)
         if (fd := service.engine.executor.signal_fd) is not None:
             self._loop.add_reader(fd, partial(self._run_ended, service))
 
     def remove(self, service: ModelService) -> None:
-        """Take no more turns for a model; before its executor is stopped."""
+        """Take no more turns for a model; call this before its executor is stopped."""
         self._services.remove(service)
         if (fd := service.engine.executor.signal_fd) is not None:
             self._loop.remove_reader(fd)
@@ -80,7 +80,7 @@ class Loop:
             self.remove(service)
 
     def wake(self) -> None:
-        """Take a turn soon, because something happened that no signal tells."""
+        """Take a turn soon, for an event that has no signal of its own."""
         if not self._is_due and not self._is_stopped:
             self._is_due = True
             self._loop.call_soon(self._turn_is_due)
@@ -97,7 +97,7 @@ class Loop:
         self.turn()
 
     def turn(self) -> None:
-        """One turn. Its order is the only thing that orders frames and requests on streams."""
+        """Take one turn. Its order alone decides the order of frames and requests on streams."""
         if self._is_stopped:
             return
         began_ns = time.monotonic_ns()
@@ -158,7 +158,7 @@ class Loop:
             return False
 
     def _poll(self) -> None:
-        """Poll from now on, unless that delays a step, or the work under way takes longer anyway."""
+        """Start polling, unless that delays a step or the work under way takes longer anyway."""
         if any(
             not service.steps_apart or service.engine.expected_ns >= self._busy_poll_ns for service in self._services
         ):
@@ -183,10 +183,10 @@ class Loop:
 
 
 class HeldUp:
-    """Notices that the loop was held up, because the process was stopped or the machine was too busy.
+    """Detects stalls of the loop, when the process was stopped or the machine was too busy.
 
-    Waiting messages may show that connections and streams are in use, so none may end for its silence before those
-    messages are read.
+    Waiting messages may show that connections and streams are in use, so nothing may end for its silence before those
+    are read.
     """
 
     def __init__(self) -> None:
@@ -205,16 +205,16 @@ class HeldUp:
 
 
 class Shutdown:
-    """The one place that ends the server; failures are logged."""
+    """Ends the server, for whatever reason, and logs failures."""
 
     def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
         self.requested = asyncio.Event()
         self.drains = True
-        """Whether everything that was admitted is still answered."""
+        """Whether admitted frames are still answered."""
         self.failure: str | None = None
-        """Why the server had to end, if it had to."""
+        """The reason that the server had to end; empty if there was none."""
         self.was_crash = False
-        """Whether that is a signal that has killed a process that steps."""
+        """Whether that reason is a signal that killed a stepping process."""
         self._log = log
 
     def stop(self, *, drain: bool = True) -> None:
@@ -230,7 +230,7 @@ class Shutdown:
         self.stop(drain=False)
 
     def bug(self, error: BaseException) -> None:
-        """Fail because an executor has died or a bug has raised: clients would otherwise wait for ever."""
+        """Fail because an executor died or a bug raised an exception; otherwise clients would wait forever."""
         if isinstance(error, ExecutorDied):
             self.was_crash |= self.failure is None and error.killed_by is not None
             self.fail(str(error))

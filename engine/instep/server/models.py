@@ -1,4 +1,4 @@
-"""A reload loads, swaps and unloads models while others are served."""
+"""Reloads: models are loaded, swapped and unloaded while others are served."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 _TURN_S: Final = 0.0002
-"""The time after which the thread gives the interpreter's lock back to the loop. Python's own is 5 ms, and a message
-that is served meanwhile could have to wait that long several times."""
+"""The time after which the loading thread yields the interpreter's lock to the loop. Python's default of 5 ms could
+delay a message several times.
+"""
 
 
 class LoadingThread:
-    """Does one long task at a time, without keeping the server from ending."""
+    """Runs one long task at a time, without keeping the process alive."""
 
     def __init__(self, shutdown: Shutdown) -> None:
         self._shutdown = shutdown
 
     async def do(self, work: Callable[[], R]) -> R:
-        """Return or raise what `work` does.
+        """Return the result of `work`, or raise its error.
 
         Raises:
             CannotServe: when the server ends before that.
@@ -78,14 +79,14 @@ class LoadingThread:
 
 
 _MOST_PAUSE_S: Final = 1.0
-"""The longest pause of receiving until everything received before is answered."""
+"""The longest pause in receiving while earlier messages are answered."""
 _LOOK_S: Final = 0.0005
 _SHORT_S: Final = 0.01
 """A replay has caught up when a pass takes less time than this."""
 _LONG_S: Final = 0.5
-"""The last pass, during which nothing is received, should not take longer."""
+"""The longest expected last pass, during which nothing is received."""
 _MOST_PASSES: Final = 12
-"""The passes after which a replay that does not catch up is given up."""
+"""The number of passes after which a replay that does not catch up is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,12 @@ class Moved:
     """Streams that have left a version of their model."""
 
     lsn: int
-    """The lsn that the other version's recording must have committed before the streams may end in theirs."""
+    """The lsn that the other version's recording must have committed before the streams may end in this one."""
     numbers: I64
-    """int64 [N], in their recording."""
+    """int64 [N], their numbers in the recording they left."""
     next_seqs: I64
     states: U8
-    """[N, row_bytes], as they left it."""
+    """[N, row_bytes], their states in the old version."""
 
     async def end(self, old: ModelService, new: ModelService) -> None:
         """Record that the streams have left the old version, once the new recording has committed them."""
@@ -132,13 +133,13 @@ async def move(
     thread: LoadingThread,
     begin_recording: Callable[[], None],
 ) -> Moved:
-    """Let all streams continue in another version; everything that was received before is answered by the old one.
+    """Let all streams continue in another version; the old one answers everything received before.
 
-    Nothing is received meanwhile. The new version has the tables of the old one, and is not served yet. A replay, which
-    has caught up, gives the states there; without one they are those that the streams have.
+    Nothing is received meanwhile. The new version has the tables of the old one, and is not served yet. Its states come
+    from a replay that has caught up or, without one, from the old version.
 
     Raises:
-        CannotServe: when it takes too long, or there is no room for all streams.
+        CannotServe: when it takes too long, or memory cannot hold all streams.
     """
     await _settle(old)
     await old.engine.journal.committed(old.engine.journal.newest)
@@ -164,12 +165,12 @@ async def move(
 
 
 async def _settle(service: ModelService) -> None:
-    """Wait until all that was received for a model is answered and all of its streams are in memory.
+    """Wait until all received messages of a model are answered and all of its streams are in memory.
 
     Nothing is received meanwhile. No stream leaves memory before the caller's next wait.
 
     Raises:
-        CannotServe: when that takes too long, or there is no room for all of them.
+        CannotServe: when that takes too long, or memory cannot hold all streams.
     """
     hibernation, table = service.operations.hibernation, service.engine.table
     free = table.slots.free_count
@@ -191,25 +192,25 @@ async def _settle(service: ModelService) -> None:
 
 
 UNDER_WAY: Final = "models are as before: the last reload has not ended"
-"""The `problem` of a loader until a reload begins to change models."""
+"""The `problem` of a loader from a reload's start until it begins to change models."""
 
 _Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A model that nobody uses yet."""
+    """A model that is not in use yet."""
 
     served: Served
     stepper: Stepper
     opened: _Opened
-    """The file that will be its recording."""
+    """The file of its future recording."""
 
 
 class Loader:
-    """Loads, swaps and unloads models until they are those of the configuration, in a thread next to the loop.
+    """Loads, swaps and unloads models until they match the configuration, in a thread next to the loop.
 
-    A model's steps run in a thread, because no process can be forked once ZeroMQ has threads.
+    The models it loads step in a thread, because no process can be forked once ZeroMQ has threads.
     """
 
     def __init__(
@@ -221,9 +222,9 @@ class Loader:
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.tasks = Tasks(shutdown.bug)
-        """The reload, or the unloading of a version that nobody uses, that is under way: one at most."""
+        """The reload, or the unloading of an unused version, that is under way; at most one."""
         self.problem = ""
-        """Why the models that are served are not those of the configuration read last; empty where they are."""
+        """The reason that the served models differ from the last configuration; empty if they do not."""
         self._accepted: dict[str, str] = {}
         """Fingerprints of the models that are about to be served."""
         self._server = server
@@ -235,11 +236,11 @@ class Loader:
         """The configuration of the newest reload, until it begins."""
         self._on_change: Callable[[], object] = lambda: None
         self._followed: ModelConfig | None = None
-        """The configuration of the reload that is under way, until it begins to change models."""
+        """The configuration of the reload under way, until it begins to change models."""
 
     @property
     def config(self) -> ModelConfig:
-        """The configuration that is in force, or will be once the reload that is under way has ended."""
+        """The configuration in force, or the one in force after the reload under way."""
         return self._followed or self._server.config.model
 
     @property
@@ -262,7 +263,7 @@ class Loader:
         self.tick()
 
     def tick(self) -> None:
-        """Unload a version that was replaced and that nobody uses any more; then follow the newest configuration."""
+        """Unload a replaced version that nobody uses any more; then follow the newest configuration."""
         if len(self.tasks) or self._shutdown.requested.is_set():
             return
         unused = [service for service in self._server.services if service.is_former and service.is_unused]
@@ -320,14 +321,14 @@ class Loader:
             self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
     def _adopt(self, models: ModelConfig, problem: str = "", accepted: dict[str, str] | None = None) -> None:
-        """Make `models` those of the server's configuration; they are served already, or about to be if `accepted`."""
+        """Make `models` the server's configuration; they are served already, or about to be if `accepted`."""
         self._followed, self._accepted = None, accepted or {}
         self.problem = problem if self._wanted is None else UNDER_WAY
         self._server.config = self._server.config.model_copy(update={"model": models})
         self._on_change()
 
     async def _load(self, config: Config, prepared: Prepared) -> None:
-        """Serve another model, and the former versions of it that keep their streams."""
+        """Serve another model, and former versions of it that keep their streams."""
         log = self._log.bind(model=prepared.model.name)
         with ExitStack() as undo:
             planned = await self._thread.do(partial(plan, config, prepared, log, is_only=False))
@@ -339,7 +340,7 @@ class Loader:
         log.info("loaded", folder=str(prepared.model_path))
 
     def _check_swap(self, config: Config, prepared: Prepared) -> None:
-        """Refuse a version that cannot follow the one that is served.
+        """Refuse a version that cannot replace the served one.
 
         Raises:
             RecordingError, CannotServe: with a sentence.
@@ -357,9 +358,9 @@ class Loader:
     async def _swap(self, config: Config, prepared: Prepared, accept: Callable[[], None], swapped: list[str]) -> None:
         """Serve another version of a model under its name, and add the name to `swapped` once it is in force.
 
-        To keep the streams, they and the connections there are stay with the former version, which is unloaded when it
-        has none any more. To move them, they continue in the new one from the states that they have, and after a
-        replay from those that it has after their newest frames.
+        With `keep`, streams and present connections stay with the former version, which is unloaded once it has none.
+        With `move`, streams continue in the new version from their states, and with `replay` from the states that the
+        replay has reached.
         """
         name, fingerprint = prepared.model.name, prepared.model.fingerprint
         policy, log = StreamPolicy.parse(config.model.on_reload), self._log.bind(model=name)
@@ -392,7 +393,7 @@ class Loader:
     async def _make(
         self, config: Config, planned: Planned, undo: ExitStack, moves: ModelService | None = None
     ) -> _Made:
-        """A version that nobody uses yet; it will have the streams and connections of the service that `moves`."""
+        """Make a version that is not in use yet; it takes over streams and connections of the service that `moves`."""
         prepared = planned.prepared
         tables = None if moves is None else moves.engine.tables
         foundation = await self._thread.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))

@@ -1,4 +1,4 @@
-"""Load and compile the models and choose the device, before the socket is bound."""
+"""Loads and compiles the models and chooses the device, before the socket is bound."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ON_GPU: Final = "on a GPU torch's operators serve, within a tolerance and witho
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model that was loaded and compiled, and its device."""
+    """A loaded and compiled model with its device."""
 
     model: Model
     model_path: Path
@@ -44,12 +44,12 @@ class Prepared:
 
     @property
     def exactness(self) -> Literal["exact", "tolerance"]:
-        """As `About.exactness`."""
+        """See `About.exactness`."""
         return "exact" if self.network.arithmetic == ARITHMETIC else "tolerance"
 
     @property
     def arithmetic(self) -> str:
-        """As `RecordingHeader.arithmetic`."""
+        """See `RecordingHeader.arithmetic`."""
         word = self.network.arithmetic
         return word if word == ARITHMETIC else f"{word} {torch.__version__.partition('+')[0]} on {self.device}"
 
@@ -143,10 +143,10 @@ def load_models(folders: Sequence[tuple[str | None, Path]]) -> list[tuple[Model,
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device with that name.
 
     Raises:
-        CannotServe: when this machine has none, or it is a CPU without fused multiply-adds.
+        CannotServe: when this machine does not have it, or it is a CPU without fused multiply-adds.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cpu" and not host().has_fma:

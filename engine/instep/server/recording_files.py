@@ -1,4 +1,4 @@
-"""Finds the file of each version of a model, and the streams that are open in it."""
+"""Finds the recording of each version of a model, and the streams that are open in it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from instep.recording.reader import RecordingReader
 from instep.recording.schema import MOVED_EVENT, RecordingHeader, read_moved_detail
 
 _MOST_BYTES: Final = 200
-"""The longest name for a file, because SQLite and the lock append suffixes."""
+"""The longest file name, because SQLite and the lock append suffixes."""
 
 
 def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
-    """The recording of the first version of a model of that name; None where nothing is recorded.
+    """The recording of the first version of a model; None if nothing is recorded.
 
-    It is recording.file, or NAME.instep in that where it is a folder, as it has to be unless the model `is_only`.
+    This is recording.file or, if that is a folder, NAME.instep in it. With several models it must be a folder.
 
     Raises:
-        RecordingError: when several models would need one file, or the name is not one for a file.
+        RecordingError: when several models would share one file, or the name is not a valid file name.
     """
     place = config.recording.file
     if place is None or (is_only and not place.is_dir()):
@@ -40,7 +40,7 @@ def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
 
 
 def check_several(place: Path, *, is_only: bool) -> None:
-    """Raise RecordingError where several models would need one file."""
+    """Raise RecordingError if several models would share one file."""
     if not is_only and not place.is_dir():
         raise RecordingError(
             f"{place} is not a folder, and each of several models, or versions of one, is recorded in a file of its "
@@ -55,15 +55,16 @@ class Former:
     file: Path
     header: RecordingHeader
     streams: dict[int, str]
-    """Names by number of the streams that continue in no later recording."""
+    """Names by number of the streams that do not continue in a later recording."""
     moved: dict[int, int]
-    """The seq at which streams continue in a later recording although their end is missing here, because the server was
-    killed."""
+    """The seqs at which streams continue in a later recording although their end is missing here, because the server
+    was killed.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """The recordings of a model, and which of them is that of the version that is to be served."""
+    """The recordings of a model, and which of them belongs to the version to serve."""
 
     file: Path
     newest: RecordingHeader | None
@@ -119,14 +120,14 @@ def next_recording(first: Path) -> Path:
 def recordings(first: Path) -> list[Path]:
     """Return the existing recordings of a model's versions, in order.
 
-    A file without a row was left by a server that was killed while it made it, and is skipped.
+    A file without rows is skipped: a server was killed while creating it.
     """
     later = (each for each in first.parent.glob(f"{glob.escape(first.stem)}@*{first.suffix}") if _number(each, first))
     return [each for each in (first, *sorted(later, key=lambda each: _number(each, first))) if not holds_nothing(each)]
 
 
 def holds_nothing(file: Path) -> bool:
-    """Whether there is no recording, or one without a row that nobody writes."""
+    """Whether there is no recording, or one without rows that nobody writes."""
     if is_being_written(file):
         return False
     if not holds_recording(file):
@@ -139,7 +140,7 @@ def holds_nothing(file: Path) -> bool:
 
 
 def _number(file: Path, first: Path) -> int:
-    """The number in the name of a file; 1 for the first one and 0 for others."""
+    """The number in a file's name; 1 for the first file, and 0 for names of another form."""
     if file == first:
         return 1
     number = file.stem.removeprefix(f"{first.stem}@")
@@ -153,7 +154,7 @@ def _open_streams(reader: RecordingReader) -> dict[int, str]:
 
 
 def _came(reader: RecordingReader) -> dict[tuple[str, int], int]:
-    """The streams that continue here, by file and number, and the seqs of their first frames here."""
+    """Streams that continue here, by file and number, and the seqs of their first frames here."""
     origins = {event.stream: read_moved_detail(event.detail) for event in reader.events() if event.kind == MOVED_EVENT}
     seqs = {row[2]: row[5] for row in reader.openings() if row[2] in origins}
     return {(file, number): seqs[stream] for stream, (number, file) in origins.items() if stream in seqs}

@@ -53,15 +53,14 @@ from instep.streaming.states import state_rows
 from instep_client.protocol.wire import ServerInfo
 
 QUEUE_BATCHES: Final = 64
-"""Batches that may wait to be written; when the disk falls behind by this many, stepping waits for it."""
+"""The most batches that may wait to be written. If the disk is further behind, stepping waits."""
 
 
 _FINGERPRINT: Final = 8
-"""Digits of a fingerprint in a name."""
 
 
 def check_sizes(former: RecordingHeader | ServerInfo, network: RecurrentModel, *, allowed: bool) -> None:
-    """Refuse a version of a model with other sizes of frames or outputs than the former one, unless that is `allowed`.
+    """Refuse a version with other sizes of frames or outputs than the former one, unless `allowed`.
 
     Raises:
         CannotServe: with a sentence.
@@ -77,7 +76,7 @@ def check_sizes(former: RecordingHeader | ServerInfo, network: RecurrentModel, *
 def check_policy(
     policy: StreamPolicy, former: RecordingHeader | ServerInfo, state: StateSpec, network: RecurrentModel
 ) -> None:
-    """Refuse a version in which streams of the former one, whose state is given, cannot continue by this policy.
+    """Refuse a version in which streams of the former one cannot continue by this policy.
 
     Raises:
         CannotServe: with a sentence.
@@ -101,7 +100,7 @@ def use(*policies: str) -> str:
 def find_recording(
     config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool
 ) -> Versions | None:
-    """The recording of the version of a model that is to be served, and those of earlier ones; None without any.
+    """The recording of the version to serve, and those of earlier versions; None without recordings.
 
     Raises:
         RecordingError: as `recording_file` and `find_versions`.
@@ -139,9 +138,9 @@ class Planned:
 
 
 def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> list[Planned]:
-    """A model, and the former versions of it that keep their streams.
+    """Plan a model, and former versions of it that keep their streams.
 
-    Unfinished changes in their recordings, of a server that was killed, are completed first.
+    If a server was killed during a change, the change is first completed in the recordings.
 
     Raises:
         RecordingError, CannotServe: as `find_recording`.
@@ -170,17 +169,17 @@ def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, 
 
 
 def name_kept(name: str, fingerprint: str) -> str:
-    """The name of a version that keeps its streams when another one replaces it."""
+    """The name of a replaced version that keeps its streams."""
     return check_name(f"{name}@{fingerprint[:_FINGERPRINT]}", "give the model a shorter one")
 
 
 def formers_to_move(versions: Versions, fingerprint: str, policy: StreamPolicy) -> list[Former]:
-    """The recordings whose streams continue in the version of that fingerprint; the others keep their versions."""
+    """The recordings whose streams continue in the version with that fingerprint; others keep their versions."""
     return [each for each in versions.formers if policy.word != "keep" or each.header.model_fingerprint == fingerprint]
 
 
 def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
-    """The header of a recording of this model."""
+    """The header for a recording of this model."""
     return RecordingHeader(
         instep_version=version("instep"),
         created_ns=time.time_ns(),
@@ -200,7 +199,7 @@ def recording_header(prepared: Prepared, config: Config) -> RecordingHeader:
 def open_recording(
     config: Config, foundation: Foundation, service: ModelService, formers: Sequence[Former] = ()
 ) -> tuple[RecordingWriter, Recovery | None]:
-    """A new recording of a service, or the one that is there, with its streams put back, and those of `formers`.
+    """Open or create a service's recording, and restore its streams and those of `formers`.
 
     Raises:
         RecordingError: with a sentence.
@@ -300,7 +299,7 @@ def _recorder(
 
 
 _AT_ONCE: Final = 4096
-"""Streams that continue in one transaction."""
+"""The number of streams that continue in one transaction."""
 
 
 def prepare_former(config: Config, former: Former, log: structlog.stdlib.BoundLogger) -> Prepared:
@@ -322,7 +321,7 @@ def _model(former: Former) -> Model:
 
 
 def end_moved(former: Former) -> None:
-    """Write the ends of streams that continue elsewhere already: the server was killed before it did.
+    """Record the ends of streams that already continue elsewhere, which a killed server did not record.
 
     Raises:
         RecordingError: when the recording cannot be written.
@@ -410,7 +409,7 @@ def continue_streams(
 
 
 def _replayed(config: Config, former: Former, foundation: Foundation) -> WarmUpReplay | None:
-    """The streams in the version in which they continue; None where they move in their states."""
+    """The streams replayed in the version they continue in; None if they move with their states."""
     policy, prepared = StreamPolicy.parse(config.model.on_reload), foundation.prepared
     if policy.word != "replay" or former.header.model_fingerprint == prepared.model.fingerprint:
         return None
@@ -422,7 +421,7 @@ def _replayed(config: Config, former: Former, foundation: Foundation) -> WarmUpR
 
 
 def _complete(config: Config, former: Former, log: structlog.stdlib.BoundLogger) -> RecordingWriter:
-    """Continue a recording until the newest states of its streams are in it."""
+    """Continue a recording until it has the newest states of its streams."""
     with Recovered(former.file) as found:
         if not any(len(portion.frames) or portion.marks for portion in found.portions()):
             return RecordingWriter.resume(former.file, former.header)
@@ -448,7 +447,7 @@ def _moved(streams: Sequence[OpenStream], states: U8, last_stream: int, replay: 
 
 
 def _states(streams: Sequence[OpenStream], former: Former) -> U8:
-    """The states as the former version left them, uint8 [N, row_bytes]."""
+    """The last states in the former version, uint8 [N, row_bytes]."""
     spec = former.header.state_spec
     initial = spec.missing(1)[0]
     if any(stream.state is None for stream in streams):

@@ -37,9 +37,9 @@ from instep.streaming.warm_up import warm_up
 
 
 class ServiceManager:
-    """Notifies the service manager at $NOTIFY_SOCKET; without that variable, it does nothing.
+    """Notifies the service manager at $NOTIFY_SOCKET; without that variable it does nothing.
 
-    Make it before the process forks: the watchdog is meant for the process whose id is in $WATCHDOG_PID.
+    Make it before the process forks, because the watchdog watches the process whose id is in $WATCHDOG_PID.
     """
 
     def __init__(self, environ: Mapping[str, str], log: structlog.stdlib.BoundLogger) -> None:
@@ -48,21 +48,21 @@ class ServiceManager:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address  # @ is systemd's for abstract ones
         self._ping_every_s = 0.0
-        """Half of the time after which the manager takes the server to hang; 0 where it does not watch."""
+        """Half of the watchdog's timeout; 0 without a watchdog."""
         if self._address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             with contextlib.suppress(ValueError):
                 self._ping_every_s = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
 
     def serving(self, status: str) -> None:
-        """The server takes connections; `systemctl status` shows the text.
+        """Report that the server accepts connections; `systemctl status` shows the text.
 
-        From here on the event loop pings the watchdog, for as long as it turns.
+        From here on the event loop pings the watchdog as long as it runs.
         """
         self._tell(f"READY=1\nSTATUS={status}")
         self._ping()
 
     def stopping(self) -> None:
-        """The server drains."""
+        """Report that the server drains."""
         self._tell("STOPPING=1\nSTATUS=draining")
 
     def _ping(self) -> None:
@@ -95,26 +95,29 @@ CHANGEABLE: Final = (
     "log.level",
     "log.summary_s",
 )
-"""Every other key is used once, at the start: to allocate memory, to bind the socket, to open the recording."""
+"""Keys that a reload changes. All others are used once, at the start: to allocate memory, bind the socket, open the
+recording.
+"""
 MODELS: Final = ("model.folder",)
-"""Keys that change too, but take a while: see `Loader.reload`."""
+"""Keys that a reload changes with a delay: see `Loader.reload`."""
 
 _KEPT_BYTES: Final = 2**20
 
 
 class Kept:
-    """The values of the newest reload, kept where they outlive a server that a signal kills.
+    """The values of the newest reload, kept for the next server if a signal kills this one.
 
-    They are in memory that every process forked after this was made shares with the others.
+    They are in memory that all processes forked after its creation share.
     """
 
     def __init__(self) -> None:
         self._shared = mmap.mmap(-1, 1 + 2 * _KEPT_BYTES)
-        """The index of the valid half, and two halves, so that a process that dies while writing one leaves the other.
+        """Two halves, and the index of the valid one, so that a process that dies while writing leaves the other
+        intact.
         """
 
     def keep(self, server: Server) -> None:
-        """Remember the changeable values in force, the versions of models, and why anything else is not in force."""
+        """Store the changeable values in force, the versions of models, and reasons why others are not in force."""
         half, config, loader = 1 - self._shared[0], server.config, server.loader
         models = config.model.model_dump(mode="json")
         values = [_changeable(config), models, loader.fingerprints, server.unread, loader.problem]
@@ -209,7 +212,7 @@ def _values(config: Config) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Options of a start other than the configuration."""
+    """Options of a start in addition to the configuration."""
 
     reread: Callable[[], Config]
     on_ready: Callable[[str], None]
@@ -230,17 +233,17 @@ def run(
 
     Args:
         config: the configuration.
-        reread: reads the configuration again, on SIGHUP; it raises ConfigError. None for the same one always.
+        reread: reads the configuration again on SIGHUP, and raises ConfigError. None to keep the same one.
         on_ready: called with the endpoint once the server answers.
-        restart: whether to serve in a child process that is started again when a signal kills it, or the process in
-            which it steps.
+        restart: whether to serve in a child process that is started again when a signal kills it or its stepping
+            process.
 
     Returns:
-        0 after a clean end, 1 after a failure while serving, 130 when a second interrupt forced the end.
+        0 after a clean shutdown, 1 after a failure while serving, 130 if a second interrupt forced the end.
 
     Raises:
         CannotServe: when the server cannot start.
-        SystemExit: in the parent of that child, with the child's status.
+        SystemExit: in the parent of the child, with the child's status.
     """
     threshold = Threshold(config.log.level)
     log = make_log(config.log, threshold)
@@ -265,7 +268,7 @@ def _serve_again(
     threshold: Threshold,
     start: _Start,
 ) -> int:
-    """Serve the models in force when the last server died, or those of the start if they cannot be served."""
+    """Serve the models that were in force when the last server died or, if that fails, those of the start."""
     config, fingerprints, unread, problem = start.kept.laid_over(at_start)
     threshold.level = config.log.level
     if changed := [change for _, change in differences(at_start, config)]:
@@ -341,7 +344,7 @@ async def _serve(
 
 
 def _has_terminal() -> bool:
-    """Whether there is a controlling terminal; the system takes it from a process when the terminal closes."""
+    """Whether there is a controlling terminal; the system removes it when the terminal closes."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:

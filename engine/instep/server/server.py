@@ -29,7 +29,7 @@ from instep.streaming.tasks import in_daemon_thread
 
 
 class FreeSpace:
-    """Watches the disk of a recording, and logs once that it is nearly full and once that it has room again."""
+    """Watches a recording's disk; logs once when it is nearly full, and once when it has room again."""
 
     def __init__(self, path: Path, log: structlog.stdlib.BoundLogger) -> None:
         self._path = path
@@ -37,7 +37,7 @@ class FreeSpace:
         self._is_low = False
 
     def tick(self, warn_bytes: int) -> int:
-        """Warn below this number of free bytes; how many are free."""
+        """Warn below this number of free bytes; returns the number of free bytes."""
         try:
             disk = os.statvfs(self._path.parent)
         except OSError:  # the recorder notices it, too, if it matters
@@ -66,7 +66,7 @@ COUNTED: Final = (
     "busy",
     "refused_messages",
 )
-"""Counts that are logged unless they are 0, by their names in STATISTICS without `_total`."""
+"""Counters that are logged unless they are 0, by their names in STATISTICS without `_total`."""
 _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *COUNTED))
 
 
@@ -85,7 +85,7 @@ class Summary:
         self._before: Mapping[str, float] = statistics()
 
     def tick(self, now_s: float, every_s: float) -> None:
-        """Log a summary `every_s` seconds after the last one, if anything has happened; never if that is 0."""
+        """Log a summary `every_s` seconds after the last one if anything has happened; never for 0."""
         seconds = now_s - self._since_s
         if not every_s or seconds < every_s:
             return
@@ -115,13 +115,13 @@ _LOOK_S: Final = 0.005
 _LINGER_S: Final = 1.0
 """The time for which a drained server waits for peers to read their replies."""
 _ASK_EVERY_S: Final = 0.1
-"""They are asked again at this interval, because replies may have been sent and peers may have left meanwhile."""
+"""The interval at which peers are asked again, because replies may have been sent and peers may have left."""
 _FORCED_JOIN_S: Final = 1.0
-"""The time for which a forced end waits for the step under way, and for the recorder."""
+"""The time for which a forced end waits for the step under way and for the recorder."""
 
 
 class Server:
-    """One socket, one loop, and the models that are added; from bind to close."""
+    """One socket, one loop, and the added models, from bind to close."""
 
     def __init__(
         self,
@@ -134,11 +134,11 @@ class Server:
     ) -> None:
         self.config = config
         self.unread = ""
-        """Why the configuration that was read last is not in force, apart from its models; empty where it is."""
+        """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
         self.unanswered_messages = 0
-        """Messages taken and never answered, because the end was forced or draining took too long."""
+        """Messages accepted and never answered, because the end was forced or draining took too long."""
         self._drain_until = math.inf
-        """The monotonic time at which draining has taken too long."""
+        """The monotonic time at which draining is given up."""
         self._began_ns = time.monotonic_ns()
         self._shutdown = shutdown
         self._turns = loop
@@ -146,13 +146,13 @@ class Server:
         self._log = log
         self._summaries: dict[ModelService, Summary] = {}
         self.admin: AdminServer | None = None
-        """Shows this one over HTTP; started and closed with it."""
+        """The admin server, which starts and closes with this one."""
         self._verification = LiveVerification(supervision, log)
         thread = LoadingThread(shutdown)
         self.loader = Loader(self, loop, shutdown, thread, log)
 
     def add(self, served: Served) -> None:
-        """Serve a model from now on; the first one is for connections that name none. Nothing here can fail."""
+        """Serve a model from now on; the first one is for connections that name none. This cannot fail."""
         self._enter(served)
         self.models.add(served)
         for frontend in self._frontends:
@@ -177,10 +177,10 @@ class Server:
         await self.close(service)
 
     def replace(self, former: Served, served: Served, kept_as: str) -> None:
-        """Serve another version of a model. Nothing here can fail.
+        """Serve another version of a model. This cannot fail.
 
-        The former one is `kept_as` another name for the connections that it has. If that is empty, its connections and
-        streams belong to the new one, and the caller closes it.
+        The former version is `kept_as` another name for its connections. If that is empty, its connections and streams
+        pass to the new one, and the caller closes it.
         """
         if kept_as:
             structlog.get_context(former.service.log)["model"] = kept_as  # of the log that all of its parts write to
@@ -209,7 +209,7 @@ class Server:
             self._turns.wake()
 
     async def close(self, service: ModelService) -> None:
-        """Stop the executor of a service that is served no more, and close its recording."""
+        """Stop the executor of a service that is no longer served, and close its recording."""
         timeout_s = self.config.shutdown.drain_timeout_s
         async with contextlib.AsyncExitStack() as closing:
             self._will_close([service], closing, timeout_s)
@@ -231,7 +231,7 @@ class Server:
 
     @property
     def services(self) -> list[ModelService]:
-        """The models, the one for connections that name none first."""
+        """The models, beginning with the default."""
         return [served.service for served in self.models]
 
     @property
@@ -265,13 +265,13 @@ class Server:
 
     @property
     def was_crash(self) -> bool:
-        """Whether it had to end because a signal has killed a process that steps."""
+        """Whether it had to end because a signal killed a stepping process."""
         return self._shutdown.was_crash
 
     def configure(self, config: Config) -> None:
-        """Use the values of a configuration from now on that can change while the server runs.
+        """Apply the values of a configuration that can change while the server runs.
 
-        They may have changed while a model was made that is added now.
+        This also applies to a newly added model, because values may have changed while it was made.
         """
         limits = config.limits
         self.config = config
@@ -351,8 +351,8 @@ class Server:
     async def _linger(self) -> None:
         """Wait until peers have read their replies.
 
-        When a connection ends, ZeroMQ may drop what the client has received and not read yet. Replies that a peer does
-        not read in time are that peer's loss: it resumes its streams when the server is back.
+        When a connection ends, ZeroMQ may drop messages that the client has not read yet. A peer that does not read its
+        replies in time loses them, and resumes its streams when the server is back.
         """
         ask_at = time.monotonic()
         until = min(ask_at + _LINGER_S, self._drain_until)
@@ -392,7 +392,6 @@ class Server:
     def _will_close(
         self, services: Sequence[ModelService], closing: contextlib.AsyncExitStack, timeout_s: float
     ) -> None:
-        """Close the recordings of services after their executors."""
         for service in services:
             if service.recorder is not None:
                 closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
@@ -401,7 +400,7 @@ class Server:
             closing.callback(service.engine.executor.stop, timeout_s)
 
     async def _stop_recorder(self, recorder: Recorder, file: Path | None) -> None:
-        """Wait for the recorder until the end is late or, once it is forced, for a moment longer."""
+        """Wait for the recorder until the deadline or, after a forced end, for a moment longer."""
         forced_until: float | None = None
         while not recorder.stop(0.0):
             if self._shutdown.drains:
@@ -418,7 +417,7 @@ class Server:
 
 
 async def _quiet(service: ModelService, timeout_s: float) -> None:
-    """Wait until a service has nothing to do, for at most `timeout_s`."""
+    """Wait until a service has nothing to do, for up to `timeout_s`."""
     for _ in range(round(timeout_s / _LOOK_S)):
         if service.is_quiet:
             return

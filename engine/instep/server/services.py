@@ -46,7 +46,7 @@ _ENVELOPE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class EffectiveLimits:
-    """Limits that a model may lower below the configured ones."""
+    """The configured limits, lowered to fit a model."""
 
     max_block_frames: int
     credit_frames: int
@@ -55,8 +55,8 @@ class EffectiveLimits:
 def effective_limits(config: Config, features: int, outputs: int) -> EffectiveLimits:
     """Fit the limits of the configuration to a model.
 
-    A block's frames and their answer must both fit into one message of `transport.max_message_bytes`; a connection's
-    credit is bounded by the bytes its unread answers may take.
+    A block's frames and its answer must each fit into one message of `transport.max_message_bytes`; a connection's
+    credit is bounded by the bytes of its unread answers.
 
     Raises:
         CannotServe: when not even one frame fits.
@@ -75,7 +75,7 @@ def effective_limits(config: Config, features: int, outputs: int) -> EffectiveLi
 
 
 def idle_limits(config: Config) -> IdleLimits:
-    """The times after which idle streams leave memory, and end."""
+    """The times after which idle streams leave memory and are closed."""
     limits = config.limits
     return IdleLimits(
         round(limits.max_idle_s * 1e9),
@@ -86,7 +86,7 @@ def idle_limits(config: Config) -> IdleLimits:
 
 
 _FEW_CORES: Final = 2
-"""On this many cores, the loop and a process for steps leave none for clients and the recorder."""
+"""With this many cores or fewer, the loop and a stepping process leave none for clients and the recorder."""
 _BUSY_POLL_NS: Final = 300_000
 """The time for which the loop polls after an event, because being woken costs more than a small step."""
 _LIGHT_BATCH: Final = 128
@@ -95,14 +95,14 @@ loop: 86,000 messages/s with 96, 95,000 with 128, 90,000 with 192, 72,000 with a
 
 
 def steps_in_process(device: torch.device) -> bool:
-    """Whether steps on this device get a process of their own."""
+    """Whether steps on this device run in another process."""
     return device.type == "cpu" and hasattr(os, "fork") and usable_cores() > 1
 
 
 def max_light_batch(config: Config, forks: bool) -> int:
-    """The most single frames in a batch that the loop itself steps; 0 if it does not step.
+    """The most single frames in a batch that the loop itself steps; 0 if the loop does not step.
 
-    It steps if a process for steps would share its cores.
+    It does so if a stepping process would share its cores.
     """
     steps_inline = forks and config.recording.file is None and usable_cores() <= _FEW_CORES
     return min(_LIGHT_BATCH, config.engine.max_batch_size) if steps_inline else 0
@@ -119,10 +119,10 @@ def busy_poll_ns(config: Config) -> int:
 
 
 def make_executor(config: Config, step: Step, forks: bool) -> StepExecutor:
-    """Make a process that steps if `forks`, otherwise a thread.
+    """Make an executor that is a process if `forks`, otherwise a thread.
 
     Raises:
-        CannotServe: when its process cannot be started.
+        CannotServe: when the process cannot be started.
     """
     if not forks:
         return ThreadExecutor(step)
@@ -134,14 +134,14 @@ def make_executor(config: Config, step: Step, forks: bool) -> StepExecutor:
 
 
 _MOST_NAMES: Final = 100
-"""Streams that one line of the log names."""
+"""The most streams named in one line of the log."""
 _MOST_READERS: Final = 4
-"""Threads that read hibernated streams from one recording at the same time."""
+"""The most threads that read hibernating streams from one recording at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """The memory of a model's streams, and the executor that steps in it."""
+    """The memory of a model's streams, and the executor that steps them."""
 
     prepared: Prepared
     limits: EffectiveLimits
@@ -157,12 +157,12 @@ def lay_foundation(
 ) -> Foundation:
     """Allocate memory and start the executor.
 
-    A process, where the executor `forks`, must be made before ZeroMQ has threads. `stepper` is another one than usual,
-    for tests; `tables` are those of another version of the model, of the same sizes.
+    If the executor `forks`, its process must start before ZeroMQ has threads. `stepper` replaces the usual one in
+    tests; `tables` come from another version of the model with the same sizes.
 
     Raises:
         CannotServe: when the limits cannot serve this model, or the process cannot be started.
-        MemoryError, RuntimeError: when there is no room; torch raises the latter.
+        MemoryError, RuntimeError: when memory does not suffice; torch raises the latter.
     """
     network = prepared.network
     limits = effective_limits(config, network.description.features, network.description.outputs)
@@ -274,7 +274,7 @@ def _about(config: Config, foundation: Foundation) -> About:
 
 
 def make_served(config: Config, foundation: Foundation, service: ModelService) -> Served:
-    """A service as its connections see it."""
+    """The view of a service for its connections."""
     prepared, limits, about = foundation.prepared, foundation.limits, service.about
     network = prepared.network
     max_message_bytes = config.transport.max_message_bytes
@@ -303,13 +303,13 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
 
 
 def _random_generations(max_streams: int) -> U32:
-    """The first generation of each slot, never 0, and random so that handles cannot be guessed."""
+    """The first generation of each slot: never 0, and random so that handles cannot be guessed."""
     numbers = np.frombuffer(secrets.token_bytes(4 * (max_streams + 1)), np.uint32)
     return (numbers | np.uint32(1)).astype(np.uint32)
 
 
 def _loader(path: Path | None) -> Callable[[Sequence[int]], Awaitable[list[OpenStream]]]:
-    """Reads open streams from the recording, in a few threads at once."""
+    """A function that reads open streams from the recording, in a few threads."""
     room = asyncio.Semaphore(_MOST_READERS)
 
     async def load(streams: Sequence[int]) -> list[OpenStream]:

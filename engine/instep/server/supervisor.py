@@ -1,7 +1,7 @@
-"""`instep serve --restart`: a process that starts the server again when a signal kills it.
+"""`instep serve --restart`: a process that restarts the server when a signal has killed it.
 
-The supervisor loads and compiles the model, forks the server, and waits. It has no thread and no socket, so that little
-in it can fail, and the next server is a fork that has everything loaded.
+The supervisor loads and compiles the models, forks the server, and waits. It has no threads and no sockets, so little
+in it can fail, and the next server is a fork with everything loaded.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from instep.interrupts import end_with_parent, signal_name
 
 MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
-"""More restarts than that within this time would not help."""
+"""The period in which the number of restarts is limited, because more would not help."""
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervise(log: structlog.stdlib.BoundLogger) -> bool:
     """Fork, and return in the child; fork again whenever a signal has killed the child.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the child, which is in a process group of its own, so that a terminal's
-    Ctrl-C reaches it once. If the supervisor dies, the child gets SIGTERM.
+    SIGINT, SIGTERM and SIGHUP are passed on to the child, which has its own process group, so that a terminal's Ctrl-C
+    reaches it once. If the supervisor dies, the child gets SIGTERM.
 
     Returns:
-        In the child, whether another one ran before it.
+        In the child: whether another child ran before it.
 
     Raises:
-        SystemExit: in the supervisor, with the status of the last child, or 128 + N where signal N killed it.
+        SystemExit: in the supervisor, with the status of the last child, or 128 + N if signal N killed it.
     """
     heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})

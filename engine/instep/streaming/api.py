@@ -1,4 +1,4 @@
-"""The engine's interface to front ends: arrays and plain values, without sockets or bytes of a wire."""
+"""The engine's interface to front ends: arrays and plain values, independent of sockets and wire formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from instep.core.typing import F32, I32, I64, U8, U64
 from instep_client.protocol.codes import SENTENCES, Code
 
 Buffer: TypeAlias = bytes | memoryview
-"""Contiguous memory; that of an array is `array.data.cast("B")`."""
+"""Contiguous memory; for an array, `array.data.cast("B")`."""
 
 MAX_REPLY_MESSAGES: Final = 128
 """The most messages that one `Reply` answers."""
@@ -21,39 +21,41 @@ MAX_REPLY_MESSAGES: Final = 128
 
 @dataclass(slots=True)
 class Frames:
-    """One message of frames, T timesteps of N streams, that is good by itself; admission judges its contents."""
+    """One well-formed message of frames, T timesteps of N streams; admission judges its contents."""
 
     origin: Origin
     tag: int
-    """The origin's name for the message, returned with the reply."""
+    """The origin's identifier for the message, returned with the reply."""
     timesteps: int
     width: int
-    """N."""
+    """The number of streams, N."""
     columns: Buffer
-    """`core.admission.SENT_COLUMN` [N]: handle, seq of the first timestep, and the seq before which the client holds
-    every output."""
+    """`core.admission.SENT_COLUMN` [N]: handle, seq of the first timestep, and the seq below which the client has every
+    output.
+    """
     x: Buffer
     """float32 [T, N, features]."""
     arrived_ns: int
-    """On the monotonic clock."""
+    """The time of arrival on the monotonic clock."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """The outputs of one or several messages of one origin with the same T, their columns next to each other.
+    """The outputs of one or more messages of one origin with equal T, with their columns side by side.
 
-    The arrays are only good until `Origin.deliver` returns: the engine uses their memory again.
+    The arrays are valid until `Origin.deliver` returns, because the engine reuses their memory.
     """
 
     messages: I64
     """int64 [2, M]: tag and number of columns of each message."""
     y: F32
-    """float32 [T, N, outputs], NaN where a frame was not applied."""
+    """float32 [T, N, outputs], with NaN for frames that were not applied."""
     failures: I64 | None
-    """int64 [3, N], None where everything was applied. By column: the code of its refusal or 0, the count of leading
-    timesteps that were applied, and the seq that its stream expects, 0 if the stream is not the origin's."""
+    """int64 [3, N], or None if everything was applied. Per column: the code of its refusal or 0, the number of leading
+    timesteps that were applied, and the seq that its stream expects (0 if the stream is not the origin's).
+    """
     frames: int
-    """Count of frames that were computed for it."""
+    """The number of frames that were computed for it."""
     queue_ns: int
     """The time from the arrival of the first message to the step of its last frames."""
     compute_ns: int
@@ -63,44 +65,44 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """A change of streams of the origin: evicted, fenced or lost, or they hibernate.
+    """A change of an origin's streams: they were evicted, fenced or lost, or they hibernate.
 
-    With HIBERNATED the server wakes them. An event with `renewed` follows once they are in memory, or one that says why
-    they cannot be woken now.
+    After HIBERNATED the server wakes them. Another event follows: with `renewed` once they are in memory, or with the
+    reason that they cannot be woken now.
     """
 
     code: Code
     handles: U64
     renewed: U64 | None = None
-    """The handles from now on, of streams that hibernated and are in memory again."""
+    """The new handles of streams that hibernated and are in memory again."""
 
 
 class Origin(Protocol):
     """A source of frames that takes their replies: a ZeroMQ peer, or an object in this process."""
 
     number: int
-    """The number that `Origins.connect` gave it; it owns streams under this number."""
+    """The number that `Origins.connect` gave it, under which it owns streams."""
     arrival: int
-    """Its place in the order of all connections, from 1."""
+    """Its rank in the order of all connections, from 1."""
 
     def deliver(self, reply: Reply) -> None:
-        """Take a reply. Never blocks, and never raises because a peer is slow or gone."""
+        """Accept a reply. Never blocks, and never raises because a peer is slow or gone."""
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
-        """A message of frames was refused as a whole; nothing of it was applied."""
+        """Report that a message of frames was refused as a whole and nothing of it was applied."""
 
     def notify(self, event: StreamEvent) -> None:
         """Report a change of streams of this origin."""
 
 
 class Refusal(Exception):
-    """A request is refused as a whole, and nothing of it was applied.
+    """A request was refused as a whole, and nothing of it was applied.
 
     Args:
         code: the reason.
-        detail: more than the code's sentence.
-        retry_after_us: the time to wait before trying again, if that may help.
-        sentence: instead of the code's own.
+        detail: appended to the code's sentence.
+        retry_after_us: the time to wait before trying again; 0 if that does not help.
+        sentence: replaces the code's own.
     """
 
     def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0, *, sentence: str = "") -> None:
@@ -115,23 +117,23 @@ class Grants:
     """The result of opening or resuming N streams."""
 
     handles: U64
-    """0 where refused."""
+    """Handles; 0 if refused."""
     epochs: U64
     next_seqs: I64
     codes: I32
     expected_seqs: I64
-    """The seq that a refused stream expects next, where there is one."""
+    """For a refused stream that exists, the seq that it expects next."""
 
     @classmethod
     def none(cls, codes: I32) -> Grants:
-        """All refused."""
+        """Grants in which every stream is refused."""
         count = len(codes)
         zeros = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.int64)
         return cls(*zeros, codes, np.zeros(count, np.int64))
 
     @classmethod
     def of(cls, table: StreamTable, slots: I64, codes: I32) -> Grants:
-        """Make the grants of slots int64 [N] whose `codes`, int32 [N], are 0."""
+        """Make grants for slots, int64 [N]; those with a code (int32 [N]) other than 0 are refused."""
         granted = codes == 0
         return cls(
             np.where(granted, table.slots.handles(slots), 0).astype(np.uint64),
@@ -142,7 +144,7 @@ class Grants:
         )
 
     def spread(self, codes: I32) -> Grants:
-        """Put these grants where int32 `codes` are 0, in order; the streams at the other places were refused before."""
+        """Insert these grants, in order, where int32 `codes` are 0; the other streams were refused before."""
         grants = Grants.none(codes)
         places = np.flatnonzero(codes == 0)
         for name in ("handles", "epochs", "next_seqs", "codes", "expected_seqs"):
@@ -156,7 +158,7 @@ class StatesRead:
 
     next_seqs: I64
     states: U8
-    """Rows of bytes [N, row_bytes]; nothing meaningful where `codes` is not 0."""
+    """Rows of bytes [N, row_bytes]; undefined where `codes` is not 0."""
     codes: I32
 
 

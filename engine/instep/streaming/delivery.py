@@ -28,16 +28,16 @@ class Delivery:
         self._stats = stats
         self._max_frames = max_reply_frames
         self._repeated: dict[int, tuple[F32, I64]] = {}
-        """Outputs that pending messages only repeat, by message."""
+        """By message, outputs that pending messages only repeat."""
         self._arrived_ns: I64 = tables.messages["arrived_ns"]
 
     def keep_repeated(self, numbers: I32) -> None:
-        """Copy the outputs that these pending messages, int32 [N], only repeat: later frames may take their rows."""
+        """Copy outputs that these pending messages, int32 [N], only repeat, because later frames may reuse the rows."""
         for number in numbers.tolist():
             self._repeated[number] = repeated_outputs(self._packed, number)
 
     def deliver(self, numbers: I32, began_ns: int, ended_ns: int) -> None:
-        """Answer complete messages. The times are those of the step of their last frames, 0 if nothing was stepped."""
+        """Answer complete messages. Times are those of the step of their last frames, 0 if none was stepped."""
         queue_us = self._stats.queue_us
         while len(numbers):
             groups, taken = assemble(self._packed, numbers, began_ns, self._max_frames, MAX_REPLY_MESSAGES, queue_us)
@@ -76,7 +76,7 @@ class Delivery:
             )
 
     def _put_repeated(self, groups: int) -> None:
-        """Put kept outputs into the replies: later frames may have taken their rows."""
+        """Put kept outputs into the replies, because later frames may have reused their rows."""
         tables, outputs = self._tables, self._tables.y.shape[1]
         for fields in tables.groups[:groups]:
             first, width, timesteps = int(fields[FIRST_VALUE]), int(fields[WIDTH]), int(fields[TIMESTEPS])

@@ -36,7 +36,7 @@ from instep.streaming.tasks import Waiters
 from instep_client.protocol.codes import Code
 
 _LONGEST_RUN_NS: Final = 1_000_000
-"""About the longest that a stream which becomes ready waits for a run of several steps."""
+"""The approximate longest wait of a stream that becomes ready during a run of several steps."""
 _BUSY_RETRY_US: Final = 2000
 _MESSAGE_NS: Final = 5_000
 """The least time that the loop needs for a message. (AMD EPYC: 9 µs from socket to socket.)"""
@@ -49,16 +49,15 @@ class EngineLimits:
     max_batch_size: int
     max_queue_delay_ns: int
     max_reply_frames: int
-    """T × N of a reply to several messages."""
+    """The most frames (T × N) in a reply to several messages."""
     max_light_batch: int = 0
-    """The most streams of a batch while most frames come in messages of their own; 0 for no such limit. The loop has
-    more to do for such a batch than the step takes, and clients work while the next small one is stepped."""
+    """The most streams in a batch while most frames come in messages of their own; 0 for no limit. The loop's work for
+    such a batch takes longer than the step, and clients work while the next small batch is stepped.
+    """
 
 
 @dataclass(slots=True)
 class _Run:
-    """Steps of a batch that were given to the executor."""
-
     slots: I64
     rows: I64
     lsns: list[int]
@@ -76,14 +75,13 @@ class _Complete:
 
 
 class Engine:
-    """One model, many streams: frames between submission and reply. All methods run on the loop's thread.
+    """One model with many streams, from submitted frames to replies. All methods run on the loop's thread.
 
     A turn of the loop calls `collect`, `flush`, `admit` and `schedule`, in this order. Operations on streams begin
-    between turns, so every frame submitted before them is admitted before them; this is the only place that orders
-    frames and operations.
+    between turns, so every frame submitted before one is admitted before it. Nothing else orders frames and operations.
 
-    `log_failure` gets the error and the number of streams after failed steps and failed accesses to states.
-    `call_later` runs something after a number of seconds, and `wake` lets the loop take a turn.
+    `log_failure` is called with the error and the number of streams after a step or an access to states has failed.
+    `call_later` calls a function after some seconds, and `wake` lets the loop take a turn.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Engine:
     ) -> None:
         self.tables = tables
         self.packed = tuple(tables)
-        """The tables as kernels take them."""
+        """The tables in the form that kernels take."""
         self.table = table
         self.origins = origins
         self.executor = executor
@@ -110,17 +108,17 @@ class Engine:
         self.stats = stats
         self.events = events
         self.waiters = Waiters()
-        """Checked whenever frames were answered or a run has ended."""
+        """Waiters that are checked whenever frames were answered or a run has ended."""
         self.lost: list[I64] = []
-        """Slots whose state was lost by a failed step, for the operations to close."""
+        """Slots whose states a failed step has lost, for the operations to close."""
         self.asleep: dict[int, tuple[Origin, str, int]] = {}
-        """Streams that hibernate and whose owners are connected: owner, name and epoch by the owner's handle."""
+        """By the owner's handle: owner, name and epoch of hibernating streams whose owners are connected."""
         self.wanted: set[str] = set()
-        """Names of those of them that frames have come for, for `Hibernation` to wake."""
+        """Names of hibernating streams for which frames have come, for `Hibernation` to wake."""
         self.draining = False
-        """While True, nothing more arrives that a batch could be held for."""
+        """While True, no more frames can arrive for which a batch could wait."""
         self.expected_ns = 0
-        """The expected duration of all runs under way, each from its beginning."""
+        """The sum of the expected durations of all runs under way."""
         self._limits = limits
         self.log_failure = log_failure
         self._call_later = call_later
@@ -129,18 +127,18 @@ class Engine:
         self._runs: deque[_Run] = deque()
         self._results: deque[_Complete] = deque()
         self._step_ns: dict[int, int] = {}
-        """Duration of a step of the newest run, by the power of two that the batch size is below."""
+        """The newest duration of a step, by the bit length of the batch size."""
         self._is_holding = False
         self._delivery = Delivery(tables, origins, stats, limits.max_reply_frames)
 
     @property
     def pending_frames(self) -> int:
-        """Frames admitted and not yet computed."""
+        """The number of frames admitted and not yet computed."""
         return int(self.tables.counts[PENDING_FRAMES])
 
     @property
     def unanswered_messages(self) -> int:
-        """Messages taken and not yet answered."""
+        """The number of messages accepted and not yet answered."""
         return len(self._submitted) + int(self.tables.origins["messages"].sum())
 
     @property
@@ -160,7 +158,7 @@ class Engine:
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, frames: Frames) -> None:
-        """Queue a message until this turn's `admit`; the front end's budget bounds how many are queued."""
+        """Queue a message until this turn's `admit`. The front end's budget bounds the queue."""
         self._submitted.append(frames)
 
     def admit(self) -> None:
@@ -198,7 +196,7 @@ class Engine:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
     def _note_wanted(self, frames: list[Frames]) -> int:
-        """Notify the owners of streams that hibernate, before they get the refusals; the count of such columns."""
+        """Notify owners of hibernating streams before they get the refusals; returns the number of such columns."""
         count = 0
         for each, outcome in zip(frames, self.tables.outcomes[: len(frames)].tolist(), strict=True):
             handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
@@ -252,7 +250,7 @@ class Engine:
         self.executor.begin(slots, rows, expected_ns, rows.size * loop_ns_per_frame)
 
     def _holds_batch(self) -> bool:
-        """Whether to wait for a fuller batch; the timer wakes the loop."""
+        """Whether to wait for a fuller batch; a timer then wakes the loop."""
         counts, limits = self.tables.counts, self._limits
         is_full = counts[READY] >= min(limits.max_batch_size, self.table.open_count)
         hold_ns = int(counts[READY_SINCE_NS]) + limits.max_queue_delay_ns - time.monotonic_ns()
@@ -316,7 +314,7 @@ class Engine:
     # ── Flush ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def flush(self) -> None:
-        """Answer the messages whose outputs are computed and durable."""
+        """Answer messages whose outputs are computed and durable."""
         released, has_delivered = self.journal.released, False
         while self._results and self._results[0].lsn <= released:
             result = self._results.popleft()
@@ -329,11 +327,11 @@ class Engine:
     # ── For operations ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def hold(self, slots: I64) -> None:
-        """Let streams, int64 [N], begin no further step until `release`."""
+        """Keep streams, int64 [N], from beginning further steps until `release`."""
         hold(self.packed, slots)
 
     def release(self, slots: I64) -> None:
-        """Undo one `hold`; the caller lets the loop take a turn."""
+        """Undo one `hold`; the caller then lets the loop take a turn."""
         release(self.packed, slots, time.monotonic_ns())
 
     def fail_pending(self, slots: I64, code: Code) -> None:

@@ -35,16 +35,17 @@ _MOST_TOMBSTONES: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class IdleLimits:
-    """Limits of idle streams, in memory and in the recording: times in ns, and counts."""
+    """Limits of idle streams, in memory and in the recording: times in ns, and numbers of streams."""
 
     max_idle_ns: int
     """A stream of a connected client ends when it was idle for this long; 0 for never."""
     park_ns: int
-    """A stream whose connection is gone ends this much later; 0 for at once."""
+    """A stream is closed this long after its connection was lost; 0 for at once."""
     max_parked: int
-    """The most parked streams in memory; beyond it those parked longest hibernate or, without a recording, end."""
+    """The most parked streams in memory. Beyond it those parked longest hibernate or, without a recording, are closed.
+    """
     hibernate_after_ns: int = 0
-    """A stream with nothing to do for this long hibernates; 0 for never, unless its room is needed."""
+    """A stream with nothing to do for this long hibernates; 0 for only when its slot is needed."""
     max_hibernated: int = 1_000_000
     """The most streams that hibernate; beyond it the streams that have hibernated longest expire."""
     quiet_ns: int = 1_000_000_000
@@ -60,7 +61,7 @@ class IdleLimits:
 
 
 class Sleeper(NamedTuple):
-    """A stream that hibernates."""
+    """A hibernating stream."""
 
     stream: int
     """Its number in the recording."""
@@ -69,7 +70,7 @@ class Sleeper(NamedTuple):
     since_ns: int
     """The time since which it is idle or, without an owner, since which its connection is gone."""
     handle: int = 0
-    """The handle that its owner has; 0 without an owner."""
+    """The owner's handle; 0 without an owner."""
 
 
 class Tombstones:
@@ -122,7 +123,7 @@ class Hibernation(Mapping[str, Sleeper]):
         self._at_once = at_once
         self._asleep: dict[str, Sleeper] = {}
         self._busy: dict[str, asyncio.Future[None]] = {}
-        """Names of streams that are being read from the recording, to wake or to end."""
+        """Names of streams that are being read from the recording, to be woken or closed."""
         self._newest_lsn = 0
         """The recording is read only once this lsn is committed."""
         self._ages: Iterator[str] = iter(())
@@ -130,13 +131,13 @@ class Hibernation(Mapping[str, Sleeper]):
         self._is_behind = False
         """Whether more streams were idle than may hibernate at once."""
         self._wanted: dict[str, int] = {}
-        """Names of streams that frames have come for, and until when those wait for room."""
+        """Names of streams for which frames have come, each with the time until which it may wait for a slot."""
         self._needs_room = Waiters()
-        """Wakers that wait for room in memory."""
+        """Coroutines that wait for free slots."""
         self._vacant = 0
-        """While `_needs_room` is checked: how many more of them may proceed."""
+        """While `_needs_room` is checked, the number of coroutines that may still proceed."""
         self._staying: I64 = np.zeros(len(engine.table.owner), np.int64)
-        """By slot: requests under way that keep the stream in memory."""
+        """By slot, the number of requests under way that keep the stream in memory."""
 
     def __getitem__(self, name: str) -> Sleeper:
         return self._asleep[name]
@@ -149,11 +150,11 @@ class Hibernation(Mapping[str, Sleeper]):
 
     @property
     def is_possible(self) -> bool:
-        """Whether there is a recording that streams can be left to."""
+        """Whether a recording exists that can hold hibernating streams."""
         return self._journal.is_recording and not self._journal.has_failed
 
     def restarted(self, streams: Mapping[str, int]) -> None:
-        """Add streams of the recording that a restart did not load: name → number."""
+        """Add streams that a restart did not load from the recording: name → number."""
         now_ns = time.monotonic_ns()
         self._asleep.update((name, Sleeper(stream, None, now_ns)) for name, stream in streams.items())
 
@@ -226,7 +227,7 @@ class Hibernation(Mapping[str, Sleeper]):
 
     @contextmanager
     def staying(self, slots: I64) -> Iterator[None]:
-        """While the block runs, the streams in these slots, int64 [N], stay in memory."""
+        """Keep the streams in these slots, int64 [N], in memory while the block runs."""
         self._staying[slots] += 1
         try:
             yield
@@ -272,7 +273,7 @@ class Hibernation(Mapping[str, Sleeper]):
     # ── Awake ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def wake_wanted(self) -> None:
-        """Begin to wake the streams that frames have come for, unless that has begun."""
+        """Begin to wake streams for which frames have come, unless that has begun."""
         is_waking, until_ns = bool(self._wanted), time.monotonic_ns() + self.limits.most_wait_ns
         for name in self._engine.wanted:
             self._wanted.setdefault(name, until_ns)
@@ -372,7 +373,7 @@ class Hibernation(Mapping[str, Sleeper]):
 
     @contextmanager
     def _reading(self, names: list[str]) -> Iterator[None]:
-        """While the block runs, it alone wakes or ends these streams."""
+        """Keep others from waking or closing these streams while the block runs."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._busy.update(dict.fromkeys(names, done))
         try:
@@ -405,7 +406,6 @@ class Hibernation(Mapping[str, Sleeper]):
         return {name: what for name, (asleep, what) in found.items() if self._asleep.get(name) is asleep}
 
     def _rows(self, streams: list[OpenStream]) -> U8:
-        """Their states: [N, row_bytes]."""
         rows = self._states.spec.initial(len(streams))
         for row, stream in zip(rows, streams, strict=True):
             if stream.state is not None:
@@ -452,7 +452,7 @@ class Hibernation(Mapping[str, Sleeper]):
         return [name for name in old if name not in self._busy]
 
     async def _expire(self, names: list[str]) -> None:
-        """End streams; later requests for them get EXPIRED."""
+        """Close streams; later requests for them get EXPIRED."""
         names = [name for name in names if name in self._asleep and name not in self._busy]  # a moment has passed
         if not names:
             return
@@ -466,14 +466,14 @@ class Hibernation(Mapping[str, Sleeper]):
             self._engine.origins.notify(_owners(asleep[stream.name] for stream in streams), Code.EXPIRED)
 
     async def close(self, handles: Mapping[str, int], have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
-        """End streams without waking them.
+        """Close streams without waking them.
 
         Args:
-            handles: by name, those that the owner has.
-            have: by name, the seq before which the owner has every output or does without.
+            handles: by name, the owner's handles.
+            have: by name, the seq below which the owner has every output or gives it up.
 
         Returns:
-            By name, for those that hibernated: the code of a refusal and the final state, uint8 [row_bytes].
+            By name, for streams that hibernated: the code of a refusal or None, and the final state, uint8 [row_bytes].
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
@@ -491,7 +491,7 @@ class Hibernation(Mapping[str, Sleeper]):
     async def _end(
         self, sleepers: Mapping[str, Sleeper], reason: str, kind: EventKind, have: Mapping[str, int] | None = None
     ) -> tuple[list[OpenStream], dict[str, Code]]:
-        """End streams; return those that were ended, and codes by name of the others."""
+        """Close streams; returns the closed ones, and codes by name for the others."""
         await self._journal.committed(self._newest_lsn)
         streams, refused = await self._load_all(sleepers)
         await self._lose(sleepers, refused)

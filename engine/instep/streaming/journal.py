@@ -1,8 +1,8 @@
-"""The journal hands records to the recorder and knows when they are durable.
+"""The journal hands records to the recorder and tracks which are durable.
 
-Everything recorded has a rising log sequence number (`lsn`). With `commit` and `fsync` a reply waits for the lsn of
-everything that it rests on, so a crash cannot undo an output, a state, a stream or its end that a client knows of.
-(Refusals of frames and messages do not wait, those of a resume do.)
+Everything recorded has a rising log sequence number (`lsn`). With `commit` and `fsync` a reply waits until every record
+that it depends on is durable, so a crash cannot undo an output, a state, or the opening or end of a stream that a
+client knows of. (Refusals of frames and messages do not wait; refusals of a resume do.)
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from instep.recording.writer import RecordingWriter
 from instep.streaming.tasks import Waiters
 
 NEVER: Final = 2**62
-"""The lsn of everything that was not recorded because the recording has failed."""
+"""The lsn of records that were dropped because the recording has failed."""
 _MANY: Final = 2**31
 
 
 class Journal:
-    """Turns slots and rows into records; without a recorder, everything is durable at once.
+    """Turns slots and rows into records. Without a recorder, everything counts as durable at once.
 
-    A recorder that has failed takes nothing more, and waiting requests wait until the server ends soon after.
+    A failed recorder accepts nothing more, and waiting requests wait until the server ends soon after.
 
-    `wake` lets the loop take a turn; it is called on the loop's thread when more is durable.
+    `wake` lets the loop take a turn; it is called on the loop's thread when more records are durable.
     """
 
     def __init__(self, tables: Tables, table: StreamTable, wake: Callable[[], None]) -> None:
@@ -51,11 +51,11 @@ class Journal:
         self.newest = 0
         """The lsn of the newest record."""
         self.last_inputs = 0
-        """The lsn of the newest batch of inputs, or of the newest row that the recording held at the start."""
+        """The lsn of the newest batch of inputs, or of the newest row that the recording had at the start."""
         self.released = NEVER - 1
-        """Replies that rest on nothing newer than this lsn may be sent."""
+        """Replies that depend on nothing newer than this lsn may be sent."""
         self.computed_ns = 0
-        """Duration of the steps since the last checkpoint."""
+        """The duration of the steps since the last checkpoint."""
         self._tables = tables
         self._table = table
         self._wake = wake
@@ -68,9 +68,9 @@ class Journal:
         self._durable = Waiters()
         """Requests that wait for durability."""
         self._committing = Waiters()
-        """Other waiters, which wait for a commit."""
+        """Waiters for a commit, whatever the durability."""
         self._releases = 0
-        """Releases that follow after the coroutines that waited."""
+        """Releases of replies that follow after the coroutines that waited."""
 
     def record(self, recorder: Recorder, last_stream: int, last_row: int, *, waits: bool, replayed_ns: int = 0) -> None:
         """Record from now on.
@@ -103,14 +103,14 @@ class Journal:
 
     @property
     def room(self) -> int:
-        """Count of batches that may begin now; 0 while the recorder is behind, and after it failed."""
+        """The number of batches that may begin now; 0 while the recorder is behind, and after it failed."""
         if self._recorder is None:
             return _MANY
         return 0 if self.has_failed else self._recorder.room
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether the recorder needs a checkpoint, before which it can later trim history."""
+        """Whether the recorder needs a checkpoint, so that it can trim the history before it later."""
         return self._recorder is not None and self._recorder.wants_checkpoint
 
     @property
@@ -119,7 +119,7 @@ class Journal:
         return not self._durable
 
     def advance(self, lsn: int) -> None:
-        """Record that everything up to this lsn is committed; called on the loop's thread."""
+        """Note that everything up to this lsn is committed; called on the loop's thread."""
         self._committed = lsn
         if not (self._committing or self._durable or self._releases):
             self._release(lsn)
@@ -140,13 +140,13 @@ class Journal:
         self._wake()
 
     async def durable(self, lsn: int) -> None:
-        """Return once a reply may rest on the record of this lsn."""
+        """Wait until a reply may depend on the record of this lsn."""
         if self._waits:
             self._hurry(lsn)
             await self._durable.until(lambda: lsn <= self._committed)
 
     async def committed(self, lsn: int) -> None:
-        """Return once the record of this lsn is committed, whatever the durability."""
+        """Wait until the record of this lsn is committed, whatever the durability."""
         self._hurry(lsn)
         await self._committing.until(lambda: lsn <= self._committed)
 
@@ -175,7 +175,7 @@ class Journal:
         return self._put(lambda writer: writer.add_inputs(time_ns, streams, seqs, x), batches=1, is_awaited=self._waits)
 
     def outputs(self, lsn: int, rows: I64, computed_ns: int) -> None:
-        """Record the outputs of the batch of that lsn. Replies rest on its inputs, so nothing waits for this record."""
+        """Record the outputs of the batch of an lsn. Nothing waits for this, because replies depend on the inputs."""
         if self._recorder is None:
             return
         self.computed_ns += computed_ns
@@ -183,21 +183,21 @@ class Journal:
         self._put(lambda writer: writer.add_outputs(time_ns, lsn, y), is_awaited=False)
 
     def failed(self, lsn: int, detail: str) -> int:
-        """Record that the step of that lsn failed and none of its frames was applied."""
+        """Record that the step of an lsn failed and none of its frames was applied."""
         time_ns = time.time_ns()
         return self._put(lambda writer: writer.fail_batch(time_ns, lsn, detail))
 
     def begin_checkpoint(self) -> int:
-        """Begin a checkpoint; return the lsn up to which its states contain every batch."""
+        """Begin a checkpoint; return the lsn up to which its states include every batch."""
         self._through = self.newest
         return self._through
 
     def end_checkpoint(self) -> None:
-        """End the checkpoint under way, complete or failed."""
+        """End the checkpoint under way, whether complete or failed."""
         self._through = 0
 
     def hibernated(self, slots: I64, rows: StateRows) -> int:
-        """Record the states of streams that leave memory, as part of the checkpoint under way or of the next one."""
+        """Record states of streams that leave memory, as part of the present or the next checkpoint."""
         self.dirty.mark_clean(slots)
         return self.states(self._through or self.newest, rows, is_last=False)
 
@@ -217,8 +217,8 @@ class Journal:
 
         Args:
             slots: int64 [N].
-            names: N.
-            initial_states: before their next frames, [N, …], None for the model's own.
+            names: N names.
+            initial_states: the states before their next frames, [N, …]; None for the model's own.
         """
         table, count, time_ns = self._table, len(slots), time.time_ns()
         streams = self._number(slots)
@@ -230,10 +230,10 @@ class Journal:
     def moved(
         self, slots: I64, names: Sequence[str], now: StateRows, replayed_from: I64 | None, file: Path | None
     ) -> int:
-        """Record streams that have come from another version of the model; see `RowWriter.move_streams`.
+        """Record streams that come from another version; see `RecordingWriter.move_streams`.
 
-        `now` also has the frames whose outputs clients may lack, because this recording does not have them otherwise.
-        `file` is the recording of that version; None where nothing is recorded.
+        `now` includes the frames whose outputs clients may lack, because this recording has no other copy. `file` is
+        the other version's recording; None without one.
         """
         table, count, time_ns = self._table, len(slots), time.time_ns()
         numbers, streams = table.recording_ids(slots), self._number(slots)
@@ -250,20 +250,19 @@ class Journal:
         return self._put_rows(3 * count + 1, write) if count else 0
 
     def _number(self, slots: I64) -> I64:
-        """Give streams their numbers in this recording."""
         streams = np.arange(self._last_stream + 1, self._last_stream + 1 + len(slots))
         self._last_stream += len(slots)
         self._table.recording_id[slots] = streams
         return streams
 
     def resumed(self, slots: I64) -> int:
-        """Record new owners, and so new epochs, of streams."""
+        """Record new owners, and therefore new epochs, of streams."""
         table = self._table
         details = map(owner_detail, table.former_epoch[slots].tolist(), table.granted_seq[slots].tolist())
         return self._events(slots, OWNER_EVENT, table.epoch[slots].astype(np.int64), details)
 
     def parked(self, slots: I64) -> int:
-        """Record that the connection of these streams is gone."""
+        """Record that the connection of these streams is lost."""
         return self._events(slots, PARKED_EVENT, self._table.next_seq[slots], repeat("", len(slots)))
 
     def reset(self, slots: I64, states: U8 | None) -> int:

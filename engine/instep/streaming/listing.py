@@ -1,4 +1,4 @@
-"""Lists open streams for operators: one by its name, or page by page."""
+"""Lists open streams for operators: one by name, or page by page."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class StreamStatus(NamedTuple):
 
     place: Place
     owner: int | None
-    """The number of its connection; None where that is gone."""
+    """The number of its connection; None if that is gone."""
     next_seq: int | None
-    """None while it hibernates."""
+    """The next seq; None while it hibernates."""
     pending: int
-    """Frames."""
+    """The number of pending frames."""
     silent_ns: int
-    """Time since it was last active or, without an owner, since its connection is gone."""
+    """The time since it was last active or, without an owner, since its connection was lost."""
     expires_in_ns: int | None
     """The time left until it expires if it stays idle; None if it never does."""
 
@@ -44,9 +44,9 @@ class ListedPage:
     """One page of a listing."""
 
     streams: list[tuple[str, StreamStatus]]
-    """With their names."""
+    """Streams with their names."""
     cursor: int
-    """Where the next page begins; 0 after the last."""
+    """The cursor of the next page; 0 after the last."""
 
 
 class Listing:
@@ -57,7 +57,7 @@ class Listing:
         self._hibernation = hibernation
 
     def find(self, name: str, now_ns: int) -> StreamStatus | None:
-        """The open stream of that name, if there is one; `now_ns` is on the monotonic clock."""
+        """The open stream of a name, if it exists; `now_ns` is on the monotonic clock."""
         slots = self._table.find([name])
         if slots[0] != SCRATCH_SLOT and not self._table.closing[slots[0]]:
             return self._in_memory(slots, now_ns)[0]

@@ -1,7 +1,7 @@
-"""Operations on streams: open, resume, read, write, fork, close and evict. Each reads from top to bottom.
+"""Operations on streams: open, resume, read, write, fork, close and evict.
 
-The part of an operation before its first wait runs after all earlier frames were admitted, and before any later frame
-is. Changes that later frames must find are made there.
+The part of an operation before its first wait runs after all earlier frames were admitted, and before any later one.
+Changes that later frames must see are made there.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from instep.streaming.tasks import Tasks
 from instep_client.protocol.codes import Code
 
 _ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
-"""Reason of an end → kind of its event, where that is not `evicted`."""
+"""By reason of an end, the kind of its event, unless that is `evicted`."""
 REAP_AT_ONCE: Final = 4096
 """The most streams that are parked or evicted in one tick, of all connections together."""
 _LOOK_EVERY: Final = 10
-"""Ticks between searches for idle streams. A search looks at every stream."""
+"""The number of ticks between searches for idle streams. A search examines every stream."""
 
 
 class StreamOperations:
@@ -59,7 +59,7 @@ class StreamOperations:
         Args:
             origin: their owner.
             names: valid names, some of which may be in use.
-            states: initial states [N, row_bytes], None for the model's own.
+            states: initial states [N, row_bytes]; None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
@@ -101,10 +101,10 @@ class StreamOperations:
         """Open copies of streams, each with the state and the next seq of its original.
 
         Args:
-            origin: owns the originals, and the copies.
+            origin: the owner of the originals and the copies.
             handles: of the originals, uint64 [N].
             names: of the copies.
-            codes: int32 [N], not 0 where the copy is refused already.
+            codes: int32 [N], not 0 for copies that are already refused.
         """
         slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
@@ -159,7 +159,7 @@ class StreamOperations:
             return await self._grant(origin, names, decision, slots)
 
     async def _grant(self, origin: Origin, names: Names, decision: ResumeDecision, slots: I64) -> Grants:
-        """Grant streams that were handed over, once nothing of them is pending and that is durable."""
+        """Grant streams that were handed over, once they have no pending frames and this is durable."""
         table, engine, good = self._table, self._engine, decision.codes == 0
         incarnations = table.incarnations(slots)
         named = table.find(names)
@@ -184,7 +184,7 @@ class StreamOperations:
         return grants
 
     async def _ended(self, slots: I64) -> None:
-        """Wait until those of these streams that are closing have ended."""
+        """Wait until all of these streams that are closing have ended."""
         table, incarnations = self._table, self._table.incarnations(slots)
         await self._engine.waiters.until(
             lambda: not (table.closing[slots] & (table.incarnations(slots) == incarnations)).any()
@@ -193,16 +193,16 @@ class StreamOperations:
     # ── Read and write states ──────────────────────────────────────────────────────────────────────────────────────
 
     async def read_own_states(self, origin: Origin, handles: U64) -> StatesRead:
-        """States of streams of an origin.
+        """Read states of an origin's streams.
 
-        Each is the state before the frame of its next seq; pending frames are not in it. It is sent when everything
-        that it rests on is durable.
+        Each is the state before the frame of its next seq, without pending frames. It is returned once everything that
+        it depends on is durable.
         """
         slots, codes = await self._own(origin, handles)
         return await self._read_states(slots, codes)
 
     async def read_states(self, names: Names) -> StatesRead:
-        """States of streams by distinct names, whichever origin owns them; see `read_own_states`."""
+        """Read states of streams by distinct names, whoever owns them; see `read_own_states`."""
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
         while True:
@@ -296,7 +296,7 @@ class StreamOperations:
         return states, codes
 
     async def _end(self, slots: I64, reason: str) -> tuple[U8, Bool]:
-        """Close streams; the final states [N, row_bytes] and which of them are lost."""
+        """Close streams; returns the final states [N, row_bytes] and which of them are lost."""
         packed, holds = self._engine.packed, self._engine.tables.streams["holds"]
         self._table.closing[slots] = True
         await self._engine.waiters.until(lambda: not (are_pending(packed, slots) or holds[slots].any()))
@@ -403,7 +403,7 @@ class Reaper:
 
     @property
     def is_detaching(self) -> bool:
-        """Whether streams of connections that are gone are still to be parked or closed."""
+        """Whether streams of lost connections are still to be parked or closed."""
         return bool(self._detaching)
 
     def detach(self, origin: Origin) -> None:
@@ -418,7 +418,7 @@ class Reaper:
             self._detaching.discard(origin.number)
 
     def tick(self, now_ns: int) -> None:
-        """Do the work that is due."""
+        """Do the due work."""
         if self._detaching:
             self._park(now_ns)
         self._evict_surplus()

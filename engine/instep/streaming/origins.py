@@ -19,7 +19,7 @@ class Origins:
         self._capacity = len(tables.origins) - 1  # the last one owns parked streams
         self._connected: dict[int, Origin] = {}
         self._left: set[int] = set()
-        """Numbers of origins that are gone and still have streams or pending messages."""
+        """Numbers of lost origins that still have streams or pending messages."""
         self._given_out = 0
         self._free: list[int] = []
         self._arrived = 0
@@ -28,11 +28,11 @@ class Origins:
         return len(self._connected)
 
     def __getitem__(self, number: int) -> Origin | None:
-        """The connected origin of that number."""
+        """The connected origin with that number, or None."""
         return self._connected.get(number)
 
     def connect(self, origin: Origin) -> bool:
-        """Set the number and the arrival number of an origin; False where too many are connected."""
+        """Set the number and arrival rank of an origin; False if too many are connected."""
         if self._free:
             origin.number = self._free.pop()
         elif self._given_out < self._capacity:
@@ -54,7 +54,7 @@ class Origins:
         return bool(self._tables.origins["streams"][origin.number])
 
     def is_connected(self, origin: Origin) -> bool:
-        """Whether the origin is connected; its number may belong to another one by now."""
+        """Whether the origin is connected; another one may have its number by now."""
         return self._connected.get(origin.number) is origin
 
     def owners(self, table: StreamTable, slots: I64) -> list[tuple[Origin, U64]]:
@@ -83,7 +83,7 @@ class Origins:
         self._left.add(origin.number)
 
     def release_left(self) -> None:
-        """Free the numbers of origins that are gone and have neither streams nor messages any more."""
+        """Free the numbers of lost origins that have neither streams nor messages any more."""
         if not self._left:
             return
         records = self._tables.origins

@@ -24,15 +24,15 @@ from instep_client.protocol.codes import Code
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Facts of a model that are known from the start."""
+    """Facts about a model that are known from the start."""
 
     fingerprint: str
     kind: str
     device: str
     exactness: Literal["exact", "tolerance"]
-    """Whether a frame has the same bits in every batch, on every processor."""
+    """Whether a frame has the same bits in every batch and on every processor."""
     arithmetic: str
-    """As `RecordingHeader.arithmetic`."""
+    """See `RecordingHeader.arithmetic`."""
     features: int
     outputs: int
     max_streams: int
@@ -44,28 +44,28 @@ class Recovery:
     """The result of continuing a recording."""
 
     streams: int
-    """The count of reopened streams, parked or hibernating until they are resumed."""
+    """The number of reopened streams, which are parked or hibernate until they are resumed."""
     frames: int
-    """Frames that were stepped again."""
+    """The number of frames that were stepped again."""
     seconds: float
     last_stream: int
-    """The highest number that a stream of the recording has."""
+    """The highest stream number in the recording."""
     hibernated: dict[str, int]
-    """The streams that are not in memory, since nothing of them had to be stepped again: name → number."""
+    """Streams that were not loaded, because none of their frames had to be stepped again: name → number."""
     checkpoint_position: int
-    """Up to this position, the recovery read only rows that still count; 0 if it read all rows."""
+    """Up to this position the recovery read only rows that still count; 0 if it read all rows."""
 
 
 @dataclass(slots=True, eq=False)
 class ModelService:
-    """A model with memory, streams, an executor and a recording of its own.
+    """A model with its own memory, streams, executor and recording.
 
-    The loop takes its turns, and front ends lead the origins of the model to it. It knows no other service, so it can
-    be added to a running server and removed from it.
+    The loop takes its turns, and front ends connect origins to it. It knows no other service, so it can be added to a
+    running server and removed from it.
     """
 
     name: str
-    """Unique in a server."""
+    """The name, which is unique in a server."""
     engine: Engine
     operations: StreamOperations
     reaper: Reaper
@@ -73,29 +73,29 @@ class ModelService:
     checkpoints: Checkpoints
     listing: Listing
     tasks: Tasks
-    """Requests and whatever else waits for this engine or its recording."""
+    """Requests, and other coroutines that wait for this engine or its recording."""
     log: structlog.stdlib.BoundLogger
     """It names the model in every line if the server has several."""
     about: About
     steps_apart: bool = False
-    """Whether it steps in a process of its own, where polling keeps no interpreter's lock from it."""
+    """Whether it steps in another process, which polling cannot keep waiting for the interpreter's lock."""
     file: Path | None = None
-    """Its recording."""
+    """The file of its recording."""
     folder: Path = Path()
-    """The model's."""
+    """The folder of the model."""
     recorder: Recorder | None = None
     recovery: Recovery | None = None
-    """The recovery of an older recording, if there was one."""
+    """The result of continuing an older recording, if there was one."""
     verification: Verification | None = None
     """Findings of the process that checks the recording; None without live verification."""
     server_began_ns: int = field(default_factory=time.monotonic_ns)
     """The start of the server, on the monotonic clock."""
     is_former: bool = False
-    """Whether another version has replaced it, and it ends with its last connection."""
+    """Whether another version has replaced it, so it ends with its last connection."""
     leaves: str = ""
-    """The reason for refusing everything new, if the server continues without this model."""
+    """The reason for refusing new work, if the server continues without this model."""
     history: History = field(init=False)
-    """The last ten minutes."""
+    """The numbers of the last ten minutes."""
     _logged: dict[Code, int] = field(default_factory=dict)
     """Refusals by code that were added to the events."""
 
@@ -114,13 +114,13 @@ class ModelService:
 
     @property
     def is_unused(self) -> bool:
-        """Whether there is no connection and no stream, wherever it is."""
+        """Whether it has neither connections nor streams, in memory or elsewhere."""
         engine = self.engine
         return not (len(engine.origins) or engine.table.open_count or self.operations.hibernation or len(self.tasks))
 
     @property
     def is_ready(self) -> bool:
-        """Whether new streams and frames are taken."""
+        """Whether new streams and frames are accepted."""
         return not (self.engine.draining or self.engine.journal.has_failed)
 
     def drain(self, leaves: str = "") -> None:
@@ -128,7 +128,7 @@ class ModelService:
         self.engine.draining, self.leaves = True, leaves
 
     def end_streams(self) -> None:
-        """Begin to end all streams, unless a recording keeps them, and notify their owners."""
+        """Begin to close all streams, unless a recording keeps them, and notify their owners."""
         if not self.engine.journal.is_recording:
             slots = self.engine.table.open_slots()
             self.operations.evict(slots[~self.engine.table.closing[slots]], Code.UNLOADED)
@@ -148,7 +148,7 @@ class ModelService:
         self._logged = refusals
 
     def numbers(self) -> dict[str, float]:
-        """All numbers by name; `recent_` is the newest row of the history."""
+        """All numbers by name; `recent_` marks the newest row of the history."""
         return self._counted() | {f"recent_{name}": value for name, value in self.history.newest().items()}
 
     def _counted(self) -> dict[str, float]:
@@ -172,7 +172,6 @@ class ModelService:
         }
 
     def _recorded(self) -> dict[str, float]:
-        """The numbers of the recording, where there is one."""
         if self.file is None:
             return {}
         numbers = {

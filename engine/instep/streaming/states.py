@@ -23,7 +23,7 @@ from instep.streaming.tasks import Tasks
 AT_ONCE: Final = 4096
 """The most states that are copied before the loop gets its turn."""
 CHECKPOINT_AT_ONCE: Final = 1024
-"""States read in one go and written in one transaction. Replies may wait for it."""
+"""The number of states read together and written in one transaction. Replies may wait for it."""
 
 
 class StreamStates:
@@ -36,13 +36,13 @@ class StreamStates:
         self._at_once = at_once
         self._numbers = count(1)
         self._turns: dict[int, set[int]] = {}
-        """Numbers of waiters, each with the ones it waits for."""
+        """By number of a waiter, the numbers of the waiters it waits for."""
         self._newest: I64 = np.zeros(len(engine.table.owner), np.int64)
         """The number of the last waiter, by slot."""
 
     @asynccontextmanager
     async def settled(self, slots: I64) -> AsyncIterator[None]:
-        """While the block runs, these streams are in no run and begin none, and nobody else reads or writes them.
+        """Keep these streams out of runs, and their states from other readers and writers, while the block runs.
 
         Waiters for the same streams get their turns in order.
         """
@@ -139,7 +139,7 @@ def _fill_frame_buffer(tables: Tables, slot: int, stream: OpenStream) -> None:
 
 
 def state_rows(tables: Tables, table: StreamTable, slots: I64, states: U8) -> StateRows:
-    """The states of open streams, [N, …], and the frames of each whose outputs its client may not have."""
+    """The states of open streams, [N, …], and the frames of each whose outputs its client may lack."""
     seqs = table.step_seq[slots]
     first = np.maximum(np.maximum(table.acked[slots], seqs - tables.counts[WINDOW]), table.first_seq[slots])
     counts = seqs - first
@@ -149,13 +149,13 @@ def state_rows(tables: Tables, table: StreamTable, slots: I64, states: U8) -> St
 
 
 class Checkpoints:
-    """Keeps the time that a restart would need to replay within a target.
+    """Keeps the time that a restart would need for the replay within a target.
 
-    A checkpoint names the newest batch that every state in it contains. It is read and written in parts, and streams
-    continue meanwhile: a state may contain later frames, which its seq tells, so a replay leaves those out for it. The
-    last part makes the checkpoint the one that counts.
+    A checkpoint names the newest batch that all of its states include. It is read and written in parts, and streams
+    continue meanwhile, so a state may include later frames, as its seq shows; a replay skips those. The last part makes
+    the checkpoint valid.
 
-    One is due when the steps since the last one took longer than `target_ns`.
+    A checkpoint is due when the steps since the last one took longer than `target_ns`.
     """
 
     def __init__(
@@ -174,16 +174,16 @@ class Checkpoints:
         self.is_under_way = False
         """Whether a checkpoint has begun and is not committed yet."""
         self.taken_ns = time.monotonic_ns()
-        """The beginning of the newest complete checkpoint, or of the service before the first one."""
+        """The time at which the newest complete checkpoint began; before the first, the start of the service."""
 
     def take_if_due(self) -> None:
-        """Begin one if a restart would have to replay for longer than the target, or the recording is to be trimmed."""
+        """Begin a checkpoint if a restart would replay for longer than the target, or trimming needs one."""
         journal = self._engine.journal
         if (journal.computed_ns > self._target_ns or journal.wants_checkpoint) and not self.is_under_way:
             self._tasks.start(self.take())
 
     async def take(self) -> None:
-        """Write the states that changed since the last checkpoint; a failed one leaves the older one in force."""
+        """Write the states that changed since the last checkpoint; after a failure the older one stays valid."""
         if self.is_under_way or not self._engine.journal.is_recording:
             return
         self.is_under_way = True

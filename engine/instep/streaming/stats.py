@@ -1,6 +1,6 @@
-"""Counters of an engine, its last ten minutes in numbers, and its newest events.
+"""Counters of an engine, the numbers of its last ten minutes, and its newest events.
 
-They are plain numbers, histograms and tuples that any front end may read.
+All are plain numbers, histograms and tuples that any front end may read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from instep.core.typing import F64, I32, I64
 from instep_client.protocol.codes import Code
 
 _CODES: Final = 256
-"""More than the highest code."""
+"""A number above the highest code."""
 
 
 @dataclass(slots=True)
@@ -29,10 +29,10 @@ class EngineStats:
     frames_total: int = 0
     batches_total: int = 0
     messages_total: int = 0
-    """STEP messages answered."""
+    """The number of answered STEP messages."""
     busy_total: int = 0
     refused_messages_total: int = 0
-    """Messages of every kind that were refused as a whole, also of connections that have not said HELLO."""
+    """The number of messages of any kind refused as a whole, including those of connections without HELLO."""
     step_failures_total: int = 0
     opened_streams_total: int = 0
     closed_streams_total: int = 0
@@ -44,23 +44,23 @@ class EngineStats:
     evicted_by_reason: dict[str, int] = field(default_factory=dict)
     began_ns: int = field(default_factory=time.monotonic_ns)
     executor_busy_ns: int = 0
-    """Time that runs took."""
+    """The total duration of runs."""
     loop_busy_ns: int = 0
-    """Time that turns of the server's loop took, for all models together."""
+    """The total duration of the loop's turns, for all models together."""
     recording_free_bytes: int | None = None
-    """Free on the disk of the recording; None without one."""
+    """The free bytes on the recording's disk; None without a recording."""
     refused: I64 = field(default_factory=lambda: np.zeros(_CODES, np.int64))
-    """Refusals by code: of messages as a whole, and of streams in them."""
+    """Refusals by code, of whole messages and of streams in them."""
     latency_us: I64 = field(default_factory=new_histogram)
     """Microseconds from the arrival of messages to their replies."""
     queue_us: I64 = field(default_factory=new_histogram)
-    """Microseconds that messages waited for the step of their last frames."""
+    """Microseconds for which messages waited for the step of their last frames."""
     compute_us: I64 = field(default_factory=new_histogram)
-    """Microseconds that steps took."""
+    """Durations of steps in microseconds."""
     send_us: I64 = field(default_factory=new_histogram)
     """Microseconds from the end of a step to its replies."""
     commit_us: I64 = field(default_factory=new_histogram)
-    """Microseconds that transactions of the recording took; the recorder's thread adds them."""
+    """Durations of the recording's transactions in microseconds; the recorder's thread adds them."""
     batch_size: I64 = field(default_factory=new_histogram)
     """Streams of a batch minus one; see `add_steps`."""
 
@@ -121,7 +121,7 @@ class EngineStats:
 HISTORY_ROWS: Final = 600
 _EVERY_NS: Final = 1_000_000_000
 _WINDOW: Final = 10
-"""Rows that quantiles look back over."""
+"""The number of rows that quantiles cover."""
 _RATES: Final = {
     "frames_per_s": "frames_total",
     "batches_per_s": "batches_total",
@@ -129,9 +129,9 @@ _RATES: Final = {
     "loop_busy": "loop_busy_s_total",
     "executor_busy": "executor_busy_s_total",
 }
-"""Column → the counter whose growth each second it is."""
+"""By column, the counter whose growth per second it is."""
 _MEANS: Final = {"batch_size_mean": ("frames_total", "batches_total")}
-"""Column → the counters whose growth is divided."""
+"""By column, the counters whose growths are divided."""
 _GAUGES: Final = (
     "streams_open",
     "streams_parked",
@@ -148,18 +148,18 @@ _QUANTILES: Final = {
     },
     "commit_us_p99": ("commit_us", 0.99),
 }
-"""Column → histogram and share."""
+"""By column, the histogram and the share."""
 _SPLIT: Final = ("latency_us_mean", "queue_us_mean", "compute_us_mean", "send_us_mean")
-"""The mean time from the arrival of a message to its answer, and the parts that it is the sum of."""
+"""The mean time from the arrival of a message to its answer, and the parts that add up to it."""
 COLUMNS: Final = ("time_s", *_RATES, *_MEANS, *_QUANTILES, *_SPLIT, *_GAUGES)
 
 
 class History:
-    """A ring of rows. `time_s` is Unix time (UTC); latencies cover ten seconds, everything else one.
+    """A ring of rows. `time_s` is Unix time (UTC); latencies cover ten seconds, all other columns one.
 
     Args:
-        read: the present counters and gauges, by name; missing ones count as 0.
-        histograms: those whose quantiles are kept (`core.histogram`), by name.
+        read: returns the present counters and gauges by name; missing ones count as 0.
+        histograms: by name, the histograms (`core.histogram`) whose quantiles are kept.
     """
 
     def __init__(self, read: Callable[[], Mapping[str, float]], histograms: Mapping[str, I64]) -> None:
@@ -170,7 +170,7 @@ class History:
         self._due_ns = self._sampled_ns = 0
         self._before: Mapping[str, float] = {}
         self._earlier: deque[dict[str, I64]] = deque(maxlen=_WINDOW)
-        """The histograms as they were, one look for each row that quantiles look back over, the oldest first."""
+        """Copies of the histograms, one for each row that quantiles cover, the oldest first."""
 
     def __len__(self) -> int:
         return min(self._count, HISTORY_ROWS)
@@ -213,19 +213,19 @@ class History:
         return float(self._rows[rows, COLUMNS.index(name)].mean()) if len(rows) else 0.0
 
     def columns(self) -> dict[str, list[float]]:
-        """Every column by its name, one value a row, oldest first."""
+        """Every column by name, one value per row, oldest first."""
         rows = np.roll(self._rows, -self._count, axis=0) if self._count > HISTORY_ROWS else self._rows[: self._count]
         return dict(zip(COLUMNS, rows.T.tolist(), strict=True))
 
     def newest(self) -> dict[str, float]:
-        """The newest row, by column; empty before the first one."""
+        """The newest row by column; empty before the first one."""
         if not self._count:
             return {}
         return dict(zip(COLUMNS, self._rows[(self._count - 1) % HISTORY_ROWS].tolist(), strict=True))
 
 
 def _split(histograms: Mapping[str, I64]) -> tuple[float, float, float, float]:
-    """The columns of `_SPLIT`; time that is neither waiting nor sending is computing."""
+    """The columns of `_SPLIT`; time that is neither waiting nor sending counts as computing."""
     if "latency_us" not in histograms or not (answered := int(histograms["latency_us"][:ENTRIES].sum())):
         return 0.0, 0.0, 0.0, 0.0
     latency, queue, send = (
@@ -235,7 +235,7 @@ def _split(histograms: Mapping[str, I64]) -> tuple[float, float, float, float]:
 
 
 MOST_EVENTS: Final = 4096
-"""Events that are kept."""
+"""The number of events that are kept."""
 
 EventKind: TypeAlias = Literal[
     "opened",
@@ -260,13 +260,13 @@ class Event(NamedTuple):
 
     number: int
     time_s: float
-    """Unix time, UTC."""
+    """The time in Unix seconds (UTC)."""
     kind: EventKind
     stream: str
-    """Its name; empty where the event concerns no single stream."""
+    """The stream's name; empty if the event concerns no single stream."""
     detail: str
     seq: int | None
-    """The frame that the stream expected next, or that the event is about."""
+    """The seq that the stream expected next, or that the event is about."""
 
 
 class EventLog:
@@ -283,7 +283,7 @@ class EventLog:
         """The number of the newest event; 0 before the first."""
 
     def add(self, kind: EventKind, stream: str = "", detail: str = "", seq: int | None = None) -> None:
-        """Add an event at the present time."""
+        """Add an event that happened now."""
         self._append(kind, [stream], detail, [seq])
 
     def add_all(self, kind: EventKind, streams: Sequence[str], detail: str = "", seqs: I64 | None = None) -> None:

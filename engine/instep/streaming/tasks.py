@@ -32,7 +32,7 @@ async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
 class Tasks:
     """Starts coroutines in order; each runs up to its first wait before the loop continues.
 
-    `on_bug` gets an exception that a coroutine raised, because clients may be waiting for its result.
+    `on_bug` is called with an exception that a coroutine raised, because clients may be waiting for its result.
     """
 
     def __init__(self, on_bug: Callable[[BaseException], None]) -> None:
@@ -45,11 +45,11 @@ class Tasks:
 
     @property
     def are_beginning(self) -> bool:
-        """Whether a coroutine was started that has not run up to its first wait yet."""
+        """Whether a started coroutine has not yet run up to its first wait."""
         return self._unbegun > 0
 
     def start(self, coroutine: Coroutine[Any, Any, None], on_end: Callable[[], None] = lambda: None) -> None:
-        """Run a coroutine from the loop's next iteration on; then call `on_end`, also if it never began."""
+        """Run a coroutine from the loop's next iteration on; then call `on_end`, even if it never began."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(coroutine)
         self._unbegun += 1
@@ -67,7 +67,7 @@ class Tasks:
             self._on_bug(error)
 
     def cancel(self) -> None:
-        """Cancel everything that runs: the server ends."""
+        """Cancel all coroutines, because the server ends."""
         for task in list(self._tasks):
             task.cancel()
 
@@ -83,7 +83,7 @@ class Waiters:
         self._count = 0
 
     def __len__(self) -> int:
-        """Count of coroutines that wait, or that may proceed and have not run yet."""
+        """The number of coroutines that wait, or may proceed and have not run yet."""
         return self._count
 
     async def until(self, holds: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Findings of the live verification of a model: the record that the server's numbers and views read."""
+"""Findings of a model's live verification, from which the server's numbers and views are made."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _LATE_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class WrongFrame:
-    """A frame that was served with another output than it has when it is computed again."""
+    """A frame whose served output differs from the one computed again."""
 
     stream: str
     seq: int
     position: int
     """The position of its batch in the recording."""
     expected: list[float | str]
-    """The output as computed again, values that are not finite as text; empty where the frame is out of order."""
+    """The output computed again, with non-finite values as text; empty if the frame is out of order."""
     got: list[float | str]
-    """The output as served."""
+    """The served output."""
     sentence: str
-    """The first difference, in words."""
+    """A sentence about the first difference."""
 
 
 @dataclass(slots=True)
@@ -36,18 +36,18 @@ class Verification:
 
     is_off: bool = False
     reason: str = ""
-    """Why it is off, or the recording cannot be read for the time being."""
+    """The reason that it is off, or that the recording cannot be read at the moment."""
     pid: int | None = None
     frames_total: int = 0
-    """Frames that were compared."""
+    """The number of compared frames."""
     mismatches_total: int = 0
-    """Streams with a frame that did not match; each counts once."""
+    """The number of streams with a mismatch."""
     skipped: int = 0
-    """Recorded frames that were not compared."""
+    """The number of recorded frames that were not compared."""
     has_trimmed: bool = False
-    """Whether some of these were trimmed before they were read."""
+    """Whether some of the skipped frames were trimmed before they were read."""
     mismatch: WrongFrame | None = None
-    """The last one."""
+    """The last mismatch."""
     reported_lag_s: float = 0.0
     reported_s: float = 0.0
     """The monotonic time of the last report of the lag; 0 before the first."""
@@ -61,12 +61,12 @@ class Verification:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the process has not reported anything for a while: it was stopped, or hangs, or is starting."""
+        """Whether the process has reported nothing for a while: it is stopped, hangs, or is starting."""
         return self._silent_s > _QUIET_S
 
     @property
     def lag_s(self) -> float:
-        """Seconds since the oldest frame that is not checked yet was committed, as far as is known."""
+        """Seconds since the commit of the oldest unchecked frame, as far as is known."""
         return self.reported_lag_s + (self._silent_s if self.is_silent else 0.0)
 
     @property

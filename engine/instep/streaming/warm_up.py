@@ -1,4 +1,4 @@
-"""Compile every kernel of the hot path before the first producer waits for it."""
+"""Compiles every kernel of the hot path before the first producer waits for it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from instep_client.protocol.codes import Code
 
 
 class _Nobody:
-    """An origin that keeps nothing."""
-
     number = -1
     arrival = 0
 
@@ -35,7 +33,7 @@ class _Nobody:
 
 
 def warm_up() -> None:
-    """Step a stream of a tiny engine through everything that is compiled, on the types that the server uses."""
+    """Run a stream of a tiny engine through every kernel, with the types that the server uses."""
     tables = make_tables(1, 1, 4, 1, 1, 4, 4, 4)
     table = StreamTable(tables, np.ones(2, np.uint32))
     origins = Origins(tables)
@@ -82,4 +80,4 @@ def warm_up() -> None:
 
 
 def _step(slots: I64, rows: I64) -> None:
-    """Nothing to compute."""
+    """Compute nothing."""

@@ -1,7 +1,7 @@
 """The admin server: shows streams and models over HTTP. It only reads.
 
-`admin` has the socket and the connections, `security` decides which requests are answered, `app` has the paths, and
-each kind of answer has a file of its own. `Subject` is the only interface to the server.
+`admin` has the socket and the connections, `security` decides which requests are answered, and `app` has the paths.
+`Subject` is the only interface to the server.
 """
 
 from __future__ import annotations

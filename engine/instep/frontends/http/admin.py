@@ -1,4 +1,4 @@
-"""The admin server: its socket, its connections, and its life from bind to close, in the event loop of the server."""
+"""The admin server: its socket and connections, from bind to close, in the event loop of the server."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from instep.frontends.http.streams import Inspector
 
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
-"""Bound of a request's line and headers while they are incomplete."""
+"""The size limit of a request's line and headers while they are incomplete."""
 _LINGER_S: Final = 0.5
-"""Time that answers under way may take when the server ends."""
+"""The time for answers under way when the server ends."""
 _BACKLOG: Final = 128
 
 
@@ -88,7 +88,7 @@ class AdminServer:
         self._server = make_server(Guard(app, token, is_loopback_host(host)))
 
     async def start(self) -> None:
-        """Answer from now on."""
+        """Answer requests from now on."""
         await self._server.startup(sockets=[self._listener])
 
     def go_away(self) -> None:
@@ -96,13 +96,13 @@ class AdminServer:
         self._events.close()
 
     async def close(self) -> None:
-        """End every connection; answers under way get a moment."""
+        """End every connection, after a moment for answers under way."""
         self._events.close()
         await close_server(self._server, self._listener)
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
-    """A server that installs no signal handlers and logs nothing; `startup` and `close_server` are its life."""
+    """A uvicorn server without signal handlers and logs; `startup` and `close_server` start and end it."""
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -122,7 +122,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 
 
 async def close_server(server: uvicorn.Server, listener: socket.socket) -> None:
-    """Accept no more, give the answers under way a moment, and end every connection."""
+    """Accept nothing more, wait a moment for answers under way, and end every connection."""
     for each in server.servers:
         each.close()
     listener.close()
@@ -139,7 +139,7 @@ async def close_server(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 class _Connection(H11Protocol):
-    """One of a bounded number: the one that has asked for nothing for longest makes room for the next."""
+    """One of a limited number of connections; the one idle longest makes room for the next."""
 
     _silent_since_s = 0.0
 

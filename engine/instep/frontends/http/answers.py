@@ -26,17 +26,17 @@ class HttpError(Exception):
         self.headers = headers
 
     def response(self) -> Response:
-        """The answer."""
+        """The error as an answer."""
         return json_answer({"error": {"code": self.code, "message": str(self)}}, self.status, self.headers)
 
 
 def bad_request(problem: str, wrong: str, known: Sequence[str]) -> HttpError:
-    """The error for a text in the query that is not among the known ones."""
+    """The error for a value in the query that is not among the known ones."""
     return HttpError(400, "BAD_REQUEST", f"{problem}: {meant(wrong, known)}")
 
 
 def meant(wrong: str, known: Sequence[str]) -> str:
-    """The known text that a wrong one is close to, or the first 20 of them."""
+    """The known value that a wrong one resembles, or the first 20."""
     if close := get_close_matches(wrong[:120], known, n=1):
         return f"did you mean {close[0]!r}?"
     return f"there is {', '.join(map(repr, islice(known, 20))) or 'none'}"
@@ -48,7 +48,7 @@ def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None
 
 
 def to_json(value: Any) -> bytes:
-    """Compact UTF-8; numbers that are not finite become null, because JSON has no others."""
+    """Compact UTF-8; numbers that are not finite become null, because JSON cannot represent them."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:

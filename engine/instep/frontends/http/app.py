@@ -31,7 +31,7 @@ _OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")
 def make_app(
     subject: Subject, status: ServerStatus, inspector: Inspector, events: Events, log: structlog.stdlib.BoundLogger
 ) -> ASGIApp:
-    """Answers every path. What no code expects is logged and answered with INTERNAL."""
+    """The application for every path. Unexpected exceptions are logged and answered with INTERNAL."""
     files = StaticFiles(directory=STATIC)
 
     async def alive(request: Request) -> Response:
@@ -116,7 +116,7 @@ def make_app(
 
 
 def _route(path: str, answer: Callable[[Request], Awaitable[Response]], *parameters: str) -> Route:
-    """A path whose query may have these parameters and no others."""
+    """A path that accepts these query parameters and no others."""
 
     async def checked(request: Request) -> Response:
         for name in request.query_params:

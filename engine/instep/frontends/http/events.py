@@ -24,13 +24,13 @@ _EVERY_S: Final = 0.25
 _TURNS: Final = 4
 """The log is sent this many times as often as the statistics."""
 _AT_ONCE: Final = 64
-"""Events of the log that are sent before the loop gets its turn."""
+"""The number of log events sent before the loop gets its turn."""
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _TYPE: Final = "text/event-stream"
 
 
 class Events:
-    """All listeners."""
+    """All listeners of server-sent events."""
 
     def __init__(self, status: ServerStatus, inspector: Inspector) -> None:
         self._status = status

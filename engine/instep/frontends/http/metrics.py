@@ -1,4 +1,4 @@
-"""The metrics of a server in the text format of Prometheus: one table of all metrics, and their exposition."""
+"""The metrics of a server in Prometheus's text format: a table of all metrics, and their exposition."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from instep_client.protocol.codes import Code
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _REASONS: Final = ("idle", "client_gone", "expired", "state_lost")
-"""Why streams are evicted."""
+"""The reasons for which streams are evicted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
-    """A model and its numbers at the moment of one exposition."""
+    """A model and its numbers at the time of one exposition."""
 
     service: ModelService
     numbers: Mapping[str, float]
@@ -38,38 +38,39 @@ Source: TypeAlias = Callable[[ModelNumbers], Labelled]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The scale on which a histogram of `core.histogram` is shown; its entries have exactly these bounds."""
+    """The scale of a histogram of `core.histogram`, whose entries have exactly these bounds."""
 
     bounds: Sequence[int]
     """Upper bounds of buckets; each is the beginning of an entry."""
     unit: int
-    """The value that is shown as 1."""
+    """The recorded value that is exposed as 1."""
     is_less_one: bool = False
     """Whether the values were counted minus one."""
 
 
 DURATION: Final = Scale([10 * 2**doubling for doubling in range(18)], 1_000_000)
-"""Microseconds, from 10 to 1.3 million."""
+"""A scale for microseconds, from 10 to 1.3 million."""
 SIZE: Final = Scale([2**doubling for doubling in range(11)], 1, is_less_one=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric: a row of the table."""
+    """A metric, which is a row of the table."""
 
     name: str
-    """With the prefix and the unit of Prometheus."""
+    """The name, with Prometheus's prefix and unit."""
     help: str
     source: str | Source
-    """The name of a number, or of the attribute of `EngineStats` for a histogram; or a function that gives values by
-    labels."""
+    """The name of a number, or of the attribute of `EngineStats` for a histogram; or a function that returns values by
+    labels.
+    """
     labels: tuple[str, ...]
     scale: Scale | None
-    """Set for a histogram."""
+    """The scale of a histogram; None for others."""
 
     @property
     def type(self) -> str:
-        """As Prometheus calls it."""
+        """The type in Prometheus's terms."""
         if self.scale is not None:
             return "histogram"
         return "counter" if self.name.endswith("_total") else "gauge"
@@ -240,9 +241,9 @@ class _One(Collector):
 
 
 def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
-    """Yield the metrics of these models as `CONTENT_TYPE`, and those of the process if there is a /proc.
+    """Yield the metrics of these models as `CONTENT_TYPE`, and the process's own if /proc exists.
 
-    They come one at a time, because all of them take milliseconds in which the loop may have frames to answer.
+    They are yielded one at a time, because all of them take milliseconds in which the loop may have frames to answer.
     """
     models = [ModelNumbers(service, service.numbers()) for service in services]
     for metric in METRICS:

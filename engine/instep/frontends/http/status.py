@@ -13,11 +13,11 @@ from instep.recording.database import bytes_on_disk
 from instep.streaming.service import ModelService
 
 _FRESH_S: Final = 0.2
-"""Requests within this time get the same object."""
+"""The time within which requests get the same object."""
 
 
 class ServerStatus:
-    """Builds the object of /api/stats, once for all requests of the same moment."""
+    """Builds the object of /api/stats, once for all requests at about the same time."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -47,7 +47,7 @@ class ServerStatus:
         return f"live verification is behind: {'; '.join(late)}" if late else ""
 
     def stats(self) -> bytes:
-        """The object, in JSON."""
+        """The object of /api/stats as JSON."""
         now_s = time.monotonic()
         if now_s - self._built_s >= _FRESH_S:
             self._built_s, self._stats = now_s, to_json(self._build())

@@ -24,7 +24,7 @@ _EVENTS: Final = 100
 
 
 class Inspector:
-    """Looks at the streams of a server."""
+    """Looks up the streams of a server."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -47,15 +47,15 @@ class Inspector:
         return service
 
     async def page(self, parameters: Mapping[str, str]) -> dict[str, Any]:
-        """One page of `Listing`; streams that come and go while it is made may be missing or be there.
+        """One page of `Listing`; streams that open or close meanwhile may be missing or included.
 
         Returns:
             streams: records.
-            total: open streams of the model, wherever they are.
+            total: the number of open streams of the model, in memory or not.
             cursor: of the next page; None after the last.
 
         Raises:
-            HttpError: when a parameter has no such value.
+            HttpError: when a parameter is invalid.
         """
         service, state = self.service(parameters.get("model", "")), parameters.get("state", "")
         if state not in ("", *STATES):

@@ -1,1 +1,1 @@
-"""The ZeroMQ front end: the only place that knows ROUTER sockets and the wire's messages."""
+"""The ZeroMQ front end, the only part that uses ROUTER sockets and wire messages."""

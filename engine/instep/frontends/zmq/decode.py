@@ -1,4 +1,4 @@
-"""Decodes peers' messages, and checks every field before any is used. Pure: bytes in, values out."""
+"""Decodes peers' messages, and checks every field before any is used. It does no I/O."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from instep_client.protocol.wire import DTYPE_F32, STEP_HEADER, Code, Header, un
 _COLUMNS_AT: Final = STEP_HEADER.size
 _FEW: Final = 64
 _AUTOMATIC_ID_BYTES: Final = 5
-"""Length of the routing ids that ZeroMQ makes up itself; their first byte is 0."""
+"""The length of the routing ids that ZeroMQ generates; their first byte is 0."""
 
 
 def hello(header: Header, routing_id: bytes) -> tuple[str, str]:
-    """Read HELLO: the client's name, and the model's name, empty for the default; raises as `Decoder` does."""
+    """Decode HELLO: the client's name, and the model's name, empty for the default. Raises as `Decoder` does."""
     version, name, model = header.fields
     if version != wire.PROTOCOL_VERSION:
         raise Refusal(Code.WRONG_VERSION, f"the client speaks {version!r:.20}")
@@ -42,7 +42,7 @@ def text(field: Any, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Reads the messages of peers of one model. Its methods raise MalformedMessage or Refusal."""
+    """Decodes messages of the peers of one model. Its methods raise MalformedMessage or Refusal."""
 
     features: int
     state: StateSpec
@@ -50,7 +50,7 @@ class Decoder:
     max_message_bytes: int
 
     def step(self, origin: Origin, parts: list[bytes], arrived_ns: int) -> Frames:
-        """Read STEP. The contents of columns and frames are left to admission."""
+        """Decode STEP. Admission judges the contents of columns and frames."""
         request, timesteps, width, features, dtype = unpack_step(parts)
         header, x = parts
         if dtype != DTYPE_F32:
@@ -67,7 +67,7 @@ class Decoder:
         return Frames(origin, request, timesteps, width, columns, x, arrived_ns)
 
     def listing(self, header: Header, prefix: bytes) -> tuple[int, int, int, str]:
-        """Read LIST: cursor, the most streams, place and prefix."""
+        """Decode LIST: cursor, the most streams, place and prefix."""
         cursor, most, place = header.fields
         wire.count_field(cursor, "the cursor", 2**62, at_least=0)
         wire.count_field(most, "the most streams", wire.MAX_BLOCK_STREAMS)
@@ -80,23 +80,23 @@ class Decoder:
             raise MalformedMessage("what the names begin with is not UTF-8") from None
 
     def count(self, field: Any) -> int:
-        """N."""
+        """The number of streams, N."""
         return wire.count_field(field, "N", wire.MAX_BLOCK_STREAMS)
 
     def count_with_states(self, field: Any) -> int:
-        """N, bounded so that N states fit into the reply."""
+        """The number of streams, N, bounded so that N states fit into the reply."""
         count = self.count(field)
         if count * self.state.row_bytes > self.max_message_bytes:
             raise Refusal(Code.TOO_LARGE, "their states do not fit into one message")
         return count
 
     def handles(self, frame: bytes, count: int) -> U64:
-        """uint64 [N]."""
+        """The handles, uint64 [N]."""
         handles: U64 = wire.array_frame(frame, "<u8", (count,), "handles")
         return handles
 
     def states(self, has_states: Any, frame: bytes, count: int) -> U8 | None:
-        """Read states: uint8 [N, row_bytes], or None if the header says that none follow."""
+        """Decode states, uint8 [N, row_bytes]; None if the header announces none."""
         if not wire.count_field(has_states, "has_states", 1, at_least=0):
             if len(frame):
                 raise MalformedMessage("the header says that no states follow, the states frame is not empty")
@@ -107,18 +107,18 @@ class Decoder:
         return states
 
     def state_codes(self, states: U8 | None, count: int) -> I32:
-        """int32 [N], NOT_FINITE for states that hold NaN, infinity, or a bool that is neither 0 nor 1."""
+        """int32 [N]: NOT_FINITE for states with NaN, infinity, or a bool that is neither 0 nor 1."""
         codes = np.zeros(count, np.int32)
         if states is not None:
             codes[~self.state.valid(states)] = Code.NOT_FINITE
         return codes
 
     def name_codes(self, names: list[str]) -> I32:
-        """int32 [N], BAD_NAME for names that no stream may have."""
+        """int32 [N]: BAD_NAME for invalid names."""
         return np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
 
     def first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
-        """Read first seqs: int64 [N], or None if the header says that none follow."""
+        """Decode first seqs, int64 [N]; None if the header announces none."""
         if not wire.count_field(has_seqs, "has_seqs", 1, at_least=0):
             if len(frame):
                 raise MalformedMessage("the header says that no first seqs follow, their frame is not empty")

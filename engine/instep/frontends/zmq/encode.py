@@ -1,4 +1,4 @@
-"""Messages that the server sends, built from arrays. Pure: values in, frames out."""
+"""Encodes the server's messages from arrays. It does no I/O."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _sentences(entries: wire.FailureArray) -> list[tuple[int, str]]:
 
 
 def stepped(reply: Reply) -> Message:
-    """STEPPED: the reply to these messages, their columns next to each other."""
+    """STEPPED: the reply to these messages, with their columns side by side."""
     timesteps, width, _ = reply.y.shape
     times_us = reply.queue_ns // 1000, reply.compute_ns // 1000, reply.send_ns // 1000
     failures = b"" if reply.failures is None else _failures(*reply.failures).tobytes()
@@ -62,7 +62,7 @@ def state_read(request: int, read: StatesRead) -> Message:
 
 
 def changed(request: int, codes: I32) -> Message:
-    """CHANGED: the states that were not written, and why."""
+    """CHANGED: the states that were not written, with codes."""
     return _by_stream(Kind.CHANGED, request, codes)
 
 
@@ -72,7 +72,7 @@ def closed(request: int, states: U8, codes: I32) -> Message:
 
 
 def _by_stream(kind: Kind, request: int, codes: I32, *frames: bytes) -> Message:
-    """A reply with these frames, and behind them the streams of the request that were refused, by code."""
+    """A reply with these frames, followed by the refused streams of the request, by code."""
     refused = _failures(codes)
     return [wire.pack_header(kind, request, len(codes), _sentences(refused)), *frames, refused.tobytes()]
 
@@ -83,7 +83,7 @@ def pong(request: int) -> Message:
 
 
 def ping(number: int) -> Message:
-    """PING: the server asks whether the peer is there and reads; a PONG of the same number answers."""
+    """PING: asks whether the peer is there and reads; a PONG of the same number is the answer."""
     return [wire.pack_header(Kind.PING, number)]
 
 
@@ -93,7 +93,7 @@ def statistics(request: int, values: dict[str, float]) -> Message:
 
 
 def listed(request: int, page: ListedPage) -> Message:
-    """LISTED: some streams, and where the next ones begin."""
+    """LISTED: a page of streams, and the cursor of the next."""
     records = [
         (
             wire.UNKNOWN if stream.next_seq is None else stream.next_seq,
@@ -116,13 +116,13 @@ def served(request: int, models: Mapping[str, tuple[int, int, int, int, int]]) -
 
 
 def evicted(event: StreamEvent) -> Message:
-    """EVICTED: these streams are not the peer's any more, or hibernate."""
+    """EVICTED: streams that the peer no longer owns, or that hibernate."""
     header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), wire.SENTENCES[event.code])
     return [header, event.handles.tobytes()]
 
 
 def woken(handles: U64, renewed: U64) -> Message:
-    """WOKEN: streams that hibernated are in memory again, under other handles."""
+    """WOKEN: streams that hibernated are in memory again, under new handles."""
     return [wire.pack_header(Kind.WOKEN, 0, len(handles)), handles.tobytes(), renewed.tobytes()]
 
 
@@ -132,7 +132,7 @@ def moved(handles: U64, next_seqs: I64, fingerprint: str) -> Message:
 
 
 def error(request: int, refusal: Refusal) -> Message:
-    """ERROR: the whole message was refused and nothing of it applied."""
+    """ERROR: the whole message was refused and nothing of it was applied."""
     return [wire.pack_header(Kind.ERROR, request, int(refusal.code), str(refusal)[:900], refusal.retry_after_us)]
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - see `Frontend`
-"""The front end: receives messages, submits frames, begins requests, and finds dead peers."""
+"""The front end: receives messages, submits frames, starts requests, and finds dead peers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from instep_client.protocol.wire import Code, Header, Kind, request_of_step
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
 _MOST_REQUESTS: Final = 512
-"""Requests on streams that may be under way, of all peers together. A peer may have no more requests than places are
-free: 256 for a single peer, about 170 each for two. So there is always a place for another peer."""
+"""The most requests on streams under way, over all peers. A peer may not have more of them than are still free: 256 for
+a single peer, about 170 each for two. So another peer can always start one.
+"""
 _BUSY_RETRY_US: Final = 2000
 
 
 class ZmqFrontend:
-    """The ROUTER socket's side of the engines.
+    """Connects a ROUTER socket to the engines.
 
-    A peer that has been silent for `probe_after_ns` is sent a PING. `wake` lets the loop take a turn, because a send
-    outside of a turn may have consumed the signal of an arrival. The front end closes the router.
+    A peer that has been silent for `probe_after_ns` is sent a PING. `wake` lets the loop take a turn, which is needed
+    after a send outside of a turn, because it may have consumed the signal of an arrival. The front end closes the
+    router.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ZmqFrontend:
         self._log = log
         self._requests = 0
         self._all_are_ready = True
-        """Whether every model takes frames; looked up once for all messages that are received together."""
+        """Whether every model accepts frames; determined once for all messages received together."""
 
     # ── Models ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -132,7 +134,7 @@ class ZmqFrontend:
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, routing_id: bytes, parts: list[bytes], now_ns: int) -> bool:
-        """Take one message; errors in it are answered and never raised.
+        """Process one message; errors in it are answered and never raised.
 
         Returns:
             Whether a request on streams was begun, so that the loop has to take a turn before the next message.
@@ -222,7 +224,7 @@ class ZmqFrontend:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
-        """Refuse a message as a whole; the default model counts it if the connection belongs to no model yet.
+        """Refuse a message as a whole; the default model counts it if the connection has no model yet.
 
         Any other exception is a bug in reading the message, and nothing has been applied yet.
         """

@@ -1,5 +1,5 @@
 # ruff: noqa: D102 - see `Origin`
-"""Connections that said HELLO, and replies on their way to them."""
+"""Connections that have said HELLO, and the replies on their way to them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from instep_client.protocol.wire import Message
 
 _OBJECTS_BYTES: Final = 256
 _MOST_SILENCES: Final = 4
-"""Probing intervals after which a peer that has answered no PING is dropped."""
+"""The number of probing intervals after which a peer that answers no PING is dropped."""
 _SHORT_PROBE_NS: Final = 1_000_000_000
-"""The longest probing interval for peers that have no streams, or whose version waits for them to go: ZeroMQ tells of a
-connection that has ended only when something is sent there."""
+"""The longest probing interval for peers without streams, or of a version that waits for them to leave. ZeroMQ reports
+an ended connection only when something is sent to it.
+"""
 _LEAST_ASKED_BYTES: Final = 65_536
-"""Bytes after which a peer is sent a PING, regardless of the number of peers."""
+"""The bytes after which a peer is sent a PING, however many peers there are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,12 +34,12 @@ class Peer:
     outbound: Outbound
     routing_id: bytes
     served: Served
-    """Its model, from HELLO to the end of the connection; another version of it once its streams were moved."""
+    """Its model, from HELLO to the end of the connection; another version of it after a move."""
     last_heard_ns: int
     number: int = -1
     arrival: int = 0
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
-    """Messages that ZeroMQ did not take, with the frames that each answers."""
+    """Messages that ZeroMQ did not accept, each with the number of frames it answers."""
     outbox_bytes: int = 0
     blocked_since_ns: int = 0
     """The time at which the outbox last moved or the peer last acknowledged; valid only while the outbox is not empty.
@@ -47,13 +48,13 @@ class Peer:
     sent_bytes: int = 0
     """Bytes handed to ZeroMQ so far."""
     asked_bytes: int = 0
-    """`sent_bytes` when the peer was last asked whether it reads."""
+    """The value of `sent_bytes` at the last PING that asked whether it reads."""
     asked: dict[int, int] = field(default_factory=dict)
-    """Numbers of the PINGs that it has not answered, oldest first, each with `sent_bytes` as it was then."""
+    """Unanswered PINGs by number, oldest first, each with the value of `sent_bytes` at that time."""
     read_bytes: int = 0
-    """`sent_bytes` up to which it said that it has read."""
+    """The value of `sent_bytes` up to which it has confirmed that it has read."""
     requests: int = 0
-    """Its requests on streams that are under way."""
+    """The number of its requests on streams under way."""
     is_unused: bool = True
     """Whether it had no streams after its last request on streams."""
     is_gone: bool = False
@@ -116,16 +117,16 @@ class Outbound:
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
         self._unreachable: set[Peer] = set()
-        """Peers that had disconnected when `ask_all` last asked them."""
+        """Peers that were disconnected when `ask_all` last asked them."""
         self._ask_every_bytes = max_unread_bytes // 2
         self.unread_bytes = 0
-        """Bytes handed to ZeroMQ that are not known to be read, of all peers."""
+        """Bytes handed to ZeroMQ and not confirmed as read, over all peers."""
         self.total_bytes = 0
         """Bytes in all outboxes."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether ZeroMQ has taken everything."""
+        """Whether ZeroMQ has accepted everything."""
         return not self._blocked
 
     @property
@@ -137,25 +138,25 @@ class Outbound:
         return len(self._peers)
 
     def add(self, peer: Peer) -> None:
-        """A connection has said HELLO."""
+        """Add a connection that has said HELLO."""
         self._peers[peer.routing_id] = peer
         self._share()
 
     def _share(self) -> None:
-        """Ask peers so often that the answers of all of them, together, are known within the common bound."""
+        """Choose how often to ask peers, so that all unread bytes together stay within the common bound."""
         share = self.max_total_bytes // 4 // max(1, len(self._peers))
         self._ask_every_bytes = min(self._max_unread_bytes // 2, max(_LEAST_ASKED_BYTES, share))
 
     def find(self, routing_id: bytes) -> Peer | None:
-        """The peer of a connection, if it has said HELLO and is not gone."""
+        """The peer of a connection, if it has said HELLO and still exists."""
         return self._peers.get(routing_id)
 
     def peers(self) -> list[Peer]:
-        """All of them."""
+        """All peers."""
         return list(self._peers.values())
 
     def send(self, peer: Peer, message: Message, frames: int = 0) -> None:
-        """Send to a peer unless it is gone; `frames` are its backlog until ZeroMQ has taken the message."""
+        """Send to a peer unless it is gone; `frames` count as its backlog until ZeroMQ accepts the message."""
         if peer.is_gone:
             return
         sent = Sent.FULL if peer.outbox else self._hand_over(peer, message)
@@ -165,7 +166,7 @@ class Outbound:
             self._keep(peer, message, frames)
 
     def send_unknown(self, routing_id: bytes, message: Message) -> None:
-        """Send to a connection that never said HELLO, if it listens; nothing is kept for it."""
+        """Send to a connection without HELLO, if it can be sent now; nothing is queued."""
         self._router.send(routing_id, message)
 
     def _keep(self, peer: Peer, message: Message, frames: int) -> None:
@@ -181,7 +182,7 @@ class Outbound:
             self.drop(max(self._blocked, key=attrgetter("outbox_bytes")))
 
     def _grow(self, peer: Peer, size: int, frames: int) -> None:
-        """A peer's outbox has grown by these bytes and frames, or has shrunk where they are negative."""
+        """Change the counted bytes and frames of a peer's outbox."""
         peer.outbox_bytes += size
         self.total_bytes += size
         peer.served.service.engine.origins.add_backlog(peer, frames)
@@ -215,7 +216,7 @@ class Outbound:
         self._unreachable = {peer for peer in unread if self._ask(peer) is Sent.GONE}
 
     def acknowledge(self, peer: Peer, number: int) -> None:
-        """A peer echoed the PING of this number: it has read everything up to there."""
+        """Note that a peer echoed the PING of this number, and has therefore read everything before it."""
         sent_bytes = peer.asked.get(number, 0)
         if sent_bytes > peer.read_bytes:
             peer.asked = {other: bytes_then for other, bytes_then in peer.asked.items() if bytes_then > sent_bytes}
@@ -226,7 +227,7 @@ class Outbound:
                 self._flush(peer, peer.blocked_since_ns)
 
     def tick(self, now_ns: int, probe_after_ns: int) -> None:
-        """Retry blocked peers, drop those that take nothing or never answer, and probe those that have been silent."""
+        """Retry blocked peers, drop those that accept nothing or never answer, and probe silent ones."""
         for peer in list(self._blocked):
             self._flush(peer, now_ns)
         for peer in self.peers():
@@ -272,7 +273,7 @@ class Outbound:
                     break
 
     def drop(self, peer: Peer) -> None:
-        """Forget a connection, unless that was done; `on_gone` takes care of its streams."""
+        """Forget a connection, unless that was done before; `on_gone` takes care of its streams."""
         if peer.is_gone:
             return
         peer.is_gone = True
@@ -286,5 +287,5 @@ class Outbound:
 
 
 def size_bytes(message: Message) -> int:
-    """The approximate memory of a message: its parts, and the objects around them."""
+    """The approximate memory of a message, including the objects around its parts."""
     return _OBJECTS_BYTES + sum(map(len, message))

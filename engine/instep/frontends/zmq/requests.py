@@ -1,4 +1,4 @@
-"""The requests on streams of one model: decoded, done by its service, and answered."""
+"""The requests on streams of one model: decodes them, has its service carry them out, and encodes replies."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from instep_client.protocol import wire
 from instep_client.protocol.wire import Header, Kind, Message
 
 Answer: TypeAlias = Callable[[], Awaitable[tuple[I32, Message]]]
-"""Carries out a request on N streams; returns the codes of refusals, int32 [N], and the reply."""
+"""Carries out a request on N streams; returns codes of refusals, int32 [N], and the reply."""
 
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Decodes requests, raising MalformedMessage or Refusal, and returns an `Answer` that carries each out."""
+    """Decodes requests, raising MalformedMessage or Refusal. Each method returns an `Answer`."""
 
     served: Served
     decoder: Decoder
@@ -34,7 +34,7 @@ class Requests:
         return self.served.service.operations
 
     def open(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """OPEN."""
+        """Decode OPEN."""
         count = self.decoder.count(header.fields[0])
         names = wire.unpack_names(parts[1], count)
         states = self.decoder.states(header.fields[1], parts[2], count)
@@ -57,7 +57,7 @@ class Requests:
         return answer
 
     def resume(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """RESUME."""
+        """Decode RESUME."""
         count = self.decoder.count(header.fields[0])
         take_over = bool(wire.count_field(header.fields[1], "take_over", 1, at_least=0))
         names = wire.unpack_names(parts[1], count)
@@ -71,7 +71,7 @@ class Requests:
         return answer
 
     def read_state(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """READ_STATE."""
+        """Decode READ_STATE."""
         count = self.decoder.count_with_states(header.fields[0])
         if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
             read_states = partial(self._operations.read_states, wire.unpack_names(parts[1], count))
@@ -86,7 +86,7 @@ class Requests:
         return answer
 
     def reset(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """RESET."""
+        """Decode RESET."""
         count = self.decoder.count(header.fields[0])
         states = self.decoder.states(header.fields[1], parts[2], count)
         handles = self.decoder.handles(parts[1], count)
@@ -100,7 +100,7 @@ class Requests:
         return answer
 
     def fork(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """FORK."""
+        """Decode FORK."""
         count = self.decoder.count_with_states(header.fields[0])
         names = wire.unpack_names(parts[2], count)
         handles = self.decoder.handles(parts[1], count)
@@ -114,7 +114,7 @@ class Requests:
         return answer
 
     def close(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
-        """CLOSE."""
+        """Decode CLOSE."""
         count = self.decoder.count_with_states(header.fields[0])
         closings = wire.array_frame(parts[1], wire.CLOSING, (count,), "closings")
 
@@ -134,4 +134,4 @@ HANDLERS: Final[dict[Kind, Handler]] = {
     Kind.FORK: Requests.fork,
     Kind.CLOSE: Requests.close,
 }
-"""Handlers by the kind of message."""
+"""Handlers by kind of message."""

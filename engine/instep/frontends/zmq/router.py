@@ -1,4 +1,4 @@
-"""The ROUTER socket: safe options before bind, bounded receive, and sends that never block and never lie."""
+"""The ROUTER socket: safe options before bind, bounded receive, and sends that never block."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from instep_client.protocol import multipart
 from instep_client.protocol.wire import FRAME_COUNT, Message
 
 MOST_PARTS: Final = max(FRAME_COUNT.values())
-"""Parts of the longest message of the protocol."""
+"""The number of parts of the protocol's longest message."""
 
 
 _SKIP_AT_ONCE: Final = 2000
-"""Parts of an overlong message that are discarded in one turn of the loop."""
+"""The parts of an overlong message that are discarded in one turn of the loop."""
 HIGH_WATER_MARK: Final = 1000
-"""Messages that ZeroMQ queues for one connection in each direction."""
+"""The messages that ZeroMQ queues for one connection in each direction."""
 
 
 class Sent(Enum):
     """The outcome of sending a message."""
 
     HANDED_OVER = "handed over"
-    """ZeroMQ has it; whether the peer ever reads it is not known."""
+    """ZeroMQ has accepted it; whether the peer ever reads it is unknown."""
     FULL = "full"
     """The peer's queue is at its high-water mark."""
     GONE = "gone"
@@ -48,12 +48,12 @@ class Sender(Protocol):
 class Router:
     """A bound ROUTER socket.
 
-    Routing ids are the ones that ZeroMQ makes up itself (they begin with a zero byte), so one connection can never
-    take another's place. libzmq 4.3.5 aborts the process when a peer claims the next automatic id as its own; these
-    count up from libc's `rand()`, which begins with the same value in every process, so it is seeded with a secret.
+    Routing ids are those that ZeroMQ generates (they begin with a zero byte), so no connection can take another's
+    place. libzmq 4.3.5 aborts the process when a peer claims the next generated id as its own. Ids count up from libc's
+    `rand()`, which begins with the same value in every process, so it is seeded with a secret.
 
-    No ZeroMQ heartbeats are sent: libzmq 4.3.5 asserts when one is due for a peer that hung up behind a full queue
-    (libzmq #3937). The protocol's PING finds dead peers instead.
+    No ZeroMQ heartbeats are sent, because libzmq 4.3.5 asserts when one is due for a peer that hung up behind a full
+    queue (libzmq #3937). The protocol's PING finds dead peers instead.
 
     Raises:
         CannotListen: when the endpoint cannot be bound.
@@ -80,12 +80,12 @@ class Router:
             raise CannotListen(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
         self._socket = socket
         self._is_skipping = False
-        """Whether a message with too many parts is being thrown away."""
+        """Whether a message with too many parts is being discarded."""
         self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def signal_fd(self) -> int:
-        """Becomes readable when something has arrived.
+        """A file that becomes readable when something has arrived.
 
         ZeroMQ signals each arrival once, and any call on the socket may consume the signal: check `is_readable` again
         after each `receive` and `send`.
@@ -98,7 +98,7 @@ class Router:
         return multipart.ready(self._socket)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """Messages that have arrived: the routing id and the parts of each.
+        """Yield messages that have arrived, as routing id and parts.
 
         A message with too many parts is truncated after the first surplus part; the rest is read in portions and
         discarded.
@@ -117,7 +117,7 @@ class Router:
         return not self._is_skipping
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
-        """Hand a message to ZeroMQ, or say why it could not be."""
+        """Hand a message to ZeroMQ, and return the outcome."""
         try:
             multipart.send_now(self._socket, [routing_id, *message])
         except zmq.Again:
@@ -129,13 +129,13 @@ class Router:
         return Sent.HANDED_OVER
 
     def close(self) -> None:
-        """Close the socket; messages that were handed over get a second to leave."""
+        """Close the socket; accepted messages get a second to leave."""
         self._socket.close()
         self._context.term()
 
 
 def _refuse_path_in_use(endpoint: str) -> None:
-    """Refuse an `ipc://` path on which a process listens: ZeroMQ would silently take it over."""
+    """Refuse an `ipc://` path on which a process listens, because ZeroMQ would silently take it over."""
     scheme, _, path = endpoint.partition("://")
     if scheme != "ipc" or not Path(path).is_socket():
         return
