@@ -150,9 +150,9 @@ function showConnection() {
     const since = page.heard_ms ? ` These numbers are ${duration((Date.now() - page.heard_ms) / 1000)} old.` : "";
     const reason = sentence ? ` ${sentence}.` : "";
     text = `${PROBLEM[connection]}${reason}${since} Trying again every second.`;
-  } else if (stats?.draining) text = "The server is draining: it finishes what it has taken and ends.";
+  } else if (stats?.draining) text = "The server is draining: it answers the frames that it has admitted, and ends.";
   else if (stats && !stats.ready) text = "The server is not ready yet.";
-  else if (stats?.outdated) text = `What runs is not what the configuration says: ${stats.outdated}.`;
+  else if (stats?.outdated) text = `The server does not run the current configuration: ${stats.outdated}.`;
   byId("banner").hidden = text === "";
   byId("banner").dataset.level = isStale ? "bad" : "fair";
   setText("banner", text);

@@ -159,9 +159,9 @@ function verificationBadge(verification) {
 
 function verificationDetail(verification) {
   const { state, reason, lag_s, skipped } = verification ?? { state: "off" };
-  if (state === "off") return reason || "With verify.live the server replays what it serves while it serves it.";
+  if (state === "off") return reason || "Set verify.live to have the server check its outputs while it serves.";
   if (state === "mismatch") return "The newest one is described above.";
-  const parts = [`${duration(lag_s)} behind what is served`];
+  const parts = [`${duration(lag_s)} behind the newest frames`];
   if (reason) parts.unshift(reason);
   if (skipped) parts.push(`${count(skipped)} frames not compared`);
   return parts.join("; ");

@@ -2,7 +2,7 @@
 
 import { ago, byId, clock, count, duration, element, setPairs, setText } from "./format.js";
 
-const GONE = "The server holds no stream of this name: it was closed, it expired, or it was never opened.";
+const GONE = "The server has no stream of this name: it was closed, it expired, or it was never opened.";
 
 /** record: an answer of /api/streams/NAME, or null while it is not known. */
 export function showRecord(record, name) {

@@ -95,7 +95,7 @@ export class StreamTable {
     });
     const before = (this.#cursors.length - 1) * PAGE;
     const range = streams.length ? `${count(before + 1)} to ${count(before + streams.length)}, ` : "";
-    setText("matched", `${range}${count(total)} streams in all`);
+    setText("matched", `${range}${count(total)} streams`);
     byId("previous").disabled = this.#cursors.length === 1;
     byId("next").disabled = cursor === null;
     byId("no-streams").hidden = streams.length > 0;
