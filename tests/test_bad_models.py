@@ -49,10 +49,6 @@ def described(**changes: Any) -> Spoil:
     return spoil
 
 
-def text(file: str, content: str | bytes) -> Spoil:
-    return lambda folder: (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
 def cut(file: str, keep: float) -> Spoil:
     def spoil(folder: Path) -> None:
         content = (folder / file).read_bytes()
@@ -87,14 +83,6 @@ def no_file(file: str) -> Spoil:
     return lambda folder: (folder / file).unlink()
 
 
-def a_folder(file: str) -> Spoil:
-    def spoil(folder: Path) -> None:
-        (folder / file).unlink()
-        (folder / file).mkdir()
-
-    return spoil
-
-
 def leaf(**changes: Any) -> dict[str, Any]:
     return {"name": "state", "shape": [33], "dtype": "float32", **changes}
 
@@ -103,38 +91,16 @@ def saved(content: object) -> Callable[[Path], Any]:
     return lambda path: torch.save(content, path)
 
 
-def nested(depth: int) -> Any:
-    found: Any = 1
-    for _ in range(depth):
-        found = [found]
-    return found
-
-
-def calls(op: str, *args: Any) -> Spoil:
-    node = {"name": "new", "op": op, "args": list(args), "kwargs": {}}
-    return graph(lambda fields: fields["nodes"].insert(0, node))
-
-
 FOLDERS: dict[str, tuple[str, Spoil, str]] = {
     "no weights": ("lstm", no_file("weights.safetensors"), "weights.safetensors"),
     "weights of another network": ("lstm", weights(lambda t: t.pop("lstm.bias_ih_l0")), "lstm.bias_ih_l0"),
     "half of the weights": ("module", cut("weights.safetensors", 0.5), "weights.safetensors"),
     "NaN in a step": ("module", weights(lambda t: t["head.bias"].fill_(np.nan)), "head.bias"),
-    "a tag": ("gru", text("model.yaml", "!!python/object/apply:os.system [touch ran]"), "line 1"),
-    "many brackets": ("gru", text("model.yaml", "features: " + "[" * 5000), "levels"),
-    "a folder for the description": ("gru", a_folder("model.yaml"), "model.yaml"),
     "an unknown kind": ("gru", described(kind="gruu"), "'gruu'"),
-    "keys of another kind": ("gru", described(kind="lstm"), "lstm: it is missing; add it; gru: "),
     "a vast layer": ("gru", described(gru__hidden_size=10**12), "[3000000000000, 5]"),
-    "no graph of a step": ("module", no_file("graph.json"), "graph.json"),
-    "brackets in a call": ("module", calls("aten.abs.default", nested(300)), "graph.nodes.0.args.0.list.0.list"),
     "a view beyond its buffer": ("module", form(lambda f: f["outputs"][0].__setitem__(1, 10**6)), "of a buffer of"),
-    "a vast buffer": ("module", form(lambda f: f["buffers"].append(["float32", 10**13])), "a row would take more than"),
     "a leaf of another size": ("module", described(state=[leaf(shape=[10**12])]), "leaf state"),
-    "half of a normal form": ("module", cut("normal.json", 0.6), "normal.json"),
-    "no network": ("pipeline", described(network=None), "network: "),
     "no normal form inside": ("pipeline", described(network__kind="module"), "normal form"),
-    "a vast context": ("pipeline", described(context=10**12), "context"),
 }
 """By what is wrong: the kind of folder, how it is spoilt, and what the sentence names."""
 

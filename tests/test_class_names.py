@@ -26,8 +26,3 @@ def test_no_two_classes_have_the_same_name() -> None:
             found[name] += [f"{source}/{place}" for place in places]
     assert "StreamHandle" in found
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
-
-
-def test_a_second_class_of_a_name_is_found(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("class A: ...\nclass B:\n    class A: ...\n")
-    assert classes(tmp_path) == {"A": ["a.py", "a.py"], "B": ["a.py"]}

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from instep import doctor
 from instep.cli import app
 from instep.memory import memory_limit, size
 from instep.models.folder import write_model
@@ -62,13 +61,6 @@ def test_a_model_that_cannot_be_served_and_one_that_is_not_exact(
     status, found = examined(*ANY_PORT)
     assert status == 0
     assert any(each["what"].startswith("not exact: ") for each in found["warnings"])
-
-
-def test_a_slow_disk_is_warned_of_where_something_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SLOW_SYNC_MS", 0.0)
-    for record, warned in ((["--record", str(tmp_path / "r.instep")], True), ([], False)):
-        _, found = examined(*record, *ANY_PORT)
-        assert any("a sync of the disk takes" in each["what"] for each in found["warnings"]) is warned
 
 
 def test_a_recording_that_a_server_writes_is_in_the_way(tmp_path: Path) -> None:

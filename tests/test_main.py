@@ -52,12 +52,6 @@ def test_without_typer_even_the_help_says_so() -> None:
     assert 'pip install "instep[engine]"' in result.stderr
 
 
-def test_other_missing_modules_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "main", lambda: exec("import instep.no_such_module"))
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        __main__.main()
-
-
 def test_an_interrupt_is_status_130_and_later_ones_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends(monkeypatch, KeyboardInterrupt()) == 130
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -54,20 +54,6 @@ def test_a_terminal_gets_an_error_in_lines_of_80_columns(monkeypatch: pytest.Mon
     assert " ".join(line.strip() for line in lines) == instep("model", "info", "none").stderr.strip()
 
 
-def test_info_as_json(tmp_path: Path) -> None:
-    shown = json.loads(instep("model", "info", str(made(tmp_path)), "--json").stdout)
-    assert shown["tensors"]["gru.weight_ih_l0"] == [12, 3]
-    assert shown["weights"] == 244
-    assert shown["arithmetic"] == "portable-1"
-    assert shown["description"]["gru"]["hidden_size"] == 4
-
-
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    result = instep("model", "info", str(tmp_path))
-    assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 1
-
-
 NET = """
 import torch
 from torch import nn
@@ -98,9 +84,6 @@ def untrained():
 
 def broken():
     return net.nothing
-
-def without_frames():
-    return 5
 
 gru = net.rnn
 torch.save(net.state_dict(), "net.pt")
@@ -140,7 +123,7 @@ def test_an_import_says_what_the_file_holds_and_which_option_is_wrong(imported: 
     assert not Path("m").exists()
 
 
-@pytest.mark.parametrize("name", ["net", "again", "frames_first", "last"])
+@pytest.mark.parametrize("name", ["again", "frames_first", "last"])
 def test_a_folder_agrees_with_the_module_that_it_was_made_from(imported: Path, name: str) -> None:
     found = instep("model", "check", "net", "--against", f"net.py:{name}")
     assert found.exit_code == 0, found.output
@@ -164,20 +147,14 @@ def test_a_folder_that_holds_something_else_is_status_1(imported: Path) -> None:
 @pytest.mark.parametrize(
     ("against", "named"),
     [
-        ("x" * 300 + ":net", "as in net.py:net"),
         ("net.py", "as in net.py:net"),
-        ("net.pt:net", "net.pt"),
         ("net.py:nett", "'nett'"),
         ("net.py:broken", "net.py, line 30: AttributeError"),
-        ("net.py:Net", "net.py:Net is <class"),
-        ("net.py:without_frames", "net.py:without_frames is 5"),
         ("net.py:net.head", "net.py:net.head fails on frames [32, 64, 5]"),
         ("net.py:gru", "net.py:gru gives the shape [32, 64, 40]"),
-        ("bad.py:net", "bad.py, line 1: ZeroDivisionError"),
     ],
 )
 def test_what_cannot_be_compared_is_status_2(imported: Path, against: str, named: str) -> None:
-    Path("bad.py").write_text("1 / 0\n")
     found = instep("model", "check", "net", "--against", against)
     assert (found.exit_code, found.stdout) == (2, "")
     assert named in found.stderr

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -20,14 +18,6 @@ from instep.models.folder import write_model
 from tests.support import warm_server
 from tests.support.models import SMALL
 from tests.support.warm import WarmProcess, run_instep, run_program
-
-LEAVE_ONE: Final = """
-from tests.support.warm import WarmProcess
-process = WarmProcess(["serve", "m", "--endpoint", "tcp://127.0.0.1:*", "--http", "off"])
-while "serving" not in process.stderr.readline():
-    assert process.poll() is None
-print(process.pid)
-"""
 
 
 def test_arguments_folder_environment_and_status_are_those_that_were_given(tmp_path: Path) -> None:
@@ -63,25 +53,6 @@ def test_a_program_runs_in_its_folder_and_a_signal_reaches_it_however_early(tmp_
     assert (done.returncode, done.stdout, done.stderr) == (0, "__main__ ['beside.py']\n", "")
 
 
-def test_a_status_is_read_by_several_threads(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("raise SystemExit(7)\n")
-    with ThreadPoolExecutor(8) as threads:
-        for _ in range(20):
-            process = WarmProcess([], program="program.py", cwd=tmp_path)
-            assert set(threads.map(process.wait, [50] * 8)) == {7}
-            process.communicate()
-
-
-def test_a_command_that_a_test_leaves_running_ends_with_the_tests(tmp_path: Path) -> None:
-    write_model(tmp_path / "m", SMALL)
-    program = tmp_path / "leave.py"
-    program.write_text(LEAVE_ONE)
-    left = run_program(str(program), tmp_path)  # which need not import anything first, either
-    assert left.returncode == 0, left.stderr
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(left.stdout)).wait(60)
-
-
 ASK: Final = """
 import sys, time
 from tests.support.warm import WarmProcess
@@ -109,12 +80,3 @@ def test_all_that_was_forked_ends_with_the_tests_however_they_end(tmp_path: Path
         time.sleep(0.01)
     else:
         pytest.fail("the folder of the socket is left")
-
-
-def test_who_asks_and_goes_keeps_no_other_from_asking(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("print(5)\n")
-    for half in (b"", b"{", b"{}\n", b"[\n"):
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(warm_server.start())
-            connection.sendall(half)
-    assert run_program("program.py", tmp_path).stdout == "5\n"

@@ -83,6 +83,14 @@ async def test_what_many_tasks_step_in_the_same_turn_is_one_block(server: FakeSe
             assert stream.next_seq == 3
 
 
+async def test_of_many_calls_of_one_turn_the_first_are_sent_before_the_others_are_made(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        streams = [await client.open(f"s{i}") for i in range(300)]
+        outputs = await asyncio.gather(*[stream.step(X[i % 100]) for i, stream in enumerate(streams)])
+        assert server.rules.blocks == [(1, 128), (1, 128), (1, 44)]
+    assert np.stack(outputs).tolist() == [reference(X[i % 100, None])[0][0].tolist() for i in range(300)]
+
+
 async def test_sends_wait_for_credit_and_nothing_queues_behind_them() -> None:
     with FakeServer(replace(INFO, credit_frames=8)) as server:
         async with AsyncClient(server.endpoint) as client:
