@@ -585,9 +585,8 @@ NESTED = {
 
 
 @pytest.mark.parametrize("place", NESTED)
-@pytest.mark.parametrize("depth", [500, 1000, 1020])
-async def test_a_deeply_nested_header_is_refused(place: str, depth: int) -> None:
-    header = NESTED[place].replace(b"{}", b"\x91" * depth + b"\x01")
+async def test_a_deeply_nested_header_is_refused(place: str) -> None:
+    header = NESTED[place].replace(b"{}", b"\x91" * 1000 + b"\x01")
     frames = 4 if place == "N" else 1
     async with running(SMALL) as server, RawClient(server.endpoint) as client:
         await client.hello()
