@@ -18,7 +18,7 @@ import pytest
 
 from instep.models.portable.compiler import Rows
 from instep.recording.writer import RecordingWriter
-from instep.server.loop import HeldUp, Loop
+from instep.server.loop import Loop, Stall
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
 from instep.streaming.tasks import Tasks
@@ -297,10 +297,10 @@ async def test_turns_that_others_take_do_not_multiply_those_that_are_due() -> No
 
 
 def test_a_loop_that_was_held_up_has_time_to_read_and_one_that_always_is_has_it_now_and_then() -> None:
-    held_up, began_ns = HeldUp(), time.monotonic_ns()
+    stall, began_ns = Stall(), time.monotonic_ns()
 
     def look(after_s: float) -> bool:
-        return held_up.look(began_ns + round(after_s * 1e9))
+        return stall.look(began_ns + round(after_s * 1e9))
 
     assert [look(after_s) for after_s in (0.05, 0.9, 1.8)] == [False] * 3
     assert [look(after_s) for after_s in (9.8, 9.9, 10.7, 10.9)] == [True, True, True, False]

@@ -76,9 +76,8 @@ async def test_it_warns_once_when_little_is_left_and_says_once_when_there_is_roo
 
     async with running(SMALL, recording=recording, told=told) as server, RawClient(server.endpoint) as client:
         warning = await until("disk nearly full")
-        disk = os.statvfs(tmp_path)
         assert warning["level"] == "warning"
-        assert 0 < warning["free_bytes"] < disk.f_blocks * disk.f_frsize
+        assert warning["free_bytes"] > 0
         await client.hello()
         assert (await client.statistics())["recording_free_bytes"] > 0
         sections = server.config.model_dump()

@@ -171,10 +171,13 @@ async def test_the_owner_is_told_of_a_sleeper_before_it_gets_the_reply_that_othe
         stepping = asyncio.ensure_future(
             step(origin, np.append(opened.handles, handles), [0, 0], random_frames(rng, 1, 2))
         )
+        twice = np.concatenate([opened.handles, opened.handles, handles])
+        whole = asyncio.ensure_future(step(origin, twice, [0] * 3, random_frames(rng, 1, 3)))
         await kit.settle()
         assert [(each.code, each.renewed) for each in origin.events[:1]] == [(Code.HIBERNATED, None)]
         assert not stepping.done()
         await ticking(kit)
         await kit.finish_all()
         assert failures(await stepping) == [(1, 0, Code.UNKNOWN_STREAM, 0)]
-        assert kit.stats.refusals() == refusals, "it was woken, not refused"
+        assert isinstance(whole.exception(), Refusal)
+        assert kit.stats.refusals() == refusals | {Code.REPEATED_STREAM: 1}, "it was woken, not refused"

@@ -86,7 +86,7 @@ class StepExecutor(Protocol):
         """Consume the signal after `signal_fd` became readable.
 
         Raises:
-            ExecutorDied: it has.
+            ExecutorDied: if the executor has died.
         """
 
     def stop(self, timeout_s: float | None = None) -> None:

@@ -182,7 +182,7 @@ class Loop:
             self._loop.call_soon(self._poll_slice)
 
 
-class HeldUp:
+class Stall:
     """Detects stalls of the loop, when the process was stopped or the machine was too busy.
 
     Waiting messages may show that connections and streams are in use, so nothing may end for its silence before those

@@ -21,7 +21,7 @@ from instep.frontends.http.admin import AdminServer
 from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
 from instep.server.live_verification import LiveVerification, Supervision
-from instep.server.loop import HeldUp, Loop, Shutdown
+from instep.server.loop import Loop, Shutdown, Stall
 from instep.server.models import Loader, LoadingThread
 from instep.server.services import idle_limits
 from instep.streaming.service import ModelService
@@ -307,12 +307,12 @@ class Server:
     async def _tick(self) -> None:
         files = [service.file for service in self.services if service.file is not None]
         free_space = FreeSpace(files[0], self._log) if files else None  # all of them are in one folder
-        held_up = HeldUp()
+        stall = Stall()
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
-                if held_up.look(now_ns):
+                if stall.look(now_ns):
                     self._turns.wake()
                     continue
                 for service in self.services:

@@ -269,7 +269,7 @@ class Engine:
         """Take the runs that have ended, and return whether there were any.
 
         Raises:
-            ExecutorDied: the executor has.
+            ExecutorDied: if the executor has died.
         """
         if not self._runs:
             return False

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
-    """Return or raise what `work` does, in a thread that does not keep the process from ending.
+    """Return the result of `work`, or raise its exception; its thread does not keep the process from ending.
 
     A forced end of the process waits for the threads of `asyncio.to_thread`, but not for these.
     """
