@@ -1,7 +1,7 @@
 """The commands of `instep-client`: produce, replay, loadtest, ping, state. They need the extra `cli`.
 
-This is imported before anything else, so that Ctrl-C ends the process quietly from the first moment, and not with
-whatever was being imported; hence it imports next to nothing.
+This module is imported before anything else and imports next to nothing itself, so that Ctrl-C ends the process quietly
+from the first moment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from types import FrameType
 
 INTERRUPTED = 130
-"""The exit status, as shells have it."""
+"""The exit status after Ctrl-C, as in shells."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def end_quietly(number: int, frame: FrameType | None) -> None:
-    """End the process without a word; the handler of SIGINT."""
+    """End the process without a message; the handler of SIGINT."""
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\n")  # behind the terminal's ^C
     os._exit(INTERRUPTED)

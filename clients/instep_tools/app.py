@@ -1,4 +1,4 @@
-"""The command line of `instep-client`: options in, one command's description out."""
+"""The command line of `instep-client`, which turns options into the description of one command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ app.server_command("top", examples=["instep-client top", "instep-client top -e t
 
 
 def _speed(text: str) -> float:
-    """`max`, or a number that may have an x at either end."""
     if text == "max":
         return math.inf
     try:

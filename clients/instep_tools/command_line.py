@@ -1,4 +1,4 @@
-"""The base of both command lines: help with examples, shared options, plain words about values that cannot be taken."""
+"""The base of both command lines: help with examples, shared options, and plain messages for invalid values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ServerCommand = TypeVar("ServerCommand", bound=Callable[..., Awaitable["Exit"]])
 
 BROKEN_PIPE: Final = 141
-"""The exit status where nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
+"""The exit status if nobody reads the output any more, as in `instep verify FILE | head -1`: 128 + SIGPIPE."""
 _PLAIN: Final = {
     "int_parsing": "{value!r} is not a whole number",
     "int_from_float": "{value!r} is not a whole number",
@@ -35,13 +35,13 @@ _PLAIN: Final = {
     "greater_than_equal": "it must be at least {ge}, not {value}",
     "less_than_equal": "it must be at most {le}, not {value}",
 }
-"""Sentences by pydantic's kinds of errors, which newer versions of typer raise."""
+"""Messages by pydantic's kinds of errors, which newer versions of typer raise."""
 
 
 class CommandLine(typer.Typer):
-    """An application with the settings that all share.
+    """An application with the settings that all command lines share.
 
-    `cls` is the class of the group, for a command line that has errors of its own.
+    `cls` is the class of the group, for a command line with its own errors.
     """
 
     def __init__(self, *, help: str, cls: type[TyperGroup] | None = None, **settings: Any) -> None:
@@ -58,7 +58,7 @@ class CommandLine(typer.Typer):
     def command(  # type: ignore[override]  # names only the settings that are used here
         self, name: str | None = None, *, examples: Sequence[str] = (), **settings: Any
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a command, with command lines that its help shows as examples."""
+        """Register a command, with example command lines for its help."""
         return super().command(name, cls=PlainCommand, epilog="\n".join(examples), **settings)
 
     def server_command(
@@ -66,11 +66,11 @@ class CommandLine(typer.Typer):
     ) -> Callable[[ServerCommand], ServerCommand]:
         """Register a coroutine function that talks to a server; its result is the exit status.
 
-        It gets the `Target`, the `Terminal` and the `Stop`, and then its own options. Its command has --endpoint,
-        --model and --json besides. A CommandProblem or an InstepError that it raises is said in one sentence.
+        It is called with the `Target`, the `Terminal`, the `Stop` and its own options. Its command also has --endpoint,
+        --model and --json. A CommandProblem or an InstepError that it raises is printed as one sentence.
 
-        With `drains`, the first Ctrl-C requests a stop, as `run_command` says; otherwise it cancels the command.
-        Without `names_model`, there is no --model.
+        With `drains`, the first Ctrl-C requests a stop, see `run_command`; otherwise it cancels the command. Without
+        `names_model`, there is no --model.
         """
 
         def register(command: ServerCommand) -> ServerCommand:
@@ -104,7 +104,7 @@ def parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 def typed_as(
     run: Callable[..., None], command: Callable[..., Any], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
-    """The function, which gets keyword arguments, as one with these parameters and the name and help of a command."""
+    """Wrap a function of keyword arguments as one with these parameters, and a command's name and help."""
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -113,7 +113,7 @@ def typed_as(
 
 
 def add_version(app: CommandLine) -> None:
-    """Let a program print its version: by --version or -V."""
+    """Add the options --version and -V, which print the version."""
 
     def show(wanted: bool) -> None:
         if wanted:
@@ -150,10 +150,10 @@ class PlainCommand(TyperCommand):
 
 
 class PlainCommands(TyperGroup):
-    """Commands that say in plain words which value of an option cannot be."""
+    """A group of commands that report invalid values of options in plain words."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        """Run the typed command and exit, silently with the status `BROKEN_PIPE` if nobody reads the output."""
+        """Run the typed command and exit; silently with `BROKEN_PIPE` if nobody reads the output."""
         try:
             try:
                 return super().main(args, *others, **settings)
@@ -194,7 +194,7 @@ def _with_plain_flags(params: list[Any]) -> list[Any]:
 
 
 def in_plain_words(error: typer.BadParameter) -> str:
-    """The message, without the words of the library that found it."""
+    """The error's message, without the wording of the library that found it."""
     errors = getattr(error.__cause__, "errors", None)
     if errors is not None:
         (found, *_) = errors()
@@ -208,7 +208,7 @@ def in_plain_words(error: typer.BadParameter) -> str:
 
 
 def endpoint(text: str) -> str:
-    """The text, when a client may connect to it.
+    """Check that a client may connect to an endpoint.
 
     Raises:
         typer.BadParameter: with the expected form.
@@ -220,7 +220,7 @@ def endpoint(text: str) -> str:
 
 
 def positive(value: float | None) -> float | None:
-    """The value, when it is a number that may be a rate or a time.
+    """Check that a number may be a rate or a time.
 
     Raises:
         typer.BadParameter: when it is 0, negative or infinite.

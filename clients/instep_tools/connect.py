@@ -20,7 +20,7 @@ PATIENCE_S: Final = 5.0
 RECONNECT_S: Final = 30.0
 """The time to try for another connection after one was lost."""
 STOPPED_RECONNECT_S: Final = 1.0
-"""The same after a stop was requested."""
+"""The same time once a stop was requested."""
 
 
 class Target(NamedTuple):
@@ -28,11 +28,11 @@ class Target(NamedTuple):
 
     endpoint: str
     model: str = ""
-    """Empty for the server's default."""
+    """The model's name; empty for the server's default."""
 
 
 def leave_warnings_out() -> None:
-    """Let the client library log errors only, in this process: commands report what was late themselves."""
+    """Let the client library log only errors in this process, because commands report delays themselves."""
     logging.getLogger("instep_client").setLevel(logging.ERROR)
 
 
@@ -45,9 +45,9 @@ async def connected(
     reconnect_s: float = RECONNECT_S,
     park: bool = False,
 ) -> AsyncIterator[AsyncClient]:
-    """A client of the server there, called after the command; it says so when the server takes its time.
+    """A client of the target server, named after the command, which reports a server that takes long.
 
-    Its streams are closed at the end, or with `park` left to the server to be parked, whatever happens.
+    Its streams are closed at the end in any case or, with `park`, left for the server to park.
 
     Ctrl-C ends the command at once until there is a connection; from then on it requests a stop. After a loss, a
     stopped command waits only a moment for another connection. Then the client is closed, and calls that wait fail with
@@ -71,7 +71,7 @@ async def connected(
 
 @contextmanager
 def may_give_up(stop: Stop) -> Iterator[None]:
-    """End the block quietly when the client was closed because the command was stopped without a connection."""
+    """End the block quietly if the client was closed because the command was stopped without a connection."""
     try:
         yield
     except ClientClosed:

@@ -1,4 +1,4 @@
-"""Sending live: lines, each when it comes."""
+"""Sends lines live, each when it arrives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL_ENDED: Final = "the server has ended every stream, so nothing more is sent: 
 
 
 def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
-    """The reason for a refused OPEN, and a cure that can be typed: --name is one if `is_own_name`."""
+    """The reason for a refused OPEN, and a cure that can be typed, such as --name if `is_own_name`."""
     if refused.code is not Code.NAME_IN_USE:
         return str(refused)
     other = "choose another name with --name, or " if is_own_name else ""
@@ -41,7 +41,7 @@ class Pace:
     """The rate and the amount of sending."""
 
     rate_hz: float | None
-    """Frames a second for each stream; None for as fast as possible, or for the frames' own times."""
+    """Frames per second for each stream; None for as fast as possible, or for the frames' own times."""
     frames: int | None
     """The most frames of each stream."""
     speed: float | None = None
@@ -59,14 +59,14 @@ class LiveRun:
     stop: Stop
     clock: Clock
     bad_lines: int = 0
-    """Lines that were not frames."""
+    """The number of lines that were not frames."""
     all_ended: bool = False
     """Whether it stopped because the server had ended every stream."""
     _start: float = 0.0
     _first_ns: int | None = None
 
     async def send_lines(self, lines: AsyncIterator[tuple[int, bytes]], own_name: str, choice: Choice) -> int:
-        """Send every line when it comes, or when its stream's next frame is due; drain; close.
+        """Send every line when it arrives, or when its stream's next frame is due; then drain and close.
 
         Returns the number of streams. Lines that name no stream go to the one called `own_name`.
 
@@ -118,7 +118,7 @@ class LiveRun:
         return len(streams)
 
     def _tell_bad_line(self, number: int, error: ValueError, together: int) -> None:
-        """Name it; of many one behind the other only the first: then it is the file that is wrong, not a line."""
+        """Report a bad line. Of consecutive bad lines only the first are named, because the file is wrong then."""
         self.bad_lines += 1
         if together <= BAD_LINES_NAMED:
             reason = error if isinstance(error, BadLine) else "it is not UTF-8"
@@ -135,11 +135,10 @@ class LiveRun:
             return None
 
     async def _wait_for(self, frame: int, time_ns: int | None) -> bool:
-        """Wait until it is due; False when sending is over before."""
+        """Wait until a time; False if sending ends before."""
         return await wait_until(self._start + self._due_s(frame, time_ns), self.clock, self.stop)
 
     def _due_s(self, frame: int, time_ns: int | None) -> float:
-        """The due time of a frame, in seconds after the start."""
         if self.pace.rate_hz is not None:
             return frame / self.pace.rate_hz
         if time_ns is None:

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was measured with."""
+"""The machine and the versions with which a result was measured."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
-    """The machine as the start of a sentence, without versions; takes the result of `machine`."""
+    """The machine as the start of a sentence, without versions, from the result of `machine`."""
     return f"{found['processor']} ({found['machine']}), {found['cores']} cores, {found['system']}"
 
 
 def versions_line(found: Mapping[str, Any]) -> str:
-    """The versions in what `machine` returned: `instep 0.4.0, python 3.12.1, …`."""
+    """The versions in the result of `machine`: `instep 0.4.0, python 3.12.1, …`."""
     return ", ".join(f"{name} {number}" for name, number in found["versions"].items())
 
 
 def processor(cpu_info: Path = CPU_INFO) -> str:
-    """The processor's model: matrix libraries choose their kernels by it."""
+    """The processor's model, by which matrix libraries choose their kernels."""
     if cpu_info.exists():
         for line in cpu_info.read_text().splitlines():
             name, _, value = line.partition(":")

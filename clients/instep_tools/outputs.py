@@ -1,4 +1,4 @@
-"""Answers of a live producer: counted, told of when refused, and shown or saved."""
+"""Answers of a live producer: counted, reported when refused, and shown or saved."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class OutputFormat(StrEnum):
 
 
 class Outputs(Protocol):
-    """Takes answered frames in order and keeps or shows them."""
+    """Receives answered frames in order and saves or shows them."""
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
+        """Add frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
         ...
 
 
 class PrintedOutputs:
-    """Prints a line for each frame: stream, seq and output, in JSON the frame, too. CSV begins with column names.
+    """Prints a line for each frame with stream, seq and output (in JSON also the frame), after CSV column names.
 
     Each float has the fewest digits that read back as the same float32.
     """
@@ -46,7 +46,7 @@ class PrintedOutputs:
         self._head = [["stream", "seq", *columns]]
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Print them."""
+        """Print frames."""
         if self._format is OutputFormat.CSV:
             text = io.StringIO()
             lines = csv.writer(text, lineterminator="\n")
@@ -66,17 +66,17 @@ class PrintedOutputs:
 
 @dataclass(frozen=True, slots=True)
 class SentFrames:
-    """A block on its way."""
+    """A block in flight."""
 
     names: tuple[str, ...]
-    """[N]"""
+    """The streams' names, [N]."""
     frames: F32
-    """[T, N, features]"""
+    """The frames, [T, N, features]."""
 
 
 @dataclass
 class Answers:
-    """Counts answers and hands outputs on; tells of every kind of refusal once a stream."""
+    """Counts answers and passes outputs on; reports each kind of refusal once per stream."""
 
     outputs: Outputs
     terminal: Terminal
@@ -88,7 +88,7 @@ class Answers:
     _told: set[tuple[str, int]] = field(default_factory=set)
 
     def take(self, sent: SentFrames, result: F32 | Refused) -> None:
-        """Take a block's outputs [T, N, outputs] or [T, outputs], or its error."""
+        """Process a block's outputs [T, N, outputs] or [T, outputs], or its error."""
         steps, streams, _ = sent.frames.shape
         applied = np.ones((steps, streams), np.bool_)
         if isinstance(result, Refused):

@@ -1,4 +1,4 @@
-"""Clocks, and requests to end a command."""
+"""Clocks, and requests to stop a command."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
 LONGEST_NAP_S: Final = 0.1
-"""A wait checks at least this often whether a stop was requested."""
+"""The longest interval at which a wait checks for a requested stop."""
 
 _LOOP_GRAIN_S: Final = 0.002
-"""asyncio rounds its waits up to whole milliseconds; the rest of a wait is slept in a thread, to some 0.1 ms."""
+"""asyncio rounds waits up to whole milliseconds; the rest of a wait is slept in a thread, to some 0.1 ms."""
 
 
 class Clock(Protocol):
-    """The clock of the commands; tests bring their own."""
+    """The clock of the commands; tests use their own."""
 
     def now(self) -> float:
-        """Seconds since some fixed moment; never goes back."""
+        """Seconds since a fixed time; never decreases."""
         ...
 
     async def sleep_until(self, moment: float) -> None:
-        """Return at `moment`, or at once if it has passed."""
+        """Return at `moment`, or immediately if it has passed."""
         ...
 
 
@@ -38,7 +38,7 @@ class WallClock:
         return time.monotonic()
 
     async def sleep_until(self, moment: float) -> None:
-        """Return at `moment`, late by some 0.1 ms; one sleeper at a time."""
+        """Return at `moment`, up to some 0.1 ms late; one sleeper at a time."""
         left = moment - time.monotonic()
         if left > _LOOP_GRAIN_S:
             await asyncio.sleep(left - _LOOP_GRAIN_S)
@@ -54,38 +54,38 @@ class WallClock:
 
 
 class Stop:
-    """A request to end the command: no new sends, then drain and close."""
+    """A request to end the command: it sends nothing new, drains and closes."""
 
     def __init__(self) -> None:
         self.connected = False
         """Whether there ever was a connection, so that answers may be outstanding."""
         self.gave_up = False
-        """Whether the command ended without a connection, so that it could neither drain nor close."""
+        """Whether the command ended without a connection, so it could neither drain nor close."""
         self._event = asyncio.Event()
 
     @property
     def requested(self) -> bool:
-        """Whether it was asked to end."""
+        """Whether a stop was requested."""
         return self._event.is_set()
 
     @property
     def words(self) -> str:
-        """The end of the command after a request, in words."""
+        """A phrase about how the command ended after a request."""
         if self.gave_up:
             return "stopped without a connection, so the last frames that were sent may have no answer"
         return "stopped, all streams closed"
 
     def request(self) -> None:
-        """Request the end; further calls change nothing. Call it in the event loop's thread."""
+        """Request a stop; further calls change nothing. Call this in the event loop's thread."""
         self._event.set()
 
     async def wait(self) -> None:
-        """Return when it was asked to end."""
+        """Return when a stop is requested."""
         await self._event.wait()
 
 
 async def wait_until(moment: float, clock: Clock, stop: Stop) -> bool:
-    """Wait for `moment`; True when it came, False when a stop was requested first. Always lets others run."""
+    """Wait for `moment`; False if a stop is requested first. Always yields to other tasks."""
     await asyncio.sleep(0)
     while not stop.requested:
         left = moment - clock.now()
@@ -96,7 +96,7 @@ async def wait_until(moment: float, clock: Clock, stop: Stop) -> bool:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The loop of uvloop where it is installed: it makes a faster load generator."""
+    """A factory of uvloop's event loop, if installed, which makes a faster load generator."""
     try:
         import uvloop
     except ImportError:

@@ -1,6 +1,6 @@
-"""A report as one HTML page that can be attached to an issue: nothing in it is fetched, and it needs no script.
+"""A report as one HTML page that can be attached to an issue: it fetches nothing and needs no script.
 
-The command supplies the content. The template escapes all text, because names of streams come from anybody.
+The command supplies the content. The template escapes all text, because anybody may choose names of streams.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MOST_ROWS: Final = 50
 """The most rows of a table; further rows are counted."""
 LARGEST_BYTES: Final = 2**20
-"""No page is larger; so much must be free on the disk before the work begins."""
+"""The largest page; this much must be free on the disk before the work begins."""
 SUFFIXES: Final = (".html", ".htm")
 COLOURS: Final = {
     "#000000": "ink",
@@ -47,7 +47,7 @@ COLOURS: Final = {
     "#b7791f": "doubt",
     "#ffffff": "paper",
 }
-"""Colours of pictures, and their names in the style sheet, which changes them in the dark theme."""
+"""Colours of pictures, and their names in the style sheet, which replaces them in the dark theme."""
 GOOD, BAD, DOUBT, SOFT = "#2f855a", "#c53030", "#b7791f", "#808080"
 
 Tone: TypeAlias = Literal["", "good", "bad", "doubt"]
@@ -55,7 +55,7 @@ Tone: TypeAlias = Literal["", "good", "bad", "doubt"]
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """Text in a colour that says how good it is."""
+    """Text with a colour that rates it."""
 
     text: str
     tone: Tone
@@ -71,9 +71,9 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     numbers: Sequence[str] = ()
-    """Headings of columns that are aligned at the right."""
+    """Headings of right-aligned columns."""
     rest: str = ""
-    """A plural noun for the rows left out, with the property that they share."""
+    """A plural noun for the omitted rows, with the property that they share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ Part: TypeAlias = str | Marked | Table | Facts | Chart
 
 @dataclass(frozen=True, slots=True)
 class PageSection:
-    """A heading and its content; consecutive charts are placed in a row where there is room."""
+    """A heading and its content; consecutive charts share a row if there is room."""
 
     title: str
     parts: Sequence[Part]
@@ -107,19 +107,19 @@ class Page:
     """A report."""
 
     program: str
-    """The command that made it: `instep verify`."""
+    """The command that made it, such as `instep verify`."""
     title: str
     verdict: Marked
     """A few words, in large letters."""
     summary: str
-    """The grounds of the verdict, in a sentence or two."""
+    """The grounds of the verdict in a sentence or two."""
     sections: list[PageSection]
     conditions: Mapping[str, str]
     """The exact command and other conditions of the run; machine and versions are added."""
 
 
 def check_report_path(path: Path) -> None:
-    """Find out before the work whether a page can be written there.
+    """Check, before the work begins, whether a page can be written at a path.
 
     Raises:
         BadFile: when it cannot.
@@ -132,7 +132,7 @@ def check_report_path(path: Path) -> None:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write a page as a whole, in place of an older one of that name.
+    """Write a page, replacing an older one of that name at once.
 
     Raises:
         BadFile: when it cannot be written.
@@ -158,12 +158,11 @@ def write_page(path: Path, page: Page) -> None:
 
 
 def _shown(value: Any) -> Any:
-    """Text whose control characters, and those that change the direction of writing, are written as escapes."""
+    """Text with control characters, including those for the direction of writing, as escapes."""
     return value if isinstance(value, Markup) else printable(str(value))
 
 
 def _svg(figure: Figure) -> Markup:
-    """The picture as an element of the page, in the page's colours and letters."""
     import matplotlib as mpl
 
     figure.patch.set_alpha(0)

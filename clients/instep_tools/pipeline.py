@@ -1,4 +1,4 @@
-"""Blocks in flight: sent without waiting for earlier answers, which are handed over in the order of sending."""
+"""Blocks in flight: sent without waiting for earlier answers, which are delivered in the order of sending."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Key = TypeVar("Key")
 Call = Callable[[], Coroutine[Any, Any, F32]]
 
 DEPTH: Final = 64
-"""Blocks that may be in flight; sending waits at this number."""
+"""The most blocks in flight; sending waits at this number."""
 
 
 @asynccontextmanager
 async def pipeline(
     take: Callable[[Key, F32 | Refused], None], depth: int = DEPTH
 ) -> AsyncIterator[Callable[[Key, Call], Awaitable[None]]]:
-    """Start calls of the client in order, and hand the outputs or the refusal of each to `take`.
+    """Start calls of the client in order, and pass the outputs or the refusal of each to `take`.
 
-    The block gets `send(key, call)`, which starts the call and waits only while `depth` others are on their way. When
-    the block ends, all answers have been taken.
+    The block receives `send(key, call)`, which starts the call and waits only while `depth` others are in flight. At
+    the end of the block, all answers have been passed on.
 
     Raises:
         InstepError: as the calls do, except `Refused`.
@@ -69,10 +69,10 @@ async def _outcome(call: Call) -> F32 | Refused:
 
 
 class LivingGroup:
-    """A group some of whose streams the server may end; the others continue.
+    """A group that continues with its other streams when the server ends some.
 
     Attributes:
-        ended: bool [N], which of them the server has ended.
+        ended: bool [N], the streams that the server has ended.
     """
 
     def __init__(self, group: AsyncGroup, outputs: int) -> None:
@@ -88,13 +88,14 @@ class LivingGroup:
 
         Args:
             x: float32 [T, N, features].
-            rows: [N] which of its streams.
+            rows: [N], indices of the streams.
 
         Returns:
             float32 [T, N, outputs].
 
         Raises:
-            FramesRefused: when some were not applied, or some streams have ended; its `outputs` hold the others'.
+            FramesRefused: when some frames were not applied, or some streams have ended; its `outputs` contain the
+                others'.
         """
         self._under_way += 1
         self._idle.clear()

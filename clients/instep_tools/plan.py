@@ -1,7 +1,7 @@
-"""The plan of a replay: recordings cut into blocks of frames, with their times and open streams.
+"""The plan of a replay: recordings cut into blocks of frames, with times and the streams to open.
 
-Streams are opened in cohorts, each one group of the client. A plan is made before anything is sent and holds only
-numbers: it knows no clock and no server.
+Streams are opened in cohorts, each of which is one group of the client. A plan is made before anything is sent; it
+consists of numbers, and uses neither clock nor server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from instep_tools.sequences import F64, I64, RecordedSequences
 Rows = npt.NDArray[np.intp]
 
 COHORT_STREAMS: Final = 1024
-"""The most streams opened together; more of them at once would not make the batches better."""
+"""The most streams opened together; more would not make the batches better."""
 
 OPEN_TOGETHER_S: Final = 0.25
 """Streams that open within this time are opened together, at the time of the first."""
@@ -31,17 +31,17 @@ OPEN_TOGETHER_S: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """One block: `steps` frames of each of some streams of one cohort."""
+    """One block: `steps` frames of each of some streams of a cohort."""
 
     due_s: float
-    """The time to send, in seconds after the start; 0 for as soon as possible."""
+    """The send time in seconds after the start; 0 for as soon as possible."""
     cohort: int
     rows: Rows
-    """[N] which streams, as places in the cohort."""
+    """[N], indices of the streams in the cohort."""
     flat: I64
-    """[steps, N] where their frames lie in `RecordedSequences.frames`."""
+    """[steps, N], indices of the frames in `RecordedSequences.frames`."""
     last: bool
-    """Whether it is the last one of its cohort, whose streams may be closed then."""
+    """Whether it is the last block of its cohort, after which the streams may be closed."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Plan:
 
 
 def cuts(lengths: I64, max_frames: int) -> Iterator[tuple[I64, Rows]]:
-    """Streams of different lengths, cut into blocks in which every stream has every timestep.
+    """Cut streams of different lengths into blocks in which every stream has every timestep.
 
     Args:
-        lengths: [N] frames of each stream.
-        max_frames: the most frames a block, where it has more than one timestep.
+        lengths: [N], the number of frames of each stream.
+        max_frames: the most frames in a block of more than one timestep.
 
     Yields:
-        The timesteps of each block, [T], and which streams have them.
+        The timesteps of each block, [T], and the indices of its streams.
     """
     first, longest = 0, int(lengths.max())
     while first < longest:
@@ -76,7 +76,7 @@ def cuts(lengths: I64, max_frames: int) -> Iterator[tuple[I64, Rows]]:
 def plan_waves(
     sequences: RecordedSequences, max_streams: int, max_block_frames: int, rate_hz: float = math.inf
 ) -> Plan:
-    """Plan one cohort after the other: as fast as possible in the largest blocks, or at a rate.
+    """Plan one cohort after another: as fast as possible in the largest blocks, or at a rate.
 
     Args:
         sequences: the sequences to send.
@@ -100,7 +100,7 @@ def plan_waves(
 
 
 def plan_timed(sequences: RecordedSequences, speed: float) -> Plan:
-    """Every frame when it was recorded, `speed` times as fast; a cohort's frames of one moment travel as one block."""
+    """Plan every frame at its recorded time, `speed` times as fast; equal times of a cohort share a block."""
     times_ns = sequences.times_ns
     if times_ns is None:
         raise ValueError("the sequences have no times")
@@ -131,14 +131,15 @@ def make_plan(
     """Make the plan of a replay.
 
     Args:
-        sequences: what to send.
-        speed: times real time; infinite for as fast as possible; None for real time if times are known, else infinite.
+        sequences: the sequences to send.
+        speed: the factor on real time; infinite for as fast as possible; None for real time if times are known, else
+            infinite.
         rate_hz: frames per second for each stream, which replace the times of the frames.
         info: the server's limits.
         file: for error messages.
 
     Raises:
-        CommandProblem: when there are no times to keep.
+        CommandProblem: when times are needed and the file has none.
     """
     timed = rate_hz is not None or sequences.times_ns is not None
     if speed is not None and math.isfinite(speed) and not timed:
@@ -152,7 +153,7 @@ def make_plan(
 
 
 def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
-    """Raise CommandProblem unless the frames have as many numbers as the model takes."""
+    """Raise CommandProblem unless frames have as many values as the model expects."""
     if sequences.features == info.features:
         return
     is_of_another = sequences.model not in (None, info.model) and sequences.fingerprint not in (None, info.fingerprint)
@@ -168,7 +169,7 @@ def check_fits(file: Path, sequences: RecordedSequences, info: ServerInfo) -> No
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names of streams that are open together: the second of a name is called NAME-2, and so on."""
+    """Distinct names for streams that are open together: the second of a name is called NAME-2, and so on."""
     found: dict[str, None] = {}
     for name in names:
         new = next(each for number in count(1) if (each := name if number == 1 else f"{name}-{number}") not in found)
@@ -177,7 +178,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def _opened_together(opened_s: F64, within_s: float) -> tuple[Rows, ...]:
-    """The sequences in order of opening, cut where a cohort is full or the next one opened too late for it."""
+    """The sequences in order of opening, split where a cohort is full or the next one opens too late for it."""
     order = np.argsort(opened_s, kind="stable")
     cohorts: list[Rows] = []
     first = 0
@@ -190,7 +191,7 @@ def _opened_together(opened_s: F64, within_s: float) -> tuple[Rows, ...]:
 
 
 def _same_moment(times_s: F64, sequence_of: Rows, cohort_of: Rows) -> Iterator[I64]:
-    """Groups of flat indices in order of time: one moment, one cohort, a stream at most once."""
+    """Groups of flat indices in order of time, each for one time and cohort, with a stream at most once."""
     order = np.lexsort((np.arange(len(times_s)), cohort_of[sequence_of], times_s))
     cohorts = cohort_of[sequence_of[order]]
     changes = (np.diff(times_s[order]) != 0) | (np.diff(cohorts) != 0)

@@ -1,4 +1,4 @@
-"""Carrying out a plan: every block when it is due, on streams that are open as long as they send."""
+"""Carries out a plan: sends every block when it is due, on streams that are open while they are needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instep_tools.pipeline import LivingGroup, pipeline, task_group
 from instep_tools.plan import Plan, Rows, Send
 
 LONG_WAIT_S: Final = 2.0
-"""The progress names a wait for the next frame that is longer than this."""
+"""The progress line mentions a wait for the next frame that is longer than this."""
 
 
 @dataclass
@@ -30,20 +30,20 @@ class PlanRun:
     names: Sequence[str]
     """Names of the streams, one for each sequence of the plan."""
     take: Callable[[Send, F32 | Refused], None]
-    """Gets every block's outputs [T, N, outputs], or why they were refused, in the order of sending."""
+    """Called with every block's outputs [T, N, outputs], or its refusal, in the order of sending."""
     stop: Stop
     clock: Clock
     all_ended: bool = False
-    """Whether it stopped because the server had ended every stream that was open."""
+    """Whether it stopped because the server had ended every open stream."""
     sent_frames: int = 0
-    """Frames that were sent, whatever became of them."""
+    """The number of sent frames, whatever became of them."""
     _due: float = 0.0
     _groups: dict[int, LivingGroup] = field(default_factory=dict)
     _closing: deque[asyncio.Task[None]] = field(default_factory=deque)
     _open_streams: int = 0
 
     async def run(self) -> None:
-        """Send until the plan's end or a stop; drain; close all streams.
+        """Send until the plan ends or a stop is requested; then drain and close all streams.
 
         Raises:
             InstepError: as the client does, except for refused frames.
@@ -73,12 +73,12 @@ class PlanRun:
                 closing.create_task(self._close(group))
 
     def waits(self) -> str:
-        """A sentence about the next due time, if it is far away; else empty."""
+        """A sentence about the next due time if it is far away; otherwise empty."""
         left_s = self._due - self.clock.now()
         return f"next frame due in {left_s:.0f} s" if left_s > LONG_WAIT_S else ""
 
     async def _open(self, cohort: int) -> LivingGroup:
-        """Open a cohort, after streams that are on their way out where there would be too many."""
+        """Open a cohort, waiting for streams that are being closed if there would be too many."""
         members = self.plan.cohorts[cohort]
         while self._closing and self._open_streams + len(members) > self.client.info.max_streams:
             await self._closing.popleft()
@@ -88,7 +88,6 @@ class PlanRun:
         return LivingGroup(group, self.client.info.outputs)
 
     async def _open_group(self, names: list[str], members: Rows) -> AsyncGroup:
-        """Open streams, some of which may begin with a recorded state and the others with the model's own."""
         given, spec = self.plan.sequences.initial_states, self.client.info.state
         with_state = [place for place, member in enumerate(members) if member in given]
         if not with_state:

@@ -1,4 +1,4 @@
-"""Problems that end a command early, the exit statuses that all commands share, and files that they write."""
+"""Problems that end a command early, the exit statuses of all commands, and files that they write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 
 _PART: Final = ".part"
 _MOST_LETTERS: Final = 50
-"""The number of letters of a file's name in the name of its part."""
+"""The number of letters of a file's name that the name of its part keeps."""
 _TOKEN_BYTES: Final = 4
 
 
@@ -26,7 +26,7 @@ class Exit(IntEnum):
     COULD_NOT_RUN = 2
     """Nobody answers, a file cannot be used, or the arguments do not fit together."""
     MEASURED_ITSELF = 3
-    """A load test's own sending was late: it measured the load generator and not the server."""
+    """A load test was late in sending, so it measured the load generator and not the server."""
     INTERRUPTED = 130
     """Ctrl-C: sent frames were answered, and the streams are closed."""
     TERMINATED = 143
@@ -34,7 +34,7 @@ class Exit(IntEnum):
 
 
 class CommandProblem(Exception):
-    """The command cannot do what was asked; the message is one sentence saying why and what to do."""
+    """The command cannot do its work; the message gives the reason and what to do."""
 
 
 class BadFile(CommandProblem):
@@ -42,7 +42,7 @@ class BadFile(CommandProblem):
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work, not after it, whether a file can be written there; nothing is made or changed.
+    """Check, before the work begins, whether a file can be written. Nothing is made or changed.
 
     Raises:
         BadFile: when it cannot.
@@ -71,7 +71,7 @@ def is_special(path: Path) -> bool:
 
 @contextmanager
 def reads_or_writes(path: Path, done: str) -> Iterator[None]:
-    """Turn errors of the file system into errors for the user; `done` is `read` or `written`.
+    """Convert errors of the file system to errors for the user; `done` is `read` or `written`.
 
     Raises:
         BadFile: that the file cannot be.
@@ -83,12 +83,12 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
 
 
 def part_of(path: Path) -> Path:
-    """The path at which a file is written until it is complete: next to it, under a name of allowed length."""
+    """The path of a file while it is incomplete: next to it, with a name of allowed length."""
     return path.with_name(f".{path.name[:_MOST_LETTERS]}.{token_hex(_TOKEN_BYTES)}{_PART}")
 
 
 def parts_left(path: Path) -> list[Path]:
-    """The files that `part_of` has named for a file, by now or before; none if a longer name may be cut to its own."""
+    """Existing files that `part_of` may have named for a file; none if another file could have the same part."""
     if len(path.name) >= _MOST_LETTERS:
         return []  # they might be another file's
     named = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
@@ -96,12 +96,12 @@ def parts_left(path: Path) -> list[Path]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is named as one that is not complete."""
+    """Whether a file's name marks it as incomplete."""
     return path.name.startswith(".") and path.suffix == _PART
 
 
 def check_new(path: Path, option: str) -> None:
-    """Find out before the work, not after it, whether a new file can be made there; `option` names another one."""
+    """Check, before the work begins, whether a new file can be made; `option` gives it another name."""
     if os.path.lexists(path):
         raise _exists(path, option)
     check_writable(path)
@@ -113,10 +113,10 @@ def _exists(path: Path, option: str) -> BadFile:
 
 @contextmanager
 def made_new(path: Path, option: str) -> Iterator[None]:
-    """Turn errors of making a new file in the block into errors for the user.
+    """Convert errors of making a new file in the block to errors for the user.
 
     Raises:
-        BadFile: when there is a file of that name, or it cannot be written.
+        BadFile: when a file of that name exists, or it cannot be written.
     """
     with reads_or_writes(path, "written"):
         try:
@@ -127,13 +127,13 @@ def made_new(path: Path, option: str) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: Path, new: str = "") -> Iterator[Path]:
-    """The path at which the block writes a file; at its end, unless it failed, the file replaces an older one.
+    """A path for the block to write a file; if it succeeds, the file replaces an older one.
 
-    A link stays one: the file behind it is replaced. A pipe or a device is written to directly. With `new`, the option
-    that names the file, an older file is an error.
+    For a link, the file it points to is replaced. A pipe or a device is written to directly. With `new`, the name of an
+    option, an existing file is an error.
 
     Raises:
-        BadFile: when it cannot be written, or is there already and must be new.
+        BadFile: when it cannot be written, or exists and must be new.
     """
     if new:
         check_new(path, new)
@@ -156,7 +156,7 @@ def written_aside(path: Path, new: str = "") -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a complete file, or leave an existing one as it is, also if the disk is full.
+    """Write a complete file, or leave an existing one unchanged, even if the disk is full.
 
     Raises:
         BadFile: when it cannot be written.

@@ -1,4 +1,4 @@
-"""`instep-client produce`: a live producer of lines or of a file's frames."""
+"""`instep-client produce`: sends lines or a file's frames live."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from instep_tools.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Produce:
-    """The command's options."""
+    """The options of the command."""
 
     target: Target
     pace: Pace
     file: Path | None = None
-    """Any file of frames; None for lines from standard input."""
+    """A file of frames; None for lines from standard input."""
     choice: Choice = field(default_factory=Choice)
-    """The columns and streams of it that are sent."""
+    """The columns and streams of the file to send."""
     name: str | None = None
-    """The stream's name, or the beginning of the names of several; None for the names in the file."""
+    """The stream's name, or the prefix of several names; None for the names in the file."""
     save: Path | None = None
-    """None to print the outputs."""
+    """The file for outputs; None to print them."""
     format: OutputFormat | None = None
     """The format of printed outputs; None for CSV."""
 
 
 async def produce(what: Produce, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
-    """Send until the input ends, the server ended all streams, or a stop; then close and report.
+    """Send until the input ends, the server has ended all streams, or a stop; then close and report.
 
     Raises:
         InstepError: as the client does.
@@ -151,7 +151,7 @@ async def _send_sequences(
     stop: Stop,
     clock: Clock,
 ) -> bool:
-    """Send all of them; whether the server ended all streams before."""
+    """Send all sequences; returns whether the server ended all streams before the end."""
     assert what.file is not None
     check_fits(what.file, sequences, client.info)
     plan = make_plan(sequences, what.pace.speed, what.pace.rate_hz, client.info, what.file)
@@ -173,7 +173,7 @@ async def _send_sequences(
 def _progress(
     what: Produce, terminal: Terminal, answers: Answers, total: float = inf, run: PlanRun | None = None
 ) -> AbstractContextManager[None]:
-    """Printed outputs show the progress themselves."""
+    """A progress display, unless outputs are printed, which show progress themselves."""
     if what.save is None:
         return nullcontext()
     return progress(

@@ -1,4 +1,4 @@
-"""`instep-client replay`: recorded sequences again, at their own speed or another one, and compared if asked to."""
+"""`instep-client replay`: sends recorded sequences again, at any speed, and compares outputs if requested."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from instep_tools.terminal import Terminal, progress, show_progress
 from instep_tools.words import counted
 
 LONG_S: Final = 60.0
-"""A replay in real time that takes longer says so before it begins."""
+"""A replay in real time that takes longer than this announces it."""
 NAMED: Final = 3
-"""The most streams that a sentence names."""
+"""The most streams named in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,22 @@ class ReplayJob:
     target: Target
     file: Path
     speed: float | None = None
-    """Times real time; infinite for as fast as possible; None for real time where times are known, else infinite."""
+    """The factor on real time; infinite for as fast as possible; None for real time if times are known, else infinite.
+    """
     rate_hz: float | None = None
-    """Frames a second for each stream in real time, whatever the file says."""
+    """Frames per second for each stream in real time, whatever the file says."""
     choice: Choice = field(default_factory=Choice)
     """The columns and streams of the file to send."""
     save: Path | None = None
     check: bool = False
-    """Compare with the outputs in the file."""
+    """Whether to compare with the outputs in the file."""
 
 
 class ReplayedOutputs:
     """The outputs of sent frames.
 
     Attributes:
-        outputs: float32 [sum, outputs], NaN where there is none.
+        outputs: float32 [sum, outputs], NaN without an output.
         done: bool [sum], whether each frame was applied and answered.
         refusals: the reasons of refusals, each sentence once.
     """
@@ -66,7 +67,7 @@ class ReplayedOutputs:
         self.refusals: dict[str, None] = {}
 
     def take(self, block: Send, result: F32 | Refused) -> None:
-        """Take a block's outputs [T, N, outputs], or its error."""
+        """Process a block's outputs [T, N, outputs], or its error."""
         applied: npt.NDArray[np.bool_] = np.ones(block.flat.shape, np.bool_)
         if isinstance(result, Refused):
             self.refusals.setdefault(str(result))
@@ -81,7 +82,7 @@ class ReplayedOutputs:
 
 
 async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) -> Exit:
-    """Run it again and report. With `check`: 0 all equal, 1 something differs, 2 some frame could not be compared.
+    """Run the replay and report. With `check`: 0 all equal, 1 a difference, 2 some frame was not compared.
 
     Raises:
         InstepError: as the client does.
@@ -123,7 +124,7 @@ async def replay(what: ReplayJob, terminal: Terminal, stop: Stop, clock: Clock) 
 
 
 async def _free_names(client: AsyncClient, names: Sequence[str]) -> list[str]:
-    """The names in the file, with a suffix where the server has a stream of that name, so that none is disturbed."""
+    """The names in the file, with a suffix if the server has a stream of that name, which is not disturbed."""
     taken = {stream.name for stream in await client.list_streams()}
     suffix = f"~{secrets.token_hex(4)}"
     return [name + suffix if name in taken else name for name in distinct(names)]
@@ -138,7 +139,7 @@ class Replayed:
     run: PlanRun
     seconds: float
     comparison: ReplayComparison | None
-    """The comparison of answered frames; None if nothing was to be compared."""
+    """The comparison of answered frames; None if no comparison was requested."""
     is_saved: bool
     info: ServerInfo
 

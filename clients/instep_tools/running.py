@@ -1,4 +1,4 @@
-"""Runs a command in an event loop of its own, which Ctrl-C and SIGTERM end cleanly."""
+"""Runs a command in its own event loop, which Ctrl-C and SIGTERM end cleanly."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from instep_tools.terminal import Terminal
 
 Command = Callable[[Terminal, Stop], Awaitable[Exit]]
 SAME_SIGNAL_S: Final = 0.5
-"""A signal that comes this soon after another is the same one: programs such as `timeout`, `npm` and `uv run` pass on a
-signal that the whole process group has already received."""
+"""A signal this soon after another one is the same signal, because programs such as `timeout`, `npm` and `uv run` pass
+on a signal that the whole process group has already received.
+"""
 _ENDINGS: Final = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 
 
 class _StoppedAtOnce(KeyboardInterrupt):
-    """A signal that a command does not wait after."""
+    """Raised by a signal after which a command does not wait."""
 
     def __init__(self, status: Exit, sentence: str) -> None:
         super().__init__(sentence)
@@ -35,11 +36,11 @@ class _StoppedAtOnce(KeyboardInterrupt):
 def run_command(
     command: Command, terminal: Terminal, *, drains: bool = True, same_signal_s: float = SAME_SIGNAL_S
 ) -> Exit:
-    """Run a command in an event loop of its own, and turn exceptions into a sentence and an exit status.
+    """Run a command in its own event loop, and turn exceptions into a sentence and an exit status.
 
     The first Ctrl-C or SIGTERM requests a stop: the command drains and closes. Without `drains`, it cancels the
-    command. The second signal ends it at once. So does the first one as long as there is no connection, because nothing
-    was sent. The status of such a command is INTERRUPTED or TERMINATED, also when it ends with an error, which is said.
+    command. The second signal ends it at once, and so does the first one before there is a connection, because nothing
+    was sent. The status is then INTERRUPTED or TERMINATED, even if the command ends with an error, which is printed.
 
     Raises:
         BrokenPipeError: at the end, if nobody reads stdout.

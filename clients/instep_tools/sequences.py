@@ -18,35 +18,35 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RecordedSequences:
-    """Whole sequences of frames, end to end in one array."""
+    """Sequences of frames, one after another in one array."""
 
     names: tuple[str, ...]
     """The names of the sequences, [R]."""
     lengths: I64
-    """[R] frames of each sequence, all at least 1."""
+    """[R], the number of frames of each sequence, at least 1."""
     frames: F32
     """[sum(lengths), features], finite, C-contiguous."""
     outputs: F32 | None = None
     """[sum(lengths), outputs]: the recorded outputs."""
     answered: npt.NDArray[np.bool_] | None = None
-    """[sum(lengths)] which `outputs` can be compared; None for all."""
+    """[sum(lengths)], the frames whose `outputs` can be compared; None for all."""
     times_ns: I64 | None = None
-    """[sum(lengths)] when each frame was sent, in nanoseconds since any moment; never going back in a sequence."""
+    """[sum(lengths)], the send time of each frame in nanoseconds since any time, never decreasing in a sequence."""
     initial_states: Mapping[int, State] = field(default_factory=dict)
-    """The states from which sequences started, by row; where one is not given, from the model's initial state."""
+    """The initial states of sequences by row; missing ones begin in the model's initial state."""
     fingerprint: str | None = None
-    """Fingerprint of the model that gave `outputs`, where known."""
+    """The fingerprint of the model that computed `outputs`, if known."""
     model: str | None = None
-    """Its name, where known."""
+    """The model's name, if known."""
 
     @property
     def starts(self) -> I64:
-        """[R] where each sequence begins in `frames`."""
+        """[R], the index in `frames` at which each sequence begins."""
         return np.cumsum(self.lengths) - self.lengths
 
     @property
     def late(self) -> tuple[str, ...]:
-        """The names of sequences with outputs that cannot be compared, because their first states are not known."""
+        """The names of sequences whose outputs cannot be compared, because their first states are unknown."""
         if self.answered is None or self.outputs is None:
             return ()
         unknown = ~self.answered & ~np.isnan(self.outputs).all(axis=1)
@@ -54,17 +54,17 @@ class RecordedSequences:
 
     @property
     def features(self) -> int:
-        """Numbers a frame."""
+        """The number of values in a frame."""
         return int(self.frames.shape[1])
 
     def keep(self, frames: npt.NDArray[np.bool_]) -> RecordedSequences:
-        """Only these frames [sum], of the sequences that have any of them."""
+        """Select frames [sum], and the sequences that have any of them."""
         lengths = np.add.reduceat(frames.astype(np.int64), self.starts)
         kept = replace(self, lengths=lengths, **self._frames(frames))
         return kept.select(np.flatnonzero(lengths).tolist())
 
     def _frames(self, which: npt.NDArray[np.bool_] | I64) -> dict[str, Any]:
-        """The columns of the chosen frames by name; None where the sequences have none."""
+        """Columns of the chosen frames by name; None for those that the sequences lack."""
         columns = ("frames", "outputs", "answered", "times_ns")
         return {name: None if getattr(self, name) is None else getattr(self, name)[which] for name in columns}
 
@@ -72,7 +72,7 @@ class RecordedSequences:
         return len(self.names)
 
     def select(self, which: Sequence[int]) -> RecordedSequences:
-        """Only these sequences, in this order."""
+        """Select sequences, in this order."""
         rows = np.asarray(which, np.int64)
         starts = self.starts
         parts = [np.arange(starts[row], starts[row] + self.lengths[row]) for row in rows]

@@ -15,12 +15,12 @@ from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
 
 ROUND_TRIPS: Final = 5
-"""Round trips of a ping, of which the best counts; the first one warms up."""
+"""The round trips of a ping, of which the best counts; the first one warms up."""
 
 _NOT_NOW: Final = frozenset({Code.SHUTTING_DOWN, Code.BUSY})
 """Codes with which a running server refuses connections."""
 _MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean")
-"""Suffixes of numbers that are 0 until something was measured."""
+"""Suffixes of numbers that are 0 until something has been measured."""
 
 
 async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:

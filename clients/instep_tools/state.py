@@ -1,7 +1,7 @@
 """`instep-client state …`: read a stream's state, save it, and continue from it.
 
-Reading and saving need no ownership, and the owner does not notice. A stream that a command has opened is left to the
-server, which parks it, when the command ends.
+Reading and saving need no ownership and do not disturb the owner. When a command that has opened a stream ends, the
+server parks the stream.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Ex
 
 
 def state_lines(state: State, spec: StateSpec) -> list[str]:
-    """A state as a table: for each row along the last axis of a leaf its range, mean and first values."""
+    """A state as a table: range, mean and first values for each row along the last axis of a leaf."""
     arrays = state
     rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
     width = max(len(label) for label, _ in rows)
@@ -135,7 +135,7 @@ async def leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> 
 
 
 def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: ServerInfo, more: dict[str, Any]) -> None:
-    """Print the result for a stream, and how long the server keeps it parked."""
+    """Print the result for a stream, and the time for which the server keeps it parked."""
     if terminal.as_json:
         about = {"stream": stream.name, "seq": stream.next_seq, "epoch": stream.epoch, "park_s": info.park_s}
         terminal.result({**about, **_of_model(info), **more})
@@ -149,14 +149,14 @@ def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:
     """Write a snapshot to a new file.
 
     Raises:
-        BadFile: when there is one of that name, or it cannot be written.
+        BadFile: when a file of that name exists, or it cannot be written.
     """
     with made_new(path, option):
         taken.save(path, overwrite=False)
 
 
 async def restored(client: AsyncClient, taken: StreamSnapshot, name: str | None) -> AsyncStream:
-    """A new stream that continues from a snapshot, under its name where no other is given."""
+    """Open a stream that continues from a snapshot, by default under the snapshot's name."""
     try:
         return await client.restore(taken, name)
     except StreamRefused as refused:
@@ -174,7 +174,6 @@ def _short(value: np.floating[Any]) -> str:
 
 
 def _rows(leaf: str, array: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """A leaf's rows along its last axis, as numbers, each with its place: `h[0]`."""
     lines = array.reshape(-1, array.shape[-1] if array.ndim else 1) * 1
     for index, values in enumerate(lines):
         yield (f"{leaf}[{index}]" if array.ndim > 1 else leaf), values

@@ -30,12 +30,12 @@ LOG_S: Final = 5.0
 
 
 def say(console: Console, sentence: str, style: str = "", *, first_style: str = "") -> None:
-    """Print a sentence: in lines of 80 columns on a terminal, and as it is into a file or a pipe.
+    """Print a sentence: in lines of 80 columns on a terminal, unchanged into a file or a pipe.
 
     Args:
-        console: where to.
-        sentence: it may have lines of its own.
-        style: of all of it.
+        console: the destination.
+        sentence: may contain line breaks.
+        style: of the whole sentence.
         first_style: of its first word.
     """
     lines = printable(sentence).split("\n")
@@ -45,13 +45,13 @@ def say(console: Console, sentence: str, style: str = "", *, first_style: str = 
 
 
 class Terminal:
-    """Results go to stdout, everything else to stderr.
+    """Prints results to stdout, and everything else to stderr.
 
     Args:
-        as_json: results as one JSON object.
+        as_json: whether results are one JSON object.
 
     Attributes:
-        data_on_stdout: stdout carries JSON or the data itself, so the summary line goes to stderr.
+        data_on_stdout: whether stdout receives JSON or the data itself, so that the summary line goes to stderr.
     """
 
     def __init__(self, as_json: bool = False) -> None:
@@ -71,17 +71,17 @@ class Terminal:
         say(self.err, f"error: {sentence}", first_style="bold red")
 
     def say(self, sentence: str) -> None:
-        """A result in words."""
+        """Print a result as text."""
         say(self.out, sentence)
 
     def fail(self, sentence: str) -> None:
-        """Why the command failed: an error, and with --json the result, too, unless there is one already."""
+        """Print why the command failed; with --json also as the result, unless there is one already."""
         if self.as_json and not self._has_result:
             self.result({"error": sentence})
         self.error(sentence)
 
     def write(self, text: str) -> bool:
-        """Data on stdout, at once; False when nobody reads it any more."""
+        """Write data to stdout and flush it; False if nobody reads it any more."""
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -92,12 +92,12 @@ class Terminal:
         return True
 
     def check_read(self) -> None:
-        """Raise BrokenPipeError where data was written to stdout that nobody read."""
+        """Raise BrokenPipeError if nobody read data written to stdout."""
         if self._is_unread:
             raise BrokenPipeError
 
     def summary(self, line: str, good: bool = True) -> None:
-        """The last line; not where nobody reads the data any more, because such a command ends quietly."""
+        """Print the last line, unless nobody reads the data any more, because the command then ends quietly."""
         if self._is_unread:
             return
         console = self.err if self.data_on_stdout else self.out
@@ -111,7 +111,7 @@ class Terminal:
     def table(
         self, headings: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: slice = slice(1, None)
     ) -> None:
-        """Print a table without lines, the columns `numbers` aligned at the right; its head, unless that is empty."""
+        """Print a table without lines; the columns `numbers` are right-aligned, and an empty head is left out."""
         shown = Table(*headings, box=None, pad_edge=False, show_header=any(headings))
         for column in shown.columns[numbers]:
             column.justify = "right"
@@ -138,15 +138,15 @@ def progress(
     done: Callable[[], float],
     detail: Callable[[], str] | None = None,
 ) -> Iterator[None]:
-    """Show how far the work in the block is, once it takes longer than two seconds.
+    """Show the progress of the block's work once it takes longer than two seconds.
 
     Args:
-        console: a bar is drawn on a terminal, and a line written now and then into a file or a pipe.
+        console: shows a bar on a terminal; a file or a pipe gets a line from time to time.
         title: names the work.
-        total: how much there is to do; infinite where it is not known.
+        total: the amount of work; infinite if unknown.
         unit: of `total`.
-        done: how much is done by now; called in a thread of its own.
-        detail: the text next to it; by default, and in place of an empty text, the elapsed time.
+        done: returns the finished amount; called in another thread.
+        detail: returns the text next to it; by default, and for an empty text, the elapsed time is shown.
     """
     started, ended = time.monotonic(), threading.Event()
 
@@ -181,7 +181,7 @@ def progress(
 
 @contextmanager
 def show_progress(title: str) -> Iterator[Callable[[float], None]]:
-    """Show progress on stderr, through a function that takes the finished share (0 to 1)."""
+    """Show progress on stderr; the block calls a function with the finished share (0 to 1)."""
     share = 0.0
 
     def tell(now: float) -> None:

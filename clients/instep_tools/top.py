@@ -1,4 +1,4 @@
-"""`instep-client top`: a running server in the terminal."""
+"""`instep-client top`: shows a running server in the terminal."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ from instep_tools.terminal import Terminal
 from instep_tools.words import counted, printable, three_digits
 
 SORTS: Final = ("rate", "name", "next seq", "pending", "idle")
-"""The columns to sort by; all except names begin with the largest."""
+"""The columns to sort by, largest first except for names."""
 LOOK_SHARE: Final = 10
-"""A look that took T seconds is followed by another one after this many T at the earliest: it lists every stream."""
+"""After a look that took T seconds, the next one waits at least this many T, because it lists every stream."""
 SHOWN_ONCE: Final = 50
-"""Streams in a view that is printed and not redrawn."""
+"""The number of streams in a view that is printed once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A server at one moment."""
+    """A server at one time."""
 
     at_s: float
     info: ServerInfo
     models: Sequence[ServedModel]
     numbers: Mapping[str, float]
-    """STATS; NaN for a number that the server lacks."""
+    """The numbers of STATS; NaN for a number that the server lacks."""
     streams: Sequence[ListedStream]
 
 
 @dataclass(frozen=True, slots=True)
 class ScreenView:
-    """A snapshot and the one before it, for rates."""
+    """A snapshot, and the one before it for rates."""
 
     endpoint: str
     now: Snapshot
     before: Snapshot | None = None
     sort: str = SORTS[0]
     lost: str = ""
-    """Why there is no newer snapshot; empty where there is."""
+    """The reason that there is no newer snapshot; empty if there is one."""
 
     def rate(self, now: float, before: float | None) -> float:
-        """The increase per second; NaN where it is not known, as after a counter began anew."""
+        """The increase per second; NaN if unknown, as after a counter has restarted."""
         if self.before is None or before is None or now < before:
             return math.nan
         return (now - before) / (self.now.at_s - self.before.at_s)
@@ -141,7 +141,7 @@ async def top(
 
 
 async def look(client: AsyncClient) -> Snapshot:
-    """Ask a server.
+    """Take a snapshot of a server.
 
     Raises:
         InstepError: it does not answer.
@@ -242,7 +242,7 @@ def _keys(press: Callable[[str], None]) -> Iterator[None]:
 
 
 def drawn(view: ScreenView, most_streams: int) -> RenderableType:
-    """The view, without streams beyond the first ones."""
+    """The view, limited to the first streams."""
     now, numbers, rates = view.now, view.now.numbers, defaultdict(lambda: math.nan, view.rates())
     info, model_rates = now.info, view.model_rates()
     is_answering = _recent(numbers, "latency_us_p50") > 0
@@ -281,7 +281,7 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
 
 
 def _recent(numbers: Mapping[str, float], name: str) -> float:
-    """The number over the last seconds, or since the start of a model that is not a second old."""
+    """The number over the last seconds; in the first second of a model, since its start."""
     recent = numbers[f"recent_{name}"]
     return numbers[name] if math.isnan(recent) else recent
 
@@ -322,12 +322,11 @@ def _stream_table(view: ScreenView, most: int) -> Table:
 
 
 def _short(rate: float) -> str:
-    """A rate: whole numbers from 100 on, before that three digits; – for NaN."""
+    """A rate with three digits, or as an integer from 100 on; – for NaN."""
     return "0" if rate == 0 else three_digits(rate)
 
 
 def _period(seconds: float) -> str:
-    """`3.2 s`, `4m 12s`, `3h 12m`, `12d 3h`; – for NaN."""
     if math.isnan(seconds):
         return "–"
     if seconds < 59.95:

@@ -1,4 +1,4 @@
-"""Numbers in sentences and in JSON."""
+"""Numbers and text for sentences and JSON."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def three_digits(value: float) -> str:
 
 
 def wrapped(sentence: str) -> str:
-    """The sentence in lines of 80 columns, which are indented by two more columns from the second on."""
+    """The sentence in lines of 80 columns; from the second on they are indented by two more columns."""
     indent = " " * (len(sentence) - len(sentence.lstrip(" ")) + 2)
     return textwrap.fill(sentence, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def printable(text: str) -> str:
-    """The text with control characters as escapes, such as those of a name in a file from elsewhere."""
+    """Text with control characters as escapes, for example in a name from a foreign file."""
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 def finite(value: Any) -> Any:
-    """The value with null for every number in it that is not finite, because JSON has no others."""
+    """The value with null for every non-finite number in it, because JSON has no others."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

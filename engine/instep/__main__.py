@@ -1,4 +1,4 @@
-"""`instep`, and `python -m instep`."""
+"""The entry point of `instep` and `python -m instep`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _end_without_threads(status: int) -> None:
-    """End the process with this status if a thread is still running, such as a load or a step that hangs.
+    """End the process at once if a thread is still running, such as a load or a step that hangs.
 
     Python would end such threads itself, and a thread that is in torch at that moment aborts the process.
     """

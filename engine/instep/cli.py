@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported inside the commands, so that `--help` is there at once."""
+"""The command line. Commands import everything heavy themselves, so that `--help` appears immediately."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _EngineCommands(PlainCommands):
-    """Commands that end with a red sentence and an exit status, not a traceback, after users' errors and signals."""
+    """Commands that end with a red sentence and an exit status after users' errors and signals."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         as_json = "--json" in (sys.argv if args is None else args)
@@ -67,11 +67,11 @@ Streams = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Where a command's configuration comes from, besides the environment."""
+    """The sources of a command's configuration besides the environment."""
 
     file: Path | None
     flags: dict[str, str]
-    """By `section.key`."""
+    """Flags by `section.key`."""
 
 
 def _given(
@@ -122,7 +122,7 @@ def _given(
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's first parameter, a `Given`, by the options that a `Given` is made from."""
+    """Replace a command's first parameter, a `Given`, by the options it is made from."""
     shared = inspect.signature(_given, eval_str=True).parameters
 
     def run(**values: Any) -> None:
@@ -326,7 +326,7 @@ add_version(app)
 
 
 def main() -> None:
-    """Run the command line and end the process with the command's exit status; `instep.__main__` prepares for it."""
+    """Run the command line and end the process with its exit status; called by `instep.__main__`."""
     app(prog_name="instep")
 
 
@@ -349,7 +349,7 @@ def _fail(sentence: str, *, as_json: bool) -> None:
 
 @contextmanager
 def _logged(log: LogConfig | None) -> Iterator[None]:
-    """If the block fails, write the reason also into a log that is a file or JSON."""
+    """If the block fails, also write the reason into a log that is a file or JSON."""
     try:
         yield
     except _users_errors() as error:
@@ -363,7 +363,7 @@ def _logged(log: LogConfig | None) -> Iterator[None]:
 
 
 def _users_errors() -> tuple[type[Exception], ...]:
-    """The exceptions whose message is for the user; imported only once something was raised."""
+    """The exceptions whose message is for the user, imported only after one was raised."""
     from instep.config import ConfigError
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError

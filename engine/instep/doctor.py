@@ -1,4 +1,4 @@
-"""`instep doctor`: versions, the machine, and each problem that the checks find, with its cure."""
+"""`instep doctor`: shows versions and the machine, and each problem that the checks find, with its cure."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ SLOW_SYNC_MS: Final = 10.0
 
 
 def doctor(file: Path | None, flags: Mapping[str, str], demo: Path, as_json: bool, write: Callable[[str], None]) -> int:
-    """Examine this machine, and what `instep serve` would do here.
+    """Examine this machine, and what `instep serve` would do on it.
 
     Args:
         file: the configuration.
         flags: settings, by `section.key`.
-        demo: the model that is examined where no other is named.
-        as_json: one JSON object instead of text.
-        write: takes the lines of the result.
+        demo: the model to examine if no other is named.
+        as_json: whether to write one JSON object instead of text.
+        write: called with the lines of the result.
 
     Returns:
-        0, or 1 when a server could not start.
+        0; 1 if a server could not start.
     """
     findings = [Finding("warning", sentence, "correct the variable, or unset it") for sentence in unknown_variables()]
     config: Config | None = None
@@ -80,7 +80,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _disk(config: Config, facts: dict[str, Any]) -> Iterator[Finding]:
-    """Write a small file, which is removed again, where the recording is, or else in the working directory."""
+    """Write and remove a small file next to the recording or, without one, in the working directory."""
     file = config.recording.file
     folder = Path.cwd() if file is None else file if os.path.isdir(file) else file.parent
     times = []
@@ -105,7 +105,7 @@ def _disk(config: Config, facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _collecting(findings: list[Finding], facts: dict[str, Any]) -> structlog.stdlib.BoundLogger:
-    """A log whose warnings become findings; what it says of models and their recordings are facts."""
+    """A log whose warnings become findings, and whose lines on models and recordings become facts."""
 
     def note(_: object, level: str, fields: structlog.typing.EventDict) -> str:
         event = str(fields.pop("event"))

@@ -15,7 +15,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """A signal stops the command, with the exit status that shells have for it; the text says which signal."""
+    """Raised by a signal that stops the command; it has the exit status of shells, and names the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -28,8 +28,8 @@ class Stopped(SystemExit):
 def end_at_once() -> None:
     """Let these signals end the process silently, with their exit statuses.
 
-    Python's own handler raises wherever the program happens to be, and packages in C report that at length; the
-    system's handler does nothing in the first process of a container.
+    Python's own handler raises at any point of the program, which packages in C report at length; the system's handler
+    does nothing in the first process of a container.
     """
     for number in ENDINGS:
         if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
@@ -37,19 +37,19 @@ def end_at_once() -> None:
 
 
 def raise_stopped() -> None:
-    """Let the first signal raise `Stopped` instead of ending the process, so that the command cleans up."""
+    """Let the first signal raise `Stopped` instead of ending the process, so the command can clean up."""
     for number in _ours():
         signal.signal(number, _stop)
 
 
 def stop_no_more() -> None:
-    """Ignore these signals: the work is done, and the exit status is decided."""
+    """Ignore these signals, because the work is done and the exit status decided."""
     for number in _ours():
         signal.signal(number, signal.SIG_IGN)
 
 
 def signal_name(number: int) -> str:
-    """`SIGSEGV`, or `signal 35` for a signal that Python has no name for, such as most real-time signals."""
+    """A signal's name, such as `SIGSEGV`, or `signal 35` if Python has no name for it."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -57,7 +57,7 @@ def signal_name(number: int) -> str:
 
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
-    """Let the kernel send this process a signal when the thread of `parent` that forked it ends; on Linux only."""
+    """Have the kernel signal this process when the thread of `parent` that forked it ends; on Linux only."""
     if sys.platform == "linux":
         import ctypes
 

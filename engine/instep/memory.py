@@ -1,4 +1,4 @@
-"""The memory that this machine or container has, and sizes in words."""
+"""The memory of this machine or container, and sizes as text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Final
 
 _UNLIMITED: Final = 2**60
-"""Control groups of version 1 say about 2^63 where there is no limit."""
+"""Control groups of version 1 report about 2^63 without a limit."""
 
 
 def usable_memory() -> int:
-    """Bytes that this process may use: of the machine, or of its container."""
+    """The bytes of memory of the machine or, if smaller, of this process's container."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = memory_limit(Path("/"))
     return total if limit is None else min(total, limit)
 
 
 def memory_limit(root: Path) -> int | None:
-    """The smallest limit of this process's control groups, of version 2 or 1; files of the system are below `root`."""
+    """The smallest memory limit of this process's control groups, version 2 or 1; `root` contains the files."""
     limits = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -38,7 +38,7 @@ def memory_limit(root: Path) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a system file, or nothing if it cannot be read."""
+    """The text of a system file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -46,7 +46,7 @@ def read_text(path: Path) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as text for people: `1.5 GiB`."""
+    """A number of bytes as text: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -204,7 +204,7 @@ def shadow(
 
 
 def say(sentence: str) -> None:
-    """Print a result in words."""
+    """Print a result."""
     from rich.console import Console
 
     from instep_tools import terminal
@@ -222,7 +222,6 @@ def _named(place: str, text: str) -> tuple[str, str]:
 
 
 def _assigned(option: str, texts: Sequence[str], parse: Callable[[str], Value]) -> dict[str, Value]:
-    """Parse options of the form `NAME=VALUE` into a dict."""
     found = {}
     for text in texts:
         name, _, value = text.rpartition("=")

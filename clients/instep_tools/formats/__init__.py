@@ -1,1 +1,1 @@
-"""Files of frames and outputs, a module for each format: its reader and its writer."""
+"""File formats of frames and outputs: a module with the reader and the writer of each."""

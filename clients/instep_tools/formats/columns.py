@@ -1,4 +1,4 @@
-"""Columns by name: which of them are the frame, the output, the stream and the time."""
+"""Columns by name: those of the frame, the output, the stream and the time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instep_tools.formats.table import TableHeader
 from instep_tools.problems import CommandProblem
 
 TIME_COLUMNS: Final = ("time", "time_ns", "time_us", "time_ms", "time_s")
-"""The first of them that a table has is its time, unless another column is named."""
+"""The first of these columns that a table has is its time, unless another one is named."""
 LABELS: Final = ("stream", "stream_id", "seq", *TIME_COLUMNS)
 _UNITS_NS: Final = {"_ns": 1, "_us": 10**3, "_ms": 10**6}
 _NUMBERED: Final = re.compile(r"x\d+")
@@ -22,21 +22,21 @@ _NUMBERED: Final = re.compile(r"x\d+")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The columns and streams of a file to be sent."""
+    """The columns and streams of a file to send."""
 
     named: bool = False
-    """The first column of text or Parquet names the stream, whatever the column is called."""
+    """Whether the first column of text or Parquet names the stream, whatever the column is called."""
     columns: tuple[str, ...] = ()
-    """Names or shell patterns of the columns of the frame, in this order; empty for those that look like it."""
+    """Names or shell patterns of the frame's columns, in this order; empty to recognise them."""
     time: str | None = None
     """The column with the time; None for the first of `TIME_COLUMNS`."""
     only: str = "*"
-    """A shell pattern of stream names."""
+    """A shell pattern of the names of streams."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The columns of a table by their roles; None where there is none. `stream_id` and `seq` have fixed names."""
+    """The columns of a table by role; None for a missing one. `stream_id` and `seq` have fixed names."""
 
     stream: str | None
     time: str | None
@@ -45,19 +45,19 @@ class Roles:
 
 
 def input_columns(features: int) -> tuple[str, ...]:
-    """The names of a frame's numbers."""
+    """The names of a frame's columns."""
     return tuple(f"x{at}" for at in range(features))
 
 
 def unit_ns(time: str) -> int:
-    """Nanoseconds in the unit of a column of numbers: as its name ends (_ns, _us, _ms), or else seconds."""
+    """The nanoseconds in a column's unit, from the end of its name (_ns, _us, _ms); seconds by default."""
     return _UNITS_NS.get(time[-3:], 10**9)
 
 
 def output_columns(source: object, outputs: int) -> tuple[str, ...]:
     """The names of the outputs: y0, y1, …, or those of the model.
 
-    `source` may know the model's names: a server's description of itself, or a recording's header.
+    `source` may have the model's names; it is a server's description of itself, or a recording's header.
     """
     names = tuple(map(str, getattr(source, "output_names", None) or ()))
     clash = any(name in LABELS or _NUMBERED.fullmatch(name) for name in names)
@@ -67,20 +67,20 @@ def output_columns(source: object, outputs: int) -> tuple[str, ...]:
 
 
 def column_names(fields: Sequence[str], named: bool) -> tuple[list[str], bool]:
-    """The names of a text's columns, and whether its first line, split into these fields, gives them."""
+    """The names of a text's columns, and whether the first line, split into these fields, has them."""
     if fields and not any(map(_is_number, fields[named:])):
         return list(fields), True
     return [*["stream"] * named, *input_columns(len(fields) - named)], False
 
 
 def find_roles(names: Sequence[str], choice: Choice, header: TableHeader | None = None) -> Roles:
-    """Find the roles of columns by their names.
+    """Find the roles of columns by name.
 
-    The frame is the chosen columns, or the header's inputs, or x0, x1, …, or else every column without another role.
-    Outputs are those of the header, or y0, y1, …, or else the columns that follow the last x.
+    The frame is the chosen columns, the header's inputs, x0, x1, …, or every column without another role. Outputs are
+    those of the header, y0, y1, …, or the columns that follow the last x.
 
     Raises:
-        CommandProblem: when a column that was named is not there, or a name is there twice.
+        CommandProblem: when a named column is missing, or a name occurs twice.
     """
     name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
     if count > 1:

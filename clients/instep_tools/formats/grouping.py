@@ -1,4 +1,4 @@
-"""Rows of a table as sequences: by stream, in order, cut where a state was set."""
+"""Groups rows of a table into sequences by stream, in order, split where a state was set."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CHOOSE: Final = "choose the frame's columns with --columns, and give --named if 
 
 
 def sequences_of(path: Path, columns: Columns, roles: Roles, header: TableHeader) -> RecordedSequences:
-    """The rows as sequences, one for each opening of a stream and each reset of its state.
+    """The rows as sequences: one for each opening of a stream and each reset of its state.
 
-    Frames whose outputs are all NaN have none.
+    A frame whose outputs are all NaN counts as one without outputs.
 
     Raises:
         BadFile: if a column has invalid values, or a frame of a stream is missing or repeated.
@@ -77,7 +77,6 @@ def sequences_of(path: Path, columns: Columns, roles: Roles, header: TableHeader
 
 
 def _matrix(path: Path, columns: Columns, names: Sequence[str]) -> F32:
-    """Some columns as float32 [rows, len(names)]."""
     values = np.empty((len(next(iter(columns.values()))), len(names)), np.float32)
     for at, name in enumerate(names):
         column = columns[name]

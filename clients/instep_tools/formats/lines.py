@@ -1,4 +1,4 @@
-"""Lines of text as they arrive: one frame a line, numbers separated by commas or white space."""
+"""Lines of text as they arrive: one frame per line, numbers separated by commas or white space."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ BAD_LINES_NAMED: Final = 5
 
 
 class BadLine(ValueError):
-    """A line that is not a frame; the message says why in a few words, without the line's number."""
+    """A line that is not a frame; the message gives the reason, without the line's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One frame of a line."""
+    """The frame of a line."""
 
     stream: str | None
-    """The stream's name, where the line names one."""
+    """The stream's name, if the line names one."""
     time_ns: int | None
-    """The frame's time in nanoseconds, where the line has one."""
+    """The frame's time in nanoseconds, if the line has one."""
     frame: F32
     """float32 [features], all finite."""
 
 
 class LineReader:
-    """Reads lines in order; the first one whose columns fit the model may be a header, see `find_roles`.
+    """Reads lines in order; the first line whose columns fit the model may be a header, see `find_roles`.
 
     Empty lines are skipped, and lines that start with `#`.
 
     Args:
         choice: the columns of the frame, the stream and the time.
-        features: numbers a frame.
+        features: the number of values in a frame.
     """
 
     def __init__(self, choice: Choice, features: int) -> None:
@@ -51,11 +51,11 @@ class LineReader:
         self._roles: Roles | None = None
 
     def read(self, text: str) -> Line | None:
-        """The line's frame, or None where it holds none.
+        """The line's frame, or None if it contains none.
 
         Raises:
-            BadLine: the line is not a frame; the reader continues with the next one as if it had not been there.
-            CommandProblem: when columns were chosen that the first line does not name.
+            BadLine: the line is not a frame; the reader can continue with the next one.
+            CommandProblem: when the first line does not name a chosen column.
         """
         if not text.strip() or text.startswith("#"):
             return None
@@ -91,7 +91,7 @@ class LineReader:
 
 
 def _time_ns(column: str, field: str) -> int:
-    """A moment in nanoseconds: a number in the unit that ends the column's name, or an ISO 8601 date and time."""
+    """Parse a time to nanoseconds: a number in the unit of the column's name, or an ISO 8601 date and time."""
     try:
         return round(float(field) * unit_ns(column))
     except ValueError:

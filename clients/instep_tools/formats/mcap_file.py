@@ -1,9 +1,9 @@
-"""MCAP: one channel a stream, one message a frame, as written here or by others (a ROS 2 bag, for example).
+"""MCAP files with a channel per stream and a message per frame, written here or elsewhere (a ROS 2 bag, for example).
 
 Files are written as JSON with a JSON schema: `{"seq": 0, "x": [0.5, 1.0], "y": [0.25]}`. The topic is the stream's
-name, and the channel's metadata has `stream_id`: two openings of one name are two channels of one topic. Log time and
-publish time are the frame's, the sequence is its seq (the last 32 bits). A metadata record called `instep` holds the
-table's metadata.
+name, and the channel's metadata has `stream_id`, so two openings of one name are two channels of one topic. Log time
+and publish time are the frame's time, and the sequence is the last 32 bits of its seq. A metadata record called
+`instep` has the table's metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from instep_tools.formats.table import TableHeader, TableRows, json_numbers
 from instep_tools.problems import BadFile, CommandProblem
 
 MOST_CHANNELS: Final = 2**16 - 1
-"""MCAP numbers channels with 16 bits, and the writer counts from 1."""
+"""The most channels: MCAP numbers them with 16 bits, and the writer counts from 1."""
 METADATA: Final = "instep"
 _NUMBERS: Final = {"type": "array", "items": {"type": ["number", "null"]}}
 _SCHEMA: Final = {"type": "object", "properties": {"seq": {"type": "integer"}, "x": _NUMBERS, "y": _NUMBERS}}
@@ -32,7 +32,7 @@ _LOW_32_BITS: Final = 2**32 - 1
 
 
 def check_installed() -> None:
-    """Raise CommandProblem where the packages for MCAP are not installed."""
+    """Raise CommandProblem if the packages for MCAP are not installed."""
     for package in ("mcap", "mcap_protobuf", "mcap_ros2"):
         if find_spec(package) is None:
             raise CommandProblem(
@@ -42,7 +42,7 @@ def check_installed() -> None:
 
 
 def read_mcap(path: Path, choice: Choice, on_progress: Callable[[float], None]) -> tuple[Columns, Roles, TableHeader]:
-    """The messages of each topic as the rows of a stream, in order of log time, which is also the frames' time.
+    """Read the messages of each topic as the rows of a stream, in the order of log time.
 
     The columns are the numbers of a message: `angular_velocity.x`, `data2`.
     """
@@ -89,7 +89,7 @@ def read_mcap(path: Path, choice: Choice, on_progress: Callable[[float], None]) 
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a decoded message in order, with their names; text and booleans are left out."""
+    """All numbers of a decoded message in order, with their names; text and booleans are skipped."""
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         yield name, np.nan if value is None else float(value)
     elif isinstance(value, Sequence | array) and not isinstance(value, str | bytes):
@@ -117,7 +117,7 @@ class McapWriter:
         self._channels: dict[tuple[str, int], int] = {}
 
     def write(self, rows: TableRows) -> None:
-        """Write a message for each row; where there are no times, the log time is 0."""
+        """Write a message for each row; without times, the log time is 0."""
         times_ns = [0] * len(rows) if rows.times_ns is None else rows.times_ns.tolist()
         labels = (rows.names.tolist(), rows.stream_ids.tolist(), rows.seqs.tolist(), times_ns)
         for name, stream_id, seq, time_ns, x, y in zip(*labels, rows.x, rows.y, strict=True):

@@ -1,4 +1,4 @@
-"""Any file of frames: recognised by its content, read as columns, and cut into sequences."""
+"""Reads any file of frames: recognises its format by content, reads columns, and splits them into sequences."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _START_BYTES: Final = 4096
 def read_sequences(
     path: Path, choice: Choice | None = None, on_progress: OnProgress = lambda share: None
 ) -> RecordedSequences:
-    """Read a recording, text, JSON lines, NPZ, NPY, Parquet or MCAP; sequences without a frame are left out.
+    """Read a recording, text, JSON lines, NPZ, NPY, Parquet or MCAP; empty sequences are left out.
 
-    `on_progress` is called with the share (0 to 1) of a recording or an MCAP file that was read.
+    `on_progress` is called with the share (0 to 1) of a recording or an MCAP file that has been read.
 
     Raises:
         BadFile: naming the file and the problem.
-        CommandProblem: when something that was chosen is not there, or a library is missing.
+        CommandProblem: when a chosen column or stream does not exist, or a library is missing.
     """
     choice = choice or Choice()
     reader = _reader(path)
@@ -98,7 +98,7 @@ def _unknown(path: Path) -> BadFile:
 
 
 def _read_recording(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
-    """All streams of a recording; of one that is still being written, up to its last commit."""
+    """Read all streams of a recording, which may still be being written, up to its last commit."""
     from instep.recording.errors import RecordingError
     from instep.recording.reader import RecordingReader
     from instep.recording.records import RecordedFrames
@@ -127,7 +127,7 @@ def _read_recording(path: Path, choice: Choice, on_progress: OnProgress) -> Tabl
 
 
 def _read_numpy(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
-    """The table as `NpzWriter` writes it, or any arrays [T, features] or [R, T, features]."""
+    """Read a table from `NpzWriter`, or any arrays [T, features] or [R, T, features]."""
     with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
         loaded = np.load(file, allow_pickle=False)
         arrays = (
@@ -152,7 +152,7 @@ def _read_numpy(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
 
 
 def _end_to_end(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of one stream each as `stream` and `x`."""
+    """Join arrays of one stream each to the columns `stream` and `x`."""
     parts: dict[str, npt.NDArray[Any]] = {}
     for name, array in arrays.items():
         if array.ndim == 3:
@@ -188,7 +188,7 @@ def _read_parquet(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
 
 
 def _read_json(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
-    """JSON lines as `produce` prints them; lists of numbers become columns: x0, x1 and so on."""
+    """Read JSON lines as `produce` prints them; lists of numbers become columns x0, x1 and so on."""
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.strip()]
     columns: dict[str, npt.NDArray[Any]] = {}
@@ -202,7 +202,7 @@ def _read_json(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
 
 
 def _read_text(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
-    """Numbers separated by commas, semicolons, tabs or spaces, with or without a line of names."""
+    """Read numbers separated by commas, semicolons, tabs or spaces, with or without a line of names."""
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
@@ -247,4 +247,3 @@ _READERS: Final[dict[bytes, Reader]] = {
     b"\x93NUMPY": _read_numpy,
     b"{": _read_json,
 }
-"""Readers by the first bytes of a file."""

@@ -1,4 +1,4 @@
-"""A table of frames and outputs: its rows, and the metadata that goes with them."""
+"""A table of frames and outputs: its rows and its metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK_FRAMES: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class StartState:
-    """The state before frame `seq` of a stream, where the frames before it did not lead to it."""
+    """The state before frame `seq` of a stream, if it does not result from the frames before it."""
 
     stream_id: int
     seq: int
@@ -35,20 +35,20 @@ class TableHeader:
     """The metadata of a table."""
 
     inputs: tuple[str, ...] = ()
-    """Names of the frame's columns."""
+    """The names of the frame's columns."""
     outputs: tuple[str, ...] = ()
-    """Names of the output's columns."""
+    """The names of the output's columns."""
     timed: bool = True
     """Whether rows have a time."""
     about: Mapping[str, str] = field(default_factory=dict)
-    """The model's name, its fingerprint, the arithmetic, and the version of instep."""
+    """The model's name and fingerprint, the arithmetic, and the version of instep."""
     spec: StateSpec | None = None
     """The layout of the states."""
     states: Sequence[StartState] = ()
 
     @property
     def metadata(self) -> dict[str, str]:
-        """All of it as text, for files that have metadata."""
+        """The header as text, for files that can store metadata."""
         values = {**self.about, "inputs": json.dumps(self.inputs), "outputs": json.dumps(self.outputs)}
         if self.states and self.spec is not None:
             rows = [
@@ -60,7 +60,7 @@ class TableHeader:
 
     @classmethod
     def from_metadata(cls, values: Mapping[str, str]) -> TableHeader:
-        """The header whose `metadata` this is; an empty one where a file has none.
+        """Parse the result of `metadata`; a file without metadata gives an empty header.
 
         Raises:
             Exception: of any kind, when it is damaged.
@@ -94,23 +94,23 @@ class TableRows:
     x: F32
     """float32 [rows, features]."""
     y: F32
-    """float32 [rows, outputs]; all NaN where the output is not known."""
+    """float32 [rows, outputs]; all NaN if the output is unknown."""
 
     def __len__(self) -> int:
         return len(self.seqs)
 
     @classmethod
     def join(cls, parts: Sequence[TableRows]) -> TableRows:
-        """The rows of all parts, of which there is at least one."""
+        """Concatenate one or more parts."""
         columns: list[list[Any]] = [[getattr(part, each.name) for part in parts] for each in fields(cls)]
         joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
         return cls(*joined)
 
 
 _NOT_FINITE: Final = {"nan": "null", "inf": "1e999", "-inf": "-1e999"}
-"""As JSON can hold them: a number that is too large for a float is read back as infinite."""
+"""Infinities as JSON can represent them: numbers too large for a float, which are read back as infinite."""
 
 
 def json_numbers(values: F32) -> str:
-    """A JSON list with the fewest digits that give every float32 back; NaN is null."""
+    """A JSON list with the fewest digits that reproduce every float32; NaN is null."""
     return f"[{', '.join(_NOT_FINITE.get(text, text) for text in map(str, values))}]"

@@ -1,4 +1,4 @@
-"""Writing frames and outputs into a file whose name says its format."""
+"""Writes frames and outputs into a file whose suffix selects the format."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Format: TypeAlias = Literal["parquet", "npz", "csv", "mcap"]
 
 
 class TableWriter(Protocol):
-    """Writes a table of one format into an open binary file, which stays open."""
+    """Writes a table of one format into an open binary file, which it leaves open."""
 
     def write(self, rows: TableRows) -> None:
         """Append rows."""
         ...
 
     def close(self) -> None:
-        """Write the file's end."""
+        """Write the end of the file."""
         ...
 
 
 class NpzWriter:
-    """Collects the table in memory, and writes an array for each label, `x`, `y` and `metadata`, a JSON text."""
+    """Collects the table in memory, and writes an array per label, `x`, `y`, and `metadata` as JSON text."""
 
     def __init__(self, file: BinaryIO, header: TableHeader) -> None:
         self._file, self._header = file, header
@@ -50,7 +50,7 @@ class NpzWriter:
         self._parts = [TableRows(*labels, np.empty(0, np.int64) if header.timed else None, x, y)]
 
     def write(self, rows: TableRows) -> None:
-        """Collect them."""
+        """Collect rows."""
         self._parts.append(rows)
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class NpzWriter:
 
 
 class ArrowWriter:
-    """CSV, or Parquet compressed by zstd with a row group for each `write`; a column for each number."""
+    """Writes CSV, or zstd-compressed Parquet with a row group per `write`; each number is a column."""
 
     def __init__(self, file: BinaryIO, header: TableHeader, format: Format) -> None:
         import pyarrow as pa
@@ -82,7 +82,7 @@ class ArrowWriter:
             self._writer = parquet.ParquetWriter(file, self._schema, compression="zstd", use_dictionary=labels)
 
     def write(self, rows: TableRows) -> None:
-        """Write them."""
+        """Write rows."""
         times = [] if rows.times_ns is None else [rows.times_ns]
         columns = [rows.names, rows.stream_ids, rows.seqs, *times, *rows.x.T, *rows.y.T]
         arrays = [self._pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
@@ -102,7 +102,7 @@ WRITERS: Final[dict[Format, Callable[[BinaryIO, TableHeader], TableWriter]]] = {
 
 
 def check_output_path(path: Path) -> Format:
-    """Find out before the work, not after it, whether a table can be saved there.
+    """Check, before the work begins, whether a table can be saved at a path.
 
     Raises:
         CommandProblem: when it cannot, or a library is missing.
@@ -118,10 +118,10 @@ def check_output_path(path: Path) -> Format:
 
 @contextmanager
 def written_table(path: Path, header: TableHeader, new: str = "") -> Iterator[TableWriter]:
-    """A file of the format that its name says; see `written_aside`.
+    """A table file of the format that its suffix selects; see `written_aside`.
 
     Raises:
-        CommandProblem: when it cannot be written, or a library is missing, or the format cannot hold the table.
+        CommandProblem: when it cannot be written, a library is missing, or the format cannot represent the table.
     """
     kind = check_output_path(path)
     with written_aside(path, new) as part, part.open("wb") as file:
@@ -136,16 +136,16 @@ def written_table(path: Path, header: TableHeader, new: str = "") -> Iterator[Ta
 
 
 def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState, ...] = ()) -> TableHeader:
-    """The metadata of outputs of a server."""
+    """The metadata for outputs of a server."""
     about = about_model(info.model, info.fingerprint, info.arithmetic)
     inputs, outputs = input_columns(info.features), output_columns(info, info.outputs)
     return TableHeader(inputs, outputs, timed, about, info.state, states)
 
 
 class SavedOutputs:
-    """A file of frames and their outputs, as they come from a live producer; used in a `with` block.
+    """A file of frames and outputs from a live producer; use it in a `with` block.
 
-    Rows have no time. However the block ends, the outputs so far are saved.
+    Rows have no time. The outputs so far are saved however the block ends.
     """
 
     def __init__(self, path: Path, info: ServerInfo) -> None:
@@ -157,7 +157,7 @@ class SavedOutputs:
         self._has_failed = False
 
     def add(self, stream: str, seq: int, frames: F32, outputs: F32) -> None:
-        """Frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
+        """Add frames `seq`, `seq + 1`, … of one stream: float32 [T, features] and [T, outputs]."""
         count, number = len(frames), self._ids.setdefault(stream, len(self._ids) + 1)
         labels = (np.full(count, stream, np.object_), np.full(count, number, np.int64))
         self._parts.append(TableRows(*labels, np.arange(seq, seq + count, dtype=np.uint64), None, frames, outputs))
@@ -184,10 +184,10 @@ class SavedOutputs:
 
 
 def save_sequences(path: Path, sequences: RecordedSequences, info: ServerInfo) -> None:
-    """Save whole sequences with the outputs that a server gave, its initial states, and times where they are known.
+    """Save sequences with a server's outputs, its initial states, and times if known.
 
     Raises:
-        CommandProblem: when it cannot be written; an older file is as it was.
+        CommandProblem: when it cannot be written; an older file stays unchanged.
     """
     states = tuple(
         StartState(row + 1, 0, state_rows(state, info.state, None)[0].tobytes())

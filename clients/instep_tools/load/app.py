@@ -95,19 +95,19 @@ async def loadtest(
 
 @dataclass
 class LoadTest:
-    """Runs a plan and reports; with `slo_ms`, the plan is the first one that a search tries."""
+    """Runs a plan and reports the result. With `slo_ms`, the plan is the first one that a search tries."""
 
     target: Target
     plan: LoadPlan
     report: Path | None
-    """The file for the page."""
+    """The path of the HTML page."""
     terminal: Terminal
     stop: Stop
     clock: Clock | None = None
     _info: ServerInfo = field(init=False)
 
     async def run(self) -> Exit:
-        """The whole command.
+        """Run the whole command.
 
         Raises:
             InstepError: as the client does.

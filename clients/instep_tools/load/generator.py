@@ -1,4 +1,4 @@
-"""The load of one process: closed loop, or open loop measured from the scheduled send time."""
+"""The load of one process: a closed loop, or an open loop measured from the scheduled send times."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ SAMPLE: Final = np.dtype(
         ("own_us", "<f8"),  # this side's own share: until it began to send, and while it stood still afterwards
     ]
 )
-"""One block. The latency of an unanswered block is the time that it had waited at the end, and its split is NaN."""
+"""One block. The latency of an unanswered block is the time it had waited at the end, and its split is NaN."""
 
 DRAIN_S: Final = 5.0
-"""Answers that come later than this after the last send do not count."""
+"""Answers that arrive later than this after the last send do not count."""
 LEAD_S: Final = 0.05
-"""Seconds from the last opening to the first send."""
+"""The time from the last opening to the first send."""
 GRACE_S: Final = 0.25
-"""After the end, an open loop may still send overdue blocks for this time; the rest counts as not sent."""
+"""The time after the end in which an open loop may still send overdue blocks; the rest counts as not sent."""
 OPENINGS: Final = 16
-"""Groups that are opened at once: the server refuses too many requests on streams."""
+"""The number of groups opened at once, because the server refuses too many requests on streams."""
 BEAT_S: Final = 0.005
 """The interval at which a process checks whether it stood still."""
 STALL_S: Final = 0.002
-"""Shorter ones are the grain of its timers."""
+"""Shorter stalls are within the precision of timers."""
 
 Connect = Callable[[], AbstractAsyncContextManager[AsyncClient]]
 
@@ -62,19 +62,19 @@ class PartResult:
 
     samples: SampleArray
     refused: Counter[str] = field(default_factory=Counter)
-    """Frames that were refused, by the code's name."""
+    """The number of refused frames by the name of the code."""
     unanswered: int = 0
-    """Frames that were sent but not answered in time; they are in `samples`."""
+    """The number of frames sent but not answered in time; they are in `samples`."""
     unsent: int = 0
-    """Frames that were due and that this side was too late to send; they are not in `samples`."""
+    """The number of due frames that this side was too late to send; they are not in `samples`."""
     stopped: bool = False
     lost: str = ""
-    """Why it ended before its time: the server or its streams are gone."""
+    """The reason that it ended early: the server or its streams are gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sender:
-    """A group of streams and the block that it sends again and again."""
+    """A group of streams, and the block that it sends repeatedly."""
 
     group: AsyncGroup
     x: F32
@@ -101,13 +101,13 @@ class Load:
     _stalls: list[tuple[float, float]] = field(default_factory=list)
     _waiting: set[asyncio.Task[None]] = field(default_factory=set)
     _left: list[tuple[float, float, int]] = field(default_factory=list)
-    """Due time, send time and frames of each block that was given up without an answer."""
+    """Due time, send time and frames of each block given up without an answer."""
     _unsent: int = 0
 
     async def run(self, ready: Callable[[], Awaitable[float]], drain_s: float = DRAIN_S) -> PartResult:
-        """Connect, open, call `ready` for the moment of the start, send, drain, close.
+        """Connect, open, call `ready` for the start time, send, drain, close.
 
-        It ends after its time and the drain, whatever the server does, and returns its measurements also if the
+        It ends after its time and the drain, whatever the server does. It returns its measurements even if the
         connection is lost for good or the server has ended a stream.
 
         Raises:
@@ -151,7 +151,6 @@ class Load:
         )
 
     async def _open(self, stack: AsyncExitStack) -> list[_Sender]:
-        """All groups, those of different connections in turn."""
         random = np.random.default_rng(0)
         by_connection: list[list[_Sender]] = []
         for connection, sizes in enumerate(self.part.connections):
@@ -218,7 +217,7 @@ class Load:
         self._samples.extend((at_s, latency_us, late_us, *server_us, rest_us, frames, late_us))
 
     async def _note_stalls(self) -> None:
-        """Note when the event loop, and with it the client library, did not get its turn."""
+        """Note when the event loop, and therefore the client library, did not get its turn."""
         while True:
             began = time.monotonic()
             await asyncio.sleep(BEAT_S)
@@ -229,10 +228,10 @@ class Load:
 
 
 def as_samples(numbers: array[float], stalls: Sequence[tuple[float, float]] = ()) -> SampleArray:
-    """The fields of samples, one sample behind the other, as an array of `SAMPLE`.
+    """The fields of samples, one sample after another, as an array of `SAMPLE`.
 
-    `stalls` are the times in which the process stood still, in seconds after the warm-up, in order and without overlap.
-    The stalls between the sending of a block and its answer are added to its `own_us`.
+    `stalls` are the periods in which the process was stalled, in seconds after the warm-up, in order and without
+    overlap. Stalls between the sending of a block and its answer are added to its `own_us`.
     """
     samples: SampleArray = np.frombuffer(numbers, SAMPLE).copy()
     if stalls:

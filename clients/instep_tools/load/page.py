@@ -1,4 +1,4 @@
-"""The result of a load test as a page: tables, facts and charts."""
+"""The result of a load test as an HTML page with tables, facts and charts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VERDICTS: Final[dict[Verdict, tuple[str, str, Tone]]] = {
     "not met": ("X", ORANGE, "bad"),
     "invalid": ("^", GREY, "doubt"),
 }
-"""Marker and colour in the chart, and the colour in the table."""
+"""For each verdict, its marker and colour in the chart, and its colour in the table."""
 
 
 def load_page(
@@ -56,10 +56,10 @@ def load_page(
     sentence: str,
     ending: Exit,
 ) -> Page:
-    """The page of one load, or of a search.
+    """The page for one load, or for a search.
 
-    `best` is the load to show in full, if any, and `plan` the one to name where there is none. `sentence` is the
-    summary on the terminal.
+    `best` is the load to show in full; if there is none, the page names `plan`. `sentence` is the summary on the
+    terminal.
     """
     sections = [*([] if search is None else [_search(search)]), *([] if best is None else [_latency(best)])]
     server = Facts({"endpoint": endpoint, **{name: str(value) for name, value in server_as_json(info).items()}})
@@ -141,7 +141,7 @@ def _over_time(result: LoadResult) -> Chart:
 
 
 def _split(result: LoadResult) -> Chart:
-    """The means of the parts of a latency, of the answered frames; they add up."""
+    """The mean parts of the latency of answered frames; they add up to its mean."""
     answered = result.answered
     figure, axes = _axes()
     figure.set_figheight(1.6)
@@ -156,7 +156,7 @@ def _split(result: LoadResult) -> Chart:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """0.5, 1, 2, 5, 10 and so on along a logarithmic axis."""
+    """Labels of a logarithmic axis: 0.5, 1, 2, 5, 10 and so on."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""The load of a test, and how its streams are spread over processes, connections and blocks."""
+"""The load of a test, and its distribution over processes, connections and blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from instep_tools.problems import CommandProblem
 from instep_tools.words import counted
 
 REAL_TIME_RATE_HZ: Final = 100.0
-"""The rate of a search where none is given: speech features come every 10 ms."""
+"""The rate of a search without a given one: speech features come every 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +21,23 @@ class LoadPlan:
     connections: int
     processes: int
     rate_hz: float | None
-    """In an open loop, frames per second of each stream, which are due regardless of answers. None for a closed loop,
-    which sends a block when the one before it is answered."""
+    """Frames per second of each stream in an open loop, which are due regardless of answers. None for a closed loop,
+    which sends a block when the previous one is answered.
+    """
     duration_s: float
     warmup_s: float
     block: int | None = None
-    """The most streams in a block; None for all that the connection has and the server takes."""
+    """The most streams in a block; None for all streams of the connection, as far as the server accepts them."""
     slo_ms: float | None = None
-    """99 % of the frames are to be answered within this time."""
+    """The time within which 99 % of the frames must be answered."""
 
     @property
     def due_frames_s(self) -> float:
-        """Frames a second that are due in an open loop."""
+        """The frames per second that are due in an open loop."""
         return self.streams * (self.rate_hz or 0.0)
 
     def sentence(self) -> str:
-        """The load in words."""
+        """A description of the load."""
         loop = "closed loop" if self.rate_hz is None else f"open loop at {self.rate_hz:g} Hz a stream"
         block = "" if self.block is None else f", at most {counted(self.block, 'stream')} a block"
         return (
@@ -51,21 +52,21 @@ class LoadPart:
     """The part of a plan that one process sends."""
 
     name: str
-    """The streams are called after it."""
+    """The prefix of the streams' names."""
     connections: tuple[tuple[int, ...], ...]
-    """For each connection the sizes of its groups; a block has the frames of one group."""
+    """For each connection, the sizes of its groups; a block has the frames of one group."""
     plan: LoadPlan
     offset: float = 0.0
-    """The place of this process's sends between those of the others, see `Schedule`."""
+    """The position of this process's sends between those of the others, see `Schedule`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """An open loop: each of `senders` senders sends every `period_s` seconds, whatever the answers do.
+    """An open loop in which each of `senders` senders sends every `period_s` seconds, regardless of answers.
 
-    The senders' phases are spread evenly over the period, as independent producers' are, so that all sends together are
-    `period_s / senders` apart. `offset` (0 to 1) shifts all of them by that part of this gap: several processes share
-    one schedule that way.
+    Phases are spread evenly over the period, like those of independent producers, so consecutive sends are `period_s /
+    senders` apart. `offset` (0 to 1) shifts all sends by that share of this gap, so that several processes can share
+    one schedule.
     """
 
     senders: int
@@ -77,7 +78,7 @@ class Schedule:
         return (number + self.offset) * (self.period_s / self.senders)
 
     def count(self, duration_s: float) -> int:
-        """The count of sends that are due before `duration_s`."""
+        """The number of sends that are due before `duration_s`."""
         number = int(duration_s * self.senders / self.period_s) + 2
         while number > 0 and self.due_s(number - 1) >= duration_s:
             number -= 1
@@ -87,10 +88,10 @@ class Schedule:
 def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
     """Split a plan into a part for each process, with streams and connections spread evenly.
 
-    The streams are called after `name`, which is different in every test.
+    Names of streams begin with `name`, which is different in every test.
 
     Raises:
-        CommandProblem: the numbers do not fit together, or the server takes less.
+        CommandProblem: the numbers do not fit together, or the server accepts less.
     """
     if not 1 <= plan.processes <= plan.connections <= plan.streams:
         raise CommandProblem(
@@ -117,5 +118,5 @@ def split(plan: LoadPlan, info: ServerInfo, name: str) -> list[LoadPart]:
 
 
 def _evenly(number: int, parts: int) -> list[int]:
-    """`number` as a sum of `parts` numbers that differ by 1 at most."""
+    """Split `number` into `parts` numbers that differ by at most 1."""
     return [(number * (part + 1)) // parts - (number * part) // parts for part in range(parts)]

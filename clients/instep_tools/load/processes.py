@@ -1,4 +1,4 @@
-"""Running the parts of a load test: one in this process, several each in one of its own."""
+"""Runs the parts of a load test: a single one in this process, several in a process each."""
 
 from __future__ import annotations
 
@@ -33,21 +33,19 @@ _ENDINGS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Shared(NamedTuple):
-    """Objects that all processes of a load test share."""
-
     begin: Barrier
-    """Passed when all processes have opened their streams."""
+    """A barrier that is passed when all processes have opened their streams."""
     start: c_double
-    """The moment of the first send, on the clock `time.monotonic`."""
+    """The time of the first send, on the clock `time.monotonic`."""
     end: Event
-    """Set when they are to stop, drain and close."""
+    """Set when processes must stop, drain and close."""
 
 
 _shared: _Shared
 
 
 def connector(target: Target) -> Connect:
-    """Make the function by which a load connects to a server."""
+    """A function by which a load connects to a server."""
     return lambda: AsyncClient(target.endpoint, "instep-client loadtest", PATIENCE_S, model=target.model)
 
 
@@ -72,7 +70,7 @@ async def run_parts(parts: Sequence[LoadPart], target: Target, stop: Stop, clock
 
 
 def merge(results: Sequence[PartResult]) -> PartResult:
-    """The results of several parts as one."""
+    """Merge the results of several parts."""
     merged = PartResult(np.concatenate([result.samples for result in results]))
     for result in results:
         merged.refused.update(result.refused)
@@ -108,9 +106,9 @@ async def _run_processes(parts: Sequence[LoadPart], target: Target, stop: Stop) 
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back: here for the block, and for good in a process that begins in it.
+    """Block Ctrl-C and SIGTERM: here for the block, and permanently in processes started in it.
 
-    Both may be sent to the whole process group, and the processes are to drain then, as `end` tells them.
+    Both may be sent to the whole process group, but the processes must drain when `end` is set.
     """
     resource_tracker.ensure_running()  # starting it in the block would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
@@ -130,7 +128,7 @@ def _set_start(start: c_double) -> None:
 
 
 def _begin(shared: _Shared, parent: int) -> None:
-    """Begin a process of the load test, which ends with its parent."""
+    """Start a process of the load test, which ends with its parent."""
     global _shared
     _shared = shared
     leave_warnings_out()
@@ -144,7 +142,7 @@ def _begin(shared: _Shared, parent: int) -> None:
 
 
 def work(part: LoadPart, target: Target) -> PartResult:
-    """Run one process of the load test; when it fails, the others end, too.
+    """Run one process of the load test; if it fails, the others end too.
 
     Raises:
         CommandProblem: nobody answers, or a stream cannot be opened.

@@ -1,4 +1,4 @@
-"""The result of a load test: numbers, a verdict, words, JSON."""
+"""The result of a load test as numbers, a verdict, text and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from instep_tools.words import counted, finite, three_digits
 
 PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 P999_SAMPLES: Final = 1000
-"""With fewer samples p99.9 would be the maximum, so it is not shown."""
+"""The fewest samples for which p99.9 is shown; with fewer it would be the maximum."""
 ROWS: Final = {
     "latency_us": "latency, from when it was due",
     "late_us": "  sent late",
@@ -29,7 +29,9 @@ ROWS: Final = {
 }
 """The rows of the table of latencies."""
 TOLERATED_OWN_US: Final = 1000.0
-"""At the 99th percentile; beyond it, a load generator that causes half of the latency by itself is too slow."""
+"""The tolerated share of the load generator at the 99th percentile. If it is larger and causes half of the latency, the
+load generator is too slow.
+"""
 LONG_SILENCE_S: Final = 1.0
 ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
 
@@ -38,7 +40,7 @@ Percentiles: TypeAlias = dict[str, float]
 
 
 def percentiles(values: F64, frames: F64) -> Percentiles:
-    """The percentiles over all frames of a value that whole blocks have; NaN values are left out."""
+    """Percentiles over all frames of values that belong to whole blocks; NaN values are left out."""
     known = ~np.isnan(values)
     if not known.any():
         return dict.fromkeys(PERCENTILES, math.nan)
@@ -50,14 +52,14 @@ def percentiles(values: F64, frames: F64) -> Percentiles:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """The measurement of one load."""
+    """The measurements of one load."""
 
     plan: LoadPlan
     found: PartResult
 
     @property
     def samples(self) -> SampleArray:
-        """One sample for each block that was sent."""
+        """One sample for each sent block."""
         return self.found.samples
 
     @cached_property
@@ -74,13 +76,13 @@ class LoadResult:
 
     @property
     def frames_s(self) -> float:
-        """Frames a second that were answered before the end."""
+        """The frames per second that were answered before the end."""
         in_time = self.answered["at_s"] <= self.seconds
         return float(self.answered["frames"][in_time].sum()) / self.seconds if self.seconds else 0.0
 
     @cached_property
     def latencies(self) -> dict[str, Percentiles]:
-        """Percentiles by the names of `ROWS`, in µs. Unanswered frames count with the time that they waited."""
+        """Percentiles in µs by the names of `ROWS`. Unanswered frames count with the time they waited."""
         return {name: percentiles(self.samples[name], self.samples["frames"]) for name in ROWS}
 
     @property
@@ -90,22 +92,22 @@ class LoadResult:
 
     @property
     def whole(self) -> bool:
-        """Whether every frame that was due was answered."""
+        """Whether every due frame was answered."""
         found = self.found
         return not (found.refused or found.unanswered or found.unsent or found.lost) and len(self.samples) > 0
 
     @property
     def measured_itself(self) -> bool:
-        """Whether the load generator could not keep up, so that the result says nothing about the server."""
+        """Whether the load generator could not keep up, so the result says nothing about the server."""
         own_us, latency_us = self.latencies["own_us"]["p99"], self.latencies["latency_us"]["p99"]
         is_open = self.plan.rate_hz is not None
         return is_open and (self.found.unsent > 0 or own_us > max(TOLERATED_OWN_US, latency_us / 2))
 
     def without_own_ms(self, slo_ms: float) -> float:
-        """The 99th percentile of the latency less twice the load generator's own share, which decides on `invalid`.
+        """The 99th percentile of the latency minus twice the load generator's share, which decides on `invalid`.
 
-        The share counts twice, because the threads that send and receive below the event loop wait for the processor as
-        well. A share below a tenth of the level is not subtracted.
+        The share counts twice, because the threads that send and receive for the event loop also wait for the
+        processor. A share below a tenth of the level is not subtracted.
         """
         own_us = np.where(self.samples["own_us"] > 100 * slo_ms, self.samples["own_us"], 0.0)
         return percentiles(self.samples["latency_us"] - 2 * own_us, self.samples["frames"])["p99"] / 1000
@@ -113,8 +115,8 @@ class LoadResult:
     def verdict(self, slo_ms: float) -> Verdict:
         """Whether every frame was answered, and 99 % of them in time.
 
-        `invalid` where the load generator may be the cause: it did not send what was due, or every frame was answered
-        and the level would be met without its share.
+        The verdict is `invalid` if the load generator may be the cause: it did not send all due frames, or every frame
+        was answered and the level would be met without its share.
         """
         if self.whole and self.p99_ms <= slo_ms:
             return "met"
@@ -129,7 +131,7 @@ class LoadResult:
         return float(np.diff(at_s, prepend=0.0, append=self.plan.duration_s if self.found.lost else self.seconds).max())
 
     def sentence(self) -> str:
-        """The result in words. Latencies are those of answered frames; unanswered frames are counted apart."""
+        """A sentence about the result. Latencies are those of answered frames; unanswered ones are counted apart."""
         found, plan = self.found, self.plan
         parts = []
         if found.lost:
@@ -182,7 +184,7 @@ TRIAL_TITLES: Final = ("streams", "processes", "frames/s due", "answered", "p50 
 
 
 def trial_rows(trials: Sequence[LoadResult], slo_ms: float) -> list[list[str]]:
-    """The tries of a search under `TRIAL_TITLES`; the last cell is the verdict."""
+    """Rows for the tries of a search, under `TRIAL_TITLES`; the last cell is the verdict."""
     return [
         [
             f"{trial.plan.streams:,}",
@@ -199,6 +201,6 @@ def trial_rows(trials: Sequence[LoadResult], slo_ms: float) -> list[list[str]]:
 
 
 def server_as_json(info: ServerInfo) -> dict[str, Any]:
-    """The server that was measured."""
+    """The measured server as JSON values."""
     names = ("model", "fingerprint", "features", "outputs", "device", "exactness", "arithmetic", "durability")
     return {name: getattr(info, name) for name in names}

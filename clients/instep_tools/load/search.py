@@ -1,4 +1,4 @@
-"""The largest number of streams that still meets a service level: doubling, then bisection."""
+"""Finds the largest number of streams that still meets a service level, by doubling and bisection."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from instep_tools.problems import CommandProblem
 from instep_tools.words import counted, three_digits
 
 RESOLUTION: Final = 1 / 32
-"""The search ends when the answer is known to this part of itself."""
+"""The search ends when the answer is known to this fraction of itself."""
 FAILURES_TO_BELIEVE: Final = 2
-"""A size counts as too large when it failed this often: one hiccup of the machine decides nothing."""
+"""The number of failures after which a size counts as too large, because a single one may be a hiccup."""
 
 Try = Callable[[int, int], Awaitable[LoadResult]]
 """Measures a number of streams from a number of processes."""
@@ -26,9 +26,9 @@ def next_size(good: int, bad: int, limit: int) -> int | None:
     """The next number of streams to try; None once the answer is known to the precision `RESOLUTION`.
 
     Args:
-        good: the largest that met the level; 0 for none.
-        bad: the smallest that did not; more than `limit` for none.
-        limit: the largest that may be tried.
+        good: the largest number that met the level; 0 for none.
+        bad: the smallest number that did not; more than `limit` for none.
+        limit: the largest number that may be tried.
     """
     if good >= limit or (bad <= limit and bad - good <= max(1, int(good * RESOLUTION))):
         return None
@@ -51,11 +51,11 @@ class Search:
     stop: Stop
     trials: list[LoadResult] = field(default_factory=list)
     limited: bool = False
-    """The server has no room for more."""
+    """Whether the server cannot hold more streams."""
     ended: str = ""
-    """Why a number larger than the best one may be possible."""
+    """The reason why a number larger than the best one may be possible."""
     measured_itself: bool = False
-    """`ended` names the load generator."""
+    """Whether `ended` names the load generator."""
 
     @property
     def best(self) -> LoadResult | None:
@@ -64,10 +64,10 @@ class Search:
         return max(met, key=lambda trial: trial.plan.streams, default=None)
 
     async def run(self, start: int, limit: int) -> None:
-        """Double from `start` while the level is met (halve while it is not), then bisect, as `next_size` says.
+        """Double from `start` while the level is met (halve while it is not), then bisect with `next_size`.
 
         Raises:
-            InstepError: the server does not take the first try.
+            InstepError: the server refuses the first try.
             CommandProblem: not even the first try can be made.
         """
         good, bad = 0, limit + 1
@@ -87,7 +87,6 @@ class Search:
             self.ended = f"with {counted(bad, 'stream')} the load generator could not keep up; {ADVICE}"
 
     async def _judge(self, streams: int) -> Verdict | None:
-        """The verdict on a number of streams; None when the search is over."""
         failures = 0
         while True:
             try:
@@ -114,7 +113,7 @@ class Search:
                 return verdict
 
     def sentence(self) -> str:
-        """The result in words."""
+        """A sentence about the result."""
         best = self.best
         if best is not None:
             least = "at least " if self.ended else ""
@@ -130,7 +129,7 @@ class Search:
         return f"{found}; {why}" if why else found
 
     def as_json(self) -> dict[str, Any]:
-        """All tries."""
+        """All tries as JSON values."""
         best = self.best
         return {
             "slo_ms": self.slo_ms,
