@@ -18,6 +18,7 @@ from instep.models.network import PortableNetwork
 from instep.models.registry import parse_description
 from tests.support.pipelines import CONTEXT, HOP, LISTENS, listens, whole_signal
 from tests.support.steps import FEATURES, exported
+from tests.support.torch_network import check_bits
 
 
 def learned(**changes: Any) -> dict[str, Any]:
@@ -46,12 +47,7 @@ def test_bits_are_those_of_the_definition_and_values_those_of_torch_and_of_float
 ) -> None:
     network = PortableNetwork(listens(description))
     x, rows = rng.standard_normal((9, 40, network.description.features)).astype(np.float32), network.state.initial(40)
-    y, after = step_frames(network, x, rows)
-    found, leaves = network.definition().run(x, network.state.unpack(rows), np.full(9, 40))
-    assert found.tobytes() == y.tobytes()
-    assert network.state.pack(leaves).tobytes() == after.tobytes()
-    for first, last in ((0, 1), (7, 24)):
-        assert stepped(network, x[:, first:last]).tobytes() == np.ascontiguousarray(y[:, first:last]).tobytes()
+    y, after = check_bits(network, x, rows)
     whole, reference = network.sequence(x, rows), network.reference(np.float64)
     assert whole is not None
     assert reference is not None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from instep.core.typing import F32, U8
-from instep.models.base import LEARNED, StateSpec
+from instep.models.base import LEARNED, RecurrentModel, StateSpec, step_frames
 from instep.models.model import Model
 from instep.models.recurrent.description import Activation, DenseLayer, FrameLayer, RecurrentDescription
 
@@ -99,3 +99,19 @@ def _run(modules: nn.ModuleList, layers: tuple[FrameLayer, ...], values: torch.T
     for module, layer in zip(modules, layers, strict=True):
         values = ACTIVATIONS[layer.activation](module(values))
     return values
+
+
+def check_bits(network: RecurrentModel, x: F32, states: U8) -> tuple[F32, U8]:
+    """That steps have the bits of the definition, and rows the same ones in every batch; outputs and states after."""
+    y, after = step_frames(network, x, states)
+    definition, rows = network.definition(), len(states)
+    assert definition is not None
+    found, leaves = definition.run(x, network.state.unpack(states), np.full(len(x), rows))
+    assert found.tobytes() == y.tobytes()
+    assert network.state.pack(leaves).tobytes() == after.tobytes()
+    for count in (1, 2, 5, 16, 33):
+        chosen = np.random.default_rng(count).permutation(rows)[:count]
+        part, rest = step_frames(network, np.ascontiguousarray(x[:, chosen]), states[chosen])
+        assert part.tobytes() == np.ascontiguousarray(y[:, chosen]).tobytes(), count
+        assert rest.tobytes() == after[chosen].tobytes(), count
+    return y, after

@@ -33,11 +33,6 @@ def with_initial_zeros(net: Any, x: torch.Tensor) -> Any:
     return net.head(net.drop(y)), h
 
 
-def with_zeros_like_the_frames(net: Any, x: torch.Tensor) -> Any:
-    h = torch.zeros(2, x.size(0), 10, dtype=torch.float64)
-    return net.head(net.gru(net.encoder(x), h.type_as(x).to(x))[0])
-
-
 def keeps_tensors(net: Any, x: torch.Tensor) -> Any:
     y, net.h = net.gru(net.encoder(x), getattr(net, "h", None))
     net.state_seen = y.detach()
@@ -82,7 +77,6 @@ def careful(net: Any, x: torch.Tensor) -> Any:
         (with_bn, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 gelu"),
         (with_bn_alone, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7 relu → dense 7 tanh → dense 3"),
         (with_initial_zeros, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
-        (with_zeros_like_the_frames, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (keeps_tensors, "6 features → dense 16 relu → GRU 10 × 2 layers → dense 7"),
         (
             with_statements_in_place,

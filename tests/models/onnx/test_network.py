@@ -20,6 +20,7 @@ from instep.models.onnx.importer import open_session
 from instep.models.registry import build
 from tests.support.onnx_graphs import counting_by_hand, counting_step, graph, gru_step, imported, ints, leaky, node
 from tests.support.running import CPU
+from tests.support.torch_network import check_bits
 from tests.support.warm import run_program
 
 torch.manual_seed(3)
@@ -64,11 +65,7 @@ def test_a_frame_has_the_bits_of_the_definition_in_every_batch(
 ) -> None:
     network = network_of(tmp_path, GRAPHS[name])
     x = rng.standard_normal((6, 40, network.description.features)).astype(np.float32)
-    definition = network.definition()
-    assert definition is not None
-    truth, _ = definition.run(x, network.state.unpack(network.state.initial(40)), np.full(6, 40))
-    for rows in (1, 3, 16, 40):
-        np.testing.assert_array_equal(served(network, x[:, :rows]), truth[:, :rows])
+    check_bits(network, x, network.state.initial(40))
     assert network.sequence(x, network.state.initial(40)) is None
 
 

@@ -237,7 +237,9 @@ def test_operators_of_two_dimensions(nodes: list[NodeProto]) -> None:
     check(one_row(nodes, CONSTANTS | IMAGE, shape=(1, 4, 3, 5)))
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize(
+    ("direction", "given"), [("forward", "weights"), ("reverse", "everything"), ("bidirectional", "everything")]
+)
 @pytest.mark.parametrize(
     ("op", "attributes"),
     [
@@ -248,7 +250,6 @@ def test_operators_of_two_dimensions(nodes: list[NodeProto]) -> None:
     ],
     ids=["GRU", "LSTM", "RNN", "RNN relu"],
 )
-@pytest.mark.parametrize("given", ["everything", "weights"])
 def test_layers_over_the_timesteps_of_a_frame(op: str, attributes: dict[str, Any], direction: str, given: str) -> None:
     count, hidden, gates = 1 + (direction == "bidirectional"), 3, {"GRU": 3, "LSTM": 4, "RNN": 1}[op]
     constants = {"W": weights(count, gates * hidden, 6), "R": weights(count, gates * hidden, hidden)}

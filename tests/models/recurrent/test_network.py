@@ -16,7 +16,7 @@ from instep.models.model import Model
 from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import ACTIVATIONS
 from instep.models.registry import parse_description
-from tests.support.torch_network import TorchNetwork, random_rows
+from tests.support.torch_network import TorchNetwork, check_bits, random_rows
 
 
 def described(kind: str, features: int, recurrent: dict[str, Any], **around: Any) -> dict[str, Any]:
@@ -118,17 +118,7 @@ def test_values_are_those_of_torchs_modules(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bits_are_those_of_the_definition_in_every_batch(name: str) -> None:
     network = network_of(name)
-    x, states = frames_and_states(network, steps=6)
-    y, after = step_frames(network, x, states)
-    found, leaves = network.definition().run(x, network.state.unpack(states), np.full(len(x), ROWS))
-    assert found.tobytes() == y.tobytes()
-    assert network.state.pack(leaves).tobytes() == after.tobytes()
-    random = np.random.default_rng(1)
-    for rows in (1, 2, 5, 16, 33):
-        chosen = random.permutation(ROWS)[:rows]
-        part, rest = step_frames(network, np.ascontiguousarray(x[:, chosen]), states[chosen])
-        assert part.tobytes() == np.ascontiguousarray(y[:, chosen]).tobytes(), rows
-        assert rest.tobytes() == after[chosen].tobytes(), rows
+    check_bits(network, *frames_and_states(network, steps=6))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

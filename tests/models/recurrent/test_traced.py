@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from instep.core.typing import F32
 from instep.models.folder import make_model
 from instep.models.model import Model
-from instep.models.network import PortableNetwork
 from instep.models.portable.definition import Definition
 from instep.models.portable.trace import trace
 from instep.models.recurrent.description import ACTIVATIONS
-from instep.models.registry import parse_description
+from instep.models.registry import normal_form, parse_description
 from tests.support.torch_network import ACTIVATIONS as MODULES
 from tests.support.torch_network import recurrent_of
 
@@ -47,11 +46,8 @@ def given(features: int, leaves: int) -> list[F32]:
 
 def described(model: Model, arrays: Sequence[F32]) -> list[F32]:
     """Outputs and leaves of the model's form, by the definition."""
-    network = PortableNetwork(model)
-    shapes = {leaf.name: (-1, *leaf.shape) for leaf in network.state.leaves}
-    state = {name: leaf.reshape(shapes[name]) for name, leaf in zip(shapes, arrays[1:], strict=False)}
-    y, after = network.definition().run(arrays[0][None], state, np.array([ROWS]))
-    return [y[0], *(leaf.reshape(ROWS, -1) for leaf in after.values())]
+    weights = {name: tensor.numpy() for name, tensor in model.weights.items()}
+    return Definition(normal_form(model.description), weights).step(arrays)
 
 
 def traced(step: Any, tensors: Mapping[str, Tensor], arrays: Sequence[F32]) -> list[F32]:
