@@ -200,10 +200,6 @@ class RawClient:
         """Read states by handle."""
         return await self.ask(*self.read_state_message(handles))
 
-    def read_named_message(self, names: Sequence[str]) -> list[bytes]:
-        """A READ_STATE by name."""
-        return [msgpack.packb([Kind.READ_STATE, self.next_request(), len(names), 1]), _lines(names)]
-
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""
         header = msgpack.packb([Kind.RESET, self.next_request(), len(handles), int(states is not None)])

@@ -164,7 +164,6 @@ class StreamingEngine:
         hibernation: when streams leave memory, once there is a recording.
         reap_at_once: streams that one tick of the reaper parks or evicts.
         copy_at_once: states that a request reads or writes before the loop gets its turn.
-        wake_at_once: streams that fall asleep in one tick, or wake before the loop gets its turn.
         limits: sizes, by name; see `make_tables` and `EngineLimits`.
     """
 
@@ -177,7 +176,6 @@ class StreamingEngine:
         idle: IdleLimits | None = None,
         reap_at_once: int = 4096,
         copy_at_once: int = 4096,
-        wake_at_once: int = 1024,
         **limits: int,
     ) -> None:
         size = {
@@ -243,7 +241,6 @@ class StreamingEngine:
             lambda streams: asyncio.to_thread(self.load, self.recording, streams),
             idle,
             self.tasks,
-            wake_at_once,
         )
         self.operations = StreamOperations(self.engine, self.states, self.hibernation, self.tasks)
         self.reaper = Reaper(self.engine, self.operations, reap_at_once)

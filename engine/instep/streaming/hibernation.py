@@ -28,7 +28,7 @@ from instep.streaming.stats import EventKind
 from instep.streaming.tasks import Tasks, Waiters
 from instep_client.protocol.codes import Code
 
-AT_ONCE: Final = 1024
+_AT_ONCE: Final = 1024
 """The most streams that leave memory, return to it or are checked for their age in one turn of the loop."""
 _MOST_TOMBSTONES: Final = 65_536
 
@@ -110,7 +110,6 @@ class Hibernation(Mapping[str, Sleeper]):
         load: Callable[[Sequence[int]], Awaitable[list[OpenStream]]],
         limits: IdleLimits,
         tasks: Tasks,
-        at_once: int = AT_ONCE,
     ) -> None:
         self._engine = engine
         self._table = engine.table
@@ -120,7 +119,6 @@ class Hibernation(Mapping[str, Sleeper]):
         self._load = load
         self.limits = limits
         self._tasks = tasks
-        self._at_once = at_once
         self._asleep: dict[str, Sleeper] = {}
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to be woken or closed."""
@@ -174,8 +172,8 @@ class Hibernation(Mapping[str, Sleeper]):
         if self.limits.hibernate_after_ns and (looks or self._is_behind):
             before_ns, table = now_ns - self.limits.hibernate_after_ns, self._table
             sleepy = self._sleepy(np.concatenate([table.parked_since(before_ns), table.idle_since(before_ns)]))
-            self._is_behind = len(sleepy) > self._at_once
-            self._hibernate(sleepy[: self._at_once])
+            self._is_behind = len(sleepy) > _AT_ONCE
+            self._hibernate(sleepy[:_AT_ONCE])
         if old := self._old(now_ns):
             self._tasks.start(self._expire(old))
 
@@ -187,7 +185,7 @@ class Hibernation(Mapping[str, Sleeper]):
         while self.is_possible and (missing := slots - self._table.slots.free_count) > 0:
             if not self._journal.room:
                 await self._journal.committed(self._journal.newest)
-            count = min(missing, self._at_once)
+            count = min(missing, _AT_ONCE)
             if not (self.hibernate_parked(count) or self._hibernate(self._idle()[:count])):
                 return
             await self._journal.committed(self._newest_lsn)
@@ -326,8 +324,8 @@ class Hibernation(Mapping[str, Sleeper]):
                 refused |= dict.fromkeys(sleepers[room:], Code.TOO_MANY_STREAMS)
                 with self._reading(sleepers[:room]):
                     await self._journal.committed(self._newest_lsn)
-                    for first in range(0, room, self._at_once):
-                        part = {name: self._asleep[name] for name in sleepers[:room][first : first + self._at_once]}
+                    for first in range(0, room, _AT_ONCE):
+                        part = {name: self._asleep[name] for name in sleepers[:room][first : first + _AT_ONCE]}
                         streams, unread = await self._load_all(part)
                         refused |= unread
                         await self._lose(part, unread)
@@ -396,7 +394,7 @@ class Hibernation(Mapping[str, Sleeper]):
             return name in found and found[name][0] is self._asleep[name]  # else it was awake meanwhile
 
         while sleepers := [name for name in names if name in self._asleep and not is_read(name)]:
-            part = {name: self._asleep[name] for name in sleepers[: self._at_once]}
+            part = {name: self._asleep[name] for name in sleepers[:_AT_ONCE]}
             await self._journal.committed(self._newest_lsn)
             streams, refused = await self._load_all(part)
             nothing = self._states.spec.missing(1)[0]
@@ -433,9 +431,9 @@ class Hibernation(Mapping[str, Sleeper]):
     def _old(self, now_ns: int) -> list[str]:
         """Some of the streams that have to end now; it takes several ticks to look at all streams."""
         limits, origins = self.limits, self._engine.origins
-        surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.max_hibernated), self._at_once))
+        surplus = islice(self._asleep, min(max(0, len(self._asleep) - limits.max_hibernated), _AT_ONCE))
         old = dict.fromkeys(surplus)
-        looked_at = list(islice(self._ages, self._at_once))
+        looked_at = list(islice(self._ages, _AT_ONCE))
         if not looked_at:
             self._ages = iter(list(self._asleep))
         for name in looked_at:
@@ -479,8 +477,8 @@ class Hibernation(Mapping[str, Sleeper]):
         closed: dict[str, tuple[Code | None, U8]] = {}
         names = [name for name in await self._sleepers(list(have), set()) if self._asleep[name].handle == handles[name]]
         with self._reading(names):
-            for first in range(0, len(names), self._at_once):
-                part = {name: self._asleep[name] for name in names[first : first + self._at_once]}
+            for first in range(0, len(names), _AT_ONCE):
+                part = {name: self._asleep[name] for name in names[first : first + _AT_ONCE]}
                 streams, refused = await self._end(part, "closed", "closed", have)
                 closed |= {name: (code, nothing) for name, code in refused.items()}
                 rows = self._rows(streams)
