@@ -28,7 +28,7 @@ Size = Annotated[int, Field(ge=1, strict=True)]
 
 
 class PipelineDescription(PlainFields):
-    """The network's frame is a frame of `features` values with the `context` values before it in front.
+    """The network's frame consists of the stream's last `context` values and the new frame of `features` values.
 
     This makes overlapping windows: frames of 160 samples with a context of 352 are windows of 512 samples, one every
     160. Before a stream's first frame the context is zeros.

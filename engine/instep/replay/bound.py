@@ -166,7 +166,7 @@ def as_float32(truth: npt.NDArray[Any]) -> F32:
 
 
 def scales_of(truth: F64, valid: Bool, before: F64) -> F64:
-    """The scales [T, R] of outputs [T, R, outputs], from those before them [R]."""
+    """The scales [T, R] of outputs [T, R, outputs], given the scales [R] before them."""
     scales: F64 = np.maximum(np.maximum.accumulate(np.where(valid, _magnitudes(truth), 0)), before)
     return scales
 
