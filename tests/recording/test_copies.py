@@ -21,7 +21,7 @@ from instep.recording.commands import cut_file, parse_time
 from instep.recording.copies import repair
 from instep.recording.database import DatabaseLimits
 from instep.recording.errors import DamagedRecording, RecordingError
-from instep.recording.inspection import Inspection, inspect, recordings_in, when
+from instep.recording.inspection import Inspection, inspect, look_over, recordings_in, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
 from instep.recording.schema import HISTORY
@@ -104,8 +104,7 @@ def test_a_range_begins_at_the_checkpoint_before_it_and_is_verified(
     points = checkpoints(path)
     found = cut_out(path, out, points[1] + 7, points[2] + 40)
     assert (found.first_position, found.last_position) == (points[1] + 1, points[2] + 40)
-    inspection = inspect(out)
-    assert (inspection.first_position, inspection.frames) == (points[1] + 1, found.frames)
+    assert (look_over(out)["first_position"], inspect(out).frames) == (points[1] + 1, found.frames)
     assert verified(out, model)
     everything, part = frames(path), frames(out)
     assert 30 < len(part) < len(everything) / 2
@@ -139,10 +138,9 @@ def test_times_as_typed(scribe: Scribe, tmp_path: Path) -> None:
     end = max(position for position in times if times[position] <= point.time_ns + 40 * TICK_NS)
     texts = [when(time_ns).replace(" UTC", "+00:00") for time_ns in (point.time_ns + TICK_NS, times[end])]
     cut_file(path, out, texts[0], texts[1], console)
-    inspection = inspect(out)
     with RecordingReader(out) as reader:
+        assert reader.first_position == point.position + 1
         rows = [row for table in ("batches", "outputs") for row in reader.rows(table)]
-    assert inspection.first_position == point.position + 1
     assert max(row[1] for row in rows) <= times[end]
     assert parse_time("2026-11-26T19:30:05+01:00") == parse_time("2026-11-26T18:30:05") == 1_795_717_805 * 10**9
     for text in ("-3", "yesterday", "", "1200"):

@@ -16,7 +16,7 @@ from rich.console import Console
 from instep.models.folder import load_model
 from instep.recording.database import LIMITS, DatabaseLimits
 from instep.recording.errors import RecordingError
-from instep.recording.inspection import inspect
+from instep.recording.inspection import inspect, look_over
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StateRows, Trimmed
 from instep.recording.recovery import Recovered
@@ -125,7 +125,7 @@ def test_without_a_limit_nothing_is_trimmed(tmp_path: Path) -> None:
     scribe.writer.commit()
     assert not scribe.writer.trim(2**62)
     assert scribe.writer.trimmed == Trimmed()
-    assert inspect(tmp_path / "a.rec").first_position == 1
+    assert look_over(tmp_path / "a.rec")["first_position"] == 1
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
@@ -133,7 +133,7 @@ def test_what_is_left_is_what_was_recorded(scribe: Scribe, goes_on: bool) -> Non
     for _ in live(scribe, 1500, goes_on=goes_on):
         pass
     found = inspect(path := scribe.writer.path)
-    assert found.first_position == scribe.writer.trimmed.position + 1
+    assert look_over(path)["first_position"] == scribe.writer.trimmed.position + 1
     with RecordingReader(path) as reader:
         streams = reader.streams()
         exported = sum(map(len, read_frames(reader, streams, range(len(streams)))))
@@ -191,7 +191,7 @@ def test_a_restart_keeps_the_limit_and_one_without_it_keeps_the_rest(scribe: Scr
     for _ in live(scribe, 300):
         pass
     assert scribe.writer.trimmed.position == first
-    assert inspect(path).first_position == first + 1
+    assert look_over(path)["first_position"] == first + 1
     scribe.writer.abandon()
     scribe.writer = RecordingWriter.resume(path, scribe.writer.header, retention=Retention(keep_bytes=60 * 1024))
     for _ in live(scribe, 300):

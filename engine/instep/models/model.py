@@ -123,6 +123,6 @@ def _check_names(found: Iterable[str], shapes: Mapping[str, Shape], source: str)
         )
 
 
-def _listed(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "tensor " + ", ".join(names[:most]) + more
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return "tensor " + ", ".join(names[:4]) + more

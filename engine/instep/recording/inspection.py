@@ -24,17 +24,7 @@ class Inspection:
     """The contents of an undamaged recording."""
 
     streams: int
-    open_streams: int
     frames: int
-    unanswered: int
-    """The count of frames without recorded outputs."""
-    restarts: int
-    """The count of restarts."""
-    positions: int
-    first_position: int
-    """The first position; above 1 if the history was trimmed."""
-    checkpoint_position: int
-    """The position of the newest states; 0 without a checkpoint."""
 
 
 def inspect(path: Path) -> Inspection:
@@ -45,24 +35,12 @@ def inspect(path: Path) -> Inspection:
         DamagedRecording: when anything is wrong.
     """
     with RecordingReader(path) as reader:
-        streams, frames, unanswered = reader.streams(), 0, 0
-        for chunk in read_frames(reader, streams, range(len(streams))):
-            frames += len(chunk)
-            unanswered += int((~chunk.answered).sum())
-        restarts = sum(event.kind == RECOVERED_EVENT for event in reader.events())
+        streams = reader.streams()
+        frames = sum(map(len, read_frames(reader, streams, range(len(streams)))))
     with Recovered(path) as recovered:
         for _ in recovered.portions():
             pass  # what a restart would use is checked as it is read
-    return Inspection(
-        streams=len(streams),
-        open_streams=sum(info.closed_position is None for info in streams),
-        frames=frames,
-        unanswered=unanswered,
-        restarts=restarts,
-        positions=reader.last_position - reader.trimmed.position,
-        first_position=reader.first_position,
-        checkpoint_position=recovered.checkpoint_position,
-    )
+    return Inspection(len(streams), frames)
 
 
 def how_it_ends(reader: RecordingReader) -> str:

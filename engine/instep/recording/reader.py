@@ -160,10 +160,10 @@ class RecordingReader(Closing):
         """The first position that was not trimmed."""
         return self.trimmed.position + 1
 
-    def check_positions(self, first: int = 1, last: int | None = None) -> None:
-        """Raise if a row from `first` to `last` is missing or two have the same position."""
+    def check_positions(self, first: int = 1) -> None:
+        """Raise if a row from `first` on is missing or two have the same position."""
         first = max(first, self.first_position)
-        last = self.last_position if last is None else min(last, self.last_position)
+        last = self.last_position
         found = np.sort(np.concatenate([self._positions(table, first, last) for table in HISTORY]))
         expected: I64 = np.arange(first, last + 1)
         if len(found) != len(expected) or (found != expected).any():

@@ -86,10 +86,10 @@ class StreamReport:
         """Set the verdict, unless the present one is worse."""
         self.verdict = min(self.verdict, verdict, key=WORST_FIRST.index)
 
-    def add_problem(self, sentence: str, verdict: Verdict = "mismatch") -> None:
-        """Add a problem."""
+    def add_problem(self, sentence: str) -> None:
+        """Add the description of a mismatch."""
         self.problems.append(sentence)
-        self.worsen(verdict)
+        self.worsen("mismatch")
 
     def add_mismatch(self, divergence: Divergence) -> None:
         """Add a wrong value."""
