@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +214,21 @@ async def test_closing_fails_what_waits_and_closes_the_streams(server: FakeServe
         with pytest.raises(ClientClosed):
             await task
     assert server.rules.names == {}
+
+
+async def test_a_host_that_is_not_known_is_waited_for_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = [socket.EAI_NONAME]
+
+    def find(*address: object, **wanted: object) -> None:
+        raise socket.gaierror(reasons[0], "as the system says")
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    unknown = "tcp://nohost.invalid:5757"
+    with pytest.raises(ConnectionFailed):
+        await AsyncClient(unknown).connect()
+    with pytest.raises(ConnectionFailed):
+        await AsyncClient(unknown, timeout_s=0.2, wait=True).connect()
+    reasons[0] = socket.EAI_AGAIN  # which may pass
+    with pytest.raises(ConnectionFailed):
+        await AsyncClient(unknown, timeout_s=0.2).connect()
+    gc.collect()

@@ -4,15 +4,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from instep_client import arrays
 from instep_client.protocol.errors import InvalidInput
+
+
+class OnGpu:
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("this array is on a GPU")
 
 
 @pytest.mark.parametrize(
     "x",
     [
         [1, 2, 3],
+        torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
         np.array([1, 2, 3], np.uint8),
         np.array([1, 2, 3], ">f4"),
     ],
@@ -38,6 +45,7 @@ def test_the_copy_does_not_follow_the_original() -> None:
         [1j],
         [2**80],
         {"a": 1},
+        OnGpu(),
     ],
 )
 def test_what_is_not_real_numbers_is_refused(x: Any) -> None:
@@ -63,7 +71,7 @@ def test_a_streams_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> No
     assert frames.ravel().tolist() == x.ravel().tolist()
 
 
-@pytest.mark.parametrize("shape", [(), (2,), (4,), (2, 4), (0, 3), (1, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 4), (0, 3), (1, 1, 3)])
 def test_other_shapes_of_a_stream_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput) as caught:
         arrays.stream_frames(np.zeros(shape), 3)
@@ -77,7 +85,7 @@ def test_a_groups_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> Non
     assert frames.shape == (int(np.prod(shape)) // 6, 2, 3)
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 3), (2, 4), (0, 2, 3), (5, 3, 2), (1, 1, 2, 3)])
+@pytest.mark.parametrize("shape", [(3,), (3, 3), (0, 2, 3), (1, 1, 2, 3)])
 def test_other_shapes_of_a_group_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput):
         arrays.group_frames(np.zeros(shape), 2, 3)
@@ -88,14 +96,7 @@ def test_rows_are_distinct_indices() -> None:
     assert arrays.row_indices(np.array([1], np.uint8), 3).dtype == np.int64
 
 
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ([], "at least one integer"),
-        ([True, False, True], "integer"),
-        ([1, 1], "twice"),
-    ],
-)
-def test_other_rows_are_refused(rows: Any, complaint: str) -> None:
-    with pytest.raises(InvalidInput, match=complaint):
+@pytest.mark.parametrize("rows", [[], [True, False, True], [1, 1], [3]])
+def test_other_rows_are_refused(rows: Any) -> None:
+    with pytest.raises(InvalidInput):
         arrays.row_indices(rows, 3)

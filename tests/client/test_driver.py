@@ -125,3 +125,12 @@ async def test_a_loop_that_is_held_up_is_told_in_the_numbers_and_once_in_the_log
             await step
         assert (await client.stats())["loop_lag_s"] >= 0.6
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+async def test_a_closed_client_may_still_be_told_to_do_nothing() -> None:
+    with FakeServer() as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("a")
+        stream.finish()
+        await asyncio.sleep(0)
+        assert [y async for y in stream] == []

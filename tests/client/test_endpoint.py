@@ -18,23 +18,11 @@ def test_endpoints(good: str) -> None:
     Client(good)
 
 
-BOTH = "tcp://127.0.0.1:5757 or ipc:///path"
-PORT = "the port that the server has, 1 to 65535; a server with port 0 logs the port that it took"
-
-
 @pytest.mark.parametrize(
-    ("bad", "instead"),
-    [
-        ("127.0.0.1:5757", "tcp://127.0.0.1:5757"),
-        ("http://", BOTH),
-        ("tcp://host:*", PORT),
-        ("tcp://host:٥٧٥٧", BOTH),
-        ("tcp://host:5757\n", BOTH),
-        ("nonsense", BOTH),
-    ],
+    "bad", ["127.0.0.1:5757", "http://host:5780", "tcp://host:*", "tcp://host:٥٧٥٧", "tcp://host:1\n"]
 )
 @pytest.mark.parametrize("kind", [AsyncClient, Client])
-def test_what_is_no_endpoint_is_refused_with_the_form_of_one(kind: Any, bad: Any, instead: str) -> None:
+def test_what_is_no_endpoint_is_refused_by_name(kind: Any, bad: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         kind(bad)
-    assert str(refused.value) == f"{bad!r} is not an endpoint: write {instead}"
+    assert repr(bad) in str(refused.value)

@@ -219,3 +219,19 @@ def test_outputs_belong_to_the_user() -> None:
         assert outputs.flags.writeable
         assert outputs.base is None or outputs.base.base is None
         outputs += 1
+
+
+def test_steps_of_a_group_keep_their_order_when_a_stream_ends_before_they_are_sent() -> None:
+    link = Link()
+    group = link.open("a", "b")
+    first = link.session.step(group, X[:2])
+    link.rules.end([2])
+    link.deliver(evicted([2], Code.STATE_LOST))
+    second = link.session.step(group, X[2:3], rows=[0])
+    assert blocks(link.advance()) == [([(1, 0)], [[0]]), ([(1, 1)], [[6]])]
+    link.run()
+    error, outputs = ending(first)
+    assert error.failures == (FrameFailure("b", 0, Code.STATE_LOST, 0),)
+    assert np.isnan(outputs[1]).all()
+    truth, _ = reference(X[[0, 2]])
+    assert [outputs[0].tolist(), second.result().outputs[0].tolist()] == truth.tolist()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from instep_client.protocol.codes import Code
-from instep_client.protocol.errors import ConnectionFailed, FramesRefused, StreamEvicted
+from instep_client.protocol.errors import ClientClosed, ConnectionFailed, FramesRefused, StreamEvicted
 from instep_client.protocol.wire import Kind
-from tests.support.fake_server import F32, RING_INFO, reference
+from tests.support.fake_server import F32, RING_INFO, evicted, reference
 from tests.support.session_link import Link, lasting, lose
 
 X: F32 = np.random.default_rng(5).standard_normal((20, 3)).astype(np.float32)
@@ -168,3 +168,40 @@ def test_leaving_closes_streams_that_sleep() -> None:
     link.serve()
     link.deliver()
     assert not link.rules.streams
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_read_of_a_stream_that_ends_and_is_closed_fails_alone(is_lost: bool) -> None:
+    link = lasting()
+    a, other = link.open("a"), link.open("other")
+    read = link.session.read_state(a)
+    link.advance()
+    link.to_client.append(evicted([link.rules.streams["a"].handle], Code.IDLE))
+    link.rules.expire("a")
+    link.deliver()
+    with pytest.raises(StreamEvicted):
+        link.session.close(a)
+    link.advance()
+    assert a.closed
+    if is_lost:
+        link.cut()
+    link.run(read)
+    with pytest.raises(ClientClosed if is_lost else StreamEvicted):
+        read.result()
+    assert np.array_equal(link.finish(link.session.step(other, X[1])).outputs, reference(X[1:2])[0][0])
+
+
+def test_a_copy_half_of_which_was_made_over_a_lost_connection_is_in_doubt() -> None:
+    link = lasting()
+    handle = link.open("s", "t")
+    link.rules.hibernate("t")
+    link.rules.wanted["t"] = None
+    call = link.session.fork(handle, ["copy of s", "copy of t"])
+    link.advance()
+    link.send(link.rules.wake())
+    link.serve(1)
+    link.settle_client()
+    link.cut()
+    link.run(call)
+    assert isinstance(call.error, ConnectionFailed)
+    assert set(link.rules.streams) == {"s", "t", "copy of s"}

@@ -7,6 +7,20 @@ import sys
 import pytest
 
 import instep_client
+from instep_client.protocol import errors
+from instep_client.protocol.codes import SENTENCES, Code
+
+
+def test_errors_have_one_tree_and_familiar_relatives() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(issubclass(kind, errors.InstepError) for kind in kinds)
+    assert {kind.__name__ for kind in kinds if kind.__module__ == errors.__name__} <= set(instep_client.__all__)
+    assert issubclass(errors.ConnectionFailed, ConnectionError)
+    assert issubclass(errors.InvalidInput, ValueError)
+
+
+def test_every_code_has_a_sentence() -> None:
+    assert set(SENTENCES) == set(Code)
 
 
 def test_it_imports_nothing_before_it_is_asked_to() -> None:

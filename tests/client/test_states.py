@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep_client.connection import Call
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
@@ -17,7 +18,7 @@ from instep_client.protocol.errors import (
     StreamRefused,
 )
 from instep_client.protocol.wire import CLAIM, Kind
-from tests.support.fake_server import RING_INFO, reference, welcome
+from tests.support.fake_server import RING_INFO, evicted, reference, welcome
 from tests.support.session_link import X, headers, lasting
 from tests.support.states import floats_of, gru_state
 
@@ -146,10 +147,27 @@ class TestStates:
             link.session.reset(handle, np.zeros(3))
         with pytest.raises(InvalidInput):
             link.session.fork(handle, ["b", "c"])
+        for have, epoch in ((-1, 0), ([1, 2], 0), (0, 2**64), (None, "x")):
+            with pytest.raises(InvalidInput):
+                link.session.resume(["b"], have, epoch, False, True)
         link.session.close(handle)
         for ask in (lambda: link.session.read_state(handle), lambda: link.session.reset(handle, None)):
             with pytest.raises(ClientClosed):
                 ask()
+
+    def test_what_waits_for_its_turn_ends_with_the_stream(self) -> None:
+        link = lasting()
+        handle = link.open("a")
+        link.session.step(handle, X[0])
+        waiting: list[Call[Any]] = [link.session.reset(handle, None), link.session.fork(handle, ["b"])]
+        link.advance()
+        link.send([(link.peer, evicted([1]))])
+        link.deliver()
+        for call in waiting:
+            with pytest.raises(StreamEvicted):
+                call.result()
+        with pytest.raises(StreamEvicted):
+            link.session.read_state(handle)
 
 
 class TestReadByName:

@@ -45,13 +45,13 @@ def test_what_a_user_gets_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "spec", "says"),
+    ("state", "spec"),
     [
-        (np.ones((4, 2)), GRU, r"leaf h must have shape \[2, 4\]; this array has shape \[4, 2\]"),
-        (np.ones(3), TWO, "a dict of arrays called level, count"),
-        ({"level": np.ones(3), "count": 1.5}, TWO, "leaf count must be int64, not float64"),
+        (np.ones((4, 2)), GRU),
+        (np.ones(3), TWO),
+        ({"level": np.ones(3), "count": 1.5}, TWO),
     ],
 )
-def test_what_does_not_fit_is_refused(state: Any, spec: StateSpec, says: str) -> None:
-    with pytest.raises(InvalidInput, match=says):
+def test_what_does_not_fit_is_refused(state: Any, spec: StateSpec) -> None:
+    with pytest.raises(InvalidInput):
         state_rows(state, spec, None)

@@ -9,7 +9,7 @@ import numpy as np
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import COLUMN, Kind
 from tests.support.fake_server import INFO, Message, reference, stepped
-from tests.support.session_link import Link, X, sizes
+from tests.support.session_link import Link, X, refusal, sizes
 from tests.support.step_messages import parts
 
 
@@ -61,3 +61,16 @@ def test_outputs_that_are_no_longer_kept_do_not_hold_the_window_shut() -> None:
     link.deliver(stepped(3, np.zeros((1, 1, 2), np.float32), [(0, 0, Code.SEQ_REPEATED, 9)]))
     link.session.step(handle, X[0])
     assert acks(link.advance()) == [[9]]
+
+
+def test_a_conflict_leaves_the_stream_where_it_is() -> None:
+    link = Link()
+    handle = link.open("a")
+    step = link.session.step(handle, X[:3])
+    link.advance()
+    y = np.zeros((3, 1, 2), np.float32)
+    link.deliver(stepped(3, y, [(0, 2, Code.CONFLICT, 7)]))
+    assert refusal(step).failures[0].expected_seq == 7
+    assert link.session.table.next_seqs(handle).tolist() == [2]
+    link.session.step(handle, X[0])
+    assert acks(link.advance()) == [[2]]
