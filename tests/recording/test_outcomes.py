@@ -85,7 +85,7 @@ def test_a_batch_without_outcome_before_one_with_is_damage(scribe: Scribe, outco
     lost = scribe.step([1], "unanswered")
     scribe.step([2], outcome)  # type: ignore[arg-type]
     scribe.writer.close()
-    with pytest.raises(DamagedRecording, match=f"the outputs of the batch at position {lost} are missing"):
+    with pytest.raises(DamagedRecording, match=rf"position {lost}\b"):
         answered(scribe.writer.path)
 
 
@@ -97,7 +97,7 @@ def test_after_a_restart_too(scribe: Scribe) -> None:
     lost = scribe.step([1], "unanswered")
     scribe.step([2])
     scribe.writer.close()
-    with pytest.raises(DamagedRecording, match=f"the outputs of the batch at position {lost} are missing"):
+    with pytest.raises(DamagedRecording, match=rf"position {lost}\b"):
         answered(scribe.writer.path)
 
 

@@ -18,7 +18,7 @@ def header(**changes: Any) -> Any:
 
 def test_only_another_model_is_refused() -> None:
     other = header(model_fingerprint="cd" * 32, model_name="other")
-    with pytest.raises(RecordingError, match=r"a\.rec is a recording of the model 'test' .*this engine serves 'other'"):
+    with pytest.raises(RecordingError, match=r"a\.rec.*'test'.*'other'"):
         refuse_other_model(Path("a.rec"), header(), other)
     refuse_other_model(Path("a.rec"), header(), header(arithmetic="torch 1.9 on cuda:0", model_folder="elsewhere"))
 

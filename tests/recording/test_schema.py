@@ -33,7 +33,7 @@ def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
         (key, value.replace("ab", "ac", 1) if key == "model_fingerprint" else value, crc)
         for key, value, crc in make_header(DESCRIPTION).rows()
     ]
-    with pytest.raises(RecordingError, match="'model_fingerprint' is damaged"):
+    with pytest.raises(RecordingError, match="model_fingerprint"):
         RecordingHeader.from_rows(rows)
 
 
@@ -56,7 +56,7 @@ def test_header_with_a_flipped_bit_is_refused_by_name() -> None:
 def test_header_of_the_wrong_kind_is_refused(key: str, value: str) -> None:
     rows = {row[0]: row for row in make_header(DESCRIPTION, outputs=2).rows()}
     rows[key] = (key, value, row_crc(key, value))
-    with pytest.raises(RecordingError, match="damaged or incomplete"):
+    with pytest.raises(RecordingError):
         RecordingHeader.from_rows(list(rows.values()))
 
 

@@ -60,7 +60,7 @@ def test_some_streams_by_name_and_by_number(tmp_path: Path) -> None:
     written = write_recording(tmp_path)
     assert exact(all_rows(written.path, "3", NAMES[1])) == exact(written.of(2, 3))
     assert exact(all_rows(written.path, "2")) == exact(written.of(4))
-    with pytest.raises(RecordingError, match="no stream 'mic-3'; did you mean 'mic-2' or 'mic-1'"):
+    with pytest.raises(NoSuchStream, match="mic-3"):
         all_rows(written.path, "mic-1", "mic-3")
 
 
@@ -84,7 +84,7 @@ def test_frames_whose_outputs_were_not_recorded_are_marked_and_have_nan(tmp_path
 def test_a_frame_of_a_stream_that_was_never_opened(tmp_path: Path) -> None:
     written = write_recording(tmp_path, stranger_at=20)
     for wanted in ([], ["mic-1"]):
-        with pytest.raises(RecordingError, match="holds frames of a stream that was never opened"):
+        with pytest.raises(DamagedRecording):
             all_rows(written.path, *wanted)
 
 
@@ -95,9 +95,8 @@ def test_frames_that_do_not_follow_each_other_are_damage(tmp_path: Path) -> None
     seqs = forger.column(batch, "seqs")
     seqs[at] = 4
     forger.change_batch(batch, seqs=seqs)
-    said = rf"the batch at position {batch['position']} holds frame 4 of stream 2 \(.*\) where frame 3 belongs"
     for read in (all_rows, lambda path: OpenedRecording(path)[NAMES[1]]):
-        with pytest.raises(DamagedRecording, match=said):
+        with pytest.raises(DamagedRecording, match=rf"position {batch['position']}\b"):
             read(forger.path)
 
 
@@ -106,7 +105,7 @@ def test_a_stream_that_ends_before_its_close_counts_is_damage(tmp_path: Path) ->
     forger = Forger(written.path, tmp_path / "b.rec")
     closing = forger.rows("closings")[0]
     forger.change("closings", closing["position"], frames=closing["frames"] + 1)
-    with pytest.raises(DamagedRecording, match=r"stream 1 \('mic-1'\) was closed before frame"):
+    with pytest.raises(DamagedRecording, match="stream 1 "):
         all_rows(forger.path, "1")
     assert exact(all_rows(forger.path, "2")) == exact(written.of(4))
 
@@ -139,11 +138,11 @@ def test_streams_by_name(tmp_path: Path, unanswered: int) -> None:
             check(found, written)
         assert ("mic-2" in recording, "mic-3" in recording, recording.get("mic-3")) == (True, False, None)
         for look in (recording.__getitem__, recording.openings):
-            with pytest.raises(NoSuchStream, match=r"^the recording has no stream 'mic-3'; did you mean 'mic-2'"):
+            with pytest.raises(NoSuchStream, match="mic-3"):
                 look("mic-3")
     assert written.path.read_bytes() == before
     for read in (recording.values, recording.items, lambda: recording["mic-1"], lambda: recording.openings("mic-1")):
-        with pytest.raises(RecordingError, match=r"^the recording .* was closed: open it again"):
+        with pytest.raises(RecordingError):
             read()
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from instep.models.folder import load_model
 from instep.recording.database import LIMITS, DatabaseLimits
-from instep.recording.errors import RecordingError
+from instep.recording.errors import DamagedRecording, TrimmedMeanwhile
 from instep.recording.inspection import inspect, look_over
 from instep.recording.reader import RecordingReader
 from instep.recording.records import StateRows, Trimmed
@@ -208,25 +208,23 @@ def test_a_reader_says_when_the_history_was_trimmed_under_its_hands(scribe: Scri
     with RecordingReader(scribe.writer.path) as reader:
         for _ in live(scribe, 300):
             pass
-        with pytest.raises(RecordingError, match="was trimmed while it was read: read it again"):
+        with pytest.raises(TrimmedMeanwhile):
             list(batches_of(reader))
 
 
 @pytest.mark.parametrize(
-    ("table", "columns", "why"),
+    ("table", "columns"),
     [
-        ("trimmed", {"position": 5}, "where it was trimmed, is missing|at position 6 is missing"),
-        ("trimmed", {"events": 99}, "events are left from before it was trimmed instead of 99"),
-        ("checkpoints", {"openings": 99}, "streams are left from before it was trimmed instead of"),
-        ("newest", {"states": 99}, "states instead of 99"),
+        ("trimmed", {"position": 5}),
+        ("trimmed", {"events": 99}),
+        ("checkpoints", {"openings": 99}),
+        ("newest", {"states": 99}),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    trimmed: Path, tmp_path: Path, table: str, columns: dict[str, Any], why: str
-) -> None:
+def test_what_does_not_fit_is_refused(trimmed: Path, tmp_path: Path, table: str, columns: dict[str, Any]) -> None:
     forger = Forger(trimmed, tmp_path / "b.rec")
     forger.change(table, forger.rows(table)[0]["position"], **columns)
-    with pytest.raises(RecordingError, match=why):
+    with pytest.raises(DamagedRecording):
         inspect(forger.path)
 
 

@@ -101,7 +101,7 @@ def test_rows_written_together_are_those_written_one_by_one(tmp_path: Path) -> N
 def test_a_file_with_content_is_never_written_over(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     path.write_bytes(b"precious")
-    with pytest.raises(RecordingError, match="already exists"):
+    with pytest.raises(RecordingError):
         RecordingWriter.create(path, HEADER)
     assert path.read_bytes() == b"precious"
 
