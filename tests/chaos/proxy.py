@@ -18,12 +18,12 @@ class Proxy(Relay):
     """Forwards to one endpoint; from `misbehave` to `behave` it resets and stalls at random.
 
     Args:
-        endpoint: `tcp://HOST:PORT` of the server.
+        target: `tcp://HOST:PORT` of the server.
         random_: decides what happens when.
     """
 
-    def __init__(self, endpoint: str, random_: random.Random) -> None:
-        super().__init__(endpoint)
+    def __init__(self, target: str, random_: random.Random) -> None:
+        super().__init__(target)
         self._random = random_
         self._misbehaves = False
         self._patience: dict[Link, int] = {}

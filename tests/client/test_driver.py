@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from instep_client import AsyncClient, AsyncStream, ConnectionFailed
+from instep_client import AsyncClient, ConnectionFailed
 from instep_client.driver import OPTIONS, Driver, shared
 from instep_client.session import Session
 from tests.support.fake_server import INFO, FakeServer, reference
@@ -44,30 +44,6 @@ async def test_no_answer_is_left_lying_in_the_socket() -> None:
                     await asyncio.sleep(0.01)
                 time.sleep(0.05)  # noqa: ASYNC251 (more answers come than are taken from a socket in one turn)
                 await asyncio.wait_for(asyncio.gather(*pings), 5)
-
-
-async def test_a_session_acts_once_for_an_answer_and_the_frame_that_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    acts = 0
-    advance = Session.advance
-
-    def counted(session: Session, now: float) -> None:
-        nonlocal acts
-        acts += 1
-        advance(session, now)
-
-    async def run(stream: AsyncStream) -> None:
-        for x in X:
-            await stream.step(x)
-
-    with FakeServer() as server:
-        clients = [AsyncClient(server.endpoint) for _ in range(20)]
-        await asyncio.gather(*[client.connect() for client in clients])
-        streams = [await client.open(f"s{number}") for number, client in enumerate(clients)]
-        monkeypatch.setattr(Session, "advance", counted)
-        await asyncio.gather(*map(run, streams))
-        monkeypatch.undo()
-        assert acts < 1.2 * len(X) * len(clients)
-        await asyncio.gather(*[client.close() for client in clients])
 
 
 async def test_a_thousand_and_more_clients_share_one_context() -> None:

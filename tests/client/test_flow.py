@@ -15,16 +15,6 @@ from tests.support.fake_server import F32, INFO, evicted, reference
 from tests.support.session_link import BAD, Link, X, blocks, ending, limited, refusal, refuse, sizes
 
 
-def test_a_step_is_these_bytes() -> None:
-    link = Link()
-    link.session.step(link.open("a"), [1, 2, 3])
-    [message] = link.advance()
-    assert [frame.hex(" ", -4) for frame in message] == [
-        "03010000 01000000 01000000 03000000 03000000 00000000 01000000 00000000 00000000 00000000 00000000 00000000",
-        "0000803f 00000040 00004040",
-    ]
-
-
 @pytest.mark.parametrize("length", [1, 7])
 def test_a_chunk_is_one_block_and_answers_as_the_network_does(length: int) -> None:
     link = Link()

@@ -168,13 +168,3 @@ class TestStates:
                 call.result()
         with pytest.raises(StreamEvicted):
             link.session.read_state(handle)
-
-
-class TestReadByName:
-    def test_its_bytes(self) -> None:
-        link = lasting()
-        link.session.read_state_by_name(["a", "\u00e9"])
-        link.advance()
-        [message] = link.to_server
-        assert headers([message]) == [[Kind.READ_STATE, 2, 2, 1]]
-        assert message[1:] == [b"a\n\xc3\xa9"]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from instep_client import Client, ClientClosed, Code, ConnectionFailed, ConnectionRefused, FramesRefused, StreamRefused
+from instep_client import Client, ClientClosed, Code, FramesRefused, StreamRefused
 from tests.support.client_thread import inside
 from tests.support.fake_server import INFO, FakeServer, reference
 
@@ -91,12 +91,3 @@ def test_a_client_connects_once(server: FakeServer) -> None:
     with pytest.raises(ClientClosed):
         client.connect()
     Client(server.endpoint).close()
-
-
-def test_nobody_there() -> None:
-    with FakeServer() as server:
-        endpoint = server.endpoint
-    with pytest.raises(ConnectionRefused):
-        Client(endpoint).connect()
-    with pytest.raises(ConnectionFailed):
-        Client(endpoint, timeout_s=0.1, wait=True).connect()

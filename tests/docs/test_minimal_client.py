@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,11 +13,26 @@ import pytest
 from instep.core.typing import F32
 from tests.docs.support.page import DOCS
 from tests.docs.support.protocol_examples import SEED
-from tests.docs.support.proxy import Proxy
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.raw import RawClient
+from tests.support.relay import Link, Relay
 from tests.support.running import running
+
+
+class BreakingRelay(Relay):
+    """A connection breaks when the server has sent something and the first of `breaks` is true: that is lost."""
+
+    def __init__(self, target: str, *breaks: Callable[[], bool]) -> None:
+        super().__init__(target)
+        self.breaks = list(breaks)
+
+    async def forward(self, chunk: bytes, sink: asyncio.StreamWriter, link: Link) -> None:
+        if sink is link.near and self.breaks and self.breaks[0]():
+            del self.breaks[0]
+            link.cut()
+        else:
+            await super().forward(chunk, sink, link)
 
 
 async def start(endpoint: str, count: int) -> Process:
@@ -42,7 +58,7 @@ async def test_it_loses_and_doubles_nothing_when_its_connection_breaks(rng: np.r
             lambda: counted.resumed_streams_total >= 3,  # the RESUMED after it,
             lambda: counted.frames_total >= 20 * 3,  # and another STEPPED
         )
-        async with Proxy(server.endpoint, *breaks) as proxy:
+        async with BreakingRelay(server.endpoint, *breaks) as proxy:
             status, said, complained = await feed(await start(proxy.endpoint, 3), x)
         assert (status, complained, proxy.breaks) == (0, "", [])
         assert (counted.frames_total, counted.resumed_streams_total) == (30 * 3, 3 * 3)
@@ -89,7 +105,7 @@ async def test_it_stops_when_a_restarted_server_lost_its_streams(is_known: bool,
             restarted.default.engine.table.last_epoch = 0
             await former.hello()
             await former.open("minimal-0")
-        async with Proxy(server.endpoint, lambda: server.default.engine.stats.frames_total >= 5) as proxy:
+        async with BreakingRelay(server.endpoint, lambda: server.default.engine.stats.frames_total >= 5) as proxy:
             process = await start(proxy.endpoint, 1)
             while server.default.engine.table.open_count == 0:
                 await asyncio.sleep(0.005)

@@ -17,6 +17,7 @@ class Link:
     """One connection through a relay: the client's side and the server's."""
 
     def __init__(self, near: asyncio.StreamWriter, far: asyncio.StreamWriter) -> None:
+        self.near = near
         self._sides = (near, far)
 
     def cut(self) -> None:
@@ -32,12 +33,11 @@ class Relay:
     """Listens on loopback and forwards every connection; `async with Relay(endpoint) as relay`.
 
     Args:
-        endpoint: `tcp://HOST:PORT` of the server.
+        target: `tcp://HOST:PORT` of the server; it may be changed for connections to come.
     """
 
-    def __init__(self, endpoint: str) -> None:
-        self._host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-        self._port = int(port)
+    def __init__(self, target: str) -> None:
+        self.target = target
         self.endpoint = ""
         """Where it listens."""
         self.links: set[Link] = set()
@@ -67,8 +67,9 @@ class Relay:
         await sink.drain()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self.target.removeprefix("tcp://").rpartition(":")
         try:
-            far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
         except OSError:
             writer.transport.abort()
             return
