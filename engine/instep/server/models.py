@@ -253,7 +253,7 @@ class Loader:
         return [service for service in self._server.services if not service.is_former]
 
     def reload(self, wanted: ModelConfig, on_change: Callable[[], object] = lambda: None) -> None:
-        """Load, swap and unload models until they are those of a configuration, once what is under way has ended.
+        """Load, swap and unload models until they match a configuration, after any reload that is under way.
 
         Everything is loaded and checked before the first model changes. `on_change` is called just before that, when
         the configuration has the models that the next server would have to serve, and at the end of each reload,
