@@ -15,11 +15,10 @@ from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_client.protocol.wire import F32, ServerInfo
 from instep_tools.connect import Target, connected, may_give_up
-from instep_tools.feed import read_lines
 from instep_tools.formats.columns import Choice, output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.write import SavedOutputs, check_output_path
-from instep_tools.live import ALL_ENDED, LiveRun, Pace, why_not_opened
+from instep_tools.live import ALL_ENDED, LiveRun, Pace, read_lines, why_not_opened
 from instep_tools.outputs import Answers, OutputFormat, Outputs, PrintedOutputs, SentFrames
 from instep_tools.pacing import Clock, Stop
 from instep_tools.plan import Send, check_fits, distinct, make_plan

@@ -16,7 +16,7 @@ from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.replay import ReplayJob, replay
+from instep_tools.replay import ReplayJob, compare, replay
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import FakeServer, error, reference
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with, save_table
@@ -112,6 +112,13 @@ async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequence
     run = Run(as_json=False)
     assert await run(tmp_path / "r.npz", check=True) == Exit.FOUND_PROBLEMS
     assert "stream 'tap-1', frame 2, element 1" in run.terminal.said
+
+
+def test_the_same_nan_is_equal_and_zeros_have_signs(recorded: RecordedSequences) -> None:
+    y = np.array([[0.0, np.nan]] * 14, np.float32)
+    answered = np.ones(14, np.bool_)
+    for now, different in ((y.copy(), 0), (np.copysign(y, np.float32([[-1, 1]])), 14)):
+        assert compare(replace(recorded, outputs=y), now, answered).different == different
 
 
 @pytest.mark.parametrize(("speed", "last_s"), [(None, 0.5), (2.0, 0.25), (math.inf, 0.0)])

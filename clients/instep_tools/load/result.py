@@ -124,12 +124,6 @@ class LoadResult:
             return "invalid"
         return "not met"
 
-    @property
-    def longest_silence_s(self) -> float:
-        """The longest time in which nothing was answered."""
-        at_s = np.sort(np.minimum(self.answered["at_s"], self.seconds))
-        return float(np.diff(at_s, prepend=0.0, append=self.plan.duration_s if self.found.lost else self.seconds).max())
-
     def sentence(self) -> str:
         """A sentence about the result. Latencies are those of answered frames; unanswered ones are counted apart."""
         found, plan = self.found, self.plan
@@ -150,9 +144,6 @@ class LoadResult:
         for what, frames in (refused | {"unanswered": found.unanswered, "not sent": found.unsent}).items():
             if frames:
                 parts.append(f"{counted(frames, 'frame')} {what}")
-        period_s = 1 / plan.rate_hz if plan.rate_hz else 0.0
-        if len(self.answered) and not found.lost and self.longest_silence_s > max(LONG_SILENCE_S, 3 * period_s):
-            parts.append(f"nothing was answered for {self.longest_silence_s:.1f} s")
         return "; ".join(parts)
 
     def latency_rows(self) -> list[tuple[str, list[str]]]:
@@ -175,7 +166,6 @@ class LoadResult:
             "unanswered_frames": self.found.unanswered,
             "unsent_frames": self.found.unsent,
             "measured_itself": self.measured_itself,
-            "longest_silence_s": self.longest_silence_s,
             "error": self.found.lost or None,
         }
 

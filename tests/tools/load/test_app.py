@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
+from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.load.app import LoadTest
 from instep_tools.load.result import LoadResult
@@ -144,6 +146,14 @@ def test_a_server_that_is_restarted_in_the_middle_costs_no_frame() -> None:
         result = run(*SHORT, "--connections", "2", "--duration", "2", "--json", "-e", server.endpoint)
     assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
     assert json.loads(result.stdout)["unanswered_frames"] == 0
+
+
+def test_while_the_server_is_gone_the_progress_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QUIET_S", "LOG_S"):
+        monkeypatch.setattr(terminal_module, name, 0.01)
+    monkeypatch.setattr(AsyncClient, "is_connected", False)
+    with FakeServer() as server:
+        assert "the server is gone" in run(*SHORT, "--endpoint", server.endpoint).stderr
 
 
 def test_a_page_that_cannot_be_written_costs_the_page_and_not_the_result(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from instep_tools.feed import CHUNK_BYTES, read_lines
+from instep_tools.live import CHUNK_BYTES, read_lines
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile
 
