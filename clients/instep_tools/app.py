@@ -72,10 +72,10 @@ Speed = Annotated[
         parser=_speed,
         metavar="1|xN|max",
         help="1: in real time; xN: N times as fast; max: as fast as possible. "
-        "Default: 1 where the times are known, else max.",
+        "(default: 1 where the times are known, else max)",
     ),
 ]
-RATE_HELP: Final = "Frames a second for each stream, whatever its times say."
+RATE_HELP: Final = "Frames per second for each stream, instead of the file's times."
 
 
 add_version(app)
@@ -97,8 +97,8 @@ async def produce_command(
         Path | None,
         typer.Argument(
             metavar="FILE",
-            help="A recording, Parquet, MCAP, NPZ, NPY, CSV or other text, or JSON lines. None, or -: lines from "
-            "standard input.",
+            help="A recording, Parquet, MCAP, NPZ, NPY, CSV or other text, or JSON lines. Without FILE, or with -, "
+            "lines are read from standard input.",
         ),
     ] = None,
     named: Named = False,
@@ -111,16 +111,16 @@ async def produce_command(
     ] = None,
     speed: Speed = None,
     rate: Annotated[float | None, typer.Option(metavar="HZ", callback=positive, help=RATE_HELP)] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="The most frames to send for each stream.")] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", min=1, help="The most frames of each stream.")] = None,
     format: Annotated[OutputFormat | None, typer.Option(help="How outputs are printed. (default: csv)")] = None,
     save: Save = None,
 ) -> Exit:
     """Send frames live from lines or a file, and print or save the outputs.
 
-    A line is one frame: numbers separated by commas or white space. A bad line is reported on stderr and skipped; the
-    exit status is 1 then. A file is read before the first frame is sent.
+    A line is one frame: numbers separated by commas or white space. A bad line is reported on stderr and skipped, and
+    the exit status is then 1. A file is read before the first frame is sent.
 
-    Each output is printed as a line of stream, seq and values, or as JSON with its frame. With --json only the result
+    Each output is printed as a line of stream, seq and values, or as JSON with its frame. With --json, only the result
     of the command is printed. Sending stops when the server has ended all streams.
     """
     what = Produce(

@@ -132,7 +132,7 @@ def add_version(app: CommandLine) -> None:
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help shows flags without a value, and examples at the end."""
+    """A command whose help shows flags without a value and ends with examples."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Arguments and options."""
@@ -211,7 +211,7 @@ def endpoint(text: str) -> str:
     """Check that a client may connect to an endpoint.
 
     Raises:
-        typer.BadParameter: with the expected form.
+        typer.BadParameter: naming the expected form.
     """
     try:
         return checked_endpoint(text)
@@ -237,6 +237,7 @@ Endpoint = Annotated[
         "-e",
         envvar="INSTEP_ENDPOINT",
         callback=endpoint,
+        metavar="ADDRESS",
         help="The server's endpoint.",
         show_default=True,
     ),

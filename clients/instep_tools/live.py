@@ -113,7 +113,8 @@ class LiveRun:
                     break
                 if stream is None or sent[name] == self.pace.frames:
                     continue
-                if not await self._wait_for(sent[name], line.time_ns):
+                due = self._start + self._due_s(sent[name], line.time_ns)
+                if not await wait_until(due, self.clock, self.stop):
                     break
                 sent[name] += 1
                 await send(SentFrames((name,), line.frame[None, None]), partial(stream.step, line.frame[None]))

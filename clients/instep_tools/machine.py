@@ -7,14 +7,14 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import zmq
 
 CPU_INFO: Final = Path("/proc/cpuinfo")
-_PACKAGES: Final = ("torch", "numpy", "pyzmq", "msgpack")
 
 
 def machine() -> dict[str, Any]:
@@ -27,7 +27,11 @@ def machine() -> dict[str, Any]:
         "versions": {
             "instep": version("instep"),
             "python": platform.python_version(),
-            **_installed(),
+            **{
+                name: version(name)
+                for name in ("torch", "numpy", "pyzmq", "msgpack")
+                if name != "torch" or find_spec(name)
+            },
             "libzmq": zmq.zmq_version(),
         },
     }
@@ -59,13 +63,3 @@ def typed_command(program: str) -> str:
     `program` replaces the path by which it was started.
     """
     return shlex.join([*program.split(), *sys.argv[1:]])
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -122,7 +122,7 @@ def check_report_path(path: Path) -> None:
     """Check, before the work begins, whether a page can be written at a path.
 
     Raises:
-        BadFile: when it cannot.
+        BadFile: when it cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise BadFile(f"a report is an HTML page, so its name must end in .html, and {path} does not")

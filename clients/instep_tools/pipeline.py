@@ -84,7 +84,7 @@ class LivingGroup:
         self._idle.set()
 
     async def step(self, x: F32, rows: Rows) -> F32:
-        """Step those of the streams that are still open.
+        """Step the streams that are still open.
 
         Args:
             x: float32 [T, N, features].
@@ -107,7 +107,7 @@ class LivingGroup:
                 self._idle.set()
 
     async def close(self) -> None:
-        """Close the group after all pending steps; their frames report streams that the server ended."""
+        """Close the group after all pending steps. Streams that the server ended were reported with their frames."""
         await self._idle.wait()
         with suppress(Refused):
             await self._group.close()

@@ -65,7 +65,7 @@ def check_writable(path: Path) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether it is a pipe or a device, which can only be written to and not be replaced."""
+    """Whether the path is a pipe or a device, which can be written to and not replaced."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
@@ -74,7 +74,7 @@ def reads_or_writes(path: Path, done: str) -> Iterator[None]:
     """Convert errors of the file system to errors for the user; `done` is `read` or `written`.
 
     Raises:
-        BadFile: that the file cannot be.
+        BadFile: when the file cannot be read or written.
     """
     try:
         yield

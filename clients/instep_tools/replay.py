@@ -56,7 +56,7 @@ class ReplayedOutputs:
     Attributes:
         outputs: float32 [sum, outputs], NaN without an output.
         done: bool [sum], whether each frame was applied and answered.
-        refusals: the reasons of refusals, each sentence once.
+        refusals: the sentences of refusals, each once, in order.
     """
 
     def __init__(self, frames: int, outputs: int) -> None:

@@ -24,9 +24,10 @@ _MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean")
 
 
 async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
-    """Say in one line whether the server is ready, with its model, device, exactness and round trip.
+    """Show whether the server is ready, its model, device and exactness, and the round trip.
 
-    Exit status 0: it accepts new connections, streams and frames. 1: it answers and is not ready. 2: nobody answers.
+    The exit status is 0 when it accepts connections, streams and frames, 1 when it answers and is not ready, and 2 when
+    nobody answers.
     """
     info: ServerInfo | None = None
     round_trip_ms: float | None = None
@@ -63,7 +64,7 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
 
 
 async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
-    """List the server's models, the one for clients that name none first."""
+    """List the server's models; the first one is the default."""
     async with connected(target, "models", terminal, stop) as client:
         found = await client.list_models()
     if terminal.as_json:
@@ -75,7 +76,7 @@ async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
 
 
 async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
-    """Show the numbers of a model: streams, frames, batches, and how long they took.
+    """Show the counters and times of a model: streams, frames and batches.
 
     docs/operations.md explains them as metrics.
     """

@@ -35,7 +35,7 @@ app: Final = CommandLine(
 FIRST_VALUES: Final = 3
 """The number of values of a layer that are shown."""
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream, whoever has it.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream; any client may own it.")]
 
 
 @app.server_command("read", examples=["instep-client state read mic-7"])
@@ -100,12 +100,12 @@ async def restore(
     stop: Stop,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `state snapshot` made.")],
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="The new stream. Default: the name it had.")
+        str | None, typer.Option("--as", metavar="NAME", help="Name of the new stream. (default: the name in the file)")
     ] = None,
 ) -> Exit:
     """Open a stream that continues from a snapshot, on this or another server of the same model.
 
-    The server keeps it parked until a producer resumes it, for as long as the answer says.
+    The server parks it until a producer resumes it, for the time that the answer names.
     """
     try:
         with reads_or_writes(file, "read"):
@@ -124,7 +124,7 @@ async def restore(
 
 @asynccontextmanager
 async def leaving(target: Target, verb: str, terminal: Terminal, stop: Stop) -> AsyncIterator[AsyncClient]:
-    """A client that leaves its streams to be parked."""
+    """A connected client whose streams the server parks at the end."""
     async with connected(target, f"state {verb}", terminal, stop, park=True) as client:
         if client.info.park_s <= 0:
             raise CommandProblem(

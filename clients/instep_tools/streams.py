@@ -21,7 +21,7 @@ app: Final = CommandLine(help="List the streams of a server, and close some.")
 Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
 Where = Annotated[
     StreamPlace | None,
-    typer.Option("--place", help="Only streams of connected clients, parked ones, or hibernating ones."),
+    typer.Option("--place", metavar="WHERE", help="Only streams that are connected, parked or hibernating."),
 ]
 
 _HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
@@ -36,9 +36,13 @@ async def show(
     stop: Stop,
     prefix: Prefix = None,
     place: Where = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show at most this many, longest idle first.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Show at most N, longest idle first.")] = 50,
 ) -> Exit:
-    """Show the server's streams: the place of each, its next seq, and how long the server keeps it if it stays idle."""
+    """List the server's streams.
+
+    The table shows where each one is (connected, parked or hibernating), its next seq, and how long the server keeps it
+    if it stays idle.
+    """
     async with connected(target, "streams", terminal, stop) as client:
         found, model = await client.list_streams(prefix or "", place), client.info.model
     found.sort(key=lambda stream: -stream.idle_s)
@@ -71,13 +75,13 @@ async def close(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")] = [],  # noqa: B006
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The streams to close.")] = [],  # noqa: B006
     prefix: Prefix = None,
     place: Where = None,
 ) -> Exit:
     """Close streams by name, or all with a prefix or at a place.
 
-    Their states are lost. A client that owns one of them is notified that it was taken over.
+    Their states are lost, and the clients that own them are notified.
     """
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")

@@ -121,7 +121,7 @@ class Terminal:
 
     @asynccontextmanager
     async def waiting(self, what: str) -> AsyncIterator[None]:
-        """Print what the block waits for if it takes longer than two seconds."""
+        """Print a note if the block takes longer than two seconds."""
         timer = asyncio.get_running_loop().call_later(QUIET_S, self.note, what)
         try:
             yield

@@ -90,15 +90,14 @@ class ScreenView:
         before = {each.name: each.next_seq for each in self.before.streams} if self.before else {}
         rated = [(each, self.rate(each.next_seq or 0, before.get(each.name))) for each in self.now.streams]
         rated.sort(key=lambda each: each[0].name)
-        keys: dict[str, Callable[[tuple[ListedStream, float]], float]] = {
-            "rate": lambda each: -math.inf if math.isnan(each[1]) else each[1],
-            "next seq": lambda each: -1 if each[0].next_seq is None else each[0].next_seq,
-            "pending": lambda each: each[0].pending,
-            "idle": lambda each: each[0].idle_s,
-        }
-        if self.sort != "name":
-            rated.sort(key=keys[self.sort], reverse=True)
-        return rated
+
+        def key(each: tuple[ListedStream, float]) -> float:
+            stream, rate = each
+            numbers = {"rate": rate, "next seq": stream.next_seq, "pending": stream.pending, "idle": stream.idle_s}
+            number = numbers[self.sort]
+            return -math.inf if number is None or math.isnan(number) else number
+
+        return rated if self.sort == "name" else sorted(rated, key=key, reverse=True)
 
     def as_json(self) -> dict[str, Any]:
         """The view as JSON values; rates are per second."""
@@ -121,8 +120,8 @@ async def top(
 ) -> Exit:
     """Watch a server: frames per second, latency, batches, refusals and the busiest streams.
 
-    s sorts the streams by another column, q quits. With --json, or if the output is not a terminal, it prints one view
-    and ends.
+    Press s to sort the streams by another column and q to quit. With --json, or if the output is not a terminal, one
+    view is printed.
     """
     stop.connected = True  # Ctrl-C cancels it, so that the terminal is given back
     is_watched = terminal.out.is_terminal and sys.stdin.isatty() and not terminal.as_json
@@ -144,7 +143,7 @@ async def look(client: AsyncClient) -> Snapshot:
     """Take a snapshot of a server.
 
     Raises:
-        InstepError: it does not answer.
+        InstepError: the server does not answer.
     """
     models, numbers = await client.list_models(), await client.stats()
     at_s = time.monotonic()
@@ -253,13 +252,13 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
     total = f", {counted(streams, 'stream')}, {counted(connections, 'connection')}, loop {busy} busy"
     facts.add_row("server", ready.append(total, "default not bold"))
     if len(now.models) > 1:
-        shown = (f"{printable(name)} {_short(rate)}/s" for name, rate in model_rates.items())
+        shown = (f"{printable(name)} {three_digits(rate)}/s" for name, rate in model_rates.items())
         facts.add_row("models", Text("  ".join(shown)))
     about = f"{info.features} to {info.outputs} on {info.device}, {info.exactness}"
     facts.add_row("model", Text(f"{printable(info.model)}, {about}"))
-    facts.add_row("frames/s", Text(f"{_short(rates['frames_total'])}, {numbers['frames_pending']:,.0f} pending"))
-    size = _short(_recent(numbers, "batch_size_mean") or math.nan)
-    facts.add_row("batches/s", Text(f"{_short(rates['batches_total'])} of {size} frames"))
+    facts.add_row("frames/s", Text(f"{three_digits(rates['frames_total'])}, {numbers['frames_pending']:,.0f} pending"))
+    size = three_digits(_recent(numbers, "batch_size_mean") or math.nan)
+    facts.add_row("batches/s", Text(f"{three_digits(rates['batches_total'])} of {size} frames"))
     for quantile in ("p50", "p99"):
         times = (
             f"{phase} {three_digits(_recent(numbers, f'{name}_us_{quantile}') / 1000 if is_answering else math.nan)}"
@@ -316,7 +315,7 @@ def _stream_table(view: ScreenView, most: int) -> Table:
     for stream, rate in view.streams()[:most]:
         seq = "–" if stream.next_seq is None else f"{stream.next_seq:,}"
         expires = "never" if stream.expires_in_s is None else _period(stream.expires_in_s)
-        cells = (stream.place, _short(rate), seq, f"{stream.pending:,}", _period(stream.idle_s), expires)
+        cells = (stream.place, three_digits(rate), seq, f"{stream.pending:,}", _period(stream.idle_s), expires)
         table.add_row(Text(printable(stream.name)), *cells)
     return table
 

@@ -105,7 +105,7 @@ def check_output_path(path: Path) -> Format:
     """Check, before the work begins, whether a table can be saved at a path.
 
     Raises:
-        CommandProblem: when it cannot, or a library is missing.
+        CommandProblem: when it cannot be saved, or a library is missing.
     """
     kind = next((kind for kind in WRITERS if path.suffix.lower() == f".{kind}"), None)
     if kind is None:

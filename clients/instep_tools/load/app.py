@@ -41,18 +41,18 @@ async def loadtest(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    streams: Annotated[int, typer.Option(min=1, help="Number of streams; with --slo-ms, of the first try.")] = 256,
+    streams: Annotated[int, typer.Option(metavar="N", min=1, help="Streams; with --slo-ms, of the first try.")] = 256,
     connections: Annotated[
-        int | None, typer.Option(min=1, help="Number of connections. (default: one for each process)")
+        int | None, typer.Option(metavar="N", min=1, help="Connections. (default: one for each process)")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Number of load-generating processes.")] = 1,
+    processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that generate load.")] = 1,
     rate: Annotated[
         float | None,
         typer.Option(
             metavar="HZ",
             callback=positive,
             help="Frames per second for each stream, sent when due (open loop). "
-            "Default: as fast as answers come (closed loop); with --slo-ms, 100.",
+            "(default: as fast as answers come, a closed loop; with --slo-ms, 100)",
         ),
     ] = None,
     duration: Annotated[
@@ -62,7 +62,7 @@ async def loadtest(
     warmup: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Warm-up before the measurement.")] = 2.0,
     block: Annotated[
         int | None,
-        typer.Option(min=1, help="The most streams in a message. (default: all that fit)"),
+        typer.Option(metavar="N", min=1, help="The most streams in a message. (default: all that fit)"),
     ] = None,
     slo_ms: Annotated[
         float | None,
@@ -80,7 +80,7 @@ async def loadtest(
     """Measure throughput and latency, or the largest load within a service level.
 
     With --rate, latency counts from the time at which a frame was due, so a slow answer cannot hide the frames that
-    queue behind it. The table shows the server's share of it.
+    queue behind it. The table shows which part of it is the server's.
 
     The exit status is 0 when every frame was answered, 1 when some were refused or unanswered, 2 when it could not run,
     and 3 when the load generator could not keep up, so the result says nothing about the server.
@@ -196,7 +196,6 @@ class LoadTest:
     def _tell(
         self, values: Mapping[str, Any], best: LoadResult | None, search: Search | None, sentence: str, ending: Exit
     ) -> Exit:
-        """Print the JSON and the summary, and write the page."""
         if self.terminal.as_json:
             self.terminal.result({"server": server_as_json(self._info), **values})
         if self.stop.requested:

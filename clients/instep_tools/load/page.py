@@ -14,7 +14,6 @@ from instep_client.protocol.wire import ServerInfo
 from instep_tools.load.plan import LoadPlan
 from instep_tools.load.result import (
     PERCENTILES,
-    ROWS,
     TRIAL_TITLES,
     LoadResult,
     Verdict,
@@ -24,21 +23,14 @@ from instep_tools.load.result import (
 )
 from instep_tools.load.search import Search
 from instep_tools.machine import typed_command
-from instep_tools.page import Cell, Chart, Facts, Marked, Page, PageSection, Part, Table, Tone
+from instep_tools.page import Cell, Chart, Facts, Marked, Page, PageSection, Table, Tone
 from instep_tools.problems import Exit
-from instep_tools.words import counted, three_digits
+from instep_tools.words import counted
 
 MOST_BINS: Final = 60
 LEAST_MS: Final = 1e-3
 """The smallest latency on a logarithmic axis."""
 BLUE, ORANGE, GREY, BLACK = "#2b6cb0", "#dd6b20", "#a0aec0", "#1a202c"
-COLOURS: Final = {
-    "late_us": ORANGE,
-    "queue_us": "#90cdf4",
-    "compute_us": BLUE,
-    "send_us": "#9ae6b4",
-    "rest_us": "#d6bcfa",
-}
 VERDICTS: Final[dict[Verdict, tuple[str, str, Tone]]] = {
     "met": ("o", BLUE, "good"),
     "not met": ("X", ORANGE, "bad"),
@@ -112,9 +104,7 @@ def _search(search: Search) -> PageSection:
 def _latency(result: LoadResult) -> PageSection:
     rows = [[title.strip(), *values] for title, values in result.latency_rows()]
     table = Table((f"milliseconds, n = {len(result.samples):,}", *PERCENTILES), rows, tuple(PERCENTILES))
-    charts = [_over_time(result), _split(result)] if len(result.answered) else []
-    parts: list[Part] = [table, *charts]
-    return PageSection("Latency", parts)
+    return PageSection("Latency", [table, _over_time(result)] if len(result.answered) else [table])
 
 
 def _axes() -> tuple[Figure, Axes]:

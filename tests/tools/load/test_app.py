@@ -56,7 +56,7 @@ async def test_the_page_says_what_the_json_says(tmp_path: Path) -> None:
             assert row[level] == three_digits(found[level] / 1000)
     assert page.facts["model"] == "<b>halving"
     assert f"{values['frames_per_second']:,.0f} frames/s of 120 due" in page.text["p"][2]
-    assert page.tags["svg"] == 2
+    assert page.tags["svg"] == 1
 
 
 async def test_the_page_of_a_search_shows_every_try_and_the_load_of_the_best(tmp_path: Path) -> None:
