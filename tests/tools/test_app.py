@@ -126,18 +126,6 @@ def handler_kept() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("handler_kept")
-def test_an_interrupt_that_nothing_else_handles_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("instep_tools.app.app", interrupted)
-    with pytest.raises(SystemExit) as end:
-        instep_tools.main()
-    assert end.value.code == 130
-    signal.raise_signal(signal.SIGINT)  # changes nothing any more
-
-
 def test_until_it_handles_them_interrupts_end_it_and_a_terminals_line() -> None:
     script = "import os, signal\nimport instep_tools\nsignal.signal(2, instep_tools.end_quietly)\n"
     terminal, program = pty.openpty()

@@ -155,9 +155,3 @@ async def test_what_cannot_be_is_told_before_connecting(what: dict[str, Any]) ->
     nowhere = Produce(Target("tcp://127.0.0.1:1"), FAST, **what)
     with pytest.raises(CommandProblem, match=r"absent|--format|x\.txt"):
         await produce(nowhere, RememberingTerminal(), Stop(), JumpingClock())
-
-
-async def test_a_file_that_does_not_fit_the_model(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.zeros((2, 5)))
-    with pytest.raises(CommandProblem, match="--columns"):
-        await ProduceRun()(file=tmp_path / "x.npy")

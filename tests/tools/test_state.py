@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +133,3 @@ def test_what_is_no_snapshot_for_this_server_is_not_restored(place: Place, tmp_p
         StreamSnapshot("kept", 5, {"h": state}, fingerprint, "doubling").save(path)
         place.refused("restore", path)
     assert place.ring.streams == {}
-
-
-def test_a_server_that_parks_nothing_is_given_no_stream_to_keep(tmp_path: Path) -> None:
-    ring = FakeRules(replace(RING_INFO, park_s=0.0))
-    StreamSnapshot("kept", 5, {"h": STATE}, "00", "halving").save(tmp_path / "a")
-    with FakeServer(ring.info, ring.handle) as server:
-        assert "limits.park_s" in Place(ring, server.endpoint).refused("restore", tmp_path / "a")

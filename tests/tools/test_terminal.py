@@ -26,16 +26,6 @@ async def test_progress_in_a_file_is_lines(monkeypatch: pytest.MonkeyPatch, tota
     assert terminal.complained.startswith(line)
 
 
-def test_the_summary_goes_where_no_data_is() -> None:
-    plain, as_json, data = RememberingTerminal(), RememberingTerminal(as_json=True), RememberingTerminal()
-    data.data_on_stdout = True
-    for terminal in (plain, as_json, data):
-        terminal.summary("all [good]")
-    assert (plain.said, plain.complained) == ("all [good]\n", "")
-    assert (as_json.said, as_json.complained) == ("", "all [good]\n")
-    assert (data.said, data.complained) == ("", "all [good]\n")
-
-
 def test_sentences_are_wrapped_on_a_terminal_and_nowhere_else() -> None:
     long = "one sentence that goes on [and on] " + "and on " * 10 + "until its end"
     for terminal_like in (True, False):

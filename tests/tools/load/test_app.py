@@ -22,7 +22,7 @@ from instep_tools.load.result import LoadResult
 from instep_tools.problems import Exit
 from instep_tools.running import run_command
 from instep_tools.words import three_digits
-from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, error
+from tests.support.fake_server import FakeServer, Message, error
 from tests.support.pages import read_page
 from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import RememberingTerminal
@@ -70,16 +70,6 @@ async def test_the_page_of_a_search_shows_every_try_and_the_load_of_the_best(tmp
         assert row["streams"] == f"{trial['load']['streams']:,}"
         assert row["p99 within 1e+06 ms"] == trial["verdict"] == "met"
         assert row["less own share"] == three_digits(trial["p99_less_own_ms"])
-
-
-def test_a_closed_loop_has_nothing_that_is_due() -> None:
-    with FakeServer() as server:
-        closed = run(*SHORT, "--endpoint", server.endpoint)
-        values = json.loads(run(*SHORT, "--json", "--endpoint", server.endpoint).stdout)
-    assert closed.exit_code == 0
-    assert "sent late" not in closed.stdout
-    assert (values["load"]["rate_hz"], values["server"]["model"]) == (None, "halving")
-    assert (values["latency_us"]["queue"]["p50"], values["frames_per_second"] > 0) == (7, True)
 
 
 def test_loads_are_described_as_they_were_asked_for() -> None:
@@ -130,22 +120,6 @@ async def test_a_stop_in_the_warm_up_leaves_the_page_of_another_run(tmp_path: Pa
     run.clock.on_sleep = lambda moment: run.stop.request()
     assert await run(replace(PLAN, slo_ms=slo_ms), report=page) == Exit.FOUND_PROBLEMS
     assert page.read_text() == "before"
-
-
-def test_a_server_that_is_restarted_in_the_middle_costs_no_frame() -> None:
-    rules, steps = FakeRules(RING_INFO), 0
-
-    def restart_once(peer: bytes, frames: list[bytes]) -> list[tuple[bytes, Message]]:
-        nonlocal steps
-        steps += frames[0][0] == Kind.STEP
-        if steps == 20 and not rules.boots:
-            rules.restart()
-        return rules.handle(peer, frames)
-
-    with FakeServer(handle=restart_once) as server:
-        result = run(*SHORT, "--connections", "2", "--duration", "2", "--json", "-e", server.endpoint)
-    assert (result.exit_code, rules.boots, rules.failures, rules.streams) == (0, 1, [], {})
-    assert json.loads(result.stdout)["unanswered_frames"] == 0
 
 
 def test_while_the_server_is_gone_the_progress_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,24 +14,17 @@ from tests.tools.helpers import info_with
 PLAN = LoadPlan(streams=10, connections=3, processes=2, rate_hz=50.0, duration_s=5.0, warmup_s=1.0)
 
 
-@pytest.mark.parametrize(
-    ("streams", "connections", "processes", "block"), [(1, 1, 1, None), (97, 13, 5, 3), (9, 9, 9, 1)]
-)
-def test_nothing_is_lost_in_splitting(streams: int, connections: int, processes: int, block: int | None) -> None:
+@given(st.integers(1, 300), st.data())
+def test_nothing_is_lost_in_splitting_and_blocks_fit(streams: int, data: st.DataObject) -> None:
+    connections = data.draw(st.integers(1, streams))
+    processes = data.draw(st.integers(1, connections))
+    block = data.draw(st.none() | st.integers(1, 50))
     plan = replace(PLAN, streams=streams, connections=connections, processes=processes, block=block)
-    parts = split(plan, info_with(), "load")
+    parts = split(plan, info_with(max_block_frames=100, features=3, max_message_bytes=3 * 4 * 50), "load")
     assert len(parts) == processes
     assert sum(len(part.connections) for part in parts) == connections
     sizes = [size for part in parts for blocks in part.connections for size in blocks]
-    assert sum(sizes) == streams
-    assert block is None or max(sizes) <= block
-    assert min(sizes) >= 1
-
-
-def test_blocks_stay_within_what_the_server_takes() -> None:
-    info = info_with(max_block_frames=100, credit_frames=64, features=3, max_message_bytes=3 * 4 * 50)
-    parts = split(replace(PLAN, streams=200, connections=1, processes=1), info, "load")
-    assert parts[0].connections == ((50, 50, 50, 50),)
+    assert (sum(sizes), min(sizes) >= 1, max(sizes) <= (block or 50)) == (streams, True, True)
 
 
 @pytest.mark.parametrize("changes", [{"connections": 11}, {"block": 20_000}])

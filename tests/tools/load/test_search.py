@@ -86,12 +86,6 @@ async def test_it_doubles_or_halves_then_bisects() -> None:
         assert searched.sizes == sizes
 
 
-async def test_one_hiccup_decides_nothing() -> None:
-    searched = Searched(lambda streams, processes: "met" if searched.sizes.count(streams) > 1 else "not met")
-    assert await searched.run(64, 512) == 512
-    assert searched.sizes == [64, 64, 128, 128, 256, 256, 512, 512]
-
-
 async def test_a_try_in_which_this_side_was_late_is_repeated_with_more_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
