@@ -141,10 +141,6 @@ class LiveRun:
             self.answers.refused += 1
             return None
 
-    async def _wait_for(self, frame: int, time_ns: int | None) -> bool:
-        """Wait until a time; False if sending ends before."""
-        return await wait_until(self._start + self._due_s(frame, time_ns), self.clock, self.stop)
-
     def _due_s(self, frame: int, time_ns: int | None) -> float:
         if self.pace.rate_hz is not None:
             return frame / self.pace.rate_hz

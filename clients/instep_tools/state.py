@@ -59,8 +59,7 @@ async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Ex
 
 def state_lines(state: State, spec: StateSpec) -> list[str]:
     """A state as a table: range, mean and first values for each row along the last axis of a leaf."""
-    arrays = state
-    rows = [(label, values) for leaf, array in arrays.items() for label, values in _rows(leaf, array)]
+    rows = [(label, values) for leaf, array in state.items() for label, values in _rows(leaf, array)]
     width = max(len(label) for label, _ in rows)
     lines = [f"{'row':>{width}} {'min':>12} {'mean':>12} {'max':>12}  first values"]
     with np.errstate(all="ignore"):  # a network may have computed NaN or infinity, which is shown as such

@@ -320,11 +320,6 @@ def _stream_table(view: ScreenView, most: int) -> Table:
     return table
 
 
-def _short(rate: float) -> str:
-    """A rate with three digits, or as an integer from 100 on; – for NaN."""
-    return "0" if rate == 0 else three_digits(rate)
-
-
 def _period(seconds: float) -> str:
     if math.isnan(seconds):
         return "–"

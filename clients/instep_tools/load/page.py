@@ -130,21 +130,6 @@ def _over_time(result: LoadResult) -> Chart:
     return Chart(figure, "Latency over time")
 
 
-def _split(result: LoadResult) -> Chart:
-    """The mean parts of the latency of answered frames; they add up to its mean."""
-    answered = result.answered
-    figure, axes = _axes()
-    figure.set_figheight(1.6)
-    left = 0.0
-    for name, colour in COLOURS.items():
-        mean_ms = max(0.0, float(np.average(answered[name], weights=answered["frames"])) / 1000)
-        axes.barh([0], [mean_ms], left=left, color=colour, label=f"{ROWS[name].strip()} {three_digits(mean_ms)}")
-        left += mean_ms
-    axes.set(xlabel="ms", yticks=[], ylim=(-0.5, 1.5))
-    axes.legend(loc="upper center", ncols=len(COLOURS), frameon=False, fontsize=8)
-    return Chart(figure, "Where the time goes, on average")
-
-
 def _plain_numbers(axis: Axis) -> None:
     """Labels of a logarithmic axis: 0.5, 1, 2, 5, 10 and so on."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))

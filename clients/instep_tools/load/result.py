@@ -32,7 +32,6 @@ TOLERATED_OWN_US: Final = 1000.0
 """The tolerated share of the load generator at the 99th percentile. If it is larger and causes half of the latency, the
 load generator is too slow.
 """
-LONG_SILENCE_S: Final = 1.0
 ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
 
 Verdict: TypeAlias = Literal["met", "not met", "invalid"]
