@@ -17,8 +17,6 @@ import zmq
 
 from instep_client import replies
 from instep_client.protocol import wire
-from instep_client.protocol.codes import sentence_of
-from instep_client.protocol.multipart import ready
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import STEPPED, STEPPED_HEADER, U64, Code, Header, Kind, ServerInfo
 
@@ -119,7 +117,7 @@ class BareConnection:
             _, _, requests, timesteps, columns, *_, failures, _ = STEPPED_HEADER.unpack_from(header)
             if failures:
                 failure = np.frombuffer(header, wire.FAILURE, 1, len(header) - failures * wire.FAILURE.itemsize)
-                raise NotServed(f"a frame was refused: {sentence_of(Code(int(failure['code'][0])))}")
+                raise NotServed(f"a frame was refused: {Code(int(failure['code'][0])).sentence}")
             answered = _ANSWERED.iter_unpack(header[STEPPED_HEADER.size :])
             if requests == 1:
                 return next(answered)[0], y
@@ -128,7 +126,7 @@ class BareConnection:
     @property
     def is_readable(self) -> bool:
         """Whether `receive` would return at once. One message may answer several requests."""
-        return bool(self._received or ready(self.socket))
+        return bool(self._received or wire.ready(self.socket))
 
     def _next(self) -> bytes:
         try:

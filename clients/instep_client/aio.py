@@ -18,8 +18,7 @@ from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, U64, Code, Place, ServerInfo
 from instep_client.replies import ListedStream, ServedModel
 from instep_client.session import Session
-from instep_client.snapshots import StreamSnapshot
-from instep_client.states import GivenState, State, as_state
+from instep_client.states import GivenState, State, StreamSnapshot, as_state
 from instep_client.streams import StreamHandle
 
 StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from instep_client.arrays import NOBODY, Indices
+from instep_client.arguments import NOBODY, Indices
 from instep_client.protocol import wire
 from instep_client.protocol.errors import InstepError, Refused
 from instep_client.protocol.wire import MAX_BLOCK_STREAMS, MAX_NAME_BYTES, Frame, Header, Kind, Message, ServerInfo

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket as system_socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from weakref import WeakKeyDictionary
 
 import zmq
 
+from instep_client.arguments import EXAMPLES
 from instep_client.connection import MAX_REPLY_BYTES, Call
-from instep_client.endpoint import EXAMPLES, nothing_listens
-from instep_client.protocol import multipart
+from instep_client.protocol import wire
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
 from instep_client.session import Session
@@ -206,9 +207,9 @@ class Driver:
         try:
             now = time.monotonic()
             for number in range(at_most):
-                if number == 1 and not multipart.ready(socket):
+                if number == 1 and not wire.ready(socket):
                     break
-                frames = multipart.receive_now(socket)
+                frames = wire.receive_now(socket)
                 if not frames:
                     break
                 session.receive(frames, now)  # outputs are copied once, to the user's array
@@ -266,7 +267,7 @@ class Driver:
         backlog = self.backlog
         try:
             while backlog:
-                multipart.send_now(socket, backlog[0])
+                wire.send_now(socket, backlog[0])
                 backlog.popleft()
         except zmq.Again:
             pass  # the socket signals when there is room again
@@ -278,6 +279,45 @@ class Driver:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
+
+
+async def nothing_listens(endpoint: str) -> bool:
+    """Whether the operating system says that connections to an endpoint are refused, or that its file is missing.
+
+    ZeroMQ does not tell: it tries again for ever. What can only be seen by waiting, as a host that drops packets, is
+    not waited for here for longer than the system takes.
+
+    Raises:
+        ConnectionFailed: if the host name is unknown.
+    """
+    loop = asyncio.get_running_loop()
+    addresses: list[tuple[int, Any]]
+    if endpoint.startswith("ipc://"):
+        path = endpoint.removeprefix("ipc://")
+        addresses = [(system_socket.AF_UNIX, f"\0{path[1:]}" if path.startswith("@") else path)]
+    else:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        try:
+            found = await loop.getaddrinfo(host.strip("[]"), int(port), type=system_socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            if ";" not in host and getattr(error, "errno", None) == system_socket.EAI_NONAME:
+                raise ConnectionFailed(
+                    f"the host name in {endpoint} is not known on this machine: correct the endpoint"
+                ) from None
+            return False  # ZeroMQ may know more forms, as `eth0;host:port`, and some failures pass
+        addresses = [(family, address) for family, _, _, _, address in found]
+    is_refused = False
+    for family, address in addresses:
+        try:
+            with system_socket.socket(family, system_socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                await loop.sock_connect(probe, address)
+                return False
+        except (ConnectionRefusedError, FileNotFoundError):
+            is_refused = True
+        except OSError:  # an address family that this machine does not have
+            continue
+    return is_refused
 
 
 class Sockets:
@@ -347,12 +387,12 @@ class Sockets:
         """Look which sockets are ready after their clients acted: a socket signals once, which acting may use up."""
         by_socket: dict[Any, Driver] = {driver.socket: driver for driver in drivers if driver.socket is not None}
         wanted = [
-            (socket, multipart.READABLE_OR_WRITABLE if driver.backlog else multipart.READABLE)
+            (socket, wire.READABLE_OR_WRITABLE if driver.backlog else wire.READABLE)
             for socket, driver in by_socket.items()
         ]
         readable = []
         for socket, events in zmq.zmq_poll(wanted, 0):
-            if events & multipart.READABLE:
+            if events & wire.READABLE:
                 readable.append(by_socket[socket])
             else:
                 by_socket[socket].wake()

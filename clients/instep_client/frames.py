@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from instep_client.arrays import NOBODY, Indices
+from instep_client.arguments import NOBODY, Indices
 from instep_client.connection import MAX_REPLY_BYTES, Call, Outbox
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (

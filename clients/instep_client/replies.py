@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from instep_client.protocol import wire
-from instep_client.protocol.codes import sentence_of
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import U8, InvalidStateSpec, StateSpec
 from instep_client.protocol.wire import F32, U64, Code, Frame, GrantArray, Header, ServerInfo
@@ -127,7 +126,7 @@ def stepped(frames: Sequence[Frame]) -> list[Stepped]:
                 raise MalformedMessage("a failure names a frame outside the block, or no code")
             owner, code = bisect_right(ends, column), Code(number)
             start = ends[owner] - replies[owner].outputs.shape[1]
-            replies[owner].failures.append(ColumnError(column - start, timestep, code, sentence_of(code), expected))
+            replies[owner].failures.append(ColumnError(column - start, timestep, code, code.sentence, expected))
     return replies
 
 
@@ -242,7 +241,7 @@ def _failures(frame: Frame, sentences: Any, columns: int) -> list[ColumnError]:
         code = _code(number)
         if column >= columns or timestep:
             raise MalformedMessage("a failure names a stream that was not asked about")
-        failures.append(ColumnError(column, timestep, code, said.get(code, wire.SENTENCES[code]), expected))
+        failures.append(ColumnError(column, timestep, code, said.get(code, code.sentence), expected))
     if len({failure.column for failure in failures}) != count:
         raise MalformedMessage("a column failed twice")
     return failures

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from instep_client import arrays, replies
-from instep_client.arrays import Indices, good_names
+from instep_client import arguments, replies
+from instep_client.arguments import Indices, good_names
 from instep_client.connection import Asked, Request, parts
 from instep_client.protocol import wire
-from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
@@ -159,7 +159,7 @@ class Claim(Request[None]):
         for row, next_seq in zip(rows.tolist(), grants["next_seq"][is_granted].tolist(), strict=True):
             if next_seq < table.given(row):
                 table.server_has[row] = next_seq
-                ended.setdefault((Code.DATA_LOSS, SENTENCES[Code.DATA_LOSS]), []).append(row)
+                ended.setdefault((Code.DATA_LOSS, Code.DATA_LOSS.sentence), []).append(row)
         session.queue.end(ended)
         self.ask()
 
@@ -486,7 +486,7 @@ class OpenCall(Opening):
         super().__init__(session, names, single)
         count = len(self.names)
         self._states = None if states is None else state_rows(states, session.info.state, None if single else count)
-        self._first_seqs = None if first_seqs is None else arrays.counts(first_seqs, count, "first seqs")
+        self._first_seqs = None if first_seqs is None else arguments.counts(first_seqs, count, "first seqs")
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         states = b"" if self._states is None else raw(self._states[part])
@@ -534,8 +534,8 @@ class ResumeCall(Opening):
     ) -> None:
         super().__init__(session, names, single)
         self._claims = np.zeros(len(self.names), CLAIM)
-        self._claims["have"] = HAVE_ALL if have is None else arrays.counts(have, len(self.names), "have")
-        self._claims["epoch"] = arrays.counts(epochs, len(self.names), "epochs")
+        self._claims["have"] = HAVE_ALL if have is None else arguments.counts(have, len(self.names), "have")
+        self._claims["epoch"] = arguments.counts(epochs, len(self.names), "epochs")
         self._take_over = int(take_over)
 
     def _begin(self) -> None:
@@ -551,7 +551,7 @@ class ResumeCall(Opening):
             self.grants["next_seq"] = np.minimum(self._claims["have"], self.grants["next_seq"])
             former = self.session.table.rows_named(self.names).tolist()
             if former:
-                self.session.queue.end({(Code.FENCED, SENTENCES[Code.FENCED]): former})
+                self.session.queue.end({(Code.FENCED, Code.FENCED.sentence): former})
         super()._conclude()
 
     def _explain(self, refused: ColumnError, name: str) -> InstepError:

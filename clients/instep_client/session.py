@@ -23,8 +23,8 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from instep_client import arrays, replies
-from instep_client.arrays import check_settings
+from instep_client import arguments, replies
+from instep_client.arguments import DEFAULT_HTTP_PORT, DEFAULT_PORT, check_settings, checked_endpoint
 from instep_client.connection import (
     ENDED,
     GREETING,
@@ -37,7 +37,6 @@ from instep_client.connection import (
     Silence,
     cannot_continue,
 )
-from instep_client.endpoint import DEFAULT_HTTP_PORT, DEFAULT_PORT, checked_endpoint
 from instep_client.frames import SendQueue, StepCall
 from instep_client.protocol import wire
 from instep_client.protocol.codes import Code
@@ -298,11 +297,11 @@ class Session:
             raise ClientClosed(f"stream {handle.names[0]!r} was finished; nothing more can be sent through it")
         table_rows = handle.rows
         if rows is not None:
-            table_rows = handle.rows[arrays.row_indices(rows, len(handle.rows))]
+            table_rows = handle.rows[arguments.row_indices(rows, len(handle.rows))]
         if handle.single:
-            frames, prefix = arrays.stream_frames(x, info.features)
+            frames, prefix = arguments.stream_frames(x, info.features)
         else:
-            frames, prefix = arrays.group_frames(x, len(table_rows), info.features)
+            frames, prefix = arguments.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self.table.check_not_ended(table_rows)
         call = StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.arrays import Indices
+from instep_client.arguments import Indices
 from instep_client.protocol.errors import StreamEvicted, stream_ended
 from instep_client.protocol.wire import CLAIM, U64, Code, GrantArray
 

@@ -18,20 +18,17 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, Generic, NoReturn, ParamSpec, TypeVar
 
-import numpy.typing as npt
-
-from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream, GroupView, IfExists, StreamView
+from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream, GroupView, StreamView
 from instep_client.connection import Call
 from instep_client.frames import TimedOutputs
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed
 from instep_client.protocol.wire import F32, ServerInfo
-from instep_client.snapshots import StreamSnapshot
-from instep_client.states import GivenState
 
 A = TypeVar("A")
 H = TypeVar("H", bound=AsyncStream | AsyncGroup)
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _log = logging.getLogger("instep_client")
 
@@ -159,108 +156,16 @@ def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Calla
     return call
 
 
-class Client(InThread[AsyncClient]):
-    """A connection to one model of one server, usable from many threads; use it as `with Client() as client`.
+def opening(
+    verb: Callable[Concatenate[A, P], Coroutine[Any, Any, H]], kind: Callable[[object, LoopThread, H], T]
+) -> Callable[Concatenate[InThread[A], P], T]:
+    """The same verb for other threads, where it gives a stream or group, which is of a `kind` of its own there."""
 
-    Verbs and their arguments are those of `AsyncClient`.
+    @wraps(verb)
+    def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return kind(self, self._thread, self._thread.run(verb(self._inner, *args, **kwargs)))
 
-    A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
-    works only in the process that made it.
-    """
-
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        name: str = "",
-        timeout_s: float = 10.0,
-        reconnect_s: float = 30.0,
-        *,
-        model: str | None = None,
-        wait: bool = False,
-    ) -> None:
-        """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
-        client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, wait=wait)
-        super().__init__(LoopThread(client), client)
-        weakref.finalize(self, self._thread.stop)
-
-    def __repr__(self) -> str:
-        return repr(self._inner).replace("Async", "", 1)
-
-    def __enter__(self) -> Client:
-        self.connect()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def connect(self) -> None:
-        """Connect and greet the server, once; `with` does it.
-
-        Raises:
-            ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
-            ConnectionFailed: when nobody answers within `timeout_s`, without `wait` no host of that name is known, or
-                this process has no room for an event loop.
-            Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
-        """
-        self._thread.start()
-        try:
-            self._thread.run(self._inner.connect())
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self, park: bool = False) -> None:
-        """Close the connection and its streams, or leave them to be parked; see `AsyncClient.close`.
-
-        May be called twice; the first call decides.
-        """
-        self._thread.stop(park)
-
-    @property
-    def info(self) -> ServerInfo:
-        """The server's description of itself.
-
-        Raises:
-            ClientClosed: before the client was connected.
-        """
-        return self._inner.info
-
-    read_state = blocking(AsyncClient.read_state)
-    snapshot = blocking(AsyncClient.snapshot)
-    list_streams = blocking(AsyncClient.list_streams)
-    list_models = blocking(AsyncClient.list_models)
-    ping = blocking(AsyncClient.ping)
-    stats = blocking(AsyncClient.stats)
-
-    def open(
-        self, name: str, initial_state: GivenState | None = None, first_seq: int = 0, if_exists: IfExists = "error"
-    ) -> Stream:
-        """Open one stream; see `AsyncClient.open`."""
-        stream = self._thread.run(self._inner.open(name, initial_state, first_seq, if_exists))
-        return Stream(self, self._thread, stream)
-
-    def open_group(self, names: Sequence[str], initial_states: GivenState | None = None) -> Group:
-        """Open many streams to be stepped by one array; see `AsyncClient.open_group`."""
-        return Group(self, self._thread, self._thread.run(self._inner.open_group(names, initial_states)))
-
-    def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> Stream:
-        """Go on with a stream that is parked, or that another client has; see `AsyncClient.resume`."""
-        return Stream(self, self._thread, self._thread.run(self._inner.resume(name, have, epoch, take_over)))
-
-    def resume_group(
-        self,
-        names: Sequence[str],
-        have: npt.ArrayLike | None = None,
-        epochs: npt.ArrayLike = 0,
-        take_over: bool = False,
-    ) -> Group:
-        """Go on with many streams as one group; see `AsyncClient.resume_group`."""
-        group = self._thread.run(self._inner.resume_group(names, have, epochs, take_over))
-        return Group(self, self._thread, group)
-
-    def restore(self, snapshot: StreamSnapshot, name: str | None = None) -> Stream:
-        """Open a stream that continues from a snapshot; see `AsyncClient.restore`."""
-        return Stream(self, self._thread, self._thread.run(self._inner.restore(snapshot, name)))
+    return call
 
 
 class _ThreadHandle(InThread[H], Generic[H]):
@@ -334,6 +239,86 @@ class Group(_ThreadHandle[AsyncGroup], GroupView):
     def fork(self, names: Sequence[str]) -> Group:
         """New streams that begin with their states and seqs; see `AsyncGroup.fork`."""
         return Group(self._client, self._thread, self._thread.run(self._inner.fork(names)))
+
+
+class Client(InThread[AsyncClient]):
+    """A connection to one model of one server, usable from many threads; use it as `with Client() as client`.
+
+    Verbs and their arguments are those of `AsyncClient`.
+
+    A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
+    works only in the process that made it.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        name: str = "",
+        timeout_s: float = 10.0,
+        reconnect_s: float = 30.0,
+        *,
+        model: str | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
+        client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, wait=wait)
+        super().__init__(LoopThread(client), client)
+        weakref.finalize(self, self._thread.stop)
+
+    def __repr__(self) -> str:
+        return repr(self._inner).replace("Async", "", 1)
+
+    def __enter__(self) -> Client:
+        self.connect()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def connect(self) -> None:
+        """Connect and greet the server, once; `with` does it.
+
+        Raises:
+            ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
+            ConnectionFailed: when nobody answers within `timeout_s`, without `wait` no host of that name is known, or
+                this process has no room for an event loop.
+            Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
+        """
+        self._thread.start()
+        try:
+            self._thread.run(self._inner.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self, park: bool = False) -> None:
+        """Close the connection and its streams, or leave them to be parked; see `AsyncClient.close`.
+
+        May be called twice; the first call decides.
+        """
+        self._thread.stop(park)
+
+    @property
+    def info(self) -> ServerInfo:
+        """The server's description of itself.
+
+        Raises:
+            ClientClosed: before the client was connected.
+        """
+        return self._inner.info
+
+    read_state = blocking(AsyncClient.read_state)
+    snapshot = blocking(AsyncClient.snapshot)
+    list_streams = blocking(AsyncClient.list_streams)
+    list_models = blocking(AsyncClient.list_models)
+    ping = blocking(AsyncClient.ping)
+    stats = blocking(AsyncClient.stats)
+
+    open = opening(AsyncClient.open, Stream)
+    open_group = opening(AsyncClient.open_group, Group)
+    resume = opening(AsyncClient.resume, Stream)
+    resume_group = opening(AsyncClient.resume_group, Group)
+    restore = opening(AsyncClient.restore, Stream)
 
 
 async def _finish(stream: AsyncStream) -> None:

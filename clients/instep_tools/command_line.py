@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from instep_client.endpoint import checked_endpoint
+from instep_client.arguments import checked_endpoint
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_client.protocol.errors import InvalidInput
 

@@ -20,8 +20,7 @@ from instep_client.aio import AsyncClient, AsyncStream
 from instep_client.protocol.errors import InvalidInput, StreamRefused
 from instep_client.protocol.state_spec import StateSpec
 from instep_client.protocol.wire import Code, ServerInfo
-from instep_client.snapshots import StreamSnapshot
-from instep_client.states import State
+from instep_client.states import State, StreamSnapshot
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop

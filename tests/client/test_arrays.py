@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from instep_client import arrays
+from instep_client import arguments
 from instep_client.protocol.errors import InvalidInput
 
 
@@ -25,7 +25,7 @@ class OnGpu:
     ],
 )
 def test_numbers_become_a_contiguous_float32_copy(x: Any) -> None:
-    copy = arrays.float32_copy(x, "x")
+    copy = arguments.float32_copy(x, "x")
     assert copy.dtype == np.dtype("=f4")
     assert copy.flags.c_contiguous
     assert copy.flags.owndata
@@ -34,7 +34,7 @@ def test_numbers_become_a_contiguous_float32_copy(x: Any) -> None:
 
 def test_the_copy_does_not_follow_the_original() -> None:
     x = np.zeros(3, np.float32)
-    copy = arrays.float32_copy(x, "x")
+    copy = arguments.float32_copy(x, "x")
     x[:] = 7
     assert copy.tolist() == [0, 0, 0]
 
@@ -50,22 +50,22 @@ def test_the_copy_does_not_follow_the_original() -> None:
 )
 def test_what_is_not_real_numbers_is_refused(x: Any) -> None:
     with pytest.raises(InvalidInput):
-        arrays.float32_copy(x, "x")
+        arguments.float32_copy(x, "x")
 
 
 def test_infinity_passes_but_not_when_float32_makes_it() -> None:
-    assert np.isinf(arrays.float32_copy([np.inf, 1.0], "x")[0])
-    assert np.isnan(arrays.float32_copy(np.array([np.nan]), "x")[0])
+    assert np.isinf(arguments.float32_copy([np.inf, 1.0], "x")[0])
+    assert np.isnan(arguments.float32_copy(np.array([np.nan]), "x")[0])
     with pytest.raises(InvalidInput):
-        arrays.float32_copy([1e39], "x")
+        arguments.float32_copy([1e39], "x")
     with pytest.raises(InvalidInput):
-        arrays.float32_copy([np.inf, -1e39], "x")
+        arguments.float32_copy([np.inf, -1e39], "x")
 
 
 @pytest.mark.parametrize(("shape", "prefix"), [((3,), ()), ((1, 3), (1,)), ((5, 3), (5,))])
 def test_a_streams_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> None:
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    frames, answer = arrays.stream_frames(x, 3)
+    frames, answer = arguments.stream_frames(x, 3)
     assert answer == prefix
     assert frames.shape == (x.size // 3, 1, 3)
     assert frames.ravel().tolist() == x.ravel().tolist()
@@ -74,13 +74,13 @@ def test_a_streams_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> No
 @pytest.mark.parametrize("shape", [(), (2,), (2, 4), (0, 3), (1, 1, 3)])
 def test_other_shapes_of_a_stream_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput) as caught:
-        arrays.stream_frames(np.zeros(shape), 3)
+        arguments.stream_frames(np.zeros(shape), 3)
     assert str(list(shape)) in str(caught.value)
 
 
 @pytest.mark.parametrize(("shape", "prefix"), [((2, 3), (2,)), ((1, 2, 3), (1, 2)), ((5, 2, 3), (5, 2))])
 def test_a_groups_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> None:
-    frames, answer = arrays.group_frames(np.ones(shape), 2, 3)
+    frames, answer = arguments.group_frames(np.ones(shape), 2, 3)
     assert answer == prefix
     assert frames.shape == (int(np.prod(shape)) // 6, 2, 3)
 
@@ -88,15 +88,15 @@ def test_a_groups_frames(shape: tuple[int, ...], prefix: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("shape", [(3,), (3, 3), (0, 2, 3), (1, 1, 2, 3)])
 def test_other_shapes_of_a_group_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput):
-        arrays.group_frames(np.zeros(shape), 2, 3)
+        arguments.group_frames(np.zeros(shape), 2, 3)
 
 
 def test_rows_are_distinct_indices() -> None:
-    assert arrays.row_indices([2, 0], 3).tolist() == [2, 0]
-    assert arrays.row_indices(np.array([1], np.uint8), 3).dtype == np.int64
+    assert arguments.row_indices([2, 0], 3).tolist() == [2, 0]
+    assert arguments.row_indices(np.array([1], np.uint8), 3).dtype == np.int64
 
 
 @pytest.mark.parametrize("rows", [[], [True, False, True], [1, 1], [3]])
 def test_other_rows_are_refused(rows: Any) -> None:
     with pytest.raises(InvalidInput):
-        arrays.row_indices(rows, 3)
+        arguments.row_indices(rows, 3)

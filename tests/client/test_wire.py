@@ -26,7 +26,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
 
 
 def with_frames(kind: Kind, header: bytes) -> list[bytes]:
-    return [header, *[b""] * (wire.FRAME_COUNT[kind] - 1)]
+    return [header, *[b""] * (kind.frames - 1)]
 
 
 @pytest.mark.parametrize(("kind", "request_number", "fields", "expected"), HEADERS)
@@ -95,8 +95,8 @@ def read_or_malformed(frames: list[bytes]) -> None:
         read = wire.unpack_header(frames)
     except MalformedMessage:
         return
-    assert len(frames) == wire.FRAME_COUNT[read.kind]
-    assert len(read.fields) == wire.HEADER_LENGTH[read.kind] - 2
+    assert len(frames) == read.kind.frames
+    assert len(read.fields) == read.kind.elements - 2
     assert 0 <= read.request < 2**63
 
 

@@ -45,8 +45,8 @@ def test_the_table_of_kinds() -> None:
             fields = PAGE.table("HELLO, WELCOME", "field").column("field")
             assert fields == list(ServerInfo.__slots__)[:-1]
             elements = len(fields)
-        assert elements + 2 == wire.HEADER_LENGTH[kind]
-        assert (len(frames.split("; ")) if frames else 0) + 1 == wire.FRAME_COUNT[kind]
+        assert elements + 2 == kind.elements
+        assert (len(frames.split("; ")) if frames else 0) + 1 == kind.frames
 
 
 def test_the_table_of_records() -> None:

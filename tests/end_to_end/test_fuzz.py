@@ -119,7 +119,7 @@ class AnswerCheck:
             alone = [Reply(message) for message in apart(frames)]
         else:
             assert len(reply.header) == ANSWERS.get(reply.kind), reply.header
-            assert len(frames) == wire.FRAME_COUNT[reply.kind], reply.header
+            assert len(frames) == reply.kind.frames, reply.header
         if reply.kind is Kind.PING:
             self._answer(msgpack.packb([Kind.PONG, reply.request]))
             return
@@ -320,8 +320,8 @@ class MessageMaker:
         kind = self._one_of((Kind.WELCOME, Kind.OPENED, Kind.STEPPED, Kind.PONG, Kind.ERROR, Kind.GOODBYE))
         if kind is Kind.STEPPED:
             return [stepped_header([(1 + self._below(2**31), 1)], 1, 0), self._some_floats(1)]
-        fields = [0] * (wire.HEADER_LENGTH[kind] - 2)
-        return [self._header(kind, *fields), *[b""] * (wire.FRAME_COUNT[kind] - 1)]
+        fields = [0] * (kind.elements - 2)
+        return [self._header(kind, *fields), *[b""] * (kind.frames - 1)]
 
     def _some_floats(self, count: int) -> bytes:
         start = 4 * self._below(1024)

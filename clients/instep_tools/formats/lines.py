@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from instep_client.arrays import why_no_name
+from instep_client.arguments import why_no_name
 from instep_client.protocol.wire import F32, name_is_good
 from instep_tools.formats.columns import Choice, Roles, column_names, find_roles, unit_ns
 from instep_tools.words import counted

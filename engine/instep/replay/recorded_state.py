@@ -24,8 +24,7 @@ from instep.recording.schema import RESET_EVENT, RecordingHeader
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import LAST, Replay, StateTable, differ
 from instep_client.protocol.errors import InvalidInput
-from instep_client.snapshots import StreamSnapshot
-from instep_client.states import as_state
+from instep_client.states import StreamSnapshot, as_state
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit, check_new

@@ -10,7 +10,7 @@ import numpy as np
 
 from instep.core.streams import StreamTable
 from instep.core.typing import F32, I32, I64, U8, U64
-from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.codes import Code
 
 Buffer: TypeAlias = bytes | memoryview
 """Contiguous memory; for an array, `array.data.cast("B")`."""
@@ -106,7 +106,7 @@ class Refusal(Exception):
     """
 
     def __init__(self, code: Code, detail: str = "", retry_after_us: int = 0, *, sentence: str = "") -> None:
-        super().__init__((sentence or SENTENCES[code]) + (f": {detail}" if detail else ""))
+        super().__init__((sentence or code.sentence) + (f": {detail}" if detail else ""))
         self.code = code
         self.detail = detail
         self.retry_after_us = retry_after_us

@@ -27,7 +27,7 @@ def _failures(codes: I32 | I64, timesteps: I64 | None = None, expected_seqs: I64
 
 
 def _sentences(entries: wire.FailureArray) -> list[tuple[int, str]]:
-    return [(code, wire.SENTENCES[Code(code)]) for code in np.unique(entries["code"]).tolist()]
+    return [(code, Code(code).sentence) for code in np.unique(entries["code"]).tolist()]
 
 
 def stepped(reply: Reply) -> Message:
@@ -117,7 +117,7 @@ def served(request: int, models: Mapping[str, tuple[int, int, int, int, int]]) -
 
 def evicted(event: StreamEvent) -> Message:
     """EVICTED: streams that the peer no longer owns, or that hibernate."""
-    header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), wire.SENTENCES[event.code])
+    header = wire.pack_header(Kind.EVICTED, 0, len(event.handles), int(event.code), event.code.sentence)
     return [header, event.handles.tobytes()]
 
 

@@ -14,10 +14,10 @@ import zmq
 
 from instep.config import TransportConfig
 from instep.frontends import CannotListen
-from instep_client.protocol import multipart
-from instep_client.protocol.wire import FRAME_COUNT, Message
+from instep_client.protocol import wire
+from instep_client.protocol.wire import Kind, Message
 
-MOST_PARTS: Final = max(FRAME_COUNT.values())
+MOST_PARTS: Final = max(kind.frames for kind in Kind)
 """The number of parts of the protocol's longest message."""
 
 
@@ -95,7 +95,7 @@ class Router:
     @property
     def is_readable(self) -> bool:
         """Whether a message has arrived; if not, the next arrival will be signalled."""
-        return multipart.ready(self._socket)
+        return wire.ready(self._socket)
 
     def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
         """Yield messages that have arrived, as routing id and parts.
@@ -105,7 +105,7 @@ class Router:
         """
         if self._is_skipping and not self._skip_rest():
             return
-        for routing_id, parts, is_whole in multipart.received_from(self._socket, at_most, MOST_PARTS):
+        for routing_id, parts, is_whole in wire.received_from(self._socket, at_most, MOST_PARTS):
             self._is_skipping = not is_whole  # before the yield: the caller may take no more than this message
             yield routing_id, parts
             if self._is_skipping and not self._skip_rest():
@@ -113,13 +113,13 @@ class Router:
 
     def _skip_rest(self) -> bool:
         """Discard a portion of an overlong message; return whether all of it is gone."""
-        self._is_skipping = not multipart.skip_parts(self._socket, _SKIP_AT_ONCE)
+        self._is_skipping = not wire.skip_parts(self._socket, _SKIP_AT_ONCE)
         return not self._is_skipping
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, and return the outcome."""
         try:
-            multipart.send_now(self._socket, [routing_id, *message])
+            wire.send_now(self._socket, [routing_id, *message])
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:

@@ -1,11 +1,11 @@
-"""Users' arrays and names, checked, and copied into the arrays that are sent.
+"""Users' arguments, checked: arrays, names, endpoints, settings. Every function raises InvalidInput.
 
-Every function copies, so later changes to the caller's array do not change what is sent. Every function raises
-InvalidInput, which names what is wrong.
+Arrays are copied, so that the caller may change them before they are sent.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
@@ -27,6 +27,13 @@ NOBODY: Final[Indices] = np.zeros(0, np.int64)
 _FLOAT32: Final = np.dtype(np.float32)
 _SHOWN: Final = 60
 """Characters of a bad name in a sentence."""
+_TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|[0-9]{1,5})")
+_HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:[0-9]*)?(/.*)?")
+_ADDRESS: Final = re.compile(r"[^\s:/*]+:[0-9]{1,5}")
+EXAMPLES: Final = "tcp://127.0.0.1:5757 or ipc:///path"
+DEFAULT_PORT: Final = 5757
+"""The default port of the ZeroMQ endpoint."""
+DEFAULT_HTTP_PORT: Final = 5780
 
 
 def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
@@ -164,3 +171,31 @@ def _why_bad(name: object) -> str:
 def _shown(name: object) -> str:
     text = repr(name)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def checked_endpoint(endpoint: str) -> str:
+    """The endpoint, when it is `tcp://HOST:PORT` or `ipc://PATH`.
+
+    Raises:
+        InvalidInput: with the expected form.
+    """
+    if isinstance(endpoint, str):
+        match = _TCP.fullmatch(endpoint)
+        if match is not None and match["port"] != "*" and 1 <= int(match["port"]) <= 65_535:
+            return endpoint
+        if match is not None:
+            raise InvalidInput(
+                f"{endpoint!r} is not an endpoint: write the port that the server has, 1 to 65535; a server with "
+                "port 0 logs the port that it took"
+            )
+        if re.fullmatch(r"ipc://\S.*", endpoint):
+            return endpoint
+        if (http := _HTTP.fullmatch(endpoint)) is not None:
+            raise InvalidInput(
+                f"{endpoint!r} is an endpoint of HTTP, for browsers and metrics: write that of ZeroMQ, "
+                f"tcp://{http['host']}:{DEFAULT_PORT} unless the server has another port"
+            )
+        address = endpoint.partition("://")[2] or endpoint
+        if _ADDRESS.fullmatch(address) and not endpoint.startswith("tcp://"):
+            raise InvalidInput(f"{endpoint!r} is not an endpoint: write tcp://{address}")
+    raise InvalidInput(f"{endpoint!r} is not an endpoint: write {EXAMPLES}")
