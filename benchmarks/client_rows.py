@@ -25,7 +25,7 @@ TIMESTEPS: Final = 128
 
 def tasks_256(bench: Bench) -> list[Row]:
     """Tasks that each step a stream of their own over one connection, against a bare socket with blocks as wide."""
-    tasks, blocks = "tasks, frames/s", "bare blocks of 256, frames/s"
+    tasks, blocks = "tasks, awaits/s of one process", "bare blocks of 256, frames/s"
     model = BenchmarkModel.of(bench, "tasks-256")
     x = model.inputs(TIMESTEPS, TASKS)
     with bench.serve(model.folder, []) as server:
@@ -41,7 +41,7 @@ def tasks_256(bench: Bench) -> list[Row]:
 def connections_500(bench: Bench) -> list[Row]:
     """Clients of one stream each, against one bare socket that sends the same messages."""
     count = bench.scaled(CONNECTIONS, 10)
-    clients, bare = "connections, frames/s", "one bare socket, frames/s"
+    clients, bare = "connections, awaits/s of one process", "one bare socket, frames/s"
     model = BenchmarkModel.of(bench, "connections-500")
     x = model.inputs(TIMESTEPS, count)
     inputs = model.lone_inputs(TIMESTEPS, count)

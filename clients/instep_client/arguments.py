@@ -51,7 +51,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
 
     NaN and infinity pass: whether they are taken is the server's to say. Finite numbers beyond float32 do not.
     """
-    raw = as_array(x, what)
+    raw = x if type(x) is np.ndarray else as_array(x, what)
     if raw.dtype == _FLOAT32:
         return raw.copy()
     if raw.dtype.kind not in "fiub":
